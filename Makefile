@@ -1,0 +1,90 @@
+# make         the library, pybmc/libpybmc.so; needs a C compiler and nothing else
+# make demo    a tale from the bundled models     make test    all tests
+# make asan    the native tests under AddressSanitizer and UBSan
+# make venv    .venv with pybmc (editable) and what its tests need
+# make install pip install into PYTHON            make clean   remove what was built
+#
+# Variables: CC, CFLAGS and LDFLAGS (added to ours), PYTHON (3.10 or later).
+
+.DELETE_ON_ERROR:
+.SECONDARY:
+.PHONY: all demo test asan native-tests venv install clean FORCE
+all:
+
+ifeq ($(MAKELEVEL),0)      # a -j of the command line comes before this one
+MAKEFLAGS += -j$(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+endif
+
+VARIANT ?= release
+PYTHON ?= python3
+VENV := .venv
+OUT := build/$(VARIANT)
+LIBRARY := pybmc/libpybmc.$(if $(filter Darwin,$(shell uname -s)),dylib,so)
+
+FLAGS_release = -O3
+FLAGS_asan = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+FLAGS = $(FLAGS_$(VARIANT)) -std=c11 -D_GNU_SOURCE -fPIC -pthread -fvisibility=hidden -ffp-contract=off \
+        -Wall -Wextra -Wshadow -Inative
+
+# A kernel file is named after the instructions it may use: <family>_<isa>.c.
+FLAGS_avx2 = -mavx2 -mfma -mf16c -mbmi2
+FLAGS_avx512 = $(FLAGS_avx2) -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mprefer-vector-width=512
+ISAS_x86_64 = avx2 avx512
+ISAS_aarch64 = neon
+ISAS_arm64 = neon
+ISAS := $(ISAS_$(firstword $(subst -, ,$(shell $(CC) -dumpmachine))))
+
+FOREIGN := $(filter-out $(ISAS),avx2 avx512 neon)
+SOURCES := $(filter-out $(FOREIGN:%=\%_%.c),$(wildcard native/*.c native/kernels/*.c))
+TESTS := $(wildcard tests/native/*.c)
+OBJECTS := $(SOURCES:%.c=$(OUT)/%.o)
+COMPILE = $(CC) $(FLAGS) $(CFLAGS)
+
+all: $(LIBRARY)
+
+$(LIBRARY): build/release/library
+	@cp $< $@.new && mv $@.new $@           # a running process keeps the file it has open
+
+$(OUT)/library: $(OBJECTS) $(OUT)/OBJECTS.txt
+	$(COMPILE) -shared $(LDFLAGS) $(OBJECTS) -lm -o $@
+
+$(OUT)/%.o: %.c $(OUT)/COMPILE.txt
+	@mkdir -p $(@D)
+	$(COMPILE) $(foreach isa,$(ISAS),$(if $(filter %_$(isa),$*),$(FLAGS_$(isa)))) -MMD -MP -c $< -o $@
+
+$(OUT)/tests/native/%: $(OUT)/tests/native/%.o $(OBJECTS)
+	$(COMPILE) $(LDFLAGS) $^ -lm -o $@
+
+# Files that remember a variable: what depends on one is made again when the variable changes.
+$(OUT)/COMPILE.txt $(OUT)/OBJECTS.txt: $(OUT)/%.txt: FORCE
+	@mkdir -p $(@D)
+	@echo '$($*)' | cmp -s - $@ || echo '$($*)' > $@
+
+-include $(OBJECTS:.o=.d) $(TESTS:%.c=$(OUT)/%.d)
+
+asan:
+	$(MAKE) VARIANT=asan native-tests
+
+native-tests: $(TESTS:%.c=$(OUT)/%)
+	@for test in $^; do echo $$test; $$test || exit 1; done
+
+test: $(LIBRARY) venv asan
+	$(VENV)/bin/python -m pytest -q tests
+
+demo: $(LIBRARY) venv
+	$(VENV)/bin/pybmc generate -p "Once upon a time"
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml setup.py | $(LIBRARY)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "pybmc needs Python 3.10 or later; $(PYTHON) is $$($(PYTHON) -V 2>&1). Try make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[chat,test]'
+	@touch $@
+
+install:
+	$(PYTHON) -m pip install .
+
+clean:
+	rm -rf build dist *.egg-info $(LIBRARY)

@@ -1,0 +1,126 @@
+/* pybmc's C library: weights, the KV arena and the forward pass.
+ *
+ * A model holds weights: packed once, immutable, shared. A session is one sequence: its KV arena and its
+ * position. bmc_eval moves any number of sessions forward in one pass over the weights.
+ *
+ * Functions return 0 (or a count) on success and a negative status on failure; bmc_error() then gives the
+ * calling thread's sentence about it. Nothing here prints, exits, or keeps a thread busy between calls.
+ * One session serves one thread at a time (BMC_EBUSY otherwise); passes over one model take turns. */
+#ifndef BMC_H
+#define BMC_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#pragma GCC visibility push(default)     /* the rest of the library is hidden */
+
+/* <cffi> What stands between these two marks is read by Python as it is: plain declarations only. */
+
+#define BMC_VERSION 1       /* counts the changes of what follows; bmc_version() tells which one was compiled */
+
+enum bmc_status {
+    BMC_OK = 0,
+    BMC_EINVAL = -1,        /* an argument is out of range */
+    BMC_EFORMAT = -2,       /* a tensor or setting does not fit the model */
+    BMC_ENOMEM = -3,        /* the system has no memory left */
+    BMC_EFULL = -4,         /* the session's cap on rows would be passed */
+    BMC_EBUSY = -5,         /* another thread is using this session */
+};
+
+enum bmc_norm { BMC_NORM_RMS = 0, BMC_NORM_LAYER = 1 };
+enum bmc_act  { BMC_ACT_SILU = 0, BMC_ACT_GELU = 1 };                            /* GELU in its tanh form */
+enum bmc_rope { BMC_ROPE_NONE = 0, BMC_ROPE_PAIRS = 1, BMC_ROPE_HALVES = 2 };    /* (0,1)(2,3).. or (0,d/2)(1,d/2+1).. */
+enum bmc_want { BMC_WANT_NONE = 0, BMC_WANT_LAST = 1, BMC_WANT_ALL = 2 };
+enum bmc_growth { BMC_GROW_COPY = 0, BMC_GROW_CHUNK = 1, BMC_GROW_MAX = 2, BMC_GROW_RESERVE = 3 };
+
+typedef struct bmc_model bmc_model;
+typedef struct bmc_session bmc_session;
+
+/* A row of the type table; a type without kernels has runs == 0. */
+typedef struct bmc_type_info {
+    const char *name;       /* "q4_K", as ggml spells it; NULL where the number is unknown */
+    int32_t block_size;     /* weights in a block */
+    int32_t type_size;      /* bytes in a block */
+    int32_t runs;           /* 1: this library computes with it */
+} bmc_type_info;
+
+/* What an architecture is, as numbers. A tensor that is present is used: there are no other flags. */
+typedef struct bmc_config {
+    int32_t dim;
+    int32_t hidden_dim;
+    int32_t head_dim;
+    int32_t n_layers;
+    int32_t n_heads;
+    int32_t n_kv_heads;
+    int32_t vocab_size;
+    int32_t n_ctx;                  /* the longest sequence the model was made for */
+    int32_t norm;                   /* enum bmc_norm */
+    int32_t act;                    /* enum bmc_act */
+    int32_t rope;                   /* enum bmc_rope */
+    int32_t rope_dim;               /* leading values of a head that turn */
+    float norm_eps;
+    float embedding_scale;          /* 1 = none */
+    float attn_scale;               /* scores are multiplied by it, usually 1/sqrt(head_dim) */
+    float rope_mscale[2];           /* cos and sin are multiplied by it, per rope table */
+    const float *rope_freq[2];      /* (rope_dim / 2,) radians per position; table 0, and 1 for layers that choose it */
+    const int32_t *layer_window;    /* (n_layers,) rows a token sees, itself included; 0 = all */
+    const int32_t *layer_rope;      /* (n_layers,) 0 or 1: which table */
+} bmc_config;
+
+/* A tensor of the file, by role ("attn_q", "ffn_down": GGUF's words without "blk.N." and ".weight").
+ * layer is -1 outside the layers. data must stay readable and unchanged while the model lives. */
+typedef struct bmc_tensor {
+    const char *role;
+    int32_t layer;
+    int32_t type;
+    int32_t mapped;                 /* 1: data lies in a file mapping, whose pages can be dropped and read again */
+    int64_t n_cols;                 /* values in a row (the file's first dimension) */
+    int64_t n_rows;                 /* 1 for a vector */
+    const void *data;
+} bmc_tensor;
+
+typedef struct bmc_span {
+    bmc_session *session;
+    const int32_t *tokens;
+    int32_t n_tok;
+    int32_t want;                   /* enum bmc_want: whose logits */
+    float *logits;                  /* (wanted tokens, vocab_size), or NULL */
+    int32_t *argmax;                /* (wanted tokens,), or NULL */
+} bmc_span;
+
+typedef struct bmc_arena_stats {
+    int64_t allocations;
+    int64_t bytes_copied;
+    int64_t rows_reserved;
+    int64_t rows_used;
+    int64_t bytes_reserved;
+    int64_t row_bytes;              /* K and V of one token, all layers */
+    int32_t growth;                 /* enum bmc_growth */
+    int32_t r;                      /* rows added at a time */
+} bmc_arena_stats;
+
+int         bmc_version(void);
+const char *bmc_error(void);
+const char *bmc_cpu(void);                                   /* kernels in use: "ref", "avx2", "avx512" */
+int         bmc_cpu_count(void);                             /* cores this process may use: affinity and quota */
+int         bmc_type(int type, bmc_type_info *info);
+int         bmc_dequantize(int type, const void *blocks, int64_t n, float *out);
+
+bmc_model  *bmc_model_new(const bmc_config *config, const bmc_tensor *tensors, int n_tensors, int n_threads);   /* binds, checks */
+int         bmc_model_pack(bmc_model *model);                            /* makes the panels; once, before the first session */
+int64_t     bmc_model_packed(const bmc_model *model, int64_t *total);    /* bytes packed so far, for progress; any thread may ask */
+void        bmc_model_free(bmc_model *model);
+
+bmc_session *bmc_session_new(bmc_model *model, int64_t cap, int growth, int r);
+int         bmc_session_position(const bmc_session *session);
+int         bmc_session_rewind(bmc_session *session, int position);
+int         bmc_session_reserve(bmc_session *session, int rows);          /* room for this many rows beyond the position */
+int         bmc_session_stats(const bmc_session *session, bmc_arena_stats *stats);
+void        bmc_session_free(bmc_session *session);
+
+int         bmc_eval(const bmc_span *spans, int n_spans);
+/* </cffi> */
+
+#pragma GCC visibility pop
+
+#endif

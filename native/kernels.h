@@ -1,0 +1,85 @@
+/* The hot functions, chosen once for this CPU, and the promise each one makes.
+ *
+ * The promise of all: a value is a function of its own inputs. How many columns or rows share a call, where a call
+ * begins and ends, which ISA runs it: none of this changes a bit. Sums run over 16 lanes (element i into lane
+ * i % 16, in ascending order), folded 8, 4, 2, 1; products and sums are fused where written fma, never otherwise. */
+#ifndef KERNELS_H
+#define KERNELS_H
+
+#include "types.h"
+
+#include <stddef.h>
+
+/* 32 activations of one token in 8 bits, x = d * q, with what every weight format needs beside them. */
+struct act_block {
+    int8_t q[32];           /* -127..127 */
+    float d;                /* max |x| / 127 */
+    float sum[3];           /* sum of q[0..15], q[16..31], q[0..31] */
+    int32_t neg_sum[3];     /* minus the same */
+    int32_t unused;         /* a cache line, whole */
+};
+_Static_assert(sizeof(struct act_block) == 64, "an act_block is a cache line");
+
+/* y(n_cols, rows) = W(rows, k) * x(k, n_cols), for n_panels consecutive panels of W and one tile of columns (tokens).
+ * Each output is sum over blocks of 32 columns, ascending, of fma(t, d, y) where
+ * t = scale * dot (+ second half's) + min * sum, all in float32; the dot product is an exact integer.
+ * Float weights: fma(w, x, y) over ascending k. */
+struct panel_job {
+    const uint8_t *codes;       /* of the first panel */
+    const uint8_t *scales;      /* NULL for float types */
+    size_t code_stride;         /* bytes from panel to panel */
+    size_t scale_stride;
+    int n_panels;
+    int n_rows;                 /* outputs wanted of these panels: up to 16 * n_panels */
+    int k;                      /* columns of W, a multiple of the type's block */
+    int n_cols;                 /* tokens in this tile, 1 .. TILE_COLS */
+    const struct act_block *act;    /* [k / 32][n_cols] */
+    const float *x;             /* float types: (n_cols, x_stride) */
+    size_t x_stride;            /* floats */
+    const float *bias;          /* (n_rows,) or NULL, added to the sum */
+    float *out;                 /* out[col * out_stride + row] */
+    size_t out_stride;
+    int add;                    /* 1: out += y, else out = y */
+};
+typedef void panel_fn(const struct panel_job *job);
+enum { TILE_COLS = 16 };
+
+/* Attention of n_rows queries of one KV head over one chunk: up to 256 rows of the cache, whose edges are absolute
+ * multiples of 256. Row i sees cache rows first[i] <= t < limit[i] (relative to the chunk); at least one.
+ * Tile: K as [head_dim][16 tokens] f16, then V as [16 tokens][v_dim] f16; tiles before the smallest first and after
+ * the largest limit are not touched. m, l, o carry the running softmax from chunk to chunk, in order. */
+enum { CHUNK = 256, TILE = 16, ATTN_ROWS = 8 };
+struct attn_job {
+    const uint16_t *const *tiles;   /* [CHUNK / TILE] */
+    int head_dim;                   /* values in a row of K */
+    int v_dim;                      /* head_dim rounded up to 16 */
+    int n_rows;                     /* 1 .. ATTN_ROWS */
+    const float *const *q;          /* n_rows x (head_dim,), scaled */
+    const int *first, *limit;
+    float *m, *l;                   /* (n_rows,) running maximum, sum; -inf and 0 at the start */
+    float *o;                       /* (n_rows, v_dim) running weighted sum, not divided by l yet; 0 at the start */
+};
+
+struct kernels {
+    const char *name;
+    panel_fn *panel[N_TYPES];
+    void (*attend)(const struct attn_job *job);
+    void (*attend_end)(float *out, const float *o, float l, int n);                     /* out = o / l */
+    void (*store_kv)(uint16_t *tile, int slot, const float *k, const float *v, int head_dim, int v_dim);  /* beyond f16's range: its edge */
+    void (*quantize)(struct act_block *act, int stride, const float *x, int n_blocks);  /* block i goes to act[i * stride] */
+    void (*rmsnorm)(float *y, const float *x, const float *weight, int n, float eps);   /* y may be x in all of these */
+    void (*layernorm)(float *y, const float *x, const float *weight, const float *bias, int n, float eps);  /* bias may be NULL */
+    void (*silu)(float *y, const float *x, const float *gate, int n);                   /* y = x * silu(gate); x NULL: silu(gate) */
+    void (*gelu)(float *y, const float *x, const float *gate, int n);                   /* the tanh form, likewise */
+    void (*add)(float *y, const float *x, int n);
+    void (*scale)(float *y, float s, int n);
+    void (*rope_pairs)(float *x, const float *cos, const float *sin, int n);            /* turns x[0..n), cos and sin (n / 2,) */
+    void (*rope_halves)(float *x, const float *cos, const float *sin, int n);
+};
+
+/* Each fills its family: kernels/<family>_<isa>.c. */
+void vec_ref(struct kernels *k), attn_ref(struct kernels *k), panel_ref(struct kernels *k);
+void vec_avx2(struct kernels *k), attn_avx2(struct kernels *k), panel_avx2(struct kernels *k);
+void vec_avx512(struct kernels *k), attn_avx512(struct kernels *k), panel_avx512(struct kernels *k);
+
+#endif

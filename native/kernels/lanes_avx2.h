@@ -1,0 +1,187 @@
+/* Sixteen lanes in two ymm registers: AVX2, FMA and F16C. Words as in lanes_ref.h. */
+#ifndef LANES_H
+#define LANES_H
+
+#include "../kernels.h"
+#include "../panels.h"
+#include <math.h>
+#include <immintrin.h>
+
+#define ISA(name) name##_avx2
+#define COLS_MAX 4
+#define ROWS_MAX 4
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL(n) _Pragma(UNROLL_TEXT(GCC unroll n))
+#define UNROLL_TEXT(x) #x
+
+typedef struct { __m256 lo, hi; } f32x16;
+typedef struct { __m256i lo, hi; } i32x16;
+typedef struct { __m256i lo, hi; } u8x64;
+
+#define F2(op, a, b) ((f32x16){ op((a).lo, (b).lo), op((a).hi, (b).hi) })
+#define U2(op, a, b) ((u8x64){ op((a).lo, (b).lo), op((a).hi, (b).hi) })
+
+/* Lanes below n, as masks for the low and the high half. */
+INLINE __m256i first_lanes(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+
+INLINE f32x16 f_set(float a) { return (f32x16){ _mm256_set1_ps(a), _mm256_set1_ps(a) }; }
+INLINE f32x16 f_zero(void) { return f_set(0.0f); }
+INLINE f32x16 f_load(const float *p) { return (f32x16){ _mm256_loadu_ps(p), _mm256_loadu_ps(p + 8) }; }
+INLINE f32x16 f_load_n(const float *p, int n) {
+    return (f32x16){ _mm256_maskload_ps(p, first_lanes(n)), _mm256_maskload_ps(p + 8, first_lanes(n - 8)) };
+}
+INLINE f32x16 f_load_f16(const uint16_t *p) {
+    return (f32x16){ _mm256_cvtph_ps(_mm_loadu_si128((const void *)p)), _mm256_cvtph_ps(_mm_loadu_si128((const void *)(p + 8))) };
+}
+INLINE __m256 bf16_half(const uint16_t *p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p)), 16));
+}
+INLINE f32x16 f_load_bf16(const uint16_t *p) { return (f32x16){ bf16_half(p), bf16_half(p + 8) }; }
+INLINE f32x16 f_load_u8(const uint8_t *p) {
+    return (f32x16){ _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p))),
+                     _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)(p + 8)))) };
+}
+INLINE f32x16 f_load_i8(const int8_t *p) {
+    return (f32x16){ _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)p))),
+                     _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(p + 8)))) };
+}
+INLINE __m256 u4_half(const uint8_t *p, int shift) {
+    __m256i x = _mm256_srl_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p)), _mm_cvtsi32_si128(shift));
+    return _mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(15)));
+}
+INLINE f32x16 f_load_u4(const uint8_t *p, int shift) { return (f32x16){ u4_half(p, shift), u4_half(p + 8, shift) }; }
+INLINE __m256 e8m0_ymm(const uint8_t *p) {
+    __m256i e = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p));
+    __m256i normal = _mm256_slli_epi32(_mm256_sub_epi32(e, _mm256_set1_epi32(1)), 23);
+    __m256i tiny = _mm256_sllv_epi32(_mm256_set1_epi32(0x200000), e);
+    return _mm256_castsi256_ps(_mm256_blendv_epi8(normal, tiny, _mm256_cmpgt_epi32(_mm256_set1_epi32(2), e)));
+}
+INLINE f32x16 f_load_e8m0_half(const uint8_t *p) { return (f32x16){ e8m0_ymm(p), e8m0_ymm(p + 8) }; }
+INLINE void f_store(float *p, f32x16 a) { _mm256_storeu_ps(p, a.lo); _mm256_storeu_ps(p + 8, a.hi); }
+INLINE void f_store_n(float *p, f32x16 a, int n) {
+    _mm256_maskstore_ps(p, first_lanes(n), a.lo);
+    _mm256_maskstore_ps(p + 8, first_lanes(n - 8), a.hi);
+}
+INLINE void f_store_f16(uint16_t *p, f32x16 a) {
+    _mm_storeu_si128((void *)p, _mm256_cvtps_ph(a.lo, _MM_FROUND_TO_NEAREST_INT));
+    _mm_storeu_si128((void *)(p + 8), _mm256_cvtps_ph(a.hi, _MM_FROUND_TO_NEAREST_INT));
+}
+INLINE f32x16 f_add(f32x16 a, f32x16 b) { return F2(_mm256_add_ps, a, b); }
+INLINE f32x16 f_sub(f32x16 a, f32x16 b) { return F2(_mm256_sub_ps, a, b); }
+INLINE f32x16 f_mul(f32x16 a, f32x16 b) { return F2(_mm256_mul_ps, a, b); }
+INLINE f32x16 f_div(f32x16 a, f32x16 b) { return F2(_mm256_div_ps, a, b); }
+INLINE f32x16 f_max(f32x16 a, f32x16 b) { return F2(_mm256_max_ps, a, b); }
+INLINE f32x16 f_min(f32x16 a, f32x16 b) { return F2(_mm256_min_ps, a, b); }
+INLINE f32x16 f_abs(f32x16 a) {
+    __m256 sign = _mm256_set1_ps(-0.0f);
+    return (f32x16){ _mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi) };
+}
+INLINE f32x16 f_fma(f32x16 a, f32x16 b, f32x16 c) {
+    return (f32x16){ _mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi) };
+}
+INLINE f32x16 f_round(f32x16 a) {
+    return (f32x16){ _mm256_round_ps(a.lo, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
+                     _mm256_round_ps(a.hi, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC) };
+}
+INLINE __m256 pow2_half(__m256 n) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvttps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+INLINE f32x16 f_pow2(f32x16 n) { return (f32x16){ pow2_half(n.lo), pow2_half(n.hi) }; }
+INLINE f32x16 f_zero_below(f32x16 a, f32x16 x, float limit) {
+    __m256 l = _mm256_set1_ps(limit);
+    return (f32x16){ _mm256_and_ps(_mm256_cmp_ps(x.lo, l, _CMP_NLT_UQ), a.lo), _mm256_and_ps(_mm256_cmp_ps(x.hi, l, _CMP_NLT_UQ), a.hi) };
+}
+INLINE __m256 keep_half(__m256 a, float other, int lo, int hi) {
+    __m256i in = _mm256_andnot_si256(first_lanes(lo), first_lanes(hi));
+    return _mm256_blendv_ps(_mm256_set1_ps(other), a, _mm256_castsi256_ps(in));
+}
+INLINE f32x16 f_keep(f32x16 a, float other, int lo, int hi) {
+    return (f32x16){ keep_half(a.lo, other, lo, hi), keep_half(a.hi, other, lo - 8, hi - 8) };
+}
+
+INLINE float f_sum(f32x16 a) {
+    __m256 b = _mm256_add_ps(a.lo, a.hi);
+    __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+    c = _mm_add_ps(c, _mm_movehl_ps(c, c));
+    return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
+}
+
+INLINE float f_max_lane(f32x16 a) {
+    __m256 b = _mm256_max_ps(a.lo, a.hi);
+    __m128 c = _mm_max_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+    c = _mm_max_ps(c, _mm_movehl_ps(c, c));
+    return _mm_cvtss_f32(_mm_max_ss(c, _mm_movehdup_ps(c)));
+}
+
+INLINE void f_store_i8(int8_t *p, f32x16 a) {
+    __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi));     /* lo0-3 hi0-3 lo4-7 hi4-7 */
+    words = _mm256_permute4x64_epi64(words, 0xd8);                                              /* 0, 2, 1, 3 */
+    _mm_storeu_si128((void *)p, _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+
+INLINE f32x16 i_to_f(i32x16 a) { return (f32x16){ _mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi) }; }
+
+INLINE u8x64 u_load(const uint8_t *p) {
+    return (u8x64){ _mm256_loadu_si256((const void *)p), _mm256_loadu_si256((const void *)(p + 32)) };
+}
+INLINE u8x64 u_or(u8x64 a, u8x64 b) { return U2(_mm256_or_si256, a, b); }
+#define u_shift_(op, a, s, mask) ((u8x64){ _mm256_and_si256(op((a).lo, s), _mm256_set1_epi8(mask)), \
+                                           _mm256_and_si256(op((a).hi, s), _mm256_set1_epi8(mask)) })
+#define u_shr(a, s, mask) u_shift_(_mm256_srli_epi16, a, s, mask)
+#define u_shl(a, s, mask) u_shift_(_mm256_slli_epi16, a, s, mask)
+INLINE u8x64 u_lookup(const uint8_t table[16], u8x64 a) {
+    __m256i t = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)table));
+    return (u8x64){ _mm256_shuffle_epi8(t, a.lo), _mm256_shuffle_epi8(t, a.hi) };
+}
+
+/* Products of 8 bits come as pairs summed in 16. With |a| <= 127 several units of narrow weights fit before they
+ * overflow: 8 units of 4 bits (8*2*15*127 = 30480), 4 of 5, 2 of 6. Eight bits do not fit even once: they all have
+ * zero == 128, so w - 128 is multiplied, its sign moved to the activation, and nothing is left to subtract. */
+INLINE i32x16 dot_narrow(i32x16 acc, const u8x64 *w, int n, const int8_t *a, int run) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    UNROLL(8)
+    for (int u = 0; u < n; u += run) {
+        __m256i lo = _mm256_setzero_si256(), hi = lo;
+        UNROLL(8)
+        for (int step = 0; step < run; step++) {
+            int i = u + step;
+            if (i >= n)
+                break;
+            __m256i x = _mm256_set1_epi32(*(const int32_t *)(const void *)(a + 4 * i));
+            lo = _mm256_add_epi16(lo, _mm256_maddubs_epi16(w[i].lo, x));
+            hi = _mm256_add_epi16(hi, _mm256_maddubs_epi16(w[i].hi, x));
+        }
+        acc.lo = _mm256_add_epi32(acc.lo, _mm256_madd_epi16(lo, ones));
+        acc.hi = _mm256_add_epi32(acc.hi, _mm256_madd_epi16(hi, ones));
+    }
+    return acc;
+}
+
+INLINE __m256i dot_signed(__m256i acc, __m256i w, __m256i x) {
+    w = _mm256_xor_si256(w, _mm256_set1_epi8((char)0x80));
+    __m256i products = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
+}
+
+INLINE i32x16 i_dot(const u8x64 *w, int n, const int8_t *a, int32_t neg_sum, int zero, int bits) {
+    __m256i none = _mm256_setzero_si256();
+    i32x16 acc = { none, none };
+    if (bits <= 6) {
+        if (zero)
+            acc.lo = acc.hi = _mm256_slli_epi32(_mm256_set1_epi32(neg_sum), __builtin_ctz(zero));
+        return dot_narrow(acc, w, n, a, bits <= 4 ? 8 : bits == 5 ? 4 : 2);
+    }
+    UNROLL(8)
+    for (int u = 0; u < n; u++) {
+        __m256i x = _mm256_set1_epi32(*(const int32_t *)(const void *)(a + 4 * u));
+        acc.lo = dot_signed(acc.lo, w[u].lo, x);
+        acc.hi = dot_signed(acc.hi, w[u].hi, x);
+    }
+    return acc;
+}
+
+#include "lanes.h"
+
+#endif

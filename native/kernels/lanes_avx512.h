@@ -1,0 +1,97 @@
+/* Sixteen lanes in one zmm register: AVX512 F, BW, DQ, VL and VNNI. Words as in lanes_ref.h. */
+#ifndef LANES_H
+#define LANES_H
+
+#include "../kernels.h"
+#include "../panels.h"
+#include <math.h>
+#include <immintrin.h>
+
+#define ISA(name) name##_avx512
+#define COLS_MAX 16
+#define ROWS_MAX 8
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL(n) _Pragma(UNROLL_TEXT(GCC unroll n))
+#define UNROLL_TEXT(x) #x
+
+typedef __m512 f32x16;
+typedef __m512i i32x16;
+typedef __m512i u8x64;
+
+INLINE __mmask16 first_lanes(int n) { return (__mmask16)((1u << n) - 1); }
+
+INLINE f32x16 f_zero(void) { return _mm512_setzero_ps(); }
+INLINE f32x16 f_set(float a) { return _mm512_set1_ps(a); }
+INLINE f32x16 f_load(const float *p) { return _mm512_loadu_ps(p); }
+INLINE f32x16 f_load_n(const float *p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+INLINE f32x16 f_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
+INLINE f32x16 f_load_bf16(const uint16_t *p) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16));
+}
+INLINE f32x16 f_load_u8(const uint8_t *p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p))); }
+INLINE f32x16 f_load_i8(const int8_t *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p))); }
+INLINE f32x16 f_load_u4(const uint8_t *p, int shift) {
+    __m512i x = _mm512_srl_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p)), _mm_cvtsi32_si128(shift));
+    return _mm512_cvtepi32_ps(_mm512_and_si512(x, _mm512_set1_epi32(15)));
+}
+INLINE f32x16 f_load_e8m0_half(const uint8_t *p) {
+    __m512i e = _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p));
+    __m512i normal = _mm512_slli_epi32(_mm512_sub_epi32(e, _mm512_set1_epi32(1)), 23);
+    __m512i tiny = _mm512_sllv_epi32(_mm512_set1_epi32(0x200000), e);
+    return _mm512_castsi512_ps(_mm512_mask_blend_epi32(_mm512_cmplt_epi32_mask(e, _mm512_set1_epi32(2)), normal, tiny));
+}
+INLINE void f_store(float *p, f32x16 a) { _mm512_storeu_ps(p, a); }
+INLINE void f_store_n(float *p, f32x16 a, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), a); }
+INLINE void f_store_f16(uint16_t *p, f32x16 a) { _mm256_storeu_si256((void *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
+INLINE f32x16 f_add(f32x16 a, f32x16 b) { return _mm512_add_ps(a, b); }
+INLINE f32x16 f_sub(f32x16 a, f32x16 b) { return _mm512_sub_ps(a, b); }
+INLINE f32x16 f_mul(f32x16 a, f32x16 b) { return _mm512_mul_ps(a, b); }
+INLINE f32x16 f_div(f32x16 a, f32x16 b) { return _mm512_div_ps(a, b); }
+INLINE f32x16 f_max(f32x16 a, f32x16 b) { return _mm512_max_ps(a, b); }
+INLINE f32x16 f_min(f32x16 a, f32x16 b) { return _mm512_min_ps(a, b); }
+INLINE f32x16 f_abs(f32x16 a) { return _mm512_abs_ps(a); }
+INLINE f32x16 f_fma(f32x16 a, f32x16 b, f32x16 c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE f32x16 f_round(f32x16 a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE f32x16 f_pow2(f32x16 n) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(_mm512_cvttps_epi32(n), _mm512_set1_epi32(127)), 23));
+}
+INLINE f32x16 f_zero_below(f32x16 a, f32x16 x, float limit) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_NLT_UQ), a);
+}
+INLINE f32x16 f_keep(f32x16 a, float other, int lo, int hi) {
+    return _mm512_mask_blend_ps((__mmask16)(first_lanes(hi) & ~first_lanes(lo)), _mm512_set1_ps(other), a);
+}
+
+INLINE float f_sum(f32x16 a) {
+    __m256 b = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    __m128 c = _mm_add_ps(_mm256_castps256_ps128(b), _mm256_extractf128_ps(b, 1));
+    c = _mm_add_ps(c, _mm_movehl_ps(c, c));
+    return _mm_cvtss_f32(_mm_add_ss(c, _mm_movehdup_ps(c)));
+}
+
+INLINE float f_max_lane(f32x16 a) { return _mm512_reduce_max_ps(a); }
+INLINE void f_store_i8(int8_t *p, f32x16 a) { _mm_storeu_si128((void *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a))); }
+INLINE f32x16 i_to_f(i32x16 a) { return _mm512_cvtepi32_ps(a); }
+
+INLINE u8x64 u_load(const uint8_t *p) { return _mm512_loadu_si512(p); }
+INLINE u8x64 u_or(u8x64 a, u8x64 b) { return _mm512_or_si512(a, b); }
+#define u_shr(a, s, mask) _mm512_and_si512(_mm512_srli_epi16(a, s), _mm512_set1_epi8(mask))
+#define u_shl(a, s, mask) _mm512_and_si512(_mm512_slli_epi16(a, s), _mm512_set1_epi8(mask))
+INLINE u8x64 u_lookup(const uint8_t table[16], u8x64 a) {
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const void *)table)), a);
+}
+
+INLINE i32x16 i_dot(const u8x64 *w, int n, const int8_t *a, int32_t neg_sum, int zero, int bits) {
+    i32x16 acc = _mm512_setzero_si512();
+    (void)bits;
+    if (zero)
+        acc = _mm512_slli_epi32(_mm512_set1_epi32(neg_sum), __builtin_ctz(zero));
+    UNROLL(8)
+    for (int u = 0; u < n; u++)
+        acc = _mm512_dpbusd_epi32(acc, w[u], _mm512_set1_epi32(*(const int32_t *)(const void *)(a + 4 * u)));
+    return acc;
+}
+
+#include "lanes.h"
+
+#endif

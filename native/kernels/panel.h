@@ -1,0 +1,253 @@
+/* Panels times activations: decode 32 columns of 16 rows once, multiply them with every token of the tile.
+ *
+ * A type is one codes_*, one *_scales and its row in PANEL_TYPES; the loop is the same for all. */
+
+/* Scales and mins of 16 rows: one pair per 32 columns, or one for each half of them. */
+struct scales { f32x16 scale[2], min[2]; };
+
+#define NIBBLES(w, p) \
+    for (int g = 0; g < 4; g++) { u8x64 x = u_load((p) + 64 * g); w[g] = u_shr(x, 0, 15); w[g + 4] = u_shr(x, 4, 15); }
+
+INLINE void codes_u4(u8x64 *w, const uint8_t *p) {
+    NIBBLES(w, p)
+}
+
+INLINE void codes_u5(u8x64 *w, const uint8_t *p) {
+    NIBBLES(w, p)
+    u8x64 plane = u_load(p + 256);
+    w[0] = u_or(w[0], u_shl(plane, 4, 16));
+    w[1] = u_or(w[1], u_shl(plane, 3, 16));
+    w[2] = u_or(w[2], u_shl(plane, 2, 16));
+    w[3] = u_or(w[3], u_shl(plane, 1, 16));
+    w[4] = u_or(w[4], u_shr(plane, 0, 16));
+    w[5] = u_or(w[5], u_shr(plane, 1, 16));
+    w[6] = u_or(w[6], u_shr(plane, 2, 16));
+    w[7] = u_or(w[7], u_shr(plane, 3, 16));
+}
+
+INLINE void codes_u6(u8x64 *w, const uint8_t *p) {
+    NIBBLES(w, p)
+    for (int h = 0; h < 2; h++) {
+        u8x64 plane = u_load(p + 256 + 64 * h);
+        w[4 * h + 0] = u_or(w[4 * h + 0], u_shl(plane, 4, 48));
+        w[4 * h + 1] = u_or(w[4 * h + 1], u_shl(plane, 2, 48));
+        w[4 * h + 2] = u_or(w[4 * h + 2], u_shr(plane, 0, 48));
+        w[4 * h + 3] = u_or(w[4 * h + 3], u_shr(plane, 2, 48));
+    }
+}
+
+INLINE void codes_u8(u8x64 *w, const uint8_t *p) {
+    for (int g = 0; g < 8; g++)
+        w[g] = u_load(p + 64 * g);
+}
+
+INLINE void codes_u2(u8x64 *w, const uint8_t *p) {
+    for (int h = 0; h < 2; h++) {
+        u8x64 plane = u_load(p + 64 * h);
+        w[4 * h + 0] = u_shr(plane, 0, 3);
+        w[4 * h + 1] = u_shr(plane, 2, 3);
+        w[4 * h + 2] = u_shr(plane, 4, 3);
+        w[4 * h + 3] = u_shr(plane, 6, 3);
+    }
+}
+
+INLINE void codes_u3(u8x64 *w, const uint8_t *p) {
+    codes_u2(w, p);
+    u8x64 plane = u_load(p + 128);
+    w[0] = u_or(w[0], u_shl(plane, 2, 4));
+    w[1] = u_or(w[1], u_shl(plane, 1, 4));
+    w[2] = u_or(w[2], u_shr(plane, 0, 4));
+    w[3] = u_or(w[3], u_shr(plane, 1, 4));
+    w[4] = u_or(w[4], u_shr(plane, 2, 4));
+    w[5] = u_or(w[5], u_shr(plane, 3, 4));
+    w[6] = u_or(w[6], u_shr(plane, 4, 4));
+    w[7] = u_or(w[7], u_shr(plane, 5, 4));
+}
+
+INLINE void codes_nl4(u8x64 *w, const uint8_t *p) {
+    static const uint8_t values[16] = { 1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241 };   /* + 128 */
+    NIBBLES(w, p)
+    for (int g = 0; g < 8; g++)
+        w[g] = u_lookup(values, w[g]);
+}
+
+INLINE void codes_fp4(u8x64 *w, const uint8_t *p) {
+    static const uint8_t values[16] = { 16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 14, 13, 12, 10, 8, 4 };         /* 2x + 16 */
+    NIBBLES(w, p)
+    for (int g = 0; g < 8; g++)
+        w[g] = u_lookup(values, w[g]);
+}
+
+/* Each fills s from p (this block of 32) and the head of the superblock. */
+INLINE void d_scales(struct scales *s, const uint8_t *head, const uint8_t *p) {
+    (void)head;
+    s->scale[0] = f_load_f16((const uint16_t *)(const void *)p);
+}
+
+INLINE void dm_scales(struct scales *s, const uint8_t *head, const uint8_t *p) {
+    d_scales(s, head, p);
+    s->min[0] = f_load_f16((const uint16_t *)(const void *)(p + 32));
+}
+
+INLINE void e8_scales(struct scales *s, const uint8_t *head, const uint8_t *p) {
+    (void)head;
+    s->scale[0] = f_load_e8m0_half(p);
+}
+
+INLINE f32x16 head_f16(const uint8_t *head, int i) { return f_load_f16((const uint16_t *)(const void *)head + 16 * i); }
+
+INLINE void k_scales(struct scales *s, const uint8_t *head, const uint8_t *p) {
+    s->scale[0] = f_mul(head_f16(head, 0), f_load_u8(p));
+    s->min[0] = f_mul(head_f16(head, 1), f_load_u8(p + 16));
+}
+
+INLINE void k16_scales(struct scales *s, const uint8_t *head, const uint8_t *p) {
+    for (int h = 0; h < 2; h++)
+        s->scale[h] = f_mul(head_f16(head, 0), f_load_i8((const int8_t *)p + 16 * h));
+}
+
+INLINE void k32_scales(struct scales *s, const uint8_t *head, const uint8_t *p) {
+    s->scale[0] = f_mul(head_f16(head, 0), f_load_i8((const int8_t *)p));
+}
+
+INLINE void km16_scales(struct scales *s, const uint8_t *head, const uint8_t *p) {
+    for (int h = 0; h < 2; h++) {
+        s->scale[h] = f_mul(head_f16(head, 0), f_load_u4(p + 16 * h, 0));
+        s->min[h] = f_mul(head_f16(head, 1), f_load_u4(p + 16 * h, 4));
+    }
+}
+
+/* What the compiler knows of a type while it writes its loop. */
+struct format { int super, code_bytes, scale_bytes, head_bytes, halves, mins, zero, bits; };
+typedef void codes_fn(u8x64 *w, const uint8_t *p);
+typedef void scales_fn(struct scales *s, const uint8_t *head, const uint8_t *p);
+
+INLINE f32x16 dot_block(const struct format f, const u8x64 *w, const struct scales *s, const struct act_block *a, f32x16 y) {
+    f32x16 t;
+    if (f.halves) {
+        t = f_mul(i_to_f(i_dot(w, 4, a->q, a->neg_sum[0], f.zero, f.bits)), s->scale[0]);
+        t = f_fma(i_to_f(i_dot(w + 4, 4, a->q + 16, a->neg_sum[1], f.zero, f.bits)), s->scale[1], t);
+    } else
+        t = f_mul(i_to_f(i_dot(w, 8, a->q, a->neg_sum[2], f.zero, f.bits)), s->scale[0]);
+    if (f.mins && f.halves)
+        t = f_fma(s->min[1], f_set(a->sum[1]), f_fma(s->min[0], f_set(a->sum[0]), t));
+    else if (f.mins)
+        t = f_fma(s->min[0], f_set(a->sum[2]), t);
+    return f_fma(t, f_set(a->d), y);
+}
+
+INLINE void put(const struct panel_job *j, int panel, int col, f32x16 y) {
+    int row = PANEL_ROWS * panel, n = j->n_rows - row < 16 ? j->n_rows - row : 16;
+    float *out = j->out + (size_t)col * j->out_stride + row;
+    if (j->bias)
+        y = f_add(y, f_load_n(j->bias + row, n));
+    if (j->add)
+        y = f_add(f_load_n(out, n), y);
+    f_store_n(out, y, n);
+}
+
+/* One panel times C columns of the tile, from column col. */
+INLINE void panel_cols(const struct panel_job *j, int panel, int col, const int C, const struct format f, codes_fn *codes, scales_fn *scales) {
+    const uint8_t *p = j->codes + (size_t)panel * j->code_stride, *s = j->scales + (size_t)panel * j->scale_stride;
+    const struct act_block *a = j->act + col;
+    f32x16 y[COLS_MAX];
+    UNROLL(16)
+    for (int c = 0; c < C; c++)
+        y[c] = f_zero();
+    for (int k = 0; k < j->k; k += f.super) {
+        const uint8_t *head = s;
+        s += f.head_bytes;
+        for (int b = 0; b < f.super; b += 32, p += f.code_bytes, s += f.scale_bytes, a += j->n_cols) {
+            u8x64 w[8];
+            struct scales sc;
+            codes(w, p);
+            scales(&sc, head, s);
+            UNROLL(16)
+            for (int c = 0; c < C; c++)
+                y[c] = dot_block(f, w, &sc, a + c, y[c]);
+        }
+    }
+    UNROLL(16)
+    for (int c = 0; c < C; c++)
+        put(j, panel, col + c, y[c]);
+}
+
+#define COLS(C) case C: panel_cols(j, panel, col, C, f, codes, scales); break;
+
+INLINE void panels(const struct panel_job *j, const struct format f, codes_fn *codes, scales_fn *scales) {
+    for (int panel = 0; panel < j->n_panels; panel++)
+        for (int col = 0, n; col < j->n_cols; col += n) {
+            n = j->n_cols - col < COLS_MAX ? j->n_cols - col : COLS_MAX;
+            switch (n) {
+                COLS(1) COLS(2) COLS(3) COLS(4)
+#if COLS_MAX > 4
+                COLS(5) COLS(6) COLS(7) COLS(8) COLS(9) COLS(10) COLS(11) COLS(12) COLS(13) COLS(14) COLS(15) COLS(16)
+#endif
+            }
+        }
+}
+
+#define QUANTIZED(TYPE, name, super, codes, scales, zero) \
+    static void panel_##name(const struct panel_job *j) { \
+        const struct format f = { super, CODES_##codes, SCALES_##scales, HEAD_##scales, HALVES_##scales, MINS_##scales, \
+                                  zero, BITS_##codes }; \
+        panels(j, f, codes_##codes, scales##_scales); \
+    }
+PANEL_TYPES(QUANTIZED)
+
+/* Float weights: P panels times C columns, so that enough chains of fma run at once. */
+enum { FLOAT_COLS_MAX = COLS_MAX < 16 ? 1 : 4 };
+typedef f32x16 load_fn(const uint8_t *p);
+INLINE f32x16 load_f32(const uint8_t *p) { return f_load((const float *)(const void *)p); }
+INLINE f32x16 load_f16(const uint8_t *p) { return f_load_f16((const uint16_t *)(const void *)p); }
+INLINE f32x16 load_bf16(const uint8_t *p) { return f_load_bf16((const uint16_t *)(const void *)p); }
+
+INLINE void float_cols(const struct panel_job *j, int panel, const int P, int col, const int C, int unit, load_fn *load) {
+    const uint8_t *p = j->codes + (size_t)panel * j->code_stride;
+    const float *x = j->x + (size_t)col * j->x_stride;
+    f32x16 y[4][4];
+    UNROLL(4)
+    for (int i = 0; i < P; i++)
+        UNROLL(4)
+        for (int c = 0; c < C; c++)
+            y[i][c] = f_zero();
+    for (int k = 0; k < j->k; k++, p += unit)
+        UNROLL(4)
+        for (int i = 0; i < P; i++) {
+            f32x16 w = load(p + (size_t)i * j->code_stride);
+            UNROLL(4)
+            for (int c = 0; c < C; c++)
+                y[i][c] = f_fma(w, f_set(x[(size_t)c * j->x_stride + (size_t)k]), y[i][c]);
+        }
+    UNROLL(4)
+    for (int i = 0; i < P; i++)
+        UNROLL(4)
+        for (int c = 0; c < C; c++)
+            put(j, panel + i, col + c, y[i][c]);
+}
+
+#define FLOAT_COLS(P, C) case C: float_cols(j, panel, P, col, C, unit, load); break;
+
+INLINE void float_panels(const struct panel_job *j, int unit, load_fn *load) {
+    for (int panel = 0, p; panel < j->n_panels; panel += p) {
+        p = j->n_panels - panel < 4 ? 1 : 4;
+        for (int col = 0, n; col < j->n_cols; col += n) {
+            n = j->n_cols - col < FLOAT_COLS_MAX ? j->n_cols - col : FLOAT_COLS_MAX;
+            if (p == 1)
+                switch (n) { FLOAT_COLS(1, 1) FLOAT_COLS(1, 2) FLOAT_COLS(1, 3) FLOAT_COLS(1, 4) }
+            else
+                switch (n) { FLOAT_COLS(4, 1) FLOAT_COLS(4, 2) FLOAT_COLS(4, 3) FLOAT_COLS(4, 4) }
+        }
+    }
+}
+
+#define FLOAT(TYPE, name, size) \
+    static void panel_##name(const struct panel_job *j) { float_panels(j, PANEL_ROWS * size, load_##name); }
+FLOAT_PANEL_TYPES(FLOAT)
+
+#define INSTALL(TYPE, name, ...) k->panel[TYPE] = panel_##name;
+
+void ISA(panel)(struct kernels *k) {
+    PANEL_TYPES(INSTALL)
+    FLOAT_PANEL_TYPES(INSTALL)
+}

@@ -1,0 +1,2 @@
+#include "lanes_ref.h"
+#include "vec.h"

@@ -1,0 +1,413 @@
+/* Opening: check the settings, bind the tensors to their places, make the panels. */
+#include "model.h"
+
+#include "cpu.h"
+#include "error.h"
+#include "memory.h"
+#include "pack.h"
+#include "panels.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+
+/* Settings: what is believed of a file before anything is multiplied or allocated. */
+
+static int in_range(const char *name, int64_t value, int64_t low, int64_t high) {
+    if (value >= low && value <= high)
+        return 0;
+    return fail(BMC_EFORMAT, "%s: expected %lld to %lld, found %lld", name, (long long)low, (long long)high, (long long)value);
+}
+
+static int check_config(const bmc_config *c) {
+    const struct { const char *name; int64_t value, low, high; } limits[] = {
+        { "dim", c->dim, 1, 1 << 20 },
+        { "hidden_dim", c->hidden_dim, 1, 1 << 22 },
+        { "head_dim", c->head_dim, 1, 1024 },
+        { "n_layers", c->n_layers, 1, 1024 },
+        { "n_heads", c->n_heads, 1, 4096 },
+        { "n_kv_heads", c->n_kv_heads, 1, c->n_heads },
+        { "vocab_size", c->vocab_size, 1, 1 << 24 },
+        { "n_ctx", c->n_ctx, 1, 1 << 30 },
+        { "norm", c->norm, BMC_NORM_RMS, BMC_NORM_LAYER },
+        { "act", c->act, BMC_ACT_SILU, BMC_ACT_GELU },
+        { "rope", c->rope, BMC_ROPE_NONE, BMC_ROPE_HALVES },
+        { "rope_dim", c->rope_dim, 0, c->head_dim },
+        { "n_heads % n_kv_heads", c->n_heads % c->n_kv_heads, 0, 0 },
+        { "rope_dim % 2", c->rope_dim % 2, 0, 0 },
+    };
+    for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
+        if (in_range(limits[i].name, limits[i].value, limits[i].low, limits[i].high))
+            return BMC_EFORMAT;
+    for (int i = 0; i < c->n_layers; i++)
+        if (in_range("layer_window", c->layer_window[i], 0, 1 << 30) || in_range("layer_rope", c->layer_rope[i], 0, 1))
+            return BMC_EFORMAT;
+    if (c->rope != BMC_ROPE_NONE && (!c->rope_freq[0] || !c->rope_freq[1]))
+        return fail(BMC_EINVAL, "rope_freq: a table is missing");
+    return 0;
+}
+
+/* Roles: where a tensor belongs and what shape it has there. */
+
+enum extent { ONE, DIM, HIDDEN, HEAD, Q, KV, VOCAB, CTX };
+
+static int64_t extent(const bmc_model *m, enum extent e) {
+    const bmc_config *c = &m->c;
+    const int64_t values[] = { 1, c->dim, c->hidden_dim, c->head_dim, m->q_dim, m->kv_dim, c->vocab_size, c->n_ctx };
+    return values[e];
+}
+
+struct role { const char *name; size_t offset; enum extent cols, rows; bool required; };
+
+#define IN_LAYER(field) offsetof(struct layer, field)
+#define IN_MODEL(field) offsetof(bmc_model, field)
+
+static const struct role layer_matrices[] = {
+    { "attn_q", IN_LAYER(attn_q), DIM, Q, true },
+    { "attn_k", IN_LAYER(attn_k), DIM, KV, true },
+    { "attn_v", IN_LAYER(attn_v), DIM, KV, true },
+    { "attn_output", IN_LAYER(attn_output), Q, DIM, true },
+    { "ffn_gate", IN_LAYER(ffn_gate), DIM, HIDDEN, false },
+    { "ffn_up", IN_LAYER(ffn_up), DIM, HIDDEN, true },
+    { "ffn_down", IN_LAYER(ffn_down), HIDDEN, DIM, true },
+    { 0 },
+};
+
+static const struct role layer_vectors[] = {
+    { "attn_norm", IN_LAYER(attn_norm), DIM, ONE, false },
+    { "attn_norm.bias", IN_LAYER(attn_norm_bias), DIM, ONE, false },
+    { "attn_q.bias", IN_LAYER(attn_q.bias), Q, ONE, false },
+    { "attn_k.bias", IN_LAYER(attn_k.bias), KV, ONE, false },
+    { "attn_v.bias", IN_LAYER(attn_v.bias), KV, ONE, false },
+    { "attn_output.bias", IN_LAYER(attn_output.bias), DIM, ONE, false },
+    { "attn_q_norm", IN_LAYER(attn_q_norm), HEAD, ONE, false },
+    { "attn_k_norm", IN_LAYER(attn_k_norm), HEAD, ONE, false },
+    { "attn_post_norm", IN_LAYER(attn_post_norm), DIM, ONE, false },
+    { "ffn_norm", IN_LAYER(ffn_norm), DIM, ONE, false },
+    { "ffn_norm.bias", IN_LAYER(ffn_norm_bias), DIM, ONE, false },
+    { "ffn_gate.bias", IN_LAYER(ffn_gate.bias), HIDDEN, ONE, false },
+    { "ffn_up.bias", IN_LAYER(ffn_up.bias), HIDDEN, ONE, false },
+    { "ffn_down.bias", IN_LAYER(ffn_down.bias), DIM, ONE, false },
+    { "ffn_post_norm", IN_LAYER(ffn_post_norm), DIM, ONE, false },
+    { 0 },
+};
+
+static const struct role model_matrices[] = {
+    { "token_embd", IN_MODEL(token_embd), DIM, VOCAB, true },
+    { "position_embd", IN_MODEL(position_embd), DIM, CTX, false },
+    { "output", IN_MODEL(output), DIM, VOCAB, true },
+    { 0 },
+};
+
+static const struct role model_vectors[] = {
+    { "output_norm", IN_MODEL(output_norm), DIM, ONE, true },
+    { "output_norm.bias", IN_MODEL(output_norm_bias), DIM, ONE, false },
+    { "output.bias", IN_MODEL(output.bias), VOCAB, ONE, false },
+    { 0 },
+};
+
+static const struct role *find_role(const struct role *roles, const char *name) {
+    for (; roles->name; roles++)
+        if (!strcmp(roles->name, name))
+            return roles;
+    return NULL;
+}
+
+static const char *full_name(const bmc_tensor *t, char text[64]) {
+    if (t->layer >= 0)
+        snprintf(text, 64, "layer %d's %s", (int)t->layer, t->role);
+    else
+        snprintf(text, 64, "%s", t->role);
+    return text;
+}
+
+static int check_tensor(const bmc_model *m, const bmc_tensor *t, const struct role *role, bool matrix) {
+    char name[64];
+    const struct type *type = type_find(t->type);
+    int64_t cols = extent(m, role->cols), rows = extent(m, role->rows);
+    full_name(t, name);
+    if (!type || !type->dequantize || (matrix && !panel_runs(t->type)))
+        return fail(BMC_EFORMAT, "%s: pybmc does not compute with type %s", name, type ? type->name : "unknown");
+    if (t->n_cols != cols || t->n_rows != rows)
+        return fail(BMC_EFORMAT, "%s: expected %s (%lld, %lld), found (%lld, %lld)", name, type->name,
+                    (long long)cols, (long long)rows, (long long)t->n_cols, (long long)t->n_rows);
+    if (cols % type->block_size)
+        return fail(BMC_EFORMAT, "%s: rows of %lld are not whole blocks of %s (%d)", name, (long long)cols, type->name, type->block_size);
+    return t->data ? 0 : fail(BMC_EINVAL, "%s: data is NULL", name);
+}
+
+/* Memory that lives as long as the model. */
+static void *own(bmc_model *m, size_t bytes) {
+    void **items = realloc(m->owned.items, ((size_t)m->owned.n + 1) * sizeof *items);
+    if (!items)
+        return NULL;
+    m->owned.items = items;
+    void *item = calloc(1, bytes ? bytes : 1);
+    if (item)
+        items[m->owned.n++] = item;
+    return item;
+}
+
+static int bind_vector(bmc_model *m, const bmc_tensor *t, const float **place) {
+    float *values = own(m, padded((int)t->n_cols) * sizeof *values);
+    if (!values)
+        return fail(BMC_ENOMEM, "no memory for %s", t->role);
+    type_find(t->type)->dequantize(t->data, t->n_cols, values);
+    *place = values;
+    return 0;
+}
+
+static void bind_matrix(const bmc_tensor *t, struct matrix *place) {
+    place->type = t->type;
+    place->mapped = t->mapped;
+    place->n_rows = t->n_rows;
+    place->n_cols = t->n_cols;
+    place->data = t->data;
+}
+
+static int bind(bmc_model *m, const bmc_tensor *t) {
+    char name[64];
+    bool in_layer = t->layer >= 0;
+    if (t->layer < -1 || t->layer >= m->c.n_layers)
+        return fail(BMC_EFORMAT, "%s: the model has %d layers", full_name(t, name), (int)m->c.n_layers);
+    char *base = in_layer ? (char *)&m->layers[t->layer] : (char *)m;
+    const struct role *matrix = find_role(in_layer ? layer_matrices : model_matrices, t->role);
+    const struct role *role = matrix ? matrix : find_role(in_layer ? layer_vectors : model_vectors, t->role);
+    if (!role)
+        return fail(BMC_EFORMAT, "%s: there is no such role", full_name(t, name));
+    int status = check_tensor(m, t, role, matrix);
+    if (status)
+        return status;
+    if (!matrix)
+        return bind_vector(m, t, (const float **)(void *)(base + role->offset));
+    bind_matrix(t, (struct matrix *)(void *)(base + role->offset));
+    return 0;
+}
+
+static int check_bound(const char *base, const struct role *roles, int layer, bool matrix) {
+    char name[64];
+    for (; roles->name; roles++) {
+        const void *place = base + roles->offset;
+        bool bound = matrix ? ((const struct matrix *)place)->data != NULL : *(float *const *)place != NULL;
+        if (roles->required && !bound)
+            return fail(BMC_EFORMAT, "%s is missing", full_name(&(bmc_tensor){ .role = roles->name, .layer = layer }, name));
+    }
+    return 0;
+}
+
+static int check_all_bound(const bmc_model *m) {
+    int status = check_bound((const char *)m, model_matrices, -1, true);
+    if (!status)
+        status = check_bound((const char *)m, model_vectors, -1, false);
+    for (int i = 0; !status && i < m->c.n_layers; i++)
+        status = check_bound((const char *)&m->layers[i], layer_matrices, i, true);
+    return status;
+}
+
+/* Panels. */
+
+static void each_matrix(bmc_model *m, void (*fn)(struct matrix *, void *), void *arg) {
+    for (int i = 0; i < m->c.n_layers; i++)
+        for (const struct role *r = layer_matrices; r->name; r++) {
+            struct matrix *matrix = (void *)((char *)&m->layers[i] + r->offset);
+            if (matrix->data)
+                fn(matrix, arg);
+        }
+    fn(&m->output, arg);
+}
+
+static int64_t n_panels(const struct matrix *w) { return (w->n_rows + PANEL_ROWS - 1) / PANEL_ROWS; }
+
+static void measure(struct matrix *w, void *bytes) {
+    struct panel_size size = panel_size(w->type, w->n_cols);
+    w->code_stride = size.codes;
+    w->scale_stride = size.scales;
+    *(size_t *)bytes += (size_t)n_panels(w) * (size.codes + size.scales) + 64;
+}
+
+static void place(struct matrix *w, void *next) {
+    uint8_t **p = next;
+    size_t codes = (size_t)n_panels(w) * w->code_stride, scales = (size_t)n_panels(w) * w->scale_stride;
+    w->codes = *p;
+    w->scales = w->codes + codes;
+    *p += (codes + scales + 63) / 64 * 64;
+}
+
+struct packing { bmc_model *model; struct matrix *matrix; };
+
+static size_t file_row_bytes(const struct matrix *w) {
+    const struct type *type = type_find(w->type);
+    return (size_t)(w->n_cols / type->block_size) * (size_t)type->type_size;
+}
+
+/* This thread's panels; the file's pages are given back as they are done, a megabyte at a time. */
+static void pack_share(void *arg, int thread) {
+    struct packing *p = arg;
+    struct matrix *w = p->matrix;
+    size_t row_bytes = file_row_bytes(w);
+    int64_t from, to, kept;
+    pool_share(p->model->pool, thread, n_panels(w), 1, &from, &to);
+    kept = from * PANEL_ROWS;
+    for (int64_t panel = from; panel < to; panel++) {
+        int64_t row = panel * PANEL_ROWS, n = w->n_rows - row < PANEL_ROWS ? w->n_rows - row : PANEL_ROWS;
+        pack_panel(w->type, w->data + (size_t)row * row_bytes, row_bytes, (int)n, w->n_cols,
+                   w->codes + (size_t)panel * w->code_stride, w->scales + (size_t)panel * w->scale_stride);
+        atomic_fetch_add(&p->model->packed, (int64_t)(w->code_stride + w->scale_stride));
+        size_t done = (size_t)(row + n - kept) * row_bytes;
+        if (w->mapped && (done >= 1 << 20 || panel == to - 1)) {
+            give_back(w->data + (size_t)kept * row_bytes, done);
+            kept = row + n;
+        }
+    }
+}
+
+static void pack_matrix(struct matrix *w, void *model) {
+    struct packing p = { model, w };
+    pool_run(p.model->pool, pack_share, &p);
+}
+
+int bmc_model_pack(bmc_model *m) {
+    if (m->panels)
+        return fail(BMC_EINVAL, "bmc_model_pack: done already");
+    m->panels = huge_alloc(m->panel_bytes);
+    if (!m->panels)
+        return fail(BMC_ENOMEM, "no memory for %.0f MB of weights", (double)m->panel_bytes / 1e6);
+    uint8_t *next = m->panels;
+    each_matrix(m, place, &next);
+    each_matrix(m, pack_matrix, m);
+    atomic_store(&m->packed, (int64_t)m->panel_bytes);
+    return 0;
+}
+
+int64_t bmc_model_packed(const bmc_model *m, int64_t *total) {
+    if (total)
+        *total = (int64_t)m->panel_bytes;
+    return atomic_load(&((bmc_model *)m)->packed);
+}
+
+/* Buffers: one block of address space, touched as far as a pass reaches. */
+
+static void *take(char **next, size_t bytes) {
+    void *p = *next;
+    *next += (bytes + 63) / 64 * 64;
+    return p;
+}
+
+static size_t largest(size_t a, size_t b) { return a > b ? a : b; }
+
+/* Lays the buffers out from `memory` on; returns the bytes they take. Called with NULL to learn how many. */
+static size_t lay_out(const bmc_model *m, struct buffers *b, char *memory) {
+    const bmc_config *c = &m->c;
+    char *next = memory;
+    const size_t row = PASS_MAX * sizeof(float), turns = (size_t)c->rope_dim / 2;
+    size_t widest = largest(largest((size_t)c->dim, (size_t)m->q_dim), (size_t)c->hidden_dim);
+    size_t heads = largest(64, (size_t)(c->n_heads / c->n_kv_heads));
+    b->x = take(&next, row * padded(c->dim));
+    b->xb = take(&next, row * largest(padded(c->dim), padded(m->q_dim)));
+    b->y = take(&next, row * padded(c->dim));
+    b->q = take(&next, row * padded(m->q_dim));
+    b->k = take(&next, row * padded(m->kv_dim));
+    b->v = take(&next, row * padded(m->kv_dim));
+    b->gate = take(&next, row * padded(c->hidden_dim));
+    b->up = take(&next, row * padded(c->hidden_dim));
+    b->act = take(&next, PASS_MAX * (widest / 32 + 1) * sizeof(struct act_block));
+    b->cos = take(&next, 2 * row * turns);
+    b->sin = take(&next, 2 * row * turns);
+    b->scratch_stride = largest(heads * (size_t)m->v_dim + 2 * heads, (size_t)PASS_MAX * HEAD_ROWS);
+    b->scratch = take(&next, (size_t)pool_size(m->pool) * b->scratch_stride * sizeof(float));
+    return (size_t)(next - memory);
+}
+
+static int make_buffers(bmc_model *m) {
+    struct buffers *b = m->buffers = own(m, sizeof *b);
+    if (!b)
+        return fail(BMC_ENOMEM, "no memory for a model");
+    b->bytes = lay_out(m, b, NULL);
+    b->memory = huge_alloc(b->bytes);
+    if (!b->memory)
+        return fail(BMC_ENOMEM, "no memory for %.0f MB of buffers", (double)b->bytes / 1e6);
+    lay_out(m, b, b->memory);
+    return 0;
+}
+
+/* The configuration with its arrays copied. */
+static int copy_config(bmc_model *m, const bmc_config *config) {
+    bmc_config *c = &m->c;
+    size_t layers = (size_t)config->n_layers * sizeof(int32_t), turns = (size_t)config->rope_dim / 2 * sizeof(float);
+    int32_t *window = own(m, layers), *rope = own(m, layers);
+    float *freq[2] = { own(m, turns), own(m, turns) };
+    *c = *config;
+    if (!window || !rope || !freq[0] || !freq[1])
+        return fail(BMC_ENOMEM, "no memory for a model");
+    c->layer_window = memcpy(window, config->layer_window, layers);
+    c->layer_rope = memcpy(rope, config->layer_rope, layers);
+    for (int i = 0; i < 2; i++) {
+        if (config->rope_freq[i])
+            memcpy(freq[i], config->rope_freq[i], turns);
+        c->rope_freq[i] = freq[i];
+    }
+    for (int i = 0; c->rope && i < c->n_layers; i++)
+        if (m->n_ropes <= rope[i])
+            m->n_ropes = rope[i] + 1;
+    m->q_dim = c->n_heads * c->head_dim;
+    m->kv_dim = c->n_kv_heads * c->head_dim;
+    m->v_dim = (int)padded(c->head_dim);
+    return 0;
+}
+
+static int build(bmc_model *m, const bmc_config *config, const bmc_tensor *tensors, int n_tensors, int n_threads) {
+    int status = check_config(config);
+    if (!status)
+        status = kernels_init(&m->k);
+    if (!status)
+        status = copy_config(m, config);
+    if (status)
+        return status;
+    m->layers = own(m, (size_t)config->n_layers * sizeof *m->layers);
+    m->pool = pool_new(n_threads);
+    if (!m->layers || !m->pool)
+        return fail(BMC_ENOMEM, "no memory for a model with %d layers and %d threads", (int)config->n_layers, n_threads);
+    for (int i = 0; i < config->n_layers; i++) {
+        m->layers[i].window = config->layer_window[i];
+        m->layers[i].rope = config->layer_rope[i];
+    }
+    for (int i = 0; !status && i < n_tensors; i++)
+        status = bind(m, &tensors[i]);
+    if (!status)
+        status = check_all_bound(m);
+    if (!status)
+        status = make_buffers(m);
+    if (!status)
+        each_matrix(m, measure, &m->panel_bytes);
+    return status;
+}
+
+bmc_model *bmc_model_new(const bmc_config *config, const bmc_tensor *tensors, int n_tensors, int n_threads) {
+    if (!config || !tensors || n_tensors < 1 || n_threads < 1 || n_threads > 1024) {
+        fail(BMC_EINVAL, "bmc_model_new: needs settings, tensors and 1 to 1024 threads (%d)", n_threads);
+        return NULL;
+    }
+    bmc_model *m = calloc(1, sizeof *m);
+    if (!m) {
+        fail(BMC_ENOMEM, "no memory for a model");
+        return NULL;
+    }
+    pthread_mutex_init(&m->lock, NULL);
+    if (!build(m, config, tensors, n_tensors, n_threads))
+        return m;
+    bmc_model_free(m);
+    return NULL;
+}
+
+void bmc_model_free(bmc_model *m) {
+    if (!m)
+        return;
+    pool_free(m->pool);
+    huge_free(m->panels, m->panel_bytes);
+    if (m->buffers)
+        huge_free(m->buffers->memory, m->buffers->bytes);
+    for (int i = 0; i < m->owned.n; i++)
+        free(m->owned.items[i]);
+    free(m->owned.items);
+    pthread_mutex_destroy(&m->lock);
+    free(m);
+}

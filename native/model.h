@@ -1,0 +1,106 @@
+/* A model as the forward pass sees it: settings, weights in panels, and the buffers of a pass. */
+#ifndef MODEL_H
+#define MODEL_H
+
+#include "arena.h"
+#include "bmc.h"
+#include "kernels.h"
+#include "threads.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+
+/* A weight matrix (n_rows, n_cols). data is the file's; codes and scales are its panels. */
+struct matrix {
+    int type;
+    bool mapped;                    /* data's pages can be given back */
+    int64_t n_rows, n_cols;
+    const uint8_t *data;
+    uint8_t *codes, *scales;
+    size_t code_stride, scale_stride;
+    const float *bias;              /* (n_rows,) or NULL */
+};
+
+/* A tensor that is NULL (a matrix whose data is NULL) is a step that this model does not take. */
+struct layer {
+    const float *attn_norm, *attn_norm_bias;
+    struct matrix attn_q, attn_k, attn_v, attn_output;
+    const float *attn_q_norm, *attn_k_norm;             /* (head_dim,) each head's own norm */
+    const float *attn_post_norm;                        /* before the residual sum */
+    const float *ffn_norm, *ffn_norm_bias;
+    struct matrix ffn_gate, ffn_up, ffn_down;
+    const float *ffn_post_norm;
+    int window;                     /* rows a token sees, itself included; 0 = all */
+    int rope;                       /* which table of frequencies */
+};
+
+enum { PASS_MAX = 512, HEAD_ROWS = 1024 };      /* tokens in one pass over the weights; logits at a time */
+
+struct bmc_model {
+    bmc_config c;
+    struct kernels k;
+    struct pool *pool;
+    pthread_mutex_t lock;           /* one pass at a time */
+    atomic_int n_sessions;
+
+    struct matrix token_embd;       /* rows are read from the file, one a token */
+    struct matrix position_embd;
+    const float *output_norm, *output_norm_bias;
+    struct matrix output;
+    struct layer *layers;           /* (n_layers,) */
+    int n_ropes;                    /* tables of rope frequencies that layers use */
+    int q_dim, kv_dim, v_dim;       /* heads * head_dim; KV heads * head_dim; head_dim rounded up to 16 */
+
+    void *panels;                   /* all panels, in huge pages */
+    size_t panel_bytes;
+    _Atomic int64_t packed;         /* bytes of them that are made */
+    struct { void **items; int n; } owned;      /* small arrays: norms, biases, tables */
+    struct buffers *buffers;
+};
+
+struct bmc_session {
+    bmc_model *model;
+    struct arena arena;
+    int position;                   /* rows in use */
+    atomic_flag busy;
+};
+
+/* What one pass works on; (n, d) are n rows of d floats, row strides rounded up to 16. */
+struct buffers {
+    float *x;                       /* (PASS_MAX, dim) the residual stream */
+    float *xb;                      /* (PASS_MAX, max(dim, q_dim)) normed, or attention's result */
+    float *y;                       /* (PASS_MAX, dim) what a post norm reads */
+    float *q, *k, *v;               /* (PASS_MAX, q_dim), (.., kv_dim), (.., kv_dim) */
+    float *gate, *up;               /* (PASS_MAX, hidden_dim) */
+    struct act_block *act;          /* the same activations in 8 bits: tiles of columns */
+    float *cos, *sin;               /* (2, PASS_MAX, rope_dim / 2) */
+    float *scratch;                 /* (threads, scratch_stride) */
+    size_t scratch_stride;
+    void *memory;
+    size_t bytes;
+};
+
+/* The best id of a row of logits so far. */
+struct best { float logit; int32_t id; };
+
+/* One pass: up to PASS_MAX tokens of any sessions. */
+struct pass {
+    bmc_model *model;
+    int n_tok;
+    int n_out;                      /* tokens whose logits are wanted */
+    bmc_session *session[PASS_MAX];
+    int32_t token[PASS_MAX], pos[PASS_MAX];
+    int32_t out[PASS_MAX];          /* (n_out,) which tokens */
+    float *logits[PASS_MAX];        /* (n_out,) where to, or NULL */
+    int32_t *argmax[PASS_MAX];
+    struct best *best;              /* (threads, n_out) */
+    atomic_int next_task;           /* attention's tasks are taken in turn */
+};
+
+void forward(struct pass *pass);
+
+/* A buffer's row stride in floats. */
+static inline size_t padded(int n) { return ((size_t)n + 15) / 16 * 16; }
+
+#endif

@@ -1,0 +1,169 @@
+/* Sessions, and the way from spans to passes. */
+#include "error.h"
+#include "model.h"
+
+#include <stdlib.h>
+
+static int claim(bmc_session *s) {
+    if (!atomic_flag_test_and_set_explicit(&s->busy, memory_order_acquire))
+        return 0;
+    return fail(BMC_EBUSY, "this session is in use by another thread");
+}
+
+static void release(bmc_session *s) { atomic_flag_clear_explicit(&s->busy, memory_order_release); }
+
+bmc_session *bmc_session_new(bmc_model *m, int64_t cap, int growth, int r) {
+    bmc_session *s = NULL;
+    if (!m || !m->panels)
+        fail(BMC_EINVAL, "bmc_session_new: the model has no panels yet");
+    else if (cap < 1 || cap > 1 << 30)
+        fail(BMC_EINVAL, "context: expected 1 to %d, found %lld", 1 << 30, (long long)cap);
+    else if (m->position_embd.data && cap > m->c.n_ctx)
+        fail(BMC_EINVAL, "context: this model has %d learned positions, %lld are asked for", (int)m->c.n_ctx, (long long)cap);
+    else if (!(s = calloc(1, sizeof *s)))
+        fail(BMC_ENOMEM, "no memory for a session");
+    if (!s)
+        return NULL;
+    int64_t tile_bytes = (int64_t)TILE * (m->c.head_dim + m->v_dim) * (int64_t)sizeof(uint16_t);
+    struct arena_config config = {
+        .n_layers = m->c.n_layers, .n_heads = m->c.n_kv_heads, .tile_bytes = tile_bytes, .cap = cap, .growth = growth,
+        .r = r > 0 ? r : arena_auto_rows(tile_bytes / TILE * m->c.n_kv_heads * m->c.n_layers),
+    };
+    if (arena_init(&s->arena, &config)) {
+        free(s);
+        return NULL;
+    }
+    s->model = m;
+    atomic_fetch_add(&m->n_sessions, 1);
+    return s;
+}
+
+void bmc_session_free(bmc_session *s) {
+    if (!s)
+        return;
+    arena_free(&s->arena);
+    atomic_fetch_sub(&s->model->n_sessions, 1);
+    free(s);
+}
+
+int bmc_session_position(const bmc_session *s) { return s->position; }
+
+int bmc_session_rewind(bmc_session *s, int position) {
+    int status = claim(s);
+    if (status)
+        return status;
+    if (position < 0 || position > s->position)
+        status = fail(BMC_EINVAL, "rewind: expected 0 to %d, found %d", s->position, position);
+    else {
+        s->position = position;
+        arena_set_rows(&s->arena, position);
+    }
+    release(s);
+    return status;
+}
+
+static int reserve(bmc_session *s, int rows) { return arena_reserve(&s->arena, (int64_t)s->position + rows); }
+
+int bmc_session_reserve(bmc_session *s, int rows) {
+    int status = claim(s);
+    if (status)
+        return status;
+    status = rows < 0 ? fail(BMC_EINVAL, "reserve: %d rows", rows) : reserve(s, rows);
+    release(s);
+    return status;
+}
+
+int bmc_session_stats(const bmc_session *s, bmc_arena_stats *stats) {
+    arena_stats(&s->arena, stats);
+    return 0;
+}
+
+static int check_span(const bmc_span *span, const bmc_model *m) {
+    if (!span->session || !span->tokens)
+        return fail(BMC_EINVAL, "a span needs a session and tokens");
+    if (span->session->model != m)
+        return fail(BMC_EINVAL, "the sessions of one call belong to different models");
+    if (span->n_tok < 1)
+        return fail(BMC_EINVAL, "a span needs at least one token, found %d", (int)span->n_tok);
+    if (span->want < BMC_WANT_NONE || span->want > BMC_WANT_ALL)
+        return fail(BMC_EINVAL, "want: expected 0 to 2, found %d", (int)span->want);
+    for (int i = 0; i < span->n_tok; i++)
+        if (span->tokens[i] < 0 || span->tokens[i] >= m->c.vocab_size)
+            return fail(BMC_EINVAL, "token ids are 0 to %d, found %d", (int)m->c.vocab_size - 1, (int)span->tokens[i]);
+    return 0;
+}
+
+/* Claims every session, with room for its tokens. On failure none stays claimed and no position has moved. */
+static int claim_all(const bmc_span *spans, int n) {
+    int status = 0, claimed = 0;
+    for (; claimed < n && !status; claimed++) {
+        status = check_span(&spans[claimed], spans[0].session ? spans[0].session->model : NULL);
+        if (!status)
+            status = claim(spans[claimed].session);
+        if (status)
+            break;
+    }
+    for (int i = 0; i < n && !status; i++)
+        status = reserve(spans[i].session, spans[i].n_tok);
+    for (int i = 0; status && i < claimed; i++)
+        release(spans[i].session);
+    return status;
+}
+
+static bool wanted(const bmc_span *span, int i) {
+    return span->want == BMC_WANT_ALL || (span->want == BMC_WANT_LAST && i == span->n_tok - 1);
+}
+
+static void push(struct pass *p, const bmc_span *span, int i) {
+    p->session[p->n_tok] = span->session;
+    p->token[p->n_tok] = span->tokens[i];
+    p->pos[p->n_tok] = span->session->position + i;
+    if (wanted(span, i)) {
+        int row = span->want == BMC_WANT_ALL ? i : 0;
+        p->out[p->n_out] = p->n_tok;
+        p->logits[p->n_out] = span->logits ? span->logits + (size_t)row * (size_t)p->model->c.vocab_size : NULL;
+        p->argmax[p->n_out++] = span->argmax ? span->argmax + row : NULL;
+    }
+    p->n_tok++;
+}
+
+/* Passes of up to PASS_MAX tokens over all spans, one after the other. */
+static void run_passes(struct pass *p, const bmc_span *spans, int n) {
+    for (int s = 0; s < n; s++)
+        for (int i = 0; i < spans[s].n_tok; i++) {
+            push(p, &spans[s], i);
+            if (p->n_tok == PASS_MAX || (s == n - 1 && i == spans[s].n_tok - 1)) {
+                forward(p);
+                p->n_tok = p->n_out = 0;
+            }
+        }
+    for (int s = 0; s < n; s++) {
+        spans[s].session->position += spans[s].n_tok;
+        arena_set_rows(&spans[s].session->arena, spans[s].session->position);
+    }
+}
+
+int bmc_eval(const bmc_span *spans, int n_spans) {
+    if (!spans || n_spans < 1)
+        return fail(BMC_EINVAL, "bmc_eval: needs at least one span");
+    int status = claim_all(spans, n_spans);
+    if (status)
+        return status;
+    bmc_model *m = spans[0].session->model;
+    struct pass *p = malloc(sizeof *p);
+    struct best *best = malloc((size_t)pool_size(m->pool) * PASS_MAX * sizeof *best);
+    if (p && best) {
+        p->model = m;
+        p->best = best;
+        p->n_tok = p->n_out = 0;
+        pthread_mutex_lock(&m->lock);
+        run_passes(p, spans, n_spans);
+        pthread_mutex_unlock(&m->lock);
+    } else
+        status = fail(BMC_ENOMEM, "no memory for a pass");
+    free(p);
+    free(best);
+    for (int i = 0; i < n_spans; i++)
+        release(spans[i].session);
+    return status;
+}

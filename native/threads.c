@@ -1,0 +1,162 @@
+#include "threads.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdbool.h>
+#include <stdlib.h>
+
+#if defined(__x86_64__)
+#define pause_cpu() __builtin_ia32_pause()
+#elif defined(__aarch64__)
+#define pause_cpu() __asm__ volatile("yield")
+#else
+#define pause_cpu() ((void)0)
+#endif
+
+/* Between tokens a worker looks out for work this long before it sleeps: about 50 us. */
+enum { LOOK_OUT = 1500, PATIENCE = 4000 };
+
+struct pool {
+    int n;
+    pthread_t *workers;
+    void (*fn)(void *, int);
+    void *arg;
+    bool stop;
+    _Alignas(64) atomic_uint run;           /* number of the current run */
+    _Alignas(64) atomic_uint done;          /* workers that finished it */
+    _Alignas(64) atomic_uint arrived;       /* at the barrier */
+    _Alignas(64) atomic_uint passed;        /* barriers gone through */
+    _Alignas(64) pthread_mutex_t lock;      /* for sleeping only */
+    pthread_cond_t wake;
+    atomic_int asleep;
+};
+
+struct worker { struct pool *pool; int thread; };
+
+static bool comes(atomic_uint *value, unsigned old, int patience) {
+    for (int i = 0; i < patience; i++) {
+        if (atomic_load_explicit(value, memory_order_acquire) != old)
+            return true;
+        pause_cpu();
+    }
+    return atomic_load(value) != old;
+}
+
+static void sleep_until(struct pool *p, unsigned old) {
+    pthread_mutex_lock(&p->lock);
+    atomic_fetch_add(&p->asleep, 1);
+    while (atomic_load(&p->run) == old)
+        pthread_cond_wait(&p->wake, &p->lock);
+    atomic_fetch_sub(&p->asleep, 1);
+    pthread_mutex_unlock(&p->lock);
+}
+
+static void *work(void *arg) {
+    struct worker me = *(struct worker *)arg;
+    struct pool *p = me.pool;
+    free(arg);
+    for (unsigned seen = 0;; seen++) {
+        if (!comes(&p->run, seen, LOOK_OUT))
+            sleep_until(p, seen);
+        if (p->stop)
+            return NULL;
+        p->fn(p->arg, me.thread);
+        atomic_fetch_add_explicit(&p->done, 1, memory_order_release);
+    }
+}
+
+static void start(struct pool *p) {
+    atomic_fetch_add(&p->run, 1);
+    if (!atomic_load(&p->asleep))
+        return;
+    pthread_mutex_lock(&p->lock);
+    pthread_cond_broadcast(&p->wake);
+    pthread_mutex_unlock(&p->lock);
+}
+
+/* Waits inside a run, where the others are at work: yields the core if that takes long. */
+static void await(atomic_uint *value, unsigned old) {
+    while (!comes(value, old, PATIENCE))
+        sched_yield();
+}
+
+void pool_run(struct pool *p, void (*fn)(void *, int), void *arg) {
+    if (p->n == 1) {
+        fn(arg, 0);
+        return;
+    }
+    p->fn = fn;
+    p->arg = arg;
+    atomic_store(&p->done, 0);
+    start(p);
+    fn(arg, 0);
+    for (unsigned done; (done = atomic_load_explicit(&p->done, memory_order_acquire)) < (unsigned)p->n - 1;)
+        await(&p->done, done);
+}
+
+void pool_barrier(struct pool *p) {
+    if (p->n == 1)
+        return;
+    unsigned pass = atomic_load_explicit(&p->passed, memory_order_relaxed);
+    if (atomic_fetch_add_explicit(&p->arrived, 1, memory_order_acq_rel) + 1 == (unsigned)p->n) {
+        atomic_store_explicit(&p->arrived, 0, memory_order_relaxed);
+        atomic_store_explicit(&p->passed, pass + 1, memory_order_release);
+    } else
+        await(&p->passed, pass);
+}
+
+void pool_share(const struct pool *p, int thread, int64_t n, int64_t unit, int64_t *from, int64_t *to) {
+    int64_t units = (n + unit - 1) / unit;
+    *from = units * thread / p->n * unit;
+    *to = units * (thread + 1) / p->n * unit;
+    if (*to > n)
+        *to = n;
+    if (*from > *to)
+        *from = *to;
+}
+
+int pool_size(const struct pool *p) { return p->n; }
+
+static bool start_worker(struct pool *p, int thread) {
+    struct worker *w = malloc(sizeof *w);
+    if (!w)
+        return false;
+    *w = (struct worker){ p, thread };
+    if (!pthread_create(&p->workers[thread], NULL, work, w))
+        return true;
+    free(w);
+    return false;
+}
+
+struct pool *pool_new(int n_threads) {
+    struct pool *p = aligned_alloc(64, (sizeof *p + 63) / 64 * 64);
+    if (!p)
+        return NULL;
+    *p = (struct pool){ .n = 1, .workers = calloc((size_t)n_threads, sizeof(pthread_t)) };
+    pthread_mutex_init(&p->lock, NULL);
+    pthread_cond_init(&p->wake, NULL);
+    sigset_t all, before;                       /* signals are the caller's business */
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    while (p->workers && p->n < n_threads && start_worker(p, p->n))
+        p->n++;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (p->workers && p->n == n_threads)
+        return p;
+    pool_free(p);
+    return NULL;
+}
+
+void pool_free(struct pool *p) {
+    if (!p)
+        return;
+    p->stop = true;
+    start(p);
+    for (int i = 1; i < p->n; i++)
+        pthread_join(p->workers[i], NULL);
+    pthread_mutex_destroy(&p->lock);
+    pthread_cond_destroy(&p->wake);
+    free(p->workers);
+    free(p);
+}

@@ -1,0 +1,23 @@
+/* A fixed pool: the calling thread and n - 1 workers run the same function side by side. */
+#ifndef THREADS_H
+#define THREADS_H
+
+#include <stdatomic.h>
+#include <stdint.h>
+
+struct pool;
+
+struct pool *pool_new(int n_threads);       /* NULL if the system refuses a thread */
+void pool_free(struct pool *pool);
+int pool_size(const struct pool *pool);
+
+/* fn(arg, thread) on every thread, 0 being the caller; returns when all have. One run at a time. */
+void pool_run(struct pool *pool, void (*fn)(void *arg, int thread), void *arg);
+
+/* Inside a run: nobody passes before all have come. */
+void pool_barrier(struct pool *pool);
+
+/* This thread's part of n things, in units of `unit`: [*from, *to). Contiguous, ascending with the thread. */
+void pool_share(const struct pool *pool, int thread, int64_t n, int64_t unit, int64_t *from, int64_t *to);
+
+#endif

@@ -1,0 +1,142 @@
+"""The C library: declarations, loading, status codes and arrays. The only file that imports cffi."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from cffi import FFI
+
+from .errors import ArgumentError, BmcError, BusyError, ContextFullError, FormatError, OutOfMemoryError
+
+_HERE = Path(__file__).parent
+_LIBRARY = _HERE / ("libpybmc.dylib" if sys.platform == "darwin" else "libpybmc.so")
+_HEADERS = (_HERE / "bmc.h", _HERE.parent / "native" / "bmc.h")      # a wheel's copy, a checkout's original
+
+
+def _declarations() -> str:
+    """What stands in bmc.h between its marks."""
+    for path in _HEADERS:
+        if path.is_file():
+            return re.search(r"/\* <cffi>.*?\*/(.*)/\* </cffi> \*/", path.read_text(), re.DOTALL).group(1)
+    raise BmcError(f"pybmc is incomplete: {_HEADERS[0]} is missing; install it again")
+
+
+def _load(ffi: FFI):
+    if not _LIBRARY.is_file():
+        raise BmcError(f"the C library is missing: {_LIBRARY}; run make, or install pybmc again")
+    try:
+        lib = ffi.dlopen(str(_LIBRARY))
+        version = lib.bmc_version()
+    except (OSError, AttributeError) as error:
+        raise BmcError(f"the C library does not load: {error}; run make, or install pybmc again") from error
+    if version != lib.BMC_VERSION:
+        raise BmcError(f"{_LIBRARY} has version {version}, pybmc needs {lib.BMC_VERSION}; run make, or install pybmc again")
+    return lib
+
+
+ffi = FFI()
+ffi.cdef(_declarations())
+lib = _load(ffi)
+
+ERRORS = {
+    lib.BMC_EINVAL: ArgumentError,
+    lib.BMC_EFORMAT: FormatError,
+    lib.BMC_ENOMEM: OutOfMemoryError,
+    lib.BMC_EFULL: ContextFullError,
+    lib.BMC_EBUSY: BusyError,
+}
+
+
+def last_error() -> str:
+    """This thread's sentence about the last call that failed."""
+    return ffi.string(lib.bmc_error()).decode("utf-8", "replace")
+
+
+def check(status: int) -> int:
+    """Return a count or 0 as it is; raise what a negative status means."""
+    if status < 0:
+        raise ERRORS.get(status, BmcError)(last_error())
+    return status
+
+
+def as_array(x, dtype, shape=None, name="array") -> np.ndarray:
+    """Return x as a C-contiguous array of dtype, itself where it is one already.
+
+    shape is a tuple in which None stands for any length. Integers that dtype cannot hold, floats where integers
+    belong and other kinds of values raise ArgumentError.
+    """
+    dtype = np.dtype(dtype)
+    try:
+        array = np.asarray(x)
+    except ValueError as error:
+        raise ArgumentError(f"{name}: {error}") from None
+    if array.size == 0 and not isinstance(x, np.ndarray):
+        array = array.astype(dtype)             # [] has no kind of its own
+    if shape is not None and not (array.ndim == len(shape)
+                                  and all(want in (None, n) for want, n in zip(shape, array.shape))):
+        raise ArgumentError(f"{name}: expected shape {_spell(shape)}, got {_spell(array.shape)}")
+    if array.dtype != dtype:
+        if array.dtype.kind not in ("iu" if dtype.kind in "iu" else "iuf"):
+            raise ArgumentError(f"{name}: expected {dtype} values, got {array.dtype}")
+        if dtype.kind in "iu" and array.size:
+            low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+            if int(array.min()) < low or int(array.max()) > high:
+                raise ArgumentError(f"{name}: {int(array.min())}..{int(array.max())} does not fit {dtype}")
+    return np.ascontiguousarray(array, dtype).reshape(array.shape)
+
+
+def pointer(array: np.ndarray):
+    """A C pointer to a contiguous array's values; it keeps the array alive."""
+    return ffi.from_buffer(f"{_CTYPES[array.dtype.str[1:]]}[]", array)
+
+
+_CTYPES = {"f4": "float", "i4": "int32_t", "i8": "int64_t", "u1": "uint8_t", "u2": "uint16_t"}
+
+
+def _spell(shape) -> str:
+    return "(" + ", ".join("n" if n is None else str(n) for n in shape) + ("," if len(shape) == 1 else "") + ")"
+
+
+@dataclass(frozen=True)
+class QuantType:
+    """A tensor type of GGUF: block_size weights take type_size bytes; runs tells whether pybmc computes with it."""
+
+    id: int
+    name: str
+    block_size: int
+    type_size: int
+    runs: bool
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@lru_cache(maxsize=None)
+def type_info(id: int) -> QuantType | None:
+    """The type with ggml's number id, or None when there is none."""
+    info = ffi.new("bmc_type_info *")
+    if not -2**31 <= id < 2**31:
+        return None
+    check(lib.bmc_type(id, info))
+    if info.name == ffi.NULL:
+        return None
+    return QuantType(id, ffi.string(info.name).decode(), info.block_size, info.type_size, bool(info.runs))
+
+
+def dequantize(type: QuantType | int, data, n: int) -> np.ndarray:
+    """The first n values in a buffer of blocks, as float32 (n,). n is a multiple of the type's block size."""
+    quant = type if isinstance(type, QuantType) else type_info(type)
+    if quant is None:
+        raise ArgumentError(f"there is no tensor type {type}")
+    blocks = ffi.from_buffer("uint8_t[]", data)
+    needed = n // quant.block_size * quant.type_size
+    if len(blocks) < needed:
+        raise ArgumentError(f"{n} values of {quant} take {needed} bytes, got {len(blocks)}")
+    out = np.empty(max(n, 0), np.float32)
+    check(lib.bmc_dequantize(quant.id, blocks, n, pointer(out)))
+    return out

@@ -1,0 +1,264 @@
+"""From a prompt to a stream of tokens: evaluate the prompt, then choose and evaluate, one token at a time.
+
+A decoding loop yields choices, in order, and knows nothing of text; what ends a text (stop tokens, stop strings,
+counts) stands around it, in one place, for every loop.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+from typing import NamedTuple
+
+from .errors import ArgumentError, ContextFullError
+from .sampling import Sampler, logprob
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of an answer. text is what became certain with it: it may be empty, or end an earlier token's.
+
+    logprob is the model's own, before settings. finish_reason is set on the last token: "stop" (the model ended,
+    or a stop string was found), "length" (max_tokens) or "context" (no room for more).
+    """
+
+    id: int
+    text: str
+    logprob: float
+    from_draft: bool = False
+    finish_reason: str | None = None
+
+
+# ---- text --------------------------------------------------------------------------------------------------
+
+
+class StopStrings:
+    """Passes text on, except from the first of some strings on; holds back what may be the beginning of one.
+
+    The string that is complete first counts, and of those that end together the longest: what comes out does not
+    depend on how the text was cut.
+    """
+
+    def __init__(self, strings: Iterable[str] = ()):
+        self.strings = [strings] if isinstance(strings, str) else list(strings)
+        for string in self.strings:
+            if not isinstance(string, str) or not string:
+                raise ArgumentError(f"a stop string is {string!r}; expected text that is not empty")
+        self.found: str | None = None
+        self._held = ""
+
+    def push(self, text: str) -> str:
+        """What is certain to come before any stop string."""
+        if self.found:
+            return ""
+        text = self._held + text
+        ends = [(at + len(s), at, s) for s in self.strings if (at := text.find(s)) >= 0]
+        if ends:
+            _, at, self.found = min(ends)
+            self._held = ""
+            return text[:at]
+        n = max((self._partial(text, s) for s in self.strings), default=0)
+        self._held = text[len(text) - n:]
+        return text[:len(text) - n]
+
+    def flush(self) -> str:
+        """What was held back, when nothing follows."""
+        text, self._held = self._held, ""
+        return text
+
+    @staticmethod
+    def _partial(text: str, string: str) -> int:
+        """How many characters at the end of text begin the string."""
+        return next((n for n in range(min(len(string) - 1, len(text)), 0, -1) if text.endswith(string[:n])), 0)
+
+
+# ---- prompt ------------------------------------------------------------------------------------------------
+
+
+def encode_prompt(tokenizer, prompt) -> list[int]:
+    """Token ids of a prompt: a text, in which control tokens count, a list of ids, or a list of chat messages."""
+    if isinstance(prompt, str):
+        tokens = tokenizer.encode(prompt, special=True)
+    else:
+        tokens = list(prompt)
+        if tokens and isinstance(tokens[0], Mapping):
+            from .chat import ChatTemplate
+            tokens = ChatTemplate(None, tokenizer).encode(tokens)
+    if not tokens:
+        raise ArgumentError("the prompt is empty")
+    return tokens
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two lists begin with together."""
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:
+        return n
+    return next(i for i in range(n) if a[i] != b[i])
+
+
+def rewind_to(session, tokens: Sequence[int]) -> int:
+    """Keep the rows that `tokens` can use, all but the last token's at most; returns how many."""
+    kept = min(common_prefix(session.tokens, tokens), len(tokens) - 1)
+    session.rewind(kept)
+    return kept
+
+
+def eval_prompt(session, tokens: Sequence[int], progress: Callable[[int, int], None] | None = None,
+                seconds: float = 0.25):
+    """Evaluate tokens in pieces of about `seconds`, so that an interrupt is heard; the last one's logits.
+
+    progress(done, total) is called after each piece. However a prompt is cut, its logits are the same.
+    """
+    done, piece, total = 0, 64, len(tokens)
+    while True:
+        n = min(piece, total - done)
+        last = done + n == total
+        started = time.perf_counter()
+        logits = session.eval(tokens[done:done + n], logits="last" if last else "none")
+        taken = time.perf_counter() - started
+        done += n
+        if progress:
+            progress(done, total)
+        if last:
+            return logits
+        piece = min(max(16, int(n * seconds / taken) // 16 * 16), 1024)
+
+
+# ---- loops -------------------------------------------------------------------------------------------------
+
+
+class Choice(NamedTuple):
+    """What a decoding loop yields."""
+
+    id: int
+    logprob: float
+    from_draft: bool = False
+
+
+def plain_loop(session, logits, sampler: Sampler) -> Iterator[Choice]:
+    """Choose from the logits, evaluate the choice, and so on. The last choice yielded is not in the session yet."""
+    while True:
+        token = sampler.sample(logits, session.position, session.tokens)
+        yield Choice(token, logprob(logits, token))
+        logits = session.eval([token])
+
+
+# ---- generation --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Stats:
+    """Counts and seconds of a generation. The first token comes with the prompt: its time is the prompt's."""
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0          # of the prompt: already in the session
+    prompt_s: float = 0.0
+    predicted_tokens: int = 0
+    predicted_s: float = 0.0
+    draft_n: int = 0
+    draft_n_accepted: int = 0
+
+    @property
+    def prompt_tok_s(self) -> float:
+        return (self.prompt_tokens - self.reused_tokens) / self.prompt_s if self.prompt_s else 0.0
+
+    @property
+    def predicted_tok_s(self) -> float:
+        return (self.predicted_tokens - 1) / self.predicted_s if self.predicted_s else 0.0
+
+
+class Generation(Iterator[Token]):
+    """An iterator of Token. prompt holds the prompt's ids, stats counts and times so far; close() ends it early."""
+
+    def __init__(self, tokens: Iterator[Token], prompt: list[int], stats: Stats):
+        self._tokens, self.prompt, self.stats = tokens, prompt, stats
+
+    def __next__(self) -> Token:
+        return next(self._tokens)
+
+    def close(self) -> None:
+        self._tokens.close()
+
+
+def generate(model, prompt, max_tokens: int | None = 256, *, session=None, temperature: float = 0.0, seed: int = 0,
+             stop: str | Sequence[str] = (), stop_tokens: Iterable[int] | None = None,
+             progress: Callable[[int, int], None] | None = None, **settings) -> Generation:
+    """Continue a prompt: an iterator of Token.
+
+    prompt     a text, a list of token ids, or a list of chat messages ({"role": .., "content": ..})
+    max_tokens at most so many tokens; None: until the model ends or the context is full
+    session    evaluate in this session, and keep it: what the prompt has in common with its tokens is not evaluated
+               again. Without one a new session is used and closed.
+    stop       strings that end the text and are not part of it
+    stop_tokens ids that end the text; None: the vocabulary's end-of-text and end-of-turn tokens, (): none
+    progress   called with (done, total) while a prompt is evaluated
+    settings   those of pybmc.sampling.Sampler: temperature, seed, top_k, top_p, min_p, repeat_penalty, ...
+
+    The last Token tells why it was the last (finish_reason). The same prompt, settings and seed give the same text.
+    """
+    try:
+        sampler = Sampler(temperature=temperature, seed=seed, **settings)
+    except TypeError:
+        raise ArgumentError(f"unknown settings: {', '.join(settings.keys() - Sampler.__dataclass_fields__)}") from None
+    if max_tokens is not None and max_tokens < 0:
+        raise ArgumentError(f"max_tokens is {max_tokens}; expected 0 or more, or None")
+    tokens = encode_prompt(model.tokenizer, prompt)
+    stops = model.tokenizer.stop_ids if stop_tokens is None else frozenset(stop_tokens)
+    stats = Stats(prompt_tokens=len(tokens))
+    limit = inf if max_tokens is None else max_tokens
+    run = _run(model, tokens, limit, session, sampler, StopStrings(stop), stops, progress, stats)
+    return Generation(run, tokens, stats)
+
+
+def _run(model, tokens, max_tokens, session, sampler, stop_strings, stop_ids, progress, stats) -> Iterator[Token]:
+    own = None if session is not None else model.session()
+    session = session or own
+    try:
+        check_room(session, tokens)
+        started = time.perf_counter()
+        stats.reused_tokens = rewind_to(session, tokens)
+        logits = eval_prompt(session, tokens[stats.reused_tokens:], progress)
+        stats.prompt_s = time.perf_counter() - started
+        if max_tokens:
+            choices = timed(plain_loop(session, logits, sampler), stats)
+            yield from finish(choices, session, model.tokenizer.stream(), max_tokens, stop_strings, stop_ids)
+    finally:
+        if own is not None:
+            own.close()
+
+
+def check_room(session, tokens: Sequence[int]) -> None:
+    """A prompt that cannot fit is an error before any of it is evaluated."""
+    if session.context is not None and len(tokens) > session.context:
+        raise ContextFullError(f"the prompt has {len(tokens)} tokens, the context has room for {session.context}")
+
+
+def timed(choices: Iterator[Choice], stats: Stats) -> Iterator[Choice]:
+    """Counts choices, and the seconds that making them takes: not those that their reader takes."""
+    while True:
+        started = time.perf_counter()
+        choice = next(choices)
+        stats.predicted_s += time.perf_counter() - started
+        stats.predicted_tokens += 1
+        yield choice
+
+
+def finish(choices: Iterator[Choice], session, decoder, max_tokens: float, stop_strings: StopStrings,
+           stop_ids: frozenset[int]) -> Iterator[Token]:
+    """Choices as Tokens with text, until something ends them."""
+    for n, choice in enumerate(choices, 1):
+        ends = choice.id in stop_ids
+        text = "" if ends else stop_strings.push(decoder.push(choice.id))
+        reason = None
+        if ends or stop_strings.found:
+            reason = "stop"
+        elif n >= max_tokens:
+            reason = "length"
+        elif session.context is not None and session.position >= session.context:
+            reason = "context"
+        if reason and not stop_strings.found:
+            text += stop_strings.push(decoder.flush()) + stop_strings.flush()
+        yield Token(choice.id, text, choice.logprob, choice.from_draft, reason)
+        if reason:
+            return

@@ -1,0 +1,29 @@
+"""What can go wrong. Every exception of pybmc is a BmcError and, where Python has one, the natural builtin."""
+
+
+class BmcError(Exception):
+    """Anything that pybmc reports."""
+
+
+class FormatError(BmcError, ValueError):
+    """A file is not what it should be."""
+
+
+class ArgumentError(BmcError, ValueError):
+    """An argument is out of range or of the wrong kind."""
+
+
+class ContextFullError(BmcError, ValueError):
+    """The session's cap on rows would be passed."""
+
+
+class BusyError(BmcError, RuntimeError):
+    """Another thread is using this session."""
+
+
+class ClosedError(BmcError, RuntimeError):
+    """The model or session was closed."""
+
+
+class OutOfMemoryError(BmcError, MemoryError):
+    """The system has no memory left."""

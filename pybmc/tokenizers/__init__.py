@@ -1,0 +1,126 @@
+"""Text <-> token ids, with the vocabulary of a GGUF file of any architecture."""
+
+from __future__ import annotations
+
+import codecs
+import operator
+from collections.abc import Iterable
+
+from ..errors import ArgumentError, FormatError
+from ..gguf import GGUF
+from .bpe import Bpe
+from .spm import Spm
+
+__all__ = ["StreamDecoder", "Tokenizer"]
+
+_KINDS = {"gpt2": Bpe, "gemma4": Bpe, "llama": Spm}         # by tokenizer.ggml.model
+
+
+class Tokenizer:
+    """The vocabulary of a GGUF file: a path (no weights are needed or read) or an opened GGUF.
+
+    Ids equal llama.cpp's. Two differences are meant: ordinary text never becomes a control token, and decode gives back the
+    text as it was, without tidying the spaces before punctuation.
+    """
+
+    def __init__(self, source):
+        if isinstance(source, GGUF):
+            self._load(source)
+        else:
+            with GGUF(source, vocabulary_only=True) as file:
+                self._load(file)
+
+    def _load(self, file: GGUF) -> None:
+        model = file.metadata.get("tokenizer.ggml.model")
+        if not isinstance(model, str) or model not in _KINDS:
+            raise FormatError(f"{file.path}: " + (f"vocabularies of kind {model!r} are not supported, only {', '.join(_KINDS)}"
+                                                  if model else "has no vocabulary (tokenizer.ggml.model)"))
+        self._codec = _KINDS[model](file.metadata, str(file.path))
+        self.vocab = self._codec.vocab
+        self.tokens: list[str] = self.vocab.tokens                      # as the file spells them
+        self.vocab_size: int = self.vocab.size
+        self.bos_id: int | None = self.vocab.bos_id
+        self.eos_id: int | None = self.vocab.eos_id
+        self.eot_id: int | None = self.vocab.eot_id
+        self.stop_ids: frozenset[int] = self.vocab.stop_ids             # each ends what a model has to say
+        self.add_bos: bool = self.vocab.add_bos
+        self.add_eos: bool = self.vocab.add_eos
+        self.chat_template: str | None = self.vocab.get("tokenizer.chat_template", str)
+        self._pieces: dict[int, bytes] = {}
+
+    def encode(self, text: str, bos: bool = True, special: bool = False) -> list[int]:
+        """Token ids of a text. bos: begin and end it as the file asks; special: control tokens spelled in it count as such."""
+        ids = [self.bos_id] if bos and self.add_bos else []
+        ids += self.encode_parts(self.vocab.split(_checked(text), special))
+        return ids + [self.eos_id] if bos and self.add_eos else ids
+
+    def encode_parts(self, parts: Iterable[str | int]) -> list[int]:
+        """Ids of ordinary texts with special tokens, given as ids, between them."""
+        ids: list[int] = []
+        for part in parts:
+            if isinstance(part, str):
+                ids += self._codec.encode(part)
+            else:
+                ids.append(part)
+        return ids
+
+    def decode(self, ids: Iterable[int], special: bool = False, continued: bool = False) -> str:
+        """The text of some ids. special shows control tokens. Bytes that are not UTF-8 become U+FFFD.
+
+        SentencePiece puts a space before a text's first word; it is taken off again, unless the text is the continuation
+        of another one.
+        """
+        stream = StreamDecoder(self, special, continued)
+        return stream.push(*ids) + stream.flush()
+
+    def stream(self, special: bool = False, continued: bool = True) -> StreamDecoder:
+        """A decoder for ids that come one by one; continued: after a prompt, so that a first space belongs to the text."""
+        return StreamDecoder(self, special, continued)
+
+    def piece(self, id: int) -> bytes:
+        """The bytes of one token; a control token's are its name."""
+        piece = self._pieces.get(id)
+        if piece is None:
+            id = self.vocab.check(operator.index(id))
+            piece = self._pieces[id] = self._codec.piece(id)
+        return piece
+
+    def byte_id(self, byte: int) -> int | None:
+        """The token that stands for one byte, where there is one."""
+        return self._codec.byte(byte)
+
+    def is_control(self, id: int) -> bool:
+        return self.vocab.check(operator.index(id)) in self.vocab.control
+
+    def __repr__(self) -> str:
+        return f"<Tokenizer of {self.vocab.source!r}: {self.vocab_size} tokens>"
+
+
+class StreamDecoder:
+    """Ids in, text out: never half a character. push() gives what is complete, flush() what is left at the end."""
+
+    def __init__(self, tokenizer: Tokenizer, special: bool = False, continued: bool = True):
+        self._tokenizer = tokenizer
+        self._silent = frozenset() if special else tokenizer.vocab.silent
+        self._strip = tokenizer._codec.space_prefix and not continued
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, *ids: int) -> str:
+        pieces = [self._tokenizer.piece(id) for id in ids if id not in self._silent]
+        if self._strip and pieces:
+            self._strip = False
+            pieces[0] = pieces[0].removeprefix(b" ")
+        return self._utf8.decode(b"".join(pieces))
+
+    def flush(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+
+def _checked(text: str) -> str:
+    if not isinstance(text, str):
+        raise ArgumentError(f"expected a str to encode, got {type(text).__name__}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ArgumentError(f"not a text: {text[error.start]!r} at {error.start} is half a surrogate pair") from None
+    return text

@@ -1,0 +1,110 @@
+"""Byte-pair vocabularies (tokenizer.ggml.model "gpt2") through the tokenizers package.
+
+A byte-level token is spelled in printable characters, one for each byte: the Latin-1 characters that print are themselves,
+the other 68 bytes are U+0100 and up (GPT-2's encoder.json).
+"""
+
+from __future__ import annotations
+
+import logging
+
+from .pre import DEFAULT, PRE, Pre
+from .vocab import BYTE, NORMAL, Vocabulary
+
+log = logging.getLogger(__name__)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Character -> byte."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+BYTES = _byte_alphabet()
+CHARS = {byte: char for char, byte in BYTES.items()}
+
+
+class Bpe:
+    """Ordinary text <-> ids. Merges that name tokens which do not exist are left out, with a warning."""
+
+    space_prefix = False
+
+    def __init__(self, metadata: dict[str, object], source: str):
+        raw = metadata.get("tokenizer.ggml.model") == "gemma4"
+        name = "gemma4" if raw else metadata.get("tokenizer.ggml.pre", "")
+        self.pre = _find_pre(name, source)
+        ids = {} if raw or name in ("glm4", "chatglm-bpe") else {"bos": 11, "eos": 11}
+        self.vocab = Vocabulary(metadata, source, ids, self.pre.add_bos)
+        self._tokenizer = self._build()
+
+    def _build(self):
+        from tokenizers import Tokenizer
+
+        merges = [tuple(merge.split(" ", 1)) for merge in self.vocab.strings("merges")]
+        words = dict(self.vocab.ids)
+        for id in self.vocab.reserved:          # ordinary text is never control
+            del words[self.vocab.text(id)]
+        try:
+            tokenizer = Tokenizer(self._model(words, merges))
+        except Exception:                       # the package's own message names one token; it does not say which merges go
+            tokenizer = Tokenizer(self._model(words, self._known(merges, words)))
+        tokenizer.pre_tokenizer = _pre_tokenizer(self.pre)
+        return tokenizer
+
+    def _model(self, words, merges):
+        from tokenizers.models import BPE
+
+        return BPE(vocab=words, merges=merges, ignore_merges=self.pre.ignore_merges, byte_fallback=not self.pre.byte_level)
+
+    def _known(self, merges: list[tuple], words: dict[str, int]) -> list[tuple]:
+        known = [merge for merge in merges if len(merge) == 2 and merge[0] in words and merge[1] in words and "".join(merge) in words]
+        log.warning("%s: %d of %d merges name tokens that do not exist; they are left out",
+                    self.vocab.source, len(merges) - len(known), len(merges))
+        return known
+
+    def encode(self, text: str) -> list[int]:
+        if not self.pre.byte_level:
+            text = text.replace(" ", "▁")
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def piece(self, id: int) -> bytes:
+        """The bytes a token stands for. A character outside the byte alphabet stands for itself."""
+        token, kind = self.vocab.tokens[id], self.vocab.types[id]
+        if kind == BYTE:
+            return _hex_byte(token)
+        if kind != NORMAL:
+            return token.encode()
+        if not self.pre.byte_level:
+            return token.replace("▁", " ").encode()
+        try:
+            return bytes([BYTES[char] for char in token])
+        except KeyError:
+            return b"".join(bytes([BYTES[char]]) if char in BYTES else char.encode() for char in token)
+
+    def byte(self, byte: int) -> int | None:
+        """The token of a single byte."""
+        return self.vocab.ids.get(CHARS[byte] if self.pre.byte_level else f"<0x{byte:02X}>")
+
+
+def _hex_byte(token: str) -> bytes:
+    """<0x0A> -> b"\\n"; anything else is its own text."""
+    try:
+        return bytes([int(token[3:5], 16)]) if token.startswith("<0x") and token.endswith(">") and len(token) == 6 else token.encode()
+    except ValueError:
+        return token.encode()
+
+
+def _find_pre(name, source: str) -> Pre:
+    if name not in PRE:
+        log.warning("%s: unknown pre-tokenizer %r, using the default one: expect worse text", source, name)
+    return PRE.get(name, DEFAULT)
+
+
+def _pre_tokenizer(pre: Pre):
+    from tokenizers import Regex, pre_tokenizers
+
+    steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
+    if pre.byte_level:
+        steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
+    return pre_tokenizers.Sequence(steps)

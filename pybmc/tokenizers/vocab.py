@@ -1,0 +1,196 @@
+"""A GGUF's vocabulary: its tokens, what kind each is, which ones begin and end texts, and where they stand in a text.
+
+The rules are llama.cpp's, which files are made for: defaults per model, tokens known by their text, and special tokens
+found longest first. They are kept where a file says nothing itself.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+
+from ..errors import ArgumentError, FormatError
+
+log = logging.getLogger(__name__)
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6      # tokenizer.ggml.token_type
+
+# Tokens that end a turn, known by their text. The first one present is the vocabulary's end of turn, if its file names none.
+_END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<EOT>", "_<EOT>",
+                "[EOT]", "<｜end▁of▁sentence｜>", "<end_of_utterance>")
+_END_OF_MESSAGE = ("<|eom_id|>",)
+_ENDS = _END_OF_TURN + _END_OF_MESSAGE + ("<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "</s>", "[EOS]", "<eos>", "<turn|>",
+                                          "<|tool_response>", "[e~[")
+_FILL_IN = {                            # fill-in-the-middle tokens that end what a model writes
+    "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
+    "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
+    "fim_sep": ("<|file_sep|>",),
+}
+_FILL_IN_MARKS = (
+    "<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>", "<|code_prefix|>", "<|prefix|>",
+    "<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>", "<|code_suffix|>", "<|suffix|>",
+    "<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>", "▁<MID>", "<|code_middle|>", "<|middle|>")
+_SPACE = " \t\n\v\f\r"
+
+
+class Vocabulary:
+    """tokens as the file spells them, their types int32 (size,), and the ids that matter: bos_id, eos_id, eot_id (or None), stop_ids."""
+
+    def __init__(self, metadata: dict[str, object], source: str, default_ids: dict[str, int], default_add_bos: bool):
+        self.metadata = metadata
+        self.source = source
+        self.tokens = self.strings("tokens")
+        self.size = len(self.tokens)
+        if not self.size:
+            raise self.error("tokenizer.ggml.tokens: the vocabulary is empty")
+        self.types = self._types()
+        self.ids = self._index()
+        named = {name: self._id(name, default_ids.get(name)) for name in ("bos", "eos", "eot", "eom", "unknown", *_FILL_IN)}
+        self.bos_id, self.eos_id, self.unknown_id = named["bos"], named["eos"], named["unknown"]
+        self.eot_id = self._known_by_text(named["eot"], _END_OF_TURN)
+        self.add_bos = self._adds("bos", self.bos_id, default_add_bos)
+        self.add_eos = self._adds("eos", self.eos_id, False)
+        self._mark_controls()
+        self.stop_ids = self._stops(named)
+        self._by_start: dict[bool, dict[str, list[str]]] = {}
+
+    # -- reading
+
+    def error(self, what: str) -> FormatError:
+        return FormatError(f"{self.source}: {what}")
+
+    def get(self, key: str, kind: type, default=None):
+        """A value of the file, of one kind; default where the file has none."""
+        value = self.metadata.get(key, default)
+        if value is not default and (not isinstance(value, kind) or isinstance(value, bool) and kind is int):
+            raise self.error(f"{key}: expected {kind.__name__}, found {type(value).__name__}")
+        return value
+
+    def strings(self, name: str) -> list[str]:
+        key = f"tokenizer.ggml.{name}"
+        strings = self.get(key, list)
+        if strings is None or strings and not isinstance(strings[0], str):
+            raise self.error(f"{key}: expected an array of strings, found " + ("nothing" if strings is None else "another one"))
+        return strings
+
+    def numbers(self, name: str, kind: str) -> np.ndarray | None:
+        """An array with a number for each token at least, or None where the file has none."""
+        key = f"tokenizer.ggml.{name}"
+        values = self.metadata.get(key)
+        if values is None:
+            return None
+        if not isinstance(values, np.ndarray) or values.dtype.kind not in kind:
+            raise self.error(f"{key}: expected an array of numbers, found {getattr(values, 'dtype', type(values).__name__)}")
+        if len(values) < self.size:
+            raise self.error(f"{key}: expected {self.size} values, one for each token, found {len(values)}")
+        return values[:self.size]
+
+    def _types(self) -> np.ndarray:
+        types = self.numbers("token_type", "iu")
+        return np.full(self.size, NORMAL, np.int32) if types is None else types.astype(np.int32)
+
+    def _index(self) -> dict[str, int]:
+        """Text -> id. An empty token can stand for no text; it gets a name that none is meant to have."""
+        texts = self.tokens if "" not in self.tokens else [self.text(id) for id in range(self.size)]
+        ids = dict(zip(texts, range(self.size)))
+        if len(ids) < self.size:
+            one, other = next((id, ids[text]) for id, text in enumerate(texts) if ids[text] != id)
+            raise self.error(f"tokenizer.ggml.tokens: {texts[one]!r} is there twice, as {one} and {other}")
+        return ids
+
+    def text(self, id: int) -> str:
+        return self.tokens[id] or f"[EMPTY_{id}]"
+
+    def _id(self, name: str, default: int | None) -> int | None:
+        key = f"tokenizer.ggml.{name}_token_id"
+        id = self.get(key, int)
+        if default is not None and default >= self.size:
+            default = None
+        if id is not None and not 0 <= id < self.size:
+            log.warning("%s: %s is %d, the vocabulary has %d tokens; using %s", self.source, key, id, self.size, default)
+        return id if id is not None and 0 <= id < self.size else default
+
+    def _adds(self, name: str, id: int | None, default: bool) -> bool:
+        key = f"tokenizer.ggml.add_{name}_token"
+        adds = self.get(key, bool)
+        if adds and id is None:
+            raise self.error(f"{key} is true, but there is no such token")
+        return default and id is not None if adds is None else adds
+
+    def _known_by_text(self, id: int | None, texts: tuple[str, ...]) -> int | None:
+        return id if id is not None else next((self.ids[text] for text in texts if text in self.ids), None)
+
+    def _mark_controls(self) -> None:
+        """Tokens that only control can mean, whatever the file calls them."""
+        known = [self.ids[text] for text in (*_ENDS, *_FILL_IN_MARKS, *sum(_FILL_IN.values(), ())) if text in self.ids]
+        normal = self.types == NORMAL
+        self.types[known] = CONTROL
+        self.control = frozenset(np.flatnonzero(self.types == CONTROL).tolist())
+        self.reserved = frozenset(np.flatnonzero((self.types == CONTROL) & ~normal).tolist())      # no text may spell these
+        self.user_defined = frozenset(np.flatnonzero(self.types == USER_DEFINED).tolist())
+        self.silent = frozenset(np.flatnonzero(np.isin(self.types, (NORMAL, USER_DEFINED, BYTE), invert=True)).tolist())
+
+    def _stops(self, named: dict[str, int | None]) -> frozenset[int]:
+        stops = {self.ids[text] for text in _ENDS if text in self.ids}
+        stops |= {self._known_by_text(named[name], texts) for name, texts in _FILL_IN.items()}
+        stops |= {self.eos_id, self.eot_id, self._known_by_text(named["eom"], _END_OF_MESSAGE)}
+        texts = {self.tokens[id] for id in stops if id is not None}
+        if {"<|return|>", "<|call|>"} <= texts or "<|flush|>" in texts and texts & {"<|call|>", "<|calls|>"}:
+            stops.discard(self.ids.get("<|end|>"))          # there it ends a message, and the turn goes on
+        if "<|tool_response>" in texts:
+            stops.discard(self.ids.get("</s>"))
+        return frozenset(stops - {None})
+
+    # -- special tokens in a text
+
+    def split(self, text: str, special: bool, without: frozenset[int] = frozenset()) -> list[str | int]:
+        """A text cut at its special tokens: strings and ids. User-defined tokens always count, control tokens with special."""
+        parts: list[str | int] = [text] if text else []
+        for token in self._present(text, special):
+            id = self.ids[token]
+            if id not in without:
+                parts = [piece for part in parts for piece in (self._cut(part, token, id) if isinstance(part, str) else [part])]
+        return parts
+
+    def _present(self, text: str, special: bool) -> list[str]:
+        """The special tokens in a text, longest first. Gemma has 6,000 of them, so their first two characters sieve."""
+        found = [token for start, tokens in self._starts(special).items() if start in text for token in tokens if token in text]
+        return sorted(found, key=lambda token: -len(token.encode()))
+
+    def _starts(self, special: bool) -> dict[str, list[str]]:
+        if special not in self._by_start:
+            kinds = (USER_DEFINED, CONTROL, UNKNOWN) if special else (USER_DEFINED,)
+            starts: dict[str, list[str]] = {}
+            for id in np.flatnonzero(np.isin(self.types, kinds)).tolist():
+                if self.tokens[id]:
+                    starts.setdefault(self.tokens[id][:2], []).append(self.tokens[id])
+            self._by_start[special] = starts
+        return self._by_start[special]
+
+    def _cut(self, text: str, token: str, id: int) -> list[str | int]:
+        strip_left, strip_right = self._strips(token)
+        rest = text.split(token)
+        parts: list[str | int] = []
+        for number, piece in enumerate(rest):
+            if strip_right and number > 0:
+                piece = piece.lstrip(_SPACE)
+            if strip_left and number < len(rest) - 1:
+                piece = piece.rstrip(_SPACE)
+            parts += [piece] * bool(piece) + [id] * (number < len(rest) - 1)
+        return parts
+
+    def _strips(self, token: str) -> tuple[bool, bool]:
+        """Whether a token swallows white space on its left, on its right. GGUF does not say; these models are known to."""
+        name = str(self.metadata.get("general.name", "")).lower()
+        pre = self.metadata.get("tokenizer.ggml.pre")
+        if pre in ("jina-v2-de", "jina-v2-es", "jina-v2-code"):
+            return token == "<mask>", False
+        if "phi-3" in name or "phi3" in name:
+            return False, token not in ("<unk>", "<s>", "<|endoftext|>")
+        return "modern-bert" in name and token == "[MASK]", False
+
+    def check(self, id: int) -> int:
+        if not 0 <= id < self.size:
+            raise ArgumentError(f"token {id} is out of range: the vocabulary has {self.size} tokens")
+        return id

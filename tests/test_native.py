@@ -1,0 +1,90 @@
+"""The boundary to C: loading, statuses, arrays."""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import pybmc
+from pybmc import _native
+from pybmc._native import ERRORS, as_array, check, ffi, lib, pointer
+
+
+def test_every_status_is_an_exception_of_its_own():
+    statuses = {name: getattr(lib, name) for name in dir(lib) if re.fullmatch("BMC_E[A-Z]+", name)}
+    assert len(statuses) >= 5 and set(ERRORS) == set(statuses.values())
+    for error in ERRORS.values():
+        assert issubclass(error, pybmc.BmcError) and len(error.__mro__) > 4      # and a builtin besides Exception
+
+
+def test_check_gives_counts_back_and_raises_the_sentence():
+    assert check(0) == 0 and check(7) == 7
+    with pytest.raises(pybmc.ArgumentError, match="bmc_type: info is NULL"):
+        check(lib.bmc_type(2, ffi.NULL))
+    with pytest.raises(pybmc.BmcError):
+        check(-1000)
+
+
+def test_the_library_defines_what_the_header_declares():
+    functions = re.findall(r"\b(bmc_\w+)\([^)]*\);", _native._declarations())
+    assert len(functions) > 10
+    assert [name for name in functions if not hasattr(lib, name)] == []
+
+
+@pytest.mark.skipif(not shutil.which("nm"), reason="needs nm")
+def test_the_library_exports_nothing_else():
+    listing = subprocess.run(["nm", "-g", "-D", _native._LIBRARY], capture_output=True, text=True, check=True).stdout
+    exported = re.findall(r" [TDBRV] _?(\w+)$", listing, re.MULTILINE)
+    assert exported and [name for name in exported if not name.startswith("bmc_")] == []
+
+
+def test_a_missing_or_broken_library_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setattr(_native, "_LIBRARY", tmp_path / "libpybmc.so")
+    with pytest.raises(pybmc.BmcError, match="libpybmc.so; run make"):
+        _native._load(ffi)
+    (tmp_path / "libpybmc.so").write_bytes(b"not a library")
+    with pytest.raises(pybmc.BmcError, match="does not load.*run make"):
+        _native._load(ffi)
+
+
+def test_an_older_library_says_what_to_do(monkeypatch):
+    class Older:
+        BMC_VERSION = lib.BMC_VERSION
+        bmc_version = staticmethod(lambda: lib.BMC_VERSION - 1)
+
+    class OlderFFI:
+        dlopen = staticmethod(lambda path: Older)
+
+    with pytest.raises(pybmc.BmcError, match=f"has version {lib.BMC_VERSION - 1}, pybmc needs {lib.BMC_VERSION}; run make"):
+        _native._load(OlderFFI)
+
+
+def test_importing_pybmc_loads_nothing_heavy():
+    code = "import sys, pybmc; print(sorted({'numpy', 'cffi', 'jinja2', 'tokenizers', 'click'} & set(sys.modules)))"
+    root = Path(__file__).parents[1]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True).stdout.strip() == b"[]"
+
+
+def test_as_array_accepts_what_fits():
+    tokens = np.arange(5, dtype=np.int32)
+    assert np.shares_memory(as_array(tokens, np.int32), tokens)
+    for x in ([1, 2], (1, 2), range(1, 3), np.array([1, 2], np.int64), np.arange(1, 5, dtype=np.uint8)[:2]):
+        array = as_array(x, np.int32, (None,))
+        assert array.dtype == np.int32 and array.flags.c_contiguous and array.tolist() == [1, 2]
+    assert as_array(np.eye(4)[:, ::2], np.float32, (4, 2)).flags.c_contiguous
+    assert as_array([], np.int32, (None,)).shape == (0,)
+
+
+@pytest.mark.parametrize("x", [[1.5], ["a"], [2**31], [2**70], [[1], [2, 3]], 7, [[1]], [None], b"ab", [True]])
+def test_as_array_refuses_what_does_not(x):
+    with pytest.raises(pybmc.ArgumentError, match="^tokens: "):
+        as_array(x, np.int32, (None,), "tokens")
+
+
+def test_pointers_point_at_the_values():
+    values = np.array([1.5, 2.5], np.float32)
+    assert list(pointer(values)) == [1.5, 2.5]

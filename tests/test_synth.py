@@ -1,0 +1,122 @@
+"""tools/synth.py: valid blocks, llama-quantize's mixtures, a vocabulary that tokenizes."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+TOOLS = Path(__file__).parents[1] / "tools"
+GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
+sys.path.insert(0, str(TOOLS))
+
+import synth  # noqa: E402
+import synth_vocab  # noqa: E402
+
+
+@pytest.mark.parametrize("kind", [*synth.BLOCKS, "MXFP4", "F32", "F16", "BF16"])
+def test_random_weights_have_mean_0_and_the_asked_deviation(kind):
+    std = 2048 ** -0.5
+    data = synth.random_matrix(kind, 2048, 256, std, np.random.default_rng(1))
+    values = gguf.dequantize(data, gguf.GGMLQuantizationType[kind]).astype(np.float64)
+    assert values.size == 2048 * 256 and np.isfinite(values).all()
+    assert values.std() == pytest.approx(std, rel=0.04)     # scales spread by 25% raise it by 1%
+    assert abs(values.mean()) < 0.02 * std
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path):
+    shape = synth.MODELS["tiny"]
+    paths = [tmp_path / name for name in ("a", "b", "c")]
+    for path, seed in zip(paths, (0, 0, 1)):
+        synth.write(path, shape, "Q4_K_M", seed=seed)
+    a, b, c = (path.read_bytes() for path in paths)
+    assert a == b and a != c
+
+
+def test_a_shallow_copy_shares_its_layers():
+    deep, shallow = synth.MODELS["tiny"], replace(synth.MODELS["tiny"], n_layers=1)
+    find = {name: data for name, _, _, data in synth.tensors(shallow, "F16")}
+    for name, _, _, data in synth.tensors(deep, "F16"):
+        if name == "blk.0.ffn_up.weight":
+            assert np.array_equal(data(), find[name]())
+
+
+def mixture(shape, file_type):
+    return {name: kind for name, kind, dims, _ in synth.tensors(shape, file_type) if len(dims) == 2}
+
+
+def test_q4_k_m_gives_more_bits_to_the_layers_that_llama_quantize_chooses():
+    kinds = mixture(synth.MODELS["llama-3.2-1b"], "Q4_K_M")
+    richer = [i for i in range(16) if kinds[f"blk.{i}.ffn_down.weight"] == "Q6_K"]
+    assert richer == [0, 1, 4, 7, 10, 13, 14, 15]
+    assert kinds["token_embd.weight"] == "Q6_K" and "output.weight" not in kinds
+    assert set(kinds.values()) == {"Q4_K", "Q6_K"}
+
+
+def test_narrow_rows_fall_back_to_blocks_of_32():
+    kinds = mixture(synth.MODELS["qwen2.5-0.5b"], "Q4_K_M")
+    assert kinds["token_embd.weight"] == "Q8_0" and kinds["blk.5.attn_q.weight"] == "Q5_0"
+    assert [kinds[f"blk.{i}.ffn_down.weight"] for i in (2, 3, 4, 5)] == ["Q6_K", "Q4_K", "Q4_K", "Q6_K"]
+
+
+@pytest.mark.skipif(not GOLDEN.is_dir(), reason="no golden files")
+@pytest.mark.parametrize("name", "llama llama-mha llama-224 llama3 qwen2 qwen3 gpt2 phi3 gemma3".split())
+def test_mixtures_equal_those_of_files_made_by_llama_quantize(name):
+    compared = 0
+    for path in GOLDEN.glob(f"{name}.*.gguf"):
+        file_type = path.name.split(".")[1]
+        if file_type.removeprefix("pure-") not in synth.MIXES.keys() | synth.BLOCKS.keys():
+            continue
+        reader = gguf.GGUFReader(path)
+        found = {t.name: (t.tensor_type.name, int(t.shape[0])) for t in reader.tensors if len(t.shape) == 2}
+        arch = reader.fields["general.architecture"].contents()
+        fields = {key.removeprefix(f"{arch}."): field for key, field in reader.fields.items()}
+        n_heads = fields["attention.head_count"].contents()
+        gqa = n_heads // fields.get("attention.head_count_kv", fields["attention.head_count"]).contents()
+        n_layers = fields["block_count"].contents()
+        for tensor, (kind, n_cols) in found.items():
+            parts = tensor.split(".")
+            layer = int(parts[1]) if parts[0] == "blk" else -1
+            if parts[-2] == "position_embd" or file_type.startswith("pure-") and layer < 0:
+                continue
+            place = synth.Place(layer, n_layers, gqa)
+            is_output = parts[0] == "output" or parts[0] == "token_embd" and "output.weight" not in found
+            ours = synth.tensor_type(file_type, parts[-2], n_cols, place, is_output)
+            assert ours == kind, (path.name, tensor)
+            compared += 1
+    assert compared > 10
+
+
+def test_sizes_are_those_of_the_real_models():
+    def megabytes(model, file_type):
+        total = 0
+        for _, kind, dims, _ in synth.tensors(synth.MODELS[model], file_type):
+            block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+            total += int(np.prod(dims)) // block * size
+        return total / 1e6
+
+    assert megabytes("llama-3.2-1b", "Q4_K_M") == pytest.approx(807.7 - 7.8, abs=0.3)    # less its metadata
+    assert megabytes("llama-2-7b", "Q4_0") == pytest.approx(3825, abs=3)
+    assert megabytes("qwen2.5-0.5b", "Q8_0") == pytest.approx(531 - 6, abs=3)
+
+
+@pytest.mark.parametrize("name", synth_vocab.VOCABS)
+def test_vocabularies_have_their_size_and_no_duplicates(name):
+    vocab = synth_vocab.VOCABS[name]
+    make = synth_vocab.bpe_vocabulary if vocab.model == "gpt2" else synth_vocab.spm_vocabulary
+    tokens, types, extra = make(vocab)
+    assert len(tokens) == len(types) == len(set(tokens)) == vocab.size
+    assert vocab.bos in tokens and vocab.eos in tokens
+    if vocab.model == "gpt2":
+        known = set(tokens)
+        made = {"".join(pair.split(" ")) for pair in extra}
+        assert all(part in known for pair in extra for part in pair.split(" "))
+        assert made == {t for t, kind in zip(tokens, types) if kind == synth_vocab.NORMAL and len(t) > 1}
+
+
+def test_rope_factors_are_those_of_llama_3_2():
+    factors = synth.rope_factors(synth.MODELS["llama-3.2-1b"])
+    assert factors.shape == (32,) and factors[0] == 1 and factors[-1] == 32
+    assert np.all(np.diff(factors) >= 0) and 1 < factors[16] < 32

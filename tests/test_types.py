@@ -1,0 +1,106 @@
+"""The type table and dequantization, held against the gguf package bit for bit."""
+
+import gguf
+import numpy as np
+import pytest
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from pybmc import ArgumentError
+from pybmc._native import dequantize, type_info
+
+RUNS = [t for t in GGMLQuantizationType if type_info(t) and type_info(t).runs]
+
+# Where f16 numbers stand in a block; the rest may be any bytes.
+F16_FIELDS = {
+    "F16": [0], "Q4_0": [0], "Q4_1": [0, 2], "Q5_0": [0], "Q5_1": [0, 2], "Q8_0": [0], "IQ4_NL": [0], "IQ4_XS": [0],
+    "Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2], "Q6_K": [208],
+}
+
+
+def random_blocks(rng, quant, n_blocks):
+    """Any bytes, except that every f16 is finite: (n_blocks, type_size) uint8."""
+    blocks = rng.integers(0, 256, (n_blocks, quant.type_size), np.uint8)
+    for at in F16_FIELDS.get(GGMLQuantizationType(quant.id).name, []):
+        top = blocks[:, at + 1]
+        top[(top & 0x7c) == 0x7c] &= 0xbf
+    return blocks
+
+
+def reference(blocks, theirs):
+    with np.errstate(over="ignore"):
+        return gguf.quants.dequantize(blocks, theirs).ravel()
+
+
+def test_the_types_that_run():
+    names = {type_info(t).name for t in RUNS}
+    assert names == {"f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q2_K", "q3_K", "q4_K", "q5_K",
+                     "q6_K", "iq4_nl", "iq4_xs", "mxfp4"}
+
+
+@pytest.mark.parametrize("number", range(64))
+def test_table_agrees_with_gguf(number):
+    quant = type_info(number)
+    if number not in list(GGMLQuantizationType):
+        assert quant is None
+        return
+    theirs = GGMLQuantizationType(number)
+    assert quant.name.lower() == theirs.name.lower()
+    assert (quant.block_size, quant.type_size) == GGML_QUANT_SIZES[theirs]
+
+
+@pytest.mark.parametrize("number", [-1, 4, 5, 31, 36, 64, 2**31 - 1, 2**31, 2**40, -2**40])
+def test_unknown_numbers_have_no_type(number):
+    assert type_info(number) is None
+
+
+@pytest.mark.parametrize("theirs", RUNS, ids=lambda t: t.name)
+def test_dequantize_is_exact(theirs):
+    quant = type_info(theirs)
+    blocks = random_blocks(np.random.default_rng(theirs), quant, max(600, 70000 // quant.block_size))
+    expected = reference(blocks, theirs)
+    actual = dequantize(quant, blocks, expected.size)
+    finite = np.isfinite(expected)
+    assert finite.mean() > 0.98
+    np.testing.assert_array_equal(actual[finite].view(np.uint32), expected[finite].view(np.uint32))
+    np.testing.assert_array_equal(np.isfinite(actual), finite)
+
+
+def test_every_f16_is_exact():
+    halves = np.arange(65536, dtype=np.uint16)
+    actual = dequantize(GGMLQuantizationType.F16, halves, 65536)
+    expected = halves.view(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(actual, expected)
+    number = ~np.isnan(expected)
+    np.testing.assert_array_equal(actual[number].view(np.uint32), expected[number].view(np.uint32))
+
+
+@pytest.mark.parametrize("exponent", range(256))
+def test_every_mxfp4_scale_is_exact(exponent):
+    block = np.array([[exponent, *range(0, 256, 17)]], np.uint8)
+    expected = reference(block, GGMLQuantizationType.MXFP4)
+    actual = dequantize(GGMLQuantizationType.MXFP4, block, 32)
+    np.testing.assert_array_equal(actual.view(np.uint32), expected.view(np.uint32))
+
+
+@pytest.mark.parametrize("theirs", RUNS, ids=lambda t: t.name)
+def test_blocks_may_start_anywhere(theirs):
+    quant = type_info(theirs)
+    blocks = random_blocks(np.random.default_rng(7), quant, 3)
+    shifted = np.concatenate([np.zeros(1, np.uint8), blocks.ravel()])[1:]
+    np.testing.assert_array_equal(dequantize(quant, shifted, 3 * quant.block_size),
+                                  dequantize(quant, blocks, 3 * quant.block_size))
+
+
+def test_dequantize_checks_its_arguments():
+    q4_0 = type_info(GGMLQuantizationType.Q4_0)
+    with pytest.raises(ArgumentError, match="36 bytes, got 18"):
+        dequantize(q4_0, bytes(18), 64)
+    with pytest.raises(ArgumentError, match="whole blocks of q4_0"):
+        dequantize(q4_0, bytes(36), 33)
+    with pytest.raises(ArgumentError, match="whole blocks"):
+        dequantize(q4_0, bytes(36), -32)
+    with pytest.raises(ArgumentError, match="iq1_s is not supported"):
+        dequantize(GGMLQuantizationType.IQ1_S, bytes(50), 256)
+    with pytest.raises(ArgumentError, match="no tensor type 4"):
+        dequantize(4, bytes(50), 32)
+    assert dequantize(q4_0, b"", 0).shape == (0,)

@@ -1,0 +1,53 @@
+"""python -m train_demo (from tools/): text in, two GGUF files and their card out. Run again to go on where it stopped."""
+
+import argparse
+import dataclasses
+import os
+from pathlib import Path
+
+# Threads that spin at a barrier keep the scheduler from moving the one they wait for: on a shared machine waiting asleep is twice as fast.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+
+from . import stages
+from .recipe import RECIPES
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(prog="train_demo", description=__doc__)
+    p.add_argument("--corpus", type=Path, help="the text, plain or .xz, books parted by lines <|book|>")
+    p.add_argument("--heldout", type=Path, help="text of the same kind that is never trained on")
+    p.add_argument("--work", type=Path, default=Path("train_demo_work"), help="checkpoints and rows (%(default)s)")
+    p.add_argument("--out", type=Path, default=ROOT / "pybmc" / "demo", help="where the models and the card go")
+    p.add_argument("--stage", choices=[*stages.STAGES, "all"], default="all")
+    p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--target-seconds", type=float, help="training time of the target")
+    p.add_argument("--smoke", action="store_true", help="all stages at toy size, in two minutes; without a corpus it makes a text of its own")
+    args = p.parse_args(argv)
+    if not args.smoke and not (args.corpus and args.heldout):
+        p.error("--corpus and --heldout are needed, but for --smoke")
+    return args
+
+
+def recipe_of(args):
+    recipe = RECIPES["smoke" if args.smoke else "full"]
+    if args.target_seconds:
+        recipe = dataclasses.replace(recipe, target_run=dataclasses.replace(recipe.target_run, seconds=args.target_seconds))
+    return recipe
+
+
+def main(argv=None):
+    args = parse(argv)
+    torch.set_num_threads(args.threads)
+    args.work.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    job = stages.Job(recipe_of(args), args.corpus, args.heldout, args.work, args.out)
+    for name in stages.STAGES if args.stage == "all" else [args.stage]:
+        stages.STAGES[name](job)
+
+
+if __name__ == "__main__":
+    main()

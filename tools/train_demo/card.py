@@ -1,0 +1,113 @@
+"""The model card: what the pair is, how it was made, what it was measured to do, and ten tales as they came."""
+
+from .evaluate import answer
+from .recipe import BOOKS
+
+TALES = (       # (request, temperature)
+    ("Tell me of a king and a golden bird.", 0.0), ("Tell me of a fisherman and a talking fish.", 0.0), ("Tell me a story about a cat.", 0.0),
+    ("Tell me of a little girl and a wolf.", 0.0), ("Hello.", 0.0),
+    ("Tell me of a king and a golden bird.", 0.8), ("Tell me a tale of a poor miller and a princess.", 0.8),
+    ("Tell me about an old soldier.", 0.8), ("Tell me of a fox and a goose.", 0.8), ("Tell me a fairy tale.", 0.8),
+)
+
+CARD = """# The bundled pair: a small teller of tales and its draft
+
+Two models that ship with pybmc so that `pybmc chat` answers without a download. `teller.gguf` tells tales in the manner of old books;
+`teller-draft.gguf` has the same vocabulary and guesses its next words for speculative decoding. They are small. They know no facts, follow no
+instructions but "tell me of ...", lose their thread after a paragraph, and repeat the manners, and the prejudices, of books a century or two old.
+
+| | teller | draft |
+|---|---|---|
+{sizes}
+
+Both are `llama` models with tied embeddings, Q8_0 matrices and F32 norms, and share a byte-level BPE of {vocab_size} tokens (GPT-2's pre-tokenizer). The chat
+template is ChatML's. Text is best within {n_ctx} tokens; training rows had {row} and, at the end, {n_ctx}.
+
+## Made by
+
+`python -m train_demo --corpus tales.txt.xz --heldout heldout.txt` in `tools/`: every number of the recipe is in `tools/train_demo/recipe.py`.
+
+- **Text**: public-domain English literature: {books}. Headings, contents pages and editors' notes were dropped; tales were
+  read several times as often as novels.
+- **Form**: four rows in five hold passages that answer a request made of their own words ("Tell me of a king and a golden bird."), sometimes
+  followed by "Go on."; the rest is running text. Only answers and running text are learned. A few lines of small talk are ours.
+- **Teller**: {target_tokens} tokens in {target_steps} steps of {batch_tokens}; Muon for the matrices, AdamW for the rest; warm-up, a level stretch and a straight line to
+  zero; weight decay, gradients clipped at 1, bf16 products. {target_minutes} minutes on two CPU cores that other work shared.
+- **Draft**: {draft_tokens} tokens of the same text, then {distill_tokens} tokens of distillation on {told_tokens} tokens that the teller's quantized file wrote itself
+  (two thirds greedy, one third at temperature 0.8): its distribution over the {top} likeliest tokens, and its first choice.
+
+## Measured
+
+Made by `python -m train_demo --stage evaluate` from the dequantized files.
+
+Bits per byte of 190 kB of held-out text (ends of six of the books, never trained on), windows of {n_ctx} tokens with a step of half of that:
+
+| | bits per byte | nats per token |
+|---|---|---|
+{heldout}
+
+Drafted tokens that the teller accepts: 20 requests made of held-out text, up to 128 tokens each, four tokens drafted a round (a token counts as accepted when it
+and all before it in its round are):
+
+| | accepted of all drafted | 1st | 2nd | 3rd | 4th | tokens a round |
+|---|---|---|---|---|---|---|
+{acceptance}
+
+## Licence
+
+The text is in the public domain. The models are under pybmc's MIT licence.
+
+## Ten tales, unedited
+
+{tales}
+"""
+
+
+def tales(model, tokenizer, n_tok=220):
+    """[(request, temperature, text)]: the first answer each request gets, with seed 0."""
+    return [(q, t, tokenizer.decode(answer(model, tokenizer, q, n_tok, t, 0)[1])) for q, t in TALES]
+
+
+def table(rows):
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def size_rows(configs, sizes):
+    row = lambda name, values: (name, *map(str, values))
+    return [
+        row("file size", [f"{s / 1e6:.1f} MB" for s in sizes]),
+        row("weights multiplied a token, head included", [f"{c.matrix_params() / 1e6:.2f}M" for c in configs]),
+        *(row(name, [getattr(c, name) for c in configs]) for name in ("n_layers", "dim", "hidden_dim", "n_heads", "n_kv_heads", "head_dim")),
+    ]
+
+
+def heldout_rows(results):
+    model = lambda name: (f"{results[name]['bits_per_byte']:.3f}", f"{results[name]['nats_per_token']:.3f}")
+    return [
+        ("teller", *model("target_heldout")), ("draft", *model("draft_heldout")),
+        ("`xz -9e`, the held-out text alone", f"{results['xz']['alone']:.3f}", ""),
+        ("`xz -9e`, what it adds to the whole training text before it", f"{results['xz']['after_corpus']:.3f}", ""),
+    ]
+
+
+def acceptance_rows(results):
+    row = lambda name, r: (name, f"{r['rate']:.1%}", *(f"{a:.0%}" for a in r["by_position"]), f"{r['tokens_a_round']:.2f}")
+    return [row("greedy", results["greedy"]), row("temperature 0.8", results["sampled"])]
+
+
+def quote(request, temperature, told):
+    how = f"temperature {temperature}" if temperature else "greedy"
+    lines = "\n".join(f"> {line}".rstrip() for line in told.strip().splitlines())
+    return f"**{request}** ({how})\n\n{lines}"
+
+
+def write(recipe, configs, sizes, results, told):
+    millions = lambda n: f"{n / 1e6:.1f}M"
+    return CARD.format(
+        sizes=table(size_rows(configs, sizes)), vocab_size=recipe.vocab_size, n_ctx=configs[0].n_ctx, row=recipe.n_ctx, top=recipe.top,
+        books="; ".join(title for title, _ in BOOKS), batch_tokens=recipe.target_run.batch_tokens,
+        target_tokens=millions(results["target"]["tokens"]), target_steps=results["target"]["steps"],
+        target_minutes=results["target"]["seconds"] // 60, draft_tokens=millions(results["draft"]["tokens"]),
+        distill_tokens=millions(results["distill"]["tokens"]), told_tokens=millions(results["distill"]["told"]),
+        heldout=table(heldout_rows(results)), acceptance=table(acceptance_rows(results)), tales="\n\n".join(quote(*t) for t in told),
+    )

@@ -1,0 +1,118 @@
+"""What the pair is worth: bits per byte of text it never saw, next to xz, and how many drafted tokens the target accepts."""
+
+import lzma
+import math
+
+import torch
+import torch.nn.functional as F
+
+from .generate import generate_rows
+from .model import KVCache
+from .tokens import END_OF_TURN, ask
+
+K = 4           # tokens drafted a round
+
+
+@torch.inference_mode()
+def bits_per_byte(model, tokenizer, text):
+    """Every token scored once: windows of n_ctx tokens, each half a window on; all but the first half have half a window before them."""
+    ids = torch.tensor(tokenizer.encode(text).ids)
+    n_ctx, nats, at = model.config.n_ctx, math.log(model.config.vocab_size), 1
+    while at < len(ids):
+        begin = max(0, at - n_ctx // 2)
+        window = ids[begin : begin + n_ctx + 1]
+        new = slice(at - begin - 1, len(window) - 1)
+        logits = model.logits(window[None, :-1])[0, new]
+        nats += F.cross_entropy(logits.float(), window[1:][new], reduction="sum").item()
+        at = begin + len(window)
+    return {"bits_per_byte": nats / math.log(2) / len(text.encode()), "tokens": len(ids), "nats_per_token": nats / len(ids)}
+
+
+def xz_bits_per_byte(text, known=""):
+    """xz -9e on the text alone, or what the text adds to `known` text before it."""
+    size = lambda s: len(lzma.compress(s.encode(), preset=9 | lzma.PRESET_EXTREME))
+    return 8 * (size(known + text) - (size(known) if known else 0)) / len(text.encode())
+
+
+@torch.inference_mode()
+def answer(model, tokenizer, request, n_tok, temperature, seed):
+    """Ids of the prompt and of an answer of up to n_tok tokens, with its end of turn where it came to one."""
+    prompt, end = tokenizer.encode(ask(request)).ids, tokenizer.token_to_id(END_OF_TURN)
+    total = min(len(prompt) + n_tok - 1, model.config.n_ctx)
+    ids, *_ = generate_rows(model, [prompt], torch.tensor([temperature]), total, 1, end, lambda: [end], torch.Generator().manual_seed(seed))
+    told = ids[0, len(prompt) :].tolist()
+    return prompt, told[: told.index(end) + 1] if end in told else told
+
+
+class Rounds:
+    """Counts of drafting rounds: how many drafted tokens were accepted at each place of a round."""
+
+    def __init__(self):
+        self.rounds, self.tokens, self.accepted = 0, 0, [0] * K
+
+    def add(self, n_accepted):
+        self.rounds += 1
+        self.tokens += n_accepted + 1
+        for i in range(n_accepted):
+            self.accepted[i] += 1
+
+    def summary(self):
+        return {
+            "rounds": self.rounds, "drafted": self.rounds * K, "accepted": sum(self.accepted), "rate": sum(self.accepted) / (self.rounds * K),
+            "by_position": [a / self.rounds for a in self.accepted], "tokens_a_round": self.tokens / self.rounds,
+        }
+
+
+@torch.inference_mode()
+def greedy_acceptance(target, draft, tokenizer, requests, n_tok=128):
+    """Speculation repeats the target's own text, so a round accepts as many tokens as the draft, reading that text, would choose alike."""
+    counts = Rounds()
+    for request in requests:
+        prompt, told = answer(target, tokenizer, request, n_tok, 0.0, 0)
+        ids = torch.tensor(prompt + told)
+        alike = (draft.logits(ids[None, :-1])[0].argmax(-1) == ids[1:])[len(prompt) - 1 :].tolist()
+        at = 1                                      # the prompt's own pass gives the first token
+        while at < len(told):
+            run = 0
+            while run < K and at + run < len(told) and alike[at + run]:
+                run += 1
+            counts.add(run)
+            at += run + 1
+    return counts.summary()
+
+
+def distribution(logits, temperature):
+    return F.softmax(logits.float() / temperature, dim=-1)
+
+
+@torch.inference_mode()
+def sampled_acceptance(target, draft, tokenizer, requests, n_tok=128, temperature=0.8, seed=0):
+    """Speculative sampling: a drafted token stays with probability min(1, p / q); the first refused one is drawn anew from max(0, p - q)."""
+    counts, end = Rounds(), tokenizer.token_to_id(END_OF_TURN)
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda p: int(torch.multinomial(p, 1, generator=g))
+    for request in requests:
+        ids = tokenizer.encode(ask(request)).ids
+        goal = min(len(ids) + n_tok, target.config.n_ctx - K - 1)
+        caches = [KVCache(m.config, 1, goal + K + 1) for m in (target, draft)]
+        step = lambda model, cache: distribution(model.logits(torch.tensor([ids[cache.length :]]), cache)[0], temperature)
+        ids.append(draw(step(target, caches[0])[-1]))
+        while len(ids) < goal and ids[-1] != end:
+            begin, q = len(ids), []
+            for _ in range(K):
+                q.append(step(draft, caches[1])[-1])
+                ids.append(draw(q[-1]))
+            p = step(target, caches[0])[-K - 1 :]
+            n = 0
+            while n < K and torch.rand(1, generator=g) * q[n][ids[begin + n]] < p[n][ids[begin + n]]:
+                n += 1
+                if ids[begin + n - 1] == end:
+                    break
+            counts.add(n)
+            ended = n and ids[begin + n - 1] == end
+            del ids[begin + n :]
+            if not ended:
+                ids.append(draw(p[n] if n == K else (p[n] - q[n]).clamp_min(0)))
+            for cache in caches:
+                cache.length = min(cache.length, len(ids) - 1)
+    return counts.summary()

@@ -1,0 +1,94 @@
+"""Every number of a run: sizes, data, schedules. `full` makes the bundled pair, `smoke` walks all stages in two minutes."""
+
+from dataclasses import dataclass
+
+# The corpus file's books in their order, and how often a pass over the data tells each of them. Tales count most.
+BOOKS = (
+    ("Andersen's tales and other fairy tales", 6.0),
+    ("Grimm, Household Tales (Hunt's translation)", 6.0),
+    ("Bryant, Stories to Tell to Children", 6.0),
+    ("Burgess, The Adventures of Buster Bear", 6.0),
+    ("Carroll, Alice in Wonderland", 6.0),
+    ("Edgeworth, The Parent's Assistant", 3.0),
+    ("Austen, Emma", 0.7),
+    ("Austen, Persuasion", 0.7),
+    ("Austen, Pride and Prejudice", 0.7),
+    ("Austen, Sense and Sensibility", 0.7),
+    ("Chesterton, The Ball and the Cross", 0.7),
+    ("Chesterton, The Wisdom of Father Brown", 0.7),
+    ("Chesterton, The Man Who Was Thursday", 0.7),
+    ("Dickens, A Christmas Carol", 2.0),
+    ("Dickens, Great Expectations", 1.0),
+    ("Dickens, Hard Times", 0.7),
+    ("Dickens, A Tale of Two Cities", 0.7),
+    ("Dickens, Oliver Twist", 0.3),
+    ("Doyle, The Adventures of Sherlock Holmes", 1.0),
+    ("Stoker, Dracula", 0.7),
+    ("Melville, Moby Dick", 0.4),
+    ("Twain, The Adventures of Tom Sawyer", 1.5),
+    ("Shelley, Frankenstein", 0.7),
+    ("Stevenson, Dr. Jekyll and Mr. Hyde", 1.0),
+    ("Wilde, The Picture of Dorian Gray", 1.0),
+    ("Gilman, The Yellow Wallpaper", 1.0),
+    ("Shakespeare, plays", 0.1),
+    ("Verne, The Mysterious Island and other voyages", 0.1),
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model but for its vocabulary."""
+
+    dim: int
+    hidden_dim: int
+    head_dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Training by its own clock: the share of `seconds` spent sets the rate, so a slow machine takes fewer steps and still ends well."""
+
+    seconds: float
+    batch_tokens: int
+    micro_rows: int
+    muon_rate: float
+    adam_rate: float
+    warm_up: float = 0.02       # share of the time over which the rate climbs
+    decay_from: float = 0.30    # where the straight line down to zero begins
+    weight_decay: float = 0.1
+    long_from: float = 0.85     # from here on rows are twice as long
+
+
+@dataclass(frozen=True)
+class Recipe:
+    vocab_size: int = 4096
+    n_ctx: int = 512                        # tokens in a training row, doubled for the end of the target's training
+    raw_share: float = 0.2                  # rows of running text, without a request
+    rounds: float = 1.0                     # passes over the weighted books when rows are made
+    seed: int = 7
+    compile: bool = True
+    bf16: bool = True
+    target: Shape = Shape(384, 1024, 64, 6, 6, 2)
+    draft: Shape = Shape(96, 256, 32, 2, 3, 1)
+    target_run: Schedule = Schedule(73 * 60, 8192, 8, 0.02, 3e-3)
+    draft_run: Schedule = Schedule(4 * 60, 8192, 16, 0.02, 6e-3, long_from=2.0)
+    distill_run: Schedule = Schedule(15 * 60, 8192, 16, 0.02, 4e-3, long_from=2.0)
+    generate_seconds: float = 12 * 60       # time for the target's own text
+    generate_batch: int = 128
+    generate_tokens: int = 224              # positions of one generated row, its request included
+    top: int = 48                           # the target's likeliest tokens kept at each position
+
+
+FULL = Recipe()
+SMOKE = Recipe(
+    vocab_size=512, n_ctx=128, compile=False, bf16=False,
+    target=Shape(64, 128, 32, 2, 2, 1), draft=Shape(32, 64, 32, 1, 1, 1),
+    target_run=Schedule(20, 1024, 8, 0.02, 3e-3),
+    draft_run=Schedule(5, 1024, 8, 0.02, 6e-3, long_from=2.0),
+    distill_run=Schedule(8, 1024, 16, 0.02, 4e-3, long_from=2.0),
+    generate_seconds=8, generate_batch=8, generate_tokens=64, top=16,
+)
+RECIPES = {"full": FULL, "smoke": SMOKE}

@@ -1,0 +1,164 @@
+"""The stages, in their order. Each leaves its result in the work folder and does nothing when it is already there."""
+
+import json
+import random
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from . import card, distill, evaluate, export, text, tokens
+from .generate import generate
+from .model import Config, Llama, load_model, save_model
+from .recipe import Recipe
+from .train import Trainer, text_batches, text_loss
+
+TARGET, DRAFT = "teller.gguf", "teller-draft.gguf"
+
+
+@dataclass(frozen=True)
+class Job:
+    recipe: Recipe
+    corpus: Path | None
+    heldout: Path | None
+    work: Path
+    out: Path
+
+    def books(self):
+        return text.read_books(self.corpus) if self.corpus else text.invented_books(self.recipe.seed)
+
+    def heldout_books(self):
+        return text.read_books(self.heldout) if self.heldout else text.invented_books(self.recipe.seed + 1, n_books=1, n_tales=20)
+
+    def tokenizer(self):
+        return Tokenizer.from_file(str(self.work / "tokenizer.json"))
+
+    def config(self, shape):
+        """A model's Config. Positions reach twice a training row, as the last rows do."""
+        return Config(vocab_size=self.recipe.vocab_size, n_ctx=2 * self.recipe.n_ctx, **asdict(shape))
+
+    def rows(self, name):
+        """(ids, mask) of a file of rows."""
+        saved = np.load(self.work / f"{name}.npz")
+        return saved["ids"], saved["learn"]
+
+    def passage_limit(self):
+        """Characters of the longest passage: what fits a row with its request."""
+        return 3.3 * self.recipe.n_ctx
+
+
+def say(line):
+    print(line, file=sys.stderr, flush=True)
+
+
+def data(job):
+    """Tokenizer and rows."""
+    if (job.work / "long.npz").exists():
+        return
+    r, books = job.recipe, job.books()
+    documents = text.chat_documents(books, r.seed, r.rounds, job.passage_limit())
+    tokenizer = tokens.train_tokenizer((part for d in documents for turn in d.turns for part in turn), r.vocab_size)
+    tokenizer.save(str(job.work / "tokenizer.json"))
+    running = [tokenizer.encode(text.running_text(book)).ids for book in books]
+    streams = [(np.array(ids, np.uint16), weight) for ids, weight in zip(running, text.weights(len(books)))]
+    late = text.chat_documents(books, r.seed + 1, r.rounds * 0.3, job.passage_limit())
+    for name, docs, length in (("short", documents, r.n_ctx + 1), ("long", late, 2 * r.n_ctx + 1)):
+        ids, learn = tokens.make_rows(tokenizer, docs, streams, length, r.raw_share, r.seed)
+        np.savez(job.work / f"{name}.npz", ids=ids, learn=learn)
+        say(f"data  {name} rows {ids.shape}, {learn.mean():.0%} to learn")
+
+
+def train_on_text(job, name, shape, schedule):
+    """Train a model on the rows; leaves name.pt."""
+    if (job.work / f"{name}.pt").exists():
+        return
+    r = job.recipe
+    torch.manual_seed(r.seed)
+    model = Llama(job.config(shape))
+    say(f"{name}  {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters")
+    batches = text_batches(schedule, job.rows("short"), job.rows("long"))
+    trainer = Trainer(name, model, schedule, text_loss(model, r.bf16, r.compile), batches, job.work / f"{name}.ckpt")
+    trainer.run()
+    save_model(model, job.work / f"{name}.pt")
+    keep(job, name, {"steps": trainer.step, "tokens": trainer.tokens, "seconds": round(trainer.seconds)})
+
+
+def keep(job, key, value):
+    """Remember a result for the card."""
+    path = job.work / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**results, key: value}, indent=1))
+
+
+def target(job):
+    """Train the target and write its file."""
+    train_on_text(job, "target", job.recipe.target, job.recipe.target_run)
+    export.write_gguf(load_model(job.work / "target.pt"), job.tokenizer(), job.out / TARGET, "Teller", "A small teller of tales")
+
+
+def draft(job):
+    """Teach the draft the corpus, before it learns from the target."""
+    train_on_text(job, "draft", job.recipe.draft, job.recipe.draft_run)
+
+
+def tell(job):
+    """Let the target, as its file has it, write what the draft will learn from."""
+    books, tokenizer = job.books(), job.tokenizer()
+    documents = text.chat_documents(books, job.recipe.seed + 2, min(1.0, job.recipe.rounds), job.passage_limit())
+    requests = [d.turns[0][0] for d in documents]
+    running = tokenizer.encode("\n\n".join(text.running_text(book) for book in books[:6])).ids
+    generate(export.read_gguf(job.out / TARGET), tokenizer, requests, running, job.recipe, job.work, job.recipe.generate_seconds)
+
+
+def distill_draft(job):
+    """Teach the draft the target's choices and write its file."""
+    r = job.recipe
+    if not (job.work / "distilled.pt").exists():
+        torch.manual_seed(r.seed)
+        model, told = load_model(job.work / "draft.pt"), distill.told_rows(job.work)
+        batches = distill.told_batches(r.distill_run, told, r.seed)
+        trainer = Trainer("distill", model, r.distill_run, distill.told_loss(model, r.compile), batches, job.work / "distilled.ckpt")
+        trainer.run()
+        save_model(model, job.work / "distilled.pt")
+        keep(job, "distill", {"steps": trainer.step, "tokens": trainer.tokens, "seconds": round(trainer.seconds), "told": int(told["own"].size)})
+    export.write_gguf(load_model(job.work / "distilled.pt"), job.tokenizer(), job.out / DRAFT, "Teller draft", "Drafts for Teller")
+
+
+def heldout_requests(job, n=20):
+    """Requests made of held-out passages, the way the training's were made of theirs."""
+    rng = random.Random(job.recipe.seed)
+    chapters = [c for book in job.heldout_books() for c in text.chapters(book)]
+    namer = text.Namer([c for book in job.books() for c in text.chapters(book)])
+    found = [p for c in chapters for p in text.passages(c, rng, job.passage_limit())]
+    return [namer.request(p, rng) for p in rng.sample(found, min(n, len(found)))]
+
+
+def evaluation(job):
+    """Held-out bits per byte and acceptance of the pair as its files have it."""
+    tokenizer, pair = job.tokenizer(), {"target": export.read_gguf(job.out / TARGET), "draft": export.read_gguf(job.out / DRAFT)}
+    heldout = job.heldout.read_text() if job.heldout else "\n\n".join(job.heldout_books())
+    known = f"\n{text.BOOK_LINE}\n".join(job.books())
+    for name, model in pair.items():
+        keep(job, f"{name}_heldout", evaluate.bits_per_byte(model, tokenizer, heldout))
+    keep(job, "xz", {"alone": evaluate.xz_bits_per_byte(heldout), "after_corpus": evaluate.xz_bits_per_byte(heldout, known)})
+    requests = heldout_requests(job)
+    keep(job, "greedy", evaluate.greedy_acceptance(pair["target"], pair["draft"], tokenizer, requests))
+    keep(job, "sampled", evaluate.sampled_acceptance(pair["target"], pair["draft"], tokenizer, requests))
+    say(f"evaluate  {(job.work / 'results.json').read_text()}")
+
+
+def model_card(job):
+    """Write the card with the numbers and ten tales."""
+    results = json.loads((job.work / "results.json").read_text())
+    pair = [export.read_gguf(job.out / name) for name in (TARGET, DRAFT)]
+    sizes = [(job.out / name).stat().st_size for name in (TARGET, DRAFT)]
+    tales = card.tales(pair[0], job.tokenizer())
+    (job.out / "README.md").write_text(card.write(job.recipe, [m.config for m in pair], sizes, results, tales))
+
+
+STAGES = {
+    "data": data, "target": target, "draft": draft, "tell": tell, "distill": distill_draft, "evaluate": evaluation, "card": model_card,
+}

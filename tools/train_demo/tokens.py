@@ -1,0 +1,97 @@
+"""The vocabulary both models share, and documents as rows of token ids."""
+
+import json
+import random
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+END_OF_TEXT, TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CONTROL = (END_OF_TEXT, TURN, END_OF_TURN)
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def train_tokenizer(texts, vocab_size):
+    """A byte-level BPE with GPT-2's pre-tokenizer; the control tokens come first, then the 256 bytes."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=list(CONTROL), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    assert tokenizer.get_vocab_size() == vocab_size, "the text is too short for this vocabulary"
+    return tokenizer
+
+
+def merges(tokenizer):
+    """The merge rules, best first, as GGUF writes them: "left right"."""
+    return [pair if isinstance(pair, str) else " ".join(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+
+
+def ask(request):
+    """The text before an answer, as the template makes it."""
+    return f"{TURN}user\n{request}{END_OF_TURN}\n{TURN}assistant\n"
+
+
+def encode_documents(tokenizer, documents, chunk=2000):
+    """For each document its ids and a mask of the tokens to learn: the answers with their end of turn, not the requests."""
+    for i in range(0, len(documents), chunk):
+        turns = [turn for d in documents[i : i + chunk] for turn in d.turns]
+        asked = tokenizer.encode_batch_fast([ask(request) for request, _ in turns])
+        told = tokenizer.encode_batch_fast([f"{passage}{END_OF_TURN}\n" for _, passage in turns])
+        pieces = iter(zip(asked, told))
+        for document in documents[i : i + chunk]:
+            ids, learn = [], []
+            for a, t in (next(pieces) for _ in document.turns):
+                ids += a.ids + t.ids
+                learn += [0] * len(a.ids) + [1] * (len(t.ids) - 1) + [0]
+            yield np.array(ids, np.uint16), np.array(learn, np.uint8)
+
+
+def pack(encoded, length, look_ahead=200):
+    """Rows (n, length) of whole documents, each row begun by one: of those in sight the longest that still fits comes next.
+
+    A document of several turns that is longer than a row is cut at its end. Returns ids and mask; the filling is masked.
+    """
+    rows, masks, waiting, source = [], [], [], iter(encoded)
+    while True:
+        while len(waiting) < look_ahead and (item := next(source, None)) is not None:
+            waiting.append(item)
+        if not waiting:
+            return np.stack(rows), np.stack(masks)
+        ids, learn, used = np.zeros(length, np.uint16), np.zeros(length, np.uint8), 0
+        choice = 0
+        while choice is not None:
+            a, b = waiting.pop(choice)
+            n = min(len(a), length - used)
+            ids[used : used + n], learn[used : used + n] = a[:n], b[:n]
+            used += n
+            fitting = [(len(w[0]), i) for i, w in enumerate(waiting) if len(w[0]) <= length - used]
+            choice = max(fitting)[1] if fitting else None
+        rows.append(ids)
+        masks.append(learn)
+
+
+def running_rows(streams, length, n, rng):
+    """n rows (n, length) cut anywhere from the books' ids, each book as often as its (weighted) share says. streams: [(ids, weight)]."""
+    sizes = [len(ids) * w if len(ids) > length else 0.0 for ids, w in streams]
+    rows = []
+    for book in rng.choices(range(len(streams)), sizes, k=n):
+        ids = streams[book][0]
+        start = rng.randrange(len(ids) - length)
+        rows.append(ids[start : start + length])
+    return np.stack(rows)
+
+
+def make_rows(tokenizer, documents, streams, length, raw_share, seed):
+    """All rows of a phase, shuffled: packed documents and running text. Returns ids (n, length) uint16, mask (n, length) uint8."""
+    ids, learn = pack(encode_documents(tokenizer, documents), length)
+    n_raw = int(len(ids) * raw_share / (1 - raw_share))
+    raw = running_rows(streams, length, n_raw, random.Random(seed))
+    ids, learn = np.concatenate([ids, raw]), np.concatenate([learn, np.ones_like(raw, np.uint8)])
+    order = np.random.default_rng(seed).permutation(len(ids))
+    return ids[order], learn[order]
