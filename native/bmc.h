@@ -62,9 +62,10 @@ typedef struct bmc_config {
     float embedding_scale;          /* 1 = none */
     float attn_scale;               /* scores are multiplied by it, usually 1/sqrt(head_dim) */
     float rope_mscale[2];           /* cos and sin are multiplied by it, per rope table */
-    const float *rope_freq[2];      /* (rope_dim / 2,) radians per position; table 0, and 1 for layers that choose it */
+    int32_t n_ropes;                /* 0, 1 or 2 tables of rope frequencies */
+    const float *rope_freq[2];      /* (rope_dim / 2,) radians per position */
     const int32_t *layer_window;    /* (n_layers,) rows a token sees, itself included; 0 = all */
-    const int32_t *layer_rope;      /* (n_layers,) 0 or 1: which table */
+    const int32_t *layer_rope;      /* (n_layers,) which table */
 } bmc_config;
 
 /* A tensor of the file, by role ("attn_q", "ffn_down": GGUF's words without "blk.N." and ".weight").
@@ -111,7 +112,8 @@ int         bmc_model_pack(bmc_model *model);                            /* make
 int64_t     bmc_model_packed(const bmc_model *model, int64_t *total);    /* bytes packed so far, for progress; any thread may ask */
 void        bmc_model_free(bmc_model *model);
 
-bmc_session *bmc_session_new(bmc_model *model, int64_t cap, int growth, int r);
+/* r <= 0: what suits the model; rope 1: every layer takes table 1 (what a model stretched to long contexts asks for). */
+bmc_session *bmc_session_new(bmc_model *model, int64_t cap, int growth, int r, int rope);
 int         bmc_session_position(const bmc_session *session);
 int         bmc_session_rewind(bmc_session *session, int position);
 int         bmc_session_reserve(bmc_session *session, int rows);          /* room for this many rows beyond the position */

@@ -45,7 +45,8 @@ static void quantize_all(const struct pass *p, const float *x, int k, int n_tok,
     }
 }
 
-/* Rows [row, row + 16 * n) of y = W x for one tile of columns. x and its 8-bit copy: (n_tok, n_cols). */
+/* The rows of n panels of y = W x, for one tile of columns. x and its 8-bit copy: (n_tok, n_cols); out starts at the
+ * first of these rows. */
 static void project(const struct pass *p, const struct matrix *w, int64_t panel, int64_t n, const float *x, int n_tok, int tile,
                     float *out, size_t out_stride, bool add) {
     int width = tile_width(n_tok), first = tile * width;
@@ -69,7 +70,7 @@ static void linear(const struct pass *p, const struct matrix *w, const float *x,
     share(p, thread, (w->n_rows + PANEL_ROWS - 1) / PANEL_ROWS, &from, &to);
     for (int64_t step = tiles > 1 ? 4 : to - from; from < to; from += step)
         for (int tile = 0; tile < tiles; tile++)
-            project(p, w, from, to - from < step ? to - from : step, x, n_tok, tile, y, padded((int)w->n_rows), add);
+            project(p, w, from, to - from < step ? to - from : step, x, n_tok, tile, y + from * PANEL_ROWS, padded((int)w->n_rows), add);
 }
 
 static void norm(const bmc_model *m, float *y, const float *x, const float *weight, const float *bias) {
@@ -123,7 +124,7 @@ static void embed(const struct pass *p, int thread) {
             read_row(&m->position_embd, p->pos[t], b->xb + (size_t)t * padded(m->c.dim));
             m->k.add(x, b->xb + (size_t)t * padded(m->c.dim), m->c.dim);
         }
-        for (int table = 0; table < m->n_ropes; table++)
+        for (int table = 0; table < m->c.n_ropes; table++)
             for (int i = 0; i < turns; i++) {
                 size_t at = ((size_t)table * PASS_MAX + (size_t)t) * (size_t)turns + (size_t)i;
                 double angle = (double)p->pos[t] * (double)m->c.rope_freq[table][i];
@@ -136,7 +137,7 @@ static void embed(const struct pass *p, int thread) {
 /* A head's values: its own norm, then the turn of its position. */
 static void place_head(const struct pass *p, const struct layer *L, float *head, const float *weight, int t) {
     const bmc_model *m = p->model;
-    size_t at = ((size_t)L->rope * PASS_MAX + (size_t)t) * (size_t)(m->c.rope_dim / 2);
+    size_t table = (size_t)(L->rope | p->session[t]->rope), at = (table * PASS_MAX + (size_t)t) * (size_t)(m->c.rope_dim / 2);
     if (weight)
         m->k.rmsnorm(head, head, weight, m->c.head_dim, m->c.norm_eps);
     if (m->c.rope == BMC_ROPE_PAIRS)

@@ -33,16 +33,18 @@ static int check_config(const bmc_config *c) {
         { "rope", c->rope, BMC_ROPE_NONE, BMC_ROPE_HALVES },
         { "rope_dim", c->rope_dim, 0, c->head_dim },
         { "n_heads % n_kv_heads", c->n_heads % c->n_kv_heads, 0, 0 },
+        { "n_ropes", c->n_ropes, c->rope != BMC_ROPE_NONE, 2 },
         { "rope_dim % 2", c->rope_dim % 2, 0, 0 },
     };
     for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
         if (in_range(limits[i].name, limits[i].value, limits[i].low, limits[i].high))
             return BMC_EFORMAT;
     for (int i = 0; i < c->n_layers; i++)
-        if (in_range("layer_window", c->layer_window[i], 0, 1 << 30) || in_range("layer_rope", c->layer_rope[i], 0, 1))
+        if (in_range("layer_window", c->layer_window[i], 0, 1 << 30) || in_range("layer_rope", c->layer_rope[i], 0, c->n_ropes > 1))
             return BMC_EFORMAT;
-    if (c->rope != BMC_ROPE_NONE && (!c->rope_freq[0] || !c->rope_freq[1]))
-        return fail(BMC_EINVAL, "rope_freq: a table is missing");
+    for (int i = 0; i < c->n_ropes; i++)
+        if (!c->rope_freq[i])
+            return fail(BMC_EINVAL, "rope_freq: table %d is missing", i);
     return 0;
 }
 
@@ -112,11 +114,13 @@ static const struct role *find_role(const struct role *roles, const char *name) 
     return NULL;
 }
 
+/* The file's name for it, nearly always. */
 static const char *full_name(const bmc_tensor *t, char text[64]) {
+    const char *end = strchr(t->role, '.') ? "" : ".weight";
     if (t->layer >= 0)
-        snprintf(text, 64, "layer %d's %s", (int)t->layer, t->role);
+        snprintf(text, 64, "blk.%d.%s%s", (int)t->layer, t->role, end);
     else
-        snprintf(text, 64, "%s", t->role);
+        snprintf(text, 64, "%s%s", t->role, end);
     return text;
 }
 
@@ -128,8 +132,8 @@ static int check_tensor(const bmc_model *m, const bmc_tensor *t, const struct ro
     if (!type || !type->dequantize || (matrix && !panel_runs(t->type)))
         return fail(BMC_EFORMAT, "%s: pybmc does not compute with type %s", name, type ? type->name : "unknown");
     if (t->n_cols != cols || t->n_rows != rows)
-        return fail(BMC_EFORMAT, "%s: expected %s (%lld, %lld), found (%lld, %lld)", name, type->name,
-                    (long long)cols, (long long)rows, (long long)t->n_cols, (long long)t->n_rows);
+        return fail(BMC_EFORMAT, "%s: expected %lld rows of %lld values, found %lld of %lld (%s)", name, (long long)rows,
+                    (long long)cols, (long long)t->n_rows, (long long)t->n_cols, type->name);
     if (cols % type->block_size)
         return fail(BMC_EFORMAT, "%s: rows of %lld are not whole blocks of %s (%d)", name, (long long)cols, type->name, type->block_size);
     return t->data ? 0 : fail(BMC_EINVAL, "%s: data is NULL", name);
@@ -345,9 +349,6 @@ static int copy_config(bmc_model *m, const bmc_config *config) {
             memcpy(freq[i], config->rope_freq[i], turns);
         c->rope_freq[i] = freq[i];
     }
-    for (int i = 0; c->rope && i < c->n_layers; i++)
-        if (m->n_ropes <= rope[i])
-            m->n_ropes = rope[i] + 1;
     m->q_dim = c->n_heads * c->head_dim;
     m->kv_dim = c->n_kv_heads * c->head_dim;
     m->v_dim = (int)padded(c->head_dim);

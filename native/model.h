@@ -49,7 +49,6 @@ struct bmc_model {
     const float *output_norm, *output_norm_bias;
     struct matrix output;
     struct layer *layers;           /* (n_layers,) */
-    int n_ropes;                    /* tables of rope frequencies that layers use */
     int q_dim, kv_dim, v_dim;       /* heads * head_dim; KV heads * head_dim; head_dim rounded up to 16 */
 
     void *panels;                   /* all panels, in huge pages */
@@ -63,6 +62,7 @@ struct bmc_session {
     bmc_model *model;
     struct arena arena;
     int position;                   /* rows in use */
+    int rope;                       /* 1: table 1 for every layer */
     atomic_flag busy;
 };
 

@@ -12,12 +12,14 @@ static int claim(bmc_session *s) {
 
 static void release(bmc_session *s) { atomic_flag_clear_explicit(&s->busy, memory_order_release); }
 
-bmc_session *bmc_session_new(bmc_model *m, int64_t cap, int growth, int r) {
+bmc_session *bmc_session_new(bmc_model *m, int64_t cap, int growth, int r, int rope) {
     bmc_session *s = NULL;
     if (!m || !m->panels)
         fail(BMC_EINVAL, "bmc_session_new: the model has no panels yet");
     else if (cap < 1 || cap > 1 << 30)
         fail(BMC_EINVAL, "context: expected 1 to %d, found %lld", 1 << 30, (long long)cap);
+    else if (rope < 0 || rope > (m->c.n_ropes > 1))
+        fail(BMC_EINVAL, "rope: the model has %d tables, number %d is asked for", (int)m->c.n_ropes, rope);
     else if (m->position_embd.data && cap > m->c.n_ctx)
         fail(BMC_EINVAL, "context: this model has %d learned positions, %lld are asked for", (int)m->c.n_ctx, (long long)cap);
     else if (!(s = calloc(1, sizeof *s)))
@@ -34,6 +36,7 @@ bmc_session *bmc_session_new(bmc_model *m, int64_t cap, int growth, int r) {
         return NULL;
     }
     s->model = m;
+    s->rope = rope;
     atomic_fetch_add(&m->n_sessions, 1);
     return s;
 }

@@ -82,7 +82,7 @@ class ChatTemplate:
             "raise_exception": _raise_exception, "strftime_now": _strftime_now, "tools": None, "documents": None,
         }
         given |= variables | {"messages": messages, "add_generation_prompt": add_generation_prompt}
-        return self._template.render(given, size_in=sum(map(len, _strings((messages, variables)))))
+        return self._template.render(given)
 
     def _checked(self, messages: Sequence[Mapping]) -> list[dict]:
         checked = []

@@ -139,7 +139,7 @@ class Choice(NamedTuple):
 def plain_loop(session, logits, sampler: Sampler) -> Iterator[Choice]:
     """Choose from the logits, evaluate the choice, and so on. The last choice yielded is not in the session yet."""
     while True:
-        token = sampler.sample(logits, session.position, session.tokens)
+        token = sampler.sample(logits, session.position, session.tokens if sampler.penalizes else ())
         yield Choice(token, logprob(logits, token))
         logits = session.eval([token])
 
@@ -213,7 +213,7 @@ def generate(model, prompt, max_tokens: int | None = 256, *, session=None, tempe
 
 def _run(model, tokens, max_tokens, session, sampler, stop_strings, stop_ids, progress, stats) -> Iterator[Token]:
     own = None if session is not None else model.session()
-    session = session or own
+    session = own if session is None else session
     try:
         check_room(session, tokens)
         started = time.perf_counter()

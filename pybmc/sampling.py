@@ -212,7 +212,7 @@ class Sampler:
             value = getattr(self, name)
             if not isinstance(value, kind) or not isfinite(value) or not low <= value <= high:
                 noun = "a whole number" if kind is Integral else "a number"
-                bounds = f" from {low}" * isfinite(low) + f" up to {high}" * isfinite(high)
+                bounds = f" from {low} {f'to {high}' if isfinite(high) else 'up'}" * isfinite(low)
                 raise ArgumentError(f"{name} is {value!r}; expected {noun}{bounds}")
         if self.repeat_penalty == 0:
             raise ArgumentError("repeat_penalty is 0; expected a positive number")

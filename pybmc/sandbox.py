@@ -7,6 +7,7 @@ ran without it). It does not keep a template from running forever or from fillin
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 import time
@@ -28,7 +29,7 @@ MAX_SIZE = 4 << 20              # characters of one string, or elements of one s
 MAX_TOTAL = 128 << 20           # characters made along the way
 MAX_SECONDS = 3.0               # of this thread's processor time
 _MAX_WIDTH = 10_000             # of padding, indents, batches
-_NODE = 16                      # what a list, a number weighs, in characters
+_NODE = 64                      # what a list, a number weighs, in characters
 
 _PADDING = {"center", "ljust", "rjust", "zfill", "expandtabs", "to_bytes", "indent", "batch", "slice", "wordwrap", "round", "tojson", "truncate"}
 _LONG_WIDTH = re.compile(r"\d{5}|\*")
@@ -59,28 +60,30 @@ class _Meter:
     def weigh(self, value):
         """Pay for a value that was made, everything in it counted as often as it would print."""
         if isinstance(value, (str, bytes, list, tuple, dict, set, frozenset, Namespace, Cycler)):
-            self.room(self._weight(value, self.max_size))
+            self.room(_weight(value, self.max_size))
         return value
 
-    def _weight(self, value, limit: int) -> int:
-        if isinstance(value, (str, bytes)):
-            return len(value)
-        if isinstance(value, dict):
-            inside = [*value.keys(), *value.values()]
-        elif isinstance(value, (list, tuple, set, frozenset)):
-            inside = value
-        elif isinstance(value, Namespace):
-            inside = object.__getattribute__(value, "_Namespace__attrs").values()
-        elif isinstance(value, Cycler):
-            inside = value.items
-        else:
-            return _NODE
-        weight = _NODE
-        for item in inside:
-            if weight > limit:
-                break
-            weight += self._weight(item, limit - weight)
-        return weight
+
+def _weight(value, limit: float = math.inf) -> int:
+    """About the characters a value has when it is printed; counting ends beyond limit."""
+    if isinstance(value, (str, bytes)):
+        return len(value)
+    if isinstance(value, dict):
+        inside = [*value.keys(), *value.values()]
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        inside = value
+    elif isinstance(value, Namespace):
+        inside = object.__getattribute__(value, "_Namespace__attrs").values()
+    elif isinstance(value, Cycler):
+        inside = value.items
+    else:
+        return _NODE
+    weight = _NODE
+    for item in inside:
+        if weight > limit:
+            break
+        weight += _weight(item, limit - weight)
+    return weight
 
 
 def _multiply(meter: _Meter, left, right) -> None:
@@ -90,7 +93,7 @@ def _multiply(meter: _Meter, left, right) -> None:
             if one.bit_length() + other.bit_length() > 4096:
                 raise SecurityError("a number has too many digits")
         elif isinstance(one, int) and hasattr(other, "__len__"):
-            meter.room(max(one, 0) * meter._weight(other, meter.max_size))
+            meter.room(max(one, 0) * _weight(other, meter.max_size))
 
 
 def _power(meter: _Meter, left, right) -> None:
@@ -100,7 +103,7 @@ def _power(meter: _Meter, left, right) -> None:
 
 def _add(meter: _Meter, left, right) -> None:
     if hasattr(left, "__len__") and hasattr(right, "__len__"):
-        meter.room(meter._weight(left, meter.max_size) + meter._weight(right, meter.max_size))
+        meter.room(_weight(left, meter.max_size) + _weight(right, meter.max_size))
 
 
 def _modulo(meter: _Meter, left, right) -> None:
@@ -114,7 +117,7 @@ _OPERATORS = {"*": _multiply, "**": _power, "+": _add, "%": _modulo}
 def _format(meter: _Meter, text, *args) -> None:
     if _LONG_WIDTH.search(text if isinstance(text, str) else text.decode("latin-1")):
         raise SecurityError("a format is too wide")
-    meter.room(len(text) + sum(meter._weight(arg, meter.max_size) for arg in args))
+    meter.room(len(text) + sum(_weight(arg, meter.max_size) for arg in args))
 
 
 def _replace(meter: _Meter, text, old="", new="", *rest) -> None:
@@ -124,7 +127,7 @@ def _replace(meter: _Meter, text, old="", new="", *rest) -> None:
 
 def _join(meter: _Meter, items, separator="") -> list:
     items = list(items)
-    meter.room(sum(meter._weight(item, meter.max_size) for item in items) + len(items) * len(str(separator)))
+    meter.room(sum(_weight(item, meter.max_size) for item in items) + len(items) * len(str(separator)))
     return items
 
 
@@ -278,10 +281,10 @@ class Template:
         except Exception as error:          # nesting that is too deep for the parser, the compiler, Python
             raise FormatError(f"the chat template does not compile: {_sentence(error)}") from None
 
-    def render(self, variables: dict[str, object], size_in: int = 0) -> str:
-        """Its text. size_in: the size of what goes in, in characters; what comes out may be a multiple of it, and 4M more."""
+    def render(self, variables: dict[str, object]) -> str:
+        """Its text, which may be four times what goes in, and MAX_SIZE more."""
         environment = self._template.environment
-        environment.local.meter = _Meter(size_in)
+        environment.local.meter = _Meter(_weight(variables))
         try:
             return self._run(variables)
         except Exception as error:

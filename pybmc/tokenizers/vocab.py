@@ -88,7 +88,14 @@ class Vocabulary:
 
     def _types(self) -> np.ndarray:
         types = self.numbers("token_type", "iu")
-        return np.full(self.size, NORMAL, np.int32) if types is None else types.astype(np.int32)
+        if types is not None:
+            return types.astype(np.int32)
+        types = np.full(self.size, NORMAL, np.int32)
+        for name, kind in (("bos", CONTROL), ("eos", CONTROL), ("unknown", UNKNOWN)):
+            id = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
+            if isinstance(id, int) and id < self.size:
+                types[id] = kind
+        return types
 
     def _index(self) -> dict[str, int]:
         """Text -> id. An empty token can stand for no text; it gets a name that none is meant to have."""

@@ -3,7 +3,7 @@
 The rotation turns consecutive pairs, as GGUF's llama expects, so Q and K are exported as they are.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -164,6 +164,20 @@ class Llama(nn.Module):
 
     def logits(self, tokens, cache=None):
         return self.head(self(tokens, cache))
+
+
+def grow(model):
+    """The same function with twice the blocks: behind each stands its copy, whose last matrices are zero and so add nothing yet."""
+    grown = Llama(replace(model.config, n_layers=2 * model.config.n_layers))
+    with torch.no_grad():
+        for ours, theirs in ((grown.embed, model.embed), (grown.norm, model.norm)):
+            ours.load_state_dict(theirs.state_dict())
+        for i, block in enumerate(grown.blocks):
+            block.load_state_dict(model.blocks[i // 2].state_dict())
+            if i % 2:
+                block.attn.o.weight.zero_()
+                block.down.weight.zero_()
+    return grown
 
 
 def save_model(model, path):

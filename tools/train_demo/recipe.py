@@ -59,6 +59,7 @@ class Schedule:
     warm_up: float = 0.02       # share of the time over which the rate climbs
     decay_from: float = 0.30    # where the straight line down to zero begins
     weight_decay: float = 0.1
+    grow_at: float = 0.0        # half of the blocks learn alone up to here: they see twice the text in their time
     long_from: float = 0.85     # from here on rows are twice as long
 
 
@@ -73,7 +74,7 @@ class Recipe:
     bf16: bool = True
     target: Shape = Shape(384, 1024, 64, 6, 6, 2)
     draft: Shape = Shape(96, 256, 32, 2, 3, 1)
-    target_run: Schedule = Schedule(73 * 60, 8192, 8, 0.02, 3e-3)
+    target_run: Schedule = Schedule(70 * 60, 4096, 8, 0.02, 3e-3, grow_at=0.48)
     draft_run: Schedule = Schedule(4 * 60, 8192, 16, 0.02, 6e-3, long_from=2.0)
     distill_run: Schedule = Schedule(15 * 60, 8192, 16, 0.02, 4e-3, long_from=2.0)
     generate_seconds: float = 12 * 60       # time for the target's own text
@@ -86,7 +87,7 @@ FULL = Recipe()
 SMOKE = Recipe(
     vocab_size=512, n_ctx=128, compile=False, bf16=False,
     target=Shape(64, 128, 32, 2, 2, 1), draft=Shape(32, 64, 32, 1, 1, 1),
-    target_run=Schedule(20, 1024, 8, 0.02, 3e-3),
+    target_run=Schedule(20, 1024, 8, 0.02, 3e-3, grow_at=0.5),
     draft_run=Schedule(5, 1024, 8, 0.02, 6e-3, long_from=2.0),
     distill_run=Schedule(8, 1024, 16, 0.02, 4e-3, long_from=2.0),
     generate_seconds=8, generate_batch=8, generate_tokens=64, top=16,

@@ -3,7 +3,7 @@
 import json
 import random
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from . import card, distill, evaluate, export, text, tokens
 from .generate import generate
-from .model import Config, Llama, load_model, save_model
+from .model import Config, Llama, grow, load_model, save_model
 from .recipe import Recipe
 from .train import Trainer, text_batches, text_loss
 
@@ -77,12 +77,20 @@ def train_on_text(job, name, shape, schedule):
         return
     r = job.recipe
     torch.manual_seed(r.seed)
-    model = Llama(job.config(shape))
-    say(f"{name}  {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters")
+    config, trainer = job.config(shape), None
     batches = text_batches(schedule, job.rows("short"), job.rows("long"))
-    trainer = Trainer(name, model, schedule, text_loss(model, r.bf16, r.compile), batches, job.work / f"{name}.ckpt")
-    trainer.run()
-    save_model(model, job.work / f"{name}.pt")
+
+    def train(part, model, until):
+        say(f"{part}  {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters")
+        loss_of = text_loss(model, r.bf16, r.compile)
+        run = Trainer(part, model, schedule, loss_of, batches, job.work / f"{part}.ckpt", until, after=trainer)
+        run.run()
+        return run
+
+    if schedule.grow_at:
+        trainer = train(f"{name}-half", Llama(replace(config, n_layers=config.n_layers // 2)), schedule.grow_at)
+    trainer = train(name, grow(trainer.model) if trainer else Llama(config), 1.0)
+    save_model(trainer.model, job.work / f"{name}.pt")
     keep(job, name, {"steps": trainer.step, "tokens": trainer.tokens, "seconds": round(trainer.seconds)})
 
 

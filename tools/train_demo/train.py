@@ -47,16 +47,19 @@ def clock(seconds):
 
 
 class Trainer:
-    """Steps of `micro_step(micro_batch_index_source) -> loss` until the schedule's seconds are spent.
+    """Steps until the schedule's seconds, or the share `until` of them, are spent.
 
-    `batch(spent, step)` gives the step's micro batches; `loss_of(*micro batch)` a summed loss and the count of its tokens.
+    `batch(spent, cursor)` gives a step's micro batches, tuples that end with the mask of the tokens to learn; `loss_of(*micro batch)` the
+    loss summed over them. `after` is a trainer whose clock and place in the data this one takes over.
     """
 
-    def __init__(self, name, model, schedule, loss_of, batch, checkpoint, save_every=180.0):
+    def __init__(self, name, model, schedule, loss_of, batch, checkpoint, until=1.0, after=None, save_every=180.0):
         self.name, self.model, self.schedule, self.loss_of, self.batch = name, model, schedule, loss_of, batch
         self.optimizers = optimizers(model, schedule)
-        self.checkpoint, self.save_every = Path(checkpoint), save_every
+        self.checkpoint, self.save_every, self.end = Path(checkpoint), save_every, until * schedule.seconds
         self.step, self.seconds, self.tokens, self.cursor = 0, 0.0, 0, {}
+        if after:
+            self.step, self.seconds, self.tokens, self.cursor = after.step, after.seconds, after.tokens, dict(after.cursor)
         if self.checkpoint.exists():
             self.load()
 
@@ -98,7 +101,7 @@ class Trainer:
 
     def run(self):
         report, smooth, speed, saved = Progress(self.name), None, None, time.monotonic()
-        while self.seconds < self.schedule.seconds:
+        while self.seconds < self.end:
             began, tokens = time.monotonic(), self.tokens
             loss = self.train_step(self.seconds / self.schedule.seconds)
             took = time.monotonic() - began

@@ -1,0 +1,5 @@
+"""python -m pybmc"""
+
+from .cli import main
+
+main()

@@ -1,0 +1,102 @@
+"""How fast a model runs here: prompts, single tokens, and narrow passes as speculation verifies them."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .errors import ArgumentError
+
+PASSES = 4                              # verification passes that one repetition times
+
+
+@dataclass(frozen=True)
+class Result:
+    """One test: n tokens in a pass ("pp", "verify") or generated ("tg") behind depth rows; rates in tokens/s.
+
+    gb_s is how much a second was read of the packed weights and of the rows; roof is its share of what the machine
+    could read, where that was measured.
+    """
+
+    test: str
+    n: int
+    depth: int
+    threads: int
+    tok_s: float
+    tok_s_min: float
+    tok_s_max: float
+    reps: int
+    gb_s: float | None
+    roof: float | None
+
+
+def bench(model, prompts: Sequence[int] = (512,), generated: Sequence[int] = (64,), widths: Sequence[int] = (1, 2, 4, 8, 16),
+          depths: Sequence[int] = (0,), reps: int = 5, rows="auto",
+          progress: Callable[[int, int], None] | None = None) -> Iterator[Result]:
+    """Run every test at every depth, reps times after one to warm up; median, least and greatest rate of each."""
+    if reps < 1:
+        raise ArgumentError(f"reps is {reps}; expected 1 or more")
+    for name, values, least in (("a prompt length", prompts, 1), ("a generated length", generated, 1),
+                                ("a width", widths, 1), ("a depth", depths, 0)):
+        if any(v < least for v in values):
+            raise ArgumentError(f"{name} is {min(values)}; expected {least} or more")
+    tests = [(kind, n, depth) for depth in depths for kind, ns in
+             (("pp", prompts), ("tg", generated), ("verify", widths)) for n in ns]
+    if not tests:
+        raise ArgumentError("there is nothing to measure: every list is empty")
+    context = max(depth + n for _, n, depth in tests)
+    tokens = random_tokens(model, context)
+    with model.session(context=context, rows=rows) as session:
+        for i, (kind, n, depth) in enumerate(tests):
+            go_to(session, tokens, depth)
+            rates = [measure(session, kind, tokens[depth:depth + n]) for _ in range(reps + 1)][1:]
+            yield result(model, session, kind, n, depth, rates)
+            if progress:
+                progress(i + 1, len(tests))
+
+
+def random_tokens(model, n: int) -> np.ndarray:
+    """The same n ids for the same vocabulary, whatever was measured before."""
+    return np.random.default_rng(0).integers(0, model.tokenizer.vocab_size, n, dtype=np.int32)
+
+
+def go_to(session, tokens: np.ndarray, depth: int) -> None:
+    """Leave the session with the first `depth` tokens."""
+    session.rewind(min(session.position, depth))
+    if session.position < depth:
+        session.eval(tokens[session.position:depth], logits="none")
+
+
+def measure(session, kind: str, tokens: np.ndarray) -> float:
+    """Tokens a second of one repetition; the session is as it was, afterwards."""
+    depth, n = session.position, len(tokens)
+    started = time.perf_counter()
+    if kind == "pp":
+        session.eval(tokens)
+    elif kind == "tg":
+        for token in tokens:
+            session.eval([token])
+    else:
+        for _ in range(PASSES):
+            session.eval(tokens, logits="all")
+            session.rewind(depth)
+        n *= PASSES
+    rate = n / (time.perf_counter() - started)
+    session.rewind(depth)
+    return rate
+
+
+def result(model, session, kind: str, n: int, depth: int, rates: list[float]) -> Result:
+    tok_s = statistics.median(rates)
+    in_a_pass = 1 if kind == "tg" else n
+    rows = depth + (n / 2 if kind == "tg" else 0)                   # on average
+    n_bytes = weight_bytes(model) + rows * session.arena_stats().row_bytes
+    return Result(kind, n, depth, model.threads, tok_s, min(rates), max(rates), len(rates),
+                  tok_s / in_a_pass * n_bytes / 1e9, None)
+
+
+def weight_bytes(model) -> int:
+    """Bytes of weights that one pass reads."""
+    return model.packed_bytes

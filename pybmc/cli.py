@@ -1,0 +1,454 @@
+"""The command line: words and wires only. Heavy modules are imported where they are used, so that help is instant."""
+
+import json
+import os
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from . import __version__
+from .errors import ArgumentError, BmcError
+from .terminal import ReaderLeft, is_terminal, note, progress, write
+
+EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+
+
+# ---- options that several commands share -------------------------------------------------------------------
+
+
+def options(*decorators):
+    def apply(function):
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+    return apply
+
+
+class Counts(click.ParamType):
+    """Whole numbers by comma; nothing at all is an empty list."""
+
+    name = "N,N,.."
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part) for part in value.split(",") if part.strip())
+        except ValueError:
+            self.fail(f"{value!r} is no list of whole numbers", param, ctx)
+
+
+class Bias(click.ParamType):
+    """TOKEN+VALUE or TOKEN-VALUE."""
+
+    name = "TOKEN(+/-)BIAS"
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, tuple):
+            return value
+        at = max(value.find("+"), value.find("-"))
+        try:
+            return int(value[:at]), float(value[at:])
+        except ValueError:
+            self.fail(f"{value!r}: expected a token id, + or -, and a number, as in 15043-inf", param, ctx)
+
+
+class Rows(click.ParamType):
+    """auto, max, reserve, or rows at a time."""
+
+    name = "auto|max|reserve|N"
+
+    def convert(self, value, param, ctx):
+        if value in ("auto", "max", "reserve") or isinstance(value, int):
+            return value
+        if value.isdecimal() and int(value) > 0:
+            return int(value)
+        self.fail(f"{value!r}: expected auto, max, reserve or a number of rows", param, ctx)
+
+
+model_argument = click.argument("model", required=False, type=click.Path())
+model_option = click.option("-m", "--model", "model_option", metavar="FILE", type=click.Path(),
+                            help="The model, if it is not given as an argument.")
+threads_option = click.option("-t", "--threads", type=click.IntRange(1, 512), metavar="N",
+                              help="Threads; by default one for each core this process may use.")
+context_option = click.option("-c", "--ctx-size", "context", type=click.IntRange(1), metavar="N",
+                              help="Cap on the context, in tokens; by default the model's own. Memory follows use.")
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout.")
+arena_options = options(
+    click.option("--rows", type=Rows(), default="auto", show_default=True,
+                 help="How the KV cache grows: chosen, all at once, reserved address space, or N rows at a time."),
+    click.option("--kv-type", type=click.Choice(["f16"]), default="f16", show_default=True, help="Type of the KV cache."))
+
+sampling_options = options(
+    click.option("-s", "--seed", type=int, default=-1, metavar="N", help="Seed of the choices; -1 (default) takes a new one."),
+    click.option("--temp", "temperature", type=float, default=0.8, show_default=True, metavar="T",
+                 help="Temperature; 0 always takes the likeliest token."),
+    click.option("--top-k", type=int, default=40, show_default=True, metavar="K", help="Only the K likeliest tokens; 0: all."),
+    click.option("--top-p", type=float, default=0.95, show_default=True, metavar="P",
+                 help="Only the likeliest tokens that make up P together; 1: all."),
+    click.option("--min-p", type=float, default=0.05, show_default=True, metavar="P",
+                 help="Only tokens at least P times as likely as the likeliest; 0: all."),
+    click.option("--repeat-penalty", type=float, default=1.0, show_default=True, metavar="X",
+                 help="Divide the logits of recent tokens by X; 1: off."),
+    click.option("--presence-penalty", type=float, default=0.0, show_default=True, metavar="X",
+                 help="Take X off the logits of recent tokens."),
+    click.option("--frequency-penalty", type=float, default=0.0, show_default=True, metavar="X",
+                 help="Take X off for each time a recent token occurs."),
+    click.option("--repeat-last-n", type=int, default=64, show_default=True, metavar="N",
+                 help="How many last tokens are recent; -1: all."),
+    click.option("-l", "--logit-bias", type=Bias(), multiple=True, help="Make a token likelier or less likely; repeatable."))
+SAMPLING = ("seed", "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty",
+            "repeat_last_n", "logit_bias")
+
+text_options = options(
+    click.option("-p", "--prompt", metavar="TEXT", help="The text; - reads it from stdin."),
+    click.option("-f", "--file", "prompt_file", type=click.Path(), metavar="FILE", help="Read it from a file; - is stdin."))
+
+
+def sampling_settings(flags: dict) -> dict:
+    """The Sampler's settings among the flags, checked; a seed of -1 becomes a new one."""
+    from .sampling import Sampler
+
+    settings = {name: flags[name] for name in SAMPLING}
+    settings["logit_bias"] = dict(settings["logit_bias"])
+    if settings["seed"] == -1:
+        settings["seed"] = int.from_bytes(os.urandom(4), "little")
+    try:
+        Sampler(**settings)
+    except ArgumentError as error:
+        raise click.UsageError(str(error)) from None
+    return settings
+
+
+def find_model(argument, option=None) -> Path:
+    if argument and option:
+        raise click.UsageError(f"two models are given: {argument} and -m {option}")
+    if argument or option:
+        return Path(argument or option)
+    from . import demo_model
+    return demo_model()
+
+
+def need_model(argument, option=None) -> Path:
+    if not argument and not option:
+        raise click.UsageError("no model is given: name a GGUF file")
+    return find_model(argument, option)
+
+
+def read_text(prompt, file) -> str:
+    """The text of -p or -f, or of stdin where it is piped."""
+    if prompt is not None and file is not None:
+        raise click.UsageError("-p and -f are both given")
+    if file is None and prompt is None:
+        if is_terminal(sys.stdin):
+            raise click.UsageError("no text is given: use -p TEXT, -f FILE, or pipe it in")
+        file = "-"
+    if prompt is not None and prompt != "-":
+        return prompt
+    data = sys.stdin.buffer.read() if file in ("-", None) else Path(file).read_bytes()
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise BmcError(f"{'stdin' if file in ('-', None) else file} is not UTF-8 text (byte {error.start})") from None
+
+
+@contextmanager
+def opened(path: Path, threads):
+    """The model, loaded behind a progress bar, and the seconds it took."""
+    from .model import Model
+
+    started = time.perf_counter()
+    with progress(f"loading {path.name}") as update:
+        model = Model(path, threads=threads, progress=update)
+    with model:
+        yield model, time.perf_counter() - started
+
+
+def print_json(value: dict) -> None:
+    write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def rounded(value, digits: int = 6):
+    """Floats with so many significant digits."""
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
+
+
+# ---- commands ----------------------------------------------------------------------------------------------
+
+
+class Commands(click.Group):
+    """`run` is another name of generate."""
+
+    def get_command(self, ctx, name):
+        return super().get_command(ctx, {"run": "generate"}.get(name, name))
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="pybmc", message="%(prog)s %(version)s")
+def cli():
+    """Run GGUF language models on the CPU.
+
+    Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+    """
+
+
+@cli.command()
+@model_argument
+@model_option
+@click.option("-sys", "--system-prompt", "system", metavar="TEXT", help="What the model is told before everything else.")
+@click.option("-n", "--n-predict", "max_tokens", type=int, default=-1, show_default=True, metavar="N",
+              help="At most N tokens an answer; -1: until the model ends.")
+@sampling_options
+@context_option
+@threads_option
+@arena_options
+def chat(model, model_option, system, max_tokens, context, threads, rows, kv_type, **flags):
+    """Talk with a model; without MODEL the bundled one answers.
+
+    /help lists what can be typed besides messages. A message goes on over several lines after a backslash at the
+    end of a line, or between lines of three double quotes. Ctrl-C ends an answer, Ctrl-D the chat. From a pipe
+    each line is a message.
+    """
+    from .conversation import Conversation
+    from .repl import Repl
+
+    settings = sampling_settings(flags) | {"max_tokens": None if max_tokens < 0 else max_tokens}
+    with opened(find_model(model, model_option), threads) as (loaded, _):
+        with loaded.session(context=context, rows=rows, kv_type=kv_type) as session:
+            Repl(Conversation(loaded, session, system, **settings)).run()
+
+
+@cli.command()
+@model_argument
+@model_option
+@text_options
+@click.option("-n", "--n-predict", "max_tokens", type=int, default=256, show_default=True, metavar="N",
+              help="At most N tokens; -1: until the model ends or the context is full.")
+@click.option("--chat/--raw", "as_chat", default=None,
+              help="Send the text as a message in the model's chat template, or as it is. Without MODEL --chat, else --raw.")
+@click.option("-sys", "--system-prompt", "system", metavar="TEXT", help="With --chat: what the model is told first.")
+@click.option("-r", "--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
+@click.option("--ignore-eos", is_flag=True, help="Go on where the model would end.")
+@sampling_options
+@context_option
+@threads_option
+@arena_options
+@json_option
+def generate(model, model_option, prompt, prompt_file, max_tokens, as_chat, system, stop, ignore_eos, context, threads,
+             rows, kv_type, as_json, **flags):
+    """Continue a text (-p, -f, or stdin) and print what follows it; `run` is the same.
+
+    In a raw text control tokens such as <|im_start|> count. Without MODEL the bundled model answers.
+    """
+    from .decode import generate as start
+
+    settings = sampling_settings(flags)
+    text = read_text(prompt, prompt_file)
+    as_chat = as_chat if as_chat is not None else not (model or model_option)
+    if system and not as_chat:
+        raise click.UsageError("-sys needs --chat")
+    if as_chat:
+        text = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": text}]
+    with opened(find_model(model, model_option), threads) as (loaded, load_s):
+        with loaded.session(context=context, rows=rows, kv_type=kv_type) as session, progress("prompt") as update:
+            answer = start(loaded, text, None if max_tokens < 0 else max_tokens, session=session, stop=stop,
+                           stop_tokens=() if ignore_eos else None, progress=update, **settings)
+            tokens = []
+            for token in answer:
+                tokens.append(token)
+                if not as_json:
+                    write(token.text)
+    if as_json:
+        print_json(generation_json(answer, tokens, load_s))
+    else:
+        write("\n")
+        if is_terminal(sys.stderr):
+            note(summary(answer.stats, settings["seed"] if settings["temperature"] else None), dim=True)
+
+
+def generation_json(answer, tokens, load_s: float) -> dict:
+    stats = answer.stats
+    timings = {"load_s": load_s, "prompt_s": stats.prompt_s, "prompt_tok_s": stats.prompt_tok_s,
+               "predicted_s": stats.predicted_s, "predicted_tok_s": stats.predicted_tok_s,
+               "draft_n": stats.draft_n, "draft_n_accepted": stats.draft_n_accepted}
+    return {"text": "".join(t.text for t in tokens), "tokens": [t.id for t in tokens], "prompt_tokens": stats.prompt_tokens,
+            "finish_reason": tokens[-1].finish_reason if tokens else "length",
+            "timings": {name: rounded(value) for name, value in timings.items()}}
+
+
+def summary(stats, seed=None) -> str:
+    """One line about an answer."""
+    new = stats.prompt_tokens - stats.reused_tokens
+    reused = f" ({stats.reused_tokens} more were there)" if stats.reused_tokens else ""
+    parts = [f"prompt {new} tokens{reused} {stats.prompt_tok_s:.1f} tok/s",
+             f"answer {stats.predicted_tokens} tokens {stats.predicted_tok_s:.1f} tok/s"]
+    return " | ".join(parts + [f"seed {seed}"] * (seed is not None))
+
+
+@cli.command()
+@model_argument
+@model_option
+@json_option
+def show(model, model_option, as_json):
+    """What a file is: architecture, types, sizes, template, and whether it runs."""
+    from .show import describe, lines
+
+    info = describe(need_model(model, model_option))
+    if as_json:
+        print_json(info)
+    else:
+        write("".join(f"{label:14}{text}\n" for label, text in lines(info)))
+
+
+@cli.command()
+@model_argument
+@model_option
+@text_options
+@click.option("--no-bos", is_flag=True, help="Leave out the tokens that the model wants around a text.")
+@click.option("--special/--no-special", default=False, show_default=True, help="Let control tokens in the text count.")
+@json_option
+def tokenize(model, model_option, prompt, prompt_file, no_bos, special, as_json):
+    """Token ids and pieces of a text (-p, -f, or stdin). A vocabulary without weights is enough."""
+    from . import Tokenizer
+
+    path = need_model(model, model_option)
+    text = read_text(prompt, prompt_file)
+    tokenizer = Tokenizer(path)
+    ids = tokenizer.encode(text, bos=not no_bos, special=special)
+    pieces = [tokenizer.piece(id) for id in ids]
+    if as_json:
+        print_json({"tokens": ids, "pieces": [spelled(piece) for piece in pieces]})
+    else:
+        write("".join(f"{id:>7}  {json.dumps(spelled(piece), ensure_ascii=False)}\n" for id, piece in zip(ids, pieces)))
+
+
+def spelled(piece: bytes) -> str | list[int]:
+    """A piece as text; the bytes of one that is only a part of a character."""
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return list(piece)
+
+
+@cli.command()
+@model_argument
+@model_option
+@click.option("-p", "--n-prompt", "prompts", type=Counts(), default="512", show_default=True, help="Prompt lengths.")
+@click.option("-n", "--n-gen", "generated", type=Counts(), default="64", show_default=True, help="Lengths to generate.")
+@click.option("-b", "--widths", type=Counts(), default="1,2,4,8,16", show_default=True,
+              help="Tokens in a verification pass: logits for all of them, then a rewind.")
+@click.option("-d", "--depths", type=Counts(), default="0", show_default=True, help="Tokens held before the test.")
+@click.option("-r", "--reps", type=click.IntRange(1), default=5, show_default=True, metavar="N", help="Repetitions of each test.")
+@threads_option
+@arena_options
+@json_option
+def bench(model, model_option, prompts, generated, widths, depths, reps, threads, rows, kv_type, as_json):
+    """Measure prompts, generation and verification; without MODEL the bundled model. An empty list skips a test."""
+    from .bench import bench as run
+
+    with opened(find_model(model, model_option), threads) as (loaded, _):
+        results = run(loaded, prompts, generated, widths, depths, reps, rows)
+        show_results = print_json_lines if as_json else print_table if is_terminal(sys.stdout) else print_lines
+        show_results(results)
+
+
+def print_json_lines(results) -> None:
+    for result in results:
+        print_json({name: rounded(value) for name, value in vars(result).items()})
+
+
+def print_lines(results) -> None:
+    write(f"{'test':12}{'tok/s':>10}{'min':>10}{'max':>10}{'GB/s':>8}\n")
+    for r in results:
+        write(f"{test_name(r):12}{r.tok_s:10.1f}{r.tok_s_min:10.1f}{r.tok_s_max:10.1f}{r.gb_s:8.1f}\n")
+
+
+def print_table(results) -> None:
+    """The lines as a table that fills while tests finish."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.table import Table
+
+    table = Table("test", *(dict(header=h, justify="right")["header"] for h in ("tok/s", "min", "max", "GB/s")))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    with Live(table, console=Console(), auto_refresh=False) as live:
+        for r in results:
+            table.add_row(test_name(r), *(f"{v:.1f}" for v in (r.tok_s, r.tok_s_min, r.tok_s_max, r.gb_s)))
+            live.refresh()
+
+
+def test_name(r) -> str:
+    return f"{r.test} {r.n}" + (f" @{r.depth}" if r.depth else "")
+
+
+@cli.command()
+@model_argument
+@model_option
+@click.option("-f", "--file", "text_file", required=True, type=click.Path(), metavar="FILE", help="The text; - is stdin.")
+@click.option("-c", "--ctx-size", "window", type=click.IntRange(4), default=512, show_default=True, metavar="N",
+              help="Tokens in a window; the second half of each is scored.")
+@threads_option
+@json_option
+def perplexity(model, model_option, text_file, window, threads, as_json):
+    """How well a model foretells a text, counted as llama.cpp counts it; without MODEL the bundled model."""
+    from .perplexity import perplexity as measure
+
+    text = read_text(None, text_file)
+    with opened(find_model(model, model_option), threads) as (loaded, _), progress("perplexity") as update:
+        found = measure(loaded, text, window, update)
+    if as_json:
+        print_json(vars(found))
+    else:
+        write(f"perplexity {found.ppl:.4f} +/- {found.stderr:.4f} over {found.tokens} tokens, "
+              f"{found.bits_per_byte:.4f} bits a byte\n")
+
+
+# ---- the door ----------------------------------------------------------------------------------------------
+
+
+def main(args=None) -> None:
+    """Run a command and exit with its status."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    sys.exit(run(args))
+
+
+def run(args=None) -> int:
+    """Run a command; its exit status. Failures are a sentence on stderr."""
+    try:
+        status = cli.main(args, prog_name="pybmc", standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        return EXIT_INTERRUPTED
+    except ReaderLeft:
+        return leave_quietly()
+    except Exception as error:
+        if os.environ.get("PYBMC_DEBUG"):
+            raise
+        note(f"pybmc: {sentence(error)}")
+        return EXIT_FAILED
+
+
+def leave_quietly() -> int:
+    """The reader of our output has left, and has what it wanted: nothing more is written, not even at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def sentence(error: Exception) -> str:
+    """What went wrong, in a line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, (BmcError, OSError)):
+        return " ".join(str(error).split())
+    if isinstance(error, MemoryError):
+        return "there is not enough memory"
+    return f"internal error: {type(error).__name__}: {' '.join(str(error).split())} (PYBMC_DEBUG=1 shows where)"

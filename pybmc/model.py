@@ -1,0 +1,350 @@
+"""Model and Session: one Python object for each C handle.
+
+A Model is a file's weights, packed once and shared; a Session is one sequence. Passes of several threads over one model
+take turns; a session serves one thread at a time and says so with a BusyError.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from . import arch
+from ._native import as_array, check, ffi, last_error, lib, pointer
+from .errors import ArgumentError, BusyError, ClosedError, FormatError, OutOfMemoryError
+from .gguf import GGUF
+
+Progress = Callable[[int, int], None]       # called with what is done and how much there is
+
+_NORMS = {arch.RMS: lib.BMC_NORM_RMS, arch.LAYER: lib.BMC_NORM_LAYER}
+_ACTS = {arch.SILU: lib.BMC_ACT_SILU, arch.GELU: lib.BMC_ACT_GELU}
+_ROPES = {arch.NONE: lib.BMC_ROPE_NONE, arch.PAIRS: lib.BMC_ROPE_PAIRS, arch.HALVES: lib.BMC_ROPE_HALVES}
+_WANTS = {"none": lib.BMC_WANT_NONE, "last": lib.BMC_WANT_LAST, "all": lib.BMC_WANT_ALL, "argmax": lib.BMC_WANT_ALL}
+_GROWTHS = {"auto": lib.BMC_GROW_CHUNK, "max": lib.BMC_GROW_MAX, "reserve": lib.BMC_GROW_RESERVE}
+_GROWTH_NAMES = {lib.BMC_GROW_COPY: "copy", lib.BMC_GROW_CHUNK: "chunk", lib.BMC_GROW_MAX: "max", lib.BMC_GROW_RESERVE: "reserve"}
+
+
+@dataclass(frozen=True)
+class ArenaStats:
+    """A session's KV arena. growth is how it grows ("copy", "chunk", "max", "reserve"), r the rows it adds at a time."""
+
+    allocations: int
+    bytes_copied: int
+    rows_reserved: int
+    rows_used: int
+    bytes_reserved: int
+    row_bytes: int
+    growth: str
+    r: int
+
+
+class Model:
+    """The weights of a GGUF file, checked and packed into the layout that the kernels read.
+
+    threads: None for all cores that this process may use. progress is called with bytes packed and bytes in all.
+    Raises FormatError if the file is not a model that pybmc runs, OSError if it cannot be opened, OutOfMemoryError.
+    """
+
+    def __init__(self, path, threads: int | None = None, progress: Progress | None = None):
+        self._handle = ffi.NULL
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self.threads = _thread_count(threads)
+        self._file = GGUF(path)
+        try:
+            self.config = arch.read_config(self._file)
+            self.tokenizer  # noqa: B018  a vocabulary that is broken shows now
+            self._open()
+            self._pack(progress)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        settings, tensors, kept = _settings(self.config), *_tensors(arch.bind(self._file, self.config))
+        handle = lib.bmc_model_new(settings.pointer, tensors, len(tensors), self.threads)
+        if handle == ffi.NULL:
+            raise FormatError(f"{self.path}: {last_error()}")
+        self._handle = handle
+        self._kept = kept
+
+    def _pack(self, progress: Progress | None) -> None:
+        if progress is None:
+            check(lib.bmc_model_pack(self._handle))
+            return
+        status: list[tuple[int, str]] = []
+        worker = threading.Thread(target=lambda: status.append((lib.bmc_model_pack(self._handle), last_error())))
+        worker.start()
+        total = ffi.new("int64_t *")
+        while worker.is_alive():
+            worker.join(0.05)
+            progress(lib.bmc_model_packed(self._handle, total), total[0])
+        if status[0][0] < 0:
+            raise OutOfMemoryError(status[0][1])
+
+    @property
+    def path(self) -> str:
+        return str(self._file.path)
+
+    @property
+    def metadata(self) -> dict[str, object]:
+        return self._file.metadata
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of packed weights: what a token reads."""
+        total = ffi.new("int64_t *")
+        lib.bmc_model_packed(self._live(), total)
+        return total[0]
+
+    @cached_property
+    def tokenizer(self):
+        """The file's Tokenizer; None if the file has no vocabulary."""
+        from .tokenizers import Tokenizer
+
+        return Tokenizer(self._file) if self._file.metadata.get("tokenizer.ggml.model") else None
+
+    def session(self, context: int | None = None, rows: int | str = "auto", kv_type: str = "f16") -> Session:
+        """A new, empty sequence.
+
+        context: the most rows it may hold (a cap, not an allocation); None for what the model was made for.
+        rows: how its arena grows: "auto", "max", "reserve", or a number of rows added at a time, with a copy.
+        """
+        return Session(self, context, rows, kv_type)
+
+    def close(self) -> None:
+        """Free the weights and close every session. Twice is fine. Raises BusyError while one is in use."""
+        for session in list(self._sessions):
+            session.close()
+        handle, self._handle = self._handle, ffi.NULL
+        if handle != ffi.NULL:
+            lib.bmc_model_free(handle)
+        self._kept = None
+        self._file.close()
+
+    def _live(self):
+        if self._handle == ffi.NULL:
+            raise ClosedError(f"the model {self.path} is closed")
+        return self._handle
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self.close()
+
+    def __repr__(self) -> str:
+        return f"<pybmc.Model {self.path} {self.config.arch}, {self.threads} threads>"
+
+
+class Session:
+    """One sequence: its rows of keys and values, and its position. Made by Model.session."""
+
+    def __init__(self, model: Model, context: int | None, rows: int | str, kv_type: str):
+        self._handle = ffi.NULL
+        self._lock = threading.Lock()
+        if kv_type != "f16":
+            raise ArgumentError(f"kv_type: expected 'f16', found {kv_type!r}")
+        growth, r = _growth(rows)
+        config = model.config
+        cap = config.n_ctx if context is None else _whole("context", context)
+        long_factors = bool(config.original_ctx) and cap > config.original_ctx
+        handle = lib.bmc_session_new(model._live(), cap, growth, r, int(long_factors))
+        if handle == ffi.NULL:
+            raise (OutOfMemoryError if last_error().startswith("no ") else ArgumentError)(last_error())
+        self._handle = handle
+        self.model = model
+        self.context = cap
+        self._tokens: list[int] = []        # may run ahead of the position: where a pass failed, or after a rewind
+        model._sessions.add(self)
+
+    @property
+    def position(self) -> int:
+        """Rows in use: the tokens evaluated so far, less those rewound."""
+        return lib.bmc_session_position(self._live())
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens evaluated so far, less those rewound."""
+        return self._tokens[:self.position]
+
+    @property
+    def rows(self) -> int:
+        """Rows reserved."""
+        return self.arena_stats().rows_reserved
+
+    def eval(self, tokens: Sequence[int] | np.ndarray, logits: str = "last") -> np.ndarray | None:
+        """Evaluate tokens after the ones before.
+
+        logits: "last" gives float32 (vocab_size,) of the last token, "all" (len(tokens), vocab_size), "argmax" the best
+        next id of each token, int32 (len(tokens),), "none" None. What the numbers are does not depend on how tokens are
+        cut into calls. Raises ArgumentError, ContextFullError beyond the cap, OutOfMemoryError; then nothing has changed.
+        """
+        return eval_batch([(self, tokens, logits)])[0]
+
+    def rewind(self, position: int) -> None:
+        """Forget the rows from `position` on. Raises ArgumentError beyond the position."""
+        with self._claimed() as handle:
+            check(lib.bmc_session_rewind(handle, _whole("position", position)))
+
+    def reserve(self, rows: int) -> None:
+        """Make room for `rows` tokens more, so that the next ones do not wait for memory."""
+        with self._claimed() as handle:
+            check(lib.bmc_session_reserve(handle, _whole("rows", rows)))
+
+    def arena_stats(self) -> ArenaStats:
+        stats = ffi.new("bmc_arena_stats *")
+        check(lib.bmc_session_stats(self._live(), stats))
+        return ArenaStats(stats.allocations, stats.bytes_copied, stats.rows_reserved, stats.rows_used, stats.bytes_reserved,
+                          stats.row_bytes, _GROWTH_NAMES[stats.growth], stats.r)
+
+    def close(self) -> None:
+        """Free the rows. Twice is fine. Raises BusyError while another thread uses the session."""
+        if self._handle == ffi.NULL:
+            return
+        with self._claimed() as handle:
+            self._handle = ffi.NULL
+            lib.bmc_session_free(handle)
+
+    def _live(self):
+        if self._handle == ffi.NULL:
+            raise ClosedError("this session is closed")
+        return self._handle
+
+    @contextmanager
+    def _claimed(self):
+        if not self._lock.acquire(blocking=False):
+            raise BusyError("this session is in use by another thread, or twice in one call")
+        try:
+            yield self._live()
+        finally:
+            self._lock.release()
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self.close()
+
+
+def eval_batch(parts: Sequence[tuple[Session, Sequence[int] | np.ndarray, str]]) -> list[np.ndarray | None]:
+    """Evaluate tokens of several sessions of one model in one pass: [(session, tokens, logits)], as in Session.eval.
+
+    Every result equals what the session gives alone. Either all sessions move on or none does.
+    """
+    if not parts:
+        return []
+    spans, results, kept = ffi.new("bmc_span[]", len(parts)), [], []
+    with ExitStack() as claims:
+        for span, (session, tokens, want) in zip(spans, parts):
+            if want not in _WANTS:
+                raise ArgumentError(f"logits: expected one of {', '.join(_WANTS)}, found {want!r}")
+            ids = as_array(tokens, np.int32, (None,), "tokens")
+            if not ids.size:
+                raise ArgumentError("tokens: expected at least one, found none")
+            result = _room(session, len(ids), want)
+            span.session = claims.enter_context(session._claimed())
+            span.tokens, span.n_tok, span.want = pointer(ids), len(ids), _WANTS[want]
+            if want == "argmax":
+                span.argmax = pointer(result)
+            elif result is not None:
+                span.logits = pointer(result)
+            results.append(result)
+            kept.append(ids)
+            session._tokens[session.position:] = ids.tolist()       # before the pass: an interrupt comes right after it
+        check(lib.bmc_eval(spans, len(parts)))
+    return results
+
+
+def _room(session: Session, n_tok: int, want: str) -> np.ndarray | None:
+    """Where a span's results go. Checked against the cap first: a prompt too long must not cost its logits' memory."""
+    if session.position + n_tok > session.context:
+        want = "none"               # the library says what is wrong
+    vocab_size = session.model.config.vocab_size
+    if want == "argmax":
+        return np.empty(n_tok, np.int32)
+    if want == "none":
+        return None
+    return np.empty(vocab_size if want == "last" else (n_tok, vocab_size), np.float32)
+
+
+def _whole(name: str, value) -> int:
+    try:
+        value = operator.index(value)
+    except TypeError:
+        raise ArgumentError(f"{name}: expected a whole number, found {value!r}") from None
+    if not 0 <= value < 1 << 31:
+        raise ArgumentError(f"{name}: expected 0 to {(1 << 31) - 1}, found {value}")
+    return value
+
+
+def _thread_count(threads: int | None) -> int:
+    if threads is None:
+        return lib.bmc_cpu_count()
+    threads = _whole("threads", threads)
+    if not 1 <= threads <= 1024:
+        raise ArgumentError(f"threads: expected 1 to 1024, found {threads}")
+    return threads
+
+
+def _growth(rows: int | str) -> tuple[int, int]:
+    """The arena's policy and its r (0: what suits the model)."""
+    if isinstance(rows, str) and rows in _GROWTHS:
+        return _GROWTHS[rows], 0
+    try:
+        r = operator.index(int(rows) if isinstance(rows, str) else rows)
+    except (TypeError, ValueError):
+        r = 0
+    if not 1 <= r <= 1 << 30:
+        raise ArgumentError(f"rows: expected {', '.join(_GROWTHS)} or a number from 1 up, found {rows!r}")
+    return lib.BMC_GROW_COPY, r
+
+
+class _settings:
+    """A Config as the C struct, with the arrays it points to."""
+
+    def __init__(self, config: arch.Config):
+        spec = config.spec
+        self.kept = [np.asarray(config.windows, np.int32), np.asarray(config.layer_rope or [0] * config.n_layers, np.int32),
+                     *(np.asarray(table, np.float32) for table in config.rope_freq)]
+        self.pointer = c = ffi.new("bmc_config *")
+        for name in ("dim", "hidden_dim", "head_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "n_ctx", "rope_dim", "norm_eps"):
+            setattr(c, name, getattr(config, name))
+        c.norm, c.act, c.rope = _NORMS[spec.norm], _ACTS[spec.act], _ROPES[spec.rope]
+        c.embedding_scale, c.attn_scale = spec.embedding_scale(config), spec.attn_scale(config)
+        c.layer_window, c.layer_rope = pointer(self.kept[0]), pointer(self.kept[1])
+        c.n_ropes = len(config.rope_freq)
+        for i, mscale in enumerate(config.rope_mscale):
+            c.rope_mscale[i] = mscale
+            c.rope_freq[i] = pointer(self.kept[2 + i])
+
+
+def _tensors(roles: list[arch.Role]):
+    """The roles as a C array, and what must stay alive while the model lives."""
+    tensors, kept = ffi.new("bmc_tensor[]", len(roles)), []
+    for tensor, role in zip(tensors, roles):
+        name, data = ffi.new("char[]", role.name.encode()), ffi.from_buffer(role.data)
+        kept += [name, data, role.data]
+        tensor.role, tensor.layer, tensor.type, tensor.mapped = name, role.layer, role.tensor.type.id, 1
+        tensor.n_cols, tensor.n_rows, tensor.data = role.n_cols, role.n_rows, data
+    return tensors, kept
+
+
+def estimate_bytes(config: arch.Config, packed: int, rows: int) -> int:
+    """Memory that a model and one session with `rows` rows take."""
+    return packed + math.ceil(rows / 16) * 16 * config.kv_row_bytes

@@ -1,0 +1,117 @@
+"""What a GGUF file is, without loading it: shape, types, sizes, and whether it runs here."""
+
+import math
+
+from .arch import IGNORED, ROPE_TENSORS, bind, read_config
+from .errors import FormatError
+from .gguf import GGUF
+
+ROWS_SHOWN = 4096                       # tokens of context that the estimate of memory includes
+
+
+def describe(path) -> dict:
+    """The facts about a file, as `pybmc show --json` prints them. Raises FormatError where it is no sound GGUF."""
+    with GGUF(path) as file:
+        def text(key):
+            return value if isinstance(value := file.metadata.get(key), str) else None
+
+        arch, tokens = text("general.architecture"), file.metadata.get("tokenizer.ggml.tokens")
+        context = file.metadata.get(f"{arch}.context_length")
+        info = {
+            "path": str(file.path), "bytes": file.size, "files": len(file.paths), "gguf_version": file.version,
+            "architecture": arch, "name": text("general.name"),
+            "parameters": sum(math.prod(t.shape) for t in file.tensors.values() if _is_weight(t.name)),
+            "tensors": len(file.tensors), "types": _types(file),
+            "context": context if isinstance(context, int) else None,
+            "tokenizer": {"model": text("tokenizer.ggml.model"), "pre": text("tokenizer.ggml.pre"),
+                          "tokens": len(tokens) if isinstance(tokens, list) else 0},
+            "chat_template": text("tokenizer.chat_template") is not None,
+        }
+        return info | _verdict(file)
+
+
+def _is_weight(name: str) -> bool:
+    return not any(part in name for part in (*ROPE_TENSORS, *IGNORED))
+
+
+def _types(file: GGUF) -> dict:
+    """Type -> tensors, bytes and share of all bytes, the largest first."""
+    types: dict[str, dict] = {}
+    for tensor in file.tensors.values():
+        entry = types.setdefault(tensor.type.name, {"tensors": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["bytes"] += tensor.nbytes
+    total = sum(entry["bytes"] for entry in types.values()) or 1
+    for entry in types.values():
+        entry["share"] = round(entry["bytes"] / total, 4)
+    return dict(sorted(types.items(), key=lambda item: -item[1]["bytes"]))
+
+
+def _verdict(file: GGUF) -> dict:
+    """Shape, memory, and whether pybmc runs it; why_not is the sentence that loading it would fail with."""
+    facts = dict.fromkeys(("layers", "dim", "hidden_dim", "heads", "kv_heads", "head_dim", "kv_bytes_per_token",
+                           "memory_bytes", "memory_context"))
+    try:
+        config = read_config(file)
+        rows = min(config.n_ctx, ROWS_SHOWN)
+        weights = sum(t.nbytes for t in file.tensors.values())
+        facts |= {"layers": config.n_layers, "dim": config.dim, "hidden_dim": config.hidden_dim,
+                  "heads": config.n_heads, "kv_heads": config.n_kv_heads, "head_dim": config.head_dim,
+                  "kv_bytes_per_token": config.kv_row_bytes,
+                  "memory_bytes": weights + rows * config.kv_row_bytes, "memory_context": rows}
+        bind(file, config)
+        _check_types(file)
+    except FormatError as error:
+        return facts | {"runs": False, "why_not": str(error).removeprefix(f"{file.path}: ")}
+    return facts | {"runs": True, "why_not": None}
+
+
+def _check_types(file: GGUF) -> None:
+    for tensor in file.tensors.values():
+        if not tensor.type.runs:
+            raise FormatError(f"{file.path}: {tensor.name} has type {tensor.type}, which pybmc cannot compute with yet")
+
+
+def lines(info: dict) -> list[tuple[str, str]]:
+    """The facts as (label, text) pairs, for people."""
+    yes = {True: "yes", False: "no"}
+    out = [("file", f"{info['path']}, {size(info['bytes'])}" + f" in {info['files']} parts" * (info["files"] > 1)),
+           ("name", info["name"] or "-"),
+           ("architecture", str(info["architecture"])),
+           ("parameters", count(info["parameters"]))]
+    if info["layers"]:
+        out.append(("shape", f"{info['layers']} layers of {info['dim']}, feed-forward {info['hidden_dim']}, {info['heads']} heads "
+                             f"and {info['kv_heads']} KV heads of {info['head_dim']}"))
+    out.append(("types", ", ".join(f"{name} {entry['share']:.1%}" for name, entry in info["types"].items()) or "-"))
+    tokenizer = info["tokenizer"]
+    kind = " ".join(str(t) for t in (tokenizer["model"], tokenizer["pre"]) if t) or "none"
+    out.append(("tokenizer", f"{kind}, {tokenizer['tokens']} tokens"))
+    out.append(("context", str(info["context"] or "-")))
+    out.append(("chat template", yes[info["chat_template"]]))
+    if info["kv_bytes_per_token"]:
+        out.append(("KV cache", f"{size(info['kv_bytes_per_token'])} a token"))
+        out.append(("memory", f"about {size(info['memory_bytes'])} with {info['memory_context']} tokens of context"))
+    out.append(("runs", "yes" if info["runs"] else f"no: {info['why_not']}"))
+    return out
+
+
+def size(n: float) -> str:
+    """Bytes with a unit, three digits: 808 MB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if n < 999.5:
+            break
+        n /= 1000
+    else:
+        unit = "TB"
+    return f"{n:.3g} {unit}" if n < 999.5 else f"{n:.0f} {unit}"
+
+
+def count(n: float) -> str:
+    """A large number with its size in a letter: 1.24 B."""
+    for unit in ("", " K", " M", " B"):
+        if n < 999.5:
+            break
+        n /= 1000
+    else:
+        unit = " T"
+    return f"{n:.3g}{unit}"

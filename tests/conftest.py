@@ -1,0 +1,14 @@
+"""Fixtures of the whole suite."""
+
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real vocabularies and golden models beside the checkout. They are no part of it: without them the test is skipped."""
+    path = Path(__file__).parents[1].parent / "shared"
+    if not path.is_dir():
+        pytest.skip("needs ../shared")
+    return path

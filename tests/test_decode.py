@@ -1,0 +1,214 @@
+"""Decoding: what ends a text, what a session keeps, and that the stream is the text."""
+
+import numpy as np
+import pytest
+from fakes import END, FakeModel, FakeTokenizer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pybmc import ArgumentError, ContextFullError
+from pybmc.decode import StopStrings, common_prefix, eval_prompt, generate, rewind_to
+
+texts = st.text(alphabet="abc", max_size=30)
+stops = st.lists(st.text(alphabet="abc", min_size=1, max_size=4), max_size=4)
+
+
+def says(script, prompt="?", **model):
+    """A model that answers this prompt with the script."""
+    fake = FakeModel(script, **model)
+    fake.asked = len(prompt.encode())
+    return fake
+
+
+# ---- stop strings ------------------------------------------------------------------------------------------
+
+
+def pushed(chunks, strings):
+    stop = StopStrings(strings)
+    out = [stop.push(chunk) for chunk in chunks]
+    return "".join(out) + stop.flush(), stop.found
+
+
+@given(texts, stops, st.lists(st.integers(0, 30), max_size=10))
+def test_stop_strings_do_not_depend_on_how_the_text_is_cut(text, strings, cuts):
+    cuts = [0, *sorted(min(c, len(text)) for c in cuts), len(text)]
+    chunks = [text[a:b] for a, b in zip(cuts, cuts[1:])]
+    expected = (text, None)
+    for end in range(1, len(text) + 1):                     # the first string to be complete, the longest of these
+        complete = [s for s in strings if text[:end].endswith(s)]
+        if complete:
+            found = max(complete, key=len)
+            expected = text[:end - len(found)], found
+            break
+    assert pushed(chunks, strings) == pushed([text], strings) == pushed(list(text), strings) == expected
+
+
+def test_what_may_begin_a_stop_string_is_held_back_and_no_more():
+    stop = StopStrings(["</s>", "\nUser:"])
+    assert stop.push("hi <") == "hi "
+    assert stop.push("/b>") == "</b>"
+    assert stop.push("\nUs") == ""
+    assert stop.push("er:tail") == "" and stop.found == "\nUser:"
+    assert stop.push("more") == "" and stop.flush() == ""
+
+
+@pytest.mark.parametrize("strings", [[""], [1], [None]])
+def test_odd_stop_strings_are_refused(strings):
+    with pytest.raises(ArgumentError, match="stop string"):
+        StopStrings(strings)
+
+
+# ---- prompts -----------------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 2)), st.lists(st.integers(0, 2)))
+def test_common_prefix(a, b):
+    n = common_prefix(a, b)
+    assert a[:n] == b[:n] and (n in (len(a), len(b)) or a[n] != b[n])
+
+
+@given(st.binary(min_size=1, max_size=40), st.binary(min_size=1, max_size=40))
+def test_a_session_keeps_what_two_prompts_share(first, second):
+    session = FakeModel().session()
+    session.eval(list(first))
+    kept = rewind_to(session, list(second))
+    assert kept == min(common_prefix(first, second), len(second) - 1) == session.position
+    assert session.eval(list(second)[kept:]).tolist() == FakeModel().session().eval(list(second)).tolist()
+
+
+def test_long_prompts_are_evaluated_in_pieces_that_can_be_interrupted():
+    model, tokens, calls = FakeModel(), list(range(200)) * 10, []
+    session = model.session()
+    logits = eval_prompt(session, tokens, lambda *call: calls.append(call), seconds=0)
+    assert logits.tolist() == model.logits(tokens).tolist() and session.tokens == tokens
+    assert calls[0] == (64, 2000) and calls[-1] == (2000, 2000) and len(calls) > 100
+
+    def interrupt(done, total):
+        if done > 1000:
+            raise KeyboardInterrupt
+
+    session = model.session()
+    with pytest.raises(KeyboardInterrupt):
+        list(generate(model, tokens, session=session, progress=interrupt))
+    assert 0 < session.position < 2000
+    evaluated = session.evaluated
+    again = [t.id for t in generate(model, tokens, 5, session=session)]
+    assert session.evaluated - evaluated == 2000 - evaluated + 4
+    assert again == [t.id for t in generate(model, tokens, 5)]
+
+
+@pytest.mark.parametrize("prompt", ["", [], ()])
+def test_an_empty_prompt_is_refused(prompt):
+    with pytest.raises(ArgumentError, match="empty"):
+        generate(FakeModel(), prompt)
+
+
+def test_a_prompt_longer_than_the_context_is_refused_before_any_work():
+    model = FakeModel(context=8)
+    with pytest.raises(ContextFullError, match="9 tokens.*8"):
+        next(generate(model, list(range(9))))
+    assert model.sessions[0].evaluated == 0 and model.sessions[0].closed
+
+
+# ---- generation --------------------------------------------------------------------------------------------
+
+
+def naive(model, prompt, n):
+    tokens = list(prompt)
+    for _ in range(n):
+        tokens.append(int(model.logits(tokens).argmax()))
+    return tokens[len(prompt):]
+
+
+@given(st.binary(min_size=1, max_size=20), st.integers(0, 12))
+def test_greedy_text_is_what_a_naive_loop_finds(prompt, n):
+    model = FakeModel()
+    tokens = list(generate(model, list(prompt), n, stop_tokens=()))
+    assert [t.id for t in tokens] == naive(model, prompt, n)
+    assert "".join(t.text for t in tokens) == FakeTokenizer().decode(t.id for t in tokens)
+    assert [t.finish_reason for t in tokens] == [None] * (n - 1) + ["length"] * (n > 0)
+    assert model.sessions[0].closed
+
+
+@given(st.binary(min_size=1, max_size=20), st.binary(min_size=1, max_size=20), st.floats(0.1, 2), st.integers())
+def test_a_session_with_a_past_gives_the_same_text(before, prompt, temperature, seed):
+    model = FakeModel()
+    session = model.session()
+    settings = {"temperature": temperature, "seed": seed, "repeat_penalty": 1.2, "stop_tokens": ()}
+    list(generate(model, list(before), 3, session=session))
+    used = list(generate(model, list(prompt), 8, session=session, **settings))
+    assert used == list(generate(model, list(prompt), 8, **settings))
+    assert not session.closed
+
+
+def test_a_second_turn_evaluates_only_what_is_new():
+    model = FakeModel()
+    session = model.session()
+    first = list(generate(model, b"first question", 10, session=session, stop_tokens=()))
+    before = session.evaluated
+    turn = generate(model, [*b"first question", *(t.id for t in first), *b"next"], 1, session=session)
+    list(turn)
+    assert session.evaluated - before == 1 + len(b"next")       # the last choice had not been evaluated
+    assert turn.stats.reused_tokens == turn.stats.prompt_tokens - 5
+
+
+def test_the_models_end_token_ends_the_text_and_is_not_part_of_it():
+    tokens = list(generate(says("done"), "?"))
+    assert "".join(t.text for t in tokens) == "done"
+    assert tokens[-1].id == END and tokens[-1].text == "" and tokens[-1].finish_reason == "stop"
+    assert len(list(generate(says("done"), "?", 9, stop_tokens=()))) == 9
+    assert "".join(t.text for t in generate(says("done"), "?", stop_tokens=[ord("n")])) == "do"
+
+
+def test_a_stop_string_ends_the_text_before_it():
+    tokens = list(generate(says("one two three"), "?", stop=["two"]))
+    assert "".join(t.text for t in tokens) == "one " and tokens[-1].finish_reason == "stop"
+    assert len(tokens) == len("one two")
+    held = list(generate(says("one tw"), "?", stop="two"))
+    assert "".join(t.text for t in held) == "one tw" and held[-1].finish_reason == "stop"
+    cut = list(generate(says("one two"), "?", 6, stop="two"))
+    assert "".join(t.text for t in cut) == "one tw" and cut[-1].finish_reason == "length"
+
+
+def test_text_never_holds_half_a_character():
+    tokens = list(generate(says("für 5 € 🙂"), "?"))
+    assert "".join(t.text for t in tokens) == "für 5 € 🙂"
+    assert "\ufffd" not in "".join(t.text for t in tokens)
+    cut = list(generate(says("€"), "?", 2))
+    assert [t.text for t in cut] == ["", "\ufffd"]
+
+
+def test_a_full_context_ends_the_text():
+    model = FakeModel(context=10)
+    tokens = list(generate(model, b"123456", None, stop_tokens=()))
+    assert len(tokens) == 5 and tokens[-1].finish_reason == "context"       # the last one needs no row
+    assert [t.id for t in tokens] == naive(model, b"123456", 5)
+
+
+def test_logprobs_are_the_models_own():
+    model = FakeModel()
+    token = next(generate(model, b"x", temperature=1.5, seed=4, repeat_penalty=3.0))
+    logits = model.logits(list(b"x")).astype(float)
+    assert token.logprob == pytest.approx(logits[token.id] - np.log(np.exp(logits).sum()), abs=1e-5)
+
+
+def test_leaving_early_closes_the_session():
+    model = FakeModel()
+    stream = generate(model, b"x", stop_tokens=())
+    next(stream)
+    stream.close()
+    assert model.sessions[0].closed and stream.stats.predicted_tokens == 1
+
+
+def test_stats_count():
+    stream = generate(says("abc"), "?")
+    list(stream)
+    stats = stream.stats
+    assert (stats.prompt_tokens, stats.reused_tokens, stats.predicted_tokens) == (1, 0, 4)
+    assert stats.prompt_s > 0 and stats.predicted_s > 0 and stats.predicted_tok_s > 0
+
+
+@pytest.mark.parametrize("settings", [{"heat": 1}, {"max_tokens": -1}, {"temperature": -1}, {"stop": [""]}])
+def test_wrong_settings_are_refused_at_once(settings):
+    with pytest.raises(ArgumentError):
+        generate(FakeModel(), "x", **settings)
