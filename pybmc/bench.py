@@ -16,8 +16,8 @@ PASSES = 4                              # verification passes that one repetitio
 class Result:
     """One test: n tokens in a pass ("pp", "verify") or generated ("tg") behind depth rows; rates in tokens/s.
 
-    gb_s is how much a second was read of the packed weights and of the rows; roof is its share of what the machine
-    could read, where that was measured.
+    gb_s is how much of the packed weights and of the rows was read a second, once a pass; roof is its share of what
+    the machine can read. Nothing measures that yet, so it is None.
     """
 
     test: str
@@ -59,7 +59,7 @@ def bench(model, prompts: Sequence[int] = (512,), generated: Sequence[int] = (64
 
 def random_tokens(model, n: int) -> np.ndarray:
     """The same n ids for the same vocabulary, whatever was measured before."""
-    return np.random.default_rng(0).integers(0, model.tokenizer.vocab_size, n, dtype=np.int32)
+    return np.random.default_rng(0).integers(0, model.config.vocab_size, n, dtype=np.int32)
 
 
 def go_to(session, tokens: np.ndarray, depth: int) -> None:
@@ -92,11 +92,6 @@ def result(model, session, kind: str, n: int, depth: int, rates: list[float]) ->
     tok_s = statistics.median(rates)
     in_a_pass = 1 if kind == "tg" else n
     rows = depth + (n / 2 if kind == "tg" else 0)                   # on average
-    n_bytes = weight_bytes(model) + rows * session.arena_stats().row_bytes
+    n_bytes = model.packed_bytes + rows * session.arena_stats().row_bytes
     return Result(kind, n, depth, model.threads, tok_s, min(rates), max(rates), len(rates),
                   tok_s / in_a_pass * n_bytes / 1e9, None)
-
-
-def weight_bytes(model) -> int:
-    """Bytes of weights that one pass reads."""
-    return model.packed_bytes

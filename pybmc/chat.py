@@ -1,8 +1,9 @@
 """Messages -> prompt: the chat template of a file, or a common one where it has none.
 
-encode() is the safe way from messages to ids: what stands in a message stays text, even where it spells a control token
-such as <|im_end|>. For this every such spelling in a message is broken by a character that no message contains, the
-template runs, control tokens are found in what it made, and the character is taken out of the texts between them.
+encode() is the safe way from messages to ids: what stands in a message stays text, even where it spells a
+control token such as <|im_end|>. For this every such spelling in a message is broken by a character that no
+message contains, the template runs, control tokens are found in what it made, and the character is taken out
+of the texts between them.
 """
 
 from __future__ import annotations
@@ -10,13 +11,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from itertools import chain
 
 from .errors import ArgumentError
 from .tokenizers import Tokenizer
 
 CHATML = (
     "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content']|default('', true) + '<|im_end|>' + '\n' }}"
+    "{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{{ message['content']|default('', true) + '<|im_end|>' + '\n' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -24,13 +27,17 @@ CHATML = (
 LLAMA2 = (
     "{% set ns = namespace(system='') %}"
     "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{% set ns.system = '<<SYS>>\n' + message['content'] + '\n<</SYS>>\n\n' %}"
-    "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content']|default('', true)|trim + ' ' + eos_token }}"
-    "{% else %}{{ bos_token + '[INST] ' + ns.system + message['content']|trim + ' [/INST]' }}{% set ns.system = '' %}"
+    "{% if message['role'] == 'system' %}"
+    "{% set ns.system = '<<SYS>>\n' + message['content'] + '\n<</SYS>>\n\n' %}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{{ ' ' + message['content']|default('', true)|trim + ' ' + eos_token }}"
+    "{% else %}"
+    "{{ bos_token + '[INST] ' + ns.system + message['content']|trim + ' [/INST]' }}{% set ns.system = '' %}"
     "{% endif %}{% endfor %}"
 )
 
-# User-defined tokens that a template uses as marks between messages; others (<think>, HTML tags) may stand in a message.
+# User-defined tokens that a template uses as marks between messages; others (<think>, HTML tags) may stand in
+# a message.
 _MARK = re.compile(r"<\|.+\|>|<｜.+｜>|\[/?[A-Z_]+\]|<(start|end)_of_\w+>|</?s>", re.DOTALL)
 _LONGEST = 48              # characters of a token that are looked for
 _ROLE = re.compile(r"\w[\w .-]{0,63}")
@@ -40,32 +47,36 @@ _WIDE_TIME = re.compile(r"%[^A-Za-z%]*\d{2}")
 class ChatTemplate:
     """How a model wants a conversation written.
 
-    template is a Jinja source; None takes the one in the tokenizer's file, or else ChatML where the vocabulary has
-    <|im_start|>, or else Llama 2's way. A template that does not compile, fails, or wants too much is a FormatError.
-    messages are mappings with "role" and "content" (a str, None, or OpenAI's list of parts), and whatever else the template
-    reads.
+    template is a Jinja source; None takes the one in the tokenizer's file, or else ChatML where the
+    vocabulary has <|im_start|>, or else Llama 2's way. A template that does not compile, fails, or wants too
+    much is a FormatError. messages are mappings with "role" and "content" (a str, None, or OpenAI's list of
+    parts), and whatever else the template reads.
     """
 
     def __init__(self, template: str | None, tokenizer: Tokenizer):
         from .sandbox import Template           # here: jinja2 takes 40 ms to import
 
         self._tokenizer = tokenizer
-        self.source = template or tokenizer.chat_template or (CHATML if "<|im_start|>" in tokenizer.vocab.ids else LLAMA2)
+        self.source = (
+            template
+            or tokenizer.chat_template
+            or (CHATML if "<|im_start|>" in tokenizer.vocab.ids else LLAMA2)
+        )
         self.from_file = template is None and tokenizer.chat_template is not None
         self._template = Template(self.source)
         self._marks = self._find_marks()
         self._speller = _Speller(tokenizer.tokens[id] for id in self._marks)
 
-    def render(self, messages: Sequence[Mapping], add_generation_prompt: bool = True, **variables) -> str:
-        """The conversation as one text, for people to read; encode() makes the ids."""
-        return self._render(self._checked(messages), add_generation_prompt, variables)
+    def render(self, messages: Sequence[Mapping], add_generation_prompt: bool = True, **others) -> str:
+        """The conversation as one text, for people to read. others: what else the template takes, as tools."""
+        return self._render(self._checked(messages), add_generation_prompt, others)
 
-    def encode(self, messages: Sequence[Mapping], add_generation_prompt: bool = True, **variables) -> list[int]:
-        """The conversation's token ids, begun with BOS where the vocabulary wants it. Messages add no control tokens."""
+    def encode(self, messages: Sequence[Mapping], add_generation_prompt: bool = True, **others) -> list[int]:
+        """The conversation's ids, BOS first where the vocabulary wants it. Messages add no control tokens."""
         messages = self._checked(messages)
-        mark = _unused_character((self.source, messages, variables))
+        mark = _unused_character((self.source, messages, others))
         broken = self._speller.broken(messages, mark)
-        text = self._render(broken, add_generation_prompt, self._speller.broken(variables, mark))
+        text = self._render(broken, add_generation_prompt, self._speller.broken(others, mark))
         ids: list[int] = []
         for part in self._tokenizer.vocab.split(text, special=True):
             ids += self._ordinary(_without(part, mark)) if isinstance(part, str) else [part]
@@ -74,14 +85,18 @@ class ChatTemplate:
 
     # -- inside
 
-    def _render(self, messages: list, add_generation_prompt: bool, variables: Mapping) -> str:
+    def _render(self, messages: list, add_generation_prompt: bool, others: Mapping) -> str:
         tokens = self._tokenizer.tokens
         bos, eos = self._tokenizer.bos_id, self._tokenizer.eos_id
         given = {
-            "bos_token": "" if bos is None else tokens[bos], "eos_token": "" if eos is None else tokens[eos],
-            "raise_exception": _raise_exception, "strftime_now": _strftime_now, "tools": None, "documents": None,
+            "bos_token": "" if bos is None else tokens[bos],
+            "eos_token": "" if eos is None else tokens[eos],
+            "raise_exception": _raise_exception,
+            "strftime_now": _strftime_now,
+            "tools": None,
+            "documents": None,
         }
-        given |= variables | {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        given |= others | {"messages": messages, "add_generation_prompt": add_generation_prompt}
         return self._template.render(given)
 
     def _checked(self, messages: Sequence[Mapping]) -> list[dict]:
@@ -95,11 +110,13 @@ class ChatTemplate:
         return checked
 
     def _content(self, content, number: int):
-        """A message's content as the template takes it: parts are joined for templates that know only text."""
+        """A message's content as the template takes it: parts are joined where it knows only text."""
         if isinstance(content, str) or content is None:
             return content
         if not isinstance(content, Sequence) or not all(isinstance(part, Mapping) for part in content):
-            raise ArgumentError(f"message {number}: expected content to be a text or a list of parts, got {content!r:.100}")
+            raise ArgumentError(
+                f"message {number}: expected content to be a text or a list of parts, got {content!r:.100}"
+            )
         if "type" in self.source:
             return _plain(content)
         if any(not isinstance(part.get("text"), str) for part in content):
@@ -107,9 +124,10 @@ class ChatTemplate:
         return "".join(part["text"] for part in content)
 
     def _find_marks(self) -> frozenset[int]:
-        """The tokens no message may spell: control tokens, and what the template itself puts between messages."""
+        """The tokens no message may spell: control tokens, and what the template puts between messages."""
         vocab = self._tokenizer.vocab
-        marks = {id for id in vocab.user_defined if _MARK.fullmatch(vocab.tokens[id].strip()) and vocab.tokens[id].strip() in self.source}
+        names = {id: vocab.tokens[id].strip() for id in vocab.user_defined}
+        marks = {id for id, name in names.items() if _MARK.fullmatch(name) and name in self.source}
         return frozenset(vocab.reserved | marks)
 
     def _ordinary(self, text: str) -> list[int]:
@@ -141,8 +159,8 @@ def _strftime_now(format: str) -> str:
 class _Speller:
     """Breaks the control tokens that texts spell, by a mark after their first character.
 
-    Also the ones that the end of a text cuts off, since a template may join texts, and ones hidden by white space or upper
-    case, which it may take away. Breaking one too many does no harm.
+    Also the ones that the end of a text cuts off, since a template may join texts, and ones hidden by white
+    space or upper case, which it may take away. Breaking one too many does no harm.
     """
 
     def __init__(self, tokens: Iterable[str]):
@@ -154,7 +172,8 @@ class _Speller:
         if isinstance(value, str):
             return self._broken_text(value, mark)
         if isinstance(value, Mapping):
-            return {self.broken(key, mark): item if key == "role" else self.broken(item, mark) for key, item in value.items()}
+            return {self.broken(key, mark): item if key == "role" else self.broken(item, mark)
+                    for key, item in value.items()}
         return [self.broken(item, mark) for item in value] if isinstance(value, (list, tuple)) else value
 
     def _broken_text(self, text: str, mark: str) -> str:
@@ -192,11 +211,13 @@ def _squeezed(text: str) -> str:
 def _unused_character(value) -> str:
     """A character that stands nowhere in the strings of a value: a noncharacter, as a rule."""
     used = set().union(*_strings(value))
-    return next(char for char in map(chr, (*range(0xFDD0, 0xFDF0), *range(0xF0000, 0x10FFFE))) if char not in used)
+    candidates = map(chr, chain(range(0xFDD0, 0xFDF0), range(0xF0000, 0x10FFFE)))
+    return next(char for char in candidates if char not in used)
 
 
 def _without(text: str, mark: str) -> str:
-    return text.replace(mark, "").replace(f"\\u{ord(mark):04x}", "")        # a template may have written it as JSON
+    # a template may have written it as JSON
+    return text.replace(mark, "").replace(f"\\u{ord(mark):04x}", "")
 
 
 def _strings(value) -> Iterator[str]:

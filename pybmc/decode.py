@@ -203,6 +203,8 @@ def generate(model, prompt, max_tokens: int | None = 256, *, session=None, tempe
         raise ArgumentError(f"unknown settings: {', '.join(settings.keys() - Sampler.__dataclass_fields__)}") from None
     if max_tokens is not None and max_tokens < 0:
         raise ArgumentError(f"max_tokens is {max_tokens}; expected 0 or more, or None")
+    if model.tokenizer is None:
+        raise ArgumentError(f"{model.path} has no vocabulary: it can evaluate tokens, but not write text")
     tokens = encode_prompt(model.tokenizer, prompt)
     stops = model.tokenizer.stop_ids if stop_tokens is None else frozenset(stop_tokens)
     stats = Stats(prompt_tokens=len(tokens))

@@ -7,9 +7,10 @@ A file is, little-endian throughout:
     n_tensors x  name string | n_dims u32 | dims u64 each | type u32 | offset u64
     padding to the alignment | tensor data, each tensor at its offset, a multiple of the alignment
 
-A string is its length (u64) and that many bytes of UTF-8; an array is its element type (u32), its count (u64) and its
-elements. Nothing a file says is believed before it is held against the file's size, in Python's integers, which do not
-overflow. What is wrong becomes a FormatError that names the file, the place, what was expected and what was found.
+A string is its length (u64) and that many bytes of UTF-8; an array is its element type (u32), its count (u64)
+and its elements. Nothing a file says is believed before it is held against the file's size, in Python's
+integers, which do not overflow. What is wrong becomes a FormatError that names the file, the place, what was
+expected and what was found.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -37,14 +38,17 @@ _U64 = struct.Struct("<Q")
 
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _NUMBERS = {          # value type -> numpy's spelling
-    0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", _BOOL: "|b1", 10: "<u8", 11: "<i8", 12: "<f8",
+    0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", _BOOL: "|b1",
+    10: "<u8", 11: "<i8", 12: "<f8",
 }
-_MIN_SIZE = {_STRING: 8, _ARRAY: 12} | {t: int(spelling[2:]) for t, spelling in _NUMBERS.items()}     # bytes a value takes at least
+# bytes a value takes at least
+_MIN_SIZE = {_STRING: 8, _ARRAY: 12} | {t: int(spelling[2:]) for t, spelling in _NUMBERS.items()}
 _MIN_PAIR = 8 + 4 + 1                   # an empty key, a type, one byte
 _MIN_TENSOR = 8 + 4 + 8 + 4 + 8         # an empty name, one dimension
 
 _MAX_NAME = 65535                       # bytes of a key or a tensor name
-_MAX_STRINGS = 1 << 24                  # strings (or arrays) in one array; the largest vocabularies have 2^19 merges
+# strings (or arrays) in one array; the largest vocabularies have 2^19 merges
+_MAX_STRINGS = 1 << 24
 _MAX_DEPTH = 4                          # arrays of arrays
 _MAX_DIMS = 4
 _ALIGNMENTS = [1 << n for n in range(3, 31)]
@@ -52,10 +56,14 @@ _ALIGNMENTS = [1 << n for n in range(3, 31)]
 _SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
 _OTHERS = {           # how files begin that are taken for GGUF
-    b"lmgg": "an old GGML file; convert the model to GGUF", b"tjgg": "an old GGML (ggjt) file; convert the model to GGUF",
-    b"fmgg": "an old GGML (ggmf) file; convert the model to GGUF", b"algg": "an old GGML adapter; convert it to GGUF",
-    b"PK\x03\x04": "a zip archive, as PyTorch saves them; convert the model to GGUF", b"vers": "a git-lfs pointer; fetch the file itself",
-    b"<!DO": "a web page; the download went wrong", b"<htm": "a web page; the download went wrong",
+    b"lmgg": "an old GGML file; convert the model to GGUF",
+    b"tjgg": "an old GGML (ggjt) file; convert the model to GGUF",
+    b"fmgg": "an old GGML (ggmf) file; convert the model to GGUF",
+    b"algg": "an old GGML adapter; convert it to GGUF",
+    b"PK\x03\x04": "a zip archive, as PyTorch saves them; convert the model to GGUF",
+    b"vers": "a git-lfs pointer; fetch the file itself",
+    b"<!DO": "a web page; the download went wrong",
+    b"<htm": "a web page; the download went wrong",
     b"FUGG": "a byte-swapped GGUF file; only little-endian files are supported",
 }
 
@@ -77,14 +85,15 @@ class Tensor:
 class GGUF:
     """An opened GGUF file, or all parts of a split one (`name-00001-of-00003.gguf`, whichever part is given).
 
-    metadata: dict[str, value]; a value is an int, float, bool, str, a numpy array (arrays of numbers), a list of str, or
-    a list of such values (arrays of arrays). tensors: dict[str, Tensor], in the file's order; empty with vocabulary_only,
-    which does not read the tensor table and so needs no C library.
+    metadata: dict[str, value]; a value is an int, float, bool, str, a numpy array (arrays of numbers), a list
+    of str, or a list of such values (arrays of arrays). tensors: dict[str, Tensor], in the file's order;
+    empty with vocabulary_only, which does not read the tensor table and so needs no C library.
 
-    Raises FormatError where the file is not what it should be, and an OSError (FileNotFoundError, IsADirectoryError,
-    PermissionError) with the path in its sentence where it cannot be opened. close() is optional, may be repeated, and
-    leaves views alive that were taken before: the mapping goes when the last of them does. A file that is cut short by
-    someone else while it is open ends the process, as with every mmap.
+    Raises FormatError where the file is not what it should be, and an OSError (FileNotFoundError,
+    IsADirectoryError, PermissionError) with the path in its sentence where it cannot be opened. close() is
+    optional, may be repeated, and leaves views alive that were taken before: the mapping goes when the last
+    of them does. A file that is cut short by someone else while it is open ends the process, as with every
+    mmap.
     """
 
     def __init__(self, path, vocabulary_only: bool = False):
@@ -155,11 +164,15 @@ def _part_paths(given: _File) -> list[Path]:
         return [given.path]
     match = _SPLIT_NAME.fullmatch(given.path.name)
     if match is None:
-        raise given.error(f"part of a file split in {count}: expected a name such as name-00001-of-{count:05d}.gguf")
+        raise given.error(
+            f"part of a file split in {count}: expected a name such as name-00001-of-{count:05d}.gguf"
+        )
     if int(match[3]) != count:
         raise given.error(f"its name says {int(match[3])} parts, its split.count {count}")
     given.expect("split.no", int(match[2]) - 1)
-    paths = [given.path.with_name(f"{match[1]}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)]
+    paths = [
+        given.path.with_name(f"{match[1]}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)
+    ]
     for path in paths:
         if not path.is_file():
             raise given.error(f"one of {count} parts; {path.name} is missing beside it")
@@ -201,7 +214,9 @@ class _File:
         """The position of the next count bytes, which are then behind the cursor."""
         position = self.position
         if count > self.size - position:
-            raise self.error(f"truncated in {what}: expected {count} more bytes, found {self.size - position}", position)
+            raise self.error(
+                f"truncated in {what}: expected {count} more bytes, found {self.size - position}", position
+            )
         self.position += count
         return position
 
@@ -216,7 +231,9 @@ class _File:
         at = self.position
         count = self.u64(what)
         if count * min_size > self.size - self.position:
-            raise self.error(f"{what}: {count} cannot be right, {self.size - self.position} bytes are left", at)
+            raise self.error(
+                f"{what}: {count} cannot be right, {self.size - self.position} bytes are left", at
+            )
         return count
 
     def string(self, what: str) -> str:
@@ -228,7 +245,9 @@ class _File:
         at = self.position
         name = self.string(what)
         if self.position - at - 8 > _MAX_NAME:
-            raise self.error(f"{what}: expected at most {_MAX_NAME} bytes, found {self.position - at - 8}", at)
+            raise self.error(
+                f"{what}: expected at most {_MAX_NAME} bytes, found {self.position - at - 8}", at
+            )
         return name
 
     def decode(self, at: int, length: int, what: str) -> str:
@@ -252,15 +271,17 @@ class _File:
             raise self.error("the file is empty")
         magic = self.buffer[:4]
         if magic != b"GGUF":
-            raise self.error(f"not a GGUF file: it begins with {magic!r}" + (f", {_OTHERS[magic]}" if magic in _OTHERS else ""))
+            kind = f", {_OTHERS[magic]}" if magic in _OTHERS else ""
+            raise self.error(f"not a GGUF file: it begins with {magic!r}{kind}")
         self.position = 4
 
     def _read_version(self) -> int:
         version = self.u32("version")
         if version not in (2, 3):
             if version & 0xFFFF == 0 and version:
-                raise self.error(f"a big-endian GGUF file (version {version >> 24}); only little-endian files are supported", 4)
-            raise self.error(f"GGUF version {version} is not supported: expected 2 or 3" + "; convert the model again" * (version == 1), 4)
+                raise self.error("a big-endian GGUF file; only little-endian files are supported", 4)
+            again = "; convert the model again" if version == 1 else ""
+            raise self.error(f"GGUF version {version} is not supported: expected 2 or 3{again}", 4)
         return version
 
     def _read_metadata(self, n_pairs: int) -> dict[str, object]:
@@ -276,7 +297,9 @@ class _File:
     def _read_alignment(self) -> int:
         alignment = self.metadata.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment not in _ALIGNMENTS:
-            raise self.error(f"general.alignment: expected a power of two from 8 to {_ALIGNMENTS[-1]}, found {alignment!r}")
+            raise self.error(
+                f"general.alignment: expected a power of two from 8 to {_ALIGNMENTS[-1]}, found {alignment!r}"
+            )
         return alignment
 
     def _read_value(self, kind: int, what: str, depth: int = 0):
@@ -346,7 +369,9 @@ class _File:
             inside = [end for end in ends[-2:] if end <= self.size]
             index = len(ends) - (position > self.size)
             at = inside[-1] if inside else self.position
-            raise self.error(f"truncated in {what}[{index}] of {count}: it ends beyond the file's {self.size} bytes", at)
+            raise self.error(
+                f"truncated in {what}[{index}] of {count}: it ends beyond the file's {self.size} bytes", at
+            )
         self.position = position
         return np.array(ends, np.int64)
 
@@ -359,18 +384,19 @@ class _File:
         places = sorted((offset, offset + nbytes, name) for name, _, _, offset, nbytes in entries)
         for (_, end, one), (offset, _, other) in zip(places, places[1:]):
             if offset < end:
-                raise self.error(f"tensors {one!r} and {other!r} overlap: the second begins at {offset}, the first ends at {end}")
+                raise self.error(f"tensors {one!r} and {other!r} overlap: "
+                                 f"the second begins at {offset}, the first ends at {end}")
         everything = np.frombuffer(self.buffer, np.uint8)
         tensors = []
         for name, kind, shape, offset, nbytes in entries:
             begin, end = data_start + offset, data_start + offset + nbytes
             if end > self.size:
-                raise self.error(f"tensor {name!r} ends at byte {end}, the file at {self.size}: it is truncated, or no such tensor")
+                raise self.error(f"tensor {name!r} ends at byte {end}, the file at {self.size}: truncated?")
             tensors.append(Tensor(name, kind, shape, everything[begin:end]))
         return tensors
 
     def _read_entry(self, number: int) -> tuple[str, QuantType, tuple[int, ...], int, int]:
-        """(name, type, shape, offset, nbytes) of the next entry; the places are checked when all are known."""
+        """(name, type, shape, offset, nbytes) of the next entry; places are checked when all are known."""
         from ._native import type_info          # here, so that a vocabulary needs no C library
 
         name = self.name(f"name of tensor {number} of {self.n_tensors}")
@@ -391,14 +417,21 @@ class _File:
         if 0 in shape:
             raise self.error(f"{what}: a dimension is zero in shape {shape}", at)
         if shape[0] % kind.block_size:
-            raise self.error(f"{what}: rows of {shape[0]} values: expected a multiple of {kind.name}'s {kind.block_size}", at)
+            raise self.error(
+                f"{what}: rows of {shape[0]} values: expected a multiple of {kind.name}'s {kind.block_size}",
+                at,
+            )
         if offset % self.alignment:
-            raise self.error(f"{what}: expected an offset that is a multiple of {self.alignment}, found {offset}", at)
+            raise self.error(
+                f"{what}: expected an offset that is a multiple of {self.alignment}, found {offset}", at
+            )
         nbytes = shape[0] // kind.block_size * kind.type_size
         for dim in shape[1:]:
             nbytes *= dim
         if nbytes > self.size:
-            raise self.error(f"{what}: {kind.name} {shape} takes {nbytes} bytes, the file has {self.size}", at)
+            raise self.error(
+                f"{what}: {kind.name} {shape} takes {nbytes} bytes, the file has {self.size}", at
+            )
         return nbytes
 
 

@@ -60,7 +60,6 @@ class Model:
         self._file = GGUF(path)
         try:
             self.config = arch.read_config(self._file)
-            self.tokenizer  # noqa: B018  a vocabulary that is broken shows now
             self._open()
             self._pack(progress)
         except BaseException:
@@ -76,16 +75,18 @@ class Model:
         self._kept = kept
 
     def _pack(self, progress: Progress | None) -> None:
-        if progress is None:
-            check(lib.bmc_model_pack(self._handle))
-            return
+        """The panels are made beside the tokenizer; a vocabulary that is broken shows here too."""
         status: list[tuple[int, str]] = []
         worker = threading.Thread(target=lambda: status.append((lib.bmc_model_pack(self._handle), last_error())))
         worker.start()
-        total = ffi.new("int64_t *")
-        while worker.is_alive():
-            worker.join(0.05)
-            progress(lib.bmc_model_packed(self._handle, total), total[0])
+        try:
+            self.tokenizer  # noqa: B018
+            total = ffi.new("int64_t *")
+            while progress and worker.is_alive():
+                worker.join(0.05)
+                progress(lib.bmc_model_packed(self._handle, total), total[0])
+        finally:
+            worker.join()
         if status[0][0] < 0:
             raise OutOfMemoryError(status[0][1])
 

@@ -41,6 +41,9 @@ class Repl:
                 self.handle(message)
             except Exit:
                 return
+            except KeyboardInterrupt:
+                if not self.terminal:
+                    raise
             except (BmcError, OSError) as error:
                 if not self.terminal and not message.startswith("/"):
                     raise
@@ -101,7 +104,7 @@ class Repl:
 
     def do_regen(self, _: str) -> None:
         """/regen: answer the last message again"""
-        if self.talk.settings["temperature"] == 0:
+        if self.talk.settings.get("temperature", 0) == 0:
             note("(at temperature 0 an answer is always the same; /set temp 0.8 varies it)", dim=True)
         self.answer(self.talk.again)
 

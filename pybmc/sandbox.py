@@ -1,8 +1,9 @@
-"""Templates that come with a stranger's file, run so that they can do no more than make text, and not too much of it.
+"""Templates from a stranger's file, run so that they can do no more than make text, and not too much of it.
 
-jinja2's immutable sandbox keeps a template away from attributes that lead out (CVE-2024-34359 came from a template that
-ran without it). It does not keep a template from running forever or from filling memory with three nested loops or one
-`"x" * 10**10`; so here every loop step, call, operator and filter pays from a budget, and pays before it allocates.
+jinja2's immutable sandbox keeps a template away from attributes that lead out (CVE-2024-34359 came from a
+template that ran without it). It does not keep a template from running forever or from filling memory with
+three nested loops or one `"x" * 10**10`; so here every loop step, call, operator and filter pays from a
+budget, and pays before it allocates.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from functools import lru_cache
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension
-from jinja2.runtime import Undefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Cycler, Namespace
 from jinja2.visitor import NodeTransformer
@@ -25,13 +25,15 @@ from .errors import FormatError
 
 MAX_SOURCE = 1 << 20            # characters of a template
 MAX_STEPS = 500_000             # loop steps and calls
-MAX_SIZE = 4 << 20              # characters of one string, or elements of one structure, on top of what went in
+# characters of one string, or elements of one structure, on top of what went in
+MAX_SIZE = 4 << 20
 MAX_TOTAL = 128 << 20           # characters made along the way
 MAX_SECONDS = 3.0               # of this thread's processor time
 _MAX_WIDTH = 10_000             # of padding, indents, batches
 _NODE = 64                      # what a list, a number weighs, in characters
 
-_PADDING = {"center", "ljust", "rjust", "zfill", "expandtabs", "to_bytes", "indent", "batch", "slice", "wordwrap", "round", "tojson", "truncate"}
+_PADDING = {"center", "ljust", "rjust", "zfill", "expandtabs", "to_bytes", "indent", "batch", "slice", "wordwrap",
+            "round", "tojson", "truncate"}
 _LONG_WIDTH = re.compile(r"\d{5}|\*")
 
 
@@ -55,7 +57,9 @@ class _Meter:
         """Pay for a string or structure of this size, about to be made."""
         self.total -= size
         if size > self.max_size or self.total < 0:
-            raise SecurityError(f"it makes too much text: more than {self.max_size} characters at once, or too often")
+            raise SecurityError(
+                f"it makes too much text: more than {self.max_size} characters at once, or too often"
+            )
 
     def weigh(self, value):
         """Pay for a value that was made, everything in it counted as often as it would print."""
@@ -134,7 +138,8 @@ def _join(meter: _Meter, items, separator="") -> list:
 def _check_method(meter: _Meter, function, args, kwargs) -> tuple:
     """Arguments of a builtin's method that could make much out of little."""
     name, self = getattr(function, "__name__", ""), getattr(function, "__self__", None)
-    wrapped = getattr(getattr(function, "__wrapped__", None), "__self__", None)        # jinja2's own str.format
+    # jinja2's own str.format
+    wrapped = getattr(getattr(function, "__wrapped__", None), "__self__", None)
     if isinstance(wrapped, str):
         _format(meter, wrapped, args, kwargs)
     elif isinstance(self, (str, bytes, int)) and not isinstance(self, type):
@@ -149,7 +154,9 @@ def _check_method(meter: _Meter, function, args, kwargs) -> tuple:
 
 
 def _check_width(name: str, args, kwargs) -> None:
-    if name in _PADDING and any(isinstance(arg, int) and abs(arg) > _MAX_WIDTH for arg in (*args, *kwargs.values())):
+    if name in _PADDING and any(
+        isinstance(arg, int) and abs(arg) > _MAX_WIDTH for arg in (*args, *kwargs.values())
+    ):
         raise SecurityError(f"{name} is asked for more than {_MAX_WIDTH}")
 
 
@@ -157,9 +164,10 @@ class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(_OPERATORS)
 
     def __init__(self):
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation], optimized=False)
+        extensions = ["jinja2.ext.loopcontrols", _Generation]
+        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=extensions, optimized=False)
         self.local = threading.local()              # .meter while a thread renders
-        self.globals = {name: self.globals[name] for name in ("range", "dict", "namespace", "joiner", "cycler")}
+        self.globals = {key: self.globals[key] for key in ("range", "dict", "namespace", "joiner", "cycler")}
         for name in ("urlize", "pprint", "random", "xmlattr"):
             del self.filters[name]
         self.filters["tojson"] = _tojson
@@ -195,7 +203,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return "".join(map(str, _join(self.local.meter, items)))
 
     def _metered(self, name: str, function):
-        """A filter that pays. All get the context: a filter with one is never run while a template is compiled."""
+        """A filter that pays. It takes the context: such filters never run while a template compiles."""
         wants = getattr(getattr(function, "jinja_pass_arg", None), "name", None)
 
         @jinja2.pass_context
@@ -206,14 +214,14 @@ class _Environment(ImmutableSandboxedEnvironment):
             if name == "replace":
                 _replace(meter, value, *args, *kwargs.values())
             elif name == "join":
-                value = _join(meter, value, *args[:1], *kwargs.values()) if not isinstance(value, Undefined) else value
+                value = _join(meter, value, *args[:1], *kwargs.values())
             elif name == "format":
                 _format(meter, str(value), args, kwargs)
             elif name in ("string", "tojson", "list"):
                 meter.weigh(value)
             first = {"context": context, "eval_context": context.eval_ctx, "environment": self}
-            result = function(first[wants], value, *args, **kwargs) if wants else function(value, *args, **kwargs)
-            return meter.weigh(result)
+            given = (first[wants], value) if wants else (value,)
+            return meter.weigh(function(*given, *args, **kwargs))
 
         return metered
 
@@ -226,7 +234,9 @@ def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=F
     """As Hugging Face gives it: no escaping for HTML, characters as they are."""
     import json
 
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+    return json.dumps(
+        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    )
 
 
 class _Generation(Extension):
@@ -270,7 +280,9 @@ class Template:
 
     def __init__(self, source: str):
         if len(source) > MAX_SOURCE:
-            raise FormatError(f"the chat template is too long: {len(source)} characters, expected at most {MAX_SOURCE}")
+            raise FormatError(
+                f"the chat template is too long: {len(source)} characters, expected at most {MAX_SOURCE}"
+            )
         environment = _environment()
         try:
             tree = _Metering().visit(environment.parse(source))

@@ -51,29 +51,37 @@ def note(text: str, dim: bool = False) -> None:
 
 @contextmanager
 def progress(label: str):
-    """Gives an update(done, total) function that shows a bar if there is a terminal and it takes a while."""
-    started, bar, task = time.perf_counter(), None, None
-
-    def update(done, total):
-        nonlocal bar, task
-        if bar is None and time.perf_counter() - started > PATIENCE and done < total:
-            bar = _new_bar()
-            task = bar.add_task(label, total=total)
-        if bar is not None:
-            bar.update(task, completed=done, total=total)
-
+    """Gives an update(done, total) function that shows a bar while there is more to do, if it takes a while; None
+    where there is no terminal."""
+    bar = _Bar(label)
     try:
-        yield update if is_terminal(sys.stderr) else None
+        yield bar.update if is_terminal(sys.stderr) else None
     finally:
-        if bar is not None:
-            bar.stop()
+        bar.stop()
 
 
-def _new_bar():
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+class _Bar:
+    def __init__(self, label: str):
+        self.label, self.started, self.bar, self.task = label, time.perf_counter(), None, None
 
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn(),
-                   console=Console(stderr=True), transient=True)
-    bar.start()
-    return bar
+    def update(self, done: float, total: float) -> None:
+        if done >= total:
+            self.stop()
+        elif self.bar is not None:
+            self.bar.update(self.task, completed=done)
+        elif time.perf_counter() - self.started > PATIENCE:
+            self._start(done, total)
+
+    def _start(self, done: float, total: float) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        self.bar = Progress(TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(),
+                            TimeRemainingColumn(), console=Console(stderr=True), transient=True)
+        self.task = self.bar.add_task(self.label, total=total, completed=done)
+        self.bar.start()
+
+    def stop(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None

@@ -2,8 +2,8 @@
 
     Raw(pairs={"general.architecture": "llama"}, tensors=[Entry("a", (32,), data=bytes(128))]).save(path)
 
-Values get their GGUF type from Python's: bool, int (u32, or i64 where it does not fit), float (f32), str, list of str, numpy
-array. Typed(kind, payload) is a value with its bytes as they are.
+Values get their GGUF type from Python's: bool, int (u32, or i64 where it does not fit), float (f32), str,
+list of str, numpy array. Typed(kind, payload) is a value with its bytes as they are.
 """
 
 from __future__ import annotations
@@ -15,7 +15,19 @@ from pathlib import Path
 import numpy as np
 
 U8, I8, U16, I16, U32, I32, F32, BOOL, STRING, ARRAY, U64, I64, F64 = range(13)
-NUMBERS = {"u1": U8, "i1": I8, "u2": U16, "i2": I16, "u4": U32, "i4": I32, "f4": F32, "b1": BOOL, "u8": U64, "i8": I64, "f8": F64}
+NUMBERS = {
+    "u1": U8,
+    "i1": I8,
+    "u2": U16,
+    "i2": I16,
+    "u4": U32,
+    "i4": I32,
+    "f4": F32,
+    "b1": BOOL,
+    "u8": U64,
+    "i8": I64,
+    "f8": F64,
+}
 
 
 @dataclass
@@ -83,8 +95,12 @@ class Raw:
 
     def header(self) -> bytes:
         pairs = list(self.pairs.items() if isinstance(self.pairs, dict) else self.pairs)
-        out = [self.magic, u32(self.version), u64(len(self.tensors) if self.n_tensors is None else self.n_tensors),
-               u64(len(pairs) if self.n_pairs is None else self.n_pairs)]
+        out = [
+            self.magic,
+            u32(self.version),
+            u64(len(self.tensors) if self.n_tensors is None else self.n_tensors),
+            u64(len(pairs) if self.n_pairs is None else self.n_pairs),
+        ]
         for key, value in pairs:
             value = typed(value)
             out += [string(key), u32(value.kind), value.payload]

@@ -31,10 +31,24 @@ def path(tmp_path):
 # -- right files
 
 def test_every_kind_of_value(path):
-    numbers = {spelling: np.array([0, 1, 100], spelling) for spelling in ("u1", "i1", "u2", "i2", "u4", "i4", "f4", "u8", "i8", "f8")}
-    pairs = numbers | {"flags": np.array([True, False]), "none": np.array([], "f4"), "yes": True, "no": False, "n": 7, "long": -(1 << 40),
-                       "x": 0.5, "text": "Käse ½ 🦙", "empty": "", "texts": ["", "a\0b", "Ä", ""], "no texts": [],
-                       "nested": array(ARRAY, array(STRING, string("a"), 1).payload + array(U8, b"\1\2", 2).payload, 2)}
+    numbers = {
+        spelling: np.array([0, 1, 100], spelling)
+        for spelling in ("u1", "i1", "u2", "i2", "u4", "i4", "f4", "u8", "i8", "f8")
+    }
+    pairs = numbers | {
+        "flags": np.array([True, False]),
+        "none": np.array([], "f4"),
+        "yes": True,
+        "no": False,
+        "n": 7,
+        "long": -(1 << 40),
+        "x": 0.5,
+        "text": "Käse ½ 🦙",
+        "empty": "",
+        "texts": ["", "a\0b", "Ä", ""],
+        "no texts": [],
+        "nested": array(ARRAY, array(STRING, string("a"), 1).payload + array(U8, b"\1\2", 2).payload, 2),
+    }
     with GGUF(Raw(pairs).save(path)) as file:
         found = file.metadata
     assert list(found) == list(pairs)
@@ -64,7 +78,11 @@ def test_against_the_gguf_package(arch, types):
         assert list(file.tensors) == [tensor.name for tensor in reader.tensors]
         for theirs in reader.tensors:
             ours = file.tensors[theirs.name]
-            assert (ours.type.id, ours.shape, ours.nbytes) == (theirs.tensor_type, tuple(theirs.shape.tolist()), theirs.n_bytes)
+            assert (ours.type.id, ours.shape, ours.nbytes) == (
+                theirs.tensor_type,
+                tuple(theirs.shape.tolist()),
+                theirs.n_bytes,
+            )
             assert not ours.data.flags.writeable and ours.data.tobytes() == theirs.data.tobytes()
         for key, value in file.metadata.items():
             theirs = reader.fields[key].contents()
@@ -75,7 +93,11 @@ def test_version_2_and_other_alignments(path):
     tensor = f32(8, 2)
     assert GGUF(Raw(version=2, tensors=[tensor]).save(path)).version == 2
     for alignment in (8, 64, 4096):
-        raw = Raw({"general.alignment": alignment}, [tensor, Entry("u", (1,), data=b"\0\0\x80?")], alignment=alignment)
+        raw = Raw(
+            {"general.alignment": alignment},
+            [tensor, Entry("u", (1,), data=b"\0\0\x80?")],
+            alignment=alignment,
+        )
         file = GGUF(raw.save(path))
         assert file.alignment == alignment and file.tensors["u"].data.view("<f4")[0] == 1
         assert file.tensors["u"].data.ctypes.data % alignment == 0
@@ -122,7 +144,9 @@ def parts(tmp_path, count=3, **change):
     """A model in parts, a tensor each."""
     paths = []
     for number in range(count):
-        pairs = {"split.no": number, "split.count": count, "split.tensors.count": count} | ({"name": "whole"} if number == 0 else {})
+        pairs = {"split.no": number, "split.count": count, "split.tensors.count": count} | (
+            {"name": "whole"} if number == 0 else {}
+        )
         pairs |= change.get(f"part{number}", {})
         tensor = Entry(f"t{number}", (2,), data=struct.pack("<2f", number, 0.5))
         paths.append(Raw(pairs, [tensor]).save(tmp_path / f"m-{number + 1:05d}-of-{count:05d}.gguf"))
@@ -139,13 +163,19 @@ def test_split_from_any_part(tmp_path):
         assert GGUF(given, vocabulary_only=True).metadata["name"] == "whole"
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"part1": {"split.no": 2}}, "00002-of-00003.*split.no: expected 1, found 2"),
-    ({"part2": {"split.count": 4}}, "00003-of-00003.*split.count: expected 3, found 4"),
-    ({"part0": {"split.tensors.count": 9}}, "split.tensors.count: expected 9|split.tensors.count: expected 3, found 9"),
-    ({"part0": {"split.count": 2}}, "its name says 3 parts, its split.count 2"),
-    ({"part1": {"split.no": "one"}}, "split.no: expected 1, found 'one'"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"part1": {"split.no": 2}}, "00002-of-00003.*split.no: expected 1, found 2"),
+        ({"part2": {"split.count": 4}}, "00003-of-00003.*split.count: expected 3, found 4"),
+        (
+            {"part0": {"split.tensors.count": 9}},
+            "split.tensors.count: expected 9|split.tensors.count: expected 3, found 9",
+        ),
+        ({"part0": {"split.count": 2}}, "its name says 3 parts, its split.count 2"),
+        ({"part1": {"split.no": "one"}}, "split.no: expected 1, found 'one'"),
+    ],
+)
 def test_split_parts_that_disagree(tmp_path, change, message):
     with pytest.raises(FormatError, match=message):
         GGUF(parts(tmp_path, **change)[0])
@@ -209,20 +239,32 @@ HUGE = [1 << 61, (1 << 63) - 1, 1 << 63, (1 << 64) - 1]
 
 
 @pytest.mark.parametrize("huge", [1000, 1 << 32, *HUGE])
-@pytest.mark.parametrize("raw, message", [
-    (lambda n: Raw(n_tensors=n), "number of tensors: .* cannot be right"),
-    (lambda n: Raw(n_pairs=n), "number of metadata pairs: .* cannot be right"),
-    (lambda n: Raw({"a": Typed(STRING, u64(n) + b"abc")}), "truncated in a: expected"),
-    (lambda n: Raw({"a": array(U8, b"abc", n)}), "a: .* cannot be right"),
-    (lambda n: Raw({"a": array(U64, b"abc", n)}), "a: .* cannot be right"),
-    (lambda n: Raw({"a": array(STRING, b"abc", n)}), "a: .* cannot be right"),
-    (lambda n: Raw({"a": array(ARRAY, b"abc", n)}), "a: .* cannot be right"),
-    (lambda n: Raw({"a": array(STRING, string("x") + u64(n) + b"abc", 2)}), r"truncated in a\[1\] of 2"),
-    (lambda n: Raw({"a": array(STRING, u64(n) + b"abc" + string("x"), 2)}), r"truncated in a\[0\] of 2"),
-    (lambda n: Raw(tensors=[Entry("t", (n - n % 32, 1 << 32), data=bytes(64))]), "tensor 't': f32 .* takes .* bytes, the file has"),
-    (lambda n: Raw(tensors=[Entry("t", (32, n), Q4_0, data=bytes(64))]), "tensor 't': q4_0 .* takes .* bytes, the file has"),
-    (lambda n: Raw(tensors=[Entry("t", (1,), offset=n // 32 * 32, data=bytes(64))]), "tensor 't' ends at byte"),
-])
+@pytest.mark.parametrize(
+    "raw, message",
+    [
+        (lambda n: Raw(n_tensors=n), "number of tensors: .* cannot be right"),
+        (lambda n: Raw(n_pairs=n), "number of metadata pairs: .* cannot be right"),
+        (lambda n: Raw({"a": Typed(STRING, u64(n) + b"abc")}), "truncated in a: expected"),
+        (lambda n: Raw({"a": array(U8, b"abc", n)}), "a: .* cannot be right"),
+        (lambda n: Raw({"a": array(U64, b"abc", n)}), "a: .* cannot be right"),
+        (lambda n: Raw({"a": array(STRING, b"abc", n)}), "a: .* cannot be right"),
+        (lambda n: Raw({"a": array(ARRAY, b"abc", n)}), "a: .* cannot be right"),
+        (lambda n: Raw({"a": array(STRING, string("x") + u64(n) + b"abc", 2)}), r"truncated in a\[1\] of 2"),
+        (lambda n: Raw({"a": array(STRING, u64(n) + b"abc" + string("x"), 2)}), r"truncated in a\[0\] of 2"),
+        (
+            lambda n: Raw(tensors=[Entry("t", (n - n % 32, 1 << 32), data=bytes(64))]),
+            "tensor 't': f32 .* takes .* bytes, the file has",
+        ),
+        (
+            lambda n: Raw(tensors=[Entry("t", (32, n), Q4_0, data=bytes(64))]),
+            "tensor 't': q4_0 .* takes .* bytes, the file has",
+        ),
+        (
+            lambda n: Raw(tensors=[Entry("t", (1,), offset=n // 32 * 32, data=bytes(64))]),
+            "tensor 't' ends at byte",
+        ),
+    ],
+)
 def test_sizes_that_overflow_elsewhere(path, raw, message, huge):
     raw(huge).save(path)
     with pytest.raises(FormatError, match=message):
@@ -243,22 +285,31 @@ def test_products_that_wrap_to_something_small(path, dims):
         GGUF(path)
 
 
-@pytest.mark.parametrize("tensor, message", [
-    (Entry("t", (), n_dims=0), "tensor 't': expected 1 to 4 dimensions, found 0"),
-    (Entry("t", (1,) * 5), "expected 1 to 4 dimensions, found 5"),
-    (Entry("t", (1,), n_dims=1 << 31), "expected 1 to 4 dimensions, found 2147483648"),
-    (Entry("t", (0,)), r"a dimension is zero in shape \(0,\)"),
-    (Entry("t", (4, 0)), r"a dimension is zero in shape \(4, 0\)"),
-    (Entry("t", (33, 2), Q4_0, data=bytes(64)), "rows of 33 values: expected a multiple of q4_0's 32"),
-    (Entry("t", (128, 2), Q6_K, data=bytes(512)), "rows of 128 values: expected a multiple of q6_K's 256"),
-    (Entry("t", (4,), 99, data=bytes(64)), "tensor 't': unknown tensor type 99"),
-    (Entry("t", (4,), 4, data=bytes(64)), "unknown tensor type 4"),         # a number that was taken back
-    (Entry("t", (4,), 0xFFFFFFFF, data=bytes(64)), "unknown tensor type 4294967295"),
-    (Entry("t", (4,), offset=8, data=bytes(64)), "expected an offset that is a multiple of 32, found 8"),
-    (Entry("t", (16,), data=bytes(63)), r"tensor 't' ends at byte \d+, the file at \d+"),
-    (Entry(b"t\xff", (4,), data=bytes(16)), "name of tensor 0 of 1: not UTF-8"),
-    (Entry("t" * 70000, (4,), data=bytes(16)), "name of tensor 0 of 1: expected at most 65535 bytes, found 70000"),
-])
+@pytest.mark.parametrize(
+    "tensor, message",
+    [
+        (Entry("t", (), n_dims=0), "tensor 't': expected 1 to 4 dimensions, found 0"),
+        (Entry("t", (1,) * 5), "expected 1 to 4 dimensions, found 5"),
+        (Entry("t", (1,), n_dims=1 << 31), "expected 1 to 4 dimensions, found 2147483648"),
+        (Entry("t", (0,)), r"a dimension is zero in shape \(0,\)"),
+        (Entry("t", (4, 0)), r"a dimension is zero in shape \(4, 0\)"),
+        (Entry("t", (33, 2), Q4_0, data=bytes(64)), "rows of 33 values: expected a multiple of q4_0's 32"),
+        (
+            Entry("t", (128, 2), Q6_K, data=bytes(512)),
+            "rows of 128 values: expected a multiple of q6_K's 256",
+        ),
+        (Entry("t", (4,), 99, data=bytes(64)), "tensor 't': unknown tensor type 99"),
+        (Entry("t", (4,), 4, data=bytes(64)), "unknown tensor type 4"),  # a number that was taken back
+        (Entry("t", (4,), 0xFFFFFFFF, data=bytes(64)), "unknown tensor type 4294967295"),
+        (Entry("t", (4,), offset=8, data=bytes(64)), "expected an offset that is a multiple of 32, found 8"),
+        (Entry("t", (16,), data=bytes(63)), r"tensor 't' ends at byte \d+, the file at \d+"),
+        (Entry(b"t\xff", (4,), data=bytes(16)), "name of tensor 0 of 1: not UTF-8"),
+        (
+            Entry("t" * 70000, (4,), data=bytes(16)),
+            "name of tensor 0 of 1: expected at most 65535 bytes, found 70000",
+        ),
+    ],
+)
 def test_wrong_tensors(path, tensor, message):
     Raw(tensors=[tensor]).save(path)
     with pytest.raises(FormatError, match=f"x.gguf: .*{message}"):
@@ -268,7 +319,9 @@ def test_wrong_tensors(path, tensor, message):
 def test_tensors_that_collide(path):
     data = bytes(256)
     Raw(tensors=[Entry("a", (16,), offset=0, data=data), Entry("b", (16,), offset=32, data=data)]).save(path)
-    with pytest.raises(FormatError, match="'a' and 'b' overlap: the second begins at 32, the first ends at 64"):
+    with pytest.raises(
+        FormatError, match="'a' and 'b' overlap: the second begins at 32, the first ends at 64"
+    ):
         GGUF(path)
     Raw(tensors=[Entry("a", (16,), data=data), Entry("a", (16,), data=data)]).save(path)
     with pytest.raises(FormatError, match="tensor 'a' is there twice"):
@@ -338,7 +391,10 @@ def opens_or_says_so(path, content):
     whole = np.frombuffer(content, np.uint8)
     for tensor in file.tensors.values():
         assert tensor.nbytes <= len(whole)
-        assert tensor.nbytes * tensor.type.block_size == np.prod(tensor.shape, dtype=object) * tensor.type.type_size
+        assert (
+            tensor.nbytes * tensor.type.block_size
+            == np.prod(tensor.shape, dtype=object) * tensor.type.type_size
+        )
         tensor.data.sum()                               # every byte can be read
     file.close()
     return True
@@ -346,7 +402,9 @@ def opens_or_says_so(path, content):
 
 def test_truncated_anywhere(path, model):
     random_points = random.Random(1).sample(range(len(model)), 160)
-    header = len(model) - sum(tensor.nbytes for tensor in GGUF(tiny.model("llama", types="Q4_0")).tensors.values())
+    header = len(model) - sum(
+        tensor.nbytes for tensor in GGUF(tiny.model("llama", types="Q4_0")).tensors.values()
+    )
     for size in [*random_points, *random.Random(2).sample(range(header), 40)]:
         assert not opens_or_says_so(path, model[:size]), f"cut at {size}"
 
@@ -369,7 +427,10 @@ def test_flipped_bits_in_the_header(path, model):
 
 def test_flipped_bits_in_the_counts(path):
     """The same where it hurts most: a file that is nothing but counts, lengths and dimensions."""
-    raw = Raw({"a": ["x", "yy"], "b": np.arange(4, dtype="i4"), "c": "z", "general.alignment": 32}, [f32(8), Entry("u", (4, 2), data=bytes(32))])
+    raw = Raw(
+        {"a": ["x", "yy"], "b": np.arange(4, dtype="i4"), "c": "z", "general.alignment": 32},
+        [f32(8), Entry("u", (4, 2), data=bytes(32))],
+    )
     content = raw.bytes()
     for position in range(len(raw.header())):
         for bit in range(8):

@@ -2,17 +2,24 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 pytest.importorskip("tokenizers")
 gguf = pytest.importorskip("gguf")
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
+sys.path.insert(0, str(TOOLS))
+
+from train_demo import text
+from train_demo.evaluate import Rounds
+from train_demo.model import Config, KVCache, Llama, grow
+from train_demo.tokens import pack
 
 
 def run(work, out, *more):
@@ -54,3 +61,54 @@ def test_a_second_run_trains_nothing(smoke):
     before = (work / "target.pt").stat().st_mtime_ns
     again = run(work, out, "--stage", "target")
     assert again.returncode == 0 and (work / "target.pt").stat().st_mtime_ns == before
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = Llama(Config(vocab_size=100, dim=64, hidden_dim=128, head_dim=32, n_layers=2, n_heads=4, n_kv_heads=2, n_ctx=32))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    return model
+
+
+def test_growing_changes_nothing_yet(model):
+    tokens = torch.arange(20)[None]
+    assert torch.equal(grow(model).logits(tokens), model.logits(tokens))
+
+
+@torch.inference_mode()
+def test_a_cache_gives_the_same_logits(model):
+    tokens, cache = torch.arange(20).repeat(2, 1), KVCache(model.config, 2, 20)
+    parts = [model.logits(tokens[:, a:b], cache) for a, b in ((0, 7), (7, 8), (8, 9), (9, 20))]
+    torch.testing.assert_close(torch.cat(parts, 1), model.logits(tokens), atol=1e-4, rtol=1e-4)
+
+
+def test_requests_are_made_of_the_passage():
+    books = text.invented_books(seed=1)
+    documents = text.chat_documents(books, seed=1, rounds=1.0, limit=400)
+    asked = [(request, passage.lower()) for d in documents for request, passage in d.turns[:1] if "tell me of" in request.lower()]
+    assert len(asked) > 20
+    for request, passage in asked:
+        named = request.lower().replace("tell me of", "").rstrip(".").replace(",", " ").split()
+        assert all(word in passage for word in named if word not in ("a", "an", "the", "and"))
+
+
+def test_passages_end_with_their_sentences():
+    chapter = text.chapters(text.invented_books(seed=2)[0])[0]
+    for passage in text.passages(chapter, random.Random(0), limit=300):
+        assert passage[-1] in '.!?"'
+
+
+def test_packed_rows_keep_every_token():
+    items = [([n] * size, [1] * size) for n, size in enumerate((5, 9, 3, 2, 8, 4), start=1)]
+    ids, learn = pack(items, 10)
+    assert sorted(ids[learn == 1].tolist()) == sorted(token for i, _ in items for token in i)
+
+
+def test_rounds_count_by_position():
+    counts = Rounds()
+    for n in (4, 2, 0):
+        counts.add(n)
+    summary = counts.summary()
+    assert summary["rate"] == 6 / 12 and summary["by_position"] == [2 / 3, 2 / 3, 1 / 3, 1 / 3] and summary["tokens_a_round"] == 3

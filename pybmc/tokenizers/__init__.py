@@ -19,8 +19,8 @@ _KINDS = {"gpt2": Bpe, "gemma4": Bpe, "llama": Spm}         # by tokenizer.ggml.
 class Tokenizer:
     """The vocabulary of a GGUF file: a path (no weights are needed or read) or an opened GGUF.
 
-    Ids equal llama.cpp's. Two differences are meant: ordinary text never becomes a control token, and decode gives back the
-    text as it was, without tidying the spaces before punctuation.
+    Ids equal llama.cpp's. Two differences are meant: ordinary text never becomes a control token, and decode
+    gives back the text as it was, without tidying the spaces before punctuation.
     """
 
     def __init__(self, source):
@@ -33,8 +33,9 @@ class Tokenizer:
     def _load(self, file: GGUF) -> None:
         model = file.metadata.get("tokenizer.ggml.model")
         if not isinstance(model, str) or model not in _KINDS:
-            raise FormatError(f"{file.path}: " + (f"vocabularies of kind {model!r} are not supported, only {', '.join(_KINDS)}"
-                                                  if model else "has no vocabulary (tokenizer.ggml.model)"))
+            found = "none" if model is None else repr(model)
+            raise FormatError(f"{file.path}: no vocabulary that pybmc knows: "
+                              f"expected a tokenizer.ggml.model of {', '.join(_KINDS)}, found {found}")
         self._codec = _KINDS[model](file.metadata, str(file.path))
         self.vocab = self._codec.vocab
         self.tokens: list[str] = self.vocab.tokens                      # as the file spells them
@@ -49,7 +50,7 @@ class Tokenizer:
         self._pieces: dict[int, bytes] = {}
 
     def encode(self, text: str, bos: bool = True, special: bool = False) -> list[int]:
-        """Token ids of a text. bos: begin and end it as the file asks; special: control tokens spelled in it count as such."""
+        """Ids of a text. bos: begin and end it as the file asks; special: control tokens in it count."""
         ids = [self.bos_id] if bos and self.add_bos else []
         ids += self.encode_parts(self.vocab.split(_checked(text), special))
         return ids + [self.eos_id] if bos and self.add_eos else ids
@@ -67,14 +68,14 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], special: bool = False, continued: bool = False) -> str:
         """The text of some ids. special shows control tokens. Bytes that are not UTF-8 become U+FFFD.
 
-        SentencePiece puts a space before a text's first word; it is taken off again, unless the text is the continuation
-        of another one.
+        SentencePiece puts a space before a text's first word; it is taken off again, unless the text is the
+        continuation of another one.
         """
         stream = StreamDecoder(self, special, continued)
         return stream.push(*ids) + stream.flush()
 
     def stream(self, special: bool = False, continued: bool = True) -> StreamDecoder:
-        """A decoder for ids that come one by one; continued: after a prompt, so that a first space belongs to the text."""
+        """A decoder for ids that come one by one. continued: after a prompt, so that a first space counts."""
         return StreamDecoder(self, special, continued)
 
     def piece(self, id: int) -> bytes:
@@ -97,7 +98,7 @@ class Tokenizer:
 
 
 class StreamDecoder:
-    """Ids in, text out: never half a character. push() gives what is complete, flush() what is left at the end."""
+    """Ids in, text out: push() gives what is complete, never half a character; flush() what is left."""
 
     def __init__(self, tokenizer: Tokenizer, special: bool = False, continued: bool = True):
         self._tokenizer = tokenizer
@@ -122,5 +123,6 @@ def _checked(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ArgumentError(f"not a text: {text[error.start]!r} at {error.start} is half a surrogate pair") from None
+        half = f"{text[error.start]!r} at {error.start} is half a surrogate pair"
+        raise ArgumentError(f"not a text: {half}") from None
     return text

@@ -1,12 +1,13 @@
 """Byte-pair vocabularies (tokenizer.ggml.model "gpt2") through the tokenizers package.
 
-A byte-level token is spelled in printable characters, one for each byte: the Latin-1 characters that print are themselves,
-the other 68 bytes are U+0100 and up (GPT-2's encoder.json).
+A byte-level token is spelled in printable characters, one for each byte: the Latin-1 characters that print
+are themselves, the other 68 bytes are U+0100 and up (GPT-2's encoder.json).
 """
 
 from __future__ import annotations
 
 import logging
+import re
 
 from .pre import DEFAULT, PRE, Pre
 from .vocab import BYTE, NORMAL, Vocabulary
@@ -45,9 +46,12 @@ class Bpe:
         words = dict(self.vocab.ids)
         for id in self.vocab.reserved:          # ordinary text is never control
             del words[self.vocab.text(id)]
+        # the package panics where a merge makes a long unknown token
+        if not all(map(words.__contains__, map("".join, merges))):
+            merges = self._known(merges, words)
         try:
             tokenizer = Tokenizer(self._model(words, merges))
-        except Exception:                       # the package's own message names one token; it does not say which merges go
+        except Exception:
             tokenizer = Tokenizer(self._model(words, self._known(merges, words)))
         tokenizer.pre_tokenizer = _pre_tokenizer(self.pre)
         return tokenizer
@@ -55,10 +59,11 @@ class Bpe:
     def _model(self, words, merges):
         from tokenizers.models import BPE
 
-        return BPE(vocab=words, merges=merges, ignore_merges=self.pre.ignore_merges, byte_fallback=not self.pre.byte_level)
+        return BPE(vocab=words, merges=merges, ignore_merges=self.pre.ignore_merges,
+                   byte_fallback=not self.pre.byte_level)
 
     def _known(self, merges: list[tuple], words: dict[str, int]) -> list[tuple]:
-        known = [merge for merge in merges if len(merge) == 2 and merge[0] in words and merge[1] in words and "".join(merge) in words]
+        known = [merge for merge in merges if len(merge) == 2 and words.keys() >= {*merge, "".join(merge)}]
         log.warning("%s: %d of %d merges name tokens that do not exist; they are left out",
                     self.vocab.source, len(merges) - len(known), len(merges))
         return known
@@ -89,10 +94,8 @@ class Bpe:
 
 def _hex_byte(token: str) -> bytes:
     """<0x0A> -> b"\\n"; anything else is its own text."""
-    try:
-        return bytes([int(token[3:5], 16)]) if token.startswith("<0x") and token.endswith(">") and len(token) == 6 else token.encode()
-    except ValueError:
-        return token.encode()
+    match = re.fullmatch("<0x([0-9A-Fa-f]{2})>", token)
+    return bytes.fromhex(match[1]) if match else token.encode()
 
 
 def _find_pre(name, source: str) -> Pre:

@@ -1,9 +1,9 @@
 """SentencePiece vocabularies (tokenizer.ggml.model "llama") through the sentencepiece package.
 
-The package wants its own model file, so one is written from the GGUF's table: a protobuf message of some 30 lines. The
-algorithm is its BPE, which joins the neighbours with the best score first, as llama.cpp does. User-defined and unused
-tokens are ordinary here: the former are cut out of the text before, the latter llama.cpp takes like any other. Control
-tokens stay control, so that no text spells them.
+The package wants its own model file, so one is written from the GGUF's table: a protobuf message of some 30
+lines. The algorithm is its BPE, which joins the neighbours with the best score first, as llama.cpp does.
+User-defined and unused tokens are ordinary here: the former are cut out of the text before, the latter
+llama.cpp takes like any other. Control tokens stay control, so that no text spells them.
 """
 
 from __future__ import annotations
@@ -30,20 +30,31 @@ class Spm:
         from sentencepiece import SentencePieceProcessor
 
         kinds = self._kinds()
-        texts = [text.encode() for text in self.vocab.ids]       # in the order of ids
+        texts = [text.encode() for text in self.vocab.ids]      # in the order of ids
+        # not for the package, which has a byte for it
+        for id in [id for id, text in enumerate(texts) if b"\0" in text]:
+            texts[id], kinds[id] = f"[NUL_{id}]".encode(), CONTROL
         has_bytes = bool((kinds == BYTE).any())
         model = _pieces(texts, self._scores(), kinds)
-        if not (kinds == UNKNOWN).any():        # the package insists on one; ids beyond the vocabulary are dropped again
-            model += _pieces([f"[UNKNOWN_{len(texts)}]".encode()], np.zeros(1, np.float32), np.array([UNKNOWN]))
-        model += _field(2, _number(3, 2) + _number(35, has_bytes))                                      # trainer: BPE, byte fallback
-        model += _field(3, _field(1, b"identity") + _number(3, self.space_prefix) + _number(4, 0) + _number(5, 1))
+        # the package insists on one; ids beyond the vocabulary are dropped again
+        if not (kinds == UNKNOWN).any():
+            model += _pieces(
+                [f"[UNKNOWN_{len(texts)}]".encode()], np.zeros(1, np.float32), np.array([UNKNOWN])
+            )
+        # trainer: BPE, byte fallback
+        model += _field(2, _number(3, 2) + _number(35, has_bytes))
+        model += _field(
+            3, _field(1, b"identity") + _number(3, self.space_prefix) + _number(4, 0) + _number(5, 1)
+        )
         try:
             return SentencePieceProcessor(model_proto=model)
         except (RuntimeError, ValueError) as error:
             raise self.vocab.error(f"not a SentencePiece vocabulary: {error}") from None
 
     def _kinds(self) -> np.ndarray:
-        """Token types as the package knows them: bytes all 256 or none, one unknown token, the rest normal or control."""
+        """Token types as the package knows them: bytes all 256 or none, one unknown token, the rest normal or
+        control.
+        """
         kinds = self.vocab.types.copy()
         unknown = np.flatnonzero(kinds == UNKNOWN)
         if self.vocab.unknown_id in unknown:
@@ -62,12 +73,18 @@ class Spm:
         if scores is None:
             return np.zeros(self.vocab.size, np.float32)
         if np.isnan(scores).any():
-            raise self.vocab.error(f"tokenizer.ggml.scores: value {int(np.isnan(scores).argmax())} is not a number")
+            raise self.vocab.error(
+                f"tokenizer.ggml.scores: value {int(np.isnan(scores).argmax())} is not a number"
+            )
         return scores.astype(np.float32)
 
     def encode(self, text: str) -> list[int]:
         ids = self._processor.encode(text)
-        return ids if self.vocab.size == self._processor.vocab_size() else [id for id in ids if id < self.vocab.size]
+        return (
+            ids
+            if self.vocab.size == self._processor.vocab_size()
+            else [id for id in ids if id < self.vocab.size]
+        )
 
     def piece(self, id: int) -> bytes:
         """The bytes a token stands for."""
@@ -81,7 +98,8 @@ class Spm:
         return self.vocab.ids.get(_BYTES[byte])
 
 
-# -- protobuf, as far as it goes: https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
+# -- protobuf, as far as it goes:
+# https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto
 
 def _varint(n: int) -> bytes:
     out = bytearray()

@@ -1,7 +1,8 @@
-"""A GGUF's vocabulary: its tokens, what kind each is, which ones begin and end texts, and where they stand in a text.
+"""A GGUF's vocabulary: its tokens, what kind each is, which ones begin and end texts, and where they stand in
+a text.
 
-The rules are llama.cpp's, which files are made for: defaults per model, tokens known by their text, and special tokens
-found longest first. They are kept where a file says nothing itself.
+The rules are llama.cpp's, which files are made for: defaults per model, tokens known by their text, and
+special tokens found longest first. They are kept where a file says nothing itself.
 """
 
 from __future__ import annotations
@@ -16,28 +17,80 @@ log = logging.getLogger(__name__)
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6      # tokenizer.ggml.token_type
 
-# Tokens that end a turn, known by their text. The first one present is the vocabulary's end of turn, if its file names none.
-_END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>", "<EOT>", "_<EOT>",
-                "[EOT]", "<｜end▁of▁sentence｜>", "<end_of_utterance>")
+# Tokens that end a turn, known by their text. The first one present is the vocabulary's end of turn, if its
+# file names none.
+_END_OF_TURN = (
+    "<|eot_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<EOT>",
+    "_<EOT>",
+    "[EOT]",
+    "<｜end▁of▁sentence｜>",
+    "<end_of_utterance>",
+)
 _END_OF_MESSAGE = ("<|eom_id|>",)
-_ENDS = _END_OF_TURN + _END_OF_MESSAGE + ("<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "</s>", "[EOS]", "<eos>", "<turn|>",
-                                          "<|tool_response>", "[e~[")
+_ENDS = (
+    _END_OF_TURN
+    + _END_OF_MESSAGE
+    + (
+        "<|return|>",
+        "<|call|>",
+        "<|flush|>",
+        "<|calls|>",
+        "</s>",
+        "[EOS]",
+        "<eos>",
+        "<turn|>",
+        "<|tool_response>",
+        "[e~[",
+    )
+)
 _FILL_IN = {                            # fill-in-the-middle tokens that end what a model writes
     "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
     "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
     "fim_sep": ("<|file_sep|>",),
 }
 _FILL_IN_MARKS = (
-    "<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>", "<|code_prefix|>", "<|prefix|>",
-    "<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>", "<|code_suffix|>", "<|suffix|>",
-    "<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>", "▁<MID>", "<|code_middle|>", "<|middle|>")
+    "<|fim_prefix|>",
+    "<fim-prefix>",
+    "<fim_prefix>",
+    "<｜fim▁begin｜>",
+    "<PRE>",
+    "▁<PRE>",
+    "<|code_prefix|>",
+    "<|prefix|>",
+    "<|fim_suffix|>",
+    "<fim-suffix>",
+    "<fim_suffix>",
+    "<｜fim▁hole｜>",
+    "<SUF>",
+    "▁<SUF>",
+    "<|code_suffix|>",
+    "<|suffix|>",
+    "<|fim_middle|>",
+    "<fim-middle>",
+    "<fim_middle>",
+    "<｜fim▁end｜>",
+    "<MID>",
+    "▁<MID>",
+    "<|code_middle|>",
+    "<|middle|>",
+)
 _SPACE = " \t\n\v\f\r"
 
 
 class Vocabulary:
-    """tokens as the file spells them, their types int32 (size,), and the ids that matter: bos_id, eos_id, eot_id (or None), stop_ids."""
+    """tokens as the file spells them, their types int32 (size,), and the ids that matter: bos_id, eos_id,
+    eot_id (or None), stop_ids.
+    """
 
-    def __init__(self, metadata: dict[str, object], source: str, default_ids: dict[str, int], default_add_bos: bool):
+    def __init__(
+        self, metadata: dict[str, object], source: str, default_ids: dict[str, int], default_add_bos: bool
+    ):
         self.metadata = metadata
         self.source = source
         self.tokens = self.strings("tokens")
@@ -46,7 +99,10 @@ class Vocabulary:
             raise self.error("tokenizer.ggml.tokens: the vocabulary is empty")
         self.types = self._types()
         self.ids = self._index()
-        named = {name: self._id(name, default_ids.get(name)) for name in ("bos", "eos", "eot", "eom", "unknown", *_FILL_IN)}
+        named = {
+            name: self._id(name, default_ids.get(name))
+            for name in ("bos", "eos", "eot", "eom", "unknown", *_FILL_IN)
+        }
         self.bos_id, self.eos_id, self.unknown_id = named["bos"], named["eos"], named["unknown"]
         self.eot_id = self._known_by_text(named["eot"], _END_OF_TURN)
         self.add_bos = self._adds("bos", self.bos_id, default_add_bos)
@@ -71,7 +127,10 @@ class Vocabulary:
         key = f"tokenizer.ggml.{name}"
         strings = self.get(key, list)
         if strings is None or strings and not isinstance(strings[0], str):
-            raise self.error(f"{key}: expected an array of strings, found " + ("nothing" if strings is None else "another one"))
+            raise self.error(
+                f"{key}: expected an array of strings, found "
+                + ("nothing" if strings is None else "another one")
+            )
         return strings
 
     def numbers(self, name: str, kind: str) -> np.ndarray | None:
@@ -81,7 +140,8 @@ class Vocabulary:
         if values is None:
             return None
         if not isinstance(values, np.ndarray) or values.dtype.kind not in kind:
-            raise self.error(f"{key}: expected an array of numbers, found {getattr(values, 'dtype', type(values).__name__)}")
+            found = getattr(values, "dtype", type(values).__name__)
+            raise self.error(f"{key}: expected an array of numbers, found {found}")
         if len(values) < self.size:
             raise self.error(f"{key}: expected {self.size} values, one for each token, found {len(values)}")
         return values[:self.size]
@@ -115,7 +175,14 @@ class Vocabulary:
         if default is not None and default >= self.size:
             default = None
         if id is not None and not 0 <= id < self.size:
-            log.warning("%s: %s is %d, the vocabulary has %d tokens; using %s", self.source, key, id, self.size, default)
+            log.warning(
+                "%s: %s is %d, the vocabulary has %d tokens; using %s",
+                self.source,
+                key,
+                id,
+                self.size,
+                default,
+            )
         return id if id is not None and 0 <= id < self.size else default
 
     def _adds(self, name: str, id: int | None, default: bool) -> bool:
@@ -130,13 +197,20 @@ class Vocabulary:
 
     def _mark_controls(self) -> None:
         """Tokens that only control can mean, whatever the file calls them."""
-        known = [self.ids[text] for text in (*_ENDS, *_FILL_IN_MARKS, *sum(_FILL_IN.values(), ())) if text in self.ids]
+        known = [
+            self.ids[text]
+            for text in (*_ENDS, *_FILL_IN_MARKS, *sum(_FILL_IN.values(), ()))
+            if text in self.ids
+        ]
         normal = self.types == NORMAL
         self.types[known] = CONTROL
         self.control = frozenset(np.flatnonzero(self.types == CONTROL).tolist())
-        self.reserved = frozenset(np.flatnonzero((self.types == CONTROL) & ~normal).tolist())      # no text may spell these
+        # no text may spell these
+        self.reserved = frozenset(np.flatnonzero((self.types == CONTROL) & ~normal).tolist())
         self.user_defined = frozenset(np.flatnonzero(self.types == USER_DEFINED).tolist())
-        self.silent = frozenset(np.flatnonzero(np.isin(self.types, (NORMAL, USER_DEFINED, BYTE), invert=True)).tolist())
+        self.silent = frozenset(
+            np.flatnonzero(np.isin(self.types, (NORMAL, USER_DEFINED, BYTE), invert=True)).tolist()
+        )
 
     def _stops(self, named: dict[str, int | None]) -> frozenset[int]:
         stops = {self.ids[text] for text in _ENDS if text in self.ids}
@@ -152,17 +226,31 @@ class Vocabulary:
     # -- special tokens in a text
 
     def split(self, text: str, special: bool, without: frozenset[int] = frozenset()) -> list[str | int]:
-        """A text cut at its special tokens: strings and ids. User-defined tokens always count, control tokens with special."""
+        """A text cut at its special tokens: strings and ids. User-defined tokens always count, control tokens
+        with special.
+        """
         parts: list[str | int] = [text] if text else []
         for token in self._present(text, special):
             id = self.ids[token]
             if id not in without:
-                parts = [piece for part in parts for piece in (self._cut(part, token, id) if isinstance(part, str) else [part])]
+                parts = [
+                    piece
+                    for part in parts
+                    for piece in (self._cut(part, token, id) if isinstance(part, str) else [part])
+                ]
         return parts
 
     def _present(self, text: str, special: bool) -> list[str]:
-        """The special tokens in a text, longest first. Gemma has 6,000 of them, so their first two characters sieve."""
-        found = [token for start, tokens in self._starts(special).items() if start in text for token in tokens if token in text]
+        """The special tokens in a text, longest first. Gemma has 6,000 of them, so their first two characters
+        sieve.
+        """
+        found = [
+            token
+            for start, tokens in self._starts(special).items()
+            if start in text
+            for token in tokens
+            if token in text
+        ]
         return sorted(found, key=lambda token: -len(token.encode()))
 
     def _starts(self, special: bool) -> dict[str, list[str]]:
@@ -188,7 +276,9 @@ class Vocabulary:
         return parts
 
     def _strips(self, token: str) -> tuple[bool, bool]:
-        """Whether a token swallows white space on its left, on its right. GGUF does not say; these models are known to."""
+        """Whether a token swallows white space on its left, on its right. GGUF does not say; these models are
+        known to.
+        """
         name = str(self.metadata.get("general.name", "")).lower()
         pre = self.metadata.get("tokenizer.ggml.pre")
         if pre in ("jina-v2-de", "jina-v2-es", "jina-v2-code"):

@@ -1,5 +1,7 @@
 """The model card: what the pair is, how it was made, what it was measured to do, and ten tales as they came."""
 
+import textwrap
+
 from .evaluate import answer
 from .recipe import BOOKS
 
@@ -27,8 +29,7 @@ template is ChatML's. Text is best within {n_ctx} tokens; training rows had {row
 
 `python -m train_demo --corpus tales.txt.xz --heldout heldout.txt` in `tools/`: every number of the recipe is in `tools/train_demo/recipe.py`.
 
-- **Text**: public-domain English literature: {books}. Headings, contents pages and editors' notes were dropped; tales were
-  read several times as often as novels.
+{text}
 - **Form**: four rows in five hold passages that answer a request made of their own words ("Tell me of a king and a golden bird."), sometimes
   followed by "Go on."; the rest is running text. Only answers and running text are learned. A few lines of small talk are ours.
 - **Teller**: {target_tokens} tokens in {target_steps} steps of {batch_tokens}; Muon for the matrices, AdamW for the rest; warm-up, a level stretch and a straight line to
@@ -68,6 +69,13 @@ def tales(model, tokenizer, n_tok=220):
     return [(q, t, tokenizer.decode(answer(model, tokenizer, q, n_tok, t, 0)[1])) for q, t in TALES]
 
 
+def titles():
+    listed = "; ".join(title for title, _ in BOOKS)
+    words = (f"- **Text**: public-domain English literature: {listed}. Headings, contents pages and editors' notes were dropped; tales were read "
+             "several times as often as novels.")
+    return textwrap.fill(words, 140, subsequent_indent="  ")
+
+
 def table(rows):
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
@@ -105,7 +113,7 @@ def write(recipe, configs, sizes, results, told):
     millions = lambda n: f"{n / 1e6:.1f}M"
     return CARD.format(
         sizes=table(size_rows(configs, sizes)), vocab_size=recipe.vocab_size, n_ctx=configs[0].n_ctx, row=recipe.n_ctx, top=recipe.top,
-        books="; ".join(title for title, _ in BOOKS), batch_tokens=recipe.target_run.batch_tokens,
+        text=titles(), batch_tokens=recipe.target_run.batch_tokens,
         target_tokens=millions(results["target"]["tokens"]), target_steps=results["target"]["steps"],
         target_minutes=results["target"]["seconds"] // 60, draft_tokens=millions(results["draft"]["tokens"]),
         distill_tokens=millions(results["distill"]["tokens"]), told_tokens=millions(results["distill"]["told"]),
