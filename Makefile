@@ -22,7 +22,7 @@ OUT := build/$(VARIANT)
 LIBRARY := pybmc/libpybmc.$(if $(filter Darwin,$(shell uname -s)),dylib,so)
 
 FLAGS_release = -O3
-FLAGS_asan = -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+FLAGS_asan = -O1 -g -DCOLS_MAX=4 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 FLAGS = $(FLAGS_$(VARIANT)) -std=c11 -D_GNU_SOURCE -fPIC -pthread -fvisibility=hidden -ffp-contract=off \
         -Wall -Wextra -Wshadow -Inative
 

@@ -110,7 +110,7 @@ int         bmc_dequantize(int type, const void *blocks, int64_t n, float *out);
 bmc_model  *bmc_model_new(const bmc_config *config, const bmc_tensor *tensors, int n_tensors, int n_threads);   /* binds, checks */
 int         bmc_model_pack(bmc_model *model);                            /* makes the panels; once, before the first session */
 int64_t     bmc_model_packed(const bmc_model *model, int64_t *total);    /* bytes packed so far, for progress; any thread may ask */
-void        bmc_model_free(bmc_model *model);
+void        bmc_model_free(bmc_model *model);                            /* once its last session is gone too */
 
 /* r <= 0: what suits the model; rope 1: every layer takes table 1 (what a model stretched to long contexts asks for). */
 bmc_session *bmc_session_new(bmc_model *model, int64_t cap, int growth, int r, int rope);

@@ -393,6 +393,7 @@ bmc_model *bmc_model_new(const bmc_config *config, const bmc_tensor *tensors, in
         return NULL;
     }
     pthread_mutex_init(&m->lock, NULL);
+    atomic_init(&m->n_users, 1);
     if (!build(m, config, tensors, n_tensors, n_threads))
         return m;
     bmc_model_free(m);
@@ -400,7 +401,12 @@ bmc_model *bmc_model_new(const bmc_config *config, const bmc_tensor *tensors, in
 }
 
 void bmc_model_free(bmc_model *m) {
-    if (!m)
+    if (m)
+        model_release(m);
+}
+
+void model_release(bmc_model *m) {
+    if (atomic_fetch_sub(&m->n_users, 1) > 1)
         return;
     pool_free(m->pool);
     huge_free(m->panels, m->panel_bytes);

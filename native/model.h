@@ -42,7 +42,7 @@ struct bmc_model {
     struct kernels k;
     struct pool *pool;
     pthread_mutex_t lock;           /* one pass at a time */
-    atomic_int n_sessions;
+    atomic_int n_users;             /* its owner and its sessions: the last one to go frees it */
 
     struct matrix token_embd;       /* rows are read from the file, one a token */
     struct matrix position_embd;
@@ -99,6 +99,7 @@ struct pass {
 };
 
 void forward(struct pass *pass);
+void model_release(bmc_model *model);       /* one user less */
 
 /* A buffer's row stride in floats. */
 static inline size_t padded(int n) { return ((size_t)n + 15) / 16 * 16; }

@@ -37,7 +37,7 @@ bmc_session *bmc_session_new(bmc_model *m, int64_t cap, int growth, int r, int r
     }
     s->model = m;
     s->rope = rope;
-    atomic_fetch_add(&m->n_sessions, 1);
+    atomic_fetch_add(&m->n_users, 1);
     return s;
 }
 
@@ -45,7 +45,7 @@ void bmc_session_free(bmc_session *s) {
     if (!s)
         return;
     arena_free(&s->arena);
-    atomic_fetch_sub(&s->model->n_sessions, 1);
+    model_release(s->model);
     free(s);
 }
 

@@ -32,8 +32,8 @@ class Result:
     roof: float | None
 
 
-def bench(model, prompts: Sequence[int] = (512,), generated: Sequence[int] = (64,), widths: Sequence[int] = (1, 2, 4, 8, 16),
-          depths: Sequence[int] = (0,), reps: int = 5, rows="auto",
+def bench(model, prompts: Sequence[int] = (512,), generated: Sequence[int] = (64,),
+          widths: Sequence[int] = (1, 2, 4, 8, 16), depths: Sequence[int] = (0,), reps: int = 5, rows="auto",
           progress: Callable[[int, int], None] | None = None) -> Iterator[Result]:
     """Run every test at every depth, reps times after one to warm up; median, least and greatest rate of each."""
     if reps < 1:
@@ -46,6 +46,10 @@ def bench(model, prompts: Sequence[int] = (512,), generated: Sequence[int] = (64
              (("pp", prompts), ("tg", generated), ("verify", widths)) for n in ns]
     if not tests:
         raise ArgumentError("there is nothing to measure: every list is empty")
+    return _run(model, tests, reps, rows, progress)
+
+
+def _run(model, tests, reps, rows, progress) -> Iterator[Result]:
     context = max(depth + n for _, n, depth in tests)
     tokens = random_tokens(model, context)
     with model.session(context=context, rows=rows) as session:

@@ -68,7 +68,7 @@ class ChatTemplate:
         self._speller = _Speller(tokenizer.tokens[id] for id in self._marks)
 
     def render(self, messages: Sequence[Mapping], add_generation_prompt: bool = True, **others) -> str:
-        """The conversation as one text, for people to read. others: what else the template takes, as tools."""
+        """The conversation as one text, for people to read. others: what else the template takes (tools)."""
         return self._render(self._checked(messages), add_generation_prompt, others)
 
     def encode(self, messages: Sequence[Mapping], add_generation_prompt: bool = True, **others) -> list[int]:

@@ -11,7 +11,7 @@ import click
 
 from . import __version__
 from .errors import ArgumentError, BmcError
-from .terminal import ReaderLeft, is_terminal, note, progress, write
+from .terminal import ReaderLeft, is_terminal, note, progress, sentence, write
 
 EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
 
@@ -80,13 +80,16 @@ json_option = click.option("--json", "as_json", is_flag=True, help="One JSON obj
 arena_options = options(
     click.option("--rows", type=Rows(), default="auto", show_default=True,
                  help="How the KV cache grows: chosen, all at once, reserved address space, or N rows at a time."),
-    click.option("--kv-type", type=click.Choice(["f16"]), default="f16", show_default=True, help="Type of the KV cache."))
+    click.option("--kv-type", type=click.Choice(["f16"]), default="f16", show_default=True,
+                 help="Type of the KV cache."))
 
 sampling_options = options(
-    click.option("-s", "--seed", type=int, default=-1, metavar="N", help="Seed of the choices; -1 (default) takes a new one."),
+    click.option("-s", "--seed", type=int, default=-1, metavar="N",
+                 help="Seed of the choices; -1 (default) takes a new one."),
     click.option("--temp", "temperature", type=float, default=0.8, show_default=True, metavar="T",
                  help="Temperature; 0 always takes the likeliest token."),
-    click.option("--top-k", type=int, default=40, show_default=True, metavar="K", help="Only the K likeliest tokens; 0: all."),
+    click.option("--top-k", type=int, default=40, show_default=True, metavar="K",
+                 help="Only the K likeliest tokens; 0: all."),
     click.option("--top-p", type=float, default=0.95, show_default=True, metavar="P",
                  help="Only the likeliest tokens that make up P together; 1: all."),
     click.option("--min-p", type=float, default=0.05, show_default=True, metavar="P",
@@ -99,13 +102,15 @@ sampling_options = options(
                  help="Take X off for each time a recent token occurs."),
     click.option("--repeat-last-n", type=int, default=64, show_default=True, metavar="N",
                  help="How many last tokens are recent; -1: all."),
-    click.option("-l", "--logit-bias", type=Bias(), multiple=True, help="Make a token likelier or less likely; repeatable."))
+    click.option("-l", "--logit-bias", type=Bias(), multiple=True,
+                 help="Make a token likelier or less likely; repeatable."))
 SAMPLING = ("seed", "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty",
             "repeat_last_n", "logit_bias")
 
 text_options = options(
     click.option("-p", "--prompt", metavar="TEXT", help="The text; - reads it from stdin."),
-    click.option("-f", "--file", "prompt_file", type=click.Path(), metavar="FILE", help="Read it from a file; - is stdin."))
+    click.option("-f", "--file", "prompt_file", type=click.Path(), metavar="FILE",
+                 help="Read it from a file; - is stdin."))
 
 
 def sampling_settings(flags: dict) -> dict:
@@ -152,7 +157,8 @@ def read_text(prompt, file) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        raise BmcError(f"{'stdin' if file in ('-', None) else file} is not UTF-8 text (byte {error.start})") from None
+        name = "stdin" if file in ("-", None) else file
+        raise BmcError(f"{name} is not UTF-8 text (byte {error.start})") from None
 
 
 @contextmanager
@@ -198,7 +204,8 @@ def cli():
 @cli.command()
 @model_argument
 @model_option
-@click.option("-sys", "--system-prompt", "system", metavar="TEXT", help="What the model is told before everything else.")
+@click.option("-sys", "--system-prompt", "system", metavar="TEXT",
+              help="What the model is told before everything else.")
 @click.option("-n", "--n-predict", "max_tokens", type=int, default=-1, show_default=True, metavar="N",
               help="At most N tokens an answer; -1: until the model ends.")
 @sampling_options
@@ -228,7 +235,8 @@ def chat(model, model_option, system, max_tokens, context, threads, rows, kv_typ
 @click.option("-n", "--n-predict", "max_tokens", type=int, default=256, show_default=True, metavar="N",
               help="At most N tokens; -1: until the model ends or the context is full.")
 @click.option("--chat/--raw", "as_chat", default=None,
-              help="Send the text as a message in the model's chat template, or as it is. Without MODEL --chat, else --raw.")
+              help="Send the text as a message in the model's chat template, or as it is. "
+                   "Without MODEL --chat, else --raw.")
 @click.option("-sys", "--system-prompt", "system", metavar="TEXT", help="With --chat: what the model is told first.")
 @click.option("-r", "--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
 @click.option("--ignore-eos", is_flag=True, help="Go on where the model would end.")
@@ -237,8 +245,8 @@ def chat(model, model_option, system, max_tokens, context, threads, rows, kv_typ
 @threads_option
 @arena_options
 @json_option
-def generate(model, model_option, prompt, prompt_file, max_tokens, as_chat, system, stop, ignore_eos, context, threads,
-             rows, kv_type, as_json, **flags):
+def generate(model, model_option, prompt, prompt_file, max_tokens, as_chat, system, stop, ignore_eos, context,
+             threads, rows, kv_type, as_json, **flags):
     """Continue a text (-p, -f, or stdin) and print what follows it; `run` is the same.
 
     In a raw text control tokens such as <|im_start|> count. Without MODEL the bundled model answers.
@@ -274,7 +282,8 @@ def generation_json(answer, tokens, load_s: float) -> dict:
     timings = {"load_s": load_s, "prompt_s": stats.prompt_s, "prompt_tok_s": stats.prompt_tok_s,
                "predicted_s": stats.predicted_s, "predicted_tok_s": stats.predicted_tok_s,
                "draft_n": stats.draft_n, "draft_n_accepted": stats.draft_n_accepted}
-    return {"text": "".join(t.text for t in tokens), "tokens": [t.id for t in tokens], "prompt_tokens": stats.prompt_tokens,
+    return {"text": "".join(t.text for t in tokens), "tokens": [t.id for t in tokens],
+            "prompt_tokens": stats.prompt_tokens,
             "finish_reason": tokens[-1].finish_reason if tokens else "length",
             "timings": {name: rounded(value) for name, value in timings.items()}}
 
@@ -308,7 +317,8 @@ def show(model, model_option, as_json):
 @model_option
 @text_options
 @click.option("--no-bos", is_flag=True, help="Leave out the tokens that the model wants around a text.")
-@click.option("--special/--no-special", default=False, show_default=True, help="Let control tokens in the text count.")
+@click.option("--special/--no-special", default=False, show_default=True,
+              help="Let control tokens in the text count.")
 @json_option
 def tokenize(model, model_option, prompt, prompt_file, no_bos, special, as_json):
     """Token ids and pieces of a text (-p, -f, or stdin). A vocabulary without weights is enough."""
@@ -322,7 +332,8 @@ def tokenize(model, model_option, prompt, prompt_file, no_bos, special, as_json)
     if as_json:
         print_json({"tokens": ids, "pieces": [spelled(piece) for piece in pieces]})
     else:
-        write("".join(f"{id:>7}  {json.dumps(spelled(piece), ensure_ascii=False)}\n" for id, piece in zip(ids, pieces)))
+        shown = [json.dumps(spelled(piece), ensure_ascii=False) for piece in pieces]
+        write("".join(f"{id:>7}  {piece}\n" for id, piece in zip(ids, shown)))
 
 
 def spelled(piece: bytes) -> str | list[int]:
@@ -336,12 +347,16 @@ def spelled(piece: bytes) -> str | list[int]:
 @cli.command()
 @model_argument
 @model_option
-@click.option("-p", "--n-prompt", "prompts", type=Counts(), default="512", show_default=True, help="Prompt lengths.")
-@click.option("-n", "--n-gen", "generated", type=Counts(), default="64", show_default=True, help="Lengths to generate.")
+@click.option("-p", "--n-prompt", "prompts", type=Counts(), default="512", show_default=True,
+              help="Prompt lengths.")
+@click.option("-n", "--n-gen", "generated", type=Counts(), default="64", show_default=True,
+              help="Lengths to generate.")
 @click.option("-b", "--widths", type=Counts(), default="1,2,4,8,16", show_default=True,
               help="Tokens in a verification pass: logits for all of them, then a rewind.")
-@click.option("-d", "--depths", type=Counts(), default="0", show_default=True, help="Tokens held before the test.")
-@click.option("-r", "--reps", type=click.IntRange(1), default=5, show_default=True, metavar="N", help="Repetitions of each test.")
+@click.option("-d", "--depths", type=Counts(), default="0", show_default=True,
+              help="Tokens held before the test.")
+@click.option("-r", "--reps", type=click.IntRange(1), default=5, show_default=True, metavar="N",
+              help="Repetitions of each test.")
 @threads_option
 @arena_options
 @json_option
@@ -350,7 +365,10 @@ def bench(model, model_option, prompts, generated, widths, depths, reps, threads
     from .bench import bench as run
 
     with opened(find_model(model, model_option), threads) as (loaded, _):
-        results = run(loaded, prompts, generated, widths, depths, reps, rows)
+        try:
+            results = run(loaded, prompts, generated, widths, depths, reps, rows)
+        except ArgumentError as error:
+            raise click.UsageError(str(error)) from None
         show_results = print_json_lines if as_json else print_table if is_terminal(sys.stdout) else print_lines
         show_results(results)
 
@@ -372,9 +390,9 @@ def print_table(results) -> None:
     from rich.live import Live
     from rich.table import Table
 
-    table = Table("test", *(dict(header=h, justify="right")["header"] for h in ("tok/s", "min", "max", "GB/s")))
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = Table("test")
+    for header in ("tok/s", "min", "max", "GB/s"):
+        table.add_column(header, justify="right")
     with Live(table, console=Console(), auto_refresh=False) as live:
         for r in results:
             table.add_row(test_name(r), *(f"{v:.1f}" for v in (r.tok_s, r.tok_s_min, r.tok_s_max, r.gb_s)))
@@ -388,7 +406,8 @@ def test_name(r) -> str:
 @cli.command()
 @model_argument
 @model_option
-@click.option("-f", "--file", "text_file", required=True, type=click.Path(), metavar="FILE", help="The text; - is stdin.")
+@click.option("-f", "--file", "text_file", required=True, type=click.Path(), metavar="FILE",
+              help="The text; - is stdin.")
 @click.option("-c", "--ctx-size", "window", type=click.IntRange(4), default=512, show_default=True, metavar="N",
               help="Tokens in a window; the second half of each is scored.")
 @threads_option
@@ -441,14 +460,3 @@ def leave_quietly() -> int:
     """The reader of our output has left, and has what it wanted: nothing more is written, not even at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
-
-
-def sentence(error: Exception) -> str:
-    """What went wrong, in a line."""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror
-    if isinstance(error, (BmcError, OSError)):
-        return " ".join(str(error).split())
-    if isinstance(error, MemoryError):
-        return "there is not enough memory"
-    return f"internal error: {type(error).__name__}: {' '.join(str(error).split())} (PYBMC_DEBUG=1 shows where)"

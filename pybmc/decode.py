@@ -181,8 +181,8 @@ class Generation(Iterator[Token]):
         self._tokens.close()
 
 
-def generate(model, prompt, max_tokens: int | None = 256, *, session=None, temperature: float = 0.0, seed: int = 0,
-             stop: str | Sequence[str] = (), stop_tokens: Iterable[int] | None = None,
+def generate(model, prompt, max_tokens: int | None = 256, *, session=None, temperature: float = 0.0,
+             seed: int = 0, stop: str | Sequence[str] = (), stop_tokens: Iterable[int] | None = None,
              progress: Callable[[int, int], None] | None = None, **settings) -> Generation:
     """Continue a prompt: an iterator of Token.
 
@@ -200,7 +200,8 @@ def generate(model, prompt, max_tokens: int | None = 256, *, session=None, tempe
     try:
         sampler = Sampler(temperature=temperature, seed=seed, **settings)
     except TypeError:
-        raise ArgumentError(f"unknown settings: {', '.join(settings.keys() - Sampler.__dataclass_fields__)}") from None
+        unknown = ", ".join(settings.keys() - Sampler.__dataclass_fields__)
+        raise ArgumentError(f"unknown settings: {unknown}") from None
     if max_tokens is not None and max_tokens < 0:
         raise ArgumentError(f"max_tokens is {max_tokens}; expected 0 or more, or None")
     if model.tokenizer is None:

@@ -27,3 +27,9 @@ class ClosedError(BmcError, RuntimeError):
 
 class OutOfMemoryError(BmcError, MemoryError):
     """The system has no memory left."""
+
+
+def printable(text: str, limit: int = 400) -> str:
+    """What a file says, fit for a terminal: no control characters, no end of lines, not endless."""
+    shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:limit])
+    return shown if len(text) <= limit else f"{shown}..."

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .errors import ArgumentError, FormatError
+from .errors import ArgumentError, FormatError, printable
 
 if TYPE_CHECKING:
     from ._native import QuantType
@@ -170,9 +170,10 @@ def _part_paths(given: _File) -> list[Path]:
     if int(match[3]) != count:
         raise given.error(f"its name says {int(match[3])} parts, its split.count {count}")
     given.expect("split.no", int(match[2]) - 1)
-    paths = [
-        given.path.with_name(f"{match[1]}-{number:05d}-of-{count:05d}.gguf") for number in range(1, count + 1)
-    ]
+    names = [f"{match[1]}-{number:05d}-of-{count:05d}.gguf" for number in range(1, count + 1)]
+    if given.path.name not in names:
+        raise given.error(f"part {int(match[2])} of {count}: there can be no such part")
+    paths = [given.path.with_name(name) for name in names]
     for path in paths:
         if not path.is_file():
             raise given.error(f"one of {count} parts; {path.name} is missing beside it")
@@ -201,7 +202,7 @@ class _File:
             pass
 
     def error(self, what: str, at: int | None = None) -> FormatError:
-        return FormatError(f"{self.path}: {what}" + ("" if at is None else f" (at byte {at})"))
+        return FormatError(f"{self.path}: {printable(what)}" + ("" if at is None else f" (at byte {at})"))
 
     def expect(self, key: str, value: int) -> None:
         found = self.metadata.get(key)

@@ -9,7 +9,7 @@ from pathlib import Path
 from .conversation import Conversation
 from .errors import ArgumentError, BmcError
 from .sampling import Sampler
-from .terminal import is_terminal, note, progress, write
+from .terminal import is_terminal, note, progress, sentence, write
 
 SETTINGS = {                            # what /set calls them, after the flags
     "temp": "temperature", "top-k": "top_k", "top-p": "top_p", "min-p": "min_p", "seed": "seed", "n": "max_tokens",
@@ -47,7 +47,7 @@ class Repl:
             except (BmcError, OSError) as error:
                 if not self.terminal and not message.startswith("/"):
                     raise
-                note(f"{error.filename}: {error.strerror}" if getattr(error, "strerror", None) else str(error))
+                note(sentence(error))
 
     def handle(self, message: str) -> None:
         if not message.startswith("/"):
@@ -56,7 +56,7 @@ class Repl:
         name, _, rest = message[1:].partition(" ")
         command = getattr(self, f"do_{name}", None)
         if command is None:
-            raise ArgumentError(f"there is no command /{name}; /help lists them")
+            raise ArgumentError(f"there is no command /{name:.30}; /help lists them")
         command(rest.strip())
 
     def answer(self, start: Callable) -> None:
@@ -81,7 +81,8 @@ class Repl:
         if self.talk.dropped:
             note(f"(the context was full: the first {self.talk.dropped} messages are forgotten)", dim=True)
         if reason == "context":
-            note(f"(the context of {self.talk.session.context} tokens is full; /clear starts anew, -c N makes room)", dim=True)
+            note(f"(the context of {self.talk.session.context} tokens is full; /clear starts anew, "
+                 "-c N makes room)", dim=True)
         elif reason == "length":
             note("(cut off by -n; /set n -1 lifts it)", dim=True)
         elif reason == "interrupted":
@@ -129,7 +130,8 @@ class Repl:
     def do_stats(self, _: str) -> None:
         """/stats: speed of the last answer, and memory"""
         stats, arena = self.talk.stats, self.talk.session.arena_stats()
-        note(f"prompt {stats.prompt_tokens} tokens, {stats.reused_tokens} of them held; the others {stats.prompt_tok_s:.1f} tok/s\n"
+        note(f"prompt {stats.prompt_tokens} tokens, {stats.reused_tokens} of them held; "
+             f"the others {stats.prompt_tok_s:.1f} tok/s\n"
              f"answer {stats.predicted_tokens} tokens, {stats.predicted_tok_s:.1f} tok/s\n"
              f"context {self.talk.session.position} of {self.talk.session.context} tokens; "
              f"{arena.rows_reserved} rows reserved, {arena.bytes_reserved / 1e6:.1f} MB")
@@ -167,7 +169,7 @@ def changed(settings: dict, name: str, value: str) -> dict:
 
 
 def joined(read: Iterator[str]) -> Iterator[str]:
-    """Messages out of lines: a backslash at the end goes on in the next, three double quotes open and close a block."""
+    """Messages out of lines: a backslash at the end goes on in the next, \"\"\" opens and closes a block."""
     parts, in_block = [], False
     for line in read:
         if in_block:

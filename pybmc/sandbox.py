@@ -21,7 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 from jinja2.utils import Cycler, Namespace
 from jinja2.visitor import NodeTransformer
 
-from .errors import FormatError
+from .errors import FormatError, printable
 
 MAX_SOURCE = 1 << 20            # characters of a template
 MAX_STEPS = 500_000             # loop steps and calls
@@ -32,8 +32,8 @@ MAX_SECONDS = 3.0               # of this thread's processor time
 _MAX_WIDTH = 10_000             # of padding, indents, batches
 _NODE = 64                      # what a list, a number weighs, in characters
 
-_PADDING = {"center", "ljust", "rjust", "zfill", "expandtabs", "to_bytes", "indent", "batch", "slice", "wordwrap",
-            "round", "tojson", "truncate"}
+_PADDING = {"center", "ljust", "rjust", "zfill", "expandtabs", "to_bytes", "indent", "batch", "slice",
+            "wordwrap", "round", "tojson", "truncate"}
 _LONG_WIDTH = re.compile(r"\d{5}|\*")
 
 
@@ -289,7 +289,8 @@ class Template:
             code = environment.compile(tree)
             self._template = jinja2.Template.from_code(environment, code, dict(environment.globals))
         except jinja2.TemplateSyntaxError as error:
-            raise FormatError(f"the chat template is wrong in line {error.lineno}: {error.message}") from None
+            line = error.lineno
+            raise FormatError(f"the chat template is wrong, line {line}: {_sentence(error)}") from None
         except Exception as error:          # nesting that is too deep for the parser, the compiler, Python
             raise FormatError(f"the chat template does not compile: {_sentence(error)}") from None
 
@@ -324,4 +325,5 @@ def _environment() -> _Environment:
 def _sentence(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return "it nests too deep"
-    return (str(error) or type(error).__name__).splitlines()[0][:500]
+    text = error.message if isinstance(error, jinja2.TemplateSyntaxError) else str(error)
+    return printable((text or type(error).__name__).splitlines()[0])

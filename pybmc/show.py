@@ -80,8 +80,8 @@ def lines(info: dict) -> list[tuple[str, str]]:
            ("architecture", str(info["architecture"])),
            ("parameters", count(info["parameters"]))]
     if info["layers"]:
-        out.append(("shape", f"{info['layers']} layers of {info['dim']}, feed-forward {info['hidden_dim']}, {info['heads']} heads "
-                             f"and {info['kv_heads']} KV heads of {info['head_dim']}"))
+        out.append(("shape", f"{info['layers']} layers of {info['dim']}, feed-forward {info['hidden_dim']}, "
+                             f"{info['heads']} heads and {info['kv_heads']} KV heads of {info['head_dim']}"))
     out.append(("types", ", ".join(f"{name} {entry['share']:.1%}" for name, entry in info["types"].items()) or "-"))
     tokenizer = info["tokenizer"]
     kind = " ".join(str(t) for t in (tokenizer["model"], tokenizer["pre"]) if t) or "none"

@@ -5,6 +5,8 @@ import sys
 import time
 from contextlib import contextmanager
 
+from .errors import BmcError
+
 PATIENCE = 0.5                          # seconds before a bar appears
 
 # What a model or a file says must not steer a terminal: control characters but tab and newline become dots.
@@ -49,10 +51,21 @@ def note(text: str, dim: bool = False) -> None:
     sys.stderr.flush()
 
 
+def sentence(error: Exception) -> str:
+    """What went wrong, in a line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror
+    if isinstance(error, (BmcError, OSError)):
+        return " ".join(str(error).split())
+    if isinstance(error, MemoryError):
+        return "there is not enough memory"
+    return f"internal error: {type(error).__name__}: {' '.join(str(error).split())} (PYBMC_DEBUG=1 shows where)"
+
+
 @contextmanager
 def progress(label: str):
-    """Gives an update(done, total) function that shows a bar while there is more to do, if it takes a while; None
-    where there is no terminal."""
+    """Gives an update(done, total) function that shows a bar while there is more to do, if it takes a while;
+    None where there is no terminal."""
     bar = _Bar(label)
     try:
         yield bar.update if is_terminal(sys.stderr) else None

@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Real vocabularies and golden models beside the checkout, of which they are no part. Without them: skipped."""
+    """Real vocabularies and golden models, beside the checkout and no part of it. Skips without them."""
     path = Path(__file__).parents[1].parent / "shared"
     if not path.is_dir():
         pytest.skip("needs ../shared")

@@ -107,7 +107,7 @@ def test_template_of_the_file_and_of_the_caller(tmp_path):
         ("{{ {'a': '<ä> & \"b\"'}|tojson }}", '{"a": "<ä> & \\"b\\""}'),
         ("{{ [1, 2]|tojson(indent=2) }}", "[\n  1,\n  2\n]"),
         (
-            "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+            "{% set s = namespace(n=0) %}{% for m in messages %}{% set s.n = s.n + 1 %}{% endfor %}{{ s.n }}",
             "4",
         ),
         ("{% macro say(x, y='!') %}{{ x ~ y }}{% endmacro %}{{ say('a') + say('b', y='?') }}", "a!b?"),
@@ -115,13 +115,14 @@ def test_template_of_the_file_and_of_the_caller(tmp_path):
         ("{{ messages|selectattr('role', 'equalto', 'user')|list|length }}", "2"),
         ("{{ messages[0].content.split(' ')[-1].strip('.')|upper }}", "BRIEF"),
         (
-            "{{ 'a b'.replace(' ', '-') }}{{ 'a b'|replace('a', 'c') }}{{ '%s!' % 'x' }}{{ '{}?'.format('y') }}",
-            "a-bc bx!y?",
+            "{{ 'a b'.replace(' ', '-') }}{{ 'a b'|replace('a', 'c') }}{{ '%s!' % 'x' }}{{ '{}?'.format(8)}}",
+            "a-bc bx!8?",
         ),
         ("{% set x %}in{{ 1 + 1 }}{% endset %}{{ x|trim }}", "in2"),
         ("{% generation %}answer{% endgeneration %}", "answer"),
         (
-            "{% for a, b in {'k': 1}.items() %}{{ a }}{{ b }}{% endfor %}{% for a, b in [(1, 2)] %}{{ a + b }}{% endfor %}",
+            "{% for a, b in {'k': 1}.items() %}{{ a }}{{ b }}{% endfor %}"
+            "{% for a, b in [(1, 2)] %}{{ a + b }}{% endfor %}",
             "k13",
         ),
         ("{{ strftime_now('%Y')|length }}", "4"),
@@ -332,8 +333,8 @@ def test_marks_that_merges_can_make(tmp_path):
 # -- templates that are wrong or hostile
 
 @pytest.mark.parametrize("source, message", [
-    ("{{ x", "wrong in line 1"),
-    ("a\n{% for %}", "wrong in line 2"),
+    ("{{ x", "wrong, line 1"),
+    ("a\n{% for %}", "wrong, line 2"),
     ("{% nonsense %}", "unknown tag 'nonsense'"),
     ("{{ raise_exception('Only user and assistant roles') }}", "failed: Only user and assistant roles"),
     ("{{ messages[0].nope.more }}", "has no attribute 'nope'"),
@@ -379,7 +380,8 @@ DOUBLE = (
     "{% set ns = namespace(x=START) %}{% for i in range(64) %}{% set ns.x = STEP %}{% endfor %}{{ ns.x }}"
 )
 GREEDY = [
-    "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "{% set r = range(99999) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
     "{% for i in range(999999999) %}{% endfor %}",
     "{% macro f(n) %}{{ f(n - 1) }}{% endmacro %}{{ f(9) }}",
     "{% for i in range(99999) recursive %}{{ loop(range(99999)) }}{% endfor %}",
@@ -428,7 +430,8 @@ GREEDY = [
 
 
 @pytest.mark.parametrize("source", GREEDY)
-def test_no_endless_work(bpe, source):
+def test_no_endless_work(bpe, source, monkeypatch):
+    monkeypatch.setattr(sandbox, "MAX_STEPS", 10_000)
     chat = ChatTemplate(source, bpe)
     tracemalloc.start()
     start = time.thread_time()
@@ -452,6 +455,11 @@ def test_the_clock_stops_what_steps_do_not(bpe, monkeypatch):
 def test_long_conversations_are_fine(bpe):
     messages = TALK * 500 + [{"role": "user", "content": "word " * 200_000}]
     assert len(ChatTemplate(None, bpe).render(messages)) > 1_000_000
+
+
+def test_complaints_are_fit_for_a_terminal(bpe):
+    with pytest.raises(FormatError, match=r"failed: \\x1b\[2Jred"):
+        ChatTemplate("{{ raise_exception('\x1b[2Jred\nmore') }}", bpe).render([])
 
 
 def test_a_failed_rendering_leaves_nothing_behind(bpe):

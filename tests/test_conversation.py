@@ -115,7 +115,8 @@ def test_a_conversation_can_be_saved_and_taken_up(talk, tmp_path):
     assert talk.messages == messages
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"messages": 3}', '{"messages": [{"role": "user"}]}', "\0", "[" * 10**5])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"messages": 3}', '{"messages": [{"role": "user"}]}', "\0",
+                                     "[" * 10**5])
 def test_a_file_that_is_no_conversation_is_refused(talk, tmp_path, content):
     (tmp_path / "bad").write_text(content)
     before = list(talk.messages)

@@ -121,7 +121,7 @@ def test_a_vocabulary_needs_no_library_and_no_tensors(path, monkeypatch):
 def test_real_vocabulary_is_read_fast(shared, tmp_path):
     path = unpacked(shared, tmp_path, "llama-bpe")
     best = min(timed(lambda: GGUF(path).close()) for _ in range(3))
-    assert best < 0.5, "0.1 s where this was written; the gguf package takes 7 s"
+    assert best < 1, "0.1 s where this was written; the gguf package takes 7 s"
 
 
 def unpacked(shared, tmp_path, name):
@@ -340,6 +340,7 @@ def test_tensors_that_collide(path):
     ([("a", ["\0", b"\x80"])], r"a\[1\]: not UTF-8"),
     ([("a", [b"\xc3", b"\xa4"])], r"a\[0\]: not UTF-8: unexpected end of data"),
     ([(b"\xfe", 1)], "key 0 of 1: not UTF-8"),
+    ([("\x1b[1m\n" + "k" * 1000, Typed(13, b""))], r"\\x1b\[1m\\nkkk.{300,400}\.\.\. \(at byte 1037\)$"),
     ([("k" * 70000, 1)], "key 0 of 1: expected at most 65535 bytes, found 70000"),
     ([("general.alignment", 0)], "general.alignment: expected a power of two from 8 to 1073741824, found 0"),
     ([("general.alignment", 4)], "found 4"),
@@ -433,7 +434,7 @@ def test_flipped_bits_in_the_counts(path):
     )
     content = raw.bytes()
     for position in range(len(raw.header())):
-        for bit in range(8):
+        for bit in (0, 4, 7):
             damaged = bytearray(content)
             damaged[position] ^= 1 << bit
             opens_or_says_so(path, bytes(damaged))

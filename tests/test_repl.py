@@ -139,8 +139,9 @@ class Terminal:
 
     def __init__(self, *args, **environment):
         self.fd, child = pty.openpty()
-        self.process = subprocess.Popen([sys.executable, "-m", "pybmc", *args], stdin=child, stdout=child, stderr=child,
-                                        start_new_session=True, env=os.environ | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"} | environment)
+        environment |= {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+        self.process = subprocess.Popen([sys.executable, "-m", "pybmc", *args], stdin=child, stdout=child,
+                                        stderr=child, start_new_session=True, env=os.environ | environment)
         os.close(child)
         self.text = ""
 
@@ -178,6 +179,7 @@ class Terminal:
 
 
 def test_a_chat_on_a_terminal(tmp_path):
+    pytest.importorskip("prompt_toolkit")
     terminal = Terminal("chat", str(tiny.model("llama")), "-t", "1", "-n", "3", XDG_STATE_HOME=str(tmp_path))
     try:
         terminal.wait_for(PROMPT)

@@ -83,7 +83,7 @@ def real(request, shared, tmp_path_factory):
     path.write_bytes(lzma.decompress(base.with_name(base.name + ".xz").read_bytes()))
     start = time.process_time()
     tokenizer = Tokenizer(path)
-    assert time.process_time() - start < 2, "0.4 s for Llama 3 where this was written"
+    assert time.process_time() - start < 4, "0.4 s for Llama 3 where this was written"
     texts = base.with_name(base.name + ".inp").read_text().split("\n__ggml_vocab_test__\n")
     lines = base.with_name(base.name + ".out").read_text().split("\n")
     return tokenizer, [(text, [int(id) for id in line.split()]) for text, line in zip(texts, lines)]

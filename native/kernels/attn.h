@@ -109,8 +109,10 @@ static void attend(const struct attn_job *j) {
         switch (n) {
         case 1: attend_rows(j, row, 1, 4, 4); break;
         case 2: attend_rows(j, row, 2, 2, ROWS_MAX / 2); break;
+#if ROWS_MAX > 2
         case 3: attend_rows(j, row, 3, 1, ROWS_MAX / 4); break;
         case 4: attend_rows(j, row, 4, 1, ROWS_MAX > 4 ? 4 : 1); break;
+#endif
 #if ROWS_MAX > 4
         case 5: attend_rows(j, row, 5, 1, 4); break;
         case 6: attend_rows(j, row, 6, 1, 4); break;

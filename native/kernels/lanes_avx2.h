@@ -8,6 +8,7 @@
 #include <immintrin.h>
 
 #define ISA(name) name##_avx2
+#undef COLS_MAX
 #define COLS_MAX 4
 #define ROWS_MAX 4
 #define INLINE static inline __attribute__((always_inline))

@@ -14,8 +14,9 @@
 #include <string.h>
 
 #define ISA(name) name##_ref
-#define COLS_MAX 4          /* sums a panel kernel keeps */
-#define ROWS_MAX 8          /* queries an attention kernel keeps */
+#undef COLS_MAX
+#define COLS_MAX 2          /* sums a panel kernel keeps */
+#define ROWS_MAX 2          /* queries an attention kernel keeps */
 #define INLINE static inline
 #define UNROLL(n)
 

@@ -186,7 +186,10 @@ INLINE void panels(const struct panel_job *j, const struct format f, codes_fn *c
         for (int col = 0, n; col < j->n_cols; col += n) {
             n = j->n_cols - col < COLS_MAX ? j->n_cols - col : COLS_MAX;
             switch (n) {
-                COLS(1) COLS(2) COLS(3) COLS(4)
+                COLS(1) COLS(2)
+#if COLS_MAX > 2
+                COLS(3) COLS(4)
+#endif
 #if COLS_MAX > 4
                 COLS(5) COLS(6) COLS(7) COLS(8) COLS(9) COLS(10) COLS(11) COLS(12) COLS(13) COLS(14) COLS(15) COLS(16)
 #endif
@@ -203,7 +206,7 @@ INLINE void panels(const struct panel_job *j, const struct format f, codes_fn *c
 PANEL_TYPES(QUANTIZED)
 
 /* Float weights: P panels times C columns, so that enough chains of fma run at once. */
-enum { FLOAT_COLS_MAX = COLS_MAX < 16 ? 1 : 4 };
+enum { FLOAT_COLS_MAX = COLS_MAX < 16 ? 1 : 4 };      /* 4 panels each */
 typedef f32x16 load_fn(const uint8_t *p);
 INLINE f32x16 load_f32(const uint8_t *p) { return f_load((const float *)(const void *)p); }
 INLINE f32x16 load_f16(const uint8_t *p) { return f_load_f16((const uint16_t *)(const void *)p); }

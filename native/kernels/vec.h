@@ -4,7 +4,7 @@ static void quantize(struct act_block *act, int stride, const float *x, int n_bl
     for (int b = 0; b < n_blocks; b++, x += 32, act += stride) {
         f32x16 lo = f_load(x), hi = f_load(x + 16);
         float top = f_max_lane(f_max(f_abs(lo), f_abs(hi)));
-        f32x16 per = f_set(top > 0 ? 127.0f / top : 0.0f);
+        f32x16 per = f_set(top > 0x1p-119f ? 127.0f / top : 0.0f);           /* below, 127 / top would be infinite */
         lo = f_round(f_mul(lo, per));
         hi = f_round(f_mul(hi, per));
         f_store_i8(act->q, lo);
@@ -13,7 +13,7 @@ static void quantize(struct act_block *act, int stride, const float *x, int n_bl
         act->d = top / 127.0f;
         for (int i = 0; i < 3; i++) {
             act->sum[i] = sums[i];
-            act->neg_sum[i] = -(int32_t)sums[i];
+            act->neg_sum[i] = (int32_t)-sums[i];
         }
     }
 }

@@ -6,7 +6,7 @@ import codecs
 import operator
 from collections.abc import Iterable
 
-from ..errors import ArgumentError, FormatError
+from ..errors import ArgumentError, FormatError, printable
 from ..gguf import GGUF
 from .bpe import Bpe
 from .spm import Spm
@@ -33,7 +33,7 @@ class Tokenizer:
     def _load(self, file: GGUF) -> None:
         model = file.metadata.get("tokenizer.ggml.model")
         if not isinstance(model, str) or model not in _KINDS:
-            found = "none" if model is None else repr(model)
+            found = "none" if model is None else printable(repr(model))
             raise FormatError(f"{file.path}: no vocabulary that pybmc knows: "
                               f"expected a tokenizer.ggml.model of {', '.join(_KINDS)}, found {found}")
         self._codec = _KINDS[model](file.metadata, str(file.path))

@@ -24,7 +24,7 @@ class Pre:
 
 def _chars(*spans: str) -> str:
     """The inside of a character class from hexadecimal code points and ranges of them."""
-    return re.sub("[0-9A-F]+", lambda point: f"\\x{{{point[0]}}}", "".join(" ".join(spans).split()))
+    return re.sub("[0-9A-F]+", lambda point: f"\\x{{{point[0]}}}", " ".join(spans)).replace(" ", "")
 
 
 _SHORT = r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"       # English contractions

@@ -11,7 +11,7 @@ import logging
 
 import numpy as np
 
-from ..errors import ArgumentError, FormatError
+from ..errors import ArgumentError, FormatError, printable
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +114,7 @@ class Vocabulary:
     # -- reading
 
     def error(self, what: str) -> FormatError:
-        return FormatError(f"{self.source}: {what}")
+        return FormatError(f"{self.source}: {printable(what)}")
 
     def get(self, key: str, kind: type, default=None):
         """A value of the file, of one kind; default where the file has none."""

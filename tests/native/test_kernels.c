@@ -1,0 +1,745 @@
+/* Every kernel of every ISA this CPU has: the bits of the reference, and the values of plain double arithmetic.
+ *
+ * Tolerances are worst cases of float32 rounding, in units of 2^-24 times the sum of magnitudes; each is shown to fail
+ * for zeros and for the smallest wrong input. Buffers are exactly as large as the kernels may use, for the sanitizer. */
+#include "bmc.h"
+#include "check.h"
+#include "cpu.h"
+#include "pack.h"
+#include "panels.h"
+#include "types.h"
+
+#include <float.h>
+#include <math.h>
+#include <stddef.h>
+#include <string.h>
+
+static const double ROUNDING = 0x1p-24;
+static const float GUARD = -7.25e33f;
+
+static struct kernels isas[4];      /* the reference first */
+static int n_isas;
+
+static void load_isas(void) {
+    static const char *const names[] = { "ref", "avx2", "avx512" };
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        setenv("PYBMC_CPU", names[i], 1);
+        if (!kernels_init(&isas[n_isas]))
+            n_isas++;
+    }
+    CHECK(n_isas && !strcmp(isas[0].name, "ref"));
+}
+
+static uint64_t state = 88172645463325252u;
+
+static double uniform(double low, double high) {
+    return low + (high - low) * (double)(random_bits(&state) >> 11) * 0x1p-53;
+}
+
+/* About normal. */
+static float noise(void) {
+    return (float)(uniform(-1, 1) + uniform(-1, 1) + uniform(-1, 1));
+}
+
+static void *get_memory(size_t bytes) {
+    void *p = malloc(bytes ? bytes : 1);
+    CHECK(p);
+    return p;
+}
+
+static float *noises(int n) {
+    float *x = get_memory((size_t)n * sizeof *x);
+    for (int i = 0; i < n; i++)
+        x[i] = noise();
+    return x;
+}
+
+static float *guards(size_t n) {
+    float *x = get_memory(n * sizeof *x);
+    for (size_t i = 0; i < n; i++)
+        x[i] = GUARD;
+    return x;
+}
+
+static int same(const float *a, const float *b, size_t n) { return !memcmp(a, b, n * sizeof *a); }
+
+/* Panels. */
+
+/* Where a type's f16 fields are in its block; -1: none. */
+static void f16_fields(int type, int at[2]) {
+    at[0] = 0, at[1] = -1;
+    switch (type) {
+    case TYPE_Q4_1: at[1] = offsetof(block_q4_1, min); break;
+    case TYPE_Q5_1: at[1] = offsetof(block_q5_1, min); break;
+    case TYPE_Q2_K: at[0] = offsetof(block_q2_k, scale), at[1] = offsetof(block_q2_k, min); break;
+    case TYPE_Q3_K: at[0] = offsetof(block_q3_k, scale); break;
+    case TYPE_Q4_K: at[1] = offsetof(block_q4_k, min); break;
+    case TYPE_Q5_K: at[1] = offsetof(block_q5_k, min); break;
+    case TYPE_Q6_K: at[0] = offsetof(block_q6_k, scale); break;
+    case TYPE_MXFP4: at[0] = -1; break;
+    }
+}
+
+/* Any codes and small scales; the f16 are of both signs, zero and subnormal now and then. */
+static void random_block(int type, uint8_t *block) {
+    int at[2];
+    for (int i = 0; i < types[type].type_size; i++)
+        block[i] = (uint8_t)random_bits(&state);
+    f16_fields(type, at);
+    for (int i = 0; i < 2; i++)
+        if (at[i] >= 0) {
+            uint16_t h = f32_to_f16(random_below(&state, 16) ? noise() : random_below(&state, 2) ? 3e-6f : 0.0f);
+            memcpy(block + at[i], &h, 2);
+        }
+    if (type == TYPE_MXFP4)
+        block[0] = (uint8_t)(random_below(&state, 16) ? 120 + random_below(&state, 10) : random_below(&state, 3));
+}
+
+static void random_row(int type, uint8_t *row, int k) {
+    for (int i = 0; i < k / types[type].block_size; i++) {
+        uint8_t *block = row + (size_t)i * (size_t)types[type].type_size;
+        float x = noise();
+        uint16_t f16 = f32_to_f16(x), bf16 = f32_to_bf16(x);
+        switch (type) {
+        case TYPE_F32: memcpy(block, &x, 4); break;
+        case TYPE_F16: memcpy(block, &f16, 2); break;
+        case TYPE_BF16: memcpy(block, &bf16, 2); break;
+        default: random_block(type, block);
+        }
+    }
+}
+
+/* A matrix in both forms, activations, and what their product is. */
+struct product {
+    int type, rows, k;
+    size_t row_bytes;
+    uint8_t *file;
+    struct panel_size size;
+    uint8_t *codes, *scales;
+    float *x;                   /* (TILE_COLS, k) */
+    struct act_block *act;      /* [TILE_COLS][k / 32]: each column on its own */
+    float *bias, *before;       /* (rows,), (TILE_COLS, rows) */
+    double *exact, *slack;      /* (TILE_COLS, rows) without bias */
+    float *ref;                 /* (TILE_COLS, rows) the reference's, one column at a time */
+};
+
+static void pack(struct product *p) {
+    int panels = (p->rows + 15) / 16;
+    p->size = panel_size(p->type, p->k);
+    p->codes = get_memory((size_t)panels * p->size.codes);
+    p->scales = get_memory((size_t)panels * p->size.scales);
+    for (int i = 0; i < panels; i++)
+        pack_panel(p->type, p->file + (size_t)i * 16 * p->row_bytes, p->row_bytes, p->rows - 16 * i < 16 ? p->rows - 16 * i : 16, p->k,
+                   p->codes + (size_t)i * p->size.codes, p->scales + (size_t)i * p->size.scales);
+}
+
+/* Rounding, at worst: once a block for the running sum, and 6 times in what is added to it (scales and mins made of
+ * two factors each). A weight is scale * code + min, each of which is at most 3 times the largest of its block. */
+static void compute_exact(struct product *p) {
+    float *w = get_memory((size_t)p->k * sizeof *w);
+    int quantized = panel_quantized(p->type);
+    for (int row = 0; row < p->rows; row++) {
+        types[p->type].dequantize(p->file + (size_t)row * p->row_bytes, p->k, w);
+        for (int col = 0; col < TILE_COLS; col++) {
+            double sum = 0, size = 0;
+            for (int b = 0; b < p->k; b += 32) {
+                const struct act_block *a = &p->act[(col * p->k + b) / 32];
+                double top = 0, xs = 0;
+                for (int i = b; i < b + 32; i++) {
+                    double x = quantized ? (double)a->d * a->q[i - b] : (double)p->x[col * p->k + i];
+                    sum += (double)w[i] * x;
+                    size += quantized ? 0 : fabs((double)w[i] * x);
+                    top = fmax(top, fabs((double)w[i]));
+                    xs += fabs(x);
+                }
+                size += quantized ? 3 * top * xs : 0;
+            }
+            p->exact[col * p->rows + row] = sum;
+            p->slack[col * p->rows + row] = ((quantized ? p->k / 32 : p->k) + 6) * ROUNDING * size + 1e-37;
+        }
+    }
+    free(w);
+}
+
+static void run(const struct kernels *k, const struct product *p, int first_panel, int n_panels, const struct act_block *act, const float *x,
+                int n_cols, int with_bias, int add, float *out, size_t stride) {
+    int left = p->rows - 16 * first_panel;
+    k->panel[p->type](&(struct panel_job){
+        .codes = p->codes + (size_t)first_panel * p->size.codes, .scales = p->scales + (size_t)first_panel * p->size.scales,
+        .code_stride = p->size.codes, .scale_stride = p->size.scales, .n_panels = n_panels,
+        .n_rows = left < 16 * n_panels ? left : 16 * n_panels, .k = p->k, .n_cols = n_cols, .act = act, .x = x,
+        .x_stride = (size_t)p->k, .bias = with_bias ? p->bias + 16 * first_panel : NULL, .out = out, .out_stride = stride, .add = add,
+    });
+}
+
+static struct product new_product(int type, int rows, int k) {
+    struct product p = { .type = type, .rows = rows, .k = k };
+    size_t outputs = (size_t)(TILE_COLS * rows);
+    p.row_bytes = (size_t)(k / types[type].block_size) * (size_t)types[type].type_size;
+    p.file = get_memory((size_t)rows * p.row_bytes);
+    for (int row = 0; row < rows; row++)
+        random_row(type, p.file + (size_t)row * p.row_bytes, k);
+    pack(&p);
+    p.x = noises(TILE_COLS * k);
+    p.act = get_memory((size_t)(TILE_COLS * k / 32) * sizeof *p.act);
+    isas[0].quantize(p.act, 1, p.x, TILE_COLS * k / 32);
+    p.bias = noises(rows);
+    p.before = noises(TILE_COLS * rows);
+    p.exact = get_memory(outputs * sizeof *p.exact);
+    p.slack = get_memory(outputs * sizeof *p.slack);
+    p.ref = get_memory(outputs * sizeof *p.ref);
+    compute_exact(&p);
+    for (int col = 0; col < TILE_COLS; col++)
+        run(&isas[0], &p, 0, (rows + 15) / 16, p.act + col * k / 32, p.x + col * k, 1, 0, 0, p.ref + col * rows, (size_t)rows);
+    return p;
+}
+
+static void free_product(struct product *p) {
+    void *parts[] = { p->file, p->codes, p->scales, p->x, p->act, p->bias, p->before, p->exact, p->slack, p->ref };
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
+        free(parts[i]);
+}
+
+static int close_enough(const struct product *p, const float *y) {
+    for (int i = 0; i < TILE_COLS * p->rows; i++)
+        if (!(fabs((double)y[i] - p->exact[i]) <= p->slack[i]))
+            return 0;
+    return 1;
+}
+
+/* Does the tolerance notice one flipped bit of a row's code: an exponent's lowest or a nibble's lowest? */
+static int notices(struct product *p, int row, float *y) {
+    int size = panel_quantized(p->type) ? 4 : types[p->type].type_size;
+    uint8_t *byte = p->codes + row * size + (size == 4 && panel_quantized(p->type) ? 1 : size - 1);
+    *byte ^= 0x10;
+    for (int col = 0; col < TILE_COLS; col++)
+        run(&isas[0], p, 0, (p->rows + 15) / 16, p->act + col * p->k / 32, p->x + col * p->k, 1, 0, 0, y + col * p->rows, (size_t)p->rows);
+    *byte ^= 0x10;
+    return !close_enough(p, y);
+}
+
+/* Zeros are far off, and a flipped bit is wherever the row's scale is not zero. */
+static void tolerance_is_sharp(struct product *p) {
+    float *y = calloc((size_t)(TILE_COLS * p->rows), sizeof *y);
+    int noticed = 0;
+    CHECK(y && close_enough(p, p->ref) && !close_enough(p, y));
+    for (int row = 0; row < 5; row++)
+        noticed += notices(p, row, y);
+    CHECK(noticed >= 3);
+    free(y);
+}
+
+/* Columns first .. first + n of the tile: all outputs as the reference has them, everything round them untouched. */
+static void check_tile(const struct kernels *k, const struct product *p, int first_panel, int n_panels, int first, int n, int with_bias, int add) {
+    int row = 16 * first_panel, rows = p->rows - row < 16 * n_panels ? p->rows - row : 16 * n_panels, stride = rows + 3;
+    struct act_block *act = get_memory((size_t)(p->k / 32 * n) * sizeof *act);
+    float *x = get_memory((size_t)(n * p->k) * sizeof *x), *out = guards((size_t)(n * stride + 16));
+    for (int c = 0; c < n; c++) {
+        memcpy(x + c * p->k, p->x + (first + c) * p->k, (size_t)p->k * sizeof *x);
+        for (int b = 0; b < p->k / 32; b++)
+            act[b * n + c] = p->act[(first + c) * p->k / 32 + b];
+        for (int i = 0; i < rows && add; i++)
+            out[16 + c * stride + i] = p->before[(first + c) * p->rows + row + i];
+    }
+    run(k, p, first_panel, n_panels, act, x, n, with_bias, add, out + 16, (size_t)stride);
+    for (int c = 0; c < n; c++) {
+        for (int i = 0; i < rows; i++) {
+            int at = (first + c) * p->rows + row + i;
+            float y = p->ref[at];
+            if (with_bias)
+                y = y + p->bias[row + i];
+            if (add)
+                y = p->before[at] + y;
+            CHECK(f32_bits(out[16 + c * stride + i]) == f32_bits(y));
+        }
+        for (int i = rows; i < stride; i++)
+            CHECK(out[16 + c * stride + i] == GUARD);
+    }
+    for (int i = 0; i < 16; i++)
+        CHECK(out[i] == GUARD);
+    free(act), free(x), free(out);
+}
+
+static void panels_of_type(int type) {
+    static const int tails[] = { 5, 16, 1, 15, 9 };
+    int block = types[type].block_size > 32 ? types[type].block_size : 32;
+    for (int panels = 1; panels <= 5; panels++) {
+        struct product p = new_product(type, 16 * (panels - 1) + tails[panels - 1], block * (panels == 2 ? 3 : 1 + panels % 2));
+        tolerance_is_sharp(&p);
+        for (int i = 0; i < n_isas; i++)
+            for (int n = 1; n <= TILE_COLS; n++) {
+                int mode = n + panels, first = (int)random_below(&state, TILE_COLS - n + 1);
+                check_tile(&isas[i], &p, 0, panels, first, n, mode & 1, mode >> 1 & 1);
+                check_tile(&isas[i], &p, panels / 2, panels - panels / 2, TILE_COLS - n, n, ~mode & 1, mode >> 1 & 1);
+            }
+        free_product(&p);
+    }
+}
+
+static void every_panel(void) {
+    int n = 0;
+    for (int type = 0; type < N_TYPES; type++)
+        if (panel_runs(type)) {
+            for (int i = 0; i < n_isas; i++)
+                CHECK(isas[i].panel[type]);
+            panels_of_type(type);
+            n++;
+        }
+    CHECK(n == 16);
+}
+
+/* Codes and activations at their limits, where a sum of 16-bit products would overflow. */
+static void extreme_codes(void) {
+    for (int type = 0; type < N_TYPES; type++) {
+        if (!panel_runs(type) || !panel_quantized(type))
+            continue;
+        for (int pattern = 0; pattern < 4; pattern++) {
+            struct product p = new_product(type, 16, 256);
+            int at[2];
+            f16_fields(type, at);
+            for (size_t i = 0; i < 16 * p.row_bytes; i++) {
+                int byte = (int)(i % (size_t)types[type].type_size);
+                if ((at[0] < 0 || (byte != at[0] && byte != at[0] + 1)) && (at[1] < 0 || (byte != at[1] && byte != at[1] + 1)))
+                    p.file[i] = pattern & 1 ? 0xff : type == TYPE_Q8_0 ? 0x80 : 0;
+                if (type == TYPE_MXFP4 && !byte)
+                    p.file[i] = 127;
+            }
+            for (int i = 0; i < TILE_COLS * 256; i++)
+                p.x[i] = pattern & 2 ? -1.0f : i % 2 ? 1.0f : -1.0f;
+            isas[0].quantize(p.act, 1, p.x, TILE_COLS * 8);
+            free(p.codes), free(p.scales);
+            pack(&p);
+            compute_exact(&p);
+            for (int col = 0; col < TILE_COLS; col++)
+                run(&isas[0], &p, 0, 1, p.act + col * 8, p.x + col * 256, 1, 0, 0, p.ref + col * 16, 16);
+            CHECK(close_enough(&p, p.ref));
+            for (int i = 0; i < n_isas; i++)
+                for (int n = 1; n <= TILE_COLS; n += 5)
+                    check_tile(&isas[i], &p, 0, 1, 0, n, 0, 0);
+            free_product(&p);
+        }
+    }
+}
+
+/* Rows of floats. */
+
+static const int sizes[] = { 1, 2, 7, 15, 16, 17, 31, 32, 33, 63, 64, 80, 100, 257 };
+enum { N_SIZES = sizeof sizes / sizeof *sizes };
+
+static void check_block(const struct act_block *a, const float *x) {
+    double top = 0;
+    int32_t sums[2] = { 0, 0 };
+    for (int i = 0; i < 32; i++)
+        top = fmax(top, fabs((double)x[i]));
+    CHECK(fabs((double)a->d - top / 127) <= ROUNDING * top / 127 + 1e-45);
+    for (int i = 0; i < 32; i++) {
+        CHECK(a->q[i] >= -127 && a->q[i] <= 127);
+        CHECK(fabs((double)a->d * a->q[i] - (double)x[i]) <= 0.5001 * (double)a->d + 0x1p-119);
+        sums[i / 16] += a->q[i];
+    }
+    const int32_t all[] = { sums[0], sums[1], sums[0] + sums[1] };
+    for (int i = 0; i < 3; i++)
+        CHECK(a->sum[i] == (float)all[i] && a->neg_sum[i] == -all[i]);
+}
+
+/* Ordinary blocks, zeros, one value alone, ties, and sizes at the ends of what a float holds. */
+static void quantize_blocks(void) {
+    enum { N = 24, STRIDE = 3 };
+    static const float scales[] = { 1, 1e-3f, 1e4f, 0, 1e30f, 3e38f, 1e-30f, 1e-36f, 1e-38f, 1e-40f, 1e-44f, 1 };
+    float *x = noises(N * 32);
+    struct act_block *act = get_memory((N * STRIDE) * sizeof *act), *first = get_memory((N * STRIDE) * sizeof *act);
+    for (int i = 0; i < N * 32; i++)
+        x[i] = i < 12 * 32 ? x[i] / 3 * scales[i / 32] : i < 20 * 32 ? (float)(i % 255 - 127) / 2 : x[i];
+    for (int i = 20 * 32; i < 21 * 32; i++)
+        x[i] = i % 32 == 9 ? -5.0f : 0.0f;
+    for (int isa = 0; isa < n_isas; isa++) {
+        memset(act, 0x55, (N * STRIDE) * sizeof *act);
+        isas[isa].quantize(act, STRIDE, x, N);
+        for (int b = 0; b < N * STRIDE; b++)
+            if (b % STRIDE)
+                for (size_t i = 0; i < sizeof *act; i++)
+                    CHECK(((uint8_t *)&act[b])[i] == 0x55);
+            else
+                check_block(&act[b], x + b / STRIDE * 32);
+        if (isa == 0)
+            memcpy(first, act, (N * STRIDE) * sizeof *act);
+        for (int b = 0; b < N; b++)
+            CHECK(!memcmp(&act[b * STRIDE], &first[b * STRIDE], offsetof(struct act_block, unused)));
+    }
+    free(x), free(act), free(first);
+}
+
+typedef void row_fn(const struct kernels *k, float *y, const float *x, const float *a, const float *b, int n);
+
+/* Every ISA gives the bits of the reference, in place too, and writes n values. Leaves them in y. */
+static void check_row(row_fn *fn, float *y, const float *x, const float *a, const float *b, int n, int in_place) {
+    for (int i = 0; i < n_isas; i++) {
+        float *out = guards((size_t)n + 2), *exact_size = get_memory((size_t)n * sizeof *y);
+        fn(&isas[i], out + 1, x, a, b, n);
+        CHECK(out[0] == GUARD && out[n + 1] == GUARD);
+        if (i == 0)
+            memcpy(y, out + 1, (size_t)n * sizeof *y);
+        CHECK(same(out + 1, y, (size_t)n));
+        memcpy(exact_size, x, (size_t)n * sizeof *y);
+        if (in_place) {
+            fn(&isas[i], exact_size, exact_size, a, b, n);
+            CHECK(same(exact_size, y, (size_t)n));
+        }
+        free(out), free(exact_size);
+    }
+}
+
+static void do_rmsnorm(const struct kernels *k, float *y, const float *x, const float *a, const float *b, int n) {
+    (void)b;
+    k->rmsnorm(y, x, a, n, 1e-5f);
+}
+static void do_layernorm(const struct kernels *k, float *y, const float *x, const float *a, const float *b, int n) {
+    k->layernorm(y, x, a, b, n, 1e-5f);
+}
+static void do_silu(const struct kernels *k, float *y, const float *x, const float *a, const float *b, int n) {
+    (void)b;
+    k->silu(y, a, x, n);
+}
+static void do_gelu(const struct kernels *k, float *y, const float *x, const float *a, const float *b, int n) {
+    (void)b;
+    k->gelu(y, a, x, n);
+}
+static void do_add(const struct kernels *k, float *y, const float *x, const float *a, const float *b, int n) {
+    (void)b;
+    if (y != x)
+        memcpy(y, x, (size_t)n * sizeof *y);
+    k->add(y, a, n);
+}
+static void do_scale(const struct kernels *k, float *y, const float *x, const float *a, const float *b, int n) {
+    (void)a, (void)b;
+    if (y != x)
+        memcpy(y, x, (size_t)n * sizeof *y);
+    k->scale(y, 1.7f, n);
+}
+
+/* Against mean and deviation in double. n roundings of the largest value move the mean, and with it the deviation. */
+static void norms(void) {
+    for (int s = 0; s < N_SIZES; s++) {
+        int n = sizes[s];
+        float *x = noises(n), *w = noises(n), *b = noises(n), *y = get_memory((size_t)n * sizeof *y);
+        for (int kind = 0; kind < 3; kind++) {          /* rms, layer, layer without bias */
+            double mean = 0, square = 0, shift = kind ? 3.0 : 0.0, most = 0;
+            for (int i = 0; i < n; i++)
+                x[i] += (float)shift, mean += kind ? (double)x[i] / n : 0, most = fmax(most, fabs((double)x[i]));
+            for (int i = 0; i < n; i++)
+                square += ((double)x[i] - mean) * ((double)x[i] - mean) / n;
+            check_row(kind ? do_layernorm : do_rmsnorm, y, x, w, kind == 1 ? b : NULL, n, 1);
+            for (int i = 0; i < n; i++) {
+                double scale = 1 / sqrt(square + (double)1e-5f), bias = kind == 1 ? (double)b[i] : 0;
+                double normed = ((double)x[i] - mean) * scale, right = normed * (double)w[i] + bias;
+                double slack = (n + 8) * ROUNDING * ((most * scale * (1 + fabs(normed)) + fabs(normed)) * fabs((double)w[i]) + fabs(bias));
+                CHECK(fabs((double)y[i] - right) <= slack && slack < 0.05);
+            }
+        }
+        free(x), free(w), free(b), free(y);
+    }
+}
+
+static double sigmoid(double x) { return 1 / (1 + exp(-x)); }
+
+/* Within 12 ulp of libm, over all that a gate may be; zero stays zero and large values do not overflow. */
+static void activations(void) {
+    enum { N = 3000 };
+    float *x = get_memory(N * sizeof *x), *up = noises(N), *y = get_memory(N * sizeof *y);
+    for (int i = 0; i < N; i++)
+        x[i] = i < 2000 ? (float)(i - 1000) / 10 : i < 2900 ? noise() * 4 : ldexpf(noise(), i - 2990);
+    x[0] = 0, x[1] = -0.0f, x[2] = 1e30f, x[3] = -1e30f, x[4] = 1e12f;
+    for (int kind = 0; kind < 4; kind++) {
+        float *mul = kind & 1 ? up : NULL;
+        check_row(kind & 2 ? do_gelu : do_silu, y, x, mul, NULL, N, !mul);
+        for (int i = 0; i < N; i++) {
+            double g = (double)x[i], u = kind & 2 ? 2 * 0.7978845608028654 * (g + 0.044715 * g * g * g) : g;
+            double by = mul ? (double)mul[i] : 1, right = g * sigmoid(u) * by;
+            double slack = ROUNDING * (24 + (kind & 2 ? 8 * fabs(u) : 0)) * fabs(right);      /* u's own rounding counts |u| times */
+            CHECK(fabs((double)y[i] - right) <= slack + fabs(g * by) * 2e-38 + (u < -86 ? fabs(g * by) * exp(-86) : 0) + 1e-37);
+        }
+    }
+    for (int s = 0; s < N_SIZES; s++) {
+        check_row(do_silu, y, x, up, NULL, sizes[s], 0);
+        check_row(do_gelu, y, x, NULL, NULL, sizes[s], 1);
+    }
+    free(x), free(up), free(y);
+}
+
+static void sums_and_scales(void) {
+    for (int s = 0; s < N_SIZES; s++) {
+        int n = sizes[s];
+        float *x = noises(n), *a = noises(n), *y = get_memory((size_t)n * sizeof *y);
+        check_row(do_add, y, x, a, NULL, n, 1);
+        for (int i = 0; i < n; i++)
+            CHECK(y[i] == x[i] + a[i]);
+        check_row(do_scale, y, x, NULL, NULL, n, 1);
+        for (int i = 0; i < n; i++)
+            CHECK(y[i] == x[i] * 1.7f);
+        free(x), free(a), free(y);
+    }
+}
+
+static void rope(void) {
+    static const int dims[] = { 2, 4, 10, 32, 48, 64, 80, 96, 128, 256 };
+    for (size_t s = 0; s < sizeof dims / sizeof *dims; s++) {
+        int n = dims[s];
+        float *x = noises(n), *cs = get_memory((size_t)n * sizeof *cs), *first = get_memory((size_t)n * sizeof *first);
+        for (int i = 0; i < n / 2; i++)
+            cs[i] = (float)cos(0.1 + i), cs[n / 2 + i] = (float)sin(0.1 + i);
+        for (int halves = 0; halves < 2; halves++)
+            for (int isa = 0; isa < n_isas; isa++) {
+                float *y = guards((size_t)n + 2);
+                memcpy(y + 1, x, (size_t)n * sizeof *y);
+                (halves ? isas[isa].rope_halves : isas[isa].rope_pairs)(y + 1, cs, cs + n / 2, n);
+                CHECK(y[0] == GUARD && y[n + 1] == GUARD);
+                for (int i = 0; i < n / 2; i++) {
+                    int a = halves ? i : 2 * i, b = halves ? i + n / 2 : 2 * i + 1;
+                    double c = (double)cs[i], d = (double)cs[n / 2 + i], slack = 3 * ROUNDING * (fabs((double)x[a]) + fabs((double)x[b]));
+                    CHECK(fabs((double)y[1 + a] - ((double)x[a] * c - (double)x[b] * d)) <= slack);
+                    CHECK(fabs((double)y[1 + b] - ((double)x[a] * d + (double)x[b] * c)) <= slack);
+                }
+                if (isa == 0)
+                    memcpy(first, y + 1, (size_t)n * sizeof *y);
+                CHECK(same(y + 1, first, (size_t)n));
+                free(y);
+            }
+        free(x), free(cs), free(first);
+    }
+}
+
+/* Attention. */
+
+enum { CHUNKS = 3, TOKENS = CHUNKS * CHUNK };
+
+/* A cache of TOKENS rows for one head, written by store_kv; what no row may see is NaN. */
+struct cache {
+    int head_dim, v_dim, n_rows;
+    uint16_t *tiles[TOKENS / TILE];
+    float *k, *v;               /* (TOKENS, head_dim) as f16 has them */
+    float *q;                   /* (ATTN_ROWS, head_dim) */
+    int first[ATTN_ROWS], limit[ATTN_ROWS];     /* absolute */
+};
+
+static void store(const struct kernels *kernels, struct cache *c, int token, const float *k, const float *v) {
+    kernels->store_kv(c->tiles[token / TILE], token % TILE, k, v, c->head_dim, c->v_dim);
+}
+
+static struct cache new_cache(int head_dim, int n_rows, int from, int to) {
+    struct cache c = { .head_dim = head_dim, .v_dim = (head_dim + 15) / 16 * 16, .n_rows = n_rows };
+    size_t tile = (size_t)(TILE * (c.head_dim + c.v_dim));
+    c.k = noises(TOKENS * head_dim);
+    c.v = noises(TOKENS * head_dim);
+    c.q = noises(ATTN_ROWS * head_dim);
+    for (int i = 0; i < ATTN_ROWS * head_dim; i++)
+        c.q[i] /= sqrtf((float)head_dim);               /* no token rules alone */
+    for (int t = from / TILE * TILE; t < to; t++) {
+        uint16_t *p = c.tiles[t / TILE];
+        if (!p) {
+            p = c.tiles[t / TILE] = get_memory(tile * sizeof *p);
+            for (size_t i = 0; i < tile; i++)
+                p[i] = 0x7e00;
+        }
+        if (t >= from)
+            store(&isas[random_below(&state, n_isas)], &c, t, c.k + t * head_dim, c.v + t * head_dim);
+        for (int d = 0; d < head_dim; d++) {
+            c.k[t * head_dim + d] = f16_to_f32(f32_to_f16(c.k[t * head_dim + d]));
+            c.v[t * head_dim + d] = f16_to_f32(f32_to_f16(c.v[t * head_dim + d]));
+        }
+    }
+    for (int i = 0; i < n_rows; i++) {                  /* together they see from .. to, each a part of it */
+        int most = to - from < 20 ? to - from - 1 : 19;
+        c.first[i] = i ? from + (int)random_below(&state, most + 1) : from;
+        c.limit[i] = i < n_rows - 1 ? to - (int)random_below(&state, to - c.first[i]) : to;
+    }
+    return c;
+}
+
+static void free_cache(struct cache *c) {
+    for (int i = 0; i < TOKENS / TILE; i++)
+        free(c->tiles[i]);
+    free(c->k), free(c->v), free(c->q);
+}
+
+static int smaller(int a, int b) { return a < b ? a : b; }
+
+/* Rows row .. row + n over all chunks, `group` at a time where they see something; out: (n, head_dim). */
+static void attend(const struct kernels *k, const struct cache *c, int row, int n, int group, float *out) {
+    float *o = calloc((size_t)(n * c->v_dim), sizeof *o), m[ATTN_ROWS], l[ATTN_ROWS] = { 0 };
+    CHECK(o);
+    for (int i = 0; i < n; i++)
+        m[i] = -INFINITY;
+    for (int chunk = 0; chunk < TOKENS; chunk += CHUNK)
+        for (int at = 0, taken; at < n; at += taken ? taken : 1) {
+            const float *q[ATTN_ROWS];
+            int first[ATTN_ROWS], limit[ATTN_ROWS];
+            for (taken = 0; taken < group && at + taken < n; taken++) {
+                int i = row + at + taken;
+                if (c->limit[i] <= chunk || c->first[i] >= chunk + CHUNK)
+                    break;
+                q[taken] = c->q + i * c->head_dim;
+                first[taken] = c->first[i] > chunk ? c->first[i] - chunk : 0;
+                limit[taken] = smaller(c->limit[i] - chunk, CHUNK);
+            }
+            if (taken)
+                k->attend(&(struct attn_job){
+                    .tiles = (const uint16_t *const *)c->tiles + chunk / TILE, .head_dim = c->head_dim, .v_dim = c->v_dim, .n_rows = taken,
+                    .q = q, .first = first, .limit = limit, .m = m + at, .l = l + at, .o = o + at * c->v_dim,
+                });
+        }
+    for (int i = 0; i < n; i++)
+        k->attend_end(out + i * c->head_dim, o + i * c->v_dim, l[i], c->head_dim);
+    free(o);
+}
+
+static double score(const struct cache *c, int row, int t, double *size) {
+    double s = 0;
+    *size = 0;
+    for (int d = 0; d < c->head_dim; d++) {
+        double product = (double)c->q[row * c->head_dim + d] * (double)c->k[t * c->head_dim + d];
+        s += product;
+        *size += fabs(product);
+    }
+    return s;
+}
+
+/* A score is off by head_dim roundings of its size, and so is its weight, relatively; every sum adds one a token. */
+static double naive(const struct cache *c, int row, double *out) {
+    double top = -INFINITY, total = 0, most = 0, size;
+    for (int t = c->first[row]; t < c->limit[row]; t++)
+        top = fmax(top, score(c, row, t, &size)), most = fmax(most, size);
+    for (int d = 0; d < c->head_dim; d++)
+        out[d] = 0;
+    for (int t = c->first[row]; t < c->limit[row]; t++) {
+        double p = exp(score(c, row, t, &size) - top);
+        total += p;
+        for (int d = 0; d < c->head_dim; d++)
+            out[d] += p * (double)c->v[t * c->head_dim + d];
+    }
+    for (int d = 0; d < c->head_dim; d++)
+        out[d] /= total;
+    return 3 * ROUNDING * (2 * (c->head_dim + 2) * most + 2 * (c->limit[row] - c->first[row]) + 20);
+}
+
+static int near(const struct cache *c, int row, const float *out) {
+    double *right = get_memory((size_t)c->head_dim * sizeof *right), slack = naive(c, row, right);
+    int good = slack < 0.01;
+    for (int d = 0; d < c->head_dim; d++)
+        good &= fabs((double)out[d] - right[d]) <= slack;
+    free(right);
+    return good;
+}
+
+static int noticed;         /* wrong masks; a token of little weight may escape */
+
+static void check_attention(int head_dim, int n_rows, int from, int to) {
+    struct cache c = new_cache(head_dim, n_rows, from, to);
+    size_t n = (size_t)(n_rows * head_dim);
+    float *first = get_memory(n * sizeof *first), *out = get_memory(n * sizeof *out);
+    for (int i = 0; i < n_isas; i++) {
+        attend(&isas[i], &c, 0, n_rows, 1, out);
+        if (i == 0)
+            memcpy(first, out, n * sizeof *out);
+        CHECK(same(out, first, n));
+        for (int group = 2; group <= n_rows; group += n_rows > 4 && group == 2 ? n_rows - 2 : 1) {
+            attend(&isas[i], &c, 0, n_rows, group, out);
+            CHECK(same(out, first, n));
+        }
+        attend(&isas[i], &c, n_rows - 1, 1, 1, out);
+        CHECK(same(out, first + n - head_dim, (size_t)head_dim));
+    }
+    for (int row = 0; row < n_rows; row++)
+        CHECK(near(&c, row, first + row * head_dim));
+    memset(out, 0, n * sizeof *out);
+    CHECK(!near(&c, 0, out));
+    c.limit[0]--;                                       /* one token less is seen */
+    noticed += c.limit[0] > c.first[0] && !near(&c, 0, first);
+    c.limit[0]++;
+    free(first), free(out);
+    free_cache(&c);
+}
+
+static void attention(void) {
+    static const int dims[] = { 32, 64, 80, 96, 128, 256 };
+    for (size_t d = 0; d < sizeof dims / sizeof *dims; d++) {
+        for (int rows = 1; rows <= ATTN_ROWS; rows++) {
+            int to = 1 + (int)random_below(&state, CHUNK);
+            check_attention(dims[d], rows, 0, to);
+            check_attention(dims[d], rows, (int)random_below(&state, to), to);
+        }
+        check_attention(dims[d], 5, 0, TOKENS);
+        check_attention(dims[d], 3, 100, CHUNK + 1);
+        check_attention(dims[d], 8, CHUNK - 1, 2 * CHUNK + 16);
+    }
+    for (int to = 1; to <= CHUNK; to += to < 40 ? 1 : 27)
+        check_attention(16 * (1 + to % 3), 1 + to % 8, 0, to);
+    check_attention(8, 3, 0, 70);                       /* not whole vectors */
+    check_attention(20, 8, 3, 40);
+    for (int tile = 0; tile < CHUNK; tile += TILE)      /* one tile, anywhere */
+        check_attention(32, 4, tile, tile + TILE);
+    CHECK(noticed > 100);
+}
+
+/* Scores so large that only the best token counts, or all alike. */
+static void attention_at_the_edges(void) {
+    for (int sign = -1; sign <= 1; sign++) {
+        struct cache c = new_cache(32, 1, 0, 100);
+        float out[32], first[32];
+        for (int t = 0; t < 100; t++) {
+            for (int d = 0; d < 32; d++)
+                c.k[t * 32 + d] = d == 0 ? (float)t : 0.0f;
+            store(&isas[0], &c, t, c.k + t * 32, c.v + t * 32);
+        }
+        for (int d = 0; d < 32; d++)
+            c.q[d] = (float)sign * 1e4f;
+        int best = sign > 0 ? 99 : 0;
+        for (int i = 0; i < n_isas; i++) {
+            attend(&isas[i], &c, 0, 1, 1, out);
+            if (i == 0)
+                memcpy(first, out, sizeof out);
+            CHECK(same(out, first, 32));
+            CHECK(!sign ? near(&c, 0, out) : same(out, c.v + best * 32, 32));
+        }
+        free_cache(&c);
+    }
+}
+
+/* store_kv writes one slot of a tile and nothing else, within f16's range. */
+static void stores_one_slot(void) {
+    static const int dims[] = { 4, 20, 32, 64, 80, 256 };
+    for (size_t s = 0; s < sizeof dims / sizeof *dims; s++)
+        for (int isa = 0; isa < n_isas; isa++) {
+            int dim = dims[s], v_dim = (dim + 15) / 16 * 16, slot = (int)random_below(&state, TILE), n = TILE * (dim + v_dim);
+            uint16_t *tile = get_memory((size_t)n * sizeof *tile);
+            float *k = noises(dim), *v = noises(dim);
+            k[1] = 1e6f, v[2] = -INFINITY, v[3] = 3e-6f;
+            memset(tile, 0x5a, (size_t)n * sizeof *tile);
+            isas[isa].store_kv(tile, slot, k, v, dim, v_dim);
+            for (int i = 0; i < n; i++) {
+                int at = i - dim * TILE, mine = i < dim * TILE ? i % TILE == slot : at / v_dim == slot;
+                if (!mine)
+                    CHECK(tile[i] == 0x5a5a);
+                else if (i < dim * TILE || at % v_dim < dim) {
+                    float x = i < dim * TILE ? k[i / TILE] : v[at % v_dim];
+                    CHECK(tile[i] == f32_to_f16(x > 65504 ? 65504 : x < -65504 ? -65504 : x));
+                } else
+                    CHECK(tile[i] == 0);
+            }
+            free(tile), free(k), free(v);
+        }
+}
+
+int main(void) {
+    load_isas();
+    every_panel();
+    extreme_codes();
+    quantize_blocks();
+    norms();
+    activations();
+    sums_and_scales();
+    rope();
+    attention();
+    attention_at_the_edges();
+    stores_one_slot();
+    return 0;
+}

@@ -1,0 +1,112 @@
+/* The pool: every thread runs, nobody passes a barrier early, every item is somebody's and only once. */
+#include "check.h"
+#include "threads.h"
+
+#include <stdatomic.h>
+#include <string.h>
+#include <time.h>
+
+enum { MOST = 6, PHASES = 60 };
+
+struct walk {
+    struct pool *pool;
+    int ran[MOST];
+    int at[MOST];               /* each thread's phase: written by one, read by all between barriers */
+    atomic_int wrong;
+};
+
+static void phases(void *arg, int thread) {
+    struct walk *w = arg;
+    w->ran[thread]++;
+    for (int phase = 1; phase <= PHASES; phase++) {
+        w->at[thread] = phase;
+        pool_barrier(w->pool);
+        for (int i = 0; i < pool_size(w->pool); i++)
+            if (w->at[i] != phase)
+                atomic_fetch_add(&w->wrong, 1);
+        pool_barrier(w->pool);
+    }
+}
+
+static void barriers_hold(int n) {
+    struct walk w = { .pool = pool_new(n) };
+    CHECK(w.pool && pool_size(w.pool) == n);
+    for (int run = 1; run <= 5; run++) {
+        pool_run(w.pool, phases, &w);
+        for (int i = 0; i < MOST; i++)
+            CHECK(w.ran[i] == (i < n ? run : 0));
+    }
+    CHECK(!w.wrong);
+    pool_free(w.pool);
+}
+
+static void count(void *arg, int thread) { ((int *)arg)[64 * thread]++; }       /* no cache line in common */
+
+/* Runs close on each other, and runs that find every worker asleep. */
+static void runs_are_whole(int n) {
+    struct pool *pool = pool_new(n);
+    int counts[64 * MOST] = { 0 };
+    for (int run = 1; run <= 500; run++) {
+        pool_run(pool, count, counts);
+        if (run % 100 == 0)
+            nanosleep(&(struct timespec){ .tv_nsec = 2000000 }, NULL);
+        for (int i = 0; i < n; i++)
+            CHECK(counts[64 * i] == run);
+    }
+    pool_free(pool);
+}
+
+struct items { struct pool *pool; int64_t n, unit; int taken[300]; };
+
+static void take(void *arg, int thread) {
+    struct items *t = arg;
+    int64_t from, to;
+    pool_share(t->pool, thread, t->n, t->unit, &from, &to);
+    for (int64_t i = from; i < to; i++)
+        t->taken[i]++;
+}
+
+static void shares_are_whole(int n) {
+    struct items t = { .pool = pool_new(n) };
+    for (t.n = 0; t.n < 300; t.n += 1 + t.n / 20)
+        for (t.unit = 1; t.unit <= 64; t.unit *= 4) {
+            int64_t end = 0, from, to;
+            memset(t.taken, 0, sizeof t.taken);
+            pool_run(t.pool, take, &t);
+            for (int i = 0; i < 300; i++)
+                CHECK(t.taken[i] == (i < t.n));
+            for (int thread = 0; thread < n; thread++) {
+                pool_share(t.pool, thread, t.n, t.unit, &from, &to);
+                CHECK(from <= to && (from == to || (from == end && from % t.unit == 0)));
+                end = from == to ? end : to;
+            }
+            CHECK(end == t.n);
+        }
+    pool_free(t.pool);
+}
+
+static double cpu_seconds(void) { return (double)clock() / CLOCKS_PER_SEC; }
+
+static void idle_costs_nothing(void) {
+    struct pool *pool = pool_new(4);
+    int counts[64 * MOST] = { 0 };
+    pool_run(pool, count, counts);
+    nanosleep(&(struct timespec){ .tv_nsec = 50000000 }, NULL);      /* they look out for a moment, then sleep */
+    double before = cpu_seconds();
+    nanosleep(&(struct timespec){ .tv_nsec = 200000000 }, NULL);
+    CHECK(cpu_seconds() - before < 0.02);
+    pool_free(pool);
+}
+
+int main(void) {
+    for (int n = 1; n <= MOST; n++) {
+        barriers_hold(n);
+        runs_are_whole(n);
+        shares_are_whole(n);
+    }
+    idle_costs_nothing();
+    for (int i = 0; i < 50; i++)
+        pool_free(pool_new(1 + i % MOST));          /* before a worker has run at all */
+    pool_free(NULL);
+    return 0;
+}

@@ -1,0 +1,267 @@
+"""The command line: what goes to stdout, what to stderr, and the exit status."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+
+import pybmc
+from pybmc import cli
+from pybmc.cli import run
+from pybmc.terminal import sentence
+
+TEXT = tiny.TEXT
+
+
+@pytest.fixture(scope="module")
+def path():
+    return str(tiny.model("llama"))
+
+
+@pytest.fixture
+def pipe(monkeypatch):
+    """Sets what stdin holds; it is no terminal."""
+    def set_stdin(data: bytes):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+    set_stdin(b"")
+    return set_stdin
+
+
+def pybmc_process(*args, **options):
+    return subprocess.Popen([sys.executable, "-m", "pybmc", *args], stderr=subprocess.PIPE, **options)
+
+
+# ---- generate ----------------------------------------------------------------------------------------------
+
+
+def test_generate_prints_the_answer_alone(path, capsys):
+    assert run(["generate", path, "-p", "Once upon", "-n", "8", "--temp", "0", "-t", "1"]) == 0
+    out, err = capsys.readouterr()
+    with pybmc.Model(path, threads=1) as model:
+        assert out == "".join(t.text for t in pybmc.generate(model, "Once upon", 8)) + "\n"
+    assert err == ""
+
+
+def test_generate_json_has_the_documented_keys(path, capsys):
+    assert run(["run", "-m", path, "-p", "Once upon", "-n", "5", "-s", "3", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert list(result) == ["text", "tokens", "prompt_tokens", "finish_reason", "timings"]
+    assert list(result["timings"]) == ["load_s", "prompt_s", "prompt_tok_s", "predicted_s", "predicted_tok_s", "draft_n",
+                                       "draft_n_accepted"]
+    assert len(result["tokens"]) == 5 and result["finish_reason"] == "length" and result["prompt_tokens"] > 1
+
+
+def test_a_seed_names_a_text(path, capsys):
+    texts = []
+    for seed in ("1", "1", "2"):
+        run(["generate", path, "-p", "Once", "-n", "12", "-s", seed, "--temp", "1.5"])
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_the_prompt_comes_from_a_flag_a_file_or_stdin(path, pipe, capsys, tmp_path):
+    (tmp_path / "prompt.txt").write_text("Once upon")
+    outs = []
+    for args in (["-p", "Once upon"], ["-f", str(tmp_path / "prompt.txt")], [], ["-p", "-"], ["-f", "-"]):
+        pipe(b"Once upon")
+        assert run(["generate", path, "-n", "6", "--temp", "0", *args]) == 0
+        outs.append(capsys.readouterr().out)
+    assert len(set(outs)) == 1
+
+
+def test_chat_form_and_raw_form_are_different_prompts(path, capsys):
+    counts = []
+    for form in ("--raw", "--chat"):
+        run(["generate", path, "-p", "hello", "-n", "1", "--json", form])
+        counts.append(json.loads(capsys.readouterr().out)["prompt_tokens"])
+    assert counts[1] > counts[0] + 3
+
+
+def test_stop_strings_and_biases_reach_the_sampler(path, capsys):
+    run(["generate", path, "-p", "Once", "-n", "20", "--temp", "0", "--json", "--ignore-eos"])
+    free = json.loads(capsys.readouterr().out)
+    assert len(free["tokens"]) == 20
+    stop = free["text"][3:5]
+    run(["generate", path, "-p", "Once", "-n", "20", "--temp", "0", "--json", "--ignore-eos", "-r", stop])
+    stopped = json.loads(capsys.readouterr().out)
+    assert stopped["text"] == free["text"][:free["text"].index(stop)] and stopped["finish_reason"] == "stop"
+    run(["generate", path, "-p", "Once", "-n", "20", "--temp", "0", "--json", "-l", f"{free['tokens'][0]}-inf"])
+    assert free["tokens"][0] not in json.loads(capsys.readouterr().out)["tokens"]
+
+
+# ---- the other commands ------------------------------------------------------------------------------------
+
+
+def test_chat_from_a_pipe_answers_line_by_line(path, pipe, capsys):
+    pipe(b"hello\nand you?\n/exit\n")
+    assert run(["chat", path, "-n", "3", "-l", "1-inf", "-t", "1"]) == 0
+    out, err = capsys.readouterr()
+    assert out.count("\n") >= 2 and "Ctrl-D" not in err
+
+
+def test_tokenize_gives_ids_and_pieces(path, capsys):
+    assert run(["tokenize", path, "-p", "one für two", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    tokenizer = pybmc.Tokenizer(path)
+    assert result["tokens"] == tokenizer.encode("one für two")
+    pieces = [bytes(p) if isinstance(p, list) else p.encode() for p in result["pieces"]]
+    assert pieces == [tokenizer.piece(id) for id in result["tokens"]]
+    assert run(["tokenize", path, "-p", "one", "--no-bos"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [int(line.split()[0]) for line in lines] == tokenizer.encode("one", bos=False)
+
+
+def test_show_tells_what_a_file_is(path, capsys):
+    assert run(["show", path, "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    with pybmc.Model(path) as model:
+        assert info["layers"] == model.config.n_layers and info["kv_bytes_per_token"] == model.config.kv_row_bytes
+    assert info["architecture"] == "llama" and info["runs"] and info["why_not"] is None
+    assert info["bytes"] == os.path.getsize(path)
+    assert sum(t["share"] for t in info["types"].values()) == pytest.approx(1, abs=1e-3)
+    assert run(["show", path]) == 0
+    out = capsys.readouterr().out
+    for label in ("architecture", "parameters", "types", "tokenizer", "context", "chat template", "KV cache", "runs"):
+        assert label in out
+
+
+def test_show_says_why_a_model_does_not_run(tmp_path, capsys):
+    metadata, tensors = tiny.parts("llama")
+    metadata["general.architecture"] = "mamba"
+    tiny.save(tmp_path / "other.gguf", metadata, tensors)
+    assert run(["show", str(tmp_path / "other.gguf"), "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert not info["runs"] and "mamba" in info["why_not"] and "llama" in info["why_not"]
+    assert run(["generate", str(tmp_path / "other.gguf"), "-p", "x"]) == 1
+    assert "mamba" in capsys.readouterr().err
+
+
+def test_bench_prints_a_json_line_for_each_test(path, capsys):
+    assert run(["bench", path, "-p", "8", "-n", "4", "-b", "1,3", "-d", "0,5", "-r", "2", "-t", "1", "--json"]) == 0
+    results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert list(results[0]) == ["test", "n", "depth", "threads", "tok_s", "tok_s_min", "tok_s_max", "reps", "gb_s",
+                                "roof"]
+    assert [(r["test"], r["n"], r["depth"]) for r in results] == [
+        (test, n, depth) for depth in (0, 5) for test, n in (("pp", 8), ("tg", 4), ("verify", 1), ("verify", 3))]
+    for r in results:
+        assert 0 < r["tok_s_min"] <= r["tok_s"] <= r["tok_s_max"] and r["gb_s"] > 0
+        assert r["reps"] == 2 and r["threads"] == 1
+    assert run(["bench", path, "-p", "", "-n", "2", "-b", "", "-r", "1"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 2 and out[1].startswith("tg 2")
+
+
+def test_perplexity_json(path, capsys, tmp_path):
+    (tmp_path / "text").write_text(TEXT)
+    assert run(["perplexity", path, "-f", str(tmp_path / "text"), "-c", "32", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert list(result) == ["ppl", "stderr", "tokens", "bits_per_byte"]
+    assert result["ppl"] > 1 and result["stderr"] > 0 and result["tokens"] % 15 == 0
+
+
+# ---- failures ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("args, status, says", [
+    (["generate", "/no/such.gguf", "-p", "x"], 1, "/no/such.gguf"),
+    (["generate", "/", "-p", "x"], 1, "director"),
+    (["show", __file__], 1, "GGUF"),
+    (["tokenize", __file__, "-p", "x"], 1, "GGUF"),
+    (["generate", "MODEL", "-f", "/no/such.txt"], 1, "/no/such.txt"),
+    (["generate", "MODEL", "-p", "x", "-f", "y"], 2, "both"),
+    (["generate", "MODEL", "-m", "MODEL", "-p", "x"], 2, "two models"),
+    (["generate", "MODEL", "-p", "x", "--temp", "-1"], 2, "temperature"),
+    (["generate", "MODEL", "-p", "x", "--frobnicate"], 2, "frobnicate"),
+    (["generate", "MODEL", "-p", "x", "-l", "five"], 2, "token id"),
+    (["generate", "MODEL", "-p", "x", "-l", "99999999+1"], 1, "99999999"),
+    (["generate", "MODEL", "-p", "x", "--rows", "some"], 2, "rows"),
+    (["generate", "MODEL", "-p", "x", "-sys", "y"], 2, "--chat"),
+    (["generate", "MODEL", "-p", "word " * 50, "-c", "10"], 1, "room for 10"),
+    (["show"], 2, "no model"),
+    (["bench", "MODEL", "-p", "a"], 2, "whole numbers"),
+    (["bench", "MODEL", "-p", "", "-n", "", "-b", ""], 2, "nothing to measure"),
+    (["bench", "MODEL", "-p", "0"], 2, "prompt length"),
+    (["perplexity", "MODEL", "-f", "/dev/null"], 1, "one window"),
+    (["perplexity", "MODEL", "-f", sys.executable], 1, "UTF-8"),
+    (["nonsense"], 2, "nonsense"),
+])
+def test_a_failure_is_a_sentence_and_a_status(path, capsys, pipe, args, status, says):
+    assert run([path if a == "MODEL" else a for a in args]) == status
+    out, err = capsys.readouterr()
+    assert out == "" and says in err and "Traceback" not in err and "internal" not in err
+    if status == 1:
+        assert err.startswith("pybmc: ") and err.count("\n") == 1
+
+
+def test_every_exception_has_a_sentence():
+    assert sentence(FileNotFoundError(2, "No such file or directory", "a.gguf")) == "a.gguf: No such file or directory"
+    assert sentence(MemoryError()) == "there is not enough memory"
+    assert sentence(ZeroDivisionError("oh\nno")).startswith("internal error: ZeroDivisionError: oh no")
+
+
+def test_a_missing_bundled_model_is_explained(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(pybmc, "__file__", str(tmp_path / "__init__.py"))
+    assert run(["generate", "-p", "x"]) == 1
+    assert "bundled model is missing" in capsys.readouterr().err
+
+
+# ---- a process ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("args", [["--help"], ["--version"], ["generate", "--help"]])
+def test_help_is_instant_and_loads_nothing_heavy(args):
+    code = ("import sys\nfrom pybmc.cli import run\nassert run(sys.argv[1:]) == 0\n"
+            "heavy = {'numpy', 'cffi', 'jinja2', 'rich', 'tokenizers', 'sentencepiece'} & sys.modules.keys()\n"
+            "assert not heavy, heavy")
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code, *args], check=True, stdout=subprocess.DEVNULL)
+        times.append(time.perf_counter() - started)
+    assert min(times) < 0.5             # 0.06 s on an idle machine
+
+
+def test_a_reader_that_leaves_ends_it_quietly(path):
+    process = pybmc_process("generate", path, "-p", "x", "-n", "-1", "--ignore-eos", "-t", "1", stdout=subprocess.PIPE)
+    process.stdout.read(3)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait(20) == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_full_disk_is_a_failure(path):
+    with open("/dev/full", "w") as full:
+        process = pybmc_process("generate", path, "-p", "x", "-n", "2", stdout=full)
+    assert b"space" in process.stderr.read() and process.wait(20) == 1
+
+
+def test_a_closed_stdout_is_a_failure(path):
+    process = pybmc_process("generate", path, "-p", "x", "-n", "2", preexec_fn=lambda: os.close(1))
+    assert b"standard output is closed" in process.stderr.read() and process.wait(20) == 1
+
+
+def test_ctrl_c_exits_with_130(path):
+    process = pybmc_process("bench", path, "-p", "64", "-n", "", "-b", "", "-r", "1000000", "-t", "1",
+                            stdout=subprocess.PIPE, start_new_session=True)
+    assert process.stdout.readline().startswith(b"test")
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(20) == 130 and b"Traceback" not in process.stderr.read()
+
+
+def test_no_module_but_pull_opens_a_socket():
+    """Everything but a download works without a network."""
+    code = ("import socket, pybmc.cli\ndef no(*a, **k): raise AssertionError('a socket')\nsocket.socket = no\n"
+            "raise SystemExit(pybmc.cli.run(['show', '/dev/null']))")
+    assert subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL).returncode == 1
+
+
+def test_flags_of_sampling_are_settings_of_the_sampler():
+    from pybmc.sampling import Sampler
+
+    assert set(cli.SAMPLING) == set(Sampler.__dataclass_fields__)

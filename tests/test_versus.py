@@ -1,0 +1,172 @@
+"""tools/versus.py: pairs, medians, agreement, the table, the protocol with a fake engine; a real peer where there is one."""
+
+import json
+import os
+import subprocess
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+TOOLS = Path(__file__).parents[1] / "tools"
+sys.path.insert(0, str(TOOLS))
+
+import synth  # noqa: E402
+import versus  # noqa: E402
+import versus_worker  # noqa: E402
+
+FAKE = """
+import base64, json, random, struct, sys
+def say(**values): print(json.dumps(values), flush=True)
+say(version="fake 1", modes=["slow", "fast"])
+for line in sys.stdin:
+    request = json.loads(line)
+    if request["do"] == "run":
+        say(tok_s={"slow": 10, "fast": 20}[request["mode"]] + request["n"], idle=0.25)
+    elif request["do"] == "open":
+        say(seconds=1, vocab_size=16)
+    elif request["do"] == "logits":
+        numbers = random.Random(sys.argv[1]).randbytes(16)
+        floats = struct.pack("<16f", *numbers)
+        say(shape=[1, 1, 16], float32=base64.b64encode(floats).decode())
+    elif request["do"] == "die":
+        sys.exit(7)
+    else:
+        say(error=f"cannot {request['do']}", idle=0)
+"""
+
+
+@pytest.fixture
+def fake():
+    engine = versus.Engine("fake", [sys.executable, "-c", FAKE, "0"])
+    yield engine
+    engine.close()
+
+
+def test_pairs_are_interleaved_and_each_side_goes_first_in_turn():
+    calls = []
+
+    def side(name):
+        return lambda: calls.append(name) or len(calls)
+
+    assert versus.paired(side("A"), side("B"), 3) == ([1, 4, 5], [2, 3, 6])
+    assert calls == list("ABBAAB")
+
+
+def test_the_ratio_is_the_median_over_pairs():
+    row = versus.Row("tg 32", [10.0, 30.0, 20.0], [10.0, 10.0, 40.0])
+    assert row.ratios == [1.0, 3.0, 0.5] and row.ratio == 1.0
+    assert versus.Row("open", [2.0], [1.0], unit="s").ratio == 0.5          # twice the time is half as good
+
+
+def test_every_depth_gets_every_test_and_an_empty_list_none():
+    names = [versus.test_name(cell) for cell in versus.cells((512,), (), (1, 8), (0, 64))]
+    assert names == ["pp 512", "verify 1", "verify 8", "pp 512 @64", "verify 1 @64", "verify 8 @64"]
+
+
+def test_the_table_is_markdown_with_a_line_for_each_row():
+    rows = [versus.Row("open", [0.5, 0.4], [1.0, 1.0], unit="s"),
+            versus.Row("verify 8 @4096", [2500.0] * 3, [100.0, 125.0, 50.0], mode="no flash attention")]
+    lines = [*versus.table_head().splitlines(), *map(versus.table_line, rows)]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    assert {len(line) for line in cells} == {6} and len({len(line) for line in lines}) == 1
+    assert cells[2] == ["open, s", "0.45", "1.00", "2.25", "2.00..2.50", ""]
+    assert cells[3] == ["verify 8 @4096", "2500", "100.0", "25.00", "20.00..50.00", "no flash attention"]
+
+
+def test_json_lines_keep_every_measurement():
+    row = versus.Row("verify 8", [300.0, 100.0], [100.0, 100.0], mode="m", cell=versus.Cell("verify", 8, 0))
+    line = json.loads(json.dumps(versus.json_line("a.gguf", 2, row)))
+    assert line["test"] == "verify" and (line["n"], line["depth"], line["threads"], line["reps"]) == (8, 0, 2, 2)
+    assert (line["pybmc"], line["llama_cpp"], line["ratio"], line["ratio_min"], line["ratio_max"]) == (200, 100, 2, 1, 3)
+    assert line["pybmc_all"] == [300, 100] and line["mode"] == "m"
+
+
+def test_agreement_passes_rounding_and_fails_another_models_logits():
+    rng = np.random.default_rng(0)
+    logits = rng.normal(3, 2, (4, 1000)).astype(np.float32)
+    near = versus.agree(logits + rng.normal(0, 0.02, logits.shape).astype(np.float32), logits)
+    assert near.correlation > 0.9998 and near.difference == pytest.approx(0.01, rel=0.1)
+    for wrong in (rng.normal(3, 2, logits.shape), np.zeros_like(logits), logits * np.nan, np.roll(logits, 1, axis=0)):
+        assert versus.agree(wrong, logits).correlation < versus.LEAST_CORRELATION
+    one_row_wrong = np.vstack([logits[:3], logits[:1]])
+    assert versus.agree(one_row_wrong, logits).correlation < versus.LEAST_CORRELATION
+
+
+def test_noise_is_what_neither_engine_used(monkeypatch):
+    monkeypatch.setattr(versus.os, "cpu_count", lambda: 2)
+    assert versus.noise(np.zeros(3), np.array([16.0, 1.0, 12.0]), 10) == {"others": 0.2, "stolen": 0.05}
+    assert versus.noise(None, None, 10) == {}
+
+
+def test_an_engine_answers_and_its_faster_mode_is_taken(fake):
+    assert fake.version == "fake 1"
+    row = versus.compare(fake, fake, versus.Cell("tg", 1, 0), 2)
+    assert (row.ours, row.theirs, row.mode) == ([21, 21], [21, 21], "fast")
+    assert fake.idle == 0.25
+
+
+def test_engines_that_disagree_are_not_timed(tmp_path, monkeypatch):
+    @contextmanager
+    def pair(peer_python):
+        engines = [versus.Engine(name, [sys.executable, "-c", FAKE, name]) for name in ("a", "b")]
+        yield engines
+        for engine in engines:
+            engine.close()
+
+    monkeypatch.setattr(versus, "engines", pair)
+    done = CliRunner().invoke(versus.main, [tiny(tmp_path)])
+    assert done.exit_code == 3 and "disagree" in done.output and "|" not in done.output
+
+
+def test_an_engine_that_fails_or_dies_is_one_sentence(fake):
+    with pytest.raises(click.ClickException, match="^cannot fly$"):
+        fake.ask("fly")
+    with pytest.raises(click.ClickException, match="fake: its process ended with status 7"):
+        fake.ask("die")
+    with pytest.raises(click.ClickException, match="ended with status 7"):
+        fake.ask("run")
+    with pytest.raises(click.ClickException, match="does not start"):
+        versus.Engine("none", ["/no/such/python"])
+
+
+def test_without_the_peer_the_message_says_what_to_install(tmp_path):
+    (tmp_path / "llama_cpp.py").write_text("raise ImportError('none here')")
+    done = subprocess.run([sys.executable, TOOLS / "versus_worker.py", "llama.cpp"], capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 1
+    assert "pip install llama-cpp-python" in json.loads(done.stdout)["error"]
+
+
+def test_the_worker_serves_pybmc(tmp_path):
+    path, out = tiny(tmp_path), []
+    requests = [{"do": "open", "path": path, "threads": 1, "context": 32, "outputs": 4}, {"do": "logits", "n": 3},
+                {"do": "run", "kind": "verify", "n": 4, "depth": 16, "mode": ""}, {"do": "close"}, {"do": "fly"}]
+    worker = versus_worker.Worker(versus_worker.Pybmc())
+    versus_worker.serve(worker, {"version": ""}, map(json.dumps, requests), out.append)
+    about, opened, logits, run, closed, unknown = map(json.loads, out)
+    assert opened["seconds"] > 0 and logits["shape"] == [2, 3, opened["vocab_size"]]
+    assert run["tok_s"] > 0 and 0 <= run["idle"] and "fly" in unknown["error"] and "error" not in closed
+
+
+def test_against_the_real_peer(tmp_path):
+    python = os.environ.get("PYBMC_PEER_PYTHON", sys.executable)
+    if subprocess.run([python, "-c", "import llama_cpp"], capture_output=True).returncode:
+        pytest.skip(f"{python} has no llama_cpp")
+    arguments = ["-p", "64", "-n", "4", "-b", "2", "-d", "0,32", "-r", "1", "-t", "1", "--peer-python", python, "--json"]
+    done = CliRunner().invoke(versus.main, [tiny(tmp_path), *arguments])
+    assert done.exit_code == 0, done.output
+    *rows, machine = map(json.loads, done.output.splitlines())
+    assert [row["test"] for row in rows if "n" in row] == ["pp", "tg", "verify"] * 2
+    assert machine["agreement"]["correlation"] > versus.LEAST_CORRELATION
+
+
+def tiny(folder):
+    path = folder / "tiny.gguf"
+    synth.write(path, replace(synth.MODELS["tiny"], n_layers=1), "Q4_0")
+    return str(path)

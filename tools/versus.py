@@ -1,0 +1,358 @@
+"""Compare pybmc with llama.cpp on the same files: opening, prompts, single tokens, verification passes, memory.
+
+    pip install llama-cpp-python
+    python tools/versus.py MODEL... [-p 512] [-n 32] [-b 1,2,4,8,16] [-d 0,4096] [-r 5] [-t 2] [--json]
+
+What makes the comparison fair: both engines evaluate the same tokens with the same number of threads, the files
+in the page cache, each engine in a process of its own, never both at a time, in the order A B B A A B ...; a
+ratio is the median over these pairs. llama.cpp attends with flash attention and without, the faster is taken for
+each line; weights are repacked as its build has it, batch sizes are its defaults. A verification pass gives the
+logits of all its tokens on both sides (pybmc can do with less, `logits="argmax"`), then rewinds. Before anything
+is timed, both engines' logits must agree.
+
+The peer may live in an environment of its own, with numpy and llama-cpp-python: --peer-python, or the
+environment variable PYBMC_PEER_PYTHON.
+
+Exit codes: 0 done, 1 it failed, 2 wrong usage, 3 the engines compute different things.
+"""
+
+import base64
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import click
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from pybmc.cli import Counts, test_name  # noqa: E402
+from pybmc.errors import BmcError  # noqa: E402
+
+OURS, THEIRS = "pybmc", "llama.cpp"
+CHECKED = 12                            # tokens whose logits are compared
+LEAST_CORRELATION = 0.99                # of a token's logits; activations rounded to 8 bits in two ways leave more
+OPENINGS = 3
+BUSY = 0.05                             # share of the cores in other hands from which on a run does not count
+
+# ---- the engines ---------------------------------------------------------------------------------------------
+
+
+class Engine:
+    """A worker process that holds one engine."""
+
+    def __init__(self, name, command):
+        self.name, self.idle = name, 0.0
+        try:
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        except OSError as e:
+            raise click.ClickException(f"{command[0]} does not start: {e.strerror}") from None
+        about = self._answer()
+        self.version, self.modes = about["version"], about["modes"]
+
+    def ask(self, request, **arguments):
+        """What the worker answers to a request. Raises ClickException with the worker's sentence."""
+        with suppress(BrokenPipeError):                             # what is left to read says why
+            self.process.stdin.write(json.dumps({"do": request, **arguments}) + "\n")
+            self.process.stdin.flush()
+        answer = self._answer()
+        self.idle = answer.pop("idle", 0.0)
+        return answer
+
+    def _answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            raise click.ClickException(f"{self.name}: its process ended with status {self.process.wait()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise click.ClickException(answer["error"])
+        return answer
+
+    def close(self):
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+        try:
+            self.process.wait(2)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+
+@contextmanager
+def engines(peer_python):
+    """Both engines, fresh: what a file before them used is not theirs."""
+    worker, opened = str(Path(__file__).with_name("versus_worker.py")), []
+    try:
+        for name, python in ((OURS, sys.executable), (THEIRS, peer_python)):
+            opened.append(Engine(name, [python, worker, name]))
+        yield opened
+    finally:
+        for engine in opened:
+            engine.close()
+
+
+# ---- measuring -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A test of pybmc.bench: "pp", "tg" or "verify" of n tokens behind depth others."""
+
+    test: str
+    n: int
+    depth: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table: what both engines measured, pair by pair. Of tok/s more is better, of s and MB less."""
+
+    work: str
+    ours: list
+    theirs: list
+    unit: str = "tok/s"
+    mode: str = ""
+    cell: Cell | None = None
+
+    @property
+    def ratios(self):
+        """How many times better pybmc is."""
+        return [o / t if self.unit == "tok/s" else t / o for o, t in zip(self.ours, self.theirs)]
+
+    @property
+    def ratio(self):
+        return statistics.median(self.ratios)
+
+
+def cells(prompts, generated, widths, depths):
+    return [Cell(test, n, depth) for depth in depths for test, ns in
+            (("pp", prompts), ("tg", generated), ("verify", widths)) for n in ns]
+
+
+def paired(ours, theirs, reps):
+    """Call both reps times in the order A B B A A B ...; two lists."""
+    results = ([], [])
+    for i in range(reps):
+        for side in (0, 1) if i % 2 == 0 else (1, 0):
+            results[side].append((ours, theirs)[side]())
+    return results
+
+
+def compare(a, b, cell, reps):
+    """The Row of one test, each side in its best mode."""
+    def runs(engine, mode):
+        return lambda: engine.ask("run", kind=cell.test, n=cell.n, depth=cell.depth, mode=mode)["tok_s"]
+
+    modes = [best_mode({mode: runs(engine, mode) for mode in engine.modes}) for engine in (a, b)]
+    rates = paired(runs(a, modes[0]), runs(b, modes[1]), reps)
+    return Row(test_name(cell), *rates, mode=modes[1], cell=cell)
+
+
+def best_mode(runs):
+    """The fastest of {mode: run}, by two runs of each after one to warm up."""
+    for run in runs.values():
+        run()
+    if len(runs) == 1:
+        return next(iter(runs))
+    rates = [{mode: run() for mode, run in runs.items()} for _ in range(2)]
+    return max(runs, key=lambda mode: max(rate[mode] for rate in rates))
+
+
+def openings(a, b, first, **what):
+    """The Rows of opening the file, again after the seconds that it took first, and of the memory that this took."""
+    memory = [engine.ask("memory") for engine in (a, b)]
+    again = paired(*(lambda engine=engine: engine.ask("open", **what)["seconds"] for engine in (a, b)), OPENINGS - 1)
+    yield Row("open", *([seconds, *more] for seconds, more in zip(first, again)), unit="s")
+    for name in memory[0]:
+        yield Row(f"{name} memory", *([sizes[name]] for sizes in memory), unit="MB")
+
+
+# ---- do they compute the same? -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Of two arrays of logits (n, vocab_size): the root mean square of the difference over the spread, the least
+    correlation of a token's, how many tokens have the same best id."""
+
+    difference: float
+    correlation: float
+    same_best: int
+    n: int
+
+    def __str__(self):
+        return (f"logits of {self.n} tokens differ by {self.difference:.2%} of their spread, correlation at least "
+                f"{self.correlation:.5f}, same best token for {self.same_best}")
+
+
+def agree(ours, theirs):
+    best = ours.argmax(1) == theirs.argmax(1)
+    ours, theirs = (x - x.mean(1, keepdims=True) for x in (ours.astype(np.float64), theirs.astype(np.float64)))
+    spread = theirs.std()
+    lengths = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
+    correlation = (ours * theirs).sum(1) / np.maximum(lengths, 1e-30)
+    difference = np.sqrt(((ours - theirs) ** 2).mean()) / max(spread, 1e-30)
+    if not np.isfinite([difference, *correlation]).all():
+        return Agreement(float("inf"), 0.0, 0, len(best))
+    return Agreement(float(difference), float(correlation.min()), int(best.sum()), len(best))
+
+
+def agreement(a, b):
+    """Compare the engines token by token and, as a verification computes them, all tokens in one pass."""
+    logits = [engine.ask("logits", n=CHECKED) for engine in (a, b)]
+    shapes = [tuple(answer["shape"]) for answer in logits]
+    if shapes[0] != shapes[1]:
+        raise click.ClickException(f"pybmc gives logits of shape {shapes[0]}, llama.cpp {shapes[1]}")
+    values = [np.frombuffer(base64.b64decode(answer["float32"]), np.float32) for answer in logits]
+    return agree(*(x.reshape(-1, shapes[0][-1]) for x in values))
+
+
+# ---- the machine ---------------------------------------------------------------------------------------------
+
+
+def cpu_model():
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def cpu_seconds():
+    """CPU time of all processes, stolen by the host, and of this process with its ended workers; None if unknown."""
+    with suppress(OSError):
+        user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+        own = os.times()
+        tick = os.sysconf("SC_CLK_TCK")
+        return np.array([(user + nice + system + irq + softirq) / tick, steal / tick, sum(own[:4])])
+    return None
+
+
+def noise(before, after, seconds):
+    """{"others": share of all cores that other processes took, "stolen": share that the host took}."""
+    if before is None or after is None:
+        return {}
+    busy, stolen, own = (after - before) / (seconds * os.cpu_count())
+    return {"others": round(max(0.0, busy - own), 3), "stolen": round(stolen, 3)}
+
+
+def warm(path):
+    """Read the file and its other parts once, so that neither engine waits for the disk."""
+    from pybmc.gguf import GGUF
+
+    with GGUF(path) as file:
+        paths = file.paths
+    for part in paths:
+        with open(part, "rb", buffering=0) as f:
+            while f.read(1 << 24):
+                pass
+
+
+# ---- the report ----------------------------------------------------------------------------------------------
+
+
+def table_head():
+    return (f"| {'work':19} | {OURS:>9} | {THEIRS:>9} | ratio | {'spread':>12} | {'llama.cpp with':18} |\n"
+            f"|{'-' * 21}|{'-' * 10}:|{'-' * 10}:|------:|{'-' * 13}:|{'-' * 20}|")
+
+
+def table_line(row):
+    work = row.work if row.unit == "tok/s" else f"{row.work}, {row.unit}"
+    ours, theirs = (spelled(statistics.median(side)) for side in (row.ours, row.theirs))
+    spread = f"{min(row.ratios):.2f}..{max(row.ratios):.2f}" if len(row.ratios) > 1 else ""
+    return f"| {work:19} | {ours:>9} | {theirs:>9} | {row.ratio:5.2f} | {spread:>12} | {row.mode:18} |"
+
+
+def json_line(path, threads, row):
+    test = vars(row.cell) if row.cell else {"test": row.work}
+    return {"model": path, **test, "unit": row.unit, "threads": threads,
+            "pybmc": rounded(statistics.median(row.ours)), "llama_cpp": rounded(statistics.median(row.theirs)),
+            "ratio": rounded(row.ratio), "ratio_min": rounded(min(row.ratios)), "ratio_max": rounded(max(row.ratios)),
+            "reps": len(row.ours), "mode": row.mode,
+            "pybmc_all": [rounded(x) for x in row.ours], "llama_cpp_all": [rounded(x) for x in row.theirs]}
+
+
+def spelled(value):
+    return f"{value:.0f}" if value >= 1000 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def rounded(value):
+    return float(f"{value:.5g}")
+
+
+def machine_text(machine):
+    """The facts below a table."""
+    waiting = "while the other worked, pybmc used {pybmc:.1%} of a core, llama.cpp {llama_cpp:.1%}"
+    lines = ["{cpu}, {threads} threads, {system}, {date}".format(**machine), *machine["engines"],
+             str(Agreement(**machine["agreement"])), waiting.format(**machine["idle"])]
+    if "others" in machine:
+        taken = "meanwhile other processes took {others:.1%} of the cores, the host {stolen:.1%}"
+        verdict = "; too much: measure again" if machine["others"] + machine["stolen"] > BUSY else ""
+        lines.append(taken.format(**machine) + verdict)
+    return "\n".join(f"- {line}" for line in lines)
+
+
+@click.command(help=__doc__.split("\n\n")[0])
+@click.argument("models", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False), metavar="MODEL...")
+@click.option("-p", "--n-prompt", "prompts", type=Counts(), default="512", show_default=True, help="Prompt lengths.")
+@click.option("-n", "--n-gen", "generated", type=Counts(), default="32", show_default=True, help="Single tokens.")
+@click.option("-b", "--widths", type=Counts(), default="1,2,4,8,16", show_default=True, help="Verification widths.")
+@click.option("-d", "--depths", type=Counts(), default="0,4096", show_default=True, help="Tokens held before.")
+@click.option("-r", "--reps", type=click.IntRange(1), default=5, show_default=True, help="Pairs of runs.")
+@click.option("-t", "--threads", type=click.IntRange(1, 512), help="Threads of both; default: the usable cores.")
+@click.option("--peer-python", envvar="PYBMC_PEER_PYTHON", default=sys.executable, metavar="PYTHON",
+              help="The interpreter that has llama_cpp; default: this one.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout.")
+def main(models, prompts, generated, widths, depths, reps, threads, peer_python, as_json):
+    todo = cells(prompts, generated, widths, sorted(depths))
+    sizes = {"threads": threads or default_threads(), "outputs": max([CHECKED, *widths]),
+             "context": max([CHECKED, *(cell.depth + cell.n for cell in todo)])}
+    try:
+        for path in models:
+            report(path, todo, reps, sizes, peer_python, as_json)
+    except BmcError as e:
+        raise click.ClickException(str(e)) from None
+
+
+def report(path, todo, reps, sizes, peer_python, as_json):
+    """Measure one file and print each line when it is known."""
+    def say(text, values):
+        print(json.dumps(values) if as_json else text, flush=True)
+
+    warm(path)
+    before, started = cpu_seconds(), time.perf_counter()
+    with engines(peer_python) as (a, b):
+        first = [engine.ask("open", path=path, **sizes)["seconds"] for engine in (a, b)]
+        agreed = agreement(a, b)
+        if agreed.correlation < LEAST_CORRELATION:
+            print(f"{path}: the engines disagree, nothing was timed: {agreed}", file=sys.stderr)
+            sys.exit(3)
+        if not as_json:
+            print(f"**{Path(path).name}**: tokens/s, medians of {reps} pairs; ratio: how many times pybmc is better\n")
+            print(table_head())
+        for row in chain(openings(a, b, first, path=path, **sizes), (compare(a, b, cell, reps) for cell in todo)):
+            say(table_line(row), json_line(path, sizes["threads"], row))
+        idle = {"pybmc": a.idle, "llama_cpp": b.idle}
+    spent = noise(before, cpu_seconds(), time.perf_counter() - started)
+    machine = {"cpu": cpu_model(), "threads": sizes["threads"], "system": f"{platform.system()} {platform.machine()}",
+               "date": time.strftime("%Y-%m-%d"), "engines": [a.version, b.version],
+               "agreement": vars(agreed), "idle": idle, **spent}
+    say(f"\n{machine_text(machine)}\n", {"model": path, "test": "machine", **machine})
+
+
+def default_threads():
+    from pybmc._native import lib
+
+    return lib.bmc_cpu_count()
+
+
+if __name__ == "__main__":
+    main()

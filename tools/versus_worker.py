@@ -1,0 +1,234 @@
+"""One engine in a process of its own, told what to do by versus.py: a JSON object a line in, one a line out.
+
+    python versus_worker.py pybmc|llama.cpp
+
+The first line out says what the engine is, every later one answers a request {"do": name, ...}; it is
+{"error": sentence} if that failed. The requests are Worker's methods. Both engines are timed by the same lines,
+those of pybmc.bench; that module needs numpy alone, so the other engine's Python need not have pybmc installed.
+"""
+
+import base64
+import ctypes
+import json
+import os
+import re
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from pybmc.bench import go_to, measure, random_tokens  # noqa: E402
+
+SETTLE_S = 0.05                         # a pool may spin that long after its work, and would disturb the other's
+
+
+class Pybmc:
+    """pybmc as it comes."""
+
+    modes = ("",)
+
+    def __init__(self):
+        import pybmc
+        from pybmc._native import ffi, lib
+
+        self.version = f"pybmc {pybmc.__version__}, {ffi.string(lib.bmc_cpu()).decode()} kernels"
+        self.load = pybmc.Model
+
+    def open(self, path, threads, context, outputs):
+        self.model = self.load(path, threads=threads)
+        self.config = self.model.config
+        self.held = self.model.session(context=context)
+
+    def session(self, mode):
+        return self.held
+
+    def close(self):
+        self.model.close()
+
+
+class LlamaCpp:
+    """llama.cpp through the C functions of llama-cpp-python, with a context for each way to do attention."""
+
+    modes = ("flash attention", "no flash attention")
+
+    def __init__(self):
+        try:
+            import llama_cpp
+        except ImportError as e:
+            raise RuntimeError(f"{sys.executable} cannot import llama_cpp ({e}); `pip install llama-cpp-python` "
+                               "there, or name another interpreter with --peer-python") from None
+        self.api = api = llama_cpp
+        self.quiet = api.llama_log_callback(lambda level, text, data: None)
+        api.llama_log_set(self.quiet, None)
+        api.llama_backend_init()
+        features = re.findall(r"(\w+) = 1", api.llama_print_system_info().decode())
+        self.version = f"llama-cpp-python {api.__version__} ({' '.join(features)})"
+
+    def open(self, path, threads, context, outputs):
+        params = self.api.llama_model_default_params()
+        params.n_gpu_layers = 0
+        self.model = self.api.llama_model_load_from_file(os.fsencode(path), params)
+        if not self.model:
+            raise RuntimeError(f"llama.cpp cannot open {path}")
+        vocab_size = self.api.llama_vocab_n_tokens(self.api.llama_model_get_vocab(self.model))
+        self.config = SimpleNamespace(vocab_size=vocab_size)
+        self.sizes, self.sessions = (threads, context, outputs), {}
+        self.session(self.modes[0])
+
+    def session(self, mode):
+        mode = mode or self.modes[0]
+        if mode not in self.sessions:
+            self.sessions[mode] = LlamaSession(self, *self.sizes, flash=mode == self.modes[0])
+        return self.sessions[mode]
+
+    def close(self):
+        for session in self.sessions.values():
+            session.close()
+        self.api.llama_model_free(self.model)
+
+
+class LlamaSession:
+    """What pybmc.bench asks of a session, for a llama.cpp context with room for `context` tokens.
+
+    outputs: the most tokens whose logits one pass gives.
+    """
+
+    def __init__(self, engine, threads, context, outputs, flash):
+        self.api, self.vocab_size, self.position = engine.api, engine.config.vocab_size, 0
+        params = self.api.llama_context_default_params()
+        params.n_ctx, params.n_threads, params.n_threads_batch = context, threads, threads
+        params.n_outputs_max = params.n_outputs_max_per_seq = outputs
+        params.flash_attn_type = int(flash)
+        self.n_batch = params.n_batch = max(params.n_batch, outputs)
+        self.context = self.api.llama_init_from_model(engine.model, params)
+        if not self.context:
+            raise RuntimeError(f"llama.cpp has no context of {context} tokens for this model")
+        self.memory = self.api.llama_get_memory(self.context)
+        self.batch = self.api.llama_batch_init(self.n_batch, 0, 1)
+        for i in range(self.n_batch):
+            self.batch.n_seq_id[i], self.batch.seq_id[i][0] = 1, 0
+
+    def eval(self, tokens, logits="last"):
+        """As pybmc's. The result is llama.cpp's own memory, good until the next call."""
+        tokens = np.asarray(tokens, np.int32)
+        for start in range(0, len(tokens), self.n_batch):
+            part = tokens[start:start + self.n_batch]
+            self._decode(part, logits if start + len(part) == len(tokens) else "none")
+        if logits == "none":
+            return None
+        values = self.api.llama_get_logits(self.context)
+        return np.ctypeslib.as_array(values, (len(tokens) if logits == "all" else 1, self.vocab_size))
+
+    def _decode(self, tokens, logits):
+        batch, n = self.batch, len(tokens)
+        positions, wanted = np.arange(self.position, self.position + n, dtype=np.int32), np.zeros(n, np.int8)
+        if logits != "none":
+            wanted[0 if logits == "all" else n - 1:] = 1
+        for to, values in ((batch.token, tokens), (batch.pos, positions), (batch.logits, wanted)):
+            ctypes.memmove(to, values.ctypes.data, values.nbytes)
+        batch.n_tokens = n
+        status = self.api.llama_decode(self.context, batch)
+        if status:
+            raise RuntimeError(f"llama_decode of {n} tokens after {self.position} gives {status}")
+        self.api.llama_synchronize(self.context)
+        self.position += n
+
+    def rewind(self, position):
+        if not self.api.llama_memory_seq_rm(self.memory, 0, position, -1):
+            raise RuntimeError("llama.cpp cannot rewind this model")
+        self.position = position
+
+    def close(self):
+        self.api.llama_batch_free(self.batch)
+        self.api.llama_free(self.context)
+
+
+class Worker:
+    """Answers requests; each method that has no underscore is one."""
+
+    def __init__(self, engine):
+        self._engine, self._is_open = engine, False
+
+    def open(self, path, threads, context, outputs):
+        """Open the model, in place of the one before; seconds until a token can be evaluated."""
+        self.close()
+        started = time.perf_counter()
+        self._engine.open(path, threads, context, outputs)
+        seconds = time.perf_counter() - started
+        self._is_open, self._tokens = True, random_tokens(self._engine, context)
+        return {"seconds": seconds, "vocab_size": self._engine.config.vocab_size}
+
+    def close(self):
+        if self._is_open:
+            self._engine.close()
+        self._is_open = False
+        return {}
+
+    def logits(self, n):
+        """The logits of the first n tokens, each by a pass of its own and all at once: float32 (2, n, vocab_size)."""
+        session = self._engine.session("")
+        one_by_one = [np.array(session.eval([token])).ravel() for token in self._tokens[:n]]
+        session.rewind(0)
+        both = np.stack([one_by_one, session.eval(self._tokens[:n], logits="all")]).astype(np.float32)
+        session.rewind(0)
+        return {"shape": both.shape, "float32": base64.b64encode(both.tobytes()).decode()}
+
+    def run(self, kind, n, depth, mode):
+        """One repetition of a test of pybmc.bench: {"tok_s"}."""
+        session = self._engine.session(mode)
+        go_to(session, self._tokens, depth)
+        rate = measure(session, kind, self._tokens[depth:depth + n])
+        time.sleep(SETTLE_S)
+        return {"tok_s": rate}
+
+    def memory(self):
+        """MB resident now, the private part of them, and the most so far; empty where the system does not tell."""
+        with suppress(OSError):
+            sizes = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+            resident, private, peak = (int(sizes[name].split()[0]) / 1e3 for name in ("VmRSS", "RssAnon", "VmHWM"))
+            return {"resident": resident, "private": private, "peak": peak}
+        return {}
+
+
+def serve(worker, about, lines, write):
+    """Answer line by line. "idle" is the share of a core that the engine used while it was not asked for anything."""
+    write(json.dumps(about))
+    idle = np.zeros(2)                                              # CPU time, time
+    last = clocks()
+    for line in lines:
+        idle += clocks() - last
+        request = json.loads(line)
+        try:
+            answer = getattr(worker, request.pop("do"))(**request)
+        except Exception as e:
+            answer = {"error": str(e) or type(e).__name__}
+        last = clocks()
+        write(json.dumps(answer | {"idle": round(idle[0] / max(idle[1], 1e-9), 4)}))
+
+
+def clocks():
+    return np.array([time.process_time(), time.perf_counter()])
+
+
+def main():
+    wire = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)                                                   # what a library prints stays out of the answers
+
+    def write(line):
+        print(line, file=wire, flush=True)
+
+    try:
+        engine = {"pybmc": Pybmc, "llama.cpp": LlamaCpp}[sys.argv[1]]()
+    except Exception as e:
+        write(json.dumps({"error": str(e)}))
+        sys.exit(1)
+    serve(Worker(engine), {"version": engine.version, "modes": engine.modes}, sys.stdin, write)
+
+
+if __name__ == "__main__":
+    main()
