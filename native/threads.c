@@ -1,7 +1,6 @@
 #include "threads.h"
 
 #include <pthread.h>
-#include <sched.h>
 #include <signal.h>
 #include <stdbool.h>
 #include <stdlib.h>
@@ -14,8 +13,9 @@
 #define pause_cpu() ((void)0)
 #endif
 
-/* Between tokens a worker looks out for work this long before it sleeps: about 50 us. */
-enum { LOOK_OUT = 1500, PATIENCE = 4000 };
+/* How often a thread looks before it sleeps: about 50 us. Then the core is free for whoever is waited for, which matters
+ * as soon as the machine has other things to do than ours. */
+enum { PATIENCE = 1500 };
 
 struct pool {
     int n;
@@ -34,21 +34,34 @@ struct pool {
 
 struct worker { struct pool *pool; int thread; };
 
-static bool comes(atomic_uint *value, unsigned old, int patience) {
-    for (int i = 0; i < patience; i++) {
+static bool comes(atomic_uint *value, unsigned old) {
+    for (int i = 0; i < PATIENCE; i++) {
         if (atomic_load_explicit(value, memory_order_acquire) != old)
             return true;
         pause_cpu();
     }
-    return atomic_load(value) != old;
+    return false;
 }
 
-static void sleep_until(struct pool *p, unsigned old) {
+/* Waits until *value is no longer old. */
+static void await(struct pool *p, atomic_uint *value, unsigned old) {
+    if (comes(value, old))
+        return;
     pthread_mutex_lock(&p->lock);
     atomic_fetch_add(&p->asleep, 1);
-    while (atomic_load(&p->run) == old)
+    while (atomic_load(value) == old)
         pthread_cond_wait(&p->wake, &p->lock);
     atomic_fetch_sub(&p->asleep, 1);
+    pthread_mutex_unlock(&p->lock);
+}
+
+/* Counts *value up; whoever waits for that goes on. */
+static void announce(struct pool *p, atomic_uint *value) {
+    atomic_fetch_add(value, 1);
+    if (!atomic_load(&p->asleep))
+        return;
+    pthread_mutex_lock(&p->lock);
+    pthread_cond_broadcast(&p->wake);
     pthread_mutex_unlock(&p->lock);
 }
 
@@ -57,28 +70,12 @@ static void *work(void *arg) {
     struct pool *p = me.pool;
     free(arg);
     for (unsigned seen = 0;; seen++) {
-        if (!comes(&p->run, seen, LOOK_OUT))
-            sleep_until(p, seen);
+        await(p, &p->run, seen);
         if (p->stop)
             return NULL;
         p->fn(p->arg, me.thread);
-        atomic_fetch_add_explicit(&p->done, 1, memory_order_release);
+        announce(p, &p->done);
     }
-}
-
-static void start(struct pool *p) {
-    atomic_fetch_add(&p->run, 1);
-    if (!atomic_load(&p->asleep))
-        return;
-    pthread_mutex_lock(&p->lock);
-    pthread_cond_broadcast(&p->wake);
-    pthread_mutex_unlock(&p->lock);
-}
-
-/* Waits inside a run, where the others are at work: yields the core if that takes long. */
-static void await(atomic_uint *value, unsigned old) {
-    while (!comes(value, old, PATIENCE))
-        sched_yield();
 }
 
 void pool_run(struct pool *p, void (*fn)(void *, int), void *arg) {
@@ -89,21 +86,21 @@ void pool_run(struct pool *p, void (*fn)(void *, int), void *arg) {
     p->fn = fn;
     p->arg = arg;
     atomic_store(&p->done, 0);
-    start(p);
+    announce(p, &p->run);
     fn(arg, 0);
-    for (unsigned done; (done = atomic_load_explicit(&p->done, memory_order_acquire)) < (unsigned)p->n - 1;)
-        await(&p->done, done);
+    for (unsigned done; (done = atomic_load(&p->done)) < (unsigned)p->n - 1;)
+        await(p, &p->done, done);
 }
 
 void pool_barrier(struct pool *p) {
     if (p->n == 1)
         return;
     unsigned pass = atomic_load_explicit(&p->passed, memory_order_relaxed);
-    if (atomic_fetch_add_explicit(&p->arrived, 1, memory_order_acq_rel) + 1 == (unsigned)p->n) {
-        atomic_store_explicit(&p->arrived, 0, memory_order_relaxed);
-        atomic_store_explicit(&p->passed, pass + 1, memory_order_release);
+    if (atomic_fetch_add(&p->arrived, 1) + 1 == (unsigned)p->n) {
+        atomic_store(&p->arrived, 0);
+        announce(p, &p->passed);
     } else
-        await(&p->passed, pass);
+        await(p, &p->passed, pass);
 }
 
 void pool_share(const struct pool *p, int thread, int64_t n, int64_t unit, int64_t *from, int64_t *to) {
@@ -152,7 +149,7 @@ void pool_free(struct pool *p) {
     if (!p)
         return;
     p->stop = true;
-    start(p);
+    announce(p, &p->run);
     for (int i = 1; i < p->n; i++)
         pthread_join(p->workers[i], NULL);
     pthread_mutex_destroy(&p->lock);

@@ -60,19 +60,11 @@ class Model:
         self._file = GGUF(path)
         try:
             self.config = arch.read_config(self._file)
-            self._open()
+            self._handle, self._kept = _bound(self._file, self.config, self.threads)
             self._pack(progress)
         except BaseException:
             self.close()
             raise
-
-    def _open(self) -> None:
-        settings, tensors, kept = _settings(self.config), *_tensors(arch.bind(self._file, self.config))
-        handle = lib.bmc_model_new(settings.pointer, tensors, len(tensors), self.threads)
-        if handle == ffi.NULL:
-            raise FormatError(f"{self.path}: {last_error()}")
-        self._handle = handle
-        self._kept = kept
 
     def _pack(self, progress: Progress | None) -> None:
         """The panels are made beside the tokenizer; a vocabulary that is broken shows here too."""
@@ -154,7 +146,7 @@ class Session:
 
     def __init__(self, model: Model, context: int | None, rows: int | str, kv_type: str):
         self._handle = ffi.NULL
-        self._lock = threading.Lock()
+        self._user: dict[str, int] = {}     # "thread": who is using the session
         if kv_type != "f16":
             raise ArgumentError(f"kv_type: expected 'f16', found {kv_type!r}")
         growth, r = _growth(rows)
@@ -225,12 +217,15 @@ class Session:
 
     @contextmanager
     def _claimed(self):
-        if not self._lock.acquire(blocking=False):
-            raise BusyError("this session is in use by another thread, or twice in one call")
+        """One thread at a time. A thread that an interrupt threw out too early to say so may come back: with a lock
+        in this place, Ctrl-C could leave the session locked for good."""
+        me = threading.get_ident()
+        if self._user.setdefault("thread", me) != me:
+            raise BusyError("this session is in use by another thread")
         try:
             yield self._live()
         finally:
-            self._lock.release()
+            self._user.clear()
 
     def __enter__(self) -> Session:
         return self
@@ -250,6 +245,8 @@ def eval_batch(parts: Sequence[tuple[Session, Sequence[int] | np.ndarray, str]])
     """
     if not parts:
         return []
+    if len({id(session) for session, _, _ in parts}) < len(parts):
+        raise BusyError("a session is there twice in one call")
     spans, results, kept = ffi.new("bmc_span[]", len(parts)), [], []
     with ExitStack() as claims:
         for span, (session, tokens, want) in zip(spans, parts):
@@ -282,6 +279,21 @@ def _room(session: Session, n_tok: int, want: str) -> np.ndarray | None:
     if want == "none":
         return None
     return np.empty(vocab_size if want == "last" else (n_tok, vocab_size), np.float32)
+
+
+def check_model(file: GGUF, config: arch.Config) -> None:
+    """Raise the FormatError that loading would: every tensor is bound and its shape checked, none is packed."""
+    handle, _ = _bound(file, config, 1)
+    lib.bmc_model_free(handle)
+
+
+def _bound(file: GGUF, config: arch.Config, threads: int):
+    """A C model whose tensors are bound, and what must stay alive while it lives."""
+    settings, tensors, kept = _settings(config), *_tensors(arch.bind(file, config))
+    handle = lib.bmc_model_new(settings.pointer, tensors, len(tensors), threads)
+    if handle == ffi.NULL:
+        raise FormatError(f"{file.path}: {last_error()}")
+    return handle, kept
 
 
 def _whole(name: str, value) -> int:

@@ -2,9 +2,10 @@
 
 import math
 
-from .arch import IGNORED, ROPE_TENSORS, bind, read_config
+from .arch import IGNORED, ROPE_TENSORS, read_config
 from .errors import FormatError
 from .gguf import GGUF
+from .model import check_model
 
 ROWS_SHOWN = 4096                       # tokens of context that the estimate of memory includes
 
@@ -59,17 +60,10 @@ def _verdict(file: GGUF) -> dict:
                   "heads": config.n_heads, "kv_heads": config.n_kv_heads, "head_dim": config.head_dim,
                   "kv_bytes_per_token": config.kv_row_bytes,
                   "memory_bytes": weights + rows * config.kv_row_bytes, "memory_context": rows}
-        bind(file, config)
-        _check_types(file)
+        check_model(file, config)
     except FormatError as error:
         return facts | {"runs": False, "why_not": str(error).removeprefix(f"{file.path}: ")}
     return facts | {"runs": True, "why_not": None}
-
-
-def _check_types(file: GGUF) -> None:
-    for tensor in file.tensors.values():
-        if not tensor.type.runs:
-            raise FormatError(f"{file.path}: {tensor.name} has type {tensor.type}, which pybmc cannot compute with yet")
 
 
 def lines(info: dict) -> list[tuple[str, str]]:

@@ -133,6 +133,15 @@ def test_show_tells_what_a_file_is(path, capsys):
 
 def test_show_says_why_a_model_does_not_run(tmp_path, capsys):
     metadata, tensors = tiny.parts("llama")
+    tensors["blk.0.ffn_up.weight"], tensors["blk.0.ffn_down.weight"] = (
+        tensors["blk.0.ffn_down.weight"], tensors["blk.0.ffn_up.weight"])
+    tiny.save(tmp_path / "bent.gguf", metadata, tensors)
+    assert run(["show", str(tmp_path / "bent.gguf"), "--json"]) == 0
+    info = json.loads(capsys.readouterr().out)
+    assert not info["runs"] and "ffn_up" in info["why_not"] and str(tmp_path) not in info["why_not"]
+    assert run(["generate", str(tmp_path / "bent.gguf"), "-p", "x"]) == 1
+    assert info["why_not"] in capsys.readouterr().err
+
     metadata["general.architecture"] = "mamba"
     tiny.save(tmp_path / "other.gguf", metadata, tensors)
     assert run(["show", str(tmp_path / "other.gguf"), "--json"]) == 0

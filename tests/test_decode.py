@@ -1,12 +1,18 @@
 """Decoding: what ends a text, what a session keeps, and that the stream is the text."""
 
+import random
+import signal
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
+import tiny
 from fakes import END, FakeModel, FakeTokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pybmc import ArgumentError, ContextFullError
+import pybmc
+from pybmc import ArgumentError, BusyError, ContextFullError
 from pybmc.decode import StopStrings, common_prefix, eval_prompt, generate, rewind_to
 
 texts = st.text(alphabet="abc", max_size=30)
@@ -212,3 +218,65 @@ def test_stats_count():
 def test_wrong_settings_are_refused_at_once(settings):
     with pytest.raises(ArgumentError):
         generate(FakeModel(), "x", **settings)
+
+
+# ---- a real session ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model():
+    with pybmc.Model(tiny.model("llama"), threads=1) as model:
+        yield model
+
+
+def test_interrupts_anywhere_leave_a_session_that_works(model):
+    """Ctrl-C mostly comes while the library computes, and is heard right after it."""
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    prompt, rng = "Once upon a time", random.Random(0)
+    want = [t.id for t in generate(model, prompt, 40, stop_tokens=())]
+    before = signal.signal(signal.SIGALRM, interrupt)
+    heard = 0
+    try:
+        with model.session() as session:
+            for _ in range(300):
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 3e-3))
+                    got = [t.id for t in generate(model, prompt, 40, session=session, stop_tokens=())]
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+                    assert got == want
+                except KeyboardInterrupt:
+                    heard += 1
+                assert len(session.tokens) == session.position
+                session.rewind(rng.randrange(session.position + 1))
+            assert heard > 30
+            assert [t.id for t in generate(model, prompt, 40, session=session, stop_tokens=())] == want
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_a_session_serves_one_thread_at_a_time(model):
+    with model.session() as session:
+        with session._claimed(), ThreadPoolExecutor(1) as other:
+            with pytest.raises(BusyError, match="another thread"):
+                other.submit(session.eval, [1]).result()
+        with pytest.raises(BusyError, match="twice"):
+            pybmc.eval_batch([(session, [1], "none"), (session, [2], "none")])
+        assert session.position == 0 and session.eval([1]) is not None
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_chat_messages_are_written_with_the_models_template(model, temperature):
+    from pybmc.chat import ChatTemplate
+
+    messages = [{"role": "user", "content": "hello"}]
+    stream = generate(model, messages, 6, temperature=temperature, seed=3)
+    assert stream.prompt == ChatTemplate(None, model.tokenizer).encode(messages)
+    assert [t.id for t in stream] == [t.id for t in generate(model, stream.prompt, 6, temperature=temperature, seed=3)]
+
+
+def test_a_special_token_in_a_raw_prompt_counts(model):
+    text = model.tokenizer.tokens[model.tokenizer.eos_id]
+    assert model.tokenizer.eos_id in generate(model, f"a{text}b", 0).prompt
