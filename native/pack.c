@@ -206,7 +206,6 @@ static inline void head_dm(uint8_t *out, int row, const struct split *s) {
     put_f16(out, row, s->d);
     put_f16(out + 32, row, s->m);
 }
-static inline void scales_none(uint8_t *out, int row, const struct split *s, int b) { (void)out, (void)row, (void)s, (void)b; }
 static inline void scales_d(uint8_t *out, int row, const struct split *s, int b) { (void)b, head_d(out, row, s); }
 static inline void scales_dm(uint8_t *out, int row, const struct split *s, int b) { (void)b, head_dm(out, row, s); }
 static inline void scales_e8(uint8_t *out, int row, const struct split *s, int b) { out[row] = s->scales[b]; }

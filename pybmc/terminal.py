@@ -54,7 +54,8 @@ def note(text: str, dim: bool = False) -> None:
 def sentence(error: Exception) -> str:
     """What went wrong, in a line."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{os.fsdecode(error.filename)}: {error.strerror}" if error.filename else error.strerror
+        name = error.filename if isinstance(error.filename, (str, bytes)) else ""
+        return f"{os.fsdecode(name)}: {error.strerror}" if name else error.strerror
     if isinstance(error, (BmcError, OSError)):
         return " ".join(str(error).split())
     if isinstance(error, MemoryError):

@@ -3,6 +3,10 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("suite", deadline=None, derandomize=True)      # the same examples every time, on any machine
+settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """The chat loop: lines to messages, commands, interrupts, and one real terminal."""
 
-import io
 import os
 import pty
 import select
