@@ -86,7 +86,8 @@ typedef struct bmc_span {
     int32_t n_tok;
     int32_t want;                   /* enum bmc_want: whose logits */
     float *logits;                  /* (wanted tokens, vocab_size), or NULL */
-    int32_t *argmax;                /* (wanted tokens,), or NULL */
+    int32_t *argmax;                /* (wanted tokens,) the best next id, the lowest of equals; or NULL */
+    float *logprob;                 /* (wanted tokens,) its log-probability, or NULL */
 } bmc_span;
 
 typedef struct bmc_arena_stats {
@@ -121,6 +122,10 @@ int         bmc_session_stats(const bmc_session *session, bmc_arena_stats *stats
 void        bmc_session_free(bmc_session *session);
 
 int         bmc_eval(const bmc_span *spans, int n_spans);
+
+/* Evaluates tokens, then up to k best next ones, each after the one before, until one is less likely than p_min.
+ * Returns how many ids there are (at least one for k > 0); the last of them is not evaluated. */
+int         bmc_draft(bmc_session *session, const int32_t *tokens, int n_tok, int k, float p_min, int32_t *ids, float *logprobs);
 /* </cffi> */
 
 #pragma GCC visibility pop

@@ -271,43 +271,49 @@ static void activate(const struct pass *p, const struct layer *L, int n_tok, int
     }
 }
 
-/* Logits of the wanted tokens, a few rows of the vocabulary at a time: copied where they are asked for, and the
- * largest remembered, so that greedy decoding never writes a vocabulary's worth. */
+static struct best best_of(const bmc_model *m, const float *logits, int n, int first) {
+    struct best best = { .logit = m->k.largest(logits, n), .id = first };
+    best.sum = m->k.sum_exp(logits, best.logit, n);
+    while (best.id < first + n - 1 && logits[best.id - first] != best.logit)
+        best.id++;
+    return best;
+}
+
+/* Logits of the wanted tokens, HEAD_ROWS of the vocabulary at a time: copied where they are asked for, or only the best
+ * of them remembered, so that greedy decoding never writes a vocabulary's worth. */
 static void head(const struct pass *p, int thread) {
     const bmc_model *m = p->model;
     float *part = m->buffers->scratch + (size_t)thread * m->buffers->scratch_stride;
-    struct best *best = p->best + thread * p->n_out;
-    const int64_t step = HEAD_ROWS / PANEL_ROWS;
     int64_t from, to;
-    share(p, thread, (m->c.vocab_size + PANEL_ROWS - 1) / PANEL_ROWS, &from, &to);
-    for (int i = 0; i < p->n_out; i++)
-        best[i] = (struct best){ -INFINITY, (int32_t)(from * PANEL_ROWS) };
-    for (; from < to; from += step) {
-        int64_t n = to - from < step ? to - from : step, row = from * PANEL_ROWS;
-        int rows = smaller((int)n * PANEL_ROWS, m->c.vocab_size - (int)row);
+    share(p, thread, head_parts(m), &from, &to);
+    for (; from < to; from++) {
+        int row = (int)from * HEAD_ROWS, rows = smaller(HEAD_ROWS, m->c.vocab_size - row);
         for (int tile = 0; tile < (p->n_out + TILE_COLS - 1) / TILE_COLS; tile++)
-            project(p, &m->output, from, n, m->buffers->xb, p->n_out, tile, part, HEAD_ROWS, false);
+            project(p, &m->output, row / PANEL_ROWS, (rows + PANEL_ROWS - 1) / PANEL_ROWS, m->buffers->xb, p->n_out, tile, part, HEAD_ROWS, false);
         for (int i = 0; i < p->n_out; i++) {
             const float *logits = part + (size_t)i * HEAD_ROWS;
             if (p->logits[i])
                 memcpy(p->logits[i] + row, logits, (size_t)rows * sizeof *logits);
-            if (p->argmax[i])
-                for (int j = 0; j < rows; j++)
-                    if (logits[j] > best[i].logit)
-                        best[i] = (struct best){ logits[j], (int32_t)row + j };
+            if (p->argmax[i] || p->logprob[i])
+                p->best[(int64_t)i * head_parts(m) + from] = best_of(m, logits, rows, row);
         }
     }
 }
 
-/* The best of all threads; the lowest id where they are equal. */
+/* The best of all parts, the first of equals, and its log-probability: minus the log of the sum of e^(logit - best). */
 static void choose(const struct pass *p) {
     for (int i = 0; i < p->n_out; i++) {
-        struct best best = p->best[i];
-        for (int thread = 1; thread < pool_size(p->model->pool); thread++)
-            if (p->best[thread * p->n_out + i].logit > best.logit)
-                best = p->best[thread * p->n_out + i];
+        const struct best *parts = p->best + (size_t)i * (size_t)head_parts(p->model), *best = parts, *end = parts + head_parts(p->model);
+        double sum = 0;
+        for (const struct best *part = parts; part < end && (p->argmax[i] || p->logprob[i]); part++)
+            if (part->logit > best->logit)
+                best = part;
+        for (const struct best *part = parts; part < end && p->logprob[i]; part++)
+            sum += part->sum * exp((double)part->logit - best->logit);
         if (p->argmax[i])
-            *p->argmax[i] = best.id;
+            *p->argmax[i] = best->id;
+        if (p->logprob[i])
+            *p->logprob[i] = (float)-log(sum);
     }
 }
 

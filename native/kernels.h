@@ -71,6 +71,8 @@ struct kernels {
     void (*layernorm)(float *y, const float *x, const float *weight, const float *bias, int n, float eps);  /* bias may be NULL */
     void (*silu)(float *y, const float *x, const float *gate, int n);                   /* y = x * silu(gate); x NULL: silu(gate) */
     void (*gelu)(float *y, const float *x, const float *gate, int n);                   /* the tanh form, likewise */
+    float (*largest)(const float *x, int n);
+    float (*sum_exp)(const float *x, float max, int n);                                 /* sum of e^(x - max) */
     void (*add)(float *y, const float *x, int n);
     void (*scale)(float *y, float s, int n);
     void (*rope_pairs)(float *x, const float *cos, const float *sin, int n);            /* turns x[0..n), cos and sin (n / 2,) */

@@ -35,7 +35,7 @@ struct layer {
     int rope;                       /* which table of frequencies */
 };
 
-enum { PASS_MAX = 512, HEAD_ROWS = 1024 };      /* tokens in one pass over the weights; logits at a time */
+enum { PASS_MAX = 512, HEAD_ROWS = 256 };       /* tokens in one pass over the weights; logits at a time */
 
 struct bmc_model {
     bmc_config c;
@@ -81,8 +81,8 @@ struct buffers {
     size_t bytes;
 };
 
-/* The best id of a row of logits so far. */
-struct best { float logit; int32_t id; };
+/* What is left of HEAD_ROWS logits: the largest, its id, and the sum of e^(logit - largest). */
+struct best { float logit, sum; int32_t id; };
 
 /* One pass: up to PASS_MAX tokens of any sessions. */
 struct pass {
@@ -94,12 +94,15 @@ struct pass {
     int32_t out[PASS_MAX];          /* (n_out,) which tokens */
     float *logits[PASS_MAX];        /* (n_out,) where to, or NULL */
     int32_t *argmax[PASS_MAX];
-    struct best *best;              /* (threads, n_out) */
+    float *logprob[PASS_MAX];
+    struct best *best;              /* (n_out, parts of HEAD_ROWS) */
     atomic_int next_task;           /* attention's tasks are taken in turn */
 };
 
 void forward(struct pass *pass);
 void model_release(bmc_model *model);       /* one user less */
+
+static inline int head_parts(const bmc_model *m) { return (m->c.vocab_size + HEAD_ROWS - 1) / HEAD_ROWS; }
 
 /* A buffer's row stride in floats. */
 static inline size_t padded(int n) { return ((size_t)n + 15) / 16 * 16; }

@@ -2,6 +2,7 @@
 #include "error.h"
 #include "model.h"
 
+#include <math.h>
 #include <stdlib.h>
 
 static int claim(bmc_session *s) {
@@ -125,7 +126,8 @@ static void push(struct pass *p, const bmc_span *span, int i) {
         int row = span->want == BMC_WANT_ALL ? i : 0;
         p->out[p->n_out] = p->n_tok;
         p->logits[p->n_out] = span->logits ? span->logits + (size_t)row * (size_t)p->model->c.vocab_size : NULL;
-        p->argmax[p->n_out++] = span->argmax ? span->argmax + row : NULL;
+        p->argmax[p->n_out] = span->argmax ? span->argmax + row : NULL;
+        p->logprob[p->n_out++] = span->logprob ? span->logprob + row : NULL;
     }
     p->n_tok++;
 }
@@ -146,27 +148,64 @@ static void run_passes(struct pass *p, const bmc_span *spans, int n) {
     }
 }
 
-int bmc_eval(const bmc_span *spans, int n_spans) {
-    if (!spans || n_spans < 1)
-        return fail(BMC_EINVAL, "bmc_eval: needs at least one span");
-    int status = claim_all(spans, n_spans);
-    if (status)
-        return status;
-    bmc_model *m = spans[0].session->model;
+/* What a pass notes down, made for one call. */
+static struct pass *make_pass(bmc_model *m, int n_tok) {
+    size_t outs = (size_t)(n_tok < PASS_MAX ? n_tok : PASS_MAX), parts = (size_t)head_parts(m);
     struct pass *p = malloc(sizeof *p);
-    struct best *best = malloc((size_t)pool_size(m->pool) * PASS_MAX * sizeof *best);
+    struct best *best = malloc(outs * parts * sizeof *best);
     if (p && best) {
         p->model = m;
         p->best = best;
         p->n_tok = p->n_out = 0;
+        return p;
+    }
+    free(p);
+    free(best);
+    fail(BMC_ENOMEM, "no memory for a pass over %d tokens", n_tok);
+    return NULL;
+}
+
+static void free_pass(struct pass *p) {
+    if (p)
+        free(p->best);
+    free(p);
+}
+
+int bmc_eval(const bmc_span *spans, int n_spans) {
+    if (!spans || n_spans < 1)
+        return fail(BMC_EINVAL, "bmc_eval: needs at least one span");
+    int status = claim_all(spans, n_spans), n_tok = 0;
+    if (status)
+        return status;
+    bmc_model *m = spans[0].session->model;
+    for (int i = 0; i < n_spans && n_tok < PASS_MAX; i++)
+        n_tok += spans[i].n_tok < PASS_MAX ? spans[i].n_tok : PASS_MAX;
+    struct pass *p = make_pass(m, n_tok);
+    if (p) {
         pthread_mutex_lock(&m->lock);
         run_passes(p, spans, n_spans);
         pthread_mutex_unlock(&m->lock);
-    } else
-        status = fail(BMC_ENOMEM, "no memory for a pass");
-    free(p);
-    free(best);
+    }
+    free_pass(p);
     for (int i = 0; i < n_spans; i++)
         release(spans[i].session);
-    return status;
+    return p ? 0 : BMC_ENOMEM;
+}
+
+int bmc_draft(bmc_session *session, const int32_t *tokens, int n_tok, int k, float p_min, int32_t *ids, float *logprobs) {
+    bmc_span span = { .session = session, .tokens = tokens, .n_tok = n_tok, .want = BMC_WANT_LAST };
+    if (k < 0 || (k && (!ids || !logprobs)))
+        return fail(BMC_EINVAL, "bmc_draft: expected room for 0 or more ids, found k = %d", k);
+    for (int i = 0; i < k; i++) {
+        span.argmax = &ids[i];
+        span.logprob = &logprobs[i];
+        int status = bmc_eval(&span, 1);
+        if (status)
+            return i && status == BMC_EFULL ? i : status;
+        if (i == k - 1 || expf(logprobs[i]) < p_min)
+            return i + 1;
+        span.tokens = &ids[i];
+        span.n_tok = 1;
+    }
+    return 0;
 }

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,7 +28,8 @@ Progress = Callable[[int, int], None]       # called with what is done and how m
 _NORMS = {arch.RMS: lib.BMC_NORM_RMS, arch.LAYER: lib.BMC_NORM_LAYER}
 _ACTS = {arch.SILU: lib.BMC_ACT_SILU, arch.GELU: lib.BMC_ACT_GELU}
 _ROPES = {arch.NONE: lib.BMC_ROPE_NONE, arch.PAIRS: lib.BMC_ROPE_PAIRS, arch.HALVES: lib.BMC_ROPE_HALVES}
-_WANTS = {"none": lib.BMC_WANT_NONE, "last": lib.BMC_WANT_LAST, "all": lib.BMC_WANT_ALL, "argmax": lib.BMC_WANT_ALL}
+_WANTS = {"none": lib.BMC_WANT_NONE, "last": lib.BMC_WANT_LAST, "all": lib.BMC_WANT_ALL,
+          "argmax": lib.BMC_WANT_ALL, "best": lib.BMC_WANT_ALL}
 _GROWTHS = {"auto": lib.BMC_GROW_CHUNK, "max": lib.BMC_GROW_MAX, "reserve": lib.BMC_GROW_RESERVE}
 _GROWTH_NAMES = {lib.BMC_GROW_COPY: "copy", lib.BMC_GROW_CHUNK: "chunk", lib.BMC_GROW_MAX: "max", lib.BMC_GROW_RESERVE: "reserve"}
 
@@ -44,6 +46,13 @@ class ArenaStats:
     row_bytes: int
     growth: str
     r: int
+
+
+class Best(NamedTuple):
+    """The best next id after each token, int32 (n,), and its log-probability, float32 (n,)."""
+
+    ids: np.ndarray
+    logprobs: np.ndarray
 
 
 class Model:
@@ -177,14 +186,28 @@ class Session:
         """Rows reserved."""
         return self.arena_stats().rows_reserved
 
-    def eval(self, tokens: Sequence[int] | np.ndarray, logits: str = "last") -> np.ndarray | None:
+    def eval(self, tokens: Sequence[int] | np.ndarray, logits: str = "last") -> np.ndarray | Best | None:
         """Evaluate tokens after the ones before.
 
         logits: "last" gives float32 (vocab_size,) of the last token, "all" (len(tokens), vocab_size), "argmax" the best
-        next id of each token, int32 (len(tokens),), "none" None. What the numbers are does not depend on how tokens are
-        cut into calls. Raises ArgumentError, ContextFullError beyond the cap, OutOfMemoryError; then nothing has changed.
+        next id of each token, int32 (len(tokens),), "best" those with their log-probabilities (Best), "none" None. What
+        the numbers are does not depend on how tokens are cut into calls. Raises ArgumentError, ContextFullError beyond the cap, OutOfMemoryError; then nothing has changed.
         """
         return eval_batch([(self, tokens, logits)])[0]
+
+    def draft(self, tokens: Sequence[int] | np.ndarray, k: int, p_min: float = 0.0) -> Best:
+        """Evaluate tokens, then up to k best next ones, each after the one before, in one native call.
+
+        Stops after one that is less likely than p_min, or where the context ends. The last id is not evaluated.
+        """
+        ids, result = _ids(tokens), Best(np.empty(_whole("k", k), np.int32), np.empty(k, np.float32))
+        with self._claimed() as handle:
+            start = self.position
+            try:
+                n = check(lib.bmc_draft(handle, pointer(ids), len(ids), k, p_min, pointer(result.ids), pointer(result.logprobs)))
+            finally:
+                self._tokens[start:] = ids.tolist() + result.ids.tolist()       # as far as the position says
+        return Best(result.ids[:n], result.logprobs[:n])
 
     def rewind(self, position: int) -> None:
         """Forget the rows from `position` on. Raises ArgumentError beyond the position."""
@@ -238,7 +261,7 @@ class Session:
             self.close()
 
 
-def eval_batch(parts: Sequence[tuple[Session, Sequence[int] | np.ndarray, str]]) -> list[np.ndarray | None]:
+def eval_batch(parts: Sequence[tuple[Session, Sequence[int] | np.ndarray, str]]) -> list[np.ndarray | Best | None]:
     """Evaluate tokens of several sessions of one model in one pass: [(session, tokens, logits)], as in Session.eval.
 
     Every result equals what the session gives alone. Either all sessions move on or none does.
@@ -252,14 +275,14 @@ def eval_batch(parts: Sequence[tuple[Session, Sequence[int] | np.ndarray, str]])
         for span, (session, tokens, want) in zip(spans, parts):
             if want not in _WANTS:
                 raise ArgumentError(f"logits: expected one of {', '.join(_WANTS)}, found {want!r}")
-            ids = as_array(tokens, np.int32, (None,), "tokens")
-            if not ids.size:
-                raise ArgumentError("tokens: expected at least one, found none")
+            ids = _ids(tokens)
             result = _room(session, len(ids), want)
             span.session = claims.enter_context(session._claimed())
             span.tokens, span.n_tok, span.want = pointer(ids), len(ids), _WANTS[want]
             if want == "argmax":
                 span.argmax = pointer(result)
+            elif want == "best" and result:
+                span.argmax, span.logprob = pointer(result.ids), pointer(result.logprobs)
             elif result is not None:
                 span.logits = pointer(result)
             results.append(result)
@@ -269,13 +292,22 @@ def eval_batch(parts: Sequence[tuple[Session, Sequence[int] | np.ndarray, str]])
     return results
 
 
-def _room(session: Session, n_tok: int, want: str) -> np.ndarray | None:
+def _ids(tokens) -> np.ndarray:
+    ids = as_array(tokens, np.int32, (None,), "tokens")
+    if not ids.size:
+        raise ArgumentError("tokens: expected at least one, found none")
+    return ids
+
+
+def _room(session: Session, n_tok: int, want: str) -> np.ndarray | Best | None:
     """Where a span's results go. Checked against the cap first: a prompt too long must not cost its logits' memory."""
     if session.position + n_tok > session.context:
         want = "none"               # the library says what is wrong
     vocab_size = session.model.config.vocab_size
     if want == "argmax":
         return np.empty(n_tok, np.int32)
+    if want == "best":
+        return Best(np.empty(n_tok, np.int32), np.empty(n_tok, np.float32))
     if want == "none":
         return None
     return np.empty(vocab_size if want == "last" else (n_tok, vocab_size), np.float32)

@@ -67,6 +67,20 @@ static void gelu(float *y, const float *x, const float *gate, int n) {
     }
 }
 
+static float largest(const float *x, int n) {
+    f32x16 top = f_set(-INFINITY);
+    EACH_16(n)
+        top = f_max(f_keep(f_load_n(x + i, m), -INFINITY, 0, m), top);
+    return f_max_lane(top);
+}
+
+static float sum_exp(const float *x, float max, int n) {
+    f32x16 sum = f_zero();
+    EACH_16(n)
+        sum = f_add(sum, f_exp(f_sub(f_keep(f_load_n(x + i, m), -INFINITY, 0, m), f_set(max))));
+    return f_sum(sum);
+}
+
 static void add(float *y, const float *x, int n) {
     EACH_16(n)
         f_store_n(y + i, f_add(f_load_n(y + i, m), f_load_n(x + i, m)), m);
@@ -100,6 +114,8 @@ void ISA(vec)(struct kernels *k) {
     k->layernorm = layernorm;
     k->silu = silu;
     k->gelu = gelu;
+    k->largest = largest;
+    k->sum_exp = sum_exp;
     k->add = add;
     k->scale = scale;
     k->rope_pairs = rope_pairs;
