@@ -5,18 +5,25 @@
 
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <unistd.h>
 #ifdef __linux__
 #include <sched.h>
+#include <sys/auxv.h>
 #endif
 #ifdef __x86_64__
 #include <cpuid.h>
 #endif
 
-enum { REF, AVX2, AVX512, N_LEVELS };
-static const char *const level_names[N_LEVELS] = { "ref", "avx2", "avx512" };
+typedef void install_fn(struct kernels *k);
 
-#ifdef __x86_64__
+/* What this library has kernels for, each level above those before it. */
+struct level { const char *name; install_fn *vec, *attn, *panel; };
+#define LEVEL(isa) { #isa, vec_##isa, attn_##isa, panel_##isa }
+
+#if defined(__x86_64__)
+static const struct level levels[] = { LEVEL(ref), LEVEL(avx2), LEVEL(avx512) };
+
 static int has_f16c(void) {
     unsigned a, b, c, d;
     return __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
@@ -24,36 +31,53 @@ static int has_f16c(void) {
 
 static int best_level(void) {
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !has_f16c())
-        return REF;
+        return 0;
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")
-        && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") ? AVX512 : AVX2;
+        && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") ? 2 : 1;
 }
+#elif defined(__aarch64__)
+static const struct level levels[] = { LEVEL(ref), LEVEL(neon) };
+
+#ifdef __linux__
+static int best_level(void) { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP ? 1 : 0; }
 #else
-static int best_level(void) { return REF; }
+static int best_level(void) { return 1; }       /* every Mac has the dot product */
 #endif
+#else
+static const struct level levels[] = { LEVEL(ref) };
+static int best_level(void) { return 0; }
+#endif
+
+enum { N_LEVELS = sizeof levels / sizeof *levels };
+
+const char *cpu_level(int i) { return i < N_LEVELS ? levels[i].name : NULL; }
 
 static int find_level(const char *name) {
     for (int i = 0; i < N_LEVELS; i++)
-        if (!strcmp(name, level_names[i]))
+        if (!strcmp(name, levels[i].name))
             return i;
     return -1;
+}
+
+static int unknown_level(const char *asked) {
+    char names[64] = "";
+    for (int i = 0; i < N_LEVELS; i++) {
+        strcat(names, i == 0 ? "" : i < N_LEVELS - 1 ? ", " : " or ");
+        strcat(names, levels[i].name);
+    }
+    return fail(BMC_EINVAL, "PYBMC_CPU: expected %s, found \"%.40s\"", names, asked);
 }
 
 int kernels_init(struct kernels *k) {
     const char *asked = getenv("PYBMC_CPU");
     int best = best_level(), level = asked && *asked ? find_level(asked) : best;
     if (level < 0)
-        return fail(BMC_EINVAL, "PYBMC_CPU: expected ref, avx2 or avx512, found \"%.40s\"", asked);
+        return unknown_level(asked);
     if (level > best)
-        return fail(BMC_EINVAL, "PYBMC_CPU asks for %s, this machine has %s", level_names[level], level_names[best]);
-    *k = (struct kernels){ .name = level_names[level] };
-    vec_ref(k), attn_ref(k), panel_ref(k);
-#ifdef __x86_64__
-    if (level >= AVX2)
-        vec_avx2(k), attn_avx2(k), panel_avx2(k);
-    if (level >= AVX512)
-        vec_avx512(k), attn_avx512(k), panel_avx512(k);
-#endif
+        return fail(BMC_EINVAL, "PYBMC_CPU asks for %s, this machine has %s", levels[level].name, levels[best].name);
+    *k = (struct kernels){ .name = levels[level].name };
+    for (int i = 0; i <= level; i++)
+        levels[i].vec(k), levels[i].attn(k), levels[i].panel(k);
     return BMC_OK;
 }
 

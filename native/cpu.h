@@ -4,9 +4,12 @@
 
 #include "kernels.h"
 
-/* Fills k with the best kernels; PYBMC_CPU=ref|avx2|avx512 in the environment asks for less. A negative status
- * if it asks for what is unknown or not there. */
+/* Fills k with the best kernels; PYBMC_CPU in the environment asks for less by name. A negative status if it asks
+ * for what is unknown or not there. */
 int kernels_init(struct kernels *k);
+
+/* The names, from "ref" up: ref avx2 avx512 on x86-64, ref neon on arm64. NULL beyond the last. */
+const char *cpu_level(int i);
 
 int cpu_count(void);        /* affinity and cgroup quota, at least 1 */
 

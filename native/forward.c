@@ -15,7 +15,9 @@ static int tile_width(int n_tok) {
     return (n_tok + tiles - 1) / tiles;
 }
 
-static int columns(int n_tok, int tile, int width) { return n_tok - tile * width < width ? n_tok - tile * width : width; }
+static int smaller(int a, int b) { return a < b ? a : b; }
+
+static int columns(int n_tok, int tile, int width) { return smaller(n_tok - tile * width, width); }
 
 static void barrier(const struct pass *p) { pool_barrier(p->model->pool); }
 
@@ -39,22 +41,22 @@ static void quantize_all(const struct pass *p, const float *x, int k, int n_tok,
     int64_t from, to, blocks = k / 32;
     share(p, thread, n_tok * blocks, &from, &to);
     while (from < to) {
-        int64_t tok = from / blocks, first = from % blocks, n = blocks - first < to - from ? blocks - first : to - from;
-        quantize(p, x + (size_t)tok * padded(k), k, n_tok, (int)tok, (int)first, (int)(first + n));
+        int64_t tok = from / blocks, first = from % blocks;
+        int n = smaller((int)(blocks - first), (int)(to - from));
+        quantize(p, x + (size_t)tok * padded(k), k, n_tok, (int)tok, (int)first, (int)first + n);
         from += n;
     }
 }
 
 /* The rows of n panels of y = W x, for one tile of columns. x and its 8-bit copy: (n_tok, n_cols); out starts at the
  * first of these rows. */
-static void project(const struct pass *p, const struct matrix *w, int64_t panel, int64_t n, const float *x, int n_tok, int tile,
+static void project(const struct pass *p, const struct matrix *w, int panel, int n, const float *x, int n_tok, int tile,
                     float *out, size_t out_stride, bool add) {
-    int width = tile_width(n_tok), first = tile * width;
-    int64_t row = panel * PANEL_ROWS, left = w->n_rows - row;
+    int width = tile_width(n_tok), first = tile * width, row = panel * PANEL_ROWS;
     p->model->k.panel[w->type](&(struct panel_job){
         .codes = w->codes + (size_t)panel * w->code_stride, .code_stride = w->code_stride,
         .scales = w->scales + (size_t)panel * w->scale_stride, .scale_stride = w->scale_stride,
-        .n_panels = (int)n, .n_rows = (int)(left < n * PANEL_ROWS ? left : n * PANEL_ROWS),
+        .n_panels = n, .n_rows = smaller((int)w->n_rows - row, n * PANEL_ROWS),
         .k = (int)w->n_cols, .n_cols = columns(n_tok, tile, width),
         .act = p->model->buffers->act + (size_t)first * (size_t)(w->n_cols / 32),
         .x = x + (size_t)first * padded((int)w->n_cols), .x_stride = padded((int)w->n_cols),
@@ -64,13 +66,16 @@ static void project(const struct pass *p, const struct matrix *w, int64_t panel,
 }
 
 /* y = W x (or y += W x), this thread's rows of y. Several tiles take turns at a few panels while those are cached. */
-static void linear(const struct pass *p, const struct matrix *w, const float *x, float *y, int n_tok, bool add, int thread) {
+static void linear(const struct pass *p, const struct matrix *w, const float *x, float *y, int n_tok, bool add,
+                   int thread) {
     int64_t from, to;
     int tiles = (n_tok + TILE_COLS - 1) / TILE_COLS;
     share(p, thread, (w->n_rows + PANEL_ROWS - 1) / PANEL_ROWS, &from, &to);
-    for (int64_t step = tiles > 1 ? 4 : to - from; from < to; from += step)
+    int step = tiles > 1 ? 4 : (int)(to - from);
+    for (int panel = (int)from; panel < to; panel += step)
         for (int tile = 0; tile < tiles; tile++)
-            project(p, w, from, to - from < step ? to - from : step, x, n_tok, tile, y + from * PANEL_ROWS, padded((int)w->n_rows), add);
+            project(p, w, panel, smaller(step, (int)to - panel), x, n_tok, tile, y + panel * PANEL_ROWS,
+                    padded((int)w->n_rows), add);
 }
 
 static void norm(const bmc_model *m, float *y, const float *x, const float *weight, const float *bias) {
@@ -137,7 +142,8 @@ static void embed(const struct pass *p, int thread) {
 /* A head's values: its own norm, then the turn of its position. */
 static void place_head(const struct pass *p, const struct layer *L, float *head, const float *weight, int t) {
     const bmc_model *m = p->model;
-    size_t table = (size_t)(L->rope | p->session[t]->rope), at = (table * PASS_MAX + (size_t)t) * (size_t)(m->c.rope_dim / 2);
+    size_t table = (size_t)(L->rope | p->session[t]->rope);
+    size_t at = (table * PASS_MAX + (size_t)t) * (size_t)(m->c.rope_dim / 2);
     if (weight)
         m->k.rmsnorm(head, head, weight, m->c.head_dim, m->c.norm_eps);
     if (m->c.rope == BMC_ROPE_PAIRS)
@@ -178,7 +184,8 @@ static int task_tokens(const struct pass *p, int first, int n_tok, int group) {
     return n;
 }
 
-static int smaller(int a, int b) { return a < b ? a : b; }
+/* The first row that a token at `pos` sees. */
+static int first_seen(int pos, int window) { return window && pos >= window ? pos + 1 - window : 0; }
 
 /* Attention of n tokens from `first` on, for one KV head: chunk by chunk of the cache, each for all queries. */
 static void attend(const struct pass *p, int l, int h, int first, int n, int thread) {
@@ -186,8 +193,9 @@ static void attend(const struct pass *p, int l, int h, int first, int n, int thr
     const struct buffers *b = m->buffers;
     const struct arena *arena = &p->session[first]->arena;
     int D = m->c.head_dim, group = m->c.n_heads / m->c.n_kv_heads, rows = n * group, window = m->layers[l].window;
-    float *o = b->scratch + (size_t)thread * b->scratch_stride, *max = o + (size_t)rows * (size_t)m->v_dim, *sum = max + rows;
-    int last = p->pos[first + n - 1] + 1, start = window && p->pos[first] >= window ? p->pos[first] + 1 - window : 0;
+    float *o = b->scratch + (size_t)thread * b->scratch_stride;
+    float *max = o + (size_t)rows * (size_t)m->v_dim, *sum = max + rows;
+    int start = first_seen(p->pos[first], window), last = p->pos[first + n - 1] + 1;
     memset(o, 0, (size_t)rows * (size_t)m->v_dim * sizeof *o);
     for (int r = 0; r < rows; r++)
         max[r] = -INFINITY, sum[r] = 0;
@@ -200,8 +208,8 @@ static void attend(const struct pass *p, int l, int h, int first, int n, int thr
             const float *q[ATTN_ROWS];
             int from[ATTN_ROWS], to[ATTN_ROWS], row = r, taken = 0;
             for (; r < rows && taken < ATTN_ROWS; r++) {
-                int t = first + r / group, pos = p->pos[t], low = window && pos >= window ? pos + 1 - window : 0;
-                if (pos < chunk || low >= chunk + CHUNK) {      /* sees nothing here: before the others, or after them */
+                int t = first + r / group, pos = p->pos[t], low = first_seen(pos, window);
+                if (pos < chunk || low >= chunk + CHUNK) {      /* sees nothing here; those that do stand together */
                     if (taken)
                         break;
                     row = r + 1;
@@ -213,8 +221,8 @@ static void attend(const struct pass *p, int l, int h, int first, int n, int thr
             }
             if (taken)
                 m->k.attend(&(struct attn_job){
-                    .tiles = tiles, .head_dim = D, .v_dim = m->v_dim, .n_rows = taken, .q = q, .first = from, .limit = to,
-                    .m = max + row, .l = sum + row, .o = o + (size_t)row * (size_t)m->v_dim,
+                    .tiles = tiles, .head_dim = D, .v_dim = m->v_dim, .n_rows = taken, .q = q,
+                    .first = from, .limit = to, .m = max + row, .l = sum + row, .o = o + (size_t)row * (size_t)m->v_dim,
                 });
         }
     }
@@ -237,20 +245,24 @@ static void attention(struct pass *p, int l, int n_tok, int thread) {
     }
 }
 
+static void move_row(float *x, int to, int from, size_t n) {
+    memmove(x + (size_t)to * n, x + (size_t)from * n, n * sizeof *x);
+}
+
 /* After the last keys and values are stored, only tokens whose logits are wanted have anything left to do. */
 static void keep_wanted(struct pass *p) {
     const bmc_model *m = p->model;
     const struct buffers *b = m->buffers;
     for (int i = 0; i < p->n_out; i++) {
         int t = p->out[i];
-        memmove(b->x + (size_t)i * padded(m->c.dim), b->x + (size_t)t * padded(m->c.dim), (size_t)m->c.dim * sizeof(float));
-        memmove(b->q + (size_t)i * padded(m->q_dim), b->q + (size_t)t * padded(m->q_dim), (size_t)m->q_dim * sizeof(float));
+        move_row(b->x, i, t, padded(m->c.dim));
+        move_row(b->q, i, t, padded(m->q_dim));
         p->session[i] = p->session[t];
         p->pos[i] = p->pos[t];
     }
 }
 
-/* gate = act(gate) * up, or act(up) where there is no gate; in place in `up`, floats and 8 bits, shared out by blocks. */
+/* up = up * act(gate), or act(up) where there is no gate: floats and 8 bits, shared out by blocks. */
 static void activate(const struct pass *p, const struct layer *L, int n_tok, int thread) {
     const bmc_model *m = p->model;
     const struct buffers *b = m->buffers;
@@ -259,14 +271,14 @@ static void activate(const struct pass *p, const struct layer *L, int n_tok, int
     void (*act)(float *, const float *, const float *, int) = m->c.act == BMC_ACT_SILU ? m->k.silu : m->k.gelu;
     share(p, thread, n_tok * pieces, &from, &to);
     while (from < to) {
-        int64_t t = from / pieces, first = from % pieces, n = pieces - first < to - from ? pieces - first : to - from;
-        size_t at = (size_t)t * padded(F) + (size_t)first * 32;
-        int count = smaller((int)n * 32, F - (int)first * 32);
+        int t = (int)(from / pieces), first = (int)(from % pieces), n = smaller((int)pieces - first, (int)(to - from));
+        size_t row = (size_t)t * padded(F), at = row + (size_t)first * 32;
+        int count = smaller(n * 32, F - first * 32);
         if (L->ffn_gate.data)
             act(b->up + at, b->up + at, b->gate + at, count);
         else
             act(b->up + at, NULL, b->up + at, count);
-        quantize(p, b->up + (size_t)t * padded(F), F, n_tok, (int)t, (int)first, smaller((int)(first + n), F / 32));
+        quantize(p, b->up + row, F, n_tok, t, first, smaller(first + n, F / 32));
         from += n;
     }
 }
@@ -288,8 +300,9 @@ static void head(const struct pass *p, int thread) {
     share(p, thread, head_parts(m), &from, &to);
     for (; from < to; from++) {
         int row = (int)from * HEAD_ROWS, rows = smaller(HEAD_ROWS, m->c.vocab_size - row);
+        int panels = (rows + PANEL_ROWS - 1) / PANEL_ROWS;
         for (int tile = 0; tile < (p->n_out + TILE_COLS - 1) / TILE_COLS; tile++)
-            project(p, &m->output, row / PANEL_ROWS, (rows + PANEL_ROWS - 1) / PANEL_ROWS, m->buffers->xb, p->n_out, tile, part, HEAD_ROWS, false);
+            project(p, &m->output, row / PANEL_ROWS, panels, m->buffers->xb, p->n_out, tile, part, HEAD_ROWS, false);
         for (int i = 0; i < p->n_out; i++) {
             const float *logits = part + (size_t)i * HEAD_ROWS;
             if (p->logits[i])
@@ -302,13 +315,16 @@ static void head(const struct pass *p, int thread) {
 
 /* The best of all parts, the first of equals, and its log-probability: minus the log of the sum of e^(logit - best). */
 static void choose(const struct pass *p) {
+    size_t n = (size_t)head_parts(p->model);
     for (int i = 0; i < p->n_out; i++) {
-        const struct best *parts = p->best + (size_t)i * (size_t)head_parts(p->model), *best = parts, *end = parts + head_parts(p->model);
+        const struct best *parts = p->best + (size_t)i * n, *best = parts;
         double sum = 0;
-        for (const struct best *part = parts; part < end && (p->argmax[i] || p->logprob[i]); part++)
+        if (!p->argmax[i] && !p->logprob[i])
+            continue;
+        for (const struct best *part = parts; part < parts + n; part++)
             if (part->logit > best->logit)
                 best = part;
-        for (const struct best *part = parts; part < end && p->logprob[i]; part++)
+        for (const struct best *part = parts; part < parts + n; part++)
             sum += part->sum * exp((double)part->logit - best->logit);
         if (p->argmax[i])
             *p->argmax[i] = best->id;

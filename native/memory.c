@@ -9,7 +9,8 @@ static const size_t HUGE_PAGE = 2 << 20;
 /* Mapped with room to spare, then trimmed to whole huge pages. */
 void *huge_alloc(size_t bytes) {
     bytes = (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-    char *start = mmap(NULL, bytes + HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    char *start = mmap(NULL, bytes + HUGE_PAGE, PROT_READ | PROT_WRITE, flags, -1, 0);
     if (start == MAP_FAILED)
         return NULL;
     size_t head = -(uintptr_t)start % HUGE_PAGE;

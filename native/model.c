@@ -15,7 +15,8 @@
 static int in_range(const char *name, int64_t value, int64_t low, int64_t high) {
     if (value >= low && value <= high)
         return 0;
-    return fail(BMC_EFORMAT, "%s: expected %lld to %lld, found %lld", name, (long long)low, (long long)high, (long long)value);
+    return fail(BMC_EFORMAT, "%s: expected %lld to %lld, found %lld", name, (long long)low, (long long)high,
+                (long long)value);
 }
 
 static int check_config(const bmc_config *c) {
@@ -40,7 +41,8 @@ static int check_config(const bmc_config *c) {
         if (in_range(limits[i].name, limits[i].value, limits[i].low, limits[i].high))
             return BMC_EFORMAT;
     for (int i = 0; i < c->n_layers; i++)
-        if (in_range("layer_window", c->layer_window[i], 0, 1 << 30) || in_range("layer_rope", c->layer_rope[i], 0, c->n_ropes > 1))
+        if (in_range("layer_window", c->layer_window[i], 0, 1 << 30) ||
+            in_range("layer_rope", c->layer_rope[i], 0, c->n_ropes > 1))
             return BMC_EFORMAT;
     for (int i = 0; i < c->n_ropes; i++)
         if (!c->rope_freq[i])
@@ -132,10 +134,11 @@ static int check_tensor(const bmc_model *m, const bmc_tensor *t, const struct ro
     if (!type || !type->dequantize || (matrix && !panel_runs(t->type)))
         return fail(BMC_EFORMAT, "%s: pybmc does not compute with type %s", name, type ? type->name : "unknown");
     if (t->n_cols != cols || t->n_rows != rows)
-        return fail(BMC_EFORMAT, "%s: expected %lld rows of %lld values, found %lld of %lld (%s)", name, (long long)rows,
-                    (long long)cols, (long long)t->n_rows, (long long)t->n_cols, type->name);
+        return fail(BMC_EFORMAT, "%s: expected %lld rows of %lld values, found %lld of %lld (%s)", name,
+                    (long long)rows, (long long)cols, (long long)t->n_rows, (long long)t->n_cols, type->name);
     if (cols % type->block_size)
-        return fail(BMC_EFORMAT, "%s: rows of %lld are not whole blocks of %s (%d)", name, (long long)cols, type->name, type->block_size);
+        return fail(BMC_EFORMAT, "%s: rows of %lld are not whole blocks of %s (%d)", name, (long long)cols, type->name,
+                    type->block_size);
     return t->data ? 0 : fail(BMC_EINVAL, "%s: data is NULL", name);
 }
 
@@ -193,7 +196,8 @@ static int check_bound(const char *base, const struct role *roles, int layer, bo
         const void *place = base + roles->offset;
         bool bound = matrix ? ((const struct matrix *)place)->data != NULL : *(float *const *)place != NULL;
         if (roles->required && !bound)
-            return fail(BMC_EFORMAT, "%s is missing", full_name(&(bmc_tensor){ .role = roles->name, .layer = layer }, name));
+            return fail(BMC_EFORMAT, "%s is missing",
+                        full_name(&(bmc_tensor){ .role = roles->name, .layer = layer }, name));
     }
     return 0;
 }
@@ -366,7 +370,7 @@ static int build(bmc_model *m, const bmc_config *config, const bmc_tensor *tenso
     m->layers = own(m, (size_t)config->n_layers * sizeof *m->layers);
     m->pool = pool_new(n_threads);
     if (!m->layers || !m->pool)
-        return fail(BMC_ENOMEM, "no memory for a model with %d layers and %d threads", (int)config->n_layers, n_threads);
+        return fail(BMC_ENOMEM, "no memory for %d layers and %d threads", (int)config->n_layers, n_threads);
     for (int i = 0; i < config->n_layers; i++) {
         m->layers[i].window = config->layer_window[i];
         m->layers[i].rope = config->layer_rope[i];

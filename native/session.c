@@ -22,7 +22,8 @@ bmc_session *bmc_session_new(bmc_model *m, int64_t cap, int growth, int r, int r
     else if (rope < 0 || rope > (m->c.n_ropes > 1))
         fail(BMC_EINVAL, "rope: the model has %d tables, number %d is asked for", (int)m->c.n_ropes, rope);
     else if (m->position_embd.data && cap > m->c.n_ctx)
-        fail(BMC_EINVAL, "context: this model has %d learned positions, %lld are asked for", (int)m->c.n_ctx, (long long)cap);
+        fail(BMC_EINVAL, "context: the model has %d learned positions, %lld are asked for", (int)m->c.n_ctx,
+             (long long)cap);
     else if (!(s = calloc(1, sizeof *s)))
         fail(BMC_ENOMEM, "no memory for a session");
     if (!s)
@@ -192,7 +193,8 @@ int bmc_eval(const bmc_span *spans, int n_spans) {
     return p ? 0 : BMC_ENOMEM;
 }
 
-int bmc_draft(bmc_session *session, const int32_t *tokens, int n_tok, int k, float p_min, int32_t *ids, float *logprobs) {
+int bmc_draft(bmc_session *session, const int32_t *tokens, int n_tok, int k, float p_min, int32_t *ids,
+              float *logprobs) {
     bmc_span span = { .session = session, .tokens = tokens, .n_tok = n_tok, .want = BMC_WANT_LAST };
     if (k < 0 || (k && (!ids || !logprobs)))
         return fail(BMC_EINVAL, "bmc_draft: expected room for 0 or more ids, found k = %d", k);

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -142,8 +143,8 @@ class Model:
     def __exit__(self, *exc) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if getattr(self, "_handle", None):
+    def __del__(self, exiting=sys.is_finalizing) -> None:
+        if getattr(self, "_handle", None) and not exiting():        # at exit the names that close() needs may be gone
             self.close()
 
     def __repr__(self) -> str:
@@ -256,8 +257,8 @@ class Session:
     def __exit__(self, *exc) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        if getattr(self, "_handle", None):
+    def __del__(self, exiting=sys.is_finalizing) -> None:
+        if getattr(self, "_handle", None) and not exiting():        # at exit the names that close() needs may be gone
             self.close()
 
 
@@ -324,7 +325,12 @@ def _bound(file: GGUF, config: arch.Config, threads: int):
     settings, tensors, kept = _settings(config), *_tensors(arch.bind(file, config))
     handle = lib.bmc_model_new(settings.pointer, tensors, len(tensors), threads)
     if handle == ffi.NULL:
-        raise FormatError(f"{file.path}: {last_error()}")
+        message = last_error()
+        if message.startswith("no memory"):
+            raise OutOfMemoryError(message)
+        if message.startswith("PYBMC_CPU"):
+            raise ArgumentError(message)
+        raise FormatError(f"{file.path}: {message}")
     return handle, kept
 
 

@@ -21,9 +21,8 @@ static struct kernels isas[4];      /* the reference first */
 static int n_isas;
 
 static void load_isas(void) {
-    static const char *const names[] = { "ref", "avx2", "avx512" };
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        setenv("PYBMC_CPU", names[i], 1);
+    for (int i = 0; cpu_level(i); i++) {
+        setenv("PYBMC_CPU", cpu_level(i), 1);
         if (!kernels_init(&isas[n_isas]))
             n_isas++;
     }
@@ -480,6 +479,29 @@ static void sums_and_scales(void) {
     }
 }
 
+/* Of a row of logits, ties and -inf among them. */
+static void best_of_a_row(void) {
+    for (int s = 0; s < N_SIZES; s++) {
+        int n = sizes[s];
+        float *x = noises(n), sum = 0;
+        x[n / 2] = n > 3 ? -INFINITY : x[n / 2];
+        x[n - 1] = x[0];
+        double top = -INFINITY, right = 0;
+        for (int i = 0; i < n; i++)
+            x[i] *= 10, top = fmax(top, (double)x[i]);
+        for (int i = 0; i < n; i++)
+            right += exp((double)x[i] - top);
+        for (int i = 0; i < n_isas; i++) {
+            CHECK(isas[i].largest(x, n) == (float)top);
+            float ours = isas[i].sum_exp(x, (float)top, n);
+            CHECK(fabs((double)ours - right) <= (n + 30) * ROUNDING * right);       /* x - top is up to 60, its rounding counts so often */
+            sum = i ? sum : ours;
+            CHECK(ours == sum);
+        }
+        free(x);
+    }
+}
+
 static void rope(void) {
     static const int dims[] = { 2, 4, 10, 32, 48, 64, 80, 96, 128, 256 };
     for (size_t s = 0; s < sizeof dims / sizeof *dims; s++) {
@@ -737,6 +759,7 @@ int main(void) {
     norms();
     activations();
     sums_and_scales();
+    best_of_a_row();
     rope();
     attention();
     attention_at_the_edges();

@@ -1,0 +1,191 @@
+/* Sixteen lanes in four q registers: ARMv8.2 with the dot product (sdot). Words as in lanes_ref.h. */
+#ifndef LANES_H
+#define LANES_H
+
+#include "../kernels.h"
+#include "../panels.h"
+#include <arm_neon.h>
+#include <math.h>
+#include <string.h>
+
+#define ISA(name) name##_neon
+#undef COLS_MAX
+#define COLS_MAX 4
+#define ROWS_MAX 4
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL(n) _Pragma(UNROLL_TEXT(GCC unroll n))
+#define UNROLL_TEXT(x) #x
+
+typedef struct { float32x4_t q0, q1, q2, q3; } f32x16;
+typedef struct { int32x4_t q0, q1, q2, q3; } i32x16;
+typedef struct { uint32x4_t q0, q1, q2, q3; } u32x16;
+typedef struct { uint8x16_t q0, q1, q2, q3; } u8x64;
+
+#define Q1(type, op, a) ((type){ op((a).q0), op((a).q1), op((a).q2), op((a).q3) })
+#define Q2(type, op, a, b) ((type){ op((a).q0, (b).q0), op((a).q1, (b).q1), op((a).q2, (b).q2), op((a).q3, (b).q3) })
+
+INLINE u32x16 widen_u8(uint8x16_t x) {
+    uint16x8_t lo = vmovl_u8(vget_low_u8(x)), hi = vmovl_high_u8(x);
+    return (u32x16){ vmovl_u16(vget_low_u16(lo)), vmovl_high_u16(lo), vmovl_u16(vget_low_u16(hi)), vmovl_high_u16(hi) };
+}
+INLINE i32x16 widen_i8(int8x16_t x) {
+    int16x8_t lo = vmovl_s8(vget_low_s8(x)), hi = vmovl_high_s8(x);
+    return (i32x16){ vmovl_s16(vget_low_s16(lo)), vmovl_high_s16(lo), vmovl_s16(vget_low_s16(hi)), vmovl_high_s16(hi) };
+}
+
+INLINE f32x16 f_set(float a) {
+    float32x4_t q = vdupq_n_f32(a);
+    return (f32x16){ q, q, q, q };
+}
+INLINE f32x16 f_zero(void) { return f_set(0.0f); }
+INLINE f32x16 f_load(const float *p) { return (f32x16){ vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12) }; }
+INLINE f32x16 f_load_n(const float *p, int n) {
+    if (n >= 16)
+        return f_load(p);
+    float lanes[16] = { 0 };
+    memcpy(lanes, p, (size_t)n * sizeof *p);
+    return f_load(lanes);
+}
+INLINE f32x16 f_load_f16(const uint16_t *p) {
+    float16x8_t lo = vreinterpretq_f16_u16(vld1q_u16(p)), hi = vreinterpretq_f16_u16(vld1q_u16(p + 8));
+    return (f32x16){ vcvt_f32_f16(vget_low_f16(lo)), vcvt_high_f32_f16(lo), vcvt_f32_f16(vget_low_f16(hi)), vcvt_high_f32_f16(hi) };
+}
+INLINE float32x4_t bf16_quarter(const uint16_t *p) { return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(vld1_u16(p)), 16)); }
+INLINE f32x16 f_load_bf16(const uint16_t *p) {
+    return (f32x16){ bf16_quarter(p), bf16_quarter(p + 4), bf16_quarter(p + 8), bf16_quarter(p + 12) };
+}
+INLINE f32x16 f_load_u8(const uint8_t *p) {
+    u32x16 x = widen_u8(vld1q_u8(p));
+    return Q1(f32x16, vcvtq_f32_u32, x);
+}
+INLINE f32x16 f_load_i8(const int8_t *p) {
+    i32x16 x = widen_i8(vld1q_s8(p));
+    return Q1(f32x16, vcvtq_f32_s32, x);
+}
+INLINE f32x16 f_load_u4(const uint8_t *p, int shift) {
+    uint8x16_t nibbles = vandq_u8(vshlq_u8(vld1q_u8(p), vdupq_n_s8((int8_t)-shift)), vdupq_n_u8(15));
+    u32x16 x = widen_u8(nibbles);
+    return Q1(f32x16, vcvtq_f32_u32, x);
+}
+INLINE float32x4_t e8m0_quarter(uint32x4_t e) {
+    uint32x4_t normal = vshlq_n_u32(vsubq_u32(e, vdupq_n_u32(1)), 23), tiny = vshlq_u32(vdupq_n_u32(0x200000), vreinterpretq_s32_u32(e));
+    return vreinterpretq_f32_u32(vbslq_u32(vcltq_u32(e, vdupq_n_u32(2)), tiny, normal));
+}
+INLINE f32x16 f_load_e8m0_half(const uint8_t *p) {
+    u32x16 e = widen_u8(vld1q_u8(p));
+    return Q1(f32x16, e8m0_quarter, e);
+}
+INLINE void f_store(float *p, f32x16 a) {
+    vst1q_f32(p, a.q0);
+    vst1q_f32(p + 4, a.q1);
+    vst1q_f32(p + 8, a.q2);
+    vst1q_f32(p + 12, a.q3);
+}
+INLINE void f_store_n(float *p, f32x16 a, int n) {
+    if (n >= 16) {
+        f_store(p, a);
+        return;
+    }
+    float lanes[16];
+    f_store(lanes, a);
+    memcpy(p, lanes, (size_t)n * sizeof *p);
+}
+INLINE void f_store_f16(uint16_t *p, f32x16 a) {
+    vst1q_u16(p, vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(a.q0), a.q1)));
+    vst1q_u16(p + 8, vreinterpretq_u16_f16(vcvt_high_f16_f32(vcvt_f16_f32(a.q2), a.q3)));
+}
+INLINE f32x16 f_add(f32x16 a, f32x16 b) { return Q2(f32x16, vaddq_f32, a, b); }
+INLINE f32x16 f_sub(f32x16 a, f32x16 b) { return Q2(f32x16, vsubq_f32, a, b); }
+INLINE f32x16 f_mul(f32x16 a, f32x16 b) { return Q2(f32x16, vmulq_f32, a, b); }
+INLINE f32x16 f_div(f32x16 a, f32x16 b) { return Q2(f32x16, vdivq_f32, a, b); }
+INLINE float32x4_t max_quarter(float32x4_t a, float32x4_t b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+INLINE float32x4_t min_quarter(float32x4_t a, float32x4_t b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
+INLINE f32x16 f_max(f32x16 a, f32x16 b) { return Q2(f32x16, max_quarter, a, b); }
+INLINE f32x16 f_min(f32x16 a, f32x16 b) { return Q2(f32x16, min_quarter, a, b); }
+INLINE f32x16 f_abs(f32x16 a) { return Q1(f32x16, vabsq_f32, a); }
+INLINE f32x16 f_fma(f32x16 a, f32x16 b, f32x16 c) {
+    return (f32x16){ vfmaq_f32(c.q0, a.q0, b.q0), vfmaq_f32(c.q1, a.q1, b.q1), vfmaq_f32(c.q2, a.q2, b.q2), vfmaq_f32(c.q3, a.q3, b.q3) };
+}
+INLINE f32x16 f_round(f32x16 a) { return Q1(f32x16, vrndnq_f32, a); }
+INLINE float32x4_t pow2_quarter(float32x4_t n) {
+    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23));
+}
+INLINE f32x16 f_pow2(f32x16 n) { return Q1(f32x16, pow2_quarter, n); }
+INLINE float32x4_t zero_below_quarter(float32x4_t a, float32x4_t x, float limit) {
+    return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(a), vcltq_f32(x, vdupq_n_f32(limit))));
+}
+INLINE f32x16 f_zero_below(f32x16 a, f32x16 x, float limit) {
+    return (f32x16){ zero_below_quarter(a.q0, x.q0, limit), zero_below_quarter(a.q1, x.q1, limit),
+                     zero_below_quarter(a.q2, x.q2, limit), zero_below_quarter(a.q3, x.q3, limit) };
+}
+INLINE float32x4_t keep_quarter(float32x4_t a, float other, int lo, int hi) {
+    const int32x4_t lane = { 0, 1, 2, 3 };
+    uint32x4_t in = vandq_u32(vcgeq_s32(lane, vdupq_n_s32(lo)), vcltq_s32(lane, vdupq_n_s32(hi)));
+    return vbslq_f32(in, a, vdupq_n_f32(other));
+}
+INLINE f32x16 f_keep(f32x16 a, float other, int lo, int hi) {
+    return (f32x16){ keep_quarter(a.q0, other, lo, hi), keep_quarter(a.q1, other, lo - 4, hi - 4),
+                     keep_quarter(a.q2, other, lo - 8, hi - 8), keep_quarter(a.q3, other, lo - 12, hi - 12) };
+}
+
+INLINE float f_sum(f32x16 a) {
+    float32x4_t b = vaddq_f32(vaddq_f32(a.q0, a.q2), vaddq_f32(a.q1, a.q3));
+    float32x2_t c = vadd_f32(vget_low_f32(b), vget_high_f32(b));
+    return vget_lane_f32(c, 0) + vget_lane_f32(c, 1);
+}
+
+INLINE float f_max_lane(f32x16 a) { return vmaxnmvq_f32(vmaxnmq_f32(vmaxnmq_f32(a.q0, a.q2), vmaxnmq_f32(a.q1, a.q3))); }
+
+INLINE void f_store_i8(int8_t *p, f32x16 a) {
+    i32x16 x = Q1(i32x16, vcvtq_s32_f32, a);
+    int16x8_t lo = vmovn_high_s32(vmovn_s32(x.q0), x.q1), hi = vmovn_high_s32(vmovn_s32(x.q2), x.q3);
+    vst1q_s8(p, vmovn_high_s16(vmovn_s16(lo), hi));
+}
+
+INLINE f32x16 i_to_f(i32x16 a) { return Q1(f32x16, vcvtq_f32_s32, a); }
+
+INLINE u8x64 u_load(const uint8_t *p) { return (u8x64){ vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48) }; }
+INLINE u8x64 u_or(u8x64 a, u8x64 b) { return Q2(u8x64, vorrq_u8, a, b); }
+/* Bytes shift alone here: a mask is due only where it hides something of what the shift left. */
+INLINE u8x64 u_mask(u8x64 a, int mask, int left) {
+    uint8x16_t m = vdupq_n_u8((uint8_t)mask);
+    return left & ~mask ? (u8x64){ vandq_u8(a.q0, m), vandq_u8(a.q1, m), vandq_u8(a.q2, m), vandq_u8(a.q3, m) } : a;
+}
+#define u_shift_(op, a, s) ((u8x64){ op((a).q0, s), op((a).q1, s), op((a).q2, s), op((a).q3, s) })
+#define u_shr(a, s, mask) u_mask((s) ? u_shift_(vshrq_n_u8, a, (s) ? (s) : 1) : (a), mask, 255 >> (s))     /* vshrq_n_u8: 1..8 */
+#define u_shl(a, s, mask) u_mask(u_shift_(vshlq_n_u8, a, s), mask, 255 << (s) & 255)
+INLINE u8x64 u_lookup(const uint8_t table[16], u8x64 a) {
+    uint8x16_t t = vld1q_u8(table);
+    return (u8x64){ vqtbl1q_u8(t, a.q0), vqtbl1q_u8(t, a.q1), vqtbl1q_u8(t, a.q2), vqtbl1q_u8(t, a.q3) };
+}
+
+/* sdot multiplies signed bytes only. Codes of 7 bits are the same signed; those of 8 all have zero == 128: with their top
+ * bit turned round they are code - 128, and nothing is left to subtract. */
+INLINE int8x16_t signed_codes(uint8x16_t w, int bits) {
+    return vreinterpretq_s8_u8(bits < 8 ? w : veorq_u8(w, vdupq_n_u8(0x80)));
+}
+
+#define DOT_UNIT(acc, w, x, lane, bits) \
+    acc.q0 = vdotq_laneq_s32(acc.q0, signed_codes((w).q0, bits), x, lane); \
+    acc.q1 = vdotq_laneq_s32(acc.q1, signed_codes((w).q1, bits), x, lane); \
+    acc.q2 = vdotq_laneq_s32(acc.q2, signed_codes((w).q2, bits), x, lane); \
+    acc.q3 = vdotq_laneq_s32(acc.q3, signed_codes((w).q3, bits), x, lane);
+
+/* n is 4 or 8: activations come 16 at a time. */
+INLINE i32x16 i_dot(const u8x64 *w, int n, const int8_t *a, int32_t neg_sum, int zero, int bits) {
+    int32x4_t start = vdupq_n_s32(bits < 8 ? neg_sum * zero : 0);
+    i32x16 acc = { start, start, start, start };
+    UNROLL(2)
+    for (int u = 0; u < n; u += 4) {
+        int8x16_t x = vld1q_s8(a + 4 * u);
+        DOT_UNIT(acc, w[u], x, 0, bits)
+        DOT_UNIT(acc, w[u + 1], x, 1, bits)
+        DOT_UNIT(acc, w[u + 2], x, 2, bits)
+        DOT_UNIT(acc, w[u + 3], x, 3, bits)
+    }
+    return acc;
+}
+
+#include "lanes.h"
+
+#endif

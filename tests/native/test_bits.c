@@ -1,0 +1,147 @@
+/* One number for the bits of each kernel's outputs, from inputs that integers make: a line a kernel, equal on every
+ * ISA here, and (make test-arm) on every machine. */
+#include "check.h"
+#include "cpu.h"
+#include "pack.h"
+#include "panels.h"
+
+#include <math.h>
+#include <string.h>
+
+static uint64_t state = 88172645463325252u, hash = 0xcbf29ce484222325u;
+
+static void fold(const void *p, size_t bytes) {
+    for (size_t i = 0; i < bytes; i++)
+        hash = (hash ^ ((const uint8_t *)p)[i]) * 0x100000001b3u;       /* FNV-1a */
+}
+
+/* Ends a kernel: the first ISA's line stands, every other has to equal it. */
+static void line(const struct kernels *k, const char *name) {
+    static uint64_t lines[64];
+    static int n;
+    static const char *isa;
+    n = k->name == isa ? n + 1 : 0;
+    isa = k->name;
+    if (!strcmp(k->name, "ref")) {
+        printf("%-10s %016llx\n", name, (unsigned long long)hash);
+        lines[n] = hash;
+    }
+    CHECK(hash == lines[n]);
+    state = 88172645463325252u, hash = 0xcbf29ce484222325u;
+}
+
+static void numbers(float *x, int n, float size) {
+    for (int i = 0; i < n; i++)
+        x[i] = (float)(random_below(&state, 1 << 25) - (1 << 24)) * 0x1p-24f * size;
+}
+
+/* Any bytes but for one bit, so that no f16, bf16 or float among them is infinite or NaN. */
+static void bytes(void *p, size_t n, int but) {
+    for (size_t i = 0; i < n; i++)
+        ((uint8_t *)p)[i] = (uint8_t)(random_bits(&state) & ~(uint64_t)but);
+}
+
+static void panels(const struct kernels *k, int type) {
+    enum { PANELS = 5, ROWS = 16 * PANELS - 3, K = 512 };
+    static uint8_t codes[PANELS * K * 64], scales[PANELS * K * 4];
+    static float x[TILE_COLS * K], bias[ROWS], out[TILE_COLS * ROWS];
+    static struct act_block act[TILE_COLS * K / 32];
+    struct panel_size size = panel_size(type, K);
+    CHECK(PANELS * size.codes <= sizeof codes && PANELS * size.scales <= sizeof scales);
+    bytes(codes, PANELS * size.codes, panel_quantized(type) ? 0 : 0x40);
+    bytes(scales, PANELS * size.scales, 0x40);
+    numbers(x, TILE_COLS * K, 3);
+    numbers(bias, ROWS, 10);
+    for (int n = 1; n <= TILE_COLS; n++) {
+        for (int col = 0; col < n; col++)
+            k->quantize(act + col, n, x + col * K, K / 32);
+        k->panel[type](&(struct panel_job){
+            .codes = codes, .scales = scales, .code_stride = size.codes, .scale_stride = size.scales, .n_panels = PANELS, .n_rows = ROWS,
+            .k = K, .n_cols = n, .act = act, .x = x, .x_stride = K, .bias = n % 2 ? bias : NULL, .out = out, .out_stride = ROWS, .add = n % 3 == 2,
+        });
+        fold(out, (size_t)(n * ROWS) * sizeof *out);
+    }
+}
+
+static void attention(const struct kernels *k, int head_dim) {
+    enum { MOST = 256, CHUNKS = 2 };
+    static uint16_t cache[CHUNKS * CHUNK / TILE][2 * TILE * MOST];
+    static float q[ATTN_ROWS * MOST], o[ATTN_ROWS * MOST], row[2 * MOST];
+    int v_dim = (head_dim + 15) / 16 * 16;
+    for (int n = 1; n <= ATTN_ROWS; n++) {
+        float m[ATTN_ROWS], l[ATTN_ROWS] = { 0 };
+        memset(o, 0, sizeof o);
+        numbers(q, n * head_dim, 2);
+        for (int i = 0; i < n; i++)
+            m[i] = -INFINITY;
+        for (int chunk = 0; chunk < CHUNKS; chunk++) {
+            const uint16_t *tiles[CHUNK / TILE];
+            const float *rows[ATTN_ROWS];
+            int first[ATTN_ROWS], limit[ATTN_ROWS];
+            for (int i = 0; i < CHUNK / TILE; i++)
+                tiles[i] = cache[chunk * (CHUNK / TILE) + i];
+            for (int t = 0; t < CHUNK; t++) {
+                numbers(row, 2 * head_dim, random_below(&state, 50) ? 1.0f : 1e5f * (float)(t % 2));
+                k->store_kv(cache[chunk * (CHUNK / TILE) + t / TILE], t % TILE, row, row + head_dim, head_dim, v_dim);
+            }
+            for (int i = 0; i < n; i++) {
+                rows[i] = q + i * head_dim;
+                first[i] = (int)random_below(&state, 100);
+                limit[i] = CHUNK - (int)random_below(&state, 100);
+            }
+            k->attend(&(struct attn_job){ .tiles = tiles, .head_dim = head_dim, .v_dim = v_dim, .n_rows = n, .q = rows,
+                                          .first = first, .limit = limit, .m = m, .l = l, .o = o });
+        }
+        fold(l, sizeof l);
+        for (int i = 0; i < n; i++) {
+            k->attend_end(row, o + i * v_dim, l[i], head_dim);
+            fold(row, (size_t)head_dim * sizeof *row);
+        }
+    }
+}
+
+static void rows(const struct kernels *k) {
+    enum { N = 333 };
+    float x[N], a[N], b[N], y[N];
+    struct act_block act[N / 32] = { 0 };
+    for (int size = 1; size < 100; size += 7) {
+        numbers(x, N, (float)size);
+        numbers(a, N, 2);
+        numbers(b, N, (float)size);
+        k->quantize(act, 1, x, N / 32), fold(act, sizeof act);
+        k->rmsnorm(y, x, a, N, 1e-5f), fold(y, sizeof y);
+        k->layernorm(y, x, a, b, N, 1e-5f), fold(y, sizeof y);
+        k->silu(y, a, x, N), fold(y, sizeof y);
+        k->gelu(y, a, x, N), fold(y, sizeof y);
+        k->add(y, x, N), fold(y, sizeof y);
+        k->scale(y, a[0], N), fold(y, sizeof y);
+        y[0] = k->largest(x, N);
+        y[1] = k->sum_exp(x, y[0], N);
+        k->rope_pairs(y, a, b, N - 1), fold(y, sizeof y);
+        k->rope_halves(y, a, b, N - 1), fold(y, sizeof y);
+    }
+}
+
+static void every_kernel(const struct kernels *k) {
+    for (int type = 0; type < N_TYPES; type++)
+        if (panel_runs(type)) {
+            panels(k, type);
+            line(k, types[type].name);
+        }
+    attention(k, 128);
+    line(k, "attend 128");
+    attention(k, 80);
+    line(k, "attend 80");
+    rows(k);
+    line(k, "rows");
+}
+
+int main(void) {
+    for (int i = 0; cpu_level(i); i++) {
+        struct kernels k;
+        setenv("PYBMC_CPU", cpu_level(i), 1);
+        if (!kernels_init(&k))
+            every_kernel(&k);
+    }
+    return 0;
+}
