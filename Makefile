@@ -1,14 +1,15 @@
 # make         the library, pybmc/libpybmc.so; needs a C compiler and nothing else
 # make demo    a tale from the bundled models     make test    all tests
 # make asan    the native tests under AddressSanitizer and UBSan
+# make test-arm    the native tests as arm64 programs, and their bits against this machine's
 # make venv    .venv with pybmc (editable) and what its tests need
 # make install pip install into PYTHON            make clean   remove what was built
 #
-# Variables: CC, CFLAGS and LDFLAGS (added to ours), PYTHON (3.10 or later).
+# Variables: CC, CFLAGS and LDFLAGS (added to ours), PYTHON (3.10 or later), ARM_CC and ARM_EMULATOR.
 
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: all demo test asan native-tests venv install clean FORCE
+.PHONY: all demo test asan test-arm same-bits native-tests venv install clean FORCE
 all:
 
 ifeq ($(MAKELEVEL),0)      # a -j of the command line comes before this one
@@ -19,9 +20,12 @@ VARIANT ?= release
 PYTHON ?= python3
 VENV := .venv
 OUT := build/$(VARIANT)
+ARM_CC ?= aarch64-linux-gnu-gcc
+ARM_EMULATOR ?= qemu-aarch64
 LIBRARY := pybmc/libpybmc.$(if $(filter Darwin,$(shell uname -s)),dylib,so)
 
 FLAGS_release = -O3
+FLAGS_arm = -O3 -static
 FLAGS_asan = -O1 -g -DCOLS_MAX=4 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 FLAGS = $(FLAGS_$(VARIANT)) -std=c11 -D_GNU_SOURCE -fPIC -pthread -fvisibility=hidden -ffp-contract=off \
         -Wall -Wextra -Wshadow -Inative
@@ -29,6 +33,7 @@ FLAGS = $(FLAGS_$(VARIANT)) -std=c11 -D_GNU_SOURCE -fPIC -pthread -fvisibility=h
 # A kernel file is named after the instructions it may use: <family>_<isa>.c.
 FLAGS_avx2 = -mavx2 -mfma -mf16c -mbmi2
 FLAGS_avx512 = $(FLAGS_avx2) -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mprefer-vector-width=512
+FLAGS_neon = -march=armv8.2-a+dotprod
 ISAS_x86_64 = avx2 avx512
 ISAS_aarch64 = neon
 ISAS_arm64 = neon
@@ -66,7 +71,17 @@ asan:
 	$(MAKE) VARIANT=asan native-tests
 
 native-tests: $(TESTS:%.c=$(OUT)/%)
-	@for test in $^; do echo $$test; $$test || exit 1; done
+	@for test in $^; do echo $$test; $(EMULATOR) $$test || exit 1; done
+
+test-arm:
+	@for tool in $(ARM_CC) $(ARM_EMULATOR); do \
+	    command -v $$tool >/dev/null || { echo "make test-arm: skipped, there is no $$tool here"; exit 0; }; \
+	done; \
+	$(MAKE) VARIANT=arm CC=$(ARM_CC) EMULATOR=$(ARM_EMULATOR) native-tests && $(MAKE) same-bits
+
+same-bits: $(OUT)/tests/native/test_bits
+	$< >$(OUT)/bits.txt
+	$(ARM_EMULATOR) build/arm/tests/native/test_bits | diff $(OUT)/bits.txt -
 
 test: $(LIBRARY) venv asan
 	$(VENV)/bin/python -m pytest -q tests

@@ -1,13 +1,10 @@
 #include "arena.h"
 
 #include "error.h"
+#include "memory.h"
 
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <unistd.h>
-
-static const size_t HUGE_PAGE = 2 << 20;
 
 int arena_fail_in;
 
@@ -37,33 +34,8 @@ static int no_memory(const struct arena_config *c, int64_t rows, const char *wha
     return fail(BMC_ENOMEM, "no %s for %lld rows of keys and values (%.0f MB)", what, (long long)rows, mb);
 }
 
-/* Zeroed pages; from 2 MB up aligned to huge pages and, where there are some, in huge pages. */
-static char *map(size_t bytes, int protection) {
-    int flags = MAP_PRIVATE | MAP_ANONYMOUS | (protection == PROT_NONE ? MAP_NORESERVE : 0);
-    size_t slack = bytes >= HUGE_PAGE ? HUGE_PAGE : 0;
-    if (fails())
-        return NULL;
-    char *start = mmap(NULL, bytes + slack, protection, flags, -1, 0);
-    if (start == MAP_FAILED)
-        return NULL;
-    if (slack) {
-        size_t head = -(uintptr_t)start % HUGE_PAGE;
-        if (head)
-            munmap(start, head);
-        if (slack > head)
-            munmap(start + head + bytes, slack - head);
-        start += head;
-#ifdef MADV_HUGEPAGE
-        madvise(start, bytes, MADV_HUGEPAGE);       /* advice: memory without it is as good, only slower */
-#endif
-    }
-    return start;
-}
-
-/* Whole pages; whole huge pages where that adds less than an eighth. */
-static size_t whole_pages(size_t bytes) {
-    size_t huge = (size_t)round_up((int64_t)bytes, (int64_t)HUGE_PAGE);
-    return huge - bytes < bytes / 8 ? huge : (size_t)round_up((int64_t)bytes, sysconf(_SC_PAGESIZE));
+static char *map(size_t bytes, bool usable) {
+    return fails() ? NULL : memory_map(bytes, usable);
 }
 
 static int make_slots(struct arena *a, int64_t n) {
@@ -96,13 +68,13 @@ static int grow_copy(struct arena *a, int64_t rows) {
     size_t bytes = bytes_of(&a->config, tiles);
     if (!bytes || make_slots(a, 1))
         return no_memory(&a->config, wanted, "memory");
-    bytes = whole_pages(bytes);
-    char *segment = map(bytes, PROT_READ | PROT_WRITE);
+    bytes = memory_whole(bytes);
+    char *segment = map(bytes, true);
     if (!segment)
         return no_memory(&a->config, wanted, "memory");
     if (a->n_segments) {
         copy_rows(a, segment, tiles);
-        munmap(a->segments[0], a->segment_bytes);
+        memory_unmap(a->segments[0], a->segment_bytes);
     }
     a->segments[0] = segment;
     a->n_segments = 1;
@@ -118,10 +90,10 @@ static int grow_chunk(struct arena *a, int64_t rows) {
     if (make_slots(a, after))
         return no_memory(&a->config, wanted, "memory");
     while (a->n_segments < after) {
-        char *segment = map(a->segment_bytes, PROT_READ | PROT_WRITE);
+        char *segment = map(a->segment_bytes, true);
         if (!segment) {
             while (a->n_segments > before)
-                munmap(a->segments[--a->n_segments], a->segment_bytes);
+                memory_unmap(a->segments[--a->n_segments], a->segment_bytes);
             return no_memory(&a->config, wanted, "memory");
         }
         a->segments[a->n_segments++] = segment;
@@ -134,13 +106,12 @@ static int grow_chunk(struct arena *a, int64_t rows) {
 /* mprotect makes memory usable, so that the system can refuse it here and not in the middle of a write. */
 static int grow_reserve(struct arena *a, int64_t rows) {
     int64_t wanted = round_up(rows, a->config.r), after = wanted / a->config.r;
-    size_t page = a->space_bytes >= HUGE_PAGE ? HUGE_PAGE : (size_t)sysconf(_SC_PAGESIZE);
-    size_t usable = (size_t)round_up(after * (int64_t)a->segment_bytes, (int64_t)page);
+    size_t usable = (size_t)round_up(after * (int64_t)a->segment_bytes, (int64_t)memory_unit(a->space_bytes));
     if (usable > a->space_bytes)
         usable = a->space_bytes;
     if (make_slots(a, after) || fails() ||
         (usable > a->space_usable &&
-         mprotect(a->space + a->space_usable, usable - a->space_usable, PROT_READ | PROT_WRITE)))
+         memory_use(a->space + a->space_usable, usable - a->space_usable)))
         return no_memory(&a->config, wanted, "memory");
     if (usable > a->space_usable)
         a->space_usable = usable;
@@ -162,12 +133,12 @@ static int plan_segments(struct arena *a) {
     if (!a->segment_bytes)
         return no_memory(c, c->r, "memory");
     if (c->growth == BMC_GROW_CHUNK) {
-        a->segment_bytes = whole_pages(a->segment_bytes);
+        a->segment_bytes = memory_whole(a->segment_bytes);
         return 0;
     }
     size_t bytes = bytes_of(c, round_up(c->cap, c->r) / TILE_ROWS);
-    a->space_bytes = bytes ? whole_pages(bytes) : 0;
-    a->space = bytes ? map(a->space_bytes, PROT_NONE) : NULL;
+    a->space_bytes = bytes ? memory_whole(bytes) : 0;
+    a->space = bytes ? map(a->space_bytes, false) : NULL;
     return a->space ? 0 : no_memory(c, c->cap, "address space");
 }
 
@@ -204,10 +175,10 @@ int arena_init(struct arena *a, const struct arena_config *config) {
 
 void arena_free(struct arena *a) {
     if (a->space)
-        munmap(a->space, a->space_bytes);
+        memory_unmap(a->space, a->space_bytes);
     else
         while (a->n_segments > 0)
-            munmap(a->segments[--a->n_segments], a->segment_bytes);
+            memory_unmap(a->segments[--a->n_segments], a->segment_bytes);
     free(a->segments);
     memset(a, 0, sizeof *a);
 }

@@ -6,31 +6,48 @@
 
 static const size_t HUGE_PAGE = 2 << 20;
 
-/* Mapped with room to spare, then trimmed to whole huge pages. */
-void *huge_alloc(size_t bytes) {
-    bytes = (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
-    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
-    char *start = mmap(NULL, bytes + HUGE_PAGE, PROT_READ | PROT_WRITE, flags, -1, 0);
+static size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+
+size_t memory_unit(size_t bytes) { return bytes >= HUGE_PAGE ? HUGE_PAGE : (size_t)sysconf(_SC_PAGESIZE); }
+
+size_t memory_whole(size_t bytes) {
+    size_t huge = round_up(bytes, HUGE_PAGE);
+    return huge - bytes < bytes / 8 ? huge : round_up(bytes, (size_t)sysconf(_SC_PAGESIZE));
+}
+
+/* With room to spare, which is then trimmed, a mapping starts at a huge page. */
+void *memory_map(size_t bytes, bool usable) {
+    const int protection = usable ? PROT_READ | PROT_WRITE : PROT_NONE;
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | (usable ? 0 : MAP_NORESERVE);
+    size_t slack = bytes >= HUGE_PAGE ? HUGE_PAGE : 0;
+    char *start = mmap(NULL, bytes + slack, protection, flags, -1, 0);
     if (start == MAP_FAILED)
         return NULL;
-    size_t head = -(uintptr_t)start % HUGE_PAGE;
-    if (head)
-        munmap(start, head);
-    munmap(start + head + bytes, HUGE_PAGE - head);
+    if (slack) {
+        size_t head = -(uintptr_t)start % HUGE_PAGE;
+        size_t end = round_up(head + bytes, (size_t)sysconf(_SC_PAGESIZE));
+        if (head)
+            munmap(start, head);
+        if (bytes + slack > end)
+            munmap(start + end, bytes + slack - end);
+        start += head;
 #ifdef MADV_HUGEPAGE
-    madvise(start + head, bytes, MADV_HUGEPAGE);
+        madvise(start, bytes, MADV_HUGEPAGE);       /* advice: memory without it is as good, only slower */
 #endif
-    return start + head;
+    }
+    return start;
 }
 
-void huge_free(void *memory, size_t bytes) {
+void memory_unmap(void *memory, size_t bytes) {
     if (memory)
-        munmap(memory, (bytes + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE);
+        munmap(memory, bytes);
 }
 
-void give_back(const void *data, size_t bytes) {
+int memory_use(void *memory, size_t bytes) { return mprotect(memory, bytes, PROT_READ | PROT_WRITE); }
+
+void memory_give_back(const void *file, size_t bytes) {
     uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
-    uintptr_t from = ((uintptr_t)data + page - 1) & -page, to = ((uintptr_t)data + bytes) & -page;
+    uintptr_t from = ((uintptr_t)file + page - 1) & -page, to = ((uintptr_t)file + bytes) & -page;
     if (from < to)
         madvise((void *)from, to - from, MADV_DONTNEED);
 }

@@ -1,11 +1,19 @@
-/* Large zeroed memory straight from the system. */
+/* Memory straight from the system: zeroed pages, huge ones where there are any. */
 #ifndef MEMORY_H
 #define MEMORY_H
 
+#include <stdbool.h>
 #include <stddef.h>
 
-void *huge_alloc(size_t bytes);             /* zero, on huge pages where there are any, aligned to one; NULL on failure */
-void huge_free(void *memory, size_t bytes); /* NULL is fine */
-void give_back(const void *data, size_t bytes);     /* whole pages of a file mapping that are not needed for now */
+/* Zeroed memory; from 2 MB up aligned to huge pages and, where the system has some, in huge pages: with 4 KB pages the
+ * kernels would wait for the TLB. Not usable: address space only, which costs nothing until memory_use. NULL on failure. */
+void *memory_map(size_t bytes, bool usable);
+void memory_unmap(void *memory, size_t bytes);      /* the same number of bytes; NULL is fine */
+int memory_use(void *memory, size_t bytes);         /* whole pages of address space; 0 unless the system refuses */
+
+size_t memory_unit(size_t bytes);                   /* the page a mapping of so many bytes is made of */
+size_t memory_whole(size_t bytes);                  /* in whole pages; in huge ones where that adds less than an eighth */
+
+void memory_give_back(const void *file, size_t bytes);      /* whole pages of a file mapping that are not needed for now */
 
 #endif

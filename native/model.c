@@ -262,7 +262,7 @@ static void pack_share(void *arg, int thread) {
         atomic_fetch_add(&p->model->packed, (int64_t)(w->code_stride + w->scale_stride));
         size_t done = (size_t)(row + n - kept) * row_bytes;
         if (w->mapped && (done >= 1 << 20 || panel == to - 1)) {
-            give_back(w->data + (size_t)kept * row_bytes, done);
+            memory_give_back(w->data + (size_t)kept * row_bytes, done);
             kept = row + n;
         }
     }
@@ -276,7 +276,7 @@ static void pack_matrix(struct matrix *w, void *model) {
 int bmc_model_pack(bmc_model *m) {
     if (m->panels)
         return fail(BMC_EINVAL, "bmc_model_pack: done already");
-    m->panels = huge_alloc(m->panel_bytes);
+    m->panels = memory_map(m->panel_bytes, true);
     if (!m->panels)
         return fail(BMC_ENOMEM, "no memory for %.0f MB of weights", (double)m->panel_bytes / 1e6);
     uint8_t *next = m->panels;
@@ -329,8 +329,8 @@ static int make_buffers(bmc_model *m) {
     struct buffers *b = m->buffers = own(m, sizeof *b);
     if (!b)
         return fail(BMC_ENOMEM, "no memory for a model");
-    b->bytes = lay_out(m, b, NULL);
-    b->memory = huge_alloc(b->bytes);
+    b->bytes = memory_whole(lay_out(m, b, NULL));
+    b->memory = memory_map(b->bytes, true);
     if (!b->memory)
         return fail(BMC_ENOMEM, "no memory for %.0f MB of buffers", (double)b->bytes / 1e6);
     lay_out(m, b, b->memory);
@@ -383,6 +383,7 @@ static int build(bmc_model *m, const bmc_config *config, const bmc_tensor *tenso
         status = make_buffers(m);
     if (!status)
         each_matrix(m, measure, &m->panel_bytes);
+    m->panel_bytes = memory_whole(m->panel_bytes);
     return status;
 }
 
@@ -413,9 +414,9 @@ void model_release(bmc_model *m) {
     if (atomic_fetch_sub(&m->n_users, 1) > 1)
         return;
     pool_free(m->pool);
-    huge_free(m->panels, m->panel_bytes);
+    memory_unmap(m->panels, m->panel_bytes);
     if (m->buffers)
-        huge_free(m->buffers->memory, m->buffers->bytes);
+        memory_unmap(m->buffers->memory, m->buffers->bytes);
     for (int i = 0; i < m->owned.n; i++)
         free(m->owned.items[i]);
     free(m->owned.items);

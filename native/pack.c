@@ -232,43 +232,42 @@ typedef void put_fn(uint8_t *out, const uint8_t *codes);
 typedef void head_fn(uint8_t *out, int row, const struct split *s);
 typedef void scales_fn(uint8_t *out, int row, const struct split *s, int b);
 
-static inline __attribute__((always_inline)) void pack_rows(const struct layout f, size_t block_bytes, split_fn *split, put_fn *put_codes,
-        head_fn *put_head, scales_fn *put_scales, const uint8_t *rows, size_t row_bytes, int n_rows, int64_t n_cols,
-        uint8_t *codes, uint8_t *scales) {
+/* Where from and where to. */
+struct packing { const uint8_t *rows; size_t row_bytes; int n_rows; int64_t n_cols; uint8_t *codes, *scales; };
+typedef void pack_fn(struct packing p);
+
+static inline __attribute__((always_inline)) void pack_rows(struct packing p, const struct layout f, size_t block_bytes,
+        split_fn *split, put_fn *put_codes, head_fn *put_head, scales_fn *put_scales) {
     struct split s = { 0 };
     int blocks = f.super / 32;
-    for (int64_t k = 0; k < n_cols; k += f.super, rows += block_bytes) {
-        for (int row = 0; row < n_rows; row++) {
-            split(rows + (size_t)row * row_bytes, &s);
+    for (int64_t k = 0; k < p.n_cols; k += f.super, p.rows += block_bytes) {
+        for (int row = 0; row < p.n_rows; row++) {
+            split(p.rows + (size_t)row * p.row_bytes, &s);
             if (f.head_bytes)
-                put_head(scales, row, &s);
+                put_head(p.scales, row, &s);
             for (int b = 0; b < blocks; b++) {
-                put_codes(codes + b * f.code_bytes + 4 * row, s.codes + 32 * b);
-                put_scales(scales + f.head_bytes + b * f.scale_bytes, row, &s, b);
+                put_codes(p.codes + b * f.code_bytes + 4 * row, s.codes + 32 * b);
+                put_scales(p.scales + f.head_bytes + b * f.scale_bytes, row, &s, b);
             }
         }
-        codes += blocks * f.code_bytes;
-        scales += f.head_bytes + blocks * f.scale_bytes;
+        p.codes += blocks * f.code_bytes;
+        p.scales += f.head_bytes + blocks * f.scale_bytes;
     }
 }
 
-typedef void pack_fn(const uint8_t *rows, size_t row_bytes, int n_rows, int64_t n_cols, uint8_t *codes, uint8_t *scales);
-
 /* A type without a head per superblock has its d in every block of 32. */
 #define PACK(TYPE, name, super, kind, scale, zero) \
-    static void pack_##name(const uint8_t *rows, size_t row_bytes, int n_rows, int64_t n_cols, uint8_t *codes, uint8_t *scales) { \
+    static void pack_##name(struct packing p) { \
         const struct layout f = { super, CODES_##kind, HEAD_##scale, SCALES_##scale }; \
-        pack_rows(f, sizeof(block_##name), split_##name, put_##kind, head_##scale, scales_##scale, rows, row_bytes, n_rows, n_cols, \
-                  codes, scales); \
+        pack_rows(p, f, sizeof(block_##name), split_##name, put_##kind, head_##scale, scales_##scale); \
     }
 PANEL_TYPES(PACK)
 
 #define PACK_FLOAT(TYPE, name, size) \
-    static void pack_##name(const uint8_t *rows, size_t row_bytes, int n_rows, int64_t n_cols, uint8_t *codes, uint8_t *scales) { \
-        (void)scales; \
-        for (int row = 0; row < n_rows; row++, rows += row_bytes) \
-            for (int64_t k = 0; k < n_cols; k++) \
-                memcpy(codes + (k * PANEL_ROWS + row) * size, rows + k * size, size); \
+    static void pack_##name(struct packing p) { \
+        for (int row = 0; row < p.n_rows; row++, p.rows += p.row_bytes) \
+            for (int64_t k = 0; k < p.n_cols; k++) \
+                memcpy(p.codes + (k * PANEL_ROWS + row) * size, p.rows + k * size, size); \
     }
 FLOAT_PANEL_TYPES(PACK_FLOAT)
 
@@ -290,11 +289,12 @@ struct panel_size panel_size(int type, int64_t n_cols) {
     return (struct panel_size){ n * (size_t)t->codes, n * (size_t)t->scales };
 }
 
-void pack_panel(int type, const void *rows, size_t row_bytes, int n_rows, int64_t n_cols, uint8_t *codes, uint8_t *scales) {
+void pack_panel(int type, const void *rows, size_t row_bytes, int n_rows, int64_t n_cols, uint8_t *codes,
+                uint8_t *scales) {
     struct panel_size size = panel_size(type, n_cols);
     if (n_rows < PANEL_ROWS) {
         memset(codes, 0, size.codes);
         memset(scales, 0, size.scales);
     }
-    panel_types[type].pack(rows, row_bytes, n_rows, n_cols, codes, scales);
+    panel_types[type].pack((struct packing){ rows, row_bytes, n_rows, n_cols, codes, scales });
 }

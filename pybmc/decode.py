@@ -1,16 +1,18 @@
 """From a prompt to a stream of tokens: evaluate the prompt, then choose and evaluate, one token at a time.
 
-A decoding loop yields choices, in order, and knows nothing of text; what ends a text (stop tokens, stop strings,
-counts) stands around it, in one place, for every loop.
+A decoding loop yields choices, in order, and asks for the passes that it needs; it knows nothing of text. What ends
+a text (stop tokens, stop strings, counts) stands around it, in one place, for every loop, and so does who runs the
+passes: a session alone, or many sessions together.
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from math import inf
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
+from math import inf, isfinite
 from typing import NamedTuple
 
-from .errors import ArgumentError, ContextFullError
+from .errors import ArgumentError, BmcError, ContextFullError
 from .sampling import Sampler, logprob
 
 
@@ -105,43 +107,107 @@ def rewind_to(session, tokens: Sequence[int]) -> int:
 
 
 def eval_prompt(session, tokens: Sequence[int], progress: Callable[[int, int], None] | None = None,
-                seconds: float = 0.25):
+                seconds: float = 0.25, logits: str = "last"):
     """Evaluate tokens in pieces of about `seconds`, so that an interrupt is heard; the last one's logits.
 
-    progress(done, total) is called after each piece. However a prompt is cut, its logits are the same.
+    progress(done, total) is called after each piece. However a prompt is cut, its logits are the same. logits="none"
+    does without them.
     """
     done, piece, total = 0, 64, len(tokens)
     while True:
         n = min(piece, total - done)
         last = done + n == total
         started = time.perf_counter()
-        logits = session.eval(tokens[done:done + n], logits="last" if last else "none")
+        found = session.eval(tokens[done:done + n], logits=logits if last else "none")
         taken = time.perf_counter() - started
         done += n
         if progress:
             progress(done, total)
         if last:
-            return logits
-        piece = min(max(16, int(n * seconds / taken) // 16 * 16), 1024)
+            return found
+        piece = min(max(16, int(n * seconds / max(taken, 1e-9)) // 16 * 16), 1024)
 
 
 # ---- loops -------------------------------------------------------------------------------------------------
 
 
 class Choice(NamedTuple):
-    """What a decoding loop yields."""
+    """A token that a decoding loop yields."""
 
     id: int
     logprob: float
     from_draft: bool = False
 
 
-def plain_loop(session, logits, sampler: Sampler) -> Iterator[Choice]:
-    """Choose from the logits, evaluate the choice, and so on. The last choice yielded is not in the session yet."""
+class Pass(NamedTuple):
+    """What a decoding loop wants evaluated next; it is sent a Reply."""
+
+    tokens: list[int]
+    want: str                           # as in Session.eval: "best", "last" (of one token) or "all"
+
+
+class Reply(NamedTuple):
+    """What a pass gave, how long it took, and how many tokens were in it, other sequences' too."""
+
+    result: object
+    seconds: float
+    width: int
+
+
+Loop = Generator["Choice | Pass", "Reply | None", None]
+
+
+class Chooser:
+    """A Sampler at the end of passes. Where only the best token counts, a pass need not give a row of logits."""
+
+    def __init__(self, sampler: Sampler):
+        self.sampler, self.greedy = sampler, sampler.plain_greedy
+
+    def want(self, n_tok: int) -> str:
+        return "best" if self.greedy else "last" if n_tok == 1 else "all"
+
+    def rows(self, result) -> Sequence:
+        """What a pass gave, token by token."""
+        if isinstance(result, tuple):
+            return list(zip(result[0].tolist(), result[1].tolist()))
+        return result if result.ndim == 2 else result[None]
+
+    def choose(self, row, text: Sequence[int]) -> Choice:
+        """The token that follows the text; row is what the text's last token gave."""
+        if not isinstance(row, tuple):
+            token = self.sampler.sample(row, len(text), text if self.sampler.penalizes else ())
+            return Choice(token, logprob(row, token))
+        if not isfinite(row[1]):
+            raise BmcError(f"no token can be chosen at position {len(text)}: the best has a logprob of {row[1]}")
+        return Choice(*row)
+
+
+def plain_loop(text: list[int], result, chooser: Chooser) -> Loop:
+    """Choose from what the text's last token gave, evaluate the choice, and so on. text grows with the choices.
+
+    The last choice yielded is not in the session yet.
+    """
+    rows = chooser.rows(result)
     while True:
-        token = sampler.sample(logits, session.position, session.tokens if sampler.penalizes else ())
-        yield Choice(token, logprob(logits, token))
-        logits = session.eval([token])
+        choice = chooser.choose(rows[0], text)
+        yield choice
+        text.append(choice.id)
+        rows = chooser.rows((yield Pass([choice.id], chooser.want(1))).result)
+
+
+def alone(loop: Loop, session, clock: Callable[[], float] = time.perf_counter) -> Iterator[Choice]:
+    """The choices of a loop whose passes this session runs."""
+    with closing(loop):
+        reply = None
+        while True:
+            step = loop.send(reply)
+            if isinstance(step, Pass):
+                started = clock()
+                result = session.eval(step.tokens, step.want)
+                reply = Reply(result, clock() - started, len(step.tokens))
+            else:
+                yield step
+                reply = None
 
 
 # ---- generation --------------------------------------------------------------------------------------------

@@ -225,6 +225,11 @@ class Sampler:
         off = self.repeat_penalty == 1 and self.presence_penalty == 0 and self.frequency_penalty == 0
         return not off and self.repeat_last_n != 0
 
+    @property
+    def plain_greedy(self) -> bool:
+        """Whether the choice is always the largest logit: nothing else of a row counts."""
+        return (self.temperature == 0 or self.top_k == 1) and not self.penalizes and not self.logit_bias
+
     def adjust(self, logits: np.ndarray, history: Sequence[int] = ()) -> np.ndarray:
         """The logits after bias and penalties: the same array if there are none."""
         if self.logit_bias:

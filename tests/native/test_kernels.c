@@ -329,7 +329,7 @@ static void check_block(const struct act_block *a, const float *x) {
     double top = 0;
     int32_t sums[2] = { 0, 0 };
     for (int i = 0; i < 32; i++)
-        top = fmax(top, fabs((double)x[i]));
+        top = fabs((double)x[i]) > top ? fabs((double)x[i]) : top;         /* fmax here breaks gcc 12 for arm64 */
     CHECK(fabs((double)a->d - top / 127) <= ROUNDING * top / 127 + 1e-45);
     for (int i = 0; i < 32; i++) {
         CHECK(a->q[i] >= -127 && a->q[i] <= 127);

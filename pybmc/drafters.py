@@ -1,0 +1,215 @@
+"""Who guesses how a text goes on: a small model with the same vocabulary, or the text itself.
+
+A drafter is asked before each pass of the target model, with every token so far. What it proposes is checked in
+that pass: a wrong guess costs time and never changes the text. So a drafter may be interrupted, closed or mistaken
+at any time; it only has to follow the text.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from math import exp, isfinite
+from typing import NamedTuple
+
+from .decode import common_prefix, eval_prompt
+from .errors import ArgumentError
+from .sampling import Sampler, logprob
+
+
+class Draft(NamedTuple):
+    """Tokens that may come next, and a mark for each: how sure the drafter was, from 0 up to its n_marks - 1."""
+
+    ids: list[int]
+    marks: list[int]
+
+    def cut(self, n: int) -> Draft:
+        return Draft(self.ids[:n], self.marks[:n])
+
+
+NOTHING = Draft([], [])
+
+
+# ---- a text as its own drafter -----------------------------------------------------------------------------
+
+
+class NgramDrafter:
+    """Proposes what followed when the last tokens were there before: the longest match, the latest of equals.
+
+    A token's mark is the length of the match that it would go on, so a copy that runs well is trusted more and
+    more. An index of pairs finds the places; a token costs a microsecond or two to add, a proposal some ten.
+    """
+
+    name = "ngram"
+    n_marks = 25
+    tries = 12                          # places that one proposal looks at
+
+    def __init__(self):
+        self._text: list[int] = []
+        self._last: dict[tuple[int, int], int] = {}     # a pair -> where it ended last
+        self._before: list[int] = [0]                   # by position: where the pair that ends here ended before; 0: nowhere
+
+    def follow(self, text: Sequence[int]) -> None:
+        """Take up a text that may begin otherwise than the one before."""
+        if common_prefix(self._text, text) < len(self._text):
+            self.__init__()
+        self._extend(text)
+
+    def _extend(self, text: Sequence[int]) -> None:
+        seen, last, before = self._text, self._last, self._before
+        for token in text[len(seen):]:
+            seen.append(token)
+            if len(seen) < 2:
+                before.append(0)
+                continue
+            pair = seen[-2], token
+            before.append(last.get(pair, 0))
+            last[pair] = len(seen)
+
+    def propose(self, text: Sequence[int], k: int) -> Draft:
+        """At most k tokens; text goes on where the one before ended."""
+        self._extend(text)
+        at, length = self._longest()
+        if not at:
+            return NOTHING
+        seen, ids = self._text, []
+        for place in range(at, at + k):                 # a match that reaches the end goes on into the proposal itself
+            ids.append(seen[place] if place < len(seen) else ids[place - len(seen)])
+        return Draft(ids, [min(length + i, self.n_marks - 1) for i in range(len(ids))])
+
+    def _longest(self) -> tuple[int, int]:
+        """Where the longest earlier match of the text's end ended, and its length; (0, 0) if there is none."""
+        seen, end = self._text, len(self._text)
+        place, best = self._before[end], (0, 0)
+        for _ in range(self.tries):
+            if not place:
+                break
+            length = 2
+            while length < self.n_marks and length < place and seen[place - length - 1] == seen[end - length - 1]:
+                length += 1
+            if length > best[1]:
+                best = place, length
+            place = self._before[place]
+        return best
+
+    def close(self) -> None:
+        pass
+
+
+# ---- a small model -----------------------------------------------------------------------------------------
+
+EDGES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.995)     # of marks, as probabilities
+LAG = 16                                # tokens behind that are fed apart from a draft
+
+
+def mark(probability: float) -> int:
+    return bisect_right(EDGES, probability)
+
+
+class ModelDrafter:
+    """A small model with its own session, which holds the text's tokens: all but the last, before a draft.
+
+    Greedy drafts are one native call. Otherwise the draft is sampled with the target's settings and noise: where
+    the two models agree, their choices do too.
+    """
+
+    name = "draft"
+    n_marks = len(EDGES) + 1
+
+    def __init__(self, model, target_size: int):
+        self.model, self.target_size = model, target_size
+        self.size = model.config.vocab_size
+        self.session = model.session()
+        self._agreed = 0                # rows known to be the text's
+
+    def follow(self, text: Sequence[int], progress=None) -> None:
+        """Hold a text, all but its last token: what the session has of it already is not evaluated again."""
+        self._agreed = 0
+        self._catch_up(self._known(text), 0, progress)
+
+    def _known(self, text: Sequence[int]) -> list[int]:
+        """The text in the draft's vocabulary: token 0 stands for those that it does not have."""
+        if self.size >= self.target_size:
+            return list(text)
+        return [token if token < self.size else 0 for token in text]
+
+    def _catch_up(self, text: list[int], lag: int, progress=None) -> int:
+        """Drop the rows that are not the text's, and evaluate those missing if they are more than lag; the position."""
+        held, n = self.session.tokens, self._agreed
+        most = min(len(held), len(text) - 1)
+        while n < most and held[n] == text[n]:
+            n += 1
+        self.session.rewind(n)
+        missing = text[n:-1]
+        cap = self.session.context
+        if len(missing) > lag and (cap is None or len(text) <= cap):
+            eval_prompt(self.session, missing, progress, logits="none")
+            n += len(missing)
+        self._agreed = n
+        return n
+
+    def propose(self, text: Sequence[int], k: int, p_min: float, sampler: Sampler) -> Draft:
+        """At most k tokens; the last one is the first that is less probable than p_min, if there is one."""
+        known = self._known(text)
+        at = self._catch_up(known, LAG)
+        if self.session.context is not None:
+            k = min(k, self.session.context - len(text) + 1)
+        if k < 1:
+            return NOTHING
+        if sampler.plain_greedy:
+            ids, logprobs = self.session.draft(known[at:], k, p_min)
+            ids, probs = ids.tolist(), [exp(p) if isfinite(p) else 0.0 for p in logprobs.tolist()]
+        else:
+            ids, probs = self._sampled(known, at, k, p_min, sampler)
+        fits = next((i for i, id in enumerate(ids) if id >= self.target_size), len(ids))
+        return Draft(ids, [mark(p) for p in probs]).cut(fits)
+
+    def _sampled(self, known: list[int], at: int, k: int, p_min: float, sampler: Sampler):
+        history, feed = list(known), known[at:]
+        ids, probs = [], []
+        for _ in range(k):
+            logits = self.session.eval(feed)
+            id = sampler.sample(logits, len(history), history if sampler.penalizes else ())
+            ids.append(id)
+            probs.append(exp(logprob(logits, id)))
+            if probs[-1] < p_min:
+                break
+            history.append(id)
+            feed = [id]
+        return ids, probs
+
+    def close(self) -> None:
+        self.session.close()
+
+
+# ---- pairs -------------------------------------------------------------------------------------------------
+
+
+class PairError(ArgumentError):
+    """Two models that cannot work together."""
+
+
+def check_pair(target, draft) -> None:
+    """Raise a PairError that names the first token that is not the same bytes in both vocabularies.
+
+    Sizes may differ: vocabularies are padded. What only one of them has is never proposed, or not understood.
+    """
+    ours, theirs = target.tokenizer, draft.tokenizer
+    if ours is None or theirs is None:
+        raise PairError(f"{(target if ours is None else draft).path} has no vocabulary to compare")
+    id = first_difference(ours, theirs)
+    if id is not None:
+        raise PairError(f"the draft has another vocabulary: token {id} is {ours.piece(id)!r} in {target.path} and "
+                        f"{theirs.piece(id)!r} in {draft.path}")
+    n, m = ours.vocab_size, theirs.vocab_size
+    if min(n, m) < 0.9 * max(n, m):
+        raise PairError(f"the draft has another vocabulary: {n} tokens in {target.path}, {m} in {draft.path}")
+
+
+def first_difference(ours, theirs) -> int | None:
+    """The first id whose bytes differ, among those that both have."""
+    n = min(ours.vocab_size, theirs.vocab_size)
+    spelled, others = getattr(ours, "tokens", None), getattr(theirs, "tokens", None)
+    if spelled and others and type(ours._codec) is type(theirs._codec) and spelled[:n] == others[:n]:
+        return None                     # the same spelling, read by the same rules: a look at each piece takes 100 ms
+    return next((id for id in range(n) if ours.piece(id) != theirs.piece(id)), None)
