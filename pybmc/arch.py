@@ -310,7 +310,8 @@ def _roles(file: GGUF, config: Config, tensor: Tensor) -> Iterator[Role]:
     tail = "" if suffix == "weight" else f".{suffix}"
     if inner == "attn_qkv" and layer >= 0:
         yield from _cut(file, tensor, layer, tail, {"attn_q": config.q_dim, "attn_k": config.kv_dim, "attn_v": config.kv_dim})
-    elif inner == "ffn_up" and layer >= 0 and f"blk.{layer}.ffn_gate.weight" not in file.tensors and "ffn_gate" in config.spec.needs:
+    elif (inner == "ffn_up" and layer >= 0 and "ffn_gate" in config.spec.needs and tensor.shape[-1] != config.hidden_dim
+          and f"blk.{layer}.ffn_gate.weight" not in file.tensors):
         yield from _cut(file, tensor, layer, tail, {"ffn_gate": config.hidden_dim, "ffn_up": config.hidden_dim})
     elif suffix in ("weight", "bias") and (inner in LAYER_ROLES if layer >= 0 else inner in MODEL_ROLES):
         yield _role(LAYER_ROLES.get(inner, inner) + tail, layer, tensor)

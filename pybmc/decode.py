@@ -222,8 +222,30 @@ class Stats:
     prompt_s: float = 0.0
     predicted_tokens: int = 0
     predicted_s: float = 0.0
-    draft_n: int = 0
+    draft_n: int = 0                # drafted tokens that were checked
     draft_n_accepted: int = 0
+    rounds: int = 0                 # passes after the prompt
+    draft_s: float = 0.0            # of predicted_s: drafting, checking, choosing
+    verify_s: float = 0.0
+    choose_s: float = 0.0
+    plain_tok_s: float = 0.0        # what plain decoding would give, as far as is known; 0 without a draft
+    lengths: dict[int, int] = field(default_factory=dict)       # drafted tokens in a pass -> how many passes
+
+    def count(self, checked: int, drafting: float, verifying: float) -> None:
+        """A pass with so many drafted tokens."""
+        self.rounds += 1
+        self.draft_n += checked
+        self.draft_s += drafting
+        self.verify_s += verifying
+        self.lengths[checked] = self.lengths.get(checked, 0) + 1
+
+    @property
+    def mean_k(self) -> float:
+        return self.draft_n / self.rounds if self.rounds else 0.0
+
+    @property
+    def accepted_share(self) -> float:
+        return self.draft_n_accepted / self.draft_n if self.draft_n else 0.0
 
     @property
     def prompt_tok_s(self) -> float:
@@ -247,8 +269,9 @@ class Generation(Iterator[Token]):
         self._tokens.close()
 
 
-def generate(model, prompt, max_tokens: int | None = 256, *, session=None, temperature: float = 0.0,
-             seed: int = 0, stop: str | Sequence[str] = (), stop_tokens: Iterable[int] | None = None,
+def generate(model, prompt, max_tokens: int | None = 256, *, session=None, draft=None, spec: str = "auto",
+             draft_max: int = 16, draft_min: int = 0, temperature: float = 0.0, seed: int = 0,
+             stop: str | Sequence[str] = (), stop_tokens: Iterable[int] | None = None,
              progress: Callable[[int, int], None] | None = None, **settings) -> Generation:
     """Continue a prompt: an iterator of Token.
 
@@ -256,6 +279,11 @@ def generate(model, prompt, max_tokens: int | None = 256, *, session=None, tempe
     max_tokens at most so many tokens; None: until the model ends or the context is full
     session    evaluate in this session, and keep it: what the prompt has in common with its tokens is not evaluated
                again. Without one a new session is used and closed.
+    draft      a smaller model with the same vocabulary that guesses ahead: a Model or a path. The text is the same as
+               without it, at any temperature; only the time differs
+    spec       who guesses: "draft", "ngram" (repetitions in the text; needs no draft), "auto" (both, if there is a draft)
+               or "off"
+    draft_max, draft_min  bounds of the tokens guessed at a time; how many pay is found out while decoding
     stop       strings that end the text and are not part of it
     stop_tokens ids that end the text; None: the vocabulary's end-of-text and end-of-turn tokens, (): none
     progress   called with (done, total) while a prompt is evaluated
@@ -263,11 +291,7 @@ def generate(model, prompt, max_tokens: int | None = 256, *, session=None, tempe
 
     The last Token tells why it was the last (finish_reason). The same prompt, settings and seed give the same text.
     """
-    try:
-        sampler = Sampler(temperature=temperature, seed=seed, **settings)
-    except TypeError:
-        unknown = ", ".join(settings.keys() - Sampler.__dataclass_fields__)
-        raise ArgumentError(f"unknown settings: {unknown}") from None
+    sampler = make_sampler(temperature=temperature, seed=seed, **settings)
     if max_tokens is not None and max_tokens < 0:
         raise ArgumentError(f"max_tokens is {max_tokens}; expected 0 or more, or None")
     if model.tokenizer is None:
@@ -276,11 +300,23 @@ def generate(model, prompt, max_tokens: int | None = 256, *, session=None, tempe
     stops = model.tokenizer.stop_ids if stop_tokens is None else frozenset(stop_tokens)
     stats = Stats(prompt_tokens=len(tokens))
     limit = inf if max_tokens is None else max_tokens
-    run = _run(model, tokens, limit, session, sampler, StopStrings(stop), stops, progress, stats)
+    speculation = None
+    if draft is not None or spec != "auto":
+        from .speculate import attach
+        speculation = attach(session, model, draft, spec, draft_max, draft_min)
+    run = _run(model, tokens, limit, session, Chooser(sampler), speculation, StopStrings(stop), stops, progress, stats)
     return Generation(run, tokens, stats)
 
 
-def _run(model, tokens, max_tokens, session, sampler, stop_strings, stop_ids, progress, stats) -> Iterator[Token]:
+def make_sampler(**settings) -> Sampler:
+    unknown = settings.keys() - Sampler.__dataclass_fields__
+    if unknown:
+        raise ArgumentError(f"unknown settings: {', '.join(sorted(unknown))}")
+    return Sampler(**settings)
+
+
+def _run(model, tokens, max_tokens, session, chooser, speculation, stop_strings, stop_ids, progress,
+         stats) -> Iterator[Token]:
     own = None if session is not None else model.session()
     session = own if session is None else session
     try:
@@ -288,13 +324,27 @@ def _run(model, tokens, max_tokens, session, sampler, stop_strings, stop_ids, pr
         started = time.perf_counter()
         stats.reused_tokens = rewind_to(session, tokens)
         logits = eval_prompt(session, tokens[stats.reused_tokens:], progress)
+        if speculation and max_tokens > 1:
+            speculation.follow(tokens, progress)
         stats.prompt_s = time.perf_counter() - started
         if max_tokens:
-            choices = timed(plain_loop(session, logits, sampler), stats)
-            yield from finish(choices, session, model.tokenizer.stream(), max_tokens, stop_strings, stop_ids)
+            loop = start_loop(session, tokens, logits, chooser, speculation, max_tokens, stats)
+            with closing(timed(alone(loop, session), stats)) as choices:
+                yield from finish(choices, len(tokens), session.context, model.tokenizer.stream(), max_tokens,
+                                  stop_strings, stop_ids)
     finally:
+        if speculation:
+            speculation.release()
         if own is not None:
             own.close()
+
+
+def start_loop(session, tokens, logits, chooser: Chooser, speculation, max_tokens: float, stats: Stats) -> Loop:
+    """The decoding loop after a prompt, which the session holds."""
+    if speculation is None:
+        return plain_loop(list(tokens), logits, chooser)
+    room = inf if session.context is None else session.context - len(tokens) + 1
+    return speculation.loop(session, list(tokens), logits, chooser, min(max_tokens, room), stats)
 
 
 def check_room(session, tokens: Sequence[int]) -> None:
@@ -305,17 +355,18 @@ def check_room(session, tokens: Sequence[int]) -> None:
 
 def timed(choices: Iterator[Choice], stats: Stats) -> Iterator[Choice]:
     """Counts choices, and the seconds that making them takes: not those that their reader takes."""
-    while True:
-        started = time.perf_counter()
-        choice = next(choices)
-        stats.predicted_s += time.perf_counter() - started
-        stats.predicted_tokens += 1
-        yield choice
+    with closing(choices):
+        while True:
+            started = time.perf_counter()
+            choice = next(choices)
+            stats.predicted_s += time.perf_counter() - started
+            stats.predicted_tokens += 1
+            yield choice
 
 
-def finish(choices: Iterator[Choice], session, decoder, max_tokens: float, stop_strings: StopStrings,
-           stop_ids: frozenset[int]) -> Iterator[Token]:
-    """Choices as Tokens with text, until something ends them."""
+def finish(choices: Iterator[Choice], n_prompt: int, context: int | None, decoder, max_tokens: float,
+           stop_strings: StopStrings, stop_ids: frozenset[int]) -> Iterator[Token]:
+    """Choices as Tokens with text, until something ends them. context: the most rows, of which a last token needs none."""
     for n, choice in enumerate(choices, 1):
         ends = choice.id in stop_ids
         text = "" if ends else stop_strings.push(decoder.push(choice.id))
@@ -324,7 +375,7 @@ def finish(choices: Iterator[Choice], session, decoder, max_tokens: float, stop_
             reason = "stop"
         elif n >= max_tokens:
             reason = "length"
-        elif session.context is not None and session.position >= session.context:
+        elif context is not None and n_prompt + n > context:
             reason = "context"
         if reason and not stop_strings.found:
             text += stop_strings.push(decoder.flush()) + stop_strings.flush()

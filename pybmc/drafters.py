@@ -148,6 +148,10 @@ class ModelDrafter:
         self._agreed = n
         return n
 
+    def lag(self, text: Sequence[int]) -> int:
+        """Tokens that are missing before a draft, beyond the usual few."""
+        return max(0, len(text) - self._agreed - LAG)
+
     def propose(self, text: Sequence[int], k: int, p_min: float, sampler: Sampler) -> Draft:
         """At most k tokens; the last one is the first that is less probable than p_min, if there is one."""
         known = self._known(text)

@@ -2,10 +2,14 @@
 
 import codecs
 import zlib
+from math import exp
+from types import SimpleNamespace
 
 import numpy as np
 
 from pybmc import ArgumentError, ClosedError, ContextFullError
+from pybmc.model import Best
+from pybmc.sampling import logprob
 
 END, VOCAB = 256, 257
 
@@ -67,10 +71,31 @@ class FakeSession:
             self.tokens.append(token)
             self.evaluated += 1
             rows.append(self.model.logits(self.tokens))
+        if logits == "best":
+            return best(rows)
         return {"last": rows[-1], "all": np.array(rows), "none": None}[logits]
+
+    def draft(self, tokens, k, p_min=0.0):
+        found = []
+        for _ in range(k):
+            found.append(self.eval(tokens))
+            ids, logprobs = best(found)
+            tokens = [int(ids[-1])]
+            if exp(logprobs[-1]) < p_min:
+                break
+        return best(found)
+
+    def reserve(self, rows):
+        if self.context is not None and len(self.tokens) + rows > self.context:
+            raise ContextFullError(f"{len(self.tokens)} + {rows} > {self.context}")
 
     def close(self):
         self.closed = True
+
+
+def best(rows):
+    ids = [int(row.argmax()) for row in rows]
+    return Best(np.array(ids, np.int32), np.array([logprob(row, id) for row, id in zip(rows, ids)], np.float32))
 
 
 class FakeModel:
@@ -80,6 +105,11 @@ class FakeModel:
         self.tokenizer, self.context, self.sessions = FakeTokenizer(), context, []
         self.script = None if script is None else [*script.encode(), END]
         self.asked = 0
+        self.config, self.threads, self.path = SimpleNamespace(n_ctx=10**6, vocab_size=VOCAB), 1, "fake.gguf"
+
+    def close(self):
+        for session in self.sessions:
+            session.close()
 
     def session(self, context=None):
         self.sessions.append(FakeSession(self, context or self.context))

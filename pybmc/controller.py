@@ -1,0 +1,318 @@
+"""How many tokens to draft: what a pass costs by its width, how often drafts come true, and the best of it.
+
+    rate(k) = tokens that k drafts may give / (pass of k + 1 tokens + k drafts)
+
+k = 0, plain decoding, is always among the choices. Everything is measured while the text is written: the cost of
+passes by their width, the drafter's, and acceptance by place and by mark (how sure the drafter was). Nothing here
+knows of models: times come in as numbers, so a simulation can drive it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import exp, log
+
+WIDEST = 16                             # tokens in a draft
+MIN_GAIN = 1.03                         # predicted, before speculating at all
+PROBING = 0.015                         # of the time, for drafts that are not expected to pay
+FADE = 0.97                             # weight of what was seen one draft ago
+PATIENCE = 12                           # drafted rounds that must pay together
+PAUSES = (32, 512)                      # plain tokens after rounds that did not pay: at first, at most
+FRESH = 48                              # rounds after which a plain pass is measured again
+
+
+# ---- costs -------------------------------------------------------------------------------------------------
+
+
+class CostCurve:
+    """Seconds of a pass by its width: a shape, width n over width 1, times the seconds of width 1.
+
+    The scale follows the machine and the depth within a few passes, the shape slowly; a single slow pass moves
+    neither much. Between widths that were measured it is linear, beyond them a guess.
+    """
+
+    GUESS = 0.05                        # what a token more costs, in passes of one, where nothing is known
+
+    def __init__(self, seconds: dict[int, float] | None = None):
+        self._shape: dict[int, float] = {1: 0.0}                # log of width n over width 1
+        self._scale: float | None = None                        # log of the seconds of width 1
+        self.counts: dict[int, int] = {}
+        if seconds and 1 in seconds:
+            self._scale = log(seconds[1])
+            self._shape = {n: log(t / seconds[1]) for n, t in sorted(seconds.items())}
+        self._ratios: list[float] = []
+
+    def observe(self, n: int, seconds: float) -> None:
+        """A pass of n tokens took so long."""
+        t = log(max(seconds, 1e-9))
+        if self._scale is None:
+            self._scale = t - log(self.ratio(n))
+        count = self.counts[n] = self.counts.get(n, 0) + 1
+        surprise = t - self._scale - log(self.ratio(n))
+        calm = max(-0.25, min(0.25, surprise)) if count > 2 or n in self._shape else surprise
+        if n == 1:
+            self._scale += (0.5 if count == 1 else 0.15) * calm
+            return
+        if n not in self._shape:
+            self._shape[n] = log(self.ratio(n))
+            self._shape = dict(sorted(self._shape.items()))
+            calm = surprise
+        self._scale += 0.08 * calm
+        self._shape[n] += max(0.08, 0.6 / count) * calm
+        self._ratios = []
+
+    def ratio(self, n: int) -> float:
+        """Cost of a pass of n tokens over one of a single token; at least that of the widths below it."""
+        if not self._ratios:
+            self._ratios = self._table()
+        if n < len(self._ratios):
+            return self._ratios[n]
+        last = len(self._ratios) - 1
+        slope = max(self.GUESS, (self._ratios[last] - 1) / max(last - 1, 1))
+        return self._ratios[last] + (n - last) * slope
+
+    def _table(self) -> list[float]:
+        known = [(n, exp(shape)) for n, shape in self._shape.items()]
+        table = [0.0, 1.0]
+        for (a, low), (b, high) in zip(known, known[1:]):
+            table += [low + (high - low) * (n - a) / (b - a) for n in range(a + 1, b + 1)]
+        for n in range(2, len(table)):
+            table[n] = max(table[n], table[n - 1])
+        return table
+
+    def at(self, n: int) -> float:
+        """Seconds."""
+        return self.ratio(n) * exp(self._scale if self._scale is not None else 0.0)
+
+    @property
+    def known(self) -> bool:
+        return self._scale is not None
+
+    def seconds(self) -> dict[int, float]:
+        """What is known, for the next time."""
+        if self._scale is None:
+            return {}
+        return {n: exp(self._scale + shape) for n, shape in self._shape.items()}
+
+
+class Average:
+    """A mean in which what is older counts less; single values far off count little."""
+
+    def __init__(self, weight: float = 0.1):
+        self.weight, self.n, self.value = weight, 0, 0.0
+
+    def add(self, value: float) -> None:
+        self.n += 1
+        if self.n > 8:
+            value = min(value, 3 * self.value)
+        self.value += max(self.weight, 1 / self.n) * (value - self.value)
+
+
+# ---- chances -----------------------------------------------------------------------------------------------
+
+
+class Chances:
+    """How often something came true, in each of n classes. Where a class has seen little, its expectation counts."""
+
+    def __init__(self, expected: Sequence[float], weight: float = 4.0):
+        self._expected, self._weight = list(expected), weight
+        self._true, self._n = [0.0] * len(expected), [0.0] * len(expected)
+
+    def add(self, i: int, came_true: bool) -> None:
+        self._true[i] = FADE * self._true[i] + came_true
+        self._n[i] = FADE * self._n[i] + 1
+
+    def at(self, i: int) -> float:
+        return (self._true[i] + self._weight * self._expected[i]) / (self._n[i] + self._weight)
+
+
+class Chain:
+    """Chance by place: of the i-th, given that those before came true. Places seen little take after the others."""
+
+    def __init__(self, n: int, expected: float):
+        self._expected = expected
+        self._true, self._n = [0.0] * n, [0.0] * n
+
+    def add(self, i: int, came_true: bool) -> None:
+        self._true[i] = FADE * self._true[i] + came_true
+        self._n[i] = FADE * self._n[i] + 1
+
+    def all(self) -> list[float]:
+        mean = (sum(self._true) + 2 * self._expected) / (sum(self._n) + 2)
+        return [(t + 3 * mean) / (n + 3) for t, n in zip(self._true, self._n)]
+
+
+class Source:
+    """What is known of one drafter: acceptance by place and by mark, length of its drafts, seconds a token."""
+
+    def __init__(self, name: str, marks: Sequence[float], expected: float = 0.6):
+        self.name = name
+        self.by_mark = Chances(marks)
+        self.accepted = Chain(WIDEST, expected)         # checked and accepted, of those asked for
+        self.offered = Chain(WIDEST, 0.9)               # worth checking, of those asked for
+        self.seconds = Average()                        # of a drafted token
+        self.drafted = self.taken = self.rounds = 0
+
+    def learn(self, asked: int, checked: int, marks: Sequence[int], hits: Sequence[bool]) -> None:
+        """A draft is over. hits: for each proposed token that could be judged, whether it came true; one that
+        was proposed and not checked can be judged where it would have been next."""
+        for i, (came_true, sure) in enumerate(zip(hits, marks)):
+            self.by_mark.add(sure, came_true)
+            if i < asked and i < checked:
+                self.accepted.add(i, came_true)
+        right = next((i for i, hit in enumerate(hits) if not hit), len(hits))
+        if checked < asked and right >= checked:        # it stopped early, and had been right so far
+            self.accepted.add(checked, False)
+        for i in range(min(asked, checked + 1)):
+            self.offered.add(i, i < checked)
+
+
+# ---- the choice --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Plan:
+    """k tokens to draft, and to stop after one that is less probable than p_min. probing: it is not expected to pay."""
+
+    k: int
+    p_min: float = 0.0
+    probing: bool = False
+    gain: float = 1.0
+
+
+@dataclass
+class Account:
+    """Seconds and tokens of the rounds so far."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    probing: float = 0.0                # seconds that probes lost
+    lately: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])    # drafted rounds: seconds, plain's, weight
+
+
+class Controller:
+    """Plans rounds and learns from them. least and most bound a draft that is made at all."""
+
+    def __init__(self, curve: CostCurve | None = None, most: int = WIDEST, least: int = 0):
+        self.curve = curve or CostCurve()
+        self.most, self.least = min(most, WIDEST), max(least, 1)
+        self.min_gain = MIN_GAIN
+        self.choosing = Average()       # seconds to choose a token from its row
+        self.account = Account()
+        self.pause, self._last_pause, self._since_plain = 0, 0, 0
+
+    # ---- predictions
+
+    @property
+    def stale(self) -> bool:
+        """Whether a plain pass is due: what speculation is compared with has to be known."""
+        return self._since_plain >= FRESH
+
+    def plain(self, others: int = 0) -> float:
+        """Tokens a second without a draft. others: tokens of other sequences that share the pass."""
+        return (1 + others) / (self.curve.at(1 + others) + self.choosing.value)
+
+    def rate(self, tokens: float, width: float, drafting: float, others: int = 0) -> float:
+        """Tokens a second of rounds that give so many tokens from passes of a mean width, after so long drafting."""
+        low = int(width)
+        seconds = self.curve.at(low + others)
+        if width > low:
+            seconds += (width - low) * (self.curve.at(low + 1 + others) - seconds)
+        return (tokens + others) / (seconds + drafting + tokens * self.choosing.value)
+
+    def plan(self, source: Source, room: int, others: int = 0, lag: float = 0.0) -> Plan:
+        """What to ask of a drafter whose drafts cost time. room: the most tokens that may be drafted.
+
+        lag: seconds that it needs first, to catch up.
+        """
+        most = min(self.most, room)
+        if most < self.least:
+            return Plan(0)
+        best, plain = self._best(source, most, others), self.plain(others)
+        best.gain /= plain
+        if self.pause or best.gain < self.min_gain:
+            return self._probe(source, most, lag)
+        step = (self.curve.at(best.k + 1 + others) - self.curve.at(1 + others)) / best.k
+        best.p_min = min(0.9, (source.seconds.value + step) * plain * best.gain)
+        return best
+
+    def _best(self, source: Source, most: int, others: int) -> Plan:
+        """The best k from 1 up; its gain is a rate yet."""
+        tokens, width, right, offered, best = 1.0, 1.0, 1.0, 1.0, Plan(0, gain=0.0)
+        accept, offer = source.accepted.all(), source.offered.all()
+        for k in range(1, most + 1):
+            right *= accept[k - 1]
+            tokens += right
+            width += offered * offer[k - 1]
+            offered *= offer[k - 1]
+            rate = self.rate(tokens, width, k * source.seconds.value, others)
+            if k >= self.least and rate > best.gain:
+                best = Plan(k, gain=rate)
+        return best
+
+    def _probe(self, source: Source, most: int, lag: float) -> Plan:
+        """A short draft now and then: the text may have changed."""
+        k = max(self.least, min(3, most))
+        cost = self.curve.at(k + 1) - self.curve.at(1) + k * source.seconds.value + lag
+        if self.account.probing + cost <= PROBING * self.account.seconds:
+            return Plan(k, probing=True)
+        return Plan(0)
+
+    def cut(self, source: Source, marks: Sequence[int], spent: float, others: int = 0) -> tuple[int, float]:
+        """How many tokens of a draft to check, and the rate that this gives. spent: seconds the draft took."""
+        tokens, right, best = 1.0, 1.0, (0, self.rate(1, 1, spent, others))
+        for n, sure in enumerate(marks, 1):
+            right *= source.by_mark.at(sure)
+            tokens += right
+            rate = self.rate(tokens, n + 1, spent, others)
+            if n >= self.least and rate > best[1]:
+                best = n, rate
+        return best
+
+    # ---- lessons
+
+    def passed(self, width: int, seconds: float) -> None:
+        self.curve.observe(width, seconds)
+
+    def ended(self, checked: int, tokens: int, seconds: float, probing: bool, learning: bool = True) -> None:
+        """A round gave so many tokens in so many seconds. checked: drafted tokens in its pass."""
+        account = self.account
+        account.seconds += seconds
+        account.tokens += tokens
+        self._since_plain = self._since_plain + 1 if checked else 0
+        plain = tokens / self.plain()
+        if probing:
+            account.probing += max(0.0, seconds - plain)
+        elif checked and learning:
+            self._judge(seconds, plain)
+        elif not checked:
+            self.pause = max(0, self.pause - tokens)
+
+    def _judge(self, seconds: float, plain: float) -> None:
+        """Stop for a while when drafting has lately been slower than plain decoding would have been."""
+        fade = 1 - 1 / PATIENCE
+        spent, would, weight = self.account.lately
+        spent, would, weight = fade * spent + seconds, fade * would + plain, fade * weight + 1
+        if weight > PATIENCE / 2 and spent > would:
+            self.pause = self._last_pause = min(max(PAUSES[0], 2 * self._last_pause), PAUSES[1])
+            spent, would, weight = 0.0, 0.0, 0.0
+        elif weight > PATIENCE / 2 and spent < 0.9 * would:
+            self._last_pause = 0
+        self.account.lately = [spent, would, weight]
+
+
+class FixedLength(Controller):
+    """Always drafts k tokens and checks them all: for comparisons and proofs."""
+
+    def __init__(self, k: int, curve: CostCurve | None = None):
+        super().__init__(curve)
+        self.k, self.min_gain = k, 0.0
+
+    stale = False
+
+    def plan(self, source: Source, room: int, others: int = 0, lag: float = 0.0) -> Plan:
+        return Plan(max(0, min(self.k, room)))
+
+    def cut(self, source: Source, marks: Sequence[int], spent: float, others: int = 0) -> tuple[int, float]:
+        return min(len(marks), self.k), float(len(marks))

@@ -1,0 +1,319 @@
+"""Speculative decoding: guess some tokens, check them all in one pass, keep those that are what plain decoding says.
+
+A round evaluates the last token and k drafted ones. Each row of the pass gives the token that plain decoding would
+choose there: as long as the drafted one is the same, the next row counts too. What comes out is plain decoding's
+text whatever the drafts, because a token's logits do not depend on what shares its pass.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+from . import cache
+from .controller import WIDEST, Controller, CostCurve, Plan, Source
+from .decode import Chooser, Loop, Pass, Stats
+from .drafters import EDGES, NOTHING, Draft, ModelDrafter, NgramDrafter, PairError, check_pair
+from .errors import ArgumentError, BmcError, ClosedError
+
+log = logging.getLogger(__name__)
+
+SPECS = ("auto", "draft", "ngram", "off")
+MEASURED = (1, 2, 3, 4, 6, 8, 12, 16)       # widths that a first calibration times
+
+# What a mark promises before anything was seen.
+_MODEL_MARKS = [(a + b) / 2 for a, b in zip((0.0, *EDGES), (*EDGES, 1.0))]
+_NGRAM_MARKS = [0.0, 0.1, 0.25, 0.4, 0.55, 0.65, 0.7, 0.75, *[0.8] * 8, *[0.9] * (NgramDrafter.n_marks - 16)]
+
+
+@dataclass
+class Round:
+    """A draft on its way: what was asked, proposed, and how much of it is in the pass."""
+
+    source: Source | None = None
+    asked: int = 0
+    draft: Draft = NOTHING
+    checked: int = 0
+    probing: bool = False
+    shadow: Draft = NOTHING             # what the n-grams said, where another draft was taken
+    drafting: float = 0.0               # seconds
+    others: int = 0
+
+    @property
+    def ids(self) -> list[int]:
+        return self.draft.ids[:self.checked]
+
+
+class Speculation:
+    """The drafters of one session, and what was learned of them; it may serve many texts, one after the other.
+
+    draft: a Model with the target's vocabulary, or None. spec: "draft", "ngram" (the text itself) or "auto" (both).
+    draft_max and draft_min bound what is checked in a pass. controller and clock are for tests and comparisons.
+    """
+
+    def __init__(self, model, draft=None, spec: str = "auto", draft_max: int = WIDEST, draft_min: int = 0,
+                 controller: Controller | None = None, clock: Callable[[], float] = time.perf_counter):
+        self.model, self.clock = model, clock
+        self.draft_max, self.draft_min = checked_bounds(draft_max, draft_min)
+        self.ngram = NgramDrafter() if spec in ("auto", "ngram") else None
+        self.drafter = None
+        if draft is not None and spec in ("auto", "draft"):
+            self.drafter = ModelDrafter(draft, model.config.vocab_size)
+        self._fixed = controller
+        self._controllers: dict[bool, Controller] = {}
+        self._sources: dict[tuple[str, bool], Source] = {}
+        self.kept = True                # for the next text too
+        self._owned = None              # a draft model to be closed with this
+
+    # ---- what is known
+
+    def controller(self, greedy: bool) -> Controller:
+        """The costs of greedy passes and of those that give logits are not the same."""
+        if self._fixed is not None:
+            return self._fixed
+        if greedy not in self._controllers:
+            self._controllers[greedy] = Controller(curve_of(self.model, greedy, self.clock), self.draft_max,
+                                                   self.draft_min)
+        return self._controllers[greedy]
+
+    def source(self, name: str, greedy: bool) -> Source:
+        if (name, greedy) not in self._sources:
+            self._sources[name, greedy] = Source(name, _MODEL_MARKS if name == "draft" else _NGRAM_MARKS)
+        return self._sources[name, greedy]
+
+    # ---- a text
+
+    def follow(self, text: list[int], progress=None) -> None:
+        """Take up a text: the draft model evaluates what it has not got."""
+        if self.ngram:
+            self.ngram.follow(text)
+        if self.drafter:
+            self._unless_it_fails(lambda: self.drafter.follow(text, progress))
+
+    def loop(self, session, text: list[int], result, chooser: Chooser, limit: float, stats: Stats,
+             others: Callable[[], int] = lambda: 0) -> Loop:
+        """Yields what plain_loop yields. limit: how many tokens may come at most. text grows with the choices.
+
+        When it is closed the session holds the text without the last choice, as after plain decoding.
+        """
+        controller, clock = self.controller(chooser.greedy), self.clock
+        rows, round, limit = chooser.rows(result), Round(), limit + len(text)
+        sent: list[int] = []
+        try:
+            while True:
+                began, choosing = len(text), 0.0
+                for i, row in enumerate(rows):
+                    started = clock()
+                    choice = chooser.choose(row, text)
+                    choosing += clock() - started
+                    accepted = i < round.checked and choice.id == round.ids[i]
+                    stats.draft_n_accepted += accepted
+                    yield choice._replace(from_draft=accepted)
+                    text.append(choice.id)
+                    if not accepted:
+                        break
+                if sent:
+                    session.rewind(len(text) - 1)
+                    self._learn(round, text[began:], chooser, choosing, stats, reply)
+                round = self._draft(text, min(self.draft_max, limit - len(text) - 1), chooser, others())
+                if round.checked and session.context is not None:
+                    session.reserve(min(1 + self.draft_max, session.context - session.position))
+                sent = [text[-1], *round.ids]
+                reply = yield Pass(sent, chooser.want(len(sent)))
+                rows = chooser.rows(reply.result)
+                controller.passed(reply.width, reply.seconds)
+                stats.count(round.checked, round.drafting, reply.seconds)
+        finally:
+            stats.plain_tok_s = controller.plain() if controller.curve.known else 0.0
+            with suppress(ClosedError):
+                leave(session, text, round.ids)
+
+    def _draft(self, text: list[int], room: int, chooser: Chooser, others: int) -> Round:
+        """What to check next: of plain decoding, the n-grams and the draft model the one with the best rate."""
+        controller, started = self.controller(chooser.greedy), self.clock()
+        shadow, n, rate = NOTHING, 0, 0.0
+        if room < 1 or controller.stale:
+            return Round(others=others)
+        if self.ngram:
+            shadow = self.ngram.propose(text, room)
+            n, rate = controller.cut(self.source("ngram", chooser.greedy), shadow.marks, 0.0, others)
+        plan = self._plan(text, room, chooser, others)
+        if n and rate > max(plan.gain, controller.min_gain) * controller.plain(others) and not controller.pause:
+            return Round(self.source("ngram", chooser.greedy), n, shadow, n, drafting=self.clock() - started,
+                         others=others)
+        round = Round(shadow=shadow, others=others)
+        if plan.k:
+            round.source, round.asked, round.probing = self.source("draft", chooser.greedy), plan.k, plan.probing
+            round.draft = self._propose(text, plan, chooser)
+            spent = self.clock() - started
+            if round.draft.ids:
+                round.source.seconds.add(spent / len(round.draft.ids))
+            round.checked = controller.cut(round.source, round.draft.marks, spent, others)[0]
+            if plan.probing:
+                round.checked = min(plan.k, len(round.draft.ids))
+        round.drafting = self.clock() - started
+        return round
+
+    def _plan(self, text, room: int, chooser: Chooser, others: int) -> Plan:
+        if not self.drafter:
+            return Plan(0)
+        source = self.source("draft", chooser.greedy)
+        lag = self.drafter.lag(text) * source.seconds.value / 8     # many tokens in a pass cost less than one by one
+        return self.controller(chooser.greedy).plan(source, room, others, lag)
+
+    def _propose(self, text: list[int], plan: Plan, chooser: Chooser) -> Draft:
+        found = self._unless_it_fails(lambda: self.drafter.propose(text, plan.k, plan.p_min, chooser.sampler))
+        return found or NOTHING
+
+    def _unless_it_fails(self, work: Callable):
+        """A draft model that fails is a draft model less: the text goes on."""
+        try:
+            return work()
+        except BmcError as error:
+            log.warning("the draft model failed (%s); decoding goes on without it", error)
+            with suppress(BmcError):
+                self.drafter.close()
+            self.drafter = None
+
+    def _learn(self, round: Round, said: list[int], chooser: Chooser, choosing: float, stats: Stats, reply) -> None:
+        controller = self.controller(chooser.greedy)
+        if round.source:
+            round.source.learn(round.asked, round.checked, round.draft.marks, judged(round.draft.ids, said))
+        if round.shadow.ids:
+            self.source("ngram", chooser.greedy).learn(0, 0, round.shadow.marks, judged(round.shadow.ids, said))
+        stats.choose_s += choosing
+        controller.choosing.add(choosing / len(said))
+        controller.ended(round.checked, len(said), round.drafting + reply.seconds + choosing, round.probing,
+                         learning=not round.others)
+
+    # ---- the end
+
+    def release(self) -> None:
+        """A text is over: keep measured costs for the next time, and close unless this is kept as well."""
+        for greedy, controller in self._controllers.items():
+            if sum(controller.curve.counts.values()) >= 8:
+                cache.save(cache.identity(self.model, kind_of(greedy)), controller.curve.seconds())
+        if not self.kept:
+            self.close()
+
+    def close(self) -> None:
+        """Let the draft's session go, and the draft model if it was opened for this."""
+        if self.drafter:
+            self.drafter.close()
+            self.drafter = None
+        if self._owned is not None:
+            self._owned.close()
+            self._owned = None
+
+
+def judged(proposed: list[int], said: list[int]) -> list[bool]:
+    """For each proposed token that can be judged, whether it came true: none after the first that did not."""
+    hits = []
+    for guess, token in zip(proposed, said):
+        hits.append(guess == token)
+        if guess != token:
+            break
+    return hits
+
+
+def leave(session, text: list[int], draft: list[int]) -> None:
+    """Take rows that are not the text's off the session; unless it went on to something else meanwhile."""
+    held = session.tokens
+    if len(text) < len(held) <= len(text) + 1 + len(draft) and held[:len(text)] == text:
+        session.rewind(len(text))
+
+
+def checked_bounds(draft_max: int, draft_min: int) -> tuple[int, int]:
+    if not 0 <= draft_max:
+        raise ArgumentError(f"draft_max is {draft_max}; expected 0 or more")
+    if not 0 <= draft_min <= draft_max:
+        raise ArgumentError(f"draft_min is {draft_min}; expected 0 to draft_max, which is {draft_max}")
+    return min(draft_max, WIDEST), min(draft_min, WIDEST)
+
+
+# ---- costs of a model --------------------------------------------------------------------------------------
+
+
+def kind_of(greedy: bool) -> str:
+    return "best" if greedy else "all"
+
+
+def curve_of(model, greedy: bool, clock: Callable[[], float]) -> CostCurve:
+    """What passes of this model cost here: kept from before, or measured now (about 15 passes)."""
+    kept = cache.load(cache.identity(model, kind_of(greedy)))
+    return CostCurve(kept or calibrate(model, kind_of(greedy), clock))
+
+
+def calibrate(model, want: str, clock: Callable[[], float], reps: int = 2) -> dict[int, float]:
+    """Seconds of passes by their width, the least of a few."""
+    with model.session(context=min(MEASURED[-1], model.config.n_ctx)) as session:
+        tokens, times = [0] * session.context, {}
+        session.eval(tokens, want)                      # memory is touched for the first time
+        session.rewind(0)
+        for n in [n for n in MEASURED if n <= session.context] * reps:
+            started = clock()
+            session.eval(tokens[:n], want)
+            times[n] = min(times.get(n, 1e9), max(clock() - started, 1e-9))
+            session.rewind(0)
+    return times
+
+
+# ---- sessions and their drafters ---------------------------------------------------------------------------
+
+_kept: WeakKeyDictionary = WeakKeyDictionary()          # session -> (what was asked for, Speculation)
+
+
+def attach(session, model, draft=None, spec: str = "auto", draft_max: int = WIDEST,
+           draft_min: int = 0) -> Speculation | None:
+    """The Speculation for a session (None: one that is yet to come); None if there is nothing to draft with.
+
+    draft: a Model, the path of one, a Speculation, or None. For the same session and wishes it is the same object, so
+    that the draft model holds what it has of a conversation.
+    """
+    if isinstance(draft, Speculation):
+        return draft
+    if spec not in SPECS:
+        raise ArgumentError(f"spec is {spec!r}; expected one of {', '.join(SPECS)}")
+    checked_bounds(draft_max, draft_min)
+    if spec == "draft" and draft is None:
+        raise ArgumentError("spec is 'draft', but there is no draft")
+    if spec == "off" or draft_max == 0 or draft is None and spec == "auto":
+        return None
+    asked = (str(draft) if is_path(draft) else draft, spec, draft_max, draft_min)
+    if session is not None and session in _kept and _kept[session][0] == asked:
+        return _kept[session][1]
+    made = _open(model, draft, spec, draft_max, draft_min)
+    if session is not None:
+        _kept[session] = asked, made
+    elif made is not None:
+        made.kept = False
+    return made
+
+
+def is_path(draft) -> bool:
+    return isinstance(draft, str) or hasattr(draft, "__fspath__")
+
+
+def _open(model, draft, spec: str, draft_max: int, draft_min: int) -> Speculation | None:
+    from .model import Model
+
+    opened = Model(draft, threads=model.threads) if is_path(draft) and spec != "ngram" else None
+    draft = None if spec == "ngram" else opened or draft
+    try:
+        if draft is not None:
+            check_pair(model, draft)
+    except PairError as error:
+        log.warning("%s; decoding goes on without it", error)
+        draft = None
+        if opened:
+            opened.close()
+        if spec == "draft":
+            return None
+        opened = None
+    made = Speculation(model, draft, spec, draft_max, draft_min)
+    made._owned = opened
+    return made
