@@ -73,7 +73,7 @@ asan:
 native-tests: $(TESTS:%.c=$(OUT)/%)
 	@for test in $^; do echo $$test; $(EMULATOR) $$test || exit 1; done
 
-test-arm:
+test-arm: $(LIBRARY)
 	@for tool in $(ARM_CC) $(ARM_EMULATOR); do \
 	    command -v $$tool >/dev/null || { echo "make test-arm: skipped, there is no $$tool here"; exit 0; }; \
 	done; \
@@ -83,7 +83,7 @@ same-bits: $(OUT)/tests/native/test_bits
 	$< >$(OUT)/bits.txt
 	$(ARM_EMULATOR) build/arm/tests/native/test_bits | diff $(OUT)/bits.txt -
 
-test: $(LIBRARY) venv asan
+test: $(LIBRARY) venv asan test-arm
 	$(VENV)/bin/python -m pytest -q tests
 
 demo: $(LIBRARY) venv

@@ -105,6 +105,7 @@ int         bmc_version(void);
 const char *bmc_error(void);
 const char *bmc_cpu(void);                                   /* kernels in use: "ref", "avx2", "avx512" */
 int         bmc_cpu_count(void);                             /* cores this process may use: affinity and quota */
+int         bmc_read_bandwidth(int n_threads, double *bytes_per_second);     /* of memory; takes a quarter of a second */
 int         bmc_type(int type, bmc_type_info *info);
 int         bmc_dequantize(int type, const void *blocks, int64_t n, float *out);
 

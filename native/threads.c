@@ -4,6 +4,7 @@
 #include <signal.h>
 #include <stdbool.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 #if defined(__x86_64__)
 #define pause_cpu() __builtin_ia32_pause()
@@ -23,6 +24,7 @@ struct pool {
     void (*fn)(void *, int);
     void *arg;
     bool stop;
+    pid_t process;                          /* whose workers they are */
     _Alignas(64) atomic_uint run;           /* number of the current run */
     _Alignas(64) atomic_uint done;          /* workers that finished it */
     _Alignas(64) atomic_uint arrived;       /* at the barrier */
@@ -78,7 +80,14 @@ static void *work(void *arg) {
     }
 }
 
+/* A forked process has the pool but none of its workers: the caller is all there is. */
+static void look_round(struct pool *p) {
+    if (p->process != getpid())
+        p->n = 1;
+}
+
 void pool_run(struct pool *p, void (*fn)(void *, int), void *arg) {
+    look_round(p);
     if (p->n == 1) {
         fn(arg, 0);
         return;
@@ -130,7 +139,7 @@ struct pool *pool_new(int n_threads) {
     struct pool *p = aligned_alloc(64, (sizeof *p + 63) / 64 * 64);
     if (!p)
         return NULL;
-    *p = (struct pool){ .n = 1, .workers = calloc((size_t)n_threads, sizeof(pthread_t)) };
+    *p = (struct pool){ .n = 1, .process = getpid(), .workers = calloc((size_t)n_threads, sizeof(pthread_t)) };
     pthread_mutex_init(&p->lock, NULL);
     pthread_cond_init(&p->wake, NULL);
     sigset_t all, before;                       /* signals are the caller's business */
@@ -148,6 +157,7 @@ struct pool *pool_new(int n_threads) {
 void pool_free(struct pool *p) {
     if (!p)
         return;
+    look_round(p);
     p->stop = true;
     announce(p, &p->run);
     for (int i = 1; i < p->n; i++)

@@ -102,6 +102,13 @@ def _spell(shape) -> str:
     return "(" + ", ".join("n" if n is None else str(n) for n in shape) + ("," if len(shape) == 1 else "") + ")"
 
 
+def read_bandwidth(threads: int) -> float:
+    """Bytes a second that so many threads can read from memory, measured now, on 512 MB."""
+    rate = ffi.new("double *")
+    check(lib.bmc_read_bandwidth(threads, rate))
+    return rate[0]
+
+
 @dataclass(frozen=True)
 class QuantType:
     """A tensor type of GGUF: block_size weights take type_size bytes; runs tells whether pybmc computes with it."""

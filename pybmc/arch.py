@@ -36,13 +36,13 @@ class Arch:
 
 def every_sixth_full(file: GGUF, prefix: str, n_layers: int) -> list[bool]:
     """gemma3's pattern: all layers are windowed but every n-th, or as an array of flags says."""
-    pattern = file.metadata.get(f"{prefix}.attention.sliding_window_pattern", 6)
+    key = "attention.sliding_window_pattern"
+    pattern = file.metadata.get(f"{prefix}.{key}", 6)
     if isinstance(pattern, (list, np.ndarray)):
         if len(pattern) != n_layers:
-            raise FormatError(f"{file.path}: {prefix}.attention.sliding_window_pattern: expected {n_layers} flags, "
-                              f"found {len(pattern)}")
+            raise FormatError(f"{file.path}: {prefix}.{key}: expected {n_layers} flags, found {len(pattern)}")
         return [bool(flag) for flag in pattern]
-    pattern = int(pattern)
+    pattern = _Keys(file, prefix).count(key, 6, low=0)
     return [pattern > 0 and layer % pattern < pattern - 1 for layer in range(n_layers)]
 
 
@@ -124,6 +124,12 @@ class _Keys:
     def find(self, key: str):
         return self.file.metadata.get(f"{self.arch}.{key}")
 
+    def text(self, key: str, default: str) -> str:
+        value = self.find(key)
+        if value is not None and not isinstance(value, str):
+            raise self.error(key, "a word", f"{value!r:.60}")
+        return value or default
+
     def count(self, key: str, default: int | None = None, low: int = 1, high: int = 1 << 30) -> int:
         """A whole number; per-layer arrays have to agree."""
         value = self.find(key)
@@ -153,13 +159,13 @@ class _Keys:
 def read_config(file: GGUF) -> Config:
     """The Config of an opened file. Raises FormatError naming the key, or the architecture and those there are."""
     arch = file.metadata.get("general.architecture")
-    if arch not in ARCHITECTURES:
-        raise FormatError(f"{file.path}: architecture {arch!r} is not supported; supported are {', '.join(sorted(ARCHITECTURES))}")
+    if not isinstance(arch, str) or arch not in ARCHITECTURES:
+        raise FormatError(f"{file.path}: architecture {arch!r:.60} is not supported; supported are {', '.join(sorted(ARCHITECTURES))}")
     if "token_embd.weight" not in file.tensors:
         raise FormatError(f"{file.path}: there are no weights in it (token_embd.weight is missing)")
     keys = _Keys(file, arch)
-    if keys.find("expert_count"):
-        raise FormatError(f"{file.path}: mixtures of experts are not supported yet ({arch}.expert_count is {keys.find('expert_count')})")
+    if n_experts := keys.count("expert_count", 0, low=0):
+        raise FormatError(f"{file.path}: mixtures of experts are not supported yet ({arch}.expert_count is {n_experts})")
     dim, n_heads, n_layers = keys.count("embedding_length", high=1 << 20), keys.count("attention.head_count", high=4096), \
         keys.count("block_count", high=1024)
     head_dim = keys.count("attention.key_length", dim // n_heads, high=1024)
@@ -189,6 +195,8 @@ def read_config(file: GGUF) -> Config:
 
 def _check_vocabulary(file: GGUF, config: Config) -> None:
     tokens = file.metadata.get("tokenizer.ggml.tokens")
+    if tokens is not None and not isinstance(tokens, list):
+        raise FormatError(f"{file.path}: tokenizer.ggml.tokens: expected a list of strings, found {tokens!r:.60}")
     if tokens is not None and len(tokens) != config.vocab_size:
         raise FormatError(f"{file.path}: the vocabulary has {len(tokens)} tokens, token_embd.weight {config.vocab_size} rows")
 
@@ -225,8 +233,9 @@ def _frequencies(base: float, rope_dim: int) -> np.ndarray:
 def _scaled_frequencies(keys: _Keys, config: Config) -> tuple[np.ndarray, float]:
     """Frequencies (rope_dim / 2,) after none, linear or YaRN scaling (arXiv 2309.00071), and the factor of cos and sin."""
     plain = _frequencies(config.rope_base, config.rope_dim)
-    kind = keys.find("rope.scaling.type") or ("linear" if keys.find("rope.scale_linear") else "none")
-    factor = keys.number("rope.scaling.factor", keys.number("rope.scale_linear", 1.0)) or 1.0
+    linear = keys.number("rope.scale_linear", 0.0)
+    kind = keys.text("rope.scaling.type", "linear" if linear else "none")
+    factor = keys.number("rope.scaling.factor", linear or 1.0) or 1.0
     mscale = keys.number("rope.scaling.attn_factor", 1.0)
     if kind in ("none", "longrope"):
         return plain, mscale
@@ -281,8 +290,9 @@ def bind(file: GGUF, config: Config) -> list[Role]:
     if (-1, "output") not in have:      # tied: the embedding is the output too
         embedding = have[-1, "token_embd"]
         roles.append(Role("output", -1, embedding.tensor, embedding.n_rows, embedding.n_cols, embedding.data))
-    if config.arch == "gpt2" and (-1, "position_embd") not in have:
-        raise FormatError(f"{file.path}: position_embd.weight is missing")
+    for name in ("position_embd", "output_norm.bias") if config.arch == "gpt2" else ():
+        if (-1, name) not in have:
+            raise FormatError(f"{file.path}: {_file_name(-1, name)} is missing; gpt2 needs it")
     needed = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_up", "ffn_down", *config.spec.needs)
     for layer in range(config.n_layers):
         for name in needed:
@@ -294,7 +304,7 @@ def bind(file: GGUF, config: Config) -> list[Role]:
 def _file_name(layer: int, role: str) -> str:
     name, _, suffix = role.partition(".")
     names = {theirs: ours for ours, theirs in LAYER_ROLES.items()}
-    return f"blk.{layer}.{names.get(name, name)}.{suffix or 'weight'}"
+    return f"blk.{layer}." * (layer >= 0) + f"{names.get(name, name)}.{suffix or 'weight'}"
 
 
 def _roles(file: GGUF, config: Config, tensor: Tensor) -> Iterator[Role]:

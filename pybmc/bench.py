@@ -17,7 +17,8 @@ class Result:
     """One test: n tokens in a pass ("pp", "verify") or generated ("tg") behind depth rows; rates in tokens/s.
 
     gb_s is how much of the packed weights and of the rows was read a second, once a pass; roof is its share of what
-    the machine can read. Nothing measures that yet, so it is None.
+    the threads can read from memory, measured in the same run. What fits a cache can be above 1. None for prompts, which
+    arithmetic limits.
     """
 
     test: str
@@ -50,13 +51,15 @@ def bench(model, prompts: Sequence[int] = (512,), generated: Sequence[int] = (64
 
 
 def _run(model, tests, reps, rows, progress) -> Iterator[Result]:
-    context = max(depth + n for _, n, depth in tests)
+    from ._native import read_bandwidth         # here: the rest of this module also measures engines that are not ours
+
+    context, roof = max(depth + n for _, n, depth in tests), read_bandwidth(model.threads) / 1e9
     tokens = random_tokens(model, context)
     with model.session(context=context, rows=rows) as session:
         for i, (kind, n, depth) in enumerate(tests):
             go_to(session, tokens, depth)
             rates = [measure(session, kind, tokens[depth:depth + n]) for _ in range(reps + 1)][1:]
-            yield result(model, session, kind, n, depth, rates)
+            yield result(model, session, kind, n, depth, rates, roof)
             if progress:
                 progress(i + 1, len(tests))
 
@@ -92,10 +95,11 @@ def measure(session, kind: str, tokens: np.ndarray) -> float:
     return rate
 
 
-def result(model, session, kind: str, n: int, depth: int, rates: list[float]) -> Result:
+def result(model, session, kind: str, n: int, depth: int, rates: list[float], roof: float) -> Result:
     tok_s = statistics.median(rates)
     in_a_pass = 1 if kind == "tg" else n
     rows = depth + (n / 2 if kind == "tg" else 0)                   # on average
     n_bytes = model.packed_bytes + rows * session.arena_stats().row_bytes
-    return Result(kind, n, depth, model.threads, tok_s, min(rates), max(rates), len(rates),
-                  tok_s / in_a_pass * n_bytes / 1e9, None)
+    gb_s = tok_s / in_a_pass * n_bytes / 1e9
+    return Result(kind, n, depth, model.threads, tok_s, min(rates), max(rates), len(rates), gb_s,
+                  None if kind == "pp" else gb_s / roof)

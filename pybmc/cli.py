@@ -379,9 +379,9 @@ def print_json_lines(results) -> None:
 
 
 def print_lines(results) -> None:
-    write(f"{'test':12}{'tok/s':>10}{'min':>10}{'max':>10}{'GB/s':>8}\n")
+    write(f"{'test':14}" + "".join(f"{header:>10}" for header in BENCH_COLUMNS) + "\n")
     for r in results:
-        write(f"{test_name(r):12}{r.tok_s:10.1f}{r.tok_s_min:10.1f}{r.tok_s_max:10.1f}{r.gb_s:8.1f}\n")
+        write(f"{test_name(r):14}" + "".join(f"{cell:>10}" for cell in bench_cells(r)) + "\n")
 
 
 def print_table(results) -> None:
@@ -391,12 +391,19 @@ def print_table(results) -> None:
     from rich.table import Table
 
     table = Table("test")
-    for header in ("tok/s", "min", "max", "GB/s"):
+    for header in BENCH_COLUMNS:
         table.add_column(header, justify="right")
     with Live(table, console=Console(), auto_refresh=False) as live:
         for r in results:
-            table.add_row(test_name(r), *(f"{v:.1f}" for v in (r.tok_s, r.tok_s_min, r.tok_s_max, r.gb_s)))
+            table.add_row(test_name(r), *bench_cells(r))
             live.refresh()
+
+
+BENCH_COLUMNS = ("tok/s", "min", "max", "GB/s", "of roof")
+
+
+def bench_cells(r) -> list[str]:
+    return [*(f"{v:.1f}" for v in (r.tok_s, r.tok_s_min, r.tok_s_max, r.gb_s)), "" if r.roof is None else f"{r.roof:.0%}"]
 
 
 def test_name(r) -> str:

@@ -112,7 +112,7 @@ class Model:
         """The file's Tokenizer; None if the file has no vocabulary."""
         from .tokenizers import Tokenizer
 
-        return Tokenizer(self._file) if self._file.metadata.get("tokenizer.ggml.model") else None
+        return Tokenizer(self._file) if "tokenizer.ggml.model" in self._file.metadata else None
 
     def session(self, context: int | None = None, rows: int | str = "auto", kv_type: str = "f16") -> Session:
         """A new, empty sequence.

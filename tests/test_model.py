@@ -181,7 +181,7 @@ def test_every_value_may_be_nonsense(arch, tmp_path):
             path = raw.Raw(file.pairs | extra | {key: value}, file.tensors).save(tmp_path / "m.gguf")
             try:
                 with pybmc.Model(path, threads=1) as model, model.session() as session:
-                    session.eval(TOKENS)
+                    session.eval(TOKENS[:session.context])
             except pybmc.FormatError as error:
                 if str(path) not in str(error):
                     problems.append((key, value, f"without a path: {error}"))
@@ -485,16 +485,6 @@ def test_two_threads_in_one_session(model):
 
 def test_a_session_in_use_cannot_be_touched(model):
     with model.session() as session:
-        errors = []
-
-        def meddle():
-            while session.position == 0 and not errors:         # the eval below may not have begun
-                for call in (session.close, model.close, lambda: session.rewind(0), lambda: session.reserve(1), lambda: session.eval([1])):
-                    try:
-                        call()
-                    except pybmc.BmcError as error:
-                        errors.append(type(error))
-
         session._user["thread"] = -1                            # another thread is using it
         for call in (session.close, model.close, lambda: session.rewind(0), lambda: session.reserve(1), lambda: session.eval([1])):
             with pytest.raises(pybmc.BusyError, match="in use by another thread"):
@@ -590,7 +580,7 @@ def test_idle_threads_cost_nothing():
 
 
 def big_model(path, n_ctx=131072):
-    """67M weights in Q8_0, made of few random bytes: 75 MB in a fraction of a second."""
+    """60M weights in Q8_0, made of few random bytes: 65 MB in a fraction of a second."""
     shape = dict(dim=1024, hidden_dim=4096, n_heads=16, n_kv_heads=4, head_dim=64)
     metadata, _ = tiny.parts("llama", **SMALL)
     metadata |= {"llama.context_length": n_ctx, "llama.embedding_length": 1024, "llama.feed_forward_length": 4096, "llama.block_count": 4,
@@ -643,7 +633,7 @@ def test_memory_follows_use(tmp_path):
                             cwd=HERE.parent, timeout=60)
     assert result.returncode == 0, result.stderr
     for (rows, context), got in zip(ways, json.loads(result.stdout)):
-        assert got["packed"] > 70 * MB and got["loaded"] < 1.05 * got["packed"] + 4 * MB, (rows, context, got)
+        assert got["packed"] > 60 * MB and got["loaded"] < 1.05 * got["packed"] + 4 * MB, (rows, context, got)
         if rows != "max":
             assert got["opened"] < MB, (rows, context, got)
         assert got["used"] < 400 * got["row"] + 24 * MB, (rows, context, got)        # buffers of a pass among it

@@ -75,7 +75,9 @@ def test_going_to_a_depth_reuses_rows(model):
 def test_read_bytes_are_weights_and_rows_once_a_pass(model):
     with model.session() as session:
         row, weights = session.arena_stats().row_bytes, model.packed_bytes
-        one = bench.result(model, session, "verify", 1, 0, [100.0])
-        four = bench.result(model, session, "verify", 4, 10, [100.0])
+        one = bench.result(model, session, "verify", 1, 0, [100.0], roof=20.0)
+        four = bench.result(model, session, "verify", 4, 10, [100.0], roof=20.0)
+        prompt = bench.result(model, session, "pp", 4, 0, [100.0], roof=20.0)
     assert one.gb_s == pytest.approx(100 * weights / 1e9)
-    assert four.gb_s == pytest.approx(25 * (weights + 10 * row) / 1e9) and four.roof is None
+    assert four.gb_s == pytest.approx(25 * (weights + 10 * row) / 1e9)
+    assert four.roof == pytest.approx(four.gb_s / 20.0) and prompt.roof is None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 
+from ..errors import FormatError
 from .pre import DEFAULT, PRE, Pre
 from .vocab import BYTE, NORMAL, Vocabulary
 
@@ -99,6 +100,8 @@ def _hex_byte(token: str) -> bytes:
 
 
 def _find_pre(name, source: str) -> Pre:
+    if not isinstance(name, str):
+        raise FormatError(f"{source}: tokenizer.ggml.pre: expected str, found {type(name).__name__}")
     if name not in PRE:
         log.warning("%s: unknown pre-tokenizer %r, using the default one: expect worse text", source, name)
     return PRE.get(name, DEFAULT)

@@ -280,7 +280,7 @@ class Vocabulary:
         known to.
         """
         name = str(self.metadata.get("general.name", "")).lower()
-        pre = self.metadata.get("tokenizer.ggml.pre")
+        pre = self.get("tokenizer.ggml.pre", str)
         if pre in ("jina-v2-de", "jina-v2-es", "jina-v2-code"):
             return token == "<mask>", False
         if "phi-3" in name or "phi3" in name:

@@ -1,0 +1,58 @@
+/* What the machine allows: how fast its memory can be read. */
+#include "bmc.h"
+#include "error.h"
+#include "memory.h"
+#include "threads.h"
+
+#include <stdbool.h>
+#include <string.h>
+#include <time.h>
+
+/* Far larger than any cache, so that nothing of it is there when it is read again. */
+static const int64_t ROOF_BYTES = 512 << 20;
+enum { ROOF_RUNS = 5 };
+
+struct roof { struct pool *pool; const char *memory; atomic_uint_fast64_t sum; };
+
+static double seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static void read_share(void *arg, int thread) {
+    struct roof *roof = arg;
+    int64_t from, to;
+    uint64_t sums[8] = { 0 };
+    pool_share(roof->pool, thread, ROOF_BYTES, 1 << 21, &from, &to);
+    for (int64_t i = from; i < to; i += 64) {
+        uint64_t line[8];
+        memcpy(line, roof->memory + i, sizeof line);
+        __builtin_prefetch(roof->memory + i + 4096);
+        for (int j = 0; j < 8; j++)
+            sums[j] += line[j];
+    }
+    for (int j = 0; j < 8; j++)
+        atomic_fetch_add(&roof->sum, sums[j]);
+}
+
+int bmc_read_bandwidth(int n_threads, double *bytes_per_second) {
+    if (n_threads < 1 || n_threads > 1024 || !bytes_per_second)
+        return fail(BMC_EINVAL, "bmc_read_bandwidth: expected 1 to 1024 threads, found %d", n_threads);
+    char *memory = memory_map((size_t)ROOF_BYTES, true);
+    struct roof roof = { .pool = pool_new(n_threads), .memory = memory };
+    bool ready = memory && roof.pool;
+    double best = 0;
+    if (ready)
+        memset(memory, 1, (size_t)ROOF_BYTES);
+    for (int i = 0; ready && i < ROOF_RUNS; i++) {
+        double start = seconds();
+        pool_run(roof.pool, read_share, &roof);
+        double rate = (double)ROOF_BYTES / (seconds() - start);
+        best = rate > best ? rate : best;
+    }
+    pool_free(roof.pool);
+    memory_unmap(memory, (size_t)ROOF_BYTES);
+    *bytes_per_second = best;
+    return ready ? 0 : fail(BMC_ENOMEM, "no memory for measuring the bandwidth");
+}

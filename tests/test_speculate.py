@@ -1,0 +1,328 @@
+"""Speculative decoding: whatever is drafted, the text is plain decoding's; and drafters that follow a text."""
+
+import logging
+import random
+
+import pytest
+import tiny
+from fakes import END, VOCAB, FakeModel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pybmc
+from pybmc import ArgumentError
+from pybmc.controller import Controller, FixedLength, Plan
+from pybmc.decode import generate
+from pybmc.drafters import NOTHING, Draft, ModelDrafter, NgramDrafter, PairError, check_pair, first_difference
+from pybmc.sampling import Sampler
+from pybmc.speculate import Speculation, attach, leave
+
+
+class Whim(Controller):
+    """Any length at any time, and any part of a draft is checked."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.rng, self.min_gain = random.Random(seed), 0.0
+
+    def plan(self, source, room, others=0, lag=0.0):
+        return Plan(self.rng.randint(0, min(16, room)))
+
+    def cut(self, source, marks, spent, others=0):
+        n = self.rng.randint(0, len(marks))
+        return n, self.rng.random() * 100
+
+
+class Liar:
+    """Proposes the text that plain decoding says, with some lies; share: how much of it is true."""
+
+    def __init__(self, answer, vocab_size, share, seed):
+        self.answer, self.vocab_size, self.share, self.rng = answer, vocab_size, share, random.Random(seed)
+
+    def follow(self, text, progress=None):
+        self.start = len(text)
+
+    def lag(self, text):
+        return 0
+
+    def propose(self, text, k, p_min, sampler):
+        truth = self.answer[len(text) - self.start:][:k]
+        ids = [t if self.rng.random() < self.share else self.rng.randrange(self.vocab_size) for t in truth]
+        ids += [self.rng.randrange(self.vocab_size) for _ in range(self.rng.randint(0, k - len(ids)))]
+        return Draft(ids, [self.rng.randrange(16) for _ in ids])
+
+    def close(self):
+        pass
+
+
+def lying(model, answer, share, seed, spec="auto"):
+    made = Speculation(model, None, spec, controller=Whim(seed))
+    made.drafter = Liar(answer, model.config.vocab_size, share, seed)
+    return made
+
+
+def same(plain, drafted):
+    """Equal in everything but where tokens came from."""
+    def strip(tokens):
+        return [(t.id, t.text, t.logprob, t.finish_reason) for t in tokens]
+    assert strip(drafted) == strip(plain)
+
+
+SETTINGS = st.fixed_dictionaries({
+    "temperature": st.sampled_from([0.0, 0.0, 0.6, 1.5]), "seed": st.integers(0, 99),
+    "repeat_penalty": st.sampled_from([1.0, 1.0, 1.4]), "frequency_penalty": st.sampled_from([0.0, 0.0, 0.7]),
+    "top_k": st.sampled_from([0, 1, 40]), "repeat_last_n": st.sampled_from([-1, 0, 3, 64])})
+
+
+# ---- lossless ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
+def model(request):
+    with pybmc.Model(tiny.model(request.param), threads=1) as model:
+        yield model
+
+
+@settings(max_examples=60)
+@given(data=st.data(), chosen=SETTINGS, share=st.sampled_from([0.0, 0.5, 0.9, 1.0]), seed=st.integers(0, 999))
+def test_any_draft_gives_the_plain_text(model, data, chosen, share, seed):
+    """Random, partly right and right drafts, of any length, on a session with any past, cut by any rule."""
+    rng = random.Random(seed)
+    prompt = [rng.randrange(model.config.vocab_size) for _ in range(rng.randint(1, 30))]
+    limit = rng.randint(1, 40)
+    free = list(generate(model, prompt, limit, stop_tokens=(), **chosen))
+    rules = {"stop_tokens": ()}
+    kind = data.draw(st.sampled_from(["none", "token", "string", "context"]))
+    context = None
+    if kind == "token":
+        rules["stop_tokens"] = [rng.choice(free).id]
+    elif kind == "string":
+        text = "".join(t.text for t in free)
+        at = rng.randrange(max(len(text), 1))
+        rules["stop"] = [text[at:at + rng.randint(1, 6)] or "x", "zzz"]
+    elif kind == "context":
+        context = len(prompt) + rng.randint(0, limit)
+    with model.session(context) as one, model.session(context) as two:
+        plain = list(generate(model, prompt, limit, session=one, **rules, **chosen))
+        speculation = lying(model, [t.id for t in free], share, seed)
+        stream = generate(model, prompt, limit, session=two, draft=speculation, **rules, **chosen)
+        drafted = list(stream)
+        same(plain, drafted)
+        assert two.tokens == one.tokens
+        assert sum(t.from_draft for t in drafted) == stream.stats.draft_n_accepted <= stream.stats.draft_n
+        more = list(generate(model, two.tokens[:5], 6, session=two, draft=speculation, stop_tokens=(), **chosen))
+        same(list(generate(model, one.tokens[:5], 6, session=one, stop_tokens=(), **chosen)), more)
+
+
+@settings(max_examples=40)
+@given(st.binary(min_size=1, max_size=12), SETTINGS, st.integers(0, 99), st.integers(1, 30), st.integers(0, 30))
+def test_a_reader_may_leave_at_any_token(prompt, chosen, seed, limit, leaves):
+    model = FakeModel()
+    answer = [t.id for t in generate(model, list(prompt), limit, stop_tokens=(), **chosen)]
+    sessions = []
+    for draft in (None, lying(model, answer, 0.8, seed)):
+        session = model.session()
+        stream = generate(model, list(prompt), limit, session=session, draft=draft, stop_tokens=(), **chosen)
+        for _, _token in zip(range(leaves), stream):
+            pass
+        stream.close()
+        sessions.append(session)
+    assert sessions[0].tokens == sessions[1].tokens
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("spec", ["auto", "draft", "ngram"])
+def test_real_drafters_give_the_plain_text(model, temperature, spec):
+    chosen = {"temperature": temperature, "seed": 7, "stop_tokens": ()}
+    prompt = "the mouse and the sparrow and the mouse and"
+    plain = list(generate(model, prompt, 60, **chosen))
+    for k in (1, 2, 5, 16):
+        with pybmc.Model(model.path, threads=1) as twin:            # its own draft: everything is accepted
+            speculation = Speculation(model, twin, spec, controller=FixedLength(k))
+            stream = generate(model, prompt, 60, draft=speculation, **chosen)
+            same(plain, list(stream))
+            if spec == "draft":
+                assert stream.stats.draft_n == stream.stats.draft_n_accepted > 0
+                assert stream.stats.rounds == -(-59 // (k + 1))
+            speculation.close()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_stranger_as_draft_and_the_controller(model, temperature, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    arch = model.config.arch if hasattr(model.config, "arch") else model.metadata["general.architecture"]
+    other = tiny.model(arch, seed=1, n_layers=1 if arch == "llama" else None)
+    plain = list(generate(model, "the mill", 80, temperature=temperature, stop_tokens=()))
+    with model.session() as session:
+        for _ in range(2):
+            stream = generate(model, "the mill", 80, session=session, draft=str(other), temperature=temperature,
+                              stop_tokens=())
+            same(plain, list(stream))
+            assert stream.stats.plain_tok_s > 0 and sum(stream.stats.lengths.values()) == stream.stats.rounds
+    assert list((tmp_path / "pybmc" / "costs").iterdir())
+
+
+def test_the_end_inside_a_draft_and_a_full_context():
+    for limit, context in ((100, None), (3, None), (100, 8), (100, 6)):
+        results = []
+        for share in (None, 1.0, 0.5):
+            fake = FakeModel("one two three", context)
+            fake.asked = 3
+            draft = None if share is None else lying(fake, fake.script, share, 3)
+            results.append(list(generate(fake, b"abc", limit, draft=draft)))
+            assert not draft or fake.sessions[0].closed
+        same(results[0], results[1])
+        same(results[0], results[2])
+
+
+def test_a_failing_draft_is_a_draft_less(model, caplog):
+    plain = list(generate(model, "a mouse", 30, stop_tokens=()))
+    with pybmc.Model(model.path, threads=1) as twin:
+        speculation = Speculation(model, twin, "draft", controller=FixedLength(4))
+        stream = generate(model, "a mouse", 30, draft=speculation, stop_tokens=())
+        drafted = [next(stream) for _ in range(3)]
+        twin.close()
+        with caplog.at_level(logging.WARNING):
+            drafted += stream
+        same(plain, drafted)
+        assert "the draft model failed" in caplog.text and speculation.drafter is None
+
+
+def test_a_stale_stream_leaves_a_session_alone():
+    model = FakeModel()
+    session = model.session()
+    answer = [t.id for t in generate(model, b"abc", 40, stop_tokens=())]
+    stream = generate(model, b"abc", 40, session=session, draft=lying(model, answer, 1.0, 1), stop_tokens=())
+    for _ in range(5):
+        next(stream)
+    session.rewind(2)
+    session.eval([1, 2, 3, 4, 5, 6, 7])
+    before = list(session.tokens)
+    stream.close()
+    assert session.tokens == before
+    leave(session, before, [])
+    assert session.tokens == before
+
+
+# ---- wishes ------------------------------------------------------------------------------------------------
+
+
+def test_without_a_draft_there_is_nothing_to_attach():
+    model = FakeModel()
+    assert attach(None, model) is None and attach(None, model, spec="off") is None
+    assert attach(None, model, FakeModel(), draft_max=0) is None
+    ngram = attach(None, model, spec="ngram")
+    assert ngram.drafter is None and ngram.ngram is not None
+
+
+def test_a_session_keeps_its_drafter():
+    model, draft = FakeModel(), FakeModel()
+    session = model.session()
+    made = attach(session, model, draft)
+    assert attach(session, model, draft) is made and attach(session, model, draft, draft_max=4) is not made
+    assert attach(model.session(), model, draft) is not made
+
+
+@pytest.mark.parametrize("wishes", [{"spec": "some"}, {"spec": "draft"}, {"draft_max": -1}, {"draft_min": 3, "draft_max": 2}])
+def test_odd_wishes_are_refused(wishes):
+    with pytest.raises(ArgumentError):
+        generate(FakeModel(), "x", **({"spec": "ngram"} | wishes))
+
+
+def test_pairs_are_compared_by_bytes(caplog):
+    llama, other = (pybmc.Model(tiny.model(*args), threads=1) for args in (("llama",), ("phi3",)))
+    with llama, other:
+        with pytest.raises(PairError, match=r"token 0 is b'.*' in .* and b'<unk>'"):
+            check_pair(llama, other)
+        check_pair(llama, llama)
+        plain = list(generate(llama, "x", 5, stop_tokens=()))
+        with caplog.at_level(logging.WARNING):
+            same(plain, list(generate(llama, "x", 5, draft=other, stop_tokens=())))
+        assert "token 0" in caplog.text
+        llama.tokenizer.tokens = [*llama.tokenizer.tokens]
+        assert first_difference(llama.tokenizer, llama.tokenizer) is None
+
+
+def test_padded_vocabularies_work_together(tmp_path):
+    with pybmc.Model(tiny.model("llama", vocab_size=420), threads=1) as large, \
+            pybmc.Model(tiny.model("llama", vocab_size=401, seed=3), threads=1) as small:
+        for target, draft in ((large, small), (small, large)):
+            for temperature in (0.0, 1.0):
+                chosen = {"temperature": temperature, "stop_tokens": (), "max_tokens": 30}
+                try:
+                    check_pair(target, draft)
+                except PairError:
+                    pytest.skip("these vocabularies are not padded ones")
+                speculation = Speculation(target, draft, controller=FixedLength(3))
+                same(list(generate(target, [1, 2, target.config.vocab_size - 1], **chosen)),
+                     list(generate(target, [1, 2, target.config.vocab_size - 1], draft=speculation, **chosen)))
+
+
+# ---- drafters ----------------------------------------------------------------------------------------------
+
+
+def longest_match(text, most):
+    """(length, what followed) of the longest earlier match of the text's end; the latest of equals."""
+    for length in range(min(most, len(text) - 1), 1, -1):
+        for end in range(len(text) - 1, length - 1, -1):
+            if text[end - length:end] == text[-length:]:
+                return length, text[end:]
+    return 0, []
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 10), st.integers(0, 40))
+def test_ngrams_find_the_longest_match(text, k, cut):
+    drafter = NgramDrafter()
+    drafter.tries = 1000
+    drafter.follow(text[:cut])
+    draft = drafter.propose(text, k)
+    length, follows = longest_match(text, drafter.n_marks)
+    if not length:
+        assert draft == NOTHING
+        return
+    looped = (follows * k)[:k] if len(follows) < k else follows[:k]
+    assert draft.ids == looped and draft.marks == [min(length + i, drafter.n_marks - 1) for i in range(k)]
+
+
+def test_ngrams_forget_another_text():
+    drafter = NgramDrafter()
+    drafter.follow([1, 2, 3, 1, 2])
+    assert drafter.propose([1, 2, 3, 1, 2], 2).ids == [3, 1]
+    drafter.follow([1, 2, 4, 1, 2])
+    assert drafter.propose([1, 2, 4, 1, 2], 1).ids == [4]
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 999), st.sampled_from([0.0, 0.7]))
+def test_a_model_drafter_follows_any_text(seed, temperature):
+    """Its rows are the text's before each draft, and its draft is what it would say."""
+    model, rng = FakeModel(), random.Random(seed)
+    sampler = Sampler(temperature=temperature, seed=seed)
+    drafter = ModelDrafter(model, VOCAB)
+    text = [rng.randrange(4) for _ in range(rng.randint(1, 60))]
+    drafter.follow(text)
+    for _ in range(6):
+        k = rng.randint(1, 6)
+        draft = drafter.propose(text, k, 0.0, sampler)
+        want = [t.id for t in generate(model, text, k, temperature=temperature, seed=seed, stop_tokens=())]
+        assert draft.ids == want
+        n = rng.randint(0, k)
+        text += [*draft.ids[:n], *(rng.randrange(4) for _ in range(rng.randint(1, 30) if rng.random() < 0.3 else 1))]
+        if rng.random() < 0.2:
+            text = text[:rng.randint(1, len(text))]
+            drafter.follow(text)
+
+
+def test_a_draft_stops_where_it_is_unsure():
+    model = FakeModel()
+    drafter = ModelDrafter(model, VOCAB)
+    for temperature in (0.0, 0.9):
+        draft = drafter.propose([1, 2, 3], 8, 0.999, Sampler(temperature=temperature))
+        assert len(draft.ids) == 1
+    assert drafter.propose([1, 2, 3], 8, 0.0, Sampler()).ids[0] != END
+
+
+def test_a_draft_ends_where_the_drafts_context_does():
+    drafter = ModelDrafter(FakeModel(context=10), VOCAB)
+    for n, most in ((5, 6), (9, 2), (10, 1), (11, 0), (30, 0)):
+        assert len(drafter.propose(list(range(n)), 8, 0.0, Sampler()).ids) == most
