@@ -80,14 +80,12 @@ static void *work(void *arg) {
     }
 }
 
-/* A forked process has the pool but none of its workers: the caller is all there is. */
-static void look_round(struct pool *p) {
-    if (p->process != getpid())
-        p->n = 1;
-}
+/* A forked process has the pool but none of its workers. */
+static bool forked(const struct pool *p) { return p->process != getpid(); }
 
 void pool_run(struct pool *p, void (*fn)(void *, int), void *arg) {
-    look_round(p);
+    if (forked(p))
+        p->n = 1;
     if (p->n == 1) {
         fn(arg, 0);
         return;
@@ -157,13 +155,14 @@ struct pool *pool_new(int n_threads) {
 void pool_free(struct pool *p) {
     if (!p)
         return;
-    look_round(p);
-    p->stop = true;
-    announce(p, &p->run);
-    for (int i = 1; i < p->n; i++)
-        pthread_join(p->workers[i], NULL);
-    pthread_mutex_destroy(&p->lock);
-    pthread_cond_destroy(&p->wake);
+    if (!forked(p)) {
+        p->stop = true;
+        announce(p, &p->run);
+        for (int i = 1; i < p->n; i++)
+            pthread_join(p->workers[i], NULL);
+        pthread_mutex_destroy(&p->lock);
+        pthread_cond_destroy(&p->wake);         /* would wait for workers that are not there */
+    }
     free(p->workers);
     free(p);
 }

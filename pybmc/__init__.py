@@ -28,6 +28,8 @@ _HOMES = {
     "eval_batch": "model",
     "Tokenizer": "tokenizers",
     "generate": "decode",
+    "generate_batch": "batch",
+    "Speculation": "speculate",
 }
 
 __all__ = [*_HOMES, "demo_model", "ArgumentError", "BmcError", "BusyError", "ClosedError", "ContextFullError",

@@ -5,6 +5,7 @@ import os
 import sys
 import time
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -13,7 +14,7 @@ from . import __version__
 from .errors import ArgumentError, BmcError
 from .terminal import ReaderLeft, is_terminal, note, progress, sentence, write
 
-EXIT_FAILED, EXIT_USAGE, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_FAILED, EXIT_USAGE, EXIT_UNPROVEN, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 
 # ---- options that several commands share -------------------------------------------------------------------
@@ -107,6 +108,18 @@ sampling_options = options(
 SAMPLING = ("seed", "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty",
             "repeat_last_n", "logit_bias")
 
+draft_options = options(
+    click.option("--draft", "-md", "--model-draft", "draft", type=click.Path(), metavar="FILE",
+                 help="A small model with the same vocabulary that guesses ahead. The answer is the same, sooner. "
+                      "The bundled model has one by default."),
+    click.option("--draft-max", type=click.IntRange(0), default=16, show_default=True, metavar="N",
+                 help="At most N tokens guessed at a time; how many pay is found out."),
+    click.option("--draft-min", type=click.IntRange(0), default=0, show_default=True, metavar="N",
+                 help="Guess at least N tokens or none."),
+    click.option("--spec", type=click.Choice(["auto", "draft", "ngram", "off"]), default="auto", show_default=True,
+                 help="Who guesses: the draft model, repetitions in the text (ngram), or both (auto, with a draft)."),
+    click.option("--tint", is_flag=True, help="Colour the tokens that were guessed, on a terminal."))
+
 text_options = options(
     click.option("-p", "--prompt", metavar="TEXT", help="The text; - reads it from stdin."),
     click.option("-f", "--file", "prompt_file", type=click.Path(), metavar="FILE",
@@ -173,6 +186,25 @@ def opened(path: Path, threads):
         yield model, time.perf_counter() - started
 
 
+@contextmanager
+def with_draft(flags: dict, bundled: bool, threads):
+    """Settings of generate() about drafting, and the draft model opened. bundled: the model is, so its draft is there too."""
+    settings = {name: flags.pop(name) for name in ("draft", "draft_max", "draft_min", "spec")}
+    if settings["draft_min"] > settings["draft_max"]:
+        raise click.UsageError(f"--draft-min {settings['draft_min']} is more than --draft-max {settings['draft_max']}")
+    path = settings["draft"]
+    if path is None and bundled and settings["spec"] in ("auto", "draft"):
+        from . import demo_model
+        path = demo_model(draft=True)
+    if path is None and settings["spec"] == "draft":
+        raise click.UsageError("--spec draft needs --draft FILE")
+    if path is None or settings["spec"] in ("ngram", "off"):
+        yield settings | {"draft": None}
+        return
+    with opened(Path(path), threads) as (draft, _):
+        yield settings | {"draft": draft}
+
+
 def print_json(value: dict) -> None:
     write(json.dumps(value, ensure_ascii=False) + "\n")
 
@@ -197,7 +229,7 @@ class Commands(click.Group):
 def cli():
     """Run GGUF language models on the CPU.
 
-    Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+    Exit status: 0 done, 1 failed, 2 wrong usage, 3 a proof did not hold, 130 interrupted.
     """
 
 
@@ -209,10 +241,11 @@ def cli():
 @click.option("-n", "--n-predict", "max_tokens", type=int, default=-1, show_default=True, metavar="N",
               help="At most N tokens an answer; -1: until the model ends.")
 @sampling_options
+@draft_options
 @context_option
 @threads_option
 @arena_options
-def chat(model, model_option, system, max_tokens, context, threads, rows, kv_type, **flags):
+def chat(model, model_option, system, max_tokens, context, threads, rows, kv_type, tint, **flags):
     """Talk with a model; without MODEL the bundled one answers.
 
     /help lists what can be typed besides messages. A message goes on over several lines after a backslash at the
@@ -223,9 +256,10 @@ def chat(model, model_option, system, max_tokens, context, threads, rows, kv_typ
     from .repl import Repl
 
     settings = sampling_settings(flags) | {"max_tokens": None if max_tokens < 0 else max_tokens}
-    with opened(find_model(model, model_option), threads) as (loaded, _):
-        with loaded.session(context=context, rows=rows, kv_type=kv_type) as session:
-            Repl(Conversation(loaded, session, system, **settings)).run()
+    with with_draft(flags, not (model or model_option), threads) as drafting, \
+            opened(find_model(model, model_option), threads) as (loaded, _), \
+            loaded.session(context=context, rows=rows, kv_type=kv_type) as session:
+        Repl(Conversation(loaded, session, system, **settings, **drafting), tint=tint).run()
 
 
 @cli.command()
@@ -241,17 +275,19 @@ def chat(model, model_option, system, max_tokens, context, threads, rows, kv_typ
 @click.option("-r", "--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
 @click.option("--ignore-eos", is_flag=True, help="Go on where the model would end.")
 @sampling_options
+@draft_options
 @context_option
 @threads_option
 @arena_options
 @json_option
 def generate(model, model_option, prompt, prompt_file, max_tokens, as_chat, system, stop, ignore_eos, context,
-             threads, rows, kv_type, as_json, **flags):
+             threads, rows, kv_type, as_json, tint, **flags):
     """Continue a text (-p, -f, or stdin) and print what follows it; `run` is the same.
 
     In a raw text control tokens such as <|im_start|> count. Without MODEL the bundled model answers.
     """
     from .decode import generate as start
+    from .report import summary
 
     settings = sampling_settings(flags)
     text = read_text(prompt, prompt_file)
@@ -260,21 +296,23 @@ def generate(model, model_option, prompt, prompt_file, max_tokens, as_chat, syst
         raise click.UsageError("-sys needs --chat")
     if as_chat:
         text = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": text}]
-    with opened(find_model(model, model_option), threads) as (loaded, load_s):
-        with loaded.session(context=context, rows=rows, kv_type=kv_type) as session, progress("prompt") as update:
-            answer = start(loaded, text, None if max_tokens < 0 else max_tokens, session=session, stop=stop,
-                           stop_tokens=() if ignore_eos else None, progress=update, **settings)
-            tokens = []
-            for token in answer:
-                tokens.append(token)
-                if not as_json:
-                    write(token.text)
+    with with_draft(flags, not (model or model_option), threads) as drafting, \
+            opened(find_model(model, model_option), threads) as (loaded, load_s), \
+            loaded.session(context=context, rows=rows, kv_type=kv_type) as session, progress("prompt") as update:
+        answer = start(loaded, text, None if max_tokens < 0 else max_tokens, session=session, stop=stop,
+                       stop_tokens=() if ignore_eos else None, progress=update, **settings, **drafting)
+        tokens = []
+        for token in answer:
+            tokens.append(token)
+            if not as_json:
+                write(token.text, tint and token.from_draft)
+        arena = session.arena_stats()
     if as_json:
         print_json(generation_json(answer, tokens, load_s))
     else:
         write("\n")
         if is_terminal(sys.stderr):
-            note(summary(answer.stats, settings["seed"] if settings["temperature"] else None), dim=True)
+            note(summary(answer.stats, arena, settings["seed"] if settings["temperature"] else None), dim=True)
 
 
 def generation_json(answer, tokens, load_s: float) -> dict:
@@ -286,15 +324,6 @@ def generation_json(answer, tokens, load_s: float) -> dict:
             "prompt_tokens": stats.prompt_tokens,
             "finish_reason": tokens[-1].finish_reason if tokens else "length",
             "timings": {name: rounded(value) for name, value in timings.items()}}
-
-
-def summary(stats, seed=None) -> str:
-    """One line about an answer."""
-    new = stats.prompt_tokens - stats.reused_tokens
-    reused = f" ({stats.reused_tokens} more were there)" if stats.reused_tokens else ""
-    parts = [f"prompt {new} tokens{reused} {stats.prompt_tok_s:.1f} tok/s",
-             f"answer {stats.predicted_tokens} tokens {stats.predicted_tok_s:.1f} tok/s"]
-    return " | ".join(parts + [f"seed {seed}"] * (seed is not None))
 
 
 @cli.command()
@@ -431,6 +460,64 @@ def perplexity(model, model_option, text_file, window, threads, as_json):
     else:
         write(f"perplexity {found.ppl:.4f} +/- {found.stderr:.4f} over {found.tokens} tokens, "
               f"{found.bits_per_byte:.4f} bits a byte\n")
+
+
+@cli.command()
+@model_argument
+@model_option
+@click.option("--draft", "-md", "--model-draft", "draft", type=click.Path(), metavar="FILE",
+              help="A draft model, whose drafts are compared too.")
+@click.option("-p", "--prompt", metavar="TEXT", help="The text to go on with, instead of a few of its own.")
+@click.option("-f", "--file", "prompt_file", type=click.Path(), metavar="FILE", help="Read it from a file.")
+@click.option("-n", "--n-predict", "max_tokens", type=click.IntRange(2), default=64, show_default=True, metavar="N",
+              help="Tokens to write after each text.")
+@click.option("--temp", "temperatures", type=float, multiple=True, default=(0.0, 0.8), show_default=True, metavar="T",
+              help="Temperature; repeatable.")
+@click.option("-s", "--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the choices.")
+@threads_option
+@json_option
+def prove(model, model_option, draft, prompt, prompt_file, max_tokens, temperatures, seed, threads, as_json):
+    """Show that drafting changes nothing: decode plain and speculatively, and compare tokens and logits bit by bit.
+
+    Drafts of every length, right and wrong on purpose, are checked. Without MODEL the bundled pair is taken. Exit
+    status 3 if anything differs.
+    """
+    from .prove import PROMPTS
+    from .prove import prove as run
+
+    texts = PROMPTS if prompt is None and prompt_file is None else [read_text(prompt, prompt_file)]
+    flags = {"draft": draft, "draft_max": 16, "draft_min": 0, "spec": "auto"}
+    results = []
+    with with_draft(flags, not (model or model_option), threads) as drafting, \
+            opened(find_model(model, model_option), threads) as (loaded, _):
+        for found in run(loaded, texts, max_tokens, drafting["draft"], temperatures, seed):
+            results.append(found)
+            if as_json:
+                print_json(asdict(found) | {"equal": found.difference is None})
+            else:
+                write(compared(found) + "\n")
+    differ = [found for found in results if found.difference]
+    if not as_json:
+        write(verdict(results, differ) + "\n")
+    return EXIT_UNPROVEN if differ else 0
+
+
+def compared(found) -> str:
+    line = (f"prompt {found.prompt + 1}, temperature {found.temperature:g}, {found.drafts}: {found.tokens} tokens, "
+            f"{found.passes} passes, {found.accepted} of {found.drafted} drafted tokens accepted, "
+            f"{found.rows} rows of logits")
+    if found.difference is None:
+        return f"{line}: equal"
+    d = found.difference
+    return (f"{line}: {d.what} differs at position {d.position}, plain {d.plain}, drafted {d.drafted}; the two best plain "
+            f"logits are {d.gap:.6g} apart, logits differ by up to {d.largest:.6g}")
+
+
+def verdict(results, differ) -> str:
+    tokens, rows = sum(r.tokens for r in results), sum(r.rows for r in results)
+    if differ:
+        return f"not proven: {len(differ)} of {len(results)} comparisons differ"
+    return f"proven: {tokens} tokens and {rows} rows of logits are equal bit by bit"
 
 
 # ---- the door ----------------------------------------------------------------------------------------------

@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 from math import exp, log
 
 WIDEST = 16                             # tokens in a draft
-MIN_GAIN = 1.03                         # predicted, before speculating at all
-PROBING = 0.015                         # of the time, for drafts that are not expected to pay
-FADE = 0.97                             # weight of what was seen one draft ago
-PATIENCE = 12                           # drafted rounds that must pay together
+MIN_GAIN = 1.03                         # predicted, before speculating begins; it ends below 1
+PROBING = 0.01                          # of the time, for drafts that are not expected to pay
+FADE = 0.98                             # weight of what was seen one draft ago
+PATIENCE = 40                           # drafted rounds that must pay together
 PAUSES = (32, 512)                      # plain tokens after rounds that did not pay: at first, at most
+IDLE = 8                                # tokens for which a decision against drafting stands
+HOPELESS = 0.02                         # chance below which no more of a draft is looked at
 FRESH = 48                              # rounds after which a plain pass is measured again
 
 
@@ -37,9 +39,11 @@ class CostCurve:
     def __init__(self, seconds: dict[int, float] | None = None):
         self._shape: dict[int, float] = {1: 0.0}                # log of width n over width 1
         self._scale: float | None = None                        # log of the seconds of width 1
+        self._seen, self._streak = 0, 0                         # passes; how many in a row were a surprise, and which way
+        self._unit = 1.0                                        # e to the scale
         self.counts: dict[int, int] = {}
         if seconds and 1 in seconds:
-            self._scale = log(seconds[1])
+            self._scale, self._unit = log(seconds[1]), seconds[1]
             self._shape = {n: log(t / seconds[1]) for n, t in sorted(seconds.items())}
         self._ratios: list[float] = []
 
@@ -50,16 +54,28 @@ class CostCurve:
             self._scale = t - log(self.ratio(n))
         count = self.counts[n] = self.counts.get(n, 0) + 1
         surprise = t - self._scale - log(self.ratio(n))
-        calm = max(-0.25, min(0.25, surprise)) if count > 2 or n in self._shape else surprise
-        if n == 1:
-            self._scale += (0.5 if count == 1 else 0.15) * calm
-            return
+        calm = self._calmed(surprise)
+        if self._seen <= 4 and n in self._shape:                # another time or depth than what is remembered
+            self._scale += surprise / self._seen
+        elif n == 1:
+            self._scale += 0.15 * calm
+        else:
+            self._bend(n, calm if n in self._shape else surprise, count)
+            self._scale += 0.08 * calm
+        self._unit = exp(self._scale)
+
+    def _calmed(self, surprise: float) -> float:
+        """A surprise counts in full only if it is small, or not the first of its kind."""
+        self._seen += 1
+        way = (surprise > 0.25) - (surprise < -0.25)
+        self._streak = self._streak + way if way * self._streak > 0 else way
+        return surprise if abs(self._streak) > 3 else max(-0.25, min(0.25, surprise))
+
+    def _bend(self, n: int, surprise: float, count: int) -> None:
         if n not in self._shape:
             self._shape[n] = log(self.ratio(n))
             self._shape = dict(sorted(self._shape.items()))
-            calm = surprise
-        self._scale += 0.08 * calm
-        self._shape[n] += max(0.08, 0.6 / count) * calm
+        self._shape[n] += max(0.08, 0.6 / count) * surprise
         self._ratios = []
 
     def ratio(self, n: int) -> float:
@@ -83,7 +99,7 @@ class CostCurve:
 
     def at(self, n: int) -> float:
         """Seconds."""
-        return self.ratio(n) * exp(self._scale if self._scale is not None else 0.0)
+        return self.ratio(n) * self._unit
 
     @property
     def known(self) -> bool:
@@ -200,7 +216,7 @@ class Controller:
         self.min_gain = MIN_GAIN
         self.choosing = Average()       # seconds to choose a token from its row
         self.account = Account()
-        self.pause, self._last_pause, self._since_plain = 0, 0, 0
+        self.pause, self._last_pause, self._since_plain, self._active, self._idle = 0, 0, 0, True, 0
 
     # ---- predictions
 
@@ -229,10 +245,15 @@ class Controller:
         most = min(self.most, room)
         if most < self.least:
             return Plan(0)
+        if self._idle:
+            self._idle -= 1
+            return Plan(0)
         best, plain = self._best(source, most, others), self.plain(others)
         best.gain /= plain
-        if self.pause or best.gain < self.min_gain:
-            return self._probe(source, most, lag)
+        self._active = not self.pause and best.gain >= (1.0 if self._active else self.min_gain)
+        if not self._active:
+            self._idle = IDLE
+            return self._probe(source, best.k, lag)
         step = (self.curve.at(best.k + 1 + others) - self.curve.at(1 + others)) / best.k
         best.p_min = min(0.9, (source.seconds.value + step) * plain * best.gain)
         return best
@@ -249,11 +270,12 @@ class Controller:
             rate = self.rate(tokens, width, k * source.seconds.value, others)
             if k >= self.least and rate > best.gain:
                 best = Plan(k, gain=rate)
+            elif k > max(best.k, self.least) + 4:       # past the best, and past any step of the costs
+                break
         return best
 
-    def _probe(self, source: Source, most: int, lag: float) -> Plan:
-        """A short draft now and then: the text may have changed."""
-        k = max(self.least, min(3, most))
+    def _probe(self, source: Source, k: int, lag: float) -> Plan:
+        """A draft now and then: the text may have changed."""
         cost = self.curve.at(k + 1) - self.curve.at(1) + k * source.seconds.value + lag
         if self.account.probing + cost <= PROBING * self.account.seconds:
             return Plan(k, probing=True)
@@ -268,6 +290,8 @@ class Controller:
             rate = self.rate(tokens, n + 1, spent, others)
             if n >= self.least and rate > best[1]:
                 best = n, rate
+            elif right < HOPELESS:
+                break
         return best
 
     # ---- lessons

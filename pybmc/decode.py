@@ -147,7 +147,7 @@ class Pass(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What a pass gave, how long it took, and how many tokens were in it, other sequences' too."""
+    """What a pass gave, how long it took, and how many tokens were in it, other sequences' too; 0: not to be learned from."""
 
     result: object
     seconds: float
@@ -320,18 +320,18 @@ def _run(model, tokens, max_tokens, session, chooser, speculation, stop_strings,
     own = None if session is not None else model.session()
     session = own if session is None else session
     try:
-        check_room(session, tokens)
+        check_room(session.context, tokens)
         started = time.perf_counter()
         stats.reused_tokens = rewind_to(session, tokens)
         logits = eval_prompt(session, tokens[stats.reused_tokens:], progress)
         if speculation and max_tokens > 1:
-            speculation.follow(tokens, progress)
+            speculation.follow(tokens, chooser.greedy, progress)
         stats.prompt_s = time.perf_counter() - started
         if max_tokens:
             loop = start_loop(session, tokens, logits, chooser, speculation, max_tokens, stats)
+            ending = Ending(len(tokens), session.context, model.tokenizer.stream(), max_tokens, stop_strings, stop_ids)
             with closing(timed(alone(loop, session), stats)) as choices:
-                yield from finish(choices, len(tokens), session.context, model.tokenizer.stream(), max_tokens,
-                                  stop_strings, stop_ids)
+                yield from ending.tokens(choices)
     finally:
         if speculation:
             speculation.release()
@@ -339,18 +339,19 @@ def _run(model, tokens, max_tokens, session, chooser, speculation, stop_strings,
             own.close()
 
 
-def start_loop(session, tokens, logits, chooser: Chooser, speculation, max_tokens: float, stats: Stats) -> Loop:
-    """The decoding loop after a prompt, which the session holds."""
+def start_loop(session, tokens, logits, chooser: Chooser, speculation, max_tokens: float, stats: Stats,
+               others: Callable[[], int] = lambda: 0) -> Loop:
+    """The decoding loop after a prompt, which the session holds. others: tokens that share the next pass with it."""
     if speculation is None:
         return plain_loop(list(tokens), logits, chooser)
     room = inf if session.context is None else session.context - len(tokens) + 1
-    return speculation.loop(session, list(tokens), logits, chooser, min(max_tokens, room), stats)
+    return speculation.loop(session, list(tokens), logits, chooser, min(max_tokens, room), stats, others)
 
 
-def check_room(session, tokens: Sequence[int]) -> None:
+def check_room(context: int | None, tokens: Sequence[int]) -> None:
     """A prompt that cannot fit is an error before any of it is evaluated."""
-    if session.context is not None and len(tokens) > session.context:
-        raise ContextFullError(f"the prompt has {len(tokens)} tokens, the context has room for {session.context}")
+    if context is not None and len(tokens) > context:
+        raise ContextFullError(f"the prompt has {len(tokens)} tokens, the context has room for {context}")
 
 
 def timed(choices: Iterator[Choice], stats: Stats) -> Iterator[Choice]:
@@ -364,21 +365,37 @@ def timed(choices: Iterator[Choice], stats: Stats) -> Iterator[Choice]:
             yield choice
 
 
-def finish(choices: Iterator[Choice], n_prompt: int, context: int | None, decoder, max_tokens: float,
-           stop_strings: StopStrings, stop_ids: frozenset[int]) -> Iterator[Token]:
-    """Choices as Tokens with text, until something ends them. context: the most rows, of which a last token needs none."""
-    for n, choice in enumerate(choices, 1):
-        ends = choice.id in stop_ids
-        text = "" if ends else stop_strings.push(decoder.push(choice.id))
+class Ending:
+    """Turns choices into Tokens with text, and says which one is the last.
+
+    context: the most rows that the session may hold, of which a last token needs none.
+    """
+
+    def __init__(self, n_prompt: int, context: int | None, decoder, max_tokens: float, stop_strings: StopStrings,
+                 stop_ids: frozenset[int]):
+        self.left = max_tokens
+        self.room = inf if context is None else context - n_prompt + 1
+        self.decoder, self.stop_strings, self.stop_ids = decoder, stop_strings, stop_ids
+
+    def token(self, choice: Choice) -> Token:
+        self.left, self.room = self.left - 1, self.room - 1
+        ends, stop_strings = choice.id in self.stop_ids, self.stop_strings
+        text = "" if ends else stop_strings.push(self.decoder.push(choice.id))
         reason = None
         if ends or stop_strings.found:
             reason = "stop"
-        elif n >= max_tokens:
+        elif self.left <= 0:
             reason = "length"
-        elif context is not None and n_prompt + n > context:
+        elif self.room <= 0:
             reason = "context"
         if reason and not stop_strings.found:
-            text += stop_strings.push(decoder.flush()) + stop_strings.flush()
-        yield Token(choice.id, text, choice.logprob, choice.from_draft, reason)
-        if reason:
-            return
+            text += stop_strings.push(self.decoder.flush()) + stop_strings.flush()
+        return Token(choice.id, text, choice.logprob, choice.from_draft, reason)
+
+    def tokens(self, choices: Iterator[Choice]) -> Iterator[Token]:
+        """Until the last one."""
+        for choice in choices:
+            token = self.token(choice)
+            yield token
+            if token.finish_reason:
+                return

@@ -57,14 +57,13 @@ class NgramDrafter:
 
     def _extend(self, text: Sequence[int]) -> None:
         seen, last, before = self._text, self._last, self._before
+        del before[len(seen) + 1:]                      # an interrupt may have come in the middle of a token
         for token in text[len(seen):]:
+            pair, end = (seen[-1] if seen else None, token), len(seen) + 1
+            earlier = last.get(pair, 0)
+            before.append(earlier if earlier < end else 0)
+            last[pair] = end
             seen.append(token)
-            if len(seen) < 2:
-                before.append(0)
-                continue
-            pair = seen[-2], token
-            before.append(last.get(pair, 0))
-            last[pair] = len(seen)
 
     def propose(self, text: Sequence[int], k: int) -> Draft:
         """At most k tokens; text goes on where the one before ended."""

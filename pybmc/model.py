@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import math
 import operator
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -66,11 +65,12 @@ class Model:
     def __init__(self, path, threads: int | None = None, progress: Progress | None = None):
         self._handle = ffi.NULL
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._sessions_lock = threading.Lock()
         self.threads = _thread_count(threads)
         self._file = GGUF(path)
         try:
             self.config = arch.read_config(self._file)
-            self._handle, self._kept = _bound(self._file, self.config, self.threads)
+            self._handle = _bound(self._file, self.config, self.threads)
             self._pack(progress)
         except BaseException:
             self.close()
@@ -124,12 +124,11 @@ class Model:
 
     def close(self) -> None:
         """Free the weights and close every session. Twice is fine. Raises BusyError while one is in use."""
-        for session in list(self._sessions):
+        with self._sessions_lock:
+            sessions = list(self._sessions)
+        for session in sessions:
             session.close()
-        handle, self._handle = self._handle, ffi.NULL
-        if handle != ffi.NULL:
-            lib.bmc_model_free(handle)
-        self._kept = None
+        self._handle = ffi.NULL
         self._file.close()
 
     def _live(self):
@@ -142,10 +141,6 @@ class Model:
 
     def __exit__(self, *exc) -> None:
         self.close()
-
-    def __del__(self, exiting=sys.is_finalizing) -> None:
-        if getattr(self, "_handle", None) and not exiting():        # at exit the names that close() needs may be gone
-            self.close()
 
     def __repr__(self) -> str:
         return f"<pybmc.Model {self.path} {self.config.arch}, {self.threads} threads>"
@@ -163,14 +158,16 @@ class Session:
         config = model.config
         cap = config.n_ctx if context is None else _whole("context", context)
         long_factors = bool(config.original_ctx) and cap > config.original_ctx
-        handle = lib.bmc_session_new(model._live(), cap, growth, r, int(long_factors))
+        model_handle = model._live()
+        handle = lib.bmc_session_new(model_handle, cap, growth, r, int(long_factors))
         if handle == ffi.NULL:
             raise (OutOfMemoryError if last_error().startswith("no ") else ArgumentError)(last_error())
-        self._handle = handle
+        self._handle = _owned(handle, "bmc_session_free", model_handle)
         self.model = model
         self.context = cap
         self._tokens: list[int] = []        # may run ahead of the position: where a pass failed, or after a rewind
-        model._sessions.add(self)
+        with model._sessions_lock:
+            model._sessions.add(self)
 
     @property
     def position(self) -> int:
@@ -228,11 +225,9 @@ class Session:
 
     def close(self) -> None:
         """Free the rows. Twice is fine. Raises BusyError while another thread uses the session."""
-        if self._handle == ffi.NULL:
-            return
-        with self._claimed() as handle:
-            self._handle = ffi.NULL
-            lib.bmc_session_free(handle)
+        if self._handle != ffi.NULL:
+            with suppress(ClosedError), self._claimed():
+                self._handle = ffi.NULL
 
     def _live(self):
         if self._handle == ffi.NULL:
@@ -257,10 +252,6 @@ class Session:
     def __exit__(self, *exc) -> None:
         self.close()
 
-    def __del__(self, exiting=sys.is_finalizing) -> None:
-        if getattr(self, "_handle", None) and not exiting():        # at exit the names that close() needs may be gone
-            self.close()
-
 
 def eval_batch(parts: Sequence[tuple[Session, Sequence[int] | np.ndarray, str]]) -> list[np.ndarray | Best | None]:
     """Evaluate tokens of several sessions of one model in one pass: [(session, tokens, logits)], as in Session.eval.
@@ -277,8 +268,8 @@ def eval_batch(parts: Sequence[tuple[Session, Sequence[int] | np.ndarray, str]])
             if want not in _WANTS:
                 raise ArgumentError(f"logits: expected one of {', '.join(_WANTS)}, found {want!r}")
             ids = _ids(tokens)
-            result = _room(session, len(ids), want)
             span.session = claims.enter_context(session._claimed())
+            result = _room(session, len(ids), want)
             span.tokens, span.n_tok, span.want = pointer(ids), len(ids), _WANTS[want]
             if want == "argmax":
                 span.argmax = pointer(result)
@@ -316,12 +307,11 @@ def _room(session: Session, n_tok: int, want: str) -> np.ndarray | Best | None:
 
 def check_model(file: GGUF, config: arch.Config) -> None:
     """Raise the FormatError that loading would: every tensor is bound and its shape checked, none is packed."""
-    handle, _ = _bound(file, config, 1)
-    lib.bmc_model_free(handle)
+    _bound(file, config, 1)
 
 
 def _bound(file: GGUF, config: arch.Config, threads: int):
-    """A C model whose tensors are bound, and what must stay alive while it lives."""
+    """A C model whose tensors are bound."""
     settings, tensors, kept = _settings(config), *_tensors(arch.bind(file, config))
     handle = lib.bmc_model_new(settings.pointer, tensors, len(tensors), threads)
     if handle == ffi.NULL:
@@ -331,7 +321,12 @@ def _bound(file: GGUF, config: arch.Config, threads: int):
         if message.startswith("PYBMC_CPU"):
             raise ArgumentError(message)
         raise FormatError(f"{file.path}: {message}")
-    return handle, kept
+    return _owned(handle, "bmc_model_free", kept)
+
+
+def _owned(handle, free: str, kept):
+    """A handle that is freed, and after it what it needs, when nobody uses it: a close() leaves a call beside it whole."""
+    return ffi.gc(handle, lambda handle, lib=lib, kept=kept: getattr(lib, free)(handle))    # lib: at exit it would go first
 
 
 def _whole(name: str, value) -> int:

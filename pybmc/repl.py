@@ -6,9 +6,11 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from . import report
 from .conversation import Conversation
 from .errors import ArgumentError, BmcError
 from .sampling import Sampler
+from .speculate import of_session
 from .terminal import is_terminal, note, progress, sentence, write
 
 SETTINGS = {                            # what /set calls them, after the flags
@@ -26,8 +28,8 @@ class Exit(Exception):
 class Repl:
     """run() talks until the input ends or /exit. Commands are the methods named do_<command>."""
 
-    def __init__(self, conversation: Conversation, messages: Iterator[str] | None = None):
-        self.talk = conversation
+    def __init__(self, conversation: Conversation, messages: Iterator[str] | None = None, tint: bool = False):
+        self.talk, self.tint = conversation, tint       # tint: show which tokens were drafted
         self.terminal = is_terminal(sys.stdin)
         self.messages = messages if messages is not None else joined(lines(self.terminal))
 
@@ -66,7 +68,7 @@ class Repl:
             stream = start(update)
             try:
                 for token in stream:
-                    write(token.text)
+                    write(token.text, self.tint and token.from_draft)
                     reason = token.finish_reason
             except KeyboardInterrupt:
                 if not self.terminal:
@@ -78,6 +80,8 @@ class Repl:
         self.remark(reason)
 
     def remark(self, reason: str | None) -> None:
+        if self.terminal and is_terminal(sys.stderr) and self.talk.stats.predicted_tokens > 1:
+            note(report.summary(self.talk.stats, self.talk.session.arena_stats()), dim=True)
         if self.talk.dropped:
             note(f"(the context was full: the first {self.talk.dropped} messages are forgotten)", dim=True)
         if reason == "context":
@@ -136,6 +140,11 @@ class Repl:
              f"context {self.talk.session.position} of {self.talk.session.context} tokens; "
              f"{arena.rows_reserved} rows reserved, {arena.bytes_reserved / 1e6:.1f} MB")
 
+    def do_why(self, _: str) -> None:
+        """/why: where the time of the last answer went, and what drafting was based on"""
+        greedy = Sampler(**sampler_settings(self.talk.settings)).plain_greedy
+        note("\n".join(report.why(self.talk.stats, of_session(self.talk.session), greedy)))
+
     def do_save(self, path: str) -> None:
         """/save FILE: write the conversation to a file"""
         self.talk.save(named(path))
@@ -144,6 +153,10 @@ class Repl:
         """/load FILE: take up a saved conversation"""
         self.talk.load(named(path))
         note(f"({len(self.talk.messages)} messages)", dim=True)
+
+
+def sampler_settings(settings: dict) -> dict:
+    return {name: value for name, value in settings.items() if name in Sampler.__dataclass_fields__}
 
 
 def named(rest: str) -> str:

@@ -52,20 +52,23 @@ class Speculation:
     """The drafters of one session, and what was learned of them; it may serve many texts, one after the other.
 
     draft: a Model with the target's vocabulary, or None. spec: "draft", "ngram" (the text itself) or "auto" (both).
-    draft_max and draft_min bound what is checked in a pass. controller and clock are for tests and comparisons.
+    draft_max and draft_min bound what is checked in a pass. controller and clock are for tests and comparisons; what
+    is learned is shared with the one that this is like.
     """
 
     def __init__(self, model, draft=None, spec: str = "auto", draft_max: int = WIDEST, draft_min: int = 0,
-                 controller: Controller | None = None, clock: Callable[[], float] = time.perf_counter):
+                 controller: Controller | None = None, clock: Callable[[], float] = time.perf_counter,
+                 like: Speculation | None = None):
         self.model, self.clock = model, clock
         self.draft_max, self.draft_min = checked_bounds(draft_max, draft_min)
+        self.draft = draft
         self.ngram = NgramDrafter() if spec in ("auto", "ngram") else None
         self.drafter = None
         if draft is not None and spec in ("auto", "draft"):
             self.drafter = ModelDrafter(draft, model.config.vocab_size)
         self._fixed = controller
-        self._controllers: dict[bool, Controller] = {}
-        self._sources: dict[tuple[str, bool], Source] = {}
+        self._controllers: dict[bool, Controller] = like._controllers if like else {}
+        self._sources: dict[tuple[str, bool], Source] = like._sources if like else {}
         self.kept = True                # for the next text too
         self._owned = None              # a draft model to be closed with this
 
@@ -87,8 +90,9 @@ class Speculation:
 
     # ---- a text
 
-    def follow(self, text: list[int], progress=None) -> None:
-        """Take up a text: the draft model evaluates what it has not got."""
+    def follow(self, text: list[int], greedy: bool, progress=None) -> None:
+        """Take up a text: the draft model evaluates what it has not got, and costs that nobody knows are measured."""
+        self.controller(greedy)
         if self.ngram:
             self.ngram.follow(text)
         if self.drafter:
@@ -125,7 +129,8 @@ class Speculation:
                 sent = [text[-1], *round.ids]
                 reply = yield Pass(sent, chooser.want(len(sent)))
                 rows = chooser.rows(reply.result)
-                controller.passed(reply.width, reply.seconds)
+                if reply.width:
+                    controller.passed(reply.width, reply.seconds)
                 stats.count(round.checked, round.drafting, reply.seconds)
         finally:
             stats.plain_tok_s = controller.plain() if controller.curve.known else 0.0
@@ -294,6 +299,11 @@ def attach(session, model, draft=None, spec: str = "auto", draft_max: int = WIDE
     return made
 
 
+def of_session(session) -> Speculation | None:
+    """What drafts for a session, if anything does."""
+    return _kept.get(session, (None, None))[1]
+
+
 def is_path(draft) -> bool:
     return isinstance(draft, str) or hasattr(draft, "__fspath__")
 
@@ -317,3 +327,11 @@ def _open(model, draft, spec: str, draft_max: int, draft_min: int) -> Speculatio
     made = Speculation(model, draft, spec, draft_max, draft_min)
     made._owned = opened
     return made
+
+
+def another(made: Speculation | None) -> Speculation | None:
+    """One more of the same for another session: the models and what is learned are shared."""
+    if made is None:
+        return None
+    spec = "ngram" if made.draft is None else "auto" if made.ngram else "draft"
+    return Speculation(made.model, made.draft, spec, made.draft_max, made.draft_min, clock=made.clock, like=made)

@@ -29,12 +29,16 @@ class ReaderLeft(Exception):
     """Nobody reads our output any more."""
 
 
-def write(text: str) -> None:
-    """A piece of an answer to stdout, at once. On a terminal it is made safe to show."""
+def write(text: str, tint: bool = False) -> None:
+    """A piece of an answer to stdout, at once. On a terminal it is made safe to show, and may be tinted."""
     if sys.stdout is None:
         raise OSError("standard output is closed")
+    if is_terminal(sys.stdout):
+        text = clean(text)
+        if tint and text and "NO_COLOR" not in os.environ:
+            text = f"\x1b[36m{text}\x1b[0m"
     try:
-        sys.stdout.write(clean(text) if is_terminal(sys.stdout) else text)
+        sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
         raise ReaderLeft from None

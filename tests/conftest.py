@@ -1,5 +1,9 @@
 """Fixtures of the whole suite."""
 
+import atexit
+import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -7,6 +11,10 @@ from hypothesis import settings
 
 settings.register_profile("suite", deadline=None, derandomize=True)      # the same examples every time, on any machine
 settings.load_profile("suite")
+
+
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="pybmc-cache-")       # what is measured here is kept nowhere
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

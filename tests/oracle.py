@@ -3,8 +3,9 @@
     metadata, tensors = tiny.parts("qwen3")
     oracle.logits(metadata, oracle.weights(tensors), tokens)            # (n, vocab_size)
 
-Written from the papers and GGUF's specification and not from pybmc's code: one sequence, no cache, whole matrices. `context` is
-what longrope chooses its factors by. Options of Oracle are for mutations: tests switch a part off and see that it matters.
+Written from the papers and GGUF's specification and not from pybmc's code: one sequence, no cache, whole
+matrices. `context` is what longrope chooses its factors by. Options of Oracle are for mutations: tests switch a
+part off and see that it matters.
 """
 
 from __future__ import annotations
@@ -107,7 +108,8 @@ class Oracle:
     def frequencies(self, layer):
         """(rope_dim / 2,) radians per position, and what cos and sin are multiplied by."""
         n = self.key("rope.dimension_count", self.head_dim)
-        base, kind, factor = self.key("rope.freq_base", 10000.0), self.key("rope.scaling.type"), self.key("rope.scaling.factor", 1.0)
+        base, kind = self.key("rope.freq_base", 10000.0), self.key("rope.scaling.type")
+        factor = self.key("rope.scaling.factor", 1.0)
         if self.window(layer):
             return self.key("rope.freq_base_swa", 10000.0) ** (-np.arange(0, n, 2) / n), 1.0
         freq = base ** (-np.arange(0, n, 2) / n)

@@ -4,7 +4,7 @@ import random
 
 import numpy as np
 
-from pybmc.controller import Controller, CostCurve, FixedLength
+from pybmc.controller import Controller, CostCurve, FixedLength, Source
 from pybmc.decode import Chooser, Stats, alone
 from pybmc.drafters import Draft, mark
 from pybmc.model import Best
@@ -95,3 +95,11 @@ def run(cost, share, d, n=1000, controller=None, noise=0.03, seed=0, known=True,
 
 def fixed(cost, share, d, k, **settings):
     return run(cost, share, d, controller=FixedLength(k), **settings)[0]
+
+
+def cheap_controller():
+    """A controller of a model whose first few tokens in a pass are nearly free, and a drafter that is right at 80%."""
+    controller = Controller(CostCurve({n: 1 + 0.02 * (n - 1) if n <= 6 else 1.1 + 0.15 * (n - 6) for n in range(1, 33)}))
+    source = Source("draft", [0.8] * 16, 0.8)
+    source.seconds.add(0.1)
+    return controller, source

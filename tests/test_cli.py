@@ -174,6 +174,34 @@ def test_perplexity_json(path, capsys, tmp_path):
     assert result["ppl"] > 1 and result["stderr"] > 0 and result["tokens"] % 15 == 0
 
 
+def test_a_draft_changes_nothing_but_the_counts(path, capsys):
+    results = []
+    draft = str(tiny.model("llama", seed=1))
+    for flags in ([], ["--draft", path], ["-md", draft, "--draft-max", "3", "--draft-min", "2"], ["--spec", "ngram"],
+                  ["--draft", path, "--spec", "draft", "--tint"], ["--draft", path, "--spec", "off"]):
+        assert run(["generate", path, "-p", "Once upon", "-n", "40", "-s", "5", "-t", "1", "--ignore-eos", "--json", *flags]) == 0
+        results.append(json.loads(capsys.readouterr().out))
+    for result in results:
+        assert result["tokens"] == results[0]["tokens"] and result["text"] == results[0]["text"]
+        assert result["timings"]["draft_n"] >= result["timings"]["draft_n_accepted"] >= 0
+    assert results[1]["timings"]["draft_n_accepted"] > 0 and results[0]["timings"]["draft_n"] == 0
+    assert results[-1]["timings"]["draft_n"] == 0
+
+
+def test_a_draft_of_another_vocabulary_is_named_and_left_out(path, capsys, caplog):
+    other = str(tiny.model("phi3"))
+    assert run(["generate", path, "--draft", other, "-p", "Once", "-n", "4", "-t", "1"]) == 0
+    assert "another vocabulary: token 0" in capsys.readouterr().err + caplog.text
+
+
+def test_the_bundled_pair_answers_with_its_draft(capsys):
+    texts = []
+    for flags in ([], ["--spec", "off"]):
+        assert run(["run", "-p", "Tell me of a fox.", "-n", "12", "-s", "1", *flags]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != "\n"
+
+
 # ---- failures ----------------------------------------------------------------------------------------------
 
 
@@ -192,6 +220,12 @@ def test_perplexity_json(path, capsys, tmp_path):
     (["generate", "MODEL", "-p", "x", "--rows", "some"], 2, "rows"),
     (["generate", "MODEL", "-p", "x", "-sys", "y"], 2, "--chat"),
     (["generate", "MODEL", "-p", "word " * 50, "-c", "10"], 1, "room for 10"),
+    (["generate", "MODEL", "-p", "x", "--draft", "/no/such.gguf"], 1, "/no/such.gguf"),
+    (["generate", "MODEL", "-p", "x", "--spec", "draft"], 2, "--draft FILE"),
+    (["generate", "MODEL", "-p", "x", "--spec", "best"], 2, "spec"),
+    (["generate", "MODEL", "-p", "x", "--draft-min", "3", "--draft-max", "2"], 2, "--draft-min 3"),
+    (["prove", "MODEL", "-p", "x", "--draft", "/no/such.gguf"], 1, "/no/such.gguf"),
+    (["prove", "MODEL", "-n", "0"], 2, "0"),
     (["show"], 2, "no model"),
     (["bench", "MODEL", "-p", "a"], 2, "whole numbers"),
     (["bench", "MODEL", "-p", "", "-n", "", "-b", ""], 2, "nothing to measure"),

@@ -15,7 +15,7 @@ import pybmc
 TOOLS = Path(__file__).parents[1] / "tools"
 sys.path.insert(0, str(TOOLS))
 
-import golden  # noqa: E402
+import golden      # noqa: E402
 
 # Error over spread of the logits. Float weights leave what keys and values lose in f16 (11 bits), measured 1.3e-4 to 3.4e-4;
 # quantized ones what activations lose in 8 bits: 4e-3 to 2e-2. A step that is left out costs 1e-2 and more, as shown below.
@@ -45,12 +45,16 @@ class Case:
         self.ours = evaluate(tiny.save(tmp_path / "model.gguf", metadata, tensors), self.tokens, context)
 
     def error(self, weights=None, metadata=None, **mutation):
-        right = oracle.logits(metadata or self.metadata, weights or self.weights, self.tokens, self.context, **mutation)
+        right = oracle.logits(
+            metadata or self.metadata, weights or self.weights, self.tokens, self.context, **mutation
+        )
         return error(self.ours, right)
 
 
 def vector(n, seed=0, mean=0.0):
-    return "F32", (mean + 0.2 * np.random.default_rng(seed).standard_normal((1, n))).astype(np.float32).view(np.uint8)
+    return "F32", (mean + 0.2 * np.random.default_rng(seed).standard_normal((1, n))).astype(np.float32).view(
+        np.uint8
+    )
 
 
 @pytest.mark.parametrize("arch", tiny.ARCHITECTURES)
@@ -67,38 +71,46 @@ def test_every_type_equals_the_oracle(type, tmp_path):
     assert case.error() < (FLOAT if type in FLOATS else QUANTIZED)
 
 
-@pytest.mark.parametrize("shape", [
-    {"n_heads": 4, "n_kv_heads": 4}, {"n_heads": 6, "n_kv_heads": 2, "dim": 96}, {"n_heads": 8, "n_kv_heads": 1},
-    {"head_dim": 80, "n_heads": 2}, {"head_dim": 8, "n_heads": 2}, {"head_dim": 24, "n_heads": 3, "n_kv_heads": 3}, {"head_dim": 256, "n_heads": 2},
-    {"vocab_size": 523}, {"hidden_dim": 100}, {"dim": 100, "n_heads": 5, "n_kv_heads": 1}, {"n_layers": 1, "tied": True},
-], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"n_heads": 4, "n_kv_heads": 4}, {"n_heads": 6, "n_kv_heads": 2, "dim": 96},
+        {"n_heads": 8, "n_kv_heads": 1}, {"head_dim": 80, "n_heads": 2}, {"head_dim": 8, "n_heads": 2},
+        {"head_dim": 24, "n_heads": 3, "n_kv_heads": 3}, {"head_dim": 256, "n_heads": 2}, {"vocab_size": 523},
+        {"hidden_dim": 100}, {"dim": 100, "n_heads": 5, "n_kv_heads": 1}, {"n_layers": 1, "tied": True},
+    ],
+    ids=str,
+)
 def test_shapes(shape, tmp_path):
     assert Case(tmp_path, *tiny.parts("llama", **shape)).error() < FLOAT
 
 
 # What the tolerance sees: each part of a model, left out of the oracle.
 
+
 def without(weights, word):
     """The weights with every norm or bias of this name made neutral."""
     found = [name for name in weights if word in name]
     assert found
-    return weights | {name: np.full_like(weights[name], 0.0 if name.endswith("bias") else 1.0) for name in found}
+    return weights | {
+        name: np.full_like(weights[name], 0.0 if name.endswith("bias") else 1.0) for name in found
+    }
 
 
 VECTORS = {
     "llama": ["attn_norm", "ffn_norm", "output_norm"],
     "qwen2": ["attn_q.bias", "attn_k.bias", "attn_v.bias"],
     "qwen3": ["attn_q_norm", "attn_k_norm"],
-    "gpt2": ["attn_norm.weight", "attn_norm.bias", "attn_qkv.bias", "attn_output.bias", "ffn_norm.weight", "ffn_norm.bias", "ffn_up.bias",
-             "ffn_down.bias", "output_norm.weight", "output_norm.bias"],
+    "gpt2": [
+        "attn_norm.weight", "attn_norm.bias", "attn_qkv.bias", "attn_output.bias", "ffn_norm.weight",
+        "ffn_norm.bias", "ffn_up.bias", "ffn_down.bias", "output_norm.weight", "output_norm.bias",
+    ],
     "gemma3": ["attn_q_norm", "attn_k_norm", "post_attention_norm", "post_ffw_norm"],
     "phi3": ["attn_norm", "ffn_norm"],
 }
 STEPS = {
-    "llama": [{"rope": False}, {"swap_pairs": True}],
-    "qwen2": [{"rope": False}, {"swap_pairs": True}],
-    "qwen3": [{"rope": False}, {"swap_pairs": True}],
-    "gpt2": [{"tanh_gelu": False}],
+    "llama": [{"rope": False}, {"swap_pairs": True}], "qwen2": [{"rope": False}, {"swap_pairs": True}],
+    "qwen3": [{"rope": False}, {"swap_pairs": True}], "gpt2": [{"tanh_gelu": False}],
     "gemma3": [{"rope": False}, {"windows": False}, {"tanh_gelu": False}, {"embedding_scale": False}],
     "phi3": [{"rope": False}, {"swap_pairs": True}],
 }
@@ -116,8 +128,12 @@ def test_a_step_that_is_left_out_is_seen(arch, tmp_path):
 @pytest.mark.parametrize("arch", tiny.ARCHITECTURES)
 def test_a_matrix_of_another_layer_is_seen(arch, tmp_path):
     case = Case(tmp_path, *tiny.parts(arch))
-    for name in [name for name in case.weights if name.startswith("blk.0.") and not oracle.kind_is_vector(name)]:
-        assert case.error(case.weights | {name: case.weights[name.replace("blk.0.", "blk.1.")]}) > 5 * FLOAT, name
+    for name in [
+        name for name in case.weights if name.startswith("blk.0.") and not oracle.kind_is_vector(name)
+    ]:
+        assert (
+            case.error(case.weights | {name: case.weights[name.replace("blk.0.", "blk.1.")]}) > 5 * FLOAT
+        ), name
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
@@ -131,7 +147,10 @@ def test_epsilon(arch, tmp_path):
 @pytest.mark.parametrize("arch", ["llama", "qwen3"])
 def test_biases_where_they_are_optional(arch, tmp_path):
     metadata, tensors = tiny.parts(arch)
-    for role, n in (("attn_q", 64), ("attn_k", 32), ("attn_v", 32), ("attn_output", 64), ("ffn_gate", 96), ("ffn_up", 96), ("ffn_down", 64)):
+    for role, n in (
+        ("attn_q", 64), ("attn_k", 32), ("attn_v", 32), ("attn_output", 64), ("ffn_gate", 96), ("ffn_up", 96),
+        ("ffn_down", 64),
+    ):
         tensors |= {f"blk.{layer}.{role}.bias": vector(n, seed=n + layer) for layer in range(2)}
     case = Case(tmp_path, metadata, tensors)
     assert case.error() < FLOAT
@@ -141,35 +160,57 @@ def test_biases_where_they_are_optional(arch, tmp_path):
 
 def test_window_pattern_as_flags_and_a_base_for_windowed_layers(tmp_path):
     metadata, tensors = tiny.parts("gemma3", n_layers=3)
-    metadata |= {"gemma3.attention.sliding_window_pattern": [False, True, True], "gemma3.attention.sliding_window": 5,
-                 "gemma3.rope.freq_base_swa": 500.0, "gemma3.rope.freq_base": 1e6}
+    metadata |= {
+        "gemma3.attention.sliding_window_pattern": [False, True, True], "gemma3.attention.sliding_window": 5,
+        "gemma3.rope.freq_base_swa": 500.0, "gemma3.rope.freq_base": 1e6,
+    }
     case = Case(tmp_path, metadata, tensors)
-    assert case.error() < FLOAT < 5 * FLOAT < min(case.error(metadata=metadata | {key: value}) for key, value in (
-        ("gemma3.attention.sliding_window_pattern", [True, True, False]), ("gemma3.attention.sliding_window", 6),
-        ("gemma3.rope.freq_base_swa", 10000.0), ("gemma3.rope.freq_base", 10000.0)))
+    assert (
+        case.error()
+        < FLOAT
+        < 5 * FLOAT
+        < min(
+            case.error(metadata=metadata | {key: value})
+            for key, value in (
+                ("gemma3.attention.sliding_window_pattern", [True, True, False]),
+                ("gemma3.attention.sliding_window", 6), ("gemma3.rope.freq_base_swa", 10000.0),
+                ("gemma3.rope.freq_base", 10000.0),
+            )
+        )
+    )
 
 
 # Rotary positions
 
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "phi3"])
-@pytest.mark.parametrize("keys", [
-    {"type": "linear", "factor": 4.0},
-    {"type": "yarn", "factor": 8.0, "original_context_length": 64},
-    {"type": "yarn", "factor": 3.5, "original_context_length": 400, "attn_factor": 1.3},
-], ids=str)
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"type": "linear", "factor": 4.0},
+        {"type": "yarn", "factor": 8.0, "original_context_length": 64},
+        {"type": "yarn", "factor": 3.5, "original_context_length": 400, "attn_factor": 1.3},
+    ],
+    ids=str,
+)
 def test_rope_scaling(arch, keys, tmp_path):
     metadata, tensors = tiny.parts(arch)
-    metadata |= {f"{arch}.rope.freq_base": 500.0} | {f"{arch}.rope.scaling.{key}": value for key, value in keys.items()}
+    metadata |= {f"{arch}.rope.freq_base": 500.0} | {
+        f"{arch}.rope.scaling.{key}": value for key, value in keys.items()
+    }
     case = Case(tmp_path, metadata, tensors)
     assert case.error() < FLOAT < 5 * FLOAT < case.error(scaling=False)
 
 
 def test_rope_scaling_none_and_unknown(tmp_path):
     metadata, tensors = tiny.parts("llama")
-    case = Case(tmp_path, metadata | {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, tensors)
+    case = Case(
+        tmp_path, metadata | {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, tensors
+    )
     assert case.error() < FLOAT
-    with pytest.raises(pybmc.FormatError, match="rope.scaling.type: expected none, linear, yarn or longrope, found dynamic"):
+    with pytest.raises(
+        pybmc.FormatError, match="rope.scaling.type: expected none, linear, yarn or longrope, found dynamic"
+    ):
         Case(tmp_path, metadata | {"llama.rope.scaling.type": "dynamic"}, tensors)
 
 
@@ -185,7 +226,10 @@ def test_part_of_a_head_turns(tmp_path):
         assert case.error() < FLOAT < 5 * FLOAT < case.error(metadata=metadata)
 
 
-@pytest.mark.parametrize("original, context, long", [(100, None, True), (100, 100, False), (100, 101, True), (512, None, False), (512, 64, False)])
+@pytest.mark.parametrize(
+    "original, context, long",
+    [(100, None, True), (100, 100, False), (100, 101, True), (512, None, False), (512, 64, False)],
+)
 def test_longrope_takes_its_factors_by_the_cap(original, context, long, tmp_path):
     """The cap decides, and not how long the sequence is: 48 tokens in all of these."""
     metadata, tensors = tiny.parts("phi3", rope_factors=True)
@@ -203,11 +247,14 @@ def test_both_factors_in_one_pass(tmp_path):
     tokens, weights = some_tokens(), oracle.weights(tensors)
     with pybmc.Model(tiny.save(tmp_path / "model.gguf", metadata, tensors)) as model:
         sessions = [model.session(context=context) for context in (64, 512)]
-        for ours, session in zip(pybmc.eval_batch([(session, tokens, "all") for session in sessions]), sessions):
+        for ours, session in zip(
+            pybmc.eval_batch([(session, tokens, "all") for session in sessions]), sessions
+        ):
             assert error(ours, oracle.logits(metadata, weights, tokens, session.context)) < FLOAT
 
 
 # The golden folder and its tool
+
 
 def test_golden_folder(shared):
     rows = [golden.compare(path) for path in golden.models(shared / "golden")]
@@ -219,7 +266,9 @@ def test_the_oracle_equals_golden_logits(shared):
     for path in [path for path in golden.models(shared / "golden") if path.stem.endswith("F16")]:
         with np.load(path.with_suffix(".npz")) as file:
             right = oracle.logits(*oracle.read(path), file["tokens"], int(file["n_ctx"]))
-            assert golden.rms(right - file["ref"]) < (3e-3 if path.stem.startswith(("gemma", "gpt2")) else 1e-5), path.stem
+            assert golden.rms(right - file["ref"]) < (
+                3e-3 if path.stem.startswith(("gemma", "gpt2")) else 1e-5
+            ), path.stem
 
 
 def write_pair(folder, shift=0.0):
@@ -234,13 +283,18 @@ def write_pair(folder, shift=0.0):
         gaps.append(golden.lead(last))
         run.append(int(last.argmax()))
     noise = np.random.default_rng(0).standard_normal(ref.shape) * 3e-3
-    np.savez(folder / "made.npz", tokens=tokens, ref=(ref + shift * ref[:, ::-1]).astype(np.float32), n_ctx=512, greedy_gap=np.array(gaps),
-             llamacpp=(ref + shift * ref[:, ::-1] + noise).astype(np.float32), greedy_prompt=tokens, greedy_tokens=np.array(run[16:]))
+    np.savez(
+        folder / "made.npz", tokens=tokens, ref=(ref + shift * ref[:, ::-1]).astype(np.float32), n_ctx=512,
+        greedy_gap=np.array(gaps), llamacpp=(ref + shift * ref[:, ::-1] + noise).astype(np.float32),
+        greedy_prompt=tokens, greedy_tokens=np.array(run[16:]),
+    )
 
 
 def run_tool(*arguments):
-    return subprocess.run([sys.executable, TOOLS / "golden.py", *arguments], capture_output=True, text=True, cwd=TOOLS.parent,
-                          env={"PYTHONPATH": str(TOOLS.parent)})
+    return subprocess.run(
+        [sys.executable, TOOLS / "golden.py", *arguments], capture_output=True, text=True, cwd=TOOLS.parent,
+        env={"PYTHONPATH": str(TOOLS.parent)},
+    )
 
 
 def test_the_tool(tmp_path):

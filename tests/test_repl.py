@@ -98,6 +98,32 @@ def test_a_wrong_command_is_a_sentence_and_the_chat_goes_on(talk, capsys, line):
     assert talk.settings["temperature"] == 0.8
 
 
+def test_why_tells_where_the_time_went(talk, model, capsys):
+    _, err = play(talk, "/why", "hello", "/why", capsys=capsys)
+    assert "nothing was said yet" in err and "verify" in err and "there is no draft" in err
+    talk.settings |= {"draft": model, "max_tokens": 60, "stop_tokens": ()}
+    out, err = play(talk, "hello", "/why", capsys=capsys)
+    assert "accepted" in err and "draft model:" in err and "repetitions:" in err and "one token takes" in err
+    with model.session(context=400) as session:
+        again = Conversation(model, session, None, max_tokens=60, temperature=0.8, seed=1, stop_tokens=())
+        again.messages = talk.messages[:-2]
+        assert play(again, "hello", capsys=capsys)[0] == out
+
+
+def test_tokens_that_were_drafted_are_tinted_on_a_terminal(talk, monkeypatch, capsys):
+    def answer(*_):
+        yield Token(1, "one ", -1.0)
+        yield Token(2, "two", -1.0, from_draft=True)
+
+    monkeypatch.setattr("pybmc.terminal.is_terminal", lambda stream: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    Repl(talk, [], tint=True).answer(answer)
+    assert capsys.readouterr().out == "one \x1b[36mtwo\x1b[0m\n"
+    monkeypatch.setenv("NO_COLOR", "1")
+    Repl(talk, [], tint=True).answer(answer)
+    assert capsys.readouterr().out == "one two\n"
+
+
 def test_ctrl_c_ends_the_answer_and_not_the_chat(talk, capsys):
     def interrupted(*_):
         yield Token(1, "so ", -1.0)

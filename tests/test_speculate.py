@@ -2,6 +2,7 @@
 
 import logging
 import random
+import signal
 
 import pytest
 import tiny
@@ -188,6 +189,37 @@ def test_a_failing_draft_is_a_draft_less(model, caplog):
         assert "the draft model failed" in caplog.text and speculation.drafter is None
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_interrupts_anywhere_leave_sessions_that_work(temperature):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    rng, heard = random.Random(0), 0
+    with pybmc.Model(tiny.model("llama"), threads=1) as model, pybmc.Model(model.path, threads=1) as twin:
+        chosen = {"temperature": temperature, "stop_tokens": ()}
+        want = [t.id for t in generate(model, "Once upon a time", 40, **chosen)]
+        speculation = Speculation(model, twin, "auto", controller=FixedLength(5))
+        before = signal.signal(signal.SIGALRM, interrupt)
+        try:
+            with model.session() as session:
+                for _ in range(200):
+                    try:
+                        signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 3e-3))
+                        got = [t.id for t in generate(model, "Once upon a time", 40, session=session, draft=speculation,
+                                                      **chosen)]
+                        signal.setitimer(signal.ITIMER_REAL, 0)
+                        assert got == want
+                    except KeyboardInterrupt:
+                        heard += 1
+                    session.rewind(rng.randrange(session.position + 1))
+                assert heard > 20 and speculation.drafter is not None
+                assert [t.id for t in generate(model, "Once upon a time", 40, session=session, draft=speculation,
+                                               **chosen)] == want
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+
 def test_a_stale_stream_leaves_a_session_alone():
     model = FakeModel()
     session = model.session()
@@ -244,8 +276,8 @@ def test_pairs_are_compared_by_bytes(caplog):
 
 
 def test_padded_vocabularies_work_together(tmp_path):
-    with pybmc.Model(tiny.model("llama", vocab_size=420), threads=1) as large, \
-            pybmc.Model(tiny.model("llama", vocab_size=401, seed=3), threads=1) as small:
+    with pybmc.Model(tiny.model("llama", vocab_size=900), threads=1) as large, \
+            pybmc.Model(tiny.model("llama", vocab_size=860, seed=3), threads=1) as small:
         for target, draft in ((large, small), (small, large)):
             for temperature in (0.0, 1.0):
                 chosen = {"temperature": temperature, "stop_tokens": (), "max_tokens": 30}

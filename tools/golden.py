@@ -3,9 +3,9 @@
 
     python tools/golden.py [DIR] [--json]        DIR: ../shared/golden beside the checkout
 
-A pair NAME.gguf and NAME.npz gives a row. The npz holds tokens, ref (float32 logits of the dequantized weights), llamacpp
-(llama.cpp's own logits), greedy_prompt, greedy_tokens, greedy_gap (the run that ref continues with) and n_ctx (the context).
-Three bounds, exit code 3 where one does not hold:
+A pair NAME.gguf and NAME.npz gives a row. The npz holds tokens, ref (float32 logits of the dequantized weights),
+llamacpp (llama.cpp's own logits), greedy_prompt, greedy_tokens, greedy_gap (the run that ref continues with) and
+n_ctx (the context). Three bounds, exit code 3 where one does not hold:
 
   error    the rms of (ours - ref) is at most 1.1 times llama.cpp's plus 1e-3 of the spread of ref
   top-1    where ref's best leads by a clear gap and llama.cpp finds it, so do we
@@ -32,7 +32,7 @@ CLEAR = 6.0         # in rms of llama.cpp's error
 
 @dataclass(frozen=True)
 class Row:
-    """One file. rms, max: error against ref; limit: the most rms may be; top1 and greedy: agreements and how many were clear."""
+    """One file. rms, max: error against ref; limit: the most rms may be; top1, greedy: agreements of the clear ones."""
 
     file: str
     rms: float
@@ -96,9 +96,11 @@ def models(folder: Path) -> list[Path]:
 
 
 def table(rows: list[Row]) -> str:
-    lines = ["| File | our rms | llama.cpp's | ratio | top-1 where clear | greedy where clear | verdict |", "|---|---|---|---|---|---|---|"]
-    lines += [f"| {row.file} | {row.rms:.2e} | {row.llamacpp_rms:.2e} | {row.ratio:.2f} | {row.top1} of {row.top1_clear} | "
-              f"{row.greedy} of {row.greedy_clear} | {'holds' if row.holds else 'FAILS'} |" for row in rows]
+    lines = ["| File | our rms | llama.cpp's | ratio | top-1 where clear | greedy where clear | verdict |",
+             "|---|---|---|---|---|---|---|"]
+    lines += [f"| {row.file} | {row.rms:.2e} | {row.llamacpp_rms:.2e} | {row.ratio:.2f} | "
+              f"{row.top1} of {row.top1_clear} | {row.greedy} of {row.greedy_clear} | "
+              f"{'holds' if row.holds else 'FAILS'} |" for row in rows]
     return "\n".join(lines)
 
 

@@ -2,7 +2,11 @@
 
     python tools/synth.py llama-3.2-1b --type Q4_K_M -o l1b.gguf
 
-Speed and memory of such a file are those of the real one; its text is noise. Blocks are drawn at random
+    python tools/synth.py llama-3.2-1b --pair 0.85 -o l1b.gguf          also writes l1b-draft.gguf
+
+Speed and memory of such a file are those of the real one; its text is noise. A pair is a whole model whose later layers
+add little, and its first layer as a draft: how little is found by trying, until the draft agrees with the model as often
+as asked. Blocks are drawn at random
 directly in their quantized form, scaled so that a matrix of n columns has weights with standard deviation
 1/sqrt(n): activations neither explode nor vanish. The same preset, type and seed give the same bytes.
 """
@@ -316,17 +320,19 @@ def rope_factors(shape, low=1.0, high=4.0, old_ctx=8192):
     return (1 / ((1 - blend) / shape.rope_factor + blend)).astype(np.float32)
 
 
-def tensors(shape, file_type, seed=0):
+def tensors(shape, file_type, seed=0, whole=0):
     """(name, type name, (n_cols, n_rows) or (n,), function giving the data) of every tensor, in file order.
 
-    A tensor's random numbers depend on its name and the seed alone: models that share names share weights."""
+    A tensor's random numbers depend on its name and the seed alone: models that share names share weights. whole: the
+    layers of the model that this one is the beginning of, if it is a draft."""
     gqa = shape.n_heads // shape.n_kv_heads
     vocab_size = VOCABS[shape.vocab].size
-    calm = (2 * shape.n_layers) ** -0.5         # what each layer may add to the residual stream
+    n_layers = whole or shape.n_layers
+    calm = (2 * n_layers) ** -0.5               # what each layer may add to the residual stream
 
     def matrix(role, n_cols, n_rows, layer=-1, gain=1.0, is_output=False, kind=None):
         name = f"blk.{layer}.{role}.weight" if layer >= 0 else f"{role}.weight"
-        kind = kind or tensor_type(file_type, role, n_cols, Place(layer, shape.n_layers, gqa), is_output)
+        kind = kind or tensor_type(file_type, role, n_cols, Place(layer, n_layers, gqa), is_output)
         rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
         std = gain * n_cols ** -0.5
         return name, kind, (n_cols, n_rows), lambda: random_matrix(kind, n_cols, n_rows, std, rng)
@@ -352,14 +358,14 @@ def tensors(shape, file_type, seed=0):
         yield matrix("output", shape.dim, vocab_size, gain=3.0, is_output=True)
 
 
-def write(path, shape, file_type, name="model", seed=0):
+def write(path, shape, file_type, name="model", seed=0, whole=0):
     """Write the model and return the bytes of its tensors."""
     vocab = VOCABS[shape.vocab]
     writer = gguf.GGUFWriter(path, shape.arch)
     add_metadata(writer, name, shape, file_type)
     add_vocabulary(writer, vocab)
     writer.add_vocab_size(vocab.size)
-    todo = list(tensors(shape, file_type, seed))
+    todo = list(tensors(shape, file_type, seed, whole))
     total = 0
     for tensor_name, kind, dims, _ in todo:
         kind = gguf.GGMLQuantizationType[kind]
@@ -376,12 +382,71 @@ def write(path, shape, file_type, name="model", seed=0):
     return total
 
 
+# ---- pairs -------------------------------------------------------------------------------------------------
+
+TRIES = 8                               # of a gain; after each the models are loaded and compared
+SAMPLE = (4, 96)                        # texts and tokens of a comparison
+
+
+def set_gain(path, shape, file_type, first, gain):
+    """Set the input norms of the layers from `first` on, in a file that is there: what they add shrinks with them."""
+    ALIGNED = 32
+    names = [(name, n) for name, n, _ in layer_vectors(shape) if name in ("attn_norm.weight", "ffn_norm.weight")]
+    wanted = {f"blk.{layer}.{name}": n for layer in range(first, shape.n_layers) for name, n in names}
+    at, places = 0, {}
+    for name, kind, dims, _ in tensors(shape, file_type):
+        block_size, type_size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+        places[name] = at
+        at += -(-int(np.prod(dims)) // block_size * type_size // ALIGNED) * ALIGNED
+    start = Path(path).stat().st_size - at
+    with open(path, "r+b") as file:
+        for name, n in wanted.items():
+            file.seek(start + places[name])
+            file.write(np.full(n, gain, "<f4").tobytes())
+
+
+def agreement(target, draft):
+    """How often the draft's best token is the target's, along texts that the target writes from random beginnings."""
+    import pybmc
+
+    texts, length = SAMPLE
+    with pybmc.Model(target) as model, pybmc.Model(draft) as small:
+        rng, same = np.random.default_rng(0), 0
+        for _ in range(texts):
+            text = rng.integers(0, model.config.vocab_size, 4).tolist()
+            text += [t.id for t in pybmc.generate(model, text, length, stop_tokens=())]
+            with model.session() as one, small.session() as other:
+                best = [s.eval(text[:-1], "argmax")[3:] for s in (one, other)]
+            same += int((best[0] == best[1]).sum())
+        return same / (texts * length)
+
+
+def write_pair(path, draft_path, shape, file_type, name, wanted, layers=1, seed=0):
+    """Write both models; the gain that was found and the agreement that was measured."""
+    shape = replace(shape, tied=False)          # tied weights would repeat a token for ever
+    write(path, shape, file_type, name, seed)
+    write(draft_path, replace(shape, n_layers=layers), file_type, f"{name} draft", seed, whole=shape.n_layers)
+    low, high, tried = 0.0, 1.0, []             # agreement falls as the gain rises
+    for _ in range(TRIES):
+        gain = (low + high) / 2
+        set_gain(path, shape, file_type, layers, gain)
+        found = agreement(path, draft_path)
+        tried.append((abs(found - wanted), gain, found))
+        low, high = (gain, high) if found > wanted else (low, gain)
+    _, gain, found = min(tried)
+    set_gain(path, shape, file_type, layers, gain)
+    return gain, found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", choices=sorted(MODELS), metavar="MODEL", help=", ".join(MODELS))
     parser.add_argument("--type", default="Q4_K_M", help=f"{', '.join(MIXES)}; pure-TYPE: no mix")
     parser.add_argument("--layers", type=int, help="this many layers instead of the model's own")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pair", type=float, metavar="SHARE",
+                        help="also write OUTPUT-draft.gguf, a draft whose best token is the model's so often (0.85)")
+    parser.add_argument("--draft-layers", type=int, default=1, help="layers of that draft")
     parser.add_argument("-o", "--output", type=Path, help="default: MODEL-TYPE.gguf")
     args = parser.parse_args()
     if args.type.removeprefix("pure-") not in MIXES.keys() | BLOCKS.keys():
@@ -389,6 +454,14 @@ def main():
     shape = MODELS[args.model]
     shape = replace(shape, n_layers=args.layers or shape.n_layers)
     path = args.output or Path(f"{args.model}-{args.type}.gguf")
+    if args.pair is not None:
+        if not 0 < args.pair < 1 or not 0 < args.draft_layers < shape.n_layers:
+            parser.error("a pair needs an agreement between 0 and 1, and a draft with fewer layers than the model")
+        draft = path.with_name(f"{path.stem}-draft.gguf")
+        gain, found = write_pair(path, draft, shape, args.type, args.model, args.pair, args.draft_layers, args.seed)
+        print(f"{path} and {draft}: they agree on {found:.1%} of tokens (gain of later layers {gain:.4f})",
+              file=sys.stderr)
+        return
     total = write(path, shape, args.type, args.model, args.seed)
     print(f"{path}: {total / 1e6:.0f} MB of tensors", file=sys.stderr)
 

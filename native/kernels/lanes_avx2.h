@@ -4,6 +4,7 @@
 
 #include "../kernels.h"
 #include "../panels.h"
+#include "inline.h"
 #include <math.h>
 #include <immintrin.h>
 
@@ -11,9 +12,6 @@
 #undef COLS_MAX
 #define COLS_MAX 4
 #define ROWS_MAX 4
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL(n) _Pragma(UNROLL_TEXT(GCC unroll n))
-#define UNROLL_TEXT(x) #x
 
 typedef struct { __m256 lo, hi; } f32x16;
 typedef struct { __m256i lo, hi; } i32x16;

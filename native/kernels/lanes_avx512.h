@@ -4,6 +4,7 @@
 
 #include "../kernels.h"
 #include "../panels.h"
+#include "inline.h"
 #include <math.h>
 #include <immintrin.h>
 
@@ -12,9 +13,6 @@
 #define COLS_MAX 16
 #endif
 #define ROWS_MAX 8
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL(n) _Pragma(UNROLL_TEXT(GCC unroll n))
-#define UNROLL_TEXT(x) #x
 
 typedef __m512 f32x16;
 typedef __m512i i32x16;

@@ -4,6 +4,7 @@
 
 #include "../kernels.h"
 #include "../panels.h"
+#include "inline.h"
 #include <arm_neon.h>
 #include <math.h>
 #include <string.h>
@@ -12,9 +13,6 @@
 #undef COLS_MAX
 #define COLS_MAX 4
 #define ROWS_MAX 4
-#define INLINE static inline __attribute__((always_inline))
-#define UNROLL(n) _Pragma(UNROLL_TEXT(GCC unroll n))
-#define UNROLL_TEXT(x) #x
 
 typedef struct { float32x4_t q0, q1, q2, q3; } f32x16;
 typedef struct { int32x4_t q0, q1, q2, q3; } i32x16;

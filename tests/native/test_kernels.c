@@ -352,6 +352,8 @@ static void quantize_blocks(void) {
         x[i] = i < 12 * 32 ? x[i] / 3 * scales[i / 32] : i < 20 * 32 ? (float)(i % 255 - 127) / 2 : x[i];
     for (int i = 20 * 32; i < 21 * 32; i++)
         x[i] = i % 32 == 9 ? -5.0f : 0.0f;
+    for (int i = 21 * 32; i < 22 * 32; i++)
+        x[i] = i % 32 == 9 ? 127.0f : (float)(i % 32) - 15.5f;
     for (int isa = 0; isa < n_isas; isa++) {
         memset(act, 0x55, (N * STRIDE) * sizeof *act);
         isas[isa].quantize(act, STRIDE, x, N);
@@ -363,6 +365,7 @@ static void quantize_blocks(void) {
                 check_block(&act[b], x + b / STRIDE * 32);
         if (isa == 0)
             memcpy(first, act, (N * STRIDE) * sizeof *act);
+        CHECK(act[21 * STRIDE].q[16] == 0 && act[21 * STRIDE].q[17] == 2 && act[21 * STRIDE].q[14] == -2);     /* 0.5, 1.5, -1.5 */
         for (int b = 0; b < N; b++)
             CHECK(!memcmp(&act[b * STRIDE], &first[b * STRIDE], offsetof(struct act_block, unused)));
     }
@@ -478,6 +481,16 @@ static void sums_and_scales(void) {
             CHECK(y[i] == x[i] * 1.7f);
         free(x), free(a), free(y);
     }
+}
+
+/* e^x alone, as a sum of one: within 2 ulp of libm where it is not cut to 0. */
+static void exponentials(void) {
+    for (int isa = 0; isa < n_isas; isa++)
+        for (int i = 0; i <= 8800; i++) {
+            float x = -(float)i / 100, ours = isas[isa].sum_exp(&x, 0, 1);
+            double right = exp((double)x);
+            CHECK(x < -87 ? ours == 0 : fabs((double)ours - right) <= 4 * ROUNDING * right);
+        }
 }
 
 /* Of a row of logits, ties and -inf among them. */
@@ -760,6 +773,7 @@ int main(void) {
     norms();
     activations();
     sums_and_scales();
+    exponentials();
     best_of_a_row();
     rope();
     attention();

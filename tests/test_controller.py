@@ -1,0 +1,150 @@
+"""The controller in simulation: near the best fixed length, never far below plain decoding; and what it keeps."""
+
+import json
+import os
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from simulation import fixed, run
+
+from pybmc import cache
+from pybmc.controller import Controller, CostCurve, Source
+
+
+def cheap(n):                           # a few tokens more are nearly free
+    return 1 + 0.02 * (n - 1) if n <= 6 else 1.1 + 0.1 * (n - 6)
+
+
+def steep(n):                           # checking costs, as in runtimes that decode weights again for each token
+    return 1 + 0.35 * (n - 1)
+
+
+def steps(n):
+    return 1.0 if n <= 1 else 1.3 if n <= 8 else 1.9
+
+
+@pytest.mark.parametrize("honest", [False, True])
+@pytest.mark.parametrize("cost, d, share", [
+    (cheap, 0.02, 0.97), (cheap, 0.05, 0.6), (cheap, 0.05, 0.85), (cheap, 0.3, 0.85), (cheap, 0.1, 0.3),
+    (steep, 0.1, 0.6), (steep, 0.3, 0.85), (steep, 0.1, 0.3), (steps, 0.1, 0.6), (steps, 0.02, 0.85), (steps, 0.3, 0.0)])
+def test_within_five_percent_of_the_best_fixed_length(cost, d, share, honest):
+    def mean(rate):
+        return sum(rate(seed) for seed in range(2)) / 2
+
+    best = max(mean(lambda seed: fixed(cost, share, d, k, seed=seed, n=2500, honest=honest))
+               for k in (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16))
+    found = mean(lambda seed: run(cost, share, d, seed=seed, n=2500, honest=honest)[0])
+    assert found > 0.95 * best
+
+
+@pytest.mark.parametrize("cost", [cheap, steep, steps])
+@pytest.mark.parametrize("d", [0.05, 0.3])
+def test_the_worst_draft_costs_less_than_three_percent(cost, d):
+    for seed in range(4):
+        plain = fixed(cost, 0.0, d, 0, n=256, seed=seed)
+        rate, stats = run(cost, 0.0, d, n=256, seed=seed)
+        assert rate > 0.97 * plain
+        assert stats.plain_tok_s == pytest.approx(plain, rel=0.05)
+
+
+def test_a_draft_that_is_good_at_times_is_used_then():
+    rate, stats = run(cheap, lambda position: 0.9 if position // 500 % 2 == 0 else 0.0, 0.1, n=4000)
+    best = max(fixed(cheap, lambda position: 0.9 if position // 500 % 2 == 0 else 0.0, 0.1, k, n=4000)
+               for k in (0, 1, 2, 4, 6, 8))
+    assert rate > 1.03 * best and stats.lengths[0] > 1000
+
+
+def test_costs_are_learned_where_nothing_is_known():
+    rate, _ = run(cheap, 0.85, 0.1, n=2000, known=False)
+    assert rate > 0.93 * max(fixed(cheap, 0.85, 0.1, k, n=2000) for k in (3, 4, 5, 6, 8))
+
+
+def test_bounds_hold():
+    for most, least in ((4, 0), (8, 3), (16, 6)):
+        _, stats = run(cheap, 0.9, 0.05, n=300, controller=Controller(CostCurve({n: cheap(n) for n in (1, 4, 16)}), most, least))
+        assert all(k == 0 or least <= k <= most for k in stats.lengths)
+
+
+# ---- costs -------------------------------------------------------------------------------------------------
+
+
+def test_a_curve_follows_the_machine_and_ignores_a_hiccup():
+    curve = CostCurve({1: 0.01, 8: 0.012})
+    assert curve.ratio(4) == pytest.approx(1 + 0.2 * 3 / 7) and curve.ratio(8) == pytest.approx(1.2)
+    for _ in range(20):
+        curve.observe(1, 0.01)
+    curve.observe(1, 1.0)
+    assert curve.at(1) < 0.0105
+    for _ in range(40):
+        curve.observe(8, 0.024)                     # everything became twice as slow: so did a single token
+    assert 0.012 < curve.at(1) < 0.021 and curve.at(8) == pytest.approx(0.024, rel=0.05)
+    for _ in range(40):
+        curve.observe(1, 0.02)
+        curve.observe(8, 0.024)
+    assert curve.at(1) == pytest.approx(0.02, rel=0.05) and curve.at(8) == pytest.approx(0.024, rel=0.07)
+
+
+@given(st.dictionaries(st.integers(2, 16), st.floats(0.5, 20), max_size=5), st.lists(st.integers(1, 40), max_size=30))
+def test_a_curve_never_falls(shape, observed):
+    curve = CostCurve({1: 1.0} | shape)
+    for n in observed:
+        curve.observe(n, 1 + n % 7)
+    ratios = [curve.ratio(n) for n in range(1, 60)]
+    assert ratios[0] == 1 and all(a <= b for a, b in zip(ratios, ratios[1:]))
+
+
+def test_unsure_tokens_are_cut_off():
+    source = Source("draft", [0.05, 0.95])
+    controller = Controller(CostCurve({n: cheap(n) for n in (1, 2, 4, 6, 8, 12, 16)}))
+    assert controller.cut(source, [1, 1, 1], 0.0)[0] == 3
+    assert controller.cut(source, [1, 0, 0], 0.0)[0] == 2
+    assert Controller(CostCurve({n: steep(n) for n in (1, 2, 4)})).cut(source, [1, 0, 1], 0.0)[0] == 1
+    for _ in range(60):
+        source.learn(0, 0, [1], [False])
+    assert Controller(CostCurve({n: steep(n) for n in (1, 2, 4)})).cut(source, [1, 1, 1], 0.0)[0] == 0
+
+
+# ---- the cache ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    (tmp_path / "m.gguf").write_bytes(b"x")
+    return SimpleNamespace(path=str(tmp_path / "m.gguf"), threads=2)
+
+
+def test_costs_are_kept_for_the_same_file_threads_and_kind(model):
+    key = cache.identity(model, "best")
+    assert cache.load(key) is None
+    cache.save(key, {1: 0.01, 4: 0.0123456})
+    assert cache.load(key) == {1: 0.01, 4: 0.01235}
+    assert cache.load(cache.identity(model, "all")) is None
+    model.threads = 3
+    assert cache.load(cache.identity(model, "best")) is None
+    os.utime(model.path, (1, 1))
+    model.threads = 2
+    assert cache.load(cache.identity(model, "best")) is None
+    assert cache.identity(SimpleNamespace(path="/nowhere", threads=1), "best") is None
+    assert cache.load(None) is None and cache.save(None, {1: 1.0}) is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"key": 1}', "\xff", "[" * 100000,
+                                  '{"seconds": {"1": 1}}', "SECONDS:{}", 'SECONDS:{"2": 1.0}', 'SECONDS:{"1": -1}',
+                                  'SECONDS:{"1": NaN}', 'SECONDS:{"1": 1, "99999": 2}', 'SECONDS:{"x": 1}', "SECONDS:[]"])
+def test_a_broken_file_is_no_file(model, text):
+    key = cache.identity(model, "best")
+    cache.save(key, {1: 1.0})
+    if text.startswith("SECONDS:"):
+        text = json.dumps({"key": key, "seconds": 0})[:-2] + text[8:] + "}"
+    cache._path(key).write_text(text, encoding="latin-1")
+    assert cache.load(key) is None
+
+
+def test_a_folder_that_cannot_be_written_is_no_failure(model, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    cache.save(cache.identity(model, "best"), {1: 1.0})
+    assert cache.load(cache.identity(model, "best")) is None

@@ -1,0 +1,396 @@
+"""What speculative decoding brings: paired, interleaved runs of plain and drafted decoding.
+
+    python tools/spec_bench.py                                    the bundled pair
+    python tools/spec_bench.py --pairs DIR                        and a 1B model with drafts that agree to a set degree
+    python tools/spec_bench.py --pairs DIR --model tiny --quick   does it run at all
+
+A run decodes the same requests plain and drafted, one right after the other, in an order that alternates; its gain is
+the quotient of their tokens a second. Reported are medians over the runs, with the 95% confidence interval that order
+statistics give. The costs of passes are measured once and kept, as they are for users; acceptance is learned anew in
+every run. Drafted text is checked against the plain one, token by token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from math import comb
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pybmc  # noqa: E402
+from pybmc.controller import FixedLength  # noqa: E402
+from pybmc.decode import Choice, Chooser, Stats, alone, eval_prompt, generate, start_loop, timed  # noqa: E402
+from pybmc.drafters import Draft, ModelDrafter  # noqa: E402
+from pybmc.sampling import Sampler  # noqa: E402
+from pybmc.speculate import Speculation  # noqa: E402
+
+REQUESTS = [f"{ask} {who}." for ask in ("Tell me a story about", "Write a short tale of", "What happened to",
+                                        "Tell me what became of")
+            for who in ("a fox and a well", "the old clockmaker", "two sisters at sea", "a king who could not sleep",
+                        "the last lamp in the street")]
+LENGTHS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16)          # of the sweep
+SHARES = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)    # of the curve of gain against acceptance
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to decode. script: the tokens of the answer, whatever the model says; its passes take their time all the same."""
+
+    prompt: list[int]
+    n: int
+    settings: dict
+    script: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class Case:
+    """Requests to one model, and how to draft for one of them."""
+
+    name: str
+    aim: str
+    model: pybmc.Model
+    requests: list[Request]
+    speculation: Callable[[Request], Speculation]
+
+
+@dataclass
+class Row:
+    """A line of the table: medians over runs, the gain with its confidence interval."""
+
+    case: str
+    aim: str
+    plain_tok_s: float
+    tok_s: float
+    gain: float
+    low: float
+    high: float
+    accepted: float
+    mean_k: float
+    runs: int
+    best_k: int | None = None
+    of_best: float | None = None        # the controller's rate over that of the best fixed length
+
+
+# ---- decoding ----------------------------------------------------------------------------------------------
+
+
+class Scripted(Chooser):
+    """Chooses what a script says: an answer of known text at the model's real cost."""
+
+    def __init__(self, script: Sequence[int], start: int):
+        super().__init__(Sampler())
+        self.script, self.start = script, start
+
+    def choose(self, row, text) -> Choice:
+        super().choose(row, text)
+        return Choice(self.script[len(text) - self.start], 0.0)
+
+
+def decode(model, request: Request, speculation=None) -> tuple[list[int], Stats]:
+    """The answer's tokens, and Stats."""
+    if request.script is None:
+        stream = generate(model, request.prompt, request.n, draft=speculation, **request.settings)
+        return [token.id for token in stream], stream.stats
+    stats, chooser = Stats(), Scripted(request.script, len(request.prompt))
+    with model.session() as session:
+        logits = eval_prompt(session, request.prompt)
+        if speculation:
+            speculation.follow(request.prompt, True)
+        choices = timed(alone(start_loop(session, request.prompt, logits, chooser, speculation, request.n, stats),
+                              session), stats)
+        ids = [next(choices).id for _ in range(request.n)]
+        choices.close()
+    return ids, stats
+
+
+def together(found: list[Stats]) -> Stats:
+    """The sum of what several requests took."""
+    whole = Stats()
+    for stats in found:
+        whole.predicted_tokens += stats.predicted_tokens - 1
+        for name in ("predicted_s", "draft_n", "draft_n_accepted", "rounds"):
+            setattr(whole, name, getattr(whole, name) + getattr(stats, name))
+    whole.predicted_tokens += 1
+    return whole
+
+
+def measure(case: Case, make: Callable[[Request], Speculation] | None, expected=None) -> tuple[Stats, list[list[int]]]:
+    """Decode a case's requests once."""
+    answers, found = [], []
+    for i, request in enumerate(case.requests):
+        speculation = make(request) if make else None
+        ids, stats = decode(case.model, request, speculation)
+        if speculation:
+            speculation.kept = False
+            speculation.release()
+        if expected is not None and ids != expected[i]:
+            raise SystemExit(f"{case.name}: the drafted answer to request {i} is not the plain one")
+        answers.append(ids)
+        found.append(stats)
+    return together(found), answers
+
+
+# ---- runs --------------------------------------------------------------------------------------------------
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """A 95% confidence interval of the median: the widest order statistics that binomial chances allow to be dropped."""
+    values, n = sorted(values), len(values)
+    dropped, chance = 0, 0.0
+    while dropped < n // 2 and (chance := chance + comb(n, dropped) / 2 ** n) <= 0.025:
+        dropped += 1
+    at = max(dropped - 1, 0)
+    return values[at], values[n - 1 - at]
+
+
+def compare(case: Case, runs: int) -> Row:
+    """Plain and drafted in turn; one of each first, to warm up."""
+    _, expected = measure(case, None)
+    measure(case, case.speculation, expected)
+    plain, drafted = [], []
+    for run in range(runs):
+        for kind in (0, 1) if run % 2 else (1, 0):
+            stats, _ = measure(case, case.speculation if kind else None, expected)
+            (drafted if kind else plain).append(stats)
+    gains = [d.predicted_tok_s / p.predicted_tok_s for p, d in zip(plain, drafted)]
+    low, high = interval(gains)
+    return Row(case.name, case.aim, statistics.median(p.predicted_tok_s for p in plain),
+               statistics.median(d.predicted_tok_s for d in drafted), statistics.median(gains), low, high,
+               statistics.median(d.accepted_share for d in drafted), statistics.median(d.mean_k for d in drafted), runs)
+
+
+def sweep(case: Case, runs: int) -> tuple[int, float]:
+    """The best fixed length, and the controller's rate over its rate: medians of interleaved runs."""
+    def fixed(k: int, request: Request) -> Speculation:
+        made = case.speculation(request)
+        made._fixed = FixedLength(k)
+        return made
+
+    rates: dict[int | str, list[float]] = {k: [] for k in (*LENGTHS, "controller")}
+    for run in range(runs):
+        for k in sorted(rates, key=str, reverse=run % 2 == 1):
+            make = case.speculation if k == "controller" else partial(fixed, k)
+            rates[k].append(measure(case, make)[0].predicted_tok_s)
+    medians = {k: statistics.median(values) for k, values in rates.items()}
+    best = max(LENGTHS, key=lambda k: medians[k])
+    return best, medians["controller"] / medians[best]
+
+
+# ---- drafters that are forced ------------------------------------------------------------------------------
+
+
+class Forced(ModelDrafter):
+    """Takes the draft model's time, and is right as often as it is told to be: share, place by place."""
+
+    def __init__(self, model, target_size: int, script: Sequence[int], start: int, share: float, seed: int = 0):
+        super().__init__(model, target_size)
+        self.script, self.start, self.share, self.rng = script, start, share, random.Random(seed)
+
+    def propose(self, text, k, p_min, sampler) -> Draft:
+        draft = super().propose(text, k, 0.0, sampler)
+        at = len(text) - self.start
+        ids = [self.script[at + i] if self.rng.random() < self.share else (self.script[at + i] + 1) % self.size
+               for i in range(min(len(draft.ids), len(self.script) - at))]
+        return Draft(ids, [12] * len(ids))
+
+
+def forced(model, draft, share: float, request: Request) -> Speculation:
+    made = Speculation(model, draft, "draft")
+    made.drafter = Forced(draft, model.config.vocab_size, request.script, len(request.prompt), share)
+    return made
+
+
+def with_draft(model, draft, spec: str, request: Request) -> Speculation:
+    return Speculation(model, draft, spec)
+
+
+# ---- cases -------------------------------------------------------------------------------------------------
+
+
+def scripted(model, n: int, seed: int = 0) -> Request:
+    """Any answer: the model's passes do not depend on it."""
+    rng = random.Random(seed)
+    ids = [rng.randrange(model.config.vocab_size) for _ in range(n + 64)]
+    return Request(ids[:32], n, {}, ids[32:])
+
+
+def copying(model, n: int, seed: int = 0) -> Request:
+    """The stated copying task: a prompt of n random tokens, and an answer that repeats it, with a run of one to three
+    tokens in twenty replaced, left out or put in, as an edit does."""
+    rng = random.Random(seed)
+
+    def token():
+        return rng.randrange(model.config.vocab_size)
+
+    source, answer, at = [token() for _ in range(n)], [], 0
+    while len(answer) < n + 32:
+        if rng.random() < 1 / 20:
+            length = rng.randint(1, 3)
+            answer += [token() for _ in range(length)] * (rng.random() < 2 / 3)
+            at += length * (rng.random() < 2 / 3)
+        answer.append(source[at % n])
+        at += 1
+    return Request(source, n, {}, answer)
+
+
+def told(model, temperature: float, n: int, count: int) -> list[Request]:
+    """Requests to the bundled model."""
+    from pybmc.chat import ChatTemplate
+
+    template = ChatTemplate(None, model.tokenizer)
+    return [Request(template.encode([{"role": "user", "content": text}]), n, {"temperature": temperature, "seed": i})
+            for i, text in enumerate(REQUESTS[:count])]
+
+
+def noise(model, n: int, count: int, **settings) -> list[Request]:
+    rng = random.Random(1)
+    return [Request([rng.randrange(model.config.vocab_size) for _ in range(32)], n, settings | {"stop_tokens": ()})
+            for _ in range(count)]
+
+
+def bundled_cases(model, draft, n: int, count: int) -> list[Case]:
+    script = scripted(model, n)
+    return [
+        Case("bundled pair, greedy", ">= 1.6", model, told(model, 0.0, n, count), partial(with_draft, model, draft, "auto")),
+        Case("bundled pair, temperature 0.8", ">= 1.6", model, told(model, 0.8, n, count),
+             partial(with_draft, model, draft, "auto")),
+        Case("bundled, never right", ">= 0.97", model, [script], partial(forced, model, draft, 0.0)),
+        Case("bundled, unpredictable text", ">= 0.97", model, noise(model, n, 2, temperature=3.0, top_k=0, top_p=1.0, min_p=0.0),
+             partial(with_draft, model, draft, "auto")),
+        Case("bundled, copying, n-grams", ">= 2.5", model, [copying(model, n)], partial(with_draft, model, None, "ngram")),
+    ]
+
+
+def pair_cases(name: str, model, draft, aim: str, n: int) -> list[Case]:
+    cases = [Case(name, aim, model, noise(model, n, 2), partial(with_draft, model, draft, "draft"))]
+    if "85" in name:
+        cases += [Case("1B, never right", ">= 0.97", model, [scripted(model, n)], partial(forced, model, draft, 0.0)),
+                  Case("1B, copying, n-grams", ">= 2.5", model, [copying(model, n)], partial(with_draft, model, None, "ngram"))]
+    return cases
+
+
+def curve(model, draft, n: int, runs: int) -> list[dict]:
+    """Gain against forced acceptance, measured, and what the cost model says of the best fixed length."""
+    points = []
+    for share in SHARES:
+        case = Case(f"forced {share:.0%}", "", model, [scripted(model, n)], partial(forced, model, draft, share))
+        row = compare(case, runs)
+        made = forced(model, draft, share, case.requests[0])
+        decode(model, case.requests[0], made)
+        points.append({"share": share, "gain": row.gain, "low": row.low, "high": row.high,
+                       "predicted": predicted(made, share)})
+        made.close()
+    return points
+
+
+def predicted(made: Speculation, share: float) -> float:
+    """max over k of tau(k) / (c(k + 1) + k d), by measured costs."""
+    controller, source = made.controller(True), made.source("draft", True)
+    rates = [controller.rate(sum(share ** i for i in range(k + 1)), k + 1, k * source.seconds.value) for k in range(17)]
+    return max(rates) / rates[0]
+
+
+# ---- output ------------------------------------------------------------------------------------------------
+
+HEADER = "| case | aim | plain tok/s | drafted tok/s | gain (95% CI) | accepted | mean k | of the best fixed k |"
+
+
+def line(r: Row) -> str:
+    best = "" if r.best_k is None else f"{r.of_best:.2f} (k = {r.best_k})"
+    return (f"| {r.case} | {r.aim} | {r.plain_tok_s:.1f} | {r.tok_s:.1f} | {r.gain:.2f} ({r.low:.2f}-{r.high:.2f}) | "
+            f"{r.accepted:.0%} | {r.mean_k:.1f} | {best} |")
+
+
+def svg(points: Sequence[dict]) -> str:
+    """The curve as a picture: measured points with their intervals, the cost model as a line."""
+    top = max(1.5, *(p["high"] for p in points), *(p["predicted"] for p in points)) * 1.05
+
+    def place(share, gain):
+        return f"{60 + 500 * share:.1f},{340 - 300 * gain / top:.1f}"
+
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 600 390" font-family="sans-serif" font-size="13">',
+             '<rect width="600" height="390" fill="white"/>', '<path d="M60 40V340H560" fill="none" stroke="black"/>',
+             '<text x="310" y="380" text-anchor="middle">drafted tokens that come true</text>',
+             '<text x="60" y="28">gain over plain decoding</text>']
+    parts += [f'<text x="{60 + 500 * s:.0f}" y="358" text-anchor="middle">{s:.0%}</text>' for s in (0, .25, .5, .75, 1)]
+    parts += [f'<text x="52" y="{344 - 300 * g / top:.0f}" text-anchor="end">{g}</text>' for g in range(int(top) + 1)]
+    parts.append('<polyline fill="none" stroke="#888" points="' + " ".join(place(p["share"], p["predicted"]) for p in points)
+                 + '"/>')
+    for p in points:
+        parts.append(f'<path d="M{place(p["share"], p["low"])}L{place(p["share"], p["high"])}" stroke="#06c"/>')
+        x, y = place(p["share"], p["gain"]).split(",")
+        parts.append(f'<circle cx="{x}" cy="{y}" r="4" fill="#06c"/>')
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def pair_files(folder: Path, name: str, type_name: str, share: float) -> tuple[Path, Path]:
+    """A pair's files, written if they are not there."""
+    import synth
+
+    path = folder / f"{name}-{type_name}-{round(100 * share)}.gguf"
+    draft = path.with_name(f"{path.stem}-draft.gguf")
+    if not path.is_file() or not draft.is_file():
+        gain, found = synth.write_pair(path, draft, synth.MODELS[name], type_name, name, share)
+        print(f"{path.name}: agreement {found:.1%}, gain of later layers {gain:.4f}", file=sys.stderr)
+    return path, draft
+
+
+def all_cases(args):
+    """(cases, whether the curve is asked for) of each pair of models, which are open while their cases run."""
+    pairs = [("bundled", pybmc.demo_model(), pybmc.demo_model(draft=True))]
+    for share in (0.85, 0.6) if args.pairs else ():
+        args.pairs.mkdir(parents=True, exist_ok=True)
+        pairs.append((f"1B, agreement {share:.0%}", *pair_files(args.pairs, args.model, args.type, share)))
+    for name, path, draft_path in pairs:
+        if args.only and args.only not in name:
+            continue
+        with pybmc.Model(path, threads=args.threads) as model, pybmc.Model(draft_path, threads=args.threads) as draft:
+            if name == "bundled":
+                yield bundled_cases(model, draft, args.n, args.requests), model, draft, not args.pairs
+            else:
+                yield pair_cases(name, model, draft, ">= 2.2" if "85" in name else ">= 1.4", args.n), model, draft, "85" in name
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--pairs", type=Path, metavar="DIR", help="where pairs of set agreement are kept, or written")
+    parser.add_argument("--model", default="llama-3.2-1b", help="their shape, as tools/synth.py names it")
+    parser.add_argument("--type", default="Q4_K_M")
+    parser.add_argument("--only", metavar="TEXT", help="models whose name holds this: bundled, 85, 60")
+    parser.add_argument("-r", "--runs", type=int, default=10)
+    parser.add_argument("-n", type=int, default=256, help="tokens of an answer")
+    parser.add_argument("--requests", type=int, default=len(REQUESTS), help="of the bundled pair")
+    parser.add_argument("-t", "--threads", type=int)
+    parser.add_argument("--sweep", type=int, default=3, metavar="RUNS", help="runs of each fixed length; 0: none")
+    parser.add_argument("--curve", type=Path, metavar="SVG", help="also plot gain against acceptance")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every number")
+    parser.add_argument("--quick", action="store_true", help="two short runs of everything, to see that it works")
+    args = parser.parse_args()
+    if args.quick:
+        args.runs, args.n, args.requests, args.sweep = 2, 16, 1, min(args.sweep, 1)
+    rows, points = [], []
+    print(HEADER + "\n" + "|---" * (HEADER.count("|") - 1) + "|")
+    for cases, model, draft, with_curve in all_cases(args):
+        for case in cases:
+            row = compare(case, args.runs)
+            if args.sweep:
+                row.best_k, row.of_best = sweep(case, args.sweep)
+            rows.append(row)
+            print(line(row), flush=True)
+        if args.curve and with_curve:
+            points = curve(model, draft, args.n, args.runs)
+            args.curve.write_text(svg(points))
+    if args.json:
+        args.json.write_text(json.dumps({"rows": [asdict(row) for row in rows], "curve": points}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
