@@ -4,8 +4,8 @@
     oracle.logits(metadata, oracle.weights(tensors), tokens)            # (n, vocab_size)
 
 Written from the papers and GGUF's specification and not from pybmc's code: one sequence, no cache, whole
-matrices. `context` is what longrope chooses its factors by. Options of Oracle are for mutations: tests switch a
-part off and see that it matters.
+matrices. `context` is what longrope chooses its factors by. Options of Oracle are for mutations: tests switch
+a part off and see that it matters.
 """
 
 from __future__ import annotations
@@ -33,10 +33,11 @@ def read(path) -> tuple[dict, dict[str, np.ndarray]]:
     """(metadata, weights) of a file, through the gguf package."""
     reader = gguf.GGUFReader(path)
     metadata = {key: field.contents() for key, field in reader.fields.items()}
-    return metadata, {t.name: gguf.quants.dequantize(t.data, t.tensor_type).astype(np.float64) for t in reader.tensors}
+    values = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
+    return metadata, {name: value.astype(np.float64) for name, value in values.items()}
 
 
-def logits(metadata: dict, tensors: dict[str, np.ndarray], tokens, context: int | None = None, **options) -> np.ndarray:
+def logits(metadata: dict, tensors: dict, tokens, context: int | None = None, **options) -> np.ndarray:
     return Oracle(metadata, tensors, context, **options).run(np.asarray(tokens))
 
 
@@ -97,7 +98,7 @@ class Oracle:
 
     def window(self, layer):
         """Rows that a token of this layer sees, itself included."""
-        pattern, rows = self.key("attention.sliding_window_pattern", 6), self.key("attention.sliding_window", 0)
+        rows, pattern = self.key("attention.sliding_window", 0), self.key("attention.sliding_window_pattern", 6)
         if self.arch != "gemma3" or not rows or not self.windows:
             return None
         local = pattern[layer] if isinstance(pattern, list) else (layer + 1) % pattern != 0
@@ -130,7 +131,7 @@ class Oracle:
         return self.tensors.get("rope_freqs.weight", np.ones(n))
 
     def yarn(self, freq, n, base, factor):
-        """Dimensions that turn often keep their pace, those that turn less than once are stretched, a ramp between."""
+        """Dimensions that turn often keep their pace, those that turn less than once are stretched; a ramp between."""
         trained = self.key("rope.scaling.original_context_length", self.key("context_length"))
 
         def dimension(turns):

@@ -1,4 +1,4 @@
-"""The engine's logits against exact ones: a float64 oracle on models made here, and the golden folder where there is one."""
+"""The engine's logits against exact ones: a float64 oracle on models made here, and the golden folder."""
 
 import json
 import subprocess
@@ -15,10 +15,10 @@ import pybmc
 TOOLS = Path(__file__).parents[1] / "tools"
 sys.path.insert(0, str(TOOLS))
 
-import golden      # noqa: E402
+import golden  # noqa: E402
 
-# Error over spread of the logits. Float weights leave what keys and values lose in f16 (11 bits), measured 1.3e-4 to 3.4e-4;
-# quantized ones what activations lose in 8 bits: 4e-3 to 2e-2. A step that is left out costs 1e-2 and more, as shown below.
+# Error over spread of the logits. Float weights leave what keys and values lose in f16 (11 bits), measured 1.3e-4
+# to 3.4e-4; quantized ones what activations lose in 8 bits: 4e-3 to 2e-2. A step left out is seen, as shown below.
 FLOAT, QUANTIZED = 1e-3, 3e-2
 FLOATS = ("F32", "F16", "BF16")
 
@@ -52,9 +52,8 @@ class Case:
 
 
 def vector(n, seed=0, mean=0.0):
-    return "F32", (mean + 0.2 * np.random.default_rng(seed).standard_normal((1, n))).astype(np.float32).view(
-        np.uint8
-    )
+    values = mean + 0.2 * np.random.default_rng(seed).standard_normal((1, n))
+    return "F32", values.astype(np.float32).view(np.uint8)
 
 
 @pytest.mark.parametrize("arch", tiny.ARCHITECTURES)

@@ -1,7 +1,8 @@
 """A result is a function of the model and the tokens before it, to the last bit.
 
-The model's logits for a text, evaluated in one call with one thread, are the truth here; every other way to get them gives
-the same bits: cut into other passes, with more threads, in another arena, beside other sessions, after a rewind, on another ISA.
+The model's logits for a text, evaluated in one call with one thread, are the truth here; every other way to get
+them gives the same bits: cut into other passes, with more threads, in another arena, beside other sessions, after
+a rewind, on another ISA.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from hypothesis import strategies as st
 
 import pybmc
 
-# Each brings something of its own: types with activations of 8 bits, floats, windows, learned positions, sizes that no
-# vector divides, rows so long that several chunks of the cache are seen.
+# Each brings something of its own: types with activations of 8 bits, floats, windows, learned positions, sizes that
+# no vector divides.
 MODELS = {
     "Q4_K_M": dict(
         arch="llama", types={"*": "Q4_K", "ffn_down": "Q6_K", "attn_v": "Q6_K"}, dim=256, hidden_dim=512,
@@ -180,7 +181,7 @@ def test_sessions_side_by_side(name, data):
 
 @names
 def test_best_and_draft(name):
-    """Greedy words and their log-probabilities: one by one, in one pass, in one native call, with any threads."""
+    """Greedy words and their log-probabilities: one by one, in one pass, in one native call, any threads."""
     words, right = text(name)[:30].tolist(), truth(name)[:30].astype(np.float64)
     with (
         load(name, 3).session() as session,

@@ -1,4 +1,4 @@
-"""Model and Session at their worst: broken files, wrong arguments, threads, memory, and the order in which things end."""
+"""Model and Session at their worst: broken files, wrong arguments, threads, memory, and the order of ends."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ NONSENSE = [
 
 @pytest.mark.parametrize("arch", tiny.ARCHITECTURES)
 def test_every_value_may_be_nonsense(arch, tmp_path):
-    """Each metadata value replaced by one of another type or size: a FormatError, or a model that evaluates."""
+    """Each value of the metadata replaced by another kind of value: a FormatError, or a model that evaluates."""
     file = raw_model(arch, vocab="llama", n_layers=2)
     keys = [
         *(key for key in file.pairs if arch == "llama" or key.startswith(arch)),
@@ -247,7 +247,7 @@ def test_every_value_may_be_nonsense(arch, tmp_path):
     assert problems == []
 
 
-# Run as a script: open every file named on stdin, tell how that went, one JSON object a line. A signal ends the test.
+# Run as a script: open every file named on stdin and tell how that went, one JSON object a line.
 
 
 def open_all():
@@ -513,8 +513,10 @@ def test_a_failed_open_leaves_nothing(tmp_path):
 def test_nothing_is_said_at_exit():
     """A program that ends with models open, in globals and caches, ends quietly."""
     code = (
-        f"import functools, pybmc\nmodel = pybmc.Model({str(tiny.model('llama', **SMALL))!r}, threads=3)\nsession = model.session()\n"
-        f"cached = functools.lru_cache(lambda: pybmc.Model(model.path))\ncached().kept = cached().session()\nsession.eval([1, 2, 3])"
+        "import functools, pybmc\n"
+        f"model = pybmc.Model({str(tiny.model('llama', **SMALL))!r}, threads=3)\nsession = model.session()\n"
+        "cached = functools.lru_cache(lambda: pybmc.Model(model.path))\ncached().kept = cached().session()\n"
+        "session.eval([1, 2, 3])"
     )
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=HERE.parent, timeout=60
@@ -526,7 +528,8 @@ def test_nothing_is_said_at_exit():
 def test_a_forked_process_goes_on_alone():
     """The pool's threads stay behind in the parent; the child must not wait for them."""
     code = (
-        f"import os, pybmc\nmodel = pybmc.Model({str(tiny.model('llama', **SMALL))!r}, threads=3)\nsession = model.session()\n"
+        "import os, pybmc\n"
+        f"model = pybmc.Model({str(tiny.model('llama', **SMALL))!r}, threads=3)\nsession = model.session()\n"
         "right = session.eval([1, 2, 3]).tobytes()\nsession.rewind(0)\nchild = os.fork()\n"
         "assert session.eval([1, 2, 3]).tobytes() == right\nmodel.close()\n"
         "if child: assert os.waitpid(child, 0)[1] == 0"
@@ -566,7 +569,7 @@ def run_threads(*functions):
 
 
 def test_two_threads_in_one_session(model, restless):
-    """Whoever comes second gets a BusyError; what is evaluated is right, and no call is lost or done twice."""
+    """Who comes second gets a BusyError; what is evaluated is right, and no call is lost or done twice."""
     session = model.session(rows=1)
 
     def many():
@@ -654,7 +657,7 @@ def test_threads_with_sessions_of_their_own(model):
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs setitimer")
 def test_interrupts_leave_a_session_whole(model):
-    """An exception out of a signal, at any moment: the position and the tokens still agree, and the next eval is right."""
+    """An exception out of a signal, at any moment: position and tokens still agree, and the next eval is right."""
 
     class Interrupt(Exception):
         pass
@@ -731,7 +734,8 @@ from pathlib import Path
 import pybmc
 
 def resident():
-    return int(next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS")).split()[1]) << 10
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) << 10
 
 def measure(path, rows, context):
     before = resident()
@@ -740,7 +744,8 @@ def measure(path, rows, context):
         session = model.session(context=context, rows=rows)
         opened = resident() - before - loaded
         session.eval([1] * 100)
-        return {"packed": model.packed_bytes, "loaded": loaded, "opened": opened, "used": resident() - before - loaded, "row": session.arena_stats().row_bytes}
+        used, row = resident() - before - loaded, session.arena_stats().row_bytes
+        return {"packed": model.packed_bytes, "loaded": loaded, "opened": opened, "used": used, "row": row}
 
 pybmc.Model(sys.argv[1]).close()        # what a first model imports
 print(json.dumps([measure(sys.argv[2], *way) for way in json.loads(sys.argv[3])]))
@@ -762,7 +767,7 @@ def test_memory_follows_use(tmp_path):
         assert got["packed"] > 60 * MB and got["loaded"] < 1.05 * got["packed"] + 4 * MB, (rows, context, got)
         if rows != "max":
             assert got["opened"] < MB, (rows, context, got)
-        assert got["used"] < 400 * got["row"] + 24 * MB, (rows, context, got)      # buffers of a pass among it
+        assert got["used"] < 400 * got["row"] + 24 * MB, (rows, context, got)       # a pass's buffers among it
 
 
 if __name__ == "__main__":

@@ -3,15 +3,15 @@
 
     python tools/golden.py [DIR] [--json]        DIR: ../shared/golden beside the checkout
 
-A pair NAME.gguf and NAME.npz gives a row. The npz holds tokens, ref (float32 logits of the dequantized weights),
-llamacpp (llama.cpp's own logits), greedy_prompt, greedy_tokens, greedy_gap (the run that ref continues with) and
-n_ctx (the context). Three bounds, exit code 3 where one does not hold:
+A pair NAME.gguf and NAME.npz gives a row. The npz holds tokens, ref (float32 logits of the dequantized
+weights), llamacpp (llama.cpp's own logits), greedy_prompt, greedy_tokens, greedy_gap (the run that ref continues
+with) and n_ctx (the context). Three bounds, exit code 3 where one does not hold:
 
   error    the rms of (ours - ref) is at most 1.1 times llama.cpp's plus 1e-3 of the spread of ref
   top-1    where ref's best leads by a clear gap and llama.cpp finds it, so do we
   greedy   each token of the greedy run with a clear gap is our best one too
 
-A gap is clear from 6 times llama.cpp's rms up: two logits that are off by that rms independently differ by 1.4 of it.
+A gap is clear from 6 times llama.cpp's rms up: two logits that are each off by that rms differ by 1.4 of it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CLEAR = 6.0         # in rms of llama.cpp's error
 
 @dataclass(frozen=True)
 class Row:
-    """One file. rms, max: error against ref; limit: the most rms may be; top1, greedy: agreements of the clear ones."""
+    """One file. rms, max: our error; limit: the most rms may be; top1, greedy: how many of the clear ones agree."""
 
     file: str
     rms: float
@@ -114,7 +114,8 @@ def main() -> int:
         print(f"{args.folder}: there are no pairs of .gguf and .npz", file=sys.stderr)
         return 1
     rows = [compare(path) for path in paths]
-    print("\n".join(json.dumps(asdict(row) | {"holds": row.holds}) for row in rows) if args.json else table(rows))
+    lines = [json.dumps(asdict(row) | {"holds": row.holds}) for row in rows] if args.json else [table(rows)]
+    print("\n".join(lines))
     return 0 if all(row.holds for row in rows) else 3
 
 
