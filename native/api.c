@@ -21,7 +21,7 @@ int bmc_type(int number, bmc_type_info *info) {
         return fail(BMC_EINVAL, "bmc_type: info is NULL");
     *info = (bmc_type_info){0};
     if (type)
-        *info = (bmc_type_info){type->name, type->block_size, type->type_size, type->dequantize != NULL && panel_runs(number)};
+        *info = (bmc_type_info){type->name, type->block_size, type->type_size, panel_runs(number)};
     return BMC_OK;
 }
 

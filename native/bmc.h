@@ -105,20 +105,21 @@ int         bmc_version(void);
 const char *bmc_error(void);
 const char *bmc_cpu(void);                                   /* kernels in use: "ref", "avx2", "avx512" */
 int         bmc_cpu_count(void);                             /* cores this process may use: affinity and quota */
-int         bmc_read_bandwidth(int n_threads, double *bytes_per_second);     /* of memory; takes a quarter of a second */
+int         bmc_read_bandwidth(int n_threads, double *bytes_per_second);     /* of memory; a quarter of a second */
 int         bmc_type(int type, bmc_type_info *info);
 int         bmc_dequantize(int type, const void *blocks, int64_t n, float *out);
 
-bmc_model  *bmc_model_new(const bmc_config *config, const bmc_tensor *tensors, int n_tensors, int n_threads);   /* binds, checks */
-int         bmc_model_pack(bmc_model *model);                            /* makes the panels; once, before the first session */
-int64_t     bmc_model_packed(const bmc_model *model, int64_t *total);    /* bytes packed so far, for progress; any thread may ask */
+/* Binds the tensors and checks them; bmc_model_pack makes the panels, once, before the first session. */
+bmc_model  *bmc_model_new(const bmc_config *config, const bmc_tensor *tensors, int n_tensors, int n_threads);
+int         bmc_model_pack(bmc_model *model);
+int64_t     bmc_model_packed(const bmc_model *model, int64_t *total);    /* bytes so far; any thread may ask */
 void        bmc_model_free(bmc_model *model);                            /* once its last session is gone too */
 
-/* r <= 0: what suits the model; rope 1: every layer takes table 1 (what a model stretched to long contexts asks for). */
+/* r <= 0: what suits the model; rope 1: every layer takes table 1, as a model stretched to long contexts asks. */
 bmc_session *bmc_session_new(bmc_model *model, int64_t cap, int growth, int r, int rope);
 int         bmc_session_position(const bmc_session *session);
 int         bmc_session_rewind(bmc_session *session, int position);
-int         bmc_session_reserve(bmc_session *session, int rows);          /* room for this many rows beyond the position */
+int         bmc_session_reserve(bmc_session *session, int rows);         /* room for so many beyond the position */
 int         bmc_session_stats(const bmc_session *session, bmc_arena_stats *stats);
 void        bmc_session_free(bmc_session *session);
 
@@ -126,7 +127,8 @@ int         bmc_eval(const bmc_span *spans, int n_spans);
 
 /* Evaluates tokens, then up to k best next ones, each after the one before, until one is less likely than p_min.
  * Returns how many ids there are (at least one for k > 0); the last of them is not evaluated. */
-int         bmc_draft(bmc_session *session, const int32_t *tokens, int n_tok, int k, float p_min, int32_t *ids, float *logprobs);
+int         bmc_draft(bmc_session *session, const int32_t *tokens, int n_tok, int k, float p_min, int32_t *ids,
+                      float *logprobs);
 /* </cffi> */
 
 #pragma GCC visibility pop

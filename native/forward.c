@@ -89,7 +89,8 @@ static void norm(const bmc_model *m, float *y, const float *x, const float *weig
 }
 
 /* xb = norm(x), in floats and 8 bits, this thread's tokens. With a post norm, x first gains the normed y. */
-static void norm_rows(const struct pass *p, const float *post, const float *weight, const float *bias, int n_tok, int thread) {
+static void norm_rows(const struct pass *p, const float *post, const float *weight, const float *bias, int n_tok,
+                      int thread) {
     const bmc_model *m = p->model;
     const struct buffers *b = m->buffers;
     int64_t from, to;

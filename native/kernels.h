@@ -63,20 +63,27 @@ struct attn_job {
 struct kernels {
     const char *name;
     panel_fn *panel[N_TYPES];
+
     void (*attend)(const struct attn_job *job);
     void (*attend_end)(float *out, const float *o, float l, int n);                     /* out = o / l */
-    void (*store_kv)(uint16_t *tile, int slot, const float *k, const float *v, int head_dim, int v_dim);  /* beyond f16's range: its edge */
-    void (*quantize)(struct act_block *act, int stride, const float *x, int n_blocks);  /* block i goes to act[i * stride] */
-    void (*rmsnorm)(float *y, const float *x, const float *weight, int n, float eps);   /* y may be x in all of these */
-    void (*layernorm)(float *y, const float *x, const float *weight, const float *bias, int n, float eps);  /* bias may be NULL */
-    void (*silu)(float *y, const float *x, const float *gate, int n);                   /* y = x * silu(gate); x NULL: silu(gate) */
-    void (*gelu)(float *y, const float *x, const float *gate, int n);                   /* the tanh form, likewise */
-    float (*largest)(const float *x, int n);
-    float (*sum_exp)(const float *x, float max, int n);                                 /* sum of e^(x - max) */
+    /* A row's K and V into their slot of a tile; what f16 cannot hold becomes its largest. */
+    void (*store_kv)(uint16_t *tile, int slot, const float *k, const float *v, int head_dim, int v_dim);
+
+    /* 8-bit blocks; block i goes to act[i * stride]. */
+    void (*quantize)(struct act_block *act, int stride, const float *x, int n_blocks);
+
+    /* y may be x in all of these. */
+    void (*rmsnorm)(float *y, const float *x, const float *weight, int n, float eps);
+    void (*layernorm)(float *y, const float *x, const float *weight, const float *bias, int n, float eps);  /* bias or NULL */
+    void (*silu)(float *y, const float *x, const float *gate, int n);                   /* y = x silu(gate), x NULL: 1 */
+    void (*gelu)(float *y, const float *x, const float *gate, int n);                   /* its tanh form, likewise */
     void (*add)(float *y, const float *x, int n);
     void (*scale)(float *y, float s, int n);
-    void (*rope_pairs)(float *x, const float *cos, const float *sin, int n);            /* turns x[0..n), cos and sin (n / 2,) */
+    void (*rope_pairs)(float *x, const float *cos, const float *sin, int n);            /* cos and sin: (n / 2,) */
     void (*rope_halves)(float *x, const float *cos, const float *sin, int n);
+
+    float (*largest)(const float *x, int n);
+    float (*sum_exp)(const float *x, float max, int n);                                 /* sum of e^(x - max) */
 };
 
 /* Each fills its family: kernels/<family>_<isa>.c. */

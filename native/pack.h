@@ -12,6 +12,7 @@ int panel_quantized(int type);                    /* 1 if its activations are 8-
 struct panel_size panel_size(int type, int64_t n_cols);
 
 /* One panel from n_rows (1..16) rows at `rows`, row_bytes apart; the rest of it becomes rows of zeros. */
-void pack_panel(int type, const void *rows, size_t row_bytes, int n_rows, int64_t n_cols, uint8_t *codes, uint8_t *scales);
+void pack_panel(int type, const void *rows, size_t row_bytes, int n_rows, int64_t n_cols, uint8_t *codes,
+                uint8_t *scales);
 
 #endif

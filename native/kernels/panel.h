@@ -122,7 +122,9 @@ struct format { int super, code_bytes, scale_bytes, head_bytes, halves, mins, ze
 typedef void codes_fn(u8x64 *w, const uint8_t *p);
 typedef void scales_fn(struct scales *s, const uint8_t *head, const uint8_t *p);
 
-INLINE f32x16 dot_block(const struct format f, const u8x64 *w, const struct scales *s, const struct act_block *a, f32x16 y) {
+/* y + W a for 32 columns and one token. */
+INLINE f32x16 dot_block(const struct format f, const u8x64 *w, const struct scales *s, const struct act_block *a,
+                        f32x16 y) {
     f32x16 t;
     if (f.halves) {
         t = f_mul(i_to_f(i_dot(w, 4, a->q, a->neg_sum[0], f.zero, f.bits)), s->scale[0]);
@@ -151,7 +153,8 @@ INLINE void put(const struct panel_job *j, int panel, int col, f32x16 y) {
 enum { AHEAD = 2048 };
 
 /* One panel times C columns of the tile, from column col. */
-INLINE void panel_cols(const struct panel_job *j, int panel, int col, const int C, const struct format f, codes_fn *codes, scales_fn *scales) {
+INLINE void panel_cols(const struct panel_job *j, int panel, int col, const int C, const struct format f,
+                       codes_fn *codes, scales_fn *scales) {
     const uint8_t *p = j->codes + (size_t)panel * j->code_stride, *s = j->scales + (size_t)panel * j->scale_stride;
     const struct act_block *a = j->act + col;
     f32x16 y[COLS_MAX];
@@ -199,8 +202,8 @@ INLINE void panels(const struct panel_job *j, const struct format f, codes_fn *c
 
 #define QUANTIZED(TYPE, name, super, codes, scales, zero) \
     static void panel_##name(const struct panel_job *j) { \
-        const struct format f = { super, CODES_##codes, SCALES_##scales, HEAD_##scales, HALVES_##scales, MINS_##scales, \
-                                  zero, BITS_##codes }; \
+        const struct format f = { super, CODES_##codes, SCALES_##scales, HEAD_##scales, HALVES_##scales, \
+                                  MINS_##scales, zero, BITS_##codes }; \
         panels(j, f, codes_##codes, scales##_scales); \
     }
 PANEL_TYPES(QUANTIZED)
