@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from math import exp, isfinite
+from math import exp, isfinite, log
 from typing import NamedTuple
+
+import numpy as np
 
 from .decode import common_prefix, eval_prompt
 from .errors import ArgumentError
-from .sampling import Sampler, logprob
+from .sampling import Sampler, uniforms_of
 
 
 class Draft(NamedTuple):
@@ -171,11 +173,10 @@ class ModelDrafter:
         history, feed = list(known), known[at:]
         ids, probs = [], []
         for _ in range(k):
-            logits = self.session.eval(feed)
-            id = sampler.sample(logits, len(history), history if sampler.penalizes else ())
+            id, sure = guess(sampler, self.session.eval(feed), len(history), history)
             ids.append(id)
-            probs.append(exp(logprob(logits, id)))
-            if probs[-1] < p_min:
+            probs.append(sure)
+            if sure < p_min:
                 break
             history.append(id)
             feed = [id]
@@ -183,6 +184,42 @@ class ModelDrafter:
 
     def close(self) -> None:
         self.session.close()
+
+
+FAR = 9.0                               # what is e^-9 times as likely as the best is not looked at
+
+
+def guess(sampler: Sampler, logits: np.ndarray, position: int, history: Sequence[int]) -> tuple[int, float]:
+    """What the sampler would most likely choose if these were the target's logits, and how sure that is, from 0 to 1.
+
+    Quicker than the sampler and nearly always the same: of the filters only top-p is a little off. How far the best is
+    ahead of the second, noise included, tells more about the target's choice than its probability does.
+    """
+    logits = sampler.adjust(logits, history)
+    best = logits.max()
+    if sampler.temperature == 0 or sampler.top_k == 1:
+        first, second = int(logits.argmax()), np.partition(logits, -2)[-2] if len(logits) > 1 else -np.inf
+        return first, ahead(best - second)
+    reach = FAR * max(sampler.temperature, 0.1)
+    ids = np.flatnonzero(logits >= best - min(reach, -log(sampler.min_p) if sampler.min_p else reach))
+    if sampler.top_k and len(ids) > sampler.top_k:
+        ids = ids[np.argpartition(logits[ids], -sampler.top_k)[-sampler.top_k:]]
+    some = logits[ids]
+    if sampler.top_p < 1 and len(ids) > 1:
+        order = np.argsort(-some)
+        mass = np.cumsum(np.exp(some[order] - best))
+        kept = order[:int(np.searchsorted(mass, sampler.top_p * mass[-1])) + 1]
+        ids, some = ids[kept], some[kept]
+    if len(ids) < 2:
+        return (int(ids[0]), 1.0) if len(ids) else (0, 0.0)         # none: not a number is among the logits
+    x = uniforms_of(sampler.seed, position, ids)
+    score = some / max(sampler.temperature, 1e-6) - np.log(-np.log1p(-x))
+    second, first = np.argpartition(score, -2)[-2:] if len(score) > 2 else np.argsort(score)
+    return int(ids[first]), ahead(score[first] - score[second])
+
+
+def ahead(margin: float) -> float:
+    return 1 - exp(-margin) if margin < 50 else 1.0
 
 
 # ---- pairs -------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import logging
 import random
 import signal
 
+import numpy as np
 import pytest
 import tiny
 from fakes import END, VOCAB, FakeModel
@@ -14,7 +15,7 @@ import pybmc
 from pybmc import ArgumentError
 from pybmc.controller import Controller, FixedLength, Plan
 from pybmc.decode import generate
-from pybmc.drafters import NOTHING, Draft, ModelDrafter, NgramDrafter, PairError, check_pair, first_difference
+from pybmc.drafters import NOTHING, Draft, ModelDrafter, NgramDrafter, PairError, check_pair, first_difference, guess
 from pybmc.sampling import Sampler
 from pybmc.speculate import Speculation, attach, leave
 
@@ -329,20 +330,42 @@ def test_ngrams_forget_another_text():
 def test_a_model_drafter_follows_any_text(seed, temperature):
     """Its rows are the text's before each draft, and its draft is what it would say."""
     model, rng = FakeModel(), random.Random(seed)
-    sampler = Sampler(temperature=temperature, seed=seed)
+    sampler = Sampler(temperature=temperature, seed=seed, top_p=1.0)
     drafter = ModelDrafter(model, VOCAB)
     text = [rng.randrange(4) for _ in range(rng.randint(1, 60))]
     drafter.follow(text)
     for _ in range(6):
         k = rng.randint(1, 6)
         draft = drafter.propose(text, k, 0.0, sampler)
-        want = [t.id for t in generate(model, text, k, temperature=temperature, seed=seed, stop_tokens=())]
+        want = [t.id for t in generate(model, text, k, temperature=temperature, seed=seed, top_p=1.0, stop_tokens=())]
         assert draft.ids == want
         n = rng.randint(0, k)
         text += [*draft.ids[:n], *(rng.randrange(4) for _ in range(rng.randint(1, 30) if rng.random() < 0.3 else 1))]
         if rng.random() < 0.2:
             text = text[:rng.randint(1, len(text))]
             drafter.follow(text)
+
+
+@given(SETTINGS, st.integers(0, 999), st.sampled_from([0.0, 0.05]), st.sampled_from([2, 3, 300]))
+def test_a_guess_is_the_samplers_choice(chosen, seed, min_p, size):
+    rng = np.random.default_rng(seed)
+    history = rng.integers(0, size, 20).tolist()
+    same = 0
+    for top_p in (1.0, 0.9):
+        sampler = Sampler(**chosen, min_p=min_p, top_p=top_p)
+        for position in range(20):
+            logits = rng.normal(0, 3, size).astype(np.float32)
+            id, sure = guess(sampler, logits, position, history)
+            same += id == sampler.sample(logits, position, history)
+            assert 0 <= sure <= 1
+    assert same >= 37
+
+
+def test_a_guess_among_odd_logits():
+    sampler = Sampler(temperature=1.0)
+    assert guess(sampler, np.full(5, np.nan, np.float32), 3, []) == (0, 0.0)
+    assert guess(sampler, np.array([0, -np.inf, -np.inf], np.float32), 3, []) == (0, 1.0)
+    assert guess(Sampler(), np.array([1.0], np.float32), 3, []) == (0, 1.0)
 
 
 def test_a_draft_stops_where_it_is_unsure():

@@ -120,3 +120,21 @@ def test_rope_factors_are_those_of_llama_3_2():
     factors = synth.rope_factors(synth.MODELS["llama-3.2-1b"])
     assert factors.shape == (32,) and factors[0] == 1 and factors[-1] == 32
     assert np.all(np.diff(factors) >= 0) and 1 < factors[16] < 32
+
+
+def test_a_pair_agrees_about_as_often_as_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(synth, "TRIES", 5)
+    monkeypatch.setattr(synth, "SAMPLE", (2, 48))
+    shape = replace(synth.MODELS["tiny"], n_layers=4)
+    paths = tmp_path / "whole.gguf", tmp_path / "draft.gguf"
+    gain, found = synth.write_pair(*paths, shape, "Q4_K_M", "pair", 0.7)
+    assert 0 < gain < 1 and found == pytest.approx(0.7, abs=0.15)
+    assert synth.agreement(*paths) == found
+    whole, draft = (gguf.GGUFReader(path) for path in paths)
+    kept = {t.name: t for t in draft.tensors}
+    for tensor in whole.tensors:
+        if tensor.name in kept:
+            assert np.array_equal(tensor.data, kept[tensor.name].data)
+        elif tensor.name.endswith("_norm.weight"):
+            assert (tensor.data == np.float32(gain)).all()
+    assert len(kept) == 9 + 3 and len(whole.tensors) == 4 * 9 + 3
