@@ -19,9 +19,10 @@ PROBING = 0.01                          # of the time, for drafts that are not e
 FADE = 0.98                             # weight of what was seen one draft ago
 PATIENCE = 40                           # drafted rounds that must pay together
 PAUSES = (32, 512)                      # plain tokens after rounds that did not pay: at first, at most
+FIRST = 3                               # tokens of a first draft: what they take is not known yet
 IDLE = 8                                # tokens for which a decision against drafting stands
 HOPELESS = 0.02                         # chance below which no more of a draft is looked at
-FRESH = 48                              # rounds after which a plain pass is measured again
+FRESH = 96                              # rounds after which a plain pass is measured again
 
 
 # ---- costs -------------------------------------------------------------------------------------------------
@@ -31,7 +32,9 @@ class CostCurve:
     """Seconds of a pass by its width: a shape, width n over width 1, times the seconds of width 1.
 
     The scale follows the machine and the depth within a few passes, the shape slowly; a single slow pass moves
-    neither much. Between widths that were measured it is linear, beyond them a guess.
+    neither much. Where many are slow, because the machine does other things, all widths are taken to suffer alike: drag
+    is how much longer than usual passes take on the average. Between widths that were measured it is linear, beyond
+    them a guess.
     """
 
     GUESS = 0.05                        # what a token more costs, in passes of one, where nothing is known
@@ -40,7 +43,7 @@ class CostCurve:
         self._shape: dict[int, float] = {1: 0.0}                # log of width n over width 1
         self._scale: float | None = None                        # log of the seconds of width 1
         self._seen, self._streak = 0, 0                         # passes; how many in a row were a surprise, and which way
-        self._unit = 1.0                                        # e to the scale
+        self._unit, self._drag = 1.0, 1.0                       # e to the scale; mean over median
         self.counts: dict[int, int] = {}
         if seconds and 1 in seconds:
             self._scale, self._unit = log(seconds[1]), seconds[1]
@@ -62,7 +65,8 @@ class CostCurve:
         else:
             self._bend(n, calm if n in self._shape else surprise, count)
             self._scale += 0.08 * calm
-        self._unit = exp(self._scale)
+        self._drag += 0.04 * (max(0.5, min(12.0, exp(surprise))) - self._drag)
+        self._unit = exp(self._scale) * self._drag
 
     def _calmed(self, surprise: float) -> float:
         """A surprise counts in full only if it is small, or not the first of its kind."""
@@ -98,7 +102,7 @@ class CostCurve:
         return table
 
     def at(self, n: int) -> float:
-        """Seconds."""
+        """Seconds, on the average."""
         return self.ratio(n) * self._unit
 
     @property
@@ -106,7 +110,7 @@ class CostCurve:
         return self._scale is not None
 
     def seconds(self) -> dict[int, float]:
-        """What is known, for the next time."""
+        """What is known, for the next time; without drag."""
         if self._scale is None:
             return {}
         return {n: exp(self._scale + shape) for n, shape in self._shape.items()}
@@ -254,6 +258,8 @@ class Controller:
         if not self._active:
             self._idle = IDLE
             return self._probe(source, best.k, lag)
+        if not source.seconds.n:
+            best.k = max(self.least, min(best.k, FIRST))
         step = (self.curve.at(best.k + 1 + others) - self.curve.at(1 + others)) / best.k
         best.p_min = min(0.9, (source.seconds.value + step) * plain * best.gain)
         return best
@@ -309,7 +315,7 @@ class Controller:
         if probing:
             account.probing += max(0.0, seconds - plain)
         elif checked and learning:
-            self._judge(seconds, plain)
+            self._judge(min(seconds, 3 * self.curve.at(checked + 1)), plain)
         elif not checked:
             self.pause = max(0, self.pause - tokens)
 

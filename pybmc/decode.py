@@ -228,7 +228,8 @@ class Stats:
     draft_s: float = 0.0            # of predicted_s: drafting, checking, choosing
     verify_s: float = 0.0
     choose_s: float = 0.0
-    plain_tok_s: float = 0.0        # what plain decoding would give, as far as is known; 0 without a draft
+    plain_n: int = 0                # tokens of which is known what plain decoding would have taken ..
+    plain_s: float = 0.0            # .. and what it is
     lengths: dict[int, int] = field(default_factory=dict)       # drafted tokens in a pass -> how many passes
 
     def count(self, checked: int, drafting: float, verifying: float) -> None:
@@ -242,6 +243,11 @@ class Stats:
     @property
     def mean_k(self) -> float:
         return self.draft_n / self.rounds if self.rounds else 0.0
+
+    @property
+    def plain_tok_s(self) -> float:
+        """What plain decoding would have given, as far as is known; 0 without a draft."""
+        return self.plain_n / self.plain_s if self.plain_s else 0.0
 
     @property
     def accepted_share(self) -> float:

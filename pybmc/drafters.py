@@ -117,8 +117,8 @@ class ModelDrafter:
     name = "draft"
     n_marks = len(EDGES) + 1
 
-    def __init__(self, model, target_size: int):
-        self.model, self.target_size = model, target_size
+    def __init__(self, model, target_size: int, overlap: Overlap | None = None):
+        self.model, self.target_size, self.overlap = model, target_size, overlap
         self.size = model.config.vocab_size
         self.session = model.session()
         self._agreed = 0                # rows known to be the text's
@@ -130,6 +130,8 @@ class ModelDrafter:
 
     def _known(self, text: Sequence[int]) -> list[int]:
         """The text in the draft's vocabulary: token 0 stands for those that it does not have."""
+        if self.overlap:
+            return [self.overlap.to_draft[token] for token in text]
         if self.size >= self.target_size:
             return list(text)
         return [token if token < self.size else 0 for token in text]
@@ -166,14 +168,17 @@ class ModelDrafter:
             ids, probs = ids.tolist(), [exp(p) if isfinite(p) else 0.0 for p in logprobs.tolist()]
         else:
             ids, probs = self._sampled(known, at, k, p_min, sampler)
-        fits = next((i for i, id in enumerate(ids) if id >= self.target_size), len(ids))
+        if self.overlap:
+            ids = [int(self.overlap.to_target[id]) for id in ids]
+        fits = next((i for i, id in enumerate(ids) if not 0 <= id < self.target_size), len(ids))
         return Draft(ids, [mark(p) for p in probs]).cut(fits)
 
     def _sampled(self, known: list[int], at: int, k: int, p_min: float, sampler: Sampler):
         history, feed = list(known), known[at:]
         ids, probs = [], []
+        names = self.overlap.to_target if self.overlap else None
         for _ in range(k):
-            id, sure = guess(sampler, self.session.eval(feed), len(history), history)
+            id, sure = guess(sampler, self.session.eval(feed), len(history), history, names)
             ids.append(id)
             probs.append(sure)
             if sure < p_min:
@@ -189,8 +194,11 @@ class ModelDrafter:
 FAR = 9.0                               # what is e^-9 times as likely as the best is not looked at
 
 
-def guess(sampler: Sampler, logits: np.ndarray, position: int, history: Sequence[int]) -> tuple[int, float]:
+def guess(sampler: Sampler, logits: np.ndarray, position: int, history: Sequence[int],
+          names: np.ndarray | None = None) -> tuple[int, float]:
     """What the sampler would most likely choose if these were the target's logits, and how sure that is, from 0 to 1.
+
+    names: the target's id for each id, where they differ: the noise is the target's.
 
     Quicker than the sampler and nearly always the same: of the filters only top-p is a little off. How far the best is
     ahead of the second, noise included, tells more about the target's choice than its probability does.
@@ -212,7 +220,7 @@ def guess(sampler: Sampler, logits: np.ndarray, position: int, history: Sequence
         ids, some = ids[kept], some[kept]
     if len(ids) < 2:
         return (int(ids[0]), 1.0) if len(ids) else (0, 0.0)         # none: not a number is among the logits
-    x = uniforms_of(sampler.seed, position, ids)
+    x = uniforms_of(sampler.seed, position, ids if names is None else names[ids])
     score = some / max(sampler.temperature, 1e-6) - np.log(-np.log1p(-x))
     second, first = np.argpartition(score, -2)[-2:] if len(score) > 2 else np.argsort(score)
     return int(ids[first]), ahead(score[first] - score[second])
@@ -229,21 +237,51 @@ class PairError(ArgumentError):
     """Two models that cannot work together."""
 
 
-def check_pair(target, draft) -> None:
-    """Raise a PairError that names the first token that is not the same bytes in both vocabularies.
+class Overlap(NamedTuple):
+    """Two vocabularies that share tokens under other ids."""
 
-    Sizes may differ: vocabularies are padded. What only one of them has is never proposed, or not understood.
+    to_draft: list[int]                 # the draft's id for each of the target's; 0 where it has none
+    to_target: np.ndarray               # int64: the target's id for each of the draft's, or -1
+
+
+SHARED = 0.8                            # of either vocabulary, for a pair to make sense
+
+
+def check_pair(target, draft) -> Overlap | None:
+    """None if both vocabularies have the same bytes under the same ids; how ids correspond, if most tokens are in both.
+
+    Sizes may differ: vocabularies are padded. What only one of them has is never proposed, or not understood. Raises a
+    PairError that names the first token that differs.
     """
     ours, theirs = target.tokenizer, draft.tokenizer
     if ours is None or theirs is None:
         raise PairError(f"{(target if ours is None else draft).path} has no vocabulary to compare")
     id = first_difference(ours, theirs)
-    if id is not None:
-        raise PairError(f"the draft has another vocabulary: token {id} is {ours.piece(id)!r} in {target.path} and "
-                        f"{theirs.piece(id)!r} in {draft.path}")
     n, m = ours.vocab_size, theirs.vocab_size
-    if min(n, m) < 0.9 * max(n, m):
+    if id is not None:
+        found, shared = overlap(ours, theirs, draft.config.vocab_size)
+        if shared >= SHARED * max(n, m):
+            return found
+        raise PairError(f"the draft has another vocabulary: token {id} is {ours.piece(id)!r} in {target.path} and "
+                        f"{theirs.piece(id)!r} in {draft.path}; {shared} of {n} and {m} tokens are in both")
+    if min(n, m) < SHARED * max(n, m):
         raise PairError(f"the draft has another vocabulary: {n} tokens in {target.path}, {m} in {draft.path}")
+    return None
+
+
+def overlap(ours, theirs, n_logits: int) -> tuple[Overlap, int]:
+    """Tokens with the same bytes, control tokens with the same name; and how many there are. n_logits: ids the draft
+    knows."""
+    def spelled(tokenizer, id):
+        return tokenizer.piece(id), tokenizer.is_control(id)
+
+    ids = {spelled(theirs, id): id for id in range(theirs.vocab_size - 1, -1, -1)}
+    found = [ids.get(spelled(ours, id), -1) for id in range(ours.vocab_size)]
+    to_target = np.full(n_logits, -1, np.int64)
+    for id, other in enumerate(found):
+        if other >= 0 and to_target[other] < 0:
+            to_target[other] = id
+    return Overlap([max(other, 0) for other in found], to_target), int((to_target >= 0).sum())
 
 
 def first_difference(ours, theirs) -> int | None:

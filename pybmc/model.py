@@ -285,6 +285,9 @@ def eval_batch(parts: Sequence[tuple[Session, Sequence[int] | np.ndarray, str]])
 
 
 def _ids(tokens) -> np.ndarray:
+    if type(tokens) is list and len(tokens) < 64 and set(map(type, tokens)) == {int}:
+        with suppress(OverflowError):           # as_array says what is wrong
+            return np.array(tokens, np.int32)
     ids = as_array(tokens, np.int32, (None,), "tokens")
     if not ids.size:
         raise ArgumentError("tokens: expected at least one, found none")

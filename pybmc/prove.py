@@ -108,8 +108,7 @@ class Recorder:
 def prove(model, prompts: Sequence = PROMPTS, max_tokens: int = 64, draft=None, temperatures: Sequence[float] = (0.0, 0.8),
           seed: int = 0) -> Iterator[Comparison]:
     """Compare each prompt at each temperature. Raises PairError if the draft does not go with the model."""
-    if draft is not None:
-        check_pair(model, draft)
+    overlap = check_pair(model, draft) if draft is not None else None
     for i, prompt in enumerate(prompts):
         tokens = encode_prompt(model.tokenizer, prompt)
         for temperature in temperatures:
@@ -117,11 +116,12 @@ def prove(model, prompts: Sequence = PROMPTS, max_tokens: int = 64, draft=None, 
             plain = list(generate(model, tokens, **settings))
             facts = digests(model, [*tokens, *(t.id for t in plain)], len(tokens))
             for kind in ("rehearsed", "draft")[:1 + (draft is not None)]:
-                yield compare(model, tokens, plain, facts, speculation(model, draft, kind, plain, seed + i), i, kind, settings)
+                made = speculation(model, draft, overlap, kind, plain, seed + i)
+                yield compare(model, tokens, plain, facts, made, i, kind, settings)
 
 
-def speculation(model, draft, kind: str, plain, seed: int) -> Speculation:
-    made = Speculation(model, draft if kind == "draft" else None, "draft", controller=AnyLength(seed))
+def speculation(model, draft, overlap, kind: str, plain, seed: int) -> Speculation:
+    made = Speculation(model, draft if kind == "draft" else None, "draft", controller=AnyLength(seed), overlap=overlap)
     if kind == "rehearsed":
         made.drafter = Rehearsed([t.id for t in plain], model.config.vocab_size, seed)
     return made

@@ -25,6 +25,7 @@ from .errors import ArgumentError, BmcError
 GOLDEN = 0x9E3779B97F4A7C15
 MIX_1, MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 U64 = (1 << 64) - 1
+FEW = 256                               # logits that are sorted and looked at one and all
 
 
 # ---- noise -------------------------------------------------------------------------------------------------
@@ -87,6 +88,9 @@ def choose(logits: np.ndarray, temperature: float, seed: int, position: int,
     """
     temperature = max(temperature, 1e-6)            # colder is greedy but for exact ties
     below = logits - logits.max()
+    if ids is not None and len(ids) <= FEW:
+        x = uniforms_of(seed, position, ids)
+        return int(ids[(below.astype(np.float64) / temperature - np.log(-np.log1p(-x))).argmax()])
     x = uniforms(seed, position, len(logits)) if ids is None else uniforms_of(seed, position, ids)
     with np.errstate(over="ignore"):
         bound = np.exp(below / np.float32(temperature))
@@ -171,6 +175,19 @@ def min_p(logits: np.ndarray, p: float) -> np.ndarray:
     return np.flatnonzero(logits >= logits.max() + np.log(p))
 
 
+def largest(logits: np.ndarray, p: float, least: float) -> np.ndarray:
+    """Indices, ascending, that top_p and then min_p leave of a few logits: either leaves the first of them by size."""
+    order = np.argsort(-logits, kind="stable")
+    n, best = len(order), logits.max()
+    if p != 1:
+        weights = np.exp(logits - best)
+        n = min(n, int(np.searchsorted(np.cumsum(weights[order], dtype=np.float64),
+                                       p * weights.sum(dtype=np.float64))) + 1)
+    if least != 0:
+        n = min(n, int(np.count_nonzero(logits >= best + np.log(least))))
+    return np.sort(order[:n])
+
+
 def logprob(logits: np.ndarray, token: int) -> float:
     """log softmax(logits)[token]: what the model thinks of a token, before any setting changes it."""
     best = logits.max()
@@ -253,6 +270,9 @@ class Sampler:
         if self.top_k:
             ids = top_k(logits, self.top_k)
             logits = logits[ids]
+            if len(ids) <= FEW:
+                kept = largest(logits, self.top_p, self.min_p)
+                return choose(logits[kept], self.temperature, self.seed, position, ids[kept])
         for keep, p, off in ((top_p, self.top_p, 1), (min_p, self.min_p, 0)):
             if p != off:
                 kept = keep(logits, p)

@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 from . import cache
 from .controller import WIDEST, Controller, CostCurve, Plan, Source
 from .decode import Chooser, Loop, Pass, Stats
-from .drafters import EDGES, NOTHING, Draft, ModelDrafter, NgramDrafter, PairError, check_pair
+from .drafters import EDGES, NOTHING, Draft, ModelDrafter, NgramDrafter, Overlap, PairError, check_pair
 from .errors import ArgumentError, BmcError, ClosedError
 
 log = logging.getLogger(__name__)
@@ -53,19 +53,20 @@ class Speculation:
 
     draft: a Model with the target's vocabulary, or None. spec: "draft", "ngram" (the text itself) or "auto" (both).
     draft_max and draft_min bound what is checked in a pass. controller and clock are for tests and comparisons; what
-    is learned is shared with the one that this is like.
+    is learned is shared with the one that this is like. overlap: how ids correspond, if check_pair() says that they
+    differ.
     """
 
     def __init__(self, model, draft=None, spec: str = "auto", draft_max: int = WIDEST, draft_min: int = 0,
                  controller: Controller | None = None, clock: Callable[[], float] = time.perf_counter,
-                 like: Speculation | None = None):
+                 like: Speculation | None = None, overlap: Overlap | None = None):
         self.model, self.clock = model, clock
         self.draft_max, self.draft_min = checked_bounds(draft_max, draft_min)
-        self.draft = draft
+        self.draft, self.overlap = draft, overlap
         self.ngram = NgramDrafter() if spec in ("auto", "ngram") else None
         self.drafter = None
         if draft is not None and spec in ("auto", "draft"):
-            self.drafter = ModelDrafter(draft, model.config.vocab_size)
+            self.drafter = ModelDrafter(draft, model.config.vocab_size, overlap)
         self._fixed = controller
         self._controllers: dict[bool, Controller] = like._controllers if like else {}
         self._sources: dict[tuple[str, bool], Source] = like._sources if like else {}
@@ -133,7 +134,6 @@ class Speculation:
                     controller.passed(reply.width, reply.seconds)
                 stats.count(round.checked, round.drafting, reply.seconds)
         finally:
-            stats.plain_tok_s = controller.plain() if controller.curve.known else 0.0
             with suppress(ClosedError):
                 leave(session, text, round.ids)
 
@@ -191,6 +191,8 @@ class Speculation:
         if round.shadow.ids:
             self.source("ngram", chooser.greedy).learn(0, 0, round.shadow.marks, judged(round.shadow.ids, said))
         stats.choose_s += choosing
+        stats.plain_n += len(said)
+        stats.plain_s += len(said) / controller.plain(round.others) * (1 + round.others)
         controller.choosing.add(choosing / len(said))
         controller.ended(round.checked, len(said), round.drafting + reply.seconds + choosing, round.probing,
                          learning=not round.others)
@@ -313,9 +315,10 @@ def _open(model, draft, spec: str, draft_max: int, draft_min: int) -> Speculatio
 
     opened = Model(draft, threads=model.threads) if is_path(draft) and spec != "ngram" else None
     draft = None if spec == "ngram" else opened or draft
+    overlap = None
     try:
         if draft is not None:
-            check_pair(model, draft)
+            overlap = check_pair(model, draft)
     except PairError as error:
         log.warning("%s; decoding goes on without it", error)
         draft = None
@@ -324,7 +327,7 @@ def _open(model, draft, spec: str, draft_max: int, draft_min: int) -> Speculatio
         if spec == "draft":
             return None
         opened = None
-    made = Speculation(model, draft, spec, draft_max, draft_min)
+    made = Speculation(model, draft, spec, draft_max, draft_min, overlap=overlap)
     made._owned = opened
     return made
 
@@ -334,4 +337,5 @@ def another(made: Speculation | None) -> Speculation | None:
     if made is None:
         return None
     spec = "ngram" if made.draft is None else "auto" if made.ngram else "draft"
-    return Speculation(made.model, made.draft, spec, made.draft_max, made.draft_min, clock=made.clock, like=made)
+    return Speculation(made.model, made.draft, spec, made.draft_max, made.draft_min, clock=made.clock, like=made,
+                       overlap=made.overlap)

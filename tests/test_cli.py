@@ -189,7 +189,7 @@ def test_a_draft_changes_nothing_but_the_counts(path, capsys):
 
 
 def test_a_draft_of_another_vocabulary_is_named_and_left_out(path, capsys, caplog):
-    other = str(tiny.model("phi3"))
+    other = str(tiny.model("phi3", vocab_size=900))
     assert run(["generate", path, "--draft", other, "-p", "Once", "-n", "4", "-t", "1"]) == 0
     assert "another vocabulary: token 0" in capsys.readouterr().err + caplog.text
 

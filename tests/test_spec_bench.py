@@ -55,7 +55,7 @@ def test_it_runs(capsys, monkeypatch, tmp_path):
                                       str(tmp_path / "c.json")])
     spec_bench.main()
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == spec_bench.HEADER and len(lines) == 7 and all(line.count("|") == 9 for line in lines)
+    assert lines[0] == spec_bench.HEADER and len(lines) == 8 and all(line.count("|") == 9 for line in lines)
     found = json.loads((tmp_path / "c.json").read_text())
-    assert len(found["rows"]) == 5 and found["curve"][0]["share"] == 0.5
+    assert len(found["rows"]) == 6 and found["curve"][0]["share"] == 0.5
     assert (tmp_path / "c.svg").read_text().startswith("<svg")

@@ -263,7 +263,7 @@ def test_odd_wishes_are_refused(wishes):
 
 
 def test_pairs_are_compared_by_bytes(caplog):
-    llama, other = (pybmc.Model(tiny.model(*args), threads=1) for args in (("llama",), ("phi3",)))
+    llama, other = (pybmc.Model(path, threads=1) for path in (tiny.model("llama"), tiny.model("phi3", vocab_size=900)))
     with llama, other:
         with pytest.raises(PairError, match=r"token 0 is b'.*' in .* and b'<unk>'"):
             check_pair(llama, other)
@@ -289,6 +289,39 @@ def test_padded_vocabularies_work_together(tmp_path):
                 speculation = Speculation(target, draft, controller=FixedLength(3))
                 same(list(generate(target, [1, 2, target.config.vocab_size - 1], **chosen)),
                      list(generate(target, [1, 2, target.config.vocab_size - 1], draft=speculation, **chosen)))
+
+
+def shuffled(path, order):
+    """A copy of a model whose token i is the original's order[i]."""
+    metadata, tensors = tiny.parts("llama")
+    for key in ("tokens", "token_type"):
+        values = metadata[f"tokenizer.ggml.{key}"]
+        metadata[f"tokenizer.ggml.{key}"] = [values[i] for i in order]
+    for key in ("bos", "eos", "eot"):
+        key = f"tokenizer.ggml.{key}_token_id"
+        metadata[key] = order.index(metadata[key])
+    for name in ("token_embd.weight", "output.weight"):
+        kind, rows = tensors[name]
+        tensors[name] = kind, np.ascontiguousarray(rows[order])
+    return tiny.save(path, metadata, tensors)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_ids_are_mapped_where_vocabularies_overlap(tmp_path, temperature):
+    order = list(range(401))
+    random.Random(1).shuffle(order)
+    with pybmc.Model(tiny.model("llama"), threads=1) as model, \
+            pybmc.Model(shuffled(tmp_path / "shuffled.gguf", order), threads=1) as draft:
+        overlap = check_pair(model, draft)
+        assert overlap.to_target.tolist() == order
+        chosen = {"temperature": temperature, "stop_tokens": (), "max_tokens": 40, "seed": 3, "top_p": 1.0}
+        made = Speculation(model, draft, "draft", controller=FixedLength(4), overlap=overlap)
+        stream = generate(model, "the mill", draft=made, **chosen)
+        same(list(generate(model, "the mill", **chosen)), list(stream))
+        assert stream.stats.draft_n == stream.stats.draft_n_accepted > 20         # it is the same model, after all
+        stream = generate(model, "the mill", draft=draft, **chosen)
+        list(stream)
+        assert stream.stats.draft_n_accepted > 0
 
 
 # ---- drafters ----------------------------------------------------------------------------------------------

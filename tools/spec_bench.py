@@ -17,6 +17,7 @@ import json
 import random
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -165,6 +166,35 @@ def compare(case: Case, runs: int) -> Row:
     return Row(case.name, case.aim, statistics.median(p.predicted_tok_s for p in plain),
                statistics.median(d.predicted_tok_s for d in drafted), statistics.median(gains), low, high,
                statistics.median(d.accepted_share for d in drafted), statistics.median(d.mean_k for d in drafted), runs)
+
+
+def batched(case: Case, draft, runs: int, parallel: int = 8) -> Row:
+    """Requests together through generate_batch, against one at a time without drafts: tokens of all a second."""
+    prompts, n, settings = [r.prompt for r in case.requests], case.requests[0].n, case.requests[0].settings
+
+    def one_by_one():
+        return [[t.id for t in generate(case.model, prompt, n, **settings)] for prompt in prompts]
+
+    def at_once():
+        answers = [[] for _ in prompts]
+        for i, token in pybmc.generate_batch(case.model, prompts, n, draft=draft, parallel=parallel, **settings):
+            answers[i].append(token.id)
+        return answers
+
+    expected, gains, rates = one_by_one(), [], ([], [])
+    total = sum(map(len, expected))
+    if at_once() != expected:
+        raise SystemExit(f"{case.name}: together, the answers are others")
+    for run in range(runs):
+        seconds = {}
+        for work in (one_by_one, at_once) if run % 2 else (at_once, one_by_one):
+            started = time.perf_counter()
+            work()
+            seconds[work] = time.perf_counter() - started
+        gains.append(seconds[one_by_one] / seconds[at_once])
+        for kept, work in zip(rates, (one_by_one, at_once)):
+            kept.append(total / seconds[work])
+    return Row(case.name, case.aim, *map(statistics.median, rates), statistics.median(gains), *interval(gains), 0.0, 0.0, runs)
 
 
 def sweep(case: Case, runs: int) -> tuple[int, float]:
@@ -385,6 +415,11 @@ def main() -> None:
                 row.best_k, row.of_best = sweep(case, args.sweep)
             rows.append(row)
             print(line(row), flush=True)
+        if "60" not in cases[0].name:
+            requests = told(model, 0.0, args.n, 8) if "bundled" in cases[0].name else noise(model, args.n, 8)
+            together_case = Case(cases[0].name.split(",")[0] + ", 8 prompts together", ">= 3", model, requests, None)
+            rows.append(batched(together_case, draft, args.runs))
+            print(line(rows[-1]), flush=True)
         if args.curve and with_curve:
             points = curve(model, draft, args.n, args.runs)
             args.curve.write_text(svg(points))

@@ -16,7 +16,8 @@ CARD = """# The bundled pair: a small teller of tales and its draft
 
 Two models that ship with pybmc so that `pybmc chat` answers without a download. `teller.gguf` tells tales in the manner of old books;
 `teller-draft.gguf` has the same vocabulary and guesses its next words for speculative decoding. They are small. They know no facts, follow no
-instructions but "tell me of ...", lose their thread after a paragraph, and repeat the manners, and the prejudices, of books a century or two old.
+instructions but "tell me of ...", lose their thread within a paragraph, and repeat the manners, and the prejudices, of books a century or two old.
+Greedy decoding soon goes round in circles; a temperature of 0.7 to 0.9 suits them better.
 
 | | teller | draft |
 |---|---|---|
@@ -33,13 +34,13 @@ template is ChatML's. Text is best within {n_ctx} tokens; training rows had {row
 - **Form**: four rows in five hold passages that answer a request made of their own words ("Tell me of a king and a golden bird."), sometimes
   followed by "Go on."; the rest is running text. Only answers and running text are learned. A few lines of small talk are ours.
 - **Teller**: {target_tokens} tokens in {target_steps} steps of {batch_tokens}; Muon for the matrices, AdamW for the rest; warm-up, a level stretch and a straight line to
-  zero; weight decay, gradients clipped at 1, bf16 products. {target_minutes} minutes on two CPU cores that other work shared.
+  zero; weight decay, gradients clipped at 1, bf16 products; half of the layers first, the other half from {grow_at:.0%} of the time on. {target_minutes} minutes on two CPU cores that other work shared.
 - **Draft**: {draft_tokens} tokens of the same text, then {distill_tokens} tokens of distillation on {told_tokens} tokens that the teller's quantized file wrote itself
   (two thirds greedy, one third at temperature 0.8): its distribution over the {top} likeliest tokens, and its first choice.
 
 ## Measured
 
-Made by `python -m train_demo --stage evaluate` from the dequantized files.
+Made by the script's evaluate stage, in float32 from the dequantized files; `pybmc perplexity` and `pybmc prove` measure the same with the engine.
 
 Bits per byte of 190 kB of held-out text (ends of six of the books, never trained on), windows of {n_ctx} tokens with a step of half of that:
 
@@ -48,7 +49,7 @@ Bits per byte of 190 kB of held-out text (ends of six of the books, never traine
 {heldout}
 
 Drafted tokens that the teller accepts: 20 requests made of held-out text, up to 128 tokens each, four tokens drafted a round (a token counts as accepted when it
-and all before it in its round are):
+and all before it in its round are). Greedy text of so small a model repeats itself, which makes it easy to guess; the sampled row is the harder test:
 
 | | accepted of all drafted | 1st | 2nd | 3rd | 4th | tokens a round |
 |---|---|---|---|---|---|---|
@@ -114,7 +115,7 @@ def write(recipe, configs, sizes, results, told):
     return CARD.format(
         sizes=table(size_rows(configs, sizes)), vocab_size=recipe.vocab_size, n_ctx=configs[0].n_ctx, row=recipe.n_ctx, top=recipe.top,
         text=titles(), batch_tokens=recipe.target_run.batch_tokens,
-        target_tokens=millions(results["target"]["tokens"]), target_steps=results["target"]["steps"],
+        grow_at=recipe.target_run.grow_at, target_tokens=millions(results["target"]["tokens"]), target_steps=results["target"]["steps"],
         target_minutes=results["target"]["seconds"] // 60, draft_tokens=millions(results["draft"]["tokens"]),
         distill_tokens=millions(results["distill"]["tokens"]), told_tokens=millions(results["distill"]["told"]),
         heldout=table(heldout_rows(results)), acceptance=table(acceptance_rows(results)), tales="\n\n".join(quote(*t) for t in told),

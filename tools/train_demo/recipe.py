@@ -74,10 +74,10 @@ class Recipe:
     bf16: bool = True
     target: Shape = Shape(384, 1024, 64, 6, 6, 2)
     draft: Shape = Shape(96, 256, 32, 2, 3, 1)
-    target_run: Schedule = Schedule(70 * 60, 4096, 8, 0.02, 3e-3, grow_at=0.65, long_from=0.9)
+    target_run: Schedule = Schedule(64 * 60, 4096, 8, 0.02, 3e-3, grow_at=0.65, long_from=0.9)
     draft_run: Schedule = Schedule(4 * 60, 8192, 16, 0.02, 6e-3, long_from=2.0)
     distill_run: Schedule = Schedule(7 * 60, 8192, 16, 0.02, 4e-3, long_from=2.0)
-    generate_seconds: float = 10 * 60       # time for the target's own text
+    generate_seconds: float = 8 * 60        # time for the target's own text
     generate_batch: int = 128
     generate_tokens: int = 224              # positions of one generated row, its request included
     top: int = 48                           # the target's likeliest tokens kept at each position
