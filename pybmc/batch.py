@@ -92,7 +92,7 @@ class Stream:
 
 
 class Batch(Iterator[tuple[int, Token]]):
-    """An iterator of (number of the prompt, Token). stats holds a prompt's Stats once it has begun; close() ends all."""
+    """An iterator of (number of the prompt, Token). stats: each prompt's Stats, once it has begun. close() ends all."""
 
     def __init__(self, streams: Iterator[tuple[int, Token]], stats: dict[int, Stats]):
         self._streams, self.stats = streams, stats
@@ -109,8 +109,8 @@ def generate_batch(model, prompts: Iterable, max_tokens: int | None = 256, *, dr
                    stop: str | Sequence[str] = (), stop_tokens: Iterable[int] | None = None, **settings) -> Batch:
     """Continue many prompts together: an iterator of (number of the prompt, Token), as tokens come.
 
-    Prompts and settings are those of generate(), and so is each prompt's text. parallel: how many are written at a time;
-    context: a cap on each one's rows. Drafts get shorter the more prompts share a pass: then tokens of others fill it.
+    Prompts and settings are those of generate(), and so is each prompt's text. parallel: how many are written at a
+    time; context: a cap on each one's rows. Drafts get shorter the more prompts share a pass: then tokens of others fill it.
     """
     chooser = Chooser(make_sampler(**settings))
     if max_tokens is not None and max_tokens < 0:

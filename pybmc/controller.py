@@ -20,7 +20,7 @@ FADE = 0.98                             # weight of what was seen one draft ago
 PATIENCE = 40                           # drafted rounds that must pay together
 PAUSES = (32, 512)                      # plain tokens after rounds that did not pay: at first, at most
 FIRST = 3                               # tokens of a first draft: what they take is not known yet
-IDLE = 8                                # tokens for which a decision against drafting stands
+REST = 8                                # plain tokens after a decision against drafting, before the next
 HOPELESS = 0.02                         # chance below which no more of a draft is looked at
 FRESH = 96                              # rounds after which a plain pass is measured again
 
@@ -42,7 +42,7 @@ class CostCurve:
     def __init__(self, seconds: dict[int, float] | None = None):
         self._shape: dict[int, float] = {1: 0.0}                # log of width n over width 1
         self._scale: float | None = None                        # log of the seconds of width 1
-        self._seen, self._streak = 0, 0                         # passes; how many in a row were a surprise, and which way
+        self._seen, self._streak = 0, 0                         # passes; surprises in a row, with their sign
         self._unit, self._drag = 1.0, 1.0                       # e to the scale; mean over median
         self.counts: dict[int, int] = {}
         if seconds and 1 in seconds:
@@ -220,7 +220,8 @@ class Controller:
         self.min_gain = MIN_GAIN
         self.choosing = Average()       # seconds to choose a token from its row
         self.account = Account()
-        self.pause, self._last_pause, self._since_plain, self._active, self._idle = 0, 0, 0, True, 0
+        self.pause, self._last_pause, self._since_plain, self._active = 0, 0, 0, True
+        self.rest = REST
 
     # ---- predictions
 
@@ -228,6 +229,11 @@ class Controller:
     def stale(self) -> bool:
         """Whether a plain pass is due: what speculation is compared with has to be known."""
         return self._since_plain >= FRESH
+
+    @property
+    def resting(self) -> bool:
+        """Whether drafting was found not to pay."""
+        return not self._active
 
     def plain(self, others: int = 0) -> float:
         """Tokens a second without a draft. others: tokens of other sequences that share the pass."""
@@ -249,14 +255,10 @@ class Controller:
         most = min(self.most, room)
         if most < self.least:
             return Plan(0)
-        if self._idle:
-            self._idle -= 1
-            return Plan(0)
         best, plain = self._best(source, most, others), self.plain(others)
         best.gain /= plain
         self._active = not self.pause and best.gain >= (1.0 if self._active else self.min_gain)
         if not self._active:
-            self._idle = IDLE
             return self._probe(source, best.k, lag)
         if not source.seconds.n:
             best.k = max(self.least, min(best.k, FIRST))
@@ -305,6 +307,12 @@ class Controller:
     def passed(self, width: int, seconds: float) -> None:
         self.curve.observe(width, seconds)
 
+    def rested(self, n: int, seconds: float) -> None:
+        """So many plain tokens in so many seconds, without a thought of drafting."""
+        self.account.seconds += seconds
+        self.account.tokens += n
+        self._since_plain, self.pause = 0, max(0, self.pause - n)
+
     def ended(self, checked: int, tokens: int, seconds: float, probing: bool, learning: bool = True) -> None:
         """A round gave so many tokens in so many seconds. checked: drafted tokens in its pass."""
         account = self.account
@@ -337,7 +345,7 @@ class FixedLength(Controller):
 
     def __init__(self, k: int, curve: CostCurve | None = None):
         super().__init__(curve)
-        self.k, self.min_gain = k, 0.0
+        self.k, self.min_gain, self.rest = k, 0.0, 0
 
     stale = False
 

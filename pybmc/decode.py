@@ -147,7 +147,7 @@ class Pass(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What a pass gave, how long it took, and how many tokens were in it, other sequences' too; 0: not to be learned from."""
+    """What a pass gave, its seconds, and its tokens, other sequences' too (0: nothing is to be learned from it)."""
 
     result: object
     seconds: float
@@ -232,13 +232,13 @@ class Stats:
     plain_s: float = 0.0            # .. and what it is
     lengths: dict[int, int] = field(default_factory=dict)       # drafted tokens in a pass -> how many passes
 
-    def count(self, checked: int, drafting: float, verifying: float) -> None:
-        """A pass with so many drafted tokens."""
-        self.rounds += 1
-        self.draft_n += checked
+    def count(self, checked: int, drafting: float, verifying: float, passes: int = 1) -> None:
+        """A pass with so many drafted tokens, or several."""
+        self.rounds += passes
+        self.draft_n += checked * passes
         self.draft_s += drafting
         self.verify_s += verifying
-        self.lengths[checked] = self.lengths.get(checked, 0) + 1
+        self.lengths[checked] = self.lengths.get(checked, 0) + passes
 
     @property
     def mean_k(self) -> float:
@@ -287,8 +287,8 @@ def generate(model, prompt, max_tokens: int | None = 256, *, session=None, draft
                again. Without one a new session is used and closed.
     draft      a smaller model with the same vocabulary that guesses ahead: a Model or a path. The text is the same as
                without it, at any temperature; only the time differs
-    spec       who guesses: "draft", "ngram" (repetitions in the text; needs no draft), "auto" (both, if there is a draft)
-               or "off"
+    spec       who guesses: "draft", "ngram" (repetitions in the text; needs no draft), "auto" (both, where there is a
+               draft) or "off"
     draft_max, draft_min  bounds of the tokens guessed at a time; how many pay is found out while decoding
     stop       strings that end the text and are not part of it
     stop_tokens ids that end the text; None: the vocabulary's end-of-text and end-of-turn tokens, (): none

@@ -49,7 +49,7 @@ class NgramDrafter:
     def __init__(self):
         self._text: list[int] = []
         self._last: dict[tuple[int, int], int] = {}     # a pair -> where it ended last
-        self._before: list[int] = [0]                   # by position: where the pair that ends here ended before; 0: nowhere
+        self._before: list[int] = [0]                   # where the pair that ends at a position ended before, or 0
 
     def follow(self, text: Sequence[int]) -> None:
         """Take up a text that may begin otherwise than the one before."""
@@ -99,7 +99,7 @@ class NgramDrafter:
 
 # ---- a small model -----------------------------------------------------------------------------------------
 
-EDGES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.995)     # of marks, as probabilities
+EDGES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.995)     # of marks
 LAG = 16                                # tokens behind that are fed apart from a draft
 
 

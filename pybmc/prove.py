@@ -29,7 +29,7 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Difference:
-    """Where two runs part. gap: of the two largest plain logits there; largest: between any two logits, if they differ."""
+    """Where two runs part. gap: between the two best plain logits there; largest: how far any logits are apart."""
 
     position: int
     what: str
@@ -105,8 +105,8 @@ class Recorder:
 # ---- the proof ---------------------------------------------------------------------------------------------
 
 
-def prove(model, prompts: Sequence = PROMPTS, max_tokens: int = 64, draft=None, temperatures: Sequence[float] = (0.0, 0.8),
-          seed: int = 0) -> Iterator[Comparison]:
+def prove(model, prompts: Sequence = PROMPTS, max_tokens: int = 64, draft=None,
+          temperatures: Sequence[float] = (0.0, 0.8), seed: int = 0) -> Iterator[Comparison]:
     """Compare each prompt at each temperature. Raises PairError if the draft does not go with the model."""
     overlap = check_pair(model, draft) if draft is not None else None
     for i, prompt in enumerate(prompts):

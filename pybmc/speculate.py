@@ -42,6 +42,8 @@ class Round:
     shadow: Draft = NOTHING             # what the n-grams said, where another draft was taken
     drafting: float = 0.0               # seconds
     others: int = 0
+    start: int = 0                      # tokens of the text when it was drafted
+    rest: int = 0                       # plain tokens before anything is asked again
 
     @property
     def ids(self) -> list[int]:
@@ -122,10 +124,13 @@ class Speculation:
                     if not accepted:
                         break
                 if sent:
-                    session.rewind(len(text) - 1)
-                    self._learn(round, text[began:], chooser, choosing, stats, reply)
+                    if round.checked:
+                        session.rewind(len(text) - 1)
+                    self._learn(round, text, len(text) - began, chooser, choosing, stats, reply)
                 round = self._draft(text, min(self.draft_max, limit - len(text) - 1), chooser, others())
-                if round.checked and session.context is not None:
+                if round.rest:
+                    yield from self._plainly(round.rest, text, chooser, controller, stats)
+                elif round.checked and session.context is not None:
                     session.reserve(min(1 + self.draft_max, session.context - session.position))
                 sent = [text[-1], *round.ids]
                 reply = yield Pass(sent, chooser.want(len(sent)))
@@ -137,20 +142,41 @@ class Speculation:
             with suppress(ClosedError):
                 leave(session, text, round.ids)
 
+    def _plainly(self, n: int, text: list[int], chooser: Chooser, controller: Controller, stats: Stats) -> Loop:
+        """Some tokens without any draft, at the price of plain decoding."""
+        clock, before, verifying, choosing = self.clock, len(text), 0.0, 0.0
+        try:
+            for _ in range(n):
+                reply = yield Pass([text[-1]], chooser.want(1))
+                rows = chooser.rows(reply.result)
+                started = clock()
+                choice = chooser.choose(rows[0], text)
+                choosing += clock() - started
+                verifying += reply.seconds
+                yield choice
+                text.append(choice.id)
+        finally:
+            n = len(text) - before
+            controller.rested(n, verifying + choosing)
+            stats.count(0, 0.0, verifying, n)
+            stats.choose_s += choosing
+            stats.plain_n += n
+            stats.plain_s += n / controller.plain()
+
     def _draft(self, text: list[int], room: int, chooser: Chooser, others: int) -> Round:
         """What to check next: of plain decoding, the n-grams and the draft model the one with the best rate."""
         controller, started = self.controller(chooser.greedy), self.clock()
-        shadow, n, rate = NOTHING, 0, 0.0
+        shadow, n, rate, start = NOTHING, 0, 0.0, len(text)
         if room < 1 or controller.stale:
-            return Round(others=others)
+            return Round(others=others, start=start)
         if self.ngram:
             shadow = self.ngram.propose(text, room)
             n, rate = controller.cut(self.source("ngram", chooser.greedy), shadow.marks, 0.0, others)
         plan = self._plan(text, room, chooser, others)
         if n and rate > max(plan.gain, controller.min_gain) * controller.plain(others) and not controller.pause:
             return Round(self.source("ngram", chooser.greedy), n, shadow, n, drafting=self.clock() - started,
-                         others=others)
-        round = Round(shadow=shadow, others=others)
+                         others=others, start=start)
+        round = Round(shadow=shadow, others=others, start=start)
         if plan.k:
             round.source, round.asked, round.probing = self.source("draft", chooser.greedy), plan.k, plan.probing
             round.draft = self._propose(text, plan, chooser)
@@ -160,6 +186,8 @@ class Speculation:
             round.checked = controller.cut(round.source, round.draft.marks, spent, others)[0]
             if plan.probing:
                 round.checked = min(plan.k, len(round.draft.ids))
+        elif not others and (controller.resting or not self.drafter):
+            round.rest = controller.rest
         round.drafting = self.clock() - started
         return round
 
@@ -184,17 +212,19 @@ class Speculation:
                 self.drafter.close()
             self.drafter = None
 
-    def _learn(self, round: Round, said: list[int], chooser: Chooser, choosing: float, stats: Stats, reply) -> None:
-        controller = self.controller(chooser.greedy)
+    def _learn(self, round: Round, text: list[int], n: int, chooser: Chooser, choosing: float, stats: Stats,
+               reply) -> None:
+        """The last n tokens of the text came from this round's pass."""
+        controller, said = self.controller(chooser.greedy), text[round.start:]
         if round.source:
             round.source.learn(round.asked, round.checked, round.draft.marks, judged(round.draft.ids, said))
         if round.shadow.ids:
             self.source("ngram", chooser.greedy).learn(0, 0, round.shadow.marks, judged(round.shadow.ids, said))
         stats.choose_s += choosing
-        stats.plain_n += len(said)
-        stats.plain_s += len(said) / controller.plain(round.others) * (1 + round.others)
-        controller.choosing.add(choosing / len(said))
-        controller.ended(round.checked, len(said), round.drafting + reply.seconds + choosing, round.probing,
+        stats.plain_n += n
+        stats.plain_s += n / controller.plain(round.others) * (1 + round.others)
+        controller.choosing.add(choosing / n)
+        controller.ended(round.checked, n, round.drafting + reply.seconds + choosing, round.probing,
                          learning=not round.others)
 
     # ---- the end

@@ -26,9 +26,14 @@ class Whim(Controller):
     def __init__(self, seed):
         super().__init__()
         self.rng, self.min_gain = random.Random(seed), 0.0
+        self.rest = self.rng.choice([0, 0, 1, 5])
+
+    @property
+    def resting(self):
+        return True
 
     def plan(self, source, room, others=0, lag=0.0):
-        return Plan(self.rng.randint(0, min(16, room)))
+        return Plan(max(0, self.rng.randint(-6, min(16, room))))
 
     def cut(self, source, marks, spent, others=0):
         n = self.rng.randint(0, len(marks))

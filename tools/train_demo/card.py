@@ -16,8 +16,8 @@ CARD = """# The bundled pair: a small teller of tales and its draft
 
 Two models that ship with pybmc so that `pybmc chat` answers without a download. `teller.gguf` tells tales in the manner of old books;
 `teller-draft.gguf` has the same vocabulary and guesses its next words for speculative decoding. They are small. They know no facts, follow no
-instructions but "tell me of ...", lose their thread within a paragraph, and repeat the manners, and the prejudices, of books a century or two old.
-Greedy decoding soon goes round in circles; a temperature of 0.7 to 0.9 suits them better.
+instructions but "tell me of ..." (and forget even that one often), lose their thread within a paragraph, and repeat the manners, and the
+prejudices, of books a century or two old. Greedy decoding soon goes round in circles; a temperature of 0.7 to 0.9 suits them better.
 
 | | teller | draft |
 |---|---|---|
@@ -34,7 +34,8 @@ template is ChatML's. Text is best within {n_ctx} tokens; training rows had {row
 - **Form**: four rows in five hold passages that answer a request made of their own words ("Tell me of a king and a golden bird."), sometimes
   followed by "Go on."; the rest is running text. Only answers and running text are learned. A few lines of small talk are ours.
 - **Teller**: {target_tokens} tokens in {target_steps} steps of {batch_tokens}; Muon for the matrices, AdamW for the rest; warm-up, a level stretch and a straight line to
-  zero; weight decay, gradients clipped at 1, bf16 products; half of the layers first, the other half from {grow_at:.0%} of the time on. {target_minutes} minutes on two CPU cores that other work shared.
+  zero; weight decay, gradients clipped at 1, bf16 products; half of the layers first, the other half from {grow_at:.0%} of the time on.
+  {target_minutes} minutes on CPU, whose clock was set anew on the way, so that a rerun differs a little. That is little: a model of this size wants thirty times as much text.
 - **Draft**: {draft_tokens} tokens of the same text, then {distill_tokens} tokens of distillation on {told_tokens} tokens that the teller's quantized file wrote itself
   (two thirds greedy, one third at temperature 0.8): its distribution over the {top} likeliest tokens, and its first choice.
 
@@ -66,8 +67,8 @@ The text is in the public domain. The models are under pybmc's MIT licence.
 
 
 def tales(model, tokenizer, n_tok=220):
-    """[(request, temperature, text)]: the first answer each request gets, with seed 0."""
-    return [(q, t, tokenizer.decode(answer(model, tokenizer, q, n_tok, t, 0)[1])) for q, t in TALES]
+    """[(request, temperature, text)]: the first answer each request gets; the seed is its place in the list."""
+    return [(q, t, tokenizer.decode(answer(model, tokenizer, q, n_tok, t, seed)[1])) for seed, (q, t) in enumerate(TALES)]
 
 
 def titles():
