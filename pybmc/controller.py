@@ -22,6 +22,7 @@ PAUSES = (32, 512)                      # plain tokens after rounds that did not
 FIRST = 3                               # tokens of a first draft: what they take is not known yet
 REST = 8                                # plain tokens after a decision against drafting, before the next
 HOPELESS = 0.02                         # chance below which no more of a draft is looked at
+CLEAR = 1.3                             # a gain that need not be looked at closely
 FRESH = 96                              # rounds after which a plain pass is measured again
 
 
@@ -58,14 +59,13 @@ class CostCurve:
         count = self.counts[n] = self.counts.get(n, 0) + 1
         surprise = t - self._scale - log(self.ratio(n))
         calm = self._calmed(surprise)
-        if self._seen <= 4 and n in self._shape:                # another time or depth than what is remembered
-            self._scale += surprise / self._seen
-        elif n == 1:
+        if n == 1:
             self._scale += 0.15 * calm
         else:
             self._bend(n, calm if n in self._shape else surprise, count)
-            self._scale += 0.08 * calm
-        self._drag += 0.04 * (max(0.5, min(12.0, exp(surprise))) - self._drag)
+            self._scale += 0.02 * calm
+        if count > 4:
+            self._drag += 0.04 * (max(0.5, min(12.0, exp(surprise))) - self._drag)
         self._unit = exp(self._scale) * self._drag
 
     def _calmed(self, surprise: float) -> float:
@@ -129,6 +129,39 @@ class Average:
         self.value += max(self.weight, 1 / self.n) * (value - self.value)
 
 
+class DraftCost:
+    """Seconds of a draft by its length: a start and so much a token, fitted to what was seen lately."""
+
+    SLOPE = 0.4                         # of a token's mean cost: what one more is taken to cost before lengths differ
+
+    def __init__(self):
+        self.n, self._weight, self._x, self._y, self._xx, self._xy = 0, 0.0, 0.0, 0.0, 0.0, 0.0
+
+    def add(self, length: int, seconds: float) -> None:
+        self.n += 1
+        if self.n > 8:
+            seconds = min(seconds, 3 * self.at(length))
+        self._weight = FADE * self._weight + 1
+        step = 1 / self._weight
+        dx, dy = length - self._x, seconds - self._y
+        self._x += step * dx
+        self._y += step * dy
+        self._xx += step * ((1 - step) * dx * dx - self._xx)
+        self._xy += step * ((1 - step) * dx * dy - self._xy)
+
+    @property
+    def slope(self) -> float:
+        """Of a token more."""
+        if not self.n:
+            return 0.0
+        guess = self.SLOPE * self._y / max(self._x, 1.0)
+        few = 2 / self._weight                  # the guess counts as much as two drafts
+        return max(0.0, min((self._xy + few * guess) / (self._xx + few), self._y / max(self._x, 1.0)))
+
+    def at(self, length: float) -> float:
+        return max(0.0, self._y + self.slope * (length - self._x))
+
+
 # ---- chances -----------------------------------------------------------------------------------------------
 
 
@@ -158,6 +191,12 @@ class Chain:
         self._true[i] = FADE * self._true[i] + came_true
         self._n[i] = FADE * self._n[i] + 1
 
+    def fade(self, first: int) -> None:
+        """What was seen of the places from `first` on, which are not tried now, is forgotten by and by."""
+        for i in range(first, len(self._n)):
+            self._true[i] *= FADE
+            self._n[i] *= FADE
+
     def all(self) -> list[float]:
         mean = (sum(self._true) + 2 * self._expected) / (sum(self._n) + 2)
         return [(t + 3 * mean) / (n + 3) for t, n in zip(self._true, self._n)]
@@ -166,13 +205,19 @@ class Chain:
 class Source:
     """What is known of one drafter: acceptance by place and by mark, length of its drafts, seconds a token."""
 
-    def __init__(self, name: str, marks: Sequence[float], expected: float = 0.6):
-        self.name = name
+    def __init__(self, name: str, marks: Sequence[float], expected: float = 0.6, edges: Sequence[float] = ()):
+        self.name, self.edges = name, edges             # edges: the drafter's confidence where one mark ends
         self.by_mark = Chances(marks)
         self.accepted = Chain(WIDEST, expected)         # checked and accepted, of those asked for
         self.offered = Chain(WIDEST, 0.9)               # worth checking, of those asked for
-        self.seconds = Average()                        # of a drafted token
+        self.seconds = DraftCost()
         self.drafted = self.taken = self.rounds = 0
+
+    def least(self, chance: float) -> float:
+        """The confidence from which on a token comes true with this chance at least."""
+        marks = enumerate(self.edges)
+        return next((self.edges[i - 1] if i else 0.0 for i, _ in marks if self.by_mark.at(i) >= chance),
+                    self.edges[-1] if self.edges else chance)
 
     def learn(self, asked: int, checked: int, marks: Sequence[int], hits: Sequence[bool]) -> None:
         """A draft is over. hits: for each proposed token that could be judged, whether it came true; one that
@@ -186,6 +231,9 @@ class Source:
             self.accepted.add(checked, False)
         for i in range(min(asked, checked + 1)):
             self.offered.add(i, i < checked)
+        if asked:
+            self.accepted.fade(asked)
+            self.offered.fade(asked)
 
 
 # ---- the choice --------------------------------------------------------------------------------------------
@@ -221,14 +269,15 @@ class Controller:
         self.choosing = Average()       # seconds to choose a token from its row
         self.account = Account()
         self.pause, self._last_pause, self._since_plain, self._active = 0, 0, 0, True
-        self.rest = REST
+        self.rest, self._fresh = REST, FRESH
+        self._warm = self._plain_before = True
 
     # ---- predictions
 
     @property
     def stale(self) -> bool:
         """Whether a plain pass is due: what speculation is compared with has to be known."""
-        return self._since_plain >= FRESH
+        return self._since_plain >= self._fresh
 
     @property
     def resting(self) -> bool:
@@ -257,13 +306,15 @@ class Controller:
             return Plan(0)
         best, plain = self._best(source, most, others), self.plain(others)
         best.gain /= plain
-        self._active = not self.pause and best.gain >= (1.0 if self._active else self.min_gain)
+        known = source.seconds.n > 1    # a single draft may have met a hiccup
+        self._active = not self.pause and (best.gain >= (1.0 if self._active else self.min_gain) or not known)
         if not self._active:
             return self._probe(source, best.k, lag)
-        if not source.seconds.n:
+        if not known:
             best.k = max(self.least, min(best.k, FIRST))
         step = (self.curve.at(best.k + 1 + others) - self.curve.at(1 + others)) / best.k
-        best.p_min = min(0.9, (source.seconds.value + step) * plain * best.gain)
+        best.p_min = source.least(min(0.9, (source.seconds.slope + step) * plain * best.gain))
+        self._fresh = FRESH if best.gain > CLEAR else FRESH // 6
         return best
 
     def _best(self, source: Source, most: int, others: int) -> Plan:
@@ -275,7 +326,7 @@ class Controller:
             tokens += right
             width += offered * offer[k - 1]
             offered *= offer[k - 1]
-            rate = self.rate(tokens, width, k * source.seconds.value, others)
+            rate = self.rate(tokens, width, source.seconds.at(k), others)
             if k >= self.least and rate > best.gain:
                 best = Plan(k, gain=rate)
             elif k > max(best.k, self.least) + 4:       # past the best, and past any step of the costs
@@ -284,7 +335,7 @@ class Controller:
 
     def _probe(self, source: Source, k: int, lag: float) -> Plan:
         """A draft now and then: the text may have changed."""
-        cost = self.curve.at(k + 1) - self.curve.at(1) + k * source.seconds.value + lag
+        cost = self.curve.at(k + 1) - self.curve.at(1) + source.seconds.at(k) + lag
         if self.account.probing + cost <= PROBING * self.account.seconds:
             return Plan(k, probing=True)
         return Plan(0)
@@ -305,20 +356,25 @@ class Controller:
     # ---- lessons
 
     def passed(self, width: int, seconds: float) -> None:
-        self.curve.observe(width, seconds)
+        """A pass of so many tokens took so long. One token right after drafting takes longer than in plain decoding,
+        which it stands for: the caches hold other things. So it counts only after another one."""
+        self._warm = width > 1 or self._plain_before or not self.curve.known
+        self._plain_before = width == 1
+        if self._warm:
+            self.curve.observe(width, seconds)
 
     def rested(self, n: int, seconds: float) -> None:
         """So many plain tokens in so many seconds, without a thought of drafting."""
         self.account.seconds += seconds
         self.account.tokens += n
-        self._since_plain, self.pause = 0, max(0, self.pause - n)
+        self._since_plain, self.pause, self._plain_before = 0, max(0, self.pause - n), n > 0
 
     def ended(self, checked: int, tokens: int, seconds: float, probing: bool, learning: bool = True) -> None:
         """A round gave so many tokens in so many seconds. checked: drafted tokens in its pass."""
         account = self.account
         account.seconds += seconds
         account.tokens += tokens
-        self._since_plain = self._since_plain + 1 if checked else 0
+        self._since_plain = self._since_plain + 1 if checked or not self._warm else 0
         plain = tokens / self.plain()
         if probing:
             account.probing += max(0.0, seconds - plain)

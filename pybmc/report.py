@@ -56,7 +56,7 @@ def sources(speculation, greedy: bool) -> list[str]:
     for (name, kind), source in speculation._sources.items():
         if kind == greedy and name == "draft":
             chances = " ".join(f"{p:.0%}" for p in source.accepted.all()[:6])
-            cost = f"{source.seconds.value * 1e3:.2f} ms a token"
+            cost = f"{source.seconds.slope * 1e3:.2f} ms a token"
             lines.append(f"draft model: {cost}; place by place {chances} come true")
         elif kind == greedy:
             chances = " ".join(f"{source.by_mark.at(n):.0%}" for n in (2, 3, 4, 6, 8, 12, 16, 24))

@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 SPECS = ("auto", "draft", "ngram", "off")
 MEASURED = (1, 2, 3, 4, 6, 8, 12, 16)       # widths that a first calibration times
 
-# What a mark promises before anything was seen.
-_MODEL_MARKS = [(a + b) / 2 for a, b in zip((0.0, *EDGES), (*EDGES, 1.0))]
+# What a mark promises before anything was seen. Two models' best tokens are the same more often than they are sure.
+_MODEL_MARKS = [1 - (1 - (a + b) / 2) ** 2 for a, b in zip((0.0, *EDGES), (*EDGES, 1.0))]
 _NGRAM_MARKS = [0.0, 0.1, 0.25, 0.4, 0.55, 0.65, 0.7, 0.75, *[0.8] * 8, *[0.9] * (NgramDrafter.n_marks - 16)]
 
 
@@ -88,7 +88,8 @@ class Speculation:
 
     def source(self, name: str, greedy: bool) -> Source:
         if (name, greedy) not in self._sources:
-            self._sources[name, greedy] = Source(name, _MODEL_MARKS if name == "draft" else _NGRAM_MARKS)
+            self._sources[name, greedy] = (Source(name, _MODEL_MARKS, edges=EDGES) if name == "draft"
+                                           else Source(name, _NGRAM_MARKS))
         return self._sources[name, greedy]
 
     # ---- a text
@@ -182,7 +183,7 @@ class Speculation:
             round.draft = self._propose(text, plan, chooser)
             spent = self.clock() - started
             if round.draft.ids:
-                round.source.seconds.add(spent / len(round.draft.ids))
+                round.source.seconds.add(len(round.draft.ids), spent)
             round.checked = controller.cut(round.source, round.draft.marks, spent, others)[0]
             if plan.probing:
                 round.checked = min(plan.k, len(round.draft.ids))
@@ -195,7 +196,7 @@ class Speculation:
         if not self.drafter:
             return Plan(0)
         source = self.source("draft", chooser.greedy)
-        lag = self.drafter.lag(text) * source.seconds.value / 8     # many tokens in a pass cost less than one by one
+        lag = self.drafter.lag(text) * source.seconds.slope / 8     # many tokens in a pass cost less than one by one
         return self.controller(chooser.greedy).plan(source, room, others, lag)
 
     def _propose(self, text: list[int], plan: Plan, chooser: Chooser) -> Draft:
@@ -280,18 +281,18 @@ def kind_of(greedy: bool) -> str:
 
 
 def curve_of(model, greedy: bool, clock: Callable[[], float]) -> CostCurve:
-    """What passes of this model cost here: kept from before, or measured now (about 15 passes)."""
+    """What passes of this model cost here: kept from before, or measured now (about 25 passes)."""
     kept = cache.load(cache.identity(model, kind_of(greedy)))
     return CostCurve(kept or calibrate(model, kind_of(greedy), clock))
 
 
-def calibrate(model, want: str, clock: Callable[[], float], reps: int = 2) -> dict[int, float]:
+def calibrate(model, want: str, clock: Callable[[], float], reps: int = 3) -> dict[int, float]:
     """Seconds of passes by their width, the least of a few."""
     with model.session(context=min(MEASURED[-1], model.config.n_ctx)) as session:
         tokens, times = [0] * session.context, {}
         session.eval(tokens, want)                      # memory is touched for the first time
         session.rewind(0)
-        for n in [n for n in MEASURED if n <= session.context] * reps:
+        for n in (n for n in MEASURED if n <= session.context for _ in range(reps)):
             started = clock()
             session.eval(tokens[:n], want)
             times[n] = min(times.get(n, 1e9), max(clock() - started, 1e-9))

@@ -101,5 +101,6 @@ def cheap_controller():
     """A controller of a model whose first few tokens in a pass are nearly free, and a drafter that is right at 80%."""
     controller = Controller(CostCurve({n: 1 + 0.02 * (n - 1) if n <= 6 else 1.1 + 0.15 * (n - 6) for n in range(1, 33)}))
     source = Source("draft", [0.8] * 16, 0.8)
-    source.seconds.add(0.1)
+    for k in (1, 2, 4, 8):
+        source.seconds.add(k, 0.1 * k)
     return controller, source

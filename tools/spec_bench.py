@@ -324,7 +324,7 @@ def curve(model, draft, n: int, runs: int) -> list[dict]:
 def predicted(made: Speculation, share: float) -> float:
     """max over k of tau(k) / (c(k + 1) + k d), by measured costs."""
     controller, source = made.controller(True), made.source("draft", True)
-    rates = [controller.rate(sum(share ** i for i in range(k + 1)), k + 1, k * source.seconds.value) for k in range(17)]
+    rates = [controller.rate(sum(share ** i for i in range(k + 1)), k + 1, source.seconds.at(k) if k else 0.0) for k in range(17)]
     return max(rates) / rates[0]
 
 
