@@ -6,7 +6,6 @@ take turns; a session serves one thread at a time and says so with a BusyError.
 
 from __future__ import annotations
 
-import math
 import operator
 import threading
 import weakref
@@ -392,8 +391,3 @@ def _tensors(roles: list[arch.Role]):
         tensor.role, tensor.layer, tensor.type, tensor.mapped = name, role.layer, role.tensor.type.id, 1
         tensor.n_cols, tensor.n_rows, tensor.data = role.n_cols, role.n_rows, data
     return tensors, kept
-
-
-def estimate_bytes(config: arch.Config, packed: int, rows: int) -> int:
-    """Memory that a model and one session with `rows` rows take."""
-    return packed + math.ceil(rows / 16) * 16 * config.kv_row_bytes
