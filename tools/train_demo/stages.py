@@ -102,9 +102,22 @@ def keep(job, key, value):
 
 
 def target(job):
-    """Train the target and write its file."""
+    """Train the target."""
     train_on_text(job, "target", job.recipe.target, job.recipe.target_run)
-    export.write_gguf(load_model(job.work / "target.pt"), job.tokenizer(), job.out / TARGET, "Teller", "A small teller of tales")
+
+
+def more(job):
+    """Train the target further, from where its first run ended, and write its file."""
+    r, path = job.recipe, job.work / "more.pt"
+    if not path.exists():
+        model, schedule = load_model(job.work / "target.pt"), job.recipe.more_run
+        first = torch.load(job.work / "target.ckpt", weights_only=True)
+        batches = text_batches(schedule, job.rows("short"), job.rows("long"))
+        run = Trainer("more", model, schedule, text_loss(model, r.bf16, r.compile), batches, job.work / "more.ckpt", cursor=first["cursor"])
+        run.run()
+        save_model(model, path)
+        keep(job, "more", {"steps": run.step, "tokens": run.tokens, "seconds": round(run.seconds)})
+    export.write_gguf(load_model(path), job.tokenizer(), job.out / TARGET, "Teller", "A small teller of tales")
 
 
 def draft(job):
@@ -168,5 +181,5 @@ def model_card(job):
 
 
 STAGES = {
-    "data": data, "target": target, "draft": draft, "tell": tell, "distill": distill_draft, "evaluate": evaluation, "card": model_card,
+    "data": data, "target": target, "more": more, "draft": draft, "tell": tell, "distill": distill_draft, "evaluate": evaluation, "card": model_card,
 }

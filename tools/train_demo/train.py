@@ -50,14 +50,14 @@ class Trainer:
     """Steps until the schedule's seconds, or the share `until` of them, are spent.
 
     `batch(spent, cursor)` gives a step's micro batches, tuples that end with the mask of the tokens to learn; `loss_of(*micro batch)` the
-    loss summed over them. `after` is a trainer whose clock and place in the data this one takes over.
+    loss summed over them. `after` is a trainer whose clock and place in the data this one takes over, `cursor` such a place alone.
     """
 
-    def __init__(self, name, model, schedule, loss_of, batch, checkpoint, until=1.0, after=None, save_every=180.0):
+    def __init__(self, name, model, schedule, loss_of, batch, checkpoint, until=1.0, after=None, cursor=None, save_every=180.0):
         self.name, self.model, self.schedule, self.loss_of, self.batch = name, model, schedule, loss_of, batch
         self.optimizers = optimizers(model, schedule)
         self.checkpoint, self.save_every, self.end = Path(checkpoint), save_every, until * schedule.seconds
-        self.step, self.seconds, self.tokens, self.cursor = 0, 0.0, 0, {}
+        self.step, self.seconds, self.tokens, self.cursor = 0, 0.0, 0, dict(cursor or {})
         if after:
             self.step, self.seconds, self.tokens, self.cursor = after.step, after.seconds, after.tokens, dict(after.cursor)
         if self.checkpoint.exists():
