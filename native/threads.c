@@ -14,9 +14,10 @@
 #define pause_cpu() ((void)0)
 #endif
 
-/* How often a thread looks before it sleeps: about 50 us. Then the core is free for whoever is waited for, which matters
- * as soon as the machine has other things to do than ours. */
-enum { PATIENCE = 1500 };
+/* How often a thread looks before it sleeps. Inside a run about 50 us: then the core is free for whoever is waited for,
+ * which matters as soon as the machine has other things to do than ours. Between runs about 300 us, the time in which a
+ * token is chosen and the next pass begins: waking up takes longer than a barrier of a small model. */
+enum { PATIENCE = 1500, IDLE_PATIENCE = 10000 };
 
 struct pool {
     int n;
@@ -25,6 +26,9 @@ struct pool {
     void *arg;
     bool stop;
     pid_t process;                          /* whose workers they are */
+    int users;                              /* counted under `registry` */
+    struct pool *next;                      /* in `shared` */
+    pthread_mutex_t turn;                   /* held during a run */
     _Alignas(64) atomic_uint run;           /* number of the current run */
     _Alignas(64) atomic_uint done;          /* workers that finished it */
     _Alignas(64) atomic_uint arrived;       /* at the barrier */
@@ -36,8 +40,11 @@ struct pool {
 
 struct worker { struct pool *pool; int thread; };
 
-static bool comes(atomic_uint *value, unsigned old) {
-    for (int i = 0; i < PATIENCE; i++) {
+static pthread_mutex_t registry = PTHREAD_MUTEX_INITIALIZER;
+static struct pool *shared;
+
+static bool comes(atomic_uint *value, unsigned old, int patience) {
+    for (int i = 0; i < patience; i++) {
         if (atomic_load_explicit(value, memory_order_acquire) != old)
             return true;
         pause_cpu();
@@ -46,8 +53,8 @@ static bool comes(atomic_uint *value, unsigned old) {
 }
 
 /* Waits until *value is no longer old. */
-static void await(struct pool *p, atomic_uint *value, unsigned old) {
-    if (comes(value, old))
+static void await(struct pool *p, atomic_uint *value, unsigned old, int patience) {
+    if (comes(value, old, patience))
         return;
     pthread_mutex_lock(&p->lock);
     atomic_fetch_add(&p->asleep, 1);
@@ -72,7 +79,7 @@ static void *work(void *arg) {
     struct pool *p = me.pool;
     free(arg);
     for (unsigned seen = 0;; seen++) {
-        await(p, &p->run, seen);
+        await(p, &p->run, seen, IDLE_PATIENCE);
         if (p->stop)
             return NULL;
         p->fn(p->arg, me.thread);
@@ -90,13 +97,15 @@ void pool_run(struct pool *p, void (*fn)(void *, int), void *arg) {
         fn(arg, 0);
         return;
     }
+    pthread_mutex_lock(&p->turn);
     p->fn = fn;
     p->arg = arg;
     atomic_store(&p->done, 0);
     announce(p, &p->run);
     fn(arg, 0);
     for (unsigned done; (done = atomic_load(&p->done)) < (unsigned)p->n - 1;)
-        await(p, &p->done, done);
+        await(p, &p->done, done, PATIENCE);
+    pthread_mutex_unlock(&p->turn);
 }
 
 void pool_barrier(struct pool *p) {
@@ -107,7 +116,7 @@ void pool_barrier(struct pool *p) {
         atomic_store(&p->arrived, 0);
         announce(p, &p->passed);
     } else
-        await(p, &p->passed, pass);
+        await(p, &p->passed, pass, PATIENCE);
 }
 
 void pool_share(const struct pool *p, int thread, int64_t n, int64_t unit, int64_t *from, int64_t *to) {
@@ -133,11 +142,27 @@ static bool start_worker(struct pool *p, int thread) {
     return false;
 }
 
-struct pool *pool_new(int n_threads) {
+/* Ends the workers and frees what there is. */
+static void dissolve(struct pool *p) {
+    if (!forked(p)) {
+        p->stop = true;
+        announce(p, &p->run);
+        for (int i = 1; i < p->n; i++)
+            pthread_join(p->workers[i], NULL);
+        pthread_mutex_destroy(&p->turn);
+        pthread_mutex_destroy(&p->lock);
+        pthread_cond_destroy(&p->wake);         /* would wait for workers that are not there */
+    }
+    free(p->workers);
+    free(p);
+}
+
+static struct pool *gather(int n_threads) {
     struct pool *p = aligned_alloc(64, (sizeof *p + 63) / 64 * 64);
     if (!p)
         return NULL;
     *p = (struct pool){ .n = 1, .process = getpid(), .workers = calloc((size_t)n_threads, sizeof(pthread_t)) };
+    pthread_mutex_init(&p->turn, NULL);
     pthread_mutex_init(&p->lock, NULL);
     pthread_cond_init(&p->wake, NULL);
     sigset_t all, before;                       /* signals are the caller's business */
@@ -148,21 +173,37 @@ struct pool *pool_new(int n_threads) {
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (p->workers && p->n == n_threads)
         return p;
-    pool_free(p);
+    dissolve(p);
     return NULL;
+}
+
+struct pool *pool_new(int n_threads) {
+    pthread_mutex_lock(&registry);
+    struct pool *p = shared;
+    while (p && (p->n != n_threads || forked(p)))
+        p = p->next;
+    if (!p && (p = gather(n_threads))) {
+        p->next = shared;
+        shared = p;
+    }
+    if (p)
+        p->users++;
+    pthread_mutex_unlock(&registry);
+    return p;
 }
 
 void pool_free(struct pool *p) {
     if (!p)
         return;
-    if (!forked(p)) {
-        p->stop = true;
-        announce(p, &p->run);
-        for (int i = 1; i < p->n; i++)
-            pthread_join(p->workers[i], NULL);
-        pthread_mutex_destroy(&p->lock);
-        pthread_cond_destroy(&p->wake);         /* would wait for workers that are not there */
+    pthread_mutex_lock(&registry);
+    bool last = --p->users == 0;
+    if (last) {
+        struct pool **link = &shared;
+        while (*link != p)
+            link = &(*link)->next;
+        *link = p->next;
     }
-    free(p->workers);
-    free(p);
+    pthread_mutex_unlock(&registry);
+    if (last)
+        dissolve(p);
 }

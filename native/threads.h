@@ -1,4 +1,7 @@
-/* A fixed pool: the calling thread and n - 1 workers run the same function side by side. */
+/* A fixed pool: the calling thread and n - 1 workers run the same function side by side.
+ *
+ * All that ask for as many threads share one pool, so that a model and its draft do not each keep workers that go to
+ * sleep while the other computes. Runs of one pool take turns. */
 #ifndef THREADS_H
 #define THREADS_H
 
@@ -11,7 +14,7 @@ struct pool *pool_new(int n_threads);       /* NULL if the system refuses a thre
 void pool_free(struct pool *pool);
 int pool_size(const struct pool *pool);
 
-/* fn(arg, thread) on every thread, 0 being the caller; returns when all have. One run at a time. */
+/* fn(arg, thread) on every thread, 0 being the caller; returns when all have. Not from inside a run. */
 void pool_run(struct pool *pool, void (*fn)(void *arg, int thread), void *arg);
 
 /* Inside a run: nobody passes before all have come. */

@@ -2,6 +2,7 @@
 #include "check.h"
 #include "threads.h"
 
+#include <pthread.h>
 #include <stdatomic.h>
 #include <string.h>
 #include <time.h>
@@ -98,12 +99,38 @@ static void idle_costs_nothing(void) {
     pool_free(pool);
 }
 
+struct caller { struct walk walk; };
+
+static void *call(void *arg) {
+    struct caller *c = arg;
+    for (int run = 0; run < 200; run++)
+        pool_run(c->walk.pool, phases, &c->walk);
+    return NULL;
+}
+
+/* Two models of as many threads: the same workers, and their runs take turns. */
+static void users_take_turns(void) {
+    struct caller callers[2] = { { .walk.pool = pool_new(3) }, { .walk.pool = pool_new(3) } };
+    struct pool *other = pool_new(2);
+    CHECK(callers[0].walk.pool == callers[1].walk.pool && other != callers[0].walk.pool);
+    pool_free(other);
+    pthread_t thread;
+    CHECK(!pthread_create(&thread, NULL, call, &callers[0]));
+    call(&callers[1]);
+    pthread_join(thread, NULL);
+    for (int i = 0; i < 2; i++) {
+        CHECK(!callers[i].walk.wrong && callers[i].walk.ran[2] == 200);
+        pool_free(callers[i].walk.pool);
+    }
+}
+
 int main(void) {
     for (int n = 1; n <= MOST; n++) {
         barriers_hold(n);
         runs_are_whole(n);
         shares_are_whole(n);
     }
+    users_take_turns();
     idle_costs_nothing();
     for (int i = 0; i < 50; i++)
         pool_free(pool_new(1 + i % MOST));          /* before a worker has run at all */
