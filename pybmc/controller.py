@@ -9,7 +9,7 @@ knows of models: times come in as numbers, so a simulation can drive it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import exp, log
 
@@ -20,7 +20,7 @@ FADE = 0.98                             # weight of what was seen one draft ago
 PATIENCE = 40                           # drafted rounds that must pay together
 PAUSES = (32, 512)                      # plain tokens after rounds that did not pay: at first, at most
 FIRST = 3                               # tokens of a first draft: what they take is not known yet
-REST = 8                                # plain tokens after a decision against drafting, before the next
+REST = 12                               # plain tokens after a decision against drafting, before the next
 HOPELESS = 0.02                         # chance below which no more of a draft is looked at
 CLEAR = 1.3                             # a gain that need not be looked at closely
 FRESH = 96                              # rounds after which a plain pass is measured again
@@ -101,9 +101,11 @@ class CostCurve:
             table[n] = max(table[n], table[n - 1])
         return table
 
-    def at(self, n: int) -> float:
-        """Seconds, on the average."""
-        return self.ratio(n) * self._unit
+    def at(self, n: float) -> float:
+        """Seconds, on the average; n may be a mean of widths."""
+        low = int(n)
+        ratio = self.ratio(low)
+        return (ratio + (n - low) * (self.ratio(low + 1) - ratio) if n > low else ratio) * self._unit
 
     @property
     def known(self) -> bool:
@@ -154,12 +156,18 @@ class DraftCost:
         """Of a token more."""
         if not self.n:
             return 0.0
-        guess = self.SLOPE * self._y / max(self._x, 1.0)
+        mean = self._y / max(self._x, 1.0)
         few = 2 / self._weight                  # the guess counts as much as two drafts
-        return max(0.0, min((self._xy + few * guess) / (self._xx + few), self._y / max(self._x, 1.0)))
+        return max(0.0, min((self._xy + few * self.SLOPE * mean) / (self._xx + few), mean))
+
+    def line(self) -> tuple[float, float]:
+        """(seconds of a draft of no token, seconds of a token more)."""
+        slope = self.slope
+        return self._y - slope * self._x, slope
 
     def at(self, length: float) -> float:
-        return max(0.0, self._y + self.slope * (length - self._x))
+        start, slope = self.line()
+        return max(0.0, start + slope * length)
 
 
 # ---- chances -----------------------------------------------------------------------------------------------
@@ -197,9 +205,9 @@ class Chain:
             self._true[i] *= FADE
             self._n[i] *= FADE
 
-    def all(self) -> list[float]:
+    def each(self) -> Iterator[float]:
         mean = (sum(self._true) + 2 * self._expected) / (sum(self._n) + 2)
-        return [(t + 3 * mean) / (n + 3) for t, n in zip(self._true, self._n)]
+        return ((t + 3 * mean) / (n + 3) for t, n in zip(self._true, self._n))
 
 
 class Source:
@@ -290,11 +298,7 @@ class Controller:
 
     def rate(self, tokens: float, width: float, drafting: float, others: int = 0) -> float:
         """Tokens a second of rounds that give so many tokens from passes of a mean width, after so long drafting."""
-        low = int(width)
-        seconds = self.curve.at(low + others)
-        if width > low:
-            seconds += (width - low) * (self.curve.at(low + 1 + others) - seconds)
-        return (tokens + others) / (seconds + drafting + tokens * self.choosing.value)
+        return (tokens + others) / (self.curve.at(width + others) + drafting + tokens * self.choosing.value)
 
     def plan(self, source: Source, room: int, others: int = 0, lag: float = 0.0) -> Plan:
         """What to ask of a drafter whose drafts cost time. room: the most tokens that may be drafted.
@@ -319,19 +323,19 @@ class Controller:
 
     def _best(self, source: Source, most: int, others: int) -> Plan:
         """The best k from 1 up; its gain is a rate yet."""
-        tokens, width, right, offered, best = 1.0, 1.0, 1.0, 1.0, Plan(0, gain=0.0)
-        accept, offer = source.accepted.all(), source.offered.all()
-        for k in range(1, most + 1):
-            right *= accept[k - 1]
+        tokens, width, right, offered, best, most_rate = 1.0, 1.0, 1.0, 1.0, 0, 0.0
+        start, slope = source.seconds.line()
+        for k, (true, offer) in enumerate(zip(source.accepted.each(), source.offered.each()), 1):
+            right *= true
             tokens += right
-            width += offered * offer[k - 1]
-            offered *= offer[k - 1]
-            rate = self.rate(tokens, width, source.seconds.at(k), others)
-            if k >= self.least and rate > best.gain:
-                best = Plan(k, gain=rate)
-            elif k > max(best.k, self.least) + 4:       # past the best, and past any step of the costs
+            offered *= offer
+            width += offered
+            rate = self.rate(tokens, width, max(0.0, start + k * slope), others)
+            if k >= self.least and rate > most_rate:
+                best, most_rate = k, rate
+            if k == most or k > max(best, self.least) + 4:      # past the best, and past any step of the costs
                 break
-        return best
+        return Plan(best, gain=most_rate)
 
     def _probe(self, source: Source, k: int, lag: float) -> Plan:
         """A draft now and then: the text may have changed."""

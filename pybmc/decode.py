@@ -16,8 +16,7 @@ from .errors import ArgumentError, BmcError, ContextFullError
 from .sampling import Sampler, logprob
 
 
-@dataclass(frozen=True)
-class Token:
+class Token(NamedTuple):
     """One token of an answer. text is what became certain with it: it may be empty, or end an earlier token's.
 
     logprob is the model's own, before settings. finish_reason is set on the last token: "stop" (the model ended,
@@ -331,7 +330,7 @@ def _run(model, tokens, max_tokens, session, chooser, speculation, stop_strings,
         stats.reused_tokens = rewind_to(session, tokens)
         logits = eval_prompt(session, tokens[stats.reused_tokens:], progress)
         if speculation and max_tokens > 1:
-            speculation.follow(tokens, chooser.greedy, progress)
+            speculation.follow(tokens, chooser.greedy)
         stats.prompt_s = time.perf_counter() - started
         if max_tokens:
             loop = start_loop(session, tokens, logits, chooser, speculation, max_tokens, stats)

@@ -123,31 +123,29 @@ class ModelDrafter:
         self.session = model.session()
         self._agreed = 0                # rows known to be the text's
 
-    def follow(self, text: Sequence[int], progress=None) -> None:
-        """Hold a text, all but its last token: what the session has of it already is not evaluated again."""
-        self._agreed = 0
-        self._catch_up(self._known(text), 0, progress)
+    def follow(self, text: Sequence[int]) -> None:
+        """Take up a text, which may have much in common with the one before. Nothing is evaluated yet."""
+        self._agreed = self.session.agreement(self._known(text))
 
-    def _known(self, text: Sequence[int]) -> list[int]:
+    def read(self, text: Sequence[int]) -> None:
+        """Evaluate what is missing, all but the last token."""
+        self._catch_up(self._known(text), 0)
+
+    def _known(self, text: Sequence[int]) -> Sequence[int]:
         """The text in the draft's vocabulary: token 0 stands for those that it does not have."""
         if self.overlap:
             return [self.overlap.to_draft[token] for token in text]
         if self.size >= self.target_size:
-            return list(text)
+            return text
         return [token if token < self.size else 0 for token in text]
 
-    def _catch_up(self, text: list[int], lag: int, progress=None) -> int:
+    def _catch_up(self, text: Sequence[int], lag: int) -> int:
         """Drop the rows that are not the text's, and evaluate those missing if they are more than lag; the position."""
-        held, n = self.session.tokens, self._agreed
-        most = min(len(held), len(text) - 1)
-        while n < most and held[n] == text[n]:
-            n += 1
+        n, cap = min(self.session.agreement(text, self._agreed), len(text) - 1), self.session.context
         self.session.rewind(n)
-        missing = text[n:-1]
-        cap = self.session.context
-        if len(missing) > lag and (cap is None or len(text) <= cap):
-            eval_prompt(self.session, missing, progress, logits="none")
-            n += len(missing)
+        if len(text) - 1 - n > lag and (cap is None or len(text) <= cap):
+            eval_prompt(self.session, text[n:-1], logits="none")
+            n = len(text) - 1
         self._agreed = n
         return n
 
@@ -173,12 +171,12 @@ class ModelDrafter:
         fits = next((i for i, id in enumerate(ids) if not 0 <= id < self.target_size), len(ids))
         return Draft(ids, [mark(p) for p in probs]).cut(fits)
 
-    def _sampled(self, known: list[int], at: int, k: int, p_min: float, sampler: Sampler):
-        history, feed = list(known), known[at:]
+    def _sampled(self, known: Sequence[int], at: int, k: int, p_min: float, sampler: Sampler):
+        history, feed = list(known) if sampler.penalizes else [], known[at:]
         ids, probs = [], []
         names = self.overlap.to_target if self.overlap else None
-        for _ in range(k):
-            id, sure = guess(sampler, self.session.eval(feed), len(history), history, names)
+        for position in range(len(known), len(known) + k):
+            id, sure = guess(sampler, self.session.eval(feed), position, history, names)
             ids.append(id)
             probs.append(sure)
             if sure < p_min:

@@ -178,6 +178,13 @@ class Session:
         """The tokens evaluated so far, less those rewound."""
         return self._tokens[:self.position]
 
+    def agreement(self, text: Sequence[int], known: int = 0) -> int:
+        """How many tokens at the beginning of a text are the ones evaluated; so many are known to be."""
+        held, most = self._tokens, min(self.position, len(text))
+        while known < most and held[known] == text[known]:
+            known += 1
+        return min(known, most)
+
     @property
     def rows(self) -> int:
         """Rows reserved."""

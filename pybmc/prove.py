@@ -71,7 +71,7 @@ class Rehearsed:
     def __init__(self, answer: Sequence[int], vocab_size: int, seed: int):
         self.answer, self.vocab_size, self.rng, self.start = answer, vocab_size, random.Random(seed), 0
 
-    def follow(self, text, progress=None) -> None:
+    def follow(self, text) -> None:
         self.start = len(text)
 
     def lag(self, text) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 
 def summary(stats, arena=None, seed=None) -> str:
     """One line about an answer."""
@@ -55,7 +57,7 @@ def sources(speculation, greedy: bool) -> list[str]:
     lines = []
     for (name, kind), source in speculation._sources.items():
         if kind == greedy and name == "draft":
-            chances = " ".join(f"{p:.0%}" for p in source.accepted.all()[:6])
+            chances = " ".join(f"{p:.0%}" for p in islice(source.accepted.each(), 6))
             cost = f"{source.seconds.slope * 1e3:.2f} ms a token"
             lines.append(f"draft model: {cost}; place by place {chances} come true")
         elif kind == greedy:

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 
 from . import cache
 from .controller import WIDEST, Controller, CostCurve, Plan, Source
-from .decode import Chooser, Loop, Pass, Stats
+from .decode import Choice, Chooser, Loop, Pass, Stats
 from .drafters import EDGES, NOTHING, Draft, ModelDrafter, NgramDrafter, Overlap, PairError, check_pair
 from .errors import ArgumentError, BmcError, ClosedError
 
@@ -94,13 +94,11 @@ class Speculation:
 
     # ---- a text
 
-    def follow(self, text: list[int], greedy: bool, progress=None) -> None:
-        """Take up a text: the draft model evaluates what it has not got, and costs that nobody knows are measured."""
+    def follow(self, text: list[int], greedy: bool) -> None:
+        """Take up a text. Costs that nobody knows are measured; the draft model reads the text before its first draft."""
         self.controller(greedy)
-        if self.ngram:
-            self.ngram.follow(text)
-        if self.drafter:
-            self._unless_it_fails(lambda: self.drafter.follow(text, progress))
+        for drafter in filter(None, (self.ngram, self.drafter)):
+            drafter.follow(text)
 
     def loop(self, session, text: list[int], result, chooser: Chooser, limit: float, stats: Stats,
              others: Callable[[], int] = lambda: 0) -> Loop:
@@ -120,7 +118,7 @@ class Speculation:
                     choosing += clock() - started
                     accepted = i < round.checked and choice.id == round.ids[i]
                     stats.draft_n_accepted += accepted
-                    yield choice._replace(from_draft=accepted)
+                    yield Choice(choice.id, choice.logprob, accepted)
                     text.append(choice.id)
                     if not accepted:
                         break
@@ -130,7 +128,7 @@ class Speculation:
                     self._learn(round, text, len(text) - began, chooser, choosing, stats, reply)
                 round = self._draft(text, min(self.draft_max, limit - len(text) - 1), chooser, others())
                 if round.rest:
-                    yield from self._plainly(round.rest, text, chooser, controller, stats)
+                    yield from self._plainly(round, text, chooser, controller, stats)
                 elif round.checked and session.context is not None:
                     session.reserve(min(1 + self.draft_max, session.context - session.position))
                 sent = [text[-1], *round.ids]
@@ -143,11 +141,11 @@ class Speculation:
             with suppress(ClosedError):
                 leave(session, text, round.ids)
 
-    def _plainly(self, n: int, text: list[int], chooser: Chooser, controller: Controller, stats: Stats) -> Loop:
+    def _plainly(self, round: Round, text: list[int], chooser: Chooser, controller: Controller, stats: Stats) -> Loop:
         """Some tokens without any draft, at the price of plain decoding."""
-        clock, before, verifying, choosing = self.clock, len(text), 0.0, 0.0
+        clock, verifying, choosing = self.clock, 0.0, 0.0
         try:
-            for _ in range(n):
+            for _ in range(round.rest):
                 reply = yield Pass([text[-1]], chooser.want(1))
                 rows = chooser.rows(reply.result)
                 started = clock()
@@ -157,40 +155,51 @@ class Speculation:
                 yield choice
                 text.append(choice.id)
         finally:
-            n = len(text) - before
-            controller.rested(n, verifying + choosing)
+            n, sharing = len(text) - round.start, 1 + round.others
+            controller.rested(n, verifying / sharing + choosing)
             stats.count(0, 0.0, verifying, n)
             stats.choose_s += choosing
             stats.plain_n += n
-            stats.plain_s += n / controller.plain()
+            stats.plain_s += n / controller.plain(round.others) * sharing
 
     def _draft(self, text: list[int], room: int, chooser: Chooser, others: int) -> Round:
         """What to check next: of plain decoding, the n-grams and the draft model the one with the best rate."""
         controller, started = self.controller(chooser.greedy), self.clock()
-        shadow, n, rate, start = NOTHING, 0, 0.0, len(text)
+        round = Round(others=others, start=len(text))
         if room < 1 or controller.stale:
-            return Round(others=others, start=start)
+            return round
+        n, rate = 0, 0.0
         if self.ngram:
-            shadow = self.ngram.propose(text, room)
-            n, rate = controller.cut(self.source("ngram", chooser.greedy), shadow.marks, 0.0, others)
+            round.shadow = self.ngram.propose(text, room)
+            n, rate = controller.cut(self.source("ngram", chooser.greedy), round.shadow.marks, 0.0, others)
         plan = self._plan(text, room, chooser, others)
         if n and rate > max(plan.gain, controller.min_gain) * controller.plain(others) and not controller.pause:
-            return Round(self.source("ngram", chooser.greedy), n, shadow, n, drafting=self.clock() - started,
-                         others=others, start=start)
-        round = Round(shadow=shadow, others=others, start=start)
-        if plan.k:
-            round.source, round.asked, round.probing = self.source("draft", chooser.greedy), plan.k, plan.probing
-            round.draft = self._propose(text, plan, chooser)
-            spent = self.clock() - started
-            if round.draft.ids:
-                round.source.seconds.add(len(round.draft.ids), spent)
-            round.checked = controller.cut(round.source, round.draft.marks, spent, others)[0]
-            if plan.probing:
-                round.checked = min(plan.k, len(round.draft.ids))
-        elif not others and (controller.resting or not self.drafter):
+            round.source, round.draft, round.asked, round.checked = self.source("ngram", chooser.greedy), round.shadow, n, n
+            round.shadow = NOTHING
+        elif plan.k:
+            self._ask_model(round, plan, text, chooser)
+        elif controller.resting or not self.drafter:
             round.rest = controller.rest
         round.drafting = self.clock() - started
         return round
+
+    def _ask_model(self, round: Round, plan: Plan, text: list[int], chooser: Chooser) -> None:
+        """The draft model's part of a round. What it lacks of the text it reads first, apart from what a draft costs."""
+        controller, source = self.controller(chooser.greedy), self.source("draft", chooser.greedy)
+        if self.drafter.lag(text):
+            self._unless_it_fails(lambda: self.drafter.read(text))
+        if not self.drafter:
+            return
+        started = self.clock()
+        round.source, round.asked, round.probing = source, plan.k, plan.probing
+        round.draft = self._propose(text, plan, chooser)
+        spent = self.clock() - started
+        if round.draft.ids:
+            source.seconds.add(len(round.draft.ids), spent)
+        if plan.probing:
+            round.checked = min(plan.k, len(round.draft.ids))
+        else:
+            round.checked = controller.cut(source, round.draft.marks, spent, round.others)[0]
 
     def _plan(self, text, room: int, chooser: Chooser, others: int) -> Plan:
         if not self.drafter:

@@ -56,6 +56,9 @@ class FakeSession:
     def position(self):
         return len(self.tokens)
 
+    def agreement(self, text, known=0):
+        return next((i for i, (a, b) in enumerate(zip(self.tokens, text)) if a != b), min(len(self.tokens), len(text)))
+
     def rewind(self, n):
         if not 0 <= n <= len(self.tokens):
             raise ArgumentError(f"rewind to {n} of {len(self.tokens)}")

@@ -52,7 +52,7 @@ class Guesser:
     def __init__(self, truth, share, d, clock, rng, honest=False):
         self.truth, self.share, self.d, self.clock, self.rng, self.honest = truth, share, d, clock, rng, honest
 
-    def follow(self, text, progress=None):
+    def follow(self, text):
         pass
 
     def lag(self, text):

@@ -46,7 +46,7 @@ class Liar:
     def __init__(self, answer, vocab_size, share, seed):
         self.answer, self.vocab_size, self.share, self.rng = answer, vocab_size, share, random.Random(seed)
 
-    def follow(self, text, progress=None):
+    def follow(self, text):
         self.start = len(text)
 
     def lag(self, text):
