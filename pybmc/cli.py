@@ -110,7 +110,7 @@ SAMPLING = ("seed", "temperature", "top_k", "top_p", "min_p", "repeat_penalty", 
 
 draft_options = options(
     click.option("--draft", "-md", "--model-draft", "draft", type=click.Path(), metavar="FILE",
-                 help="A small model with the same vocabulary that guesses ahead. The answer is the same, sooner. "
+                 help="A small model that guesses ahead, best with the same vocabulary. The answer is the same, sooner. "
                       "The bundled model has one by default."),
     click.option("--draft-max", type=click.IntRange(0), default=16, show_default=True, metavar="N",
                  help="At most N tokens guessed at a time; how many pay is found out."),

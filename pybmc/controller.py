@@ -20,7 +20,7 @@ FADE = 0.98                             # weight of what was seen one draft ago
 PATIENCE = 40                           # drafted rounds that must pay together
 PAUSES = (32, 512)                      # plain tokens after rounds that did not pay: at first, at most
 FIRST = 3                               # tokens of a first draft: what they take is not known yet
-REST = 12                               # plain tokens after a decision against drafting, before the next
+REST = 12                               # at most, plain tokens after a decision against drafting before the next
 HOPELESS = 0.02                         # chance below which no more of a draft is looked at
 CLEAR = 1.3                             # a gain that need not be looked at closely
 FRESH = 96                              # rounds after which a plain pass is measured again
@@ -291,6 +291,10 @@ class Controller:
     def resting(self) -> bool:
         """Whether drafting was found not to pay."""
         return not self._active
+
+    def break_after(self, deciding: float) -> int:
+        """Plain tokens before another decision like one against drafting, which took so long: it may cost 1%."""
+        return min(self.rest, int(deciding * self.plain() / PROBING))
 
     def plain(self, others: int = 0) -> float:
         """Tokens a second without a draft. others: tokens of other sequences that share the pass."""

@@ -284,7 +284,7 @@ def generate(model, prompt, max_tokens: int | None = 256, *, session=None, draft
     max_tokens at most so many tokens; None: until the model ends or the context is full
     session    evaluate in this session, and keep it: what the prompt has in common with its tokens is not evaluated
                again. Without one a new session is used and closed.
-    draft      a smaller model with the same vocabulary that guesses ahead: a Model or a path. The text is the same as
+    draft      a smaller model that guesses ahead, best with the same vocabulary: a Model or a path. The text is the same as
                without it, at any temperature; only the time differs
     spec       who guesses: "draft", "ngram" (repetitions in the text; needs no draft), "auto" (both, where there is a
                draft) or "off"

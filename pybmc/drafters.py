@@ -7,6 +7,7 @@ at any time; it only has to follow the text.
 
 from __future__ import annotations
 
+import logging
 from bisect import bisect_right
 from collections.abc import Sequence
 from math import exp, isfinite, log
@@ -242,7 +243,30 @@ class Overlap(NamedTuple):
     to_target: np.ndarray               # int64: the target's id for each of the draft's, or -1
 
 
-SHARED = 0.8                            # of either vocabulary, for a pair to make sense
+SHARED = 0.8                            # of either vocabulary, for ids to be mapped
+TEXT = "text"                           # the link of a pair without a vocabulary in common
+
+
+def connect(target, draft) -> Overlap | str | None:
+    """What check_pair() finds, or TEXT if the vocabularies are too different: then guesses go through text.
+
+    Raises a PairError if there is no vocabulary to compare.
+    """
+    try:
+        return check_pair(target, draft)
+    except PairError as error:
+        if target.tokenizer is None or draft.tokenizer is None:
+            raise
+        logging.getLogger(__name__).warning("%s; what it guesses is cut into the target's tokens", error)
+        return TEXT
+
+
+def drafter_of(target, draft, link: Overlap | str | None):
+    """The drafter for a pair, by what connect() said of it."""
+    if link == TEXT:
+        from .bridge import TextDrafter
+        return TextDrafter(target, draft)
+    return ModelDrafter(draft, target.config.vocab_size, link)
 
 
 def check_pair(target, draft) -> Overlap | None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from .controller import WIDEST, FixedLength, Plan
 from .decode import encode_prompt, eval_prompt, generate
-from .drafters import Draft, check_pair
+from .drafters import Draft, connect
 from .speculate import Speculation
 
 PROMPTS = (
@@ -108,7 +108,7 @@ class Recorder:
 def prove(model, prompts: Sequence = PROMPTS, max_tokens: int = 64, draft=None,
           temperatures: Sequence[float] = (0.0, 0.8), seed: int = 0) -> Iterator[Comparison]:
     """Compare each prompt at each temperature. Raises PairError if the draft does not go with the model."""
-    overlap = check_pair(model, draft) if draft is not None else None
+    link = connect(model, draft) if draft is not None else None
     for i, prompt in enumerate(prompts):
         tokens = encode_prompt(model.tokenizer, prompt)
         for temperature in temperatures:
@@ -116,12 +116,12 @@ def prove(model, prompts: Sequence = PROMPTS, max_tokens: int = 64, draft=None,
             plain = list(generate(model, tokens, **settings))
             facts = digests(model, [*tokens, *(t.id for t in plain)], len(tokens))
             for kind in ("rehearsed", "draft")[:1 + (draft is not None)]:
-                made = speculation(model, draft, overlap, kind, plain, seed + i)
+                made = speculation(model, draft, link, kind, plain, seed + i)
                 yield compare(model, tokens, plain, facts, made, i, kind, settings)
 
 
-def speculation(model, draft, overlap, kind: str, plain, seed: int) -> Speculation:
-    made = Speculation(model, draft if kind == "draft" else None, "draft", controller=AnyLength(seed), overlap=overlap)
+def speculation(model, draft, link, kind: str, plain, seed: int) -> Speculation:
+    made = Speculation(model, draft if kind == "draft" else None, "draft", controller=AnyLength(seed), link=link)
     if kind == "rehearsed":
         made.drafter = Rehearsed([t.id for t in plain], model.config.vocab_size, seed)
     return made

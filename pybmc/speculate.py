@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 from . import cache
 from .controller import WIDEST, Controller, CostCurve, Plan, Source
 from .decode import Choice, Chooser, Loop, Pass, Stats
-from .drafters import EDGES, NOTHING, Draft, ModelDrafter, NgramDrafter, Overlap, PairError, check_pair
+from .drafters import EDGES, NOTHING, Draft, NgramDrafter, Overlap, PairError, connect, drafter_of
 from .errors import ArgumentError, BmcError, ClosedError
 
 log = logging.getLogger(__name__)
@@ -55,20 +55,19 @@ class Speculation:
 
     draft: a Model with the target's vocabulary, or None. spec: "draft", "ngram" (the text itself) or "auto" (both).
     draft_max and draft_min bound what is checked in a pass. controller and clock are for tests and comparisons; what
-    is learned is shared with the one that this is like. overlap: how ids correspond, if check_pair() says that they
-    differ.
+    is learned is shared with the one that this is like. link: what connect() says of the pair.
     """
 
     def __init__(self, model, draft=None, spec: str = "auto", draft_max: int = WIDEST, draft_min: int = 0,
                  controller: Controller | None = None, clock: Callable[[], float] = time.perf_counter,
-                 like: Speculation | None = None, overlap: Overlap | None = None):
+                 like: Speculation | None = None, link: Overlap | str | None = None):
         self.model, self.clock = model, clock
         self.draft_max, self.draft_min = checked_bounds(draft_max, draft_min)
-        self.draft, self.overlap = draft, overlap
+        self.draft, self.link = draft, link
         self.ngram = NgramDrafter() if spec in ("auto", "ngram") else None
         self.drafter = None
         if draft is not None and spec in ("auto", "draft"):
-            self.drafter = ModelDrafter(draft, model.config.vocab_size, overlap)
+            self.drafter = drafter_of(model, draft, link)
         self._fixed = controller
         self._controllers: dict[bool, Controller] = like._controllers if like else {}
         self._sources: dict[tuple[str, bool], Source] = like._sources if like else {}
@@ -179,7 +178,7 @@ class Speculation:
         elif plan.k:
             self._ask_model(round, plan, text, chooser)
         elif controller.resting or not self.drafter:
-            round.rest = controller.rest
+            round.rest = controller.break_after(self.clock() - started)
         round.drafting = self.clock() - started
         return round
 
@@ -355,10 +354,10 @@ def _open(model, draft, spec: str, draft_max: int, draft_min: int) -> Speculatio
 
     opened = Model(draft, threads=model.threads) if is_path(draft) and spec != "ngram" else None
     draft = None if spec == "ngram" else opened or draft
-    overlap = None
+    link = None
     try:
         if draft is not None:
-            overlap = check_pair(model, draft)
+            link = connect(model, draft)
     except PairError as error:
         log.warning("%s; decoding goes on without it", error)
         draft = None
@@ -367,7 +366,7 @@ def _open(model, draft, spec: str, draft_max: int, draft_min: int) -> Speculatio
         if spec == "draft":
             return None
         opened = None
-    made = Speculation(model, draft, spec, draft_max, draft_min, overlap=overlap)
+    made = Speculation(model, draft, spec, draft_max, draft_min, link=link)
     made._owned = opened
     return made
 
@@ -378,4 +377,4 @@ def another(made: Speculation | None) -> Speculation | None:
         return None
     spec = "ngram" if made.draft is None else "auto" if made.ngram else "draft"
     return Speculation(made.model, made.draft, spec, made.draft_max, made.draft_min, clock=made.clock, like=made,
-                       overlap=made.overlap)
+                       link=made.link)

@@ -320,7 +320,7 @@ def test_ids_are_mapped_where_vocabularies_overlap(tmp_path, temperature):
         overlap = check_pair(model, draft)
         assert overlap.to_target.tolist() == order
         chosen = {"temperature": temperature, "stop_tokens": (), "max_tokens": 40, "seed": 3, "top_p": 1.0}
-        made = Speculation(model, draft, "draft", controller=FixedLength(4), overlap=overlap)
+        made = Speculation(model, draft, "draft", controller=FixedLength(4), link=overlap)
         stream = generate(model, "the mill", draft=made, **chosen)
         same(list(generate(model, "the mill", **chosen)), list(stream))
         assert stream.stats.draft_n == stream.stats.draft_n_accepted > 20         # it is the same model, after all

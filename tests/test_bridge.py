@@ -1,0 +1,94 @@
+"""Drafts of another vocabulary, through text."""
+
+from functools import cache
+
+import pytest
+import tiny
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pybmc
+from pybmc.bridge import TextDrafter, complete, continuation, cut_anew
+from pybmc.controller import FixedLength
+from pybmc.decode import generate
+from pybmc.drafters import TEXT, connect
+from pybmc.sampling import Sampler
+from pybmc.speculate import Speculation
+
+
+@cache
+def tokenizer_of(name):
+    return pybmc.Tokenizer(tiny.model(name))
+
+
+@given(st.text(max_size=6), st.integers(0, 24), st.binary(max_size=2))
+def test_what_is_complete_can_be_decoded(text, n, noise):
+    """No character is cut in two, and three bytes at most are held back."""
+    part = text.encode()[:n]
+    whole = complete(part)
+    assert 0 <= len(part) - whole <= 3
+    assert part[:whole].decode() == part.decode("utf-8", "ignore")
+    assert complete(noise + part) <= len(noise + part)
+
+
+@settings(max_examples=60)
+@given(st.text(st.sampled_from("the mill old. \u00e9\u20ac\n"), min_size=1, max_size=60), st.lists(st.integers(0, 60), max_size=9))
+def test_a_text_is_spelled_whatever_pieces_it_comes_in(text, cuts):
+    cuts = sorted({0, len(text), *(c for c in cuts if c < len(text))})
+    for name in ("llama", "phi3"):
+        tokenizer, ids = tokenizer_of(name), []
+        for a, b in zip(cuts, cuts[1:]):
+            start, cut = cut_anew(tokenizer, ids, text[a:b].encode())
+            ids[start:] = cut
+        assert tokenizer.decode(ids) == text
+        more = continuation(tokenizer, ids, b" old mill")
+        assert b"".join(map(tokenizer.piece, more)).strip() == b"old mill"
+
+
+def test_control_tokens_are_not_crossed():
+    tokenizer = tokenizer_of("llama")
+    ids = [*tokenizer.encode("the mill", bos=False), tokenizer.eos_id]
+    assert cut_anew(tokenizer, ids, b"old") == (len(ids), tokenizer.encode("old", bos=False))
+
+
+@pytest.mark.parametrize("sizes", [(401, 900), (900, 401)])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_a_draft_may_have_another_vocabulary(sizes, temperature):
+    paths = {401: tiny.model("llama"), 900: tiny.model("phi3", vocab_size=900)}
+    with pybmc.Model(paths[sizes[0]], threads=1) as model, pybmc.Model(paths[sizes[1]], threads=1) as draft:
+        chosen = {"temperature": temperature, "stop_tokens": (), "max_tokens": 40, "seed": 3}
+        link = connect(model, draft)
+        assert link == TEXT
+        made = Speculation(model, draft, "draft", controller=FixedLength(4), link=link)
+        stream = generate(model, "the mill", draft=made, **chosen)
+        assert list(generate(model, "the mill", **chosen)) == [t._replace(from_draft=False) for t in stream]
+        assert stream.stats.draft_n > 0
+
+
+def test_guesses_through_text_come_true():
+    """The bundled pair with text between its tokens: nearly as many as without."""
+    prompt, shares = [{"role": "user", "content": "Tell me of a king and a golden bird."}], []
+    with pybmc.Model(pybmc.demo_model(), threads=1) as model, pybmc.Model(pybmc.demo_model(draft=True), threads=1) as draft:
+        for link in (None, TEXT):
+            made = Speculation(model, draft, "draft", controller=FixedLength(4), link=link)
+            stream = generate(model, prompt, 120, draft=made, stop_tokens=())
+            list(stream)
+            shares.append(stream.stats.accepted_share)
+            made.close()
+    assert shares[1] > shares[0] - 0.15
+
+
+def test_a_drafter_keeps_what_it_read():
+    """Another text with the same beginning: only what is new is evaluated, and the draft is a fresh one's."""
+    with pybmc.Model(tiny.model("llama"), threads=1) as model, pybmc.Model(tiny.model("phi3"), threads=1) as draft:
+        one, other = TextDrafter(model, draft), TextDrafter(model, draft)
+        text = model.tokenizer.encode("the old mill by the stream " * 4)
+        one.follow(text)
+        one.propose(text, 3, 0.0, Sampler())
+        for longer in ([*text, *model.tokenizer.encode(" was still", bos=False)], text[:-9]):
+            one.follow(longer)
+            other.follow(longer)
+            assert one.propose(longer, 5, 0.0, Sampler()) == other.propose(longer, 5, 0.0, Sampler())
+            assert one.session.tokens == other.session.tokens
+        one.close()
+        other.close()
