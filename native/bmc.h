@@ -16,7 +16,7 @@
 
 /* <cffi> What stands between these two marks is read by Python as it is: plain declarations only. */
 
-#define BMC_VERSION 1       /* counts the changes of what follows; bmc_version() tells which one was compiled */
+#define BMC_VERSION 2       /* counts the changes of what follows; bmc_version() tells which one was compiled */
 
 enum bmc_status {
     BMC_OK = 0,
@@ -31,6 +31,10 @@ enum bmc_norm { BMC_NORM_RMS = 0, BMC_NORM_LAYER = 1 };
 enum bmc_act  { BMC_ACT_SILU = 0, BMC_ACT_GELU = 1 };                            /* GELU in its tanh form */
 enum bmc_rope { BMC_ROPE_NONE = 0, BMC_ROPE_PAIRS = 1, BMC_ROPE_HALVES = 2 };    /* (0,1)(2,3).. or (0,d/2)(1,d/2+1).. */
 enum bmc_want { BMC_WANT_NONE = 0, BMC_WANT_LAST = 1, BMC_WANT_ALL = 2 };
+enum bmc_step {             /* what a pass spends its time on */
+    BMC_STEP_EMBED, BMC_STEP_NORM, BMC_STEP_QKV, BMC_STEP_STORE, BMC_STEP_ATTENTION, BMC_STEP_ATTN_OUTPUT, BMC_STEP_GATE_UP,
+    BMC_STEP_ACTIVATION, BMC_STEP_DOWN, BMC_STEP_HEAD, BMC_STEP_WAIT, BMC_STEPS
+};
 enum bmc_growth { BMC_GROW_COPY = 0, BMC_GROW_CHUNK = 1, BMC_GROW_MAX = 2, BMC_GROW_RESERVE = 3 };
 
 typedef struct bmc_model bmc_model;
@@ -101,6 +105,12 @@ typedef struct bmc_arena_stats {
     int32_t r;                      /* rows added at a time */
 } bmc_arena_stats;
 
+typedef struct bmc_times {
+    double steps[BMC_STEPS];        /* seconds, the mean of the threads; together what the passes took */
+    double calls;                   /* seconds in bmc_eval, the passes included */
+    int64_t n_passes;
+} bmc_times;
+
 int         bmc_version(void);
 const char *bmc_error(void);
 const char *bmc_cpu(void);                                   /* kernels in use: "ref", "avx2", "avx512" */
@@ -113,6 +123,9 @@ int         bmc_dequantize(int type, const void *blocks, int64_t n, float *out);
 bmc_model  *bmc_model_new(const bmc_config *config, const bmc_tensor *tensors, int n_tensors, int n_threads);
 int         bmc_model_pack(bmc_model *model);
 int64_t     bmc_model_packed(const bmc_model *model, int64_t *total);    /* bytes so far; any thread may ask */
+int         bmc_model_profile(bmc_model *model, int on);                 /* 1: take times, from nothing on; 0: no more */
+int         bmc_model_times(bmc_model *model, bmc_times *times);         /* since then; 0 where none are taken */
+const char *bmc_step_name(int step);                                     /* NULL from BMC_STEPS on */
 void        bmc_model_free(bmc_model *model);                            /* once its last session is gone too */
 
 /* r <= 0: what suits the model; rope 1: every layer takes table 1, as a model stretched to long contexts asks. */

@@ -19,7 +19,17 @@ static int smaller(int a, int b) { return a < b ? a : b; }
 
 static int columns(int n_tok, int tile, int width) { return smaller(n_tok - tile * width, width); }
 
-static void barrier(const struct pass *p) { pool_barrier(p->model->pool); }
+static void note(const struct pass *p, int thread, enum bmc_step step) {
+    if (p->model->profile.laps)
+        lap(&p->model->profile.laps[thread], step);
+}
+
+/* Ends a step: nobody goes on before all have done their share of it. */
+static void barrier(const struct pass *p, int thread, enum bmc_step step) {
+    note(p, thread, step);
+    pool_barrier(p->model->pool);
+    note(p, thread, BMC_STEP_WAIT);
+}
 
 static void share(const struct pass *p, int thread, int64_t n, int64_t *from, int64_t *to) {
     pool_share(p->model->pool, thread, n, 1, from, to);
@@ -342,52 +352,64 @@ static void run(void *arg, int thread) {
     int n_tok = p->n_tok;
 
     embed(p, thread);
+    note(p, thread, BMC_STEP_EMBED);
     for (int l = 0; l < m->c.n_layers; l++) {
         const struct layer *L = &m->layers[l];
         norm_rows(p, post, L->attn_norm, L->attn_norm_bias, n_tok, thread);
-        barrier(p);
+        barrier(p, thread, BMC_STEP_NORM);
         linear(p, &L->attn_q, b->xb, b->q, n_tok, false, thread);
         linear(p, &L->attn_k, b->xb, b->k, n_tok, false, thread);
         linear(p, &L->attn_v, b->xb, b->v, n_tok, false, thread);
-        barrier(p);
+        barrier(p, thread, BMC_STEP_QKV);
         place_rows(p, l, thread);
         if (thread == 0)
             atomic_store(&p->next_task, 0);
-        barrier(p);
+        barrier(p, thread, BMC_STEP_STORE);
         if (l == m->c.n_layers - 1 && p->n_out < n_tok) {
             if (thread == 0)
                 keep_wanted(p);
             n_tok = p->n_out;
             if (!n_tok)
                 return;
-            barrier(p);
+            barrier(p, thread, BMC_STEP_STORE);
         }
         attention(p, l, n_tok, thread);
-        barrier(p);
+        barrier(p, thread, BMC_STEP_ATTENTION);
         quantize_all(p, b->xb, m->q_dim, n_tok, thread);
-        barrier(p);
+        barrier(p, thread, BMC_STEP_NORM);
         post = L->attn_post_norm;
         linear(p, &L->attn_output, b->xb, post ? b->y : b->x, n_tok, !post, thread);
-        barrier(p);
+        barrier(p, thread, BMC_STEP_ATTN_OUTPUT);
 
         norm_rows(p, post, L->ffn_norm, L->ffn_norm_bias, n_tok, thread);
-        barrier(p);
+        barrier(p, thread, BMC_STEP_NORM);
         if (L->ffn_gate.data)
             linear(p, &L->ffn_gate, b->xb, b->gate, n_tok, false, thread);
         linear(p, &L->ffn_up, b->xb, b->up, n_tok, false, thread);
-        barrier(p);
+        barrier(p, thread, BMC_STEP_GATE_UP);
         activate(p, L, n_tok, thread);
-        barrier(p);
+        barrier(p, thread, BMC_STEP_ACTIVATION);
         post = L->ffn_post_norm;
         linear(p, &L->ffn_down, b->up, post ? b->y : b->x, n_tok, !post, thread);
-        barrier(p);
+        barrier(p, thread, BMC_STEP_DOWN);
     }
     norm_rows(p, post, m->output_norm, m->output_norm_bias, n_tok, thread);
-    barrier(p);
+    barrier(p, thread, BMC_STEP_NORM);
     head(p, thread);
-    barrier(p);
+    barrier(p, thread, BMC_STEP_HEAD);
     if (thread == 0)
         choose(p);
+    note(p, thread, BMC_STEP_HEAD);
 }
 
-void forward(struct pass *p) { pool_run(p->model->pool, run, p); }
+/* Times begin and end with the pass: a thread that comes late or is done early has waited. */
+void forward(struct pass *p) {
+    struct profile *profile = &p->model->profile;
+    int n_laps = profile->laps ? pool_size(p->model->pool) : 0;
+    for (int i = 0; i < n_laps; i++)
+        profile->laps[i].last = nanoseconds();
+    pool_run(p->model->pool, run, p);
+    for (int i = 0; i < n_laps; i++)
+        lap(&profile->laps[i], BMC_STEP_WAIT);
+    profile->n_passes += n_laps > 0;
+}

@@ -420,6 +420,7 @@ void model_release(bmc_model *m) {
     for (int i = 0; i < m->owned.n; i++)
         free(m->owned.items[i]);
     free(m->owned.items);
+    free(m->profile.laps);
     pthread_mutex_destroy(&m->lock);
     free(m);
 }

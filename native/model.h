@@ -5,6 +5,7 @@
 #include "arena.h"
 #include "bmc.h"
 #include "kernels.h"
+#include "profile.h"
 #include "threads.h"
 
 #include <pthread.h>
@@ -56,6 +57,7 @@ struct bmc_model {
     _Atomic int64_t packed;         /* bytes of them that are made */
     struct { void **items; int n; } owned;      /* small arrays: norms, biases, tables */
     struct buffers *buffers;
+    struct profile profile;
 };
 
 struct bmc_session {

@@ -175,6 +175,7 @@ static void free_pass(struct pass *p) {
 int bmc_eval(const bmc_span *spans, int n_spans) {
     if (!spans || n_spans < 1)
         return fail(BMC_EINVAL, "bmc_eval: needs at least one span");
+    int64_t start = nanoseconds();
     int status = claim_all(spans, n_spans), n_tok = 0;
     if (status)
         return status;
@@ -185,6 +186,7 @@ int bmc_eval(const bmc_span *spans, int n_spans) {
     if (p) {
         pthread_mutex_lock(&m->lock);
         run_passes(p, spans, n_spans);
+        m->profile.calls += m->profile.laps ? nanoseconds() - start : 0;
         pthread_mutex_unlock(&m->lock);
     }
     free_pass(p);

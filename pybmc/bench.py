@@ -33,10 +33,44 @@ class Result:
     roof: float | None
 
 
+@dataclass(frozen=True)
+class Breakdown:
+    """Where the time of one test went: seconds by step of the passes, waiting for other threads, and in Python."""
+
+    test: str
+    n: int
+    depth: int
+    threads: int
+    passes: int
+    wall_s: float
+    steps: dict[str, float]
+
+
 def bench(model, prompts: Sequence[int] = (512,), generated: Sequence[int] = (64,),
           widths: Sequence[int] = (1, 2, 4, 8, 16), depths: Sequence[int] = (0,), reps: int = 5, rows="auto",
           progress: Callable[[int, int], None] | None = None) -> Iterator[Result]:
     """Run every test at every depth, reps times after one to warm up; median, least and greatest rate of each."""
+    return _run(model, checked_tests(prompts, generated, widths, depths, reps), reps, rows, progress)
+
+
+def breakdown(model, prompts: Sequence[int] = (512,), generated: Sequence[int] = (64,), widths: Sequence[int] = (8,),
+              depths: Sequence[int] = (0,), reps: int = 5, rows="auto") -> Iterator[Breakdown]:
+    """Run the same tests and tell what their time was spent on."""
+    tests = checked_tests(prompts, generated, widths, depths, reps)
+    tokens = random_tokens(model, max(depth + n for _, n, depth in tests))
+    with model.session(context=len(tokens), rows=rows) as session:
+        for kind, n, depth in tests:
+            go_to(session, tokens, depth)
+            measure(session, kind, tokens[depth:depth + n])
+            with model.profile() as profile:
+                for _ in range(reps):
+                    measure(session, kind, tokens[depth:depth + n])
+            steps = profile.steps | {"Python": profile.wall_s - profile.calls_s}
+            yield Breakdown(kind, n, depth, model.threads, profile.passes, profile.wall_s, steps)
+
+
+def checked_tests(prompts, generated, widths, depths, reps) -> list[tuple[str, int, int]]:
+    """(kind, n, depth) of each test. Raises ArgumentError."""
     if reps < 1:
         raise ArgumentError(f"reps is {reps}; expected 1 or more")
     for name, values, least in (("a prompt length", prompts, 1), ("a generated length", generated, 1),
@@ -47,7 +81,7 @@ def bench(model, prompts: Sequence[int] = (512,), generated: Sequence[int] = (64
              (("pp", prompts), ("tg", generated), ("verify", widths)) for n in ns]
     if not tests:
         raise ArgumentError("there is nothing to measure: every list is empty")
-    return _run(model, tests, reps, rows, progress)
+    return tests
 
 
 def _run(model, tests, reps, rows, progress) -> Iterator[Result]:

@@ -386,25 +386,28 @@ def spelled(piece: bytes) -> str | list[int]:
               help="Tokens held before the test.")
 @click.option("-r", "--reps", type=click.IntRange(1), default=5, show_default=True, metavar="N",
               help="Repetitions of each test.")
+@click.option("--breakdown", is_flag=True, help="Tell what the time of each test is spent on.")
 @threads_option
 @arena_options
 @json_option
-def bench(model, model_option, prompts, generated, widths, depths, reps, threads, rows, kv_type, as_json):
+def bench(model, model_option, prompts, generated, widths, depths, reps, breakdown, threads, rows, kv_type, as_json):
     """Measure prompts, generation and verification; without MODEL the bundled model. An empty list skips a test."""
-    from .bench import bench as run
+    from . import bench as benches
 
+    run = benches.breakdown if breakdown else benches.bench
     with opened(find_model(model, model_option), threads) as (loaded, _):
         try:
             results = run(loaded, prompts, generated, widths, depths, reps, rows)
         except ArgumentError as error:
             raise click.UsageError(str(error)) from None
-        show_results = print_json_lines if as_json else print_table if is_terminal(sys.stdout) else print_lines
+        show_results = (print_json_lines if as_json else print_breakdowns if breakdown else print_table if is_terminal(sys.stdout) else print_lines)
         show_results(results)
 
 
 def print_json_lines(results) -> None:
     for result in results:
-        print_json({name: rounded(value) for name, value in vars(result).items()})
+        print_json({name: {k: rounded(v) for k, v in value.items()} if isinstance(value, dict) else rounded(value)
+                    for name, value in vars(result).items()})
 
 
 def print_lines(results) -> None:
@@ -426,6 +429,18 @@ def print_table(results) -> None:
         for r in results:
             table.add_row(test_name(r), *bench_cells(r))
             live.refresh()
+
+
+def print_breakdowns(results) -> None:
+    """A column of shares for each test; the last line is their sum."""
+    results = list(results)
+    lines = [["", *map(test_name, results)],
+             ["ms a pass", *(f"{1e3 * r.wall_s / max(r.passes, 1):.2f}" for r in results)]]
+    for step in results[0].steps:
+        lines.append([step, *(f"{r.steps[step] / r.wall_s:.1%}" for r in results)])
+    lines.append(["sum", *(f"{sum(r.steps.values()) / r.wall_s:.1%}" for r in results)])
+    for name, *cells in lines:
+        write(f"{name:20}" + "".join(f"{cell:>16}" for cell in cells) + "\n")
 
 
 BENCH_COLUMNS = ("tok/s", "min", "max", "GB/s", "of roof")

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import operator
 import threading
+import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -45,6 +46,17 @@ class ArenaStats:
     row_bytes: int
     growth: str
     r: int
+
+
+@dataclass
+class Profile:
+    """Where the time of a `with model.profile()` went, in seconds: all of it, in calls of the library, and in the steps
+    of its passes, which together make up the passes (the mean of the threads, whose waiting is a step too)."""
+
+    wall_s: float = 0.0
+    calls_s: float = 0.0
+    passes: int = 0
+    steps: dict[str, float] = field(default_factory=dict)
 
 
 class Best(NamedTuple):
@@ -105,6 +117,21 @@ class Model:
         total = ffi.new("int64_t *")
         lib.bmc_model_packed(self._live(), total)
         return total[0]
+
+    @contextmanager
+    def profile(self) -> Iterator[Profile]:
+        """Take times of every pass inside the with; the Profile it gives is filled at its end. One at a time."""
+        handle, profile, times = self._live(), Profile(), ffi.new("bmc_times *")
+        check(lib.bmc_model_profile(handle, 1))
+        started = time.perf_counter()
+        try:
+            yield profile
+        finally:
+            profile.wall_s = time.perf_counter() - started
+            check(lib.bmc_model_times(handle, times))
+            check(lib.bmc_model_profile(handle, 0))
+            profile.calls_s, profile.passes = times.calls, times.n_passes
+            profile.steps = {ffi.string(lib.bmc_step_name(i)).decode(): s for i, s in enumerate(times.steps)}
 
     @cached_property
     def tokenizer(self):

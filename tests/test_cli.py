@@ -166,6 +166,20 @@ def test_bench_prints_a_json_line_for_each_test(path, capsys):
     assert len(out) == 2 and out[1].startswith("tg 2")
 
 
+def test_a_breakdown_sums_to_the_whole_time(path, capsys):
+    args = ["bench", path, "-p", "64", "-n", "4", "-b", "3", "-d", "0,5", "-r", "3", "-t", "2", "--breakdown"]
+    assert run([*args, "--json"]) == 0
+    results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(r["test"], r["passes"]) for r in results] == [("pp", 3), ("tg", 12), ("verify", 12)] * 2
+    assert min(abs(sum(r["steps"].values()) / r["wall_s"] - 1) for r in results) < 0.03
+    for r in results:
+        assert len(r["steps"]) == 12 and all(seconds > 0 for seconds in r["steps"].values())
+    assert run(args) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 15 and lines[0].split() == "pp 64 tg 4 verify 3 pp 64 @5 tg 4 @5 verify 3 @5".split()
+    assert lines[-1].startswith("sum ")
+
+
 def test_perplexity_json(path, capsys, tmp_path):
     (tmp_path / "text").write_text(TEXT)
     assert run(["perplexity", path, "-f", str(tmp_path / "text"), "-c", "32", "--json"]) == 0

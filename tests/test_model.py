@@ -338,6 +338,20 @@ def test_weights_of_any_bits_evaluate(tmp_path):
 # Arguments
 
 
+def test_a_profile_counts_from_its_beginning_to_its_end():
+    with pybmc.Model(tiny.model("llama"), threads=2) as model, model.session() as session:
+        session.eval([1, 2, 3])
+        with model.profile() as profile:
+            session.eval([4], logits="none")
+            session.eval([5, 6])
+        session.eval([7])
+        assert profile.passes == 2 and len(profile.steps) == 11 and profile.steps["attention"] > 0
+        assert 0 < sum(profile.steps.values()) <= profile.calls_s <= profile.wall_s
+        with model.profile() as nothing:
+            pass
+        assert nothing.passes == nothing.calls_s == sum(nothing.steps.values()) == 0
+
+
 @pytest.mark.parametrize(
     "tokens",
     [
