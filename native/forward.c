@@ -17,6 +17,8 @@ static int tile_width(int n_tok) {
 
 static int smaller(int a, int b) { return a < b ? a : b; }
 
+static int larger(int a, int b) { return a > b ? a : b; }
+
 static int columns(int n_tok, int tile, int width) { return smaller(n_tok - tile * width, width); }
 
 static void note(const struct pass *p, int thread, enum bmc_step step) {
@@ -35,15 +37,12 @@ static void share(const struct pass *p, int thread, int64_t n, int64_t *from, in
     pool_share(p->model->pool, thread, n, 1, from, to);
 }
 
-/* 8-bit copies of blocks [from, to) of a row of k values, into column `tok` of its tile. */
-static void quantize(const struct pass *p, const float *row, int k, int n_tok, int tok, int from, int to) {
+/* 8-bit copies of blocks [from, to) of a row of k values, into column `tok` of its tile in `act`. */
+static void quantize(const struct pass *p, struct act_block *act, const float *row, int k, int n_tok, int tok, int from,
+                     int to) {
     int width = tile_width(n_tok), tile = tok / width, cols = columns(n_tok, tile, width);
-    struct act_block *act = p->model->buffers->act + (size_t)tile * (size_t)width * (size_t)(k / 32) + tok % width;
+    act += (size_t)tile * (size_t)width * (size_t)(k / 32) + tok % width;
     p->model->k.quantize(act + (size_t)from * (size_t)cols, cols, row + 32 * from, to - from);
-}
-
-static void quantize_row(const struct pass *p, const float *row, int k, int n_tok, int tok) {
-    quantize(p, row, k, n_tok, tok, 0, k / 32);
 }
 
 /* The same for all of x (n_tok, k), shared out by blocks; rows that are not whole blocks only meet float weights. */
@@ -53,39 +52,73 @@ static void quantize_all(const struct pass *p, const float *x, int k, int n_tok,
     while (from < to) {
         int64_t tok = from / blocks, first = from % blocks;
         int n = smaller((int)(blocks - first), (int)(to - from));
-        quantize(p, x + (size_t)tok * padded(k), k, n_tok, (int)tok, (int)first, (int)first + n);
+        quantize(p, p->model->buffers->act, x + (size_t)tok * padded(k), k, n_tok, (int)tok, (int)first, (int)first + n);
         from += n;
     }
 }
 
-/* The rows of n panels of y = W x, for one tile of columns. x and its 8-bit copy: (n_tok, n_cols); out starts at the
- * first of these rows. */
-static void project(const struct pass *p, const struct matrix *w, int panel, int n, const float *x, int n_tok, int tile,
-                    float *out, size_t out_stride, bool add) {
-    int width = tile_width(n_tok), first = tile * width, row = panel * PANEL_ROWS;
+/* y = W x, or y += W x: x (n_tok, n_cols) and its 8-bit copy, y (n_tok, n_rows). */
+struct product {
+    const struct matrix *w;
+    const float *x;
+    const struct act_block *act;
+    float *y;
+    size_t y_stride;
+    bool add;
+};
+
+/* The rows of panels [from, to) for one tile of columns. */
+static void project(const struct pass *p, const struct product *r, int from, int to, int n_tok, int tile) {
+    const struct matrix *w = r->w;
+    int width = tile_width(n_tok), first = tile * width, row = from * PANEL_ROWS;
     p->model->k.panel[w->type](&(struct panel_job){
-        .codes = w->codes + (size_t)panel * w->code_stride, .code_stride = w->code_stride,
-        .scales = w->scales + (size_t)panel * w->scale_stride, .scale_stride = w->scale_stride,
-        .n_panels = n, .n_rows = smaller((int)w->n_rows - row, n * PANEL_ROWS),
+        .codes = w->codes + (size_t)from * w->code_stride, .code_stride = w->code_stride,
+        .scales = w->scales + (size_t)from * w->scale_stride, .scale_stride = w->scale_stride,
+        .n_panels = to - from, .n_rows = smaller((int)w->n_rows, to * PANEL_ROWS) - row,
         .k = (int)w->n_cols, .n_cols = columns(n_tok, tile, width),
-        .act = p->model->buffers->act + (size_t)first * (size_t)(w->n_cols / 32),
-        .x = x + (size_t)first * padded((int)w->n_cols), .x_stride = padded((int)w->n_cols),
+        .act = r->act + (size_t)first * (size_t)(w->n_cols / 32),
+        .x = r->x + (size_t)first * padded((int)w->n_cols), .x_stride = padded((int)w->n_cols),
         .bias = w->bias ? w->bias + row : NULL,
-        .out = out + (size_t)first * out_stride, .out_stride = out_stride, .add = add,
+        .out = r->y + (size_t)first * r->y_stride + row, .out_stride = r->y_stride, .add = r->add,
     });
 }
 
-/* y = W x (or y += W x), this thread's rows of y. Several tiles take turns at a few panels while those are cached. */
-static void linear(const struct pass *p, const struct matrix *w, const float *x, float *y, int n_tok, bool add,
-                   int thread) {
-    int64_t from, to;
-    int tiles = (n_tok + TILE_COLS - 1) / TILE_COLS;
-    share(p, thread, (w->n_rows + PANEL_ROWS - 1) / PANEL_ROWS, &from, &to);
-    int step = tiles > 1 ? 4 : (int)(to - from);
-    for (int panel = (int)from; panel < to; panel += step)
-        for (int tile = 0; tile < tiles; tile++)
-            project(p, w, panel, smaller(step, (int)to - panel), x, n_tok, tile, y + panel * PANEL_ROWS,
-                    padded((int)w->n_rows), add);
+/* Rows are taken by whoever is free, in groups of four panels: a multiple of a block of 32, and few enough to stay cached
+ * while tiles take turns at them. Which thread computes a row changes nothing. */
+enum { GROUP = 4 };
+
+static int n_groups(const struct matrix *w) { return (int)((w->n_rows + GROUP * PANEL_ROWS - 1) / (GROUP * PANEL_ROWS)); }
+
+static int n_panels(const struct matrix *w) { return (int)((w->n_rows + PANEL_ROWS - 1) / PANEL_ROWS); }
+
+static int n_tiles(int n_tok) { return (n_tok + TILE_COLS - 1) / TILE_COLS; }
+
+/* How many groups a tile does before it is the next one's turn: a lone tile streams through all of them. */
+static int stretch(int n_tok, int groups) { return n_tiles(n_tok) > 1 ? 1 : groups; }
+
+static void project_groups(const struct pass *p, const struct product *r, int from, int to, int n_tok) {
+    for (int step = stretch(n_tok, to - from); from < to; from += step)
+        for (int tile = 0; tile < n_tiles(n_tok); tile++)
+            project(p, r, from * GROUP, smaller((from + step) * GROUP, n_panels(r->w)), n_tok, tile);
+}
+
+/* Products side by side. */
+static void multiply(const struct pass *p, const struct product *list, int n, int n_tok) {
+    int64_t total = 0, from, to;
+    for (int i = 0; i < n; i++)
+        total += n_groups(list[i].w);
+    while (pool_take(p->model->pool, total, &from, &to))
+        for (int i = 0; i < n; i++) {
+            int groups = n_groups(list[i].w), end = smaller((int)to, groups);
+            if (from < end)
+                project_groups(p, &list[i], (int)from, end, n_tok);
+            from = from > groups ? from - groups : 0;
+            to -= groups;
+        }
+}
+
+static struct product product(const struct matrix *w, const float *x, const struct act_block *act, float *y, bool add) {
+    return (struct product){ w, x, act, y, padded((int)w->n_rows), add };
 }
 
 static void norm(const bmc_model *m, float *y, const float *x, const float *weight, const float *bias) {
@@ -113,7 +146,7 @@ static void norm_rows(const struct pass *p, const float *post, const float *weig
             m->k.add(x, y, m->c.dim);
         }
         norm(m, xb, x, weight, bias);
-        quantize_row(p, xb, m->c.dim, n_tok, (int)t);
+        quantize(p, b->act, xb, m->c.dim, n_tok, (int)t, 0, m->c.dim / 32);
     }
 }
 
@@ -184,12 +217,29 @@ static void place_rows(const struct pass *p, int l, int thread) {
     }
 }
 
-/* Queries of a task: rows are (token, head of the group), token by token. */
+/* Attention is cut into tasks: a KV head and up to TASK_ROWS queries, rows (token, head of the group), token by token.
+ * Where that makes too few for all threads, a task is cut into pieces, runs of chunks of the cache. Chunks are summed up
+ * one by one and merged in their order either way: a cut changes nothing. */
 enum { TASK_ROWS = 64 };
 
-/* How many tokens from `first` on share a task: the same sequence, side by side, TASK_ROWS queries at most. */
-static int task_tokens(const struct pass *p, int first, int n_tok, int group) {
-    int n = 1, most = TASK_ROWS / group;
+struct cut {
+    int n_tok, n_tasks, n_pieces;   /* tokens of the pass, tasks, pieces of each */
+    int n_rows, n_chunks;           /* the most queries of a task, and chunks they see */
+};
+
+struct task {
+    int number, h, first, n_rows;   /* KV head, first token, queries */
+    int begin, end;                 /* chunks that they see */
+};
+
+/* What chunks sum up to for each query: weighted rows, not divided yet, the largest score, the sum of weights. */
+struct sums { float *o, *max, *sum; };
+
+static int group_size(const bmc_model *m) { return m->c.n_heads / m->c.n_kv_heads; }
+
+/* How many tokens from `first` on share a task: the same sequence, side by side. */
+static int task_tokens(const struct pass *p, int first, int n_tok) {
+    int n = 1, most = TASK_ROWS / group_size(p->model);
     while (n < most && first + n < n_tok && p->session[first + n] == p->session[first])
         n++;
     return n;
@@ -198,62 +248,136 @@ static int task_tokens(const struct pass *p, int first, int n_tok, int group) {
 /* The first row that a token at `pos` sees. */
 static int first_seen(int pos, int window) { return window && pos >= window ? pos + 1 - window : 0; }
 
-/* Attention of n tokens from `first` on, for one KV head: chunk by chunk of the cache, each for all queries. */
-static void attend(const struct pass *p, int l, int h, int first, int n, int thread) {
+static struct task make_task(const struct pass *p, int l, int number, int first, int n) {
     const bmc_model *m = p->model;
-    const struct buffers *b = m->buffers;
-    const struct arena *arena = &p->session[first]->arena;
-    int D = m->c.head_dim, group = m->c.n_heads / m->c.n_kv_heads, rows = n * group, window = m->layers[l].window;
-    float *o = b->scratch + (size_t)thread * b->scratch_stride;
-    float *max = o + (size_t)rows * (size_t)m->v_dim, *sum = max + rows;
-    int start = first_seen(p->pos[first], window), last = p->pos[first + n - 1] + 1;
-    memset(o, 0, (size_t)rows * (size_t)m->v_dim * sizeof *o);
-    for (int r = 0; r < rows; r++)
-        max[r] = -INFINITY, sum[r] = 0;
-
-    for (int chunk = start / CHUNK * CHUNK; chunk < last; chunk += CHUNK) {
-        const uint16_t *tiles[CHUNK / TILE];
-        for (int i = 0; i < CHUNK / TILE && chunk + i * TILE < last; i++)
-            tiles[i] = arena_tile(arena, l, h, chunk / TILE + i);
-        for (int r = 0; r < rows;) {
-            const float *q[ATTN_ROWS];
-            int from[ATTN_ROWS], to[ATTN_ROWS], row = r, taken = 0;
-            for (; r < rows && taken < ATTN_ROWS; r++) {
-                int t = first + r / group, pos = p->pos[t], low = first_seen(pos, window);
-                if (pos < chunk || low >= chunk + CHUNK) {      /* sees nothing here; those that do stand together */
-                    if (taken)
-                        break;
-                    row = r + 1;
-                    continue;
-                }
-                q[taken] = b->q + (size_t)t * padded(m->q_dim) + (h * group + r % group) * D;
-                from[taken] = low > chunk ? low - chunk : 0;
-                to[taken++] = smaller(pos + 1 - chunk, CHUNK);
-            }
-            if (taken)
-                m->k.attend(&(struct attn_job){
-                    .tiles = tiles, .head_dim = D, .v_dim = m->v_dim, .n_rows = taken, .q = q,
-                    .first = from, .limit = to, .m = max + row, .l = sum + row, .o = o + (size_t)row * (size_t)m->v_dim,
-                });
-        }
-    }
-    for (int r = 0; r < rows; r++)
-        m->k.attend_end(b->xb + (size_t)(first + r / group) * padded(m->q_dim) + (h * group + r % group) * D,
-                        o + (size_t)r * (size_t)m->v_dim, sum[r], D);
+    return (struct task){
+        .number = number, .h = number % m->c.n_kv_heads, .first = first, .n_rows = n * group_size(m),
+        .begin = first_seen(p->pos[first], m->layers[l].window) / CHUNK, .end = p->pos[first + n - 1] / CHUNK + 1,
+    };
 }
 
-/* All tasks, taken in turn: which thread does one changes nothing. */
-static void attention(struct pass *p, int l, int n_tok, int thread) {
-    const bmc_config *c = &p->model->c;
-    int task = 0, mine = atomic_fetch_add(&p->next_task, 1);
-    for (int first = 0, n; first < n_tok; first += n) {
-        n = task_tokens(p, first, n_tok, c->n_heads / c->n_kv_heads);
-        for (int h = 0; h < c->n_kv_heads; h++, task++)
-            if (task == mine) {
-                attend(p, l, h, first, n, thread);
-                mine = atomic_fetch_add(&p->next_task, 1);
-            }
+/* Floats of the sums of so many queries. */
+static size_t sums_size(const bmc_model *m, int rows) { return (size_t)rows * ((size_t)m->v_dim + 2); }
+
+static struct sums empty_sums(const bmc_model *m, float *memory, int rows) {
+    struct sums s = { .o = memory, .max = memory + (size_t)rows * (size_t)m->v_dim };
+    s.sum = s.max + rows;
+    memset(memory, 0, sums_size(m, rows) * sizeof *memory);
+    for (int r = 0; r < rows; r++)
+        s.max[r] = -INFINITY;
+    return s;
+}
+
+static struct cut make_cut(const struct pass *p, int l, int n_tok) {
+    const bmc_model *m = p->model;
+    struct cut c = { .n_tok = n_tok, .n_pieces = 1 };
+    for (int first = 0, n; first < n_tok; first += n, c.n_tasks += m->c.n_kv_heads) {
+        n = task_tokens(p, first, n_tok);
+        struct task t = make_task(p, l, 0, first, n);
+        c.n_rows = larger(c.n_rows, t.n_rows);
+        c.n_chunks = larger(c.n_chunks, t.end - t.begin);
     }
+    int wanted = TASKS_EACH * pool_size(m->pool);
+    size_t parts = (size_t)c.n_tasks * (size_t)c.n_chunks * sums_size(m, c.n_rows);
+    if (pool_size(m->pool) > 1 && c.n_tasks < wanted && parts <= PART_FLOATS)
+        c.n_pieces = smaller(c.n_chunks, (wanted + c.n_tasks - 1) / c.n_tasks);
+    return c;
+}
+
+static void attend_chunk(const struct pass *p, int l, const struct task *t, int chunk, struct sums s) {
+    const bmc_model *m = p->model;
+    const struct arena *arena = &p->session[t->first]->arena;
+    const uint16_t *tiles[CHUNK / TILE];
+    int D = m->c.head_dim, group = group_size(m), window = m->layers[l].window, start = chunk * CHUNK;
+    int last = p->pos[t->first + t->n_rows / group - 1] + 1;
+    for (int i = 0; i < CHUNK / TILE && start + i * TILE < last; i++)
+        tiles[i] = arena_tile(arena, l, t->h, start / TILE + i);
+    for (int r = 0; r < t->n_rows;) {
+        const float *q[ATTN_ROWS];
+        int from[ATTN_ROWS], to[ATTN_ROWS], row = r, taken = 0;
+        for (; r < t->n_rows && taken < ATTN_ROWS; r++) {
+            int token = t->first + r / group, pos = p->pos[token], low = first_seen(pos, window);
+            if (pos < start || low >= start + CHUNK) {      /* sees nothing here; those that do stand together */
+                if (taken)
+                    break;
+                row = r + 1;
+                continue;
+            }
+            q[taken] = m->buffers->q + (size_t)token * padded(m->q_dim) + (t->h * group + r % group) * D;
+            from[taken] = low > start ? low - start : 0;
+            to[taken++] = smaller(pos + 1 - start, CHUNK);
+        }
+        if (taken)
+            m->k.attend(&(struct attn_job){
+                .tiles = tiles, .head_dim = D, .v_dim = m->v_dim, .n_rows = taken, .q = q, .first = from, .limit = to,
+                .m = s.max + row, .l = s.sum + row, .o = s.o + (size_t)row * (size_t)m->v_dim,
+            });
+    }
+}
+
+/* A task's heads are done: divided, and in 8 bits too where they are whole blocks. */
+static void finish_task(const struct pass *p, const struct cut *c, const struct task *t, struct sums s) {
+    const bmc_model *m = p->model;
+    const struct buffers *b = m->buffers;
+    int D = m->c.head_dim, group = group_size(m), width = group * D;
+    for (int r = 0; r < t->n_rows; r++)
+        m->k.attend_end(b->xb + (size_t)(t->first + r / group) * padded(m->q_dim) + t->h * width + r % group * D,
+                        s.o + (size_t)r * (size_t)m->v_dim, s.sum[r], D);
+    for (int i = 0; width % 32 == 0 && i < t->n_rows / group; i++)
+        quantize(p, b->act, b->xb + (size_t)(t->first + i) * padded(m->q_dim), m->q_dim, c->n_tok, t->first + i,
+                 t->h * width / 32, (t->h + 1) * width / 32);
+}
+
+static void attend(const struct pass *p, const struct cut *c, int l, const struct task *t, float *scratch) {
+    struct sums s = empty_sums(p->model, scratch, t->n_rows);
+    for (int chunk = t->begin; chunk < t->end; chunk++)
+        attend_chunk(p, l, t, chunk, s);
+    finish_task(p, c, t, s);
+}
+
+/* The sums of every chunk of a piece, each on its own. Who finishes a task's last piece merges them all, in order. */
+static void attend_piece(const struct pass *p, const struct cut *c, int l, const struct task *t, int piece,
+                         float *scratch) {
+    const bmc_model *m = p->model;
+    const struct buffers *b = m->buffers;
+    size_t size = sums_size(m, t->n_rows), v_dim = (size_t)m->v_dim;
+    float *parts = b->parts + (size_t)t->number * (size_t)c->n_chunks * sums_size(m, c->n_rows);
+    int n = t->end - t->begin, from = n * piece / c->n_pieces, to = n * (piece + 1) / c->n_pieces;
+    for (int i = from; i < to; i++)
+        attend_chunk(p, l, t, t->begin + i, empty_sums(m, parts + (size_t)i * size, t->n_rows));
+    if (atomic_fetch_add(&b->pieces_done[t->number], 1) < c->n_pieces - 1)
+        return;
+    atomic_store(&b->pieces_done[t->number], 0);
+    struct sums s = empty_sums(m, scratch, t->n_rows);
+    for (int i = 0; i < n; i++, parts += size)
+        for (int r = 0; r < t->n_rows; r++) {
+            const float *max = parts + (size_t)t->n_rows * v_dim + r, *sum = max + t->n_rows;
+            m->k.attend_merge(&s.max[r], &s.sum[r], s.o + (size_t)r * v_dim, *max, *sum, parts + (size_t)r * v_dim,
+                              m->v_dim);
+        }
+    finish_task(p, c, t, s);
+}
+
+/* All tasks or their pieces, taken in turn: which thread does one changes nothing. */
+static void attention(const struct pass *p, int l, int n_tok, int thread) {
+    const bmc_model *m = p->model;
+    const struct cut c = make_cut(p, l, n_tok);
+    float *scratch = m->buffers->scratch + (size_t)thread * m->buffers->scratch_stride;
+    int first = 0, n = task_tokens(p, 0, n_tok), passed = 0;        /* tasks before those of `first` */
+    int64_t from, to;
+    while (pool_take(m->pool, (int64_t)c.n_tasks * c.n_pieces, &from, &to))
+        for (; from < to; from++) {
+            int number = (int)from / c.n_pieces;
+            for (; number >= passed + m->c.n_kv_heads; passed += m->c.n_kv_heads) {
+                first += n;
+                n = task_tokens(p, first, n_tok);
+            }
+            const struct task t = make_task(p, l, number, first, n);
+            if (c.n_pieces > 1)
+                attend_piece(p, &c, l, &t, (int)from % c.n_pieces, scratch);
+            else
+                attend(p, &c, l, &t, scratch);
+        }
 }
 
 static void move_row(float *x, int to, int from, size_t n) {
@@ -273,25 +397,40 @@ static void keep_wanted(struct pass *p) {
     }
 }
 
-/* up = up * act(gate), or act(up) where there is no gate: floats and 8 bits, shared out by blocks. */
-static void activate(const struct pass *p, const struct layer *L, int n_tok, int thread) {
+/* up = up * act(gate), or act(up) where there is no gate, floats and 8 bits: rows of groups [from, to) of a tile. */
+static void activate(const struct pass *p, const struct layer *L, int from, int to, int n_tok, int tile) {
     const bmc_model *m = p->model;
     const struct buffers *b = m->buffers;
-    int F = m->c.hidden_dim;
-    int64_t from, to, pieces = (F + 31) / 32;
+    int F = m->c.hidden_dim, width = tile_width(n_tok), begin = tile * width, end = begin + columns(n_tok, tile, width);
+    int first = from * GROUP * PANEL_ROWS, last = smaller(to * GROUP * PANEL_ROWS, F);
     void (*act)(float *, const float *, const float *, int) = m->c.act == BMC_ACT_SILU ? m->k.silu : m->k.gelu;
-    share(p, thread, n_tok * pieces, &from, &to);
-    while (from < to) {
-        int t = (int)(from / pieces), first = (int)(from % pieces), n = smaller((int)pieces - first, (int)(to - from));
-        size_t row = (size_t)t * padded(F), at = row + (size_t)first * 32;
-        int count = smaller(n * 32, F - first * 32);
+    for (int t = begin; t < end; t++) {
+        float *up = b->up + (size_t)t * padded(F);
         if (L->ffn_gate.data)
-            act(b->up + at, b->up + at, b->gate + at, count);
+            act(up + first, up + first, b->gate + (size_t)t * padded(F) + first, last - first);
         else
-            act(b->up + at, NULL, b->up + at, count);
-        quantize(p, b->up + row, F, n_tok, t, first, smaller(first + n, F / 32));
-        from += n;
+            act(up + first, NULL, up + first, last - first);
+        quantize(p, b->hidden_act, up, F, n_tok, t, first / 32, last / 32);
     }
+}
+
+/* up = W_up x * act(W_gate x): each group's rows meet while they are cached. */
+static void gate_up(const struct pass *p, const struct layer *L, int n_tok, int thread) {
+    const struct buffers *b = p->model->buffers;
+    const struct product gate = product(&L->ffn_gate, b->xb, b->act, b->gate, false);
+    const struct product up = product(&L->ffn_up, b->xb, b->act, b->up, false);
+    int64_t from, to;
+    while (pool_take(p->model->pool, n_groups(up.w), &from, &to))
+        for (int at = (int)from, step = stretch(n_tok, (int)(to - from)); at < to; at += step)
+            for (int tile = 0; tile < n_tiles(n_tok); tile++) {
+                int end = smaller((at + step) * GROUP, n_panels(up.w));
+                if (L->ffn_gate.data)
+                    project(p, &gate, at * GROUP, end, n_tok, tile);
+                project(p, &up, at * GROUP, end, n_tok, tile);
+                note(p, thread, BMC_STEP_GATE_UP);
+                activate(p, L, at, at + step, n_tok, tile);
+                note(p, thread, BMC_STEP_ACTIVATION);
+            }
 }
 
 static struct best best_of(const bmc_model *m, const float *logits, int n, int first) {
@@ -302,18 +441,28 @@ static struct best best_of(const bmc_model *m, const float *logits, int n, int f
     return best;
 }
 
+/* n_rows of a matrix from a panel on. */
+static struct matrix slice(const struct matrix *w, int panel, int n_rows) {
+    struct matrix part = *w;
+    part.n_rows = n_rows;
+    part.codes += (size_t)panel * w->code_stride;
+    part.scales += (size_t)panel * w->scale_stride;
+    part.bias = w->bias ? w->bias + panel * PANEL_ROWS : NULL;
+    return part;
+}
+
 /* Logits of the wanted tokens, HEAD_ROWS of the vocabulary at a time: copied where they are asked for, or only the best
  * of them remembered, so that greedy decoding never writes a vocabulary's worth. */
 static void head(const struct pass *p, int thread) {
     const bmc_model *m = p->model;
     float *part = m->buffers->scratch + (size_t)thread * m->buffers->scratch_stride;
-    int64_t from, to;
-    share(p, thread, head_parts(m), &from, &to);
-    for (; from < to; from++) {
+    int64_t from = 0, to = 0;
+    for (; from < to || pool_take(m->pool, head_parts(m), &from, &to); from++) {
         int row = (int)from * HEAD_ROWS, rows = smaller(HEAD_ROWS, m->c.vocab_size - row);
-        int panels = (rows + PANEL_ROWS - 1) / PANEL_ROWS;
-        for (int tile = 0; tile < (p->n_out + TILE_COLS - 1) / TILE_COLS; tile++)
-            project(p, &m->output, row / PANEL_ROWS, panels, m->buffers->xb, p->n_out, tile, part, HEAD_ROWS, false);
+        const struct matrix w = slice(&m->output, row / PANEL_ROWS, rows);
+        const struct product r = { &w, m->buffers->xb, m->buffers->act, part, HEAD_ROWS, false };
+        for (int tile = 0; tile < n_tiles(p->n_out); tile++)
+            project(p, &r, 0, n_panels(&w), p->n_out, tile);
         for (int i = 0; i < p->n_out; i++) {
             const float *logits = part + (size_t)i * HEAD_ROWS;
             if (p->logits[i])
@@ -357,13 +506,12 @@ static void run(void *arg, int thread) {
         const struct layer *L = &m->layers[l];
         norm_rows(p, post, L->attn_norm, L->attn_norm_bias, n_tok, thread);
         barrier(p, thread, BMC_STEP_NORM);
-        linear(p, &L->attn_q, b->xb, b->q, n_tok, false, thread);
-        linear(p, &L->attn_k, b->xb, b->k, n_tok, false, thread);
-        linear(p, &L->attn_v, b->xb, b->v, n_tok, false, thread);
+        const struct product qkv[] = { product(&L->attn_q, b->xb, b->act, b->q, false),
+                                       product(&L->attn_k, b->xb, b->act, b->k, false),
+                                       product(&L->attn_v, b->xb, b->act, b->v, false) };
+        multiply(p, qkv, 3, n_tok);
         barrier(p, thread, BMC_STEP_QKV);
         place_rows(p, l, thread);
-        if (thread == 0)
-            atomic_store(&p->next_task, 0);
         barrier(p, thread, BMC_STEP_STORE);
         if (l == m->c.n_layers - 1 && p->n_out < n_tok) {
             if (thread == 0)
@@ -375,22 +523,22 @@ static void run(void *arg, int thread) {
         }
         attention(p, l, n_tok, thread);
         barrier(p, thread, BMC_STEP_ATTENTION);
-        quantize_all(p, b->xb, m->q_dim, n_tok, thread);
-        barrier(p, thread, BMC_STEP_NORM);
+        if (group_size(m) * m->c.head_dim % 32) {
+            quantize_all(p, b->xb, m->q_dim, n_tok, thread);
+            barrier(p, thread, BMC_STEP_NORM);
+        }
         post = L->attn_post_norm;
-        linear(p, &L->attn_output, b->xb, post ? b->y : b->x, n_tok, !post, thread);
+        const struct product output = product(&L->attn_output, b->xb, b->act, post ? b->y : b->x, !post);
+        multiply(p, &output, 1, n_tok);
         barrier(p, thread, BMC_STEP_ATTN_OUTPUT);
 
         norm_rows(p, post, L->ffn_norm, L->ffn_norm_bias, n_tok, thread);
         barrier(p, thread, BMC_STEP_NORM);
-        if (L->ffn_gate.data)
-            linear(p, &L->ffn_gate, b->xb, b->gate, n_tok, false, thread);
-        linear(p, &L->ffn_up, b->xb, b->up, n_tok, false, thread);
-        barrier(p, thread, BMC_STEP_GATE_UP);
-        activate(p, L, n_tok, thread);
+        gate_up(p, L, n_tok, thread);
         barrier(p, thread, BMC_STEP_ACTIVATION);
         post = L->ffn_post_norm;
-        linear(p, &L->ffn_down, b->up, post ? b->y : b->x, n_tok, !post, thread);
+        const struct product down = product(&L->ffn_down, b->up, b->hidden_act, post ? b->y : b->x, !post);
+        multiply(p, &down, 1, n_tok);
         barrier(p, thread, BMC_STEP_DOWN);
     }
     norm_rows(p, post, m->output_norm, m->output_norm_bias, n_tok, thread);

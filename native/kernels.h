@@ -65,6 +65,8 @@ struct kernels {
     panel_fn *panel[N_TYPES];
 
     void (*attend)(const struct attn_job *job);
+    /* m, l and o go on with what a chunk alone came to, as if attend had seen it next. */
+    void (*attend_merge)(float *m, float *l, float *o, float m_chunk, float l_chunk, const float *o_chunk, int v_dim);
     void (*attend_end)(float *out, const float *o, float l, int n);                     /* out = o / l */
     /* A row's K and V into their slot of a tile; what f16 cannot hold becomes its largest. */
     void (*store_kv)(uint16_t *tile, int slot, const float *k, const float *v, int head_dim, int v_dim);

@@ -307,7 +307,7 @@ static size_t lay_out(const bmc_model *m, struct buffers *b, char *memory) {
     const bmc_config *c = &m->c;
     char *next = memory;
     const size_t row = PASS_MAX * sizeof(float), turns = (size_t)c->rope_dim / 2;
-    size_t widest = largest(largest((size_t)c->dim, (size_t)m->q_dim), (size_t)c->hidden_dim);
+    const size_t threads = (size_t)pool_size(m->pool), block = sizeof(struct act_block);
     size_t heads = largest(64, (size_t)(c->n_heads / c->n_kv_heads));
     b->x = take(&next, row * padded(c->dim));
     b->xb = take(&next, row * largest(padded(c->dim), padded(m->q_dim)));
@@ -317,11 +317,14 @@ static size_t lay_out(const bmc_model *m, struct buffers *b, char *memory) {
     b->v = take(&next, row * padded(m->kv_dim));
     b->gate = take(&next, row * padded(c->hidden_dim));
     b->up = take(&next, row * padded(c->hidden_dim));
-    b->act = take(&next, PASS_MAX * (widest / 32 + 1) * sizeof(struct act_block));
+    b->act = take(&next, PASS_MAX * (largest((size_t)c->dim, (size_t)m->q_dim) / 32 + 1) * block);
+    b->hidden_act = take(&next, PASS_MAX * ((size_t)c->hidden_dim / 32 + 1) * block);
     b->cos = take(&next, 2 * row * turns);
     b->sin = take(&next, 2 * row * turns);
     b->scratch_stride = largest(heads * (size_t)m->v_dim + 2 * heads, (size_t)PASS_MAX * HEAD_ROWS);
-    b->scratch = take(&next, (size_t)pool_size(m->pool) * b->scratch_stride * sizeof(float));
+    b->scratch = take(&next, threads * b->scratch_stride * sizeof(float));
+    b->pieces_done = take(&next, threads * TASKS_EACH * sizeof *b->pieces_done);
+    b->parts = take(&next, PART_FLOATS * sizeof(float));
     return (size_t)(next - memory);
 }
 

@@ -36,7 +36,9 @@ struct layer {
     int rope;                       /* which table of frequencies */
 };
 
-enum { PASS_MAX = 512, HEAD_ROWS = 256 };       /* tokens in one pass over the weights; logits at a time */
+/* Tokens in one pass over the weights; logits at a time; tasks that keep a thread busy to the end; floats for the sums of
+ * chunks whose task is cut. */
+enum { PASS_MAX = 512, HEAD_ROWS = 256, TASKS_EACH = 8, PART_FLOATS = 4 << 20 };
 
 struct bmc_model {
     bmc_config c;
@@ -75,10 +77,13 @@ struct buffers {
     float *y;                       /* (PASS_MAX, dim) what a post norm reads */
     float *q, *k, *v;               /* (PASS_MAX, q_dim), (.., kv_dim), (.., kv_dim) */
     float *gate, *up;               /* (PASS_MAX, hidden_dim) */
-    struct act_block *act;          /* the same activations in 8 bits: tiles of columns */
+    struct act_block *act;          /* xb in 8 bits: tiles of columns */
+    struct act_block *hidden_act;   /* up in 8 bits */
     float *cos, *sin;               /* (2, PASS_MAX, rope_dim / 2) */
     float *scratch;                 /* (threads, scratch_stride) */
     size_t scratch_stride;
+    float *parts;                   /* sums of chunks that wait to be merged */
+    atomic_int *pieces_done;        /* (threads * TASKS_EACH,) of each task */
     void *memory;
     size_t bytes;
 };
@@ -98,7 +103,6 @@ struct pass {
     int32_t *argmax[PASS_MAX];
     float *logprob[PASS_MAX];
     struct best *best;              /* (n_out, parts of HEAD_ROWS) */
-    atomic_int next_task;           /* attention's tasks are taken in turn */
 };
 
 void forward(struct pass *pass);

@@ -2,7 +2,6 @@
 
 #include <pthread.h>
 #include <signal.h>
-#include <stdbool.h>
 #include <stdlib.h>
 #include <unistd.h>
 
@@ -33,6 +32,7 @@ struct pool {
     _Alignas(64) atomic_uint done;          /* workers that finished it */
     _Alignas(64) atomic_uint arrived;       /* at the barrier */
     _Alignas(64) atomic_uint passed;        /* barriers gone through */
+    _Alignas(64) atomic_int_fast64_t taken; /* things of this step that have their thread */
     _Alignas(64) pthread_mutex_t lock;      /* for sleeping only */
     pthread_cond_t wake;
     atomic_int asleep;
@@ -93,6 +93,7 @@ static bool forked(const struct pool *p) { return p->process != getpid(); }
 void pool_run(struct pool *p, void (*fn)(void *, int), void *arg) {
     if (forked(p))
         p->n = 1;
+    atomic_store(&p->taken, 0);
     if (p->n == 1) {
         fn(arg, 0);
         return;
@@ -109,10 +110,11 @@ void pool_run(struct pool *p, void (*fn)(void *, int), void *arg) {
 }
 
 void pool_barrier(struct pool *p) {
-    if (p->n == 1)
-        return;
     unsigned pass = atomic_load_explicit(&p->passed, memory_order_relaxed);
-    if (atomic_fetch_add(&p->arrived, 1) + 1 == (unsigned)p->n) {
+    if (p->n == 1)
+        atomic_store_explicit(&p->taken, 0, memory_order_relaxed);
+    else if (atomic_fetch_add(&p->arrived, 1) + 1 == (unsigned)p->n) {
+        atomic_store(&p->taken, 0);
         atomic_store(&p->arrived, 0);
         announce(p, &p->passed);
     } else
@@ -127,6 +129,18 @@ void pool_share(const struct pool *p, int thread, int64_t n, int64_t unit, int64
         *to = n;
     if (*from > *to)
         *from = *to;
+}
+
+bool pool_take(struct pool *p, int64_t n, int64_t *from, int64_t *to) {
+    int_fast64_t at = atomic_load_explicit(&p->taken, memory_order_relaxed), part;
+    do {
+        if (at >= n)
+            return false;
+        part = (n - at + 2 * p->n - 1) / (2 * p->n);
+    } while (!atomic_compare_exchange_weak_explicit(&p->taken, &at, at + part, memory_order_relaxed, memory_order_relaxed));
+    *from = at;
+    *to = at + part;
+    return true;
 }
 
 int pool_size(const struct pool *p) { return p->n; }

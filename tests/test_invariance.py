@@ -241,6 +241,19 @@ def test_windows_across_chunks(window):
     model.close()
 
 
+@pytest.mark.parametrize("threads", [2, 3, 7, 16])
+def test_attention_that_is_cut_into_pieces(threads):
+    """Few KV heads, many threads, a long context: chunks of one head go to several threads."""
+    model = pybmc.Model(tiny.model("llama", types="F16", n_heads=2, n_kv_heads=1, n_ctx=4096), threads=threads)
+    alone = pybmc.Model(model.path, threads=1)
+    words = np.random.default_rng(0).integers(0, 401, 2600).astype(np.int32)
+    with model.session() as ours, alone.session() as right:
+        for n in (2300, 1, 8, 250, 17, 1):
+            at = ours.position
+            assert_same(ours.eval(words[at: at + n], logits="all"), right.eval(words[at: at + n], logits="all"))
+    model.close(), alone.close()
+
+
 # Across ISAs
 
 

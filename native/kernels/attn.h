@@ -28,8 +28,20 @@ INLINE void score_tiles(const struct attn_job *j, int row, const int R, int tile
             f_store(s[r] + (tile + t) * TILE, acc[r][t]);
 }
 
-/* Scores of a row become weights e^(s - their maximum), exactly 0 where it does not look. keep and gain: what the
- * gathered sum and this chunk's have to be multiplied with when they are added. */
+/* A chunk's maximum and sum of weights join those before it. keep and gain: what the rows gathered so far and the chunk's
+ * have to be multiplied with when they are added. */
+INLINE void join(float *m, float *l, float m_chunk, float l_chunk, float *keep, float *gain) {
+    float m_old = *m, factors[16] = { 0 };
+    *m = m_chunk > m_old ? m_chunk : m_old;
+    factors[0] = m_old - *m;
+    factors[1] = m_chunk - *m;
+    f_store(factors, f_exp(f_load(factors)));
+    *keep = factors[0];
+    *gain = factors[1];
+    *l = *l * *keep + l_chunk * *gain;
+}
+
+/* Scores of a row become weights e^(s - their maximum), exactly 0 where it does not look. */
 INLINE void weigh(const struct attn_job *j, int row, int begin, int end, float *s, float *keep, float *gain) {
     int first = j->first[row], limit = j->limit[row];
     f32x16 top = f_set(-INFINITY), sum = f_zero();
@@ -38,18 +50,18 @@ INLINE void weigh(const struct attn_job *j, int row, int begin, int end, float *
         f_store(s + t, v);
         top = f_max(v, top);
     }
-    float m_chunk = f_max_lane(top), m_old = j->m[row], m = m_chunk > m_old ? m_chunk : m_old;
+    float m_chunk = f_max_lane(top);
     for (int t = begin * TILE; t < end * TILE; t += TILE) {
         f32x16 p = f_exp(f_sub(f_load(s + t), f_set(m_chunk)));
         f_store(s + t, p);
         sum = f_add(sum, p);
     }
-    float factors[16] = { m_old - m, m_chunk - m };
-    f_store(factors, f_exp(f_load(factors)));
-    *keep = factors[0];
-    *gain = factors[1];
-    j->m[row] = m;
-    j->l[row] = j->l[row] * *keep + f_sum(sum) * *gain;
+    join(&j->m[row], &j->l[row], m_chunk, f_sum(sum), keep, gain);
+}
+
+/* o = keep * o + gain * x. A chunk's -0 becomes 0, as it does where the chunk is summed up alone first. */
+INLINE void mix(float *o, f32x16 x, float keep, float gain) {
+    f_store(o, f_fma(f_add(x, f_zero()), f_set(gain), f_mul(f_load(o), f_set(keep))));
 }
 
 /* o[row] = keep * o[row] + gain * sum over t of s[row][t] V[t], in lanes d .. d + 16 D of R rows, t ascending. */
@@ -76,10 +88,8 @@ INLINE void gather(const struct attn_job *j, int row, const int R, int d, const 
     UNROLL(8)
     for (int r = 0; r < R; r++)
         UNROLL(4)
-        for (int i = 0; i < D; i++) {
-            float *o = j->o + (size_t)(row + r) * (size_t)j->v_dim + d + 16 * i;
-            f_store(o, f_fma(acc[r][i], f_set(gain[r]), f_mul(f_load(o), f_set(keep[r]))));
-        }
+        for (int i = 0; i < D; i++)
+            mix(j->o + (size_t)(row + r) * (size_t)j->v_dim + d + 16 * i, acc[r][i], keep[r], gain[r]);
 }
 
 /* R rows from row on; T tiles at a time in scores, D vectors of V at a time: what fits the registers. */
@@ -123,6 +133,15 @@ static void attend(const struct attn_job *j) {
     }
 }
 
+static void attend_merge(float *m, float *l, float *o, float m_chunk, float l_chunk, const float *o_chunk, int v_dim) {
+    float keep, gain;
+    if (m_chunk == -INFINITY)       /* sees nothing there */
+        return;
+    join(m, l, m_chunk, l_chunk, &keep, &gain);
+    for (int d = 0; d < v_dim; d += 16)
+        mix(o + d, f_load(o_chunk + d), keep, gain);
+}
+
 static void attend_end(float *out, const float *o, float l, int n) {
     f32x16 whole = f_set(l);
     EACH_16(n)
@@ -143,6 +162,7 @@ static void store_kv(uint16_t *tile, int slot, const float *k, const float *v, i
 
 void ISA(attn)(struct kernels *k) {
     k->attend = attend;
+    k->attend_merge = attend_merge;
     k->attend_end = attend_end;
     k->store_kv = store_kv;
 }

@@ -60,17 +60,19 @@ static void panels(const struct kernels *k, int type) {
     }
 }
 
+/* Chunks in a row, and each alone and merged after, give the same. */
 static void attention(const struct kernels *k, int head_dim) {
     enum { MOST = 256, CHUNKS = 2 };
     static uint16_t cache[CHUNKS * CHUNK / TILE][2 * TILE * MOST];
-    static float q[ATTN_ROWS * MOST], o[ATTN_ROWS * MOST], row[2 * MOST];
+    static float q[ATTN_ROWS * MOST], o[ATTN_ROWS * MOST], alone[ATTN_ROWS * MOST], merged[ATTN_ROWS * MOST], row[2 * MOST];
     int v_dim = (head_dim + 15) / 16 * 16;
     for (int n = 1; n <= ATTN_ROWS; n++) {
-        float m[ATTN_ROWS], l[ATTN_ROWS] = { 0 };
+        float m[ATTN_ROWS], l[ATTN_ROWS] = { 0 }, merged_m[ATTN_ROWS], merged_l[ATTN_ROWS] = { 0 };
         memset(o, 0, sizeof o);
+        memset(merged, 0, sizeof merged);
         numbers(q, n * head_dim, 2);
         for (int i = 0; i < n; i++)
-            m[i] = -INFINITY;
+            m[i] = merged_m[i] = -INFINITY;
         for (int chunk = 0; chunk < CHUNKS; chunk++) {
             const uint16_t *tiles[CHUNK / TILE];
             const float *rows[ATTN_ROWS];
@@ -86,9 +88,21 @@ static void attention(const struct kernels *k, int head_dim) {
                 first[i] = (int)random_below(&state, 100);
                 limit[i] = CHUNK - (int)random_below(&state, 100);
             }
-            k->attend(&(struct attn_job){ .tiles = tiles, .head_dim = head_dim, .v_dim = v_dim, .n_rows = n, .q = rows,
-                                          .first = first, .limit = limit, .m = m, .l = l, .o = o });
+            float alone_m[ATTN_ROWS], alone_l[ATTN_ROWS] = { 0 };
+            struct attn_job job = { .tiles = tiles, .head_dim = head_dim, .v_dim = v_dim, .n_rows = n, .q = rows,
+                                    .first = first, .limit = limit, .m = m, .l = l, .o = o };
+            k->attend(&job);
+            memset(alone, 0, sizeof alone);
+            for (int i = 0; i < n; i++)
+                alone_m[i] = -INFINITY;
+            job.m = alone_m, job.l = alone_l, job.o = alone;
+            k->attend(&job);
+            for (int i = 0; i < n; i++)
+                k->attend_merge(&merged_m[i], &merged_l[i], merged + i * v_dim, alone_m[i], alone_l[i], alone + i * v_dim, v_dim);
+            k->attend_merge(merged_m, merged_l, merged, -INFINITY, 0, alone, v_dim);        /* nothing seen: nothing changes */
         }
+        CHECK(!memcmp(m, merged_m, (size_t)n * sizeof *m) && !memcmp(l, merged_l, (size_t)n * sizeof *l));
+        CHECK(!memcmp(o, merged, (size_t)(n * v_dim) * sizeof *o));
         fold(l, sizeof l);
         for (int i = 0; i < n; i++) {
             k->attend_end(row, o + i * v_dim, l[i], head_dim);

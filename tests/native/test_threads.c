@@ -86,6 +86,30 @@ static void shares_are_whole(int n) {
     pool_free(t.pool);
 }
 
+static void take_in_turn(void *arg, int thread) {
+    struct items *t = arg;
+    int64_t from, to;
+    for (int step = 0; step < 3; step++) {
+        while (pool_take(t->pool, t->n, &from, &to))
+            for (; from < to; from++)
+                t->taken[from]++;
+        pool_barrier(t->pool);
+        if (thread == 0)
+            for (int i = 0; i < 300; i++)
+                CHECK(t->taken[i] == (i < t->n ? step + 1 : 0));
+        pool_barrier(t->pool);
+    }
+}
+
+static void what_is_taken_is_whole(int n) {
+    struct items t = { .pool = pool_new(n) };
+    for (t.n = 0; t.n < 300; t.n += 1 + t.n / 5) {
+        memset(t.taken, 0, sizeof t.taken);
+        pool_run(t.pool, take_in_turn, &t);
+    }
+    pool_free(t.pool);
+}
+
 static double cpu_seconds(void) { return (double)clock() / CLOCKS_PER_SEC; }
 
 static void idle_costs_nothing(void) {
@@ -129,6 +153,7 @@ int main(void) {
         barriers_hold(n);
         runs_are_whole(n);
         shares_are_whole(n);
+        what_is_taken_is_whole(n);
     }
     users_take_turns();
     idle_costs_nothing();
