@@ -1,6 +1,6 @@
 """What was measured on this machine, kept for the next time in the user's cache directory.
 
-One small JSON file for each model file, thread count, kind of pass and host. A file that is missing, broken or from
+One small JSON file for each model file (or pair of them), thread count, kind of pass and host. A file that is missing, broken or from
 elsewhere is as good as none, and one that cannot be written is no failure.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 
 VERSION = 1
 WIDEST = 512
+RECORD = ("by_mark", "accepted", "offered", "seconds")      # parts of a drafter's record
 
 
 def folder() -> Path:
@@ -36,35 +37,65 @@ def identity(model, kind: str) -> dict | None:
             "cpu": os.environ.get("PYBMC_CPU", "")}
 
 
+def pair(model, draft, kind: str) -> dict | None:
+    """What a drafter's record depends on: both models."""
+    ours, theirs = identity(model, kind), identity(draft, "draft")
+    return None if ours is None or theirs is None else {**ours, "draft": theirs}
+
+
 def _path(key: dict) -> Path:
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return folder() / "costs" / f"{digest[:32]}.json"
+    return folder() / ("pairs" if "draft" in key else "costs") / f"{digest[:32]}.json"
+
+
+def read(key: dict | None) -> dict:
+    """What is kept under a key; nothing, if it is not usable."""
+    if key is None:
+        return {}
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        with open(_path(key), encoding="utf-8") as file:
+            kept = json.load(file)
+        if kept["key"] == key:
+            return kept
+    return {}
+
+
+def write(key: dict | None, **kept) -> None:
+    """Keep something under a key; in one step, so that a reader never sees half of it."""
+    if key is None:
+        return
+    path = _path(key)
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps({"key": key, **kept}), encoding="utf-8")
+        os.replace(draft, path)
 
 
 def load(key: dict | None) -> dict[int, float] | None:
     """Seconds of a pass by its width; None if nothing usable is kept."""
-    if key is None:
-        return None
-    try:
-        with open(_path(key), encoding="utf-8") as file:
-            kept = json.load(file)
-        if kept["key"] != key:
-            return None
-        seconds = {int(n): float(t) for n, t in kept["seconds"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-    fine = 1 in seconds and all(1 <= n <= WIDEST and isfinite(t) and 0 < t < 1e4 for n, t in seconds.items())
-    return seconds if fine else None
+    with suppress(ValueError, TypeError, AttributeError):
+        seconds = {int(n): float(t) for n, t in read(key).get("seconds", {}).items()}
+        if 1 in seconds and all(1 <= n <= WIDEST and isfinite(t) and 0 < t < 1e4 for n, t in seconds.items()):
+            return seconds
+    return None
 
 
 def save(key: dict | None, seconds: dict[int, float]) -> None:
-    """Keep seconds by width; in one step, so that a reader never sees half of them."""
-    if key is None or 1 not in seconds:
-        return
-    path = _path(key)
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    kept = {"key": key, "seconds": {str(n): float(f"{t:.4g}") for n, t in sorted(seconds.items())}}
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps(kept), encoding="utf-8")
-        os.replace(draft, path)
+    """Keep seconds by width."""
+    if 1 in seconds:
+        write(key, seconds={str(n): float(f"{t:.4g}") for n, t in sorted(seconds.items())})
+
+
+def load_record(key: dict | None) -> dict[str, list[list[float]]] | None:
+    """A drafter's record (see Source.record); None if nothing usable is kept."""
+    with suppress(ValueError, KeyError, TypeError, AttributeError):
+        found = {name: [[float(x) for x in row] for row in rows] for name, rows in read(key)["record"].items()}
+        rows = [row for rows in found.values() for row in rows]
+        if found.keys() <= set(RECORD) and all(len(row) == 2 and all(0 <= x < 1e9 for x in row) for row in rows):
+            return found
+    return None
+
+
+def save_record(key: dict | None, record: dict[str, list[list[float]]]) -> None:
+    write(key, record={name: [[float(f"{x:.4g}") for x in row] for row in rows] for name, rows in record.items()})

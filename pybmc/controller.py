@@ -13,10 +13,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import exp, log
 
+from .cache import RECORD
+
 WIDEST = 16                             # tokens in a draft
 MIN_GAIN = 1.03                         # predicted, before speculating begins; it ends below 1
 PROBING = 0.01                          # of the time, for drafts that are not expected to pay
 FADE = 0.98                             # weight of what was seen one draft ago
+KEPT = 6.0                              # drafts that what was seen in another run counts as
 PATIENCE = 40                           # drafted rounds that must pay together
 PAUSES = (32, 512)                      # plain tokens after rounds that did not pay: at first, at most
 FIRST = 3                               # tokens of a first draft: what they take is not known yet
@@ -44,6 +47,7 @@ class CostCurve:
         self._shape: dict[int, float] = {1: 0.0}                # log of width n over width 1
         self._scale: float | None = None                        # log of the seconds of width 1
         self._seen, self._streak = 0, 0                         # passes; surprises in a row, with their sign
+        self._trust = 3 if seconds else 0                       # passes that what was given counts as
         self._unit, self._drag = 1.0, 1.0                       # e to the scale; mean over median
         self.counts: dict[int, int] = {}
         if seconds and 1 in seconds:
@@ -79,7 +83,7 @@ class CostCurve:
         if n not in self._shape:
             self._shape[n] = log(self.ratio(n))
             self._shape = dict(sorted(self._shape.items()))
-        self._shape[n] += max(0.08, 0.6 / count) * surprise
+        self._shape[n] += max(0.08, 0.6 / (count + self._trust)) * surprise
         self._ratios = []
 
     def ratio(self, n: int) -> float:
@@ -132,7 +136,8 @@ class Average:
 
 
 class DraftCost:
-    """Seconds of a draft by its length: a start and so much a token, fitted to what was seen lately."""
+    """Seconds of a draft by its length: a start and so much a token, fitted to what was seen lately. What takes far
+    longer than expected is taken for a hiccup of the machine and counts as twice as long."""
 
     SLOPE = 0.4                         # of a token's mean cost: what one more is taken to cost before lengths differ
 
@@ -141,8 +146,10 @@ class DraftCost:
 
     def add(self, length: int, seconds: float) -> None:
         self.n += 1
-        if self.n > 8:
-            seconds = min(seconds, 3 * self.at(length))
+        if self.n == 2 and self._y > 1.5 * self._x * seconds / length:      # the first one met the hiccup
+            self._weight = self._x = self._y = 0.0
+        elif self.n > 1:
+            seconds = min(seconds, 2 * self.at(length))
         self._weight = FADE * self._weight + 1
         step = 1 / self._weight
         dx, dy = length - self._x, seconds - self._y
@@ -169,35 +176,55 @@ class DraftCost:
         start, slope = self.line()
         return max(0.0, start + slope * length)
 
+    def record(self) -> list[list[float]]:
+        """Drafts of one and of eight tokens."""
+        return [[length, self.at(length)] for length in (1, 8)] if self.n > 1 else []
+
+    def recall(self, record: Sequence[Sequence[float]]) -> None:
+        for length, seconds in [*record, *record]:
+            self.add(int(length), seconds)
+
 
 # ---- chances -----------------------------------------------------------------------------------------------
 
 
-class Chances:
-    """How often something came true, in each of n classes. Where a class has seen little, its expectation counts."""
+class Counts:
+    """How often something came true, in each of n classes; what is older counts less."""
 
-    def __init__(self, expected: Sequence[float], weight: float = 4.0):
-        self._expected, self._weight = list(expected), weight
-        self._true, self._n = [0.0] * len(expected), [0.0] * len(expected)
-
-    def add(self, i: int, came_true: bool) -> None:
-        self._true[i] = FADE * self._true[i] + came_true
-        self._n[i] = FADE * self._n[i] + 1
-
-    def at(self, i: int) -> float:
-        return (self._true[i] + self._weight * self._expected[i]) / (self._n[i] + self._weight)
-
-
-class Chain:
-    """Chance by place: of the i-th, given that those before came true. Places seen little take after the others."""
-
-    def __init__(self, n: int, expected: float):
-        self._expected = expected
+    def __init__(self, n: int):
         self._true, self._n = [0.0] * n, [0.0] * n
 
     def add(self, i: int, came_true: bool) -> None:
         self._true[i] = FADE * self._true[i] + came_true
         self._n[i] = FADE * self._n[i] + 1
+
+    def record(self) -> list[list[float]]:
+        return [[true, n] for true, n in zip(self._true, self._n)]
+
+    def recall(self, record: Sequence[Sequence[float]]) -> None:
+        """Take up what was seen another time; it counts as KEPT at most."""
+        for i, (true, n) in enumerate(record[:len(self._n)]):
+            share = min(1.0, KEPT / n) if n > 0 else 0.0
+            self._true[i], self._n[i] = share * min(true, n), share * n
+
+
+class Chances(Counts):
+    """Where a class has seen little, its expectation counts."""
+
+    def __init__(self, expected: Sequence[float], weight: float = 4.0):
+        super().__init__(len(expected))
+        self._expected, self._weight = list(expected), weight
+
+    def at(self, i: int) -> float:
+        return (self._true[i] + self._weight * self._expected[i]) / (self._n[i] + self._weight)
+
+
+class Chain(Counts):
+    """Chance by place: of the i-th, given that those before came true. Places seen little take after the others."""
+
+    def __init__(self, n: int, expected: float):
+        super().__init__(n)
+        self._expected = expected
 
     def fade(self, first: int) -> None:
         """What was seen of the places from `first` on, which are not tried now, is forgotten by and by."""
@@ -220,6 +247,14 @@ class Source:
         self.offered = Chain(WIDEST, 0.9)               # worth checking, of those asked for
         self.seconds = DraftCost()
         self.drafted = self.taken = self.rounds = 0
+
+    def record(self) -> dict[str, list[list[float]]]:
+        """What is worth keeping for another run."""
+        return {name: getattr(self, name).record() for name in RECORD}
+
+    def recall(self, record: dict[str, list[list[float]]]) -> None:
+        for name, rows in record.items():
+            getattr(self, name).recall(rows)
 
     def least(self, chance: float) -> float:
         """The confidence from which on a token comes true with this chance at least."""
@@ -317,7 +352,7 @@ class Controller:
         known = source.seconds.n > 1    # a single draft may have met a hiccup
         self._active = not self.pause and (best.gain >= (1.0 if self._active else self.min_gain) or not known)
         if not self._active:
-            return self._probe(source, best.k, lag)
+            return self._probe(best.k, lag)
         if not known:
             best.k = max(self.least, min(best.k, FIRST))
         step = (self.curve.at(best.k + 1 + others) - self.curve.at(1 + others)) / best.k
@@ -341,10 +376,9 @@ class Controller:
                 break
         return Plan(best, gain=most_rate)
 
-    def _probe(self, source: Source, k: int, lag: float) -> Plan:
-        """A draft now and then: the text may have changed."""
-        cost = self.curve.at(k + 1) - self.curve.at(1) + source.seconds.at(k) + lag
-        if self.account.probing + cost <= PROBING * self.account.seconds:
+    def _probe(self, k: int, lag: float) -> Plan:
+        """A draft now and then, which is not checked but compared with what comes: the text may have changed."""
+        if self.account.probing + lag <= PROBING * self.account.seconds:
             return Plan(k, probing=True)
         return Plan(0)
 

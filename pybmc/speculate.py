@@ -87,9 +87,14 @@ class Speculation:
 
     def source(self, name: str, greedy: bool) -> Source:
         if (name, greedy) not in self._sources:
-            self._sources[name, greedy] = (Source(name, _MODEL_MARKS, edges=EDGES) if name == "draft"
-                                           else Source(name, _NGRAM_MARKS))
+            made = Source(name, _MODEL_MARKS, edges=EDGES) if name == "draft" else Source(name, _NGRAM_MARKS)
+            if name == "draft" and self._fixed is None:
+                made.recall(cache.load_record(self._pair(greedy)) or {})
+            self._sources[name, greedy] = made
         return self._sources[name, greedy]
+
+    def _pair(self, greedy: bool) -> dict | None:
+        return cache.pair(self.model, self.draft, kind_of(greedy))
 
     # ---- a text
 
@@ -195,8 +200,8 @@ class Speculation:
         spent = self.clock() - started
         if round.draft.ids:
             source.seconds.add(len(round.draft.ids), spent)
-        if plan.probing:
-            round.checked = min(plan.k, len(round.draft.ids))
+        if plan.probing:                # the tokens that plain decoding gives will judge it
+            round.rest = len(round.draft.ids)
         else:
             round.checked = controller.cut(source, round.draft.marks, spent, round.others)[0]
 
@@ -226,7 +231,8 @@ class Speculation:
         """The last n tokens of the text came from this round's pass."""
         controller, said = self.controller(chooser.greedy), text[round.start:]
         if round.source:
-            round.source.learn(round.asked, round.checked, round.draft.marks, judged(round.draft.ids, said))
+            judging = len(round.draft.ids) if round.probing else round.checked
+            round.source.learn(round.asked, judging, round.draft.marks, judged(round.draft.ids, said))
         if round.shadow.ids:
             self.source("ngram", chooser.greedy).learn(0, 0, round.shadow.marks, judged(round.shadow.ids, said))
         stats.choose_s += choosing
@@ -239,10 +245,13 @@ class Speculation:
     # ---- the end
 
     def release(self) -> None:
-        """A text is over: keep measured costs for the next time, and close unless this is kept as well."""
+        """A text is over: keep for the next time what was measured, and close unless this is kept as well."""
         for greedy, controller in self._controllers.items():
             if sum(controller.curve.counts.values()) >= 8:
                 cache.save(cache.identity(self.model, kind_of(greedy)), controller.curve.seconds())
+        for (name, greedy), source in self._sources.items():
+            if name == "draft" and self._fixed is None and source.seconds.n >= 8:
+                cache.save_record(self._pair(greedy), source.record())
         if not self.kept:
             self.close()
 
@@ -289,22 +298,26 @@ def kind_of(greedy: bool) -> str:
 
 
 def curve_of(model, greedy: bool, clock: Callable[[], float]) -> CostCurve:
-    """What passes of this model cost here: kept from before, or measured now (about 25 passes)."""
+    """What passes of this model cost here: kept from before, or measured now."""
     kept = cache.load(cache.identity(model, kind_of(greedy)))
     return CostCurve(kept or calibrate(model, kind_of(greedy), clock))
 
 
-def calibrate(model, want: str, clock: Callable[[], float], reps: int = 3) -> dict[int, float]:
-    """Seconds of passes by their width, the least of a few."""
+def calibrate(model, want: str, clock: Callable[[], float], reps: int = 3, least: float = 0.1) -> dict[int, float]:
+    """Seconds of passes by their width, the least of a few, or of as many as fit in `least` seconds. Widths take turns: a
+    moment in which the machine does other things meets all of them."""
     with model.session(context=min(MEASURED[-1], model.config.n_ctx)) as session:
         tokens, times = [0] * session.context, {}
         session.eval(tokens, want)                      # memory is touched for the first time
         session.rewind(0)
-        for n in (n for n in MEASURED if n <= session.context for _ in range(reps)):
-            started = clock()
-            session.eval(tokens[:n], want)
-            times[n] = min(times.get(n, 1e9), max(clock() - started, 1e-9))
-            session.rewind(0)
+        began, done = clock(), 0
+        while done < reps or clock() - began < least and done < 100:
+            for n in (n for n in MEASURED if n <= session.context):
+                started = clock()
+                session.eval(tokens[:n], want)
+                times[n] = min(times.get(n, 1e9), max(clock() - started, 1e-9))
+                session.rewind(0)
+            done += 1
     return times
 
 

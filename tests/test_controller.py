@@ -134,6 +134,37 @@ def test_costs_are_kept_for_the_same_file_threads_and_kind(model):
     assert cache.load(None) is None and cache.save(None, {1: 1.0}) is None
 
 
+def test_a_record_is_kept_for_a_pair(model, tmp_path):
+    (tmp_path / "d.gguf").write_bytes(b"y")
+    draft = SimpleNamespace(path=str(tmp_path / "d.gguf"), threads=2)
+    source, again = Source("draft", [0.5] * 16), Source("draft", [0.5] * 16)
+    for _ in range(30):
+        source.learn(4, 4, [9, 9, 3, 3], [True, True, False])
+        source.seconds.add(4, 0.04)
+    key = cache.pair(model, draft, "best")
+    assert key != cache.pair(model, draft, "all") and cache.pair(model, SimpleNamespace(path="/no", threads=1), "best") is None
+    assert cache.load_record(key) is None
+    cache.save_record(key, source.record())
+    again.recall(cache.load_record(key))
+    assert again.seconds.at(4) == pytest.approx(0.04, rel=0.01)
+    assert again.by_mark.at(9) > 0.75 and again.by_mark.at(3) < 0.25
+    assert all(abs(a - b) < 0.2 for a, b in zip(source.accepted.each(), again.accepted.each()))
+    for _ in range(12):
+        again.learn(4, 4, [9, 9, 3, 3], [False])
+    assert again.by_mark.at(9) < 0.45                       # it does not weigh much
+    for broken in ({"by_mark": [[1]]}, {"other": []}, {"seconds": [[1, -1]]}, {"accepted": 3}, [], None):
+        cache.write(key, record=broken)
+        assert cache.load_record(key) is None
+
+
+def test_a_hiccup_is_not_what_drafts_cost():
+    for costs in ([2.0, 0.01], [0.01, 2.0], [0.01] * 5 + [2.0] + [0.01] * 5):
+        source = Source("draft", [0.5])
+        for seconds in costs:
+            source.seconds.add(3, seconds)
+        assert 0.005 < source.seconds.at(3) < 0.021
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"key": 1}', "\xff", "[" * 100000,
                                   '{"seconds": {"1": 1}}', "SECONDS:{}", 'SECONDS:{"2": 1.0}', 'SECONDS:{"1": -1}',
                                   'SECONDS:{"1": NaN}', 'SECONDS:{"1": 1, "99999": 2}', 'SECONDS:{"x": 1}', "SECONDS:[]"])
