@@ -89,6 +89,7 @@ typedef struct bmc_span {
     const int32_t *tokens;
     int32_t n_tok;
     int32_t want;                   /* enum bmc_want: whose logits */
+    int32_t last;                   /* 0, or how many rows attention sees, itself included, besides the first 256 */
     float *logits;                  /* (wanted tokens, vocab_size), or NULL */
     int32_t *argmax;                /* (wanted tokens,) the best next id, the lowest of equals; or NULL */
     float *logprob;                 /* (wanted tokens,) its log-probability, or NULL */
@@ -138,10 +139,10 @@ void        bmc_session_free(bmc_session *session);
 
 int         bmc_eval(const bmc_span *spans, int n_spans);
 
-/* Evaluates tokens, then up to k best next ones, each after the one before, until one is less likely than p_min.
- * Returns how many ids there are (at least one for k > 0); the last of them is not evaluated. */
-int         bmc_draft(bmc_session *session, const int32_t *tokens, int n_tok, int k, float p_min, int32_t *ids,
-                      float *logprobs);
+/* Evaluates tokens, then up to k best next ones, each after the one before, until one is less likely than p_min; last
+ * is bmc_span's. Returns how many ids there are (at least one for k > 0); the last of them is not evaluated. */
+int         bmc_draft(bmc_session *session, const int32_t *tokens, int n_tok, int k, float p_min, int last,
+                      int32_t *ids, float *logprobs);
 /* </cffi> */
 
 #pragma GCC visibility pop

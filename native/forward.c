@@ -248,11 +248,18 @@ static int task_tokens(const struct pass *p, int first, int n_tok) {
 /* The first row that a token at `pos` sees. */
 static int first_seen(int pos, int window) { return window && pos >= window ? pos + 1 - window : 0; }
 
+/* The rows that a token sees up to itself: its layer's, or fewer where the pass says so. The first chunk is exempt: much
+ * of a model's attention rests on a text's first tokens (StreamingLLM, arXiv 2309.17453). */
+static int window_of(const struct pass *p, int l, int tok, int chunk) {
+    int window = p->model->layers[l].window, last = p->last[tok];
+    return chunk && last && (!window || last < window) ? last : window;
+}
+
 static struct task make_task(const struct pass *p, int l, int number, int first, int n) {
     const bmc_model *m = p->model;
     return (struct task){
         .number = number, .h = number % m->c.n_kv_heads, .first = first, .n_rows = n * group_size(m),
-        .begin = first_seen(p->pos[first], m->layers[l].window) / CHUNK, .end = p->pos[first + n - 1] / CHUNK + 1,
+        .begin = first_seen(p->pos[first], window_of(p, l, first, 1)) / CHUNK, .end = p->pos[first + n - 1] / CHUNK + 1,
     };
 }
 
@@ -271,15 +278,17 @@ static struct sums empty_sums(const bmc_model *m, float *memory, int rows) {
 static struct cut make_cut(const struct pass *p, int l, int n_tok) {
     const bmc_model *m = p->model;
     struct cut c = { .n_tok = n_tok, .n_pieces = 1 };
+    bool whole = false;                                     /* chunks left out are not pieces */
     for (int first = 0, n; first < n_tok; first += n, c.n_tasks += m->c.n_kv_heads) {
         n = task_tokens(p, first, n_tok);
         struct task t = make_task(p, l, 0, first, n);
         c.n_rows = larger(c.n_rows, t.n_rows);
         c.n_chunks = larger(c.n_chunks, t.end - t.begin);
+        whole |= p->last[first] > 0;
     }
     int wanted = TASKS_EACH * pool_size(m->pool);
     size_t parts = (size_t)c.n_tasks * (size_t)c.n_chunks * sums_size(m, c.n_rows);
-    if (pool_size(m->pool) > 1 && c.n_tasks < wanted && parts <= PART_FLOATS)
+    if (!whole && pool_size(m->pool) > 1 && c.n_tasks < wanted && parts <= PART_FLOATS)
         c.n_pieces = smaller(c.n_chunks, (wanted + c.n_tasks - 1) / c.n_tasks);
     return c;
 }
@@ -288,7 +297,7 @@ static void attend_chunk(const struct pass *p, int l, const struct task *t, int 
     const bmc_model *m = p->model;
     const struct arena *arena = &p->session[t->first]->arena;
     const uint16_t *tiles[CHUNK / TILE];
-    int D = m->c.head_dim, group = group_size(m), window = m->layers[l].window, start = chunk * CHUNK;
+    int D = m->c.head_dim, group = group_size(m), start = chunk * CHUNK;
     int last = p->pos[t->first + t->n_rows / group - 1] + 1;
     for (int i = 0; i < CHUNK / TILE && start + i * TILE < last; i++)
         tiles[i] = arena_tile(arena, l, t->h, start / TILE + i);
@@ -296,7 +305,7 @@ static void attend_chunk(const struct pass *p, int l, const struct task *t, int 
         const float *q[ATTN_ROWS];
         int from[ATTN_ROWS], to[ATTN_ROWS], row = r, taken = 0;
         for (; r < t->n_rows && taken < ATTN_ROWS; r++) {
-            int token = t->first + r / group, pos = p->pos[token], low = first_seen(pos, window);
+            int token = t->first + r / group, pos = p->pos[token], low = first_seen(pos, window_of(p, l, token, chunk));
             if (pos < start || low >= start + CHUNK) {      /* sees nothing here; those that do stand together */
                 if (taken)
                     break;
@@ -330,6 +339,8 @@ static void finish_task(const struct pass *p, const struct cut *c, const struct 
 
 static void attend(const struct pass *p, const struct cut *c, int l, const struct task *t, float *scratch) {
     struct sums s = empty_sums(p->model, scratch, t->n_rows);
+    if (t->begin > 0 && p->last[t->first])
+        attend_chunk(p, l, t, 0, s);
     for (int chunk = t->begin; chunk < t->end; chunk++)
         attend_chunk(p, l, t, chunk, s);
     finish_task(p, c, t, s);
@@ -394,6 +405,7 @@ static void keep_wanted(struct pass *p) {
         move_row(b->q, i, t, padded(m->q_dim));
         p->session[i] = p->session[t];
         p->pos[i] = p->pos[t];
+        p->last[i] = p->last[t];
     }
 }
 

@@ -98,6 +98,7 @@ struct pass {
     int n_out;                      /* tokens whose logits are wanted */
     bmc_session *session[PASS_MAX];
     int32_t token[PASS_MAX], pos[PASS_MAX];
+    int32_t last[PASS_MAX];         /* as in bmc_span */
     int32_t out[PASS_MAX];          /* (n_out,) which tokens */
     float *logits[PASS_MAX];        /* (n_out,) where to, or NULL */
     int32_t *argmax[PASS_MAX];

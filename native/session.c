@@ -92,6 +92,8 @@ static int check_span(const bmc_span *span, const bmc_model *m) {
         return fail(BMC_EINVAL, "a span needs at least one token, found %d", (int)span->n_tok);
     if (span->want < BMC_WANT_NONE || span->want > BMC_WANT_ALL)
         return fail(BMC_EINVAL, "want: expected 0 to 2, found %d", (int)span->want);
+    if (span->last < 0)
+        return fail(BMC_EINVAL, "last: expected 0 or more rows, found %d", (int)span->last);
     for (int i = 0; i < span->n_tok; i++)
         if (span->tokens[i] < 0 || span->tokens[i] >= m->c.vocab_size)
             return fail(BMC_EINVAL, "token ids are 0 to %d, found %d", (int)m->c.vocab_size - 1, (int)span->tokens[i]);
@@ -123,6 +125,7 @@ static void push(struct pass *p, const bmc_span *span, int i) {
     p->session[p->n_tok] = span->session;
     p->token[p->n_tok] = span->tokens[i];
     p->pos[p->n_tok] = span->session->position + i;
+    p->last[p->n_tok] = span->last;
     if (wanted(span, i)) {
         int row = span->want == BMC_WANT_ALL ? i : 0;
         p->out[p->n_out] = p->n_tok;
@@ -195,9 +198,9 @@ int bmc_eval(const bmc_span *spans, int n_spans) {
     return p ? 0 : BMC_ENOMEM;
 }
 
-int bmc_draft(bmc_session *session, const int32_t *tokens, int n_tok, int k, float p_min, int32_t *ids,
+int bmc_draft(bmc_session *session, const int32_t *tokens, int n_tok, int k, float p_min, int last, int32_t *ids,
               float *logprobs) {
-    bmc_span span = { .session = session, .tokens = tokens, .n_tok = n_tok, .want = BMC_WANT_LAST };
+    bmc_span span = { .session = session, .tokens = tokens, .n_tok = n_tok, .want = BMC_WANT_LAST, .last = last };
     if (k < 0 || (k && (!ids || !logprobs)))
         return fail(BMC_EINVAL, "bmc_draft: expected room for 0 or more ids, found k = %d", k);
     for (int i = 0; i < k; i++) {

@@ -287,7 +287,7 @@ def generate(model, prompt, max_tokens: int | None = 256, *, session=None, draft
     draft      a smaller model that guesses ahead, best with the same vocabulary: a Model or a path. The text is the same as
                without it, at any temperature; only the time differs
     spec       who guesses: "draft", "ngram" (repetitions in the text; needs no draft), "auto" (both, where there is a
-               draft) or "off"
+               draft), "self" (the model itself with less attention: in long texts) or "off"
     draft_max, draft_min  bounds of the tokens guessed at a time; how many pay is found out while decoding
     stop       strings that end the text and are not part of it
     stop_tokens ids that end the text; None: the vocabulary's end-of-text and end-of-turn tokens, (): none

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_right
 from collections.abc import Sequence
+from functools import partial
 from math import exp, isfinite, log
 from typing import NamedTuple
 
@@ -166,28 +167,84 @@ class ModelDrafter:
             ids, logprobs = self.session.draft(known[at:], k, p_min)
             ids, probs = ids.tolist(), [exp(p) if isfinite(p) else 0.0 for p in logprobs.tolist()]
         else:
-            ids, probs = self._sampled(known, at, k, p_min, sampler)
+            names = self.overlap.to_target if self.overlap else None
+            ids, probs = sampled(self.session.eval, known, at, k, p_min, sampler, names)
         if self.overlap:
             ids = [int(self.overlap.to_target[id]) for id in ids]
         fits = next((i for i, id in enumerate(ids) if not 0 <= id < self.target_size), len(ids))
         return Draft(ids, [mark(p) for p in probs]).cut(fits)
 
-    def _sampled(self, known: Sequence[int], at: int, k: int, p_min: float, sampler: Sampler):
-        history, feed = list(known) if sampler.penalizes else [], known[at:]
-        ids, probs = [], []
-        names = self.overlap.to_target if self.overlap else None
-        for position in range(len(known), len(known) + k):
-            id, sure = guess(sampler, self.session.eval(feed), position, history, names)
-            ids.append(id)
-            probs.append(sure)
-            if sure < p_min:
-                break
-            history.append(id)
-            feed = [id]
-        return ids, probs
-
     def close(self) -> None:
         self.session.close()
+
+
+def sampled(evaluate, text: Sequence[int], at: int, k: int, p_min: float, sampler: Sampler,
+            names: np.ndarray | None = None) -> tuple[list[int], list[float]]:
+    """What a model whose rows are text[:at] guesses that the sampler chooses, and how sure it is."""
+    history, feed = list(text) if sampler.penalizes else [], text[at:]
+    ids, probs = [], []
+    for position in range(len(text), len(text) + k):
+        id, sure = guess(sampler, evaluate(feed), position, history, names)
+        ids.append(id)
+        probs.append(sure)
+        if sure < p_min:
+            break
+        history.append(id)
+        feed = [id]
+    return ids, probs
+
+
+class SelfDrafter:
+    """The target itself, seeing a text's first 256 and last `last` rows only (MagicDec, arXiv 2408.11049; SPIRe, arXiv
+    2504.06419). Its drafts stand in the session's spare rows until the pass that checks them writes the true ones.
+
+    It pays where reading the rows costs more than reading the weights: below `shortest` tokens it is not asked.
+    """
+
+    name = "self"
+    n_marks = ModelDrafter.n_marks
+
+    def __init__(self, model, last: int = 512, shortest: int | None = None):
+        self.model, self.last = model, last
+        self.session = None             # the target's, once there is a text
+        self._shortest = shortest
+
+    @property
+    def shortest(self) -> int:
+        """Tokens from which on a draft's token costs at most SELF of a plain one, by the bytes that both read."""
+        if self._shortest is None:
+            weights, row = self.model.packed_bytes, self.session.arena_stats().row_bytes
+            self._shortest = int(((1 - SELF) * weights / row + self.last + 256) / SELF)
+        return self._shortest
+
+    def follow(self, text: Sequence[int]) -> None:
+        pass
+
+    def lag(self, text: Sequence[int]) -> int:
+        return 0
+
+    def propose(self, text: Sequence[int], k: int, p_min: float, sampler: Sampler) -> Draft:
+        """At most k tokens; the last one is the first that is less probable than p_min, if there is one."""
+        session, at = self.session, len(text) - 1
+        if session.context is not None:
+            k = min(k, session.context - at)
+        if k < 1 or session.position != at:
+            return NOTHING
+        try:
+            if sampler.plain_greedy:
+                ids, logprobs = session.draft(text[at:], k, p_min, self.last)
+                ids, probs = ids.tolist(), [exp(p) if isfinite(p) else 0.0 for p in logprobs.tolist()]
+            else:
+                ids, probs = sampled(partial(session.eval, last=self.last), text, at, k, p_min, sampler)
+        finally:
+            session.rewind(at)
+        return Draft(ids, [mark(p) for p in probs])
+
+    def close(self) -> None:
+        pass
+
+
+SELF = 0.7                              # of a plain token: what a draft's may cost for SelfDrafter to be asked
 
 
 FAR = 9.0                               # what is e^-9 times as likely as the best is not looked at

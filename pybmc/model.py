@@ -217,25 +217,28 @@ class Session:
         """Rows reserved."""
         return self.arena_stats().rows_reserved
 
-    def eval(self, tokens: Sequence[int] | np.ndarray, logits: str = "last") -> np.ndarray | Best | None:
+    def eval(self, tokens: Sequence[int] | np.ndarray, logits: str = "last", last: int = 0) -> np.ndarray | Best | None:
         """Evaluate tokens after the ones before.
 
         logits: "last" gives float32 (vocab_size,) of the last token, "all" (len(tokens), vocab_size), "argmax" the best
         next id of each token, int32 (len(tokens),), "best" those with their log-probabilities (Best), "none" None. What
-        the numbers are does not depend on how tokens are cut into calls. Raises ArgumentError, ContextFullError beyond the cap, OutOfMemoryError; then nothing has changed.
+        the numbers are does not depend on how tokens are cut into calls. Raises ArgumentError, ContextFullError beyond the cap, OutOfMemoryError; then nothing has changed. last is draft()'s.
         """
-        return eval_batch([(self, tokens, logits)])[0]
+        return eval_batch([(self, tokens, logits, last)])[0]
 
-    def draft(self, tokens: Sequence[int] | np.ndarray, k: int, p_min: float = 0.0) -> Best:
+    def draft(self, tokens: Sequence[int] | np.ndarray, k: int, p_min: float = 0.0, last: int = 0) -> Best:
         """Evaluate tokens, then up to k best next ones, each after the one before, in one native call.
 
-        Stops after one that is less likely than p_min, or where the context ends. The last id is not evaluated.
+        Stops after one that is less likely than p_min, or where the context ends. The last id is not evaluated. With
+        last, attention sees the first 256 and the last `last` rows only: quicker in long texts, and the rows are to be
+        rewound, for they are not what eval() would leave.
         """
         ids, result = _ids(tokens), Best(np.empty(_whole("k", k), np.int32), np.empty(k, np.float32))
         with self._claimed() as handle:
             start = self.position
             try:
-                n = check(lib.bmc_draft(handle, pointer(ids), len(ids), k, p_min, pointer(result.ids), pointer(result.logprobs)))
+                n = check(lib.bmc_draft(handle, pointer(ids), len(ids), k, p_min, _whole("last", last), pointer(result.ids),
+                                        pointer(result.logprobs)))
             finally:
                 self._tokens[start:] = ids.tolist() + result.ids.tolist()       # as far as the position says
         return Best(result.ids[:n], result.logprobs[:n])
@@ -286,24 +289,25 @@ class Session:
         self.close()
 
 
-def eval_batch(parts: Sequence[tuple[Session, Sequence[int] | np.ndarray, str]]) -> list[np.ndarray | Best | None]:
-    """Evaluate tokens of several sessions of one model in one pass: [(session, tokens, logits)], as in Session.eval.
+def eval_batch(parts: Sequence[tuple]) -> list[np.ndarray | Best | None]:
+    """Evaluate tokens of several sessions of one model in one pass: [(session, tokens, logits)] with Session.eval's meaning,
+    and its `last` as a fourth, if need be.
 
     Every result equals what the session gives alone. Either all sessions move on or none does.
     """
     if not parts:
         return []
-    if len({id(session) for session, _, _ in parts}) < len(parts):
+    if len({id(part[0]) for part in parts}) < len(parts):
         raise BusyError("a session is there twice in one call")
     spans, results, kept = ffi.new("bmc_span[]", len(parts)), [], []
     with ExitStack() as claims:
-        for span, (session, tokens, want) in zip(spans, parts):
+        for span, (session, tokens, want, *last) in zip(spans, parts):
             if want not in _WANTS:
                 raise ArgumentError(f"logits: expected one of {', '.join(_WANTS)}, found {want!r}")
             ids = _ids(tokens)
             span.session = claims.enter_context(session._claimed())
             result = _room(session, len(ids), want)
-            span.tokens, span.n_tok, span.want = pointer(ids), len(ids), _WANTS[want]
+            span.tokens, span.n_tok, span.want, span.last = pointer(ids), len(ids), _WANTS[want], _whole("last", sum(last))
             if want == "argmax":
                 span.argmax = pointer(result)
             elif want == "best" and result:

@@ -89,14 +89,15 @@ class Rehearsed:
 
 
 class Recorder:
-    """A session that remembers its passes: (position, tokens)."""
+    """A session that remembers its passes, but for those of drafts: (position, tokens)."""
 
     def __init__(self, session):
         self.session, self.passes = session, []
 
-    def eval(self, tokens, logits="last"):
-        self.passes.append((self.session.position, list(tokens)))
-        return self.session.eval(tokens, logits)
+    def eval(self, tokens, logits="last", last=0):
+        if not last:
+            self.passes.append((self.session.position, list(tokens)))
+        return self.session.eval(tokens, logits, last)
 
     def __getattr__(self, name):
         return getattr(self.session, name)

@@ -17,12 +17,12 @@ from weakref import WeakKeyDictionary
 from . import cache
 from .controller import WIDEST, Controller, CostCurve, Plan, Source
 from .decode import Choice, Chooser, Loop, Pass, Stats
-from .drafters import EDGES, NOTHING, Draft, NgramDrafter, Overlap, PairError, connect, drafter_of
+from .drafters import EDGES, NOTHING, Draft, NgramDrafter, Overlap, PairError, SelfDrafter, connect, drafter_of
 from .errors import ArgumentError, BmcError, ClosedError
 
 log = logging.getLogger(__name__)
 
-SPECS = ("auto", "draft", "ngram", "off")
+SPECS = ("auto", "draft", "ngram", "self", "off")
 MEASURED = (1, 2, 3, 4, 6, 8, 12, 16)       # widths that a first calibration times
 
 # What a mark promises before anything was seen. Two models' best tokens are the same more often than they are sure.
@@ -53,7 +53,8 @@ class Round:
 class Speculation:
     """The drafters of one session, and what was learned of them; it may serve many texts, one after the other.
 
-    draft: a Model with the target's vocabulary, or None. spec: "draft", "ngram" (the text itself) or "auto" (both).
+    draft: a smaller Model, or None. spec: "draft", "ngram" (the text itself), "auto" (both) or "self" (the target with
+    less attention).
     draft_max and draft_min bound what is checked in a pass. controller and clock are for tests and comparisons; what
     is learned is shared with the one that this is like. link: what connect() says of the pair.
     """
@@ -68,6 +69,8 @@ class Speculation:
         self.drafter = None
         if draft is not None and spec in ("auto", "draft"):
             self.drafter = drafter_of(model, draft, link)
+        elif spec == "self":
+            self.drafter = SelfDrafter(model)
         self._fixed = controller
         self._controllers: dict[bool, Controller] = like._controllers if like else {}
         self._sources: dict[tuple[str, bool], Source] = like._sources if like else {}
@@ -111,6 +114,8 @@ class Speculation:
         When it is closed the session holds the text without the last choice, as after plain decoding.
         """
         controller, clock = self.controller(chooser.greedy), self.clock
+        if isinstance(self.drafter, SelfDrafter):
+            self.drafter.session = session
         rows, round, limit = chooser.rows(result), Round(), limit + len(text)
         sent: list[int] = []
         try:
@@ -206,7 +211,7 @@ class Speculation:
             round.checked = controller.cut(source, round.draft.marks, spent, round.others)[0]
 
     def _plan(self, text, room: int, chooser: Chooser, others: int) -> Plan:
-        if not self.drafter:
+        if not self.drafter or isinstance(self.drafter, SelfDrafter) and len(text) < self.drafter.shortest:
             return Plan(0)
         source = self.source("draft", chooser.greedy)
         lag = self.drafter.lag(text) * source.seconds.slope / 8     # many tokens in a pass cost less than one by one
@@ -365,8 +370,10 @@ def is_path(draft) -> bool:
 def _open(model, draft, spec: str, draft_max: int, draft_min: int) -> Speculation | None:
     from .model import Model
 
-    opened = Model(draft, threads=model.threads) if is_path(draft) and spec != "ngram" else None
-    draft = None if spec == "ngram" else opened or draft
+    if spec in ("ngram", "self"):
+        draft = None
+    opened = Model(draft, threads=model.threads) if is_path(draft) else None
+    draft = opened or draft
     link = None
     try:
         if draft is not None:
@@ -388,6 +395,6 @@ def another(made: Speculation | None) -> Speculation | None:
     """One more of the same for another session: the models and what is learned are shared."""
     if made is None:
         return None
-    spec = "ngram" if made.draft is None else "auto" if made.ngram else "draft"
+    spec = "self" if isinstance(made.drafter, SelfDrafter) else "ngram" if made.draft is None else "auto" if made.ngram else "draft"
     return Speculation(made.model, made.draft, spec, made.draft_max, made.draft_min, clock=made.clock, like=made,
                        link=made.link)
