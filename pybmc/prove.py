@@ -95,9 +95,10 @@ class Recorder:
         self.session, self.passes = session, []
 
     def eval(self, tokens, logits="last", last=0):
-        if not last:
-            self.passes.append((self.session.position, list(tokens)))
-        return self.session.eval(tokens, logits, last)
+        if last:
+            return self.session.eval(tokens, logits, last)
+        self.passes.append((self.session.position, list(tokens)))
+        return self.session.eval(tokens, logits)
 
     def __getattr__(self, name):
         return getattr(self.session, name)

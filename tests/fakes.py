@@ -64,7 +64,7 @@ class FakeSession:
             raise ArgumentError(f"rewind to {n} of {len(self.tokens)}")
         del self.tokens[n:]
 
-    def eval(self, tokens, logits="last", last=0):
+    def eval(self, tokens, logits="last"):
         if self.closed:
             raise ClosedError("the session is closed")
         if self.context is not None and len(self.tokens) + len(tokens) > self.context:
