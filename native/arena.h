@@ -7,11 +7,16 @@
  *
  * and the arena is a list of segments. Fresh memory is zero. The policies (enum bmc_growth):
  *
- *   COPY     one segment; a larger one is allocated for r more rows, the rows in use are copied, the old one goes.
- *            r = 1 allocates and copies at every row, as concatenating caches do.
- *   CHUNK    segments of r rows are appended; nothing moves.
- *   MAX      one segment for the cap, touched at the start.
- *   RESERVE  address space for the cap, which costs nothing; segments of r rows inside it are made usable in turn.
+ *   COPY       one segment; a larger one is allocated for r more rows, the rows in use are copied, the old one goes.
+ *              r = 1 allocates and copies at every row, as concatenating caches do.
+ *   GEOMETRIC  likewise, but a growth makes it `factor` times larger at least.
+ *   CHUNK      segments of r rows are appended; nothing moves.
+ *   MAX        one segment for the cap, touched at the start.
+ *   MAX_LAZY   one segment for the cap, whose pages become memory when they are written.
+ *   RESERVE    address space for the cap, which costs nothing; segments of r rows inside it are made usable in turn.
+ *   REMAP      one mapping of segments of r rows. To grow, the system moves its pages to where there is room behind
+ *              them. That needs old rows to stay the beginning of the new ones, hence segments: in one segment each
+ *              head's rows would have to be moved apart.
  *
  * Memory comes from mmap, in huge pages from 2 MB up: with 4 KB pages attention would wait for the TLB. */
 #ifndef ARENA_H
@@ -19,6 +24,7 @@
 
 #include "bmc.h"
 
+#include <stdbool.h>
 #include <stdint.h>
 
 enum { TILE_ROWS = 16, MAX_ROWS = 1 << 30 };
@@ -29,7 +35,10 @@ struct arena_config {
     int64_t tile_bytes;             /* K and V of 16 rows of one head; a multiple of 64 keeps tiles aligned to it */
     int64_t cap;                    /* rows at most */
     int growth;                     /* enum bmc_growth */
-    int r;                          /* rows added at a time; CHUNK and RESERVE round it up to 16, MAX ignores it */
+    int r;                          /* rows added at a time; policies with segments of r round it up to 16, MAX ignores it */
+    double factor;                  /* GEOMETRIC; 0: 2 */
+    bool small_pages;
+    bool touch;                     /* new memory is touched at once, MAX's always is */
 };
 
 struct arena {
@@ -39,10 +48,10 @@ struct arena {
     int64_t segment_tiles;          /* tiles of one head in each segment */
     int64_t rows_used;              /* rows that a copy has to keep */
     int64_t rows_reserved;
-    int64_t allocations;
-    int64_t bytes_copied;
+    int64_t allocations, bytes_allocated, bytes_copied;
+    double grow_s, copy_s, touch_s; /* seconds in growth; of those in copies and in first touch */
     size_t segment_bytes;           /* mapped for each segment */
-    char *space;                    /* RESERVE: the address space */
+    char *space;                    /* RESERVE: the address space; REMAP: the mapping */
     size_t space_bytes, space_usable;
 };
 

@@ -31,12 +31,44 @@ void *memory_map(size_t bytes, bool usable) {
         if (bytes + slack > end)
             munmap(start + end, bytes + slack - end);
         start += head;
-#ifdef MADV_HUGEPAGE
-        madvise(start, bytes, MADV_HUGEPAGE);       /* advice: memory without it is as good, only slower */
-#endif
+        memory_pages(start, bytes, true);
     }
     return start;
 }
+
+/* Memory that does not get what is advised is as good, only slower. */
+void memory_pages(void *memory, size_t bytes, bool huge) {
+#ifdef MADV_HUGEPAGE
+    if (bytes >= HUGE_PAGE || !huge)
+        madvise(memory, bytes, huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+#else
+    (void)memory, (void)bytes, (void)huge;
+#endif
+}
+
+#ifdef MREMAP_FIXED
+bool memory_grows(void) { return true; }
+
+/* Where it is, if the addresses behind it are free; else to a place that huge pages fit, so that they move whole. */
+void *memory_grow(void *memory, size_t bytes, size_t wanted) {
+    if ((uintptr_t)memory % memory_unit(wanted) == 0 && mremap(memory, bytes, wanted, 0) != MAP_FAILED)
+        return memory;
+    char *space = memory_map(wanted, false);
+    if (!space)
+        return NULL;
+    if (mremap(memory, bytes, wanted, MREMAP_MAYMOVE | MREMAP_FIXED, space) != MAP_FAILED)
+        return space;
+    munmap(space, wanted);
+    return NULL;
+}
+#else
+bool memory_grows(void) { return false; }
+
+void *memory_grow(void *memory, size_t bytes, size_t wanted) {
+    (void)memory, (void)bytes, (void)wanted;
+    return NULL;
+}
+#endif
 
 void memory_unmap(void *memory, size_t bytes) {
     if (memory)

@@ -11,6 +11,12 @@ void *memory_map(size_t bytes, bool usable);
 void memory_unmap(void *memory, size_t bytes);      /* the same number of bytes; NULL is fine */
 int memory_use(void *memory, size_t bytes);         /* whole pages of address space; 0 unless the system refuses */
 
+/* Larger, what is new of it zero; it may move, its pages are not copied. NULL if the system refuses: then nothing changed. */
+void *memory_grow(void *memory, size_t bytes, size_t wanted);
+bool memory_grows(void);                            /* whether this system can do that */
+
+void memory_pages(void *memory, size_t bytes, bool huge);   /* advice: take huge pages, or none */
+
 size_t memory_unit(size_t bytes);                   /* the page a mapping of so many bytes is made of */
 size_t memory_whole(size_t bytes);                  /* in whole pages; in huge ones where that adds less than an eighth */
 

@@ -67,6 +67,8 @@ struct bmc_session {
     struct arena arena;
     int position;                   /* rows in use */
     int rope;                       /* 1: table 1 for every layer */
+    bool pad;                       /* attention works on unused rows too */
+    double attention_s;             /* seconds in attention of passes that its tokens began */
     atomic_flag busy;
 };
 

@@ -1,24 +1,18 @@
 /* What the machine allows: how fast its memory can be read. */
 #include "bmc.h"
+#include "clock.h"
 #include "error.h"
 #include "memory.h"
 #include "threads.h"
 
 #include <stdbool.h>
 #include <string.h>
-#include <time.h>
 
 /* Far larger than any cache, so that nothing of it is there when it is read again. */
 static const int64_t ROOF_BYTES = 512 << 20;
 enum { ROOF_RUNS = 5 };
 
 struct roof { struct pool *pool; const char *memory; atomic_uint_fast64_t sum; };
-
-static double seconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
 
 static void read_share(void *arg, int thread) {
     struct roof *roof = arg;

@@ -4,6 +4,7 @@
 
 #include <math.h>
 #include <stdlib.h>
+#include <string.h>
 
 static int claim(bmc_session *s) {
     if (!atomic_flag_test_and_set_explicit(&s->busy, memory_order_acquire))
@@ -13,10 +14,12 @@ static int claim(bmc_session *s) {
 
 static void release(bmc_session *s) { atomic_flag_clear_explicit(&s->busy, memory_order_release); }
 
-bmc_session *bmc_session_new(bmc_model *m, int64_t cap, int growth, int r, int rope) {
+bmc_session *bmc_session_new(bmc_model *m, int64_t cap, const bmc_arena_options *options, int rope) {
     bmc_session *s = NULL;
     if (!m || !m->panels)
         fail(BMC_EINVAL, "bmc_session_new: the model has no panels yet");
+    else if (!options)
+        fail(BMC_EINVAL, "bmc_session_new: options is NULL");
     else if (cap < 1 || cap > 1 << 30)
         fail(BMC_EINVAL, "context: expected 1 to %d, found %lld", 1 << 30, (long long)cap);
     else if (rope < 0 || rope > (m->c.n_ropes > 1))
@@ -30,8 +33,10 @@ bmc_session *bmc_session_new(bmc_model *m, int64_t cap, int growth, int r, int r
         return NULL;
     int64_t tile_bytes = (int64_t)TILE * (m->c.head_dim + m->v_dim) * (int64_t)sizeof(uint16_t);
     struct arena_config config = {
-        .n_layers = m->c.n_layers, .n_heads = m->c.n_kv_heads, .tile_bytes = tile_bytes, .cap = cap, .growth = growth,
-        .r = r > 0 ? r : arena_auto_rows(tile_bytes / TILE * m->c.n_kv_heads * m->c.n_layers),
+        .n_layers = m->c.n_layers, .n_heads = m->c.n_kv_heads, .tile_bytes = tile_bytes, .cap = cap,
+        .growth = options->growth, .factor = options->factor, .small_pages = options->small_pages,
+        .touch = options->touch,
+        .r = options->r > 0 ? options->r : arena_auto_rows(tile_bytes / TILE * m->c.n_kv_heads * m->c.n_layers),
     };
     if (arena_init(&s->arena, &config)) {
         free(s);
@@ -39,6 +44,7 @@ bmc_session *bmc_session_new(bmc_model *m, int64_t cap, int growth, int r, int r
     }
     s->model = m;
     s->rope = rope;
+    s->pad = options->pad;
     atomic_fetch_add(&m->n_users, 1);
     return s;
 }
@@ -80,8 +86,47 @@ int bmc_session_reserve(bmc_session *s, int rows) {
 
 int bmc_session_stats(const bmc_session *s, bmc_arena_stats *stats) {
     arena_stats(&s->arena, stats);
+    stats->attention_s = s->attention_s;
     return 0;
 }
+
+/* Tiles of noise: f16 numbers from -1 to 1, from somewhere in a table. */
+static void fill_tiles(const struct arena *a, int64_t from, int64_t to) {
+    enum { NOISE = 4096 };
+    const int64_t n = a->config.tile_bytes / (int64_t)sizeof(uint16_t);
+    uint16_t noise[2 * NOISE];
+    uint32_t bits = 1;
+    for (int i = 0; i < 2 * NOISE; i++) {
+        bits = bits * 1664525 + 1013904223;
+        noise[i] = (uint16_t)((bits >> 16 & 0x8000) | (bits >> 18) % 0x3c00);
+    }
+    for (int layer = 0; layer < a->config.n_layers; layer++)
+        for (int head = 0; head < a->config.n_heads; head++)
+            for (int64_t tile = from; tile < to; tile++) {
+                uint16_t *values = arena_tile(a, layer, head, tile);
+                for (int64_t i = 0, part; i < n; i += part) {
+                    part = n - i < NOISE ? n - i : NOISE;
+                    memcpy(values + i, noise + (tile * 31 + head * 7 + layer) % NOISE, (size_t)part * sizeof *values);
+                }
+            }
+}
+
+int bmc_session_fill(bmc_session *s, int rows) {
+    int status = claim(s);
+    if (status)
+        return status;
+    status = rows < 0 ? fail(BMC_EINVAL, "fill: %d rows", rows) : reserve(s, rows);
+    if (!status) {
+        int64_t first = s->position / TILE, end = ((int64_t)s->position + rows + TILE - 1) / TILE;
+        fill_tiles(&s->arena, first, end);
+        s->position += rows;
+        arena_set_rows(&s->arena, s->position);
+    }
+    release(s);
+    return status;
+}
+
+void bmc_fail_allocation(int n) { arena_fail_in = n; }
 
 static int check_span(const bmc_span *span, const bmc_model *m) {
     if (!span->session || !span->tokens)

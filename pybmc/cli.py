@@ -58,16 +58,17 @@ class Bias(click.ParamType):
 
 
 class Rows(click.ParamType):
-    """auto, max, reserve, or rows at a time."""
+    """auto, rows at a time, a policy, or a policy and its number."""
 
-    name = "auto|max|reserve|N"
+    name = "auto|N|POLICY[:N]"
 
     def convert(self, value, param, ctx):
-        if value in ("auto", "max", "reserve") or isinstance(value, int):
-            return value
-        if value.isdecimal() and int(value) > 0:
-            return int(value)
-        self.fail(f"{value!r}: expected auto, max, reserve or a number of rows", param, ctx)
+        from .growth import parse
+
+        try:
+            return parse(value)
+        except ArgumentError as error:
+            self.fail(str(error), param, ctx)
 
 
 model_argument = click.argument("model", required=False, type=click.Path())
@@ -80,7 +81,8 @@ context_option = click.option("-c", "--ctx-size", "context", type=click.IntRange
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout.")
 arena_options = options(
     click.option("--rows", type=Rows(), default="auto", show_default=True,
-                 help="How the KV cache grows: chosen, all at once, reserved address space, or N rows at a time."),
+                 help="How the KV cache grows: chosen (auto), N rows at a time with a copy, or a policy, with its "
+                      "number if it takes one: copy, geometric:1.5, chunk:128, reserve, remap, max, max-lazy."),
     click.option("--kv-type", type=click.Choice(["f16"]), default="f16", show_default=True,
                  help="Type of the KV cache."))
 

@@ -12,16 +12,17 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
-from . import arch
+from . import arch, balance
 from ._native import as_array, check, ffi, last_error, lib, pointer
 from .errors import ArgumentError, BusyError, ClosedError, FormatError, OutOfMemoryError
 from .gguf import GGUF
+from .growth import POLICIES, Growth, parse
 
 Progress = Callable[[int, int], None]       # called with what is done and how much there is
 
@@ -30,15 +31,20 @@ _ACTS = {arch.SILU: lib.BMC_ACT_SILU, arch.GELU: lib.BMC_ACT_GELU}
 _ROPES = {arch.NONE: lib.BMC_ROPE_NONE, arch.PAIRS: lib.BMC_ROPE_PAIRS, arch.HALVES: lib.BMC_ROPE_HALVES}
 _WANTS = {"none": lib.BMC_WANT_NONE, "last": lib.BMC_WANT_LAST, "all": lib.BMC_WANT_ALL,
           "argmax": lib.BMC_WANT_ALL, "best": lib.BMC_WANT_ALL}
-_GROWTHS = {"auto": lib.BMC_GROW_CHUNK, "max": lib.BMC_GROW_MAX, "reserve": lib.BMC_GROW_RESERVE}
-_GROWTH_NAMES = {lib.BMC_GROW_COPY: "copy", lib.BMC_GROW_CHUNK: "chunk", lib.BMC_GROW_MAX: "max", lib.BMC_GROW_RESERVE: "reserve"}
+_GROWTHS = {getattr(lib, policy.constant): name for name, policy in POLICIES.items()}
 
 
 @dataclass(frozen=True)
 class ArenaStats:
-    """A session's KV arena. growth is how it grows ("copy", "chunk", "max", "reserve"), r the rows it adds at a time."""
+    """A session's KV arena. growth is how it grows (a name of pybmc.growth.POLICIES), r the rows it adds at a time, why
+    is the reason for that r.
+
+    allocate_s, copy_s and touch_s are seconds that growing took so far. First touch is in touch_s where it was asked for,
+    else in copy_s or in the pass that writes. attention_s: seconds in attention of passes that this session began.
+    """
 
     allocations: int
+    bytes_allocated: int
     bytes_copied: int
     rows_reserved: int
     rows_used: int
@@ -46,6 +52,11 @@ class ArenaStats:
     row_bytes: int
     growth: str
     r: int
+    allocate_s: float
+    copy_s: float
+    touch_s: float
+    attention_s: float
+    why: str
 
 
 @dataclass
@@ -140,11 +151,12 @@ class Model:
 
         return Tokenizer(self._file) if "tokenizer.ggml.model" in self._file.metadata else None
 
-    def session(self, context: int | None = None, rows: int | str = "auto", kv_type: str = "f16") -> Session:
+    def session(self, context: int | None = None, rows: int | str | Growth = "auto", kv_type: str = "f16") -> Session:
         """A new, empty sequence.
 
         context: the most rows it may hold (a cap, not an allocation); None for what the model was made for.
-        rows: how its arena grows: "auto", "max", "reserve", or a number of rows added at a time, with a copy.
+        rows: how its arena grows: "auto", a number of rows added at a time with a copy, a policy of
+        pybmc.growth.POLICIES, one with its number ("chunk:128", "geometric:1.5"), or a Growth, which has switches too.
         """
         return Session(self, context, rows, kv_type)
 
@@ -175,17 +187,17 @@ class Model:
 class Session:
     """One sequence: its rows of keys and values, and its position. Made by Model.session."""
 
-    def __init__(self, model: Model, context: int | None, rows: int | str, kv_type: str):
+    def __init__(self, model: Model, context: int | None, rows: int | str | Growth, kv_type: str):
         self._handle = ffi.NULL
         self._user: dict[str, int] = {}     # "thread": who is using the session
         if kv_type != "f16":
             raise ArgumentError(f"kv_type: expected 'f16', found {kv_type!r}")
-        growth, r = _growth(rows)
         config = model.config
+        growth, self._why = balance.planned(parse(rows), config, model.threads)
         cap = config.n_ctx if context is None else _whole("context", context)
         long_factors = bool(config.original_ctx) and cap > config.original_ctx
         model_handle = model._live()
-        handle = lib.bmc_session_new(model_handle, cap, growth, r, int(long_factors))
+        handle = lib.bmc_session_new(model_handle, cap, _arena_options(growth), int(long_factors))
         if handle == ffi.NULL:
             raise (OutOfMemoryError if last_error().startswith("no ") else ArgumentError)(last_error())
         self._handle = _owned(handle, "bmc_session_free", model_handle)
@@ -256,8 +268,14 @@ class Session:
     def arena_stats(self) -> ArenaStats:
         stats = ffi.new("bmc_arena_stats *")
         check(lib.bmc_session_stats(self._live(), stats))
-        return ArenaStats(stats.allocations, stats.bytes_copied, stats.rows_reserved, stats.rows_used, stats.bytes_reserved,
-                          stats.row_bytes, _GROWTH_NAMES[stats.growth], stats.r)
+        values = {field.name: getattr(stats, field.name) for field in fields(ArenaStats) if field.name != "why"}
+        return ArenaStats(**values | {"growth": _GROWTHS[stats.growth]}, why=self._why)
+
+    def _fill(self, rows: int) -> None:
+        """Rows of noise, as if so many tokens had been evaluated: for measuring."""
+        with self._claimed() as handle:
+            check(lib.bmc_session_fill(handle, _whole("rows", rows)))
+            self._tokens[self.position - rows:] = [0] * rows
 
     def close(self) -> None:
         """Free the rows. Twice is fine. Raises BusyError while another thread uses the session."""
@@ -388,17 +406,12 @@ def _thread_count(threads: int | None) -> int:
     return threads
 
 
-def _growth(rows: int | str) -> tuple[int, int]:
-    """The arena's policy and its r (0: what suits the model)."""
-    if isinstance(rows, str) and rows in _GROWTHS:
-        return _GROWTHS[rows], 0
-    try:
-        r = operator.index(int(rows) if isinstance(rows, str) else rows)
-    except (TypeError, ValueError):
-        r = 0
-    if not 1 <= r <= 1 << 30:
-        raise ArgumentError(f"rows: expected {', '.join(_GROWTHS)} or a number from 1 up, found {rows!r}")
-    return lib.BMC_GROW_COPY, r
+def _arena_options(growth: Growth):
+    options = ffi.new("bmc_arena_options *")
+    options.growth = getattr(lib, POLICIES[growth.policy].constant)
+    options.r, options.factor = growth.r, growth.factor
+    options.small_pages, options.touch, options.pad = not growth.huge, growth.touch, growth.pad
+    return options
 
 
 class _settings:

@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pybmc
+from pybmc.growth import Growth
 
 # Each brings something of its own: types with activations of 8 bits, floats, windows, learned positions, sizes that
 # no vector divides.
@@ -40,7 +41,12 @@ MODELS = {
     ),
 }
 TEXT = 700      # tokens: two passes of 512, three chunks of 256
-ROWS = ["auto", "max", "reserve", 1, 3, 16, 50, 1000]
+ROWS = [
+    "auto", "max", "reserve", 1, 3, 16, 50, 1000, "geometric", "geometric:1.3", "chunk:16", "max-lazy",
+    Growth("copy", 48, pad=True, touch=True, huge=False), Growth("chunk", 112, pad=True),
+]
+if sys.platform == "linux":
+    ROWS += ["remap", "remap:32"]
 
 names = pytest.mark.parametrize("name", MODELS)
 calm = settings(
@@ -102,7 +108,7 @@ def test_any_split_any_threads_any_arena(name, data):
 
 
 @names
-@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("rows", ROWS, ids=str)
 def test_arenas_across_chunks_and_passes(name, rows):
     """Passes that end beside the edges: chunks of 256 rows, passes of 512 tokens."""
     cuts = [0, 1, 250, 256, 257, 511, 513, 513 + 17, TEXT]

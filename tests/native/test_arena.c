@@ -11,9 +11,14 @@ static const struct arena_config SMALL = {
     .n_layers = LAYERS, .n_heads = HEADS, .tile_bytes = TILE_ROWS * SLICE, .cap = CAP,
 };
 
-static const struct { int growth, r; } POLICIES[] = {
-    {BMC_GROW_COPY, 1}, {BMC_GROW_COPY, 7}, {BMC_GROW_COPY, 64}, {BMC_GROW_CHUNK, 1}, {BMC_GROW_CHUNK, 48},
-    {BMC_GROW_CHUNK, 9999}, {BMC_GROW_MAX, 0}, {BMC_GROW_RESERVE, 16}, {BMC_GROW_RESERVE, 100},
+static const struct { int growth, r; bool small_pages, touch; } POLICIES[] = {
+    {BMC_GROW_COPY, 1, 0, 0}, {BMC_GROW_COPY, 7, 0, 1}, {BMC_GROW_COPY, 64, 1, 0}, {BMC_GROW_CHUNK, 1, 0, 0},
+    {BMC_GROW_CHUNK, 48, 1, 1}, {BMC_GROW_CHUNK, 9999, 0, 0}, {BMC_GROW_MAX, 0, 0, 0}, {BMC_GROW_RESERVE, 16, 0, 0},
+    {BMC_GROW_RESERVE, 100, 1, 1}, {BMC_GROW_GEOMETRIC, 1, 0, 0}, {BMC_GROW_GEOMETRIC, 50, 0, 1},
+    {BMC_GROW_MAX_LAZY, 0, 0, 0},
+#ifdef __linux__
+    {BMC_GROW_REMAP, 1, 0, 0}, {BMC_GROW_REMAP, 16, 1, 1}, {BMC_GROW_REMAP, 100, 0, 0},
+#endif
 };
 enum { N_POLICIES = sizeof POLICIES / sizeof *POLICIES };
 
@@ -21,6 +26,8 @@ static struct arena_config config_of(int policy) {
     struct arena_config c = SMALL;
     c.growth = POLICIES[policy].growth;
     c.r = POLICIES[policy].r;
+    c.small_pages = POLICIES[policy].small_pages;
+    c.touch = POLICIES[policy].touch;
     return c;
 }
 
@@ -164,6 +171,10 @@ static void copy_counts_what_it_copies(void) {
     arena_free(&a);
 }
 
+static bool copies(int growth) { return growth == BMC_GROW_COPY || growth == BMC_GROW_GEOMETRIC; }
+
+static bool is_max(int growth) { return growth == BMC_GROW_MAX || growth == BMC_GROW_MAX_LAZY; }
+
 static void others_copy_nothing(void) {
     for (int i = 0; i < N_POLICIES; i++) {
         struct arena a;
@@ -175,9 +186,12 @@ static void others_copy_nothing(void) {
         while (length < CAP)
             append(&a, &length, 1, &state);
         arena_stats(&a, &stats);
-        CHECK(config.growth == BMC_GROW_COPY || stats.bytes_copied == 0);
-        CHECK(config.growth != BMC_GROW_MAX || (stats.allocations == 1 && stats.rows_reserved == CAP));
-        if (config.growth != BMC_GROW_MAX && config.r < CAP)
+        CHECK(copies(config.growth) || stats.bytes_copied == 0);
+        CHECK(!is_max(config.growth) || (stats.allocations == 1 && stats.rows_reserved == CAP));
+        CHECK(stats.bytes_allocated >= stats.bytes_reserved && stats.allocate_s > 0);
+        CHECK((stats.copy_s > 0) == copies(config.growth));
+        CHECK((stats.touch_s > 0) == (config.touch || config.growth == BMC_GROW_MAX));
+        if (!is_max(config.growth) && config.growth != BMC_GROW_GEOMETRIC && config.r < CAP)
             CHECK(stats.allocations == (CAP + stats.r - 1) / stats.r);
         CHECK(stats.bytes_reserved >= CAP * stats.row_bytes);
         arena_free(&a);
@@ -185,15 +199,20 @@ static void others_copy_nothing(void) {
 }
 
 static void absurd_sizes_are_refused(void) {
+#define CONFIG(layers, heads, bytes, rows, policy, step) \
+    { .n_layers = layers, .n_heads = heads, .tile_bytes = bytes, .cap = rows, .growth = policy, .r = step }
     static const struct arena_config BAD[] = {
-        {0, 1, 64, 16, BMC_GROW_COPY, 1},  {1, 0, 64, 16, BMC_GROW_COPY, 1},          {1, 1, 0, 16, BMC_GROW_COPY, 1},
-        {1, 1, 64, 0, BMC_GROW_COPY, 1},   {1, 1, 64, 1LL << 40, BMC_GROW_COPY, 1},   {1, 1, 64, 16, 4, 1},
-        {1, 1, 64, 16, -1, 1},             {1, 1, 64, 16, BMC_GROW_CHUNK, 0},         {1, 1, 64, 16, BMC_GROW_RESERVE, -5},
+        CONFIG(0, 1, 64, 16, BMC_GROW_COPY, 1), CONFIG(1, 0, 64, 16, BMC_GROW_COPY, 1),
+        CONFIG(1, 1, 0, 16, BMC_GROW_COPY, 1), CONFIG(1, 1, 64, 0, BMC_GROW_COPY, 1),
+        CONFIG(1, 1, 64, 1LL << 40, BMC_GROW_COPY, 1), CONFIG(1, 1, 64, 16, BMC_GROW_REMAP + 1, 1),
+        CONFIG(1, 1, 64, 16, -1, 1), CONFIG(1, 1, 64, 16, BMC_GROW_CHUNK, 0),
+        CONFIG(1, 1, 64, 16, BMC_GROW_RESERVE, -5), CONFIG(1, 1, 64, 16, BMC_GROW_REMAP, 0),
+        { 1, 1, 64, 16, BMC_GROW_GEOMETRIC, 1, 1.0, 0, 0 }, { 1, 1, 64, 16, BMC_GROW_GEOMETRIC, 1, -2, 0, 0 },
     };
     struct arena a;
     for (size_t i = 0; i < sizeof BAD / sizeof *BAD; i++)
         CHECK(arena_init(&a, &BAD[i]) == BMC_EINVAL);
-    struct arena_config huge = {1 << 30, 1 << 30, INT64_MAX / 2, MAX_ROWS, BMC_GROW_MAX, 0};
+    struct arena_config huge = CONFIG(1 << 30, 1 << 30, INT64_MAX / 2, MAX_ROWS, BMC_GROW_MAX, 0);
     CHECK(arena_init(&a, &huge) == BMC_ENOMEM);
     huge.growth = BMC_GROW_RESERVE;
     huge.r = MAX_ROWS;
@@ -206,7 +225,7 @@ static void absurd_sizes_are_refused(void) {
 
 /* Address space for a terabyte; two segments of it become memory. */
 static void reserve_costs_what_is_used(void) {
-    struct arena_config config = {16, 8, 4096 * TILE_ROWS, 1 << 21, BMC_GROW_RESERVE, 64};
+    struct arena_config config = CONFIG(16, 8, 4096 * TILE_ROWS, 1 << 21, BMC_GROW_RESERVE, 64);
     struct arena a;
     bmc_arena_stats stats;
     CHECK(!arena_init(&a, &config));
@@ -217,6 +236,41 @@ static void reserve_costs_what_is_used(void) {
     CHECK((uintptr_t)arena_tile(&a, 0, 0, 0) % (2 << 20) == 0);
     *(char *)arena_tile(&a, 15, 7, 7) = 1;
     arena_free(&a);
+}
+
+/* A factor makes the number of copies a logarithm. */
+static void geometric_growth_is_rare(void) {
+    struct arena_config config = SMALL;
+    struct arena a;
+    uint64_t state = 9;
+    int64_t length = 0;
+    config.growth = BMC_GROW_GEOMETRIC;
+    config.r = 16;
+    config.factor = 1.5;
+    CHECK(!arena_init(&a, &config));
+    while (length < CAP)
+        append(&a, &length, 1, &state);
+    CHECK(a.allocations == 10 && a.rows_reserved == CAP);    /* 16 32 48 80 128 192 288 432 656, the cap */
+    arena_free(&a);
+}
+
+/* Pages move, whole huge ones to addresses that keep them whole; what they hold does not change. */
+static void remapped_pages_keep_their_rows(void) {
+#ifdef __linux__
+    struct arena_config config = CONFIG(2, 2, 4096 * TILE_ROWS, 4096, BMC_GROW_REMAP, 64);
+    struct arena a;
+    CHECK(!arena_init(&a, &config));
+    for (int64_t row = 0; row < 4096; row += 64) {
+        CHECK(!arena_reserve(&a, row + 1));
+        CHECK((uintptr_t)arena_tile(&a, 0, 0, 0) % (2 << 20) == 0 || a.space_bytes < 2 << 20);
+        *(int64_t *)arena_tile(&a, 1, 1, row / TILE_ROWS) = row;
+        for (int64_t i = 0; i <= row; i += 64)
+            CHECK(*(int64_t *)arena_tile(&a, 1, 1, i / TILE_ROWS) == i);
+        CHECK(arena_reserve(&a, 4097) == BMC_EFULL);
+    }
+    CHECK(a.bytes_copied == 0 && a.n_segments == 64);
+    arena_free(&a);
+#endif
 }
 
 static void auto_rows(void) {
@@ -236,6 +290,8 @@ int main(void) {
     others_copy_nothing();
     absurd_sizes_are_refused();
     reserve_costs_what_is_used();
+    geometric_growth_is_rare();
+    remapped_pages_keep_their_rows();
     auto_rows();
     return 0;
 }
