@@ -35,7 +35,7 @@ struct arena_config {
     int64_t tile_bytes;             /* K and V of 16 rows of one head; a multiple of 64 keeps tiles aligned to it */
     int64_t cap;                    /* rows at most */
     int growth;                     /* enum bmc_growth */
-    int r;                          /* rows added at a time; policies with segments of r round it up to 16, MAX ignores it */
+    int r;                          /* rows added at a time; with segments of r rows rounded up to 16; MAX ignores it */
     double factor;                  /* GEOMETRIC; 0: 2 */
     bool small_pages;
     bool touch;                     /* new memory is touched at once, MAX's always is */

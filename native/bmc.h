@@ -139,7 +139,7 @@ enum bmc_probe {
     BMC_PROBE_UNMAP_SMALL = 4,
     BMC_PROBE_REMAP = 5,            /* move what was touched to other addresses, huge pages */
     BMC_PROBE_REMAP_SMALL = 6,
-    BMC_PROBE_COPY = 7,             /* copy to memory that was touched */
+    BMC_PROBE_COPY = 7,             /* copy to memory touched just before, as a growth does */
 };
 
 int         bmc_version(void);
@@ -147,8 +147,8 @@ const char *bmc_error(void);
 const char *bmc_cpu(void);                                   /* kernels in use: "ref", "avx2", "avx512" */
 int         bmc_cpu_count(void);                             /* cores this process may use: affinity and quota */
 int         bmc_read_bandwidth(int n_threads, double *bytes_per_second);     /* of memory; a quarter of a second */
-int         bmc_memory_seconds(int probe, int64_t bytes, double *seconds);   /* BMC_EINVAL where there is no such thing */
-int         bmc_arithmetic(int type, int n_threads, double *ops_per_second); /* of a weight type's kernel, in the cache */
+int         bmc_memory_seconds(int probe, int64_t bytes, double *seconds);     /* enum bmc_probe */
+int         bmc_arithmetic(int type, int n_threads, double *ops_per_second);   /* of a type's kernel */
 int         bmc_type(int type, bmc_type_info *info);
 int         bmc_dequantize(int type, const void *blocks, int64_t n, float *out);
 

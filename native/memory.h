@@ -11,7 +11,7 @@ void *memory_map(size_t bytes, bool usable);
 void memory_unmap(void *memory, size_t bytes);      /* the same number of bytes; NULL is fine */
 int memory_use(void *memory, size_t bytes);         /* whole pages of address space; 0 unless the system refuses */
 
-/* Larger, what is new of it zero; it may move, its pages are not copied. NULL if the system refuses: then nothing changed. */
+/* Larger, what is new of it zero; it may move, its pages are not copied. NULL if the system refuses: nothing changed. */
 void *memory_grow(void *memory, size_t bytes, size_t wanted);
 bool memory_grows(void);                            /* whether this system can do that */
 

@@ -11,7 +11,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { RUNS = 5, PAGE = 4096 };
+enum { RUNS = 5, PAGE = 4096, PIECE = 512 << 10 };
 
 static void touch(char *memory, size_t bytes) {
     for (size_t i = 0; i < bytes; i += PAGE)
@@ -57,14 +57,20 @@ static double probe_remap(size_t bytes, bool huge) {
     return moved ? spent : -1;
 }
 
+/* By pieces as large as the rows of one head, about. */
 static double probe_copy(size_t bytes) {
     char *memory = memory_map(2 * bytes, true);
     if (!memory)
         return -1;
-    touch(memory, 2 * bytes);
-    double began = seconds();
-    memcpy(memory, memory + bytes, bytes);
-    double spent = seconds() - began;
+    touch(memory + bytes, bytes);
+    double spent = 0;
+    for (size_t i = 0, n; i < bytes; i += n) {
+        n = bytes - i < PIECE ? bytes - i : PIECE;
+        touch(memory + i, n);
+        double began = seconds();
+        memcpy(memory + i, memory + bytes + i, n);
+        spent += seconds() - began;
+    }
     memory_unmap(memory, 2 * bytes);
     return spent;
 }
@@ -127,8 +133,8 @@ static double arithmetic_rate(struct work *w, struct pool *pool) {
 
 int bmc_arithmetic(int type, int n_threads, double *ops_per_second) {
     if (n_threads < 1 || n_threads > 1024 || !panel_runs(type) || !ops_per_second)
-        return fail(BMC_EINVAL, "bmc_arithmetic: expected a type that computes and 1 to 1024 threads, found %d and %d", type,
-                    n_threads);
+        return fail(BMC_EINVAL, "bmc_arithmetic: expected a type that computes and 1 to 1024 threads, found %d and %d",
+                    type, n_threads);
     struct work w = { .type = type, .out_stride = TILE_COLS * PANELS * PANEL_HEIGHT };
     struct panel_size size = panel_size(type, COLUMNS);
     size_t act = TILE_COLS * COLUMNS / 32 * sizeof(struct act_block), x = TILE_COLS * COLUMNS * sizeof(float);

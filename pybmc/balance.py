@@ -1,7 +1,7 @@
 """The cost model of a cache that grows: allocation, copies, first touch, unused rows, and the r that balances them.
 
-The idea is BMC's (arXiv 2511.12031); docs/bmc.md derives the formulas. Letters: s bytes of a row over all layers, r rows
-added at a time, n rows in use, u seconds that attention takes for a row, tau tokens that a pass brings.
+The idea is BMC's (arXiv 2511.12031); docs/bmc.md derives the formulas. Letters: s bytes of a row over all layers, r
+rows added at a time, n rows in use, u seconds that attention takes for a row, tau tokens that a pass brings.
 """
 
 from __future__ import annotations
@@ -108,9 +108,9 @@ def best_r(machine: Machine, s: float, u: float, rows: float, width: int = 1, ta
 
 
 def chunk_rows(machine: Machine, s: float) -> int:
-    """Rows of a chunk. Nothing is copied and attention stops at the last tile, so r costs nothing but the system calls of
-    a growth on one side and memory that waits for its use on the other: the smallest r whose mapping costs a fifth of
-    its first touch at most, in whole huge pages, within bounds.
+    """Rows of a chunk. Nothing is copied and attention stops at the last tile, so r costs nothing but the system calls
+    of a growth on one side and memory that waits for its use on the other: the smallest r whose mapping costs a fifth
+    of its first touch at most, in whole huge pages, within bounds.
     """
     low, high = CHUNK_BYTES
     enough = machine.map_s / (MAP_SHARE * max(machine.touch_huge, 1e-15))
@@ -133,10 +133,10 @@ def planned(growth: Growth, config, threads: int) -> tuple[Growth, str]:
         return (replace(growth, r=best_r(machine, s, u, USUAL_ROWS, huge=growth.huge)),
                 f"copies and unused rows cost the same around {USUAL_ROWS} rows; {source}")
     if growth.policy == "copy":
-        return replace(growth, r=USUAL_ROWS // 4), "unused rows cost memory only, copies a quarter of the rows each time"
+        return replace(growth, r=USUAL_ROWS // 4), "unused rows cost memory only: a quarter of the usual rows"
     r = chunk_rows(machine, s)
     if r == MOST_ROWS:
         return replace(growth, r=r), f"rows are small, {s / 1e3:.3g} kB: the most at a time"
     share = machine.map_s / (machine.touch_huge * r * s)
     return (replace(growth, r=r),
-            f"{r * s / 1e6:.1f} MB: a growth costs {machine.map_s * 1e6:.0f} us, {share:.0%} of the first touch; {source}")
+            f"{r * s / 1e6:.1f} MB: a growth costs {machine.map_s * 1e6:.0f} us, {share:.0%} of first touch; {source}")

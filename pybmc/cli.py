@@ -4,8 +4,8 @@ import json
 import os
 import sys
 import time
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import click
@@ -221,7 +221,10 @@ def rounded(value, digits: int = 6):
 
 
 class Commands(click.Group):
-    """`run` is another name of generate."""
+    """`run` is another name of generate; `bench kv` is a command of its own."""
+
+    def resolve_command(self, ctx, args):
+        return super().resolve_command(ctx, ["bench kv", *args[2:]] if args[:2] == ["bench", "kv"] else args)
 
     def get_command(self, ctx, name):
         return super().get_command(ctx, {"run": "generate"}.get(name, name))
@@ -407,6 +410,70 @@ def bench(model, model_option, prompts, generated, widths, depths, reps, breakdo
         show_results(results)
 
 
+@cli.command("bench kv")
+@model_argument
+@model_option
+@click.option("--shapes", default="1b-gqa,gpt2-medium,7b-mha", show_default=True, metavar="NAME,..",
+              help="Models whose attention is measured, with random values; a MODEL is measured instead.")
+@click.option("-p", "--n-prompt", "prompts", type=Counts(), help="Prompt lengths.  [default: 1024]")
+@click.option("-n", "--n-gen", "generated", type=click.IntRange(16), help="Tokens after each.  [default: 1024]")
+@click.option("--rows", "sizes", type=Counts(), help="Rows added at a time.  [default: 1,16,32,..,1024]")
+@click.option("-k", "--drafted", "ks", type=Counts(), help="Drafted tokens in a pass.  [default: 0,7]")
+@click.option("--accepted", type=click.FloatRange(0, 0.99), default=0.7, show_default=True,
+              help="Chance that a drafted token comes true.")
+@click.option("-r", "--reps", type=click.IntRange(1), metavar="N", help="Rounds.  [default: 3]")
+@click.option("--quick", "size", flag_value="QUICK", help="One shape, few settings, 256 tokens: a quarter of a minute.")
+@click.option("--full", "size", flag_value="FULL", help="Prompts 128, 1024, 4096 and 0, 3, 7, 15 drafted: a quarter of "
+                                                        "an hour.")
+@click.option("--every-token", "whole", is_flag=True, help="Evaluate every token instead of a sample; slow.")
+@click.option("--figures", type=click.Path(file_okay=False), metavar="DIR", help="Draw SVGs there (needs matplotlib).")
+@click.option("--from", "source", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
+              help="Draw what an earlier --json printed, and measure nothing.")
+@threads_option
+@json_option
+def bench_kv(model, model_option, shapes, prompts, generated, sizes, ks, accepted, reps, size, whole, figures, source,
+             threads, as_json):
+    """What the KV cache's growth costs in time and memory: copies, first touch, unused rows; and its prediction.
+
+    Two minutes a shape. Rates are those of a machine that does nothing else.
+    """
+    from . import kvbench
+
+    if source:
+        draw_figures([json.loads(line) for line in Path(source).read_text().splitlines()], figures or ".")
+        return
+    given = {"prompts": prompts, "generated": generated, "rows": sizes, "ks": ks, "reps": reps, "whole": whole,
+             "accepted": (accepted,)} | ({"shapes": shapes.split(",")} if size != "QUICK" else {})
+    plan = replace(getattr(kvbench, size) if size else kvbench.Plan(),
+                   **{name: value for name, value in given.items() if value is not None})
+    results = []
+    with ExitStack() as stack:
+        loaded = None
+        if model or model_option:
+            loaded, _ = stack.enter_context(opened(find_model(model, model_option), threads))
+        update = stack.enter_context(progress("measuring"))
+        try:
+            for result in kvbench.bench_kv(plan, threads, loaded, update):
+                results.append(result)
+                if as_json:
+                    print_json(result.line())
+        except ArgumentError as error:
+            raise click.UsageError(str(error)) from None
+    if not as_json:
+        table = [kvbench.HEADER, *(kvbench.cells(r) for r in results if isinstance(r, kvbench.Result))]
+        write("".join("".join(f"{cell:>{16 if i < 2 else 10}}" for i, cell in enumerate(row)) + "\n" for row in table))
+        write("\n" + "".join(sentence + "\n" for sentence in kvbench.sentences(results)))
+    if figures:
+        draw_figures([result.line() for result in results], figures)
+
+
+def draw_figures(lines: list[dict], folder) -> None:
+    from .figures import draw
+
+    for path in draw(lines, folder):
+        note(f"drawn: {path}")
+
+
 def print_json_lines(results) -> None:
     for result in results:
         print_json({name: {k: rounded(v) for k, v in value.items()} if isinstance(value, dict) else rounded(value)
@@ -536,6 +603,36 @@ def verdict(results, differ) -> str:
     if differ:
         return f"not proven: {len(differ)} of {len(results)} comparisons differ"
     return f"proven: {tokens} tokens and {rows} rows of logits are equal bit by bit"
+
+
+@cli.command()
+@model_argument
+@model_option
+@threads_option
+@json_option
+def tune(model, model_option, threads, as_json):
+    """Measure what memory, arithmetic and attention cost on this machine, and keep it; well under a minute.
+
+    --rows auto, show and the planning of drafts use it. With MODEL its passes are measured too, for those who draft.
+    """
+    from . import tune as tuning
+    from .machine import keep
+
+    with progress("measuring") as update:
+        machine = tuning.tune(threads := threads or tuning.lib.bmc_cpu_count(), update)
+    kept, curve = keep(machine, threads), None
+    if model or model_option:
+        path = find_model(model, model_option)
+        with opened(path, threads) as (loaded, _):
+            curve = tuning.tune_model(loaded)
+    if as_json:
+        print_json(asdict(machine) | {"threads": threads, "kept": str(kept)} | ({"passes": curve} if curve else {}))
+        return
+    for sentence in tuning.sentences(machine, threads):
+        write(sentence + "\n")
+    if curve:
+        write(tuning.curve_sentence(path.name, curve) + "\n")
+    write(f"Kept in {kept}.\n")
 
 
 # ---- the door ----------------------------------------------------------------------------------------------

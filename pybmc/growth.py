@@ -1,4 +1,4 @@
-"""How the rows of a session may grow: one table of policies, and one way to spell them in Python and on the command line."""
+"""How the rows of a session may grow: one table of policies, one spelling for Python and the command line."""
 
 from __future__ import annotations
 
@@ -92,11 +92,12 @@ def _named(rows: str) -> dict:
 
 
 def _checked(growth: Growth, rows) -> Growth:
-    if growth.policy not in POLICIES or not 0 <= growth.r <= MOST or (growth.factor and not 1.01 <= growth.factor <= 16):
+    factor = growth.factor or 2
+    if growth.policy not in POLICIES or not 0 <= growth.r <= MOST or not 1.01 <= factor <= 16:
         raise _expected(rows)
     return growth
 
 
 def _expected(rows) -> ArgumentError:
-    return ArgumentError(f"rows: expected auto, a number from 1 up, {', '.join(POLICIES)}, or one of these with its rows "
-                         f"(chunk:128) or factor (geometric:1.5), found {rows!r}")
+    return ArgumentError(f"rows: expected auto, a number from 1 up, {', '.join(POLICIES)}, or one of these with its "
+                         f"rows (chunk:128) or factor (geometric:1.5), found {rows!r}")

@@ -1,7 +1,7 @@
 """What this machine was found to be able to do, kept by `pybmc tune` in the user's cache directory.
 
-A file that is missing, broken or another machine's is as good as none: then the numbers below hold, those of two cores of
-a Zen 4 server in a virtual machine.
+A file that is missing, broken or another machine's is as good as none: then the numbers below hold, those of two cores
+of a Zen 4 server in a virtual machine.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ class ArenaStats:
     """A session's KV arena. growth is how it grows (a name of pybmc.growth.POLICIES), r the rows it adds at a time, why
     is the reason for that r.
 
-    allocate_s, copy_s and touch_s are seconds that growing took so far. First touch is in touch_s where it was asked for,
-    else in copy_s or in the pass that writes. attention_s: seconds in attention of passes that this session began.
+    allocate_s, copy_s and touch_s are seconds that growing took so far. First touch is in touch_s where it was asked
+    for, else in copy_s or in the pass that writes. attention_s: seconds in attention of passes that this session began.
     """
 
     allocations: int
@@ -370,7 +370,12 @@ def check_model(file: GGUF, config: arch.Config) -> None:
 
 def _bound(file: GGUF, config: arch.Config, threads: int):
     """A C model whose tensors are bound."""
-    settings, tensors, kept = _settings(config), *_tensors(arch.bind(file, config))
+    return _bound_roles(file.path, config, arch.bind(file, config), threads)
+
+
+def _bound_roles(path, config: arch.Config, roles: list[arch.Role], threads: int, mapped: bool = True):
+    """The same from roles; mapped: their data lies in a file mapping, whose pages may be dropped."""
+    settings, tensors, kept = _settings(config), *_tensors(roles, mapped)
     handle = lib.bmc_model_new(settings.pointer, tensors, len(tensors), threads)
     if handle == ffi.NULL:
         message = last_error()
@@ -378,7 +383,7 @@ def _bound(file: GGUF, config: arch.Config, threads: int):
             raise OutOfMemoryError(message)
         if message.startswith("PYBMC_CPU"):
             raise ArgumentError(message)
-        raise FormatError(f"{file.path}: {message}")
+        raise FormatError(f"{path}: {message}")
     return _owned(handle, "bmc_model_free", kept)
 
 
@@ -433,12 +438,12 @@ class _settings:
             c.rope_freq[i] = pointer(self.kept[2 + i])
 
 
-def _tensors(roles: list[arch.Role]):
+def _tensors(roles: list[arch.Role], mapped: bool):
     """The roles as a C array, and what must stay alive while the model lives."""
     tensors, kept = ffi.new("bmc_tensor[]", len(roles)), []
     for tensor, role in zip(tensors, roles):
         name, data = ffi.new("char[]", role.name.encode()), ffi.from_buffer(role.data)
         kept += [name, data, role.data]
-        tensor.role, tensor.layer, tensor.type, tensor.mapped = name, role.layer, role.tensor.type.id, 1
+        tensor.role, tensor.layer, tensor.type, tensor.mapped = name, role.layer, role.tensor.type.id, mapped
         tensor.n_cols, tensor.n_rows, tensor.data = role.n_cols, role.n_rows, data
     return tensors, kept

@@ -1,4 +1,4 @@
-"""The arena through a session: every policy against a plain list of tokens, allocations that fail, and what is counted."""
+"""The arena through a session: every policy against a list of tokens, allocations that fail, what is counted."""
 
 import sys
 from functools import lru_cache
@@ -126,7 +126,7 @@ TestArena.settings = settings(max_examples=60, stateful_step_count=25, deadline=
 @numbers
 @pytest.mark.parametrize("touch", [False, True])
 def test_every_allocation_may_fail(name, touch):
-    """The first, the second, .. until none is left to fail: a MemoryError, and the session goes on at its old length."""
+    """The first, the second, .. until none is left: a MemoryError, and the session goes on at its old length."""
     fail, failed = 1, True
     while failed:
         failed = one_failure(Growth(name, 16, touch=touch), fail)
@@ -169,8 +169,8 @@ def test_rows_name_a_policy(rows, growth):
 
 
 @pytest.mark.parametrize("rows", [
-    0, -1, "0", "most", "chunk:", "chunk:0", "chunk:x", "max:5", "geometric:1", "geometric:nan", "geometric:99", 1.5, None,
-    "auto:3", 2**31, "copy:-3", Growth("none"), Growth("copy", -1), Growth("geometric", 0, 0.5),
+    0, -1, "0", "most", "chunk:", "chunk:0", "chunk:x", "max:5", "geometric:1", "geometric:nan", "geometric:99", 1.5,
+    None, "auto:3", 2**31, "copy:-3", Growth("none"), Growth("copy", -1), Growth("geometric", 0, 0.5),
 ])
 def test_rows_that_name_none(rows):
     with pytest.raises(pybmc.ArgumentError, match="rows: expected auto"):

@@ -1,0 +1,528 @@
+"""`pybmc bench kv`: what a KV cache costs by the way it grows, measured on the real arena and kernels, and predicted.
+
+A setting is a shape, a prompt length, a number of drafted tokens and a way to grow. Of the tokens that follow the
+prompt a sample is evaluated, spread evenly: passes at different fillings of the reserved rows, and growths with the
+pass that they interrupt. Rows in between are filled with noise. What costs the same every time need not be done a
+thousand times; `whole` does it nevertheless, to check the sampling.
+
+The rows of a growth are touched at once, so that first touch is a cost of its own. With `pad` attention works on
+every row reserved, as kernels over whole arrays do: that is where the paper's trade-off lives (docs/bmc.md).
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+from . import balance, tune
+from .errors import ArgumentError
+from .growth import Growth, parse
+from .machine import Machine
+
+R_GRID = (1, 16, 32, 64, 128, 256, 512, 1024)
+POLICIES = ("copy:1", "copy:128", "geometric:1.5", "geometric", "chunk", "reserve", "remap", "max-lazy", "max")
+ACCEPTED = 0.7                          # chance that a drafted token comes true, if those before it did
+GROWTHS, PASSES, REPS = 8, 12, 3        # sampled of a setting; evaluations of each pass
+LENGTHS = (512, 2048, 8192, 32768)      # at which stalls are looked for
+MOST_BYTES = 3 << 29                    # of rows there
+
+
+def tau_of(k: int, accepted: float) -> float:
+    """Tokens that a pass brings, on average: those accepted of k drafted, and one more."""
+    return sum(accepted**i for i in range(k + 1))
+
+
+@dataclass(frozen=True)
+class Setting:
+    shape: str
+    growth: Growth
+    prompt: int
+    generated: int
+    k: int = 0
+    accepted: float = ACCEPTED
+    r_star: bool = False                # r is the one that the model takes
+
+    @property
+    def width(self) -> int:
+        return self.k + 1
+
+    @property
+    def tau(self) -> float:
+        return tau_of(self.k, self.accepted)
+
+    @property
+    def cap(self) -> int:
+        return self.prompt + self.generated + self.width
+
+
+@dataclass
+class Result:
+    """Milliseconds a token, those of the start among them; the same from the model; stalls and memory."""
+
+    setting: Setting
+    r: int
+    row_bytes: int
+    allocate_ms: float
+    copy_ms: float
+    touch_ms: float
+    attention_ms: float
+    rest_ms: float
+    growths: int
+    worst_ms: float                     # the worst pass: one that waits for a growth
+    median_ms: float                    # of passes
+    copied_mb: float                    # all growths
+    peak_mb: float                      # reserved at once, the copy beside the original
+    memory: list[tuple[int, float]]     # (tokens, MB reserved)
+    predicted: balance.Cost = field(default_factory=balance.Cost)
+
+    @property
+    def cache_ms(self) -> float:
+        """What depends on the cache."""
+        return self.allocate_ms + self.copy_ms + self.touch_ms + self.attention_ms
+
+    @property
+    def total_ms(self) -> float:
+        return self.cache_ms + self.rest_ms
+
+    @property
+    def predicted_ms(self) -> float:
+        """Of cache_ms."""
+        return 1e3 * self.predicted.total
+
+    def line(self) -> dict:
+        """For --json."""
+        s = self.setting
+        values = {name: value for name, value in asdict(self).items() if name not in ("setting", "predicted", "memory")}
+        return ({"test": "kv", "shape": s.shape, "rows": str(s.growth), "pad": s.growth.pad, "huge": s.growth.huge,
+                 "prompt": s.prompt, "generated": s.generated, "k": s.k, "accepted": s.accepted, "tau": s.tau,
+                 "r_star": s.r_star} | values
+                | {"cache_ms": self.cache_ms, "total_ms": self.total_ms, "predicted_ms": self.predicted_ms,
+                   "predicted": {name: 1e3 * value for name, value in asdict(self.predicted).items()},
+                   "memory": [[n, round(mb, 2)] for n, mb in self.memory]})
+
+
+@dataclass(frozen=True)
+class Grow:
+    """A growth to come: before pass i, from `before` rows to `after`."""
+
+    i: int
+    used: int
+    before: int
+    after: int
+
+
+def growths_of(s: Setting) -> list[Grow]:
+    reserved, out = balance.grown(s.growth, s.prompt, 0, s.cap), []
+    for i in range(max(1, round(s.generated / s.tau))):
+        used = s.prompt + int(i * s.tau)
+        if used + s.width > reserved:
+            after = balance.grown(s.growth, used + s.width, reserved, s.cap)
+            out.append(Grow(i, used, reserved, after))
+            reserved = after
+    return out
+
+
+class Timer:
+    """Seconds by what they were spent on, between two readings; the first is of what the session cost so far."""
+
+    def __init__(self, session):
+        self.session, self.last = session, {}
+
+    def read(self) -> dict[str, float]:
+        stats = self.session.arena_stats()
+        new = {"wall": time.perf_counter(), "allocate": stats.allocate_s, "copy": stats.copy_s, "touch": stats.touch_s,
+               "attention": stats.attention_s}
+        spent = {name: value - self.last.get(name, 0.0) for name, value in new.items()}
+        self.last = new
+        return spent
+
+
+def measure(model, s: Setting, whole: bool = False) -> Result:
+    """One setting, in a session of its own."""
+    with model.session(context=s.cap, rows=s.growth) as session:
+        run = _Run(session, s)
+        start = run.start()
+        plan = growths_of(s)
+        if whole:
+            run.everything()
+        elif len(plan) <= GROWTHS:
+            run.along(plan)
+        else:
+            run.beside(spread(plan, GROWTHS))
+        return run.result(start, plan)
+
+
+def spread(items: Sequence, n: int) -> list:
+    """n of the items, from the middle of n equal parts."""
+    return [items[int((i + 0.5) * len(items) / n)] for i in range(n)]
+
+
+class _Run:
+    def __init__(self, session, s: Setting):
+        self.session, self.s, self.timer = session, s, Timer(session)
+        self.passes: list[dict] = []
+        self.grown: list[tuple[int, dict]] = []         # rows in use, what a growth took
+
+    def start(self) -> dict:
+        """The prompt's rows; what they cost without their computation."""
+        self.session.reserve(self.s.prompt)
+        spent = self.timer.read()
+        self.session._fill(self.s.prompt)
+        return spent
+
+    def go_to(self, used: int, reserved: int) -> None:
+        if used > self.session.position:
+            self.session._fill(used - self.session.position)
+        else:
+            self.session.rewind(used)
+        if reserved > self.session.rows:
+            self.session.reserve(reserved - used)
+
+    def evaluate(self) -> dict:
+        position = self.session.position
+        self.timer.read()
+        self.session.eval([1] * self.s.width, logits="argmax")
+        spent = self.timer.read()
+        self.session.rewind(position)
+        return spent
+
+    def one_growth(self, growth: Grow) -> None:
+        self.go_to(growth.used, growth.before)
+        self.grown.append((growth.used, self.evaluate()))
+
+    def one_pass(self) -> None:
+        self.evaluate()                                 # what the jump left in the caches is not this pass's fault
+        runs = [self.evaluate() for _ in range(REPS)]
+        self.passes.append({name: statistics.median(run[name] for run in runs) for name in runs[0]})
+
+    def along(self, plan: list[Grow]) -> None:
+        """Every growth, and passes in between."""
+        s, todo = self.s, list(plan)
+        for n in range(PASSES):
+            i = int((n + 0.5) * s.generated / s.tau / PASSES)
+            while todo and todo[0].i <= i:
+                self.one_growth(todo.pop(0))
+            self.go_to(s.prompt + int(i * s.tau), self.session.rows)
+            self.one_pass()
+        for growth in todo:
+            self.one_growth(growth)
+
+    def beside(self, sample: list[Grow]) -> None:
+        """Some growths, and after each a pass at another place of the rows that it brought."""
+        for n, growth in enumerate(sample):
+            self.one_growth(growth)
+            room = growth.after - growth.used - self.s.width
+            self.go_to(growth.used + int(room * (n * 0.618034 % 1)), growth.after)
+            self.one_pass()
+
+    def everything(self) -> None:
+        for i in range(max(1, round(self.s.generated / self.s.tau))):
+            self.go_to(self.s.prompt + int(i * self.s.tau), 0)
+            before = self.session.rows
+            spent = self.evaluate()
+            if self.session.rows > before:
+                self.grown.append((self.session.position, spent))
+                spent = spent | {"wall": spent["wall"] - spent["allocate"] - spent["copy"] - spent["touch"]}
+            self.passes.append(spent)
+
+    def growth_seconds(self, plan: list[Grow], name: str) -> float:
+        """Of all growths: those that were done, or as many times what they suggest. What is copied costs by the row."""
+        costs = [spent[name] for _, spent in self.grown]
+        if len(costs) == len(plan):
+            return sum(costs)
+        if self.s.growth.policy in ("copy", "geometric"):
+            by_row = statistics.median(cost / max(1, used) for cost, (used, _) in zip(costs, self.grown))
+            return by_row * sum(growth.used for growth in plan)
+        return statistics.median(costs) * len(plan)
+
+    def result(self, start: dict, plan: list[Grow]) -> Result:
+        s, stats = self.s, self.session.arena_stats()
+        n = max(1, round(s.generated / s.tau)) * s.tau
+        growing = {name: start[name] + self.growth_seconds(plan, name) for name in ("allocate", "copy", "touch")}
+        mean = {name: statistics.fmean(p[name] for p in self.passes) / s.tau for name in ("wall", "attention")}
+        median = statistics.median(p["wall"] for p in self.passes)
+        worst = max([median] + [spent["wall"] for _, spent in self.grown])
+        copies = balance.POLICIES[s.growth.policy].copies
+        mb = stats.row_bytes / 1e6
+        peak = max([stats.rows_reserved] + [g.after + (g.before if copies else 0) for g in plan]) * mb
+        return Result(
+            s, stats.r, stats.row_bytes, *(1e3 * growing[name] / n for name in ("allocate", "copy", "touch")),
+            1e3 * mean["attention"], 1e3 * (mean["wall"] - mean["attention"]), len(plan), 1e3 * worst, 1e3 * median,
+            sum(g.used for g in plan) * mb * copies, peak, memory_over_tokens(s, plan, mb))
+
+
+def memory_over_tokens(s: Setting, plan: list[Grow], mb: float) -> list[tuple[int, float]]:
+    """Corners of the curve: tokens, MB reserved; with copies, both arrays at a growth."""
+    copies = balance.POLICIES[s.growth.policy].copies
+    reserved = balance.grown(s.growth, s.prompt, 0, s.cap)
+    corners = [(s.prompt, reserved * mb)]
+    for growth in plan[:: max(1, len(plan) // 128)]:
+        corners += [(growth.used, growth.before * mb), (growth.used, (growth.after + growth.before * copies) * mb),
+                    (growth.used, growth.after * mb)]
+    return [*corners, (s.prompt + s.generated, max([reserved] + [g.after for g in plan]) * mb)]
+
+
+# ---- the experiments -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured. rows: sizes of a growth; ks: drafted tokens; policies: those compared at the middle prompt."""
+
+    shapes: Sequence[str] = ("1b-gqa", "gpt2-medium", "7b-mha")
+    prompts: Sequence[int] = (1024,)
+    generated: int = 1024
+    rows: Sequence[int] = R_GRID
+    ks: Sequence[int] = (0, 7)
+    accepted: Sequence[float] = (ACCEPTED,)
+    policies: Sequence[str] = POLICIES
+    reps: int = 3
+    whole: bool = False
+    lengths: Sequence[int] = LENGTHS
+
+
+QUICK = Plan(shapes=("1b-gqa",), generated=256, rows=(1, 16, 64, 256), policies=("copy:1", "chunk", "max"), reps=1,
+             lengths=(512,))
+FULL = Plan(prompts=(128, 1024, 4096), ks=(0, 3, 7, 15), reps=2)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the predictions for a shape and a prompt are made of, measured in the same run: experiments E1 and E2."""
+
+    shape: str
+    row_bytes: int
+    prompt: int
+    machine: Machine
+    attention: dict[int, tuple[float, float]]           # width -> seconds over no rows, over each row
+
+    def line(self) -> dict:
+        return {"test": "constants"} | asdict(self)
+
+
+def bench_kv(plan: Plan, threads: int | None = None, model=None,
+             progress: Callable[[int, int], None] | None = None) -> Iterator[Result | Found | Stall]:
+    """For each shape and prompt its constants, then a Result for each setting. model: its shape alone is measured."""
+    from .synthetic import SyntheticModel
+
+    _check(plan)
+    shapes = [None] if model else plan.shapes
+    n_blocks, done, machine = len(shapes) * len(plan.prompts), 0, None
+    for shape in shapes:
+        with nullcontext(model) if model else SyntheticModel(shape, threads) as loaded:
+            machine = machine or tune.tune(loaded.threads)
+            for prompt in plan.prompts:
+                block = _Block(loaded, plan, prompt, machine)
+                yield from block.run(lambda i, n: progress and progress(done * n + i, n_blocks * n))
+                done += 1
+            yield from stalls(loaded, plan.lengths)
+
+
+def _check(plan: Plan) -> None:
+    if not (plan.rows and plan.ks and plan.prompts and min(*plan.prompts, *plan.rows) >= 1 and min(plan.ks) >= 0):
+        raise ArgumentError("expected lists of prompts and rows from 1 up, and of drafted tokens from 0 up")
+    if plan.generated < 16 or max(plan.ks) > 63:
+        raise ArgumentError("expected 16 tokens to generate or more, and 63 drafted ones at most")
+
+
+class _Block:
+    """One shape and prompt. All settings are measured in each of a few rounds, in another order every time, since what
+    a machine gives changes from minute to minute; so are the constants that predict them."""
+
+    def __init__(self, model, plan: Plan, prompt: int, machine: Machine):
+        self.model, self.plan, self.prompt, self.machine = model, plan, prompt, machine
+        self.name = model.shape.name if hasattr(model, "shape") else Path(model.path).stem
+        self.row_bytes = model.config.kv_row_bytes
+
+    def run(self, progress: Callable[[int, int], None]) -> Iterator[Result | Found]:
+        lines = [self.lines()]
+        todo = list(self.settings(self.found(lines)))
+        runs: list[list[Result]] = [[] for _ in todo]
+        for n in range(self.plan.reps):
+            self.warm_up()
+            if n:
+                lines.append(self.lines())
+            for i, at in enumerate(random.Random(n).sample(range(len(todo)), len(todo))):
+                runs[at].append(measure(self.model, todo[at], self.plan.whole))
+                progress(n * len(todo) + i + 1, self.plan.reps * len(todo))
+        found = self.found(lines)
+        yield found
+        for results in runs:
+            yield predicted(combined(results), found)
+
+    def warm_up(self) -> None:
+        """In a virtual machine, pages that nobody has touched for a while are the host's, and cost 20 times more."""
+        rows = self.prompt + self.plan.generated + 64
+        with self.model.session(context=2 * rows, rows="max"):
+            pass
+
+    def lines(self) -> dict[int, tuple[float, float]]:
+        widths = sorted({1, *(k + 1 for k in self.plan.ks)})
+        return tune.attention_lines(self.model, widths, (self.prompt, self.prompt + self.plan.generated))
+
+    def found(self, lines: list[dict]) -> Found:
+        medians = {width: tuple(statistics.median(line[width][i] for line in lines) for i in (0, 1))
+                   for width in lines[0]}
+        return Found(self.name, self.row_bytes, self.prompt, self.machine, medians)
+
+    def settings(self, found: Found) -> Iterator[Setting]:
+        """Growth by copies with padded attention over all r and drafts; at the middle prompt, policies as they come."""
+        plan = self.plan
+        for k in plan.ks:
+            for accepted in plan.accepted if k else plan.accepted[:1]:
+                base = Setting(self.name, Growth("max", touch=True, pad=True), self.prompt, plan.generated, k, accepted)
+                for r in sorted({*(r for r in plan.rows if r <= plan.generated), r_star(base, found)}):
+                    yield replace(base, growth=Growth("copy", r, touch=True, pad=True), r_star=r == r_star(base, found))
+                yield base
+        if self.prompt == sorted(plan.prompts)[len(plan.prompts) // 2]:
+            for name in plan.policies:
+                yield Setting(self.name, self.policy(name), self.prompt, plan.generated)
+
+    def policy(self, name: str) -> Growth:
+        growth = replace(parse(name), touch=True)
+        if growth.r or not balance.POLICIES[growth.policy].spare:
+            return growth
+        r = balance.TILE if growth.policy == "geometric" else balance.chunk_rows(self.machine, self.row_bytes)
+        return replace(growth, r=r)
+
+
+def r_star(s: Setting, found: Found) -> int:
+    return balance.best_r(found.machine, found.row_bytes, found.attention[s.width][1], s.prompt + s.generated / 2,
+                          s.width, s.tau)
+
+
+def combined(results: list[Result]) -> Result:
+    """Of several runs of a setting the median of every time."""
+    names = [f.name for f in fields(Result) if f.name.endswith("_ms")]
+    return replace(results[0], **{name: statistics.median(getattr(r, name) for r in results) for name in names})
+
+
+def predicted(result: Result, found: Found) -> Result:
+    s, machine = result.setting, found.machine
+    cost = balance.predict(s.growth, machine, found.row_bytes, found.attention[s.width], s.prompt, s.generated, s.cap,
+                           s.width, s.tau)
+    if s.growth.policy == "max-lazy":       # the noise has touched its pages: what they cost elsewhere
+        touched = machine.touch_huge * found.row_bytes * (s.prompt + s.generated) / s.generated
+        cost, result = replace(cost, touch=touched), replace(result, touch_ms=1e3 * touched)
+    return replace(result, predicted=cost)
+
+
+# ---- stalls --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stall:
+    """A pass that waits for a growth of --rows auto, at a length: milliseconds, the median and the worst of a few, and
+    of passes that do not wait."""
+
+    shape: str
+    rows: int
+    growth_ms: float
+    worst_ms: float
+    pass_ms: float
+
+    def line(self) -> dict:
+        return {"test": "stall"} | asdict(self)
+
+
+def stalls(model, lengths: Sequence[int] = LENGTHS, tries: int = 5) -> Iterator[Stall]:
+    """For each length that fits the memory: the chunks that come next, and passes between them."""
+    name = model.shape.name if hasattr(model, "shape") else Path(model.path).stem
+    lengths = [n for n in lengths if n * model.config.kv_row_bytes <= MOST_BYTES]
+    with model.session(context=max(lengths) + (tries + 2) * balance.MOST_ROWS) as session:
+        run = _Run(session, Setting(name, Growth(), 1, 0))
+        for n in lengths:
+            run.go_to(n, 0)
+            growing, others = [], []
+            for _ in range(tries):
+                run.go_to(session.rows, 0)
+                before = session.rows
+                growing.append(run.evaluate()["wall"])
+                assert session.rows > before
+                others += [run.evaluate()["wall"] for _ in range(REPS)]
+            yield Stall(name, n, 1e3 * statistics.median(growing), 1e3 * max(growing), 1e3 * statistics.median(others))
+
+
+# ---- what it says --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A U-curve: the best r measured and predicted, what taking the predicted one costs, how far off the curve is."""
+
+    shape: str
+    prompt: int
+    k: int
+    accepted: float
+    best_r: int                         # measured, of the grid; 0: everything at once
+    r_star: int
+    time_at_r_star: float               # over the best time measured
+    error: float                        # of the predicted curve, the median over r
+    worst_error: float
+    over_each_token: float              # how many times faster than growing each token
+    over_at_once: float                 # .. than everything at once
+
+    @property
+    def holds(self) -> bool:
+        """Within a factor 2 and 5%."""
+        near = self.best_r and 0.5 <= self.r_star / self.best_r <= 2
+        return bool(near) and self.time_at_r_star <= 1.05
+
+
+def verdicts(results: Sequence[Result]) -> list[Verdict]:
+    curves: dict[tuple, list[Result]] = {}
+    for result in results:
+        s = result.setting
+        if s.growth.pad:
+            curves.setdefault((s.shape, s.prompt, s.k, s.accepted), []).append(result)
+    return [_verdict(curve) for curve in curves.values()]
+
+
+def _verdict(curve: list[Result]) -> Verdict:
+    s, best = curve[0].setting, min(curve, key=lambda result: result.total_ms)
+    rest = statistics.median(result.rest_ms for result in curve)
+    at_star = next(result for result in curve if result.setting.r_star)
+    errors = [abs(result.predicted_ms + rest - result.total_ms) / result.total_ms for result in curve]
+    at_once = next(result for result in curve if result.setting.growth.policy == "max")
+    each = next((result for result in curve if result.setting.growth.r == 1), at_once)
+    return Verdict(s.shape, s.prompt, s.k, s.accepted, best.setting.growth.r, at_star.setting.growth.r,
+                   at_star.total_ms / best.total_ms, statistics.median(errors), max(errors), each.total_ms / at_star.total_ms,
+                   at_once.total_ms / at_star.total_ms)
+
+
+def sentences(results: Sequence) -> list[str]:
+    """What the numbers say, a line for each curve and length."""
+    found = verdicts([r for r in results if isinstance(r, Result)])
+    lines = [sentence(v) for v in found]
+    if found:
+        near = sum(v.holds for v in found)
+        lines.append(f"{near} of {len(found)}: r* within a factor 2 of the best r measured, its time within 5% of the "
+                     f"best; curves predicted within {statistics.median(v.error for v in found):.0%} (median), "
+                     f"{max(v.worst_error for v in found):.0%} (worst point).")
+    return lines + [f"{s.shape}, --rows auto at {s.rows} rows: a pass takes {s.pass_ms:.2f} ms, with a growth "
+                    f"{s.growth_ms:.2f} (worst {s.worst_ms:.2f})." for s in results if isinstance(s, Stall)]
+
+
+def sentence(v: Verdict) -> str:
+    drafts = f", {v.k} drafted ({v.accepted:.0%} accepted)" if v.k else ""
+    best = f"r = {v.best_r}" if v.best_r else "everything at once"
+    return (f"{v.shape}, prompt {v.prompt}{drafts}: best {best}, r* = {v.r_star} takes {v.time_at_r_star:.2f} of its "
+            f"time, is {v.over_each_token:.2f} times faster than growing each token and {v.over_at_once:.2f} than everything at "
+            f"once; curve predicted within {v.error:.0%}.")
+
+
+HEADER = ("shape", "rows", "pad", "prompt", "k", "allocate", "copy", "touch", "attention", "rest", "total", "predicted",
+          "worst", "MB")
+
+
+def cells(r: Result) -> tuple[str, ...]:
+    s = r.setting
+    times = (r.allocate_ms, r.copy_ms, r.touch_ms, r.attention_ms, r.rest_ms, r.total_ms,
+             r.predicted_ms + r.rest_ms, r.worst_ms)
+    return (s.shape, str(s.growth) + "*" * s.r_star, "pad" * s.growth.pad, str(s.prompt), str(s.k),
+            *(f"{t:.3g}" for t in times), f"{r.peak_mb:.0f}")
