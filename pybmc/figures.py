@@ -67,7 +67,7 @@ def _curves(plt, kv: list[dict]):
             copies, whole = _curve([x for x in kv if x["shape"] == shape and x["prompt"] == prompt])
             _one_curve(ax, copies, whole)
             ax.set_title(f"{shape}, prompt {prompt}", fontsize=9)
-    axes[0][0].legend(fontsize=7)
+    axes[0][0].legend(fontsize=7, handles=axes[0][0].lines[:2])
     figure.supxlabel("r, rows added at a time; N: all at once", fontsize=9)
     figure.supylabel("ms a token", fontsize=9)
     return figure
@@ -82,7 +82,8 @@ def _one_curve(ax, copies: list[dict], whole: list[dict]) -> None:
     ax.plot(at, [line["total_ms"] for line in both], "o", color=LINES[1], markersize=4, label="measured")
     stars = [line["r"] for line in copies if line["r_star"]]
     if stars:
-        ax.axvline(stars[0], color="#999999", linestyle=":", label=f"r* = {stars[0]}")
+        ax.axvline(stars[0], color="#999999", linestyle=":")
+        ax.text(stars[0], 1.2 * max(line["total_ms"] for line in both), f" r* = {stars[0]}", fontsize=7, va="top")
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     shown = [r for r in at if r in (1, 16, 64, 256, 1024)] + [n]
@@ -134,7 +135,7 @@ def _memory(plt, kv: list[dict]):
         ax.set_xlabel("tokens")
         ax.set_ylim(bottom=0)
     axes[0][0].set_ylabel("MB reserved")
-    axes[0][0].legend(fontsize=7)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), fontsize=7, loc="outside right center")
     return figure
 
 

@@ -144,6 +144,7 @@ class Timer:
 
 def measure(model, s: Setting, whole: bool = False) -> Result:
     """One setting, in a session of its own."""
+    warm_up(model, balance.grown(s.growth, s.prompt, 0, s.cap))
     with model.session(context=s.cap, rows=s.growth) as session:
         run = _Run(session, s)
         start = run.start()
@@ -155,6 +156,13 @@ def measure(model, s: Setting, whole: bool = False) -> Result:
         else:
             run.beside(spread(plan, GROWTHS))
         return run.result(start, plan)
+
+
+def warm_up(model, rows: int) -> None:
+    """Touch the pages that so many rows are going to take. In a virtual machine those that nobody has touched for a
+    few seconds may be the host's again: getting one back costs 20 times what a page costs otherwise."""
+    with model.session(context=rows, rows="max"):
+        pass
 
 
 def spread(items: Sequence, n: int) -> list:
@@ -193,6 +201,7 @@ class _Run:
 
     def one_growth(self, growth: Grow) -> None:
         self.go_to(growth.used, growth.before)
+        warm_up(self.session.model, growth.after - growth.before * (not balance.POLICIES[self.s.growth.policy].copies))
         self.grown.append((growth.used, self.evaluate()))
 
     def one_pass(self) -> None:
@@ -340,35 +349,27 @@ class _Block:
         self.row_bytes = model.config.kv_row_bytes
 
     def run(self, progress: Callable[[int, int], None]) -> Iterator[Result | Found]:
-        lines = [self.lines()]
-        todo = list(self.settings(self.found(lines)))
+        times = self.times({})
+        todo = list(self.settings(self.found(times)))
         runs: list[list[Result]] = [[] for _ in todo]
         for n in range(self.plan.reps):
-            self.warm_up()
-            if n:
-                lines.append(self.lines())
+            times = self.times(times)
             for i, at in enumerate(random.Random(n).sample(range(len(todo)), len(todo))):
                 runs[at].append(measure(self.model, todo[at], self.plan.whole))
                 progress(n * len(todo) + i + 1, self.plan.reps * len(todo))
-        found = self.found(lines)
+        found = self.found(times)
         yield found
         for results in runs:
             yield predicted(combined(results), found)
 
-    def warm_up(self) -> None:
-        """In a virtual machine, pages that nobody has touched for a while are the host's, and cost 20 times more."""
-        rows = self.prompt + self.plan.generated + 64
-        with self.model.session(context=2 * rows, rows="max"):
-            pass
-
-    def lines(self) -> dict[int, tuple[float, float]]:
+    def times(self, before: dict) -> dict[tuple[int, int], float]:
+        """What attention takes, the least of this time and those before."""
         widths = sorted({1, *(k + 1 for k in self.plan.ks)})
-        return tune.attention_lines(self.model, widths, (self.prompt, self.prompt + self.plan.generated))
+        now = tune.attention_times(self.model, widths, (self.prompt, self.prompt + self.plan.generated))
+        return {at: min(t, before.get(at, t)) for at, t in now.items()}
 
-    def found(self, lines: list[dict]) -> Found:
-        medians = {width: tuple(statistics.median(line[width][i] for line in lines) for i in (0, 1))
-                   for width in lines[0]}
-        return Found(self.name, self.row_bytes, self.prompt, self.machine, medians)
+    def found(self, times: dict) -> Found:
+        return Found(self.name, self.row_bytes, self.prompt, self.machine, tune.lines_through(times))
 
     def settings(self, found: Found) -> Iterator[Setting]:
         """Growth by copies with padded attention over all r and drafts; at the middle prompt, policies as they come."""
@@ -397,9 +398,10 @@ def r_star(s: Setting, found: Found) -> int:
 
 
 def combined(results: list[Result]) -> Result:
-    """Of several runs of a setting the median of every time."""
+    """Of several runs of a setting the least of every time: what disturbs a run makes it longer. Of stalls the median."""
     names = [f.name for f in fields(Result) if f.name.endswith("_ms")]
-    return replace(results[0], **{name: statistics.median(getattr(r, name) for r in results) for name in names})
+    least = {name: min(getattr(r, name) for r in results) for name in names}
+    return replace(results[0], **least | {"worst_ms": statistics.median(r.worst_ms for r in results)})
 
 
 def predicted(result: Result, found: Found) -> Result:

@@ -326,7 +326,7 @@ def eval_batch(parts: Sequence[tuple]) -> list[np.ndarray | Best | None]:
             span.session = claims.enter_context(session._claimed())
             result = _room(session, len(ids), want)
             span.tokens, span.n_tok, span.want, span.last = pointer(ids), len(ids), _WANTS[want], _whole("last", sum(last))
-            if want == "argmax":
+            if want == "argmax" and result is not None:
                 span.argmax = pointer(result)
             elif want == "best" and result:
                 span.argmax, span.logprob = pointer(result.ids), pointer(result.logprobs)

@@ -81,20 +81,29 @@ def attention_of(name: str, threads: int) -> dict[int, float]:
 
     with SyntheticModel(name, threads) as model:
         row_bytes = model.config.kv_row_bytes
-        return {width: u / row_bytes for width, (_, u) in attention_lines(model).items()}
+        return {width: u / row_bytes for width, (_, u) in lines_through(attention_times(model)).items()}
 
 
-def attention_lines(model, widths=WIDTHS, rows=(512, 2048), reps: int = REPS) -> dict[int, tuple[float, float]]:
-    """Width of a pass -> seconds of its attention over no rows, and over each row: a line through two lengths."""
+def attention_times(model, widths=WIDTHS, rows=(512, 2048)) -> dict[tuple[int, int], float]:
+    """(rows held, width of a pass) -> seconds of its attention."""
     times = {}
-    with model.session(context=rows[-1] + max(widths), rows=Growth("chunk", touch=True)) as session:
+    with model.session(context=max(rows) + max(widths), rows=Growth("chunk", touch=True)) as session:
         for n in rows:
             session._fill(n - session.position)
             for width in widths:
-                times[n, width] = attention_seconds(session, width, reps)
-    slopes = {width: max(1e-12, (times[rows[-1], width] - times[rows[0], width]) / (rows[-1] - rows[0]))
-              for width in widths}
-    return {width: (max(0.0, times[rows[0], width] - u * rows[0]), u) for width, u in slopes.items()}
+                times[n, width] = attention_seconds(session, width, REPS)
+    return times
+
+
+def lines_through(times: dict[tuple[int, int], float]) -> dict[int, tuple[float, float]]:
+    """Width -> seconds over no rows, and over each row: the line through the least and the most rows measured. Where
+    few rows still fit the cache, the first may be below zero: it is a line, and holds between the two."""
+    low, high = min(n for n, _ in times), max(n for n, _ in times)
+    lines = {}
+    for width in sorted({width for _, width in times}):
+        u = max(1e-12, (times[high, width] - times[low, width]) / (high - low))
+        lines[width] = times[low, width] - u * low, u
+    return lines
 
 
 def attention_seconds(session, width: int, reps: int) -> float:

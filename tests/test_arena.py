@@ -63,8 +63,9 @@ class Arena(RuleBasedStateMachine):
         lib.bmc_fail_allocation(fail)
         try:
             if at + n > self.cap:
-                with pytest.raises(pybmc.ContextFullError):
-                    self.session.eval([0] * n, logits="all")
+                for want in ("all", "last", "argmax", "best", "none"):
+                    with pytest.raises(pybmc.ContextFullError):
+                        self.session.eval([0] * n, logits=want)
                 return
             rows = self.session.eval(words, logits="all")
         except MemoryError as error:
