@@ -79,7 +79,7 @@ def _one_curve(ax, copies: list[dict], whole: list[dict]) -> None:
     at = [line["r"] for line in copies] + [n] * len(whole)
     rest = sorted(line["rest_ms"] for line in both)[len(both) // 2]
     ax.plot(at, [line["predicted_ms"] + rest for line in both], color=LINES[0], label="predicted")
-    ax.plot(at, [line["total_ms"] for line in both], "o", color=LINES[1], markersize=4, label="measured")
+    ax.plot(at, [line["cache_ms"] + rest for line in both], "o", color=LINES[1], markersize=4, label="measured")
     stars = [line["r"] for line in copies if line["r_star"]]
     if stars:
         ax.axvline(stars[0], color="#999999", linestyle=":")

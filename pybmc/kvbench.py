@@ -94,6 +94,10 @@ class Result:
         """Of cache_ms."""
         return 1e3 * self.predicted.total
 
+    def scaled(self, factor: float) -> Result:
+        """With times of passes multiplied; growths as they are."""
+        return replace(self, attention_ms=factor * self.attention_ms, rest_ms=factor * self.rest_ms)
+
     def line(self) -> dict:
         """For --json."""
         s = self.setting
@@ -142,11 +146,11 @@ class Timer:
         return spent
 
 
-def measure(model, s: Setting, whole: bool = False) -> Result:
-    """One setting, in a session of its own."""
+def measure(model, s: Setting, whole: bool = False, reference: Callable[[], float] = lambda: 1.0) -> Result:
+    """One setting, in a session of its own. With a reference, passes are in times of it instead of milliseconds."""
     warm_up(model, balance.grown(s.growth, s.prompt, 0, s.cap))
     with model.session(context=s.cap, rows=s.growth) as session:
-        run = _Run(session, s)
+        run = _Run(session, s, reference)
         start = run.start()
         plan = growths_of(s)
         if whole:
@@ -171,8 +175,8 @@ def spread(items: Sequence, n: int) -> list:
 
 
 class _Run:
-    def __init__(self, session, s: Setting):
-        self.session, self.s, self.timer = session, s, Timer(session)
+    def __init__(self, session, s: Setting, reference: Callable[[], float] = lambda: 1.0):
+        self.session, self.s, self.timer, self.reference = session, s, Timer(session), reference
         self.passes: list[dict] = []
         self.grown: list[tuple[int, dict]] = []         # rows in use, what a growth took
 
@@ -206,7 +210,7 @@ class _Run:
 
     def one_pass(self) -> None:
         self.evaluate()                                 # what the jump left in the caches is not this pass's fault
-        runs = [self.evaluate() for _ in range(REPS)]
+        runs = [self.evaluate() | {"reference": self.reference()} for _ in range(REPS)]
         self.passes.append({name: statistics.median(run[name] for run in runs) for name in runs[0]})
 
     def along(self, plan: list[Grow]) -> None:
@@ -237,7 +241,7 @@ class _Run:
             if self.session.rows > before:
                 self.grown.append((self.session.position, spent))
                 spent = spent | {"wall": spent["wall"] - spent["allocate"] - spent["copy"] - spent["touch"]}
-            self.passes.append(spent)
+            self.passes.append(spent | {"reference": self.reference()})
 
     def growth_seconds(self, plan: list[Grow], name: str) -> float:
         """Of all growths: those that were done, or as many times what they suggest. What is copied costs by the row."""
@@ -253,7 +257,8 @@ class _Run:
         s, stats = self.s, self.session.arena_stats()
         n = max(1, round(s.generated / s.tau)) * s.tau
         growing = {name: start[name] + self.growth_seconds(plan, name) for name in ("allocate", "copy", "touch")}
-        mean = {name: statistics.fmean(p[name] for p in self.passes) / s.tau for name in ("wall", "attention")}
+        mean = {name: statistics.fmean(p[name] / p["reference"] for p in self.passes) / s.tau
+                for name in ("wall", "attention")}
         median = statistics.median(p["wall"] for p in self.passes)
         worst = max([median] + [spent["wall"] for _, spent in self.grown])
         copies = balance.POLICIES[s.growth.policy].copies
@@ -339,9 +344,25 @@ def _check(plan: Plan) -> None:
         raise ArgumentError("expected 16 tokens to generate or more, and 63 drafted ones at most")
 
 
+class _Reference:
+    """A pass that is always the same. What a machine gives changes from second to second, so passes are told in times of
+    the reference's beside them, and turned into seconds by what it takes on the whole."""
+
+    def __init__(self, session, rows: int):
+        session._fill(rows)
+        self.run, self.times = _Run(session, Setting("", Growth(), 1, 0)), []
+
+    def __call__(self) -> float:
+        self.times.append(self.run.evaluate()["wall"])
+        return self.times[-1]
+
+    def usual(self) -> float:
+        return statistics.median(self.times)
+
+
 class _Block:
-    """One shape and prompt. All settings are measured in each of a few rounds, in another order every time, since what
-    a machine gives changes from minute to minute; so are the constants that predict them."""
+    """One shape and prompt. All settings are measured in each of a few rounds, in another order every time; and so are
+    the constants that predict them."""
 
     def __init__(self, model, plan: Plan, prompt: int, machine: Machine):
         self.model, self.plan, self.prompt, self.machine = model, plan, prompt, machine
@@ -349,27 +370,29 @@ class _Block:
         self.row_bytes = model.config.kv_row_bytes
 
     def run(self, progress: Callable[[int, int], None]) -> Iterator[Result | Found]:
-        times = self.times({})
-        todo = list(self.settings(self.found(times)))
-        runs: list[list[Result]] = [[] for _ in todo]
-        for n in range(self.plan.reps):
-            times = self.times(times)
-            for i, at in enumerate(random.Random(n).sample(range(len(todo)), len(todo))):
-                runs[at].append(measure(self.model, todo[at], self.plan.whole))
-                progress(n * len(todo) + i + 1, self.plan.reps * len(todo))
-        found = self.found(times)
+        with self.model.session() as session:
+            reference = _Reference(session, self.prompt)
+            times = [self.times(reference)]
+            todo = list(self.settings(self.found(times, reference)))
+            runs: list[list[Result]] = [[] for _ in todo]
+            for n in range(self.plan.reps):
+                times.append(self.times(reference))
+                for i, at in enumerate(random.Random(n).sample(range(len(todo)), len(todo))):
+                    runs[at].append(measure(self.model, todo[at], self.plan.whole, reference))
+                    progress(n * len(todo) + i + 1, self.plan.reps * len(todo))
+        found = self.found(times, reference)
         yield found
         for results in runs:
-            yield predicted(combined(results), found)
+            yield predicted(combined(results).scaled(reference.usual()), found)
 
-    def times(self, before: dict) -> dict[tuple[int, int], float]:
-        """What attention takes, the least of this time and those before."""
+    def times(self, reference: _Reference) -> dict[tuple[int, int], float]:
+        """What attention takes, in times of the reference."""
         widths = sorted({1, *(k + 1 for k in self.plan.ks)})
-        now = tune.attention_times(self.model, widths, (self.prompt, self.prompt + self.plan.generated))
-        return {at: min(t, before.get(at, t)) for at, t in now.items()}
+        return tune.attention_times(self.model, widths, (self.prompt, self.prompt + self.plan.generated), reference)
 
-    def found(self, times: dict) -> Found:
-        return Found(self.name, self.row_bytes, self.prompt, self.machine, tune.lines_through(times))
+    def found(self, times: list[dict], reference: _Reference) -> Found:
+        usual = {at: reference.usual() * statistics.median(t[at] for t in times) for at in times[0]}
+        return Found(self.name, self.row_bytes, self.prompt, self.machine, tune.lines_through(usual))
 
     def settings(self, found: Found) -> Iterator[Setting]:
         """Growth by copies with padded attention over all r and drafts; at the middle prompt, policies as they come."""
@@ -398,10 +421,9 @@ def r_star(s: Setting, found: Found) -> int:
 
 
 def combined(results: list[Result]) -> Result:
-    """Of several runs of a setting the least of every time: what disturbs a run makes it longer. Of stalls the median."""
+    """Of several runs of a setting the median of every time."""
     names = [f.name for f in fields(Result) if f.name.endswith("_ms")]
-    least = {name: min(getattr(r, name) for r in results) for name in names}
-    return replace(results[0], **least | {"worst_ms": statistics.median(r.worst_ms for r in results)})
+    return replace(results[0], **{name: statistics.median(getattr(r, name) for r in results) for name in names})
 
 
 def predicted(result: Result, found: Found) -> Result:
@@ -486,15 +508,19 @@ def verdicts(results: Sequence[Result]) -> list[Verdict]:
 
 
 def _verdict(curve: list[Result]) -> Verdict:
-    s, best = curve[0].setting, min(curve, key=lambda result: result.total_ms)
+    """What a pass does besides attention does not depend on r: its median over the curve is added to all."""
     rest = statistics.median(result.rest_ms for result in curve)
-    at_star = next(result for result in curve if result.setting.r_star)
-    errors = [abs(result.predicted_ms + rest - result.total_ms) / result.total_ms for result in curve]
+
+    def ms(result: Result) -> float:
+        return result.cache_ms + rest
+
+    s, best = curve[0].setting, min(curve, key=ms)
+    star = next(result for result in curve if result.setting.r_star)
     at_once = next(result for result in curve if result.setting.growth.policy == "max")
     each = next((result for result in curve if result.setting.growth.r == 1), at_once)
-    return Verdict(s.shape, s.prompt, s.k, s.accepted, best.setting.growth.r, at_star.setting.growth.r,
-                   at_star.total_ms / best.total_ms, statistics.median(errors), max(errors), each.total_ms / at_star.total_ms,
-                   at_once.total_ms / at_star.total_ms)
+    errors = [abs(result.predicted_ms - result.cache_ms) / ms(result) for result in curve]
+    return Verdict(s.shape, s.prompt, s.k, s.accepted, best.setting.growth.r, star.setting.growth.r, ms(star) / ms(best),
+                   statistics.median(errors), max(errors), ms(each) / ms(star), ms(at_once) / ms(star))
 
 
 def sentences(results: Sequence) -> list[str]:

@@ -84,14 +84,15 @@ def attention_of(name: str, threads: int) -> dict[int, float]:
         return {width: u / row_bytes for width, (_, u) in lines_through(attention_times(model)).items()}
 
 
-def attention_times(model, widths=WIDTHS, rows=(512, 2048)) -> dict[tuple[int, int], float]:
-    """(rows held, width of a pass) -> seconds of its attention."""
+def attention_times(model, widths=WIDTHS, rows=(512, 2048),
+                    reference: Callable[[], float] = lambda: 1.0) -> dict[tuple[int, int], float]:
+    """(rows held, width of a pass) -> seconds of its attention, over those of a reference beside it."""
     times = {}
     with model.session(context=max(rows) + max(widths), rows=Growth("chunk", touch=True)) as session:
         for n in rows:
             session._fill(n - session.position)
             for width in widths:
-                times[n, width] = attention_seconds(session, width, REPS)
+                times[n, width] = attention_seconds(session, width, reference)
     return times
 
 
@@ -106,15 +107,16 @@ def lines_through(times: dict[tuple[int, int], float]) -> dict[int, tuple[float,
     return lines
 
 
-def attention_seconds(session, width: int, reps: int) -> float:
+def attention_seconds(session, width: int, reference: Callable[[], float]) -> float:
     """Of a pass, the median of a few after one to warm up."""
-    position, seconds = session.position, []
-    for _ in range(reps + 1):
+    position, seconds, beside = session.position, [], []
+    for _ in range(REPS + 1):
         before = session.arena_stats().attention_s
         session.eval([1] * width, logits="argmax")
         seconds.append(session.arena_stats().attention_s - before)
         session.rewind(position)
-    return statistics.median(seconds[1:])
+        beside.append(reference())
+    return statistics.median(seconds[1:]) / statistics.median(beside[1:])
 
 
 def tune_model(model) -> dict[int, float]:
