@@ -294,14 +294,20 @@ static struct cut make_cut(const struct pass *p, int l, int n_tok) {
     return c;
 }
 
+/* A chunk's tiles; where it is not full, the last of them again. */
+static void find_tiles(const struct pass *p, int l, const struct task *t, int chunk, const uint16_t *tiles[]) {
+    int last = p->pos[t->first + t->n_rows / group_size(p->model) - 1] / TILE;
+    for (int i = 0; i < CHUNK / TILE; i++)
+        tiles[i] = arena_tile(&p->session[t->first]->arena, l, t->h, smaller(chunk * (CHUNK / TILE) + i, last));
+}
+
 static void attend_chunk(const struct pass *p, int l, const struct task *t, int chunk, struct sums s) {
     const bmc_model *m = p->model;
-    const struct arena *arena = &p->session[t->first]->arena;
-    const uint16_t *tiles[CHUNK / TILE];
+    const uint16_t *tiles[CHUNK / TILE], *next[CHUNK / TILE];
     int D = m->c.head_dim, group = group_size(m), start = chunk * CHUNK;
-    int last = p->pos[t->first + t->n_rows / group - 1] + 1;
-    for (int i = 0; i < CHUNK / TILE && start + i * TILE < last; i++)
-        tiles[i] = arena_tile(arena, l, t->h, start / TILE + i);
+    bool fetched = false;
+    find_tiles(p, l, t, chunk, tiles);
+    find_tiles(p, l, t, chunk + 1, next);
     for (int r = 0; r < t->n_rows;) {
         const float *q[ATTN_ROWS];
         int from[ATTN_ROWS], to[ATTN_ROWS], row = r, taken = 0;
@@ -317,11 +323,14 @@ static void attend_chunk(const struct pass *p, int l, const struct task *t, int 
             from[taken] = low > start ? low - start : 0;
             to[taken++] = smaller(pos + 1 - start, CHUNK);
         }
-        if (taken)
-            m->k.attend(&(struct attn_job){
-                .tiles = tiles, .head_dim = D, .v_dim = m->v_dim, .n_rows = taken, .q = q, .first = from, .limit = to,
-                .m = s.max + row, .l = s.sum + row, .o = s.o + (size_t)row * (size_t)m->v_dim,
-            });
+        if (!taken)
+            break;
+        m->k.attend(&(struct attn_job){
+            .tiles = tiles, .next = fetched ? NULL : next, .head_dim = D, .v_dim = m->v_dim, .n_rows = taken, .q = q,
+            .first = from, .limit = to,
+            .m = s.max + row, .l = s.sum + row, .o = s.o + (size_t)row * (size_t)m->v_dim,
+        });
+        fetched = true;
     }
 }
 

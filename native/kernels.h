@@ -51,6 +51,7 @@ enum { TILE_COLS = 16 };
 enum { CHUNK = 256, TILE = 16, ATTN_ROWS = 8 };
 struct attn_job {
     const uint16_t *const *tiles;   /* [CHUNK / TILE] */
+    const uint16_t *const *next;    /* the tiles after these, to be fetched meanwhile; NULL: all are in the cache */
     int head_dim;                   /* values in a row of K */
     int v_dim;                      /* head_dim rounded up to 16 */
     int n_rows;                     /* 1 .. ATTN_ROWS */

@@ -5,9 +5,15 @@
 
 INLINE int lane(int t) { return t < 0 ? 0 : t > 16 ? 16 : t; }
 
+/* K and V of a tile are pieces of 2 KB and more, too short for the processor to foresee the next. V is fetched while K is
+ * read, the next chunk's K while V is, a line at a time: a burst of them would hold up what is read now. To the second
+ * level, since the first is smaller than a chunk. */
+INLINE void fetch(const uint16_t *p) { __builtin_prefetch(p, 0, 2); }
+
 /* s[row][t] = q[row] . K[t] for the tokens of T tiles: one fma chain over head_dim a score. */
 INLINE void score_tiles(const struct attn_job *j, int row, const int R, int tile, const int T, float s[][CHUNK]) {
     f32x16 acc[ROWS_MAX][4];
+    const int cold = j->next != NULL;
     UNROLL(8)
     for (int r = 0; r < R; r++)
         UNROLL(4)
@@ -16,7 +22,10 @@ INLINE void score_tiles(const struct attn_job *j, int row, const int R, int tile
     for (int d = 0; d < j->head_dim; d++)
         UNROLL(4)
         for (int t = 0; t < T; t++) {
-            f32x16 k = f_load_f16(j->tiles[tile + t] + d * TILE);
+            const uint16_t *p = j->tiles[tile + t] + d * TILE;
+            f32x16 k = f_load_f16(p);
+            if (cold)
+                fetch(p + j->head_dim * TILE);
             UNROLL(8)
             for (int r = 0; r < R; r++)
                 acc[r][t] = f_fma(f_set(j->q[row + r][d]), k, acc[r][t]);
@@ -68,6 +77,7 @@ INLINE void mix(float *o, f32x16 x, float keep, float gain) {
 INLINE void gather(const struct attn_job *j, int row, const int R, int d, const int D, int from, int to,
                    float s[][CHUNK], const float *keep, const float *gain) {
     f32x16 acc[ROWS_MAX][4];
+    const int cold = j->next && d == 0;
     UNROLL(8)
     for (int r = 0; r < R; r++)
         UNROLL(4)
@@ -75,6 +85,8 @@ INLINE void gather(const struct attn_job *j, int row, const int R, int d, const 
             acc[r][i] = f_zero();
     for (int t = from; t < to; t++) {
         const uint16_t *v = j->tiles[t / TILE] + j->head_dim * TILE + (t % TILE) * j->v_dim + d;
+        for (int i = 0; cold && i < j->head_dim; i += 32)
+            fetch(j->next[t / TILE] + t % TILE * j->head_dim + i);
         f32x16 x[4];
         UNROLL(4)
         for (int i = 0; i < D; i++)
