@@ -435,7 +435,7 @@ def bench_kv(model, model_option, shapes, prompts, generated, sizes, ks, accepte
              threads, as_json):
     """What the KV cache's growth costs in time and memory: copies, first touch, unused rows; and its prediction.
 
-    Two minutes a shape. Rates are those of a machine that does nothing else.
+    About two minutes a shape. Rates are those of a machine that does nothing else.
     """
     from . import kvbench
 

@@ -23,7 +23,7 @@ def draw(lines: list[dict], folder) -> list[Path]:
         made = figure(plt, kv)
         if made is not None:
             drawn.append(folder / f"bmc-{name}.svg")
-            made.savefig(drawn[-1], bbox_inches="tight")
+            made.savefig(drawn[-1], bbox_inches="tight", metadata={"Date": None})
             plt.close(made)
     return drawn
 

@@ -27,7 +27,7 @@ from .machine import Machine
 R_GRID = (1, 16, 32, 64, 128, 256, 512, 1024)
 POLICIES = ("copy:1", "copy:128", "geometric:1.5", "geometric", "chunk", "reserve", "remap", "max-lazy", "max")
 ACCEPTED = 0.7                          # chance that a drafted token comes true, if those before it did
-GROWTHS, PASSES, REPS = 8, 12, 3        # sampled of a setting; evaluations of each pass
+GROWTHS, PASSES, REPS = 8, 10, 3        # sampled of a setting; evaluations of each pass
 LENGTHS = (512, 2048, 8192, 32768)      # at which stalls are looked for
 MOST_BYTES = 3 << 29                    # of rows there
 
@@ -302,7 +302,7 @@ class Plan:
 
 QUICK = Plan(shapes=("1b-gqa",), generated=256, rows=(1, 16, 64, 256), policies=("copy:1", "chunk", "max"), reps=1,
              lengths=(512,))
-FULL = Plan(prompts=(128, 1024, 4096), ks=(0, 3, 7, 15), reps=2)
+FULL = Plan(prompts=(128, 1024, 4096), rows=(1, 16, 64, 256, 1024), ks=(0, 3, 7, 15), reps=2)
 
 
 @dataclass(frozen=True)
