@@ -17,8 +17,8 @@ class Result:
     """One test: n tokens in a pass ("pp", "verify") or generated ("tg") behind depth rows; rates in tokens/s.
 
     gb_s is how much of the packed weights and of the rows was read a second, once a pass; roof is its share of what
-    the threads can read from memory, measured in the same run. What fits a cache can be above 1. None for prompts, which
-    arithmetic limits.
+    the threads can read from memory, measured in the same run. What fits a cache can be above 1. Arithmetic limits
+    prompts: theirs is the share of what `pybmc tune` measured of the kernels, None where it has not run.
     """
 
     test: str
@@ -136,4 +136,15 @@ def result(model, session, kind: str, n: int, depth: int, rates: list[float], ro
     n_bytes = model.packed_bytes + rows * session.arena_stats().row_bytes
     gb_s = tok_s / in_a_pass * n_bytes / 1e9
     return Result(kind, n, depth, model.threads, tok_s, min(rates), max(rates), len(rates), gb_s,
-                  None if kind == "pp" else gb_s / roof)
+                  share_of_arithmetic(model, tok_s) if kind == "pp" else gb_s / roof)
+
+
+def share_of_arithmetic(model, tok_s: float) -> float | None:
+    """Of the rates that `pybmc tune` measured, in products of weights; None if it has not run."""
+    from .machine import known
+
+    machine = known(model.threads)
+    if not machine.int8_ops_s or not machine.f32_ops_s:
+        return None
+    integers, floats = model.weight_counts()
+    return tok_s * 2 * (integers / machine.int8_ops_s + floats / machine.f32_ops_s)

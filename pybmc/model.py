@@ -6,6 +6,7 @@ take turns; a session serves one thread at a time and says so with a BusyError.
 
 from __future__ import annotations
 
+import math
 import operator
 import threading
 import time
@@ -143,6 +144,14 @@ class Model:
             check(lib.bmc_model_profile(handle, 0))
             profile.calls_s, profile.passes = times.calls, times.n_passes
             profile.steps = {ffi.string(lib.bmc_step_name(i)).decode(): s for i, s in enumerate(times.steps)}
+
+    def weight_counts(self) -> tuple[int, int]:
+        """Weights of the layers' matrices that are multiplied in 8 bits, and in floats."""
+        counts = [0, 0]
+        for tensor in self._file.tensors.values():
+            if tensor.name.startswith("blk.") and len(tensor.shape) > 1:
+                counts[tensor.type.name in ("f32", "f16", "bf16")] += math.prod(tensor.shape)
+        return counts[0], counts[1]
 
     @cached_property
     def tokenizer(self):

@@ -66,7 +66,7 @@ class SyntheticModel(Model):
         self.threads = _thread_count(threads)
         self._sessions: weakref.WeakSet = weakref.WeakSet()
         self._sessions_lock = threading.Lock()
-        self._file = SimpleNamespace(path=self.path, metadata={}, close=lambda: None)
+        self._file = SimpleNamespace(path=self.path, metadata={}, tensors={}, close=lambda: None)
         self.config = _config(self.shape)
         self._handle = _bound_roles(self.path, self.config, _roles(self.config), self.threads, mapped=False)
         check(lib.bmc_model_pack(self._handle))

@@ -120,6 +120,8 @@ def test_tune_says_what_it_found_and_others_use_it(quick, capsys):
     assert run(["tune", "--json", "-t", str(lib.bmc_cpu_count())]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["copy"] > 0 and found["threads"] == lib.bmc_cpu_count()
+    assert run(["bench", path, "-p", "8", "-n", "", "-b", "", "-r", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["roof"] > 0
     assert run(["show", path, "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
     assert info["limit_tok_s"] > 0 and info["auto_rows"] == 256
