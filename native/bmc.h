@@ -149,12 +149,15 @@ int         bmc_cpu_count(void);                             /* cores this proce
 int         bmc_read_bandwidth(int n_threads, double *bytes_per_second);     /* of memory; a quarter of a second */
 int         bmc_memory_seconds(int probe, int64_t bytes, double *seconds);     /* enum bmc_probe */
 int         bmc_arithmetic(int type, int n_threads, double *ops_per_second);   /* of a type's kernel */
+int         bmc_arithmetic_rate(int n_threads, double *int8, double *f32);    /* multiplied and added a second, at best */
 int         bmc_type(int type, bmc_type_info *info);
 int         bmc_dequantize(int type, const void *blocks, int64_t n, float *out);
 
-/* Binds the tensors and checks them; bmc_model_pack makes the panels, once, before the first session. */
+/* Binds the tensors and checks them. bmc_model_pack makes the panels, once, before the first session; bmc_model_map leaves
+ * the weights where they are and makes panels again in every pass: slower, the same bits, hardly any memory. */
 bmc_model  *bmc_model_new(const bmc_config *config, const bmc_tensor *tensors, int n_tensors, int n_threads);
 int         bmc_model_pack(bmc_model *model);
+int         bmc_model_map(bmc_model *model);
 int64_t     bmc_model_packed(const bmc_model *model, int64_t *total);    /* bytes so far; any thread may ask */
 int         bmc_model_profile(bmc_model *model, int on);                 /* 1: take times, from nothing on; 0: no more */
 int         bmc_model_times(bmc_model *model, bmc_times *times);         /* since then; 0 where none are taken */

@@ -1,13 +1,16 @@
-/* Seconds, from some beginning on. */
+/* Time, from some beginning on. */
 #ifndef CLOCK_H
 #define CLOCK_H
 
+#include <stdint.h>
 #include <time.h>
 
-static inline double seconds(void) {
+static inline int64_t nanoseconds(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
+
+static inline double seconds(void) { return 1e-9 * (double)nanoseconds(); }
 
 #endif

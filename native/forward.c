@@ -53,7 +53,8 @@ static void quantize_all(const struct pass *p, const float *x, int k, int n_tok,
     while (from < to) {
         int64_t tok = from / blocks, first = from % blocks;
         int n = smaller((int)(blocks - first), (int)(to - from));
-        quantize(p, p->model->buffers->act, x + (size_t)tok * padded(k), k, n_tok, (int)tok, (int)first, (int)first + n);
+        quantize(p, p->model->buffers->act, x + (size_t)tok * padded(k), k, n_tok, (int)tok, (int)first,
+                 (int)first + n);
         from += n;
     }
 }
@@ -68,43 +69,67 @@ struct product {
     bool add;
 };
 
-/* The rows of panels [from, to) for one tile of columns. */
-static void project(const struct pass *p, const struct product *r, int from, int to, int n_tok, int tile) {
-    const struct matrix *w = r->w;
-    int width = tile_width(n_tok), first = tile * width, row = from * PANEL_ROWS;
-    p->model->k.panel[w->type](&(struct panel_job){
-        .codes = w->codes + (size_t)from * w->code_stride, .code_stride = w->code_stride,
-        .scales = w->scales + (size_t)from * w->scale_stride, .scale_stride = w->scale_stride,
-        .n_panels = to - from, .n_rows = smaller((int)w->n_rows, to * PANEL_ROWS) - row,
-        .k = (int)w->n_cols, .n_cols = columns(n_tok, tile, width),
-        .act = r->act + (size_t)first * (size_t)(w->n_cols / 32),
-        .x = r->x + (size_t)first * padded((int)w->n_cols), .x_stride = padded((int)w->n_cols),
-        .bias = w->bias ? w->bias + row : NULL,
-        .out = r->y + (size_t)first * r->y_stride + row, .out_stride = r->y_stride, .add = r->add,
+static int n_panels(int64_t n_rows) { return (int)((n_rows + PANEL_ROWS - 1) / PANEL_ROWS); }
+
+/* Panels [from, to) of a matrix. Where none are kept they are made now, in one of this thread's two rooms. */
+static struct matrix slice(const struct pass *p, const struct matrix *w, int from, int to, int thread, int room) {
+    struct matrix part = *w;
+    part.n_rows = smaller((int)w->n_rows, to * PANEL_ROWS) - from * PANEL_ROWS;
+    part.bias = w->bias ? w->bias + from * PANEL_ROWS : NULL;
+    if (w->codes) {
+        part.codes += (size_t)from * w->code_stride;
+        part.scales += (size_t)from * w->scale_stride;
+        return part;
+    }
+    size_t row_bytes = file_row_bytes(w);
+    part.codes = (uint8_t *)p->model->rooms + (size_t)(2 * thread + room) * p->model->room_bytes;
+    part.scales = part.codes + ROOM_PANELS * w->code_stride;
+    for (int i = 0; i < to - from; i++)
+        pack_panel(w->type, w->data + (size_t)(from + i) * PANEL_ROWS * row_bytes, row_bytes,
+                   smaller((int)part.n_rows - i * PANEL_ROWS, PANEL_ROWS), w->n_cols,
+                   part.codes + (size_t)i * w->code_stride, part.scales + (size_t)i * w->scale_stride);
+    return part;
+}
+
+/* One tile of columns times a slice that begins at `row`. */
+static void project(const struct pass *p, const struct product *r, const struct matrix *part, int row, int n_tok,
+                    int tile) {
+    int width = tile_width(n_tok), first = tile * width;
+    p->model->k.panel[part->type](&(struct panel_job){
+        .codes = part->codes, .code_stride = part->code_stride,
+        .scales = part->scales, .scale_stride = part->scale_stride,
+        .n_panels = n_panels(part->n_rows), .n_rows = (int)part->n_rows,
+        .k = (int)part->n_cols, .n_cols = columns(n_tok, tile, width),
+        .act = r->act + (size_t)first * (size_t)(part->n_cols / 32),
+        .x = r->x + (size_t)first * padded((int)part->n_cols), .x_stride = padded((int)part->n_cols),
+        .bias = part->bias, .out = r->y + (size_t)first * r->y_stride + row, .out_stride = r->y_stride, .add = r->add,
     });
 }
 
-/* Rows are taken by whoever is free, in groups of four panels: a multiple of a block of 32, and few enough to stay cached
- * while tiles take turns at them. Which thread computes a row changes nothing. */
-enum { GROUP = 4 };
+/* Rows are taken by whoever is free, in groups of four panels: a multiple of a block of 32, and few enough to stay
+ * cached while tiles take turns at them. Which thread computes a row changes nothing. */
+enum { GROUP = 4, GROUP_ROWS = GROUP * PANEL_ROWS };
 
-static int n_groups(const struct matrix *w) { return (int)((w->n_rows + GROUP * PANEL_ROWS - 1) / (GROUP * PANEL_ROWS)); }
-
-static int n_panels(const struct matrix *w) { return (int)((w->n_rows + PANEL_ROWS - 1) / PANEL_ROWS); }
+static int n_groups(const struct matrix *w) { return (int)((w->n_rows + GROUP_ROWS - 1) / GROUP_ROWS); }
 
 static int n_tiles(int n_tok) { return (n_tok + TILE_COLS - 1) / TILE_COLS; }
 
-/* How many groups a tile does before it is the next one's turn: a lone tile streams through all of them. */
-static int stretch(int n_tok, int groups) { return n_tiles(n_tok) > 1 ? 1 : groups; }
+/* How many groups are done at a time: a lone tile streams through all of them. */
+static int stretch(const struct matrix *w, int n_tok, int groups) {
+    return n_tiles(n_tok) > 1 || !w->codes ? 1 : groups;
+}
 
-static void project_groups(const struct pass *p, const struct product *r, int from, int to, int n_tok) {
-    for (int step = stretch(n_tok, to - from); from < to; from += step)
+static void project_groups(const struct pass *p, const struct product *r, int from, int to, int n_tok, int thread) {
+    for (int step = stretch(r->w, n_tok, to - from); from < to; from += step) {
+        int end = smaller((from + step) * GROUP, n_panels(r->w->n_rows));
+        const struct matrix part = slice(p, r->w, from * GROUP, end, thread, 0);
         for (int tile = 0; tile < n_tiles(n_tok); tile++)
-            project(p, r, from * GROUP, smaller((from + step) * GROUP, n_panels(r->w)), n_tok, tile);
+            project(p, r, &part, from * GROUP_ROWS, n_tok, tile);
+    }
 }
 
 /* Products side by side. */
-static void multiply(const struct pass *p, const struct product *list, int n, int n_tok) {
+static void multiply(const struct pass *p, const struct product *list, int n, int n_tok, int thread) {
     int64_t total = 0, from, to;
     for (int i = 0; i < n; i++)
         total += n_groups(list[i].w);
@@ -112,7 +137,7 @@ static void multiply(const struct pass *p, const struct product *list, int n, in
         for (int i = 0; i < n; i++) {
             int groups = n_groups(list[i].w), end = smaller((int)to, groups);
             if (from < end)
-                project_groups(p, &list[i], (int)from, end, n_tok);
+                project_groups(p, &list[i], (int)from, end, n_tok, thread);
             from = from > groups ? from - groups : 0;
             to -= groups;
         }
@@ -219,8 +244,8 @@ static void place_rows(const struct pass *p, int l, int thread) {
 }
 
 /* Attention is cut into tasks: a KV head and up to TASK_ROWS queries, rows (token, head of the group), token by token.
- * Where that makes too few for all threads, a task is cut into pieces, runs of chunks of the cache. Chunks are summed up
- * one by one and merged in their order either way: a cut changes nothing. */
+ * Where that makes too few for all threads, a task is cut into pieces, runs of chunks of the cache. Chunks are summed
+ * up one by one and merged in their order either way: a cut changes nothing. */
 enum { TASK_ROWS = 64 };
 
 struct cut {
@@ -452,12 +477,11 @@ static void keep_wanted(struct pass *p) {
     }
 }
 
-/* up = up * act(gate), or act(up) where there is no gate, floats and 8 bits: rows of groups [from, to) of a tile. */
-static void activate(const struct pass *p, const struct layer *L, int from, int to, int n_tok, int tile) {
+/* up = up * act(gate), or act(up) where there is no gate, floats and 8 bits: rows [first, last) of a tile's tokens. */
+static void activate(const struct pass *p, const struct layer *L, int first, int last, int n_tok, int tile) {
     const bmc_model *m = p->model;
     const struct buffers *b = m->buffers;
     int F = m->c.hidden_dim, width = tile_width(n_tok), begin = tile * width, end = begin + columns(n_tok, tile, width);
-    int first = from * GROUP * PANEL_ROWS, last = smaller(to * GROUP * PANEL_ROWS, F);
     void (*act)(float *, const float *, const float *, int) = m->c.act == BMC_ACT_SILU ? m->k.silu : m->k.gelu;
     for (int t = begin; t < end; t++) {
         float *up = b->up + (size_t)t * padded(F);
@@ -469,23 +493,31 @@ static void activate(const struct pass *p, const struct layer *L, int from, int 
     }
 }
 
-/* up = W_up x * act(W_gate x): each group's rows meet while they are cached. */
-static void gate_up(const struct pass *p, const struct layer *L, int n_tok, int thread) {
+/* up = W_up x * act(W_gate x), for groups [from, to): their rows meet while they are cached. */
+static void gate_up_groups(const struct pass *p, const struct layer *L, int from, int to, int n_tok, int thread) {
     const struct buffers *b = p->model->buffers;
     const struct product gate = product(&L->ffn_gate, b->xb, b->act, b->gate, false);
     const struct product up = product(&L->ffn_up, b->xb, b->act, b->up, false);
+    struct matrix gate_part = { 0 };
+    int panel = from * GROUP, end = smaller(to * GROUP, n_panels(up.w->n_rows)), row = panel * PANEL_ROWS;
+    if (L->ffn_gate.data)
+        gate_part = slice(p, gate.w, panel, end, thread, 0);
+    const struct matrix up_part = slice(p, up.w, panel, end, thread, 1);
+    for (int tile = 0; tile < n_tiles(n_tok); tile++) {
+        if (L->ffn_gate.data)
+            project(p, &gate, &gate_part, row, n_tok, tile);
+        project(p, &up, &up_part, row, n_tok, tile);
+        note(p, thread, BMC_STEP_GATE_UP);
+        activate(p, L, row, row + (int)up_part.n_rows, n_tok, tile);
+        note(p, thread, BMC_STEP_ACTIVATION);
+    }
+}
+
+static void gate_up(const struct pass *p, const struct layer *L, int n_tok, int thread) {
     int64_t from, to;
-    while (pool_take(p->model->pool, n_groups(up.w), &from, &to))
-        for (int at = (int)from, step = stretch(n_tok, (int)(to - from)); at < to; at += step)
-            for (int tile = 0; tile < n_tiles(n_tok); tile++) {
-                int end = smaller((at + step) * GROUP, n_panels(up.w));
-                if (L->ffn_gate.data)
-                    project(p, &gate, at * GROUP, end, n_tok, tile);
-                project(p, &up, at * GROUP, end, n_tok, tile);
-                note(p, thread, BMC_STEP_GATE_UP);
-                activate(p, L, at, at + step, n_tok, tile);
-                note(p, thread, BMC_STEP_ACTIVATION);
-            }
+    while (pool_take(p->model->pool, n_groups(&L->ffn_up), &from, &to))
+        for (int step = stretch(&L->ffn_up, n_tok, (int)(to - from)); from < to; from += step)
+            gate_up_groups(p, L, (int)from, (int)from + step, n_tok, thread);
 }
 
 static struct best best_of(const bmc_model *m, const float *logits, int n, int first) {
@@ -496,16 +528,6 @@ static struct best best_of(const bmc_model *m, const float *logits, int n, int f
     return best;
 }
 
-/* n_rows of a matrix from a panel on. */
-static struct matrix slice(const struct matrix *w, int panel, int n_rows) {
-    struct matrix part = *w;
-    part.n_rows = n_rows;
-    part.codes += (size_t)panel * w->code_stride;
-    part.scales += (size_t)panel * w->scale_stride;
-    part.bias = w->bias ? w->bias + panel * PANEL_ROWS : NULL;
-    return part;
-}
-
 /* Logits of the wanted tokens, HEAD_ROWS of the vocabulary at a time: copied where they are asked for, or only the best
  * of them remembered, so that greedy decoding never writes a vocabulary's worth. */
 static void head(const struct pass *p, int thread) {
@@ -514,10 +536,11 @@ static void head(const struct pass *p, int thread) {
     int64_t from = 0, to = 0;
     for (; from < to || pool_take(m->pool, head_parts(m), &from, &to); from++) {
         int row = (int)from * HEAD_ROWS, rows = smaller(HEAD_ROWS, m->c.vocab_size - row);
-        const struct matrix w = slice(&m->output, row / PANEL_ROWS, rows);
-        const struct product r = { &w, m->buffers->xb, m->buffers->act, part, HEAD_ROWS, false };
+        int panel = row / PANEL_ROWS;
+        const struct matrix w = slice(p, &m->output, panel, panel + n_panels(rows), thread, 0);
+        const struct product r = { &m->output, m->buffers->xb, m->buffers->act, part, HEAD_ROWS, false };
         for (int tile = 0; tile < n_tiles(p->n_out); tile++)
-            project(p, &r, 0, n_panels(&w), p->n_out, tile);
+            project(p, &r, &w, 0, p->n_out, tile);
         for (int i = 0; i < p->n_out; i++) {
             const float *logits = part + (size_t)i * HEAD_ROWS;
             if (p->logits[i])
@@ -564,7 +587,7 @@ static void run(void *arg, int thread) {
         const struct product qkv[] = { product(&L->attn_q, b->xb, b->act, b->q, false),
                                        product(&L->attn_k, b->xb, b->act, b->k, false),
                                        product(&L->attn_v, b->xb, b->act, b->v, false) };
-        multiply(p, qkv, 3, n_tok);
+        multiply(p, qkv, 3, n_tok, thread);
         barrier(p, thread, BMC_STEP_QKV);
         place_rows(p, l, thread);
         barrier(p, thread, BMC_STEP_STORE);
@@ -584,7 +607,7 @@ static void run(void *arg, int thread) {
         }
         post = L->attn_post_norm;
         const struct product output = product(&L->attn_output, b->xb, b->act, post ? b->y : b->x, !post);
-        multiply(p, &output, 1, n_tok);
+        multiply(p, &output, 1, n_tok, thread);
         barrier(p, thread, BMC_STEP_ATTN_OUTPUT);
 
         norm_rows(p, post, L->ffn_norm, L->ffn_norm_bias, n_tok, thread);
@@ -593,7 +616,7 @@ static void run(void *arg, int thread) {
         barrier(p, thread, BMC_STEP_ACTIVATION);
         post = L->ffn_post_norm;
         const struct product down = product(&L->ffn_down, b->up, b->hidden_act, post ? b->y : b->x, !post);
-        multiply(p, &down, 1, n_tok);
+        multiply(p, &down, 1, n_tok, thread);
         barrier(p, thread, BMC_STEP_DOWN);
     }
     norm_rows(p, post, m->output_norm, m->output_norm_bias, n_tok, thread);

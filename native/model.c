@@ -242,11 +242,6 @@ static void place(struct matrix *w, void *next) {
 
 struct packing { bmc_model *model; struct matrix *matrix; };
 
-static size_t file_row_bytes(const struct matrix *w) {
-    const struct type *type = type_find(w->type);
-    return (size_t)(w->n_cols / type->block_size) * (size_t)type->type_size;
-}
-
 /* This thread's panels; the file's pages are given back as they are done, a megabyte at a time. */
 static void pack_share(void *arg, int thread) {
     struct packing *p = arg;
@@ -273,8 +268,31 @@ static void pack_matrix(struct matrix *w, void *model) {
     pool_run(p.model->pool, pack_share, &p);
 }
 
+static void measure_file(struct matrix *w, void *bytes) {
+    *(size_t *)bytes += (size_t)w->n_rows * file_row_bytes(w);
+}
+
+static void measure_room(struct matrix *w, void *bytes) {
+    size_t room = (ROOM_PANELS * (w->code_stride + w->scale_stride) + 63) / 64 * 64;
+    *(size_t *)bytes = room > *(size_t *)bytes ? room : *(size_t *)bytes;
+}
+
+int bmc_model_map(bmc_model *m) {
+    if (m->panels || m->rooms)
+        return fail(BMC_EINVAL, "bmc_model_map: the model is ready already");
+    each_matrix(m, measure_room, &m->room_bytes);
+    m->rooms_bytes = 2 * (size_t)pool_size(m->pool) * m->room_bytes;
+    m->rooms = memory_map(m->rooms_bytes, true);
+    if (!m->rooms)
+        return fail(BMC_ENOMEM, "no memory for %.0f MB of panels", (double)m->rooms_bytes / 1e6);
+    m->panel_bytes = 0;
+    each_matrix(m, measure_file, &m->panel_bytes);
+    atomic_store(&m->packed, (int64_t)m->panel_bytes);
+    return 0;
+}
+
 int bmc_model_pack(bmc_model *m) {
-    if (m->panels)
+    if (m->panels || m->rooms)
         return fail(BMC_EINVAL, "bmc_model_pack: done already");
     m->panels = memory_map(m->panel_bytes, true);
     if (!m->panels)
@@ -418,6 +436,7 @@ void model_release(bmc_model *m) {
         return;
     pool_free(m->pool);
     memory_unmap(m->panels, m->panel_bytes);
+    memory_unmap(m->rooms, m->rooms_bytes);
     if (m->buffers)
         memory_unmap(m->buffers->memory, m->buffers->bytes);
     for (int i = 0; i < m->owned.n; i++)

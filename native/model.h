@@ -12,7 +12,8 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 
-/* A weight matrix (n_rows, n_cols). data is the file's; codes and scales are its panels. */
+/* A weight matrix (n_rows, n_cols). data is the file's; codes and scales are its panels, NULL where they are made anew in
+ * every pass. */
 struct matrix {
     int type;
     bool mapped;                    /* data's pages can be given back */
@@ -37,8 +38,8 @@ struct layer {
 };
 
 /* Tokens in one pass over the weights; logits at a time; tasks that keep a thread busy to the end; floats for the sums of
- * chunks whose task is cut. */
-enum { PASS_MAX = 512, HEAD_ROWS = 256, TASKS_EACH = 8, PART_FLOATS = 4 << 20 };
+ * chunks whose task is cut; panels made at a time where none are kept. */
+enum { PASS_MAX = 512, HEAD_ROWS = 256, TASKS_EACH = 8, PART_FLOATS = 4 << 20, ROOM_PANELS = 16 };
 
 struct bmc_model {
     bmc_config c;
@@ -55,7 +56,9 @@ struct bmc_model {
     int q_dim, kv_dim, v_dim;       /* heads * head_dim; KV heads * head_dim; head_dim rounded up to 16 */
 
     void *panels;                   /* all panels, in huge pages */
-    size_t panel_bytes;
+    size_t panel_bytes;             /* of the file's rows, where there are none */
+    char *rooms;                    /* instead of panels: ROOM_PANELS of a matrix, twice for each thread */
+    size_t room_bytes, rooms_bytes; /* of one, of all */
     _Atomic int64_t packed;         /* bytes of them that are made */
     struct { void **items; int n; } owned;      /* small arrays: norms, biases, tables */
     struct buffers *buffers;
@@ -112,6 +115,11 @@ void forward(struct pass *pass);
 void model_release(bmc_model *model);       /* one user less */
 
 static inline int head_parts(const bmc_model *m) { return (m->c.vocab_size + HEAD_ROWS - 1) / HEAD_ROWS; }
+
+static inline size_t file_row_bytes(const struct matrix *w) {
+    const struct type *type = type_find(w->type);
+    return (size_t)(w->n_cols / type->block_size) * (size_t)type->type_size;
+}
 
 /* A buffer's row stride in floats. */
 static inline size_t padded(int n) { return ((size_t)n + 15) / 16 * 16; }

@@ -3,9 +3,9 @@
 #define PROFILE_H
 
 #include "bmc.h"
+#include "clock.h"
 
 #include <stddef.h>
-#include <time.h>
 
 struct laps {
     _Alignas(64) int64_t last;          /* when this thread's step before this one ended */
@@ -16,12 +16,6 @@ struct profile {
     int64_t calls, n_passes;            /* nanoseconds in calls of the library, passes in them */
     struct laps *laps;                  /* (threads,), NULL: nobody asked */
 };
-
-static inline int64_t nanoseconds(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
-}
 
 /* What passed since the last lap was spent on `step`. */
 static inline void lap(struct laps *laps, enum bmc_step step) {

@@ -1,6 +1,7 @@
-/* What the machine allows: how fast its memory can be read. */
+/* What the machine allows: how fast its memory can be read, and how fast our instructions multiply and add. */
 #include "bmc.h"
 #include "clock.h"
+#include "cpu.h"
 #include "error.h"
 #include "memory.h"
 #include "threads.h"
@@ -49,4 +50,46 @@ int bmc_read_bandwidth(int n_threads, double *bytes_per_second) {
     memory_unmap(memory, (size_t)ROOF_BYTES);
     *bytes_per_second = best;
     return ready ? 0 : fail(BMC_ENOMEM, "no memory for measuring the bandwidth");
+}
+
+struct spin { int64_t (*fn)(int64_t n, float *sink); int64_t rounds; atomic_int_fast64_t products; };
+
+static void spin_share(void *arg, int thread) {
+    struct spin *spin = arg;
+    float sink[16];
+    (void)thread;
+    atomic_fetch_add(&spin->products, spin->fn(spin->rounds, sink));
+}
+
+/* Products a second, the best of some runs of about a hundredth of a second. */
+static double spin_rate(struct pool *pool, int64_t (*fn)(int64_t n, float *sink)) {
+    double best = 0, took = 0;
+    struct spin spin = { .fn = fn, .rounds = 1000 };
+    for (int i = 0; i < ROOF_RUNS; i += took >= 0.005) {
+        double start = seconds();
+        atomic_store(&spin.products, 0);
+        pool_run(pool, spin_share, &spin);
+        took = seconds() - start;
+        if (took < 0.005)
+            spin.rounds *= 2;
+        else if ((double)spin.products / took > best)
+            best = (double)spin.products / took;
+    }
+    return best;
+}
+
+int bmc_arithmetic_rate(int n_threads, double *int8, double *f32) {
+    struct kernels k;
+    if (n_threads < 1 || n_threads > 1024 || !int8 || !f32)
+        return fail(BMC_EINVAL, "bmc_arithmetic_rate: expected 1 to 1024 threads, found %d", n_threads);
+    int status = kernels_init(&k);
+    if (status)
+        return status;
+    struct pool *pool = pool_new(n_threads);
+    if (!pool)
+        return fail(BMC_ENOMEM, "no memory for %d threads", n_threads);
+    *int8 = spin_rate(pool, k.spin_int8);
+    *f32 = spin_rate(pool, k.spin_f32);
+    pool_free(pool);
+    return 0;
 }

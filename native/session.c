@@ -16,7 +16,7 @@ static void release(bmc_session *s) { atomic_flag_clear_explicit(&s->busy, memor
 
 bmc_session *bmc_session_new(bmc_model *m, int64_t cap, const bmc_arena_options *options, int rope) {
     bmc_session *s = NULL;
-    if (!m || !m->panels)
+    if (!m || !(m->panels || m->rooms))
         fail(BMC_EINVAL, "bmc_session_new: the model has no panels yet");
     else if (!options)
         fail(BMC_EINVAL, "bmc_session_new: options is NULL");

@@ -109,6 +109,13 @@ def read_bandwidth(threads: int) -> float:
     return rate[0]
 
 
+def arithmetic_rate(threads: int) -> tuple[float, float]:
+    """Products that so many threads can sum up a second, of 8-bit integers and of floats, measured now from registers."""
+    int8, f32 = ffi.new("double *"), ffi.new("double *")
+    check(lib.bmc_arithmetic_rate(threads, int8, f32))
+    return int8[0], f32[0]
+
+
 @dataclass(frozen=True)
 class QuantType:
     """A tensor type of GGUF: block_size weights take type_size bytes; runs tells whether pybmc computes with it."""

@@ -74,8 +74,18 @@ class Rows(click.ParamType):
 model_argument = click.argument("model", required=False, type=click.Path())
 model_option = click.option("-m", "--model", "model_option", metavar="FILE", type=click.Path(),
                             help="The model, if it is not given as an argument.")
-threads_option = click.option("-t", "--threads", type=click.IntRange(1, 512), metavar="N",
-                              help="Threads; by default one for each core this process may use.")
+
+
+def keep_flag(ctx, param, value):
+    """Store a flag where opened() finds it, which every command calls."""
+    ctx.meta[param.name] = value
+
+
+threads_option = options(
+    click.option("-t", "--threads", type=click.IntRange(1, 512), metavar="N",
+                 help="Threads; by default one for each core this process may use."),
+    click.option("--no-repack", is_flag=True, expose_value=False, callback=keep_flag,
+                 help="Leave the weights in the file: much slower, hardly any memory."))
 context_option = click.option("-c", "--ctx-size", "context", type=click.IntRange(1), metavar="N",
                               help="Cap on the context, in tokens; by default the model's own. Memory follows use.")
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout.")
@@ -184,7 +194,8 @@ def opened(path: Path, threads):
 
     started = time.perf_counter()
     with progress(f"loading {path.name}") as update:
-        model = Model(path, threads=threads, progress=update)
+        repack = not click.get_current_context().meta["no_repack"]
+        model = Model(path, threads=threads, progress=update, repack=repack)
     with model:
         yield model, time.perf_counter() - started
 
@@ -406,7 +417,8 @@ def bench(model, model_option, prompts, generated, widths, depths, reps, breakdo
             results = run(loaded, prompts, generated, widths, depths, reps, rows)
         except ArgumentError as error:
             raise click.UsageError(str(error)) from None
-        show_results = (print_json_lines if as_json else print_breakdowns if breakdown else print_table if is_terminal(sys.stdout) else print_lines)
+        lines = print_breakdowns if breakdown else print_table if is_terminal(sys.stdout) else print_lines
+        show_results = print_json_lines if as_json else lines
         show_results(results)
 
 

@@ -82,10 +82,13 @@ class Model:
     """The weights of a GGUF file, checked and packed into the layout that the kernels read.
 
     threads: None for all cores that this process may use. progress is called with bytes packed and bytes in all.
+    repack=False leaves the weights in the file and lays them out again at every pass: much slower, the same bits, and
+    no memory but the pages of the file that the system can spare.
     Raises FormatError if the file is not a model that pybmc runs, OSError if it cannot be opened, OutOfMemoryError.
     """
 
-    def __init__(self, path, threads: int | None = None, progress: Progress | None = None):
+    def __init__(self, path, threads: int | None = None, progress: Progress | None = None,
+                 repack: bool = True):
         self._handle = ffi.NULL
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._sessions_lock = threading.Lock()
@@ -94,7 +97,10 @@ class Model:
         try:
             self.config = arch.read_config(self._file)
             self._handle = _bound(self._file, self.config, self.threads)
-            self._pack(progress)
+            if repack:
+                self._pack(progress)
+            elif lib.bmc_model_map(self._handle):
+                raise OutOfMemoryError(last_error())
         except BaseException:
             self.close()
             raise
@@ -125,7 +131,7 @@ class Model:
 
     @property
     def packed_bytes(self) -> int:
-        """Bytes of packed weights: what a token reads."""
+        """Bytes of weights that a token reads, packed or in the file."""
         total = ffi.new("int64_t *")
         lib.bmc_model_packed(self._live(), total)
         return total[0]

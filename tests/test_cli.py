@@ -166,6 +166,14 @@ def test_bench_prints_a_json_line_for_each_test(path, capsys):
     assert len(out) == 2 and out[1].startswith("tg 2")
 
 
+def test_no_repack_says_the_same(path, capsys):
+    said = []
+    for flags in ([], ["--no-repack"]):
+        assert run(["generate", path, "-p", "Once", "-n", "8", "--temp", "0", *flags]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] != ""
+
+
 def test_a_breakdown_sums_to_the_whole_time(path, capsys):
     args = ["bench", path, "-p", "64", "-n", "4", "-b", "3", "-d", "0,5", "-r", "3", "-t", "2", "--breakdown"]
     assert run([*args, "--json"]) == 0

@@ -21,6 +21,7 @@ import raw
 import tiny
 
 import pybmc
+from pybmc._native import type_info
 
 HERE = Path(__file__).parent
 SMALL = dict(dim=32, hidden_dim=32, n_heads=2, n_layers=1, n_ctx=64, vocab_size=300, vocab="llama")
@@ -336,6 +337,17 @@ def test_weights_of_any_bits_evaluate(tmp_path):
 
 
 # Arguments
+
+
+@pytest.mark.parametrize("type", [t.name for t in map(type_info, range(64)) if t and t.runs])
+def test_weights_that_stay_in_the_file_give_the_same_bits(type):
+    path = tiny.model("llama", types=type.upper(), dim=256, hidden_dim=256, head_dim=64)
+    words = np.random.default_rng(0).integers(0, 401, 60)
+    with pybmc.Model(path, threads=1) as packed, pybmc.Model(path, threads=2, repack=False) as kept:
+        with packed.session() as session, kept.session() as other:
+            right = session.eval(words, logits="all")
+            ours = [other.eval(words[a:b], logits="all") for a, b in [(0, 1), (1, 9), (9, 60)]]
+        assert np.concatenate(ours).tobytes() == right.tobytes() and kept.packed_bytes > 0
 
 
 def test_a_profile_counts_from_its_beginning_to_its_end():

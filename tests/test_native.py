@@ -88,3 +88,11 @@ def test_as_array_refuses_what_does_not(x):
 def test_pointers_point_at_the_values():
     values = np.array([1.5, 2.5], np.float32)
     assert list(pointer(values)) == [1.5, 2.5]
+
+
+def test_the_arithmetic_rate_is_measured():
+    for threads in (1, 2):
+        int8, f32 = _native.arithmetic_rate(threads)
+        assert int8 > 1e7 and f32 > 1e7
+    with pytest.raises(pybmc.ArgumentError, match="threads, found 0"):
+        _native.arithmetic_rate(0)

@@ -69,6 +69,21 @@ def test_every_depth_gets_every_test_and_an_empty_list_none():
     assert names == ["pp 512", "verify 1", "verify 8", "pp 512 @64", "verify 1 @64", "verify 8 @64"]
 
 
+def test_the_whole_table_names_its_tests_as_they_are_printed():
+    for entry in versus.TABLE:
+        assert ", ".join(map(versus.test_name, entry.cells)) == entry.tests
+        assert entry.shape in synth.MODELS
+    assert {entry.section for entry in versus.chosen("depth, 7b", False)} == {"depth", "7b"}
+    assert not any(entry.cpu for entry in versus.chosen("", False)) and len(versus.chosen("", True)) == len(versus.TABLE)
+    with pytest.raises(click.UsageError, match="Q9"):
+        versus.chosen("Q9", False)
+
+
+def test_files_or_the_table_but_not_both(tmp_path):
+    for arguments in ([], ["--table", str(tmp_path), __file__]):
+        assert CliRunner().invoke(versus.main, arguments).exit_code == 2
+
+
 def test_the_table_is_markdown_with_a_line_for_each_row():
     rows = [versus.Row("open", [0.5, 0.4], [1.0, 1.0], unit="s"),
             versus.Row("verify 8 @4096", [2500.0] * 3, [100.0, 125.0, 50.0], mode="no flash attention")]
@@ -113,7 +128,7 @@ def test_an_engine_answers_and_its_faster_mode_is_taken(fake):
 
 def test_engines_that_disagree_are_not_timed(tmp_path, monkeypatch):
     @contextmanager
-    def pair(peer_python):
+    def pair(peer_python, cpu):
         engines = [versus.Engine(name, [sys.executable, "-c", FAKE, name]) for name in ("a", "b")]
         yield engines
         for engine in engines:

@@ -2,6 +2,10 @@
 
     pip install llama-cpp-python
     python tools/versus.py MODEL... [-p 512] [-n 32] [-b 1,2,4,8,16] [-d 0,4096] [-r 5] [-t 2] [--json]
+    python tools/versus.py --table DIR [--only types,depth] [-r 5] [-t 2] [--json-file results.jsonl]
+
+The second form measures the whole table (TABLE below) on files of random weights, which it writes to DIR where they
+are missing.
 
 What makes the comparison fair: both engines evaluate the same tokens with the same number of threads, the files
 in the page cache, each engine in a process of its own, never both at a time, in the order A B B A A B ...; a
@@ -49,10 +53,11 @@ BUSY = 0.05                             # share of the cores in other hands from
 class Engine:
     """A worker process that holds one engine."""
 
-    def __init__(self, name, command):
+    def __init__(self, name, command, environment=None):
         self.name, self.idle = name, 0.0
         try:
-            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                            env=os.environ | (environment or {}))
         except OSError as e:
             raise click.ClickException(f"{command[0]} does not start: {e.strerror}") from None
         about = self._answer()
@@ -87,16 +92,60 @@ class Engine:
 
 
 @contextmanager
-def engines(peer_python):
-    """Both engines, fresh: what a file before them used is not theirs."""
+def engines(peer_python, cpu=""):
+    """Both engines, fresh: what a file before them used is not theirs. cpu: the kernels that pybmc is to take."""
     worker, opened = str(Path(__file__).with_name("versus_worker.py")), []
     try:
         for name, python in ((OURS, sys.executable), (THEIRS, peer_python)):
-            opened.append(Engine(name, [python, worker, name]))
+            opened.append(Engine(name, [python, worker, name], {"PYBMC_CPU": cpu} if cpu else {}))
         yield opened
     finally:
         for engine in opened:
             engine.close()
+
+
+# ---- the whole table -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Tests of one file of a real model's shape: "tg 32 @4096" is one. threads 0: as asked; cpu: pybmc's kernels."""
+
+    section: str
+    shape: str
+    type: str
+    tests: str
+    threads: int = 0
+    cpu: str = ""
+
+    @property
+    def cells(self):
+        return [parse_test(test.strip()) for test in self.tests.split(",")]
+
+
+WIDTHS = "pp 512, tg 32, verify 2, verify 4, verify 8, verify 16"
+TABLE = [
+    *(Entry("types", "llama-3.2-1b", type, WIDTHS) for type in (
+        "Q4_K_M", "Q4_0", "Q8_0", "F16", "BF16", "Q6_K", "Q5_K_M", "Q5_0", "Q3_K_M", "Q2_K", "IQ4_XS", "MXFP4")),
+    Entry("one-thread", "llama-3.2-1b", "Q4_K_M", "tg 32, verify 8, pp 512", threads=1),
+    Entry("depth", "llama-3.2-1b", "Q4_K_M", "tg 32 @4096, tg 32 @8192, verify 8 @4096"),
+    Entry("long-prompt", "llama-3.2-1b", "Q4_K_M", "pp 8192"),
+    Entry("7b", "llama-2-7b", "Q4_0", "tg 16, tg 16 @2048, verify 8"),
+    Entry("68m", "llama-68m", "Q4_0", "tg 64, verify 8, pp 512"),
+    Entry("0.5b", "qwen2.5-0.5b", "Q4_K_M", WIDTHS),
+    Entry("avx2", "llama-3.2-1b", "Q4_K_M", WIDTHS, cpu="avx2"),
+    Entry("avx2", "llama-3.2-1b", "Q8_0", WIDTHS, cpu="avx2"),
+]
+
+
+def file_of(entry, folder):
+    """The entry's file, written if it is missing."""
+    path = Path(folder) / f"{entry.shape}-{entry.type}.gguf"
+    if not path.exists():
+        import synth
+
+        synth.write(path, synth.MODELS[entry.shape], entry.type)
+    return str(path)
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------
@@ -130,6 +179,12 @@ class Row:
     @property
     def ratio(self):
         return statistics.median(self.ratios)
+
+
+def parse_test(text):
+    """The Cell that test_name() spells so."""
+    test, n, *depth = text.split()
+    return Cell(test, int(n), int(depth[0].removeprefix("@")) if depth else 0)
 
 
 def cells(prompts, generated, widths, depths):
@@ -236,6 +291,14 @@ def cpu_seconds():
     return None
 
 
+def roof(threads):
+    """What the machine allows, by our library's own measure: GB/s, billions of products a second."""
+    from pybmc._native import arithmetic_rate, read_bandwidth
+
+    int8, f32 = arithmetic_rate(threads)
+    return {"read": rounded(read_bandwidth(threads) / 1e9), "int8": rounded(int8 / 1e9), "f32": rounded(f32 / 1e9)}
+
+
 def noise(before, after, seconds):
     """{"others": share of all cores that other processes took, "stolen": share that the host took}."""
     if before is None or after is None:
@@ -293,6 +356,9 @@ def machine_text(machine):
     waiting = "while the other worked, pybmc used {pybmc:.1%} of a core, llama.cpp {llama_cpp:.1%}"
     lines = ["{cpu}, {threads} threads, {system}, {date}".format(**machine), *machine["engines"],
              str(Agreement(**machine["agreement"])), waiting.format(**machine["idle"])]
+    if "roof" in machine:
+        limits = "the machine's limits: {read:.1f} GB/s read, {int8:.0f} billion int8 products a second, {f32:.0f} of floats"
+        lines.append(limits.format(**machine["roof"]))
     if "others" in machine:
         taken = "meanwhile other processes took {others:.1%} of the cores, the host {stolen:.1%}"
         verdict = "; too much: measure again" if machine["others"] + machine["stolen"] > BUSY else ""
@@ -301,49 +367,83 @@ def machine_text(machine):
 
 
 @click.command(help=__doc__.split("\n\n")[0])
-@click.argument("models", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False), metavar="MODEL...")
+@click.argument("models", nargs=-1, type=click.Path(exists=True, dir_okay=False), metavar="MODEL...")
 @click.option("-p", "--n-prompt", "prompts", type=Counts(), default="512", show_default=True, help="Prompt lengths.")
 @click.option("-n", "--n-gen", "generated", type=Counts(), default="32", show_default=True, help="Single tokens.")
 @click.option("-b", "--widths", type=Counts(), default="1,2,4,8,16", show_default=True, help="Verification widths.")
 @click.option("-d", "--depths", type=Counts(), default="0,4096", show_default=True, help="Tokens held before.")
 @click.option("-r", "--reps", type=click.IntRange(1), default=5, show_default=True, help="Pairs of runs.")
 @click.option("-t", "--threads", type=click.IntRange(1, 512), help="Threads of both; default: the usable cores.")
+@click.option("--table", type=click.Path(file_okay=False), metavar="DIR", help="The whole table, with files in DIR.")
+@click.option("--only", default="", metavar="NAMES", help="Sections of the table, or types, by comma: "
+              + ", ".join(dict.fromkeys(entry.section for entry in TABLE)) + ".")
 @click.option("--peer-python", envvar="PYBMC_PEER_PYTHON", default=sys.executable, metavar="PYTHON",
               help="The interpreter that has llama_cpp; default: this one.")
+@click.option("--avx2-peer-python", envvar="PYBMC_AVX2_PEER_PYTHON", metavar="PYTHON",
+              help="One whose llama_cpp is built without AVX-512; without it the table has no avx2 section.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout.")
-def main(models, prompts, generated, widths, depths, reps, threads, peer_python, as_json):
-    todo = cells(prompts, generated, widths, sorted(depths))
-    sizes = {"threads": threads or default_threads(), "outputs": max([CHECKED, *widths]),
-             "context": max([CHECKED, *(cell.depth + cell.n for cell in todo)])}
+@click.option("--json-file", type=click.File("a"), help="Append them to a file, beside the table on stdout.")
+def main(models, prompts, generated, widths, depths, reps, threads, table, only, peer_python, avx2_peer_python, as_json,
+         json_file):
+    if bool(models) == bool(table):
+        raise click.UsageError("expected files to compare on, or --table DIR")
+    threads = threads or default_threads()
+    say = Say(as_json, json_file)
     try:
         for path in models:
-            report(path, todo, reps, sizes, peer_python, as_json)
+            report(path, cells(prompts, generated, widths, sorted(depths)), reps, threads, peer_python, say)
+        for entry in chosen(only, bool(avx2_peer_python)) if table else ():
+            python = avx2_peer_python if entry.cpu else peer_python
+            report(file_of(entry, table), entry.cells, reps, entry.threads or threads, python, say, entry.cpu)
     except BmcError as e:
         raise click.ClickException(str(e)) from None
 
 
-def report(path, todo, reps, sizes, peer_python, as_json):
-    """Measure one file and print each line when it is known."""
-    def say(text, values):
-        print(json.dumps(values) if as_json else text, flush=True)
+def chosen(only, has_avx2_peer):
+    """The entries of the table whose section or type is named, or all."""
+    names = {name.strip() for name in only.split(",") if name.strip()}
+    known = {name for entry in TABLE for name in (entry.section, entry.type)}
+    if names - known:
+        raise click.UsageError(f"--only {', '.join(sorted(names - known))}: expected some of {', '.join(sorted(known))}")
+    return [entry for entry in TABLE if (not names or names & {entry.section, entry.type})
+            and (has_avx2_peer or not entry.cpu)]
 
+
+@dataclass(frozen=True)
+class Say:
+    """Print a line as text or JSON, and as JSON to a file where one is asked for."""
+
+    as_json: bool
+    file: object = None
+
+    def __call__(self, text, values):
+        print(json.dumps(values) if self.as_json else text, flush=True)
+        if self.file:
+            print(json.dumps(values), file=self.file, flush=True)
+
+
+def report(path, todo, reps, threads, peer_python, say, cpu=""):
+    """Measure one file and print each line when it is known."""
+    sizes = {"threads": threads, "outputs": max([CHECKED, *(cell.n for cell in todo if cell.test == "verify")]),
+             "context": max([CHECKED, *(cell.depth + cell.n for cell in todo)])}
     warm(path)
+    limits = roof(threads)
     before, started = cpu_seconds(), time.perf_counter()
-    with engines(peer_python) as (a, b):
+    with engines(peer_python, cpu) as (a, b):
         first = [engine.ask("open", path=path, **sizes)["seconds"] for engine in (a, b)]
         agreed = agreement(a, b)
         if agreed.correlation < LEAST_CORRELATION:
             print(f"{path}: the engines disagree, nothing was timed: {agreed}", file=sys.stderr)
             sys.exit(3)
-        if not as_json:
+        if not say.as_json:
             print(f"**{Path(path).name}**: tokens/s, medians of {reps} pairs; ratio: how many times pybmc is better\n")
             print(table_head())
         for row in chain(openings(a, b, first, path=path, **sizes), (compare(a, b, cell, reps) for cell in todo)):
-            say(table_line(row), json_line(path, sizes["threads"], row))
+            say(table_line(row), json_line(path, threads, row))
         idle = {"pybmc": a.idle, "llama_cpp": b.idle}
     spent = noise(before, cpu_seconds(), time.perf_counter() - started)
-    machine = {"cpu": cpu_model(), "threads": sizes["threads"], "system": f"{platform.system()} {platform.machine()}",
-               "date": time.strftime("%Y-%m-%d"), "engines": [a.version, b.version],
+    machine = {"cpu": cpu_model(), "threads": threads, "system": f"{platform.system()} {platform.machine()}",
+               "date": time.strftime("%Y-%m-%d"), "engines": [a.version, b.version], "roof": limits,
                "agreement": vars(agreed), "idle": idle, **spent}
     say(f"\n{machine_text(machine)}\n", {"model": path, "test": "machine", **machine})
 

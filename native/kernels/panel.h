@@ -259,9 +259,45 @@ INLINE void float_panels(const struct panel_job *j, int unit, load_fn *load) {
     static void panel_##name(const struct panel_job *j) { float_panels(j, PANEL_ROWS * size, load_##name); }
 FLOAT_PANEL_TYPES(FLOAT)
 
+/* What the loops above cannot surpass: their arithmetic alone. */
+enum { CHAINS = 8 };
+
+static int64_t spin_int8(int64_t n, float *sink) {
+    static const uint8_t codes[64] = { 1, 2, 3 };
+    int8_t a[CHAINS][32] = { { 1, 2, 3 } };
+    u8x64 w[8];
+    f32x16 y = f_zero();
+    for (int i = 0; i < 8; i++)
+        w[i] = u_load(codes);
+    for (int64_t i = 0; i < n; i++) {
+        __asm__ volatile("" : : "r"(a) : "memory");         /* the compiler would compute it once */
+        UNROLL(8)
+        for (int c = 0; c < CHAINS; c++)
+            y = f_add(y, i_to_f(i_dot(w, 8, a[c], 0, 0, 8)));
+    }
+    f_store(sink, y);
+    return n * CHAINS * 16 * 32;
+}
+
+static int64_t spin_f32(int64_t n, float *sink) {
+    f32x16 y[ROWS_MAX], half = f_set(0.5f), sum = f_zero();
+    for (int c = 0; c < ROWS_MAX; c++)
+        y[c] = f_set((float)c);
+    for (int64_t i = 0; i < n; i++)
+        UNROLL(8)
+        for (int c = 0; c < ROWS_MAX; c++)
+            y[c] = f_fma(y[c], half, half);
+    for (int c = 0; c < ROWS_MAX; c++)
+        sum = f_add(sum, y[c]);
+    f_store(sink, sum);
+    return n * ROWS_MAX * 16;
+}
+
 #define INSTALL(TYPE, name, ...) k->panel[TYPE] = panel_##name;
 
 void ISA(panel)(struct kernels *k) {
     PANEL_TYPES(INSTALL)
     FLOAT_PANEL_TYPES(INSTALL)
+    k->spin_int8 = spin_int8;
+    k->spin_f32 = spin_f32;
 }
