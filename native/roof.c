@@ -61,16 +61,19 @@ static void spin_share(void *arg, int thread) {
     atomic_fetch_add(&spin->products, spin->fn(spin->rounds, sink));
 }
 
-/* Products a second, the best of some runs of about a hundredth of a second. */
+/* Long enough that the system has spread the threads over the cores. */
+static const double SPIN_SECONDS = 0.04;
+
+/* Products a second, the best of some runs. */
 static double spin_rate(struct pool *pool, int64_t (*fn)(int64_t n, float *sink)) {
     double best = 0, took = 0;
     struct spin spin = { .fn = fn, .rounds = 1000 };
-    for (int i = 0; i < ROOF_RUNS; i += took >= 0.005) {
+    for (int i = 0; i < ROOF_RUNS; i += took >= SPIN_SECONDS) {
         double start = seconds();
         atomic_store(&spin.products, 0);
         pool_run(pool, spin_share, &spin);
         took = seconds() - start;
-        if (took < 0.005)
+        if (took < SPIN_SECONDS)
             spin.rounds *= 2;
         else if ((double)spin.products / took > best)
             best = (double)spin.products / took;
