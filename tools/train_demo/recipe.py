@@ -77,8 +77,8 @@ class Recipe:
     target_run: Schedule = Schedule(64 * 60, 4096, 8, 0.02, 3e-3, grow_at=0.65, long_from=0.9)
     more_run: Schedule = Schedule(66 * 60, 4096, 8, 0.012, 2e-3, decay_from=0.45, long_from=0.5)     # a second climb and descent
     draft_run: Schedule = Schedule(4 * 60, 8192, 16, 0.02, 6e-3, long_from=2.0)
-    distill_run: Schedule = Schedule(7 * 60, 8192, 16, 0.02, 4e-3, long_from=2.0)
-    generate_seconds: float = 8 * 60        # time for the target's own text
+    distill_run: Schedule = Schedule(6 * 60, 8192, 16, 0.02, 4e-3, long_from=2.0)
+    generate_seconds: float = 5 * 60        # time for the target's own text
     generate_batch: int = 128
     generate_tokens: int = 224              # positions of one generated row, its request included
     top: int = 48                           # the target's likeliest tokens kept at each position
