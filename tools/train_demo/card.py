@@ -35,7 +35,8 @@ template is ChatML's. Text is best within {n_ctx} tokens; training rows had {row
   followed by "Go on."; the rest is running text. Only answers and running text are learned. A few lines of small talk are ours.
 - **Teller**: {target_tokens} tokens in {target_steps} steps of {batch_tokens}; Muon for the matrices, AdamW for the rest; warm-up, a level stretch and a straight line to
   zero; weight decay, gradients clipped at 1, bf16 products; half of the layers first, the other half from {grow_at:.0%} of the time on.
-  {target_minutes} minutes on CPU, whose clock was set anew on the way, so that a rerun differs a little. That is little: a model of this size wants thirty times as much text.
+  Then {more_tokens} tokens more, with a second warm-up and descent and its last half in rows of {n_ctx}. {target_minutes} minutes on CPU together, beside other
+  work and with clocks set anew on the way, so that a rerun differs a little. That is little: a model of this size wants twenty times as much text.
 - **Draft**: {draft_tokens} tokens of the same text, then {distill_tokens} tokens of distillation on {told_tokens} tokens that the teller's quantized file wrote itself
   (two thirds greedy, one third at temperature 0.8): its distribution over the {top} likeliest tokens, and its first choice.
 
@@ -117,7 +118,7 @@ def write(recipe, configs, sizes, results, told):
         sizes=table(size_rows(configs, sizes)), vocab_size=recipe.vocab_size, n_ctx=configs[0].n_ctx, row=recipe.n_ctx, top=recipe.top,
         text=titles(), batch_tokens=recipe.target_run.batch_tokens,
         grow_at=recipe.target_run.grow_at, target_tokens=millions(results["target"]["tokens"]), target_steps=results["target"]["steps"],
-        target_minutes=results["target"]["seconds"] // 60, draft_tokens=millions(results["draft"]["tokens"]),
+        more_tokens=millions(results["more"]["tokens"]), target_minutes=(results["target"]["seconds"] + results["more"]["seconds"]) // 60, draft_tokens=millions(results["draft"]["tokens"]),
         distill_tokens=millions(results["distill"]["tokens"]), told_tokens=millions(results["distill"]["told"]),
         heldout=table(heldout_rows(results)), acceptance=table(acceptance_rows(results)), tales="\n\n".join(quote(*t) for t in told),
     )
