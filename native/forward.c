@@ -157,23 +157,38 @@ static void norm(const bmc_model *m, float *y, const float *x, const float *weig
         m->k.layernorm(y, x, weight, bias, m->c.dim, m->c.norm_eps);
 }
 
-/* xb = norm(x), in floats and 8 bits, this thread's tokens. With a post norm, x first gains the normed y. */
-static void norm_rows(const struct pass *p, const float *post, const float *weight, const float *bias, int n_tok,
-                      int thread) {
+/* What a product reads: rows of floats, and the same in 8 bits. */
+struct input { float *x; struct act_block *act; };
+
+/* norm(x): of few tokens all, by every thread for itself, and otherwise each thread's share. With a post norm, x first
+ * gains the normed y, which is no work to do twice. */
+static struct input normed(const struct pass *p, const float *post, const float *weight, const float *bias, int n_tok,
+                           int thread) {
     const bmc_model *m = p->model;
     const struct buffers *b = m->buffers;
-    int64_t from, to;
-    share(p, thread, n_tok, &from, &to);
+    bool own = n_tok <= FEW && !post;
+    struct input in = { b->xb, b->act };
+    int64_t from = 0, to = n_tok;
+    if (own)
+        in = (struct input){ b->own_xb + (size_t)(thread * FEW) * padded(m->c.dim),
+                             b->own_act + thread * FEW * (m->c.dim / 32 + 1) };
+    else
+        share(p, thread, n_tok, &from, &to);
     for (int64_t t = from; t < to; t++) {
         float *x = b->x + (size_t)t * padded(m->c.dim), *y = b->y + (size_t)t * padded(m->c.dim);
-        float *xb = b->xb + (size_t)t * padded(m->c.dim);
+        float *xb = in.x + (size_t)t * padded(m->c.dim);
         if (post) {
             norm(m, y, y, post, NULL);
             m->k.add(x, y, m->c.dim);
         }
         norm(m, xb, x, weight, bias);
-        quantize(p, b->act, xb, m->c.dim, n_tok, (int)t, 0, m->c.dim / 32);
+        quantize(p, in.act, xb, m->c.dim, n_tok, (int)t, 0, m->c.dim / 32);
     }
+    if (own)
+        note(p, thread, BMC_STEP_NORM);
+    else
+        barrier(p, thread, BMC_STEP_NORM);
+    return in;
 }
 
 /* One row of a matrix of the file. */
@@ -494,10 +509,11 @@ static void activate(const struct pass *p, const struct layer *L, int first, int
 }
 
 /* up = W_up x * act(W_gate x), for groups [from, to): their rows meet while they are cached. */
-static void gate_up_groups(const struct pass *p, const struct layer *L, int from, int to, int n_tok, int thread) {
+static void gate_up_groups(const struct pass *p, const struct layer *L, struct input in, int from, int to, int n_tok,
+                           int thread) {
     const struct buffers *b = p->model->buffers;
-    const struct product gate = product(&L->ffn_gate, b->xb, b->act, b->gate, false);
-    const struct product up = product(&L->ffn_up, b->xb, b->act, b->up, false);
+    const struct product gate = product(&L->ffn_gate, in.x, in.act, b->gate, false);
+    const struct product up = product(&L->ffn_up, in.x, in.act, b->up, false);
     struct matrix gate_part = { 0 };
     int panel = from * GROUP, end = smaller(to * GROUP, n_panels(up.w->n_rows)), row = panel * PANEL_ROWS;
     if (L->ffn_gate.data)
@@ -513,11 +529,11 @@ static void gate_up_groups(const struct pass *p, const struct layer *L, int from
     }
 }
 
-static void gate_up(const struct pass *p, const struct layer *L, int n_tok, int thread) {
+static void gate_up(const struct pass *p, const struct layer *L, struct input in, int n_tok, int thread) {
     int64_t from, to;
     while (pool_take(p->model->pool, n_groups(&L->ffn_up), &from, &to))
         for (int step = stretch(&L->ffn_up, n_tok, (int)(to - from)); from < to; from += step)
-            gate_up_groups(p, L, (int)from, (int)from + step, n_tok, thread);
+            gate_up_groups(p, L, in, (int)from, (int)from + step, n_tok, thread);
 }
 
 static struct best best_of(const bmc_model *m, const float *logits, int n, int first) {
@@ -530,7 +546,7 @@ static struct best best_of(const bmc_model *m, const float *logits, int n, int f
 
 /* Logits of the wanted tokens, HEAD_ROWS of the vocabulary at a time: copied where they are asked for, or only the best
  * of them remembered, so that greedy decoding never writes a vocabulary's worth. */
-static void head(const struct pass *p, int thread) {
+static void head(const struct pass *p, struct input in, int thread) {
     const bmc_model *m = p->model;
     float *part = m->buffers->scratch + (size_t)thread * m->buffers->scratch_stride;
     int64_t from = 0, to = 0;
@@ -538,7 +554,7 @@ static void head(const struct pass *p, int thread) {
         int row = (int)from * HEAD_ROWS, rows = smaller(HEAD_ROWS, m->c.vocab_size - row);
         int panel = row / PANEL_ROWS;
         const struct matrix w = slice(p, &m->output, panel, panel + n_panels(rows), thread, 0);
-        const struct product r = { &m->output, m->buffers->xb, m->buffers->act, part, HEAD_ROWS, false };
+        const struct product r = { &m->output, in.x, in.act, part, HEAD_ROWS, false };
         for (int tile = 0; tile < n_tiles(p->n_out); tile++)
             project(p, &r, &w, 0, p->n_out, tile);
         for (int i = 0; i < p->n_out; i++) {
@@ -579,14 +595,13 @@ static void run(void *arg, int thread) {
     int n_tok = p->n_tok;
 
     embed(p, thread);
-    note(p, thread, BMC_STEP_EMBED);
+    barrier(p, thread, BMC_STEP_EMBED);
     for (int l = 0; l < m->c.n_layers; l++) {
         const struct layer *L = &m->layers[l];
-        norm_rows(p, post, L->attn_norm, L->attn_norm_bias, n_tok, thread);
-        barrier(p, thread, BMC_STEP_NORM);
-        const struct product qkv[] = { product(&L->attn_q, b->xb, b->act, b->q, false),
-                                       product(&L->attn_k, b->xb, b->act, b->k, false),
-                                       product(&L->attn_v, b->xb, b->act, b->v, false) };
+        struct input in = normed(p, post, L->attn_norm, L->attn_norm_bias, n_tok, thread);
+        const struct product qkv[] = { product(&L->attn_q, in.x, in.act, b->q, false),
+                                       product(&L->attn_k, in.x, in.act, b->k, false),
+                                       product(&L->attn_v, in.x, in.act, b->v, false) };
         multiply(p, qkv, 3, n_tok, thread);
         barrier(p, thread, BMC_STEP_QKV);
         place_rows(p, l, thread);
@@ -610,18 +625,15 @@ static void run(void *arg, int thread) {
         multiply(p, &output, 1, n_tok, thread);
         barrier(p, thread, BMC_STEP_ATTN_OUTPUT);
 
-        norm_rows(p, post, L->ffn_norm, L->ffn_norm_bias, n_tok, thread);
-        barrier(p, thread, BMC_STEP_NORM);
-        gate_up(p, L, n_tok, thread);
+        in = normed(p, post, L->ffn_norm, L->ffn_norm_bias, n_tok, thread);
+        gate_up(p, L, in, n_tok, thread);
         barrier(p, thread, BMC_STEP_ACTIVATION);
         post = L->ffn_post_norm;
         const struct product down = product(&L->ffn_down, b->up, b->hidden_act, post ? b->y : b->x, !post);
         multiply(p, &down, 1, n_tok, thread);
         barrier(p, thread, BMC_STEP_DOWN);
     }
-    norm_rows(p, post, m->output_norm, m->output_norm_bias, n_tok, thread);
-    barrier(p, thread, BMC_STEP_NORM);
-    head(p, thread);
+    head(p, normed(p, post, m->output_norm, m->output_norm_bias, n_tok, thread), thread);
     barrier(p, thread, BMC_STEP_HEAD);
     if (thread == 0)
         choose(p);

@@ -329,6 +329,7 @@ static size_t lay_out(const bmc_model *m, struct buffers *b, char *memory) {
     size_t heads = largest(64, (size_t)(c->n_heads / c->n_kv_heads));
     b->x = take(&next, row * padded(c->dim));
     b->xb = take(&next, row * largest(padded(c->dim), padded(m->q_dim)));
+    b->own_xb = take(&next, threads * FEW * padded(c->dim) * sizeof(float));
     b->y = take(&next, row * padded(c->dim));
     b->q = take(&next, row * padded(m->q_dim));
     b->k = take(&next, row * padded(m->kv_dim));
@@ -336,6 +337,7 @@ static size_t lay_out(const bmc_model *m, struct buffers *b, char *memory) {
     b->gate = take(&next, row * padded(c->hidden_dim));
     b->up = take(&next, row * padded(c->hidden_dim));
     b->act = take(&next, PASS_MAX * (largest((size_t)c->dim, (size_t)m->q_dim) / 32 + 1) * block);
+    b->own_act = take(&next, threads * FEW * ((size_t)c->dim / 32 + 1) * block);
     b->hidden_act = take(&next, PASS_MAX * ((size_t)c->hidden_dim / 32 + 1) * block);
     b->cos = take(&next, 2 * row * turns);
     b->sin = take(&next, 2 * row * turns);

@@ -76,13 +76,17 @@ struct bmc_session {
 };
 
 /* What one pass works on; (n, d) are n rows of d floats, row strides rounded up to 16. */
+enum { FEW = 8 };                   /* tokens that every thread norms for itself: sooner done than waited for */
+
 struct buffers {
     float *x;                       /* (PASS_MAX, dim) the residual stream */
     float *xb;                      /* (PASS_MAX, max(dim, q_dim)) normed, or attention's result */
+    float *own_xb;                  /* (threads, FEW, dim) normed by each thread for itself */
     float *y;                       /* (PASS_MAX, dim) what a post norm reads */
     float *q, *k, *v;               /* (PASS_MAX, q_dim), (.., kv_dim), (.., kv_dim) */
     float *gate, *up;               /* (PASS_MAX, hidden_dim) */
     struct act_block *act;          /* xb in 8 bits: tiles of columns */
+    struct act_block *own_act;      /* (threads, FEW * dim / 32) own_xb in 8 bits */
     struct act_block *hidden_act;   /* up in 8 bits */
     float *cos, *sin;               /* (2, PASS_MAX, rope_dim / 2) */
     float *scratch;                 /* (threads, scratch_stride) */

@@ -1,7 +1,7 @@
 """What was measured on this machine, kept for the next time in the user's cache directory.
 
-One small JSON file for each model file (or pair of them), thread count, kind of pass and host. A file that is missing, broken or from
-elsewhere is as good as none, and one that cannot be written is no failure.
+One small JSON file for each model file (or pair of them), thread count, kind of pass and host. A file that is missing,
+broken or from elsewhere is as good as none, and one that cannot be written is no failure.
 """
 
 import hashlib

@@ -249,7 +249,8 @@ class Session:
 
         logits: "last" gives float32 (vocab_size,) of the last token, "all" (len(tokens), vocab_size), "argmax" the best
         next id of each token, int32 (len(tokens),), "best" those with their log-probabilities (Best), "none" None. What
-        the numbers are does not depend on how tokens are cut into calls. Raises ArgumentError, ContextFullError beyond the cap, OutOfMemoryError; then nothing has changed. last is draft()'s.
+        the numbers are does not depend on how tokens are cut into calls. last is draft()'s. Raises ArgumentError,
+        ContextFullError beyond the cap, OutOfMemoryError; then nothing has changed.
         """
         return eval_batch([(self, tokens, logits, last)])[0]
 
