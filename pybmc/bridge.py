@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import exp, isfinite
 
-from .decode import common_prefix, eval_prompt
-from .drafters import LAG, NOTHING, Draft, ModelDrafter, mark
+from .decode import common_prefix
+from .drafters import LAG, NOTHING, Draft, ModelDrafter, catch_up, mark
 from .sampling import Sampler
 
 TAIL = 8                                # tokens that are cut anew when a text grows
@@ -58,15 +58,8 @@ class TextDrafter:
         return self._in_our_tokens(text, ids.tolist(), [exp(p) if isfinite(p) else 0.0 for p in logprobs.tolist()]).cut(k)
 
     def _catch_up(self, lag: int) -> int:
-        """Drop the rows that are not the text's, and evaluate those missing if they are more than lag; the position."""
-        text, cap = self._text, self.session.context
-        n = max(0, min(self.session.agreement(text, self._agreed), len(text) - 1))
-        self.session.rewind(n)
-        if len(text) - 1 - n > lag and (cap is None or len(text) <= cap):
-            eval_prompt(self.session, text[n:-1], logits="none")
-            n = len(text) - 1
-        self._agreed = n
-        return n
+        self._agreed = catch_up(self.session, self._text, self._agreed, lag)
+        return self._agreed
 
     def _cut(self, text: Sequence[int]) -> None:
         """Take the target's new tokens into the draft's text."""

@@ -142,14 +142,8 @@ class ModelDrafter:
         return [token if token < self.size else 0 for token in text]
 
     def _catch_up(self, text: Sequence[int], lag: int) -> int:
-        """Drop the rows that are not the text's, and evaluate those missing if they are more than lag; the position."""
-        n, cap = min(self.session.agreement(text, self._agreed), len(text) - 1), self.session.context
-        self.session.rewind(n)
-        if len(text) - 1 - n > lag and (cap is None or len(text) <= cap):
-            eval_prompt(self.session, text[n:-1], logits="none")
-            n = len(text) - 1
-        self._agreed = n
-        return n
+        self._agreed = catch_up(self.session, text, self._agreed, lag)
+        return self._agreed
 
     def lag(self, text: Sequence[int]) -> int:
         """Tokens that are missing before a draft, beyond the usual few."""
@@ -176,6 +170,19 @@ class ModelDrafter:
 
     def close(self) -> None:
         self.session.close()
+
+
+def catch_up(session, text: Sequence[int], agreed: int, lag: int) -> int:
+    """Drop the rows that are not the text's, and evaluate those missing if they are more than lag; the position.
+
+    agreed: rows known to be the text's. Its last token is left for the draft.
+    """
+    n, cap = max(0, min(session.agreement(text, agreed), len(text) - 1)), session.context
+    session.rewind(n)
+    if len(text) - 1 - n > lag and (cap is None or len(text) <= cap):
+        eval_prompt(session, text[n:-1], logits="none")
+        n = len(text) - 1
+    return n
 
 
 def sampled(evaluate, text: Sequence[int], at: int, k: int, p_min: float, sampler: Sampler,

@@ -6,7 +6,6 @@ The first line out says what the engine is, every later one answers a request {"
 {"error": sentence} if that failed. The requests are the methods of Worker.
 """
 
-import json
 import os
 import sys
 import time
@@ -177,20 +176,9 @@ def memory():
 
 
 def main():
-    from versus_worker import serve
+    from versus_worker import start
 
-    wire = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)                           # what a library prints stays out of the answers
-
-    def write(line):
-        print(line, file=wire, flush=True)
-
-    try:
-        engine = {"pybmc": Pybmc, "llama.cpp": LlamaCpp, "transformers": Transformers}[sys.argv[1]]()
-    except Exception as e:
-        write(json.dumps({"error": f"{sys.executable}: {e}"}))
-        sys.exit(1)
-    serve(Worker(engine), {"version": engine.version, "modes": []}, sys.stdin, write)
+    start({"pybmc": Pybmc, "llama.cpp": LlamaCpp, "transformers": Transformers}, Worker)
 
 
 if __name__ == "__main__":

@@ -215,7 +215,8 @@ def clocks():
     return np.array([time.process_time(), time.perf_counter()])
 
 
-def main():
+def start(engines, make_worker):
+    """Serve the engine that the command line names, or say why it does not start."""
     wire = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)                                                   # what a library prints stays out of the answers
 
@@ -223,11 +224,15 @@ def main():
         print(line, file=wire, flush=True)
 
     try:
-        engine = {"pybmc": Pybmc, "llama.cpp": LlamaCpp}[sys.argv[1]]()
+        engine = engines[sys.argv[1]]()
     except Exception as e:
-        write(json.dumps({"error": str(e)}))
+        write(json.dumps({"error": f"{sys.executable}: {e}"}))
         sys.exit(1)
-    serve(Worker(engine), {"version": engine.version, "modes": engine.modes}, sys.stdin, write)
+    serve(make_worker(engine), {"version": engine.version, "modes": getattr(engine, "modes", [])}, sys.stdin, write)
+
+
+def main():
+    start({"pybmc": Pybmc, "llama.cpp": LlamaCpp}, Worker)
 
 
 if __name__ == "__main__":
