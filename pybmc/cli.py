@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from . import __version__
-from .errors import ArgumentError, BmcError
+from .errors import ArgumentError, BmcError, FormatError
 from .terminal import ReaderLeft, is_terminal, note, progress, sentence, write
 
 EXIT_FAILED, EXIT_USAGE, EXIT_UNPROVEN, EXIT_INTERRUPTED = 1, 2, 3, 130
@@ -452,7 +452,7 @@ def bench_kv(model, model_option, shapes, prompts, generated, sizes, ks, accepte
     from . import kvbench
 
     if source:
-        draw_figures([json.loads(line) for line in Path(source).read_text().splitlines()], figures or ".")
+        draw_figures(kept_lines(Path(source)), figures or ".")
         return
     given = {"prompts": prompts, "generated": generated, "rows": sizes, "ks": ks, "reps": reps, "whole": whole,
              "accepted": (accepted,)} | ({"shapes": shapes.split(",")} if size != "QUICK" else {})
@@ -477,6 +477,21 @@ def bench_kv(model, model_option, shapes, prompts, generated, sizes, ks, accepte
         write("\n" + "".join(sentence + "\n" for sentence in kvbench.sentences(results)))
     if figures:
         draw_figures([result.line() for result in results], figures)
+
+
+def kept_lines(path: Path) -> list[dict]:
+    """What an earlier `bench kv --json` printed."""
+    lines = []
+    for number, text in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            lines.append(None)
+        if not isinstance(lines[-1], dict) or "test" not in lines[-1]:
+            raise FormatError(f"{path}: line {number}: expected what bench kv --json prints, found {text[:40]!r}")
+    if not any(line["test"] == "kv" for line in lines):
+        raise FormatError(f"{path}: expected what bench kv --json prints, found no measurement in {len(lines)} lines")
+    return lines
 
 
 def draw_figures(lines: list[dict], folder) -> None:

@@ -204,3 +204,11 @@ def test_the_command(quick, capsys, tmp_path):
     (tmp_path / "lines.json").write_text(out)
     assert run(["bench", "kv", "--from", str(tmp_path / "lines.json"), "--figures", str(tmp_path / "drawn")]) == 0
     assert {p.name for p in (tmp_path / "drawn").iterdir()} == {"bmc-curve.svg", "bmc-parts.svg", "bmc-memory.svg"}
+
+
+@pytest.mark.parametrize("text, said", [
+    ("", "no measurement"), ('{"x"', "line 1"), ("[]", "line 1"), ('{"test": "kv"}\nx', "line 2"), ('{"test": "stall"}', "no measurement")])
+def test_what_bench_kv_did_not_print_is_refused(text, said, tmp_path, capsys):
+    (tmp_path / "lines.json").write_text(text)
+    assert run(["bench", "kv", "--from", str(tmp_path / "lines.json")]) == 1
+    assert said in capsys.readouterr().err
