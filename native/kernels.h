@@ -14,11 +14,12 @@
 struct act_block {
     int8_t q[32];           /* -127..127 */
     float d;                /* max |x| / 127 */
-    float sum[3];           /* sum of q[0..15], q[16..31], q[0..31] */
+    float sum[3];           /* sum of q[0..15], q[16..31], q[0..31]: FIRST, SECOND, WHOLE */
     int32_t neg_sum[3];     /* minus the same */
     int32_t unused;         /* a cache line, whole */
 };
 _Static_assert(sizeof(struct act_block) == 64, "an act_block is a cache line");
+enum { FIRST, SECOND, WHOLE };
 
 /* y(n_cols, rows) = W(rows, k) * x(k, n_cols), for n_panels consecutive panels of W and one tile of columns (tokens).
  * Each output is sum over blocks of 32 columns, ascending, of fma(t, d, y) where

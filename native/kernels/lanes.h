@@ -18,3 +18,13 @@ INLINE f32x16 f_exp(f32x16 x) {
 
 /* for (i, m) over n in steps of 16, m lanes in the last one */
 #define EACH_16(n) for (int i = 0, m; m = (n) - i < 16 ? (n) - i : 16, i < (n); i += 16)
+
+/* Dot products of a block's weights, or of its FIRST or SECOND 16, with C columns. */
+#ifndef TOGETHER
+#define TOGETHER 1
+INLINE void u_keep(u8x64 *w) { (void)w; }
+INLINE void i_dots(i32x16 *t, const int C, const u8x64 *w, const int part, const struct act_block *a, int zero, int bits) {
+    for (int c = 0; c < C; c++)
+        t[c] = i_dot(w, part == WHOLE ? 8 : 4, a[c].q + (part == SECOND ? 16 : 0), a[c].neg_sum[part], zero, bits);
+}
+#endif

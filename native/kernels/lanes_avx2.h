@@ -12,6 +12,10 @@
 #undef COLS_MAX
 #define COLS_MAX 4
 #define ROWS_MAX 4
+/* Columns that float weights meet at once, and panels of them: sums in registers, and eight chains of fma at least. */
+#define FLOAT_COLS_MAX 6
+#define FLOAT_PANELS(C) ((C) == 1 ? 4 : (C) == 2 ? 2 : 1)
+#define TOGETHER 4      /* columns that a load of weights serves: there are too few registers to keep them */
 
 typedef struct { __m256 lo, hi; } f32x16;
 typedef struct { __m256i lo, hi; } i32x16;
@@ -135,50 +139,78 @@ INLINE u8x64 u_lookup(const uint8_t table[16], u8x64 a) {
     return (u8x64){ _mm256_shuffle_epi8(t, a.lo), _mm256_shuffle_epi8(t, a.hi) };
 }
 
+/* A block's weights are wanted again and again: made once and read, not made each time or kept in place of sums. */
+INLINE void u_keep(u8x64 *w) { __asm__("" : "+m"(*(u8x64(*)[8])w)); }
+
 /* Products of 8 bits come as pairs summed in 16. With |a| <= 127 several units of narrow weights fit before they
  * overflow: 8 units of 4 bits (8*2*15*127 = 30480), 4 of 5, 2 of 6. Eight bits do not fit even once: they all have
  * zero == 128, so w - 128 is multiplied, its sign moved to the activation, and nothing is left to subtract. */
-INLINE i32x16 dot_narrow(i32x16 acc, const u8x64 *w, int n, const int8_t *a, int run) {
+INLINE __m256i spread(const int8_t *a) { return _mm256_set1_epi32(*(const int32_t *)(const void *)a); }
+
+/* sum += products. In so many words, or gcc collects all products of a block before it adds the first two. */
+#define ADD_PAIRS(sum, products) __asm__("vpaddw %1, %0, %0" : "+x"(sum) : "x"(products))
+
+INLINE void dots_narrow(i32x16 *t, const int C, const u8x64 *w, int n, const struct act_block *a, int from, const int run) {
     const __m256i ones = _mm256_set1_epi16(1);
     UNROLL(8)
     for (int u = 0; u < n; u += run) {
-        __m256i lo = _mm256_setzero_si256(), hi = lo;
-        UNROLL(8)
-        for (int step = 0; step < run; step++) {
-            int i = u + step;
-            if (i >= n)
-                break;
-            __m256i x = _mm256_set1_epi32(*(const int32_t *)(const void *)(a + 4 * i));
-            lo = _mm256_add_epi16(lo, _mm256_maddubs_epi16(w[i].lo, x));
-            hi = _mm256_add_epi16(hi, _mm256_maddubs_epi16(w[i].hi, x));
+        __m256i lo[TOGETHER], hi[TOGETHER];
+        UNROLL(4)
+        for (int c = 0; c < C; c++) {
+            __m256i x = spread(a[c].q + from + 4 * u);
+            lo[c] = _mm256_maddubs_epi16(w[u].lo, x);
+            hi[c] = _mm256_maddubs_epi16(w[u].hi, x);
         }
-        acc.lo = _mm256_add_epi32(acc.lo, _mm256_madd_epi16(lo, ones));
-        acc.hi = _mm256_add_epi32(acc.hi, _mm256_madd_epi16(hi, ones));
+        UNROLL(8)
+        for (int i = u + 1; i < u + run; i++)
+            UNROLL(4)
+            for (int c = 0; c < C; c++) {
+                __m256i x = spread(a[c].q + from + 4 * i);
+                ADD_PAIRS(lo[c], _mm256_maddubs_epi16(w[i].lo, x));
+                ADD_PAIRS(hi[c], _mm256_maddubs_epi16(w[i].hi, x));
+            }
+        UNROLL(4)
+        for (int c = 0; c < C; c++) {
+            lo[c] = _mm256_madd_epi16(lo[c], ones);
+            hi[c] = _mm256_madd_epi16(hi[c], ones);
+            t[c].lo = u ? _mm256_add_epi32(t[c].lo, lo[c]) : lo[c];
+            t[c].hi = u ? _mm256_add_epi32(t[c].hi, hi[c]) : hi[c];
+        }
     }
-    return acc;
 }
 
-INLINE __m256i dot_signed(__m256i acc, __m256i w, __m256i x) {
-    w = _mm256_xor_si256(w, _mm256_set1_epi8((char)0x80));
+INLINE __m256i dot_signed(__m256i sum, __m256i w, __m256i x) {
     __m256i products = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
 }
 
-INLINE i32x16 i_dot(const u8x64 *w, int n, const int8_t *a, int32_t neg_sum, int zero, int bits) {
-    __m256i none = _mm256_setzero_si256();
-    i32x16 acc = { none, none };
-    if (bits <= 6) {
-        if (zero)
-            acc.lo = acc.hi = _mm256_slli_epi32(_mm256_set1_epi32(neg_sum), __builtin_ctz(zero));
-        return dot_narrow(acc, w, n, a, bits <= 4 ? 8 : bits == 5 ? 4 : 2);
-    }
+INLINE void dots_signed(i32x16 *t, const int C, const u8x64 *w, int n, const struct act_block *a, int from) {
+    const __m256i flip = _mm256_set1_epi8((char)0x80);
     UNROLL(8)
-    for (int u = 0; u < n; u++) {
-        __m256i x = _mm256_set1_epi32(*(const int32_t *)(const void *)(a + 4 * u));
-        acc.lo = dot_signed(acc.lo, w[u].lo, x);
-        acc.hi = dot_signed(acc.hi, w[u].hi, x);
+    for (int i = 0; i < n; i++) {
+        __m256i lo = _mm256_xor_si256(w[i].lo, flip), hi = _mm256_xor_si256(w[i].hi, flip);
+        UNROLL(4)
+        for (int c = 0; c < C; c++) {
+            __m256i x = spread(a[c].q + from + 4 * i);
+            t[c].lo = dot_signed(i ? t[c].lo : _mm256_setzero_si256(), lo, x);
+            t[c].hi = dot_signed(i ? t[c].hi : _mm256_setzero_si256(), hi, x);
+        }
     }
-    return acc;
+}
+
+INLINE void i_dots(i32x16 *t, const int C, const u8x64 *w, const int part, const struct act_block *a, int zero, int bits) {
+    const int n = part == WHOLE ? 8 : 4, from = part == SECOND ? 16 : 0;
+    if (bits > 6) {
+        dots_signed(t, C, w, n, a, from);
+        return;
+    }
+    dots_narrow(t, C, w, n, a, from, bits <= 4 ? n : bits == 5 ? 4 : 2);
+    UNROLL(4)
+    for (int c = 0; zero && c < C; c++) {       /* loaded as a float, or gcc shifts it before it is spread: slower */
+        __m256i neg = _mm256_castps_si256(_mm256_broadcast_ss((const float *)(const void *)&a[c].neg_sum[part]));
+        neg = _mm256_slli_epi32(neg, __builtin_ctz(zero));
+        t[c] = (i32x16){ _mm256_add_epi32(t[c].lo, neg), _mm256_add_epi32(t[c].hi, neg) };
+    }
 }
 
 #include "lanes.h"

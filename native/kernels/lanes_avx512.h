@@ -13,6 +13,8 @@
 #define COLS_MAX 16
 #endif
 #define ROWS_MAX 8
+#define FLOAT_COLS_MAX (COLS_MAX < 16 ? 1 : 4)
+#define FLOAT_PANELS(C) 4
 
 typedef __m512 f32x16;
 typedef __m512i i32x16;

@@ -13,6 +13,9 @@
 #undef COLS_MAX
 #define COLS_MAX 4
 #define ROWS_MAX 4
+/* Columns that float weights meet at once, and panels of them: sums in registers, and eight chains of fma at least. */
+#define FLOAT_COLS_MAX 6
+#define FLOAT_PANELS(C) ((C) == 1 ? 4 : (C) == 2 ? 2 : 1)
 
 typedef struct { float32x4_t q0, q1, q2, q3; } f32x16;
 typedef struct { int32x4_t q0, q1, q2, q3; } i32x16;

@@ -17,6 +17,8 @@
 #undef COLS_MAX
 #define COLS_MAX 2          /* sums a panel kernel keeps */
 #define ROWS_MAX 2          /* queries an attention kernel keeps */
+#define FLOAT_COLS_MAX 1
+#define FLOAT_PANELS(C) 4
 #define INLINE static inline
 #define UNROLL(n)
 

@@ -122,20 +122,24 @@ struct format { int super, code_bytes, scale_bytes, head_bytes, halves, mins, ze
 typedef void codes_fn(u8x64 *w, const uint8_t *p);
 typedef void scales_fn(struct scales *s, const uint8_t *head, const uint8_t *p);
 
-/* y + W a for 32 columns and one token. */
-INLINE f32x16 dot_block(const struct format f, const u8x64 *w, const struct scales *s, const struct act_block *a,
-                        f32x16 y) {
-    f32x16 t;
-    if (f.halves) {
-        t = f_mul(i_to_f(i_dot(w, 4, a->q, a->neg_sum[0], f.zero, f.bits)), s->scale[0]);
-        t = f_fma(i_to_f(i_dot(w + 4, 4, a->q + 16, a->neg_sum[1], f.zero, f.bits)), s->scale[1], t);
-    } else
-        t = f_mul(i_to_f(i_dot(w, 8, a->q, a->neg_sum[2], f.zero, f.bits)), s->scale[0]);
-    if (f.mins && f.halves)
-        t = f_fma(s->min[1], f_set(a->sum[1]), f_fma(s->min[0], f_set(a->sum[0]), t));
-    else if (f.mins)
-        t = f_fma(s->min[0], f_set(a->sum[2]), t);
-    return f_fma(t, f_set(a->d), y);
+/* y + W a for 32 columns and C tokens, up to TOGETHER. */
+INLINE void dot_blocks(const struct format f, const u8x64 *w, const struct scales *s, const struct act_block *a, f32x16 *y,
+                       const int C) {
+    i32x16 first[TOGETHER], second[TOGETHER];
+    i_dots(first, C, w, f.halves ? FIRST : WHOLE, a, f.zero, f.bits);
+    if (f.halves)
+        i_dots(second, C, w + 4, SECOND, a, f.zero, f.bits);
+    UNROLL(4)
+    for (int c = 0; c < C; c++) {
+        f32x16 t = f_mul(i_to_f(first[c]), s->scale[0]);
+        if (f.halves)
+            t = f_fma(i_to_f(second[c]), s->scale[1], t);
+        if (f.mins && f.halves)
+            t = f_fma(s->min[1], f_set(a[c].sum[SECOND]), f_fma(s->min[0], f_set(a[c].sum[FIRST]), t));
+        else if (f.mins)
+            t = f_fma(s->min[0], f_set(a[c].sum[WHOLE]), t);
+        y[c] = f_fma(t, f_set(a[c].d), y[c]);
+    }
 }
 
 INLINE void put(const struct panel_job *j, int panel, int col, f32x16 y) {
@@ -152,52 +156,75 @@ INLINE void put(const struct panel_job *j, int panel, int col, f32x16 y) {
  * this many bytes early, eight columns of Q4_K take 101 cycles a block instead of 134 (Zen 4, one core). */
 enum { AHEAD = 2048 };
 
-/* One panel times C columns of the tile, from column col. */
-INLINE void panel_cols(const struct panel_job *j, int panel, int col, const int C, const struct format f,
-                       codes_fn *codes, scales_fn *scales) {
-    const uint8_t *p = j->codes + (size_t)panel * j->code_stride, *s = j->scales + (size_t)panel * j->scale_stride;
-    const struct act_block *a = j->act + col;
+/* Walks through a panel and does the work for each block: w and sc are 32 columns of it, a the activations they meet. */
+#define EACH_BLOCK(work) \
+    const uint8_t *p = j->codes + (size_t)panel * j->code_stride, *s = j->scales + (size_t)panel * j->scale_stride; \
+    for (int k = 0; k < j->k; k += f.super) { \
+        const uint8_t *head = s; \
+        s += f.head_bytes; \
+        for (int b = 0; b < f.super; b += 32, p += f.code_bytes, s += f.scale_bytes, a += j->n_cols) { \
+            u8x64 w[8]; \
+            struct scales sc; \
+            for (int line = 0; line < f.code_bytes; line += 64) \
+                __builtin_prefetch(p + AHEAD + line); \
+            __builtin_prefetch(s + AHEAD / 8); \
+            codes(w, p); \
+            scales(&sc, head, s); \
+            work \
+        } \
+    }
+
+/* One panel times all C columns of the tile. */
+INLINE void panel_cols(const struct panel_job *j, int panel, const int C, const struct format f, codes_fn *codes,
+                       scales_fn *scales) {
+    const struct act_block *a = j->act;
     f32x16 y[COLS_MAX];
     UNROLL(16)
     for (int c = 0; c < C; c++)
         y[c] = f_zero();
-    for (int k = 0; k < j->k; k += f.super) {
-        const uint8_t *head = s;
-        s += f.head_bytes;
-        for (int b = 0; b < f.super; b += 32, p += f.code_bytes, s += f.scale_bytes, a += j->n_cols) {
-            u8x64 w[8];
-            struct scales sc;
-            for (int line = 0; line < f.code_bytes; line += 64)
-                __builtin_prefetch(p + AHEAD + line);
-            __builtin_prefetch(s + AHEAD / 8);
-            codes(w, p);
-            scales(&sc, head, s);
-            UNROLL(16)
-            for (int c = 0; c < C; c++)
-                y[c] = dot_block(f, w, &sc, a + c, y[c]);
-        }
-    }
+    EACH_BLOCK(
+        UNROLL(16)
+        for (int c = 0; c < C; c += TOGETHER)
+            dot_blocks(f, w, &sc, a + c, y + c, C - c < TOGETHER ? C - c : TOGETHER);
+    )
     UNROLL(16)
     for (int c = 0; c < C; c++)
-        put(j, panel, col + c, y[c]);
+        put(j, panel, c, y[c]);
 }
 
-#define COLS(C) case C: panel_cols(j, panel, col, C, f, codes, scales); break;
+/* One panel times all columns of a tile that is wider than COLS_MAX: there are no registers for their sums. */
+INLINE void panel_all(const struct panel_job *j, int panel, const struct format f, codes_fn *codes, scales_fn *scales) {
+    const struct act_block *a = j->act;
+    f32x16 y[TILE_COLS];
+    int n = j->n_cols, c;
+    for (c = 0; c < n; c++)
+        y[c] = f_zero();
+    EACH_BLOCK(
+        u_keep(w);
+        for (c = 0; c + TOGETHER <= n; c += TOGETHER)
+            dot_blocks(f, w, &sc, a + c, y + c, TOGETHER);
+        for (; c < n; c++)
+            dot_blocks(f, w, &sc, a + c, y + c, 1);
+    )
+    for (c = 0; c < n; c++)
+        put(j, panel, c, y[c]);
+}
+
+#define COLS(C) case C: panel_cols(j, panel, C, f, codes, scales); break;
 
 INLINE void panels(const struct panel_job *j, const struct format f, codes_fn *codes, scales_fn *scales) {
-    for (int panel = 0; panel < j->n_panels; panel++)
-        for (int col = 0, n; col < j->n_cols; col += n) {
-            n = j->n_cols - col < COLS_MAX ? j->n_cols - col : COLS_MAX;
-            switch (n) {
-                COLS(1) COLS(2)
+    for (int panel = 0; panel < j->n_panels; panel++) {
+        switch (j->n_cols) {
+            COLS(1) COLS(2)
 #if COLS_MAX > 2
-                COLS(3) COLS(4)
+            COLS(3) COLS(4)
 #endif
 #if COLS_MAX > 4
-                COLS(5) COLS(6) COLS(7) COLS(8) COLS(9) COLS(10) COLS(11) COLS(12) COLS(13) COLS(14) COLS(15) COLS(16)
+            COLS(5) COLS(6) COLS(7) COLS(8) COLS(9) COLS(10) COLS(11) COLS(12) COLS(13) COLS(14) COLS(15) COLS(16)
 #endif
-            }
+        default: panel_all(j, panel, f, codes, scales);
         }
+    }
 }
 
 #define QUANTIZED(TYPE, name, super, codes, scales, zero) \
@@ -209,7 +236,7 @@ INLINE void panels(const struct panel_job *j, const struct format f, codes_fn *c
 PANEL_TYPES(QUANTIZED)
 
 /* Float weights: P panels times C columns, so that enough chains of fma run at once. */
-enum { FLOAT_COLS_MAX = COLS_MAX < 16 ? 1 : 4 };      /* 4 panels each */
+enum { P_MAX = 4 };
 typedef f32x16 load_fn(const uint8_t *p);
 INLINE f32x16 load_f32(const uint8_t *p) { return f_load((const float *)(const void *)p); }
 INLINE f32x16 load_f16(const uint8_t *p) { return f_load_f16((const uint16_t *)(const void *)p); }
@@ -218,39 +245,49 @@ INLINE f32x16 load_bf16(const uint8_t *p) { return f_load_bf16((const uint16_t *
 INLINE void float_cols(const struct panel_job *j, int panel, const int P, int col, const int C, int unit, load_fn *load) {
     const uint8_t *p = j->codes + (size_t)panel * j->code_stride;
     const float *x = j->x + (size_t)col * j->x_stride;
-    f32x16 y[4][4];
+    f32x16 y[P_MAX][6];
     UNROLL(4)
     for (int i = 0; i < P; i++)
-        UNROLL(4)
+        UNROLL(8)
         for (int c = 0; c < C; c++)
             y[i][c] = f_zero();
     for (int k = 0; k < j->k; k++, p += unit)
         UNROLL(4)
         for (int i = 0; i < P; i++) {
-            __builtin_prefetch(p + (size_t)i * j->code_stride + AHEAD / 2, 0, 2);       /* four streams: to the second level */
+            __builtin_prefetch(p + (size_t)i * j->code_stride + AHEAD / 2, 0, 2);       /* P streams: to the second level */
             f32x16 w = load(p + (size_t)i * j->code_stride);
-            UNROLL(4)
+            UNROLL(8)
             for (int c = 0; c < C; c++)
                 y[i][c] = f_fma(w, f_set(x[(size_t)c * j->x_stride + (size_t)k]), y[i][c]);
         }
     UNROLL(4)
     for (int i = 0; i < P; i++)
-        UNROLL(4)
+        UNROLL(8)
         for (int c = 0; c < C; c++)
             put(j, panel + i, col + c, y[i][c]);
 }
 
-#define FLOAT_COLS(P, C) case C: float_cols(j, panel, P, col, C, unit, load); break;
+/* P_MAX panels, or one, times C columns; fewer at a time where there are too few registers for all. */
+INLINE void float_block(const struct panel_job *j, int panel, const int many, int col, const int C, int unit, load_fn *load) {
+    const int P = many ? FLOAT_PANELS(C) : 1;
+    for (int i = 0; i < (many ? P_MAX : 1); i += P)
+        float_cols(j, panel + i, P, col, C, unit, load);
+}
+
+#define FLOAT_COLS(C) \
+    case C: \
+        if (many) float_block(j, panel, 1, col, C, unit, load); \
+        else float_block(j, panel, 0, col, C, unit, load); \
+        break;
 
 INLINE void float_panels(const struct panel_job *j, int unit, load_fn *load) {
-    for (int panel = 0, p; panel < j->n_panels; panel += p) {
-        p = j->n_panels - panel < 4 ? 1 : 4;
+    for (int panel = 0, many; panel < j->n_panels; panel += many ? P_MAX : 1) {
+        many = j->n_panels - panel >= P_MAX;
         for (int col = 0, n; col < j->n_cols; col += n) {
             n = j->n_cols - col < FLOAT_COLS_MAX ? j->n_cols - col : FLOAT_COLS_MAX;
-            if (p == 1)
-                switch (n) { FLOAT_COLS(1, 1) FLOAT_COLS(1, 2) FLOAT_COLS(1, 3) FLOAT_COLS(1, 4) }
-            else
-                switch (n) { FLOAT_COLS(4, 1) FLOAT_COLS(4, 2) FLOAT_COLS(4, 3) FLOAT_COLS(4, 4) }
+            switch (n) {
+                FLOAT_COLS(1) FLOAT_COLS(2) FLOAT_COLS(3) FLOAT_COLS(4) FLOAT_COLS(5) FLOAT_COLS(6)
+            }
         }
     }
 }
@@ -264,7 +301,7 @@ enum { CHAINS = 8 };
 
 static int64_t spin_int8(int64_t n, float *sink) {
     static const uint8_t codes[64] = { 1, 2, 3 };
-    int8_t a[CHAINS][32] = { { 1, 2, 3 } };
+    struct act_block a[CHAINS] = { { .q = { 1, 2, 3 } } };
     u8x64 w[8];
     f32x16 y = f_zero();
     for (int i = 0; i < 8; i++)
@@ -272,8 +309,13 @@ static int64_t spin_int8(int64_t n, float *sink) {
     for (int64_t i = 0; i < n; i++) {
         __asm__ volatile("" : : "r"(a) : "memory");         /* the compiler would compute it once */
         UNROLL(8)
-        for (int c = 0; c < CHAINS; c++)
-            y = f_add(y, i_to_f(i_dot(w, 8, a[c], 0, 0, 8)));
+        for (int c = 0; c < CHAINS; c += TOGETHER) {
+            i32x16 t[TOGETHER];
+            i_dots(t, TOGETHER, w, WHOLE, a + c, 0, 8);
+            UNROLL(4)
+            for (int k = 0; k < TOGETHER; k++)
+                y = f_add(y, i_to_f(t[k]));
+        }
     }
     f_store(sink, y);
     return n * CHAINS * 16 * 32;
