@@ -13,6 +13,7 @@
 #undef COLS_MAX
 #define COLS_MAX 4
 #define ROWS_MAX 4
+#define TOGETHER 4      /* columns that a load of weights serves */
 /* Columns that float weights meet at once, and panels of them: sums in registers, and eight chains of fma at least. */
 #define FLOAT_COLS_MAX 6
 #define FLOAT_PANELS(C) ((C) == 1 ? 4 : (C) == 2 ? 2 : 1)
@@ -166,26 +167,37 @@ INLINE int8x16_t signed_codes(uint8x16_t w, int bits) {
     return vreinterpretq_s8_u8(bits < 8 ? w : veorq_u8(w, vdupq_n_u8(0x80)));
 }
 
-#define DOT_UNIT(acc, w, x, lane, bits) \
-    acc.q0 = vdotq_laneq_s32(acc.q0, signed_codes((w).q0, bits), x, lane); \
-    acc.q1 = vdotq_laneq_s32(acc.q1, signed_codes((w).q1, bits), x, lane); \
-    acc.q2 = vdotq_laneq_s32(acc.q2, signed_codes((w).q2, bits), x, lane); \
-    acc.q3 = vdotq_laneq_s32(acc.q3, signed_codes((w).q3, bits), x, lane);
+#define DOT_UNIT(u, lane) \
+    UNROLL(4) \
+    for (int c = 0; c < C; c++) { \
+        t[c].q0 = vdotq_laneq_s32(t[c].q0, signed_codes(w[u].q0, bits), x[c], lane); \
+        t[c].q1 = vdotq_laneq_s32(t[c].q1, signed_codes(w[u].q1, bits), x[c], lane); \
+        t[c].q2 = vdotq_laneq_s32(t[c].q2, signed_codes(w[u].q2, bits), x[c], lane); \
+        t[c].q3 = vdotq_laneq_s32(t[c].q3, signed_codes(w[u].q3, bits), x[c], lane); \
+    }
 
-/* n is 4 or 8: activations come 16 at a time. */
-INLINE i32x16 i_dot(const u8x64 *w, int n, const int8_t *a, int32_t neg_sum, int zero, int bits) {
-    int32x4_t start = vdupq_n_s32(bits < 8 ? neg_sum * zero : 0);
-    i32x16 acc = { start, start, start, start };
+/* Activations come 16 at a time. */
+INLINE void i_dots(i32x16 *t, const int C, const u8x64 *w, const int part, const struct act_block *a, int zero, int bits) {
+    const int n = part == WHOLE ? 8 : 4, from = part == SECOND ? 16 : 0;
+    UNROLL(4)
+    for (int c = 0; c < C; c++) {
+        int32x4_t start = vdupq_n_s32(bits < 8 ? a[c].neg_sum[part] * zero : 0);
+        t[c] = (i32x16){ start, start, start, start };
+    }
     UNROLL(2)
     for (int u = 0; u < n; u += 4) {
-        int8x16_t x = vld1q_s8(a + 4 * u);
-        DOT_UNIT(acc, w[u], x, 0, bits)
-        DOT_UNIT(acc, w[u + 1], x, 1, bits)
-        DOT_UNIT(acc, w[u + 2], x, 2, bits)
-        DOT_UNIT(acc, w[u + 3], x, 3, bits)
+        int8x16_t x[TOGETHER];
+        UNROLL(4)
+        for (int c = 0; c < C; c++)
+            x[c] = vld1q_s8(a[c].q + from + 4 * u);
+        DOT_UNIT(u, 0)
+        DOT_UNIT(u + 1, 1)
+        DOT_UNIT(u + 2, 2)
+        DOT_UNIT(u + 3, 3)
     }
-    return acc;
 }
+
+INLINE void u_keep(u8x64 *w) { __asm__("" : "+m"(*(u8x64(*)[8])w)); }
 
 #include "lanes.h"
 

@@ -125,20 +125,25 @@ typedef void scales_fn(struct scales *s, const uint8_t *head, const uint8_t *p);
 /* y + W a for 32 columns and C tokens, up to TOGETHER. */
 INLINE void dot_blocks(const struct format f, const u8x64 *w, const struct scales *s, const struct act_block *a, f32x16 *y,
                        const int C) {
-    i32x16 first[TOGETHER], second[TOGETHER];
-    i_dots(first, C, w, f.halves ? FIRST : WHOLE, a, f.zero, f.bits);
-    if (f.halves)
-        i_dots(second, C, w + 4, SECOND, a, f.zero, f.bits);
+    i32x16 dots[TOGETHER];
+    f32x16 t[TOGETHER];
+    i_dots(dots, C, w, f.halves ? FIRST : WHOLE, a, f.zero, f.bits);
+    UNROLL(4)
+    for (int c = 0; c < C; c++)
+        t[c] = f_mul(i_to_f(dots[c]), s->scale[0]);
+    if (f.halves) {
+        i_dots(dots, C, w + 4, SECOND, a, f.zero, f.bits);
+        UNROLL(4)
+        for (int c = 0; c < C; c++)
+            t[c] = f_fma(i_to_f(dots[c]), s->scale[1], t[c]);
+    }
     UNROLL(4)
     for (int c = 0; c < C; c++) {
-        f32x16 t = f_mul(i_to_f(first[c]), s->scale[0]);
-        if (f.halves)
-            t = f_fma(i_to_f(second[c]), s->scale[1], t);
         if (f.mins && f.halves)
-            t = f_fma(s->min[1], f_set(a[c].sum[SECOND]), f_fma(s->min[0], f_set(a[c].sum[FIRST]), t));
+            t[c] = f_fma(s->min[1], f_set(a[c].sum[SECOND]), f_fma(s->min[0], f_set(a[c].sum[FIRST]), t[c]));
         else if (f.mins)
-            t = f_fma(s->min[0], f_set(a[c].sum[WHOLE]), t);
-        y[c] = f_fma(t, f_set(a[c].d), y[c]);
+            t[c] = f_fma(s->min[0], f_set(a[c].sum[WHOLE]), t[c]);
+        y[c] = f_fma(t[c], f_set(a[c].d), y[c]);
     }
 }
 
@@ -183,6 +188,8 @@ INLINE void panel_cols(const struct panel_job *j, int panel, const int C, const 
     for (int c = 0; c < C; c++)
         y[c] = f_zero();
     EACH_BLOCK(
+        if (TOGETHER > 1 && C >= TOGETHER)
+            u_keep(w);
         UNROLL(16)
         for (int c = 0; c < C; c += TOGETHER)
             dot_blocks(f, w, &sc, a + c, y + c, C - c < TOGETHER ? C - c : TOGETHER);
