@@ -16,7 +16,7 @@
 
 /* <cffi> What stands between these two marks is read by Python as it is: plain declarations only. */
 
-#define BMC_VERSION 2       /* counts the changes of what follows; bmc_version() tells which one was compiled */
+#define BMC_VERSION 3       /* counts the changes of what follows; bmc_version() tells which one was compiled */
 
 enum bmc_status {
     BMC_OK = 0,
@@ -158,6 +158,7 @@ int         bmc_dequantize(int type, const void *blocks, int64_t n, float *out);
 bmc_model  *bmc_model_new(const bmc_config *config, const bmc_tensor *tensors, int n_tensors, int n_threads);
 int         bmc_model_pack(bmc_model *model);
 int         bmc_model_map(bmc_model *model);
+int         bmc_model_coarsen(bmc_model *model);     /* 1: bmc_draft has a coarse head from now on; 0: it would not pay */
 int64_t     bmc_model_packed(const bmc_model *model, int64_t *total);    /* bytes so far; any thread may ask */
 int         bmc_model_profile(bmc_model *model, int on);                 /* 1: take times, from nothing on; 0: no more */
 int         bmc_model_times(bmc_model *model, bmc_times *times);         /* since then; 0 where none are taken */
@@ -177,7 +178,8 @@ void        bmc_fail_allocation(int n);                      /* for tests: the n
 int         bmc_eval(const bmc_span *spans, int n_spans);
 
 /* Evaluates tokens, then up to k best next ones, each after the one before, until one is less likely than p_min; last
- * is bmc_span's. Returns how many ids there are (at least one for k > 0); the last of them is not evaluated. */
+ * is bmc_span's. Returns how many ids there are (at least one for k > 0); the last of them is not evaluated. With a coarse
+ * head they are the best nearly always, and how likely they are is as the coarse head sees it. */
 int         bmc_draft(bmc_session *session, const int32_t *tokens, int n_tok, int k, float p_min, int last,
                       int32_t *ids, float *logprobs);
 /* </cffi> */

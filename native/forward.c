@@ -548,13 +548,14 @@ static struct best best_of(const bmc_model *m, const float *logits, int n, int f
  * of them remembered, so that greedy decoding never writes a vocabulary's worth. */
 static void head(const struct pass *p, struct input in, int thread) {
     const bmc_model *m = p->model;
+    const struct matrix *output = p->coarse ? &m->coarse : &m->output;
     float *part = m->buffers->scratch + (size_t)thread * m->buffers->scratch_stride;
     int64_t from = 0, to = 0;
     for (; from < to || pool_take(m->pool, head_parts(m), &from, &to); from++) {
         int row = (int)from * HEAD_ROWS, rows = smaller(HEAD_ROWS, m->c.vocab_size - row);
         int panel = row / PANEL_ROWS;
-        const struct matrix w = slice(p, &m->output, panel, panel + n_panels(rows), thread, 0);
-        const struct product r = { &m->output, in.x, in.act, part, HEAD_ROWS, false };
+        const struct matrix w = slice(p, output, panel, panel + n_panels(rows), thread, 0);
+        const struct product r = { output, in.x, in.act, part, HEAD_ROWS, false };
         for (int tile = 0; tile < n_tiles(p->n_out); tile++)
             project(p, &r, &w, 0, p->n_out, tile);
         for (int i = 0; i < p->n_out; i++) {
@@ -564,6 +565,40 @@ static void head(const struct pass *p, struct input in, int thread) {
             if (p->argmax[i] || p->logprob[i])
                 p->best[(int64_t)i * head_parts(m) + from] = best_of(m, logits, rows, row);
         }
+    }
+}
+
+enum { LIKED = 48 };
+
+/* The logit that LIKED parts reach, or all of them where there are fewer. */
+static float liked_least(const struct best *parts, int n_parts) {
+    float top[LIKED];                   /* descending */
+    int n = 0;
+    for (const struct best *part = parts; part < parts + n_parts; part++) {
+        if (n == LIKED && part->logit <= top[LIKED - 1])
+            continue;
+        int at = n < LIKED ? n++ : LIKED - 1;
+        for (; at > 0 && top[at - 1] < part->logit; at--)
+            top[at] = top[at - 1];
+        top[at] = part->logit;
+    }
+    return top[n - 1];
+}
+
+/* The LIKED parts whose best the coarse head likes most get that one's true logit; what else they sum up to stays coarse. */
+static void rescore(const struct pass *p, struct input in) {
+    const bmc_model *m = p->model;
+    float logits[PANEL_ROWS], least = liked_least(p->best, head_parts(m));
+    const struct product r = { &m->output, in.x, in.act, logits, PANEL_ROWS, false };
+    for (struct best *part = p->best; part < p->best + head_parts(m); part++) {
+        if (part->logit < least)
+            continue;
+        int panel = part->id / PANEL_ROWS;
+        const struct matrix w = slice(p, &m->output, panel, panel + 1, 0, 0);
+        project(p, &r, &w, 0, 1, 0);
+        float logit = logits[part->id % PANEL_ROWS];
+        part->sum = 1 + (part->sum - 1) * expf(part->logit - logit);
+        part->logit = logit;
     }
 }
 
@@ -633,8 +668,11 @@ static void run(void *arg, int thread) {
         multiply(p, &down, 1, n_tok, thread);
         barrier(p, thread, BMC_STEP_DOWN);
     }
-    head(p, normed(p, post, m->output_norm, m->output_norm_bias, n_tok, thread), thread);
+    const struct input last = normed(p, post, m->output_norm, m->output_norm_bias, n_tok, thread);
+    head(p, last, thread);
     barrier(p, thread, BMC_STEP_HEAD);
+    if (thread == 0 && p->coarse)
+        rescore(p, last);
     if (thread == 0)
         choose(p);
     note(p, thread, BMC_STEP_HEAD);

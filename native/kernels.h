@@ -64,7 +64,7 @@ struct attn_job {
 
 struct kernels {
     const char *name;
-    panel_fn *panel[N_TYPES];
+    panel_fn *panel[N_PANEL_TYPES];
 
     void (*attend)(const struct attn_job *job);
     /* m, l and o go on with what a chunk alone came to, as if attend had seen it next. */

@@ -240,31 +240,49 @@ static void place(struct matrix *w, void *next) {
     *p += (codes + scales + 63) / 64 * 64;
 }
 
-struct packing { bmc_model *model; struct matrix *matrix; };
+/* floats: where the panels are of coarse weights, rows on their way, (threads, PANEL_ROWS, n_cols). */
+struct packing { bmc_model *model; const struct matrix *file; struct matrix *panels; float *floats; };
+
+/* Rows of a panel as pack_panel reads them: the file's, or floats made of them. */
+static const void *panel_rows(const struct packing *p, int thread, int64_t row, int n, size_t *row_bytes) {
+    const struct matrix *w = p->file;
+    const uint8_t *data = w->data + (size_t)row * file_row_bytes(w);
+    *row_bytes = file_row_bytes(w);
+    if (!p->floats)
+        return data;
+    float *rows = p->floats + (size_t)(thread * PANEL_ROWS) * (size_t)w->n_cols;
+    for (int i = 0; i < n; i++)
+        type_find(w->type)->dequantize(data + (size_t)i * *row_bytes, w->n_cols, rows + (size_t)i * (size_t)w->n_cols);
+    *row_bytes = (size_t)w->n_cols * sizeof *rows;
+    return rows;
+}
 
 /* This thread's panels; the file's pages are given back as they are done, a megabyte at a time. */
 static void pack_share(void *arg, int thread) {
     struct packing *p = arg;
-    struct matrix *w = p->matrix;
-    size_t row_bytes = file_row_bytes(w);
+    const struct matrix *w = p->file, *out = p->panels;
     int64_t from, to, kept;
     pool_share(p->model->pool, thread, n_panels(w), 1, &from, &to);
     kept = from * PANEL_ROWS;
     for (int64_t panel = from; panel < to; panel++) {
-        int64_t row = panel * PANEL_ROWS, n = w->n_rows - row < PANEL_ROWS ? w->n_rows - row : PANEL_ROWS;
-        pack_panel(w->type, w->data + (size_t)row * row_bytes, row_bytes, (int)n, w->n_cols,
-                   w->codes + (size_t)panel * w->code_stride, w->scales + (size_t)panel * w->scale_stride);
-        atomic_fetch_add(&p->model->packed, (int64_t)(w->code_stride + w->scale_stride));
-        size_t done = (size_t)(row + n - kept) * row_bytes;
+        int64_t row = panel * PANEL_ROWS;
+        int n = w->n_rows - row < PANEL_ROWS ? (int)(w->n_rows - row) : PANEL_ROWS;
+        size_t row_bytes;
+        const void *rows = panel_rows(p, thread, row, n, &row_bytes);
+        pack_panel(out->type, rows, row_bytes, n, w->n_cols, out->codes + (size_t)panel * out->code_stride,
+                   out->scales + (size_t)panel * out->scale_stride);
+        if (!p->floats)
+            atomic_fetch_add(&p->model->packed, (int64_t)(out->code_stride + out->scale_stride));
+        size_t done = (size_t)(row + n - kept) * file_row_bytes(w);
         if (w->mapped && (done >= 1 << 20 || panel == to - 1)) {
-            memory_give_back(w->data + (size_t)kept * row_bytes, done);
+            memory_give_back(w->data + (size_t)kept * file_row_bytes(w), done);
             kept = row + n;
         }
     }
 }
 
 static void pack_matrix(struct matrix *w, void *model) {
-    struct packing p = { model, w };
+    struct packing p = { model, w, w, NULL };
     pool_run(p.model->pool, pack_share, &p);
 }
 
@@ -302,6 +320,40 @@ int bmc_model_pack(bmc_model *m) {
     each_matrix(m, pack_matrix, m);
     atomic_store(&m->packed, (int64_t)m->panel_bytes);
     return 0;
+}
+
+/* Whether reading two bits a weight, and a few rows in full, saves a third of the bytes at least, and many of them. */
+static bool coarse_pays(const bmc_model *m) {
+    const struct matrix *w = &m->output;
+    struct panel_size size = panel_size(TYPE_COARSE, w->n_cols);
+    return m->panels && w->n_cols % 32 == 0 && w->n_rows * w->n_cols >= COARSE_LEAST
+           && 3 * (size.codes + size.scales) <= 2 * (w->code_stride + w->scale_stride);
+}
+
+static int coarsen(bmc_model *m) {
+    m->coarse = (struct matrix){ .type = TYPE_COARSE, .n_rows = m->output.n_rows, .n_cols = m->output.n_cols, .bias = m->output.bias };
+    m->coarse_bytes = 0;
+    measure(&m->coarse, &m->coarse_bytes);
+    m->coarse_bytes = memory_whole(m->coarse_bytes);
+    uint8_t *next = m->coarse_panels = memory_map(m->coarse_bytes, true);
+    struct packing p = { m, &m->output, &m->coarse, NULL };
+    p.floats = malloc((size_t)(pool_size(m->pool) * PANEL_ROWS) * (size_t)m->output.n_cols * sizeof *p.floats);
+    if (next && p.floats) {
+        place(&m->coarse, &next);
+        pool_run(m->pool, pack_share, &p);
+    } else {
+        memory_unmap(m->coarse_panels, m->coarse_bytes);
+        m->coarse_panels = NULL;
+    }
+    free(p.floats);
+    return m->coarse.codes ? 1 : fail(BMC_ENOMEM, "no memory for %.0f MB of a coarse head", (double)m->coarse_bytes / 1e6);
+}
+
+int bmc_model_coarsen(bmc_model *m) {
+    pthread_mutex_lock(&m->lock);
+    int status = m->coarse.codes ? 1 : coarse_pays(m) ? coarsen(m) : 0;
+    pthread_mutex_unlock(&m->lock);
+    return status;
 }
 
 int64_t bmc_model_packed(const bmc_model *m, int64_t *total) {
@@ -438,6 +490,7 @@ void model_release(bmc_model *m) {
         return;
     pool_free(m->pool);
     memory_unmap(m->panels, m->panel_bytes);
+    memory_unmap(m->coarse_panels, m->coarse_bytes);
     memory_unmap(m->rooms, m->rooms_bytes);
     if (m->buffers)
         memory_unmap(m->buffers->memory, m->buffers->bytes);

@@ -39,7 +39,7 @@ struct layer {
 
 /* Tokens in one pass over the weights; logits at a time; tasks that keep a thread busy to the end; floats for the sums of
  * chunks whose task is cut; panels made at a time where none are kept. */
-enum { PASS_MAX = 512, HEAD_ROWS = 256, TASKS_EACH = 8, PART_FLOATS = 4 << 20, ROOM_PANELS = 16 };
+enum { PASS_MAX = 512, COARSE_LEAST = 1 << 24,  HEAD_ROWS = 256, TASKS_EACH = 8, PART_FLOATS = 4 << 20, ROOM_PANELS = 16 };
 
 struct bmc_model {
     bmc_config c;
@@ -52,11 +52,14 @@ struct bmc_model {
     struct matrix position_embd;
     const float *output_norm, *output_norm_bias;
     struct matrix output;
+    struct matrix coarse;           /* the same in two bits a weight, for drafts; codes NULL: there is none */
     struct layer *layers;           /* (n_layers,) */
     int q_dim, kv_dim, v_dim;       /* heads * head_dim; KV heads * head_dim; head_dim rounded up to 16 */
 
     void *panels;                   /* all panels, in huge pages */
     size_t panel_bytes;             /* of the file's rows, where there are none */
+    void *coarse_panels;
+    size_t coarse_bytes;
     char *rooms;                    /* instead of panels: ROOM_PANELS of a matrix, twice for each thread */
     size_t room_bytes, rooms_bytes; /* of one, of all */
     _Atomic int64_t packed;         /* bytes of them that are made */
@@ -105,6 +108,7 @@ struct pass {
     bmc_model *model;
     int n_tok;
     int n_out;                      /* tokens whose logits are wanted */
+    bool coarse;                    /* only the best id is: chosen among the few that the coarse head likes best */
     bmc_session *session[PASS_MAX];
     int32_t token[PASS_MAX], pos[PASS_MAX];
     int32_t last[PASS_MAX];         /* as in bmc_span */

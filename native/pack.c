@@ -3,6 +3,8 @@
 #include "panels.h"
 #include "types.h"
 
+#include <math.h>
+
 /* What a block of a file says, before it is spread over a panel. */
 struct split {
     uint8_t codes[256];     /* unsigned, one a byte */
@@ -70,6 +72,32 @@ static void split_mxfp4(const void *block, struct split *s) {
     const block_mxfp4 *b = block;
     s->scales[0] = b->exponent;
     nibbles(s->codes, b->qs, 16);
+}
+
+/* A positive float to f16, within its normal numbers; halves away from zero. */
+static uint16_t small_float(float x) {
+    uint32_t bits;
+    x = x < 6.2e-5f ? 6.2e-5f : x > 6e4f ? 6e4f : x;
+    memcpy(&bits, &x, 4);
+    return (uint16_t)((bits + 0x1000 - (112u << 23)) >> 13);
+}
+
+/* Of four equidistant levels, these are the best for a normal distribution: steps of its own size (Max 1960, table II). */
+static void split_coarse(const void *block, struct split *s) {
+    const block_coarse *b = block;
+    float squares[8] = { 0 }, sum = 0;
+    for (int j = 0; j < 32; j += 8)
+        for (int i = 0; i < 8; i++)
+            squares[i] += b->w[j + i] * b->w[j + i];
+    for (int i = 0; i < 8; i++)
+        sum += squares[i];
+    s->d = small_float(0.9957f * sqrtf(sum / 32));
+    float inverse = 1 / f16_to_f32(s->d);
+    for (int j = 0; j < 32; j++) {
+        float level = b->w[j] * inverse + 2;
+        level = level > 3 ? 3 : level > 0 ? level : 0;
+        s->codes[j] = (uint8_t)(int)level;
+    }
 }
 
 /* Two bits of 256 weights: half h, plane p, then 32 columns. */
@@ -208,6 +236,7 @@ static inline void head_dm(uint8_t *out, int row, const struct split *s) {
 }
 static inline void scales_d(uint8_t *out, int row, const struct split *s, int b) { (void)b, head_d(out, row, s); }
 static inline void scales_dm(uint8_t *out, int row, const struct split *s, int b) { (void)b, head_dm(out, row, s); }
+static inline void scales_half(uint8_t *out, int row, const struct split *s, int b) { (void)b, head_d(out, row, s); }
 static inline void scales_e8(uint8_t *out, int row, const struct split *s, int b) { out[row] = s->scales[b]; }
 static inline void scales_k32(uint8_t *out, int row, const struct split *s, int b) { out[row] = s->scales[b]; }
 static inline void scales_k(uint8_t *out, int row, const struct split *s, int b) {
@@ -224,6 +253,7 @@ static inline void scales_km16(uint8_t *out, int row, const struct split *s, int
 #define head_k head_dm
 #define head_k16 head_d
 #define head_k32 head_d
+#define head_half head_none
 #define head_km16 head_dm
 
 struct layout { int super, code_bytes, head_bytes, scale_bytes; };
@@ -272,7 +302,7 @@ PANEL_TYPES(PACK)
 FLOAT_PANEL_TYPES(PACK_FLOAT)
 
 /* Bytes per superblock of 16 rows (float types: per column). */
-static const struct panel_type { int super, codes, scales; pack_fn *pack; } panel_types[N_TYPES] = {
+static const struct panel_type { int super, codes, scales; pack_fn *pack; } panel_types[N_PANEL_TYPES] = {
 #define ROW(TYPE, name, super, kind, scale, zero) \
     [TYPE] = { super, super / 32 * CODES_##kind, HEAD_##scale + super / 32 * SCALES_##scale, pack_##name },
     PANEL_TYPES(ROW)

@@ -220,7 +220,7 @@ static void free_pass(struct pass *p) {
     free(p);
 }
 
-int bmc_eval(const bmc_span *spans, int n_spans) {
+static int evaluate(const bmc_span *spans, int n_spans, bool coarse) {
     if (!spans || n_spans < 1)
         return fail(BMC_EINVAL, "bmc_eval: needs at least one span");
     int64_t start = nanoseconds();
@@ -233,6 +233,7 @@ int bmc_eval(const bmc_span *spans, int n_spans) {
     struct pass *p = make_pass(m, n_tok);
     if (p) {
         pthread_mutex_lock(&m->lock);
+        p->coarse = coarse && m->coarse.codes;
         run_passes(p, spans, n_spans);
         m->profile.calls += m->profile.laps ? nanoseconds() - start : 0;
         pthread_mutex_unlock(&m->lock);
@@ -243,6 +244,8 @@ int bmc_eval(const bmc_span *spans, int n_spans) {
     return p ? 0 : BMC_ENOMEM;
 }
 
+int bmc_eval(const bmc_span *spans, int n_spans) { return evaluate(spans, n_spans, false); }
+
 int bmc_draft(bmc_session *session, const int32_t *tokens, int n_tok, int k, float p_min, int last, int32_t *ids,
               float *logprobs) {
     bmc_span span = { .session = session, .tokens = tokens, .n_tok = n_tok, .want = BMC_WANT_LAST, .last = last };
@@ -251,7 +254,7 @@ int bmc_draft(bmc_session *session, const int32_t *tokens, int n_tok, int k, flo
     for (int i = 0; i < k; i++) {
         span.argmax = &ids[i];
         span.logprob = &logprobs[i];
-        int status = bmc_eval(&span, 1);
+        int status = evaluate(&span, 1, true);
         if (status)
             return i && status == BMC_EFULL ? i : status;
         if (i == k - 1 || expf(logprobs[i]) < p_min)

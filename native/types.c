@@ -150,10 +150,12 @@ static void dequantize_q5_k(const void *blocks, int64_t n, float *out) {
 
 static void dequantize_q6_k(const void *blocks, int64_t n, float *out) {
     for (const block_q6_k *b = blocks; n > 0; n -= 256, out += 256, b++) {
-        float scale = f16_to_f32(b->scale);
-        for (int j = 0; j < 256; j++) {
-            int low = b->ql[j / 128 * 64 + j % 64] >> j % 128 / 64 * 4 & 15;
-            out[j] = scale * (float)b->scales[j / 16] * (float)((low | pair(b->qh, j) << 4) - 32);
+        for (int g = 0; g < 16; g++) {          /* 16 at a time, so that a compiler may do them at once */
+            const uint8_t *ql = b->ql + g / 8 * 64 + g % 4 * 16, *qh = b->qh + g / 8 * 32 + g % 2 * 16;
+            int low = g % 8 / 4 * 4, high = g % 8 / 2 * 2;
+            float scale = f16_to_f32(b->scale) * (float)b->scales[g];
+            for (int i = 0; i < 16; i++)
+                out[16 * g + i] = scale * (float)(((ql[i] >> low & 15) | (qh[i] >> high & 3) << 4) - 32);
         }
     }
 }

@@ -15,7 +15,9 @@ enum {                          /* ggml's numbers, as files carry them; a number
     TYPE_IQ4_NL = 20, TYPE_IQ3_S = 21, TYPE_IQ2_S = 22, TYPE_IQ4_XS = 23, TYPE_I8 = 24, TYPE_I16 = 25,
     TYPE_I32 = 26, TYPE_I64 = 27, TYPE_F64 = 28, TYPE_IQ1_M = 29, TYPE_BF16 = 30, TYPE_TQ1_0 = 34,
     TYPE_TQ2_0 = 35, TYPE_MXFP4 = 39, TYPE_NVFP4 = 40, TYPE_Q1_0 = 41,
-    N_TYPES
+    N_TYPES,
+    TYPE_COARSE = N_TYPES,      /* ours, in no file: what block_coarse says */
+    N_PANEL_TYPES
 };
 
 /* n weights, a multiple of block_size, from blocks at any address. */
@@ -31,6 +33,9 @@ struct type {
 extern const struct type types[N_TYPES];
 
 const struct type *type_find(int number);   /* NULL when ggml has no such type */
+
+/* COARSE: floats, of which a panel keeps two bits: w = step * (q - 1.5), one step for 32 of them. */
+typedef struct { float w[32]; } block_coarse;
 
 #pragma pack(push, 1)
 

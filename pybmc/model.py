@@ -136,6 +136,11 @@ class Model:
         lib.bmc_model_packed(self._live(), total)
         return total[0]
 
+    def coarsen(self) -> bool:
+        """Give the head a coarse copy of two bits a weight, with which draft() chooses the few ids that the head itself
+        decides among. Once; drafting does it. False where that would not save much. Raises OutOfMemoryError."""
+        return check(lib.bmc_model_coarsen(self._live())) == 1
+
     @contextmanager
     def profile(self) -> Iterator[Profile]:
         """Take times of every pass inside the with; the Profile it gives is filled at its end. One at a time."""

@@ -102,8 +102,11 @@ class Speculation:
     # ---- a text
 
     def follow(self, text: list[int], greedy: bool) -> None:
-        """Take up a text. Costs that nobody knows are measured; the draft model reads the text before its first draft."""
+        """Take up a text. Costs that nobody knows are measured, and greedy drafts of a large vocabulary prepared for; the
+        draft model reads the text before its first draft."""
         self.controller(greedy)
+        if greedy and self.draft is not None and self.drafter:
+            self._unless_it_fails(self.draft.coarsen)
         for drafter in filter(None, (self.ngram, self.drafter)):
             drafter.follow(text)
 

@@ -214,6 +214,28 @@ def test_best_and_draft(name):
         assert_same(third.eval(text(name)[29:32], logits="all"), truth(name)[29:32])
 
 
+def test_a_coarse_head_drafts_nearly_the_same_and_changes_nothing_else(tmp_path):
+    """65,536 ids of 256 values, the least for which a coarse head is made; its words are the head's own nearly always."""
+    metadata, tensors = tiny.parts(types="Q8_0", vocab="spm", vocab_size=1 << 16, dim=256, n_layers=1, tied=True)
+    path = tiny.save(tmp_path / "wide.gguf", metadata, tensors)
+    rng = np.random.default_rng(5)
+    words = rng.integers(0, 1 << 16, 200).tolist()
+    with pybmc.Model(path, threads=2) as model, model.session() as session:
+        exact, before = session.eval(words, logits="best"), session.eval(words[:3], logits="all")
+        assert model.coarsen() and model.coarsen()
+        session.rewind(0)
+        drafted = []
+        for word in words:
+            drafted.append(session.draft([word], 1))
+            assert session.position == len(drafted)
+        same = np.array([d.ids[0] for d in drafted]) == exact.ids
+        assert same.mean() > 0.95
+        chances = np.exp([d.logprobs[0] for d in drafted]), np.exp(exact.logprobs)
+        assert np.abs(chances[0] - chances[1])[same].mean() < 0.1 * chances[1].mean()
+        assert_same(session.eval(words[:3], logits="all"), before)
+    assert not load("Q8_0").coarsen()
+
+
 def test_a_draft_ends_with_the_context():
     with load("Q8_0").session(context=40) as session:
         drafted = session.draft(text("Q8_0")[:36], 12)

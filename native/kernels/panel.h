@@ -89,6 +89,11 @@ INLINE void dm_scales(struct scales *s, const uint8_t *head, const uint8_t *p) {
     s->min[0] = f_load_f16((const uint16_t *)(const void *)(p + 32));
 }
 
+INLINE void half_scales(struct scales *s, const uint8_t *head, const uint8_t *p) {
+    d_scales(s, head, p);
+    s->min[0] = f_mul(s->scale[0], f_set(-1.5f));
+}
+
 INLINE void e8_scales(struct scales *s, const uint8_t *head, const uint8_t *p) {
     (void)head;
     s->scale[0] = f_load_e8m0_half(p);
