@@ -435,8 +435,7 @@ def bench(model, model_option, prompts, generated, widths, depths, reps, breakdo
               help="Chance that a drafted token comes true.")
 @click.option("-r", "--reps", type=click.IntRange(1), metavar="N", help="Rounds.  [default: 3]")
 @click.option("--quick", "size", flag_value="QUICK", help="One shape, few settings, 256 tokens: a quarter of a minute.")
-@click.option("--full", "size", flag_value="FULL", help="Prompts 128, 1024, 4096 and 0, 3, 7, 15 drafted: a quarter of "
-                                                        "an hour.")
+@click.option("--full", "size", flag_value="FULL", help="Prompts 128, 1024, 4096 and 0, 3, 7, 15 drafted: half an hour.")
 @click.option("--every-token", "whole", is_flag=True, help="Evaluate every token instead of a sample; slow.")
 @click.option("--figures", type=click.Path(file_okay=False), metavar="DIR", help="Draw SVGs there (needs matplotlib).")
 @click.option("--from", "source", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
