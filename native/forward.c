@@ -568,6 +568,8 @@ static void head(const struct pass *p, struct input in, int thread) {
     }
 }
 
+/* Parts that get a second look. With 12, 24, 48 and 64 of them the best of 128k nearly equal logits was found 113, 122, 125 and
+ * 126 times of 127. */
 enum { LIKED = 48 };
 
 /* The logit that LIKED parts reach, or all of them where there are fewer. */
@@ -671,10 +673,11 @@ static void run(void *arg, int thread) {
     const struct input last = normed(p, post, m->output_norm, m->output_norm_bias, n_tok, thread);
     head(p, last, thread);
     barrier(p, thread, BMC_STEP_HEAD);
-    if (thread == 0 && p->coarse)
-        rescore(p, last);
-    if (thread == 0)
+    if (thread == 0) {
+        if (p->coarse)
+            rescore(p, last);
         choose(p);
+    }
     note(p, thread, BMC_STEP_HEAD);
 }
 

@@ -39,7 +39,10 @@ struct layer {
 
 /* Tokens in one pass over the weights; logits at a time; tasks that keep a thread busy to the end; floats for the sums of
  * chunks whose task is cut; panels made at a time where none are kept. */
-enum { PASS_MAX = 512, COARSE_LEAST = 1 << 24,  HEAD_ROWS = 256, TASKS_EACH = 8, PART_FLOATS = 4 << 20, ROOM_PANELS = 16 };
+enum { PASS_MAX = 512,  HEAD_ROWS = 256, TASKS_EACH = 8, PART_FLOATS = 4 << 20, ROOM_PANELS = 16 };
+
+/* Weights of a head that a coarse one is worth its memory for: from here on it is read from memory for each token. */
+enum { COARSE_LEAST = 1 << 24 };
 
 struct bmc_model {
     bmc_config c;

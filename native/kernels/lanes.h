@@ -19,7 +19,9 @@ INLINE f32x16 f_exp(f32x16 x) {
 /* for (i, m) over n in steps of 16, m lanes in the last one */
 #define EACH_16(n) for (int i = 0, m; m = (n) - i < 16 ? (n) - i : 16, i < (n); i += 16)
 
-/* Dot products of a block's weights, or of its FIRST or SECOND 16, with C columns. */
+/* i_dots: dot products of a block's weights, the WHOLE or its FIRST or SECOND 16, with C columns, up to TOGETHER: as many as a
+ * load of the weights serves. u_keep: w has its place in the first cache from here on. Where there are registers for all
+ * weights, columns come one by one and nothing is to be kept. */
 #ifndef TOGETHER
 #define TOGETHER 1
 INLINE void u_keep(u8x64 *w) { (void)w; }

@@ -142,14 +142,14 @@ INLINE u8x64 u_lookup(const uint8_t table[16], u8x64 a) {
 /* A block's weights are wanted again and again: made once and read, not made each time or kept in place of sums. */
 INLINE void u_keep(u8x64 *w) { __asm__("" : "+m"(*(u8x64(*)[8])w)); }
 
-/* Products of 8 bits come as pairs summed in 16. With |a| <= 127 several units of narrow weights fit before they
- * overflow: 8 units of 4 bits (8*2*15*127 = 30480), 4 of 5, 2 of 6. Eight bits do not fit even once: they all have
- * zero == 128, so w - 128 is multiplied, its sign moved to the activation, and nothing is left to subtract. */
 INLINE __m256i spread(const int8_t *a) { return _mm256_set1_epi32(*(const int32_t *)(const void *)a); }
 
 /* sum += products. In so many words, or gcc collects all products of a block before it adds the first two. */
 #define ADD_PAIRS(sum, products) __asm__("vpaddw %1, %0, %0" : "+x"(sum) : "x"(products))
 
+/* Products of 8 bits come as pairs summed in 16. With |a| <= 127 several units of narrow weights fit before they
+ * overflow: 8 units of 4 bits (8*2*15*127 = 30480), 4 of 5, 2 of 6. Eight bits do not fit even once: they all have
+ * zero == 128, so w - 128 is multiplied, its sign moved to the activation, and nothing is left to subtract. */
 INLINE void dots_narrow(i32x16 *t, const int C, const u8x64 *w, int n, const struct act_block *a, int from, const int run) {
     const __m256i ones = _mm256_set1_epi16(1);
     UNROLL(8)
