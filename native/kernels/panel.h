@@ -204,6 +204,8 @@ INLINE void panel_cols(const struct panel_job *j, int panel, const int C, const 
         put(j, panel, c, y[c]);
 }
 
+#define REST(C) case C: if (C < TOGETHER) dot_blocks(f, w, &sc, a + c, y + c, C); break;
+
 /* One panel times all columns of a tile that is wider than COLS_MAX: there are no registers for their sums. */
 INLINE void panel_all(const struct panel_job *j, int panel, const struct format f, codes_fn *codes, scales_fn *scales) {
     const struct act_block *a = j->act;
@@ -215,8 +217,7 @@ INLINE void panel_all(const struct panel_job *j, int panel, const struct format 
         u_keep(w);
         for (c = 0; c + TOGETHER <= n; c += TOGETHER)
             dot_blocks(f, w, &sc, a + c, y + c, TOGETHER);
-        for (; c < n; c++)
-            dot_blocks(f, w, &sc, a + c, y + c, 1);
+        switch (n - c) { REST(1) REST(2) REST(3) }
     )
     for (c = 0; c < n; c++)
         put(j, panel, c, y[c]);
