@@ -20,13 +20,14 @@ static void read_share(void *arg, int thread) {
     int64_t from, to;
     uint64_t sums[8] = { 0 };
     pool_share(roof->pool, thread, ROOF_BYTES, 1 << 21, &from, &to);
-    for (int64_t i = from; i < to; i += 64) {
-        uint64_t line[8];
-        memcpy(line, roof->memory + i, sizeof line);
-        __builtin_prefetch(roof->memory + i + 4096);
-        for (int j = 0; j < 8; j++)
-            sums[j] += line[j];
-    }
+    for (int64_t i = from, half = (to - from) / 2; i < from + half; i += 64)
+        for (int stream = 0; stream < 2; stream++) {
+            uint64_t line[8];
+            memcpy(line, roof->memory + i + stream * half, sizeof line);
+            __builtin_prefetch(roof->memory + i + stream * half + 2048);
+            for (int j = 0; j < 8; j++)
+                sums[j] += line[j];
+        }
     for (int j = 0; j < 8; j++)
         atomic_fetch_add(&roof->sum, sums[j]);
 }

@@ -16,9 +16,8 @@ PASSES = 4                              # verification passes that one repetitio
 class Result:
     """One test: n tokens in a pass ("pp", "verify") or generated ("tg") behind depth rows; rates in tokens/s.
 
-    gb_s is how much of the packed weights and of the rows was read a second, once a pass; roof is its share of what
-    the threads can read from memory, measured in the same run. What fits a cache can be above 1. Arithmetic limits
-    prompts: theirs is the share of what `pybmc tune` measured of the kernels, None where it has not run.
+    gb_s is how much of the packed weights and of the rows was read a second, once a pass; roof is the share of the rate
+    that the machine's Limits allow. What fits a cache can be above 1.
     """
 
     test: str
@@ -29,8 +28,44 @@ class Result:
     tok_s_min: float
     tok_s_max: float
     reps: int
-    gb_s: float | None
-    roof: float | None
+    gb_s: float
+    roof: float
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a machine allows a model, measured: bytes read from memory a second; weights multiplied a second from the cache,
+    for 16 tokens, by type (its GGML number); and products of floats from registers, which attention needs."""
+
+    read: float
+    weights: dict[int, float]
+    floats: float
+
+    def seconds(self, model, test: str, n: int, depth: int, row_bytes: int) -> tuple[float, str]:
+        """The least seconds of a pass of a test, and whether "memory" or "kernels" set them."""
+        in_a_pass, heads = (1, 1) if test == "tg" else (n, 1 if test == "pp" else n)
+        layers, head = model.weight_counts()
+        memory = bytes_of_a_pass(model, test, n, depth, row_bytes) / self.read
+        attention = 2 * model.config.n_layers * model.config.q_dim * (depth + n / 2) * in_a_pass / self.floats
+        kernels = attention + sum(times * count / self.weights[type] for times, counts in ((in_a_pass, layers), (heads, head))
+                                  for type, count in counts.items())
+        return max((memory, "memory"), (kernels, "kernels"))
+
+
+def limits_of(model) -> Limits:
+    """Measured now, in about a second: the machine may be another one in an hour."""
+    from ._native import arithmetic_rate, read_bandwidth         # here: the rest also measures engines that are not ours
+    from .tune import arithmetic
+
+    layers, head = model.weight_counts()
+    weights = {type: arithmetic(type, model.threads) / 2 for type in layers | head}
+    return Limits(read_bandwidth(model.threads), weights, arithmetic_rate(model.threads)[1])
+
+
+def bytes_of_a_pass(model, test: str, n: int, depth: int, row_bytes: int) -> float:
+    """Weights and rows, once each."""
+    rows = depth + (n / 2 if test == "tg" else 0)                   # on average
+    return model.packed_bytes + rows * row_bytes
 
 
 @dataclass(frozen=True)
@@ -85,15 +120,13 @@ def checked_tests(prompts, generated, widths, depths, reps) -> list[tuple[str, i
 
 
 def _run(model, tests, reps, rows, progress) -> Iterator[Result]:
-    from ._native import read_bandwidth         # here: the rest of this module also measures engines that are not ours
-
-    context, roof = max(depth + n for _, n, depth in tests), read_bandwidth(model.threads) / 1e9
+    context, limits = max(depth + n for _, n, depth in tests), limits_of(model)
     tokens = random_tokens(model, context)
     with model.session(context=context, rows=rows) as session:
         for i, (kind, n, depth) in enumerate(tests):
             go_to(session, tokens, depth)
             rates = [measure(session, kind, tokens[depth:depth + n]) for _ in range(reps + 1)][1:]
-            yield result(model, session, kind, n, depth, rates, roof)
+            yield result(model, session, kind, n, depth, rates, limits)
             if progress:
                 progress(i + 1, len(tests))
 
@@ -129,22 +162,9 @@ def measure(session, kind: str, tokens: np.ndarray) -> float:
     return rate
 
 
-def result(model, session, kind: str, n: int, depth: int, rates: list[float], roof: float) -> Result:
+def result(model, session, kind: str, n: int, depth: int, rates: list[float], limits: Limits) -> Result:
     tok_s = statistics.median(rates)
-    in_a_pass = 1 if kind == "tg" else n
-    rows = depth + (n / 2 if kind == "tg" else 0)                   # on average
-    n_bytes = model.packed_bytes + rows * session.arena_stats().row_bytes
-    gb_s = tok_s / in_a_pass * n_bytes / 1e9
-    return Result(kind, n, depth, model.threads, tok_s, min(rates), max(rates), len(rates), gb_s,
-                  share_of_arithmetic(model, tok_s) if kind == "pp" else gb_s / roof)
-
-
-def share_of_arithmetic(model, tok_s: float) -> float | None:
-    """Of the rates that `pybmc tune` measured, in products of weights; None if it has not run."""
-    from .machine import known
-
-    machine = known(model.threads)
-    if not machine.int8_ops_s or not machine.f32_ops_s:
-        return None
-    integers, floats = model.weight_counts()
-    return tok_s * 2 * (integers / machine.int8_ops_s + floats / machine.f32_ops_s)
+    passes, row_bytes = tok_s / (1 if kind == "tg" else n), session.arena_stats().row_bytes
+    least, _ = limits.seconds(model, kind, n, depth, row_bytes)
+    return Result(kind, n, depth, model.threads, tok_s, min(rates), max(rates), len(rates),
+                  passes * bytes_of_a_pass(model, kind, n, depth, row_bytes) / 1e9, passes * least)

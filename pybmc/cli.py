@@ -543,7 +543,7 @@ BENCH_COLUMNS = ("tok/s", "min", "max", "GB/s", "of roof")
 
 
 def bench_cells(r) -> list[str]:
-    return [*(f"{v:.1f}" for v in (r.tok_s, r.tok_s_min, r.tok_s_max, r.gb_s)), "" if r.roof is None else f"{r.roof:.0%}"]
+    return [*(f"{v:.1f}" for v in (r.tok_s, r.tok_s_min, r.tok_s_max, r.gb_s)), f"{r.roof:.0%}"]
 
 
 def test_name(r) -> str:

@@ -23,7 +23,7 @@ KEPT = 6.0                              # drafts that what was seen in another r
 PATIENCE = 40                           # drafted rounds that must pay together
 PAUSES = (32, 512)                      # plain tokens after rounds that did not pay: at first, at most
 FIRST = 3                               # tokens of a first draft: what they take is not known yet
-REST = 12                               # at most, plain tokens after a decision against drafting before the next
+REST = 32                               # at most, plain tokens after a decision against drafting before the next
 HOPELESS = 0.02                         # chance below which no more of a draft is looked at
 CLEAR = 1.3                             # a gain that need not be looked at closely
 FRESH = 96                              # rounds after which a plain pass is measured again
@@ -246,7 +246,12 @@ class Source:
         self.accepted = Chain(WIDEST, expected)         # checked and accepted, of those asked for
         self.offered = Chain(WIDEST, 0.9)               # worth checking, of those asked for
         self.seconds = DraftCost()
-        self.drafted = self.taken = self.rounds = 0
+        self.reading = Average()                        # seconds for a token of the text that the drafter lacks
+
+    @property
+    def reading_seconds(self) -> float:
+        """For a token that the drafter lacks. Many in a pass cost less than one by one."""
+        return self.reading.value if self.reading.n else self.seconds.slope / 4
 
     def record(self) -> dict[str, list[list[float]]]:
         """What is worth keeping for another run."""
@@ -352,7 +357,7 @@ class Controller:
         known = source.seconds.n > 1    # a single draft may have met a hiccup
         self._active = not self.pause and (best.gain >= (1.0 if self._active else self.min_gain) or not known)
         if not self._active:
-            return self._probe(best.k, lag)
+            return self._probe(best.k, lag + source.seconds.at(best.k))
         if not known:
             best.k = max(self.least, min(best.k, FIRST))
         step = (self.curve.at(best.k + 1 + others) - self.curve.at(1 + others)) / best.k
@@ -376,9 +381,9 @@ class Controller:
                 break
         return Plan(best, gain=most_rate)
 
-    def _probe(self, k: int, lag: float) -> Plan:
+    def _probe(self, k: int, seconds: float) -> Plan:
         """A draft now and then, which is not checked but compared with what comes: the text may have changed."""
-        if self.account.probing + lag <= PROBING * self.account.seconds:
+        if self.account.probing + seconds <= PROBING * self.account.seconds:
             return Plan(k, probing=True)
         return Plan(0)
 

@@ -11,6 +11,7 @@ import operator
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, fields
@@ -156,13 +157,15 @@ class Model:
             profile.calls_s, profile.passes = times.calls, times.n_passes
             profile.steps = {ffi.string(lib.bmc_step_name(i)).decode(): s for i, s in enumerate(times.steps)}
 
-    def weight_counts(self) -> tuple[int, int]:
-        """Weights of the layers' matrices that are multiplied in 8 bits, and in floats."""
-        counts = [0, 0]
-        for tensor in self._file.tensors.values():
+    def weight_counts(self) -> tuple[Counter, Counter]:
+        """How many weights each type (its GGML number) has in the layers' matrices, and in the head's."""
+        layers, head, tensors = Counter(), Counter(), self._file.tensors
+        for tensor in tensors.values():
             if tensor.name.startswith("blk.") and len(tensor.shape) > 1:
-                counts[tensor.type.name in ("f32", "f16", "bf16")] += math.prod(tensor.shape)
-        return counts[0], counts[1]
+                layers[tensor.type.id] += math.prod(tensor.shape)
+        tensor = tensors.get("output.weight", tensors["token_embd.weight"])
+        head[tensor.type.id] = math.prod(tensor.shape)
+        return layers, head
 
     @cached_property
     def tokenizer(self):

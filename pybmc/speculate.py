@@ -102,9 +102,11 @@ class Speculation:
     # ---- a text
 
     def follow(self, text: list[int], greedy: bool) -> None:
-        """Take up a text. Costs that nobody knows are measured, and greedy drafts of a large vocabulary prepared for; the
-        draft model reads the text before its first draft."""
+        """Take up a text. Costs that nobody knows are measured, what other runs learned is read, and greedy drafts of a
+        large vocabulary are prepared for; the draft model reads the text before its first draft."""
         self.controller(greedy)
+        if self.drafter:
+            self.source("draft", greedy)
         if greedy and self.draft is not None and self.drafter:
             self._unless_it_fails(self.draft.coarsen)
         for drafter in filter(None, (self.ngram, self.drafter)):
@@ -198,8 +200,10 @@ class Speculation:
     def _ask_model(self, round: Round, plan: Plan, text: list[int], chooser: Chooser) -> None:
         """The draft model's part of a round. What it lacks of the text it reads first, apart from what a draft costs."""
         controller, source = self.controller(chooser.greedy), self.source("draft", chooser.greedy)
-        if self.drafter.lag(text):
+        lag, started = self.drafter.lag(text), self.clock()
+        if lag:
             self._unless_it_fails(lambda: self.drafter.read(text))
+            source.reading.add((self.clock() - started) / lag)
         if not self.drafter:
             return
         started = self.clock()
@@ -217,7 +221,7 @@ class Speculation:
         if not self.drafter or isinstance(self.drafter, SelfDrafter) and len(text) < self.drafter.shortest:
             return Plan(0)
         source = self.source("draft", chooser.greedy)
-        lag = self.drafter.lag(text) * source.seconds.slope / 8     # many tokens in a pass cost less than one by one
+        lag = self.drafter.lag(text) * source.reading_seconds
         return self.controller(chooser.greedy).plan(source, room, others, lag)
 
     def _propose(self, text: list[int], plan: Plan, chooser: Chooser) -> Draft:
@@ -306,9 +310,13 @@ def kind_of(greedy: bool) -> str:
 
 
 def curve_of(model, greedy: bool, clock: Callable[[], float]) -> CostCurve:
-    """What passes of this model cost here: kept from before, or measured now."""
-    kept = cache.load(cache.identity(model, kind_of(greedy)))
-    return CostCurve(kept or calibrate(model, kind_of(greedy), clock))
+    """What passes of this model cost here: kept from before, or measured now and kept."""
+    kind = kind_of(greedy)
+    known = cache.load(cache.identity(model, kind))
+    if not known:
+        known = calibrate(model, kind, clock)
+        cache.save(cache.identity(model, kind), known)
+    return CostCurve(known)
 
 
 def calibrate(model, want: str, clock: Callable[[], float], reps: int = 3, least: float = 0.1) -> dict[int, float]:

@@ -28,6 +28,8 @@ for line in sys.stdin:
     request = json.loads(line)
     if request["do"] == "run":
         say(tok_s={"slow": 10, "fast": 20}[request["mode"]] + request["n"], idle=0.25)
+    elif request["do"] == "limit":
+        say(tok_s=50, by="memory", idle=0)
     elif request["do"] == "open":
         say(seconds=1, vocab_size=16)
     elif request["do"] == "logits":
@@ -86,12 +88,13 @@ def test_files_or_the_table_but_not_both(tmp_path):
 
 def test_the_table_is_markdown_with_a_line_for_each_row():
     rows = [versus.Row("open", [0.5, 0.4], [1.0, 1.0], unit="s"),
-            versus.Row("verify 8 @4096", [2500.0] * 3, [100.0, 125.0, 50.0], mode="no flash attention")]
+            versus.Row("verify 8 @4096", [2500.0] * 3, [100.0, 125.0, 50.0], mode="no flash attention",
+                       limit={"tok_s": 5000, "by": "memory"})]
     lines = [*versus.table_head().splitlines(), *map(versus.table_line, rows)]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert {len(line) for line in cells} == {6} and len({len(line) for line in lines}) == 1
-    assert cells[2] == ["open, s", "0.45", "1.00", "2.25", "2.00..2.50", ""]
-    assert cells[3] == ["verify 8 @4096", "2500", "100.0", "25.00", "20.00..50.00", "no flash attention"]
+    assert {len(line) for line in cells} == {7} and len({len(line) for line in lines}) == 1
+    assert cells[2] == ["open, s", "0.45", "1.00", "2.25", "2.00..2.50", "", ""]
+    assert cells[3] == ["verify 8 @4096", "2500", "100.0", "25.00", "20.00..50.00", "50% memory", "no flash attention"]
 
 
 def test_json_lines_keep_every_measurement():

@@ -12,7 +12,8 @@ in the page cache, each engine in a process of its own, never both at a time, in
 ratio is the median over these pairs. llama.cpp attends with flash attention and without, the faster is taken for
 each line; weights are repacked as its build has it, batch sizes are its defaults. A verification pass gives the
 logits of all its tokens on both sides (pybmc can do with less, `logits="argmax"`), then rewinds. Before anything
-is timed, both engines' logits must agree.
+is timed, both engines' logits must agree. "limit" is our share of what the machine allows, measured before each line: that
+weights and rows are read from memory, or that our kernels work from the cache (pybmc.bench.Limits).
 
 The peer may live in an environment of its own, with numpy and llama-cpp-python: --peer-python, or the
 environment variable PYBMC_PEER_PYTHON.
@@ -45,6 +46,7 @@ OURS, THEIRS = "pybmc", "llama.cpp"
 CHECKED = 12                            # tokens whose logits are compared
 LEAST_CORRELATION = 0.99                # of a token's logits; activations rounded to 8 bits in two ways leave more
 OPENINGS = 3
+LONG = 30.0                             # seconds of a run from which on nothing is gained by warming up
 BUSY = 0.05                             # share of the cores in other hands from which on a run does not count
 
 # ---- the engines ---------------------------------------------------------------------------------------------
@@ -170,6 +172,7 @@ class Row:
     unit: str = "tok/s"
     mode: str = ""
     cell: Cell | None = None
+    limit: dict | None = None           # "tok_s", and "by" what
 
     @property
     def ratios(self):
@@ -207,17 +210,19 @@ def compare(a, b, cell, reps):
         return lambda: engine.ask("run", kind=cell.test, n=cell.n, depth=cell.depth, mode=mode)["tok_s"]
 
     modes = [best_mode({mode: runs(engine, mode) for mode in engine.modes}) for engine in (a, b)]
+    limit = a.ask("limit", kind=cell.test, n=cell.n, depth=cell.depth)
     rates = paired(runs(a, modes[0]), runs(b, modes[1]), reps)
-    return Row(test_name(cell), *rates, mode=modes[1], cell=cell)
+    return Row(test_name(cell), *rates, mode=modes[1], cell=cell, limit=limit)
 
 
 def best_mode(runs):
-    """The fastest of {mode: run}, by two runs of each after one to warm up."""
-    for run in runs.values():
-        run()
+    """The fastest of {mode: run}, by two runs of each after one to warm up, or by that one where it takes long."""
+    started = time.perf_counter()
+    rates = [{mode: run() for mode, run in runs.items()}]
     if len(runs) == 1:
         return next(iter(runs))
-    rates = [{mode: run() for mode, run in runs.items()} for _ in range(2)]
+    if time.perf_counter() - started < LONG * len(runs):
+        rates = [{mode: run() for mode, run in runs.items()} for _ in range(2)]
     return max(runs, key=lambda mode: max(rate[mode] for rate in rates))
 
 
@@ -323,15 +328,16 @@ def warm(path):
 
 
 def table_head():
-    return (f"| {'work':19} | {OURS:>9} | {THEIRS:>9} | ratio | {'spread':>12} | {'llama.cpp with':18} |\n"
-            f"|{'-' * 21}|{'-' * 10}:|{'-' * 10}:|------:|{'-' * 13}:|{'-' * 20}|")
+    return (f"| {'work':19} | {OURS:>9} | {THEIRS:>9} | ratio | {'spread':>12} | {'limit':>12} | {'llama.cpp with':18} |\n"
+            f"|{'-' * 21}|{'-' * 10}:|{'-' * 10}:|------:|{'-' * 13}:|{'-' * 13}:|{'-' * 20}|")
 
 
 def table_line(row):
     work = row.work if row.unit == "tok/s" else f"{row.work}, {row.unit}"
     ours, theirs = (spelled(statistics.median(side)) for side in (row.ours, row.theirs))
     spread = f"{min(row.ratios):.2f}..{max(row.ratios):.2f}" if len(row.ratios) > 1 else ""
-    return f"| {work:19} | {ours:>9} | {theirs:>9} | {row.ratio:5.2f} | {spread:>12} | {row.mode:18} |"
+    limit = f"{statistics.median(row.ours) / row.limit['tok_s']:.0%} {row.limit['by']}" if row.limit else ""
+    return f"| {work:19} | {ours:>9} | {theirs:>9} | {row.ratio:5.2f} | {spread:>12} | {limit:>12} | {row.mode:18} |"
 
 
 def json_line(path, threads, row):
@@ -339,7 +345,7 @@ def json_line(path, threads, row):
     return {"model": path, **test, "unit": row.unit, "threads": threads,
             "pybmc": rounded(statistics.median(row.ours)), "llama_cpp": rounded(statistics.median(row.theirs)),
             "ratio": rounded(row.ratio), "ratio_min": rounded(min(row.ratios)), "ratio_max": rounded(max(row.ratios)),
-            "reps": len(row.ours), "mode": row.mode,
+            "reps": len(row.ours), "mode": row.mode, "limit": row.limit,
             "pybmc_all": [rounded(x) for x in row.ours], "llama_cpp_all": [rounded(x) for x in row.theirs]}
 
 

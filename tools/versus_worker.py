@@ -22,7 +22,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from pybmc.bench import go_to, measure, random_tokens  # noqa: E402
+from pybmc.bench import go_to, limits_of, measure, random_tokens  # noqa: E402
 
 SETTLE_S = 0.05                         # a pool may spin that long after its work, and would disturb the other's
 
@@ -46,6 +46,12 @@ class Pybmc:
 
     def session(self, mode):
         return self.held
+
+    def limit(self, kind, n, depth):
+        """The rate that this machine allows a test now, and what sets it."""
+        row_bytes = self.held.arena_stats().row_bytes
+        least, by = limits_of(self.model).seconds(self.model, kind, n, depth, row_bytes)
+        return {"tok_s": (1 if kind == "tg" else n) / least, "by": by}
 
     def close(self):
         self.model.close()
@@ -185,6 +191,12 @@ class Worker:
         rate = measure(session, kind, self._tokens[depth:depth + n])
         time.sleep(SETTLE_S)
         return {"tok_s": rate}
+
+    def limit(self, kind, n, depth):
+        """What our library measures of the machine."""
+        found = self._engine.limit(kind, n, depth)
+        time.sleep(SETTLE_S)
+        return found
 
     def memory(self):
         """MB resident now, the private part of them, and the most so far; empty where the system does not tell."""
