@@ -1,5 +1,7 @@
 """How fast a model runs here: prompts, single tokens, and narrow passes as speculation verifies them."""
 
+from __future__ import annotations
+
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -50,6 +52,13 @@ class Limits:
         kernels = attention + sum(times * count / self.weights[type] for times, counts in ((in_a_pass, layers), (heads, head))
                                   for type, count in counts.items())
         return max((memory, "memory"), (kernels, "kernels"))
+
+    def best(self, other: Limits | None) -> Limits:
+        """Of two measurements of one model."""
+        if other is None:
+            return self
+        weights = {type: max(rate, other.weights[type]) for type, rate in self.weights.items()}
+        return Limits(max(self.read, other.read), weights, max(self.floats, other.floats))
 
 
 def limits_of(model) -> Limits:

@@ -18,7 +18,7 @@ from . import cache
 from .controller import WIDEST, Controller, CostCurve, Plan, Source
 from .decode import Choice, Chooser, Loop, Pass, Stats
 from .drafters import EDGES, NOTHING, Draft, NgramDrafter, Overlap, PairError, SelfDrafter, connect, drafter_of
-from .errors import ArgumentError, BmcError, ClosedError
+from .errors import ArgumentError, BmcError, ClosedError, OutOfMemoryError
 
 log = logging.getLogger(__name__)
 
@@ -108,9 +108,13 @@ class Speculation:
         if self.drafter:
             self.source("draft", greedy)
         if greedy and self.draft is not None and self.drafter:
-            self._unless_it_fails(self.draft.coarsen)
+            self._unless_it_fails(self._coarsen)
         for drafter in filter(None, (self.ngram, self.drafter)):
             drafter.follow(text)
+
+    def _coarsen(self) -> None:
+        with suppress(OutOfMemoryError):                # without it, drafts take longer
+            self.draft.coarsen()
 
     def loop(self, session, text: list[int], result, chooser: Chooser, limit: float, stats: Stats,
              others: Callable[[], int] = lambda: 0) -> Loop:

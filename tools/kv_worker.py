@@ -84,7 +84,7 @@ class LlamaCpp:
 
 
 class Transformers:
-    """A Llama of the same shape with random weights in bf16; generate() with its own caches."""
+    """A Llama of the same shape with random weights in bf16; generate() with either of its caches."""
 
     def __init__(self):
         import torch
@@ -108,10 +108,17 @@ class Transformers:
             self.torch.set_default_dtype(default)
 
     def open(self, context, mode):
-        self.mode = mode
+        config = self.model.config
+        self.cache = (self.api.DynamicCache(config=config) if mode == "dynamic" else
+                      self.api.StaticCache(config=config, max_cache_len=context))
 
     def prompt(self, ids):
-        self.ids = self.torch.tensor([ids])
+        """The last token is generate()'s. Rows of noise stand for those before it: without instructions for bf16 a long
+        prompt takes minutes, and how long a token takes does not depend on what rows hold."""
+        self.ids, config = self.torch.tensor([ids]), self.model.config
+        rows = self.torch.randn(1, config.num_key_value_heads, len(ids) - 1, config.head_dim, dtype=self.torch.bfloat16)
+        for layer in range(config.num_hidden_layers if len(ids) > 1 else 0):
+            self.cache.update(rows, rows, layer)
 
     def tokens(self, n):
         """generate() tells of each token when it has it; the first comes with the prompt."""
@@ -127,7 +134,7 @@ class Transformers:
         with self.torch.inference_mode():
             self.model.generate(self.ids, attention_mask=self.torch.ones_like(self.ids), do_sample=False, streamer=Clock(),
                                 max_new_tokens=n + 1, min_new_tokens=n + 1, pad_token_id=0,
-                                cache_implementation=self.mode, disable_compile=True)
+                                past_key_values=self.cache, disable_compile=True)
         yield from times[1:]                # the first put is the prompt's own tokens
 
     def cache_bytes(self):

@@ -38,6 +38,7 @@ REQUESTS = [f"{ask} {who}." for ask in ("Tell me a story about", "Write a short 
             for who in ("a fox and a well", "the old clockmaker", "two sisters at sea", "a king who could not sleep",
                         "the last lamp in the street")]
 LENGTHS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16)          # of the sweep
+CURVE = "curve"
 SHARES = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)    # of the curve of gain against acceptance
 
 
@@ -380,7 +381,7 @@ def all_cases(args):
         args.pairs.mkdir(parents=True, exist_ok=True)
         pairs.append((f"1B, agreement {share:.0%}", *pair_files(args.pairs, args.model, args.type, share)))
     for name, path, draft_path in pairs:
-        if args.only and args.only not in name:
+        if args.only not in (None, CURVE) and args.only not in name:
             continue
         with pybmc.Model(path, threads=args.threads) as model, pybmc.Model(draft_path, threads=args.threads) as draft:
             if name == "bundled":
@@ -394,7 +395,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=Path, metavar="DIR", help="where pairs of set agreement are kept, or written")
     parser.add_argument("--model", default="llama-3.2-1b", help="their shape, as tools/synth.py names it")
     parser.add_argument("--type", default="Q4_K_M")
-    parser.add_argument("--only", metavar="TEXT", help="models whose name holds this: bundled, 85, 60")
+    parser.add_argument("--only", metavar="TEXT", help="models whose name holds this: bundled, 85, 60; curve: the curve alone")
     parser.add_argument("-r", "--runs", type=int, default=10)
     parser.add_argument("-n", type=int, default=256, help="tokens of an answer")
     parser.add_argument("--requests", type=int, default=len(REQUESTS), help="of the bundled pair")
@@ -406,9 +407,16 @@ def main() -> None:
     args = parser.parse_args()
     if args.quick:
         args.runs, args.n, args.requests, args.sweep = 2, 16, 1, min(args.sweep, 1)
+    if args.only == CURVE and not args.curve:
+        parser.error("--only curve: expected --curve SVG too")
     rows, points = [], []
     print(HEADER + "\n" + "|---" * (HEADER.count("|") - 1) + "|")
     for cases, model, draft, with_curve in all_cases(args):
+        if args.curve and with_curve:
+            points = curve(model, draft, args.n, args.runs)
+            args.curve.write_text(svg(points))
+        if args.only == CURVE:
+            continue
         for case in cases:
             row = compare(case, args.runs)
             if args.sweep:
@@ -420,9 +428,6 @@ def main() -> None:
             together_case = Case(cases[0].name.split(",")[0] + ", 8 prompts together", ">= 3", model, requests, None)
             rows.append(batched(together_case, draft, args.runs))
             print(line(rows[-1]), flush=True)
-        if args.curve and with_curve:
-            points = curve(model, draft, args.n, args.runs)
-            args.curve.write_text(svg(points))
     if args.json:
         args.json.write_text(json.dumps({"rows": [asdict(row) for row in rows], "curve": points}, indent=1) + "\n")
 

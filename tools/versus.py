@@ -12,8 +12,8 @@ in the page cache, each engine in a process of its own, never both at a time, in
 ratio is the median over these pairs. llama.cpp attends with flash attention and without, the faster is taken for
 each line; weights are repacked as its build has it, batch sizes are its defaults. A verification pass gives the
 logits of all its tokens on both sides (pybmc can do with less, `logits="argmax"`), then rewinds. Before anything
-is timed, both engines' logits must agree. "limit" is our share of what the machine allows, measured before each line: that
-weights and rows are read from memory, or that our kernels work from the cache (pybmc.bench.Limits).
+is timed, both engines' logits must agree. "limit" is our share of what the machine allows, by the best measured so far, once before each
+line: weights and rows read from memory, or our kernels working from the cache (pybmc.bench.Limits).
 
 The peer may live in an environment of its own, with numpy and llama-cpp-python: --peer-python, or the
 environment variable PYBMC_PEER_PYTHON.

@@ -24,6 +24,7 @@ def parse(argv=None):
     p.add_argument("--out", type=Path, default=ROOT / "pybmc" / "demo", help="where the models and the card go")
     p.add_argument("--stage", choices=[*stages.STAGES, "all"], default="all")
     p.add_argument("--threads", type=int, default=2)
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train (%(default)s)")
     p.add_argument("--target-seconds", type=float, help="training time of the target")
     p.add_argument("--smoke", action="store_true", help="all stages at toy size, in two minutes; without a corpus it makes a text of its own")
     args = p.parse_args(argv)
@@ -42,6 +43,7 @@ def recipe_of(args):
 def main(argv=None):
     args = parse(argv)
     torch.set_num_threads(args.threads)
+    torch.set_default_device(args.device)
     args.work.mkdir(parents=True, exist_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)
     job = stages.Job(recipe_of(args), args.corpus, args.heldout, args.work, args.out)

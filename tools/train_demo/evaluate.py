@@ -6,7 +6,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .generate import generate_rows
+from .generate import generate_rows, seeded
 from .model import KVCache
 from .tokens import END_OF_TURN, ask
 
@@ -39,7 +39,7 @@ def answer(model, tokenizer, request, n_tok, temperature, seed):
     """Ids of the prompt and of an answer of up to n_tok tokens, with its end of turn where it came to one."""
     prompt, end = tokenizer.encode(ask(request)).ids, tokenizer.token_to_id(END_OF_TURN)
     total = min(len(prompt) + n_tok - 1, model.config.n_ctx)
-    ids, *_ = generate_rows(model, [prompt], torch.tensor([temperature]), total, 1, end, lambda: [end], torch.Generator().manual_seed(seed))
+    ids, *_ = generate_rows(model, [prompt], torch.tensor([temperature]), total, 1, end, lambda: [end], seeded(seed))
     told = ids[0, len(prompt) :].tolist()
     return prompt, told[: told.index(end) + 1] if end in told else told
 
@@ -89,7 +89,7 @@ def distribution(logits, temperature):
 def sampled_acceptance(target, draft, tokenizer, requests, n_tok=128, temperature=0.8, seed=0):
     """Speculative sampling: a drafted token stays with probability min(1, p / q); the first refused one is drawn anew from max(0, p - q)."""
     counts, end = Rounds(), tokenizer.token_to_id(END_OF_TURN)
-    g = torch.Generator().manual_seed(seed)
+    g = seeded(seed)
     draw = lambda p: int(torch.multinomial(p, 1, generator=g))
     for request in requests:
         ids = tokenizer.encode(ask(request)).ids

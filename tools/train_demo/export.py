@@ -67,7 +67,7 @@ def write_gguf(model, tokenizer, path, name, description):
     write_config(writer, model.config)
     write_vocabulary(writer, tokenizer)
     for ours, tensor in model.state_dict().items():
-        weights = tensor.float().numpy()
+        weights = tensor.float().cpu().numpy()
         if weights.ndim == 2:
             writer.add_tensor(gguf_name(ours), gguf.quantize(weights, Q8_0), raw_dtype=Q8_0)
         else:

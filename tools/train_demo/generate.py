@@ -25,6 +25,11 @@ def prompts(tokenizer, requests, running, rng):
             yield tokenizer.encode(ask(rng.choice(requests))).ids
 
 
+def seeded(seed):
+    """A generator of random numbers where tensors are made."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
 def pick(logits, temperature, generator):
     """One token a row, by each row's temperature (0: the likeliest). logits (batch, vocab_size), temperature (batch,)."""
     noise = -torch.empty_like(logits).exponential_(generator=generator).log()      # Gumbel
@@ -62,7 +67,7 @@ def generate_rows(model, prompt_of, temperature, n_tok, top, end_id, next_turn, 
 
 
 def save_rows(path, rows):
-    ids, top_ids, top_logp, own = (r.numpy() for r in rows)
+    ids, top_ids, top_logp, own = (r.cpu().numpy() for r in rows)
     np.savez(path, ids=ids.astype(np.uint16), top_ids=top_ids.astype(np.uint16), top_logp=top_logp, own=own)
 
 
@@ -79,7 +84,7 @@ def generate(model, tokenizer, requests, running, recipe, work, seconds):
             temperature = torch.tensor([TEMPERATURES[i % len(TEMPERATURES)] for i in range(recipe.generate_batch)])
             save_rows(path, generate_rows(
                 model, [next(source) for _ in temperature], temperature, recipe.generate_tokens, recipe.top, end_id,
-                lambda: turn_break + tokenizer.encode(ask(rng.choice(requests))).ids, torch.Generator().manual_seed(recipe.seed * 1000 + n),
+                lambda: turn_break + tokenizer.encode(ask(rng.choice(requests))).ids, seeded(recipe.seed * 1000 + n),
             ))
         took = time.monotonic() - began
         spent += min(took, seconds / 4)

@@ -185,7 +185,7 @@ def save_model(model, path):
 
 
 def load_model(path):
-    saved = torch.load(path, weights_only=True)
+    saved = torch.load(path, weights_only=True, map_location=torch.get_default_device())
     model = Llama(Config(**saved["config"]))
     model.load_state_dict(saved["weights"])
     return model

@@ -111,7 +111,7 @@ def more(job):
     r, path = job.recipe, job.work / "more.pt"
     if not path.exists():
         model, schedule = load_model(job.work / "target.pt"), job.recipe.more_run
-        first = torch.load(job.work / "target.ckpt", weights_only=True)
+        first = torch.load(job.work / "target.ckpt", weights_only=True, map_location="cpu")
         batches = text_batches(schedule, job.rows("short"), job.rows("long"))
         run = Trainer("more", model, schedule, text_loss(model, r.bf16, r.compile), batches, job.work / "more.ckpt", cursor=first["cursor"])
         run.run()

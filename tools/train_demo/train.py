@@ -64,7 +64,7 @@ class Trainer:
             self.load()
 
     def load(self):
-        saved = torch.load(self.checkpoint, weights_only=True)
+        saved = torch.load(self.checkpoint, weights_only=True, map_location=torch.get_default_device())
         self.model.load_state_dict(saved["weights"])
         for optimizer, state in zip(self.optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
@@ -85,7 +85,8 @@ class Trainer:
 
     def train_step(self, spent):
         """One update; returns the mean loss of its tokens, in nats."""
-        micro = self.batch(spent, self.cursor)
+        device = torch.get_default_device()
+        micro = [tuple(part.to(device) for part in parts) for parts in self.batch(spent, self.cursor)]
         total, count = 0.0, sum(int(m[-1].sum()) for m in micro)
         for part in micro:
             loss = self.loss_of(*part) / count
@@ -142,7 +143,7 @@ def text_loss(model, bf16, compiled):
     """Cross entropy of the next token, summed where the mask says so."""
 
     def loss_of(ids, learn):
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
             logits = model.logits(ids[:, :-1]).flatten(0, 1).float()
             return (F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none") * learn.flatten()).sum()
 
