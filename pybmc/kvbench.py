@@ -19,6 +19,8 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+import numpy as np
+
 from . import balance, tune
 from .errors import ArgumentError
 from .growth import Growth, parse
@@ -477,15 +479,21 @@ def stalls(model, lengths: Sequence[int] = LENGTHS, tries: int = 5) -> Iterator[
 
 @dataclass(frozen=True)
 class Verdict:
-    """A U-curve: the best r measured and predicted, what taking the predicted one costs, how far off the curve is."""
+    """A U-curve: the best r measured and predicted, what taking the predicted one costs, how far off the curve is.
+
+    The best r is where the curve a + b / r + c r through the measured times is lowest, and times at r* are that curve's: near
+    its floor a factor 2 in r moves it by less than single points are off, and the best of them would be an accident. Where the
+    points do not bend so, it is the best of them all the same.
+    """
 
     shape: str
     prompt: int
     k: int
     accepted: float
-    best_r: int                         # measured, of the grid; 0: everything at once
+    best_r: int                         # measured; 0: everything at once
     r_star: int
     time_at_r_star: float               # over the best time measured
+    point_at_r_star: float              # the same of single points
     error: float                        # of the predicted curve, the median over r
     worst_error: float
     over_each_token: float              # how many times faster than growing each token
@@ -515,12 +523,38 @@ def _verdict(curve: list[Result]) -> Verdict:
         return result.cache_ms + rest
 
     s, best = curve[0].setting, min(curve, key=ms)
+    copies = [result for result in curve if result.setting.growth.policy == "copy"]
     star = next(result for result in curve if result.setting.r_star)
     at_once = next(result for result in curve if result.setting.growth.policy == "max")
     each = next((result for result in curve if result.setting.growth.r == 1), at_once)
     errors = [abs(result.predicted_ms - result.cache_ms) / ms(result) for result in curve]
-    return Verdict(s.shape, s.prompt, s.k, s.accepted, best.setting.growth.r, star.setting.growth.r, ms(star) / ms(best),
-                   statistics.median(errors), max(errors), ms(each) / ms(star), ms(at_once) / ms(star))
+    best_r, star_r, point = best.setting.growth.r, star.setting.growth.r, ms(star) / ms(best)
+    bend, at_star = floor_of([result.setting.growth.r for result in copies], [ms(result) for result in copies], star_r)
+    if bend and best is not at_once:
+        best_r, ratio = bend, at_star
+    else:
+        ratio = point
+    return Verdict(s.shape, s.prompt, s.k, s.accepted, best_r, star_r, ratio, point, statistics.median(errors),
+                   max(errors), ms(each) / ms(star), ms(at_once) / ms(star))
+
+
+def floor_of(rows: Sequence[int], times: Sequence[float], r: int) -> tuple[int, float]:
+    """Where t = a + b / r + c r through the times is lowest, within the rows measured, and t(r) over t there; points
+    weigh by their relative error. (0, 1.0) for points that do not bend so."""
+    if len(set(rows)) < 4:
+        return 0, 1.0
+
+    def terms(rows):
+        rows = np.asarray(rows, float)
+        return np.stack([np.ones_like(rows), 1 / rows, rows], -1)
+
+    times = np.asarray(times)
+    found = np.linalg.lstsq(terms(rows) / times[:, None], np.ones(len(times)), rcond=None)[0]
+    if found[1] <= 0 or found[2] <= 0:
+        return 0, 1.0
+    best = min(max(np.sqrt(found[1] / found[2]), min(rows)), max(rows))
+    at_r, at_best = terms([r, best]) @ found
+    return round(best), float(at_r / at_best)
 
 
 def sentences(results: Sequence) -> list[str]:

@@ -163,6 +163,19 @@ def test_every_setting_is_measured_and_predicted(results):
     assert "of 4: r* within" in text and "--rows auto at 100 rows" in text
 
 
+def test_the_floor_is_that_of_the_curve_and_not_of_a_point():
+    """Times that are off by 3% here and there: the best point is an accident, the curve's floor is not."""
+    rows = [1, 16, 64, 80, 256, 1024]
+    exact = [10 + 400 / r + 0.1 * r for r in rows]
+    assert kvbench.floor_of(rows, exact, 63) == (63, pytest.approx(1, abs=1e-4))
+    assert kvbench.floor_of(rows, exact, 126)[1] == pytest.approx((10 + 400 / 126 + 12.6) / (10 + 2 * 40**0.5), rel=1e-3)
+    noisy = [t * f for t, f in zip(exact, (1.02, 0.98, 1.03, 1.02, 0.97, 1.01))]
+    best, ratio = kvbench.floor_of(rows, noisy, 63)
+    assert 50 < best < 80 and 1 <= ratio < 1.01
+    assert kvbench.floor_of(rows, [300 - 0.1 * r for r in rows], 63)[0] == 0      # ever cheaper: no floor between
+    assert kvbench.floor_of([1, 16, 64], exact[:3], 16)[0] == 0        # three points fit any three numbers
+
+
 def test_the_sample_has_the_arena_of_the_whole(model):
     """Reserved rows are those of a run over every token."""
     for growth in (Growth("copy", 1), Growth("copy", 16), Growth("geometric", 16), Growth("chunk", 32), Growth("max")):
