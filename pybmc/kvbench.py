@@ -574,7 +574,7 @@ def sentence(v: Verdict) -> str:
     drafts = f", {v.k} drafted ({v.accepted:.0%} accepted)" if v.k else ""
     best = f"r = {v.best_r}" if v.best_r else "everything at once"
     return (f"{v.shape}, prompt {v.prompt}{drafts}: best {best}, r* = {v.r_star} takes {v.time_at_r_star:.2f} of its "
-            f"time, is {v.over_each_token:.2f} times faster than growing each token and {v.over_at_once:.2f} than everything at "
+            f"time ({v.point_at_r_star:.2f} by single points), is {v.over_each_token:.2f} times faster than growing each token and {v.over_at_once:.2f} than everything at "
             f"once; curve predicted within {v.error:.0%}.")
 
 

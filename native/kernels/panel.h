@@ -204,6 +204,7 @@ INLINE void panel_cols(const struct panel_job *j, int panel, const int C, const 
         put(j, panel, c, y[c]);
 }
 
+/* What a tile has left after groups of TOGETHER. */
 #define REST(C) case C: if (C < TOGETHER) dot_blocks(f, w, &sc, a + c, y + c, C); break;
 
 /* One panel times all columns of a tile that is wider than COLS_MAX: there are no registers for their sums. */
