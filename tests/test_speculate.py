@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pybmc
-from pybmc import ArgumentError
+from pybmc import ArgumentError, OutOfMemoryError
 from pybmc.controller import Controller, FixedLength, Plan
 from pybmc.decode import generate
 from pybmc.drafters import NOTHING, Draft, ModelDrafter, NgramDrafter, PairError, check_pair, first_difference, guess
@@ -167,6 +167,19 @@ def test_a_stranger_as_draft_and_the_controller(model, temperature, tmp_path, mo
             same(plain, list(stream))
             assert stream.stats.plain_tok_s > 0 and sum(stream.stats.lengths.values()) == stream.stats.rounds
     assert list((tmp_path / "pybmc" / "costs").iterdir())
+
+
+def test_without_memory_for_a_coarse_head_drafts_go_on(model, monkeypatch):
+    def no_memory(self):
+        raise OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(pybmc.Model, "coarsen", no_memory)
+    plain = list(generate(model, "the mill", 20, stop_tokens=()))
+    with pybmc.Model(model.path, threads=1) as twin:
+        stream = generate(model, "the mill", 20, stop_tokens=(),
+                          draft=Speculation(model, twin, "draft", controller=FixedLength(3)))
+        same(plain, list(stream))
+    assert stream.stats.draft_n == stream.stats.draft_n_accepted > 0
 
 
 def test_the_end_inside_a_draft_and_a_full_context():
