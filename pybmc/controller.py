@@ -3,29 +3,33 @@
     rate(k) = tokens that k drafts may give / (pass of k + 1 tokens + k drafts)
 
 k = 0, plain decoding, is always among the choices. Everything is measured while the text is written: the cost of
-passes by their width, the drafter's, and acceptance by place and by mark (how sure the drafter was). Nothing here
-knows of models: times come in as numbers, so a simulation can drive it.
+passes by their width, the drafter's, and acceptance by place and by mark (how sure the drafter was). What is
+expected may be wrong, so drafting has a purse: it may lose a few tokens' time, a small share of all time, and what it
+has gained, and no more. Nothing here knows of models: times come in as numbers, so a simulation can drive it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import exp, log
 
 from .cache import RECORD
 
 WIDEST = 16                             # tokens in a draft
 MIN_GAIN = 1.03                         # predicted, before speculating begins; it ends below 1
-PROBING = 0.01                          # of the time, for drafts that are not expected to pay
+GRANT = 3.0                             # plain tokens whose time drafting may lose before it has gained any ..
+ALLOWED = 0.015                         # .. and of each token's time, ever ..
+BANK = 8.0                              # .. and at most at once, whatever it gained before
+DEBT = 1.0                              # most that is kept of what a round lost beyond that: it may have met a hiccup
+DECIDING = 0.01                         # of the time, for decisions against drafting
 FADE = 0.98                             # weight of what was seen one draft ago
 KEPT = 6.0                              # drafts that what was seen in another run counts as
-PATIENCE = 40                           # drafted rounds that must pay together
-PAUSES = (32, 512)                      # plain tokens after rounds that did not pay: at first, at most
 FIRST = 3                               # tokens of a first draft: what they take is not known yet
 REST = 32                               # at most, plain tokens after a decision against drafting before the next
 HOPELESS = 0.02                         # chance below which no more of a draft is looked at
 CLEAR = 1.3                             # a gain that need not be looked at closely
+TRIED = 8                               # passes of a width before what another run says of it is believed, if gains allow it
 FRESH = 96                              # rounds after which a plain pass is measured again
 
 
@@ -83,7 +87,11 @@ class CostCurve:
         if n not in self._shape:
             self._shape[n] = log(self.ratio(n))
             self._shape = dict(sorted(self._shape.items()))
-        self._shape[n] += max(0.08, 0.6 / (count + self._trust)) * surprise
+        step = max(0.08, 0.6 / (count + self._trust)) * surprise
+        self._shape[n] += step
+        for other in self._shape:                       # from another time, which may have been as wrong
+            if other > 1 and not self.counts.get(other):
+                self._shape[other] += step / 2
         self._ratios = []
 
     def ratio(self, n: int) -> float:
@@ -289,22 +297,30 @@ class Source:
 
 @dataclass
 class Plan:
-    """k tokens to draft, and to stop after one that is less probable than p_min. probing: it is not expected to pay."""
+    """k tokens to draft, and to stop after one that is less probable than p_min. trial: it is not expected to pay."""
 
     k: int
     p_min: float = 0.0
-    probing: bool = False
+    trial: bool = False
     gain: float = 1.0
 
 
 @dataclass
 class Account:
-    """Seconds and tokens of the rounds so far."""
+    """What drafting may lose, in tokens: the time that plain decoding takes for them."""
 
-    seconds: float = 0.0
-    tokens: int = 0
-    probing: float = 0.0                # seconds that probes lost
-    lately: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])    # drafted rounds: seconds, plain's, weight
+    purse: float = GRANT
+    tokens: int = 0                     # of the texts so far
+    trials: float = 0.0                 # what trials lost
+
+    def enter(self, tokens: int, gained: float, trial: bool = False) -> None:
+        """So many tokens of a text, and the tokens' time that drafting gained by them."""
+        self.tokens += tokens
+        self.trials += max(0.0, -gained) if trial else 0.0
+        self.purse = max(-DEBT, min(self.purse + gained + ALLOWED * tokens, BANK))
+
+    def allows_trial(self, loss: float) -> bool:
+        return loss <= self.purse and self.trials + loss <= ALLOWED * self.tokens
 
 
 class Controller:
@@ -315,8 +331,9 @@ class Controller:
         self.most, self.least = min(most, WIDEST), max(least, 1)
         self.min_gain = MIN_GAIN
         self.choosing = Average()       # seconds to choose a token from its row
+        self.overhead = Average()       # seconds of a round for everything but the draft, the pass and choosing
         self.account = Account()
-        self.pause, self._last_pause, self._since_plain, self._active = 0, 0, 0, True
+        self._since_plain, self._active = 0, True
         self.rest, self._fresh = REST, FRESH
         self._warm = self._plain_before = True
 
@@ -334,7 +351,7 @@ class Controller:
 
     def break_after(self, deciding: float) -> int:
         """Plain tokens before another decision like one against drafting, which took so long: it may cost 1%."""
-        return min(self.rest, int(deciding * self.plain() / PROBING))
+        return min(self.rest, int(deciding * self.plain() / DECIDING))
 
     def plain(self, others: int = 0) -> float:
         """Tokens a second without a draft. others: tokens of other sequences that share the pass."""
@@ -344,10 +361,14 @@ class Controller:
         """Tokens a second of rounds that give so many tokens from passes of a mean width, after so long drafting."""
         return (tokens + others) / (self.curve.at(width + others) + drafting + tokens * self.choosing.value)
 
-    def plan(self, source: Source, room: int, others: int = 0, lag: float = 0.0) -> Plan:
+    def loss(self, k: int, drafting: float, others: int = 0) -> float:
+        """Plain tokens whose time a round takes too long if none of its k drafted tokens comes true."""
+        return (self.curve.at(k + 1 + others) + drafting) / self.curve.at(1 + others) - 1
+
+    def plan(self, source: Source, room: int, others: int = 0, lag: float = 0.0, new: bool = False) -> Plan:
         """What to ask of a drafter whose drafts cost time. room: the most tokens that may be drafted.
 
-        lag: seconds that it needs first, to catch up.
+        lag: seconds that it needs first, to catch up; new: with a prompt, which counts only if drafting is not expected to pay.
         """
         most = min(self.most, room)
         if most < self.least:
@@ -355,11 +376,19 @@ class Controller:
         best, plain = self._best(source, most, others), self.plain(others)
         best.gain /= plain
         known = source.seconds.n > 1    # a single draft may have met a hiccup
-        self._active = not self.pause and (best.gain >= (1.0 if self._active else self.min_gain) or not known)
+        self._active = best.gain >= (1.0 if self._active else self.min_gain) or not known
         if not self._active:
-            return self._probe(best.k, lag + source.seconds.at(best.k))
+            loss = self.loss(self.least, lag + source.seconds.at(self.least), others)
+            return Plan(self.least, trial=True) if self.account.allows_trial(loss) else Plan(0)
         if not known:
             best.k = max(self.least, min(best.k, FIRST))
+        elif self.account.purse > BANK / 2 and self.curve.counts.get(best.k + 2 + others, 0) < TRIED:
+            best.k = min(best.k + 1, most)
+        while best.k and self.loss(best.k, source.seconds.at(best.k) + (0.0 if new else lag), others) > self.account.purse:
+            best.k = best.k - 1 if best.k > self.least else 0
+        if not best.k:
+            self._active = False
+            return Plan(0)
         step = (self.curve.at(best.k + 1 + others) - self.curve.at(1 + others)) / best.k
         best.p_min = source.least(min(0.9, (source.seconds.slope + step) * plain * best.gain))
         self._fresh = FRESH if best.gain > CLEAR else FRESH // 6
@@ -374,27 +403,24 @@ class Controller:
             tokens += right
             offered *= offer
             width += offered
-            rate = self.rate(tokens, width, max(0.0, start + k * slope), others)
+            rate = self.rate(tokens, width, max(0.0, start + k * slope) + self.overhead.value, others)
             if k >= self.least and rate > most_rate:
                 best, most_rate = k, rate
             if k == most or k > max(best, self.least) + 4:      # past the best, and past any step of the costs
                 break
         return Plan(best, gain=most_rate)
 
-    def _probe(self, k: int, seconds: float) -> Plan:
-        """A draft now and then, which is not checked but compared with what comes: the text may have changed."""
-        if self.account.probing + seconds <= PROBING * self.account.seconds:
-            return Plan(k, probing=True)
-        return Plan(0)
-
     def cut(self, source: Source, marks: Sequence[int], spent: float, others: int = 0) -> tuple[int, float]:
-        """How many tokens of a draft to check, and the rate that this gives. spent: seconds the draft took."""
+        """How many tokens of a draft to check, as far as the purse goes, and the rate that this gives. spent: seconds the
+        draft took."""
         tokens, right, best = 1.0, 1.0, (0, self.rate(1, 1, spent, others))
         for n, sure in enumerate(marks, 1):
             right *= source.by_mark.at(sure)
             tokens += right
             rate = self.rate(tokens, n + 1, spent, others)
             if n >= self.least and rate > best[1]:
+                if self.loss(n, 0.0, others) > self.account.purse:
+                    break
                 best = n, rate
             elif right < HOPELESS:
                 break
@@ -410,37 +436,20 @@ class Controller:
         if self._warm:
             self.curve.observe(width, seconds)
 
-    def rested(self, n: int, seconds: float) -> None:
-        """So many plain tokens in so many seconds, without a thought of drafting."""
-        self.account.seconds += seconds
-        self.account.tokens += n
-        self._since_plain, self.pause, self._plain_before = 0, max(0, self.pause - n), n > 0
+    def rested(self, n: int) -> None:
+        """So many plain tokens without a thought of drafting."""
+        self.account.enter(n, 0.0)
+        self._since_plain, self._plain_before = 0, n > 0
 
-    def ended(self, checked: int, tokens: int, seconds: float, probing: bool, learning: bool = True) -> None:
-        """A round gave so many tokens in so many seconds. checked: drafted tokens in its pass."""
-        account = self.account
-        account.seconds += seconds
-        account.tokens += tokens
+    def ended(self, checked: int, tokens: int, work: float, passing: float, others: int = 0, trial: bool = False) -> None:
+        """A round gave so many tokens. checked: drafted tokens in its pass; seconds of the draft and all work around it, and
+        of the pass with choosing its tokens."""
         self._since_plain = self._since_plain + 1 if checked or not self._warm else 0
-        plain = tokens / self.plain()
-        if probing:
-            account.probing += max(0.0, seconds - plain)
-        elif checked and learning:
-            self._judge(min(seconds, 3 * self.curve.at(checked + 1)), plain)
-        elif not checked:
-            self.pause = max(0, self.pause - tokens)
-
-    def _judge(self, seconds: float, plain: float) -> None:
-        """Stop for a while when drafting has lately been slower than plain decoding would have been."""
-        fade = 1 - 1 / PATIENCE
-        spent, would, weight = self.account.lately
-        spent, would, weight = fade * spent + seconds, fade * would + plain, fade * weight + 1
-        if weight > PATIENCE / 2 and spent > would:
-            self.pause = self._last_pause = min(max(PAUSES[0], 2 * self._last_pause), PAUSES[1])
-            spent, would, weight = 0.0, 0.0, 0.0
-        elif weight > PATIENCE / 2 and spent < 0.9 * would:
-            self._last_pause = 0
-        self.account.lately = [spent, would, weight]
+        token = self.curve.at(1 + others) + self.choosing.value
+        gained = -work / token
+        if checked:
+            gained += tokens - min(passing, 3 * self.curve.at(checked + 1 + others)) / token
+        self.account.enter(tokens, gained, trial)
 
 
 class FixedLength(Controller):
@@ -452,7 +461,7 @@ class FixedLength(Controller):
 
     stale = False
 
-    def plan(self, source: Source, room: int, others: int = 0, lag: float = 0.0) -> Plan:
+    def plan(self, source: Source, room: int, others: int = 0, lag: float = 0.0, new: bool = False) -> Plan:
         return Plan(max(0, min(self.k, room)))
 
     def cut(self, source: Source, marks: Sequence[int], spent: float, others: int = 0) -> tuple[int, float]:

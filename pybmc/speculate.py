@@ -38,9 +38,11 @@ class Round:
     asked: int = 0
     draft: Draft = NOTHING
     checked: int = 0
-    probing: bool = False
+    trial: bool = False                 # drafting is not expected to pay
     shadow: Draft = NOTHING             # what the n-grams said, where another draft was taken
-    drafting: float = 0.0               # seconds
+    drafting: float = 0.0               # seconds ..
+    reading: float = 0.0                # .. and of them, those for a prompt
+    work: float = 0.0                   # all seconds between the pass before and this one's, but for choosing and the reader
     others: int = 0
     start: int = 0                      # tokens of the text when it was drafted
     rest: int = 0                       # plain tokens before anything is asked again
@@ -74,6 +76,7 @@ class Speculation:
         self._fixed = controller
         self._controllers: dict[bool, Controller] = like._controllers if like else {}
         self._sources: dict[tuple[str, bool], Source] = like._sources if like else {}
+        self._new = True                # the drafter has not been asked about this text yet
         self.kept = True                # for the next text too
         self._owned = None              # a draft model to be closed with this
 
@@ -105,6 +108,7 @@ class Speculation:
         """Take up a text. Costs that nobody knows are measured, what other runs learned is read, and greedy drafts of a
         large vocabulary are prepared for; the draft model reads the text before its first draft."""
         self.controller(greedy)
+        self._new = True
         if self.drafter:
             self.source("draft", greedy)
         if greedy and self.draft is not None and self.drafter:
@@ -127,16 +131,19 @@ class Speculation:
             self.drafter.session = session
         rows, round, limit = chooser.rows(result), Round(), limit + len(text)
         sent: list[int] = []
+        resumed = clock()
         try:
             while True:
-                began, choosing = len(text), 0.0
+                began, choosing, away = len(text), 0.0, 0.0
                 for i, row in enumerate(rows):
                     started = clock()
                     choice = chooser.choose(row, text)
-                    choosing += clock() - started
+                    chosen = clock()
+                    choosing += chosen - started
                     accepted = i < round.checked and choice.id == round.ids[i]
                     stats.draft_n_accepted += accepted
                     yield Choice(choice.id, choice.logprob, accepted)
+                    away += clock() - chosen
                     text.append(choice.id)
                     if not accepted:
                         break
@@ -145,12 +152,14 @@ class Speculation:
                         session.rewind(len(text) - 1)
                     self._learn(round, text, len(text) - began, chooser, choosing, stats, reply)
                 round = self._draft(text, min(self.draft_max, limit - len(text) - 1), chooser, others())
+                round.work = clock() - resumed - choosing - away
                 if round.rest:
                     yield from self._plainly(round, text, chooser, controller, stats)
                 elif round.checked and session.context is not None:
                     session.reserve(min(1 + self.draft_max, session.context - session.position))
                 sent = [text[-1], *round.ids]
                 reply = yield Pass(sent, chooser.want(len(sent)))
+                resumed = clock()
                 rows = chooser.rows(reply.result)
                 if reply.width:
                     controller.passed(reply.width, reply.seconds)
@@ -174,7 +183,7 @@ class Speculation:
                 text.append(choice.id)
         finally:
             n, sharing = len(text) - round.start, 1 + round.others
-            controller.rested(n, verifying / sharing + choosing)
+            controller.rested(n)
             stats.count(0, 0.0, verifying, n)
             stats.choose_s += choosing
             stats.plain_n += n
@@ -189,9 +198,10 @@ class Speculation:
         n, rate = 0, 0.0
         if self.ngram:
             round.shadow = self.ngram.propose(text, room)
-            n, rate = controller.cut(self.source("ngram", chooser.greedy), round.shadow.marks, 0.0, others)
+            n, rate = controller.cut(self.source("ngram", chooser.greedy), round.shadow.marks, controller.overhead.value,
+                                     others)
         plan = self._plan(text, room, chooser, others)
-        if n and rate > max(plan.gain, controller.min_gain) * controller.plain(others) and not controller.pause:
+        if n and rate > max(plan.gain, controller.min_gain) * controller.plain(others):
             round.source, round.draft, round.asked, round.checked = self.source("ngram", chooser.greedy), round.shadow, n, n
             round.shadow = NOTHING
         elif plan.k:
@@ -207,26 +217,26 @@ class Speculation:
         lag, started = self.drafter.lag(text), self.clock()
         if lag:
             self._unless_it_fails(lambda: self.drafter.read(text))
-            source.reading.add((self.clock() - started) / lag)
+            spent = self.clock() - started
+            source.reading.add(spent / lag)
+            round.reading = spent if self._new and not plan.trial else 0.0
         if not self.drafter:
             return
-        started = self.clock()
-        round.source, round.asked, round.probing = source, plan.k, plan.probing
+        started, self._new = self.clock(), False
+        round.source, round.asked, round.trial = source, plan.k, plan.trial
         round.draft = self._propose(text, plan, chooser)
         spent = self.clock() - started
         if round.draft.ids:
             source.seconds.add(len(round.draft.ids), spent)
-        if plan.probing:                # the tokens that plain decoding gives will judge it
-            round.rest = len(round.draft.ids)
-        else:
-            round.checked = controller.cut(source, round.draft.marks, spent, round.others)[0]
+        round.checked = (len(round.draft.ids) if plan.trial
+                         else controller.cut(source, round.draft.marks, spent, round.others)[0])
 
     def _plan(self, text, room: int, chooser: Chooser, others: int) -> Plan:
         if not self.drafter or isinstance(self.drafter, SelfDrafter) and len(text) < self.drafter.shortest:
             return Plan(0)
         source = self.source("draft", chooser.greedy)
         lag = self.drafter.lag(text) * source.reading_seconds
-        return self.controller(chooser.greedy).plan(source, room, others, lag)
+        return self.controller(chooser.greedy).plan(source, room, others, lag, self._new)
 
     def _propose(self, text: list[int], plan: Plan, chooser: Chooser) -> Draft:
         found = self._unless_it_fails(lambda: self.drafter.propose(text, plan.k, plan.p_min, chooser.sampler))
@@ -247,16 +257,17 @@ class Speculation:
         """The last n tokens of the text came from this round's pass."""
         controller, said = self.controller(chooser.greedy), text[round.start:]
         if round.source:
-            judging = len(round.draft.ids) if round.probing else round.checked
-            round.source.learn(round.asked, judging, round.draft.marks, judged(round.draft.ids, said))
+            round.source.learn(round.asked, round.checked, round.draft.marks, judged(round.draft.ids, said))
         if round.shadow.ids:
             self.source("ngram", chooser.greedy).learn(0, 0, round.shadow.marks, judged(round.shadow.ids, said))
         stats.choose_s += choosing
         stats.plain_n += n
         stats.plain_s += n / controller.plain(round.others) * (1 + round.others)
         controller.choosing.add(choosing / n)
-        controller.ended(round.checked, n, round.drafting + reply.seconds + choosing, round.probing,
-                         learning=not round.others)
+        if round.source:
+            controller.overhead.add(round.work - round.drafting)
+        passing = controller.curve.at(round.checked + 1 + round.others) if round.others else reply.seconds
+        controller.ended(round.checked, n, round.work - round.reading, passing + choosing, round.others, round.trial)
 
     # ---- the end
 

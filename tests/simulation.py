@@ -73,14 +73,18 @@ class Guesser:
         pass
 
 
-def run(cost, share, d, n=1000, controller=None, noise=0.03, seed=0, known=True, honest=False):
-    """Tokens a second, and the Stats, of n tokens. share: a number, or a function of the position."""
+def run(cost, share, d, n=1000, controller=None, noise=0.03, seed=0, known=True, honest=False,
+        record=None):
+    """Tokens a second, and the Stats, of n tokens. share: a number, or a function of the position; record: what is believed
+    of the drafter."""
     rng, clock = random.Random(seed), Clock()
     truth = [rng.randrange(1000) for _ in range(n + 64)]
     target = Target(truth, cost, clock, noise, rng)
     if controller is None:
         controller = Controller(CostCurve({w: cost(w) for w in (1, 2, 4, 8, 16)} if known else None))
     speculation = Speculation(None, None, "draft", controller=controller, clock=clock)
+    if record:
+        speculation.source("draft", True).recall(record)
     chance = share if callable(share) else lambda position: share
     speculation.drafter = Guesser(truth, chance, d, clock, rng, honest)
     stats = Stats()

@@ -79,5 +79,5 @@ def test_drafts_get_shorter_when_others_fill_the_pass():
 
     controller, source = cheap_controller()
     plans = [controller.plan(source, 16, others) for others in (0, 3, 7, 15)]
-    lengths = [0 if plan.probing else plan.k for plan in plans]
+    lengths = [0 if plan.trial else plan.k for plan in plans]
     assert lengths[0] >= 3 and lengths == sorted(lengths, reverse=True) and lengths[-1] == 0

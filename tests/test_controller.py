@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from simulation import fixed, run
 
 from pybmc import cache
-from pybmc.controller import Controller, CostCurve, Source
+from pybmc.controller import ALLOWED, BANK, GRANT, Account, Controller, CostCurve, Source
 
 
 def cheap(n):                           # a few tokens more are nearly free
@@ -47,6 +47,36 @@ def test_the_worst_draft_costs_less_than_three_percent(cost, d):
         rate, stats = run(cost, 0.0, d, n=256, seed=seed)
         assert rate > 0.97 * plain
         assert stats.plain_tok_s == pytest.approx(plain, rel=0.05)
+
+
+@pytest.mark.parametrize("believed, cost, known_share, least", [
+    (cheap, cheap, 0.97, 0.97), (steps, steps, 0.97, 0.97), (cheap, steep, 0.97, 0.95), (steps, steep, 0.8, 0.95)])
+def test_the_purse_bounds_what_false_beliefs_cost(believed, cost, known_share, least):
+    """A draft that was right until now; and costs of another day, whose first surprise comes on top."""
+    for seed in range(3):
+        controller = Controller(CostCurve({n: believed(n) for n in (1, 2, 4, 8, 16)}))
+        record = Source("draft", [known_share] * 16, known_share).record()
+        record["accepted"] = record["by_mark"] = [[40 * known_share, 40]] * 16
+        record["seconds"] = [[1, 0.1], [8, 0.8]]
+        rate, _ = run(cost, 0.0, 0.1, n=256, seed=seed, controller=controller, record=record)
+        assert rate > least * fixed(cost, 0.0, 0.1, 0, n=256, seed=seed)
+
+
+def test_costs_of_a_bad_minute_are_put_right():
+    controller = Controller(CostCurve({1: 1.0, 2: 2.4, 4: 4.0, 8: 6.0, 16: 12.0}))
+    rate, stats = run(cheap, 0.85, 0.1, n=2000, controller=controller)
+    assert rate > 0.8 * run(cheap, 0.85, 0.1, n=2000)[0]
+
+
+@given(st.lists(st.tuples(st.integers(1, 17), st.floats(0, 1)), max_size=200))
+def test_the_purse_is_all_that_can_be_lost(rounds):
+    """Rounds that lose all that they may, or a share of it, and gain what they lost nothing of."""
+    account, total, tokens, least = Account(), 0.0, 0, 0.0
+    for n, share in rounds:
+        gained = n - 1.0 if share > 0.7 else -share * max(account.purse, 0.0)
+        account.enter(n, gained)
+        total, tokens = total + gained, tokens + n
+        assert total >= -(GRANT + ALLOWED * tokens) - 1e-9 and account.purse <= BANK
 
 
 def test_a_draft_that_is_good_at_times_is_used_then():

@@ -32,7 +32,7 @@ class Whim(Controller):
     def resting(self):
         return True
 
-    def plan(self, source, room, others=0, lag=0.0):
+    def plan(self, source, room, others=0, lag=0.0, new=False):
         return Plan(max(0, self.rng.randint(-6, min(16, room))))
 
     def cut(self, source, marks, spent, others=0):

@@ -4,8 +4,8 @@
     python tools/spec_bench.py --pairs DIR                        and a 1B model with drafts that agree to a set degree
     python tools/spec_bench.py --pairs DIR --model tiny --quick   does it run at all
 
-A run decodes the same requests plain and drafted, one right after the other, in an order that alternates; its gain is
-the quotient of their tokens a second. Reported are medians over the runs, with the 95% confidence interval that order
+A run decodes each request plain and drafted, one right after the other, in an order that alternates, again and again
+until each way has had a second; its gain is the quotient of their tokens a second. Reported are medians over the runs, with the 95% confidence interval that order
 statistics give. The costs of passes are measured once and kept, as they are for users; acceptance is learned anew in
 every run. Drafted text is checked against the plain one, token by token.
 """
@@ -38,6 +38,7 @@ REQUESTS = [f"{ask} {who}." for ask in ("Tell me a story about", "Write a short 
             for who in ("a fox and a well", "the old clockmaker", "two sisters at sea", "a king who could not sleep",
                         "the last lamp in the street")]
 LENGTHS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16)          # of the sweep
+LEAST = 1.0                             # seconds of each way in a run: a machine that stumbles does so in both
 CURVE = "curve"
 SHARES = (0.0, 0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)    # of the curve of gain against acceptance
 
@@ -124,20 +125,29 @@ def together(found: list[Stats]) -> Stats:
     return whole
 
 
-def measure(case: Case, make: Callable[[Request], Speculation] | None, expected=None) -> tuple[Stats, list[list[int]]]:
-    """Decode a case's requests once."""
-    answers, found = [], []
-    for i, request in enumerate(case.requests):
-        speculation = make(request) if make else None
-        ids, stats = decode(case.model, request, speculation)
-        if speculation:
-            speculation.kept = False
-            speculation.release()
-        if expected is not None and ids != expected[i]:
-            raise SystemExit(f"{case.name}: the drafted answer to request {i} is not the plain one")
-        answers.append(ids)
-        found.append(stats)
-    return together(found), answers
+def measure(case: Case, i: int, make: Callable[[Request], Speculation] | None, expected=None) -> tuple[list[int], Stats]:
+    """Decode a request of a case. expected: the plain answers, which a drafted one has to be."""
+    request = case.requests[i]
+    speculation = make(request) if make else None
+    ids, stats = decode(case.model, request, speculation)
+    if speculation:
+        speculation.kept = False
+        speculation.release()
+    if expected is not None and ids != expected[i]:
+        raise SystemExit(f"{case.name}: the drafted answer to request {i} is not the plain one")
+    return ids, stats
+
+
+def in_turn(case: Case, ways: Sequence, expected, least: float) -> list[Stats]:
+    """For each way to draft (None: plain) what all requests took together, each way's time being `least` at least."""
+    found = [[] for _ in ways]
+    turn = 0
+    while not turn or min(sum(stats.predicted_s for stats in way) for way in found) < least:
+        for i in range(len(case.requests)):
+            for k in sorted(range(len(ways)), reverse=turn % 2 == 1):
+                found[k].append(measure(case, i, ways[k], expected)[1])
+            turn += 1
+    return [together(way) for way in found]
 
 
 # ---- runs --------------------------------------------------------------------------------------------------
@@ -153,15 +163,12 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return values[at], values[n - 1 - at]
 
 
-def compare(case: Case, runs: int) -> Row:
-    """Plain and drafted in turn; one of each first, to warm up."""
-    _, expected = measure(case, None)
-    measure(case, case.speculation, expected)
-    plain, drafted = [], []
-    for run in range(runs):
-        for kind in (0, 1) if run % 2 else (1, 0):
-            stats, _ = measure(case, case.speculation if kind else None, expected)
-            (drafted if kind else plain).append(stats)
+def compare(case: Case, runs: int, least: float) -> Row:
+    """Plain and drafted in turn; each request once before, to warm up."""
+    expected = [measure(case, i, None)[0] for i in range(len(case.requests))]
+    for i in range(len(case.requests)):
+        measure(case, i, case.speculation, expected)
+    plain, drafted = zip(*(in_turn(case, (None, case.speculation), expected, least) for _ in range(runs)))
     gains = [d.predicted_tok_s / p.predicted_tok_s for p, d in zip(plain, drafted)]
     low, high = interval(gains)
     return Row(case.name, case.aim, statistics.median(p.predicted_tok_s for p in plain),
@@ -198,21 +205,17 @@ def batched(case: Case, draft, runs: int, parallel: int = 8) -> Row:
     return Row(case.name, case.aim, *map(statistics.median, rates), statistics.median(gains), *interval(gains), 0.0, 0.0, runs)
 
 
-def sweep(case: Case, runs: int) -> tuple[int, float]:
+def sweep(case: Case, runs: int, least: float) -> tuple[int, float]:
     """The best fixed length, and the controller's rate over its rate: medians of interleaved runs."""
     def fixed(k: int, request: Request) -> Speculation:
         made = case.speculation(request)
         made._fixed = FixedLength(k)
         return made
 
-    rates: dict[int | str, list[float]] = {k: [] for k in (*LENGTHS, "controller")}
-    for run in range(runs):
-        for k in sorted(rates, key=str, reverse=run % 2 == 1):
-            make = case.speculation if k == "controller" else partial(fixed, k)
-            rates[k].append(measure(case, make)[0].predicted_tok_s)
-    medians = {k: statistics.median(values) for k, values in rates.items()}
-    best = max(LENGTHS, key=lambda k: medians[k])
-    return best, medians["controller"] / medians[best]
+    ways = [*(partial(fixed, k) for k in LENGTHS), case.speculation]
+    rates = [[stats.predicted_tok_s for stats in in_turn(case, ways, None, least)] for _ in range(runs)]
+    *of_fixed, controlled = map(statistics.median, zip(*rates))
+    return LENGTHS[of_fixed.index(max(of_fixed))], controlled / max(of_fixed)
 
 
 # ---- drafters that are forced ------------------------------------------------------------------------------
@@ -308,12 +311,12 @@ def pair_cases(name: str, model, draft, aim: str, n: int) -> list[Case]:
     return cases
 
 
-def curve(model, draft, n: int, runs: int) -> list[dict]:
+def curve(model, draft, n: int, runs: int, least: float) -> list[dict]:
     """Gain against forced acceptance, measured, and what the cost model says of the best fixed length."""
     points = []
     for share in SHARES:
         case = Case(f"forced {share:.0%}", "", model, [scripted(model, n)], partial(forced, model, draft, share))
-        row = compare(case, runs)
+        row = compare(case, runs, least)
         made = forced(model, draft, share, case.requests[0])
         decode(model, case.requests[0], made)
         points.append({"share": share, "gain": row.gain, "low": row.low, "high": row.high,
@@ -397,6 +400,7 @@ def main() -> None:
     parser.add_argument("--type", default="Q4_K_M")
     parser.add_argument("--only", metavar="TEXT", help="models whose name holds this: bundled, 85, 60; curve: the curve alone")
     parser.add_argument("-r", "--runs", type=int, default=10)
+    parser.add_argument("--seconds", type=float, default=LEAST, help="of each way in a run, at least")
     parser.add_argument("-n", type=int, default=256, help="tokens of an answer")
     parser.add_argument("--requests", type=int, default=len(REQUESTS), help="of the bundled pair")
     parser.add_argument("-t", "--threads", type=int)
@@ -406,21 +410,21 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two short runs of everything, to see that it works")
     args = parser.parse_args()
     if args.quick:
-        args.runs, args.n, args.requests, args.sweep = 2, 16, 1, min(args.sweep, 1)
+        args.runs, args.n, args.requests, args.sweep, args.seconds = 2, 16, 1, min(args.sweep, 1), 0.0
     if args.only == CURVE and not args.curve:
         parser.error("--only curve: expected --curve SVG too")
     rows, points = [], []
     print(HEADER + "\n" + "|---" * (HEADER.count("|") - 1) + "|")
     for cases, model, draft, with_curve in all_cases(args):
         if args.curve and with_curve:
-            points = curve(model, draft, args.n, args.runs)
+            points = curve(model, draft, args.n, args.runs, args.seconds)
             args.curve.write_text(svg(points))
         if args.only == CURVE:
             continue
         for case in cases:
-            row = compare(case, args.runs)
+            row = compare(case, args.runs, args.seconds)
             if args.sweep:
-                row.best_k, row.of_best = sweep(case, args.sweep)
+                row.best_k, row.of_best = sweep(case, args.sweep, args.seconds)
             rows.append(row)
             print(line(row), flush=True)
         if "60" not in cases[0].name:

@@ -46,7 +46,7 @@ OURS, THEIRS = "pybmc", "llama.cpp"
 CHECKED = 12                            # tokens whose logits are compared
 LEAST_CORRELATION = 0.99                # of a token's logits; activations rounded to 8 bits in two ways leave more
 OPENINGS = 3
-LONG = 30.0                             # seconds of a run from which on nothing is gained by warming up
+LONG = 5.0                              # seconds of a run from which on nothing is gained by warming up
 BUSY = 0.05                             # share of the cores in other hands from which on a run does not count
 
 # ---- the engines ---------------------------------------------------------------------------------------------
