@@ -22,7 +22,7 @@ GRANT = 3.0                             # plain tokens whose time drafting may l
 ALLOWED = 0.015                         # .. and of each token's time, ever ..
 BANK = 8.0                              # .. and at most at once, whatever it gained before
 DEBT = 1.0                              # most that is kept of what a round lost beyond that: it may have met a hiccup
-DECIDING = 0.01                         # of the time, for decisions against drafting
+DECIDING = 0.003                        # of the time, for decisions against drafting
 FADE = 0.98                             # weight of what was seen one draft ago
 KEPT = 6.0                              # drafts that what was seen in another run counts as
 FIRST = 3                               # tokens of a first draft: what they take is not known yet
@@ -350,7 +350,8 @@ class Controller:
         return not self._active
 
     def break_after(self, deciding: float) -> int:
-        """Plain tokens before another decision like one against drafting, which took so long: it may cost 1%."""
+        """Plain tokens before another decision like one against drafting, which took so long: Python between two passes lets threads fall
+        asleep, and costs three times what it takes itself."""
         return min(self.rest, int(deciding * self.plain() / DECIDING))
 
     def plain(self, others: int = 0) -> float:
