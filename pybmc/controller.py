@@ -350,8 +350,8 @@ class Controller:
         return not self._active
 
     def break_after(self, deciding: float) -> int:
-        """Plain tokens before another decision like one against drafting, which took so long: Python between two passes lets threads fall
-        asleep, and costs three times what it takes itself."""
+        """Plain tokens before another decision like one against drafting, which took so long. The pass after it is slower than
+        others, so that it costs more than its own share."""
         return min(self.rest, int(deciding * self.plain() / DECIDING))
 
     def plain(self, others: int = 0) -> float:
