@@ -61,7 +61,7 @@ class AnyLength(FixedLength):
         super().__init__(WIDEST)
         self.rng = random.Random(seed)
 
-    def plan(self, source, room, others=0, lag=0.0) -> Plan:
+    def plan(self, source, room, others=0, lag=0.0, new=False) -> Plan:
         return Plan(min(self.rng.randint(0, WIDEST), room))
 
 
