@@ -5,8 +5,8 @@
     python tools/spec_bench.py --pairs DIR --model tiny --quick   does it run at all
 
 A run decodes each request plain and drafted, one right after the other, in an order that alternates, again and again
-until each way has had a second; its gain is the quotient of their tokens a second. Reported are medians over the runs, with the 95% confidence interval that order
-statistics give. The costs of passes are measured once and kept, as they are for users; acceptance is learned anew in
+until each way has had a second; its gain is the quotient of their tokens a second. Reported are medians over the runs,
+with the 95% confidence interval that order statistics give. The costs of passes are measured once and kept, as they are for users; acceptance is learned anew in
 every run. Drafted text is checked against the plain one, token by token.
 """
 
@@ -138,15 +138,15 @@ def measure(case: Case, i: int, make: Callable[[Request], Speculation] | None, e
     return ids, stats
 
 
-def in_turn(case: Case, ways: Sequence, expected, least: float) -> list[Stats]:
-    """For each way to draft (None: plain) what all requests took together, each way's time being `least` at least."""
-    found = [[] for _ in ways]
-    turn = 0
-    while not turn or min(sum(stats.predicted_s for stats in way) for way in found) < least:
+def in_turn(case: Case, ways: Sequence, expected, least: float, run: int) -> list[Stats]:
+    """For each way to draft (None: plain) what all requests took together, each way's time being `least` at least. Who goes
+    first changes with the request, with its repetition, and with the run."""
+    found, turn = [[] for _ in ways], run
+    while not found[0] or min(sum(stats.predicted_s for stats in way) for way in found) < least:
         for i in range(len(case.requests)):
-            for k in sorted(range(len(ways)), reverse=turn % 2 == 1):
+            for k in sorted(range(len(ways)), reverse=(turn + i) % 2 == 1):
                 found[k].append(measure(case, i, ways[k], expected)[1])
-            turn += 1
+        turn += 1
     return [together(way) for way in found]
 
 
@@ -168,7 +168,7 @@ def compare(case: Case, runs: int, least: float) -> Row:
     expected = [measure(case, i, None)[0] for i in range(len(case.requests))]
     for i in range(len(case.requests)):
         measure(case, i, case.speculation, expected)
-    plain, drafted = zip(*(in_turn(case, (None, case.speculation), expected, least) for _ in range(runs)))
+    plain, drafted = zip(*(in_turn(case, (None, case.speculation), expected, least, run) for run in range(runs)))
     gains = [d.predicted_tok_s / p.predicted_tok_s for p, d in zip(plain, drafted)]
     low, high = interval(gains)
     return Row(case.name, case.aim, statistics.median(p.predicted_tok_s for p in plain),
@@ -213,7 +213,7 @@ def sweep(case: Case, runs: int, least: float) -> tuple[int, float]:
         return made
 
     ways = [*(partial(fixed, k) for k in LENGTHS), case.speculation]
-    rates = [[stats.predicted_tok_s for stats in in_turn(case, ways, None, least)] for _ in range(runs)]
+    rates = [[stats.predicted_tok_s for stats in in_turn(case, ways, None, least, run)] for run in range(runs)]
     *of_fixed, controlled = map(statistics.median, zip(*rates))
     return LENGTHS[of_fixed.index(max(of_fixed))], controlled / max(of_fixed)
 
