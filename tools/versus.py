@@ -128,7 +128,8 @@ class Entry:
 WIDTHS = "pp 512, tg 32, verify 2, verify 4, verify 8, verify 16"
 TABLE = [
     *(Entry("types", "llama-3.2-1b", type, WIDTHS) for type in (
-        "Q4_K_M", "Q4_0", "Q8_0", "F16", "BF16", "Q6_K", "Q5_K_M", "Q5_0", "Q3_K_M", "Q2_K", "IQ4_XS", "MXFP4")),
+        "Q4_K_M", "Q4_0", "Q8_0", "F16", "BF16", "Q6_K", "Q5_K_M", "Q5_0", "Q3_K_M", "Q2_K", "IQ4_XS", "IQ4_NL",
+        "MXFP4")),
     Entry("one-thread", "llama-3.2-1b", "Q4_K_M", "tg 32, verify 8, pp 512", threads=1),
     Entry("depth", "llama-3.2-1b", "Q4_K_M", "tg 32 @4096, tg 32 @8192, verify 8 @4096"),
     Entry("long-prompt", "llama-3.2-1b", "Q4_K_M", "pp 8192"),
