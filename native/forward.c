@@ -335,10 +335,16 @@ static struct cut make_cut(const struct pass *p, int l, int n_tok) {
 }
 
 /* A chunk's tiles; where it is not full, the last of them again. */
-static void find_tiles(const struct pass *p, int l, const struct task *t, int chunk, const uint16_t *tiles[]) {
+static void find_tiles(const struct pass *p, int l, const struct task *t, int h, int chunk, const uint16_t *tiles[]) {
     int last = p->pos[t->first + t->n_rows / group_size(p->model) - 1] / TILE;
     for (int i = 0; i < CHUNK / TILE; i++)
-        tiles[i] = arena_tile(&p->session[t->first]->arena, l, t->h, smaller(chunk * (CHUNK / TILE) + i, last));
+        tiles[i] = arena_tile(&p->session[t->first]->arena, l, h, smaller(chunk * (CHUNK / TILE) + i, last));
+}
+
+/* What is likely to be read next: the head's next chunk, or the next head's first. */
+static void find_next_tiles(const struct pass *p, int l, const struct task *t, int chunk, const uint16_t *tiles[]) {
+    bool more = chunk + 1 < t->end || t->h + 1 == p->model->c.n_kv_heads;
+    find_tiles(p, l, t, more ? t->h : t->h + 1, more ? chunk + 1 : t->begin, tiles);
 }
 
 static void attend_chunk(const struct pass *p, int l, const struct task *t, int chunk, struct sums s) {
@@ -346,8 +352,8 @@ static void attend_chunk(const struct pass *p, int l, const struct task *t, int 
     const uint16_t *tiles[CHUNK / TILE], *next[CHUNK / TILE];
     int D = m->c.head_dim, group = group_size(m), start = chunk * CHUNK;
     bool fetched = false;
-    find_tiles(p, l, t, chunk, tiles);
-    find_tiles(p, l, t, chunk + 1, next);
+    find_tiles(p, l, t, t->h, chunk, tiles);
+    find_next_tiles(p, l, t, chunk, next);
     for (int r = 0; r < t->n_rows;) {
         const float *q[ATTN_ROWS];
         int from[ATTN_ROWS], to[ATTN_ROWS], row = r, taken = 0;

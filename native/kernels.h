@@ -49,7 +49,7 @@ enum { TILE_COLS = 16 };
  * multiples of 256. Row i sees cache rows first[i] <= t < limit[i] (relative to the chunk); at least one.
  * Tile: K as [head_dim][16 tokens] f16, then V as [16 tokens][v_dim] f16; tiles before the smallest first and after
  * the largest limit are not touched. m, l, o carry the running softmax from chunk to chunk, in order. */
-enum { CHUNK = 256, TILE = 16, ATTN_ROWS = 8 };
+enum { CHUNK = 256, TILE = 16, ATTN_ROWS = 32 };
 struct attn_job {
     const uint16_t *const *tiles;   /* [CHUNK / TILE] */
     const uint16_t *const *next;    /* the tiles after these, to be fetched meanwhile; NULL: all are in the cache */

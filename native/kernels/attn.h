@@ -5,36 +5,58 @@
 
 INLINE int lane(int t) { return t < 0 ? 0 : t > 16 ? 16 : t; }
 
-/* K and V of a tile are pieces of 2 KB and more, too short for the processor to foresee the next. V is fetched while K is
- * read, the next chunk's K while V is, a line at a time: a burst of them would hold up what is read now. To the second
- * level, since the first is smaller than a chunk. */
-INLINE void fetch(const uint16_t *p) { __builtin_prefetch(p, 0, 2); }
+/* The next chunk is fetched meanwhile, line by line at an even pace, in the order of memory as far as it goes: a burst would
+ * hold up what is read now, and K and V of a tile are too short for the processor to foresee what follows. One half of the
+ * chunk goes with the keys of this one, the other with its values; i counts a tile's columns. To the second level, since
+ * the first is smaller than a chunk. */
+INLINE void fetch(const struct attn_job *j, int half, int tile, int i) {
+    __builtin_prefetch(j->next[half * CHUNK / TILE / 2 + tile / 2] + (tile % 2 * j->v_dim + i) * TILE, 0, 2);
+}
 
-/* s[row][t] = q[row] . K[t] for the tokens of T tiles: one fma chain over head_dim a score. */
-INLINE void score_tiles(const struct attn_job *j, int row, const int R, int tile, const int T, float s[][CHUNK]) {
+/* s[r][t] = q[row + r] . K[t] for R rows and the tokens of T tiles: one fma chain over head_dim a score.
+ * wide: the tile's keys as floats, or NULL. */
+INLINE void score(const struct attn_job *j, int row, const int R, int tile, const int T, const float *wide, float s[][CHUNK]) {
     f32x16 acc[ROWS_MAX][4];
-    const int cold = j->next != NULL;
+    const float *q[ROWS_MAX];
+    const uint16_t *k[4];
+    UNROLL(4)
+    for (int t = 0; t < T; t++)
+        k[t] = j->tiles[tile + t];
     UNROLL(8)
-    for (int r = 0; r < R; r++)
+    for (int r = 0; r < R; r++) {
+        q[r] = j->q[row + r];
         UNROLL(4)
         for (int t = 0; t < T; t++)
             acc[r][t] = f_zero();
-    for (int d = 0; d < j->head_dim; d++)
+    }
+    UNROLL_BY(4)
+    for (int d = 0, D = j->head_dim; d < D; d++)
         UNROLL(4)
         for (int t = 0; t < T; t++) {
-            const uint16_t *p = j->tiles[tile + t] + d * TILE;
-            f32x16 k = f_load_f16(p);
-            if (cold)
-                fetch(p + j->head_dim * TILE);
+            f32x16 x = wide ? f_load(wide + d * TILE) : f_load_f16(k[t] + d * TILE);
+            if (!wide)
+                fetch(j, 0, tile + t, d);
             UNROLL(8)
             for (int r = 0; r < R; r++)
-                acc[r][t] = f_fma(f_set(j->q[row + r][d]), k, acc[r][t]);
+                acc[r][t] = f_fma(f_set(q[r][d]), x, acc[r][t]);
         }
     UNROLL(8)
     for (int r = 0; r < R; r++)
         UNROLL(4)
         for (int t = 0; t < T; t++)
             f_store(s[r] + (tile + t) * TILE, acc[r][t]);
+}
+
+INLINE void score_tiles(const struct attn_job *j, int row, const int R, int tile, int end, const int T, const float *wide,
+                        float s[][CHUNK]) {
+    if (wide) {
+        score(j, row, R, tile, 1, wide, s);
+        return;
+    }
+    for (; tile + T <= end; tile += T)
+        score(j, row, R, tile, T, NULL, s);
+    for (; tile < end; tile++)
+        score(j, row, R, tile, 1, NULL, s);
 }
 
 /* A chunk's maximum and sum of weights join those before it. keep and gain: what the rows gathered so far and the chunk's
@@ -55,8 +77,11 @@ INLINE void weigh(const struct attn_job *j, int row, int begin, int end, float *
     int first = j->first[row], limit = j->limit[row];
     f32x16 top = f_set(-INFINITY), sum = f_zero();
     for (int t = begin * TILE; t < end * TILE; t += TILE) {
-        f32x16 v = f_keep(f_load(s + t), -INFINITY, lane(first - t), lane(limit - t));
-        f_store(s + t, v);
+        f32x16 v = f_load(s + t);
+        if (t < first || t + TILE > limit) {
+            v = f_keep(v, -INFINITY, lane(first - t), lane(limit - t));
+            f_store(s + t, v);
+        }
         top = f_max(v, top);
     }
     float m_chunk = f_max_lane(top);
@@ -73,29 +98,34 @@ INLINE void mix(float *o, f32x16 x, float keep, float gain) {
     f_store(o, f_fma(f_add(x, f_zero()), f_set(gain), f_mul(f_load(o), f_set(keep))));
 }
 
-/* o[row] = keep * o[row] + gain * sum over t of s[row][t] V[t], in lanes d .. d + 16 D of R rows, t ascending. */
+/* o[row + r] = keep * o[row + r] + gain * sum over t of s[r][t] V[t], in lanes d .. d + 16 D of R rows, t ascending
+ * from `from` to `to`. wide: those lanes of the chunk as floats, or NULL. */
 INLINE void gather(const struct attn_job *j, int row, const int R, int d, const int D, int from, int to,
-                   float s[][CHUNK], const float *keep, const float *gain) {
+                   const float *wide, float s[][CHUNK], const float *keep, const float *gain) {
     f32x16 acc[ROWS_MAX][4];
-    const int cold = j->next && d == 0;
     UNROLL(8)
     for (int r = 0; r < R; r++)
         UNROLL(4)
         for (int i = 0; i < D; i++)
             acc[r][i] = f_zero();
-    for (int t = from; t < to; t++) {
-        const uint16_t *v = j->tiles[t / TILE] + j->head_dim * TILE + (t % TILE) * j->v_dim + d;
-        for (int i = 0; cold && i < j->head_dim; i += 32)
-            fetch(j->next[t / TILE] + t % TILE * j->head_dim + i);
-        f32x16 x[4];
-        UNROLL(4)
-        for (int i = 0; i < D; i++)
-            x[i] = f_load_f16(v + 16 * i);
-        UNROLL(8)
-        for (int r = 0; r < R; r++)
+    for (int tile = from / TILE; tile * TILE < to; tile++) {
+        const uint16_t *v = j->tiles[tile] + j->head_dim * TILE + d;
+        const float *weights = s[0] + tile * TILE;
+        UNROLL_BY(4)
+        for (int t = lane(from - tile * TILE), end = lane(to - tile * TILE); t < end; t++) {
+            f32x16 x[4];
             UNROLL(4)
-            for (int i = 0; i < D; i++)
-                acc[r][i] = f_fma(f_set(s[r][t]), x[i], acc[r][i]);
+            for (int i = 0; i < D; i++) {
+                x[i] = wide ? f_load(wide + (tile * TILE + t) * 16) : f_load_f16(v + t * j->v_dim + 16 * i);
+                if (!wide)
+                    fetch(j, 1, tile, d + 16 * i + t);
+            }
+            UNROLL(8)
+            for (int r = 0; r < R; r++)
+                UNROLL(4)
+                for (int i = 0; i < D; i++)
+                    acc[r][i] = f_fma(f_set(weights[r * CHUNK + t]), x[i], acc[r][i]);
+        }
     }
     UNROLL(8)
     for (int r = 0; r < R; r++)
@@ -104,43 +134,69 @@ INLINE void gather(const struct attn_job *j, int row, const int R, int d, const 
             mix(j->o + (size_t)(row + r) * (size_t)j->v_dim + d + 16 * i, acc[r][i], keep[r], gain[r]);
 }
 
-/* R rows from row on; T tiles at a time in scores, D vectors of V at a time: what fits the registers. */
-INLINE void attend_rows(const struct attn_job *j, int row, const int R, const int T, const int D) {
-    float s[ROWS_MAX][CHUNK], keep[ROWS_MAX], gain[ROWS_MAX];
-    int from = j->first[row], to = j->limit[row], d = 0;
-    for (int r = 1; r < R; r++) {
-        from = j->first[row + r] < from ? j->first[row + r] : from;
-        to = j->limit[row + r] > to ? j->limit[row + r] : to;
+INLINE void gather_lanes(const struct attn_job *j, int row, const int R, int d, const int D, int from, int to,
+                         const float *wide, float s[][CHUNK], const float *keep, const float *gain) {
+    if (wide) {
+        gather(j, row, R, d, 1, from, to, wide, s, keep, gain);
+        return;
     }
-    int begin = from / TILE, end = (to + TILE - 1) / TILE, tile = begin;
-    for (; tile + T <= end; tile += T)
-        score_tiles(j, row, R, tile, T, s);
-    for (; tile < end; tile++)
-        score_tiles(j, row, R, tile, 1, s);
-    for (int r = 0; r < R; r++)
-        weigh(j, row + r, begin, end, s[r], &keep[r], &gain[r]);
     for (; d + 16 * D <= j->v_dim; d += 16 * D)
-        gather(j, row, R, d, D, from, to, s, keep, gain);
+        gather(j, row, R, d, D, from, to, NULL, s, keep, gain);
     for (; d < j->v_dim; d += 16)
-        gather(j, row, R, d, 1, from, to, s, keep, gain);
+        gather(j, row, R, d, 1, from, to, NULL, s, keep, gain);
 }
 
-static void attend(const struct attn_job *j) {
-    for (int row = 0, n; row < j->n_rows; row += n) {
-        n = j->n_rows - row < ROWS_MAX ? j->n_rows - row : ROWS_MAX;
-        switch (n) {
-        case 1: attend_rows(j, row, 1, 4, 4); break;
-        case 2: attend_rows(j, row, 2, 2, ROWS_MAX / 2); break;
-#if ROWS_MAX > 2
-        case 3: attend_rows(j, row, 3, 1, ROWS_MAX / 4); break;
-        case 4: attend_rows(j, row, 4, 1, ROWS_MAX > 4 ? 4 : 1); break;
-#endif
-#if ROWS_MAX > 4
-        case 5: attend_rows(j, row, 5, 1, 4); break;
-        case 6: attend_rows(j, row, 6, 1, 4); break;
-        case 7: attend_rows(j, row, 7, 1, 2); break;
-        case 8: attend_rows(j, row, 8, 1, 2); break;
-#endif
+static void widen_keys(const struct attn_job *j, int tile, float *wide) {
+    const uint16_t *k = j->tiles[tile];
+    for (int d = 0; d < j->head_dim; d++) {
+        fetch(j, 0, tile, d);
+        f_store(wide + d * TILE, f_load_f16(k + d * TILE));
+    }
+}
+
+static void widen_values(const struct attn_job *j, int d, int begin, int end, float *wide) {
+    for (int tile = begin; tile < end; tile++) {
+        const uint16_t *v = j->tiles[tile] + j->head_dim * TILE + d;
+        for (int t = 0; t < TILE; t++) {
+            fetch(j, 1, tile, d + t);
+            f_store(wide + (tile * TILE + t) * 16, f_load_f16(v + t * j->v_dim));
+        }
+    }
+}
+
+/* Rows go in groups whose sums fill the registers. Where there are several, the tile's keys, or 16 lanes of the chunk's
+ * values, become floats once for all of them: `wide`, in the first cache. */
+static void attend(const struct attn_job *job) {
+    float s[ATTN_ROWS][CHUNK], keep[ATTN_ROWS], gain[ATTN_ROWS], memory[CHUNK * 16];
+    struct attn_job j = *job;
+    int n_groups = (j.n_rows + ROWS_MAX - 1) / ROWS_MAX, from = CHUNK, to = 0;
+    float *wide = n_groups > 1 && j.head_dim <= CHUNK ? memory : NULL;
+    j.next = j.next ? j.next : j.tiles;
+    for (int r = 0; r < j.n_rows; r++) {
+        from = j.first[r] < from ? j.first[r] : from;
+        to = j.limit[r] > to ? j.limit[r] : to;
+    }
+    const int begin = from / TILE, end = (to + TILE - 1) / TILE;
+    for (int tile = begin; tile < end; tile = wide ? tile + 1 : end) {
+        if (wide)
+            widen_keys(&j, tile, wide);
+        for (int row = 0, left = n_groups, n; row < j.n_rows; row += n, left--) {
+            n = (j.n_rows - row) / left;
+#define CASE(R, T, D) case R: score_tiles(&j, row, R, tile, end, T, wide, s + row); break;
+            switch (n) { EACH_SIZE(CASE) }
+#undef CASE
+        }
+    }
+    for (int r = 0; r < j.n_rows; r++)
+        weigh(&j, r, begin, end, s[r], &keep[r], &gain[r]);
+    for (int d = 0; d < j.v_dim; d = wide ? d + 16 : j.v_dim) {
+        if (wide)
+            widen_values(&j, d, begin, end, wide);
+        for (int row = 0, left = n_groups, n; row < j.n_rows; row += n, left--) {
+            n = (j.n_rows - row) / left;
+#define CASE(R, T, D) case R: gather_lanes(&j, row, R, d, D, from, to, wide, s + row, keep + row, gain + row); break;
+            switch (n) { EACH_SIZE(CASE) }
+#undef CASE
         }
     }
 }

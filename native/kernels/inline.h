@@ -3,11 +3,13 @@
 #define INLINE_H
 
 #define INLINE static inline __attribute__((always_inline))
+#define PRAGMA(x) _Pragma(#x)
 #ifdef __clang__
-#define UNROLL(n) _Pragma("clang loop unroll(full)")
+#define UNROLL(n) PRAGMA(clang loop unroll(full))
+#define UNROLL_BY(n) PRAGMA(clang loop unroll_count(n))
 #else
-#define UNROLL(n) _Pragma(UNROLL_TEXT(GCC unroll n))
-#define UNROLL_TEXT(x) #x
+#define UNROLL(n) PRAGMA(GCC unroll n)
+#define UNROLL_BY(n) PRAGMA(GCC unroll n)
 #endif
 
 #endif

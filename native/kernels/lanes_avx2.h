@@ -11,7 +11,8 @@
 #define ISA(name) name##_avx2
 #undef COLS_MAX
 #define COLS_MAX 4
-#define ROWS_MAX 4
+#define ROWS_MAX 6
+#define EACH_SIZE(X) X(1, 4, 4) X(2, 2, 2) X(3, 2, 2) X(4, 1, 1) X(5, 1, 1) X(6, 1, 1)
 /* Columns that float weights meet at once, and panels of them: sums in registers, and eight chains of fma at least. */
 #define FLOAT_COLS_MAX 6
 #define FLOAT_PANELS(C) ((C) == 1 ? 4 : (C) == 2 ? 2 : 1)

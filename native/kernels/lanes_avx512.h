@@ -13,6 +13,7 @@
 #define COLS_MAX 16
 #endif
 #define ROWS_MAX 8
+#define EACH_SIZE(X) X(1, 4, 4) X(2, 2, 4) X(3, 1, 2) X(4, 1, 4) X(5, 1, 4) X(6, 1, 4) X(7, 1, 2) X(8, 1, 2)
 #define FLOAT_COLS_MAX (COLS_MAX < 16 ? 1 : 4)
 #define FLOAT_PANELS(C) 4
 

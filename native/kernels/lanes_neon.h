@@ -13,6 +13,7 @@
 #undef COLS_MAX
 #define COLS_MAX 4
 #define ROWS_MAX 4
+#define EACH_SIZE(X) X(1, 4, 4) X(2, 2, 2) X(3, 1, 1) X(4, 1, 1)
 #define TOGETHER 4      /* columns that a load of weights serves */
 /* Columns that float weights meet at once, and panels of them: sums in registers, and eight chains of fma at least. */
 #define FLOAT_COLS_MAX 6

@@ -17,10 +17,12 @@
 #undef COLS_MAX
 #define COLS_MAX 2          /* sums a panel kernel keeps */
 #define ROWS_MAX 2          /* queries an attention kernel keeps */
+#define EACH_SIZE(X) X(1, 4, 4) X(2, 2, 1)      /* with so many queries: tiles of keys, vectors of values at a time */
 #define FLOAT_COLS_MAX 1
 #define FLOAT_PANELS(C) 4
 #define INLINE static inline
 #define UNROLL(n)
+#define UNROLL_BY(n)
 
 typedef struct { float v[16]; } f32x16;
 typedef struct { int32_t v[16]; } i32x16;

@@ -755,6 +755,7 @@ static void attention(void) {
         check_attention(16 * (1 + to % 3), 1 + to % 8, 0, to);
     check_attention(8, 3, 0, 70);                       /* not whole vectors */
     check_attention(20, 8, 3, 40);
+    check_attention(CHUNK + 16, ATTN_ROWS, 5, 300);     /* too many floats to be kept for all rows */
     for (int tile = 0; tile < CHUNK; tile += TILE)      /* one tile, anywhere */
         check_attention(32, 4, tile, tile + TILE);
     CHECK(noticed > 100);
