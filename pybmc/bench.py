@@ -53,13 +53,6 @@ class Limits:
                                   for type, count in counts.items())
         return max((memory, "memory"), (kernels, "kernels"))
 
-    def best(self, other: Limits | None) -> Limits:
-        """Of two measurements of one model."""
-        if other is None:
-            return self
-        weights = {type: max(rate, other.weights[type]) for type, rate in self.weights.items()}
-        return Limits(max(self.read, other.read), weights, max(self.floats, other.floats))
-
 
 def limits_of(model) -> Limits:
     """Measured now, in about a second: the machine may be another one in an hour."""

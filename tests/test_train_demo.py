@@ -63,6 +63,17 @@ def test_a_second_run_trains_nothing(smoke):
     assert again.returncode == 0 and (work / "target.pt").stat().st_mtime_ns == before
 
 
+def test_a_run_goes_on_from_the_pair_of_another(smoke, tmp_path):
+    first = json.loads((smoke[1] / "results.json").read_text())
+    done = run(tmp_path, tmp_path, "--from", str(smoke[1]), "--seed", "8", "--more-seconds", "2")
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["target"] == first["target"] and results["more"]["tokens"] > first["more"]["tokens"]
+    assert results["target_heldout"]["nats_per_token"] < first["target_heldout"]["nats_per_token"] + 0.1
+    vocabularies = [(folder / "tokenizer.json").read_text() for folder in (smoke[0], tmp_path)]
+    assert json.loads(vocabularies[0])["model"] == json.loads(vocabularies[1])["model"]
+
+
 @pytest.fixture
 def model():
     torch.manual_seed(0)

@@ -89,12 +89,19 @@ def test_files_or_the_table_but_not_both(tmp_path):
 def test_the_table_is_markdown_with_a_line_for_each_row():
     rows = [versus.Row("open", [0.5, 0.4], [1.0, 1.0], unit="s"),
             versus.Row("verify 8 @4096", [2500.0] * 3, [100.0, 125.0, 50.0], mode="no flash attention",
-                       limit={"tok_s": 5000, "by": "memory"})]
+                       limits=[{"tok_s": 5000, "by": "memory"}] * 3)]
     lines = [*versus.table_head().splitlines(), *map(versus.table_line, rows)]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert {len(line) for line in cells} == {7} and len({len(line) for line in lines}) == 1
     assert cells[2] == ["open, s", "0.45", "1.00", "2.25", "2.00..2.50", "", ""]
     assert cells[3] == ["verify 8 @4096", "2500", "100.0", "25.00", "20.00..50.00", "50% memory", "no flash attention"]
+
+
+def test_each_run_is_held_against_the_limit_of_its_moment():
+    limits = [{"tok_s": 100, "by": "memory"}, {"tok_s": 200, "by": "kernels"}, {"tok_s": 400, "by": "memory"}]
+    row = versus.Row("tg 8", [90.0, 120.0, 200.0], [1.0] * 3, limits=limits)
+    assert row.limit == {"share": 0.6, "tok_s": 200, "by": "kernels"}
+    assert versus.Row("open", [1.0], [2.0], unit="s").limit is None
 
 
 def test_json_lines_keep_every_measurement():

@@ -12,8 +12,9 @@ in the page cache, each engine in a process of its own, never both at a time, in
 ratio is the median over these pairs. llama.cpp attends with flash attention and without, the faster is taken for
 each line; weights are repacked as its build has it, batch sizes are its defaults. A verification pass gives the
 logits of all its tokens on both sides (pybmc can do with less, `logits="argmax"`), then rewinds. Before anything
-is timed, both engines' logits must agree. "limit" is our share of what the machine allows, by the best measured so far, once before each
-line: weights and rows read from memory, or our kernels working from the cache (pybmc.bench.Limits).
+is timed, both engines' logits must agree. "limit" is our share of what the machine allows, measured right before
+each of our runs, since its speed changes: weights and rows read from memory, or our kernels working from the cache
+(pybmc.bench.Limits); the median of the runs.
 
 The peer may live in an environment of its own, with numpy and llama-cpp-python: --peer-python, or the
 environment variable PYBMC_PEER_PYTHON.
@@ -173,7 +174,7 @@ class Row:
     unit: str = "tok/s"
     mode: str = ""
     cell: Cell | None = None
-    limit: dict | None = None           # "tok_s", and "by" what
+    limits: list | None = None          # for each of our runs: "tok_s" that the machine allowed, and "by" what
 
     @property
     def ratios(self):
@@ -183,6 +184,14 @@ class Row:
     @property
     def ratio(self):
         return statistics.median(self.ratios)
+
+    @property
+    def limit(self):
+        """The median share of its limit that a run of ours reached, that limit's "tok_s" and "by"; or None."""
+        if not self.limits:
+            return None
+        shares = sorted((rate / limit["tok_s"], limit["tok_s"], limit["by"]) for rate, limit in zip(self.ours, self.limits))
+        return dict(zip(("share", "tok_s", "by"), shares[len(shares) // 2]))
 
 
 def parse_test(text):
@@ -211,9 +220,14 @@ def compare(a, b, cell, reps):
         return lambda: engine.ask("run", kind=cell.test, n=cell.n, depth=cell.depth, mode=mode)["tok_s"]
 
     modes = [best_mode({mode: runs(engine, mode) for mode in engine.modes}) for engine in (a, b)]
-    limit = a.ask("limit", kind=cell.test, n=cell.n, depth=cell.depth)
-    rates = paired(runs(a, modes[0]), runs(b, modes[1]), reps)
-    return Row(test_name(cell), *rates, mode=modes[1], cell=cell, limit=limit)
+    limits = []
+
+    def ours():
+        limits.append(a.ask("limit", kind=cell.test, n=cell.n, depth=cell.depth))
+        return runs(a, modes[0])()
+
+    rates = paired(ours, runs(b, modes[1]), reps)
+    return Row(test_name(cell), *rates, mode=modes[1], cell=cell, limits=limits)
 
 
 def best_mode(runs):
@@ -337,7 +351,7 @@ def table_line(row):
     work = row.work if row.unit == "tok/s" else f"{row.work}, {row.unit}"
     ours, theirs = (spelled(statistics.median(side)) for side in (row.ours, row.theirs))
     spread = f"{min(row.ratios):.2f}..{max(row.ratios):.2f}" if len(row.ratios) > 1 else ""
-    limit = f"{statistics.median(row.ours) / row.limit['tok_s']:.0%} {row.limit['by']}" if row.limit else ""
+    limit = f"{row.limit['share']:.0%} {row.limit['by']}" if row.limit else ""
     return f"| {work:19} | {ours:>9} | {theirs:>9} | {row.ratio:5.2f} | {spread:>12} | {limit:>12} | {row.mode:18} |"
 
 
@@ -346,8 +360,12 @@ def json_line(path, threads, row):
     return {"model": path, **test, "unit": row.unit, "threads": threads,
             "pybmc": rounded(statistics.median(row.ours)), "llama_cpp": rounded(statistics.median(row.theirs)),
             "ratio": rounded(row.ratio), "ratio_min": rounded(min(row.ratios)), "ratio_max": rounded(max(row.ratios)),
-            "reps": len(row.ours), "mode": row.mode, "limit": row.limit,
+            "reps": len(row.ours), "mode": row.mode, "limit": rounded_limit(row.limit),
             "pybmc_all": [rounded(x) for x in row.ours], "llama_cpp_all": [rounded(x) for x in row.theirs]}
+
+
+def rounded_limit(limit):
+    return limit and {"share": rounded(limit["share"]), "tok_s": rounded(limit["tok_s"]), "by": limit["by"]}
 
 
 def spelled(value):

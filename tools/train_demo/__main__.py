@@ -25,7 +25,10 @@ def parse(argv=None):
     p.add_argument("--stage", choices=[*stages.STAGES, "all"], default="all")
     p.add_argument("--threads", type=int, default=2)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train (%(default)s)")
+    p.add_argument("--from", type=Path, dest="start", metavar="DIR", help="go on from the pair in this folder; give another --seed than it had")
+    p.add_argument("--seed", type=int, help="of data and weights (the recipe's: 7)")
     p.add_argument("--target-seconds", type=float, help="training time of the target")
+    p.add_argument("--more-seconds", type=float, help="time of its second climb and descent")
     p.add_argument("--smoke", action="store_true", help="all stages at toy size, in two minutes; without a corpus it makes a text of its own")
     args = p.parse_args(argv)
     if not args.smoke and not (args.corpus and args.heldout):
@@ -35,9 +38,10 @@ def parse(argv=None):
 
 def recipe_of(args):
     recipe = RECIPES["smoke" if args.smoke else "full"]
-    if args.target_seconds:
-        recipe = dataclasses.replace(recipe, target_run=dataclasses.replace(recipe.target_run, seconds=args.target_seconds))
-    return recipe
+    for run, seconds in (("target_run", args.target_seconds), ("more_run", args.more_seconds)):
+        if seconds:
+            recipe = dataclasses.replace(recipe, **{run: dataclasses.replace(getattr(recipe, run), seconds=seconds)})
+    return recipe if args.seed is None else dataclasses.replace(recipe, seed=args.seed)
 
 
 def main(argv=None):
@@ -46,7 +50,7 @@ def main(argv=None):
     torch.set_default_device(args.device)
     args.work.mkdir(parents=True, exist_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    job = stages.Job(recipe_of(args), args.corpus, args.heldout, args.work, args.out)
+    job = stages.Job(recipe_of(args), args.corpus, args.heldout, args.work, args.out, args.start)
     for name in stages.STAGES if args.stage == "all" else [args.stage]:
         stages.STAGES[name](job)
 

@@ -35,8 +35,8 @@ template is ChatML's. Text is best within {n_ctx} tokens; training rows had {row
   followed by "Go on."; the rest is running text. Only answers and running text are learned. A few lines of small talk are ours.
 - **Teller**: {target_tokens} tokens in {target_steps} steps of {batch_tokens}; Muon for the matrices, AdamW for the rest; warm-up, a level stretch and a straight line to
   zero; weight decay, gradients clipped at 1, bf16 products; half of the layers first, the other half from {grow_at:.0%} of the time on.
-  Then {more_tokens} tokens more, with a second warm-up and descent and its last half in rows of {n_ctx}. {target_minutes} minutes on CPU together, beside other
-  work and with clocks set anew on the way, so that a rerun differs a little. That is little: a model of this size wants twenty times as much text.
+  Then {more_tokens} tokens more, from the weights of one run to the next, each with a warm-up and a descent of its own and its last half in rows of {n_ctx}.
+  {target_minutes} minutes on CPU together, beside other work, so that a rerun differs a little. A model of this size wants some two hundred million tokens.
 - **Draft**: {draft_tokens} tokens of the same text, then {distill_tokens} tokens of distillation on {told_tokens} tokens that the teller's quantized file wrote itself
   (two thirds greedy, one third at temperature 0.8): its distribution over the {top} likeliest tokens, and its first choice.
 

@@ -3,9 +3,10 @@
 import gguf
 import numpy as np
 import torch
+from tokenizers import models
 
 from .model import Config, Llama
-from .tokens import CONTROL, END_OF_TEXT, END_OF_TURN, TEMPLATE, merges
+from .tokens import CONTROL, END_OF_TEXT, END_OF_TURN, TEMPLATE, byte_level, merges
 
 Q8_0 = gguf.GGMLQuantizationType.Q8_0
 NAMES = {       # ours -> GGUF's; a block's names follow its number
@@ -85,6 +86,16 @@ def read_config(reader):
         n_layers=get("block_count"), n_heads=get("attention.head_count"), n_kv_heads=get("attention.head_count_kv"), n_ctx=get("context_length"),
         rope_base=get("rope.freq_base"), norm_eps=get("attention.layer_norm_rms_epsilon"),
     )
+
+
+def read_tokenizer(path):
+    """The tokenizer of a file we wrote, as tokens.train_tokenizer made it."""
+    reader = gguf.GGUFReader(path)
+    get = lambda key: reader.get_field(f"tokenizer.ggml.{key}").contents()
+    ids = {token: i for i, token in enumerate(get("tokens"))}
+    tokenizer = byte_level(models.BPE(ids, [tuple(pair.split(" ")) for pair in get("merges")]))
+    tokenizer.add_special_tokens(list(CONTROL))
+    return tokenizer
 
 
 def read_gguf(path):

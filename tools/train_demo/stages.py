@@ -16,7 +16,8 @@ from .model import Config, Llama, grow, load_model, save_model
 from .recipe import Recipe
 from .train import Trainer, text_batches, text_loss
 
-TARGET, DRAFT = "teller.gguf", "teller-draft.gguf"
+TARGET, DRAFT, RESULTS = "teller.gguf", "teller-draft.gguf", "results.json"
+TRAINED = ("target", "more", "draft", "distill")        # what a run that goes on has to know of the one before
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Job:
     heldout: Path | None
     work: Path
     out: Path
+    start: Path | None = None       # a folder with a pair that an earlier run left, to go on from
 
     def books(self):
         return text.read_books(self.corpus) if self.corpus else text.invented_books(self.recipe.seed)
@@ -60,7 +62,10 @@ def data(job):
         return
     r, books = job.recipe, job.books()
     documents = text.chat_documents(books, r.seed, r.rounds, job.passage_limit())
-    tokenizer = tokens.train_tokenizer((part for d in documents for turn in d.turns for part in turn), r.vocab_size)
+    if job.start:
+        tokenizer = export.read_tokenizer(job.start / TARGET)
+    else:
+        tokenizer = tokens.train_tokenizer((part for d in documents for turn in d.turns for part in turn), r.vocab_size)
     tokenizer.save(str(job.work / "tokenizer.json"))
     running = [tokenizer.encode(text.running_text(book)).ids for book in books]
     streams = [(np.array(ids, np.uint16), weight) for ids, weight in zip(running, text.weights(len(books)))]
@@ -94,35 +99,59 @@ def train_on_text(job, name, shape, schedule):
     keep(job, name, {"steps": trainer.step, "tokens": trainer.tokens, "seconds": round(trainer.seconds)})
 
 
+def read_results(folder):
+    path = folder / RESULTS
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def keep(job, key, value):
-    """Remember a result for the card."""
-    path = job.work / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
-    path.write_text(json.dumps({**results, key: value}, indent=1))
+    """Remember a result for the card, and for a run that goes on from here."""
+    (job.work / RESULTS).write_text(json.dumps({**read_results(job.work), key: value}, indent=1))
+
+
+def keep_sum(job, key, counts):
+    """Remember counts, with those of the run that this one goes on from."""
+    before = read_results(job.start).get(key, {}) if job.start else {}
+    keep(job, key, {name: count + before.get(name, 0) for name, count in counts.items()})
+
+
+def take_over(job, name, file):
+    """name.pt from the pair to go on from, and what its training came to."""
+    if not (job.work / f"{name}.pt").exists():
+        earlier = read_results(job.start)
+        for key in TRAINED:
+            keep(job, key, earlier[key])
+        save_model(export.read_gguf(job.start / file), job.work / f"{name}.pt")
 
 
 def target(job):
     """Train the target."""
-    train_on_text(job, "target", job.recipe.target, job.recipe.target_run)
+    if job.start:
+        take_over(job, "target", TARGET)
+    else:
+        train_on_text(job, "target", job.recipe.target, job.recipe.target_run)
 
 
 def more(job):
     """Train the target further, from where its first run ended, and write its file."""
-    r, path = job.recipe, job.work / "more.pt"
+    r, path, first = job.recipe, job.work / "more.pt", job.work / "target.ckpt"
     if not path.exists():
         model, schedule = load_model(job.work / "target.pt"), job.recipe.more_run
-        first = torch.load(job.work / "target.ckpt", weights_only=True, map_location="cpu")
+        cursor = torch.load(first, weights_only=True, map_location="cpu")["cursor"] if first.exists() else None
         batches = text_batches(schedule, job.rows("short"), job.rows("long"))
-        run = Trainer("more", model, schedule, text_loss(model, r.bf16, r.compile), batches, job.work / "more.ckpt", cursor=first["cursor"])
+        run = Trainer("more", model, schedule, text_loss(model, r.bf16, r.compile), batches, job.work / "more.ckpt", cursor=cursor)
         run.run()
         save_model(model, path)
-        keep(job, "more", {"steps": run.step, "tokens": run.tokens, "seconds": round(run.seconds)})
+        keep_sum(job, "more", {"steps": run.step, "tokens": run.tokens, "seconds": round(run.seconds)})
     export.write_gguf(load_model(path), job.tokenizer(), job.out / TARGET, "Teller", "A small teller of tales")
 
 
 def draft(job):
     """Teach the draft the corpus, before it learns from the target."""
-    train_on_text(job, "draft", job.recipe.draft, job.recipe.draft_run)
+    if job.start:
+        take_over(job, "draft", DRAFT)
+    else:
+        train_on_text(job, "draft", job.recipe.draft, job.recipe.draft_run)
 
 
 def tell(job):
@@ -144,7 +173,7 @@ def distill_draft(job):
         trainer = Trainer("distill", model, r.distill_run, distill.told_loss(model, r.compile), batches, job.work / "distilled.ckpt")
         trainer.run()
         save_model(model, job.work / "distilled.pt")
-        keep(job, "distill", {"steps": trainer.step, "tokens": trainer.tokens, "seconds": round(trainer.seconds), "told": int(told["own"].size)})
+        keep_sum(job, "distill", {"steps": trainer.step, "tokens": trainer.tokens, "seconds": round(trainer.seconds), "told": int(told["own"].size)})
     export.write_gguf(load_model(job.work / "distilled.pt"), job.tokenizer(), job.out / DRAFT, "Teller draft", "Drafts for Teller")
 
 
@@ -168,15 +197,16 @@ def evaluation(job):
     requests = heldout_requests(job)
     keep(job, "greedy", evaluate.greedy_acceptance(pair["target"], pair["draft"], tokenizer, requests))
     keep(job, "sampled", evaluate.sampled_acceptance(pair["target"], pair["draft"], tokenizer, requests))
-    say(f"evaluate  {(job.work / 'results.json').read_text()}")
+    say(f"evaluate  {(job.work / RESULTS).read_text()}")
 
 
 def model_card(job):
     """Write the card with the numbers and ten tales."""
-    results = json.loads((job.work / "results.json").read_text())
+    results = read_results(job.work)
     pair = [export.read_gguf(job.out / name) for name in (TARGET, DRAFT)]
     sizes = [(job.out / name).stat().st_size for name in (TARGET, DRAFT)]
     tales = card.tales(pair[0], job.tokenizer())
+    (job.out / RESULTS).write_text(json.dumps(results, indent=1))
     (job.out / "README.md").write_text(card.write(job.recipe, [m.config for m in pair], sizes, results, tales))
 
 

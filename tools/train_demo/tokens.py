@@ -14,11 +14,17 @@ TEMPLATE = (
 )
 
 
-def train_tokenizer(texts, vocab_size):
-    """A byte-level BPE with GPT-2's pre-tokenizer; the control tokens come first, then the 256 bytes."""
-    tokenizer = Tokenizer(models.BPE())
+def byte_level(model):
+    """A tokenizer of byte-level BPE with GPT-2's pre-tokenizer."""
+    tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def train_tokenizer(texts, vocab_size):
+    """A byte-level BPE; the control tokens come first, then the 256 bytes."""
+    tokenizer = byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=list(CONTROL), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
