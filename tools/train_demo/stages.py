@@ -17,7 +17,6 @@ from .recipe import Recipe
 from .train import Trainer, text_batches, text_loss
 
 TARGET, DRAFT, RESULTS = "teller.gguf", "teller-draft.gguf", "results.json"
-TRAINED = ("target", "more", "draft", "distill")        # what a run that goes on has to know of the one before
 
 
 @dataclass(frozen=True)
@@ -118,9 +117,7 @@ def keep_sum(job, key, counts):
 def take_over(job, name, file):
     """name.pt from the pair to go on from, and what its training came to."""
     if not (job.work / f"{name}.pt").exists():
-        earlier = read_results(job.start)
-        for key in TRAINED:
-            keep(job, key, earlier[key])
+        keep(job, name, read_results(job.start)[name])
         save_model(export.read_gguf(job.start / file), job.work / f"{name}.pt")
 
 
