@@ -190,8 +190,8 @@ class Row:
         """The median share of its limit that a run of ours reached, that limit's "tok_s" and "by"; or None."""
         if not self.limits:
             return None
-        shares = sorted((rate / limit["tok_s"], limit["tok_s"], limit["by"]) for rate, limit in zip(self.ours, self.limits))
-        return dict(zip(("share", "tok_s", "by"), shares[len(shares) // 2]))
+        shares = [{"share": rate / limit["tok_s"], **limit} for rate, limit in zip(self.ours, self.limits)]
+        return sorted(shares, key=lambda limit: limit["share"])[len(shares) // 2]
 
 
 def parse_test(text):
@@ -365,7 +365,7 @@ def json_line(path, threads, row):
 
 
 def rounded_limit(limit):
-    return limit and {"share": rounded(limit["share"]), "tok_s": rounded(limit["tok_s"]), "by": limit["by"]}
+    return limit and {**limit, "share": rounded(limit["share"]), "tok_s": rounded(limit["tok_s"])}
 
 
 def spelled(value):

@@ -10,7 +10,7 @@ INLINE int lane(int t) { return t < 0 ? 0 : t > 16 ? 16 : t; }
  * chunk goes with the keys of this one, the other with its values; i counts a tile's columns. To the second level, since
  * the first is smaller than a chunk. */
 INLINE void fetch(const struct attn_job *j, int half, int tile, int i) {
-    __builtin_prefetch(j->next[half * CHUNK / TILE / 2 + tile / 2] + (tile % 2 * j->v_dim + i) * TILE, 0, 2);
+    __builtin_prefetch(j->next[half * CHUNK / TILE / 2 + tile / 2] + (tile % 2 * j->head_dim + i) * TILE, 0, 2);
 }
 
 /* s[r][t] = q[row + r] . K[t] for R rows and the tokens of T tiles: one fma chain over head_dim a score.

@@ -33,6 +33,9 @@ def parse(argv=None):
     args = p.parse_args(argv)
     if not args.smoke and not (args.corpus and args.heldout):
         p.error("--corpus and --heldout are needed, but for --smoke")
+    lacking = [name for name in stages.PAIR if not (args.start / name).is_file()] if args.start else []
+    if lacking:
+        p.error(f"--from {args.start}: expected a pair that an earlier run left; it lacks {', '.join(lacking)}")
     return args
 
 

@@ -16,7 +16,7 @@ from .model import Config, Llama, grow, load_model, save_model
 from .recipe import Recipe
 from .train import Trainer, text_batches, text_loss
 
-TARGET, DRAFT, RESULTS = "teller.gguf", "teller-draft.gguf", "results.json"
+TARGET, DRAFT, RESULTS = PAIR = "teller.gguf", "teller-draft.gguf", "results.json"
 
 
 @dataclass(frozen=True)
