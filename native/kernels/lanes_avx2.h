@@ -21,6 +21,7 @@
 typedef struct { __m256 lo, hi; } f32x16;
 typedef struct { __m256i lo, hi; } i32x16;
 typedef struct { __m256i lo, hi; } u8x64;
+typedef u8x64 codes_fn(const uint8_t *p, int g);
 
 #define F2(op, a, b) ((f32x16){ op((a).lo, (b).lo), op((a).hi, (b).hi) })
 #define U2(op, a, b) ((u8x64){ op((a).lo, (b).lo), op((a).hi, (b).hi) })
@@ -130,6 +131,10 @@ INLINE f32x16 i_to_f(i32x16 a) { return (f32x16){ _mm256_cvtepi32_ps(a.lo), _mm2
 INLINE u8x64 u_load(const uint8_t *p) {
     return (u8x64){ _mm256_loadu_si256((const void *)p), _mm256_loadu_si256((const void *)(p + 32)) };
 }
+INLINE void u_store(uint8_t *p, u8x64 a) {
+    _mm256_storeu_si256((void *)p, a.lo);
+    _mm256_storeu_si256((void *)(p + 32), a.hi);
+}
 INLINE u8x64 u_or(u8x64 a, u8x64 b) { return U2(_mm256_or_si256, a, b); }
 #define u_shift_(op, a, s, mask) ((u8x64){ _mm256_and_si256(op((a).lo, s), _mm256_set1_epi8(mask)), \
                                            _mm256_and_si256(op((a).hi, s), _mm256_set1_epi8(mask)) })
@@ -140,72 +145,83 @@ INLINE u8x64 u_lookup(const uint8_t table[16], u8x64 a) {
     return (u8x64){ _mm256_shuffle_epi8(t, a.lo), _mm256_shuffle_epi8(t, a.hi) };
 }
 
-/* A block's weights are wanted again and again: made once and read, not made each time or kept in place of sums. */
-INLINE void u_keep(u8x64 *w) { __asm__("" : "+m"(*(u8x64(*)[8])w)); }
-
 INLINE __m256i spread(const int8_t *a) { return _mm256_set1_epi32(*(const int32_t *)(const void *)a); }
 
-/* sum += products. In so many words, or gcc collects all products of a block before it adds the first two. */
-#define ADD_PAIRS(sum, products) __asm__("vpaddw %1, %0, %0" : "+x"(sum) : "x"(products))
+/* sum += products, words of 16 or 32 bits. In so many words, or gcc collects all products of a block before it adds the first
+ * two. */
+#define ADD(bits, sum, products) __asm__("vpadd" bits " %1, %0, %0" : "+x"(sum) : "x"(products))
+/* Here, and in registers: or gcc decodes ahead, puts what it has no registers for aside and reads it for each column. */
+#define NOW(a, b) __asm__ volatile("" : "+x"(a), "+x"(b))
 
 /* Products of 8 bits come as pairs summed in 16. With |a| <= 127 several units of narrow weights fit before they
  * overflow: 8 units of 4 bits (8*2*15*127 = 30480), 4 of 5, 2 of 6. Eight bits do not fit even once: they all have
  * zero == 128, so w - 128 is multiplied, its sign moved to the activation, and nothing is left to subtract. */
-INLINE void dots_narrow(i32x16 *t, const int C, const u8x64 *w, int n, const struct act_block *a, int from, const int run) {
+INLINE void dots_narrow(i32x16 *t, const int C, codes_fn *codes, const uint8_t *p, int g0, int n, const struct act_block *a,
+                        const int run) {
     const __m256i ones = _mm256_set1_epi16(1);
     UNROLL(8)
-    for (int u = 0; u < n; u += run) {
+    for (int u = g0; u < g0 + n; u += run) {
         __m256i lo[TOGETHER], hi[TOGETHER];
-        UNROLL(4)
-        for (int c = 0; c < C; c++) {
-            __m256i x = spread(a[c].q + from + 4 * u);
-            lo[c] = _mm256_maddubs_epi16(w[u].lo, x);
-            hi[c] = _mm256_maddubs_epi16(w[u].hi, x);
-        }
         UNROLL(8)
-        for (int i = u + 1; i < u + run; i++)
+        for (int i = u; i < u + run; i++) {
+            u8x64 w = codes(p, i);
+            if (C > 1)
+                NOW(w.lo, w.hi);
             UNROLL(4)
             for (int c = 0; c < C; c++) {
-                __m256i x = spread(a[c].q + from + 4 * i);
-                ADD_PAIRS(lo[c], _mm256_maddubs_epi16(w[i].lo, x));
-                ADD_PAIRS(hi[c], _mm256_maddubs_epi16(w[i].hi, x));
+                __m256i x = spread(a[c].q + 4 * i);
+                __m256i pl = _mm256_maddubs_epi16(w.lo, x), ph = _mm256_maddubs_epi16(w.hi, x);
+                if (i == u) {
+                    lo[c] = pl;
+                    hi[c] = ph;
+                } else {
+                    ADD("w", lo[c], pl);
+                    ADD("w", hi[c], ph);
+                }
             }
+        }
         UNROLL(4)
         for (int c = 0; c < C; c++) {
             lo[c] = _mm256_madd_epi16(lo[c], ones);
             hi[c] = _mm256_madd_epi16(hi[c], ones);
-            t[c].lo = u ? _mm256_add_epi32(t[c].lo, lo[c]) : lo[c];
-            t[c].hi = u ? _mm256_add_epi32(t[c].hi, hi[c]) : hi[c];
+            t[c].lo = u > g0 ? _mm256_add_epi32(t[c].lo, lo[c]) : lo[c];
+            t[c].hi = u > g0 ? _mm256_add_epi32(t[c].hi, hi[c]) : hi[c];
         }
     }
 }
 
-INLINE __m256i dot_signed(__m256i sum, __m256i w, __m256i x) {
-    __m256i products = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
-}
-
-INLINE void dots_signed(i32x16 *t, const int C, const u8x64 *w, int n, const struct act_block *a, int from) {
-    const __m256i flip = _mm256_set1_epi8((char)0x80);
+/* Half the rows at a time: a weight and its size, eight sums, and what is between them fit the registers. */
+#define DOT_SIGNED(half) { \
+        __m256i v = _mm256_xor_si256(w.half, flip), size = _mm256_abs_epi8(v); \
+        NOW(v, size); \
+        UNROLL(4) \
+        for (int c = 0; c < C; c++) { \
+            __m256i x = _mm256_maddubs_epi16(size, _mm256_sign_epi8(spread(a[c].q + 4 * i), v)); \
+            x = _mm256_madd_epi16(x, ones); \
+            if (i == g0) \
+                t[c].half = x; \
+            else \
+                ADD("d", t[c].half, x); \
+        } \
+    }
+INLINE void dots_signed(i32x16 *t, const int C, codes_fn *codes, const uint8_t *p, int g0, int n, const struct act_block *a) {
+    const __m256i flip = _mm256_set1_epi8((char)0x80), ones = _mm256_set1_epi16(1);
     UNROLL(8)
-    for (int i = 0; i < n; i++) {
-        __m256i lo = _mm256_xor_si256(w[i].lo, flip), hi = _mm256_xor_si256(w[i].hi, flip);
-        UNROLL(4)
-        for (int c = 0; c < C; c++) {
-            __m256i x = spread(a[c].q + from + 4 * i);
-            t[c].lo = dot_signed(i ? t[c].lo : _mm256_setzero_si256(), lo, x);
-            t[c].hi = dot_signed(i ? t[c].hi : _mm256_setzero_si256(), hi, x);
-        }
+    for (int i = g0; i < g0 + n; i++) {
+        u8x64 w = codes(p, i);
+        DOT_SIGNED(lo)
+        DOT_SIGNED(hi)
     }
 }
 
-INLINE void i_dots(i32x16 *t, const int C, const u8x64 *w, const int part, const struct act_block *a, int zero, int bits) {
-    const int n = part == WHOLE ? 8 : 4, from = part == SECOND ? 16 : 0;
+INLINE void i_dots(i32x16 *t, const int C, codes_fn *codes, const uint8_t *p, const int part, const struct act_block *a, int zero,
+                   int bits) {
+    const int n = part == WHOLE ? 8 : 4, g0 = part == SECOND ? 4 : 0;
     if (bits > 6) {
-        dots_signed(t, C, w, n, a, from);
+        dots_signed(t, C, codes, p, g0, n, a);
         return;
     }
-    dots_narrow(t, C, w, n, a, from, bits <= 4 ? n : bits == 5 ? 4 : 2);
+    dots_narrow(t, C, codes, p, g0, n, a, bits <= 4 ? n : bits == 5 ? 4 : 2);
     UNROLL(4)
     for (int c = 0; zero && c < C; c++) {       /* loaded as a float, or gcc shifts it before it is spread: slower */
         __m256i neg = _mm256_castps_si256(_mm256_broadcast_ss((const float *)(const void *)&a[c].neg_sum[part]));

@@ -20,6 +20,7 @@
 typedef __m512 f32x16;
 typedef __m512i i32x16;
 typedef __m512i u8x64;
+typedef u8x64 codes_fn(const uint8_t *p, int g);
 
 INLINE __mmask16 first_lanes(int n) { return (__mmask16)((1u << n) - 1); }
 
@@ -77,6 +78,7 @@ INLINE void f_store_i8(int8_t *p, f32x16 a) { _mm_storeu_si128((void *)p, _mm512
 INLINE f32x16 i_to_f(i32x16 a) { return _mm512_cvtepi32_ps(a); }
 
 INLINE u8x64 u_load(const uint8_t *p) { return _mm512_loadu_si512(p); }
+INLINE void u_store(uint8_t *p, u8x64 a) { _mm512_storeu_si512(p, a); }
 INLINE u8x64 u_or(u8x64 a, u8x64 b) { return _mm512_or_si512(a, b); }
 #define u_shr(a, s, mask) _mm512_and_si512(_mm512_srli_epi16(a, s), _mm512_set1_epi8(mask))
 #define u_shl(a, s, mask) _mm512_and_si512(_mm512_slli_epi16(a, s), _mm512_set1_epi8(mask))

@@ -23,6 +23,7 @@ typedef struct { float32x4_t q0, q1, q2, q3; } f32x16;
 typedef struct { int32x4_t q0, q1, q2, q3; } i32x16;
 typedef struct { uint32x4_t q0, q1, q2, q3; } u32x16;
 typedef struct { uint8x16_t q0, q1, q2, q3; } u8x64;
+typedef u8x64 codes_fn(const uint8_t *p, int g);
 
 #define Q1(type, op, a) ((type){ op((a).q0), op((a).q1), op((a).q2), op((a).q3) })
 #define Q2(type, op, a, b) ((type){ op((a).q0, (b).q0), op((a).q1, (b).q1), op((a).q2, (b).q2), op((a).q3, (b).q3) })
@@ -148,15 +149,24 @@ INLINE void f_store_i8(int8_t *p, f32x16 a) {
 INLINE f32x16 i_to_f(i32x16 a) { return Q1(f32x16, vcvtq_f32_s32, a); }
 
 INLINE u8x64 u_load(const uint8_t *p) { return (u8x64){ vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48) }; }
+INLINE void u_store(uint8_t *p, u8x64 a) {
+    vst1q_u8(p, a.q0);
+    vst1q_u8(p + 16, a.q1);
+    vst1q_u8(p + 32, a.q2);
+    vst1q_u8(p + 48, a.q3);
+}
 INLINE u8x64 u_or(u8x64 a, u8x64 b) { return Q2(u8x64, vorrq_u8, a, b); }
 /* Bytes shift alone here: a mask is due only where it hides something of what the shift left. */
 INLINE u8x64 u_mask(u8x64 a, int mask, int left) {
     uint8x16_t m = vdupq_n_u8((uint8_t)mask);
     return left & ~mask ? (u8x64){ vandq_u8(a.q0, m), vandq_u8(a.q1, m), vandq_u8(a.q2, m), vandq_u8(a.q3, m) } : a;
 }
-#define u_shift_(op, a, s) ((u8x64){ op((a).q0, s), op((a).q1, s), op((a).q2, s), op((a).q3, s) })
-#define u_shr(a, s, mask) u_mask((s) ? u_shift_(vshrq_n_u8, a, (s) ? (s) : 1) : (a), mask, 255 >> (s))     /* vshrq_n_u8: 1..8 */
-#define u_shl(a, s, mask) u_mask(u_shift_(vshlq_n_u8, a, s), mask, 255 << (s) & 255)
+INLINE u8x64 u_shift(u8x64 a, int left) {
+    int8x16_t s = vdupq_n_s8((int8_t)left);
+    return (u8x64){ vshlq_u8(a.q0, s), vshlq_u8(a.q1, s), vshlq_u8(a.q2, s), vshlq_u8(a.q3, s) };
+}
+INLINE u8x64 u_shr(u8x64 a, int s, int mask) { return u_mask(s ? u_shift(a, -s) : a, mask, 255 >> s); }
+INLINE u8x64 u_shl(u8x64 a, int s, int mask) { return u_mask(s ? u_shift(a, s) : a, mask, 255 << s & 255); }
 INLINE u8x64 u_lookup(const uint8_t table[16], u8x64 a) {
     uint8x16_t t = vld1q_u8(table);
     return (u8x64){ vqtbl1q_u8(t, a.q0), vqtbl1q_u8(t, a.q1), vqtbl1q_u8(t, a.q2), vqtbl1q_u8(t, a.q3) };
@@ -168,37 +178,38 @@ INLINE int8x16_t signed_codes(uint8x16_t w, int bits) {
     return vreinterpretq_s8_u8(bits < 8 ? w : veorq_u8(w, vdupq_n_u8(0x80)));
 }
 
-#define DOT_UNIT(u, lane) \
-    UNROLL(4) \
-    for (int c = 0; c < C; c++) { \
-        t[c].q0 = vdotq_laneq_s32(t[c].q0, signed_codes(w[u].q0, bits), x[c], lane); \
-        t[c].q1 = vdotq_laneq_s32(t[c].q1, signed_codes(w[u].q1, bits), x[c], lane); \
-        t[c].q2 = vdotq_laneq_s32(t[c].q2, signed_codes(w[u].q2, bits), x[c], lane); \
-        t[c].q3 = vdotq_laneq_s32(t[c].q3, signed_codes(w[u].q3, bits), x[c], lane); \
+#define DOT_UNIT(lane) { \
+        u8x64 w = codes(p, g + lane); \
+        UNROLL(4) \
+        for (int c = 0; c < C; c++) { \
+            t[c].q0 = vdotq_laneq_s32(t[c].q0, signed_codes(w.q0, bits), x[c], lane); \
+            t[c].q1 = vdotq_laneq_s32(t[c].q1, signed_codes(w.q1, bits), x[c], lane); \
+            t[c].q2 = vdotq_laneq_s32(t[c].q2, signed_codes(w.q2, bits), x[c], lane); \
+            t[c].q3 = vdotq_laneq_s32(t[c].q3, signed_codes(w.q3, bits), x[c], lane); \
+        } \
     }
 
 /* Activations come 16 at a time. */
-INLINE void i_dots(i32x16 *t, const int C, const u8x64 *w, const int part, const struct act_block *a, int zero, int bits) {
-    const int n = part == WHOLE ? 8 : 4, from = part == SECOND ? 16 : 0;
+INLINE void i_dots(i32x16 *t, const int C, codes_fn *codes, const uint8_t *p, const int part, const struct act_block *a, int zero,
+                   int bits) {
+    const int from = part == SECOND ? 4 : 0, end = part == FIRST ? 4 : 8;
     UNROLL(4)
     for (int c = 0; c < C; c++) {
         int32x4_t start = vdupq_n_s32(bits < 8 ? a[c].neg_sum[part] * zero : 0);
         t[c] = (i32x16){ start, start, start, start };
     }
     UNROLL(2)
-    for (int u = 0; u < n; u += 4) {
+    for (int g = from; g < end; g += 4) {
         int8x16_t x[TOGETHER];
         UNROLL(4)
         for (int c = 0; c < C; c++)
-            x[c] = vld1q_s8(a[c].q + from + 4 * u);
-        DOT_UNIT(u, 0)
-        DOT_UNIT(u + 1, 1)
-        DOT_UNIT(u + 2, 2)
-        DOT_UNIT(u + 3, 3)
+            x[c] = vld1q_s8(a[c].q + 4 * g);
+        DOT_UNIT(0)
+        DOT_UNIT(1)
+        DOT_UNIT(2)
+        DOT_UNIT(3)
     }
 }
-
-INLINE void u_keep(u8x64 *w) { __asm__("" : "+m"(*(u8x64(*)[8])w)); }
 
 #include "lanes.h"
 

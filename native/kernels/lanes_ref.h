@@ -27,6 +27,7 @@
 typedef struct { float v[16]; } f32x16;
 typedef struct { int32_t v[16]; } i32x16;
 typedef struct { uint8_t v[64]; } u8x64;
+typedef u8x64 codes_fn(const uint8_t *p, int g);    /* columns 4g to 4g + 3 of a block's 32, of 16 rows */
 
 #define EACH(expr) f32x16 r; for (int i = 0; i < 16; i++) r.v[i] = (expr); return r
 
@@ -78,6 +79,7 @@ INLINE f32x16 i_to_f(i32x16 a) { EACH((float)a.v[i]); }
 #define EACH_BYTE(expr) u8x64 r; for (int i = 0; i < 64; i++) r.v[i] = (uint8_t)(expr); return r
 
 INLINE u8x64 u_load(const uint8_t *p) { EACH_BYTE(p[i]); }
+INLINE void u_store(uint8_t *p, u8x64 a) { memcpy(p, a.v, sizeof a.v); }
 INLINE u8x64 u_or(u8x64 a, u8x64 b) { EACH_BYTE(a.v[i] | b.v[i]); }
 /* Bytes shifted, then masked. The mask must hide what a wider shift would carry over from the next byte. */
 #define u_shr(a, s, mask) u_shr_(a, s, mask)

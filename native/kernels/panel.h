@@ -5,77 +5,36 @@
 /* Scales and mins of 16 rows: one pair per 32 columns, or one for each half of them. */
 struct scales { f32x16 scale[2], min[2]; };
 
-#define NIBBLES(w, p) \
-    for (int g = 0; g < 4; g++) { u8x64 x = u_load((p) + 64 * g); w[g] = u_shr(x, 0, 15); w[g + 4] = u_shr(x, 4, 15); }
+/* Columns 4g to 4g + 3 of a block's 32, of 16 rows: a byte each. */
+INLINE u8x64 codes_u4(const uint8_t *p, int g) { return u_shr(u_load(p + 64 * (g % 4)), g / 4 * 4, 15); }
 
-INLINE void codes_u4(u8x64 *w, const uint8_t *p) {
-    NIBBLES(w, p)
-}
-
-INLINE void codes_u5(u8x64 *w, const uint8_t *p) {
-    NIBBLES(w, p)
+INLINE u8x64 codes_u5(const uint8_t *p, int g) {
     u8x64 plane = u_load(p + 256);
-    w[0] = u_or(w[0], u_shl(plane, 4, 16));
-    w[1] = u_or(w[1], u_shl(plane, 3, 16));
-    w[2] = u_or(w[2], u_shl(plane, 2, 16));
-    w[3] = u_or(w[3], u_shl(plane, 1, 16));
-    w[4] = u_or(w[4], u_shr(plane, 0, 16));
-    w[5] = u_or(w[5], u_shr(plane, 1, 16));
-    w[6] = u_or(w[6], u_shr(plane, 2, 16));
-    w[7] = u_or(w[7], u_shr(plane, 3, 16));
+    return u_or(codes_u4(p, g), g < 4 ? u_shl(plane, 4 - g, 16) : u_shr(plane, g - 4, 16));
 }
 
-INLINE void codes_u6(u8x64 *w, const uint8_t *p) {
-    NIBBLES(w, p)
-    for (int h = 0; h < 2; h++) {
-        u8x64 plane = u_load(p + 256 + 64 * h);
-        w[4 * h + 0] = u_or(w[4 * h + 0], u_shl(plane, 4, 48));
-        w[4 * h + 1] = u_or(w[4 * h + 1], u_shl(plane, 2, 48));
-        w[4 * h + 2] = u_or(w[4 * h + 2], u_shr(plane, 0, 48));
-        w[4 * h + 3] = u_or(w[4 * h + 3], u_shr(plane, 2, 48));
-    }
+INLINE u8x64 codes_u6(const uint8_t *p, int g) {
+    u8x64 plane = u_load(p + 256 + 64 * (g / 4));
+    return u_or(codes_u4(p, g), g % 4 < 2 ? u_shl(plane, 4 - g % 4 * 2, 48) : u_shr(plane, g % 4 * 2 - 4, 48));
 }
 
-INLINE void codes_u8(u8x64 *w, const uint8_t *p) {
-    for (int g = 0; g < 8; g++)
-        w[g] = u_load(p + 64 * g);
-}
+INLINE u8x64 codes_u8(const uint8_t *p, int g) { return u_load(p + 64 * g); }
 
-INLINE void codes_u2(u8x64 *w, const uint8_t *p) {
-    for (int h = 0; h < 2; h++) {
-        u8x64 plane = u_load(p + 64 * h);
-        w[4 * h + 0] = u_shr(plane, 0, 3);
-        w[4 * h + 1] = u_shr(plane, 2, 3);
-        w[4 * h + 2] = u_shr(plane, 4, 3);
-        w[4 * h + 3] = u_shr(plane, 6, 3);
-    }
-}
+INLINE u8x64 codes_u2(const uint8_t *p, int g) { return u_shr(u_load(p + 64 * (g / 4)), g % 4 * 2, 3); }
 
-INLINE void codes_u3(u8x64 *w, const uint8_t *p) {
-    codes_u2(w, p);
+INLINE u8x64 codes_u3(const uint8_t *p, int g) {
     u8x64 plane = u_load(p + 128);
-    w[0] = u_or(w[0], u_shl(plane, 2, 4));
-    w[1] = u_or(w[1], u_shl(plane, 1, 4));
-    w[2] = u_or(w[2], u_shr(plane, 0, 4));
-    w[3] = u_or(w[3], u_shr(plane, 1, 4));
-    w[4] = u_or(w[4], u_shr(plane, 2, 4));
-    w[5] = u_or(w[5], u_shr(plane, 3, 4));
-    w[6] = u_or(w[6], u_shr(plane, 4, 4));
-    w[7] = u_or(w[7], u_shr(plane, 5, 4));
+    return u_or(codes_u2(p, g), g < 2 ? u_shl(plane, 2 - g, 4) : u_shr(plane, g - 2, 4));
 }
 
-INLINE void codes_nl4(u8x64 *w, const uint8_t *p) {
+INLINE u8x64 codes_nl4(const uint8_t *p, int g) {
     static const uint8_t values[16] = { 1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241 };   /* + 128 */
-    NIBBLES(w, p)
-    for (int g = 0; g < 8; g++)
-        w[g] = u_lookup(values, w[g]);
+    return u_lookup(values, codes_u4(p, g));
 }
 
-INLINE void codes_fp4(u8x64 *w, const uint8_t *p) {
+INLINE u8x64 codes_fp4(const uint8_t *p, int g) {
     static const uint8_t values[16] = { 16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 14, 13, 12, 10, 8, 4 };         /* 2x + 16 */
-    NIBBLES(w, p)
-    for (int g = 0; g < 8; g++)
-        w[g] = u_lookup(values, w[g]);
+    return u_lookup(values, codes_u4(p, g));
 }
 
 /* Each fills s from p (this block of 32) and the head of the superblock. */
@@ -124,20 +83,19 @@ INLINE void km16_scales(struct scales *s, const uint8_t *head, const uint8_t *p)
 
 /* What the compiler knows of a type while it writes its loop. */
 struct format { int super, code_bytes, scale_bytes, head_bytes, halves, mins, zero, bits; };
-typedef void codes_fn(u8x64 *w, const uint8_t *p);
 typedef void scales_fn(struct scales *s, const uint8_t *head, const uint8_t *p);
 
 /* y + W a for 32 columns and C tokens, up to TOGETHER. */
-INLINE void dot_blocks(const struct format f, const u8x64 *w, const struct scales *s, const struct act_block *a, f32x16 *y,
-                       const int C) {
+INLINE void dot_blocks(const struct format f, codes_fn *codes, const uint8_t *p, const struct scales *s,
+                       const struct act_block *a, f32x16 *y, const int C) {
     i32x16 dots[TOGETHER];
     f32x16 t[TOGETHER];
-    i_dots(dots, C, w, f.halves ? FIRST : WHOLE, a, f.zero, f.bits);
+    i_dots(dots, C, codes, p, f.halves ? FIRST : WHOLE, a, f.zero, f.bits);
     UNROLL(4)
     for (int c = 0; c < C; c++)
         t[c] = f_mul(i_to_f(dots[c]), s->scale[0]);
     if (f.halves) {
-        i_dots(dots, C, w + 4, SECOND, a, f.zero, f.bits);
+        i_dots(dots, C, codes, p, SECOND, a, f.zero, f.bits);
         UNROLL(4)
         for (int c = 0; c < C; c++)
             t[c] = f_fma(i_to_f(dots[c]), s->scale[1], t[c]);
@@ -155,6 +113,12 @@ INLINE void dot_blocks(const struct format f, const u8x64 *w, const struct scale
 INLINE void put(const struct panel_job *j, int panel, int col, f32x16 y) {
     int row = PANEL_ROWS * panel, n = j->n_rows - row < 16 ? j->n_rows - row : 16;
     float *out = j->out + (size_t)col * j->out_stride + row;
+    if (n == 16) {                          /* nearly always, and masks are slow */
+        if (j->bias)
+            y = f_add(y, f_load(j->bias + row));
+        f_store(out, j->add ? f_add(f_load(out), y) : y);
+        return;
+    }
     if (j->bias)
         y = f_add(y, f_load_n(j->bias + row, n));
     if (j->add)
@@ -166,19 +130,17 @@ INLINE void put(const struct panel_job *j, int panel, int col, f32x16 y) {
  * this many bytes early, eight columns of Q4_K take 101 cycles a block instead of 134 (Zen 4, one core). */
 enum { AHEAD = 2048 };
 
-/* Walks through a panel and does the work for each block: w and sc are 32 columns of it, a the activations they meet. */
+/* Walks through a panel and does the work for each block: p and sc are 32 columns of it, a the activations they meet. */
 #define EACH_BLOCK(work) \
     const uint8_t *p = j->codes + (size_t)panel * j->code_stride, *s = j->scales + (size_t)panel * j->scale_stride; \
     for (int k = 0; k < j->k; k += f.super) { \
         const uint8_t *head = s; \
         s += f.head_bytes; \
         for (int b = 0; b < f.super; b += 32, p += f.code_bytes, s += f.scale_bytes, a += j->n_cols) { \
-            u8x64 w[8]; \
             struct scales sc; \
             for (int line = 0; line < f.code_bytes; line += 64) \
                 __builtin_prefetch(p + AHEAD + line); \
             __builtin_prefetch(s + AHEAD / 8); \
-            codes(w, p); \
             scales(&sc, head, s); \
             work \
         } \
@@ -193,11 +155,11 @@ INLINE void panel_cols(const struct panel_job *j, int panel, const int C, const 
     for (int c = 0; c < C; c++)
         y[c] = f_zero();
     EACH_BLOCK(
-        if (TOGETHER > 1 && C >= TOGETHER)
-            u_keep(w);
+        if (TOGETHER > 1 && C > 2)
+            __asm__("" : "+m"(sc));         /* no register is left for them beside the sums */
         UNROLL(16)
         for (int c = 0; c < C; c += TOGETHER)
-            dot_blocks(f, w, &sc, a + c, y + c, C - c < TOGETHER ? C - c : TOGETHER);
+            dot_blocks(f, codes, p, &sc, a + c, y + c, C - c < TOGETHER ? C - c : TOGETHER);
     )
     UNROLL(16)
     for (int c = 0; c < C; c++)
@@ -205,19 +167,31 @@ INLINE void panel_cols(const struct panel_job *j, int panel, const int C, const 
 }
 
 /* What a tile has left after groups of TOGETHER. */
-#define REST(C) case C: if (C < TOGETHER) dot_blocks(f, w, &sc, a + c, y + c, C); break;
+#define REST(C) case C: if (C < TOGETHER) dot_blocks(f, codes_u8, w, &sc, a + c, y + c, C); break;
 
-/* One panel times all columns of a tile that is wider than COLS_MAX: there are no registers for their sums. */
+/* The block's weights in a byte each. */
+INLINE const uint8_t *decoded(uint8_t kept[CODES_u8], const uint8_t *p, codes_fn *codes) {
+    if (codes == codes_u8)
+        return p;
+    UNROLL(8)
+    for (int g = 0; g < 8; g++)
+        u_store(kept + 64 * g, codes(p, g));
+    return kept;
+}
+
+/* One panel times all columns of a tile that is wider than COLS_MAX: there are no registers for their sums. A block is
+ * decoded once for all groups of TOGETHER. */
 INLINE void panel_all(const struct panel_job *j, int panel, const struct format f, codes_fn *codes, scales_fn *scales) {
     const struct act_block *a = j->act;
     f32x16 y[TILE_COLS];
+    uint8_t kept[CODES_u8] __attribute__((aligned(64)));
     int n = j->n_cols, c;
     for (c = 0; c < n; c++)
         y[c] = f_zero();
     EACH_BLOCK(
-        u_keep(w);
+        const uint8_t *w = decoded(kept, p, codes);
         for (c = 0; c + TOGETHER <= n; c += TOGETHER)
-            dot_blocks(f, w, &sc, a + c, y + c, TOGETHER);
+            dot_blocks(f, codes_u8, w, &sc, a + c, y + c, TOGETHER);
         switch (n - c) { REST(1) REST(2) REST(3) }
     )
     for (c = 0; c < n; c++)
@@ -314,18 +288,15 @@ FLOAT_PANEL_TYPES(FLOAT)
 enum { CHAINS = 8 };
 
 static int64_t spin_int8(int64_t n, float *sink) {
-    static const uint8_t codes[64] = { 1, 2, 3 };
+    static const uint8_t codes[CODES_u8] = { 1, 2, 3 };
     struct act_block a[CHAINS] = { { .q = { 1, 2, 3 } } };
-    u8x64 w[8];
     f32x16 y = f_zero();
-    for (int i = 0; i < 8; i++)
-        w[i] = u_load(codes);
     for (int64_t i = 0; i < n; i++) {
         __asm__ volatile("" : : "r"(a) : "memory");         /* the compiler would compute it once */
         UNROLL(8)
         for (int c = 0; c < CHAINS; c += TOGETHER) {
             i32x16 t[TOGETHER];
-            i_dots(t, TOGETHER, w, WHOLE, a + c, 0, 8);
+            i_dots(t, TOGETHER, codes_u8, codes, WHOLE, a + c, 0, 8);
             UNROLL(4)
             for (int k = 0; k < TOGETHER; k++)
                 y = f_add(y, i_to_f(t[k]));
