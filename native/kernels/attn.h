@@ -134,8 +134,47 @@ INLINE void gather(const struct attn_job *j, int row, const int R, int d, const 
             mix(j->o + (size_t)(row + r) * (size_t)j->v_dim + d + 16 * i, acc[r][i], keep[r], gain[r]);
 }
 
+/* The same for all lanes of R rows where no more than 16 fit the registers: tile by tile, each read as it lies in one go,
+ * where lanes by lanes would read half lines of a chunk that the first cache cannot hold. sums: (R, v_dim), between tiles. */
+INLINE void gather_tiles(const struct attn_job *j, int row, const int R, int from, int to, float *sums, float s[][CHUNK],
+                         const float *keep, const float *gain) {
+    const int v_dim = j->v_dim;
+    for (int i = 0; i < R * v_dim; i += 16)
+        f_store(sums + i, f_zero());
+    for (int tile = from / TILE; tile * TILE < to; tile++) {
+        const float *weights = s[0] + tile * TILE;
+        const int begin = lane(from - tile * TILE), end = lane(to - tile * TILE);
+        for (int d = 0; d < v_dim; d += 16) {
+            const uint16_t *v = j->tiles[tile] + j->head_dim * TILE + d;
+            f32x16 acc[ROWS_MAX];
+            UNROLL(8)
+            for (int r = 0; r < R; r++)
+                acc[r] = f_load(sums + r * v_dim + d);
+            UNROLL_BY(4)
+            for (int t = begin; t < end; t++) {
+                f32x16 x = f_load_f16(v + t * v_dim);
+                fetch(j, 1, tile, d + t);
+                UNROLL(8)
+                for (int r = 0; r < R; r++)
+                    acc[r] = f_fma(f_set(weights[r * CHUNK + t]), x, acc[r]);
+            }
+            UNROLL(8)
+            for (int r = 0; r < R; r++)
+                f_store(sums + r * v_dim + d, acc[r]);
+        }
+    }
+    UNROLL(8)
+    for (int r = 0; r < R; r++)
+        for (int d = 0; d < v_dim; d += 16)
+            mix(j->o + (size_t)(row + r) * (size_t)v_dim + d, f_load(sums + r * v_dim + d), keep[r], gain[r]);
+}
+
 INLINE void gather_lanes(const struct attn_job *j, int row, const int R, int d, const int D, int from, int to,
-                         const float *wide, float s[][CHUNK], const float *keep, const float *gain) {
+                         const float *wide, float *memory, float s[][CHUNK], const float *keep, const float *gain) {
+    if (!wide && D == 1 && R * j->v_dim <= 16 * CHUNK) {
+        gather_tiles(j, row, R, from, to, memory, s, keep, gain);
+        return;
+    }
     if (wide) {
         gather(j, row, R, d, 1, from, to, wide, s, keep, gain);
         return;
@@ -194,7 +233,7 @@ static void attend(const struct attn_job *job) {
             widen_values(&j, d, begin, end, wide);
         for (int row = 0, left = n_groups, n; row < j.n_rows; row += n, left--) {
             n = (j.n_rows - row) / left;
-#define CASE(R, T, D) case R: gather_lanes(&j, row, R, d, D, from, to, wide, s + row, keep + row, gain + row); break;
+#define CASE(R, T, D) case R: gather_lanes(&j, row, R, d, D, from, to, wide, memory, s + row, keep + row, gain + row); break;
             switch (n) { EACH_SIZE(CASE) }
 #undef CASE
         }
