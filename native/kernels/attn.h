@@ -98,8 +98,30 @@ INLINE void mix(float *o, f32x16 x, float keep, float gain) {
     f_store(o, f_fma(f_add(x, f_zero()), f_set(gain), f_mul(f_load(o), f_set(keep))));
 }
 
-/* o[row + r] = keep * o[row + r] + gain * sum over t of s[r][t] V[t], in lanes d .. d + 16 D of R rows, t ascending
- * from `from` to `to`. wide: those lanes of the chunk as floats, or NULL. */
+/* acc[r][i] += s[r][t] V[t], in lanes d + 16 i of R rows, for the tokens t of a tile that lie in `from` .. `to`, ascending.
+ * wide: those lanes of the chunk as floats, or NULL. */
+INLINE void add_values(const struct attn_job *j, const int R, int d, const int D, int tile, int from, int to, const float *wide,
+                       float s[][CHUNK], f32x16 acc[][4]) {
+    const uint16_t *v = j->tiles[tile] + j->head_dim * TILE + d;
+    const float *weights = s[0] + tile * TILE;
+    UNROLL_BY(4)
+    for (int t = lane(from - tile * TILE), end = lane(to - tile * TILE); t < end; t++) {
+        f32x16 x[4];
+        UNROLL(4)
+        for (int i = 0; i < D; i++) {
+            x[i] = wide ? f_load(wide + (tile * TILE + t) * 16) : f_load_f16(v + t * j->v_dim + 16 * i);
+            if (!wide)
+                fetch(j, 1, tile, d + 16 * i + t);
+        }
+        UNROLL(8)
+        for (int r = 0; r < R; r++)
+            UNROLL(4)
+            for (int i = 0; i < D; i++)
+                acc[r][i] = f_fma(f_set(weights[r * CHUNK + t]), x[i], acc[r][i]);
+    }
+}
+
+/* o[row + r] = keep * o[row + r] + gain * sum over t of s[r][t] V[t], in lanes d .. d + 16 D of R rows. */
 INLINE void gather(const struct attn_job *j, int row, const int R, int d, const int D, int from, int to,
                    const float *wide, float s[][CHUNK], const float *keep, const float *gain) {
     f32x16 acc[ROWS_MAX][4];
@@ -108,25 +130,8 @@ INLINE void gather(const struct attn_job *j, int row, const int R, int d, const 
         UNROLL(4)
         for (int i = 0; i < D; i++)
             acc[r][i] = f_zero();
-    for (int tile = from / TILE; tile * TILE < to; tile++) {
-        const uint16_t *v = j->tiles[tile] + j->head_dim * TILE + d;
-        const float *weights = s[0] + tile * TILE;
-        UNROLL_BY(4)
-        for (int t = lane(from - tile * TILE), end = lane(to - tile * TILE); t < end; t++) {
-            f32x16 x[4];
-            UNROLL(4)
-            for (int i = 0; i < D; i++) {
-                x[i] = wide ? f_load(wide + (tile * TILE + t) * 16) : f_load_f16(v + t * j->v_dim + 16 * i);
-                if (!wide)
-                    fetch(j, 1, tile, d + 16 * i + t);
-            }
-            UNROLL(8)
-            for (int r = 0; r < R; r++)
-                UNROLL(4)
-                for (int i = 0; i < D; i++)
-                    acc[r][i] = f_fma(f_set(weights[r * CHUNK + t]), x[i], acc[r][i]);
-        }
-    }
+    for (int tile = from / TILE; tile * TILE < to; tile++)
+        add_values(j, R, d, D, tile, from, to, wide, s, acc);
     UNROLL(8)
     for (int r = 0; r < R; r++)
         UNROLL(4)
@@ -134,35 +139,24 @@ INLINE void gather(const struct attn_job *j, int row, const int R, int d, const 
             mix(j->o + (size_t)(row + r) * (size_t)j->v_dim + d + 16 * i, acc[r][i], keep[r], gain[r]);
 }
 
-/* The same for all lanes of R rows where no more than 16 fit the registers: tile by tile, each read as it lies in one go,
- * where lanes by lanes would read half lines of a chunk that the first cache cannot hold. sums: (R, v_dim), between tiles. */
+/* The same in all lanes, for as many rows as leave registers for 16: tile by tile, each read as it lies in one go, where
+ * lanes by lanes would read half lines of a chunk that the first cache cannot hold. sums: (R, v_dim), between tiles. */
 INLINE void gather_tiles(const struct attn_job *j, int row, const int R, int from, int to, float *sums, float s[][CHUNK],
                          const float *keep, const float *gain) {
     const int v_dim = j->v_dim;
     for (int i = 0; i < R * v_dim; i += 16)
         f_store(sums + i, f_zero());
-    for (int tile = from / TILE; tile * TILE < to; tile++) {
-        const float *weights = s[0] + tile * TILE;
-        const int begin = lane(from - tile * TILE), end = lane(to - tile * TILE);
+    for (int tile = from / TILE; tile * TILE < to; tile++)
         for (int d = 0; d < v_dim; d += 16) {
-            const uint16_t *v = j->tiles[tile] + j->head_dim * TILE + d;
-            f32x16 acc[ROWS_MAX];
+            f32x16 acc[ROWS_MAX][4];
             UNROLL(8)
             for (int r = 0; r < R; r++)
-                acc[r] = f_load(sums + r * v_dim + d);
-            UNROLL_BY(4)
-            for (int t = begin; t < end; t++) {
-                f32x16 x = f_load_f16(v + t * v_dim);
-                fetch(j, 1, tile, d + t);
-                UNROLL(8)
-                for (int r = 0; r < R; r++)
-                    acc[r] = f_fma(f_set(weights[r * CHUNK + t]), x, acc[r]);
-            }
+                acc[r][0] = f_load(sums + r * v_dim + d);
+            add_values(j, R, d, 1, tile, from, to, NULL, s, acc);
             UNROLL(8)
             for (int r = 0; r < R; r++)
-                f_store(sums + r * v_dim + d, acc[r]);
+                f_store(sums + r * v_dim + d, acc[r][0]);
         }
-    }
     UNROLL(8)
     for (int r = 0; r < R; r++)
         for (int d = 0; d < v_dim; d += 16)
@@ -171,12 +165,12 @@ INLINE void gather_tiles(const struct attn_job *j, int row, const int R, int fro
 
 INLINE void gather_lanes(const struct attn_job *j, int row, const int R, int d, const int D, int from, int to,
                          const float *wide, float *memory, float s[][CHUNK], const float *keep, const float *gain) {
-    if (!wide && D == 1 && R * j->v_dim <= 16 * CHUNK) {
-        gather_tiles(j, row, R, from, to, memory, s, keep, gain);
-        return;
-    }
     if (wide) {
         gather(j, row, R, d, 1, from, to, wide, s, keep, gain);
+        return;
+    }
+    if (D == 1 && R * j->v_dim <= 16 * CHUNK) {
+        gather_tiles(j, row, R, from, to, memory, s, keep, gain);
         return;
     }
     for (; d + 16 * D <= j->v_dim; d += 16 * D)
