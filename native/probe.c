@@ -145,7 +145,9 @@ int bmc_arithmetic(int type, int n_threads, double *ops_per_second) {
     char *memory = memory_map(panels + act + x + out, true);
     struct pool *pool = memory ? pool_new(n_threads) : NULL;
     if (pool) {
-        memset(memory, 0, panels + act + x + out);      /* pages of its own: one page of zeros everywhere upsets the caches */
+        /* Pages of its own: one page of zeros everywhere upsets the caches. Weights that are usual numbers as any type. */
+        memset(memory, 60, panels);
+        memset(memory + panels, 0, act + x + out);
         w.job = (struct panel_job){
             .codes = (uint8_t *)memory, .scales = (uint8_t *)memory + PANELS * size.codes, .code_stride = size.codes,
             .scale_stride = size.scales, .n_panels = PANELS, .n_rows = PANELS * PANEL_HEIGHT, .k = COLUMNS,

@@ -18,19 +18,3 @@ INLINE f32x16 f_exp(f32x16 x) {
 
 /* for (i, m) over n in steps of 16, m lanes in the last one */
 #define EACH_16(n) for (int i = 0, m; m = (n) - i < 16 ? (n) - i : 16, i < (n); i += 16)
-
-/* i_dots: dot products of a block's weights, the WHOLE or its FIRST or SECOND 16, with C columns, up to TOGETHER: as many as a
- * load of the weights serves. Where there are registers for all weights, columns come one by one: the compiler decodes once. */
-#ifndef TOGETHER
-#define TOGETHER 1
-INLINE void i_dots(i32x16 *t, const int C, codes_fn *codes, const uint8_t *p, const int part, const struct act_block *a, int zero,
-                   int bits) {
-    const int from = part == SECOND ? 4 : 0, n = part == WHOLE ? 8 : 4;
-    u8x64 w[8];
-    UNROLL(8)
-    for (int g = 0; g < n; g++)
-        w[g] = codes(p, from + g);
-    for (int c = 0; c < C; c++)
-        t[c] = i_dot(w, n, a[c].q + 4 * from, a[c].neg_sum[part], zero, bits);
-}
-#endif

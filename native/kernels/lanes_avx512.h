@@ -13,6 +13,7 @@
 #define COLS_MAX 16
 #endif
 #define ROWS_MAX 8
+#define TOGETHER 4      /* columns that take turns */
 #define EACH_SIZE(X) X(1, 4, 4) X(2, 2, 4) X(3, 1, 2) X(4, 1, 4) X(5, 1, 4) X(6, 1, 4) X(7, 1, 2) X(8, 1, 2)
 #define FLOAT_COLS_MAX (COLS_MAX < 16 ? 1 : 4)
 #define FLOAT_PANELS(C) 4
@@ -86,15 +87,34 @@ INLINE u8x64 u_lookup(const uint8_t table[16], u8x64 a) {
     return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128((const void *)table)), a);
 }
 
-INLINE i32x16 i_dot(const u8x64 *w, int n, const int8_t *a, int32_t neg_sum, int zero, int bits) {
-    i32x16 acc = _mm512_setzero_si512();
+INLINE i32x16 dot4(i32x16 sum, u8x64 w, const int8_t *a) {
+    return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(*(const int32_t *)(const void *)a));
+}
+
+/* Columns take turns, and have two sums each where there are eight products: one waits four cycles for the one before it in
+ * its sum. */
+INLINE void i_dots(i32x16 *t, const int C, codes_fn *codes, const uint8_t *p, const int part, const struct act_block *a, int zero,
+                   int bits) {
+    const int from = part == SECOND ? 4 : 0, to = part == FIRST ? 4 : 8, split = part == WHOLE;
+    i32x16 odd[TOGETHER];
     (void)bits;
-    if (zero)
-        acc = _mm512_slli_epi32(_mm512_set1_epi32(neg_sum), __builtin_ctz(zero));
+    UNROLL(4)
+    for (int c = 0; c < C; c++) {
+        t[c] = zero ? _mm512_slli_epi32(_mm512_set1_epi32(a[c].neg_sum[part]), __builtin_ctz(zero)) : _mm512_setzero_si512();
+        odd[c] = _mm512_setzero_si512();
+    }
     UNROLL(8)
-    for (int u = 0; u < n; u++)
-        acc = _mm512_dpbusd_epi32(acc, w[u], _mm512_set1_epi32(*(const int32_t *)(const void *)(a + 4 * u)));
-    return acc;
+    for (int g = from; g < to; g++) {
+        u8x64 w = codes(p, g);
+        UNROLL(4)
+        for (int c = 0; c < C; c++) {
+            i32x16 *sum = split && g % 2 ? &odd[c] : &t[c];
+            *sum = dot4(*sum, w, a[c].q + 4 * g);
+        }
+    }
+    UNROLL(4)
+    for (int c = 0; c < C && split; c++)
+        t[c] = _mm512_add_epi32(t[c], odd[c]);
 }
 
 #include "lanes.h"

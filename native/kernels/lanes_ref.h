@@ -16,6 +16,7 @@
 #define ISA(name) name##_ref
 #undef COLS_MAX
 #define COLS_MAX 2          /* sums a panel kernel keeps */
+#define TOGETHER 1
 #define ROWS_MAX 2          /* queries an attention kernel keeps */
 #define EACH_SIZE(X) X(1, 4, 4) X(2, 2, 1)      /* with so many queries: tiles of keys, vectors of values at a time */
 #define FLOAT_COLS_MAX 1
@@ -91,16 +92,20 @@ INLINE u8x64 u_lookup(const uint8_t table[16], u8x64 a) { EACH_BYTE(table[a.v[i]
 /* Row i: the sum over n units of 4 columns of (w[unit][4i + j] - zero) * a[4 unit + j], where neg_sum is minus the
  * sum of those a. zero is 0 or a power of two; bits, how wide a weight is at most, decides how ISAs without a
  * four-way dot product go about it. Exact. */
-INLINE i32x16 i_dot(const u8x64 *w, int n, const int8_t *a, int32_t neg_sum, int zero, int bits) {
-    i32x16 acc;
+INLINE void i_dots(i32x16 *t, const int C, codes_fn *codes, const uint8_t *p, const int part, const struct act_block *a, int zero,
+                   int bits) {
+    const int from = part == SECOND ? 4 : 0, n = part == WHOLE ? 8 : 4;
     (void)bits;
-    for (int i = 0; i < 16; i++)
-        acc.v[i] = neg_sum * zero;
-    for (int u = 0; u < n; u++)
+    for (int c = 0; c < C; c++) {
         for (int i = 0; i < 16; i++)
-            for (int j = 0; j < 4; j++)
-                acc.v[i] += w[u].v[4 * i + j] * a[4 * u + j];
-    return acc;
+            t[c].v[i] = a[c].neg_sum[part] * zero;
+        for (int g = from; g < from + n; g++) {
+            u8x64 w = codes(p, g);
+            for (int i = 0; i < 16; i++)
+                for (int j = 0; j < 4; j++)
+                    t[c].v[i] += w.v[4 * i + j] * a[c].q[4 * g + j];
+        }
+    }
 }
 
 #include "lanes.h"

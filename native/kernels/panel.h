@@ -155,7 +155,7 @@ INLINE void panel_cols(const struct panel_job *j, int panel, const int C, const 
     for (int c = 0; c < C; c++)
         y[c] = f_zero();
     EACH_BLOCK(
-        if (TOGETHER > 1 && C > 2)
+        if (COLS_MAX <= 4 && C > 2)
             __asm__("" : "+m"(sc));         /* no register is left for them beside the sums */
         UNROLL(16)
         for (int c = 0; c < C; c += TOGETHER)
