@@ -16,7 +16,7 @@
 #define ISA(name) name##_ref
 #undef COLS_MAX
 #define COLS_MAX 2          /* sums a panel kernel keeps */
-#define TOGETHER 1
+#define TOGETHER 1          /* tokens that i_dots takes */
 #define ROWS_MAX 2          /* queries an attention kernel keeps */
 #define EACH_SIZE(X) X(1, 4, 4) X(2, 2, 1)      /* with so many queries: tiles of keys, vectors of values at a time */
 #define FLOAT_COLS_MAX 1
@@ -89,9 +89,9 @@ INLINE u8x64 u_shr_(u8x64 a, int s, int mask) { EACH_BYTE((a.v[i] >> s) & mask);
 INLINE u8x64 u_shl_(u8x64 a, int s, int mask) { EACH_BYTE((a.v[i] << s) & mask); }
 INLINE u8x64 u_lookup(const uint8_t table[16], u8x64 a) { EACH_BYTE(table[a.v[i] & 15]); }
 
-/* Row i: the sum over n units of 4 columns of (w[unit][4i + j] - zero) * a[4 unit + j], where neg_sum is minus the
- * sum of those a. zero is 0 or a power of two; bits, how wide a weight is at most, decides how ISAs without a
- * four-way dot product go about it. Exact. */
+/* Dot products of a block's weights, the WHOLE or its FIRST or SECOND 16 columns, with C tokens, up to TOGETHER. Row i of t[c]: the
+ * sum of (code - zero) * a[c].q over those columns. zero is 0 or a power of two; bits, how wide a weight is at most, decides
+ * how ISAs without a four-way dot product go about it. Exact. */
 INLINE void i_dots(i32x16 *t, const int C, codes_fn *codes, const uint8_t *p, const int part, const struct act_block *a, int zero,
                    int bits) {
     const int from = part == SECOND ? 4 : 0, n = part == WHOLE ? 8 : 4;
