@@ -89,9 +89,9 @@ INLINE u8x64 u_shr_(u8x64 a, int s, int mask) { EACH_BYTE((a.v[i] >> s) & mask);
 INLINE u8x64 u_shl_(u8x64 a, int s, int mask) { EACH_BYTE((a.v[i] << s) & mask); }
 INLINE u8x64 u_lookup(const uint8_t table[16], u8x64 a) { EACH_BYTE(table[a.v[i] & 15]); }
 
-/* Dot products of a block's weights, the WHOLE or its FIRST or SECOND 16 columns, with C tokens, up to TOGETHER. Row i of t[c]: the
- * sum of (code - zero) * a[c].q over those columns. zero is 0 or a power of two; bits, how wide a weight is at most, decides
- * how ISAs without a four-way dot product go about it. Exact. */
+/* Dot products of a block's weights, the WHOLE or its FIRST or SECOND 16 columns, with C tokens, up to TOGETHER: row i of
+ * t[c] is the sum of (code - zero) * a[c].q over those columns. zero is 0 or a power of two; bits, how wide a weight is at
+ * most, decides how ISAs without a four-way dot product go about it. Exact. */
 INLINE void i_dots(i32x16 *t, const int C, codes_fn *codes, const uint8_t *p, const int part, const struct act_block *a, int zero,
                    int bits) {
     const int from = part == SECOND ? 4 : 0, n = part == WHOLE ? 8 : 4;
