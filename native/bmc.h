@@ -16,7 +16,7 @@
 
 /* <cffi> What stands between these two marks is read by Python as it is: plain declarations only. */
 
-#define BMC_VERSION 3       /* counts the changes of what follows; bmc_version() tells which one was compiled */
+#define BMC_VERSION 4       /* counts the changes of what follows; bmc_version() tells which one was compiled */
 
 enum bmc_status {
     BMC_OK = 0,
@@ -42,6 +42,7 @@ enum bmc_growth {
 
 typedef struct bmc_model bmc_model;
 typedef struct bmc_session bmc_session;
+typedef struct bmc_ngrams bmc_ngrams;
 
 /* A row of the type table; a type without kernels has runs == 0. */
 typedef struct bmc_type_info {
@@ -87,16 +88,52 @@ typedef struct bmc_tensor {
     const void *data;
 } bmc_tensor;
 
+/* How a token is chosen: settings and their meaning are llama.cpp's. NULL in place of one: the best. */
+typedef struct bmc_sampler {
+    double temperature;             /* 0: the best */
+    double top_p, min_p;            /* 1 and 0: off */
+    uint64_t seed;
+    int32_t top_k;                  /* 0: off */
+} bmc_sampler;
+
 typedef struct bmc_span {
     bmc_session *session;
     const int32_t *tokens;
     int32_t n_tok;
     int32_t want;                   /* enum bmc_want: whose logits */
     int32_t last;                   /* 0, or how many rows attention sees, itself included, besides the first 256 */
+    const bmc_sampler *sampler;     /* chooses the next ids */
     float *logits;                  /* (wanted tokens, vocab_size), or NULL */
-    int32_t *argmax;                /* (wanted tokens,) the best next id, the lowest of equals; or NULL */
-    float *logprob;                 /* (wanted tokens,) its log-probability, or NULL */
+    int32_t *next;                  /* (wanted tokens,) the next id: the sampler's, or the best, the lowest of equals; or NULL */
+    float *logprob;                 /* (wanted tokens,) its log-probability, before the sampler changes any; or NULL */
+    float *lead;                    /* (wanted tokens,) how far its score, logit / temperature + noise, is ahead; or NULL */
 } bmc_span;
+
+/* Rounds of speculative decoding. A round drafts up to k guesses, checks as many as are worth it, and gives those that are what
+ * the target chooses and the token that it chooses after them. Rounds end when the text has n_tokens more, after one
+ * without a right guess, and none begins after so many seconds. */
+typedef struct bmc_plan {
+    int32_t n_rounds;               /* at most */
+    int32_t k;
+    int32_t least;                  /* fewer guesses are not checked */
+    int32_t n_tokens;
+    double seconds;
+    const bmc_sampler *sampler;     /* of both models */
+    double p_min;                   /* a draft ends after a guess that it is less sure of */
+    int32_t n_edges;
+    const double *edges;            /* (n_edges,) how sure guesses of a class are, where it ends */
+    const double *chance;           /* (n_edges + 1,) how often guesses of a class come true */
+    const double *cost;             /* (k + 2,) seconds of a pass by its tokens; NULL: every guess is checked */
+    double choosing;                /* seconds, for every token */
+    const int32_t *script;          /* (n_tokens,) for experiments: what the target is taken to choose; or NULL */
+} bmc_plan;
+
+typedef struct bmc_round {
+    int32_t n_asked, n_drafted, n_checked;
+    int32_t n_right;                /* of all drafted, as far as the text goes */
+    int32_t n_tokens;               /* what it gave: the guesses accepted, and the target's own */
+    double draft_s, verify_s;
+} bmc_round;
 
 /* How a session's rows of keys and values grow. */
 typedef struct bmc_arena_options {
@@ -177,11 +214,30 @@ void        bmc_fail_allocation(int n);                      /* for tests: the n
 
 int         bmc_eval(const bmc_span *spans, int n_spans);
 
-/* Evaluates tokens, then up to k best next ones, each after the one before, until one is less likely than p_min; last
- * is bmc_span's. Returns how many ids there are (at least one for k > 0); the last of them is not evaluated. With a coarse
- * head they are the best nearly always, and how likely they are is as the coarse head sees it. */
+/* The id that a sampler chooses after `position` tokens from logits (n,). */
+int         bmc_choose(const float *logits, int n, const bmc_sampler *sampler, int position, int32_t *id);
+
+/* Evaluates tokens, then up to k next ones, each after the one before, until one is less sure than p_min; last is
+ * bmc_span's. Returns how many ids there are (at least one for k > 0); the last of them is not evaluated. sure is the log of how
+ * sure each is: its probability, or with a sampler 1 - e^-lead. With a coarse head the best are the best nearly always, and
+ * how likely they are is as the coarse head sees it. */
 int         bmc_draft(bmc_session *session, const int32_t *tokens, int n_tok, int k, float p_min, int last,
-                      int32_t *ids, float *logprobs);
+                      const bmc_sampler *sampler, int32_t *ids, float *sure);
+
+/* A text as its own drafter: the longest match of its end, of up to 24 tokens and two at least, and what followed it; the latest of
+ * equals. Returns how many ids there are, k or none; lengths (k,) are those of the match that each goes on. */
+bmc_ngrams *bmc_ngrams_new(void);
+void        bmc_ngrams_free(bmc_ngrams *ngrams);
+int         bmc_ngrams_clear(bmc_ngrams *ngrams);                        /* of an empty text again */
+int         bmc_ngrams_add(bmc_ngrams *ngrams, const int32_t *tokens, int n);
+int         bmc_ngrams_propose(const bmc_ngrams *ngrams, int k, int32_t *ids, double *lengths);
+
+/* Either draft or ngrams guesses, the other one is NULL. text: what the draft lacks of a text (n_text of 1 to 32; ngrams lack
+ * nothing), of which the target lacks the last token. Returns how many rounds there were; ids and logprobs (n_rounds * (k + 1),)
+ * are what they gave, sure (n_rounds, k) is how sure each round's guesses were (of ngrams the lengths). A failure later than in
+ * the first round only ends the rounds. Afterwards draft or ngrams have nothing but the text. */
+int         bmc_speculate(bmc_session *target, bmc_session *draft, bmc_ngrams *ngrams, const bmc_plan *plan, const int32_t *text,
+                          int n_text, int32_t *ids, float *logprobs, double *sure, bmc_round *rounds);
 /* </cffi> */
 
 #pragma GCC visibility pop

@@ -7,6 +7,7 @@
 #include "model.h"
 #include "pack.h"
 #include "panels.h"
+#include "sample.h"
 
 #include <math.h>
 
@@ -568,7 +569,7 @@ static void head(const struct pass *p, struct input in, int thread) {
             const float *logits = part + (size_t)i * HEAD_ROWS;
             if (p->logits[i])
                 memcpy(p->logits[i] + row, logits, (size_t)rows * sizeof *logits);
-            if (p->argmax[i] || p->logprob[i])
+            if (p->next[i] || p->logprob[i])
                 p->best[(int64_t)i * head_parts(m) + from] = best_of(m, logits, rows, row);
         }
     }
@@ -594,7 +595,7 @@ static float liked_least(const struct best *parts, int n_parts) {
 }
 
 /* The LIKED parts whose best the coarse head likes most get that one's true logit; what else they sum up to stays coarse. */
-static void rescore(const struct pass *p, struct input in) {
+static void rescore(const struct pass *p, struct input in, int thread) {
     const bmc_model *m = p->model;
     float logits[PANEL_ROWS], least = liked_least(p->best, head_parts(m));
     const struct product r = { &m->output, in.x, in.act, logits, PANEL_ROWS, false };
@@ -602,7 +603,7 @@ static void rescore(const struct pass *p, struct input in) {
         if (part->logit < least)
             continue;
         int panel = part->id / PANEL_ROWS;
-        const struct matrix w = slice(p, &m->output, panel, panel + 1, 0, 0);
+        const struct matrix w = slice(p, &m->output, panel, panel + 1, thread, 0);
         project(p, &r, &w, 0, 1, 0);
         float logit = logits[part->id % PANEL_ROWS];
         part->sum = 1 + (part->sum - 1) * expf(part->logit - logit);
@@ -610,23 +611,43 @@ static void rescore(const struct pass *p, struct input in) {
     }
 }
 
-/* The best of all parts, the first of equals, and its log-probability: minus the log of the sum of e^(logit - best). */
-static void choose(const struct pass *p) {
-    size_t n = (size_t)head_parts(p->model);
-    for (int i = 0; i < p->n_out; i++) {
-        const struct best *parts = p->best + (size_t)i * n, *best = parts;
-        double sum = 0;
-        if (!p->argmax[i] && !p->logprob[i])
+/* The best of all parts, the first of equals; sum: of e^(logit - best) over all ids. */
+static struct best best_of_parts(const struct best *parts, size_t n, double *sum) {
+    const struct best *best = parts;
+    for (const struct best *part = parts; part < parts + n; part++)
+        if (part->logit > best->logit)
+            best = part;
+    *sum = 0;
+    for (const struct best *part = parts; part < parts + n; part++)
+        *sum += part->sum * exp((double)part->logit - best->logit);
+    return *best;
+}
+
+/* Each token's next id, the best or the sampler's, and its log-probability. */
+static void choose(const struct pass *p, struct input in, int thread) {
+    const bmc_model *m = p->model;
+    const size_t n = (size_t)head_parts(m);
+    float *scratch = m->buffers->scratch + (size_t)thread * m->buffers->scratch_stride;
+    int64_t from, to;
+    share(p, thread, p->n_out, &from, &to);
+    for (int64_t i = from; i < to; i++) {
+        if (!p->next[i] && !p->logprob[i])
             continue;
-        for (const struct best *part = parts; part < parts + n; part++)
-            if (part->logit > best->logit)
-                best = part;
-        for (const struct best *part = parts; part < parts + n; part++)
-            sum += part->sum * exp((double)part->logit - best->logit);
-        if (p->argmax[i])
-            *p->argmax[i] = best->id;
+        if (p->coarse)
+            rescore(p, in, thread);
+        double sum;
+        struct best best = best_of_parts(p->best + (size_t)i * n, n, &sum);
+        int32_t id = best.id;
+        float logit = best.logit;
+        if (p->sampler[i] && isfinite(logit)) {
+            id = sample(p->sampler[i], p->logits[i], m->c.vocab_size, logit, p->pos[i] + 1, (struct candidate *)(void *)scratch,
+                        p->lead[i]);
+            logit = p->logits[i][id];
+        }
+        if (p->next[i])
+            *p->next[i] = id;
         if (p->logprob[i])
-            *p->logprob[i] = (float)-log(sum);
+            *p->logprob[i] = (float)((double)logit - best.logit - log(sum));
     }
 }
 
@@ -679,11 +700,7 @@ static void run(void *arg, int thread) {
     const struct input last = normed(p, post, m->output_norm, m->output_norm_bias, n_tok, thread);
     head(p, last, thread);
     barrier(p, thread, BMC_STEP_HEAD);
-    if (thread == 0) {
-        if (p->coarse)
-            rescore(p, last);
-        choose(p);
-    }
+    choose(p, last, thread);
     note(p, thread, BMC_STEP_HEAD);
 }
 

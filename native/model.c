@@ -6,6 +6,7 @@
 #include "memory.h"
 #include "pack.h"
 #include "panels.h"
+#include "sample.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -393,7 +394,9 @@ static size_t lay_out(const bmc_model *m, struct buffers *b, char *memory) {
     b->hidden_act = take(&next, PASS_MAX * ((size_t)c->hidden_dim / 32 + 1) * block);
     b->cos = take(&next, 2 * row * turns);
     b->sin = take(&next, 2 * row * turns);
+    b->rows = take(&next, SAMPLED_MAX * (size_t)c->vocab_size * sizeof(float));
     b->scratch_stride = largest(heads * (size_t)m->v_dim + 2 * heads, (size_t)PASS_MAX * HEAD_ROWS);
+    b->scratch_stride = largest(b->scratch_stride, (size_t)c->vocab_size * sizeof(struct candidate) / sizeof(float));
     b->scratch = take(&next, threads * b->scratch_stride * sizeof(float));
     b->pieces_done = take(&next, threads * TASKS_EACH * sizeof *b->pieces_done);
     b->parts = take(&next, PART_FLOATS * sizeof(float));

@@ -37,9 +37,9 @@ struct layer {
     int rope;                       /* which table of frequencies */
 };
 
-/* Tokens in one pass over the weights; logits at a time; tasks that keep a thread busy to the end; floats for the sums of
+/* Tokens in one pass over the weights, and of them those whose next is sampled; logits at a time; tasks that keep a thread busy to the end; floats for the sums of
  * chunks whose task is cut; panels made at a time where none are kept. */
-enum { PASS_MAX = 512,  HEAD_ROWS = 256, TASKS_EACH = 8, PART_FLOATS = 4 << 20, ROOM_PANELS = 16 };
+enum { PASS_MAX = 512, SAMPLED_MAX = 64, HEAD_ROWS = 256, TASKS_EACH = 8, PART_FLOATS = 4 << 20, ROOM_PANELS = 16 };
 
 /* Weights of a head that a coarse one is worth its memory for: from here on it is read from memory for each token. */
 enum { COARSE_LEAST = 1 << 24 };
@@ -95,6 +95,7 @@ struct buffers {
     struct act_block *own_act;      /* (threads, FEW * dim / 32) own_xb in 8 bits */
     struct act_block *hidden_act;   /* up in 8 bits */
     float *cos, *sin;               /* (2, PASS_MAX, rope_dim / 2) */
+    float *rows;                    /* (SAMPLED_MAX, vocab_size) logits that are sampled from and not asked for */
     float *scratch;                 /* (threads, scratch_stride) */
     size_t scratch_stride;
     float *parts;                   /* sums of chunks that wait to be merged */
@@ -117,8 +118,10 @@ struct pass {
     int32_t last[PASS_MAX];         /* as in bmc_span */
     int32_t out[PASS_MAX];          /* (n_out,) which tokens */
     float *logits[PASS_MAX];        /* (n_out,) where to, or NULL */
-    int32_t *argmax[PASS_MAX];
-    float *logprob[PASS_MAX];
+    int n_sampled;                  /* of them, those with a row of the buffers */
+    const bmc_sampler *sampler[PASS_MAX];
+    int32_t *next[PASS_MAX];
+    float *logprob[PASS_MAX], *lead[PASS_MAX];
     struct best *best;              /* (n_out, parts of HEAD_ROWS) */
 };
 

@@ -1,6 +1,7 @@
 /* Sessions, and the way from spans to passes. */
 #include "error.h"
 #include "model.h"
+#include "sample.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -139,6 +140,8 @@ static int check_span(const bmc_span *span, const bmc_model *m) {
         return fail(BMC_EINVAL, "want: expected 0 to 2, found %d", (int)span->want);
     if (span->last < 0)
         return fail(BMC_EINVAL, "last: expected 0 or more rows, found %d", (int)span->last);
+    if (span->sampler && sampler_check(span->sampler))
+        return BMC_EINVAL;
     for (int i = 0; i < span->n_tok; i++)
         if (span->tokens[i] < 0 || span->tokens[i] >= m->c.vocab_size)
             return fail(BMC_EINVAL, "token ids are 0 to %d, found %d", (int)m->c.vocab_size - 1, (int)span->tokens[i]);
@@ -173,22 +176,26 @@ static void push(struct pass *p, const bmc_span *span, int i) {
     p->last[p->n_tok] = span->last;
     if (wanted(span, i)) {
         int row = span->want == BMC_WANT_ALL ? i : 0;
+        size_t n = (size_t)p->model->c.vocab_size;
         p->out[p->n_out] = p->n_tok;
-        p->logits[p->n_out] = span->logits ? span->logits + (size_t)row * (size_t)p->model->c.vocab_size : NULL;
-        p->argmax[p->n_out] = span->argmax ? span->argmax + row : NULL;
+        p->sampler[p->n_out] = span->sampler;
+        p->logits[p->n_out] = span->logits ? span->logits + (size_t)row * n
+                            : span->sampler ? p->model->buffers->rows + (size_t)p->n_sampled++ * n : NULL;
+        p->next[p->n_out] = span->next ? span->next + row : NULL;
+        p->lead[p->n_out] = span->lead ? span->lead + row : NULL;
         p->logprob[p->n_out++] = span->logprob ? span->logprob + row : NULL;
     }
     p->n_tok++;
 }
 
-/* Passes of up to PASS_MAX tokens over all spans, one after the other. */
+/* Passes of up to PASS_MAX tokens, SAMPLED_MAX of them with a sampler, over all spans, one after the other. */
 static void run_passes(struct pass *p, const bmc_span *spans, int n) {
     for (int s = 0; s < n; s++)
         for (int i = 0; i < spans[s].n_tok; i++) {
             push(p, &spans[s], i);
-            if (p->n_tok == PASS_MAX || (s == n - 1 && i == spans[s].n_tok - 1)) {
+            if (p->n_tok == PASS_MAX || p->n_sampled == SAMPLED_MAX || (s == n - 1 && i == spans[s].n_tok - 1)) {
                 forward(p);
-                p->n_tok = p->n_out = 0;
+                p->n_tok = p->n_out = p->n_sampled = 0;
             }
         }
     for (int s = 0; s < n; s++) {
@@ -205,7 +212,7 @@ static struct pass *make_pass(bmc_model *m, int n_tok) {
     if (p && best) {
         p->model = m;
         p->best = best;
-        p->n_tok = p->n_out = 0;
+        p->n_tok = p->n_out = p->n_sampled = 0;
         return p;
     }
     free(p);
@@ -246,18 +253,23 @@ static int evaluate(const bmc_span *spans, int n_spans, bool coarse) {
 
 int bmc_eval(const bmc_span *spans, int n_spans) { return evaluate(spans, n_spans, false); }
 
-int bmc_draft(bmc_session *session, const int32_t *tokens, int n_tok, int k, float p_min, int last, int32_t *ids,
-              float *logprobs) {
-    bmc_span span = { .session = session, .tokens = tokens, .n_tok = n_tok, .want = BMC_WANT_LAST, .last = last };
-    if (k < 0 || (k && (!ids || !logprobs)))
+/* The log of how sure a draft is of a token: of 1 - e^-lead, or its probability. */
+static float sureness(const bmc_sampler *sampler, float lead, float logprob) { return sampler ? logf(-expm1f(-lead)) : logprob; }
+
+int bmc_draft(bmc_session *session, const int32_t *tokens, int n_tok, int k, float p_min, int last, const bmc_sampler *sampler,
+              int32_t *ids, float *sure) {
+    float logprob, lead = INFINITY;
+    bmc_span span = { .session = session, .tokens = tokens, .n_tok = n_tok, .want = BMC_WANT_LAST, .last = last,
+                      .sampler = sampler, .logprob = &logprob, .lead = &lead };
+    if (k < 0 || (k && (!ids || !sure)))
         return fail(BMC_EINVAL, "bmc_draft: expected room for 0 or more ids, found k = %d", k);
     for (int i = 0; i < k; i++) {
-        span.argmax = &ids[i];
-        span.logprob = &logprobs[i];
-        int status = evaluate(&span, 1, true);
+        span.next = &ids[i];
+        int status = evaluate(&span, 1, !sampler);
         if (status)
             return i && status == BMC_EFULL ? i : status;
-        if (i == k - 1 || expf(logprobs[i]) < p_min)
+        sure[i] = sureness(sampler, lead, logprob);
+        if (i == k - 1 || expf(sure[i]) < p_min)
             return i + 1;
         span.tokens = &ids[i];
         span.n_tok = 1;

@@ -64,6 +64,11 @@ def check(status: int) -> int:
     return status
 
 
+def owned(handle, free: str, kept=None):
+    """A handle that is freed, and after it what it needs, when nobody uses it: a close() leaves a call beside it whole."""
+    return ffi.gc(handle, lambda handle, lib=lib, kept=kept: getattr(lib, free)(handle))    # lib: at exit it would go first
+
+
 def as_array(x, dtype, shape=None, name="array") -> np.ndarray:
     """Return x as a C-contiguous array of dtype, itself where it is one already.
 
@@ -92,10 +97,11 @@ def as_array(x, dtype, shape=None, name="array") -> np.ndarray:
 
 def pointer(array: np.ndarray):
     """A C pointer to a contiguous array's values; it keeps the array alive."""
-    return ffi.from_buffer(f"{_CTYPES[array.dtype.str[1:]]}[]", array)
+    return ffi.from_buffer(_CTYPES[array.dtype.char], array)
 
 
-_CTYPES = {"f4": "float", "i4": "int32_t", "i8": "int64_t", "u1": "uint8_t", "u2": "uint16_t"}
+_CTYPES = {np.dtype(name).char: ffi.typeof(f"{ctype}[]") for name, ctype in
+           (("f4", "float"), ("f8", "double"), ("i4", "int32_t"), ("i8", "int64_t"), ("u1", "uint8_t"), ("u2", "uint16_t"))}
 
 
 def _spell(shape) -> str:

@@ -61,7 +61,7 @@ class Stream:
             if self.read < len(self.tokens):
                 return
             if self.speculation:
-                self.speculation.follow(self.tokens, self.chooser.greedy)
+                self.speculation.follow(self.tokens, self.chooser.kind)
             self.loop = start_loop(self.session, self.tokens, reply.result, self.chooser, self.speculation,
                                    self.max_tokens, self.stats, others)
             self.stats.prompt_s = self._lap()
@@ -166,7 +166,7 @@ def _pass(running: list[Stream]) -> Iterator[tuple[int, Token]]:
     if not parts:
         return
     started = time.perf_counter()
-    results = eval_batch([(stream.session, wanted.tokens, wanted.want) for stream, wanted in parts])
+    results = eval_batch([(stream.session, wanted.tokens, wanted.want, 0, wanted.sampler) for stream, wanted in parts])
     seconds = time.perf_counter() - started
     width = sum(len(wanted.tokens) for _, wanted in parts)
     known = width if width <= NARROW and all(stream.loop for stream, _ in parts) else 0

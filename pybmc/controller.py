@@ -26,7 +26,7 @@ DECIDING = 0.003                        # of the time, for decisions against dra
 FADE = 0.98                             # weight of what was seen one draft ago
 KEPT = 6.0                              # drafts that what was seen in another run counts as
 FIRST = 3                               # tokens of a first draft: what they take is not known yet
-REST = 32                               # at most, plain tokens after a decision against drafting before the next
+REST, REST_SECONDS = 32, 0.05           # plain tokens after a decision against drafting before the next: at most, or so long
 HOPELESS = 0.02                         # chance below which no more of a draft is looked at
 CLEAR = 1.3                             # a gain that need not be looked at closely
 TRIED = 8                               # passes of a width before what another run says of it is believed, if gains allow it
@@ -226,6 +226,9 @@ class Chances(Counts):
     def at(self, i: int) -> float:
         return (self._true[i] + self._weight * self._expected[i]) / (self._n[i] + self._weight)
 
+    def each(self) -> list[float]:
+        return [self.at(i) for i in range(len(self._n))]
+
 
 class Chain(Counts):
     """Chance by place: of the i-th, given that those before came true. Places seen little take after the others."""
@@ -352,7 +355,8 @@ class Controller:
     def break_after(self, deciding: float) -> int:
         """Plain tokens before another decision like one against drafting, which took so long. The pass after it is slower than
         others, so that it costs more than its own share."""
-        return min(self.rest, int(deciding * self.plain() / DECIDING))
+        plain = self.plain()
+        return min(max(self.rest, int(REST_SECONDS * plain)) if self.rest else 0, int(deciding * plain / DECIDING))
 
     def plain(self, others: int = 0) -> float:
         """Tokens a second without a draft. others: tokens of other sequences that share the pass."""
@@ -365,6 +369,12 @@ class Controller:
     def loss(self, k: int, drafting: float, others: int = 0) -> float:
         """Plain tokens whose time a round takes too long if none of its k drafted tokens comes true."""
         return (self.curve.at(k + 1 + others) + drafting) / self.curve.at(1 + others) - 1
+
+    def affordable(self, k: int) -> int:
+        """As many of k drafted tokens as the purse can lose, where a draft takes no time."""
+        while k and self.loss(k, 0.0) > self.account.purse:
+            k -= 1
+        return k
 
     def plan(self, source: Source, room: int, others: int = 0, lag: float = 0.0, new: bool = False) -> Plan:
         """What to ask of a drafter whose drafts cost time. room: the most tokens that may be drafted.
@@ -427,6 +437,11 @@ class Controller:
                 break
         return best
 
+    def terms(self, source: Source, k: int) -> dict:
+        """What speculate() has to know to do what cut() does."""
+        return {"least": self.least, "edges": source.edges, "chances": source.by_mark.each(),
+                "costs": [0.0, *(self.curve.at(n) for n in range(1, k + 2))], "choosing": self.choosing.value}
+
     # ---- lessons
 
     def passed(self, width: int, seconds: float) -> None:
@@ -453,6 +468,12 @@ class Controller:
         self.account.enter(tokens, gained, trial)
 
 
+    def wrote(self, rounds: int, tokens: int, seconds: float) -> None:
+        """So many rounds, each with a draft, gave so many tokens."""
+        self._since_plain += rounds
+        self.account.enter(tokens, tokens - seconds / (self.curve.at(1) + self.choosing.value))
+
+
 class FixedLength(Controller):
     """Always drafts k tokens and checks them all: for comparisons and proofs."""
 
@@ -467,3 +488,6 @@ class FixedLength(Controller):
 
     def cut(self, source: Source, marks: Sequence[int], spent: float, others: int = 0) -> tuple[int, float]:
         return min(len(marks), self.k), float(len(marks))
+
+    def terms(self, source: Source, k: int) -> dict:
+        return {}

@@ -143,6 +143,7 @@ class Pass(NamedTuple):
 
     tokens: list[int]
     want: str                           # as in Session.eval: "best", "last" (of one token) or "all"
+    sampler: Sampler | None = None      # as in Session.eval
 
 
 class Reply(NamedTuple):
@@ -157,13 +158,19 @@ Loop = Generator["Choice | Pass", "Reply | None", None]
 
 
 class Chooser:
-    """A Sampler at the end of passes. Where only the best token counts, a pass need not give a row of logits."""
+    """A Sampler at the end of passes, which choose by themselves where nothing changes the logits before."""
 
     def __init__(self, sampler: Sampler):
-        self.sampler, self.greedy = sampler, sampler.plain_greedy
+        self.sampler, self.kind = sampler, sampler.kind
 
-    def want(self, n_tok: int) -> str:
-        return "best" if self.greedy else "last" if n_tok == 1 else "all"
+    def ask(self, tokens: list[int]) -> Pass:
+        """A pass over tokens after each of which something may be chosen."""
+        want = "best" if self.kind != "all" else "last" if len(tokens) == 1 else "all"
+        return Pass(tokens, want, self.sampler if self.kind == "sampled" else None)
+
+    def script(self, text: Sequence[int]) -> Sequence[int]:
+        """For experiments: how the text is taken to go on, whatever the model says; nothing: as the model says."""
+        return ()
 
     def rows(self, result) -> Sequence:
         """What a pass gave, token by token."""
@@ -191,7 +198,7 @@ def plain_loop(text: list[int], result, chooser: Chooser) -> Loop:
         choice = chooser.choose(rows[0], text)
         yield choice
         text.append(choice.id)
-        rows = chooser.rows((yield Pass([choice.id], chooser.want(1))).result)
+        rows = chooser.rows((yield chooser.ask([choice.id])).result)
 
 
 def alone(loop: Loop, session, clock: Callable[[], float] = time.perf_counter) -> Iterator[Choice]:
@@ -202,7 +209,7 @@ def alone(loop: Loop, session, clock: Callable[[], float] = time.perf_counter) -
             step = loop.send(reply)
             if isinstance(step, Pass):
                 started = clock()
-                result = session.eval(step.tokens, step.want)
+                result = session.eval(step.tokens, step.want, sampler=step.sampler)
                 reply = Reply(result, clock() - started, len(step.tokens))
             else:
                 yield step
@@ -330,7 +337,7 @@ def _run(model, tokens, max_tokens, session, chooser, speculation, stop_strings,
         stats.reused_tokens = rewind_to(session, tokens)
         logits = eval_prompt(session, tokens[stats.reused_tokens:], progress)
         if speculation and max_tokens > 1:
-            speculation.follow(tokens, chooser.greedy)
+            speculation.follow(tokens, chooser.kind)
         stats.prompt_s = time.perf_counter() - started
         if max_tokens:
             loop = start_loop(session, tokens, logits, chooser, speculation, max_tokens, stats)

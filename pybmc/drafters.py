@@ -16,8 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ._native import check, ffi, last_error, lib, owned, pointer
 from .decode import common_prefix, eval_prompt
-from .errors import ArgumentError
+from .errors import ArgumentError, OutOfMemoryError
+from .model import Round, Session, speculate
 from .sampling import Sampler, uniforms_of
 
 
@@ -41,59 +43,60 @@ class NgramDrafter:
     """Proposes what followed when the last tokens were there before: the longest match, the latest of equals.
 
     A token's mark is the length of the match that it would go on, so a copy that runs well is trusted more and
-    more. An index of pairs finds the places; a token costs a microsecond or two to add, a proposal some ten.
+    more. The library keeps the index (native/ngram.c).
     """
 
     name = "ngram"
     n_marks = 25
-    tries = 12                          # places that one proposal looks at
+    edges = tuple(range(1, n_marks))    # of marks: where a length begins
 
     def __init__(self):
-        self._text: list[int] = []
-        self._last: dict[tuple[int, int], int] = {}     # a pair -> where it ended last
-        self._before: list[int] = [0]                   # where the pair that ends at a position ended before, or 0
+        handle = lib.bmc_ngrams_new()
+        if handle == ffi.NULL:
+            raise OutOfMemoryError(last_error())
+        self._handle = owned(handle, "bmc_ngrams_free")
+        self._text: list[int] | None = []       # what the index knows; None: not sure, an interrupt may have come in between
 
     def follow(self, text: Sequence[int]) -> None:
         """Take up a text that may begin otherwise than the one before."""
-        if common_prefix(self._text, text) < len(self._text):
-            self.__init__()
+        if self._text is not None and common_prefix(self._text, text) < len(self._text):
+            self._text = None
         self._extend(text)
 
     def _extend(self, text: Sequence[int]) -> None:
-        seen, last, before = self._text, self._last, self._before
-        del before[len(seen) + 1:]                      # an interrupt may have come in the middle of a token
-        for token in text[len(seen):]:
-            pair, end = (seen[-1] if seen else None, token), len(seen) + 1
-            earlier = last.get(pair, 0)
-            before.append(earlier if earlier < end else 0)
-            last[pair] = end
-            seen.append(token)
+        known = self._text
+        if known is None:
+            check(lib.bmc_ngrams_clear(self._handle))
+            known = self._text = []
+        new = list(text[len(known):])
+        if new:
+            self._text = None
+            check(lib.bmc_ngrams_add(self._handle, pointer(np.array(new, np.int32)), len(new)))
+            known += new
+            self._text = known
 
     def propose(self, text: Sequence[int], k: int) -> Draft:
         """At most k tokens; text goes on where the one before ended."""
         self._extend(text)
-        at, length = self._longest()
-        if not at:
-            return NOTHING
-        seen, ids = self._text, []
-        for place in range(at, at + k):                 # a match that reaches the end goes on into the proposal itself
-            ids.append(seen[place] if place < len(seen) else ids[place - len(seen)])
-        return Draft(ids, [min(length + i, self.n_marks - 1) for i in range(len(ids))])
+        ids, lengths = ffi.new("int32_t[]", k), ffi.new("double[]", k)
+        n = check(lib.bmc_ngrams_propose(self._handle, k, ids, lengths))
+        return Draft(ffi.unpack(ids, n), self.marks(ffi.unpack(lengths, n))) if n else NOTHING
 
-    def _longest(self) -> tuple[int, int]:
-        """Where the longest earlier match of the text's end ended, and its length; (0, 0) if there is none."""
-        seen, end = self._text, len(self._text)
-        place, best = self._before[end], (0, 0)
-        for _ in range(self.tries):
-            if not place:
-                break
-            length = 2
-            while length < self.n_marks and length < place and seen[place - length - 1] == seen[end - length - 1]:
-                length += 1
-            if length > best[1]:
-                best = place, length
-            place = self._before[place]
-        return best
+    def marks(self, lengths: Sequence[float]) -> list[int]:
+        return [int(length) for length in lengths]
+
+    def bulk(self, target) -> bool:
+        """Whether the library may draft and check by itself."""
+        return isinstance(target, Session)
+
+    def rounds(self, target, text: Sequence[int], k: int, n_tokens: int, sampler: Sampler, **terms) -> list[Round]:
+        """Rounds with a target's session, which lacks the text's last token; terms are speculate()'s."""
+        self._extend(text)
+        known, self._text = self._text, None
+        found = speculate(target, None, text[-1:], k, n_tokens, sampler=None if sampler.plain_greedy else sampler,
+                          ngrams=self._handle, **terms)
+        self._text = [*known, *(id for round in found for id in round.ids)]
+        return found
 
     def close(self) -> None:
         pass
@@ -112,8 +115,8 @@ def mark(probability: float) -> int:
 class ModelDrafter:
     """A small model with its own session, which holds the text's tokens: all but the last, before a draft.
 
-    Greedy drafts are one native call. Otherwise the draft is sampled with the target's settings and noise: where
-    the two models agree, their choices do too.
+    A draft is one native call, sampled with the target's settings and noise: where the two models agree, their choices do
+    too.
     """
 
     name = "draft"
@@ -128,6 +131,12 @@ class ModelDrafter:
     def follow(self, text: Sequence[int]) -> None:
         """Take up a text, which may have much in common with the one before. Nothing is evaluated yet."""
         self._agreed = self.session.agreement(self._known(text))
+
+    def warm(self) -> None:
+        """A first draft takes longer: its memory is touched for the first time."""
+        if self.session.position == 0:
+            self.session.draft([0], 2)
+            self.session.rewind(0)
 
     def read(self, text: Sequence[int]) -> None:
         """Evaluate what is missing, all but the last token."""
@@ -149,6 +158,22 @@ class ModelDrafter:
         """Tokens that are missing before a draft, beyond the usual few."""
         return max(0, len(text) - self._agreed - LAG)
 
+    def marks(self, probs: Sequence[float]) -> list[int]:
+        return [mark(p) for p in probs]
+
+    def bulk(self, target) -> bool:
+        """Whether the library may draft and check by itself."""
+        return self.overlap is None and isinstance(self.session, Session) and isinstance(target, Session)
+
+    def rounds(self, target, text: Sequence[int], k: int, n_tokens: int, sampler: Sampler, **terms) -> list[Round]:
+        """Rounds with a target's session, which lacks the text's last token; terms are speculate()'s."""
+        at = self._catch_up(self._known(text), LAG)
+        if len(text) - at > LAG + 1:            # the draft's context is full
+            return []
+        found = speculate(target, self.session, text[at:], k, n_tokens, sampler=None if sampler.plain_greedy else sampler, **terms)
+        self._agreed = self.session.position
+        return found
+
     def propose(self, text: Sequence[int], k: int, p_min: float, sampler: Sampler) -> Draft:
         """At most k tokens; the last one is the first that is less probable than p_min, if there is one."""
         known = self._known(text)
@@ -157,16 +182,15 @@ class ModelDrafter:
             k = min(k, self.session.context - len(text) + 1)
         if k < 1:
             return NOTHING
-        if sampler.plain_greedy:
-            ids, logprobs = self.session.draft(known[at:], k, p_min)
-            ids, probs = ids.tolist(), [exp(p) if isfinite(p) else 0.0 for p in logprobs.tolist()]
+        if sampler.plain_greedy or not sampler.alters and not self.overlap:
+            ids, probs = drafted(self.session, known[at:], k, p_min, sampler)
         else:
             names = self.overlap.to_target if self.overlap else None
             ids, probs = sampled(self.session.eval, known, at, k, p_min, sampler, names)
         if self.overlap:
             ids = [int(self.overlap.to_target[id]) for id in ids]
         fits = next((i for i, id in enumerate(ids) if not 0 <= id < self.target_size), len(ids))
-        return Draft(ids, [mark(p) for p in probs]).cut(fits)
+        return Draft(ids, self.marks(probs)).cut(fits)
 
     def close(self) -> None:
         self.session.close()
@@ -183,6 +207,12 @@ def catch_up(session, text: Sequence[int], agreed: int, lag: int) -> int:
         eval_prompt(session, text[n:-1], logits="none")
         n = len(text) - 1
     return n
+
+
+def drafted(session, tokens: Sequence[int], k: int, p_min: float, sampler: Sampler, last: int = 0) -> tuple[list[int], list[float]]:
+    """What the library guesses after tokens that the session lacks, and how sure it is."""
+    ids, logs = session.draft(tokens, k, p_min, last, None if sampler.plain_greedy else sampler)
+    return ids.tolist(), [exp(p) if isfinite(p) else 0.0 for p in logs.tolist()]
 
 
 def sampled(evaluate, text: Sequence[int], at: int, k: int, p_min: float, sampler: Sampler,
@@ -238,9 +268,8 @@ class SelfDrafter:
         if k < 1 or session.position != at:
             return NOTHING
         try:
-            if sampler.plain_greedy:
-                ids, logprobs = session.draft(text[at:], k, p_min, self.last)
-                ids, probs = ids.tolist(), [exp(p) if isfinite(p) else 0.0 for p in logprobs.tolist()]
+            if not sampler.alters:
+                ids, probs = drafted(session, text[at:], k, p_min, sampler, self.last)
             else:
                 ids, probs = sampled(partial(session.eval, last=self.last), text, at, k, p_min, sampler)
         finally:

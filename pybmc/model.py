@@ -13,7 +13,7 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import NamedTuple
@@ -21,10 +21,11 @@ from typing import NamedTuple
 import numpy as np
 
 from . import arch, balance
-from ._native import as_array, check, ffi, last_error, lib, pointer
+from ._native import as_array, check, ffi, last_error, lib, owned, pointer
 from .errors import ArgumentError, BusyError, ClosedError, FormatError, OutOfMemoryError
 from .gguf import GGUF
 from .growth import POLICIES, Growth, parse
+from .sampling import Sampler
 
 Progress = Callable[[int, int], None]       # called with what is done and how much there is
 
@@ -223,7 +224,7 @@ class Session:
         handle = lib.bmc_session_new(model_handle, cap, _arena_options(growth), int(long_factors))
         if handle == ffi.NULL:
             raise (OutOfMemoryError if last_error().startswith("no ") else ArgumentError)(last_error())
-        self._handle = _owned(handle, "bmc_session_free", model_handle)
+        self._handle = owned(handle, "bmc_session_free", model_handle)
         self.model = model
         self.context = cap
         self._tokens: list[int] = []        # may run ahead of the position: where a pass failed, or after a rewind
@@ -252,29 +253,38 @@ class Session:
         """Rows reserved."""
         return self.arena_stats().rows_reserved
 
-    def eval(self, tokens: Sequence[int] | np.ndarray, logits: str = "last", last: int = 0) -> np.ndarray | Best | None:
+    def eval(self, tokens: Sequence[int] | np.ndarray, logits: str = "last", last: int = 0,
+             sampler: Sampler | None = None) -> np.ndarray | Best | None:
         """Evaluate tokens after the ones before.
 
         logits: "last" gives float32 (vocab_size,) of the last token, "all" (len(tokens), vocab_size), "argmax" the best
         next id of each token, int32 (len(tokens),), "best" those with their log-probabilities (Best), "none" None. What
-        the numbers are does not depend on how tokens are cut into calls. last is draft()'s. Raises ArgumentError,
+        the numbers are does not depend on how tokens are cut into calls. sampler: "argmax" and "best" are what it chooses
+        (its penalties and bias aside), and the model's log-probabilities of that. last is draft()'s. Raises ArgumentError,
         ContextFullError beyond the cap, OutOfMemoryError; then nothing has changed.
         """
-        return eval_batch([(self, tokens, logits, last)])[0]
+        span = ffi.new("bmc_span *")
+        with self._claimed() as handle:
+            result, kept = _fill(span, handle, self, tokens, logits, last, sampler)
+            check(lib.bmc_eval(span, 1))
+        return result
 
-    def draft(self, tokens: Sequence[int] | np.ndarray, k: int, p_min: float = 0.0, last: int = 0) -> Best:
-        """Evaluate tokens, then up to k best next ones, each after the one before, in one native call.
+    def draft(self, tokens: Sequence[int] | np.ndarray, k: int, p_min: float = 0.0, last: int = 0,
+              sampler: Sampler | None = None) -> Best:
+        """Evaluate tokens, then up to k next ones, each after the one before, in one native call: the best, or those that a
+        sampler chooses (its penalties and bias aside).
 
-        Stops after one that is less likely than p_min, or where the context ends. The last id is not evaluated. With
-        last, attention sees the first 256 and the last `last` rows only: quicker in long texts, and the rows are to be
-        rewound, for they are not what eval() would leave.
+        Stops after one that is less sure than p_min, or where the context ends. The last id is not evaluated. logprobs
+        are the log-probabilities of the best; with a sampler the log of 1 - e^-lead, lead being how far logit /
+        temperature + noise of the chosen is ahead of the second. With last, attention sees the first 256 and the last
+        `last` rows only: quicker in long texts, and the rows are to be rewound, for they are not what eval() would leave.
         """
         ids, result = _ids(tokens), Best(np.empty(_whole("k", k), np.int32), np.empty(k, np.float32))
         with self._claimed() as handle:
             start = self.position
             try:
-                n = check(lib.bmc_draft(handle, pointer(ids), len(ids), k, p_min, _whole("last", last), pointer(result.ids),
-                                        pointer(result.logprobs)))
+                n = check(lib.bmc_draft(handle, pointer(ids), len(ids), k, p_min, _whole("last", last), _native(sampler),
+                                        pointer(result.ids), pointer(result.logprobs)))
             finally:
                 self._tokens[start:] = ids.tolist() + result.ids.tolist()       # as far as the position says
         return Best(result.ids[:n], result.logprobs[:n])
@@ -333,7 +343,7 @@ class Session:
 
 def eval_batch(parts: Sequence[tuple]) -> list[np.ndarray | Best | None]:
     """Evaluate tokens of several sessions of one model in one pass: [(session, tokens, logits)] with Session.eval's meaning,
-    and its `last` as a fourth, if need be.
+    and its `last` and `sampler` behind them, if need be.
 
     Every result equals what the session gives alone. Either all sessions move on or none does.
     """
@@ -341,26 +351,104 @@ def eval_batch(parts: Sequence[tuple]) -> list[np.ndarray | Best | None]:
         return []
     if len({id(part[0]) for part in parts}) < len(parts):
         raise BusyError("a session is there twice in one call")
-    spans, results, kept = ffi.new("bmc_span[]", len(parts)), [], []
+    spans, filled = ffi.new("bmc_span[]", len(parts)), []
     with ExitStack() as claims:
-        for span, (session, tokens, want, *last) in zip(spans, parts):
-            if want not in _WANTS:
-                raise ArgumentError(f"logits: expected one of {', '.join(_WANTS)}, found {want!r}")
-            ids = _ids(tokens)
-            span.session = claims.enter_context(session._claimed())
-            result = _room(session, len(ids), want)
-            span.tokens, span.n_tok, span.want, span.last = pointer(ids), len(ids), _WANTS[want], _whole("last", sum(last))
-            if want == "argmax" and result is not None:
-                span.argmax = pointer(result)
-            elif want == "best" and result:
-                span.argmax, span.logprob = pointer(result.ids), pointer(result.logprobs)
-            elif result is not None:
-                span.logits = pointer(result)
-            results.append(result)
-            kept.append(ids)
-            session._tokens[session.position:] = ids.tolist()       # before the pass: an interrupt comes right after it
+        for span, (session, *rest) in zip(spans, parts):
+            filled.append(_fill(span, claims.enter_context(session._claimed()), session, *rest))
         check(lib.bmc_eval(spans, len(parts)))
-    return results
+    return [result for result, _ in filled]
+
+
+def _fill(span, handle, session: Session, tokens, want: str, last: int = 0, sampler: Sampler | None = None) -> tuple:
+    """A span of a claimed session. Returns where its results go, and what has to live as long as the call."""
+    if want not in _WANTS:
+        raise ArgumentError(f"logits: expected one of {', '.join(_WANTS)}, found {want!r}")
+    ids, position = _ids(tokens), session.position
+    room = want if position + len(ids) <= session.context else "none"       # too long: the library says so
+    span.session, span.tokens, span.n_tok, span.want = handle, pointer(ids), len(ids), _WANTS[want]
+    span.last, span.sampler = _whole("last", last), _native(sampler)
+    result = None
+    if room == "best":
+        result = Best(np.empty(len(ids), np.int32), np.empty(len(ids), np.float32))
+        span.next, span.logprob = pointer(result.ids), pointer(result.logprobs)
+    elif room == "argmax":
+        result = np.empty(len(ids), np.int32)
+        span.next = pointer(result)
+    elif room != "none":
+        vocab_size = session.model.config.vocab_size
+        result = np.empty(vocab_size if want == "last" else (len(ids), vocab_size), np.float32)
+        span.logits = pointer(result)
+    session._tokens[position:] = ids.tolist()           # before the pass: an interrupt comes right after it
+    return result, ids
+
+
+class Round(NamedTuple):
+    """A round of speculative decoding: the ids it gave, n_accepted guesses and one more, and their log-probabilities. Of n_asked
+    guesses each that was made has how sure the draft was, 0 to 1; n_checked were checked, and n_right of all came true."""
+
+    ids: list[int]
+    logprobs: list[float]
+    sure: list[float]
+    n_asked: int
+    n_checked: int
+    n_right: int
+    draft_s: float
+    verify_s: float
+
+    @property
+    def n_accepted(self) -> int:
+        return len(self.ids) - 1
+
+
+def speculate(target: Session, draft: Session | None, text: Sequence[int], k: int, n_tokens: int, *, n_rounds: int = 1,
+              seconds: float = 0.0, p_min: float = 0.0, sampler: Sampler | None = None, least: int = 1,
+              edges: Sequence[float] = (), chances: Sequence[float] = (), costs: Sequence[float] = (),
+              choosing: float = 0.0, ngrams=ffi.NULL, script: Sequence[int] = ()) -> list[Round]:
+    """Rounds of speculative decoding, n_rounds at most, in one native call; for n_tokens more tokens at most.
+
+    draft: who guesses; or None, and ngrams, an index that knows the text (pybmc.drafters.NgramDrafter). text: what the draft
+    lacks of the text, up to 32 tokens, of which the target lacks the last; afterwards it is the same with the ids that came. A round drafts k guesses and checks as many as give the most tokens a second, `least` or
+    none: costs[n] are the seconds of a pass of n tokens (up to k + 1), choosing those for each token, and chances
+    how often guesses of a class come true, whose upper ends in how sure the draft is are edges. Without costs
+    all are checked. Rounds end after one without a right guess, and none begins after so many seconds. script: for experiments,
+    what the target is taken to choose. Raises what eval() raises; then the text is as it was.
+    """
+    ids, lack = np.empty(n_rounds * (k + 1), np.int32), _ids(text)
+    logprobs, sure = np.empty(len(ids), np.float32), np.empty((n_rounds, k))
+    tables = [np.asarray(values, np.float64) for values in (edges, chances, costs)]
+    script = np.asarray(script[:n_tokens], np.int32)
+    if 0 < len(script) < n_tokens:
+        raise ArgumentError(f"speculate: expected a script of {n_tokens} tokens, found {len(script)}")
+    if len(costs) and (len(costs) < k + 2 or len(chances) != len(edges) + 1):
+        raise ArgumentError(f"speculate: expected costs of up to {k + 1} tokens and a chance for each of {len(edges) + 1} "
+                            f"classes, found {len(costs) - 1} and {len(chances)}")
+    plan, rounds = ffi.new("bmc_plan *"), ffi.new("bmc_round[]", n_rounds)
+    plan.n_rounds, plan.k, plan.n_tokens, plan.least, plan.seconds, plan.p_min = n_rounds, k, n_tokens, least, seconds, p_min
+    plan.sampler, plan.choosing, plan.n_edges = _native(sampler), choosing, len(edges)
+    plan.edges, plan.chance, plan.cost = (pointer(table) if table.size else ffi.NULL for table in tables)
+    plan.script = pointer(script) if len(script) else ffi.NULL
+    with target._claimed() as ours, draft._claimed() if draft else nullcontext(ffi.NULL) as theirs:
+        start, known = target.position, draft.position if draft else 0
+        try:
+            n = check(lib.bmc_speculate(ours, theirs, ngrams, plan, pointer(lack), len(lack), pointer(ids), pointer(logprobs),
+                                        pointer(sure), rounds))
+        finally:                                        # as far as the positions say
+            held = [*lack.tolist(), *ids.tolist()]
+            target._tokens[start:] = held[len(lack) - 1:]
+            if draft:
+                size = draft.model.config.vocab_size
+                draft._tokens[known:] = [id if id < size else 0 for id in held]
+    found, at = [], 0
+    for i, r in enumerate(rounds[0:n]):
+        end = at + r.n_tokens
+        found.append(Round(ids[at:end].tolist(), logprobs[at:end].tolist(), sure[i, :r.n_drafted].tolist(), r.n_asked, r.n_checked,
+                           r.n_right, r.draft_s, r.verify_s))
+        at = end
+    return found
+
+
+def _native(sampler: Sampler | None):
+    return ffi.NULL if sampler is None else sampler.native
 
 
 def _ids(tokens) -> np.ndarray:
@@ -371,20 +459,6 @@ def _ids(tokens) -> np.ndarray:
     if not ids.size:
         raise ArgumentError("tokens: expected at least one, found none")
     return ids
-
-
-def _room(session: Session, n_tok: int, want: str) -> np.ndarray | Best | None:
-    """Where a span's results go. Checked against the cap first: a prompt too long must not cost its logits' memory."""
-    if session.position + n_tok > session.context:
-        want = "none"               # the library says what is wrong
-    vocab_size = session.model.config.vocab_size
-    if want == "argmax":
-        return np.empty(n_tok, np.int32)
-    if want == "best":
-        return Best(np.empty(n_tok, np.int32), np.empty(n_tok, np.float32))
-    if want == "none":
-        return None
-    return np.empty(vocab_size if want == "last" else (n_tok, vocab_size), np.float32)
 
 
 def check_model(file: GGUF, config: arch.Config) -> None:
@@ -408,12 +482,7 @@ def _bound_roles(path, config: arch.Config, roles: list[arch.Role], threads: int
         if message.startswith("PYBMC_CPU"):
             raise ArgumentError(message)
         raise FormatError(f"{path}: {message}")
-    return _owned(handle, "bmc_model_free", kept)
-
-
-def _owned(handle, free: str, kept):
-    """A handle that is freed, and after it what it needs, when nobody uses it: a close() leaves a call beside it whole."""
-    return ffi.gc(handle, lambda handle, lib=lib, kept=kept: getattr(lib, free)(handle))    # lib: at exit it would go first
+    return owned(handle, "bmc_model_free", kept)
 
 
 def _whole(name: str, value) -> int:

@@ -2,7 +2,8 @@
 logits that a verification computes.
 
 Drafts are made on purpose: the plain answer with mistakes, in every length, so that passes of all widths, with
-acceptances and rejections at every place, are among those compared; and those of a draft model, if there is one.
+acceptances and rejections at every place, are among those compared; and those of a draft model, if there is one, first round by
+round and then in rounds that are left to the library, whose logits nobody sees.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ PROMPTS = (
     "def fibonacci(n):\n    \"\"\"The n-th Fibonacci number.\"\"\"\n",
     "one apple, two pears, three plums; one apple, two pears, three plums; one apple, two",
 )
+
+
+KINDS = ("rehearsed", "draft", "rounds")        # of drafts; the last two need a draft model
 
 
 @dataclass(frozen=True)
@@ -94,11 +98,10 @@ class Recorder:
     def __init__(self, session):
         self.session, self.passes = session, []
 
-    def eval(self, tokens, logits="last", last=0):
-        if last:
-            return self.session.eval(tokens, logits, last)
-        self.passes.append((self.session.position, list(tokens)))
-        return self.session.eval(tokens, logits)
+    def eval(self, tokens, logits="last", last=0, sampler=None):
+        if not last:
+            self.passes.append((self.session.position, list(tokens)))
+        return self.session.eval(tokens, logits, last, sampler)
 
     def __getattr__(self, name):
         return getattr(self.session, name)
@@ -117,35 +120,34 @@ def prove(model, prompts: Sequence = PROMPTS, max_tokens: int = 64, draft=None,
             settings = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed + i, "stop_tokens": ()}
             plain = list(generate(model, tokens, **settings))
             facts = digests(model, [*tokens, *(t.id for t in plain)], len(tokens))
-            for kind in ("rehearsed", "draft")[:1 + (draft is not None)]:
+            for kind in KINDS[:1 if draft is None else None]:
                 made = speculation(model, draft, link, kind, plain, seed + i)
                 yield compare(model, tokens, plain, facts, made, i, kind, settings)
 
 
 def speculation(model, draft, link, kind: str, plain, seed: int) -> Speculation:
-    made = Speculation(model, draft if kind == "draft" else None, "draft", controller=AnyLength(seed), link=link)
     if kind == "rehearsed":
+        made = Speculation(model, None, "draft", controller=AnyLength(seed))
         made.drafter = Rehearsed([t.id for t in plain], model.config.vocab_size, seed)
-    return made
+        return made
+    return Speculation(model, draft, "draft", controller=AnyLength(seed), link=link)
 
 
 def compare(model, tokens, plain, facts, made: Speculation, i: int, kind: str, settings: dict) -> Comparison:
     """Decode with drafts, then run the same passes again for their logits."""
-    with_own = model.session()
-    session = Recorder(with_own)
+    session, rows = model.session(), 0
+    recorder = Recorder(session)
     try:
-        stream = generate(model, tokens, session=session, draft=made, **settings)
+        stream = generate(model, tokens, session=session if kind == "rounds" else recorder, draft=made, **settings)
         drafted = list(stream)
         difference = first_difference(plain, drafted, len(tokens))
         if difference is None:
-            rows, difference = replay(model, [*tokens, *(t.id for t in plain)], session.passes, facts)
-        else:
-            rows = 0
+            rows, difference = replay(model, [*tokens, *(t.id for t in plain)], recorder.passes, facts)
         if difference is not None:
             difference = explained(model, [*tokens, *(t.id for t in plain)], difference)
     finally:
         made.close()
-        with_own.close()
+        session.close()
     stats = stream.stats
     return Comparison(i, settings["temperature"], kind, len(drafted), stats.rounds, stats.draft_n,
                       stats.draft_n_accepted, rows, difference)

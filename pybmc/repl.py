@@ -142,8 +142,8 @@ class Repl:
 
     def do_why(self, _: str) -> None:
         """/why: where the time of the last answer went, and what drafting was based on"""
-        greedy = Sampler(**sampler_settings(self.talk.settings)).plain_greedy
-        note("\n".join(report.why(self.talk.stats, of_session(self.talk.session), greedy)))
+        kind = Sampler(**sampler_settings(self.talk.settings)).kind
+        note("\n".join(report.why(self.talk.stats, of_session(self.talk.session), kind)))
 
     def do_save(self, path: str) -> None:
         """/save FILE: write the conversation to a file"""

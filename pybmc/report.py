@@ -24,7 +24,7 @@ def gain(stats) -> str:
             f"k {stats.mean_k:.1f}, {stats.accepted_share:.0%} accepted")
 
 
-def why(stats, speculation=None, greedy: bool = True) -> list[str]:
+def why(stats, speculation=None, kind: str = "best") -> list[str]:
     """Where the time of an answer went, and what the drafting was based on."""
     if stats.predicted_tokens < 2:
         return ["nothing was said yet"]
@@ -34,7 +34,7 @@ def why(stats, speculation=None, greedy: bool = True) -> list[str]:
     lines.append(f"{stats.rounds} passes gave {stats.predicted_tokens} tokens; drafted tokens in a pass: "
                  + ", ".join(f"{k}: {n}x" for k, n in sorted(stats.lengths.items())))
     lines.append(f"{stats.draft_n} drafted, {stats.draft_n_accepted} accepted ({stats.accepted_share:.0%})")
-    return lines + costs(speculation.controller(greedy).curve) + sources(speculation, greedy)
+    return lines + costs(speculation.controller(kind).curve) + sources(speculation, kind)
 
 
 def split(stats) -> str:
@@ -52,15 +52,15 @@ def costs(curve) -> list[str]:
     return [f"one token takes {curve.at(1) * 1e3:.2f} ms; a pass of so many, compared with that: {widths}"]
 
 
-def sources(speculation, greedy: bool) -> list[str]:
+def sources(speculation, kind: str) -> list[str]:
     """What each drafter is worth."""
     lines = []
-    for (name, kind), source in speculation._sources.items():
-        if kind == greedy and name == "draft":
+    for (name, of), source in speculation._sources.items():
+        if of == kind and name == "draft":
             chances = " ".join(f"{p:.0%}" for p in islice(source.accepted.each(), 6))
             cost = f"{source.seconds.slope * 1e3:.2f} ms a token"
             lines.append(f"draft model: {cost}; place by place {chances} come true")
-        elif kind == greedy:
+        elif of == kind:
             chances = " ".join(f"{source.by_mark.at(n):.0%}" for n in (2, 3, 4, 6, 8, 12, 16, 24))
             lines.append(f"repetitions: after matches of 2 3 4 6 8 12 16 24 tokens {chances} come true")
     return lines

@@ -17,12 +17,28 @@ from weakref import WeakKeyDictionary
 from . import cache
 from .controller import WIDEST, Controller, CostCurve, Plan, Source
 from .decode import Choice, Chooser, Loop, Pass, Stats
-from .drafters import EDGES, NOTHING, Draft, NgramDrafter, Overlap, PairError, SelfDrafter, connect, drafter_of
+from .drafters import (
+    EDGES,
+    NOTHING,
+    Draft,
+    ModelDrafter,
+    NgramDrafter,
+    Overlap,
+    PairError,
+    SelfDrafter,
+    connect,
+    drafter_of,
+    mark,
+)
 from .errors import ArgumentError, BmcError, ClosedError, OutOfMemoryError
+from .sampling import Sampler
 
 log = logging.getLogger(__name__)
 
 SPECS = ("auto", "draft", "ngram", "self", "off")
+BULK, BULK_SECONDS = 32, 0.004          # rounds that are one call into the library: at most, and how long they may go on
+TIMED = 3                               # of them, those whose times are learned from: learning takes time too
+SURE = 4                                # drafts that are seen one by one before
 MEASURED = (1, 2, 3, 4, 6, 8, 12, 16)       # widths that a first calibration times
 
 # What a mark promises before anything was seen. Two models' best tokens are the same more often than they are sure.
@@ -46,6 +62,8 @@ class Round:
     others: int = 0
     start: int = 0                      # tokens of the text when it was drafted
     rest: int = 0                       # plain tokens before anything is asked again
+    bulk: object = None                 # the drafter with whose guesses rounds are left to the library ..
+    plan: Plan | None = None            # .. and of how many
 
     @property
     def ids(self) -> list[int]:
@@ -74,45 +92,49 @@ class Speculation:
         elif spec == "self":
             self.drafter = SelfDrafter(model)
         self._fixed = controller
-        self._controllers: dict[bool, Controller] = like._controllers if like else {}
-        self._sources: dict[tuple[str, bool], Source] = like._sources if like else {}
+        self._controllers: dict[str, Controller] = like._controllers if like else {}
+        self._sources: dict[tuple[str, str], Source] = like._sources if like else {}
         self._new = True                # the drafter has not been asked about this text yet
+        self._warm = False              # the drafter has drafted before
         self.kept = True                # for the next text too
         self._owned = None              # a draft model to be closed with this
 
     # ---- what is known
 
-    def controller(self, greedy: bool) -> Controller:
-        """The costs of greedy passes and of those that give logits are not the same."""
+    def controller(self, kind: str) -> Controller:
+        """Passes of different kinds (Chooser.kind) do not cost the same."""
         if self._fixed is not None:
             return self._fixed
-        if greedy not in self._controllers:
-            self._controllers[greedy] = Controller(curve_of(self.model, greedy, self.clock), self.draft_max,
-                                                   self.draft_min)
-        return self._controllers[greedy]
+        if kind not in self._controllers:
+            self._controllers[kind] = Controller(curve_of(self.model, kind, self.clock), self.draft_max, self.draft_min)
+        return self._controllers[kind]
 
-    def source(self, name: str, greedy: bool) -> Source:
-        if (name, greedy) not in self._sources:
-            made = Source(name, _MODEL_MARKS, edges=EDGES) if name == "draft" else Source(name, _NGRAM_MARKS)
+    def source(self, name: str, kind: str) -> Source:
+        if (name, kind) not in self._sources:
+            made = (Source(name, _MODEL_MARKS, edges=EDGES) if name == "draft"
+                    else Source(name, _NGRAM_MARKS, edges=NgramDrafter.edges))
             if name == "draft" and self._fixed is None:
-                made.recall(cache.load_record(self._pair(greedy)) or {})
-            self._sources[name, greedy] = made
-        return self._sources[name, greedy]
+                made.recall(cache.load_record(self._pair(kind)) or {})
+            self._sources[name, kind] = made
+        return self._sources[name, kind]
 
-    def _pair(self, greedy: bool) -> dict | None:
-        return cache.pair(self.model, self.draft, kind_of(greedy))
+    def _pair(self, kind: str) -> dict | None:
+        return cache.pair(self.model, self.draft, kind)
 
     # ---- a text
 
-    def follow(self, text: list[int], greedy: bool) -> None:
+    def follow(self, text: list[int], kind: str) -> None:
         """Take up a text. Costs that nobody knows are measured, what other runs learned is read, and greedy drafts of a
         large vocabulary are prepared for; the draft model reads the text before its first draft."""
-        self.controller(greedy)
+        self.controller(kind)
         self._new = True
         if self.drafter:
-            self.source("draft", greedy)
-        if greedy and self.draft is not None and self.drafter:
+            self.source("draft", kind)
+        if kind == "best" and self.draft is not None and self.drafter:
             self._unless_it_fails(self._coarsen)
+        if isinstance(self.drafter, ModelDrafter) and not self._warm:
+            self._unless_it_fails(self.drafter.warm)
+            self._warm = True
         for drafter in filter(None, (self.ngram, self.drafter)):
             drafter.follow(text)
 
@@ -126,11 +148,12 @@ class Speculation:
 
         When it is closed the session holds the text without the last choice, as after plain decoding.
         """
-        controller, clock = self.controller(chooser.greedy), self.clock
+        controller, clock = self.controller(chooser.kind), self.clock
         if isinstance(self.drafter, SelfDrafter):
             self.drafter.session = session
         rows, round, limit = chooser.rows(result), Round(), limit + len(text)
         sent: list[int] = []
+        self._ahead = 0                 # tokens that the session may hold beyond the text
         resumed = clock()
         try:
             while True:
@@ -151,14 +174,24 @@ class Speculation:
                     if round.checked:
                         session.rewind(len(text) - 1)
                     self._learn(round, text, len(text) - began, chooser, choosing, stats, reply)
-                round = self._draft(text, min(self.draft_max, limit - len(text) - 1), chooser, others())
+                round = self._draft(text, min(self.draft_max, limit - len(text) - 1), chooser, others(), session)
                 round.work = clock() - resumed - choosing - away
+                if round.bulk:
+                    rounds = self._rounds(round, session, text, limit - len(text), chooser)
+                    if rounds:
+                        spent = clock() - resumed - choosing - away
+                        yield from self._written(round, rounds, text, spent, chooser, stats)
+                        rows, sent, resumed = (), [], clock()
+                        continue
+                    if not round.source:
+                        self._ask_model(round, round.plan, text, chooser)
                 if round.rest:
                     yield from self._plainly(round, text, chooser, controller, stats)
                 elif round.checked and session.context is not None:
                     session.reserve(min(1 + self.draft_max, session.context - session.position))
                 sent = [text[-1], *round.ids]
-                reply = yield Pass(sent, chooser.want(len(sent)))
+                self._ahead = len(sent)
+                reply = yield chooser.ask(sent)
                 resumed = clock()
                 rows = chooser.rows(reply.result)
                 if reply.width:
@@ -166,14 +199,55 @@ class Speculation:
                 stats.count(round.checked, round.drafting, reply.seconds)
         finally:
             with suppress(ClosedError):
-                leave(session, text, round.ids)
+                leave(session, text, self._ahead)
+
+    def _rounds(self, round: Round, session, text: list[int], n_tokens: int, chooser: Chooser) -> list:
+        """Rounds that the library drafts, checks and accepts by itself; none if it cannot."""
+        source, k = self.source(round.bulk.name, chooser.kind), round.plan.k
+        n_rounds = 1 if round.bulk is self.drafter and source.seconds.n < SURE else BULK
+        self._ahead = n_rounds * (k + 1)
+        try:
+            return round.bulk.rounds(session, text, k, min(n_tokens, self._ahead), chooser.sampler, n_rounds=n_rounds,
+                                     seconds=BULK_SECONDS, p_min=round.plan.p_min, script=chooser.script(text),
+                                     **self.controller(chooser.kind).terms(source, k))
+        except BmcError:                # whoever asks next is told why
+            return []
+
+    def _written(self, round: Round, rounds: list, text: list[int], spent: float, chooser: Chooser, stats: Stats) -> Loop:
+        """The tokens of rounds that took so long, and what there is to learn from them."""
+        controller, source = self.controller(chooser.kind), self.source(round.bulk.name, chooser.kind)
+        n, working = sum(len(r.ids) for r in rounds), 0.0
+        for r in rounds[:TIMED]:
+            controller.passed(r.n_checked + 1, r.verify_s)
+            if round.bulk is self.drafter and r.sure:
+                source.seconds.add(len(r.sure), r.draft_s)
+        for r in rounds:
+            hits = [True] * r.n_right + [False] * (r.n_right < min(len(r.sure), len(r.ids)))
+            source.learn(r.n_asked, r.n_checked, round.bulk.marks(r.sure), hits)
+            stats.count(r.n_checked, r.draft_s, r.verify_s)
+            working += r.draft_s + r.verify_s
+        controller.overhead.add(max(0.0, spent - working) / len(rounds))
+        controller.wrote(len(rounds), n, spent)
+        stats.draft_s += max(0.0, spent - working)
+        stats.plain_n += n
+        stats.plain_s += n / controller.plain()
+        for r in rounds:
+            for i, row in enumerate(zip(r.ids, r.logprobs)):
+                choice = chooser.choose(row, text)
+                accepted = i < r.n_accepted
+                stats.draft_n_accepted += accepted
+                yield Choice(choice.id, choice.logprob, accepted)
+                text.append(choice.id)
+        self._ahead = 0
+        if round.shadow.ids:
+            self.source("ngram", chooser.kind).learn(0, 0, round.shadow.marks, judged(round.shadow.ids, text[round.start:]))
 
     def _plainly(self, round: Round, text: list[int], chooser: Chooser, controller: Controller, stats: Stats) -> Loop:
         """Some tokens without any draft, at the price of plain decoding."""
         clock, verifying, choosing = self.clock, 0.0, 0.0
         try:
             for _ in range(round.rest):
-                reply = yield Pass([text[-1]], chooser.want(1))
+                reply = yield chooser.ask([text[-1]])
                 rows = chooser.rows(reply.result)
                 started = clock()
                 choice = chooser.choose(rows[0], text)
@@ -189,21 +263,25 @@ class Speculation:
             stats.plain_n += n
             stats.plain_s += n / controller.plain(round.others) * sharing
 
-    def _draft(self, text: list[int], room: int, chooser: Chooser, others: int) -> Round:
+    def _draft(self, text: list[int], room: int, chooser: Chooser, others: int, session) -> Round:
         """What to check next: of plain decoding, the n-grams and the draft model the one with the best rate."""
-        controller, started = self.controller(chooser.greedy), self.clock()
+        controller, started = self.controller(chooser.kind), self.clock()
         round = Round(others=others, start=len(text))
         if room < 1 or controller.stale:
             return round
         n, rate = 0, 0.0
         if self.ngram:
             round.shadow = self.ngram.propose(text, room)
-            n, rate = controller.cut(self.source("ngram", chooser.greedy), round.shadow.marks, controller.overhead.value,
+            n, rate = controller.cut(self.source("ngram", chooser.kind), round.shadow.marks, controller.overhead.value,
                                      others)
         plan = self._plan(text, room, chooser, others)
         if n and rate > max(plan.gain, controller.min_gain) * controller.plain(others):
-            round.source, round.draft, round.asked, round.checked = self.source("ngram", chooser.greedy), round.shadow, n, n
+            round.source, round.draft, round.asked, round.checked = self.source("ngram", chooser.kind), round.shadow, n, n
             round.shadow = NOTHING
+            if not others and self._bulk(self.ngram, chooser, session):
+                round.bulk, round.plan = self.ngram, Plan(max(n, controller.affordable(room)))
+        elif plan.k and not (others or plan.trial or self.drafter.lag(text)) and self._bulk(self.drafter, chooser, session):
+            round.bulk, round.plan = self.drafter, plan
         elif plan.k:
             self._ask_model(round, plan, text, chooser)
         elif controller.resting or not self.drafter:
@@ -211,9 +289,13 @@ class Speculation:
         round.drafting = self.clock() - started
         return round
 
+    def _bulk(self, drafter, chooser: Chooser, session) -> bool:
+        """Whether rounds may be left to the library: nothing in Python has a say in them."""
+        return chooser.kind != "all" and isinstance(drafter, (ModelDrafter, NgramDrafter)) and drafter.bulk(session)
+
     def _ask_model(self, round: Round, plan: Plan, text: list[int], chooser: Chooser) -> None:
         """The draft model's part of a round. What it lacks of the text it reads first, apart from what a draft costs."""
-        controller, source = self.controller(chooser.greedy), self.source("draft", chooser.greedy)
+        controller, source = self.controller(chooser.kind), self.source("draft", chooser.kind)
         lag, started = self.drafter.lag(text), self.clock()
         if lag:
             self._unless_it_fails(lambda: self.drafter.read(text))
@@ -234,9 +316,9 @@ class Speculation:
     def _plan(self, text, room: int, chooser: Chooser, others: int) -> Plan:
         if not self.drafter or isinstance(self.drafter, SelfDrafter) and len(text) < self.drafter.shortest:
             return Plan(0)
-        source = self.source("draft", chooser.greedy)
+        source = self.source("draft", chooser.kind)
         lag = self.drafter.lag(text) * source.reading_seconds
-        return self.controller(chooser.greedy).plan(source, room, others, lag, self._new)
+        return self.controller(chooser.kind).plan(source, room, others, lag, self._new)
 
     def _propose(self, text: list[int], plan: Plan, chooser: Chooser) -> Draft:
         found = self._unless_it_fails(lambda: self.drafter.propose(text, plan.k, plan.p_min, chooser.sampler))
@@ -255,11 +337,11 @@ class Speculation:
     def _learn(self, round: Round, text: list[int], n: int, chooser: Chooser, choosing: float, stats: Stats,
                reply) -> None:
         """The last n tokens of the text came from this round's pass."""
-        controller, said = self.controller(chooser.greedy), text[round.start:]
+        controller, said = self.controller(chooser.kind), text[round.start:]
         if round.source:
             round.source.learn(round.asked, round.checked, round.draft.marks, judged(round.draft.ids, said))
         if round.shadow.ids:
-            self.source("ngram", chooser.greedy).learn(0, 0, round.shadow.marks, judged(round.shadow.ids, said))
+            self.source("ngram", chooser.kind).learn(0, 0, round.shadow.marks, judged(round.shadow.ids, said))
         stats.choose_s += choosing
         stats.plain_n += n
         stats.plain_s += n / controller.plain(round.others) * (1 + round.others)
@@ -273,12 +355,12 @@ class Speculation:
 
     def release(self) -> None:
         """A text is over: keep for the next time what was measured, and close unless this is kept as well."""
-        for greedy, controller in self._controllers.items():
+        for kind, controller in self._controllers.items():
             if sum(controller.curve.counts.values()) >= 8:
-                cache.save(cache.identity(self.model, kind_of(greedy)), controller.curve.seconds())
-        for (name, greedy), source in self._sources.items():
+                cache.save(cache.identity(self.model, kind), controller.curve.seconds())
+        for (name, kind), source in self._sources.items():
             if name == "draft" and self._fixed is None and source.seconds.n >= 8:
-                cache.save_record(self._pair(greedy), source.record())
+                cache.save_record(self._pair(kind), source.record())
         if not self.kept:
             self.close()
 
@@ -302,10 +384,10 @@ def judged(proposed: list[int], said: list[int]) -> list[bool]:
     return hits
 
 
-def leave(session, text: list[int], draft: list[int]) -> None:
-    """Take rows that are not the text's off the session; unless it went on to something else meanwhile."""
+def leave(session, text: list[int], ahead: int) -> None:
+    """Take rows that are not the text's off the session, `ahead` at most; unless it went on to something else meanwhile."""
     held = session.tokens
-    if len(text) < len(held) <= len(text) + 1 + len(draft) and held[:len(text)] == text:
+    if len(text) < len(held) <= len(text) + ahead and held[:len(text)] == text:
         session.rewind(len(text))
 
 
@@ -320,13 +402,8 @@ def checked_bounds(draft_max: int, draft_min: int) -> tuple[int, int]:
 # ---- costs of a model --------------------------------------------------------------------------------------
 
 
-def kind_of(greedy: bool) -> str:
-    return "best" if greedy else "all"
-
-
-def curve_of(model, greedy: bool, clock: Callable[[], float]) -> CostCurve:
+def curve_of(model, kind: str, clock: Callable[[], float]) -> CostCurve:
     """What passes of this model cost here: kept from before, or measured now and kept."""
-    kind = kind_of(greedy)
     known = cache.load(cache.identity(model, kind))
     if not known:
         known = calibrate(model, kind, clock)
@@ -334,18 +411,19 @@ def curve_of(model, greedy: bool, clock: Callable[[], float]) -> CostCurve:
     return CostCurve(known)
 
 
-def calibrate(model, want: str, clock: Callable[[], float], reps: int = 3, least: float = 0.1) -> dict[int, float]:
-    """Seconds of passes by their width, the least of a few, or of as many as fit in `least` seconds. Widths take turns: a
-    moment in which the machine does other things meets all of them."""
+def calibrate(model, kind: str, clock: Callable[[], float], reps: int = 3, least: float = 0.1) -> dict[int, float]:
+    """Seconds of passes of a kind (Chooser.kind) by their width, the least of a few, or of as many as fit in `least` seconds.
+    Widths take turns: a moment in which the machine does other things meets all of them."""
+    want, sampler = ("best", Sampler(temperature=1.0)) if kind == "sampled" else (kind, None)
     with model.session(context=min(MEASURED[-1], model.config.n_ctx)) as session:
         tokens, times = [0] * session.context, {}
-        session.eval(tokens, want)                      # memory is touched for the first time
+        session.eval(tokens, want, sampler=sampler)     # memory is touched for the first time
         session.rewind(0)
         began, done = clock(), 0
         while done < reps or clock() - began < least and done < 100:
             for n in (n for n in MEASURED if n <= session.context):
                 started = clock()
-                session.eval(tokens[:n], want)
+                session.eval(tokens[:n], want, sampler=sampler)
                 times[n] = min(times.get(n, 1e9), max(clock() - started, 1e-9))
                 session.rewind(0)
             done += 1

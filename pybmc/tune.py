@@ -122,11 +122,11 @@ def attention_seconds(session, width: int, reference: Callable[[], float]) -> fl
 def tune_model(model) -> dict[int, float]:
     """What passes of this model cost by their width: measured for decoding that checks guesses, and kept."""
     from . import cache
-    from .speculate import calibrate, kind_of
+    from .speculate import calibrate
 
-    for greedy in (False, True):
-        seconds = calibrate(model, kind_of(greedy), time.perf_counter)
-        cache.save(cache.identity(model, kind_of(greedy)), seconds)
+    for kind in ("all", "sampled", "best"):
+        seconds = calibrate(model, kind, time.perf_counter)
+        cache.save(cache.identity(model, kind), seconds)
     return seconds
 
 

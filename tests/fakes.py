@@ -2,12 +2,13 @@
 
 import codecs
 import zlib
-from math import exp
+from math import exp, inf, log
 from types import SimpleNamespace
 
 import numpy as np
 
 from pybmc import ArgumentError, ClosedError, ContextFullError
+from pybmc.drafters import guess
 from pybmc.model import Best
 from pybmc.sampling import logprob
 
@@ -64,29 +65,32 @@ class FakeSession:
             raise ArgumentError(f"rewind to {n} of {len(self.tokens)}")
         del self.tokens[n:]
 
-    def eval(self, tokens, logits="last"):
+    def eval(self, tokens, logits="last", last=0, sampler=None):
         if self.closed:
             raise ClosedError("the session is closed")
         if self.context is not None and len(self.tokens) + len(tokens) > self.context:
             raise ContextFullError(f"{len(self.tokens)} + {len(tokens)} > {self.context}")
-        rows = []
+        rows, ids = [], []
         for token in tokens:
             self.tokens.append(token)
             self.evaluated += 1
             rows.append(self.model.logits(self.tokens))
+            ids.append(sampler.sample(rows[-1], len(self.tokens)) if sampler else int(rows[-1].argmax()))
         if logits == "best":
-            return best(rows)
+            return Best(np.array(ids, np.int32), np.array([logprob(row, id) for row, id in zip(rows, ids)], np.float32))
         return {"last": rows[-1], "all": np.array(rows), "none": None}[logits]
 
-    def draft(self, tokens, k, p_min=0.0):
-        found = []
+    def draft(self, tokens, k, p_min=0.0, last=0, sampler=None):
+        ids, logs = [], []
         for _ in range(k):
-            found.append(self.eval(tokens))
-            ids, logprobs = best(found)
-            tokens = [int(ids[-1])]
-            if exp(logprobs[-1]) < p_min:
+            row = self.eval(tokens)
+            id, sure = guess(sampler, row, len(self.tokens), []) if sampler else best(row)
+            ids.append(id)
+            logs.append(log(sure) if sure else -inf)
+            tokens = [id]
+            if sure < p_min:
                 break
-        return best(found)
+        return Best(np.array(ids, np.int32), np.array(logs, np.float32))
 
     def reserve(self, rows):
         if self.context is not None and len(self.tokens) + rows > self.context:
@@ -96,9 +100,9 @@ class FakeSession:
         self.closed = True
 
 
-def best(rows):
-    ids = [int(row.argmax()) for row in rows]
-    return Best(np.array(ids, np.int32), np.array([logprob(row, id) for row, id in zip(rows, ids)], np.float32))
+def best(row):
+    id = int(row.argmax())
+    return id, exp(logprob(row, id))
 
 
 class FakeModel:

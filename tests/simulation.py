@@ -33,7 +33,7 @@ class Target:
     def tokens(self):
         return []
 
-    def eval(self, tokens, want="best"):
+    def eval(self, tokens, want="best", sampler=None):
         self.clock.now += self.cost(len(tokens)) * self.rng.lognormvariate(0, self.noise)
         at, n = self.position, len(tokens)
         self.position += n
@@ -84,7 +84,7 @@ def run(cost, share, d, n=1000, controller=None, noise=0.03, seed=0, known=True,
         controller = Controller(CostCurve({w: cost(w) for w in (1, 2, 4, 8, 16)} if known else None))
     speculation = Speculation(None, None, "draft", controller=controller, clock=clock)
     if record:
-        speculation.source("draft", True).recall(record)
+        speculation.source("draft", "best").recall(record)
     chance = share if callable(share) else lambda position: share
     speculation.drafter = Guesser(truth, chance, d, clock, rng, honest)
     stats = Stats()

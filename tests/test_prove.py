@@ -23,9 +23,9 @@ class Unsteady(FakeModel):
         session = FakeSession(self, context)
         plain = session.eval
 
-        def eval(tokens, logits="last"):
+        def eval(tokens, logits="last", last=0, sampler=None):
             if logits == "best":                            # what is chosen may be right where logits are not
-                return plain(tokens, logits)
+                return plain(tokens, logits, last, sampler)
             rows = plain(tokens, logits)
             return rows if logits != "all" or len(tokens) < 5 else np.nextafter(rows, np.float32(9)) + np.float32(self.by)
         session.eval = eval
@@ -56,8 +56,8 @@ def test_another_text_is_found():
 class Turned(FakeSession):
     """Wide passes choose something else."""
 
-    def eval(self, tokens, logits="last"):
-        result = super().eval(tokens, logits)
+    def eval(self, tokens, logits="last", last=0, sampler=None):
+        result = super().eval(tokens, logits, last, sampler)
         if logits == "best" and len(tokens) > 3:
             result.ids[-1] = (result.ids[-1] + 1) % 256
         return result
@@ -71,7 +71,7 @@ def path():
 def test_the_command_says_so(path, capsys):
     assert run(["prove", path, "--draft", str(tiny.model("llama", seed=1)), "-n", "8", "-p", "the mill", "-t", "1"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert len(out) == 5 and all(line.endswith(": equal") for line in out[:4]) and out[-1].startswith("proven: 32 tokens")
+    assert len(out) == 7 and all(line.endswith(": equal") for line in out[:6]) and out[-1].startswith("proven: 48 tokens")
     assert run(["prove", path, "-n", "6", "--temp", "0", "--json", "-t", "1"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["prompt"] for line in lines] == [0, 1, 2, 3]
@@ -81,8 +81,8 @@ def test_the_command_says_so(path, capsys):
 def test_a_difference_is_exit_status_3(path, capsys, monkeypatch):
     honest = pybmc.Session.eval
 
-    def eval(self, tokens, logits="last"):
-        found = honest(self, tokens, logits)
+    def eval(self, tokens, logits="last", last=0, sampler=None):
+        found = honest(self, tokens, logits, last, sampler)
         return np.nextafter(found, np.float32(99)) if logits == "all" else found
 
     monkeypatch.setattr(pybmc.Session, "eval", eval)

@@ -11,6 +11,8 @@ from pybmc import ArgumentError, BmcError
 from pybmc import sampling
 from pybmc.sampling import Sampler
 
+import numpy_sampling
+
 PLAIN = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}            # no filter
 
 positions = st.integers(0, 100_000)
@@ -46,7 +48,7 @@ def test_splitmix64_gives_the_published_numbers():
 @given(seeds, positions, st.integers(1, 20_000))
 @settings(max_examples=30)
 def test_noise_is_defined_by_seed_position_and_id_alone(seed, position, n):
-    every = sampling.uniforms(seed, position, n)
+    every = numpy_sampling.uniforms(seed, position, n)
     some = np.array(sorted({0, n // 3, n - 1}))
     assert np.array_equal(sampling.uniforms_of(seed, position, some), every[some])
     for i in some:                                          # the docstring, in integers
@@ -79,17 +81,36 @@ def test_choices_over_many_positions_follow_the_softmax(temperature, n):
 
 
 def test_neighbouring_positions_seeds_and_ids_are_independent():
-    a = np.array([sampling.uniforms(1, p, 64) for p in range(512)])
-    b = np.array([sampling.uniforms(2, p, 64) for p in range(512)])
+    a = np.array([numpy_sampling.uniforms(1, p, 64) for p in range(512)])
+    b = np.array([numpy_sampling.uniforms(2, p, 64) for p in range(512)])
     for x, y in ((a[1:], a[:-1]), (a[:, 1:], a[:, :-1]), (a, b)):
         assert abs(np.corrcoef(x.ravel(), y.ravel())[0, 1]) < 4 / x.size ** 0.5
 
 
 @given(logits_of(), seeds, positions, st.floats(0.05, 5))
 def test_the_shortcut_finds_the_true_argmax(logits, seed, position, temperature):
-    x = sampling.uniforms(seed, position, len(logits))
+    x = numpy_sampling.uniforms(seed, position, len(logits))
     score = (logits - logits.max()).astype(np.float64) / temperature - np.log(-np.log1p(-x))
-    assert sampling.choose(logits, temperature, seed, position) == score.argmax()
+    assert numpy_sampling.choose(logits, temperature, seed, position) == score.argmax()
+
+
+@given(logits_of(high=5000), seeds, positions, st.floats(0, 5), st.integers(0, 700), st.floats(0, 1), st.floats(0, 1), st.data())
+@settings(max_examples=400)
+def test_the_library_chooses_what_numpy_does(logits, seed, position, temperature, k, p, m, data):
+    off = data.draw(st.sets(st.sampled_from(sorted(PLAIN))))
+    filters = {"top_k": k, "top_p": p, "min_p": m} | {name: PLAIN[name] for name in off}
+    sampler = Sampler(temperature=temperature, seed=seed, **filters)
+    assert sampler.sample(logits, position) == numpy_sampling.sample(sampler, logits, position)
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
+@pytest.mark.parametrize("filters", [{}, PLAIN, {**PLAIN, "top_p": 0.9}, {**PLAIN, "min_p": 0.02}, {"top_k": 3000}])
+def test_so_it_does_over_a_large_vocabulary(spread, filters):
+    rng = np.random.default_rng(5)
+    for position in range(20):
+        logits = rng.normal(0, spread, 100_000).astype(np.float32)
+        sampler = Sampler(temperature=0.8, seed=9, **filters)
+        assert sampler.sample(logits, position) == numpy_sampling.sample(sampler, logits, position)
 
 
 # ---- filters -----------------------------------------------------------------------------------------------
@@ -97,14 +118,14 @@ def test_the_shortcut_finds_the_true_argmax(logits, seed, position, temperature)
 
 @given(logits_of(), st.integers(1, 700))
 def test_top_k_keeps_the_k_largest(logits, k):
-    ids = sampling.top_k(logits, k)
+    ids = numpy_sampling.top_k(logits, k)
     order = np.argsort(-logits, kind="stable")[:k]
     assert np.array_equal(ids, np.sort(order))
 
 
 @given(logits_of(), st.floats(0.01, 0.999))
 def test_top_p_is_the_smallest_set_that_reaches_p(logits, p):
-    ids = sampling.top_p(logits, p)
+    ids = numpy_sampling.top_p(logits, p)
     probs = probabilities(logits)
     assert len(ids) >= 1 and np.all(np.diff(ids) > 0)
     assert probs[ids].sum() >= p - 1e-5
@@ -118,7 +139,7 @@ def test_top_p_on_a_wide_flat_distribution_equals_a_plain_sort():
     logits = np.random.default_rng(0).normal(0, 1, 50_000).astype(np.float32)
     order = np.argsort(-logits, kind="stable")
     n = np.searchsorted(np.cumsum(probabilities(logits)[order]), 0.9) + 1
-    ids = sampling.top_p(logits, 0.9)
+    ids = numpy_sampling.top_p(logits, 0.9)
     assert abs(len(ids) - n) <= 1 and np.array_equal(ids, np.sort(order[:len(ids)]))
 
 
@@ -126,7 +147,7 @@ def test_top_p_on_a_wide_flat_distribution_equals_a_plain_sort():
 def test_min_p_keeps_what_is_likely_enough(logits, p):
     probs = probabilities(logits)
     kept = np.zeros(len(logits), bool)
-    kept[sampling.min_p(logits, p)] = True
+    kept[numpy_sampling.min_p(logits, p)] = True
     clear = np.abs(probs / probs.max() / p - 1) > 1e-4
     assert np.array_equal(kept[clear], (probs >= p * probs.max())[clear])
     assert kept[logits.argmax()]
@@ -134,9 +155,9 @@ def test_min_p_keeps_what_is_likely_enough(logits, p):
 
 @given(logits_of(), seeds, positions, st.integers(1, 50), st.floats(0.1, 0.99), st.floats(0.01, 0.5))
 def test_a_choice_that_survives_the_filters_is_the_choice_without_them(logits, seed, position, k, p, m):
-    kept = sampling.top_k(logits, k)
-    kept = kept[sampling.top_p(logits[kept], p)]
-    kept = kept[sampling.min_p(logits[kept], m)]
+    kept = numpy_sampling.top_k(logits, k)
+    kept = kept[numpy_sampling.top_p(logits[kept], p)]
+    kept = kept[numpy_sampling.min_p(logits[kept], m)]
     free = Sampler(temperature=1.0, seed=seed, **PLAIN).sample(logits, position)
     filtered = Sampler(temperature=1.0, seed=seed, top_k=k, top_p=p, min_p=m).sample(logits, position)
     assert filtered == free if free in kept else filtered in kept

@@ -3,20 +3,22 @@
 import logging
 import random
 import signal
+from bisect import bisect_right
 
 import numpy as np
 import pytest
 import tiny
 from fakes import END, VOCAB, FakeModel
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pybmc
-from pybmc import ArgumentError, OutOfMemoryError
-from pybmc.controller import Controller, FixedLength, Plan
+from pybmc import ArgumentError, BmcError, OutOfMemoryError
+from pybmc.controller import Controller, CostCurve, FixedLength, Plan, Source
 from pybmc.decode import generate
 from pybmc.drafters import NOTHING, Draft, ModelDrafter, NgramDrafter, PairError, check_pair, first_difference, guess
-from pybmc.sampling import Sampler
+from pybmc.model import speculate
+from pybmc.sampling import Sampler, logprob
 from pybmc.speculate import Speculation, attach, leave
 
 
@@ -169,6 +171,128 @@ def test_a_stranger_as_draft_and_the_controller(model, temperature, tmp_path, mo
     assert list((tmp_path / "pybmc" / "costs").iterdir())
 
 
+# ---- rounds in the library ---------------------------------------------------------------------------------
+
+
+SAMPLERS = [None, Sampler(temperature=0.7, seed=3), Sampler(temperature=1.5, seed=4, top_k=0, top_p=1.0, min_p=0.0)]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_passes_choose_what_the_sampler_does(model, sampler):
+    """One by one, in a wide pass, and as a draft; log-probabilities are the model's own."""
+    text = np.random.default_rng(1).integers(0, model.config.vocab_size, 150).tolist()
+    sampler = sampler or Sampler()
+    with model.session() as one, model.session() as other, model.session() as third:
+        rows = one.eval(text, "all")
+        ids, logprobs = other.eval(text, "best", sampler=sampler)
+        assert ids.tolist() == [sampler.sample(row, i) for i, row in enumerate(rows, 1)]
+        assert logprobs == pytest.approx([logprob(row, id) for row, id in zip(rows, ids)], abs=1e-4)
+        one.rewind(0)
+        for i, token in enumerate(text[:20]):
+            found = one.eval([token], "best", sampler=sampler)
+            assert found.ids[0] == ids[i] and found.logprobs[0] == logprobs[i]
+        want = [t.id for t in generate(model, text, 12, temperature=sampler.temperature, seed=sampler.seed, top_k=sampler.top_k,
+                                       top_p=sampler.top_p, min_p=sampler.min_p, stop_tokens=())]
+        drafted = third.draft(text, 12, sampler=sampler)
+        assert drafted.ids.tolist() == want and (drafted.logprobs <= 0).all()
+        third.rewind(len(text) - 1)
+        sure = np.exp(drafted.logprobs)
+        least = float(sure[:4].min()) + 1e-6
+        assert len(third.draft(text[-1:], 12, least, sampler=sampler).ids) == 1 + int((sure < least).argmax())
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_rounds_in_the_library_are_those_in_python(model, sampler, k, monkeypatch):
+    """Passes, guesses, acceptances, text and what sessions hold, with a draft that is right at times."""
+    arch = model.metadata["general.architecture"]
+    chosen = {} if sampler is None else {name: getattr(sampler, name) for name in ("temperature", "seed", "top_k", "top_p", "min_p")}
+    found = []
+    with pybmc.Model(tiny.model(arch, types="Q4_0"), threads=1) as draft:
+        for bulk in (False, True):
+            monkeypatch.setattr(ModelDrafter, "bulk", lambda self, target, bulk=bulk: bulk)
+            made = Speculation(model, draft, "draft", controller=FixedLength(k))
+            with model.session() as session:
+                stream = generate(model, "the mill", 60, session=session, draft=made, stop_tokens=(), **chosen)
+                tokens, stats = list(stream), stream.stats
+                found.append((tokens, stats.rounds, stats.draft_n, stats.draft_n_accepted, stats.lengths, session.tokens))
+                assert made.drafter.session.agreement(session.tokens) == made.drafter.session.position
+            made.close()
+    assert found[0] == found[1]
+    assert 0 < found[0][3] and (sampler is None or arch == "gemma3" or found[0][3] < found[0][2])     # gemma3's is always right
+
+
+def texts_of(model, draft, n=40):
+    """A session whose last token is not evaluated, the draft's session, the text, and how it goes on."""
+    text = model.tokenizer.encode("the mouse and the sparrow")
+    plain = [t.id for t in generate(model, text, n, stop_tokens=())]
+    session, other = model.session(), draft.session()
+    session.eval(text[:-1], "none")
+    other.eval(text[:-3], "none")
+    return session, other, text, plain
+
+
+@given(chances=st.lists(st.floats(0, 1), min_size=4, max_size=4), steep=st.floats(0, 1), start=st.floats(0, 0.5), choosing=st.floats(0, 0.3),
+       least=st.integers(1, 4))
+@settings(max_examples=30, suppress_health_check=list(HealthCheck))
+def test_as_much_of_a_draft_is_checked_as_the_controller_says(model, chances, steep, start, choosing, least):
+    curve = CostCurve({n: 1000 * (1 + start * (n > 1) + steep * (n - 1)) for n in range(1, 18)})     # a draft is nothing beside it
+    controller, source = Controller(curve, least=least), Source("draft", chances, edges=(0.1, 0.3, 0.6))
+    controller.choosing.add(1000 * choosing)
+    controller.account.purse = 1e9
+    session, other, text, plain = texts_of(model, model)
+    with session, other:
+        [round] = speculate(session, other, text[-3:], 8, 100, **controller.terms(source, 8))
+        marks = [bisect_right(source.edges, sure) for sure in round.sure]
+        assert len(marks) == 8 and round.n_checked == controller.cut(source, marks, 0.0)[0]
+        assert round.ids == plain[:len(round.ids)] and round.n_accepted == min(round.n_checked, round.n_right) == round.n_checked
+
+
+def test_rounds_end_with_the_text_the_contexts_and_the_time(model):
+    session, other, text, plain = texts_of(model, model)
+    with session, other:
+        rounds = speculate(session, other, text[-3:], 4, 12, n_rounds=9)
+        assert [len(r.ids) for r in rounds] == [5]                      # no time for another
+        rounds += speculate(session, other, [*text, *plain[:5]][other.position:], 4, 7, n_rounds=9, seconds=60)
+        assert [len(r.ids) for r in rounds] == [5, 5, 2] and [r.n_asked for r in rounds] == [4, 4, 1]
+        said = sum((r.ids for r in rounds), [])
+        assert said == plain[:12] and session.tokens == [*text, *said[:-1]]
+        assert speculate(session, other, said[-1:], 4, 1) == []         # a token that needs no round
+        assert other.agreement([*text, *said]) == other.position
+    for context, draft_context in ((len(text) + 7, None), (None, len(text) + 7)):
+        session, other = model.session(context), model.session(draft_context)
+        with session, other:
+            session.eval(text[:-1], "none")
+            other.eval(text[:-1], "none")
+            rounds = speculate(session, other, text[-1:], 4, 100, n_rounds=99, seconds=60)
+            said = sum((r.ids for r in rounds), [])
+            assert said == plain[:len(said)] and 7 <= len(said) <= (8 if context else 9) and session.position == len(text) + len(said) - 1
+
+
+def test_rounds_with_a_vocabulary_of_another_size(model):
+    """What only the target has is token 0 for the draft; what only the draft has is not proposed."""
+    arch, size = model.metadata["general.architecture"], model.config.vocab_size
+    for other_size in (size - 40, size + 64):
+        with pybmc.Model(tiny.model(arch, vocab_size=other_size), threads=1) as draft:
+            for temperature in (0.0, 2.0):
+                chosen = {"temperature": temperature, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop_tokens": ()}
+                plain = list(generate(model, "the mill", 60, **chosen))
+                made = Speculation(model, draft, "draft", controller=FixedLength(3))
+                with model.session() as session:
+                    same(plain, list(generate(model, "the mill", 60, session=session, draft=made, **chosen)))
+                made.close()
+
+
+def test_what_rounds_cannot_be(model):
+    session, other, text, _ = texts_of(model, model)
+    with session, other:
+        for wrong in ({"k": 0}, {"k": 65}, {"n_rounds": 0}, {"text": text * 9}, {"costs": [1.0]}, {"draft": session}):
+            asked = {"target": session, "draft": other, "text": text[-3:], "k": 4, "n_tokens": 9} | wrong
+            with pytest.raises(BmcError):
+                speculate(**asked)
+            assert session.tokens == text[:-1] and other.tokens == text[:-3]
+
+
 def test_without_memory_for_a_coarse_head_drafts_go_on(model, monkeypatch):
     def no_memory(self):
         raise OutOfMemoryError("no memory")
@@ -251,7 +375,7 @@ def test_a_stale_stream_leaves_a_session_alone():
     before = list(session.tokens)
     stream.close()
     assert session.tokens == before
-    leave(session, before, [])
+    leave(session, before, 1)
     assert session.tokens == before
 
 
@@ -357,10 +481,9 @@ def longest_match(text, most):
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(1, 10), st.integers(0, 40))
 def test_ngrams_find_the_longest_match(text, k, cut):
     drafter = NgramDrafter()
-    drafter.tries = 1000
     drafter.follow(text[:cut])
     draft = drafter.propose(text, k)
-    length, follows = longest_match(text, drafter.n_marks)
+    length, follows = longest_match(text, drafter.n_marks - 1)
     if not length:
         assert draft == NOTHING
         return

@@ -88,13 +88,16 @@ class Row:
 class Scripted(Chooser):
     """Chooses what a script says: an answer of known text at the model's real cost."""
 
-    def __init__(self, script: Sequence[int], start: int):
+    def __init__(self, answer: Sequence[int], start: int):
         super().__init__(Sampler())
-        self.script, self.start = script, start
+        self.answer, self.start = answer, start
+
+    def script(self, text) -> Sequence[int]:
+        return self.answer[len(text) - self.start:]
 
     def choose(self, row, text) -> Choice:
         super().choose(row, text)
-        return Choice(self.script[len(text) - self.start], 0.0)
+        return Choice(self.answer[len(text) - self.start], 0.0)
 
 
 def decode(model, request: Request, speculation=None) -> tuple[list[int], Stats]:
@@ -106,7 +109,7 @@ def decode(model, request: Request, speculation=None) -> tuple[list[int], Stats]
     with model.session() as session:
         logits = eval_prompt(session, request.prompt)
         if speculation:
-            speculation.follow(request.prompt, True)
+            speculation.follow(request.prompt, chooser.kind)
         choices = timed(alone(start_loop(session, request.prompt, logits, chooser, speculation, request.n, stats),
                               session), stats)
         ids = [next(choices).id for _ in range(request.n)]
@@ -228,6 +231,9 @@ class Forced(ModelDrafter):
         super().__init__(model, target_size)
         self.script, self.start, self.share, self.rng = script, start, share, random.Random(seed)
 
+    def bulk(self, target) -> bool:
+        return False
+
     def propose(self, text, k, p_min, sampler) -> Draft:
         draft = super().propose(text, k, 0.0, sampler)
         at = len(text) - self.start
@@ -327,7 +333,7 @@ def curve(model, draft, n: int, runs: int, least: float) -> list[dict]:
 
 def predicted(made: Speculation, share: float) -> float:
     """max over k of tau(k) / (c(k + 1) + k d), by measured costs."""
-    controller, source = made.controller(True), made.source("draft", True)
+    controller, source = made.controller("best"), made.source("draft", "best")
     rates = [controller.rate(sum(share ** i for i in range(k + 1)), k + 1, source.seconds.at(k) if k else 0.0) for k in range(17)]
     return max(rates) / rates[0]
 

@@ -1,0 +1,132 @@
+/* An index of pairs: where each pair of tokens ended last, and for every position where its pair had ended before. Following
+ * these places back finds matches, the latest first; a token costs nanoseconds to add. */
+#include "ngram.h"
+
+#include "error.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+enum { TRIES = 64 };                /* places that one proposal looks at */
+
+struct slot { int32_t first, second, end; };        /* end 0: empty */
+
+struct bmc_ngrams {
+    int32_t *text, *before;         /* before[i]: where the pair that ends at i (tokens before it: i) ended before, or 0 */
+    int n, room;
+    struct slot *slots;             /* open addressing; n_slots is a power of two, at least twice room */
+    size_t n_slots;
+};
+
+static struct slot *find(const bmc_ngrams *g, int32_t first, int32_t second) {
+    uint64_t key = ((uint64_t)(uint32_t)first << 32 | (uint32_t)second) * 0x9e3779b97f4a7c15u;
+    size_t at = (size_t)(key >> 32) & (g->n_slots - 1);
+    while (g->slots[at].end && (g->slots[at].first != first || g->slots[at].second != second))
+        at = (at + 1) & (g->n_slots - 1);
+    return &g->slots[at];
+}
+
+static void index_pair(bmc_ngrams *g, int end) {
+    struct slot *slot = find(g, g->text[end - 2], g->text[end - 1]);
+    g->before[end] = slot->end;
+    *slot = (struct slot){ g->text[end - 2], g->text[end - 1], end };
+}
+
+/* Room for n tokens; nothing has changed where there is no memory for it. */
+static int grow(bmc_ngrams *g, int n) {
+    if (n <= g->room)
+        return 0;
+    int room = g->room ? g->room : 1024;
+    while (room < n)
+        room *= 2;
+    size_t n_slots = 4 * (size_t)room;
+    int32_t *text = malloc((size_t)room * sizeof *text), *before = malloc(((size_t)room + 1) * sizeof *before);
+    struct slot *slots = calloc(n_slots, sizeof *slots);
+    if (!text || !before || !slots) {
+        free(text);
+        free(before);
+        free(slots);
+        return fail(BMC_ENOMEM, "no memory for an index of %d tokens", room);
+    }
+    if (g->n)
+        memcpy(text, g->text, (size_t)g->n * sizeof *text);
+    free(g->text);
+    free(g->before);
+    free(g->slots);
+    *g = (bmc_ngrams){ text, before, g->n, room, slots, n_slots };
+    before[0] = 0;
+    if (g->n)
+        before[1] = 0;
+    for (int end = 2; end <= g->n; end++)
+        index_pair(g, end);
+    return 0;
+}
+
+bmc_ngrams *bmc_ngrams_new(void) {
+    bmc_ngrams *g = calloc(1, sizeof *g);
+    if (!g)
+        fail(BMC_ENOMEM, "no memory for an index");
+    return g;
+}
+
+void bmc_ngrams_free(bmc_ngrams *g) {
+    if (!g)
+        return;
+    free(g->text);
+    free(g->before);
+    free(g->slots);
+    free(g);
+}
+
+int bmc_ngrams_clear(bmc_ngrams *g) {
+    if (!g)
+        return fail(BMC_EINVAL, "bmc_ngrams_clear: needs an index");
+    g->n = 0;
+    if (g->slots)
+        memset(g->slots, 0, g->n_slots * sizeof *g->slots);
+    return 0;
+}
+
+int bmc_ngrams_add(bmc_ngrams *g, const int32_t *tokens, int n) {
+    if (!g || n < 0 || (n && !tokens) || n > (1 << 30) - g->n)
+        return fail(BMC_EINVAL, "bmc_ngrams_add: needs an index and tokens, found %d", n);
+    if (grow(g, g->n + n))
+        return BMC_ENOMEM;
+    for (int i = 0; i < n; i++) {
+        g->text[g->n++] = tokens[i];
+        g->before[g->n] = 0;
+        if (g->n > 1)
+            index_pair(g, g->n);
+    }
+    return 0;
+}
+
+/* How many tokens before `place` are those at the end, of which two are known to be. */
+static int match_length(const bmc_ngrams *g, int place) {
+    int length = 2;
+    while (length < NGRAM_LONGEST && length < place && g->text[place - length - 1] == g->text[g->n - length - 1])
+        length++;
+    return length;
+}
+
+int ngrams_propose(const bmc_ngrams *g, int k, int32_t *ids, double *lengths) {
+    int best = 0, longest = 0;
+    for (int place = g->n ? g->before[g->n] : 0, tries = TRIES; place && tries; place = g->before[place], tries--) {
+        int length = match_length(g, place);
+        if (length > longest) {
+            longest = length;
+            best = place;
+        }
+    }
+    for (int i = 0; longest && i < k; i++) {        /* a match that reaches the end goes on into the proposal itself */
+        ids[i] = best + i < g->n ? g->text[best + i] : ids[best + i - g->n];
+        lengths[i] = longest + i < NGRAM_LONGEST ? longest + i : NGRAM_LONGEST;
+    }
+    return longest ? k : 0;
+}
+
+int bmc_ngrams_propose(const bmc_ngrams *g, int k, int32_t *ids, double *lengths) {
+    if (!g || k < 0 || (k && (!ids || !lengths)))
+        return fail(BMC_EINVAL, "bmc_ngrams_propose: expected room for 0 or more ids, found k = %d", k);
+    return ngrams_propose(g, k, ids, lengths);
+}

@@ -1,0 +1,70 @@
+/* Matches in a text against a search through all of it. */
+#include "check.h"
+#include "ngram.h"
+
+#include <string.h>
+
+enum { N = 400, K = 9 };
+
+/* The latest of the longest earlier matches of the end: where it ended, and how long it is. */
+static int search(const int32_t *text, int n, int *length) {
+    int best = 0;
+    *length = 1;
+    for (int end = n - 1; end > 1; end--) {
+        int l = 0;
+        while (l < NGRAM_LONGEST && l < end && text[end - 1 - l] == text[n - 1 - l])
+            l++;
+        if (l > *length) {
+            *length = l;
+            best = end;
+        }
+    }
+    return best;
+}
+
+static void matches_are_those_found_by_searching(void) {
+    uint64_t state = 3;
+    for (int round = 0; round < 60; round++) {
+        bmc_ngrams *g = bmc_ngrams_new();
+        int32_t *text = malloc(N * sizeof *text), ids[K];
+        double lengths[K];
+        int n = 0, symbols = 12 + (int)random_below(&state, 60);
+        CHECK(g && bmc_ngrams_propose(g, K, ids, lengths) == 0);
+        while (n < N) {                         /* runs that were there before, and others */
+            int from = n ? (int)random_below(&state, n) : 0, more = 1 + (int)random_below(&state, 30), copy = n && random_below(&state, 3);
+            more = more < N - n ? more : N - n;
+            for (int i = 0; i < more; i++)
+                text[n + i] = copy ? text[from + i] : (int32_t)random_below(&state, symbols);
+            CHECK(bmc_ngrams_add(g, text + n, more) == 0);
+            n += more;
+            int length, end = search(text, n, &length), found = bmc_ngrams_propose(g, K, ids, lengths);
+            CHECK(found == (end ? K : 0));
+            for (int i = 0; i < found; i++) {
+                CHECK(ids[i] == (end + i < n ? text[end + i] : ids[end + i - n]));
+                CHECK(lengths[i] == (length + i < NGRAM_LONGEST ? length + i : NGRAM_LONGEST));
+            }
+        }
+        CHECK(bmc_ngrams_clear(g) == 0 && bmc_ngrams_add(g, text, 2) == 0 && bmc_ngrams_propose(g, K, ids, lengths) == 0);
+        bmc_ngrams_free(g);
+        free(text);
+    }
+}
+
+static void it_grows_and_refuses(void) {
+    bmc_ngrams *g = bmc_ngrams_new();
+    int32_t ids[4];
+    double lengths[4];
+    for (int32_t i = 0; i < 5000; i++)          /* beyond its first memory */
+        CHECK(bmc_ngrams_add(g, &(int32_t){ i % 1700 }, 1) == 0);
+    CHECK(bmc_ngrams_propose(g, 4, ids, lengths) == 4 && ids[0] == 5000 % 1700 && lengths[0] == NGRAM_LONGEST);
+    CHECK(bmc_ngrams_add(NULL, ids, 1) == BMC_EINVAL && bmc_ngrams_add(g, NULL, 1) == BMC_EINVAL && bmc_ngrams_add(g, ids, -1) == BMC_EINVAL);
+    CHECK(bmc_ngrams_propose(g, 1, NULL, lengths) == BMC_EINVAL && bmc_ngrams_clear(NULL) == BMC_EINVAL);
+    bmc_ngrams_free(g);
+    bmc_ngrams_free(NULL);
+}
+
+int main(void) {
+    matches_are_those_found_by_searching();
+    it_grows_and_refuses();
+    return 0;
+}
