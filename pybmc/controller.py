@@ -22,14 +22,15 @@ GRANT = 3.0                             # plain tokens whose time drafting may l
 ALLOWED = 0.015                         # .. and of each token's time, ever ..
 BANK = 8.0                              # .. and at most at once, whatever it gained before
 DEBT = 1.0                              # most that is kept of what a round lost beyond that: it may have met a hiccup
-DECIDING = 0.003                        # of the time, for decisions against drafting
+DECIDING, LOOKING = 0.003, 0.01         # of the time, for decisions against drafting; where only the text is looked at
 FADE = 0.98                             # weight of what was seen one draft ago
 KEPT = 6.0                              # drafts that what was seen in another run counts as
 FIRST = 3                               # tokens of a first draft: what they take is not known yet
 REST, REST_SECONDS = 32, 0.05           # plain tokens after a decision against drafting before the next: at most, or so long
+EAGER = 3                               # .. of them, while the purse is full
 HOPELESS = 0.02                         # chance below which no more of a draft is looked at
 CLEAR = 1.3                             # a gain that need not be looked at closely
-TRIED = 8                               # passes of a width before what another run says of it is believed, if gains allow it
+TRIED = 3                               # passes of a width before what another run says of it is believed, if gains allow it
 FRESH = 96                              # rounds after which a plain pass is measured again
 
 
@@ -147,7 +148,7 @@ class DraftCost:
     """Seconds of a draft by its length: a start and so much a token, fitted to what was seen lately. What takes far
     longer than expected is taken for a hiccup of the machine and counts as twice as long."""
 
-    SLOPE = 0.4                         # of a token's mean cost: what one more is taken to cost before lengths differ
+    SLOPE = 0.8                         # of a token's mean cost: what one more is taken to cost before lengths differ
 
     def __init__(self):
         self.n, self._weight, self._x, self._y, self._xx, self._xy = 0, 0.0, 0.0, 0.0, 0.0, 0.0
@@ -300,11 +301,13 @@ class Source:
 
 @dataclass
 class Plan:
-    """k tokens to draft, and to stop after one that is less probable than p_min. trial: it is not expected to pay."""
+    """k tokens to draft, and to stop after one that is less probable than p_min. trial: it is not expected to pay; whole: all
+    are to be checked, since nobody knows what that costs."""
 
     k: int
     p_min: float = 0.0
     trial: bool = False
+    whole: bool = False
     gain: float = 1.0
 
 
@@ -352,11 +355,13 @@ class Controller:
         """Whether drafting was found not to pay."""
         return not self._active
 
-    def break_after(self, deciding: float) -> int:
+    def break_after(self, deciding: float, share: float = DECIDING) -> int:
         """Plain tokens before another decision like one against drafting, which took so long. The pass after it is slower than
         others, so that it costs more than its own share."""
         plain = self.plain()
-        return min(max(self.rest, int(REST_SECONDS * plain)) if self.rest else 0, int(deciding * plain / DECIDING))
+        if self.account.purse > BANK / 2:               # it paid until now
+            return min(self.rest, EAGER)
+        return min(max(self.rest, int(REST_SECONDS * plain)) if self.rest else 0, int(deciding * plain / share))
 
     def plain(self, others: int = 0) -> float:
         """Tokens a second without a draft. others: tokens of other sequences that share the pass."""
@@ -390,11 +395,11 @@ class Controller:
         self._active = best.gain >= (1.0 if self._active else self.min_gain) or not known
         if not self._active:
             loss = self.loss(self.least, lag + source.seconds.at(self.least), others)
-            return Plan(self.least, trial=True) if self.account.allows_trial(loss) else Plan(0)
+            return Plan(self.least, trial=True, whole=True) if self.account.allows_trial(loss) else Plan(0)
         if not known:
             best.k = max(self.least, min(best.k, FIRST))
         elif self.account.purse > BANK / 2 and self.curve.counts.get(best.k + 2 + others, 0) < TRIED:
-            best.k = min(best.k + 1, most)
+            best.k, best.whole = min(best.k + 1, most), True
         while best.k and self.loss(best.k, source.seconds.at(best.k) + (0.0 if new else lag), others) > self.account.purse:
             best.k = best.k - 1 if best.k > self.least else 0
         if not best.k:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
 from . import cache
-from .controller import WIDEST, Controller, CostCurve, Plan, Source
+from .controller import DECIDING, LOOKING, WIDEST, Controller, CostCurve, Plan, Source
 from .decode import Choice, Chooser, Loop, Pass, Stats
 from .drafters import (
     EDGES,
@@ -204,12 +204,12 @@ class Speculation:
     def _rounds(self, round: Round, session, text: list[int], n_tokens: int, chooser: Chooser) -> list:
         """Rounds that the library drafts, checks and accepts by itself; none if it cannot."""
         source, k = self.source(round.bulk.name, chooser.kind), round.plan.k
-        n_rounds = 1 if round.bulk is self.drafter and source.seconds.n < SURE else BULK
+        terms = {} if round.plan.whole else self.controller(chooser.kind).terms(source, k)
+        n_rounds = 1 if round.plan.whole or round.bulk is self.drafter and source.seconds.n < SURE else BULK
         self._ahead = n_rounds * (k + 1)
         try:
             return round.bulk.rounds(session, text, k, min(n_tokens, self._ahead), chooser.sampler, n_rounds=n_rounds,
-                                     seconds=BULK_SECONDS, p_min=round.plan.p_min, script=chooser.script(text),
-                                     **self.controller(chooser.kind).terms(source, k))
+                                     seconds=BULK_SECONDS, p_min=round.plan.p_min, script=chooser.script(text), **terms)
         except BmcError:                # whoever asks next is told why
             return []
 
@@ -226,7 +226,6 @@ class Speculation:
             source.learn(r.n_asked, r.n_checked, round.bulk.marks(r.sure), hits)
             stats.count(r.n_checked, r.draft_s, r.verify_s)
             working += r.draft_s + r.verify_s
-        controller.overhead.add(max(0.0, spent - working) / len(rounds))
         controller.wrote(len(rounds), n, spent)
         stats.draft_s += max(0.0, spent - working)
         stats.plain_n += n
@@ -285,7 +284,7 @@ class Speculation:
         elif plan.k:
             self._ask_model(round, plan, text, chooser)
         elif controller.resting or not self.drafter:
-            round.rest = controller.break_after(self.clock() - started)
+            round.rest = controller.break_after(self.clock() - started, DECIDING if self.drafter else LOOKING)
         round.drafting = self.clock() - started
         return round
 
@@ -310,7 +309,7 @@ class Speculation:
         spent = self.clock() - started
         if round.draft.ids:
             source.seconds.add(len(round.draft.ids), spent)
-        round.checked = (len(round.draft.ids) if plan.trial
+        round.checked = (len(round.draft.ids) if plan.whole
                          else controller.cut(source, round.draft.marks, spent, round.others)[0])
 
     def _plan(self, text, room: int, chooser: Chooser, others: int) -> Plan:

@@ -33,6 +33,7 @@ static void matches_are_those_found_by_searching(void) {
         while (n < N) {                         /* runs that were there before, and others */
             int from = n ? (int)random_below(&state, n) : 0, more = 1 + (int)random_below(&state, 30), copy = n && random_below(&state, 3);
             more = more < N - n ? more : N - n;
+            more = copy && more > n - from ? n - from : more;
             for (int i = 0; i < more; i++)
                 text[n + i] = copy ? text[from + i] : (int32_t)random_below(&state, symbols);
             CHECK(bmc_ngrams_add(g, text + n, more) == 0);
