@@ -473,10 +473,10 @@ class Controller:
         self.account.enter(tokens, gained, trial)
 
 
-    def wrote(self, rounds: int, tokens: int, seconds: float) -> None:
+    def wrote(self, rounds: int, tokens: int, seconds: float, trial: bool = False) -> None:
         """So many rounds, each with a draft, gave so many tokens."""
         self._since_plain += rounds
-        self.account.enter(tokens, tokens - seconds / (self.curve.at(1) + self.choosing.value))
+        self.account.enter(tokens, tokens - seconds / (self.curve.at(1) + self.choosing.value), trial)
 
 
 class FixedLength(Controller):

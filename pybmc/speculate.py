@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 SPECS = ("auto", "draft", "ngram", "self", "off")
 BULK, BULK_SECONDS = 32, 0.004          # rounds that are one call into the library: at most, and how long they may go on
-TIMED = 3                               # of them, those whose times are learned from: learning takes time too
+TIMED = 2                               # of them, those whose times are learned from: learning takes time too
 SURE = 4                                # drafts that are seen one by one before
 MEASURED = (1, 2, 3, 4, 6, 8, 12, 16)       # widths that a first calibration times
 
@@ -179,11 +179,11 @@ class Speculation:
                 if round.bulk:
                     rounds = self._rounds(round, session, text, limit - len(text), chooser)
                     if rounds:
-                        spent = clock() - resumed - choosing - away
+                        spent = clock() - resumed - choosing - away - round.reading
                         yield from self._written(round, rounds, text, spent, chooser, stats)
                         rows, sent, resumed = (), [], clock()
                         continue
-                    if not round.source:
+                    if not round.source and self.drafter:
                         self._ask_model(round, round.plan, text, chooser)
                 if round.rest:
                     yield from self._plainly(round, text, chooser, controller, stats)
@@ -207,6 +207,10 @@ class Speculation:
         terms = {} if round.plan.whole else self.controller(chooser.kind).terms(source, k)
         n_rounds = 1 if round.plan.whole or round.bulk is self.drafter and source.seconds.n < SURE else BULK
         self._ahead = n_rounds * (k + 1)
+        if round.bulk is self.drafter:
+            self._read(round, round.plan, text, source)
+            if not self.drafter:
+                return []
         try:
             return round.bulk.rounds(session, text, k, min(n_tokens, self._ahead), chooser.sampler, n_rounds=n_rounds,
                                      seconds=BULK_SECONDS, p_min=round.plan.p_min, script=chooser.script(text), **terms)
@@ -226,7 +230,7 @@ class Speculation:
             source.learn(r.n_asked, r.n_checked, round.bulk.marks(r.sure), hits)
             stats.count(r.n_checked, r.draft_s, r.verify_s)
             working += r.draft_s + r.verify_s
-        controller.wrote(len(rounds), n, spent)
+        controller.wrote(len(rounds), n, spent, round.plan.trial)
         stats.draft_s += max(0.0, spent - working)
         stats.plain_n += n
         stats.plain_s += n / controller.plain()
@@ -279,7 +283,7 @@ class Speculation:
             round.shadow = NOTHING
             if not others and self._bulk(self.ngram, chooser, session):
                 round.bulk, round.plan = self.ngram, Plan(max(n, controller.affordable(room)))
-        elif plan.k and not (others or plan.trial or self.drafter.lag(text)) and self._bulk(self.drafter, chooser, session):
+        elif plan.k and not others and self._bulk(self.drafter, chooser, session):
             round.bulk, round.plan = self.drafter, plan
         elif plan.k:
             self._ask_model(round, plan, text, chooser)
@@ -295,15 +299,10 @@ class Speculation:
     def _ask_model(self, round: Round, plan: Plan, text: list[int], chooser: Chooser) -> None:
         """The draft model's part of a round. What it lacks of the text it reads first, apart from what a draft costs."""
         controller, source = self.controller(chooser.kind), self.source("draft", chooser.kind)
-        lag, started = self.drafter.lag(text), self.clock()
-        if lag:
-            self._unless_it_fails(lambda: self.drafter.read(text))
-            spent = self.clock() - started
-            source.reading.add(spent / lag)
-            round.reading = spent if self._new and not plan.trial else 0.0
+        self._read(round, plan, text, source)
         if not self.drafter:
             return
-        started, self._new = self.clock(), False
+        started = self.clock()
         round.source, round.asked, round.trial = source, plan.k, plan.trial
         round.draft = self._propose(text, plan, chooser)
         spent = self.clock() - started
@@ -311,6 +310,16 @@ class Speculation:
             source.seconds.add(len(round.draft.ids), spent)
         round.checked = (len(round.draft.ids) if plan.whole
                          else controller.cut(source, round.draft.marks, spent, round.others)[0])
+
+    def _read(self, round: Round, plan: Plan, text: list[int], source: Source) -> None:
+        """What the draft model lacks of the text, beyond the usual few tokens."""
+        lag, started = self.drafter.lag(text), self.clock()
+        if lag:
+            self._unless_it_fails(lambda: self.drafter.read(text))
+            spent = self.clock() - started
+            source.reading.add(spent / lag)
+            round.reading = spent if self._new and not plan.trial else 0.0
+        self._new = False
 
     def _plan(self, text, room: int, chooser: Chooser, others: int) -> Plan:
         if not self.drafter or isinstance(self.drafter, SelfDrafter) and len(text) < self.drafter.shortest:
