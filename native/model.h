@@ -37,8 +37,8 @@ struct layer {
     int rope;                       /* which table of frequencies */
 };
 
-/* Tokens in one pass over the weights, and of them those whose next is sampled; logits at a time; tasks that keep a thread busy to the end; floats for the sums of
- * chunks whose task is cut; panels made at a time where none are kept. */
+/* Tokens in one pass over the weights, and of them those whose next is sampled; logits at a time; tasks that keep a
+ * thread busy to the end; floats for the sums of chunks whose task is cut; panels made at a time where none are kept. */
 enum { PASS_MAX = 512, SAMPLED_MAX = 64, HEAD_ROWS = 256, TASKS_EACH = 8, PART_FLOATS = 4 << 20, ROOM_PANELS = 16 };
 
 /* Weights of a head that a coarse one is worth its memory for: from here on it is read from memory for each token. */

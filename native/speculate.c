@@ -94,9 +94,9 @@ static int follow(struct guesser *g, const int32_t *ids, int n, int n_right) {
 static int rows_left(const bmc_session *target) { return (int)target->arena.config.cap - target->position; }
 
 static int check_plan(const bmc_session *target, const bmc_session *draft, const bmc_ngrams *ngrams, const bmc_plan *p,
-                      const int32_t *text, int n_text) {
-    if (!target || !draft == !ngrams || target == draft || !p || !text)
-        return fail(BMC_EINVAL, "bmc_speculate: needs a session, another one or ngrams, a plan and a text");
+                      const int32_t *text, int n_text, bool results) {
+    if (!results || !target || !draft == !ngrams || target == draft || !p || !text)
+        return fail(BMC_EINVAL, "bmc_speculate: needs a session, another one or ngrams, a plan, a text and room for results");
     if (n_text < 1 || n_text > LACKING)
         return fail(BMC_EINVAL, "bmc_speculate: expected 1 to %d tokens that the draft lacks, found %d", LACKING, n_text);
     if (p->n_rounds < 1 || p->k < 1 || p->k > GUESSES)
@@ -109,9 +109,10 @@ static int check_plan(const bmc_session *target, const bmc_session *draft, const
 
 int bmc_speculate(bmc_session *target, bmc_session *draft, bmc_ngrams *ngrams, const bmc_plan *plan, const int32_t *text, int n_text,
                   int32_t *ids, float *logprobs, double *sure, bmc_round *rounds) {
-    int status = check_plan(target, draft, ngrams, plan, text, n_text), done = 0, left = status ? 0 : plan->n_tokens;
+    int status = check_plan(target, draft, ngrams, plan, text, n_text, ids && logprobs && sure && rounds);
     if (status)
         return status;
+    int done = 0, left = plan->n_tokens;
     const int64_t began = nanoseconds();
     struct guesser g = { .draft = draft, .ngrams = ngrams };
     int32_t pass[GUESSES + 1] = { text[n_text - 1] }, *guesses = pass + 1;

@@ -207,7 +207,8 @@ def test_rounds_in_the_library_are_those_in_python(model, sampler, k, monkeypatc
     """Passes, guesses, acceptances, text and what sessions hold, with a draft that is right at times."""
     arch = model.metadata["general.architecture"]
     chosen = {} if sampler is None else {name: getattr(sampler, name) for name in ("temperature", "seed", "top_k", "top_p", "min_p")}
-    found = []
+    found, calls, rounds = [], [], ModelDrafter.rounds
+    monkeypatch.setattr(ModelDrafter, "rounds", lambda *args, **terms: calls.append(1) or rounds(*args, **terms))
     with pybmc.Model(tiny.model(arch, types="Q4_0"), threads=1) as draft:
         for bulk in (False, True):
             monkeypatch.setattr(ModelDrafter, "bulk", lambda self, target, bulk=bulk: bulk)
@@ -217,6 +218,7 @@ def test_rounds_in_the_library_are_those_in_python(model, sampler, k, monkeypatc
                 tokens, stats = list(stream), stream.stats
                 found.append((tokens, stats.rounds, stats.draft_n, stats.draft_n_accepted, stats.lengths, session.tokens))
                 assert made.drafter.session.agreement(session.tokens) == made.drafter.session.position
+                assert bool(calls) == bulk
             made.close()
     assert found[0] == found[1]
     assert 0 < found[0][3] and (sampler is None or arch == "gemma3" or found[0][3] < found[0][2])     # gemma3's is always right

@@ -132,18 +132,11 @@ INLINE void put(const struct panel_job *j, int panel, int col, f32x16 y) {
  * pass, with 8 of Q8_0 25% (Zen 4). */
 enum { AHEAD = 2048, FAR_AHEAD = 6144 };
 
-INLINE void ask_ahead(const uint8_t *codes, int n_bytes, const uint8_t *scales, const int C) {
-    UNROLL(8)
-    for (int line = 0; line < n_bytes; line += 64) {
-        if (C <= 2)
-            __builtin_prefetch(codes + AHEAD + line);
-        else
-            __builtin_prefetch(codes + FAR_AHEAD + line, 0, 2);
-    }
+INLINE void ask_ahead(const uint8_t *p, const int C, int slower) {
     if (C <= 2)
-        __builtin_prefetch(scales + AHEAD / 8);
+        __builtin_prefetch(p + AHEAD / slower);
     else
-        __builtin_prefetch(scales + FAR_AHEAD / 8, 0, 2);
+        __builtin_prefetch(p + FAR_AHEAD / slower, 0, 2);
 }
 
 /* Walks through a panel and does the work for each block: p and sc are 32 columns of it, a the activations of the C tokens
@@ -155,7 +148,9 @@ INLINE void ask_ahead(const uint8_t *codes, int n_bytes, const uint8_t *scales, 
         s += f.head_bytes; \
         for (int b = 0; b < f.super; b += 32, p += f.code_bytes, s += f.scale_bytes, a += j->n_cols) { \
             struct scales sc; \
-            ask_ahead(p, f.code_bytes, s, C); \
+            for (int line = 0; line < f.code_bytes; line += 64) \
+                ask_ahead(p + line, C, 1); \
+            ask_ahead(s, C, 8);             /* scales are so many times fewer bytes */ \
             scales(&sc, head, s); \
             work \
         } \
