@@ -66,7 +66,7 @@ INLINE void join(float *m, float *l, float m_chunk, float l_chunk, float *keep, 
     *m = m_chunk > m_old ? m_chunk : m_old;
     factors[0] = m_old - *m;
     factors[1] = m_chunk - *m;
-    f_store(factors, f_exp(f_load(factors)));
+    f_store(factors, f_weight(f_load(factors)));
     *keep = factors[0];
     *gain = factors[1];
     *l = *l * *keep + l_chunk * *gain;
@@ -86,7 +86,7 @@ INLINE void weigh(const struct attn_job *j, int row, int begin, int end, float *
     }
     float m_chunk = f_max_lane(top);
     for (int t = begin * TILE; t < end * TILE; t += TILE) {
-        f32x16 p = f_exp(f_sub(f_load(s + t), f_set(m_chunk)));
+        f32x16 p = f_weight(f_sub(f_load(s + t), f_set(m_chunk)));
         f_store(s + t, p);
         sum = f_add(sum, p);
     }
@@ -197,13 +197,13 @@ static void widen_values(const struct attn_job *j, int d, int begin, int end, fl
     }
 }
 
-/* Rows go in groups whose sums fill the registers. Where there are several, the tile's keys, or 16 lanes of the chunk's
- * values, become floats once for all of them: `wide`, in the first cache. */
+/* Rows go in groups whose sums fill the registers. Where there are several and floats are dear to make (WIDEN), the tile's
+ * keys, or 16 lanes of the chunk's values, become floats once for all of them: `wide`, in the first cache. */
 static void attend(const struct attn_job *job) {
     float s[ATTN_ROWS][CHUNK], keep[ATTN_ROWS], gain[ATTN_ROWS], memory[CHUNK * 16];
     struct attn_job j = *job;
     int n_groups = (j.n_rows + ROWS_MAX - 1) / ROWS_MAX, from = CHUNK, to = 0;
-    float *wide = n_groups > 1 && j.head_dim <= CHUNK ? memory : NULL;
+    float *wide = WIDEN && n_groups > 1 && j.head_dim <= CHUNK ? memory : NULL;
     j.next = j.next ? j.next : j.tiles;
     for (int r = 0; r < j.n_rows; r++) {
         from = j.first[r] < from ? j.first[r] : from;

@@ -13,6 +13,7 @@
 #define COLS_MAX 4
 #define ROWS_MAX 6
 #define EACH_SIZE(X) X(1, 4, 4) X(2, 2, 2) X(3, 2, 2) X(4, 1, 1) X(5, 1, 1) X(6, 1, 1)
+#define WIDEN 1
 /* Columns that float weights meet at once, and panels of them: sums in registers, and eight chains of fma at least. */
 #define FLOAT_COLS_MAX 6
 #define FLOAT_PANELS(C) ((C) == 1 ? 4 : (C) == 2 ? 2 : 1)
@@ -90,10 +91,11 @@ INLINE f32x16 f_round(f32x16 a) {
     return (f32x16){ _mm256_round_ps(a.lo, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
                      _mm256_round_ps(a.hi, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC) };
 }
-INLINE __m256 pow2_half(__m256 n) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvttps_epi32(n), _mm256_set1_epi32(127)), 23));
+INLINE __m256 scale_half(__m256 a, __m256 n) {
+    __m256i e = _mm256_cvttps_epi32(_mm256_max_ps(n, _mm256_set1_ps(-126.0f)));
+    return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23)));
 }
-INLINE f32x16 f_pow2(f32x16 n) { return (f32x16){ pow2_half(n.lo), pow2_half(n.hi) }; }
+INLINE f32x16 f_scale(f32x16 a, f32x16 n) { return F2(scale_half, a, n); }
 INLINE f32x16 f_zero_below(f32x16 a, f32x16 x, float limit) {
     __m256 l = _mm256_set1_ps(limit);
     return (f32x16){ _mm256_and_ps(_mm256_cmp_ps(x.lo, l, _CMP_NLT_UQ), a.lo), _mm256_and_ps(_mm256_cmp_ps(x.hi, l, _CMP_NLT_UQ), a.hi) };

@@ -14,6 +14,7 @@
 #define COLS_MAX 4
 #define ROWS_MAX 4
 #define EACH_SIZE(X) X(1, 4, 4) X(2, 2, 2) X(3, 1, 1) X(4, 1, 1)
+#define WIDEN 1
 #define TOGETHER 4      /* columns that a load of weights serves */
 /* Columns that float weights meet at once, and panels of them: sums in registers, and eight chains of fma at least. */
 #define FLOAT_COLS_MAX 6
@@ -111,10 +112,11 @@ INLINE f32x16 f_fma(f32x16 a, f32x16 b, f32x16 c) {
     return (f32x16){ vfmaq_f32(c.q0, a.q0, b.q0), vfmaq_f32(c.q1, a.q1, b.q1), vfmaq_f32(c.q2, a.q2, b.q2), vfmaq_f32(c.q3, a.q3, b.q3) };
 }
 INLINE f32x16 f_round(f32x16 a) { return Q1(f32x16, vrndnq_f32, a); }
-INLINE float32x4_t pow2_quarter(float32x4_t n) {
-    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23));
+INLINE float32x4_t scale_quarter(float32x4_t a, float32x4_t n) {
+    int32x4_t e = vcvtq_s32_f32(max_quarter(n, vdupq_n_f32(-126.0f)));
+    return vmulq_f32(a, vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(e, vdupq_n_s32(127)), 23)));
 }
-INLINE f32x16 f_pow2(f32x16 n) { return Q1(f32x16, pow2_quarter, n); }
+INLINE f32x16 f_scale(f32x16 a, f32x16 n) { return Q2(f32x16, scale_quarter, a, n); }
 INLINE float32x4_t zero_below_quarter(float32x4_t a, float32x4_t x, float limit) {
     return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(a), vcltq_f32(x, vdupq_n_f32(limit))));
 }

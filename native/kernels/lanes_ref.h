@@ -19,6 +19,7 @@
 #define TOGETHER 1          /* tokens that i_dots takes */
 #define ROWS_MAX 2          /* queries an attention kernel keeps */
 #define EACH_SIZE(X) X(1, 4, 4) X(2, 2, 1)      /* with so many queries: tiles of keys, vectors of values at a time */
+#define WIDEN 1
 #define FLOAT_COLS_MAX 1
 #define FLOAT_PANELS(C) 4
 #define INLINE static inline
@@ -54,7 +55,11 @@ INLINE f32x16 f_min(f32x16 a, f32x16 b) { EACH(a.v[i] < b.v[i] ? a.v[i] : b.v[i]
 INLINE f32x16 f_abs(f32x16 a) { EACH(fabsf(a.v[i])); }
 INLINE f32x16 f_fma(f32x16 a, f32x16 b, f32x16 c) { EACH(fmaf(a.v[i], b.v[i], c.v[i])); }
 INLINE f32x16 f_round(f32x16 a) { EACH(rintf(a.v[i])); }                                  /* to nearest, ties to even */
-INLINE f32x16 f_pow2(f32x16 n) { EACH(f32_from_bits((uint32_t)((int32_t)n.v[i] + 127) << 23)); }  /* 2^n, n whole, -126..127 */
+/* a 2^n, n whole; n below -126 is taken for that */
+INLINE float scale_one(float a, float n) {
+    return a * f32_from_bits((uint32_t)((int32_t)(n > -126 ? n : -126) + 127) << 23);
+}
+INLINE f32x16 f_scale(f32x16 a, f32x16 n) { EACH(scale_one(a.v[i], n.v[i])); }
 INLINE f32x16 f_zero_below(f32x16 a, f32x16 x, float limit) { EACH(x.v[i] < limit ? 0.0f : a.v[i]); }
 INLINE f32x16 f_keep(f32x16 a, float other, int lo, int hi) { EACH(i >= lo && i < hi ? a.v[i] : other); }
 

@@ -77,7 +77,7 @@ static float largest(const float *x, int n) {
 static float sum_exp(const float *x, float max, int n) {
     f32x16 sum = f_zero();
     EACH_16(n)
-        sum = f_add(sum, f_exp(f_sub(f_keep(f_load_n(x + i, m), -INFINITY, 0, m), f_set(max))));
+        sum = f_add(sum, f_weight(f_sub(f_keep(f_load_n(x + i, m), -INFINITY, 0, m), f_set(max))));
     return f_sum(sum);
 }
 
