@@ -50,7 +50,8 @@ def recipe_of(args):
 def main(argv=None):
     args = parse(argv)
     torch.set_num_threads(args.threads)
-    torch.set_default_device(args.device)
+    if args.device != "cpu":         # even the same device, set, breaks compiled graphs at every tensor made anew
+        torch.set_default_device(args.device)
     args.work.mkdir(parents=True, exist_ok=True)
     args.out.mkdir(parents=True, exist_ok=True)
     job = stages.Job(recipe_of(args), args.corpus, args.heldout, args.work, args.out, args.start)
