@@ -1,13 +1,21 @@
 /* An index of pairs: where each pair of tokens ended last, and for every position where its pair had ended before. Following
- * these places back finds matches, the latest first; a token costs nanoseconds to add. */
+ * these places back finds matches, the latest first; a token costs nanoseconds to add.
+ *
+ * An edited copy leaves its source and comes back to it: a token that is close by there is enough, without a pair. The guess after
+ * it goes on a match of one, those behind it the copy. */
 #include "ngram.h"
 
 #include "error.h"
 
+#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { TRIES = 64 };                /* places that one proposal looks at */
+enum {
+    TRIES = 64,                     /* places that one look at a match takes */
+    COPY = 4,                       /* tokens of a match that is taken for a copy */
+    EDITED = 4,                     /* tokens that an edit puts in or leaves out, at most */
+};
 
 struct slot { int32_t first, second, end; };        /* end 0: empty */
 
@@ -101,28 +109,50 @@ int bmc_ngrams_add(bmc_ngrams *g, const int32_t *tokens, int n) {
     return 0;
 }
 
-/* How many tokens before `place` are those at the end, of which two are known to be. */
-static int match_length(const bmc_ngrams *g, int place) {
+/* How many tokens before `place` are those before `end`, of which two are known to be. */
+static int match_length(const bmc_ngrams *g, int place, int end) {
     int length = 2;
-    while (length < NGRAM_LONGEST && length < place && g->text[place - length - 1] == g->text[g->n - length - 1])
+    while (length < NGRAM_LONGEST && length < place && g->text[place - length - 1] == g->text[end - length - 1])
         length++;
     return length;
 }
 
-int ngrams_propose(const bmc_ngrams *g, int k, int32_t *ids, double *lengths) {
-    int best = 0, longest = 0;
-    for (int place = g->n ? g->before[g->n] : 0, tries = TRIES; place && tries; place = g->before[place], tries--) {
-        int length = match_length(g, place);
-        if (length > longest) {
-            longest = length;
+/* Where the tokens before `end` were before, and how many of them: the latest of the longest matches; 0 where there is none. */
+static int match(const bmc_ngrams *g, int end, int *length) {
+    int best = 0;
+    *length = 0;
+    for (int place = end > 0 ? g->before[end] : 0, tries = TRIES; place && tries; place = g->before[place], tries--) {
+        int found = match_length(g, place, end);
+        if (found > *length) {
+            *length = found;
             best = place;
         }
     }
-    for (int i = 0; longest && i < k; i++) {        /* a match that reaches the end goes on into the proposal itself */
-        ids[i] = best + i < g->n ? g->text[best + i] : ids[best + i - g->n];
-        lengths[i] = longest + i < NGRAM_LONGEST ? longest + i : NGRAM_LONGEST;
+    return best;
+}
+
+/* Where a copy that was left a few tokens ago goes on, as after an edit: behind the last token, where it stands close to
+ * the place; 0 where it does not. length: the copy's. */
+static int rejoined(const bmc_ngrams *g, int *length) {
+    for (int since = 1; since <= EDITED && since < g->n; since++) {
+        int left = match(g, g->n - since, length);
+        for (int at = left; *length >= COPY && at < left + since + EDITED && at < g->n - since; at++)
+            if (g->text[at] == g->text[g->n - 1])
+                return at + 1;
     }
-    return longest ? k : 0;
+    return 0;
+}
+
+int ngrams_propose(const bmc_ngrams *g, int k, int32_t *ids, double *lengths) {
+    int length, from = match(g, g->n, &length);
+    bool back = !from && (from = rejoined(g, &length));
+    for (int i = 0; from && i < k; i++) {           /* a match that reaches the end goes on into the proposal itself */
+        ids[i] = from + i < g->n ? g->text[from + i] : ids[from + i - g->n];
+        lengths[i] = length + i < NGRAM_LONGEST ? length + i : NGRAM_LONGEST;
+    }
+    if (back && k > 0)
+        lengths[0] = 1;
+    return from ? k : 0;
 }
 
 int bmc_ngrams_propose(const bmc_ngrams *g, int k, int32_t *ids, double *lengths) {

@@ -6,8 +6,8 @@
 
 #include "bmc.h"
 
-/* Up to k tokens that may come next, none where the last pair was never there before; how many. lengths, for each: how many
- * tokens of the match it goes on, up to NGRAM_LONGEST. */
+/* Up to k tokens that may come next, none where the last pair was never there before and no copy was left a few tokens ago; how
+ * many. lengths, for each: how many tokens of the match it goes on, up to NGRAM_LONGEST; 1 for the first after an edit. */
 enum { NGRAM_LONGEST = 24 };
 int ngrams_propose(const bmc_ngrams *g, int k, int32_t *ids, double *lengths);
 

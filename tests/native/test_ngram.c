@@ -2,6 +2,7 @@
 #include "check.h"
 #include "ngram.h"
 
+#include <stdbool.h>
 #include <string.h>
 
 enum { N = 400, K = 9 };
@@ -22,8 +23,21 @@ static int search(const int32_t *text, int n, int *length) {
     return best;
 }
 
+/* Four tokens of a match at least, left up to four tokens ago, and the last one within four of where it would be: the place behind
+ * it in the source. */
+static int search_rejoined(const int32_t *text, int n, int *length) {
+    for (int since = 1; since <= 4 && since < n; since++) {
+        int left = search(text, n - since, length);
+        for (int at = left; left && *length >= 4 && at < left + since + 4 && at < n - since; at++)
+            if (text[at] == text[n - 1])
+                return at + 1;
+    }
+    return 0;
+}
+
 static void matches_are_those_found_by_searching(void) {
     uint64_t state = 3;
+    int n_back = 0;
     for (int round = 0; round < 60; round++) {
         bmc_ngrams *g = bmc_ngrams_new();
         int32_t *text = malloc(N * sizeof *text), ids[K];
@@ -39,15 +53,42 @@ static void matches_are_those_found_by_searching(void) {
             CHECK(bmc_ngrams_add(g, text + n, more) == 0);
             n += more;
             int length, end = search(text, n, &length), found = bmc_ngrams_propose(g, K, ids, lengths);
+            bool back = !end && (end = search_rejoined(text, n, &length));
+            n_back += back;
             CHECK(found == (end ? K : 0));
             for (int i = 0; i < found; i++) {
                 CHECK(ids[i] == (end + i < n ? text[end + i] : ids[end + i - n]));
-                CHECK(lengths[i] == (length + i < NGRAM_LONGEST ? length + i : NGRAM_LONGEST));
+                CHECK(lengths[i] == (back && !i ? 1 : length + i < NGRAM_LONGEST ? length + i : NGRAM_LONGEST));
             }
         }
         CHECK(bmc_ngrams_clear(g) == 0 && bmc_ngrams_add(g, text, 2) == 0 && bmc_ngrams_propose(g, K, ids, lengths) == 0);
         bmc_ngrams_free(g);
         free(text);
+    }
+    CHECK(n_back > 20);
+}
+
+/* 1 .. 30, then as far as 12 and an edit: the guess goes on behind it. */
+static void it_comes_back_to_an_edited_copy(void) {
+    static const struct { int32_t tokens[4]; int n, next; } edits[] = {
+        { { 14 }, 1, 15 }, { { 17 }, 1, 18 }, { { 18 }, 1, 0 },                            /* left out */
+        { { 99, 13 }, 2, 14 }, { { 97, 98, 99, 13 }, 4, 14 },                               /* put in */
+        { { 99, 14 }, 2, 15 }, { { 97, 98, 99, 16 }, 4, 17 }, { { 99 }, 1, 0 },             /* replaced */
+    };
+    for (size_t e = 0; e < sizeof edits / sizeof *edits; e++) {
+        bmc_ngrams *g = bmc_ngrams_new();
+        int32_t ids[3];
+        double lengths[3];
+        for (int32_t i = 1; i <= 42; i++)
+            CHECK(bmc_ngrams_add(g, &(int32_t){ i > 30 ? i - 30 : i }, 1) == 0);
+        CHECK(bmc_ngrams_add(g, edits[e].tokens, edits[e].n) == 0);
+        int found = bmc_ngrams_propose(g, 3, ids, lengths);
+        CHECK(found == (edits[e].next ? 3 : 0));
+        if (found) {
+            CHECK(ids[0] == edits[e].next && ids[1] == ids[0] + 1 && ids[2] == ids[1] + 1);
+            CHECK(lengths[0] == 1 && lengths[1] == 13 && lengths[2] == 14);
+        }
+        bmc_ngrams_free(g);
     }
 }
 
@@ -66,6 +107,7 @@ static void it_grows_and_refuses(void) {
 
 int main(void) {
     matches_are_those_found_by_searching();
+    it_comes_back_to_an_edited_copy();
     it_grows_and_refuses();
     return 0;
 }
