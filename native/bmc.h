@@ -16,7 +16,7 @@
 
 /* <cffi> What stands between these two marks is read by Python as it is: plain declarations only. */
 
-#define BMC_VERSION 4       /* counts the changes of what follows; bmc_version() tells which one was compiled */
+#define BMC_VERSION 5       /* counts the changes of what follows; bmc_version() tells which one was compiled */
 
 enum bmc_status {
     BMC_OK = 0,
@@ -119,6 +119,7 @@ typedef struct bmc_plan {
     int32_t n_tokens;
     double seconds;
     const bmc_sampler *sampler;     /* of both models */
+    int32_t patient;                /* 1: a round in which no guess was worth checking does not end them */
     double p_min;                   /* a draft ends after a guess that it is less sure of */
     int32_t n_edges;
     const double *edges;            /* (n_edges,) how sure guesses of a class are, where it ends */
@@ -225,7 +226,8 @@ int         bmc_draft(bmc_session *session, const int32_t *tokens, int n_tok, in
                       const bmc_sampler *sampler, int32_t *ids, float *sure);
 
 /* A text as its own drafter: the longest match of its end, of up to 24 tokens and two at least, and what followed it; the latest of
- * equals. Returns how many ids there are, k or none; lengths (k,) are those of the match that each goes on. */
+ * equals. Or where a copy that an edit interrupted goes on. Returns how many ids there are, k or none; lengths (k,) are those of
+ * the match that each goes on, 1 right after an edit. */
 bmc_ngrams *bmc_ngrams_new(void);
 void        bmc_ngrams_free(bmc_ngrams *ngrams);
 int         bmc_ngrams_clear(bmc_ngrams *ngrams);                        /* of an empty text again */

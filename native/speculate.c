@@ -146,7 +146,8 @@ int bmc_speculate(bmc_session *target, bmc_session *draft, bmc_ngrams *ngrams, c
         };
         status = follow(&g, ids, given, accepted);
         pass[0] = ids[accepted];
-        if (status || !accepted || !isfinite(logprobs[accepted]))
+        bool idle = !checked && plan->patient;
+        if (status || (!accepted && !idle) || !isfinite(logprobs[accepted]))
             break;
         left -= given;
         ids += given;

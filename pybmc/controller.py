@@ -302,12 +302,13 @@ class Source:
 @dataclass
 class Plan:
     """k tokens to draft, and to stop after one that is less probable than p_min. trial: it is not expected to pay; whole: all
-    are to be checked, since nobody knows what that costs."""
+    are to be checked, since nobody knows what that costs; patient: where no guess is worth it, decoding goes on plainly."""
 
     k: int
     p_min: float = 0.0
     trial: bool = False
     whole: bool = False
+    patient: bool = False
     gain: float = 1.0
 
 
@@ -472,10 +473,9 @@ class Controller:
             gained += tokens - min(passing, 3 * self.curve.at(checked + 1 + others)) / token
         self.account.enter(tokens, gained, trial)
 
-
-    def wrote(self, rounds: int, tokens: int, seconds: float, trial: bool = False) -> None:
-        """So many rounds, each with a draft, gave so many tokens."""
-        self._since_plain += rounds
+    def wrote(self, rounds: int, plain: int, tokens: int, seconds: float, trial: bool = False) -> None:
+        """So many rounds, of them some of a plain token, gave so many tokens."""
+        self._since_plain = 0 if plain else self._since_plain + rounds
         self.account.enter(tokens, tokens - seconds / (self.curve.at(1) + self.choosing.value), trial)
 
 

@@ -50,6 +50,8 @@ class StopStrings:
 
     def push(self, text: str) -> str:
         """What is certain to come before any stop string."""
+        if not self.strings:
+            return text
         if self.found:
             return ""
         text = self._held + text

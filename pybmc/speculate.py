@@ -43,7 +43,7 @@ MEASURED = (1, 2, 3, 4, 6, 8, 12, 16)       # widths that a first calibration ti
 
 # What a mark promises before anything was seen. Two models' best tokens are the same more often than they are sure.
 _MODEL_MARKS = [1 - (1 - (a + b) / 2) ** 2 for a, b in zip((0.0, *EDGES), (*EDGES, 1.0))]
-_NGRAM_MARKS = [0.0, 0.1, 0.25, 0.4, 0.55, 0.65, 0.7, 0.75, *[0.8] * 8, *[0.9] * (NgramDrafter.n_marks - 16)]
+_NGRAM_MARKS = [0.0, 0.5, 0.25, 0.4, 0.55, 0.65, 0.7, 0.75, *[0.8] * 8, *[0.9] * (NgramDrafter.n_marks - 16)]
 
 
 @dataclass
@@ -183,7 +183,7 @@ class Speculation:
                         yield from self._written(round, rounds, text, spent, chooser, stats)
                         rows, sent, resumed = (), [], clock()
                         continue
-                    if not round.source and self.drafter:
+                    if round.bulk is self.drafter:
                         self._ask_model(round, round.plan, text, chooser)
                 if round.rest:
                     yield from self._plainly(round, text, chooser, controller, stats)
@@ -204,6 +204,8 @@ class Speculation:
     def _rounds(self, round: Round, session, text: list[int], n_tokens: int, chooser: Chooser) -> list:
         """Rounds that the library drafts, checks and accepts by itself; none if it cannot."""
         source, k = self.source(round.bulk.name, chooser.kind), round.plan.k
+        if round.rest and self.drafter:                 # then it is the draft model's turn to be asked
+            n_tokens = min(n_tokens, round.rest)
         terms = {} if round.plan.whole else self.controller(chooser.kind).terms(source, k)
         n_rounds = 1 if round.plan.whole or round.bulk is self.drafter and source.seconds.n < SURE else BULK
         self._ahead = n_rounds * (k + 1)
@@ -213,7 +215,7 @@ class Speculation:
                 return []
         try:
             return round.bulk.rounds(session, text, k, min(n_tokens, self._ahead), chooser.sampler, n_rounds=n_rounds,
-                                     seconds=BULK_SECONDS, p_min=round.plan.p_min, script=chooser.script(text), **terms)
+                                     seconds=BULK_SECONDS, p_min=round.plan.p_min, patient=round.plan.patient, script=chooser.script(text), **terms)
         except BmcError:                # whoever asks next is told why
             return []
 
@@ -226,11 +228,12 @@ class Speculation:
             if round.bulk is self.drafter and r.sure:
                 source.seconds.add(len(r.sure), r.draft_s)
         for r in rounds:
-            hits = [True] * r.n_right + [False] * (r.n_right < min(len(r.sure), len(r.ids)))
-            source.learn(r.n_asked, r.n_checked, round.bulk.marks(r.sure), hits)
+            if r.sure:
+                hits = [True] * r.n_right + [False] * (r.n_right < min(len(r.sure), len(r.ids)))
+                source.learn(r.n_asked if round.bulk is self.drafter else 0, r.n_checked, round.bulk.marks(r.sure), hits)
             stats.count(r.n_checked, r.draft_s, r.verify_s)
             working += r.draft_s + r.verify_s
-        controller.wrote(len(rounds), n, spent, round.plan.trial)
+        controller.wrote(len(rounds), sum(not r.n_checked for r in rounds), n, spent, round.plan.trial)
         stats.draft_s += max(0.0, spent - working)
         stats.plain_n += n
         stats.plain_s += n / controller.plain()
@@ -282,13 +285,16 @@ class Speculation:
             round.source, round.draft, round.asked, round.checked = self.source("ngram", chooser.kind), round.shadow, n, n
             round.shadow = NOTHING
             if not others and self._bulk(self.ngram, chooser, session):
-                round.bulk, round.plan = self.ngram, Plan(max(n, controller.affordable(room)))
+                round.bulk, round.plan = self.ngram, Plan(max(n, controller.affordable(room)), patient=not self.drafter)
         elif plan.k and not others and self._bulk(self.drafter, chooser, session):
             round.bulk, round.plan = self.drafter, plan
         elif plan.k:
             self._ask_model(round, plan, text, chooser)
         elif controller.resting or not self.drafter:
             round.rest = controller.break_after(self.clock() - started, DECIDING if self.drafter else LOOKING)
+            watching = controller.affordable(room) if round.rest and not others and self._bulk(self.ngram, chooser, session) else 0
+            if watching:                # meanwhile the library looks at the text
+                round.bulk, round.plan, round.shadow = self.ngram, Plan(watching, patient=True), NOTHING
         round.drafting = self.clock() - started
         return round
 

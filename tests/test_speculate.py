@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import pybmc
 from pybmc import ArgumentError, BmcError, OutOfMemoryError
 from pybmc.controller import Controller, CostCurve, FixedLength, Plan, Source
-from pybmc.decode import generate
+from pybmc.decode import Choice, Chooser, generate
 from pybmc.drafters import NOTHING, Draft, ModelDrafter, NgramDrafter, PairError, check_pair, first_difference, guess
 from pybmc.model import speculate
 from pybmc.sampling import Sampler, logprob
@@ -269,6 +269,61 @@ def test_rounds_end_with_the_text_the_contexts_and_the_time(model):
             rounds = speculate(session, other, text[-1:], 4, 100, n_rounds=99, seconds=60)
             said = sum((r.ids for r in rounds), [])
             assert said == plain[:len(said)] and 7 <= len(said) <= (8 if context else 9) and session.position == len(text) + len(said) - 1
+
+
+def test_patient_rounds_wait_for_a_guess_that_is_worth_it(model):
+    """Where nothing is worth checking they write on plainly; a wrong guess ends them."""
+    session, other, text, plain = texts_of(model, model)
+    terms = {"edges": (2,), "costs": [0.0, *[1.0] * 6], "n_rounds": 6, "seconds": 60, "patient": True}
+    for chance, given in ((0.0, 6), (1.0, 1)):
+        with model.session() as session:
+            session.eval(text[:-1], "none")
+            index = NgramDrafter()
+            index.follow([*text[-2:], plain[0] ^ 1, *text])             # what follows the last two tokens was another one
+            script = [plain[0], *range(1, 12)] if chance else ()        # and then nothing that was there before
+            rounds = speculate(session, None, text[-1:], 4, 12, ngrams=index._handle, chances=(0.0, chance), script=script, **terms)
+            assert len(rounds) == given and not any(r.n_accepted for r in rounds)
+            assert [r.n_checked for r in rounds] == ([4] if chance else [0] * given)
+            said = [id for r in rounds for id in r.ids]
+            assert said == plain[:given] and session.tokens == [*text, *said[:-1]]
+    session.close(), other.close()
+
+
+class Resting(Controller):
+    """Never asks; seven tokens go by, and what the text guesses meanwhile is worth checking."""
+
+    stale, resting = False, True
+
+    def plan(self, source, room, others=0, lag=0.0, new=False):
+        return Plan(0)
+
+    def cut(self, source, marks, spent, others=0):
+        return 0, 0.0
+
+    def break_after(self, deciding, share=0.0):
+        return 7
+
+    def affordable(self, k):
+        return min(k, 4)
+
+    def terms(self, source, k):
+        return {"chances": [1.0], "costs": [1.0] * (k + 2)}
+
+
+def test_a_text_is_looked_at_while_a_draft_rests(model, monkeypatch):
+    """The tokens meanwhile are the library's, in rounds that find the text's own repetitions."""
+    calls, rounds, script = [], NgramDrafter.rounds, [*range(40, 80), *range(1, 30), *range(50, 80), *range(10, 40)]
+    monkeypatch.setattr(NgramDrafter, "rounds", lambda *args, **terms: calls.append((terms, found := rounds(*args, **terms))) or found)
+    monkeypatch.setattr(Chooser, "script", lambda self, text: script[len(text) - 3:])
+    monkeypatch.setattr(Chooser, "choose", lambda self, row, text: Choice(script[len(text) - 3], 0.0))
+    made = Speculation(model, model, "auto", controller=Resting())
+    with model.session() as session:
+        said = [t.id for t in generate(model, [1, 2, 3], len(script), session=session, draft=made, stop_tokens=())]
+    made.close()
+    assert said == script and calls and all(terms["patient"] for terms, _ in calls)
+    assert all(sum(len(r.ids) for r in found) <= 7 for _, found in calls)
+    found = [r for _, found in calls for r in found]
+    assert sum(not r.n_checked for r in found) > 50 and sum(r.n_accepted == 4 for r in found) > 3
 
 
 def test_rounds_with_a_vocabulary_of_another_size(model):
