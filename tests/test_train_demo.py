@@ -18,7 +18,8 @@ sys.path.insert(0, str(TOOLS))
 
 from train_demo import text
 from train_demo.evaluate import Rounds
-from train_demo.model import Config, KVCache, Llama, grow
+from train_demo.generate import score_rows
+from train_demo.model import Config, KVCache, Llama, attend_causal, grow
 from train_demo.tokens import pack
 
 
@@ -100,6 +101,25 @@ def test_a_cache_gives_the_same_logits(model):
     tokens, cache = torch.arange(20).repeat(2, 1), KVCache(model.config, 2, 20)
     parts = [model.logits(tokens[:, a:b], cache) for a, b in ((0, 7), (7, 8), (8, 9), (9, 20))]
     torch.testing.assert_close(torch.cat(parts, 1), model.logits(tokens), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("n_tok", [1, 3, 5, 64, 127])
+def test_attention_in_blocks_is_torchs_own(n_tok):
+    torch.manual_seed(n_tok)
+    q, k, v = (torch.randn(3, heads, n_tok, 16, requires_grad=True) for heads in (6, 2, 2))
+    ours, theirs = attend_causal(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    weights = torch.randn_like(ours)
+    for a, b in zip((ours, *torch.autograd.grad(ours, (q, k, v), weights)), (theirs, *torch.autograd.grad(theirs, (q, k, v), weights))):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_that_are_read_carry_the_targets_distribution(model):
+    ids, learn = torch.randint(model.config.vocab_size, (2, 9)), torch.randint(2, (2, 9))
+    same, top_ids, top_logp, own = score_rows(model, ids, learn, 4)
+    logp = model.logits(ids)[:, :-1].log_softmax(-1)
+    assert same is ids and torch.equal(own, learn[:, 1:]) and top_ids.shape == (2, 8, 4)
+    torch.testing.assert_close(logp.gather(-1, top_ids.long()), top_logp.float(), rtol=2e-3, atol=2e-3)
+    assert torch.equal(top_ids[..., 0], logp.argmax(-1).int())
 
 
 def test_requests_are_made_of_the_passage():

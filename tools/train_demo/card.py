@@ -3,6 +3,7 @@
 import textwrap
 
 from .evaluate import answer
+from .generate import MIN_P
 from .recipe import BOOKS
 
 TALES = (       # (request, temperature)
@@ -35,10 +36,10 @@ template is ChatML's. Text is best within {n_ctx} tokens; training rows had {row
   followed by "Go on."; the rest is running text. Only answers and running text are learned. A few lines of small talk are ours.
 - **Teller**: {target_tokens} tokens in {target_steps} steps of {batch_tokens}; Muon for the matrices, AdamW for the rest; warm-up, a level stretch and a straight line to
   zero; weight decay, gradients clipped at 1, bf16 products; half of the layers first, the other half from {grow_at:.0%} of the time on.
-  Then {more_tokens} tokens more, from the weights of one run to the next, each with a warm-up and a descent of its own and its last half in rows of {n_ctx}.
+  Then {more_tokens} tokens more, from the weights of one run to the next, each with a warm-up and a descent of its own and with rows of {n_ctx} at its end.
   {target_minutes} minutes on CPU together, beside other work, so that a rerun differs a little. A model of this size wants some two hundred million tokens.
-- **Draft**: {draft_tokens} tokens of the same text, then {distill_tokens} tokens of distillation on {told_tokens} tokens that the teller's quantized file wrote itself
-  (two thirds greedy, one third at temperature 0.8): its distribution over the {top} likeliest tokens, and its first choice.
+- **Draft**: {draft_tokens} tokens of the same text, then {distill_tokens} tokens of distillation on {told_tokens} tokens that the teller's quantized file wrote itself,
+  greedy and at temperature 0.8, or read in the corpus: its distribution over the {top} likeliest tokens, and its first choice.
 
 ## Measured
 
@@ -107,7 +108,7 @@ def acceptance_rows(results):
 
 
 def quote(request, temperature, told):
-    how = f"temperature {temperature}" if temperature else "greedy"
+    how = f"temperature {temperature}, min-p {MIN_P}" if temperature else "greedy"
     lines = "\n".join(f"> {line}".rstrip() for line in told.strip().splitlines())
     return f"**{request}** ({how})\n\n{lines}"
 

@@ -1,5 +1,6 @@
-"""The target's own text with its likeliest tokens at every position: what the draft learns from."""
+"""What the draft learns from: the target's own text, and the corpus, with the target's likeliest tokens at every position."""
 
+import math
 import random
 import time
 
@@ -10,7 +11,8 @@ from .model import KVCache
 from .tokens import END_OF_TURN, ask
 from .train import Progress, clock
 
-TEMPERATURES = (0.0, 0.0, 0.8)      # two greedy rows for each sampled one
+TEMPERATURES = (0.0, 0.8)           # rows take turns
+MIN_P = 0.05                        # as pybmc chat: what is less likely than this share of the likeliest is not chosen
 PREFIX_SHARE = 0.15                 # rows that go on from corpus text rather than from a request
 PREFIX_TOKENS = 24
 
@@ -31,7 +33,8 @@ def seeded(seed):
 
 
 def pick(logits, temperature, generator):
-    """One token a row, by each row's temperature (0: the likeliest). logits (batch, vocab_size), temperature (batch,)."""
+    """One token a row, by MIN_P and each row's temperature (0: the likeliest). logits (batch, vocab_size), temperature (batch,)."""
+    logits = logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(MIN_P), -torch.inf)
     noise = -torch.empty_like(logits).exponential_(generator=generator).log()      # Gumbel
     return (logits + noise * temperature[:, None]).argmax(-1)
 
@@ -69,6 +72,31 @@ def generate_rows(model, prompt_of, temperature, n_tok, top, end_id, next_turn, 
 def save_rows(path, rows):
     ids, top_ids, top_logp, own = (r.cpu().numpy() for r in rows)
     np.savez(path, ids=ids.astype(np.uint16), top_ids=top_ids.astype(np.uint16), top_logp=top_logp, own=own)
+
+
+@torch.inference_mode()
+def score_rows(model, ids, learn, top):
+    """Rows that are written already: ids (batch, n_tok + 1), learn likewise. Returns what generate_rows does; own says where to learn."""
+    logits = model.logits(ids[:, :-1]).float()
+    best = logits.topk(top)
+    logp = best.values - logits.logsumexp(-1, keepdim=True)
+    return ids, best.indices.to(torch.int32), logp.to(torch.float16), learn[:, 1:]
+
+
+def read(model, rows, recipe, work, seconds):
+    """Batches of the corpus's rows (ids, mask) into work/told-read-NNN.npz, likewise."""
+    report, spent, n, size = Progress("read"), 0.0, 0, recipe.generate_tokens + 1
+    ids, learn = (part[:, : part.shape[1] // size * size].reshape(-1, size) for part in rows)
+    while spent < seconds and (n + 1) * recipe.generate_batch <= len(ids):
+        path, began = work / f"told-read-{n:03d}.npz", time.monotonic()
+        at = slice(n * recipe.generate_batch, (n + 1) * recipe.generate_batch)
+        if not path.exists():
+            batch = torch.from_numpy(ids[at].astype("int64")).to(torch.get_default_device())
+            with torch.autocast(batch.device.type, torch.bfloat16, enabled=recipe.bf16):
+                save_rows(path, score_rows(model, batch, torch.from_numpy(learn[at]), recipe.top))
+        spent += min(time.monotonic() - began, seconds / 4)
+        n += 1
+        report(f"batch {n}  {n * ids[at].size / 1e6:.2f}M tokens  left {clock(max(0, seconds - spent))}", force=spent >= seconds)
 
 
 def generate(model, tokenizer, requests, running, recipe, work, seconds):

@@ -77,8 +77,9 @@ class Recipe:
     target_run: Schedule = Schedule(64 * 60, 4096, 8, 0.02, 3e-3, grow_at=0.65, long_from=0.9)
     more_run: Schedule = Schedule(90 * 60, 8192, 4, 0.01, 2e-3, decay_from=0.1, long_from=0.75)     # a second climb and descent
     draft_run: Schedule = Schedule(4 * 60, 8192, 16, 0.02, 6e-3, long_from=2.0)
-    distill_run: Schedule = Schedule(6 * 60, 8192, 16, 0.02, 4e-3, long_from=2.0)
+    distill_run: Schedule = Schedule(12 * 60, 8192, 16, 0.02, 4e-3, long_from=2.0)
     generate_seconds: float = 5 * 60        # time for the target's own text
+    read_seconds: float = 2 * 60            # time for what it would have written in the corpus's place
     generate_batch: int = 128
     generate_tokens: int = 224              # positions of one generated row, its request included
     top: int = 48                           # the target's likeliest tokens kept at each position
@@ -92,6 +93,6 @@ SMOKE = Recipe(
     more_run=Schedule(5, 1024, 8, 0.02, 3e-3),
     draft_run=Schedule(5, 1024, 8, 0.02, 6e-3, long_from=2.0),
     distill_run=Schedule(8, 1024, 16, 0.02, 4e-3, long_from=2.0),
-    generate_seconds=8, generate_batch=8, generate_tokens=64, top=16,
+    generate_seconds=8, read_seconds=2, generate_batch=8, generate_tokens=64, top=16,
 )
 RECIPES = {"full": FULL, "smoke": SMOKE}

@@ -11,7 +11,7 @@ import torch
 from tokenizers import Tokenizer
 
 from . import card, distill, evaluate, export, text, tokens
-from .generate import generate
+from .generate import generate, read
 from .model import Config, Llama, grow, load_model, save_model
 from .recipe import Recipe
 from .train import Trainer, text_batches, text_loss
@@ -152,12 +152,14 @@ def draft(job):
 
 
 def tell(job):
-    """Let the target, as its file has it, write what the draft will learn from."""
+    """Let the target, as its file has it, write what the draft will learn from, and say what it would have written in the corpus."""
     books, tokenizer = job.books(), job.tokenizer()
     documents = text.chat_documents(books, job.recipe.seed + 2, min(1.0, job.recipe.rounds), job.passage_limit())
     requests = [d.turns[0][0] for d in documents]
     running = tokenizer.encode("\n\n".join(text.running_text(book) for book in books[:6])).ids
-    generate(export.read_gguf(job.out / TARGET), tokenizer, requests, running, job.recipe, job.work, job.recipe.generate_seconds)
+    model = export.read_gguf(job.out / TARGET)
+    read(model, job.rows("short"), job.recipe, job.work, job.recipe.read_seconds)
+    generate(model, tokenizer, requests, running, job.recipe, job.work, job.recipe.generate_seconds)
 
 
 def distill_draft(job):
