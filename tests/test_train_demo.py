@@ -19,7 +19,7 @@ sys.path.insert(0, str(TOOLS))
 from train_demo import text
 from train_demo.evaluate import Rounds
 from train_demo.generate import score_rows
-from train_demo.model import Config, KVCache, Llama, attend_causal, grow
+from train_demo.model import Config, KVCache, Llama, attend_causal, blend, grow
 from train_demo.tokens import pack
 
 
@@ -111,6 +111,15 @@ def test_attention_in_blocks_is_torchs_own(n_tok):
     weights = torch.randn_like(ours)
     for a, b in zip((ours, *torch.autograd.grad(ours, (q, k, v), weights)), (theirs, *torch.autograd.grad(theirs, (q, k, v), weights))):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_blend_lies_between(model):
+    other = grow(model)
+    torch.nn.init.normal_(other.embed.weight)
+    for share, like in ((0.0, grow(model)), (1.0, other)):
+        for name, p in blend(grow(model), other, share).state_dict().items():
+            torch.testing.assert_close(p, like.state_dict()[name])
+    torch.testing.assert_close(blend(grow(model), other, 0.5).embed.weight, (model.embed.weight + other.embed.weight) / 2)
 
 
 def test_rows_that_are_read_carry_the_targets_distribution(model):

@@ -37,7 +37,9 @@ template is ChatML's. Text is best within {n_ctx} tokens; training rows had {row
 - **Teller**: {target_tokens} tokens in {target_steps} steps of {batch_tokens}; Muon for the matrices, AdamW for the rest; warm-up, a level stretch and a straight line to
   zero; weight decay, gradients clipped at 1, bf16 products; half of the layers first, the other half from {grow_at:.0%} of the time on.
   Then {more_tokens} tokens more, from the weights of one run to the next, each with a warm-up and a descent of its own and with rows of {n_ctx} at its end.
-  {target_minutes} minutes on CPU together, beside other work, so that a rerun differs a little. A model of this size wants some two hundred million tokens.
+  The last run's weights are {more_share:.0%} its own and the rest those that it began with: by then the tales had been read a dozen times, and it had
+  begun to know them by heart (by held-out text, which also chose the share). {target_minutes} minutes on CPU together, beside other work, so that a
+  rerun differs a little. More text would help now, rather than more reading of this.
 - **Draft**: {draft_tokens} tokens of the same text, then {distill_tokens} tokens of distillation on {told_tokens} tokens that the teller's quantized file wrote itself,
   greedy and at temperature 0.8, or read in the corpus: its distribution over the {top} likeliest tokens, and its first choice.
 
@@ -118,7 +120,7 @@ def write(recipe, configs, sizes, results, told):
     return CARD.format(
         sizes=table(size_rows(configs, sizes)), vocab_size=recipe.vocab_size, n_ctx=configs[0].n_ctx, row=recipe.n_ctx, top=recipe.top,
         text=titles(), batch_tokens=recipe.target_run.batch_tokens,
-        grow_at=recipe.target_run.grow_at, target_tokens=millions(results["target"]["tokens"]), target_steps=results["target"]["steps"],
+        grow_at=recipe.target_run.grow_at, more_share=recipe.more_share, target_tokens=millions(results["target"]["tokens"]), target_steps=results["target"]["steps"],
         more_tokens=millions(results["more"]["tokens"]), target_minutes=(results["target"]["seconds"] + results["more"]["seconds"]) // 60, draft_tokens=millions(results["draft"]["tokens"]),
         distill_tokens=millions(results["distill"]["tokens"]), told_tokens=millions(results["distill"]["told"]),
         heldout=table(heldout_rows(results)), acceptance=table(acceptance_rows(results)), tales="\n\n".join(quote(*t) for t in told),

@@ -201,6 +201,15 @@ def grow(model):
     return grown
 
 
+def blend(start, end, share):
+    """Weights between those where a run began and those where it ended, `share` of the way: runs over text that was read before
+    learn it by heart, and the mean forgets that part (model soups, arXiv 2203.05482)."""
+    mean = Llama(end.config)
+    first, last = start.state_dict(), end.state_dict()
+    mean.load_state_dict({name: torch.lerp(first[name], last[name], share) for name in last})
+    return mean
+
+
 def save_model(model, path):
     torch.save({"config": asdict(model.config), "weights": model.state_dict()}, path)
 

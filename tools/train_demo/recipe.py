@@ -76,9 +76,10 @@ class Recipe:
     draft: Shape = Shape(96, 256, 32, 2, 3, 1)
     target_run: Schedule = Schedule(64 * 60, 4096, 8, 0.02, 3e-3, grow_at=0.65, long_from=0.9)
     more_run: Schedule = Schedule(90 * 60, 8192, 4, 0.01, 2e-3, decay_from=0.1, long_from=0.75)     # a second climb and descent
+    more_share: float = 0.65                # its weights, beside those that it began with
     draft_run: Schedule = Schedule(4 * 60, 8192, 16, 0.02, 6e-3, long_from=2.0)
-    distill_run: Schedule = Schedule(12 * 60, 8192, 16, 0.02, 4e-3, long_from=2.0)
-    generate_seconds: float = 5 * 60        # time for the target's own text
+    distill_run: Schedule = Schedule(10 * 60, 8192, 16, 0.02, 4e-3, long_from=2.0)
+    generate_seconds: float = 4 * 60        # time for the target's own text
     read_seconds: float = 2 * 60            # time for what it would have written in the corpus's place
     generate_batch: int = 128
     generate_tokens: int = 224              # positions of one generated row, its request included

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from . import card, distill, evaluate, export, text, tokens
 from .generate import generate, read
-from .model import Config, Llama, grow, load_model, save_model
+from .model import Config, Llama, blend, grow, load_model, save_model
 from .recipe import Recipe
 from .train import Trainer, text_batches, text_loss
 
@@ -130,15 +130,16 @@ def target(job):
 
 
 def more(job):
-    """Train the target further, from where its first run ended, and write its file."""
+    """Train the target further, from where its first run ended, and write the file of what lies between."""
     r, path, first = job.recipe, job.work / "more.pt", job.work / "target.ckpt"
     if not path.exists():
-        model, schedule = load_model(job.work / "target.pt"), job.recipe.more_run
+        start, model = (load_model(job.work / "target.pt") for _ in range(2))
+        schedule = r.more_run
         cursor = torch.load(first, weights_only=True, map_location="cpu")["cursor"] if first.exists() else None
         batches = text_batches(schedule, job.rows("short"), job.rows("long"))
         run = Trainer("more", model, schedule, text_loss(model, r.bf16, r.compile), batches, job.work / "more.ckpt", cursor=cursor)
         run.run()
-        save_model(model, path)
+        save_model(blend(start, model, r.more_share), path)
         keep_sum(job, "more", {"steps": run.step, "tokens": run.tokens, "seconds": round(run.seconds)})
     export.write_gguf(load_model(path), job.tokenizer(), job.out / TARGET, "Teller", "A small teller of tales")
 
