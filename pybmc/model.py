@@ -407,11 +407,12 @@ def speculate(target: Session, draft: Session | None, text: Sequence[int], k: in
     """Rounds of speculative decoding, n_rounds at most, in one native call; for n_tokens more tokens at most.
 
     draft: who guesses; or None, and ngrams, an index that knows the text (pybmc.drafters.NgramDrafter). text: what the draft
-    lacks of the text, up to 32 tokens, of which the target lacks the last; afterwards it is the same with the ids that came. A round drafts k guesses and checks as many as give the most tokens a second, `least` or
-    none: costs[n] are the seconds of a pass of n tokens (up to k + 1), choosing those for each token, and chances
-    how often guesses of a class come true, whose upper ends in how sure the draft is are edges. Without costs
-    all are checked. Rounds end after one without a right guess (patient: one that had guesses worth checking), and none begins
-    after so many seconds. script: for experiments, what the target is taken to choose. Raises what eval() raises; then the text is as it was.
+    lacks of the text, up to 32 tokens, of which the target lacks the last; afterwards it is the same with the ids that came. A
+    round drafts k guesses and checks as many as give the most tokens a second, `least` or none: costs[n] are the seconds of a
+    pass of n tokens (up to k + 1), choosing those for each token, and chances how often guesses of a class come true, whose
+    upper ends in how sure the draft is are edges. Without costs all are checked. Rounds end after one without a right guess (patient: only
+    where some were worth checking), and none begins after so many seconds. script: for experiments, what the target is taken to
+    choose. Raises what eval() raises; then the text is as it was.
     """
     ids, lack = np.empty(n_rounds * (k + 1), np.int32), _ids(text)
     logprobs, sure = np.empty(len(ids), np.float32), np.empty((n_rounds, k))

@@ -215,7 +215,8 @@ class Speculation:
                 return []
         try:
             return round.bulk.rounds(session, text, k, min(n_tokens, self._ahead), chooser.sampler, n_rounds=n_rounds,
-                                     seconds=BULK_SECONDS, p_min=round.plan.p_min, patient=round.plan.patient, script=chooser.script(text), **terms)
+                                     seconds=BULK_SECONDS, p_min=round.plan.p_min, patient=round.plan.patient,
+                                     script=chooser.script(text), **terms)
         except BmcError:                # whoever asks next is told why
             return []
 
