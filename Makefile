@@ -21,7 +21,7 @@ PYTHON ?= python3
 VENV := .venv
 OUT := build/$(VARIANT)
 ARM_CC ?= aarch64-linux-gnu-gcc
-ARM_EMULATOR ?= qemu-aarch64
+ARM_EMULATOR ?= $(shell command -v qemu-aarch64 || command -v qemu-aarch64-static || echo qemu-aarch64)
 LIBRARY := pybmc/libpybmc.$(if $(filter Darwin,$(shell uname -s)),dylib,so)
 
 FLAGS_release = -O3
