@@ -43,7 +43,7 @@ class NgramDrafter:
     """Proposes what followed when the last tokens were there before: the longest match, the latest of equals.
 
     A token's mark is the length of the match that it would go on, so a copy that runs well is trusted more and
-    more. The library keeps the index (native/ngram.c).
+    more; 1 where it only stands near the place at which an edit interrupted a copy. The library keeps the index (native/ngram.c).
     """
 
     name = "ngram"

@@ -30,6 +30,7 @@ template is ChatML's. Text is best within {n_ctx} tokens; training rows had {row
 ## Made by
 
 `python -m train_demo --corpus tales.txt.xz --heldout heldout.txt` in `tools/`: every number of the recipe is in `tools/train_demo/recipe.py`.
+A pair that goes on from another (`--from`) has its first part by the recipe of that day.
 
 {text}
 - **Form**: four rows in five hold passages that answer a request made of their own words ("Tell me of a king and a golden bird."), sometimes
