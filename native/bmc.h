@@ -16,7 +16,7 @@
 
 /* <cffi> What stands between these two marks is read by Python as it is: plain declarations only. */
 
-#define BMC_VERSION 5       /* counts the changes of what follows; bmc_version() tells which one was compiled */
+#define BMC_VERSION 6       /* counts the changes of what follows; bmc_version() tells which one was compiled */
 
 enum bmc_status {
     BMC_OK = 0,
@@ -109,23 +109,25 @@ typedef struct bmc_span {
     float *lead;                    /* (wanted tokens,) how far its score, logit / temperature + noise, is ahead; or NULL */
 } bmc_span;
 
-/* Rounds of speculative decoding. A round drafts up to k guesses, checks as many as are worth it, and gives those that are what
- * the target chooses and the token that it chooses after them. Rounds end when the text has n_tokens more, after one
- * without a right guess, and none begins after so many seconds. */
+/* Rounds of decoding, speculative where somebody guesses. A round drafts up to k guesses, checks as many as are worth it, and gives those that are what
+ * the target chooses and the token that it chooses after them. Rounds end when the text has n_tokens more and when they have
+ * lost the stake, and none begins after so many seconds. */
 typedef struct bmc_plan {
     int32_t n_rounds;               /* at most */
     int32_t k;
     int32_t least;                  /* fewer guesses are not checked */
     int32_t n_tokens;
     double seconds;
+    double stake;                   /* seconds by which all may take longer than as many plain tokens; the round that loses it is the last */
     const bmc_sampler *sampler;     /* of both models */
     int32_t patient;                /* 1: a round in which no guess was worth checking does not end them */
     double p_min;                   /* a draft ends after a guess that it is less sure of */
     int32_t n_edges;
     const double *edges;            /* (n_edges,) how sure guesses of a class are, where it ends */
     const double *chance;           /* (n_edges + 1,) how often guesses of a class come true */
-    const double *cost;             /* (k + 2,) seconds of a pass by its tokens; NULL: every guess is checked */
+    const double *cost;             /* (k + 2,) seconds of a pass by its tokens; NULL: every guess is checked, there is no stake */
     double choosing;                /* seconds, for every token */
+    double drafting;                /* seconds, the most that a draft counts as against the stake: it may meet a hiccup */
     const int32_t *script;          /* (n_tokens,) for experiments: what the target is taken to choose; or NULL */
 } bmc_plan;
 
@@ -234,10 +236,10 @@ int         bmc_ngrams_clear(bmc_ngrams *ngrams);                        /* of a
 int         bmc_ngrams_add(bmc_ngrams *ngrams, const int32_t *tokens, int n);
 int         bmc_ngrams_propose(const bmc_ngrams *ngrams, int k, int32_t *ids, double *lengths);
 
-/* Either draft or ngrams guesses, the other one is NULL. text: what the draft lacks of a text (n_text of 1 to 32; ngrams lack
- * nothing), of which the target lacks the last token. Returns how many rounds there were; ids and logprobs (n_rounds * (k + 1),)
- * are what they gave, sure (n_rounds, k) is how sure each round's guesses were (of ngrams the lengths). A failure later than in
- * the first round only ends the rounds. Afterwards draft or ngrams have nothing but the text. */
+/* Either draft or ngrams guesses, the other one is NULL; both are where nobody does (k 0). text: what the draft lacks of a text
+ * (n_text of 1 to 32; ngrams lack nothing), of which the target lacks the last token. Returns how many rounds there were; ids and
+ * logprobs (n_rounds * (k + 1),) are what they gave, sure (n_rounds, k) is how sure each round's guesses were (of ngrams the
+ * lengths). A failure later than in the first round only ends the rounds. Afterwards draft or ngrams have nothing but the text. */
 int         bmc_speculate(bmc_session *target, bmc_session *draft, bmc_ngrams *ngrams, const bmc_plan *plan, const int32_t *text,
                           int n_text, int32_t *ids, float *logprobs, double *sure, bmc_round *rounds);
 /* </cffi> */

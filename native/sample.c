@@ -45,9 +45,14 @@ static int exponent(double x) {
 /* Where candidates are sorted a stands before b: the larger logit, of equals the lower id. */
 static bool before(struct candidate a, struct candidate b) { return a.logit > b.logit || (a.logit == b.logit && a.id < b.id); }
 
-static int by_size(const void *a, const void *b) {
-    const struct candidate *one = a, *other = b;
-    return before(*other, *one) - before(*one, *other);
+/* The few, in order. */
+static void sort(struct candidate *c, int n) {
+    for (int i = 1, at; i < n; i++) {
+        struct candidate moved = c[i];
+        for (at = i; at > 0 && before(moved, c[at - 1]); at--)
+            c[at] = c[at - 1];
+        c[at] = moved;
+    }
 }
 
 static void swap(struct candidate *a, struct candidate *b) {
@@ -66,31 +71,57 @@ static void sift(struct candidate *heap, int n, int at) {
     }
 }
 
-static bool any_above(const float *x, int n, float limit) {
-    int found = 0;
-    for (int i = 0; i < n; i++)
-        found |= x[i] > limit;
-    return found;
+enum { BLOCK = 64, LANES = 8 };
+
+static float largest_of(const float *x, int n) {
+    float lanes[LANES];
+    for (int l = 0; l < LANES; l++)
+        lanes[l] = -INFINITY;
+    int i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (int l = 0; l < LANES; l++)
+            lanes[l] = x[i + l] > lanes[l] ? x[i + l] : lanes[l];
+    for (; i < n; i++)
+        lanes[0] = x[i] > lanes[0] ? x[i] : lanes[0];
+    for (int l = 1; l < LANES; l++)
+        lanes[0] = lanes[l] > lanes[0] ? lanes[l] : lanes[0];
+    return lanes[0];
 }
 
-/* The k largest, in any order; of equals the lower ids. */
-static int largest_k(const float *logits, int n, int k, struct candidate *heap) {
-    enum { BLOCK = 64 };
-    k = k > 0 && k < n ? k : n;
-    for (int i = 0; i < k; i++)
-        heap[i] = (struct candidate){ logits[i], i };
-    for (int i = k < n ? k / 2 - 1 : -1; i >= 0; i--)
-        sift(heap, k, i);
-    for (int i = k, end; i < n; i = end) {
-        end = n - i < BLOCK ? n : i + BLOCK;
-        if (any_above(logits + i, end - i, heap[0].logit))
-            for (; i < end; i++)
-                if (logits[i] > heap[0].logit) {
-                    heap[0] = (struct candidate){ logits[i], i };
-                    sift(heap, k, 0);
-                }
+/* Takes c among the k largest, of which the heap has n; how many it has then. */
+static int take(struct candidate *heap, int n, int k, struct candidate c) {
+    if (n < k) {
+        heap[n++] = c;
+        for (int i = n < k ? -1 : k / 2 - 1; i >= 0; i--)
+            sift(heap, k, i);
+    } else if (c.logit > heap[0].logit) {
+        heap[0] = c;
+        sift(heap, k, 0);
     }
-    return k;
+    return n;
+}
+
+/* The k largest, in any order; of equals the lower ids. As many blocks have a largest one of `least` or more, so that hardly
+ * anything below them is looked at twice. */
+static int largest_k(const float *logits, int n, int k, struct candidate *heap) {
+    int found = 0;
+    if (k < 1 || k >= n) {
+        for (int i = 0; i < n; i++)
+            heap[i] = (struct candidate){ logits[i], i };
+        return n;
+    }
+    for (int i = 0; i < n; i += BLOCK)
+        found = take(heap, found, k, (struct candidate){ largest_of(logits + i, n - i < BLOCK ? n - i : BLOCK), i });
+    float least = found == k ? heap[0].logit : -INFINITY;
+    found = 0;
+    for (int i = 0, end; i < n; i = end) {
+        end = n - i < BLOCK ? n : i + BLOCK;
+        if (largest_of(logits + i, end - i) >= least)
+            for (; i < end; i++)
+                if (logits[i] >= least)
+                    found = take(heap, found, k, (struct candidate){ logits[i], i });
+    }
+    return found;
 }
 
 static double weight(struct candidate c, float top) { return (double)expf(c.logit - top); }
@@ -121,7 +152,7 @@ static int nucleus(struct candidate *c, int n, double target, float top) {
         if (mass >= target)
             return low;
     }
-    qsort(c + low, (size_t)(high - low), sizeof *c, by_size);
+    sort(c + low, high - low);
     while (low < high) {
         mass += weight(c[low++], top);
         if (mass >= target)

@@ -1,5 +1,5 @@
-/* Rounds of speculative decoding, several in one call: a draft model or the text guesses, the target checks all guesses in
- * one pass.
+/* Rounds of decoding, several in one call: a draft model, the text or nobody guesses, the target checks all guesses in one
+ * pass.
  *
  * A pass of the target over the text's last token and k guesses gives, row by row, what it would choose after each of them.
  * As long as a guess is that very token, the next row counts too; so the text is plain decoding's, whatever the guesses. */
@@ -53,7 +53,7 @@ static int worth(const bmc_plan *plan, const double *sure, int n, double draftin
 /* Who guesses. lack: what a draft lacks of the text, in its vocabulary: token 0 stands for those beyond it. */
 struct guesser {
     bmc_session *draft;             /* or: */
-    bmc_ngrams *ngrams;
+    bmc_ngrams *ngrams;             /* or nobody */
     int32_t lack[LACKING];
     int n_lack, known;              /* known: rows of the draft that are the text's, once it has guessed */
 };
@@ -74,7 +74,7 @@ static int guess(struct guesser *g, const bmc_plan *plan, int k, int vocab_size,
     float logs[GUESSES];
     int fit = 0;
     if (!g->draft)
-        return ngrams_propose(g->ngrams, k, ids, sure);
+        return g->ngrams ? ngrams_propose(g->ngrams, k, ids, sure) : 0;
     g->known = g->draft->position + g->n_lack;
     int n = bmc_draft(g->draft, g->lack, g->n_lack, k, (float)plan->p_min, 0, plan->sampler, ids, logs);
     for (; fit < n && ids[fit] < vocab_size; fit++)
@@ -85,22 +85,29 @@ static int guess(struct guesser *g, const bmc_plan *plan, int k, int vocab_size,
 /* The text goes on with n ids, of which the first n_right were guessed. */
 static int follow(struct guesser *g, const int32_t *ids, int n, int n_right) {
     if (!g->draft)
-        return bmc_ngrams_add(g->ngrams, ids, n);
+        return g->ngrams ? bmc_ngrams_add(g->ngrams, ids, n) : 0;
     int kept = smaller(n_right, g->draft->position - g->known);         /* the last guess was not evaluated */
     lacks(g, ids + kept, n - kept);
     return bmc_session_rewind(g->draft, g->known + kept);
+}
+
+/* The seconds by which a round takes longer than plain decoding, as far as it goes by the costs: how long this very pass took
+ * says more about the machine's other work. */
+static double loss(const bmc_plan *plan, const bmc_round *r) {
+    return fmin(r->draft_s, plan->drafting) + plan->cost[r->n_checked + 1] - r->n_tokens * plan->cost[1];
 }
 
 static int rows_left(const bmc_session *target) { return (int)target->arena.config.cap - target->position; }
 
 static int check_plan(const bmc_session *target, const bmc_session *draft, const bmc_ngrams *ngrams, const bmc_plan *p,
                       const int32_t *text, int n_text, bool results) {
-    if (!results || !target || !draft == !ngrams || target == draft || !p || !text)
-        return fail(BMC_EINVAL, "bmc_speculate: needs a session, another one or ngrams, a plan, a text and room for results");
+    if (!results || !target || (draft && ngrams) || target == draft || !p || !text)
+        return fail(BMC_EINVAL, "bmc_speculate: needs a session, at most one who guesses, a plan, a text and room for results");
     if (n_text < 1 || n_text > LACKING)
         return fail(BMC_EINVAL, "bmc_speculate: expected 1 to %d tokens that the draft lacks, found %d", LACKING, n_text);
-    if (p->n_rounds < 1 || p->k < 1 || p->k > GUESSES)
-        return fail(BMC_EINVAL, "bmc_speculate: expected rounds of 1 to %d guesses, found %d of %d", GUESSES, (int)p->n_rounds,
+    int least = draft || ngrams, most = least ? GUESSES : 0;
+    if (p->n_rounds < 1 || p->k < least || p->k > most)
+        return fail(BMC_EINVAL, "bmc_speculate: expected rounds of %d to %d guesses, found %d of %d", least, most, (int)p->n_rounds,
                     (int)p->k);
     if (p->cost && (p->n_edges < 0 || (p->n_edges && !p->edges) || !p->chance))
         return fail(BMC_EINVAL, "bmc_speculate: costs without chances");
@@ -113,6 +120,7 @@ int bmc_speculate(bmc_session *target, bmc_session *draft, bmc_ngrams *ngrams, c
     if (status)
         return status;
     int done = 0, left = plan->n_tokens;
+    double lost = 0;
     const int64_t began = nanoseconds();
     struct guesser g = { .draft = draft, .ngrams = ngrams };
     int32_t pass[GUESSES + 1] = { text[n_text - 1] }, *guesses = pass + 1;
@@ -120,7 +128,7 @@ int bmc_speculate(bmc_session *target, bmc_session *draft, bmc_ngrams *ngrams, c
         lacks(&g, text, n_text);
     while (done < plan->n_rounds && (!done || seconds_since(began) < plan->seconds)) {
         int k = smaller(smaller(plan->k, room(&g)), smaller(left, rows_left(target)) - 1);
-        if (k < 1)
+        if (k < 0 || (k < 1 && plan->k))
             break;
         int64_t start = nanoseconds();
         int n = guess(&g, plan, k, target->model->c.vocab_size, guesses, sure);
@@ -146,8 +154,8 @@ int bmc_speculate(bmc_session *target, bmc_session *draft, bmc_ngrams *ngrams, c
         };
         status = follow(&g, ids, given, accepted);
         pass[0] = ids[accepted];
-        bool idle = !checked && plan->patient;
-        if (status || (!accepted && !idle) || !isfinite(logprobs[accepted]))
+        lost += plan->cost ? loss(plan, &rounds[done - 1]) : 0;
+        if (status || !isfinite(logprobs[accepted]) || (!checked && !plan->patient) || (plan->cost && lost > plan->stake))
             break;
         left -= given;
         ids += given;

@@ -14,9 +14,9 @@
 #endif
 
 /* How often a thread looks before it sleeps. Inside a run about 50 us: then the core is free for whoever is waited for,
- * which matters as soon as the machine has other things to do than ours. Between runs about 300 us, the time in which a
- * token is chosen and the next pass begins: waking up takes longer than a barrier of a small model. */
-enum { PATIENCE = 1500, IDLE_PATIENCE = 10000 };
+ * which matters as soon as the machine has other things to do than ours. Between runs about 2 ms: tokens are shown and the next call
+ * is prepared in that time, waking up takes longer than a barrier of a small model, and a core that slept is slow at first. */
+enum { PATIENCE = 1500, IDLE_PATIENCE = 60000 };
 
 struct pool {
     int n;

@@ -10,9 +10,10 @@ has gained, and no more. Nothing here knows of models: times come in as numbers,
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import exp, log
+from math import exp, inf, log
 
 from .cache import RECORD
 
@@ -265,6 +266,10 @@ class Source:
         """For a token that the drafter lacks. Many in a pass cost less than one by one."""
         return self.reading.value if self.reading.n else self.seconds.slope / 4
 
+    def most(self, n: int) -> float:
+        """The most seconds that a draft of n tokens counts as: more is a hiccup of the machine."""
+        return 3 * self.seconds.at(n) if self.seconds.n > 1 else inf
+
     def record(self) -> dict[str, list[list[float]]]:
         """What is worth keeping for another run."""
         return {name: getattr(self, name).record() for name in RECORD}
@@ -339,7 +344,9 @@ class Controller:
         self.min_gain = MIN_GAIN
         self.choosing = Average()       # seconds to choose a token from its row
         self.overhead = Average()       # seconds of a round for everything but the draft, the pass and choosing
+        self.calling = Average()        # seconds around a call of the library, for rounds as for plain tokens
         self.account = Account()
+        self._tries: Counter[int] = Counter()           # rounds in which k was tried to see what it costs
         self._since_plain, self._active = 0, True
         self.rest, self._fresh = REST, FRESH
         self._warm = self._plain_before = True
@@ -376,6 +383,13 @@ class Controller:
         """Plain tokens whose time a round takes too long if none of its k drafted tokens comes true."""
         return (self.curve.at(k + 1 + others) + drafting) / self.curve.at(1 + others) - 1
 
+    def trials(self, k: int, drafting: float) -> int:
+        """How many rounds of a planned trial to make at once: as many, TRIED at most, as the purse can lose all of."""
+        loss = self.loss(k, drafting)
+        n = max(1, int(self.account.purse / loss)) if TRIED * loss > self.account.purse else TRIED
+        self._tries[k] += n - 1
+        return n
+
     def affordable(self, k: int) -> int:
         """As many of k drafted tokens as the purse can lose, where a draft takes no time."""
         while k and self.loss(k, 0.0) > self.account.purse:
@@ -399,8 +413,9 @@ class Controller:
             return Plan(self.least, trial=True, whole=True) if self.account.allows_trial(loss) else Plan(0)
         if not known:
             best.k = max(self.least, min(best.k, FIRST))
-        elif self.account.purse > BANK / 2 and self.curve.counts.get(best.k + 2 + others, 0) < TRIED:
+        elif self.account.purse > BANK / 2 and self._tried(best.k + 1, others) < TRIED:
             best.k, best.whole = min(best.k + 1, most), True
+            self._tries[best.k] += 1
         while best.k and self.loss(best.k, source.seconds.at(best.k) + (0.0 if new else lag), others) > self.account.purse:
             best.k = best.k - 1 if best.k > self.least else 0
         if not best.k:
@@ -410,6 +425,9 @@ class Controller:
         best.p_min = source.least(min(0.9, (source.seconds.slope + step) * plain * best.gain))
         self._fresh = FRESH if best.gain > CLEAR else FRESH // 6
         return best
+
+    def _tried(self, k: int, others: int) -> int:
+        return max(self._tries[k], self.curve.counts.get(k + 1 + others, 0))
 
     def _best(self, source: Source, most: int, others: int) -> Plan:
         """The best k from 1 up; its gain is a rate yet."""
@@ -446,7 +464,8 @@ class Controller:
     def terms(self, source: Source, k: int) -> dict:
         """What speculate() has to know to do what cut() does."""
         return {"least": self.least, "edges": source.edges, "chances": source.by_mark.each(),
-                "costs": [0.0, *(self.curve.at(n) for n in range(1, k + 2))], "choosing": self.choosing.value}
+                "costs": [0.0, *(self.curve.at(n) for n in range(1, k + 2))], "choosing": self.choosing.value,
+                "drafting": source.most(k), "stake": max(0.0, self.account.purse) / self.plain()}
 
     # ---- lessons
 
@@ -473,10 +492,17 @@ class Controller:
             gained += tokens - min(passing, 3 * self.curve.at(checked + 1 + others)) / token
         self.account.enter(tokens, gained, trial)
 
-    def wrote(self, rounds: int, plain: int, tokens: int, seconds: float, trial: bool = False) -> None:
-        """So many rounds, of them some of a plain token, gave so many tokens."""
-        self._since_plain = 0 if plain else self._since_plain + rounds
-        self.account.enter(tokens, tokens - seconds / (self.curve.at(1) + self.choosing.value), trial)
+    def wrote(self, widths: Sequence[int], tokens: int, drafting: float, between: float, share: float, trial: bool = False) -> None:
+        """A call of rounds with passes of so many tokens gave so many. Passes count as what they usually take: that of these few
+        says more about the machine's other work.
+
+        drafting: seconds; between: those around the call; share: of a plain call's passes, those of this one, at most 1:
+        plain decoding has calls too.
+        """
+        self._since_plain = 0 if 1 in widths else self._since_plain + len(widths)
+        self.calling.add(between)
+        spent = drafting + between - min(share, 1.0) * self.calling.value + sum(map(self.curve.at, widths))
+        self.account.enter(tokens, tokens - spent / self.curve.at(1), trial)
 
 
 class FixedLength(Controller):

@@ -7,13 +7,16 @@ passes: a session alone, or many sessions together.
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from math import inf, isfinite
 from typing import NamedTuple
 
-from .errors import ArgumentError, BmcError, ContextFullError
+from .errors import ArgumentError, BmcError, ClosedError, ContextFullError
+from .model import Session, speculate
 from .sampling import Sampler, logprob
+
+BULK, BULK_SECONDS = 128, 0.016         # rounds that are one call into the library: at most, and how long they may go on
 
 
 class Token(NamedTuple):
@@ -165,10 +168,15 @@ class Chooser:
     def __init__(self, sampler: Sampler):
         self.sampler, self.kind = sampler, sampler.kind
 
+    @property
+    def native(self) -> Sampler | None:
+        """The sampler of passes that choose; None: they take the best."""
+        return self.sampler if self.kind == "sampled" else None
+
     def ask(self, tokens: list[int]) -> Pass:
         """A pass over tokens after each of which something may be chosen."""
         want = "best" if self.kind != "all" else "last" if len(tokens) == 1 else "all"
-        return Pass(tokens, want, self.sampler if self.kind == "sampled" else None)
+        return Pass(tokens, want, self.native)
 
     def script(self, text: Sequence[int]) -> Sequence[int]:
         """For experiments: how the text is taken to go on, whatever the model says; nothing: as the model says."""
@@ -201,6 +209,35 @@ def plain_loop(text: list[int], result, chooser: Chooser) -> Loop:
         yield choice
         text.append(choice.id)
         rows = chooser.rows((yield chooser.ask([choice.id])).result)
+
+
+def plain_rounds(session: Session, text: list[int], result, chooser: Chooser, limit: float) -> Loop:
+    """What plain_loop yields, from passes that the library makes by itself, as many at a time as take BULK_SECONDS: a small
+    model's passes are short beside what happens between them here.
+
+    chooser: one whose passes choose. When it is closed the session holds the text without the last choice.
+    """
+    rows, end, ahead = chooser.rows(result), len(text) + limit, 0
+    try:
+        while True:
+            for row in rows:
+                choice = chooser.choose(row, text)
+                yield choice
+                text.append(choice.id)
+            ahead = n = int(min(BULK, end - len(text)))
+            rounds = speculate(session, None, text[-1:], 0, n, n_rounds=n, seconds=BULK_SECONDS, patient=True,
+                               sampler=chooser.native, script=chooser.script(text))
+            rows = [row for round in rounds for row in zip(round.ids, round.logprobs)]
+    finally:
+        with suppress(ClosedError):
+            leave(session, text, ahead)
+
+
+def leave(session, text: list[int], ahead: int) -> None:
+    """Take rows that are not the text's off the session, `ahead` at most; unless it went on to something else meanwhile."""
+    held = session.tokens
+    if len(text) < len(held) <= len(text) + ahead and held[:len(text)] == text:
+        session.rewind(len(text))
 
 
 def alone(loop: Loop, session, clock: Callable[[], float] = time.perf_counter) -> Iterator[Choice]:
@@ -354,12 +391,15 @@ def _run(model, tokens, max_tokens, session, chooser, speculation, stop_strings,
 
 
 def start_loop(session, tokens, logits, chooser: Chooser, speculation, max_tokens: float, stats: Stats,
-               others: Callable[[], int] = lambda: 0) -> Loop:
-    """The decoding loop after a prompt, which the session holds. others: tokens that share the next pass with it."""
-    if speculation is None:
-        return plain_loop(list(tokens), logits, chooser)
-    room = inf if session.context is None else session.context - len(tokens) + 1
-    return speculation.loop(session, list(tokens), logits, chooser, min(max_tokens, room), stats, others)
+               others: Callable[[], int] | None = None) -> Loop:
+    """The decoding loop after a prompt, which the session holds. others: tokens that share the next pass with it; None: none
+    ever do."""
+    limit = min(max_tokens, inf if session.context is None else session.context - len(tokens) + 1)
+    if speculation:
+        return speculation.loop(session, list(tokens), logits, chooser, limit, stats, others or (lambda: 0))
+    if others is None and chooser.kind != "all" and isinstance(session, Session):
+        return plain_rounds(session, list(tokens), logits, chooser, limit)
+    return plain_loop(list(tokens), logits, chooser)
 
 
 def check_room(context: int | None, tokens: Sequence[int]) -> None:

@@ -382,6 +382,11 @@ def _fill(span, handle, session: Session, tokens, want: str, last: int = 0, samp
     return result, ids
 
 
+_ROUND = np.dtype([("n_asked", "i4"), ("n_drafted", "i4"), ("n_checked", "i4"), ("n_right", "i4"), ("n_tokens", "i4"),
+                   ("draft_s", "f8"), ("verify_s", "f8")], align=True)      # bmc_round
+assert _ROUND.itemsize == ffi.sizeof("bmc_round")
+
+
 class Round(NamedTuple):
     """A round of speculative decoding: the ids it gave, n_accepted guesses and one more, and their log-probabilities. Of n_asked
     guesses each that was made has how sure the draft was, 0 to 1; n_checked were checked, and n_right of all came true."""
@@ -403,16 +408,19 @@ class Round(NamedTuple):
 def speculate(target: Session, draft: Session | None, text: Sequence[int], k: int, n_tokens: int, *, n_rounds: int = 1,
               seconds: float = 0.0, p_min: float = 0.0, sampler: Sampler | None = None, least: int = 1,
               edges: Sequence[float] = (), chances: Sequence[float] = (), costs: Sequence[float] = (),
-              choosing: float = 0.0, patient: bool = False, ngrams=ffi.NULL, script: Sequence[int] = ()) -> list[Round]:
-    """Rounds of speculative decoding, n_rounds at most, in one native call; for n_tokens more tokens at most.
+              choosing: float = 0.0, drafting: float = math.inf, stake: float = math.inf, patient: bool = False, ngrams=ffi.NULL,
+              script: Sequence[int] = ()) -> list[Round]:
+    """Rounds of decoding, n_rounds at most, in one native call; for n_tokens more tokens at most.
 
-    draft: who guesses; or None, and ngrams, an index that knows the text (pybmc.drafters.NgramDrafter). text: what the draft
-    lacks of the text, up to 32 tokens, of which the target lacks the last; afterwards it is the same with the ids that came. A
-    round drafts k guesses and checks as many as give the most tokens a second, `least` or none: costs[n] are the seconds of a
-    pass of n tokens (up to k + 1), choosing those for each token, and chances how often guesses of a class come true, whose
-    upper ends in how sure the draft is are edges. Without costs all are checked. Rounds end after one without a right guess (patient: only
-    where some were worth checking), and none begins after so many seconds. script: for experiments, what the target is taken to
-    choose. Raises what eval() raises; then the text is as it was.
+    draft: who guesses; or None, and ngrams, an index that knows the text (pybmc.drafters.NgramDrafter); or neither, and k = 0: plain
+    decoding. text: what the draft lacks of the text, up to 32 tokens, of which the target lacks the last; afterwards it is the same
+    with the ids that came. A round drafts k guesses and checks as many as give the most tokens a second, `least` or none: costs[n]
+    are the seconds of a pass of n tokens (up to k + 1), choosing those for each token, and chances how often guesses of a class come
+    true, whose upper ends in how sure the draft is are edges. Without costs all are checked.
+
+    Rounds end after one that checked no guess, unless patient; where costs are known, after the one by which all took `stake` seconds
+    longer than plain decoding (a draft counts as `drafting` seconds at most); and none begins after so many seconds. script: for
+    experiments, what the target is taken to choose. Raises what eval() raises; then the text is as it was.
     """
     ids, lack = np.empty(n_rounds * (k + 1), np.int32), _ids(text)
     logprobs, sure = np.empty(len(ids), np.float32), np.empty((n_rounds, k))
@@ -423,27 +431,28 @@ def speculate(target: Session, draft: Session | None, text: Sequence[int], k: in
     if len(costs) and (len(costs) < k + 2 or len(chances) != len(edges) + 1):
         raise ArgumentError(f"speculate: expected costs of up to {k + 1} tokens and a chance for each of {len(edges) + 1} "
                             f"classes, found {len(costs) - 1} and {len(chances)}")
-    plan, rounds = ffi.new("bmc_plan *"), ffi.new("bmc_round[]", n_rounds)
+    plan, rounds = ffi.new("bmc_plan *"), np.empty(n_rounds, _ROUND)
     plan.n_rounds, plan.k, plan.n_tokens, plan.least, plan.seconds, plan.p_min = n_rounds, k, n_tokens, least, seconds, p_min
     plan.sampler, plan.choosing, plan.n_edges, plan.patient = _native(sampler), choosing, len(edges), patient
+    plan.drafting, plan.stake = drafting, stake
     plan.edges, plan.chance, plan.cost = (pointer(table) if table.size else ffi.NULL for table in tables)
     plan.script = pointer(script) if len(script) else ffi.NULL
     with target._claimed() as ours, draft._claimed() if draft else nullcontext(ffi.NULL) as theirs:
         start, known = target.position, draft.position if draft else 0
         try:
             n = check(lib.bmc_speculate(ours, theirs, ngrams, plan, pointer(lack), len(lack), pointer(ids), pointer(logprobs),
-                                        pointer(sure), rounds))
+                                        pointer(sure), ffi.cast("bmc_round *", rounds.ctypes.data)))
         finally:                                        # as far as the positions say
-            held = [*lack.tolist(), *ids.tolist()]
+            held = [*lack.tolist(), *ids[:target.position - start].tolist()]
             target._tokens[start:] = held[len(lack) - 1:]
             if draft:
                 size = draft.model.config.vocab_size
                 draft._tokens[known:] = [id if id < size else 0 for id in held]
-    found, at = [], 0
-    for i, r in enumerate(rounds[0:n]):
-        end = at + r.n_tokens
-        found.append(Round(ids[at:end].tolist(), logprobs[at:end].tolist(), sure[i, :r.n_drafted].tolist(), r.n_asked, r.n_checked,
-                           r.n_right, r.draft_s, r.verify_s))
+    n_ids = int(rounds["n_tokens"][:n].sum())           # lists of all, once: one for each round would take longer than a small pass
+    said, logs, found, at = ids[:n_ids].tolist(), logprobs[:n_ids].tolist(), [], 0
+    for made, (asked, drafted, checked, right, n_given, draft_s, verify_s) in zip(sure[:n].tolist(), rounds[:n].tolist()):
+        end = at + n_given
+        found.append(Round(said[at:end], logs[at:end], made[:drafted], asked, checked, right, draft_s, verify_s))
         at = end
     return found
 

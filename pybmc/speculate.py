@@ -11,18 +11,19 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 from . import cache
 from .controller import DECIDING, LOOKING, WIDEST, Controller, CostCurve, Plan, Source
-from .decode import Choice, Chooser, Loop, Pass, Stats
+from .decode import BULK, BULK_SECONDS, Choice, Chooser, Loop, Pass, Stats, leave
 from .drafters import (
     EDGES,
     NOTHING,
     Draft,
     ModelDrafter,
     NgramDrafter,
+    Nobody,
     Overlap,
     PairError,
     SelfDrafter,
@@ -36,8 +37,7 @@ from .sampling import Sampler
 log = logging.getLogger(__name__)
 
 SPECS = ("auto", "draft", "ngram", "self", "off")
-BULK, BULK_SECONDS = 32, 0.004          # rounds that are one call into the library: at most, and how long they may go on
-TIMED = 2                               # of them, those whose times are learned from: learning takes time too
+TIMED = 2                               # of them, the last whose times are learned from, beside a plain one: learning takes time
 SURE = 4                                # drafts that are seen one by one before
 MEASURED = (1, 2, 3, 4, 6, 8, 12, 16)       # widths that a first calibration times
 
@@ -86,6 +86,7 @@ class Speculation:
         self.draft_max, self.draft_min = checked_bounds(draft_max, draft_min)
         self.draft, self.link = draft, link
         self.ngram = NgramDrafter() if spec in ("auto", "ngram") else None
+        self.nobody = Nobody()
         self.drafter = None
         if draft is not None and spec in ("auto", "draft"):
             self.drafter = drafter_of(model, draft, link)
@@ -203,11 +204,15 @@ class Speculation:
 
     def _rounds(self, round: Round, session, text: list[int], n_tokens: int, chooser: Chooser) -> list:
         """Rounds that the library drafts, checks and accepts by itself; none if it cannot."""
-        source, k = self.source(round.bulk.name, chooser.kind), round.plan.k
+        controller, source, k = self.controller(chooser.kind), self.source(round.bulk.name, chooser.kind), round.plan.k
         if round.rest and self.drafter:                 # then it is the draft model's turn to be asked
             n_tokens = min(n_tokens, round.rest)
-        terms = {} if round.plan.whole else self.controller(chooser.kind).terms(source, k)
-        n_rounds = 1 if round.plan.whole or round.bulk is self.drafter and source.seconds.n < SURE else BULK
+        terms = {} if round.plan.whole else controller.terms(source, k)
+        n_rounds = BULK
+        if round.bulk is self.drafter and (source.seconds.n < SURE or round.plan.trial):
+            n_rounds = 1
+        elif round.plan.whole:
+            n_rounds = controller.trials(k, source.seconds.at(k))
         self._ahead = n_rounds * (k + 1)
         if round.bulk is self.drafter:
             self._read(round, round.plan, text, source)
@@ -223,8 +228,8 @@ class Speculation:
     def _written(self, round: Round, rounds: list, text: list[int], spent: float, chooser: Chooser, stats: Stats) -> Loop:
         """The tokens of rounds that took so long, and what there is to learn from them."""
         controller, source = self.controller(chooser.kind), self.source(round.bulk.name, chooser.kind)
-        n, working = sum(len(r.ids) for r in rounds), 0.0
-        for r in rounds[:TIMED]:
+        n, passing = sum(len(r.ids) for r in rounds), sum(r.verify_s for r in rounds)
+        for r in [*[r for r in rounds if not r.n_checked][-1:], *[r for r in rounds if r.n_checked][-TIMED:]]:
             controller.passed(r.n_checked + 1, r.verify_s)
             if round.bulk is self.drafter and r.sure:
                 source.seconds.add(len(r.sure), r.draft_s)
@@ -233,9 +238,11 @@ class Speculation:
                 hits = [True] * r.n_right + [False] * (r.n_right < min(len(r.sure), len(r.ids)))
                 source.learn(r.n_asked if round.bulk is self.drafter else 0, r.n_checked, round.bulk.marks(r.sure), hits)
             stats.count(r.n_checked, r.draft_s, r.verify_s)
-            working += r.draft_s + r.verify_s
-        controller.wrote(len(rounds), sum(not r.n_checked for r in rounds), n, spent, round.plan.trial)
-        stats.draft_s += max(0.0, spent - working)
+        between = max(0.0, spent - passing - sum(r.draft_s for r in rounds))
+        most = source.most(round.plan.k)
+        controller.wrote([r.n_checked + 1 for r in rounds], n, sum(min(r.draft_s, most) for r in rounds), between,
+                         passing / BULK_SECONDS, round.plan.trial)
+        stats.draft_s += between
         stats.plain_n += n
         stats.plain_s += n / controller.plain()
         for r in rounds:
@@ -288,20 +295,21 @@ class Speculation:
             if not others and self._bulk(self.ngram, chooser, session):
                 round.bulk, round.plan = self.ngram, Plan(max(n, controller.affordable(room)), patient=not self.drafter)
         elif plan.k and not others and self._bulk(self.drafter, chooser, session):
-            round.bulk, round.plan = self.drafter, plan
+            round.bulk, round.plan = self.drafter, replace(plan, patient=True)
         elif plan.k:
             self._ask_model(round, plan, text, chooser)
         elif controller.resting or not self.drafter:
             round.rest = controller.break_after(self.clock() - started, DECIDING if self.drafter else LOOKING)
-            watching = controller.affordable(room) if round.rest and not others and self._bulk(self.ngram, chooser, session) else 0
-            if watching:                # meanwhile the library looks at the text
-                round.bulk, round.plan, round.shadow = self.ngram, Plan(watching, patient=True), NOTHING
+            watching = controller.affordable(room) if self.ngram else 0
+            watcher = self.ngram if watching else self.nobody
+            if round.rest and not others and self._bulk(watcher, chooser, session):     # the library looks at the text meanwhile
+                round.bulk, round.plan, round.shadow = watcher, Plan(watching, patient=True), NOTHING
         round.drafting = self.clock() - started
         return round
 
     def _bulk(self, drafter, chooser: Chooser, session) -> bool:
         """Whether rounds may be left to the library: nothing in Python has a say in them."""
-        return chooser.kind != "all" and isinstance(drafter, (ModelDrafter, NgramDrafter)) and drafter.bulk(session)
+        return chooser.kind != "all" and isinstance(drafter, (ModelDrafter, NgramDrafter, Nobody)) and drafter.bulk(session)
 
     def _ask_model(self, round: Round, plan: Plan, text: list[int], chooser: Chooser) -> None:
         """The draft model's part of a round. What it lacks of the text it reads first, apart from what a draft costs."""
@@ -397,13 +405,6 @@ def judged(proposed: list[int], said: list[int]) -> list[bool]:
         if guess != token:
             break
     return hits
-
-
-def leave(session, text: list[int], ahead: int) -> None:
-    """Take rows that are not the text's off the session, `ahead` at most; unless it went on to something else meanwhile."""
-    held = session.tokens
-    if len(text) < len(held) <= len(text) + ahead and held[:len(text)] == text:
-        session.rewind(len(text))
 
 
 def checked_bounds(draft_max: int, draft_min: int) -> tuple[int, int]:

@@ -13,7 +13,10 @@ from hypothesis import strategies as st
 
 import pybmc
 from pybmc import ArgumentError, BusyError, ContextFullError
-from pybmc.decode import StopStrings, common_prefix, eval_prompt, generate, rewind_to
+from pybmc import decode
+from pybmc import model as model_module
+from pybmc.decode import Chooser, StopStrings, alone, common_prefix, eval_prompt, generate, plain_loop, rewind_to
+from pybmc.sampling import Sampler
 
 texts = st.text(alphabet="abc", max_size=30)
 stops = st.lists(st.text(alphabet="abc", min_size=1, max_size=4), max_size=4)
@@ -255,6 +258,24 @@ def test_interrupts_anywhere_leave_a_session_that_works(model):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("left", [1, 2, 7, 40, 60])
+def test_the_librarys_plain_tokens_are_those_of_one_pass_after_the_other(model, temperature, left, monkeypatch):
+    """Text, logprobs, and what the session holds when the reader leaves, or the context or the count ends the text."""
+    calls, chooser, prompt = [], Chooser(Sampler(temperature=temperature, seed=3)), model.tokenizer.encode("the mouse")
+    monkeypatch.setattr(decode, "speculate", lambda *args, **more: calls.append(found := model_module.speculate(*args, **more)) or found)
+    with model.session(len(prompt) + 50) as one, model.session(len(prompt) + 50) as other:
+        loop = alone(plain_loop(list(prompt), eval_prompt(one, prompt), chooser), one)
+        expected = [next(loop) for _ in range(min(left, 51))]
+        text = generate(model, prompt, 60, session=other, temperature=temperature, seed=3, stop_tokens=())
+        found = [token for _, token in zip(range(left), text)]
+        text.close()
+        assert [(t.id, t.logprob) for t in found] == [(c.id, c.logprob) for c in expected]
+        assert found[-1].finish_reason == ("context" if left == 60 else None)
+        assert other.tokens == one.tokens == [*prompt, *(t.id for t in found[:-1])]
+    assert len(calls) <= left / 2 and all(not round.n_checked for call in calls for round in call)
 
 
 def test_a_session_serves_one_thread_at_a_time(model):

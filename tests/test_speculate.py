@@ -271,21 +271,23 @@ def test_rounds_end_with_the_text_the_contexts_and_the_time(model):
             assert said == plain[:len(said)] and 7 <= len(said) <= (8 if context else 9) and session.position == len(text) + len(said) - 1
 
 
-def test_patient_rounds_wait_for_a_guess_that_is_worth_it(model):
-    """Where nothing is worth checking they write on plainly; a wrong guess ends them."""
+def test_rounds_end_without_a_guess_that_is_worth_it_unless_patient_and_when_the_stake_is_lost(model):
+    """What follows the text's last two tokens was another one before, and after that nothing was."""
     session, other, text, plain = texts_of(model, model)
-    terms = {"edges": (2,), "costs": [0.0, *[1.0] * 6], "n_rounds": 6, "seconds": 60, "patient": True}
-    for chance, given in ((0.0, 6), (1.0, 1)):
+    costs = [0.0, 1.0, *[2.0] * 4]                  # a wrong guess loses a second
+    for chance, patient, stake, given in ((0.0, True, 0.1, 6), (0.0, False, 0.1, 1), (1.0, True, 0.9, 1), (1.0, True, 1.1, 6),
+                                          (1.0, False, 1.1, 2)):
         with model.session() as session:
             session.eval(text[:-1], "none")
             index = NgramDrafter()
-            index.follow([*text[-2:], plain[0] ^ 1, *text])             # what follows the last two tokens was another one
-            script = [plain[0], *range(1, 12)] if chance else ()        # and then nothing that was there before
-            rounds = speculate(session, None, text[-1:], 4, 12, ngrams=index._handle, chances=(0.0, chance), script=script, **terms)
-            assert len(rounds) == given and not any(r.n_accepted for r in rounds)
-            assert [r.n_checked for r in rounds] == ([4] if chance else [0] * given)
+            index.follow([*text[-2:], plain[0] ^ 1, *text])
+            script = [plain[0], *range(1, 12)] if chance else ()
+            rounds = speculate(session, None, text[-1:], 4, 12, ngrams=index._handle, edges=(2,), chances=(0.0, chance), costs=costs,
+                               n_rounds=6, seconds=60, patient=patient, stake=stake, script=script)
+            assert [r.n_checked for r in rounds] == ([4, 0, 0, 0, 0, 0] if chance else [0] * 6)[:given]
+            assert not any(r.n_accepted for r in rounds)
             said = [id for r in rounds for id in r.ids]
-            assert said == plain[:given] and session.tokens == [*text, *said[:-1]]
+            assert said == (script or plain)[:given] and session.tokens == [*text, *said[:-1]]
     session.close(), other.close()
 
 
