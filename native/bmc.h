@@ -116,6 +116,7 @@ typedef struct bmc_plan {
     int32_t n_rounds;               /* at most */
     int32_t k;
     int32_t least;                  /* fewer guesses are not checked */
+    int32_t every;                  /* of so many rounds, 3 or more, the last two are plain ones: others are compared with them; 0: none are */
     int32_t n_tokens;
     double seconds;
     double stake;                   /* seconds by which all may take longer than as many plain tokens; the round that loses it is the last */

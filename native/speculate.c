@@ -56,12 +56,12 @@ struct guesser {
     bmc_ngrams *ngrams;             /* or nobody */
     int32_t lack[LACKING];
     int n_lack, known;              /* known: rows of the draft that are the text's, once it has guessed */
+    bool asked;                     /* this round */
 };
 
 static void lacks(struct guesser *g, const int32_t *ids, int n) {
-    g->n_lack = n;
     for (int i = 0; i < n; i++)
-        g->lack[i] = ids[i] < g->draft->model->c.vocab_size ? ids[i] : 0;
+        g->lack[g->n_lack++] = ids[i] < g->draft->model->c.vocab_size ? ids[i] : 0;
 }
 
 /* How many guesses its context leaves room for. */
@@ -86,7 +86,12 @@ static int guess(struct guesser *g, const bmc_plan *plan, int k, int vocab_size,
 static int follow(struct guesser *g, const int32_t *ids, int n, int n_right) {
     if (!g->draft)
         return g->ngrams ? bmc_ngrams_add(g->ngrams, ids, n) : 0;
+    if (!g->asked) {
+        lacks(g, ids, n);
+        return 0;
+    }
     int kept = smaller(n_right, g->draft->position - g->known);         /* the last guess was not evaluated */
+    g->n_lack = 0;
     lacks(g, ids + kept, n - kept);
     return bmc_session_rewind(g->draft, g->known + kept);
 }
@@ -96,6 +101,9 @@ static int follow(struct guesser *g, const int32_t *ids, int n, int n_right) {
 static double loss(const bmc_plan *plan, const bmc_round *r) {
     return fmin(r->draft_s, plan->drafting) + plan->cost[r->n_checked + 1] - r->n_tokens * plan->cost[1];
 }
+
+/* Two in a row: the first one meets caches that hold other things. */
+static bool is_plain(const bmc_plan *plan, int round) { return plan->every > 2 && round % plan->every >= plan->every - 2; }
 
 static int rows_left(const bmc_session *target) { return (int)target->arena.config.cap - target->position; }
 
@@ -131,7 +139,8 @@ int bmc_speculate(bmc_session *target, bmc_session *draft, bmc_ngrams *ngrams, c
         if (k < 0 || (k < 1 && plan->k))
             break;
         int64_t start = nanoseconds();
-        int n = guess(&g, plan, k, target->model->c.vocab_size, guesses, sure);
+        g.asked = !is_plain(plan, done);
+        int n = g.asked ? guess(&g, plan, k, target->model->c.vocab_size, guesses, sure) : 0;
         if (n < 0)
             return done ? done : n;
         double drafting = seconds_since(start);
@@ -149,13 +158,13 @@ int bmc_speculate(bmc_session *target, bmc_session *draft, bmc_ngrams *ngrams, c
         int accepted = in_common(guesses, ids, checked), given = accepted + 1;
         bmc_session_rewind(target, target->position - (checked - accepted));
         rounds[done++] = (bmc_round){
-            .n_asked = k, .n_drafted = n, .n_checked = checked, .n_right = in_common(guesses, ids, smaller(n, given)),
+            .n_asked = g.asked ? k : 0, .n_drafted = n, .n_checked = checked, .n_right = in_common(guesses, ids, smaller(n, given)),
             .n_tokens = given, .draft_s = drafting, .verify_s = seconds_since(start),
         };
         status = follow(&g, ids, given, accepted);
         pass[0] = ids[accepted];
         lost += plan->cost ? loss(plan, &rounds[done - 1]) : 0;
-        if (status || !isfinite(logprobs[accepted]) || (!checked && !plan->patient) || (plan->cost && lost > plan->stake))
+        if (status || !isfinite(logprobs[accepted]) || (!checked && g.asked && !plan->patient) || (plan->cost && lost > plan->stake))
             break;
         left -= given;
         ids += given;

@@ -177,5 +177,5 @@ def _pass(running: list[Stream]) -> Iterator[tuple[int, Token]]:
 
 
 def _others(running: list[Stream], me: Stream) -> int:
-    """Tokens that the other streams have in the next pass, as far as it is known."""
-    return sum(len(s.wanted.tokens) for s in running if s is not me and s.wanted and not s.done)
+    """Tokens that the other streams have in the next pass; one each where that is not known yet."""
+    return sum(len(s.wanted.tokens) if s.wanted else 1 for s in running if s is not me and not s.done)

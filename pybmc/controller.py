@@ -32,7 +32,8 @@ EAGER = 3                               # .. of them, while the purse is full
 HOPELESS = 0.02                         # chance below which no more of a draft is looked at
 CLEAR = 1.3                             # a gain that need not be looked at closely
 TRIED = 3                               # passes of a width before what another run says of it is believed, if gains allow it
-FRESH = 96                              # rounds after which a plain pass is measured again
+FRESH = 96                              # rounds after which a plain pass is measured again ..
+EVERY = 40                              # .. and of which the last two are plain ones, where the library makes many in a call
 
 
 # ---- costs -------------------------------------------------------------------------------------------------
@@ -322,10 +323,10 @@ class Account:
     """What drafting may lose, in tokens: the time that plain decoding takes for them."""
 
     purse: float = GRANT
-    tokens: int = 0                     # of the texts so far
+    tokens: float = 0                   # of the texts so far; of several at a time, each one's share
     trials: float = 0.0                 # what trials lost
 
-    def enter(self, tokens: int, gained: float, trial: bool = False) -> None:
+    def enter(self, tokens: float, gained: float, trial: bool = False) -> None:
         """So many tokens of a text, and the tokens' time that drafting gained by them."""
         self.tokens += tokens
         self.trials += max(0.0, -gained) if trial else 0.0
@@ -465,7 +466,7 @@ class Controller:
         """What speculate() has to know to do what cut() does."""
         return {"least": self.least, "edges": source.edges, "chances": source.by_mark.each(),
                 "costs": [0.0, *(self.curve.at(n) for n in range(1, k + 2))], "choosing": self.choosing.value,
-                "drafting": source.most(k), "stake": max(0.0, self.account.purse) / self.plain()}
+                "drafting": source.most(k), "every": EVERY, "stake": max(0.0, self.account.purse) / self.plain()}
 
     # ---- lessons
 
@@ -477,7 +478,7 @@ class Controller:
         if self._warm:
             self.curve.observe(width, seconds)
 
-    def rested(self, n: int) -> None:
+    def rested(self, n: float) -> None:
         """So many plain tokens without a thought of drafting."""
         self.account.enter(n, 0.0)
         self._since_plain, self._plain_before = 0, n > 0
@@ -486,11 +487,11 @@ class Controller:
         """A round gave so many tokens. checked: drafted tokens in its pass; seconds of the draft and all work around it, and
         of the pass with choosing its tokens."""
         self._since_plain = self._since_plain + 1 if checked or not self._warm else 0
-        token = self.curve.at(1 + others) + self.choosing.value
+        token, sharing = self.curve.at(1 + others) + self.choosing.value, 1 + others
         gained = -work / token
-        if checked:
-            gained += tokens - min(passing, 3 * self.curve.at(checked + 1 + others)) / token
-        self.account.enter(tokens, gained, trial)
+        if checked:                                     # the others' tokens come later, too
+            gained += (tokens + others) / sharing - min(passing, 3 * self.curve.at(checked + 1 + others)) / token
+        self.account.enter(tokens / sharing, gained, trial)
 
     def wrote(self, widths: Sequence[int], tokens: int, drafting: float, between: float, share: float, trial: bool = False) -> None:
         """A call of rounds with passes of so many tokens gave so many. Passes count as what they usually take: that of these few

@@ -396,7 +396,7 @@ def start_loop(session, tokens, logits, chooser: Chooser, speculation, max_token
     ever do."""
     limit = min(max_tokens, inf if session.context is None else session.context - len(tokens) + 1)
     if speculation:
-        return speculation.loop(session, list(tokens), logits, chooser, limit, stats, others or (lambda: 0))
+        return speculation.loop(session, list(tokens), logits, chooser, limit, stats, others)
     if others is None and chooser.kind != "all" and isinstance(session, Session):
         return plain_rounds(session, list(tokens), logits, chooser, limit)
     return plain_loop(list(tokens), logits, chooser)

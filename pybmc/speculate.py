@@ -144,8 +144,9 @@ class Speculation:
             self.draft.coarsen()
 
     def loop(self, session, text: list[int], result, chooser: Chooser, limit: float, stats: Stats,
-             others: Callable[[], int] = lambda: 0) -> Loop:
-        """Yields what plain_loop yields. limit: how many tokens may come at most. text grows with the choices.
+             others: Callable[[], int] | None = None) -> Loop:
+        """Yields what plain_loop yields. limit: how many tokens may come at most. text grows with the choices. others: tokens that
+        share the next pass with it; None: none ever do, so that passes may be left to the library.
 
         When it is closed the session holds the text without the last choice, as after plain decoding.
         """
@@ -175,7 +176,8 @@ class Speculation:
                     if round.checked:
                         session.rewind(len(text) - 1)
                     self._learn(round, text, len(text) - began, chooser, choosing, stats, reply)
-                round = self._draft(text, min(self.draft_max, limit - len(text) - 1), chooser, others(), session)
+                round = self._draft(text, min(self.draft_max, limit - len(text) - 1), chooser, others() if others else 0,
+                                    None if others else session)
                 round.work = clock() - resumed - choosing - away
                 if round.bulk:
                     rounds = self._rounds(round, session, text, limit - len(text), chooser)
@@ -271,14 +273,15 @@ class Speculation:
                 text.append(choice.id)
         finally:
             n, sharing = len(text) - round.start, 1 + round.others
-            controller.rested(n)
+            controller.rested(n / sharing)
             stats.count(0, 0.0, verifying, n)
             stats.choose_s += choosing
             stats.plain_n += n
             stats.plain_s += n / controller.plain(round.others) * sharing
 
-    def _draft(self, text: list[int], room: int, chooser: Chooser, others: int, session) -> Round:
-        """What to check next: of plain decoding, the n-grams and the draft model the one with the best rate."""
+    def _draft(self, text: list[int], room: int, chooser: Chooser, others: int, alone) -> Round:
+        """What to check next: of plain decoding, the n-grams and the draft model the one with the best rate. alone: the session, where
+        nobody else has a part in its passes."""
         controller, started = self.controller(chooser.kind), self.clock()
         round = Round(others=others, start=len(text))
         if room < 1 or controller.stale:
@@ -292,9 +295,9 @@ class Speculation:
         if n and rate > max(plan.gain, controller.min_gain) * controller.plain(others):
             round.source, round.draft, round.asked, round.checked = self.source("ngram", chooser.kind), round.shadow, n, n
             round.shadow = NOTHING
-            if not others and self._bulk(self.ngram, chooser, session):
+            if self._bulk(self.ngram, chooser, alone):
                 round.bulk, round.plan = self.ngram, Plan(max(n, controller.affordable(room)), patient=not self.drafter)
-        elif plan.k and not others and self._bulk(self.drafter, chooser, session):
+        elif plan.k and self._bulk(self.drafter, chooser, alone):
             round.bulk, round.plan = self.drafter, replace(plan, patient=True)
         elif plan.k:
             self._ask_model(round, plan, text, chooser)
@@ -302,7 +305,7 @@ class Speculation:
             round.rest = controller.break_after(self.clock() - started, DECIDING if self.drafter else LOOKING)
             watching = controller.affordable(room) if self.ngram else 0
             watcher = self.ngram if watching else self.nobody
-            if round.rest and not others and self._bulk(watcher, chooser, session):     # the library looks at the text meanwhile
+            if round.rest and self._bulk(watcher, chooser, alone):     # the library looks at the text meanwhile
                 round.bulk, round.plan, round.shadow = watcher, Plan(watching, patient=True), NOTHING
         round.drafting = self.clock() - started
         return round

@@ -1,6 +1,7 @@
 """Many prompts together: each one's text is what it is alone."""
 
 import random
+from itertools import groupby
 
 import pytest
 import tiny
@@ -52,6 +53,17 @@ def test_each_result_is_its_solo_run(model, draft, drafting, temperature, parall
 def test_tokens_come_as_they_are_written(model):
     order = [i for i, _ in pybmc.generate_batch(model, ["a mouse", "a mill", "a river"], 5, parallel=2, stop_tokens=())]
     assert order[:4] == [0, 1, 0, 1] and order.count(2) == 5
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_with_a_draft_nobody_goes_ahead_alone(model, temperature):
+    """Rounds left to the library are passes of one sequence, while the others wait."""
+    prompts, settings = ["a mouse", "a mill"], {"temperature": temperature, "seed": 4, "stop_tokens": ()}
+    order = [i for i, _ in pybmc.generate_batch(model, prompts, 60, draft=model, **settings)]
+    assert max(len(list(run)) for _, run in groupby(order[:60])) <= 17
+    found, _ = together(model, prompts, 60, draft=model, **settings)
+    for prompt, tokens in zip(prompts, found):
+        assert plain(tokens) == plain(generate(model, prompt, 60, **settings))
 
 
 def test_wishes_and_prompts_are_checked(model):

@@ -68,6 +68,15 @@ def test_costs_of_a_bad_minute_are_put_right():
     assert rate > 0.8 * run(cheap, 0.85, 0.1, n=2000)[0]
 
 
+def test_in_company_the_purse_counts_everybodys_time():
+    """Two tokens instead of one are nine instead of eight, in a pass a quarter longer."""
+    controller = Controller(CostCurve({1: 1.0, 8: 1.0, 9: 1.25, 16: 2.0}))
+    controller.ended(1, 2, 0.0, 1.25, others=7)
+    assert controller.account.purse == pytest.approx(GRANT + 9 / 8 - 1.25 + ALLOWED * 2 / 8)
+    controller.rested(8 / 8)
+    assert controller.account.purse == pytest.approx(GRANT + 9 / 8 - 1.25 + ALLOWED * 10 / 8)
+
+
 @given(st.lists(st.tuples(st.integers(1, 17), st.floats(0, 1)), max_size=200))
 def test_the_purse_is_all_that_can_be_lost(rounds):
     """Rounds that gain, or lose a part of what the purse holds, up to all of it."""

@@ -291,6 +291,17 @@ def test_rounds_end_without_a_guess_that_is_worth_it_unless_patient_and_when_the
     session.close(), other.close()
 
 
+def test_plain_rounds_stand_among_the_others(model):
+    """The last two of four; the draft guesses after them with what it lacks, and has nothing but the text at the end."""
+    session, other, text, plain = texts_of(model, model)
+    with session, other:
+        rounds = speculate(session, other, text[-3:], 2, 30, n_rounds=12, seconds=60, every=4)
+        assert [r.n_asked for r in rounds] == [2, 2, 0, 0] * 3 and all(r.n_checked == r.n_right == r.n_asked for r in rounds)
+        said = [id for r in rounds for id in r.ids]
+        assert said == plain[:24] and session.tokens == [*text, *said[:-1]]
+        assert other.agreement([*text, *said]) == other.position >= len(text) + len(said) - 4
+
+
 class Resting(Controller):
     """Never asks; seven tokens go by, and what the text guesses meanwhile is worth checking."""
 
