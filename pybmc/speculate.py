@@ -209,7 +209,7 @@ class Speculation:
         controller, source, k = self.controller(chooser.kind), self.source(round.bulk.name, chooser.kind), round.plan.k
         if round.rest and self.drafter:                 # then it is the draft model's turn to be asked
             n_tokens = min(n_tokens, round.rest)
-        terms = {} if round.plan.whole else controller.terms(source, k)
+        terms = {} if round.plan.whole or not k else controller.terms(source, k)      # where nobody guesses nothing can be lost
         n_rounds = BULK
         if round.bulk is self.drafter and (source.seconds.n < SURE or round.plan.trial):
             n_rounds = 1

@@ -16,7 +16,7 @@ import pybmc
 from pybmc import ArgumentError, BmcError, OutOfMemoryError
 from pybmc.controller import Controller, CostCurve, FixedLength, Plan, Source
 from pybmc.decode import Choice, Chooser, generate
-from pybmc.drafters import NOTHING, Draft, ModelDrafter, NgramDrafter, PairError, check_pair, first_difference, guess
+from pybmc.drafters import NOTHING, Draft, ModelDrafter, NgramDrafter, Nobody, PairError, check_pair, first_difference, guess
 from pybmc.model import speculate
 from pybmc.sampling import Sampler, logprob
 from pybmc.speculate import Speculation, attach, leave
@@ -337,6 +337,18 @@ def test_a_text_is_looked_at_while_a_draft_rests(model, monkeypatch):
     assert all(sum(len(r.ids) for r in found) <= 7 for _, found in calls)
     found = [r for _, found in calls for r in found]
     assert sum(not r.n_checked for r in found) > 50 and sum(r.n_accepted == 4 for r in found) > 3
+
+
+def test_with_an_empty_purse_plain_tokens_still_come_many_at_a_time(model, monkeypatch):
+    """A draft that was never right has cost what it may; the tokens that it rests for are one call."""
+    calls, rounds = [], Nobody.rounds
+    monkeypatch.setattr(Nobody, "rounds", lambda *args, **terms: calls.append(found := rounds(*args, **terms)) or found)
+    monkeypatch.setattr(Resting, "terms", lambda self, source, k: {"chances": [1.0], "costs": [1.0] * (k + 2), "stake": 0.0})
+    made = Speculation(model, model, "draft", controller=Resting())
+    with model.session() as session:
+        list(generate(model, [1, 2, 3], 60, session=session, draft=made, stop_tokens=()))
+    made.close()
+    assert len(calls) <= 10 and sum(map(len, calls)) >= 50
 
 
 def test_rounds_with_a_vocabulary_of_another_size(model):
