@@ -228,6 +228,7 @@ class Session:
         self.model = model
         self.context = cap
         self._tokens: list[int] = []        # may run ahead of the position: where a pass failed, or after a rewind
+        self._coming: tuple | None = None   # of a call that writes tokens: its position, tokens, ids, and which of them it has
         with model._sessions_lock:
             model._sessions.add(self)
 
@@ -239,11 +240,20 @@ class Session:
     @property
     def tokens(self) -> list[int]:
         """The tokens evaluated so far, less those rewound."""
-        return self._tokens[:self.position]
+        return self._settled()[:self.position]
+
+    def _settled(self) -> list[int]:
+        """The tokens, with those that a call wrote: where an interrupt came in between, this is done by whoever asks next."""
+        if self._coming and self._user.get("thread") in (None, threading.get_ident()):
+            start, before, ids, size = self._coming
+            n = max(0, self.position - start)
+            self._tokens[start:] = [id if id < size else 0 for id in [*before, *ids[:n].tolist()][:n]]
+            self._coming = None
+        return self._tokens
 
     def agreement(self, text: Sequence[int], known: int = 0) -> int:
         """How many tokens at the beginning of a text are the ones evaluated; so many are known to be."""
-        held, most = self._tokens, min(self.position, len(text))
+        held, most = self._settled(), min(self.position, len(text))
         while known < most and held[known] == text[known]:
             known += 1
         return min(known, most)
@@ -281,12 +291,12 @@ class Session:
         """
         ids, result = _ids(tokens), Best(np.empty(_whole("k", k), np.int32), np.empty(k, np.float32))
         with self._claimed() as handle:
-            start = self.position
+            self._coming = self.position, ids.tolist(), result.ids, math.inf
             try:
                 n = check(lib.bmc_draft(handle, pointer(ids), len(ids), k, p_min, _whole("last", last), _native(sampler),
                                         pointer(result.ids), pointer(result.logprobs)))
             finally:
-                self._tokens[start:] = ids.tolist() + result.ids.tolist()       # as far as the position says
+                self._settled()
         return Best(result.ids[:n], result.logprobs[:n])
 
     def rewind(self, position: int) -> None:
@@ -330,7 +340,9 @@ class Session:
         if self._user.setdefault("thread", me) != me:
             raise BusyError("this session is in use by another thread")
         try:
-            yield self._live()
+            handle = self._live()
+            self._settled()
+            yield handle
         finally:
             self._user.clear()
 
@@ -439,16 +451,15 @@ def speculate(target: Session, draft: Session | None, text: Sequence[int], k: in
     plan.edges, plan.chance, plan.cost = (pointer(table) if table.size else ffi.NULL for table in tables)
     plan.script = pointer(script) if len(script) else ffi.NULL
     with target._claimed() as ours, draft._claimed() if draft else nullcontext(ffi.NULL) as theirs:
-        start, known = target.position, draft.position if draft else 0
+        target._coming = target.position, lack[-1:].tolist(), ids, math.inf
+        if draft:
+            draft._coming = draft.position, lack.tolist(), ids, draft.model.config.vocab_size
         try:
             n = check(lib.bmc_speculate(ours, theirs, ngrams, plan, pointer(lack), len(lack), pointer(ids), pointer(logprobs),
                                         pointer(sure), ffi.cast("bmc_round *", rounds.ctypes.data)))
-        finally:                                        # as far as the positions say
-            held = [*lack.tolist(), *ids[:target.position - start].tolist()]
-            target._tokens[start:] = held[len(lack) - 1:]
-            if draft:
-                size = draft.model.config.vocab_size
-                draft._tokens[known:] = [id if id < size else 0 for id in held]
+        finally:
+            for session in filter(None, (target, draft)):
+                session._settled()
     n_ids = int(rounds["n_tokens"][:n].sum())           # lists of all, once: one for each round would take longer than a small pass
     said, logs, found, at = ids[:n_ids].tolist(), logprobs[:n_ids].tolist(), [], 0
     for made, (asked, drafted, checked, right, n_given, draft_s, verify_s) in zip(sure[:n].tolist(), rounds[:n].tolist()):

@@ -244,7 +244,7 @@ class Speculation:
         most = source.most(round.plan.k)
         controller.wrote([r.n_checked + 1 for r in rounds], n, sum(min(r.draft_s, most) for r in rounds), between,
                          passing / BULK_SECONDS, round.plan.trial)
-        stats.draft_s += between
+        stats.draft_s += round.drafting
         stats.plain_n += n
         stats.plain_s += n / controller.plain()
         for r in rounds:

@@ -17,7 +17,7 @@ from pybmc import ArgumentError, BmcError, OutOfMemoryError
 from pybmc.controller import Controller, CostCurve, FixedLength, Plan, Source
 from pybmc.decode import Choice, Chooser, generate
 from pybmc.drafters import NOTHING, Draft, ModelDrafter, NgramDrafter, Nobody, PairError, check_pair, first_difference, guess
-from pybmc.model import speculate
+from pybmc.model import Session, speculate
 from pybmc.sampling import Sampler, logprob
 from pybmc.speculate import Speculation, attach, leave
 
@@ -337,6 +337,24 @@ def test_a_text_is_looked_at_while_a_draft_rests(model, monkeypatch):
     assert all(sum(len(r.ids) for r in found) <= 7 for _, found in calls)
     found = [r for _, found in calls for r in found]
     assert sum(not r.n_checked for r in found) > 50 and sum(r.n_accepted == 4 for r in found) > 3
+
+
+def test_an_interrupt_between_a_call_and_its_bookkeeping(model, monkeypatch):
+    """Ctrl-C comes when a call is over, before what it wrote is noted: whoever asks next finds it."""
+    settled, heard = Session._settled, []
+
+    def interrupted(self):
+        if self._coming and not heard:
+            heard.append(True)
+            raise KeyboardInterrupt
+        return settled(self)
+
+    session, other, text, plain = texts_of(model, model)
+    with session, other:
+        monkeypatch.setattr(Session, "_settled", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            speculate(session, other, text[-3:], 4, 10, n_rounds=2, seconds=60)
+        assert session.tokens == [*text, *plain[:9]] and other.agreement([*text, *plain]) == other.position > len(text)
 
 
 def test_with_an_empty_purse_plain_tokens_still_come_many_at_a_time(model, monkeypatch):

@@ -215,7 +215,7 @@ def sweep(case: Case, runs: int, least: float) -> tuple[int, float]:
         made._fixed = FixedLength(k)
         return made
 
-    ways = [*(partial(fixed, k) for k in LENGTHS), case.speculation]
+    ways = [*(partial(fixed, k) if k else None for k in LENGTHS), case.speculation]
     rates = [[stats.predicted_tok_s for stats in in_turn(case, ways, None, least, run)] for run in range(runs)]
     *of_fixed, controlled = map(statistics.median, zip(*rates))
     return LENGTHS[of_fixed.index(max(of_fixed))], controlled / max(of_fixed)
