@@ -109,24 +109,24 @@ typedef struct bmc_span {
     float *lead;                    /* (wanted tokens,) how far its score, logit / temperature + noise, is ahead; or NULL */
 } bmc_span;
 
-/* Rounds of decoding, speculative where somebody guesses. A round drafts up to k guesses, checks as many as are worth it, and gives those that are what
- * the target chooses and the token that it chooses after them. Rounds end when the text has n_tokens more and when they have
- * lost the stake, and none begins after so many seconds. */
+/* Rounds of decoding, speculative where somebody guesses. A round drafts up to k guesses, checks as many as are worth it, and
+ * gives those that are what the target chooses and the token that it chooses after them. Rounds end when the text has n_tokens
+ * more and when they have lost the stake, and none begins after so many seconds. */
 typedef struct bmc_plan {
     int32_t n_rounds;               /* at most */
     int32_t k;
     int32_t least;                  /* fewer guesses are not checked */
-    int32_t every;                  /* of so many rounds, 3 or more, the last two are plain ones: others are compared with them; 0: none are */
+    int32_t every;                  /* of so many rounds, 3 or more, the last two are plain, for comparison; 0: none */
     int32_t n_tokens;
     double seconds;
-    double stake;                   /* seconds by which all may take longer than as many plain tokens; the round that loses it is the last */
+    double stake;                   /* seconds by which all may take longer than plain tokens; who loses it is the last */
     const bmc_sampler *sampler;     /* of both models */
     int32_t patient;                /* 1: a round in which no guess was worth checking does not end them */
     double p_min;                   /* a draft ends after a guess that it is less sure of */
     int32_t n_edges;
     const double *edges;            /* (n_edges,) how sure guesses of a class are, where it ends */
     const double *chance;           /* (n_edges + 1,) how often guesses of a class come true */
-    const double *cost;             /* (k + 2,) seconds of a pass by its tokens; NULL: every guess is checked, there is no stake */
+    const double *cost;             /* (k + 2,) seconds of a pass by its tokens; NULL: all guesses are checked, at no stake */
     double choosing;                /* seconds, for every token */
     double drafting;                /* seconds, the most that a draft counts as against the stake: it may meet a hiccup */
     const int32_t *script;          /* (n_tokens,) for experiments: what the target is taken to choose; or NULL */

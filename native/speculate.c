@@ -164,7 +164,7 @@ int bmc_speculate(bmc_session *target, bmc_session *draft, bmc_ngrams *ngrams, c
         status = follow(&g, ids, given, accepted);
         pass[0] = ids[accepted];
         lost += plan->cost ? loss(plan, &rounds[done - 1]) : 0;
-        if (status || !isfinite(logprobs[accepted]) || (!checked && g.asked && !plan->patient) || (plan->cost && lost > plan->stake))
+        if (status || !isfinite(logprobs[accepted]) || (!checked && g.asked && !plan->patient) || lost > plan->stake)
             break;
         left -= given;
         ids += given;

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import pybmc
 from pybmc import ArgumentError, BmcError, OutOfMemoryError
+from pybmc import speculate as speculate_module
 from pybmc.controller import Controller, CostCurve, FixedLength, Plan, Source
 from pybmc.decode import Choice, Chooser, generate
 from pybmc.drafters import NOTHING, Draft, ModelDrafter, NgramDrafter, Nobody, PairError, check_pair, first_difference, guess
@@ -275,8 +276,8 @@ def test_rounds_end_without_a_guess_that_is_worth_it_unless_patient_and_when_the
     """What follows the text's last two tokens was another one before, and after that nothing was."""
     session, other, text, plain = texts_of(model, model)
     costs = [0.0, 1.0, *[2.0] * 4]                  # a wrong guess loses a second
-    for chance, patient, stake, given in ((0.0, True, 0.1, 6), (0.0, False, 0.1, 1), (1.0, True, 0.9, 1), (1.0, True, 1.1, 6),
-                                          (1.0, False, 1.1, 2)):
+    for chance, patient, stake, given in ((0.0, True, 0.5, 6), (0.0, False, 0.5, 1), (1.0, True, 0.5, 1), (1.0, True, 1.5, 6),
+                                          (1.0, False, 1.5, 2)):
         with model.session() as session:
             session.eval(text[:-1], "none")
             index = NgramDrafter()
@@ -360,6 +361,7 @@ def test_an_interrupt_between_a_call_and_its_bookkeeping(model, monkeypatch):
 def test_with_an_empty_purse_plain_tokens_still_come_many_at_a_time(model, monkeypatch):
     """A draft that was never right has cost what it may; the tokens that it rests for are one call."""
     calls, rounds = [], Nobody.rounds
+    monkeypatch.setattr(speculate_module, "BULK_SECONDS", 60)
     monkeypatch.setattr(Nobody, "rounds", lambda *args, **terms: calls.append(found := rounds(*args, **terms)) or found)
     monkeypatch.setattr(Resting, "terms", lambda self, source, k: {"chances": [1.0], "costs": [1.0] * (k + 2), "stake": 0.0})
     made = Speculation(model, model, "draft", controller=Resting())
