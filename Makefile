@@ -34,12 +34,13 @@ FLAGS = $(FLAGS_$(VARIANT)) -std=c11 -D_GNU_SOURCE -fPIC -pthread -fvisibility=h
 FLAGS_avx2 = -mavx2 -mfma -mf16c -mbmi2
 FLAGS_avx512 = $(FLAGS_avx2) -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mprefer-vector-width=512
 FLAGS_neon = -march=armv8.2-a+dotprod
+FLAGS_i8mm = $(FLAGS_neon)+i8mm
 ISAS_x86_64 = avx2 avx512
-ISAS_aarch64 = neon
-ISAS_arm64 = neon
+ISAS_aarch64 = neon i8mm
+ISAS_arm64 = neon i8mm
 ISAS := $(ISAS_$(firstword $(subst -, ,$(shell $(CC) -dumpmachine))))
 
-FOREIGN := $(filter-out $(ISAS),avx2 avx512 neon)
+FOREIGN := $(filter-out $(ISAS),avx2 avx512 neon i8mm)
 SOURCES := $(filter-out $(FOREIGN:%=\%_%.c),$(wildcard native/*.c native/kernels/*.c))
 TESTS := $(wildcard tests/native/*.c)
 OBJECTS := $(SOURCES:%.c=$(OUT)/%.o)

@@ -11,6 +11,9 @@
 #include <sched.h>
 #include <sys/auxv.h>
 #endif
+#ifdef __APPLE__
+#include <sys/sysctl.h>
+#endif
 #ifdef __x86_64__
 #include <cpuid.h>
 #endif
@@ -36,12 +39,23 @@ static int best_level(void) {
         && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") ? 2 : 1;
 }
 #elif defined(__aarch64__)
-static const struct level levels[] = { LEVEL(ref), LEVEL(neon) };
+static const struct level levels[] = { LEVEL(ref), LEVEL(neon), { "i8mm", vec_neon, attn_neon, panel_i8mm } };
 
 #ifdef __linux__
-static int best_level(void) { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP ? 1 : 0; }
+#ifndef HWCAP2_I8MM
+#define HWCAP2_I8MM (1 << 13)       /* older headers lack it */
+#endif
+
+static int best_level(void) {
+    int dot = (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0, i8mm = (getauxval(AT_HWCAP2) & HWCAP2_I8MM) != 0;
+    return dot + (dot && i8mm);
+}
 #else
-static int best_level(void) { return 1; }       /* every Mac has the dot product */
+static int best_level(void) {                   /* every Mac has the dot product, the first ones no i8mm */
+    int i8mm = 0;
+    size_t size = sizeof i8mm;
+    return !sysctlbyname("hw.optional.arm.FEAT_I8MM", &i8mm, &size, NULL, 0) && i8mm ? 2 : 1;
+}
 #endif
 #else
 static const struct level levels[] = { LEVEL(ref) };

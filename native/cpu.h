@@ -8,7 +8,7 @@
  * for what is unknown or not there. */
 int kernels_init(struct kernels *k);
 
-/* The names, from "ref" up: ref avx2 avx512 on x86-64, ref neon on arm64. NULL beyond the last. */
+/* The names, from "ref" up: ref avx2 avx512 on x86-64, ref neon i8mm on arm64. NULL beyond the last. */
 const char *cpu_level(int i);
 
 int cpu_count(void);        /* affinity and cgroup quota, at least 1 */

@@ -98,6 +98,6 @@ struct kernels {
 void vec_ref(struct kernels *k), attn_ref(struct kernels *k), panel_ref(struct kernels *k);
 void vec_avx2(struct kernels *k), attn_avx2(struct kernels *k), panel_avx2(struct kernels *k);
 void vec_avx512(struct kernels *k), attn_avx512(struct kernels *k), panel_avx512(struct kernels *k);
-void vec_neon(struct kernels *k), attn_neon(struct kernels *k), panel_neon(struct kernels *k);
+void vec_neon(struct kernels *k), attn_neon(struct kernels *k), panel_neon(struct kernels *k), panel_i8mm(struct kernels *k);
 
 #endif

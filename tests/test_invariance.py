@@ -322,7 +322,7 @@ def reference():
     return run_on("ref")
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512", "neon"])
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "neon", "i8mm"])
 def test_every_isa_gives_the_reference_bits(isa):
     ours = run_on(isa)
     if ours.startswith("PYBMC_CPU"):

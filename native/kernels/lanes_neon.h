@@ -1,4 +1,5 @@
-/* Sixteen lanes in four q registers: ARMv8.2 with the dot product (sdot). Words as in lanes_ref.h. */
+/* Sixteen lanes in four q registers: ARMv8.2 with the dot product (sdot) and, compiled for it, i8mm, ARMv8.6's products of unsigned with
+ * signed bytes. Words as in lanes_ref.h. */
 #ifndef LANES_H
 #define LANES_H
 
@@ -9,7 +10,11 @@
 #include <math.h>
 #include <string.h>
 
+#ifdef __ARM_FEATURE_MATMUL_INT8
+#define ISA(name) name##_i8mm
+#else
 #define ISA(name) name##_neon
+#endif
 #undef COLS_MAX
 #define COLS_MAX 4
 #define ROWS_MAX 4
@@ -174,20 +179,74 @@ INLINE u8x64 u_lookup(const uint8_t table[16], u8x64 a) {
     return (u8x64){ vqtbl1q_u8(t, a.q0), vqtbl1q_u8(t, a.q1), vqtbl1q_u8(t, a.q2), vqtbl1q_u8(t, a.q3) };
 }
 
+#ifdef __ARM_FEATURE_MATMUL_INT8
+#define DOT(sums, w, x, lane) vusdotq_laneq_s32(sums, w, x, lane)
+
+/* Rows of eight columns, from two units side by side: two rows times the eight of two tokens are four sums an instruction,
+ * [row 0 token 0, row 0 token 1, row 1 token 0, row 1 token 1]. */
+#define MATRIX_QUARTER(q, r) { \
+        uint32x4_t left = vreinterpretq_u32_u8(w[0].q), right = vreinterpretq_u32_u8(w[1].q); \
+        uint8x16_t upper = vreinterpretq_u8_u32(vzip1q_u32(left, right)), lower = vreinterpretq_u8_u32(vzip2q_u32(left, right)); \
+        UNROLL(2) \
+        for (int pair = 0; pair < 2; pair++) { \
+            sums[pair][r] = vusmmlaq_s32(sums[pair][r], upper, x[pair]); \
+            sums[pair][r + 1] = vusmmlaq_s32(sums[pair][r + 1], lower, x[pair]); \
+        } \
+    }
+
+#define TOKENS_APART(q, r) { \
+        t[2 * pair].q = vuzp1q_s32(sums[pair][r], sums[pair][r + 1]); \
+        t[2 * pair + 1].q = vuzp2q_s32(sums[pair][r], sums[pair][r + 1]); \
+    }
+
+/* i_dots for TOGETHER tokens: in 24 instructions instead of 32. With fewer the zips take what the products save. */
+INLINE void matrix_dots(i32x16 *t, codes_fn *codes, const uint8_t *p, const int part, const struct act_block *a, int zero) {
+    const int from = part == SECOND ? 4 : 0, end = part == FIRST ? 4 : 8;
+    int32x4_t sums[2][8];
+    UNROLL(2)
+    for (int pair = 0; pair < 2; pair++) {
+        int32_t even = a[2 * pair].neg_sum[part] * zero, odd = a[2 * pair + 1].neg_sum[part] * zero;
+        UNROLL(8)
+        for (int r = 0; r < 8; r++)
+            sums[pair][r] = (int32x4_t){ even, odd, even, odd };
+    }
+    UNROLL(4)
+    for (int g = from; g < end; g += 2) {
+        u8x64 w[2] = { codes(p, g), codes(p, g + 1) };
+        int8x16_t x[2];
+        UNROLL(2)
+        for (int pair = 0; pair < 2; pair++)
+            x[pair] = vcombine_s8(vld1_s8(a[2 * pair].q + 4 * g), vld1_s8(a[2 * pair + 1].q + 4 * g));
+        MATRIX_QUARTER(q0, 0)
+        MATRIX_QUARTER(q1, 2)
+        MATRIX_QUARTER(q2, 4)
+        MATRIX_QUARTER(q3, 6)
+    }
+    UNROLL(2)
+    for (int pair = 0; pair < 2; pair++) {
+        TOKENS_APART(q0, 0)
+        TOKENS_APART(q1, 2)
+        TOKENS_APART(q2, 4)
+        TOKENS_APART(q3, 6)
+    }
+}
+#else
 /* sdot multiplies signed bytes only. Codes of 7 bits are the same signed; those of 8 all have zero == 128: with their top
  * bit turned round they are code - 128, and nothing is left to subtract. */
 INLINE int8x16_t signed_codes(uint8x16_t w, int bits) {
     return vreinterpretq_s8_u8(bits < 8 ? w : veorq_u8(w, vdupq_n_u8(0x80)));
 }
+#define DOT(sums, w, x, lane) vdotq_laneq_s32(sums, signed_codes(w, bits), x, lane)
+#endif
 
 #define DOT_UNIT(lane) { \
         u8x64 w = codes(p, g + lane); \
         UNROLL(4) \
         for (int c = 0; c < C; c++) { \
-            t[c].q0 = vdotq_laneq_s32(t[c].q0, signed_codes(w.q0, bits), x[c], lane); \
-            t[c].q1 = vdotq_laneq_s32(t[c].q1, signed_codes(w.q1, bits), x[c], lane); \
-            t[c].q2 = vdotq_laneq_s32(t[c].q2, signed_codes(w.q2, bits), x[c], lane); \
-            t[c].q3 = vdotq_laneq_s32(t[c].q3, signed_codes(w.q3, bits), x[c], lane); \
+            t[c].q0 = DOT(t[c].q0, w.q0, x[c], lane); \
+            t[c].q1 = DOT(t[c].q1, w.q1, x[c], lane); \
+            t[c].q2 = DOT(t[c].q2, w.q2, x[c], lane); \
+            t[c].q3 = DOT(t[c].q3, w.q3, x[c], lane); \
         } \
     }
 
@@ -195,6 +254,13 @@ INLINE int8x16_t signed_codes(uint8x16_t w, int bits) {
 INLINE void i_dots(i32x16 *t, const int C, codes_fn *codes, const uint8_t *p, const int part, const struct act_block *a, int zero,
                    int bits) {
     const int from = part == SECOND ? 4 : 0, end = part == FIRST ? 4 : 8;
+#ifdef __ARM_FEATURE_MATMUL_INT8
+    bits = 0;                               /* no width needs a sign */
+    if (C == TOGETHER) {
+        matrix_dots(t, codes, p, part, a, zero);
+        return;
+    }
+#endif
     UNROLL(4)
     for (int c = 0; c < C; c++) {
         int32x4_t start = vdupq_n_s32(bits < 8 ? a[c].neg_sum[part] * zero : 0);

@@ -142,11 +142,12 @@ class Block(nn.Module):
         self.gate = nn.Linear(c.dim, c.hidden_dim, bias=False)
         self.up = nn.Linear(c.dim, c.hidden_dim, bias=False)
         self.down = nn.Linear(c.hidden_dim, c.dim, bias=False)
+        self.dropout = nn.Dropout(0.0)      # in training, as its schedule says
 
     def forward(self, x, cos, sin, cache=None):
-        x = x + self.attn(self.attn_norm(x), cos, sin, cache)
+        x = x + self.dropout(self.attn(self.attn_norm(x), cos, sin, cache))
         y = self.ffn_norm(x)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+        return x + self.dropout(self.down(F.silu(self.gate(y)) * self.up(y)))
 
 
 class Llama(nn.Module):

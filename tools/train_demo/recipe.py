@@ -59,6 +59,7 @@ class Schedule:
     warm_up: float = 0.02       # share of the time over which the rate climbs
     decay_from: float = 0.30    # where the straight line down to zero begins
     weight_decay: float = 0.1
+    dropout: float = 0.0        # of what a layer's two halves add: against learning by heart
     grow_at: float = 0.0        # half of the blocks learn alone up to here: they see twice the text in their time
     long_from: float = 0.85     # from here on rows are twice as long
 
@@ -72,10 +73,10 @@ class Recipe:
     seed: int = 7
     compile: bool = True
     bf16: bool = True
-    target: Shape = Shape(384, 1024, 64, 6, 6, 2)
+    target: Shape = Shape(384, 1024, 64, 12, 6, 2)
     draft: Shape = Shape(96, 256, 32, 2, 3, 1)
     target_run: Schedule = Schedule(64 * 60, 4096, 8, 0.02, 3e-3, grow_at=0.65, long_from=0.9)
-    more_run: Schedule = Schedule(90 * 60, 8192, 4, 0.01, 2e-3, decay_from=0.1, long_from=0.75)     # a second climb and descent
+    more_run: Schedule = Schedule(90 * 60, 8192, 4, 0.007, 1.4e-3, decay_from=0.1, long_from=0.75, dropout=0.1)     # a second climb and descent
     more_share: float = 0.65                # its weights, beside those that it began with
     draft_run: Schedule = Schedule(4 * 60, 8192, 16, 0.02, 6e-3, long_from=2.0)
     distill_run: Schedule = Schedule(10 * 60, 8192, 16, 0.02, 4e-3, long_from=2.0)

@@ -1,5 +1,6 @@
 """The stages, in their order. Each leaves its result in the work folder and does nothing when it is already there."""
 
+import copy
 import json
 import random
 import sys
@@ -133,8 +134,10 @@ def more(job):
     """Train the target further, from where its first run ended, and write the file of what lies between."""
     r, path, first = job.recipe, job.work / "more.pt", job.work / "target.ckpt"
     if not path.exists():
-        start, model = (load_model(job.work / "target.pt") for _ in range(2))
-        schedule = r.more_run
+        start = load_model(job.work / "target.pt")
+        if start.config.n_layers < r.target.n_layers:       # a pair of an earlier recipe
+            start = grow(start)
+        model, schedule = copy.deepcopy(start), r.more_run
         cursor = torch.load(first, weights_only=True, map_location="cpu")["cursor"] if first.exists() else None
         batches = text_batches(schedule, job.rows("short"), job.rows("long"))
         run = Trainer("more", model, schedule, text_loss(model, r.bf16, r.compile), batches, job.work / "more.ckpt", cursor=cursor)

@@ -200,7 +200,7 @@ def chat_documents(books, seed, rounds, limit):
         for chapter in book:
             for _ in range(int(times) + (rng.random() < times % 1)):
                 documents += tell(chapter, namer, rng, limit)
-    documents += small_talk(rng, len(documents) // 60)
+    documents += small_talk(rng, len(documents) // 25)
     rng.shuffle(documents)
     return documents
 

@@ -58,8 +58,9 @@ def encode_documents(tokenizer, documents, chunk=2000):
             yield np.array(ids, np.uint16), np.array(learn, np.uint8)
 
 
-def pack(encoded, length, look_ahead=200):
-    """Rows (n, length) of whole documents, each row begun by one: of those in sight the longest that still fits comes next.
+def pack(encoded, length, rng, look_ahead=200):
+    """Rows (n, length) of whole documents: the first that waits and, of those in sight, always the longest that still fits; in any order,
+    since short ones would all stand last otherwise, and a chat begins where a row does.
 
     A document of several turns that is longer than a row is cut at its end. Returns ids and mask; the filling is masked.
     """
@@ -69,17 +70,16 @@ def pack(encoded, length, look_ahead=200):
             waiting.append(item)
         if not waiting:
             return np.stack(rows), np.stack(masks)
-        ids, learn, used = np.zeros(length, np.uint16), np.zeros(length, np.uint8), 0
-        choice = 0
+        chosen, left, choice = [], length, 0
         while choice is not None:
-            a, b = waiting.pop(choice)
-            n = min(len(a), length - used)
-            ids[used : used + n], learn[used : used + n] = a[:n], b[:n]
-            used += n
-            fitting = [(len(w[0]), i) for i, w in enumerate(waiting) if len(w[0]) <= length - used]
+            chosen.append(waiting.pop(choice))
+            left -= len(chosen[-1][0])
+            fitting = [(len(w[0]), i) for i, w in enumerate(waiting) if len(w[0]) <= left]
             choice = max(fitting)[1] if fitting else None
-        rows.append(ids)
-        masks.append(learn)
+        rng.shuffle(chosen)
+        ids, learn = (np.concatenate(part)[:length] for part in zip(*chosen))
+        rows.append(np.pad(ids, (0, length - len(ids))))
+        masks.append(np.pad(learn, (0, length - len(ids))))
 
 
 def running_rows(streams, length, n, rng):
@@ -95,9 +95,10 @@ def running_rows(streams, length, n, rng):
 
 def make_rows(tokenizer, documents, streams, length, raw_share, seed):
     """All rows of a phase, shuffled: packed documents and running text. Returns ids (n, length) uint16, mask (n, length) uint8."""
-    ids, learn = pack(encode_documents(tokenizer, documents), length)
+    rng = random.Random(seed)
+    ids, learn = pack(encode_documents(tokenizer, documents), length, rng)
     n_raw = int(len(ids) * raw_share / (1 - raw_share))
-    raw = running_rows(streams, length, n_raw, random.Random(seed))
+    raw = running_rows(streams, length, n_raw, rng)
     ids, learn = np.concatenate([ids, raw]), np.concatenate([learn, np.ones_like(raw, np.uint8)])
     order = np.random.default_rng(seed).permutation(len(ids))
     return ids[order], learn[order]

@@ -56,6 +56,8 @@ class Trainer:
     def __init__(self, name, model, schedule, loss_of, batch, checkpoint, until=1.0, after=None, cursor=None, save_every=180.0):
         self.name, self.model, self.schedule, self.loss_of, self.batch = name, model, schedule, loss_of, batch
         self.optimizers = optimizers(model, schedule)
+        for block in model.blocks:
+            block.dropout.p = schedule.dropout
         self.checkpoint, self.save_every, self.end = Path(checkpoint), save_every, until * schedule.seconds
         self.step, self.seconds, self.tokens, self.cursor = 0, 0.0, 0, dict(cursor or {})
         if after:
