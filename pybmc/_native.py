@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -66,7 +66,9 @@ def check(status: int) -> int:
 
 def owned(handle, free: str, kept=None):
     """A handle that is freed, and after it what it needs, when nobody uses it: a close() leaves a call beside it whole."""
-    return ffi.gc(handle, lambda handle, lib=lib, kept=kept: getattr(lib, free)(handle))    # lib: at exit it would go first
+    freeing = partial(getattr(lib, free))           # no function of Python's: an interrupt would be raised in it, and lost
+    freeing.kept = lib, kept                        # lib: at exit it would go first
+    return ffi.gc(handle, freeing)
 
 
 def as_array(x, dtype, shape=None, name="array") -> np.ndarray:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cffi import FFI
 
 import pybmc
 from pybmc import _native
@@ -88,6 +89,20 @@ def test_as_array_refuses_what_does_not(x):
 def test_pointers_point_at_the_values():
     values = np.array([1.5, 2.5], np.float32)
     assert list(pointer(values)) == [1.5, 2.5]
+
+
+def test_an_interrupt_while_a_handle_is_freed_reaches_the_caller(monkeypatch):
+    python = FFI()
+    python.cdef("void PyErr_SetInterrupt(void *unused);")        # what a Ctrl-C does
+    freed = []
+    monkeypatch.setattr(_native, "lib", python.dlopen(None))
+    monkeypatch.setattr(sys, "unraisablehook", freed.append)
+    with pytest.raises(KeyboardInterrupt):
+        handle = _native.owned(ffi.new("char *"), "PyErr_SetInterrupt")
+        del handle
+        for _ in range(10):
+            pass
+    assert not freed
 
 
 def test_the_arithmetic_rate_is_measured():
