@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from pybmc.sampling import Sampler
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("tokenizers")
@@ -17,15 +20,19 @@ TOOLS = Path(__file__).resolve().parents[1] / "tools"
 sys.path.insert(0, str(TOOLS))
 
 from train_demo import text
+from train_demo.distill import narrowed, told_rows
 from train_demo.evaluate import Rounds
-from train_demo.generate import score_rows
+from train_demo.export import read_gguf
+from train_demo.generate import CHAT
 from train_demo.model import Config, KVCache, Llama, attend_causal, blend, grow
+from train_demo.recipe import Schedule
 from train_demo.tokens import pack
+from train_demo.train import Trainer
 
 
 def run(work, out, *more):
     command = [sys.executable, "-m", "train_demo", "--smoke", "--work", str(work), "--out", str(out), *more]
-    return subprocess.run(command, cwd=TOOLS, env={**os.environ, "PYTHONPATH": str(TOOLS)}, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, cwd=TOOLS, env={**os.environ, "PYTHONPATH": os.pathsep.join((str(TOOLS), str(TOOLS.parent)))}, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
@@ -122,13 +129,29 @@ def test_a_blend_lies_between(model):
     torch.testing.assert_close(blend(grow(model), other, 0.5).embed.weight, (model.embed.weight + other.embed.weight) / 2)
 
 
-def test_rows_that_are_read_carry_the_targets_distribution(model):
-    ids, learn = torch.randint(model.config.vocab_size, (2, 9)), torch.randint(2, (2, 9))
-    same, top_ids, top_logp, own = score_rows(model, ids, learn, 4)
-    logp = model.logits(ids)[:, :-1].log_softmax(-1)
-    assert same is ids and torch.equal(own, learn[:, 1:]) and top_ids.shape == (2, 8, 4)
-    torch.testing.assert_close(logp.gather(-1, top_ids.long()), top_logp.float(), rtol=2e-3, atol=2e-3)
-    assert torch.equal(top_ids[..., 0], logp.argmax(-1).int())
+def test_told_rows_carry_the_targets_choices(smoke):
+    work, out = smoke
+    target, rows = read_gguf(out / "teller.gguf"), told_rows(work)
+    ids = rows["ids"][:4].astype("int64")
+    with torch.inference_mode():
+        logp = target.logits(torch.from_numpy(ids[:, :-1])).log_softmax(-1)
+    theirs = torch.from_numpy(rows["top_logp"][:4].astype("float32"))
+    torch.testing.assert_close(logp.topk(theirs.shape[-1]).values, theirs, rtol=0.02, atol=0.05)       # the engine's Q8_0 activations
+    told = np.load(work / "told-000.npz")               # greedy ones come first
+    mine = told["own"] == 1
+    assert mine.sum() > 100 and (told["ids"][:, 1:][mine] == told["top_ids"][..., 0][mine]).all()
+
+
+def test_narrowed_chances_are_the_samplers():
+    logits = torch.randn(5, 200, generator=torch.Generator().manual_seed(0)) * 2
+    best = logits.log_softmax(-1).topk(48)
+    ours = torch.zeros_like(logits).scatter_(-1, best.indices, narrowed(best.values))
+    for seed in range(3):
+        sampler = Sampler(**CHAT, seed=seed)
+        for i, row in enumerate(logits.numpy()):
+            for position in range(50):
+                assert ours[i, sampler.sample(row, position)] > 0
+    assert ((ours > 0).sum(-1) < 40).all() and torch.allclose(ours.sum(-1), torch.ones(5))
 
 
 def test_requests_are_made_of_the_passage():
@@ -149,8 +172,22 @@ def test_passages_end_with_their_sentences():
 
 def test_packed_rows_keep_every_token():
     items = [([n] * size, [1] * size) for n, size in enumerate((5, 9, 3, 2, 8, 4), start=1)]
-    ids, learn = pack(items, 10)
+    ids, learn = pack(items, 10, random.Random(0))
     assert sorted(ids[learn == 1].tolist()) == sorted(token for i, _ in items for token in i)
+
+
+def test_short_documents_begin_rows_too():
+    items = [([1] * 10, [1] * 10), ([2] * 3, [1] * 3)] * 40
+    ids, _ = pack(items, 13, random.Random(0))
+    assert 5 < (ids[:, 0] == 2).sum() < 35
+
+
+def test_dropout_is_of_training_alone(model):
+    schedule, tokens = Schedule(1.0, 16, 1, 0.02, 1e-3, dropout=0.5), torch.arange(20)[None]
+    before = model.logits(tokens)
+    Trainer("more", model, schedule, None, None, "no checkpoint")
+    assert not torch.equal(model.logits(tokens), before)
+    torch.testing.assert_close(model.eval().logits(tokens), before)
 
 
 def test_rounds_count_by_position():

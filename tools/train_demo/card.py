@@ -2,8 +2,7 @@
 
 import textwrap
 
-from .evaluate import answer
-from .generate import MIN_P
+from .evaluate import MIN_P, answer
 from .recipe import BOOKS
 
 TALES = (       # (request, temperature)

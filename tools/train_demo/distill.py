@@ -1,7 +1,11 @@
-"""The draft learns the target's choices: at every position of the target's own text, its whole distribution and its first choice."""
+"""The draft learns the target's choices: at every position of the target's own text, what pybmc chat may choose, and its first choice."""
+
+import math
 
 import numpy as np
 import torch
+
+from .generate import CHAT
 
 FIRST_CHOICE = 0.5      # weight of the first choice beside the distribution's
 
@@ -30,15 +34,22 @@ def told_batches(schedule, told, seed):
     return batch
 
 
+def narrowed(top_logp):
+    """Chances of the target's top tokens (log probabilities, likeliest first) once CHAT's settings have narrowed them."""
+    shares = top_logp.exp()
+    kept = (shares.cumsum(-1) - shares < CHAT["top_p"]) & (top_logp >= top_logp[..., :1] + math.log(CHAT["min_p"]))
+    kept &= torch.arange(top_logp.shape[-1]) < CHAT["top_k"]
+    return torch.where(kept, top_logp / CHAT["temperature"], -torch.inf).softmax(-1)
+
+
 def told_loss(model, compiled):
-    """Kullback-Leibler from the target's distribution (its top tokens, and the rest as one) to the draft's, and its first choice's cross entropy."""
+    """Cross entropy of the target's choices with the draft's, at CHAT's temperature, and of its first choice: the tails, which are never
+    chosen, are not worth a small model's weights."""
 
     def loss_of(ids, top_ids, top_logp, own):
         logits = model.logits(ids).float()
-        logp = logits.gather(-1, top_ids) - logits.logsumexp(-1, keepdim=True)      # the draft's, of the target's top tokens
-        rest = lambda lp: (1 - lp.exp().sum(-1)).clamp_min(1e-5)
-        p, p_rest = top_logp.exp(), rest(top_logp)
-        divergence = (p * (top_logp - logp)).sum(-1) + p_rest * (p_rest.log() - rest(logp).log())
-        return ((divergence - FIRST_CHOICE * logp[..., 0]) * own).sum()
+        logp = lambda z: z.gather(-1, top_ids) - z.logsumexp(-1, keepdim=True)
+        choices = (narrowed(top_logp) * logp(logits / CHAT["temperature"])).sum(-1)
+        return -((choices + FIRST_CHOICE * logp(logits)[..., 0]) * own).sum()
 
     return torch.compile(loss_of, dynamic=False) if compiled else loss_of

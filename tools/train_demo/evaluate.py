@@ -6,11 +6,11 @@ import math
 import torch
 import torch.nn.functional as F
 
-from .generate import generate_rows, seeded
 from .model import KVCache
 from .tokens import END_OF_TURN, ask
 
-K = 4           # tokens drafted a round
+K = 4               # tokens drafted a round
+MIN_P = 0.05        # what is less likely than this share of the likeliest is not chosen for a tale, as in pybmc chat
 
 
 @torch.inference_mode()
@@ -34,14 +34,28 @@ def xz_bits_per_byte(text, known=""):
     return 8 * (size(known + text) - (size(known) if known else 0)) / len(text.encode())
 
 
+def seeded(seed):
+    """A generator of random numbers where tensors are made."""
+    return torch.Generator(torch.get_default_device()).manual_seed(seed)
+
+
+def pick(logits, temperature, generator):
+    """A token by MIN_P and temperature (0: the likeliest). logits (vocab_size,)."""
+    logits = logits.masked_fill(logits < logits.max() + math.log(MIN_P), -torch.inf)
+    noise = -torch.empty_like(logits).exponential_(generator=generator).log()      # Gumbel
+    return int((logits + noise * temperature).argmax())
+
+
 @torch.inference_mode()
 def answer(model, tokenizer, request, n_tok, temperature, seed):
     """Ids of the prompt and of an answer of up to n_tok tokens, with its end of turn where it came to one."""
     prompt, end = tokenizer.encode(ask(request)).ids, tokenizer.token_to_id(END_OF_TURN)
-    total = min(len(prompt) + n_tok - 1, model.config.n_ctx)
-    ids, *_ = generate_rows(model, [prompt], torch.tensor([temperature]), total, 1, end, lambda: [end], seeded(seed))
-    told = ids[0, len(prompt) :].tolist()
-    return prompt, told[: told.index(end) + 1] if end in told else told
+    n_tok, generator = min(n_tok, model.config.n_ctx - len(prompt) + 1), seeded(seed)
+    cache, told = KVCache(model.config, 1, len(prompt) + n_tok - 1), []
+    while len(told) < n_tok and end not in told[-1:]:
+        logits = model.logits(torch.tensor([told[-1:] or prompt]), cache)[0, -1]
+        told.append(pick(logits, temperature, generator))
+    return prompt, told
 
 
 class Rounds:

@@ -80,10 +80,10 @@ class Recipe:
     more_share: float = 0.65                # its weights, beside those that it began with
     draft_run: Schedule = Schedule(4 * 60, 8192, 16, 0.02, 6e-3, long_from=2.0)
     distill_run: Schedule = Schedule(10 * 60, 8192, 16, 0.02, 4e-3, long_from=2.0)
-    generate_seconds: float = 4 * 60        # time for the target's own text
+    generate_seconds: float = 6 * 60        # time for the target's own text
     read_seconds: float = 2 * 60            # time for what it would have written in the corpus's place
     generate_batch: int = 128
-    generate_tokens: int = 224              # positions of one generated row, its request included
+    generate_tokens: int = 288              # positions of one told row, its request included
     top: int = 48                           # the target's likeliest tokens kept at each position
 
 

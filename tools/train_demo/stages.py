@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pybmc
 import torch
 from tokenizers import Tokenizer
 
@@ -161,9 +162,9 @@ def tell(job):
     documents = text.chat_documents(books, job.recipe.seed + 2, min(1.0, job.recipe.rounds), job.passage_limit())
     requests = [d.turns[0][0] for d in documents]
     running = tokenizer.encode("\n\n".join(text.running_text(book) for book in books[:6])).ids
-    model = export.read_gguf(job.out / TARGET)
-    read(model, job.rows("short"), job.recipe, job.work, job.recipe.read_seconds)
-    generate(model, tokenizer, requests, running, job.recipe, job.work, job.recipe.generate_seconds)
+    with pybmc.Model(job.out / TARGET) as model:
+        read(model, job.rows("short"), job.recipe, job.work, job.recipe.read_seconds)
+        generate(model, tokenizer, requests, running, job.recipe, job.work, job.recipe.generate_seconds)
 
 
 def distill_draft(job):
