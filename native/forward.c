@@ -238,7 +238,7 @@ static void place_head(const struct pass *p, const struct layer *L, float *head,
         m->k.rope_halves(head, m->buffers->cos + at, m->buffers->sin + at, m->c.rope_dim);
 }
 
-/* Q and K get their positions; K and V go to the arena. Shared out by (token, KV head). */
+/* Q and K get their positions; K and V go to the arena. Shared out by (KV head, token), as attention is. */
 static void place_rows(const struct pass *p, int l, int thread) {
     const bmc_model *m = p->model;
     const struct layer *L = &m->layers[l];
@@ -247,7 +247,7 @@ static void place_rows(const struct pass *p, int l, int thread) {
     int64_t from, to;
     share(p, thread, (int64_t)p->n_tok * m->c.n_kv_heads, &from, &to);
     for (int64_t i = from; i < to; i++) {
-        int t = (int)(i / m->c.n_kv_heads), h = (int)(i % m->c.n_kv_heads), pos = p->pos[t];
+        int t = (int)(i % p->n_tok), h = (int)(i / p->n_tok), pos = p->pos[t];
         float *k = b->k + (size_t)t * padded(m->kv_dim) + h * D, *v = b->v + (size_t)t * padded(m->kv_dim) + h * D;
         for (int g = 0; g < group; g++) {
             float *q = b->q + (size_t)t * padded(m->q_dim) + (h * group + g) * D;
@@ -456,15 +456,26 @@ static void attend_piece(const struct pass *p, const struct cut *c, int l, const
     finish_task(p, c, t, s);
 }
 
-/* All tasks or their pieces, taken in turn: which thread does one changes nothing. */
+/* What a thread does next of n tasks or pieces; *to is 0 at first. Where there is one for each thread it is always the same one, whose
+ * rows its core's cache holds. */
+static bool take_tasks(const struct pass *p, int64_t n, int thread, int64_t *from, int64_t *to) {
+    if (n != pool_size(p->model->pool))
+        return pool_take(p->model->pool, n, from, to);
+    bool first = *to == 0;
+    *from = thread;
+    *to = thread + 1;
+    return first;
+}
+
+/* All tasks or their pieces: which thread does one changes nothing. */
 static void attention(const struct pass *p, int l, int n_tok, int thread) {
     const bmc_model *m = p->model;
     const struct cut c = make_cut(p, l, n_tok);
     float *scratch = m->buffers->scratch + (size_t)thread * m->buffers->scratch_stride;
     int64_t began = thread ? 0 : nanoseconds();
     int first = 0, n = task_tokens(p, 0, n_tok), passed = 0;        /* tasks before those of `first` */
-    int64_t from, to;
-    while (pool_take(m->pool, (int64_t)c.n_tasks * c.n_pieces, &from, &to))
+    int64_t from, to = 0;
+    while (take_tasks(p, (int64_t)c.n_tasks * c.n_pieces, thread, &from, &to))
         for (; from < to; from++) {
             int number = (int)from / c.n_pieces;
             for (; number >= passed + m->c.n_kv_heads; passed += m->c.n_kv_heads) {

@@ -35,7 +35,9 @@ INLINE __m256i first_lanes(int n) {
 INLINE f32x16 f_set(float a) { return (f32x16){ _mm256_set1_ps(a), _mm256_set1_ps(a) }; }
 INLINE f32x16 f_zero(void) { return f_set(0.0f); }
 INLINE f32x16 f_load(const float *p) { return (f32x16){ _mm256_loadu_ps(p), _mm256_loadu_ps(p + 8) }; }
-INLINE f32x16 f_load_n(const float *p, int n) {
+INLINE f32x16 f_load_n(const float *p, int n) {         /* masks are slow, most of all where they store */
+    if (n >= 16)
+        return f_load(p);
     return (f32x16){ _mm256_maskload_ps(p, first_lanes(n)), _mm256_maskload_ps(p + 8, first_lanes(n - 8)) };
 }
 INLINE f32x16 f_load_f16(const uint16_t *p) {
@@ -67,6 +69,10 @@ INLINE __m256 e8m0_ymm(const uint8_t *p) {
 INLINE f32x16 f_load_e8m0_half(const uint8_t *p) { return (f32x16){ e8m0_ymm(p), e8m0_ymm(p + 8) }; }
 INLINE void f_store(float *p, f32x16 a) { _mm256_storeu_ps(p, a.lo); _mm256_storeu_ps(p + 8, a.hi); }
 INLINE void f_store_n(float *p, f32x16 a, int n) {
+    if (n >= 16) {
+        f_store(p, a);
+        return;
+    }
     _mm256_maskstore_ps(p, first_lanes(n), a.lo);
     _mm256_maskstore_ps(p + 8, first_lanes(n - 8), a.hi);
 }

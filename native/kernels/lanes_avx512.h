@@ -29,7 +29,7 @@ INLINE __mmask16 first_lanes(int n) { return (__mmask16)((1u << n) - 1); }
 INLINE f32x16 f_zero(void) { return _mm512_setzero_ps(); }
 INLINE f32x16 f_set(float a) { return _mm512_set1_ps(a); }
 INLINE f32x16 f_load(const float *p) { return _mm512_loadu_ps(p); }
-INLINE f32x16 f_load_n(const float *p, int n) { return _mm512_maskz_loadu_ps(first_lanes(n), p); }
+INLINE f32x16 f_load_n(const float *p, int n) { return n >= 16 ? f_load(p) : _mm512_maskz_loadu_ps(first_lanes(n), p); }
 INLINE f32x16 f_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
 INLINE f32x16 f_load_bf16(const uint16_t *p) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16));
@@ -47,7 +47,12 @@ INLINE f32x16 f_load_e8m0_half(const uint8_t *p) {
     return _mm512_castsi512_ps(_mm512_mask_blend_epi32(_mm512_cmplt_epi32_mask(e, _mm512_set1_epi32(2)), normal, tiny));
 }
 INLINE void f_store(float *p, f32x16 a) { _mm512_storeu_ps(p, a); }
-INLINE void f_store_n(float *p, f32x16 a, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), a); }
+INLINE void f_store_n(float *p, f32x16 a, int n) {
+    if (n >= 16)
+        f_store(p, a);
+    else
+        _mm512_mask_storeu_ps(p, first_lanes(n), a);
+}
 INLINE void f_store_f16(uint16_t *p, f32x16 a) { _mm256_storeu_si256((void *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
 INLINE f32x16 f_add(f32x16 a, f32x16 b) { return _mm512_add_ps(a, b); }
 INLINE f32x16 f_sub(f32x16 a, f32x16 b) { return _mm512_sub_ps(a, b); }

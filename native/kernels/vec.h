@@ -9,7 +9,7 @@ static void quantize(struct act_block *act, int stride, const float *x, int n_bl
         hi = f_round(f_mul(hi, per));
         f_store_i8(act->q, lo);
         f_store_i8(act->q + 16, hi);
-        float sums[3] = { f_sum(lo), f_sum(hi), f_sum(f_add(lo, hi)) };      /* whole numbers: exact */
+        float first = f_sum(lo), second = f_sum(hi), sums[3] = { first, second, first + second };     /* whole numbers: exact */
         act->d = top / 127.0f;
         for (int i = 0; i < 3; i++) {
             act->sum[i] = sums[i];
