@@ -16,7 +16,7 @@
 
 /* <cffi> What stands between these two marks is read by Python as it is: plain declarations only. */
 
-#define BMC_VERSION 6       /* counts the changes of what follows; bmc_version() tells which one was compiled */
+#define BMC_VERSION 7       /* counts the changes of what follows; bmc_version() tells which one was compiled */
 
 enum bmc_status {
     BMC_OK = 0,
@@ -116,7 +116,8 @@ typedef struct bmc_plan {
     int32_t n_rounds;               /* at most */
     int32_t k;
     int32_t least;                  /* fewer guesses are not checked */
-    int32_t every;                  /* of so many rounds, 3 or more, the last two are plain, for comparison; 0: none */
+    int32_t every;                  /* of so many rounds, 3 or more, the last two are plain, for comparison; 0: none .. */
+    int32_t since;                  /* .. and the first is as many rounds after the last plain one */
     int32_t n_tokens;
     double seconds;
     double stake;                   /* seconds by which all may take longer than plain tokens; who loses it is the last */

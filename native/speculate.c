@@ -103,7 +103,9 @@ static double loss(const bmc_plan *plan, const bmc_round *r) {
 }
 
 /* Two in a row: the first one meets caches that hold other things. */
-static bool is_plain(const bmc_plan *plan, int round) { return plan->every > 2 && round % plan->every >= plan->every - 2; }
+static bool is_plain(const bmc_plan *plan, int round) {
+    return plan->every > 2 && (plan->since + round) % plan->every >= plan->every - 2;
+}
 
 static int rows_left(const bmc_session *target) { return (int)target->arena.config.cap - target->position; }
 

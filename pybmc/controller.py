@@ -33,7 +33,8 @@ HOPELESS = 0.02                         # chance below which no more of a draft 
 CLEAR = 1.3                             # a gain that need not be looked at closely
 TRIED = 3                               # passes of a width before what another run says of it is believed, if gains allow it
 FRESH = 96                              # rounds after which a plain pass is measured again ..
-EVERY = 40                              # .. and of which the last two are plain ones, where the library makes many in a call
+EVERY = 40                              # .. and of which the last two are plain ones, where the library makes many in a call ..
+COLD = 2                                # .. of which the first ones take longer
 
 
 # ---- costs -------------------------------------------------------------------------------------------------
@@ -68,7 +69,7 @@ class CostCurve:
         if self._scale is None:
             self._scale = t - log(self.ratio(n))
         count = self.counts[n] = self.counts.get(n, 0) + 1
-        surprise = t - self._scale - log(self.ratio(n))
+        surprise = t - self._scale - (self._shape[n] if n in self._shape else log(self.ratio(n)))
         calm = self._calmed(surprise)
         if n == 1:
             self._scale += 0.15 * calm
@@ -98,7 +99,8 @@ class CostCurve:
         self._ratios = []
 
     def ratio(self, n: int) -> float:
-        """Cost of a pass of n tokens over one of a single token; at least that of the widths below it."""
+        """Cost of a pass of n tokens over one of a single token; at least that of the widths below it: where measurements say otherwise,
+        their mean, weighted by how many passes they rest on (pool adjacent violators)."""
         if not self._ratios:
             self._ratios = self._table()
         if n < len(self._ratios):
@@ -108,12 +110,17 @@ class CostCurve:
         return self._ratios[last] + (n - last) * slope
 
     def _table(self) -> list[float]:
-        known = [(n, exp(shape)) for n, shape in self._shape.items()]
+        pools: list[tuple[list[int], float, float]] = []        # widths, their cost, passes
+        for n, shape in self._shape.items():
+            widths, cost, weight = [n], exp(shape), 1.0 + self._trust + self.counts.get(n, 0)
+            while n > 1 and len(pools) > 1 and pools[-1][1] > cost:
+                before, other, passes = pools.pop()
+                widths, cost, weight = before + widths, (other * passes + cost * weight) / (passes + weight), passes + weight
+            pools.append((widths, max(cost, 1.0), weight))
+        known = [(n, cost) for widths, cost, _ in pools for n in widths]
         table = [0.0, 1.0]
         for (a, low), (b, high) in zip(known, known[1:]):
-            table += [low + (high - low) * (n - a) / (b - a) for n in range(a + 1, b + 1)]
-        for n in range(2, len(table)):
-            table[n] = max(table[n], table[n - 1])
+            table += [low + (high - low) * (n - a) / (b - a) for n in range(a + 1, b)] + [high]
         return table
 
     def at(self, n: float) -> float:
@@ -466,7 +473,7 @@ class Controller:
         """What speculate() has to know to do what cut() does."""
         return {"least": self.least, "edges": source.edges, "chances": source.by_mark.each(),
                 "costs": [0.0, *(self.curve.at(n) for n in range(1, k + 2))], "choosing": self.choosing.value,
-                "drafting": source.most(k), "every": EVERY, "stake": max(0.0, self.account.purse) / self.plain()}
+                "drafting": source.most(k), "every": EVERY, "since": min(self._since_plain, EVERY - 2 - COLD), "stake": max(0.0, self.account.purse) / self.plain()}
 
     # ---- lessons
 
@@ -500,7 +507,9 @@ class Controller:
         drafting: seconds; between: those around the call; share: of a plain call's passes, those of this one, at most 1:
         plain decoding has calls too.
         """
-        self._since_plain = 0 if 1 in widths else self._since_plain + len(widths)
+        plain = [i for i in range(len(widths)) if widths[i] == 1 and (i >= COLD and widths[i - 1] == 1 or max(widths) == 1)]
+        self._since_plain = len(widths) - 1 - plain[-1] if plain else self._since_plain + len(widths)
+        self._plain_before = widths[-1] == 1
         self.calling.add(between)
         spent = drafting + between - min(share, 1.0) * self.calling.value + sum(map(self.curve.at, widths))
         self.account.enter(tokens, tokens - spent / self.curve.at(1), trial)

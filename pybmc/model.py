@@ -421,7 +421,7 @@ def speculate(target: Session, draft: Session | None, text: Sequence[int], k: in
               seconds: float = 0.0, p_min: float = 0.0, sampler: Sampler | None = None, least: int = 1,
               edges: Sequence[float] = (), chances: Sequence[float] = (), costs: Sequence[float] = (),
               choosing: float = 0.0, drafting: float = math.inf, stake: float = math.inf, patient: bool = False, every: int = 0,
-              ngrams=ffi.NULL, script: Sequence[int] = ()) -> list[Round]:
+              since: int = 0, ngrams=ffi.NULL, script: Sequence[int] = ()) -> list[Round]:
     """Rounds of decoding, n_rounds at most, in one native call; for n_tokens more tokens at most.
 
     draft: who guesses; or None, and ngrams, an index that knows the text (pybmc.drafters.NgramDrafter); or neither, and k = 0: plain
@@ -429,7 +429,7 @@ def speculate(target: Session, draft: Session | None, text: Sequence[int], k: in
     with the ids that came. A round drafts k guesses and checks as many as give the most tokens a second, `least` or none: costs[n]
     are the seconds of a pass of n tokens (up to k + 1), choosing those for each token, and chances how often guesses of a class come
     true, whose upper ends in how sure the draft is are edges. Without costs all are checked. Of `every` rounds, 3 or more, the last
-    two are plain, for comparison.
+    two are plain, for comparison, and `since` of them came before.
 
     Rounds end after one that checked no guess, unless patient; where costs are known, after the one by which all took `stake` seconds
     longer than plain decoding (a draft counts as `drafting` seconds at most); and none begins after so many seconds. script: for
@@ -447,7 +447,7 @@ def speculate(target: Session, draft: Session | None, text: Sequence[int], k: in
     plan, rounds = ffi.new("bmc_plan *"), np.empty(n_rounds, _ROUND)
     plan.n_rounds, plan.k, plan.n_tokens, plan.least, plan.seconds, plan.p_min = n_rounds, k, n_tokens, least, seconds, p_min
     plan.sampler, plan.choosing, plan.n_edges, plan.patient = _native(sampler), choosing, len(edges), patient
-    plan.drafting, plan.stake, plan.every = drafting, stake, every
+    plan.drafting, plan.stake, plan.every, plan.since = drafting, stake, every, since
     plan.edges, plan.chance, plan.cost = (pointer(table) if table.size else ffi.NULL for table in tables)
     plan.script = pointer(script) if len(script) else ffi.NULL
     with target._claimed() as ours, draft._claimed() if draft else nullcontext(ffi.NULL) as theirs:

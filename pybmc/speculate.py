@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 from . import cache
-from .controller import DECIDING, LOOKING, WIDEST, Controller, CostCurve, Plan, Source
+from .controller import COLD, DECIDING, LOOKING, WIDEST, Controller, CostCurve, Plan, Source
 from .decode import BULK, BULK_SECONDS, Choice, Chooser, Loop, Pass, Stats, leave
 from .drafters import (
     EDGES,
@@ -37,7 +37,8 @@ from .sampling import Sampler
 log = logging.getLogger(__name__)
 
 SPECS = ("auto", "draft", "ngram", "self", "off")
-TIMED = 2                               # of them, the last whose times are learned from, beside a plain one: learning takes time
+TIMED = 3                               # of a size, for how many their mean counts at most
+PLAIN, QUICK = 5, 0.002                 # plain ones that tell what plain decoding takes, where a pass takes less than so many seconds
 SURE = 4                                # drafts that are seen one by one before
 MEASURED = (1, 2, 3, 4, 6, 8, 12, 16)       # widths that a first calibration times
 
@@ -207,7 +208,7 @@ class Speculation:
     def _rounds(self, round: Round, session, text: list[int], n_tokens: int, chooser: Chooser) -> list:
         """Rounds that the library drafts, checks and accepts by itself; none if it cannot."""
         controller, source, k = self.controller(chooser.kind), self.source(round.bulk.name, chooser.kind), round.plan.k
-        if round.rest and self.drafter:                 # then it is the draft model's turn to be asked
+        if round.rest and (self.drafter or round.bulk is self.nobody):      # then it is the draft model's turn to be asked
             n_tokens = min(n_tokens, round.rest)
         terms = {} if round.plan.whole or not k else controller.terms(source, k)      # where nobody guesses nothing can be lost
         n_rounds = BULK
@@ -231,10 +232,12 @@ class Speculation:
         """The tokens of rounds that took so long, and what there is to learn from them."""
         controller, source = self.controller(chooser.kind), self.source(round.bulk.name, chooser.kind)
         n, passing = sum(len(r.ids) for r in rounds), sum(r.verify_s for r in rounds)
-        for r in [*[r for r in rounds if not r.n_checked][-1:], *[r for r in rounds if r.n_checked][-TIMED:]]:
-            controller.passed(r.n_checked + 1, r.verify_s)
-            if round.bulk is self.drafter and r.sure:
-                source.seconds.add(len(r.sure), r.draft_s)
+        for checked, seconds in usual((r.n_checked, r.verify_s) for r in rounds):
+            controller.curve.observe(checked + 1, seconds)
+        if round.bulk is self.drafter:
+            for length, seconds in usual((len(r.sure), r.draft_s) for r in rounds):
+                if length:
+                    source.seconds.add(length, seconds)
         for r in rounds:
             if r.sure:
                 hits = [True] * r.n_right + [False] * (r.n_right < min(len(r.sure), len(r.ids)))
@@ -284,7 +287,12 @@ class Speculation:
         nobody else has a part in its passes."""
         controller, started = self.controller(chooser.kind), self.clock()
         round = Round(others=others, start=len(text))
-        if room < 1 or controller.stale:
+        if room < 1:
+            return round
+        quick = controller.curve.at(1) < QUICK
+        if controller.stale and not (quick and self._bulk(self.drafter or self.ngram, chooser, alone)):      # .. whose calls hold plain ones
+            if self._bulk(self.nobody, chooser, alone):
+                round.rest, round.bulk, round.plan = PLAIN if quick else 1, self.nobody, Plan(0, patient=True)
             return round
         n, rate = 0, 0.0
         if self.ngram:
@@ -398,6 +406,18 @@ class Speculation:
         if self._owned is not None:
             self._owned.close()
             self._owned = None
+
+
+def usual(times: Iterable[tuple[int, float]]) -> Iterator[tuple[int, float]]:
+    """Of rounds in their order, (size, seconds): what those of a size take, as often as it counts. The first ones take longer, and so
+    does a plain one (0) that follows others."""
+    times = list(times)
+    found: dict[int, list[float]] = {}
+    for i, (size, seconds) in enumerate(times):
+        if (i >= COLD or len(times) <= COLD) and (size or not i or not times[i - 1][0]):
+            found.setdefault(size, []).append(seconds)
+    for size, several in found.items():
+        yield from [(size, sum(several) / len(several))] * min(len(several), TIMED)
 
 
 def judged(proposed: list[int], said: list[int]) -> list[bool]:

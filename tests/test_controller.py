@@ -68,6 +68,14 @@ def test_costs_of_a_bad_minute_are_put_right():
     assert rate > 0.8 * run(cheap, 0.85, 0.1, n=2000)[0]
 
 
+def test_a_width_that_is_measured_does_not_stand_as_high_as_one_below_it_that_is_not():
+    curve = CostCurve({1: 1.0, 2: 2.0, 3: 2.0, 4: 2.0})
+    curve.observe(2, 2.0)
+    for _ in range(40):
+        curve.observe(4, 1.2)
+    assert curve.at(4) == pytest.approx(1.2, rel=0.05) and 1 <= curve.ratio(2) <= curve.ratio(3) <= curve.ratio(4)
+
+
 def test_in_company_the_purse_counts_everybodys_time():
     """Two tokens instead of one are nine instead of eight, in a pass a quarter longer."""
     controller = Controller(CostCurve({1: 1.0, 8: 1.0, 9: 1.25, 16: 2.0}))

@@ -20,7 +20,7 @@ from pybmc.decode import Choice, Chooser, generate
 from pybmc.drafters import NOTHING, Draft, ModelDrafter, NgramDrafter, Nobody, PairError, check_pair, first_difference, guess
 from pybmc.model import Session, speculate
 from pybmc.sampling import Sampler, logprob
-from pybmc.speculate import Speculation, attach, leave
+from pybmc.speculate import Speculation, attach, leave, usual
 
 
 class Whim(Controller):
@@ -292,15 +292,39 @@ def test_rounds_end_without_a_guess_that_is_worth_it_unless_patient_and_when_the
     session.close(), other.close()
 
 
-def test_plain_rounds_stand_among_the_others(model):
+@pytest.mark.parametrize("since", [0, 1, 2, 3])
+def test_plain_rounds_stand_among_the_others(model, since):
     """The last two of four; the draft guesses after them with what it lacks, and has nothing but the text at the end."""
     session, other, text, plain = texts_of(model, model)
     with session, other:
-        rounds = speculate(session, other, text[-3:], 2, 30, n_rounds=12, seconds=60, every=4)
-        assert [r.n_asked for r in rounds] == [2, 2, 0, 0] * 3 and all(r.n_checked == r.n_right == r.n_asked for r in rounds)
+        rounds = speculate(session, other, text[-3:], 2, 30, n_rounds=12, seconds=60, every=4, since=since)
+        assert [r.n_asked for r in rounds] == ([2, 2, 0, 0] * 4)[since:since + 12] and all(r.n_checked == r.n_right == r.n_asked for r in rounds)
         said = [id for r in rounds for id in r.ids]
         assert said == plain[:24] and session.tokens == [*text, *said[:-1]]
         assert other.agreement([*text, *said]) == other.position >= len(text) + len(said) - 4
+
+
+def test_what_rounds_teach_of_their_times():
+    """Not the first two, not a plain one that follows others, the mean of what is left, and that a few times at most."""
+    times = [(2, 9.0), (2, 9.0), (2, 1.0), (2, 3.0), (0, 9.0), (0, 5.0), (1, 4.0), (2, 2.0), (2, 2.0)]
+    assert sorted(usual(times)) == [(0, 5.0), (1, 4.0), *[(2, 2.0)] * 3]
+    assert list(usual([(3, 7.0)])) == [(3, 7.0)] and list(usual([(0, 7.0)])) == [(0, 7.0)] and list(usual([])) == []
+
+
+def test_plain_decoding_is_timed_among_short_calls():
+    """Calls of ten rounds: every fourth one has a pair of plain rounds, which is seen, and none of Python's passes is needed."""
+    controller = Controller(CostCurve({1: 1e-3, 4: 1.2e-3}))
+    source = Source("draft", [0.9] * 16, 0.9)
+    for n in (1, 2, 4, 8):
+        source.seconds.add(n, n * 1e-5)
+    pairs = 0
+    for _ in range(40):
+        since, every = (controller.terms(source, 3)[key] for key in ("since", "every"))
+        widths = [1 if (since + i) % every >= every - 2 else 4 for i in range(10)]
+        pairs += (1, 1) in list(zip(widths, widths[1:]))
+        controller.wrote(widths, 30, 1e-4, 1e-4, 1.0)
+        assert controller._since_plain <= every
+    assert 8 <= pairs <= 12
 
 
 class Resting(Controller):

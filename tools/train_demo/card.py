@@ -33,15 +33,17 @@ A pair that goes on from another (`--from`) has its first part by the recipe of 
 
 {text}
 - **Form**: four rows in five hold passages that answer a request made of their own words ("Tell me of a king and a golden bird."), sometimes
-  followed by "Go on."; the rest is running text. Only answers and running text are learned. A few lines of small talk are ours.
+  followed by "Go on."; the rest is running text. Only answers and running text are learned. A few lines of small talk are ours; a last
+  run of a few minutes, mostly of them, makes the teller remember them.
 - **Teller**: {target_tokens} tokens in {target_steps} steps of {batch_tokens}; Muon for the matrices, AdamW for the rest; warm-up, a level stretch and a straight line to
   zero; weight decay, gradients clipped at 1, bf16 products; half of the layers first, the other half from {grow_at:.0%} of the time on.
   Then {more_tokens} tokens more, from the weights of one run to the next, each with a warm-up and a descent of its own and with rows of {n_ctx} at its end.
-  The last run's weights are {more_share:.0%} its own and the rest those that it began with: by then the tales had been read a dozen times, and it had
-  begun to know them by heart (by held-out text, which also chose the share). {target_minutes} minutes on CPU together, beside other work, so that a
-  rerun differs a little. More text would help now, rather than more reading of this.
+  Up to the last run the teller that ships had six layers; then each got a copy behind it that added nothing yet, and a tenth of what layers
+  add was dropped in training, against learning by heart: by then the tales had been read a dozen times. Weights are {more_share:.0%} those of the
+  last run's end and the rest those that it began with (by held-out text). {target_minutes} minutes on CPU together, beside other work, so
+  that a rerun differs a little. More text would help now, rather than more reading of this.
 - **Draft**: {draft_tokens} tokens of the same text, then {distill_tokens} tokens of distillation on {told_tokens} tokens that the teller's quantized file wrote itself,
-  greedy and at temperature 0.8, or read in the corpus: its distribution over the {top} likeliest tokens, and its first choice.
+  greedy and as chat samples, or read in the corpus: what chat may choose of its {top} likeliest tokens, and its first choice.
 
 ## Measured
 
