@@ -32,8 +32,8 @@ EAGER = 3                               # .. of them, while the purse is full
 HOPELESS = 0.02                         # chance below which no more of a draft is looked at
 CLEAR = 1.3                             # a gain that need not be looked at closely
 TRIED = 3                               # passes of a width before what another run says of it is believed, if gains allow it
-FRESH = 96                              # rounds after which a plain pass is measured again ..
-EVERY = 40                              # .. and of which the last two are plain ones, where the library makes many in a call ..
+FRESH = 96                              # rounds after which a plain pass is measured again, sooner where the gain is not clear ..
+EVERY = 40                              # .. which is after so many, the last two of them plain, where the library makes many in a call ..
 COLD = 2                                # .. of which the first ones take longer
 
 
@@ -471,9 +471,11 @@ class Controller:
 
     def terms(self, source: Source, k: int) -> dict:
         """What speculate() has to know to do what cut() does."""
+        every = FRESH if self._fresh == FRESH else EVERY
         return {"least": self.least, "edges": source.edges, "chances": source.by_mark.each(),
                 "costs": [0.0, *(self.curve.at(n) for n in range(1, k + 2))], "choosing": self.choosing.value,
-                "drafting": source.most(k), "every": EVERY, "since": min(self._since_plain, EVERY - 2 - COLD), "stake": max(0.0, self.account.purse) / self.plain()}
+                "drafting": source.most(k), "every": every, "since": min(self._since_plain, every - 2 - COLD),
+                "stake": max(0.0, self.account.purse) / self.plain()}
 
     # ---- lessons
 
