@@ -61,6 +61,7 @@ class CostCurve:
         if seconds and 1 in seconds:
             self._scale, self._unit = log(seconds[1]), seconds[1]
             self._shape = {n: log(t / seconds[1]) for n, t in sorted(seconds.items())}
+        self._given = dict(self._shape)                         # before anything was seen
         self._ratios: list[float] = []
 
     def observe(self, n: int, seconds: float) -> None:
@@ -68,14 +69,21 @@ class CostCurve:
         t = log(max(seconds, 1e-9))
         if self._scale is None:
             self._scale = t - log(self.ratio(n))
-        count = self.counts[n] = self.counts.get(n, 0) + 1
-        surprise = t - self._scale - (self._shape[n] if n in self._shape else log(self.ratio(n)))
+        count = self.counts.get(n, 0) + 1
+        if n not in self._shape:
+            self._shape[n] = log(self.ratio(n))
+            self._shape = dict(sorted(self._shape.items()))
+        elif count == 1:
+            self._shape[n] = self._believed(n)
+        surprise = t - self._scale - self._shape[n]
         calm = self._calmed(surprise)
         if n == 1:
             self._scale += 0.15 * calm
         else:
-            self._bend(n, calm if n in self._shape else surprise, count)
+            self._shape[n] += max(0.08, 0.6 / (count + self._trust)) * (calm if count > 1 or n in self._given else surprise)
+            self._ratios = []
             self._scale += 0.02 * calm
+        self.counts[n] = count
         if count > 4:
             self._drag += 0.04 * (max(0.5, min(12.0, exp(surprise))) - self._drag)
         self._unit = exp(self._scale) * self._drag
@@ -87,16 +95,16 @@ class CostCurve:
         self._streak = self._streak + way if way * self._streak > 0 else way
         return surprise if abs(self._streak) > 3 else max(-0.25, min(0.25, surprise))
 
-    def _bend(self, n: int, surprise: float, count: int) -> None:
-        if n not in self._shape:
-            self._shape[n] = log(self.ratio(n))
-            self._shape = dict(sorted(self._shape.items()))
-        step = max(0.08, 0.6 / (count + self._trust)) * surprise
-        self._shape[n] += step
-        for other in self._shape:                       # from another time, which may have been as wrong
-            if other > 1 and not self.counts.get(other):
-                self._shape[other] += step / 2
-        self._ratios = []
+    def _believed(self, n: int) -> float:
+        """The shape at a width that is in it. One that was not seen yet is of another time, which may have been as wrong about it as
+        about the nearest one that was."""
+        if n == 1 or self.counts.get(n):
+            return self._shape[n]
+        seen = [m for m in self.counts if m > 1 and m in self._given]
+        if not seen:
+            return self._shape[n]
+        nearest = min(seen, key=lambda m: abs(m - n))
+        return self._shape[n] + self._shape[nearest] - self._given[nearest]
 
     def ratio(self, n: int) -> float:
         """Cost of a pass of n tokens over one of a single token; at least that of the widths below it: where measurements say otherwise,
@@ -111,8 +119,8 @@ class CostCurve:
 
     def _table(self) -> list[float]:
         pools: list[tuple[list[int], float, float]] = []        # widths, their cost, passes
-        for n, shape in self._shape.items():
-            widths, cost, weight = [n], exp(shape), 1.0 + self._trust + self.counts.get(n, 0)
+        for n in self._shape:
+            widths, cost, weight = [n], exp(self._believed(n)), 1.0 + self._trust + self.counts.get(n, 0)
             while n > 1 and len(pools) > 1 and pools[-1][1] > cost:
                 before, other, passes = pools.pop()
                 widths, cost, weight = before + widths, (other * passes + cost * weight) / (passes + weight), passes + weight
@@ -137,7 +145,7 @@ class CostCurve:
         """What is known, for the next time; without drag."""
         if self._scale is None:
             return {}
-        return {n: exp(self._scale + shape) for n, shape in self._shape.items()}
+        return {n: exp(self._scale + self._believed(n)) for n in self._shape}
 
 
 class Average:

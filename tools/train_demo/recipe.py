@@ -80,6 +80,7 @@ class Recipe:
     more_share: float = 0.65                # its weights, beside those that it began with
     manners_run: Schedule = Schedule(3 * 60, 8192, 4, 0.002, 4e-4, decay_from=0.1, long_from=2.0)
     manners_talks: int = 1600               # small talk in its rows, and a quarter as many tales
+    manners_share: float = 0.7              # its weights, beside those before it, which know more of the tales
     draft_run: Schedule = Schedule(4 * 60, 8192, 16, 0.02, 6e-3, long_from=2.0)
     distill_run: Schedule = Schedule(16 * 60, 8192, 16, 0.02, 4e-3, long_from=2.0)
     generate_seconds: float = 6 * 60        # time for the target's own text

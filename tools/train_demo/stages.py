@@ -151,15 +151,15 @@ def manners(job):
     """Teach the target small talk, which is too rare among the tales to be remembered, and write its file."""
     r, path = job.recipe, job.work / "manners.pt"
     if not path.exists():
-        rng, model = random.Random(r.seed + 3), load_model(job.work / "more.pt")
+        rng, start = random.Random(r.seed + 3), load_model(job.work / "more.pt")
         documents = text.chat_documents(job.books(), r.seed + 3, min(0.1, r.rounds), job.passage_limit())[: r.manners_talks // 4]
         documents += text.small_talk(rng, r.manners_talks)
         rng.shuffle(documents)
         rows = tokens.make_rows(job.tokenizer(), documents, [], r.n_ctx + 1, 0.0, r.seed)
-        batches = text_batches(r.manners_run, rows, None)
+        model, batches = copy.deepcopy(start), text_batches(r.manners_run, rows, None)
         run = Trainer("manners", model, r.manners_run, text_loss(model, r.bf16, r.compile), batches, job.work / "manners.ckpt")
         run.run()
-        save_model(model, path)
+        save_model(blend(start, model, r.manners_share), path)
     export.write_gguf(load_model(path), job.tokenizer(), job.out / TARGET, "Teller", "A small teller of tales")
 
 
