@@ -244,6 +244,7 @@ class Forced(ModelDrafter):
 
 def forced(model, draft, share: float, request: Request) -> Speculation:
     made = Speculation(model, draft, "draft")
+    made._pair = lambda kind: None      # the next run is not to believe it
     made.drafter = Forced(draft, model.config.vocab_size, request.script, len(request.prompt), share)
     return made
 

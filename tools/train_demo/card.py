@@ -33,8 +33,7 @@ A pair that goes on from another (`--from`) has its first part by the recipe of 
 
 {text}
 - **Form**: four rows in five hold passages that answer a request made of their own words ("Tell me of a king and a golden bird."), sometimes
-  followed by "Go on."; the rest is running text. Only answers and running text are learned. A few lines of small talk are ours; a last
-  run of a few minutes, mostly of them, makes the teller remember them ({manners_share:.0%} of its weights, the rest those before it).
+  followed by "Go on."; the rest is running text. Only answers and running text are learned. A few lines of small talk are ours.
 - **Teller**: {target_tokens} tokens in {target_steps} steps of {batch_tokens}; Muon for the matrices, AdamW for the rest; warm-up, a level stretch and a straight line to
   zero; weight decay, gradients clipped at 1, bf16 products; half of the layers first, the other half from {grow_at:.0%} of the time on.
   Then {more_tokens} tokens more, from the weights of one run to the next, each with a warm-up and a descent of its own and with rows of {n_ctx} at its end.
@@ -122,7 +121,7 @@ def write(recipe, configs, sizes, results, told):
     return CARD.format(
         sizes=table(size_rows(configs, sizes)), vocab_size=recipe.vocab_size, n_ctx=configs[0].n_ctx, row=recipe.n_ctx, top=recipe.top,
         text=titles(), batch_tokens=recipe.target_run.batch_tokens,
-        grow_at=recipe.target_run.grow_at, more_share=recipe.more_share, manners_share=recipe.manners_share, target_tokens=millions(results["target"]["tokens"]), target_steps=results["target"]["steps"],
+        grow_at=recipe.target_run.grow_at, more_share=recipe.more_share, target_tokens=millions(results["target"]["tokens"]), target_steps=results["target"]["steps"],
         more_tokens=millions(results["more"]["tokens"]), target_minutes=(results["target"]["seconds"] + results["more"]["seconds"]) // 60, draft_tokens=millions(results["draft"]["tokens"]),
         distill_tokens=millions(results["distill"]["tokens"]), told_tokens=millions(results["distill"]["told"]),
         heldout=table(heldout_rows(results)), acceptance=table(acceptance_rows(results)), tales="\n\n".join(quote(*t) for t in told),

@@ -78,9 +78,6 @@ class Recipe:
     target_run: Schedule = Schedule(64 * 60, 4096, 8, 0.02, 3e-3, grow_at=0.65, long_from=0.9)
     more_run: Schedule = Schedule(90 * 60, 8192, 4, 0.007, 1.4e-3, decay_from=0.1, long_from=0.75, dropout=0.1)     # a second climb and descent
     more_share: float = 0.65                # its weights, beside those that it began with
-    manners_run: Schedule = Schedule(3 * 60, 8192, 4, 0.002, 4e-4, decay_from=0.1, long_from=2.0)
-    manners_talks: int = 1600               # small talk in its rows, and a quarter as many tales
-    manners_share: float = 0.7              # its weights, beside those before it, which know more of the tales
     draft_run: Schedule = Schedule(4 * 60, 8192, 16, 0.02, 6e-3, long_from=2.0)
     distill_run: Schedule = Schedule(16 * 60, 8192, 16, 0.02, 4e-3, long_from=2.0)
     generate_seconds: float = 6 * 60        # time for the target's own text
@@ -96,7 +93,6 @@ SMOKE = Recipe(
     target=Shape(64, 128, 32, 2, 2, 1), draft=Shape(32, 64, 32, 1, 1, 1),
     target_run=Schedule(20, 1024, 8, 0.02, 3e-3, grow_at=0.5),
     more_run=Schedule(5, 1024, 8, 0.02, 3e-3),
-    manners_run=Schedule(3, 1024, 8, 0.002, 4e-4, long_from=2.0), manners_talks=100,
     draft_run=Schedule(5, 1024, 8, 0.02, 6e-3, long_from=2.0),
     distill_run=Schedule(8, 1024, 16, 0.02, 4e-3, long_from=2.0),
     generate_seconds=8, read_seconds=2, generate_batch=8, generate_tokens=64, top=16,

@@ -132,7 +132,7 @@ def target(job):
 
 
 def more(job):
-    """Train the target further, from where its first run ended; what it keeps lies between."""
+    """Train the target further, from where its first run ended, and write the file of what lies between."""
     r, path, first = job.recipe, job.work / "more.pt", job.work / "target.ckpt"
     if not path.exists():
         start = load_model(job.work / "target.pt")
@@ -145,21 +145,6 @@ def more(job):
         run.run()
         save_model(blend(start, model, r.more_share), path)
         keep_sum(job, "more", {"steps": run.step, "tokens": run.tokens, "seconds": round(run.seconds)})
-
-
-def manners(job):
-    """Teach the target small talk, which is too rare among the tales to be remembered, and write its file."""
-    r, path = job.recipe, job.work / "manners.pt"
-    if not path.exists():
-        rng, start = random.Random(r.seed + 3), load_model(job.work / "more.pt")
-        documents = text.chat_documents(job.books(), r.seed + 3, min(0.1, r.rounds), job.passage_limit())[: r.manners_talks // 4]
-        documents += text.small_talk(rng, r.manners_talks)
-        rng.shuffle(documents)
-        rows = tokens.make_rows(job.tokenizer(), documents, [], r.n_ctx + 1, 0.0, r.seed)
-        model, batches = copy.deepcopy(start), text_batches(r.manners_run, rows, None)
-        run = Trainer("manners", model, r.manners_run, text_loss(model, r.bf16, r.compile), batches, job.work / "manners.ckpt")
-        run.run()
-        save_model(blend(start, model, r.manners_share), path)
     export.write_gguf(load_model(path), job.tokenizer(), job.out / TARGET, "Teller", "A small teller of tales")
 
 
@@ -230,5 +215,5 @@ def model_card(job):
 
 
 STAGES = {
-    "data": data, "target": target, "more": more, "manners": manners, "draft": draft, "tell": tell, "distill": distill_draft, "evaluate": evaluation, "card": model_card,
+    "data": data, "target": target, "more": more, "draft": draft, "tell": tell, "distill": distill_draft, "evaluate": evaluation, "card": model_card,
 }

@@ -98,8 +98,7 @@ def make_rows(tokenizer, documents, streams, length, raw_share, seed):
     rng = random.Random(seed)
     ids, learn = pack(encode_documents(tokenizer, documents), length, rng)
     n_raw = int(len(ids) * raw_share / (1 - raw_share))
-    if n_raw:
-        raw = running_rows(streams, length, n_raw, rng)
-        ids, learn = np.concatenate([ids, raw]), np.concatenate([learn, np.ones_like(raw, np.uint8)])
+    raw = running_rows(streams, length, n_raw, rng)
+    ids, learn = np.concatenate([ids, raw]), np.concatenate([learn, np.ones_like(raw, np.uint8)])
     order = np.random.default_rng(seed).permutation(len(ids))
     return ids[order], learn[order]
