@@ -148,6 +148,13 @@ class CostCurve:
         return {n: exp(self._scale + self._believed(n)) for n in self._shape}
 
 
+def telling(widths: Sequence[int]) -> list[int]:
+    """Which passes of a call say by their time what such passes take: not the first ones, where there are others, and no plain one
+    right after a wider one, which leaves the caches to it."""
+    first = COLD if len(widths) > COLD else 0
+    return [i for i in range(first, len(widths)) if widths[i] > 1 or i == 0 or widths[i - 1] == 1]
+
+
 class Average:
     """A mean in which what is older counts less; single values far off count little."""
 
@@ -517,7 +524,7 @@ class Controller:
         drafting: seconds; between: those around the call; share: of a plain call's passes, those of this one, at most 1:
         plain decoding has calls too.
         """
-        plain = [i for i in range(len(widths)) if widths[i] == 1 and (i >= COLD and widths[i - 1] == 1 or max(widths) == 1)]
+        plain = [i for i in telling(widths) if widths[i] == 1]
         self._since_plain = len(widths) - 1 - plain[-1] if plain else self._since_plain + len(widths)
         self._plain_before = widths[-1] == 1
         self.calling.add(between)

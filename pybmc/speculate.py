@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 from . import cache
-from .controller import COLD, DECIDING, LOOKING, WIDEST, Controller, CostCurve, Plan, Source
+from .controller import DECIDING, LOOKING, WIDEST, Controller, CostCurve, Plan, Source, telling
 from .decode import BULK, BULK_SECONDS, Choice, Chooser, Loop, Pass, Stats, leave
 from .drafters import (
     EDGES,
@@ -289,8 +289,8 @@ class Speculation:
         round = Round(others=others, start=len(text))
         if room < 1:
             return round
-        quick = controller.curve.at(1) < QUICK
-        if controller.stale and not (quick and self._bulk(self.drafter or self.ngram, chooser, alone)):      # .. whose calls hold plain ones
+        quick = controller.curve.at(1) < QUICK          # then a call of the library holds many rounds, plain ones among them
+        if controller.stale and not (quick and self._bulk(self.drafter or self.ngram, chooser, alone)):
             if self._bulk(self.nobody, chooser, alone):
                 round.rest, round.bulk, round.plan = PLAIN if quick else 1, self.nobody, Plan(0, patient=True)
             return round
@@ -409,13 +409,11 @@ class Speculation:
 
 
 def usual(times: Iterable[tuple[int, float]]) -> Iterator[tuple[int, float]]:
-    """Of rounds in their order, (size, seconds): what those of a size take, as often as it counts. The first ones take longer, and so
-    does a plain one (0) that follows others."""
+    """Of rounds in their order, (guesses, seconds): what those of so many guesses take, as often as it counts."""
     times = list(times)
     found: dict[int, list[float]] = {}
-    for i, (size, seconds) in enumerate(times):
-        if (i >= COLD or len(times) <= COLD) and (size or not i or not times[i - 1][0]):
-            found.setdefault(size, []).append(seconds)
+    for i in telling([size + 1 for size, _ in times]):
+        found.setdefault(times[i][0], []).append(times[i][1])
     for size, several in found.items():
         yield from [(size, sum(several) / len(several))] * min(len(several), TIMED)
 

@@ -6,11 +6,12 @@ import math
 import torch
 import torch.nn.functional as F
 
+from .generate import CHAT
 from .model import KVCache
 from .tokens import END_OF_TURN, ask
 
-K = 4               # tokens drafted a round
-MIN_P = 0.05        # what is less likely than this share of the likeliest is not chosen for a tale, as in pybmc chat
+K = 4                       # tokens drafted a round
+MIN_P = CHAT["min_p"]       # what is less likely than this share of the likeliest is not chosen for a tale
 
 
 @torch.inference_mode()
