@@ -13,7 +13,7 @@ from contextlib import suppress
 from math import isfinite
 from pathlib import Path
 
-VERSION = 1
+VERSION = 2
 WIDEST = 512
 RECORD = ("by_mark", "accepted", "offered", "seconds")      # parts of a drafter's record
 

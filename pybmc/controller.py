@@ -10,12 +10,12 @@ has gained, and no more. Nothing here knows of models: times come in as numbers,
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import exp, inf, log
+from math import inf
 
 from .cache import RECORD
+from .costs import FADE, Average, CostCurve, DraftCost
 
 WIDEST = 16                             # tokens in a draft
 MIN_GAIN = 1.03                         # predicted, before speculating begins; it ends below 1
@@ -24,128 +24,15 @@ ALLOWED = 0.015                         # .. and of each token's time, ever ..
 BANK = 8.0                              # .. and at most at once, whatever it gained before
 DEBT = 1.0                              # most that is kept of what a round lost beyond that: it may have met a hiccup
 DECIDING, LOOKING = 0.003, 0.01         # of the time, for decisions against drafting; where only the text is looked at
-FADE = 0.98                             # weight of what was seen one draft ago
 KEPT = 6.0                              # drafts that what was seen in another run counts as
 FIRST = 3                               # tokens of a first draft: what they take is not known yet
 REST, REST_SECONDS = 32, 0.05           # plain tokens after a decision against drafting before the next: at most, or so long
-EAGER = 3                               # .. of them, while the purse is full
+EAGER, LATELY = 3, 0.3                  # .. of them, while the purse is full and guesses paid lately; what the last one counts in that
 HOPELESS = 0.02                         # chance below which no more of a draft is looked at
 CLEAR = 1.3                             # a gain that need not be looked at closely
-TRIED = 3                               # passes of a width before what another run says of it is believed, if gains allow it
 FRESH = 96                              # rounds after which a plain pass is measured again, sooner where the gain is not clear ..
 EVERY = 40                              # .. which is after so many, the last two of them plain, where the library makes many in a call ..
 COLD = 2                                # .. of which the first ones take longer
-
-
-# ---- costs -------------------------------------------------------------------------------------------------
-
-
-class CostCurve:
-    """Seconds of a pass by its width: a shape, width n over width 1, times the seconds of width 1.
-
-    The scale follows the machine and the depth within a few passes, the shape slowly; a single slow pass moves
-    neither much. Where many are slow, because the machine does other things, all widths are taken to suffer alike: drag
-    is how much longer than usual passes take on the average. Between widths that were measured it is linear, beyond
-    them a guess.
-    """
-
-    GUESS = 0.05                        # what a token more costs, in passes of one, where nothing is known
-
-    def __init__(self, seconds: dict[int, float] | None = None):
-        self._shape: dict[int, float] = {1: 0.0}                # log of width n over width 1
-        self._scale: float | None = None                        # log of the seconds of width 1
-        self._seen, self._streak = 0, 0                         # passes; surprises in a row, with their sign
-        self._trust = 3 if seconds else 0                       # passes that what was given counts as
-        self._unit, self._drag = 1.0, 1.0                       # e to the scale; mean over median
-        self.counts: dict[int, int] = {}
-        if seconds and 1 in seconds:
-            self._scale, self._unit = log(seconds[1]), seconds[1]
-            self._shape = {n: log(t / seconds[1]) for n, t in sorted(seconds.items())}
-        self._given = dict(self._shape)                         # before anything was seen
-        self._ratios: list[float] = []
-
-    def observe(self, n: int, seconds: float) -> None:
-        """A pass of n tokens took so long."""
-        t = log(max(seconds, 1e-9))
-        if self._scale is None:
-            self._scale = t - log(self.ratio(n))
-        count = self.counts.get(n, 0) + 1
-        if n not in self._shape:
-            self._shape[n] = log(self.ratio(n))
-            self._shape = dict(sorted(self._shape.items()))
-        elif count == 1:
-            self._shape[n] = self._believed(n)
-        surprise = t - self._scale - self._shape[n]
-        calm = self._calmed(surprise)
-        if n == 1:
-            self._scale += 0.15 * calm
-        else:
-            self._shape[n] += max(0.08, 0.6 / (count + self._trust)) * (calm if count > 1 or n in self._given else surprise)
-            self._ratios = []
-            self._scale += 0.02 * calm
-        self.counts[n] = count
-        if count > 4:
-            self._drag += 0.04 * (max(0.5, min(12.0, exp(surprise))) - self._drag)
-        self._unit = exp(self._scale) * self._drag
-
-    def _calmed(self, surprise: float) -> float:
-        """A surprise counts in full only if it is small, or not the first of its kind."""
-        self._seen += 1
-        way = (surprise > 0.25) - (surprise < -0.25)
-        self._streak = self._streak + way if way * self._streak > 0 else way
-        return surprise if abs(self._streak) > 3 else max(-0.25, min(0.25, surprise))
-
-    def _believed(self, n: int) -> float:
-        """The shape at a width that is in it. One that was not seen yet is of another time, which may have been as wrong about it as
-        about the nearest one that was."""
-        if n == 1 or self.counts.get(n):
-            return self._shape[n]
-        seen = [m for m in self.counts if m > 1 and m in self._given]
-        if not seen:
-            return self._shape[n]
-        nearest = min(seen, key=lambda m: abs(m - n))
-        return self._shape[n] + self._shape[nearest] - self._given[nearest]
-
-    def ratio(self, n: int) -> float:
-        """Cost of a pass of n tokens over one of a single token; at least that of the widths below it: where measurements say otherwise,
-        their mean, weighted by how many passes they rest on (pool adjacent violators)."""
-        if not self._ratios:
-            self._ratios = self._table()
-        if n < len(self._ratios):
-            return self._ratios[n]
-        last = len(self._ratios) - 1
-        slope = max(self.GUESS, (self._ratios[last] - 1) / max(last - 1, 1))
-        return self._ratios[last] + (n - last) * slope
-
-    def _table(self) -> list[float]:
-        pools: list[tuple[list[int], float, float]] = []        # widths, their cost, passes
-        for n in self._shape:
-            widths, cost, weight = [n], exp(self._believed(n)), 1.0 + self._trust + self.counts.get(n, 0)
-            while n > 1 and len(pools) > 1 and pools[-1][1] > cost:
-                before, other, passes = pools.pop()
-                widths, cost, weight = before + widths, (other * passes + cost * weight) / (passes + weight), passes + weight
-            pools.append((widths, max(cost, 1.0), weight))
-        known = [(n, cost) for widths, cost, _ in pools for n in widths]
-        table = [0.0, 1.0]
-        for (a, low), (b, high) in zip(known, known[1:]):
-            table += [low + (high - low) * (n - a) / (b - a) for n in range(a + 1, b)] + [high]
-        return table
-
-    def at(self, n: float) -> float:
-        """Seconds, on the average; n may be a mean of widths."""
-        low = int(n)
-        ratio = self.ratio(low)
-        return (ratio + (n - low) * (self.ratio(low + 1) - ratio) if n > low else ratio) * self._unit
-
-    @property
-    def known(self) -> bool:
-        return self._scale is not None
-
-    def seconds(self) -> dict[int, float]:
-        """What is known, for the next time; without drag."""
-        if self._scale is None:
-            return {}
-        return {n: exp(self._scale + self._believed(n)) for n in self._shape}
 
 
 def telling(widths: Sequence[int]) -> list[int]:
@@ -153,69 +40,6 @@ def telling(widths: Sequence[int]) -> list[int]:
     right after a wider one, which leaves the caches to it."""
     first = COLD if len(widths) > COLD else 0
     return [i for i in range(first, len(widths)) if widths[i] > 1 or i == 0 or widths[i - 1] == 1]
-
-
-class Average:
-    """A mean in which what is older counts less; single values far off count little."""
-
-    def __init__(self, weight: float = 0.1):
-        self.weight, self.n, self.value = weight, 0, 0.0
-
-    def add(self, value: float) -> None:
-        self.n += 1
-        if self.n > 8:
-            value = min(value, 3 * self.value)
-        self.value += max(self.weight, 1 / self.n) * (value - self.value)
-
-
-class DraftCost:
-    """Seconds of a draft by its length: a start and so much a token, fitted to what was seen lately. What takes far
-    longer than expected is taken for a hiccup of the machine and counts as twice as long."""
-
-    SLOPE = 0.8                         # of a token's mean cost: what one more is taken to cost before lengths differ
-
-    def __init__(self):
-        self.n, self._weight, self._x, self._y, self._xx, self._xy = 0, 0.0, 0.0, 0.0, 0.0, 0.0
-
-    def add(self, length: int, seconds: float) -> None:
-        self.n += 1
-        if self.n == 2 and self._y > 1.5 * self._x * seconds / length:      # the first one met the hiccup
-            self._weight = self._x = self._y = 0.0
-        elif self.n > 1:
-            seconds = min(seconds, 2 * self.at(length))
-        self._weight = FADE * self._weight + 1
-        step = 1 / self._weight
-        dx, dy = length - self._x, seconds - self._y
-        self._x += step * dx
-        self._y += step * dy
-        self._xx += step * ((1 - step) * dx * dx - self._xx)
-        self._xy += step * ((1 - step) * dx * dy - self._xy)
-
-    @property
-    def slope(self) -> float:
-        """Of a token more."""
-        if not self.n:
-            return 0.0
-        mean = self._y / max(self._x, 1.0)
-        few = 2 / self._weight                  # the guess counts as much as two drafts
-        return max(0.0, min((self._xy + few * self.SLOPE * mean) / (self._xx + few), mean))
-
-    def line(self) -> tuple[float, float]:
-        """(seconds of a draft of no token, seconds of a token more)."""
-        slope = self.slope
-        return self._y - slope * self._x, slope
-
-    def at(self, length: float) -> float:
-        start, slope = self.line()
-        return max(0.0, start + slope * length)
-
-    def record(self) -> list[list[float]]:
-        """Drafts of one and of eight tokens."""
-        return [[length, self.at(length)] for length in (1, 8)] if self.n > 1 else []
-
-    def recall(self, record: Sequence[Sequence[float]]) -> None:
-        for length, seconds in [*record, *record]:
-            self.add(int(length), seconds)
 
 
 # ---- chances -----------------------------------------------------------------------------------------------
@@ -329,13 +153,12 @@ class Source:
 
 @dataclass
 class Plan:
-    """k tokens to draft, and to stop after one that is less probable than p_min. trial: it is not expected to pay; whole: all
-    are to be checked, since nobody knows what that costs; patient: where no guess is worth it, decoding goes on plainly."""
+    """k tokens to draft, and to stop after one that is less probable than p_min. trial: it is not expected to pay, and all are to be
+    checked; patient: where no guess is worth it, decoding goes on plainly."""
 
     k: int
     p_min: float = 0.0
     trial: bool = False
-    whole: bool = False
     patient: bool = False
     gain: float = 1.0
 
@@ -347,10 +170,12 @@ class Account:
     purse: float = GRANT
     tokens: float = 0                   # of the texts so far; of several at a time, each one's share
     trials: float = 0.0                 # what trials lost
+    lately: float = 0.0                 # gained at a time
 
     def enter(self, tokens: float, gained: float, trial: bool = False) -> None:
         """So many tokens of a text, and the tokens' time that drafting gained by them."""
         self.tokens += tokens
+        self.lately += LATELY * (gained - self.lately)
         self.trials += max(0.0, -gained) if trial else 0.0
         self.purse = max(-DEBT, min(self.purse + gained + ALLOWED * tokens, BANK))
 
@@ -369,7 +194,6 @@ class Controller:
         self.overhead = Average()       # seconds of a round for everything but the draft, the pass and choosing
         self.calling = Average()        # seconds around a call of the library, for rounds as for plain tokens
         self.account = Account()
-        self._tries: Counter[int] = Counter()           # rounds in which k was tried to see what it costs
         self._since_plain, self._active = 0, True
         self.rest, self._fresh = REST, FRESH
         self._warm = self._plain_before = True
@@ -387,10 +211,10 @@ class Controller:
         return not self._active
 
     def break_after(self, deciding: float, share: float = DECIDING) -> int:
-        """Plain tokens before another decision like one against drafting, which took so long. The pass after it is slower than
-        others, so that it costs more than its own share."""
-        plain = self.plain()
-        if self.account.purse > BANK / 2:               # it paid until now
+        """Plain tokens before another decision like one against drafting, which took so long, and a call of the library on its own. The
+        pass after it is slower than others, so that it costs more than its own share."""
+        plain, deciding = self.plain(), deciding + self.calling.value
+        if self.account.purse > BANK / 2 and self.account.lately > 0:
             return min(self.rest, EAGER)
         return min(max(self.rest, int(REST_SECONDS * plain)) if self.rest else 0, int(deciding * plain / share))
 
@@ -398,20 +222,15 @@ class Controller:
         """Tokens a second without a draft. others: tokens of other sequences that share the pass."""
         return (1 + others) / (self.curve.at(1 + others) + self.choosing.value)
 
-    def rate(self, tokens: float, width: float, drafting: float, others: int = 0) -> float:
-        """Tokens a second of rounds that give so many tokens from passes of a mean width, after so long drafting."""
-        return (tokens + others) / (self.curve.at(width + others) + drafting + tokens * self.choosing.value)
+    def rate(self, tokens: float, width: float, drafting: float, others: int = 0, hoped: bool = False) -> float:
+        """Tokens a second of rounds that give so many tokens from passes of a mean width, after so long drafting. hoped: if passes
+        cost as little as they may."""
+        cost = self.curve.hope if hoped else self.curve.at
+        return (tokens + others) / (cost(width + others) + drafting + tokens * self.choosing.value)
 
     def loss(self, k: int, drafting: float, others: int = 0) -> float:
         """Plain tokens whose time a round takes too long if none of its k drafted tokens comes true."""
         return (self.curve.at(k + 1 + others) + drafting) / self.curve.at(1 + others) - 1
-
-    def trials(self, k: int, drafting: float) -> int:
-        """How many rounds of a planned trial to make at once: as many, TRIED at most, as the purse can lose all of."""
-        loss = self.loss(k, drafting)
-        n = max(1, int(self.account.purse / loss)) if TRIED * loss > self.account.purse else TRIED
-        self._tries[k] += n - 1
-        return n
 
     def affordable(self, k: int) -> int:
         """As many of k drafted tokens as the purse can lose, where a draft takes no time."""
@@ -433,12 +252,9 @@ class Controller:
         self._active = best.gain >= (1.0 if self._active else self.min_gain) or not known
         if not self._active:
             loss = self.loss(self.least, lag + source.seconds.at(self.least), others)
-            return Plan(self.least, trial=True, whole=True) if self.account.allows_trial(loss) else Plan(0)
+            return Plan(self.least, trial=True) if self.account.allows_trial(loss) else Plan(0)
         if not known:
             best.k = max(self.least, min(best.k, FIRST))
-        elif self.account.purse > BANK / 2 and self._tried(best.k + 1, others) < TRIED:
-            best.k, best.whole = min(best.k + 1, most), True
-            self._tries[best.k] += 1
         while best.k and self.loss(best.k, source.seconds.at(best.k) + (0.0 if new else lag), others) > self.account.purse:
             best.k = best.k - 1 if best.k > self.least else 0
         if not best.k:
@@ -449,24 +265,25 @@ class Controller:
         self._fresh = FRESH if best.gain > CLEAR else FRESH // 6
         return best
 
-    def _tried(self, k: int, others: int) -> int:
-        return max(self._tries[k], self.curve.counts.get(k + 1 + others, 0))
-
     def _best(self, source: Source, most: int, others: int) -> Plan:
         """The best k from 1 up; its gain is a rate yet."""
-        tokens, width, right, offered, best, most_rate = 1.0, 1.0, 1.0, 1.0, 0, 0.0
+        tokens, width, right, offered, best, most_rate, next_rate = 1.0, 1.0, 1.0, 1.0, 0, 0.0, 0.0
         start, slope = source.seconds.line()
         for k, (true, offer) in enumerate(zip(source.accepted.each(), source.offered.each()), 1):
             right *= true
             tokens += right
             offered *= offer
             width += offered
-            rate = self.rate(tokens, width, max(0.0, start + k * slope) + self.overhead.value, others)
+            drafting = max(0.0, start + k * slope) + self.overhead.value
+            rate = self.rate(tokens, width, drafting, others)
             if k >= self.least and rate > most_rate:
                 best, most_rate = k, rate
+            elif k == best + 1:
+                next_rate = self.rate(tokens, width, drafting, others, hoped=True)
             if k == most or k > max(best, self.least) + 4:      # past the best, and past any step of the costs
                 break
-        return Plan(best, gain=most_rate)
+        hopeful = best < most and next_rate > most_rate and self.account.purse > BANK / 2
+        return Plan(best + hopeful, gain=most_rate)
 
     def cut(self, source: Source, marks: Sequence[int], spent: float, others: int = 0) -> tuple[int, float]:
         """How many tokens of a draft to check, as far as the purse goes, and the rate that this gives. spent: seconds the
@@ -475,7 +292,7 @@ class Controller:
         for n, sure in enumerate(marks, 1):
             right *= source.by_mark.at(sure)
             tokens += right
-            rate = self.rate(tokens, n + 1, spent, others)
+            rate = self.rate(tokens, n + 1, spent, others, hoped=True)
             if n >= self.least and rate > best[1]:
                 if self.loss(n, 0.0, others) > self.account.purse:
                     break
@@ -488,7 +305,7 @@ class Controller:
         """What speculate() has to know to do what cut() does."""
         every = FRESH if self._fresh == FRESH else EVERY
         return {"least": self.least, "edges": source.edges, "chances": source.by_mark.each(),
-                "costs": [0.0, *(self.curve.at(n) for n in range(1, k + 2))], "choosing": self.choosing.value,
+                "costs": [0.0, self.curve.at(1), *(self.curve.hope(n) for n in range(2, k + 2))], "choosing": self.choosing.value,
                 "drafting": source.most(k), "every": every, "since": min(self._since_plain, every - 2 - COLD),
                 "stake": max(0.0, self.account.purse) / self.plain()}
 
@@ -500,11 +317,16 @@ class Controller:
         self._warm = width > 1 or self._plain_before or not self.curve.known
         self._plain_before = width == 1
         if self._warm:
-            self.curve.observe(width, seconds)
+            self.observe(width, seconds)
 
-    def rested(self, n: float) -> None:
-        """So many plain tokens without a thought of drafting."""
-        self.account.enter(n, 0.0)
+    def observe(self, width: int, seconds: float, count: int = 1) -> None:
+        """So many passes of a width took so long on the average. On another machine, what plain decoding takes has to be found anew."""
+        if self.curve.observe(width, seconds, count):
+            self._since_plain = FRESH
+
+    def rested(self, n: float, deciding: float) -> None:
+        """So many plain tokens, after it took so many seconds to decide that they are."""
+        self.account.enter(n, -deciding / self.curve.at(1))
         self._since_plain, self._plain_before = 0, n > 0
 
     def ended(self, checked: int, tokens: int, work: float, passing: float, others: int = 0, trial: bool = False) -> None:
@@ -545,7 +367,11 @@ class FixedLength(Controller):
         return Plan(max(0, min(self.k, room)))
 
     def cut(self, source: Source, marks: Sequence[int], spent: float, others: int = 0) -> tuple[int, float]:
-        return min(len(marks), self.k), float(len(marks))
+        n = self.affordable(len(marks))
+        return n, inf if n else 0.0
+
+    def affordable(self, k: int) -> int:
+        return min(k, self.k)
 
     def terms(self, source: Source, k: int) -> dict:
         return {}

@@ -13,7 +13,7 @@ from math import inf, isfinite
 from typing import NamedTuple
 
 from .errors import ArgumentError, BmcError, ClosedError, ContextFullError
-from .model import Session, speculate
+from .model import Round, Session, speculate
 from .sampling import Sampler, logprob
 
 BULK, BULK_SECONDS = 128, 0.016         # rounds that are one call into the library: at most, and how long they may go on
@@ -211,13 +211,15 @@ def plain_loop(text: list[int], result, chooser: Chooser) -> Loop:
         rows = chooser.rows((yield chooser.ask([choice.id])).result)
 
 
-def plain_rounds(session: Session, text: list[int], result, chooser: Chooser, limit: float) -> Loop:
-    """What plain_loop yields, from passes that the library makes by itself, as many at a time as take BULK_SECONDS: a small
-    model's passes are short beside what happens between them here.
+def plain_rounds(session: Session, text: list[int], rows: Iterable, chooser: Chooser, limit: float,
+                 told: Callable[[list[Round]], None] = lambda rounds: None) -> Loop:
+    """What plain_loop yields, `limit` of them, from passes that the library makes by itself, as many at a time as take BULK_SECONDS:
+    a small model's passes are short beside what happens between them here.
 
-    chooser: one whose passes choose. When it is closed the session holds the text without the last choice.
+    rows: what the text's last token gave, or nothing, if it is not in the session yet. chooser: one whose passes choose. told: is
+    called with what each call gave. When it is closed the session holds the text without the last choice.
     """
-    rows, end, ahead = chooser.rows(result), len(text) + limit, 0
+    end, ahead = len(text) + limit, 0
     try:
         while True:
             for row in rows:
@@ -225,8 +227,11 @@ def plain_rounds(session: Session, text: list[int], result, chooser: Chooser, li
                 yield choice
                 text.append(choice.id)
             ahead = n = int(min(BULK, end - len(text)))
+            if n < 1:
+                return
             rounds = speculate(session, None, text[-1:], 0, n, n_rounds=n, seconds=BULK_SECONDS, patient=True,
                                sampler=chooser.native, script=chooser.script(text))
+            told(rounds)
             rows = [row for round in rounds for row in zip(round.ids, round.logprobs)]
     finally:
         with suppress(ClosedError):
@@ -398,7 +403,7 @@ def start_loop(session, tokens, logits, chooser: Chooser, speculation, max_token
     if speculation:
         return speculation.loop(session, list(tokens), logits, chooser, limit, stats, others)
     if others is None and chooser.kind != "all" and isinstance(session, Session):
-        return plain_rounds(session, list(tokens), logits, chooser, limit)
+        return plain_rounds(session, list(tokens), chooser.rows(logits), chooser, limit)
     return plain_loop(list(tokens), logits, chooser)
 
 

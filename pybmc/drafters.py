@@ -102,18 +102,6 @@ class NgramDrafter:
         pass
 
 
-class Nobody:
-    """Guesses nothing: its rounds are plain decoding's."""
-
-    name = "nobody"
-
-    def bulk(self, target) -> bool:
-        return isinstance(target, Session)
-
-    def rounds(self, target, text: Sequence[int], k: int, n_tokens: int, sampler: Sampler, **terms) -> list[Round]:
-        return speculate(target, None, text[-1:], 0, n_tokens, sampler=None if sampler.plain_greedy else sampler, **terms)
-
-
 # ---- a small model -----------------------------------------------------------------------------------------
 
 EDGES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 0.995)     # of marks

@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 from . import cache
-from .controller import DECIDING, LOOKING, WIDEST, Controller, CostCurve, Plan, Source, telling
-from .decode import BULK, BULK_SECONDS, Choice, Chooser, Loop, Pass, Stats, leave
+from .controller import COLD, DECIDING, LOOKING, WIDEST, Controller, CostCurve, Plan, Source, telling
+from .decode import BULK, BULK_SECONDS, Choice, Chooser, Loop, Pass, Stats, leave, plain_rounds
 from .drafters import (
     EDGES,
     NOTHING,
     Draft,
     ModelDrafter,
     NgramDrafter,
-    Nobody,
     Overlap,
     PairError,
     SelfDrafter,
@@ -32,6 +32,7 @@ from .drafters import (
     mark,
 )
 from .errors import ArgumentError, BmcError, ClosedError, OutOfMemoryError
+from .model import Session
 from .sampling import Sampler
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,8 @@ class Round:
     work: float = 0.0                   # all seconds between the pass before and this one's, but for choosing and the reader
     others: int = 0
     start: int = 0                      # tokens of the text when it was drafted
-    rest: int = 0                       # plain tokens before anything is asked again
+    rest: int = 0                       # plain tokens before anything is asked again ..
+    quiet: bool = False                 # .. which the library may make by itself
     bulk: object = None                 # the drafter with whose guesses rounds are left to the library ..
     plan: Plan | None = None            # .. and of how many
 
@@ -87,7 +89,6 @@ class Speculation:
         self.draft_max, self.draft_min = checked_bounds(draft_max, draft_min)
         self.draft, self.link = draft, link
         self.ngram = NgramDrafter() if spec in ("auto", "ngram") else None
-        self.nobody = Nobody()
         self.drafter = None
         if draft is not None and spec in ("auto", "draft"):
             self.drafter = drafter_of(model, draft, link)
@@ -180,6 +181,10 @@ class Speculation:
                 round = self._draft(text, min(self.draft_max, limit - len(text) - 1), chooser, others() if others else 0,
                                     None if others else session)
                 round.work = clock() - resumed - choosing - away
+                if round.quiet:
+                    yield from self._quietly(round, session, text, limit - len(text), chooser, stats)
+                    rows, sent, resumed = (), [], clock()
+                    continue
                 if round.bulk:
                     rounds = self._rounds(round, session, text, limit - len(text), chooser)
                     if rounds:
@@ -190,7 +195,7 @@ class Speculation:
                     if round.bulk is self.drafter:
                         self._ask_model(round, round.plan, text, chooser)
                 if round.rest:
-                    yield from self._plainly(round, text, chooser, controller, stats)
+                    yield from self._plainly(round, text, chooser, stats)
                 elif round.checked and session.context is not None:
                     session.reserve(min(1 + self.draft_max, session.context - session.position))
                 sent = [text[-1], *round.ids]
@@ -208,14 +213,12 @@ class Speculation:
     def _rounds(self, round: Round, session, text: list[int], n_tokens: int, chooser: Chooser) -> list:
         """Rounds that the library drafts, checks and accepts by itself; none if it cannot."""
         controller, source, k = self.controller(chooser.kind), self.source(round.bulk.name, chooser.kind), round.plan.k
-        if round.rest and (self.drafter or round.bulk is self.nobody):      # then it is the draft model's turn to be asked
+        if round.rest and self.drafter:         # then it is the draft model's turn to be asked
             n_tokens = min(n_tokens, round.rest)
-        terms = {} if round.plan.whole or not k else controller.terms(source, k)      # where nobody guesses nothing can be lost
+        terms = {} if round.plan.trial else controller.terms(source, k)
         n_rounds = BULK
         if round.bulk is self.drafter and (source.seconds.n < SURE or round.plan.trial):
             n_rounds = 1
-        elif round.plan.whole:
-            n_rounds = controller.trials(k, source.seconds.at(k))
         self._ahead = n_rounds * (k + 1)
         if round.bulk is self.drafter:
             self._read(round, round.plan, text, source)
@@ -231,23 +234,24 @@ class Speculation:
     def _written(self, round: Round, rounds: list, text: list[int], spent: float, chooser: Chooser, stats: Stats) -> Loop:
         """The tokens of rounds that took so long, and what there is to learn from them."""
         controller, source = self.controller(chooser.kind), self.source(round.bulk.name, chooser.kind)
-        n, passing = sum(len(r.ids) for r in rounds), sum(r.verify_s for r in rounds)
-        for checked, seconds in usual((r.n_checked, r.verify_s) for r in rounds):
-            controller.curve.observe(checked + 1, seconds)
+        n, passing, drafting = sum(len(r.ids) for r in rounds), sum(r.verify_s for r in rounds), sum(r.draft_s for r in rounds)
+        for checked, seconds, count in usual((r.n_checked, r.verify_s) for r in rounds):
+            controller.observe(checked + 1, seconds, count)
         if round.bulk is self.drafter:
-            for length, seconds in usual((len(r.sure), r.draft_s) for r in rounds):
-                if length:
+            for length, seconds, count in usual((len(r.sure), r.draft_s) for r in rounds):
+                for _ in range(count if length else 0):
                     source.seconds.add(length, seconds)
         for r in rounds:
             if r.sure:
                 hits = [True] * r.n_right + [False] * (r.n_right < min(len(r.sure), len(r.ids)))
                 source.learn(r.n_asked if round.bulk is self.drafter else 0, r.n_checked, round.bulk.marks(r.sure), hits)
-            stats.count(r.n_checked, r.draft_s, r.verify_s)
-        between = max(0.0, spent - passing - sum(r.draft_s for r in rounds))
-        most = source.most(round.plan.k)
+        for checked, passes in Counter(r.n_checked for r in rounds).items():
+            stats.count(checked, 0.0, 0.0, passes)
+        between, most = max(0.0, spent - passing - drafting), source.most(round.plan.k)
         controller.wrote([r.n_checked + 1 for r in rounds], n, sum(min(r.draft_s, most) for r in rounds), between,
                          passing / BULK_SECONDS, round.plan.trial)
-        stats.draft_s += round.drafting
+        stats.draft_s += round.drafting + drafting
+        stats.verify_s += passing
         stats.plain_n += n
         stats.plain_s += n / controller.plain()
         for r in rounds:
@@ -261,7 +265,7 @@ class Speculation:
         if round.shadow.ids:
             self.source("ngram", chooser.kind).learn(0, 0, round.shadow.marks, judged(round.shadow.ids, text[round.start:]))
 
-    def _plainly(self, round: Round, text: list[int], chooser: Chooser, controller: Controller, stats: Stats) -> Loop:
+    def _plainly(self, round: Round, text: list[int], chooser: Chooser, stats: Stats) -> Loop:
         """Some tokens without any draft, at the price of plain decoding."""
         clock, verifying, choosing = self.clock, 0.0, 0.0
         try:
@@ -275,12 +279,31 @@ class Speculation:
                 yield choice
                 text.append(choice.id)
         finally:
-            n, sharing = len(text) - round.start, 1 + round.others
-            controller.rested(n / sharing)
-            stats.count(0, 0.0, verifying, n)
             stats.choose_s += choosing
-            stats.plain_n += n
-            stats.plain_s += n / controller.plain(round.others) * sharing
+            self._rested(round, len(text) - round.start, verifying, chooser, stats)
+
+    def _quietly(self, round: Round, session, text: list[int], limit: float, chooser: Chooser, stats: Stats) -> Loop:
+        """The same, from passes that the library makes by itself."""
+        controller, times = self.controller(chooser.kind), []
+
+        def told(rounds):
+            taken = [r.verify_s for r in rounds]
+            times.extend(taken)
+            warm = taken[COLD:] or taken
+            controller.observe(1, sum(warm) / len(warm), min(len(warm), TIMED))
+
+        try:
+            yield from plain_rounds(session, text, (), chooser, min(round.rest, limit), told)
+        finally:
+            self._ahead = 0
+            self._rested(round, len(text) - round.start, sum(times), chooser, stats)
+
+    def _rested(self, round: Round, n: int, verifying: float, chooser: Chooser, stats: Stats) -> None:
+        controller, sharing = self.controller(chooser.kind), 1 + round.others
+        controller.rested(n / sharing, round.work)
+        stats.count(0, round.drafting, verifying, n)
+        stats.plain_n += n
+        stats.plain_s += n / controller.plain(round.others) * sharing
 
     def _draft(self, text: list[int], room: int, chooser: Chooser, others: int, alone) -> Round:
         """What to check next: of plain decoding, the n-grams and the draft model the one with the best rate. alone: the session, where
@@ -291,8 +314,8 @@ class Speculation:
             return round
         quick = controller.curve.at(1) < QUICK          # then a call of the library holds many rounds, plain ones among them
         if controller.stale and not (quick and self._bulk(self.drafter or self.ngram, chooser, alone)):
-            if self._bulk(self.nobody, chooser, alone):
-                round.rest, round.bulk, round.plan = PLAIN if quick else 1, self.nobody, Plan(0, patient=True)
+            round.quiet = self._bulk(None, chooser, alone)
+            round.rest = (PLAIN if quick else 1) * round.quiet
             return round
         n, rate = 0, 0.0
         if self.ngram:
@@ -312,15 +335,17 @@ class Speculation:
         elif controller.resting or not self.drafter:
             round.rest = controller.break_after(self.clock() - started, DECIDING if self.drafter else LOOKING)
             watching = controller.affordable(room) if self.ngram else 0
-            watcher = self.ngram if watching else self.nobody
-            if round.rest and self._bulk(watcher, chooser, alone):     # the library looks at the text meanwhile
-                round.bulk, round.plan, round.shadow = watcher, Plan(watching, patient=True), NOTHING
+            if round.rest and watching and self._bulk(self.ngram, chooser, alone):     # the library looks at the text meanwhile
+                round.bulk, round.plan, round.shadow = self.ngram, Plan(watching, patient=True), NOTHING
+            else:
+                round.quiet = round.rest > 0 and self._bulk(None, chooser, alone)
         round.drafting = self.clock() - started
         return round
 
     def _bulk(self, drafter, chooser: Chooser, session) -> bool:
-        """Whether rounds may be left to the library: nothing in Python has a say in them."""
-        return chooser.kind != "all" and isinstance(drafter, (ModelDrafter, NgramDrafter, Nobody)) and drafter.bulk(session)
+        """Whether rounds may be left to the library: nothing in Python has a say in them. drafter: None for plain ones."""
+        free = chooser.kind != "all" and isinstance(session, Session)
+        return free and (drafter is None or isinstance(drafter, (ModelDrafter, NgramDrafter)) and drafter.bulk(session))
 
     def _ask_model(self, round: Round, plan: Plan, text: list[int], chooser: Chooser) -> None:
         """The draft model's part of a round. What it lacks of the text it reads first, apart from what a draft costs."""
@@ -334,7 +359,7 @@ class Speculation:
         spent = self.clock() - started
         if round.draft.ids:
             source.seconds.add(len(round.draft.ids), spent)
-        round.checked = (len(round.draft.ids) if plan.whole
+        round.checked = (len(round.draft.ids) if plan.trial
                          else controller.cut(source, round.draft.marks, spent, round.others)[0])
 
     def _read(self, round: Round, plan: Plan, text: list[int], source: Source) -> None:
@@ -408,14 +433,14 @@ class Speculation:
             self._owned = None
 
 
-def usual(times: Iterable[tuple[int, float]]) -> Iterator[tuple[int, float]]:
-    """Of rounds in their order, (guesses, seconds): what those of so many guesses take, as often as it counts."""
+def usual(times: Iterable[tuple[int, float]]) -> Iterator[tuple[int, float, int]]:
+    """Of rounds in their order, (guesses, seconds): what those of so many guesses take, and as how many that counts."""
     times = list(times)
     found: dict[int, list[float]] = {}
     for i in telling([size + 1 for size, _ in times]):
         found.setdefault(times[i][0], []).append(times[i][1])
     for size, several in found.items():
-        yield from [(size, sum(several) / len(several))] * min(len(several), TIMED)
+        yield size, sum(several) / len(several), min(len(several), TIMED)
 
 
 def judged(proposed: list[int], said: list[int]) -> list[bool]:

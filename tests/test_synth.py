@@ -1,5 +1,6 @@
 """tools/synth.py: valid blocks, llama-quantize's mixtures, a vocabulary that tokenizes."""
 
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -138,3 +139,17 @@ def test_a_pair_agrees_about_as_often_as_asked(tmp_path, monkeypatch):
         elif tensor.name.endswith("_norm.weight"):
             assert (tensor.data == np.float32(gain)).all()
     assert len(kept) == 9 + 3 and len(whole.tensors) == 4 * 9 + 3
+
+
+def test_weights_in_random_order_are_the_same_weights(tmp_path):
+    path, other = tmp_path / "known.gguf", tmp_path / "random.gguf"
+    synth.write(path, synth.MODELS["tiny"], "Q4_K_M")
+    synth.scramble(shutil.copyfile(path, other))
+    matrices = 0
+    for was, tensor in zip(gguf.GGUFReader(path).tensors, gguf.GGUFReader(other).tensors):
+        size = gguf.GGML_QUANT_SIZES[tensor.tensor_type][1]
+        before, after = (t.data.view(np.uint8).reshape(-1, size) for t in (was, tensor))
+        assert sorted(map(bytes, before)) == sorted(map(bytes, after))
+        assert np.array_equal(before, after) == (len(tensor.shape) == 1)
+        matrices += len(tensor.shape) > 1
+    assert matrices > 10 and path.read_bytes()[:1000] == other.read_bytes()[:1000]

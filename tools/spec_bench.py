@@ -15,10 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import shutil
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import comb
@@ -79,7 +82,9 @@ class Row:
     mean_k: float
     runs: int
     best_k: int | None = None
-    of_best: float | None = None        # the controller's rate over that of the best fixed length
+    of_best: float | None = None        # the controller's rate over that of the best fixed length ..
+    of_best_low: float | None = None    # .. and its interval
+    of_best_high: float | None = None
 
 
 # ---- decoding ----------------------------------------------------------------------------------------------
@@ -208,17 +213,30 @@ def batched(case: Case, draft, runs: int, parallel: int = 8) -> Row:
     return Row(case.name, case.aim, *map(statistics.median, rates), statistics.median(gains), *interval(gains), 0.0, 0.0, runs)
 
 
-def sweep(case: Case, runs: int, least: float) -> tuple[int, float]:
-    """The best fixed length, and the controller's rate over its rate: medians of interleaved runs."""
-    def fixed(k: int, request: Request) -> Speculation:
+def fixed(case: Case, k: int) -> Callable[[Request], Speculation] | None:
+    """A way to draft: always k tokens."""
+
+    def make(request: Request) -> Speculation:
         made = case.speculation(request)
         made._fixed = FixedLength(k)
         return made
 
-    ways = [*(partial(fixed, k) if k else None for k in LENGTHS), case.speculation]
-    rates = [[stats.predicted_tok_s for stats in in_turn(case, ways, None, least, run)] for run in range(runs)]
-    *of_fixed, controlled = map(statistics.median, zip(*rates))
-    return LENGTHS[of_fixed.index(max(of_fixed))], controlled / max(of_fixed)
+    return make if k else None
+
+
+def sweep(case: Case, runs: int, least: float) -> int:
+    """The best fixed length, by medians of interleaved runs."""
+    rates = [[stats.predicted_tok_s for stats in in_turn(case, [fixed(case, k) for k in LENGTHS], None, least, run)]
+             for run in range(runs)]
+    medians = [statistics.median(of_one) for of_one in zip(*rates)]
+    return LENGTHS[medians.index(max(medians))]
+
+
+def beside(case: Case, k: int, runs: int, least: float) -> list[float]:
+    """The controller's rate over that of k tokens a round, run by run. Measured after k was chosen: the best of many that were measured
+    is one that was also lucky."""
+    pairs = (in_turn(case, (fixed(case, k), case.speculation), None, least, run) for run in range(runs))
+    return [controlled.predicted_tok_s / best.predicted_tok_s for best, controlled in pairs]
 
 
 # ---- drafters that are forced ------------------------------------------------------------------------------
@@ -243,14 +261,20 @@ class Forced(ModelDrafter):
 
 
 def forced(model, draft, share: float, request: Request) -> Speculation:
-    made = Speculation(model, draft, "draft")
-    made._pair = lambda kind: None      # the next run is not to believe it
+    made = with_stranger(model, draft, request)
     made.drafter = Forced(draft, model.config.vocab_size, request.script, len(request.prompt), share)
     return made
 
 
 def with_draft(model, draft, spec: str, request: Request) -> Speculation:
     return Speculation(model, draft, spec)
+
+
+def with_stranger(model, draft, request: Request) -> Speculation:
+    """With a draft of which nothing is known, however often it was met."""
+    made = Speculation(model, draft, "draft")
+    made._pair = lambda kind: None
+    return made
 
 
 # ---- cases -------------------------------------------------------------------------------------------------
@@ -297,23 +321,22 @@ def noise(model, n: int, count: int, **settings) -> list[Request]:
             for _ in range(count)]
 
 
-def bundled_cases(model, draft, n: int, count: int) -> list[Case]:
-    script = scripted(model, n)
+def bundled_cases(model, draft, ignorant, n: int, count: int) -> list[Case]:
     return [
         Case("bundled pair, greedy", ">= 1.6", model, told(model, 0.0, n, count), partial(with_draft, model, draft, "auto")),
         Case("bundled pair, temperature 0.8", ">= 1.6", model, told(model, 0.8, n, count),
              partial(with_draft, model, draft, "auto")),
-        Case("bundled, never right", ">= 0.97", model, [script], partial(forced, model, draft, 0.0)),
+        Case("bundled, random draft", ">= 0.97", model, told(model, 0.0, n, min(count, 2)), partial(with_stranger, model, ignorant)),
         Case("bundled, unpredictable text", ">= 0.97", model, noise(model, n, 2, temperature=3.0, top_k=0, top_p=1.0, min_p=0.0),
              partial(with_draft, model, draft, "auto")),
         Case("bundled, copying, n-grams", ">= 2.5", model, [copying(model, n)], partial(with_draft, model, None, "ngram")),
     ]
 
 
-def pair_cases(name: str, model, draft, aim: str, n: int) -> list[Case]:
+def pair_cases(name: str, model, draft, ignorant, aim: str, n: int) -> list[Case]:
     cases = [Case(name, aim, model, noise(model, n, 2), partial(with_draft, model, draft, "draft"))]
     if "85" in name:
-        cases += [Case("1B, never right", ">= 0.97", model, [scripted(model, n)], partial(forced, model, draft, 0.0)),
+        cases += [Case("1B, random draft", ">= 0.97", model, noise(model, n, 1), partial(with_stranger, model, ignorant)),
                   Case("1B, copying, n-grams", ">= 2.5", model, [copying(model, n)], partial(with_draft, model, None, "ngram"))]
     return cases
 
@@ -341,11 +364,11 @@ def predicted(made: Speculation, share: float) -> float:
 
 # ---- output ------------------------------------------------------------------------------------------------
 
-HEADER = "| case | aim | plain tok/s | drafted tok/s | gain (95% CI) | accepted | mean k | of the best fixed k |"
+HEADER = "| case | aim | plain tok/s | drafted tok/s | gain (95% CI) | accepted | mean k | of the best fixed k (95% CI) |"
 
 
 def line(r: Row) -> str:
-    best = "" if r.best_k is None else f"{r.of_best:.2f} (k = {r.best_k})"
+    best = "" if r.best_k is None else f"{r.of_best:.2f} ({r.of_best_low:.2f}-{r.of_best_high:.2f}, k = {r.best_k})"
     return (f"| {r.case} | {r.aim} | {r.plain_tok_s:.1f} | {r.tok_s:.1f} | {r.gain:.2f} ({r.low:.2f}-{r.high:.2f}) | "
             f"{r.accepted:.0%} | {r.mean_k:.1f} | {best} |")
 
@@ -384,6 +407,17 @@ def pair_files(folder: Path, name: str, type_name: str, share: float) -> tuple[P
     return path, draft
 
 
+@contextmanager
+def of_random_weights(path: Path, threads: int | None):
+    """A draft that knows nothing: one that does, with its weights in random order."""
+    import synth
+
+    with tempfile.TemporaryDirectory() as folder:
+        synth.scramble(shutil.copyfile(path, Path(folder) / "random.gguf"))
+        with pybmc.Model(Path(folder) / "random.gguf", threads=threads) as model:
+            yield model
+
+
 def all_cases(args):
     """(cases, whether the curve is asked for) of each pair of models, which are open while their cases run."""
     pairs = [("bundled", pybmc.demo_model(), pybmc.demo_model(draft=True))]
@@ -393,11 +427,13 @@ def all_cases(args):
     for name, path, draft_path in pairs:
         if args.only not in (None, CURVE) and args.only not in name:
             continue
-        with pybmc.Model(path, threads=args.threads) as model, pybmc.Model(draft_path, threads=args.threads) as draft:
+        with pybmc.Model(path, threads=args.threads) as model, pybmc.Model(draft_path, threads=args.threads) as draft, \
+                of_random_weights(draft_path, args.threads) as ignorant:
             if name == "bundled":
-                yield bundled_cases(model, draft, args.n, args.requests), model, draft, not args.pairs
+                yield bundled_cases(model, draft, ignorant, args.n, args.requests), model, draft, not args.pairs
             else:
-                yield pair_cases(name, model, draft, ">= 2.2" if "85" in name else ">= 1.4", args.n), model, draft, "85" in name
+                aim = ">= 2.2" if "85" in name else ">= 1.4"
+                yield pair_cases(name, model, draft, ignorant, aim, args.n), model, draft, "85" in name
 
 
 def main() -> None:
@@ -431,7 +467,9 @@ def main() -> None:
         for case in cases:
             row = compare(case, args.runs, args.seconds)
             if args.sweep:
-                row.best_k, row.of_best = sweep(case, args.sweep, args.seconds)
+                row.best_k = sweep(case, args.sweep, args.seconds)
+                shares = beside(case, row.best_k, args.runs, args.seconds)
+                row.of_best, (row.of_best_low, row.of_best_high) = statistics.median(shares), interval(shares)
             rows.append(row)
             print(line(row), flush=True)
         if "60" not in cases[0].name:

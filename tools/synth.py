@@ -384,6 +384,14 @@ def write(path, shape, file_type, name="model", seed=0, whole=0):
 
 # ---- pairs -------------------------------------------------------------------------------------------------
 
+def scramble(path, seed=0):
+    """Put the blocks of every matrix of a file in random order, in place: a model of the same cost that knows nothing."""
+    rng = np.random.default_rng(seed)
+    for tensor in gguf.GGUFReader(path, "r+").tensors:
+        if len(tensor.shape) > 1:
+            rng.shuffle(tensor.data.reshape(-1, gguf.GGML_QUANT_SIZES[tensor.tensor_type][1] // tensor.data.itemsize))
+
+
 TRIES = 8                               # of a gain; after each the models are loaded and compared
 SAMPLE = (4, 96)                        # texts and tokens of a comparison
 

@@ -79,8 +79,8 @@ class Recipe:
     more_run: Schedule = Schedule(90 * 60, 8192, 4, 0.007, 1.4e-3, decay_from=0.1, long_from=0.75, dropout=0.1)     # a second climb and descent
     more_share: float = 0.65                # its weights, beside those that it began with
     draft_run: Schedule = Schedule(4 * 60, 8192, 16, 0.02, 6e-3, long_from=2.0)
-    distill_run: Schedule = Schedule(16 * 60, 8192, 16, 0.02, 4e-3, long_from=2.0)
-    generate_seconds: float = 6 * 60        # time for the target's own text
+    distill_run: Schedule = Schedule(40 * 60, 8192, 16, 0.02, 4e-3, long_from=2.0)
+    generate_seconds: float = 20 * 60       # time for the target's own text
     read_seconds: float = 2 * 60            # time for what it would have written in the corpus's place
     generate_batch: int = 128
     generate_tokens: int = 288              # positions of one told row, its request included
