@@ -3,6 +3,7 @@
 #include "bmc.h"
 #include "error.h"
 
+#include <stdatomic.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -27,9 +28,13 @@ struct level { const char *name; install_fn *vec, *attn, *panel; };
 #if defined(__x86_64__)
 static const struct level levels[] = { LEVEL(ref), LEVEL(avx2), LEVEL(avx512) };
 
+/* Asked once: in a virtual machine the question takes microseconds. */
 static int has_f16c(void) {
+    static atomic_int known;            /* 1: no, 2: yes */
     unsigned a, b, c, d;
-    return __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
+    if (!known)
+        known = 1 + (__get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C);
+    return known == 2;
 }
 
 static int best_level(void) {

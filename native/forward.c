@@ -107,7 +107,7 @@ static void project(const struct pass *p, const struct product *r, const struct 
     });
 }
 
-/* Rows are taken by whoever is free, in groups of four panels: a multiple of a block of 32, and few enough to stay
+/* Rows are taken by whoever is free, its own first, in groups of four panels: a multiple of a block of 32, and few enough to stay
  * cached while tiles take turns at them. Which thread computes a row changes nothing. */
 enum { GROUP = 4, GROUP_ROWS = GROUP * PANEL_ROWS };
 
@@ -134,7 +134,7 @@ static void multiply(const struct pass *p, const struct product *list, int n, in
     int64_t total = 0, from, to;
     for (int i = 0; i < n; i++)
         total += n_groups(list[i].w);
-    while (pool_take(p->model->pool, total, &from, &to))
+    while (pool_take(p->model->pool, thread, total, &from, &to))
         for (int i = 0; i < n; i++) {
             int groups = n_groups(list[i].w), end = smaller((int)to, groups);
             if (from < end)
@@ -456,27 +456,15 @@ static void attend_piece(const struct pass *p, const struct cut *c, int l, const
     finish_task(p, c, t, s);
 }
 
-/* What a thread does next of n tasks or pieces; *to is 0 at first. Where there is one for each thread it is always the same one, whose
- * rows its core's cache holds. */
-static bool take_tasks(const struct pass *p, int64_t n, int thread, int64_t *from, int64_t *to) {
-    if (n != pool_size(p->model->pool))
-        return pool_take(p->model->pool, n, from, to);
-    bool first = *to == 0;
-    *from = thread;
-    *to = thread + 1;
-    return first;
-}
-
 /* All tasks or their pieces: which thread does one changes nothing. */
 static void attention(const struct pass *p, int l, int n_tok, int thread) {
     const bmc_model *m = p->model;
     const struct cut c = make_cut(p, l, n_tok);
     float *scratch = m->buffers->scratch + (size_t)thread * m->buffers->scratch_stride;
     int64_t began = thread ? 0 : nanoseconds();
-    int first = 0, n = task_tokens(p, 0, n_tok), passed = 0;        /* tasks before those of `first` */
-    int64_t from, to = 0;
-    while (take_tasks(p, (int64_t)c.n_tasks * c.n_pieces, thread, &from, &to))
-        for (; from < to; from++) {
+    int64_t from, to;
+    while (pool_take(m->pool, thread, (int64_t)c.n_tasks * c.n_pieces, &from, &to))
+        for (int first = 0, n = task_tokens(p, 0, n_tok), passed = 0; from < to; from++) {      /* passed: tasks before those of `first` */
             int number = (int)from / c.n_pieces;
             for (; number >= passed + m->c.n_kv_heads; passed += m->c.n_kv_heads) {
                 first += n;
@@ -549,7 +537,7 @@ static void gate_up_groups(const struct pass *p, const struct layer *L, struct i
 
 static void gate_up(const struct pass *p, const struct layer *L, struct input in, int n_tok, int thread) {
     int64_t from, to;
-    while (pool_take(p->model->pool, n_groups(&L->ffn_up), &from, &to))
+    while (pool_take(p->model->pool, thread, n_groups(&L->ffn_up), &from, &to))
         for (int step = stretch(&L->ffn_up, n_tok, (int)(to - from)); from < to; from += step)
             gate_up_groups(p, L, in, (int)from, (int)from + step, n_tok, thread);
 }
@@ -569,7 +557,7 @@ static void head(const struct pass *p, struct input in, int thread) {
     const struct matrix *output = p->coarse ? &m->coarse : &m->output;
     float *part = m->buffers->scratch + (size_t)thread * m->buffers->scratch_stride;
     int64_t from = 0, to = 0;
-    for (; from < to || pool_take(m->pool, head_parts(m), &from, &to); from++) {
+    for (; from < to || pool_take(m->pool, thread, head_parts(m), &from, &to); from++) {
         int row = (int)from * HEAD_ROWS, rows = smaller(HEAD_ROWS, m->c.vocab_size - row);
         int panel = row / PANEL_ROWS;
         const struct matrix w = slice(p, output, panel, panel + n_panels(rows), thread, 0);
@@ -651,8 +639,8 @@ static void choose(const struct pass *p, struct input in, int thread) {
         int32_t id = best.id;
         float logit = best.logit;
         if (p->sampler[i] && isfinite(logit)) {
-            id = sample(p->sampler[i], p->logits[i], m->c.vocab_size, logit, p->pos[i] + 1, (struct candidate *)(void *)scratch,
-                        p->lead[i]);
+            id = sample(&m->k, p->sampler[i], p->logits[i], m->c.vocab_size, logit, p->pos[i] + 1,
+                        (struct candidate *)(void *)scratch, p->lead[i]);
             logit = p->logits[i][id];
         }
         if (p->next[i])

@@ -91,6 +91,7 @@ struct kernels {
     int64_t (*spin_f32)(int64_t n, float *sink);
 
     float (*largest)(const float *x, int n);
+    uint64_t (*reaching)(const float *x, int n, float least);                           /* bit i: x[i] >= least; n <= 64 */
     float (*sum_exp)(const float *x, float max, int n);                                 /* sum of e^(x - max) */
 };
 

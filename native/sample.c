@@ -9,6 +9,7 @@
  * the noise of the ids it keeps, so whoever looks at a position, in whatever order, finds the same token. */
 #include "sample.h"
 
+#include "cpu.h"
 #include "error.h"
 
 #include <math.h>
@@ -71,22 +72,7 @@ static void sift(struct candidate *heap, int n, int at) {
     }
 }
 
-enum { BLOCK = 64, LANES = 8 };
-
-static float largest_of(const float *x, int n) {
-    float lanes[LANES];
-    for (int l = 0; l < LANES; l++)
-        lanes[l] = -INFINITY;
-    int i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (int l = 0; l < LANES; l++)
-            lanes[l] = x[i + l] > lanes[l] ? x[i + l] : lanes[l];
-    for (; i < n; i++)
-        lanes[0] = x[i] > lanes[0] ? x[i] : lanes[0];
-    for (int l = 1; l < LANES; l++)
-        lanes[0] = lanes[l] > lanes[0] ? lanes[l] : lanes[0];
-    return lanes[0];
-}
+enum { BLOCK = 64 };
 
 /* Takes c among the k largest, of which the heap has n; how many it has then. */
 static int take(struct candidate *heap, int n, int k, struct candidate c) {
@@ -103,7 +89,7 @@ static int take(struct candidate *heap, int n, int k, struct candidate c) {
 
 /* The k largest, in any order; of equals the lower ids. As many blocks have a largest one of `least` or more, so that hardly
  * anything below them is looked at twice. */
-static int largest_k(const float *logits, int n, int k, struct candidate *heap) {
+static int largest_k(const struct kernels *kernels, const float *logits, int n, int k, struct candidate *heap) {
     int found = 0;
     if (k < 1 || k >= n) {
         for (int i = 0; i < n; i++)
@@ -111,16 +97,14 @@ static int largest_k(const float *logits, int n, int k, struct candidate *heap) 
         return n;
     }
     for (int i = 0; i < n; i += BLOCK)
-        found = take(heap, found, k, (struct candidate){ largest_of(logits + i, n - i < BLOCK ? n - i : BLOCK), i });
+        found = take(heap, found, k, (struct candidate){ kernels->largest(logits + i, n - i < BLOCK ? n - i : BLOCK), i });
     float least = found == k ? heap[0].logit : -INFINITY;
     found = 0;
-    for (int i = 0, end; i < n; i = end) {
-        end = n - i < BLOCK ? n : i + BLOCK;
-        if (largest_of(logits + i, end - i) >= least)
-            for (; i < end; i++)
-                if (logits[i] >= least)
-                    found = take(heap, found, k, (struct candidate){ logits[i], i });
-    }
+    for (int i = 0; i < n; i += BLOCK)
+        for (uint64_t left = kernels->reaching(logits + i, n - i < BLOCK ? n - i : BLOCK, least); left; left &= left - 1) {
+            int id = i + __builtin_ctzll(left);
+            found = take(heap, found, k, (struct candidate){ logits[id], id });
+        }
     return found;
 }
 
@@ -213,15 +197,17 @@ int sampler_check(const bmc_sampler *s) {
     return 0;
 }
 
-int32_t sample(const bmc_sampler *s, const float *logits, int n, float top, int position, struct candidate *room, float *lead) {
-    int left = largest_k(logits, n, s->temperature > 0 ? s->top_k : 1, room);
+int32_t sample(const struct kernels *kernels, const bmc_sampler *s, const float *logits, int n, float top, int position,
+               struct candidate *room, float *lead) {
+    int left = largest_k(kernels, logits, n, s->temperature > 0 ? s->top_k : 1, room);
     return draw(s, room, likely(s, room, left, top), top, position, lead);
 }
 
 int bmc_choose(const float *logits, int n, const bmc_sampler *s, int position, int32_t *id) {
     if (!logits || n < 1 || !s || !id || position < 0)
         return fail(BMC_EINVAL, "bmc_choose: needs logits, a sampler and a position");
-    if (sampler_check(s))
+    struct kernels kernels;
+    if (sampler_check(s) || kernels_init(&kernels))
         return BMC_EINVAL;
     float top = logits[0];
     for (int i = 1; i < n && !isnan(top); i++)
@@ -232,7 +218,7 @@ int bmc_choose(const float *logits, int n, const bmc_sampler *s, int position, i
     struct candidate *room = malloc(left * sizeof *room);
     if (!room)
         return fail(BMC_ENOMEM, "no memory for %d candidates", (int)left);
-    *id = sample(s, logits, n, top, position, room, NULL);
+    *id = sample(&kernels, s, logits, n, top, position, room, NULL);
     free(room);
     return 0;
 }

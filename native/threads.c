@@ -32,10 +32,10 @@ struct pool {
     _Alignas(64) atomic_uint done;          /* workers that finished it */
     _Alignas(64) atomic_uint arrived;       /* at the barrier */
     _Alignas(64) atomic_uint passed;        /* barriers gone through */
-    _Alignas(64) atomic_int_fast64_t taken; /* things of this step that have their thread */
     _Alignas(64) pthread_mutex_t lock;      /* for sleeping only */
     pthread_cond_t wake;
     atomic_int asleep;
+    struct own { _Alignas(64) atomic_uint_fast64_t taken; } own[];      /* of each thread's own things: step << 32 | how many */
 };
 
 struct worker { struct pool *pool; int thread; };
@@ -93,8 +93,8 @@ static bool forked(const struct pool *p) { return p->process != getpid(); }
 void pool_run(struct pool *p, void (*fn)(void *, int), void *arg) {
     if (forked(p))
         p->n = 1;
-    atomic_store(&p->taken, 0);
     if (p->n == 1) {
+        atomic_fetch_add_explicit(&p->run, 1, memory_order_relaxed);
         fn(arg, 0);
         return;
     }
@@ -112,9 +112,8 @@ void pool_run(struct pool *p, void (*fn)(void *, int), void *arg) {
 void pool_barrier(struct pool *p) {
     unsigned pass = atomic_load_explicit(&p->passed, memory_order_relaxed);
     if (p->n == 1)
-        atomic_store_explicit(&p->taken, 0, memory_order_relaxed);
+        atomic_store_explicit(&p->passed, pass + 1, memory_order_relaxed);
     else if (atomic_fetch_add(&p->arrived, 1) + 1 == (unsigned)p->n) {
-        atomic_store(&p->taken, 0);
         atomic_store(&p->arrived, 0);
         announce(p, &p->passed);
     } else
@@ -131,16 +130,31 @@ void pool_share(const struct pool *p, int thread, int64_t n, int64_t unit, int64
         *from = *to;
 }
 
-bool pool_take(struct pool *p, int64_t n, int64_t *from, int64_t *to) {
-    int_fast64_t at = atomic_load_explicit(&p->taken, memory_order_relaxed), part;
+/* Half of what is left of a thread's own part of n things. What is counted in an earlier step is as good as nothing: a step ends
+ * with a barrier or with its run. */
+static bool take_of(struct pool *p, int thread, uint64_t step, int64_t n, int64_t *from, int64_t *to) {
+    atomic_uint_fast64_t *taken = &p->own[thread].taken;
+    uint_fast64_t seen = atomic_load_explicit(taken, memory_order_relaxed);
+    int64_t begin, end, at;
+    pool_share(p, thread, n, 1, &begin, &end);
     do {
-        if (at >= n)
+        at = begin + (seen >> 32 == step ? (int64_t)(seen & UINT32_MAX) : 0);
+        if (at >= end)
             return false;
-        part = (n - at + 2 * p->n - 1) / (2 * p->n);
-    } while (!atomic_compare_exchange_weak_explicit(&p->taken, &at, at + part, memory_order_relaxed, memory_order_relaxed));
+        *to = at + (end - at + 1) / 2;
+    } while (!atomic_compare_exchange_weak_explicit(taken, &seen, step << 32 | (uint64_t)(*to - begin), memory_order_relaxed,
+                                                    memory_order_relaxed));
     *from = at;
-    *to = at + part;
     return true;
+}
+
+bool pool_take(struct pool *p, int thread, int64_t n, int64_t *from, int64_t *to) {
+    uint64_t step = (uint32_t)(atomic_load_explicit(&p->run, memory_order_relaxed)
+                               + atomic_load_explicit(&p->passed, memory_order_relaxed));
+    for (int i = 0; i < p->n; i++)
+        if (take_of(p, (thread + i) % p->n, step, n, from, to))
+            return true;
+    return false;
 }
 
 int pool_size(const struct pool *p) { return p->n; }
@@ -172,10 +186,12 @@ static void dissolve(struct pool *p) {
 }
 
 static struct pool *gather(int n_threads) {
-    struct pool *p = aligned_alloc(64, (sizeof *p + 63) / 64 * 64);
+    struct pool *p = aligned_alloc(64, (sizeof *p + 63) / 64 * 64 + (size_t)n_threads * sizeof *p->own);
     if (!p)
         return NULL;
     *p = (struct pool){ .n = 1, .process = getpid(), .workers = calloc((size_t)n_threads, sizeof(pthread_t)) };
+    for (int i = 0; i < n_threads; i++)
+        atomic_init(&p->own[i].taken, 0);
     pthread_mutex_init(&p->turn, NULL);
     pthread_mutex_init(&p->lock, NULL);
     pthread_cond_init(&p->wake, NULL);

@@ -24,8 +24,9 @@ void pool_barrier(struct pool *pool);
 /* This thread's part of n things, in units of `unit`: [*from, *to). Contiguous, ascending with the thread. */
 void pool_share(const struct pool *pool, int thread, int64_t n, int64_t unit, int64_t *from, int64_t *to);
 
-/* Inside a run: a part [*from, *to) of n things that no thread has taken since the last barrier; false: none is left.
- * Parts shrink towards the end, so that a thread whose core is shared with others keeps nobody waiting. */
-bool pool_take(struct pool *pool, int64_t n, int64_t *from, int64_t *to);
+/* Inside a run: a part [*from, *to) of n things that no thread has taken since the last barrier; false: none is left. A thread's own
+ * share first, always the same, so that its core's cache holds what it wrote the last time; then what others left. Parts shrink
+ * towards the end, so that a thread whose core is shared with other programs keeps nobody waiting. */
+bool pool_take(struct pool *pool, int thread, int64_t n, int64_t *from, int64_t *to);
 
 #endif

@@ -128,6 +128,12 @@ INLINE float f_max_lane(f32x16 a) {
     return _mm_cvtss_f32(_mm_max_ss(c, _mm_movehdup_ps(c)));
 }
 
+INLINE uint32_t f_reaching(f32x16 a, float least) {
+    __m256 b = _mm256_set1_ps(least);
+    return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a.lo, b, _CMP_GE_OQ))
+           | (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a.hi, b, _CMP_GE_OQ)) << 8;
+}
+
 INLINE void f_store_i8(int8_t *p, f32x16 a) {
     __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi));     /* lo0-3 hi0-3 lo4-7 hi4-7 */
     words = _mm256_permute4x64_epi64(words, 0xd8);                                              /* 0, 2, 1, 3 */

@@ -79,6 +79,7 @@ INLINE float f_sum(f32x16 a) {
 }
 
 INLINE float f_max_lane(f32x16 a) { return _mm512_reduce_max_ps(a); }
+INLINE uint32_t f_reaching(f32x16 a, float least) { return _mm512_cmp_ps_mask(a, _mm512_set1_ps(least), _CMP_GE_OQ); }
 INLINE void f_store_i8(int8_t *p, f32x16 a) { _mm_storeu_si128((void *)p, _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a))); }
 INLINE f32x16 i_to_f(i32x16 a) { return _mm512_cvtepi32_ps(a); }
 

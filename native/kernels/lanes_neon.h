@@ -147,6 +147,15 @@ INLINE float f_sum(f32x16 a) {
 
 INLINE float f_max_lane(f32x16 a) { return vmaxnmvq_f32(vmaxnmq_f32(vmaxnmq_f32(a.q0, a.q2), vmaxnmq_f32(a.q1, a.q3))); }
 
+INLINE uint32_t reaching_quarter(float32x4_t a, float least) {
+    const uint32x4_t bits = { 1, 2, 4, 8 };
+    return vaddvq_u32(vandq_u32(vcgeq_f32(a, vdupq_n_f32(least)), bits));
+}
+INLINE uint32_t f_reaching(f32x16 a, float least) {
+    return reaching_quarter(a.q0, least) | reaching_quarter(a.q1, least) << 4 | reaching_quarter(a.q2, least) << 8
+           | reaching_quarter(a.q3, least) << 12;
+}
+
 INLINE void f_store_i8(int8_t *p, f32x16 a) {
     i32x16 x = Q1(i32x16, vcvtq_s32_f32, a);
     int16x8_t lo = vmovn_high_s32(vmovn_s32(x.q0), x.q1), hi = vmovn_high_s32(vmovn_s32(x.q2), x.q3);

@@ -78,6 +78,13 @@ INLINE float f_max_lane(f32x16 a) {
     return m;
 }
 
+INLINE uint32_t f_reaching(f32x16 a, float least) {
+    uint32_t bits = 0;
+    for (int i = 0; i < 16; i++)
+        bits |= (uint32_t)(a.v[i] >= least) << i;
+    return bits;
+}
+
 INLINE void f_store_i8(int8_t *p, f32x16 a) { for (int i = 0; i < 16; i++) p[i] = (int8_t)a.v[i]; }    /* whole, -128..127 */
 
 INLINE f32x16 i_to_f(i32x16 a) { EACH((float)a.v[i]); }

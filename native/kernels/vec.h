@@ -74,6 +74,13 @@ static float largest(const float *x, int n) {
     return f_max_lane(top);
 }
 
+static uint64_t reaching(const float *x, int n, float least) {
+    uint64_t found = 0;
+    EACH_16(n)
+        found |= (uint64_t)(f_reaching(f_load_n(x + i, m), least) & ((1u << m) - 1)) << i;
+    return found;
+}
+
 static float sum_exp(const float *x, float max, int n) {
     f32x16 sum = f_zero();
     EACH_16(n)
@@ -115,6 +122,7 @@ void ISA(vec)(struct kernels *k) {
     k->silu = silu;
     k->gelu = gelu;
     k->largest = largest;
+    k->reaching = reaching;
     k->sum_exp = sum_exp;
     k->add = add;
     k->scale = scale;

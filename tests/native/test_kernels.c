@@ -554,6 +554,14 @@ static void best_of_a_row(void) {
             CHECK(fabs((double)ours - right) <= (n + 60) * ROUNDING * right);       /* x - top is up to 60 */
             sum = i ? sum : ours;
             CHECK(ours == sum);
+            for (int at = 0; at < n; at += 64) {
+                int some = n - at < 64 ? n - at : 64;
+                for (int j = 0; j < some; j += 7) {
+                    uint64_t found = isas[i].reaching(x + at, some, x[at + j]);
+                    for (int k = 0; k < 64; k++)
+                        CHECK((found >> k & 1) == (k < some && x[at + k] >= x[at + j]));
+                }
+            }
         }
         free(x);
     }

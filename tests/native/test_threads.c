@@ -90,7 +90,7 @@ static void take_in_turn(void *arg, int thread) {
     struct items *t = arg;
     int64_t from, to;
     for (int step = 0; step < 3; step++) {
-        while (pool_take(t->pool, t->n, &from, &to))
+        while (pool_take(t->pool, thread, t->n, &from, &to))
             for (; from < to; from++)
                 t->taken[from]++;
         pool_barrier(t->pool);
