@@ -21,6 +21,16 @@ struct act_block {
 _Static_assert(sizeof(struct act_block) == 64, "an act_block is a cache line");
 enum { FIRST, SECOND, WHOLE };
 
+static inline void act_set(struct act_block *act, float d, int32_t first, int32_t second) {
+    const int32_t sums[] = { first, second, first + second };
+    act->d = d;
+    for (int i = 0; i < 3; i++) {
+        act->sum[i] = (float)sums[i];
+        act->neg_sum[i] = -sums[i];
+    }
+    act->unused = 0;
+}
+
 /* y(n_cols, rows) = W(rows, k) * x(k, n_cols), for n_panels consecutive panels of W and one tile of columns (tokens).
  * Each output is sum over blocks of 32 columns, ascending, of fma(t, d, y) where
  * t = scale * dot (+ second half's) + min * sum, all in float32; the dot product is an exact integer.

@@ -156,10 +156,16 @@ INLINE uint32_t f_reaching(f32x16 a, float least) {
            | reaching_quarter(a.q3, least) << 12;
 }
 
-INLINE void f_store_i8(int8_t *p, f32x16 a) {
-    i32x16 x = Q1(i32x16, vcvtq_s32_f32, a);
+INLINE int32_t store_sixteen(int8_t *p, f32x16 a) {
+    i32x16 x = Q1(i32x16, vcvtnq_s32_f32, a);
     int16x8_t lo = vmovn_high_s32(vmovn_s32(x.q0), x.q1), hi = vmovn_high_s32(vmovn_s32(x.q2), x.q3);
-    vst1q_s8(p, vmovn_high_s16(vmovn_s16(lo), hi));
+    int8x16_t q = vmovn_high_s16(vmovn_s16(lo), hi);
+    vst1q_s8(p, q);
+    return vaddlvq_s8(q);
+}
+INLINE void f_store_block(struct act_block *act, float d, f32x16 lo, f32x16 hi) {
+    int32_t first = store_sixteen(act->q, lo), second = store_sixteen(act->q + 16, hi);
+    act_set(act, d, first, second);
 }
 
 INLINE f32x16 i_to_f(i32x16 a) { return Q1(f32x16, vcvtq_f32_s32, a); }

@@ -85,7 +85,17 @@ INLINE uint32_t f_reaching(f32x16 a, float least) {
     return bits;
 }
 
-INLINE void f_store_i8(int8_t *p, f32x16 a) { for (int i = 0; i < 16; i++) p[i] = (int8_t)a.v[i]; }    /* whole, -128..127 */
+/* 32 lanes, to the nearest whole number, ties to even, as an act_block: bytes, and their sums. */
+INLINE int32_t store_sixteen(int8_t *p, f32x16 a) {
+    int32_t sum = 0;
+    for (int i = 0; i < 16; i++)
+        sum += p[i] = (int8_t)rintf(a.v[i]);
+    return sum;
+}
+INLINE void f_store_block(struct act_block *act, float d, f32x16 lo, f32x16 hi) {
+    int32_t first = store_sixteen(act->q, lo), second = store_sixteen(act->q + 16, hi);
+    act_set(act, d, first, second);
+}
 
 INLINE f32x16 i_to_f(i32x16 a) { EACH((float)a.v[i]); }
 

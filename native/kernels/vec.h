@@ -5,16 +5,7 @@ static void quantize(struct act_block *act, int stride, const float *x, int n_bl
         f32x16 lo = f_load(x), hi = f_load(x + 16);
         float top = f_max_lane(f_max(f_abs(lo), f_abs(hi)));
         f32x16 per = f_set(top > 0x1p-119f ? 127.0f / top : 0.0f);           /* below, 127 / top would be infinite */
-        lo = f_round(f_mul(lo, per));
-        hi = f_round(f_mul(hi, per));
-        f_store_i8(act->q, lo);
-        f_store_i8(act->q + 16, hi);
-        float first = f_sum(lo), second = f_sum(hi), sums[3] = { first, second, first + second };     /* whole numbers: exact */
-        act->d = top / 127.0f;
-        for (int i = 0; i < 3; i++) {
-            act->sum[i] = sums[i];
-            act->neg_sum[i] = (int32_t)-sums[i];
-        }
+        f_store_block(act, top / 127.0f, f_mul(lo, per), f_mul(hi, per));
     }
 }
 
