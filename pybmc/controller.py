@@ -246,6 +246,7 @@ class Controller:
         most = min(self.most, room)
         if most < self.least:
             return Plan(0)
+        source.seconds.follow(self.curve.at(1))
         best, plain = self._best(source, most, others), self.plain(others)
         best.gain /= plain
         known = source.seconds.n > 1    # a single draft may have met a hiccup

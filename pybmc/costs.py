@@ -159,12 +159,19 @@ class Average:
 
 class DraftCost:
     """Seconds of a draft by its length: a start and so much a token, fitted to what was seen lately. What takes far
-    longer than expected is taken for a hiccup of the machine and counts as twice as long."""
+    longer than expected is taken for a hiccup of the machine and counts as twice as long. Where plain tokens take longer or
+    shorter than they did, drafts are taken to do so too."""
 
     SLOPE = 0.8                         # of a token's mean cost: what one more is taken to cost before lengths differ
 
     def __init__(self):
         self.n, self._weight, self._x, self._y, self._xx, self._xy = 0, 0.0, 0.0, 0.0, 0.0, 0.0
+        self._token = 0.0               # seconds of a plain token; 0: not known
+
+    def follow(self, token: float) -> None:
+        """A plain token takes so many seconds now."""
+        change = token / self._token if self._token else 1.0
+        self._y, self._xy, self._token = self._y * change, self._xy * change, token
 
     def add(self, length: int, seconds: float) -> None:
         self.n += 1
@@ -199,9 +206,10 @@ class DraftCost:
         return max(0.0, start + slope * length)
 
     def record(self) -> list[list[float]]:
-        """Drafts of one and of eight tokens."""
-        return [[length, self.at(length)] for length in (1, 8)] if self.n > 1 else []
+        """Drafts of one and of eight tokens, in plain tokens' time: the machine may be another the next time."""
+        return [[length, self.at(length) / self._token] for length in (1, 8)] if self.n > 1 and self._token else []
 
     def recall(self, record: Sequence[Sequence[float]]) -> None:
-        for length, seconds in [*record, *record]:
-            self.add(int(length), seconds)
+        self._token = 1.0 if record else 0.0
+        for length, tokens in [*record, *record]:
+            self.add(int(length), tokens)

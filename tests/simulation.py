@@ -25,8 +25,8 @@ class Target:
 
     context = None
 
-    def __init__(self, truth, cost, clock, noise, rng):
-        self.truth, self.cost, self.clock, self.noise, self.rng = truth, cost, clock, noise, rng
+    def __init__(self, truth, cost, clock, noise, rng, busy):
+        self.truth, self.cost, self.clock, self.noise, self.rng, self.busy = truth, cost, clock, noise, rng, busy
         self.position = 1
 
     @property
@@ -34,7 +34,7 @@ class Target:
         return []
 
     def eval(self, tokens, want="best", sampler=None):
-        self.clock.now += self.cost(len(tokens)) * self.rng.lognormvariate(0, self.noise)
+        self.clock.now += self.busy(self.position, self.cost(len(tokens))) * self.rng.lognormvariate(0, self.noise)
         at, n = self.position, len(tokens)
         self.position += n
         return Best(np.array(self.truth[at + 1:at + 1 + n]), np.zeros(n))
@@ -49,8 +49,8 @@ class Target:
 class Guesser:
     """Right with probability share(position); takes d seconds a token. honest: its marks tell what will come true."""
 
-    def __init__(self, truth, share, d, clock, rng, honest=False):
-        self.truth, self.share, self.d, self.clock, self.rng, self.honest = truth, share, d, clock, rng, honest
+    def __init__(self, truth, share, d, clock, rng, honest, busy):
+        self.truth, self.share, self.d, self.clock, self.rng, self.honest, self.busy = truth, share, d, clock, rng, honest, busy
 
     def follow(self, text):
         pass
@@ -64,7 +64,7 @@ class Guesser:
             sure = self.rng.betavariate(4 * share, 4 * (1 - share)) if self.honest and 0 < share < 1 else share
             ids.append(self.truth[len(text) + i] if self.rng.random() < sure else -1)
             marks.append(mark(sure) if self.honest else 12)
-            self.clock.now += self.d
+            self.clock.now += self.busy(len(text), self.d)
             if self.honest and sure < p_min:
                 break
         return Draft(ids, marks)
@@ -74,25 +74,27 @@ class Guesser:
 
 
 def run(cost, share, d, n=1000, controller=None, noise=0.03, seed=0, known=True, honest=False,
-        record=None):
+        record=None, busy=lambda position, seconds: seconds, marks=None):
     """Tokens a second, and the Stats, of n tokens. share: a number, or a function of the position; record: what is believed
-    of the drafter."""
+    of the drafter; busy: what work of so many seconds takes there; marks: positions, of which the times are added."""
     rng, clock = random.Random(seed), Clock()
     truth = [rng.randrange(1000) for _ in range(n + 64)]
-    target = Target(truth, cost, clock, noise, rng)
+    target = Target(truth, cost, clock, noise, rng, busy)
     if controller is None:
         controller = Controller(CostCurve({w: cost(w) for w in (1, 2, 4, 8, 16)} if known else None))
     speculation = Speculation(None, None, "draft", controller=controller, clock=clock)
     if record:
         speculation.source("draft", "best").recall(record)
     chance = share if callable(share) else lambda position: share
-    speculation.drafter = Guesser(truth, chance, d, clock, rng, honest)
+    speculation.drafter = Guesser(truth, chance, d, clock, rng, honest, busy)
     stats = Stats()
     loop = speculation.loop(target, [truth[0]], Best(np.array(truth[1:2]), np.zeros(1)), Chooser(Sampler()), n, stats)
     target.position = 1
     choices = alone(loop, target, clock)
-    for _ in range(n):
+    for i in range(n):
         next(choices)
+        if marks and i in marks:
+            marks[i] = clock.now
     choices.close()
     return n / clock.now, stats
 

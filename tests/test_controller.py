@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from simulation import fixed, run
 
 from pybmc import cache
-from pybmc.controller import ALLOWED, BANK, GRANT, Account, Controller, CostCurve, Source
+from pybmc.controller import ALLOWED, BANK, GRANT, Account, Controller, CostCurve, FixedLength, Source
 
 
 def cheap(n):                           # a few tokens more are nearly free
@@ -106,6 +106,23 @@ def test_a_draft_that_is_good_at_times_is_used_then():
 def test_costs_are_learned_where_nothing_is_known():
     rate, _ = run(cheap, 0.85, 0.1, n=2000, known=False)
     assert rate > 0.93 * max(fixed(cheap, 0.85, 0.1, k, n=2000) for k in (3, 4, 5, 6, 8))
+
+
+@pytest.mark.parametrize("share, d", [(0.85, 0.05), (0.6, 0.05), (0.0, 0.1)])
+def test_while_other_programs_run_and_afterwards(share, d):
+    """They take the processors for whole slices of time: short work suffers more than long work."""
+    def busy(position, seconds):
+        return 5 * seconds + 1.0 if 1000 < position < 2000 else seconds
+
+    def rates(**settings):
+        marks = {1000: 0.0, 1999: 0.0, 2300: 0.0, 2999: 0.0}
+        run(cheap, share, d, n=3000, busy=busy, marks=marks, **settings)
+        before, during, soon, late = marks.values()
+        return 1000 / before, 999 / (during - before), 301 / (soon - during), 699 / (late - soon)
+
+    found = rates()
+    best = [max(of_one) for of_one in zip(*(rates(controller=FixedLength(k)) for k in (0, 1, 2, 3, 4, 6, 8)))]
+    assert all(ours > least * theirs for ours, theirs, least in zip(found, best, (0.9, 0.85, 0.75, 0.9)))
 
 
 def test_bounds_hold():
@@ -226,12 +243,14 @@ def test_a_record_is_kept_for_a_pair(model, tmp_path):
     for _ in range(30):
         source.learn(4, 4, [9, 9, 3, 3], [True, True, False])
         source.seconds.add(4, 0.04)
+    source.seconds.follow(0.1)                              # a plain token's seconds
     key = cache.pair(model, draft, "best")
     assert key != cache.pair(model, draft, "all") and cache.pair(model, SimpleNamespace(path="/no", threads=1), "best") is None
     assert cache.load_record(key) is None
     cache.save_record(key, source.record())
     again.recall(cache.load_record(key))
-    assert again.seconds.at(4) == pytest.approx(0.04, rel=0.01)
+    again.seconds.follow(0.2)                               # everything is half as fast today
+    assert again.seconds.at(4) == pytest.approx(0.08, rel=0.01)
     assert again.by_mark.at(9) > 0.75 and again.by_mark.at(3) < 0.25
     assert all(abs(a - b) < 0.2 for a, b in zip(source.accepted.each(), again.accepted.each()))
     for _ in range(12):
