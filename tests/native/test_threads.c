@@ -110,6 +110,25 @@ static void what_is_taken_is_whole(int n) {
     pool_free(t.pool);
 }
 
+/* Nobody who has something of its own left takes from others, and with a barrier everything is there again. */
+static void take_once(void *arg, int thread) {
+    struct items *t = arg;
+    int64_t from, to, begin, end;
+    pool_share(t->pool, thread, t->n, 1, &begin, &end);
+    for (int step = 0; step < 3; step++) {
+        CHECK(pool_take(t->pool, thread, t->n, &from, &to) && from == begin && to == begin + (end - begin + 1) / 2);
+        pool_barrier(t->pool);
+    }
+}
+
+static void ones_own_comes_first(int n) {
+    struct items t = { .pool = pool_new(n) };
+    for (t.n = n; t.n < 300; t.n += 1 + t.n / 3)
+        for (int run = 0; run < 3; run++)
+            pool_run(t.pool, take_once, &t);
+    pool_free(t.pool);
+}
+
 static double cpu_seconds(void) { return (double)clock() / CLOCKS_PER_SEC; }
 
 static void idle_costs_nothing(void) {
@@ -154,6 +173,7 @@ int main(void) {
         runs_are_whole(n);
         shares_are_whole(n);
         what_is_taken_is_whole(n);
+        ones_own_comes_first(n);
     }
     users_take_turns();
     idle_costs_nothing();
