@@ -15,7 +15,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields
-from functools import cached_property
+from functools import cached_property, partial
+from struct import Struct
 from typing import NamedTuple
 
 import numpy as np
@@ -228,7 +229,7 @@ class Session:
         self.model = model
         self.context = cap
         self._tokens: list[int] = []        # may run ahead of the position: where a pass failed, or after a rewind
-        self._coming: tuple | None = None   # of a call that writes tokens: its position, tokens, ids, and which of them it has
+        self._coming: tuple | None = None   # of a call that writes tokens: its position, tokens, first ids, which of them it has
         with model._sessions_lock:
             model._sessions.add(self)
 
@@ -245,9 +246,9 @@ class Session:
     def _settled(self) -> list[int]:
         """The tokens, with those that a call wrote: where an interrupt came in between, this is done by whoever asks next."""
         if self._coming and self._user.get("thread") in (None, threading.get_ident()):
-            start, before, ids, size = self._coming
+            start, before, taken, size = self._coming
             n = max(0, self.position - start)
-            self._tokens[start:] = [id if id < size else 0 for id in [*before, *ids[:n].tolist()][:n]]
+            self._tokens[start:] = [id if id < size else 0 for id in [*before, *taken(n)][:n]]
             self._coming = None
         return self._tokens
 
@@ -291,7 +292,7 @@ class Session:
         """
         ids, result = _ids(tokens), Best(np.empty(_whole("k", k), np.int32), np.empty(k, np.float32))
         with self._claimed() as handle:
-            self._coming = self.position, ids.tolist(), result.ids, math.inf
+            self._coming = self.position, ids.tolist(), lambda n: result.ids[:n].tolist(), math.inf
             try:
                 n = check(lib.bmc_draft(handle, pointer(ids), len(ids), k, p_min, _whole("last", last), _native(sampler),
                                         pointer(result.ids), pointer(result.logprobs)))
@@ -394,9 +395,8 @@ def _fill(span, handle, session: Session, tokens, want: str, last: int = 0, samp
     return result, ids
 
 
-_ROUND = np.dtype([("n_asked", "i4"), ("n_drafted", "i4"), ("n_checked", "i4"), ("n_right", "i4"), ("n_tokens", "i4"),
-                   ("draft_s", "f8"), ("verify_s", "f8")], align=True)      # bmc_round
-assert _ROUND.itemsize == ffi.sizeof("bmc_round")
+_ROUND = Struct("5i4x2d")                   # bmc_round
+assert _ROUND.size == ffi.sizeof("bmc_round")
 
 
 class Round(NamedTuple):
@@ -435,37 +435,38 @@ def speculate(target: Session, draft: Session | None, text: Sequence[int], k: in
     longer than plain decoding (a draft counts as `drafting` seconds at most); and none begins after so many seconds. script: for
     experiments, what the target is taken to choose. Raises what eval() raises; then the text is as it was.
     """
-    ids, lack = np.empty(n_rounds * (k + 1), np.int32), _ids(text)
-    logprobs, sure = np.empty(len(ids), np.float32), np.empty((n_rounds, k))
-    tables = [np.asarray(values, np.float64) for values in (edges, chances, costs)]
-    script = np.asarray(script[:n_tokens], np.int32)
-    if 0 < len(script) < n_tokens:
-        raise ArgumentError(f"speculate: expected a script of {n_tokens} tokens, found {len(script)}")
     if len(costs) and (len(costs) < k + 2 or len(chances) != len(edges) + 1):
         raise ArgumentError(f"speculate: expected costs of up to {k + 1} tokens and a chance for each of {len(edges) + 1} "
                             f"classes, found {len(costs) - 1} and {len(chances)}")
-    plan, rounds = ffi.new("bmc_plan *"), np.empty(n_rounds, _ROUND)
+    if 0 < len(script) < n_tokens:
+        raise ArgumentError(f"speculate: expected a script of {n_tokens} tokens, found {len(script)}")
+    lack, size = _ids(text), max(0, n_rounds * (k + 1))
+    ids, logprobs = ffi.new("int32_t[]", size), ffi.new("float[]", size)           # lists of these are made in one go each: numpy's
+    sure, rounds = ffi.new("double[]", size), ffi.new("bmc_round[]", max(0, n_rounds))     # take longer than a small model's pass
+    tables = [ffi.new("double[]", [*values]) if len(values) else ffi.NULL for values in (edges, chances, costs)]
+    scripted = ffi.new("int32_t[]", [*script[:n_tokens]]) if len(script) else ffi.NULL
+    plan = ffi.new("bmc_plan *")
     plan.n_rounds, plan.k, plan.n_tokens, plan.least, plan.seconds, plan.p_min = n_rounds, k, n_tokens, least, seconds, p_min
     plan.sampler, plan.choosing, plan.n_edges, plan.patient = _native(sampler), choosing, len(edges), patient
     plan.drafting, plan.stake, plan.every, plan.since = drafting, stake, every, since
-    plan.edges, plan.chance, plan.cost = (pointer(table) if table.size else ffi.NULL for table in tables)
-    plan.script = pointer(script) if len(script) else ffi.NULL
+    plan.edges, plan.chance, plan.cost = tables
+    plan.script = scripted
     with target._claimed() as ours, draft._claimed() if draft else nullcontext(ffi.NULL) as theirs:
-        target._coming = target.position, lack[-1:].tolist(), ids, math.inf
+        target._coming = target.position, lack[-1:].tolist(), partial(ffi.unpack, ids), math.inf
         if draft:
-            draft._coming = draft.position, lack.tolist(), ids, draft.model.config.vocab_size
+            draft._coming = draft.position, lack.tolist(), partial(ffi.unpack, ids), draft.model.config.vocab_size
         try:
-            n = check(lib.bmc_speculate(ours, theirs, ngrams, plan, pointer(lack), len(lack), pointer(ids), pointer(logprobs),
-                                        pointer(sure), ffi.cast("bmc_round *", rounds.ctypes.data)))
+            n = check(lib.bmc_speculate(ours, theirs, ngrams, plan, pointer(lack), len(lack), ids, logprobs, sure, rounds))
         finally:
             for session in filter(None, (target, draft)):
                 session._settled()
-    n_ids = int(rounds["n_tokens"][:n].sum())           # lists of all, once: one for each round would take longer than a small pass
-    said, logs, found, at = ids[:n_ids].tolist(), logprobs[:n_ids].tolist(), [], 0
-    for made, (asked, drafted, checked, right, n_given, draft_s, verify_s) in zip(sure[:n].tolist(), rounds[:n].tolist()):
+    made = list(_ROUND.iter_unpack(ffi.buffer(rounds, n * _ROUND.size)))
+    n_ids, found, at, first = sum(round[4] for round in made), [], 0, 0
+    said, logs, sure = ffi.unpack(ids, n_ids), ffi.unpack(logprobs, n_ids), ffi.unpack(sure, n * k)
+    for asked, drafted, checked, right, n_given, draft_s, verify_s in made:
         end = at + n_given
-        found.append(Round(said[at:end], logs[at:end], made[:drafted], asked, checked, right, draft_s, verify_s))
-        at = end
+        found.append(Round(said[at:end], logs[at:end], sure[first:first + drafted], asked, checked, right, draft_s, verify_s))
+        at, first = end, first + k
     return found
 
 
