@@ -306,7 +306,7 @@ class Controller:
         """What speculate() has to know to do what cut() does."""
         every = FRESH if self._fresh == FRESH else EVERY
         return {"least": self.least, "edges": source.edges, "chances": source.by_mark.each(),
-                "costs": [0.0, self.curve.at(1), *(self.curve.hope(n) for n in range(2, k + 2))], "choosing": self.choosing.value,
+                "costs": [0.0, *map(self.curve.hope, range(1, k + 2))], "choosing": self.choosing.value,
                 "drafting": source.most(k), "every": every, "since": min(self._since_plain, every - 2 - COLD),
                 "stake": max(0.0, self.account.purse) / self.plain()}
 

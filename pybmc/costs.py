@@ -54,16 +54,15 @@ class CostCurve:
 
     def observe(self, n: int, seconds: float, count: int = 1) -> bool:
         """A pass of n tokens took so long, or the mean of so many did. Whether the machine seems to be another now."""
-        upper = bisect_right(KNOTS, n, hi=len(KNOTS) - 1)
-        at = np.array([upper - 1, upper])
-        share = np.array([KNOTS[upper] - n, n - KNOTS[upper - 1]]) / (KNOTS[upper] - KNOTS[upper - 1])
+        i = bisect_right(KNOTS, n, hi=len(KNOTS) - 1)
+        share = (n - KNOTS[i - 1]) / (KNOTS[i] - KNOTS[i - 1])
         noise = self.NOISE ** 2 / count
-        common, variance = self._seen_from(at, share, noise)
-        surprise = log(max(seconds, 1e-9)) - float(share @ self._log[at])
+        common, variance = self._seen_from(i, share, noise)
+        surprise = log(max(seconds, 1e-9)) - float((1 - share) * self._log[i - 1] + share * self._log[i])
         another = self._another(surprise, self.ODD * sqrt(variance), count)
         if another:
             self._covariance = self._covariance + self._another_machine
-            common, variance = self._seen_from(at, share, noise)
+            common, variance = self._seen_from(i, share, noise)
         else:
             variance = max(variance, (surprise / self.ODD) ** 2)        # an odd one says as little as makes it usual
         self._log = self._log + common * (surprise / variance)
@@ -75,10 +74,10 @@ class CostCurve:
         self._costs = []
         return another
 
-    def _seen_from(self, at, share, noise: float):
-        """Covariance of what is observed with every knot, and its own variance."""
-        common = self._covariance[:, at] @ share
-        return common, float(common[at] @ share) + noise
+    def _seen_from(self, i: int, share: float, noise: float):
+        """Covariance of what is observed, so far between two knots, with every knot, and its own variance."""
+        common = (1 - share) * self._covariance[i - 1] + share * self._covariance[i]
+        return common, float((1 - share) * common[i - 1] + share * common[i]) + noise
 
     def _another(self, surprise: float, odd: float, count: int) -> bool:
         way = (surprise > odd) - (surprise < -odd)
@@ -103,7 +102,7 @@ class CostCurve:
         self._costs = [cost for n, cost, _ in pools for _ in range(n)]
         surest = int(variance.argmin())
         doubt = np.sqrt(np.maximum(variance + variance[surest] - 2 * covariance[surest], 0.0))
-        hopes = self._costs * np.exp(-self.DARE * doubt * (doubt > self.SURE))
+        hopes = np.maximum(self._costs * np.exp(-self.DARE * doubt * (doubt > self.SURE)), self._costs[0])
         hopes[surest:] = np.maximum(hopes[surest:], self._costs[surest])
         self._hopes = hopes.tolist()
 
