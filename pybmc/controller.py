@@ -30,6 +30,7 @@ REST, REST_SECONDS = 32, 0.05           # plain tokens after a decision against 
 EAGER, LATELY = 3, 0.3                  # .. of them, while the purse is full and guesses paid lately; what the last one counts in that
 HOPELESS = 0.02                         # chance below which no more of a draft is looked at
 CLEAR = 1.3                             # a gain that need not be looked at closely
+TRIED = 4                               # rounds of a trial, at most
 FRESH = 96                              # rounds after which a plain pass is measured again, sooner where the gain is not clear ..
 EVERY = 40                              # .. which is after so many, the last two of them plain, where the library makes many in a call ..
 COLD = 2                                # .. of which the first ones take longer
@@ -231,6 +232,10 @@ class Controller:
     def loss(self, k: int, drafting: float, others: int = 0) -> float:
         """Plain tokens whose time a round takes too long if none of its k drafted tokens comes true."""
         return (self.curve.at(k + 1 + others) + drafting) / self.curve.at(1 + others) - 1
+
+    def trials(self, k: int, drafting: float) -> int:
+        """Rounds of a trial: what the drafter lacks of the text is read once for all of them. As many, TRIED at most, as the purse can lose."""
+        return max(1, min(TRIED, int(self.account.purse / max(self.loss(k, drafting), 1e-9))))
 
     def affordable(self, k: int) -> int:
         """As many of k drafted tokens as the purse can lose, where a draft takes no time."""

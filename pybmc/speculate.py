@@ -218,7 +218,7 @@ class Speculation:
         terms = {} if round.plan.trial else controller.terms(source, k)
         n_rounds = BULK
         if round.bulk is self.drafter and (source.seconds.n < SURE or round.plan.trial):
-            n_rounds = 1
+            n_rounds = controller.trials(k, source.seconds.at(k)) if round.plan.trial else 1
         self._ahead = n_rounds * (k + 1)
         if round.bulk is self.drafter:
             self._read(round, round.plan, text, source)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from simulation import fixed, run
 
 from pybmc import cache
-from pybmc.controller import ALLOWED, BANK, GRANT, Account, Controller, CostCurve, FixedLength, Source
+from pybmc.controller import ALLOWED, BANK, GRANT, TRIED, Account, Controller, CostCurve, FixedLength, Source
 
 
 def cheap(n):                           # a few tokens more are nearly free
@@ -74,6 +74,13 @@ def test_a_width_that_is_measured_does_not_stand_as_high_as_one_below_it_that_is
     for _ in range(40):
         curve.observe(4, 1.2)
     assert curve.at(4) == pytest.approx(1.2, rel=0.05) and 1 <= curve.ratio(2) <= curve.ratio(3) <= curve.ratio(4)
+
+
+def test_a_trial_has_as_many_rounds_as_the_purse_can_lose():
+    controller = Controller(CostCurve({1: 1.0, 2: 1.5}))
+    for purse, rounds in ((0.0, 1), (0.5, 1), (1.3, 2), (BANK, TRIED)):
+        controller.account.purse = purse
+        assert controller.trials(1, 0.1) == rounds          # each may lose 0.6
 
 
 def test_in_company_the_purse_counts_everybodys_time():
