@@ -43,7 +43,7 @@ class CostCurve:
 
     def __init__(self, seconds: dict[int, float] | None = None):
         known = sorted(seconds.items()) if seconds and 1 in seconds else []
-        self._known = {n for n, _ in known}             # widths that were given or seen
+        self._given = {n for n, _ in known}
         self._log = np.log(_over_knots(known or [(1, 1.0)], self.GUESS))
         self._covariance = self._another_day if known else self._unknown
         self._streak = 0                                # surprises in a row, with their sign
@@ -68,7 +68,6 @@ class CostCurve:
         self._log = self._log + common * (surprise / variance)
         self._covariance = self._covariance - np.outer(common, common / variance) + self._from_pass_to_pass
         self.counts[n] = self.counts.get(n, 0) + count
-        self._known.add(n)
         if self.counts[n] > 4:
             self._drag += 0.03 * count * (max(0.5, min(12.0, exp(surprise))) - self._drag)
         self._costs = []
@@ -129,11 +128,11 @@ class CostCurve:
 
     @property
     def known(self) -> bool:
-        return bool(self._known)
+        return bool(self._given or self.counts)
 
     def seconds(self) -> dict[int, float]:
         """What is known, for the next time; without drag."""
-        return {n: self._between(n) for n in sorted(self._known | {1})} if self._known else {}
+        return {n: self._between(n) for n in sorted({1, *self._given, *self.counts})} if self.known else {}
 
 
 def _over_knots(known: Sequence[tuple[int, float]], guess: float) -> list[float]:

@@ -273,7 +273,7 @@ def with_draft(model, draft, spec: str, request: Request) -> Speculation:
 
 def with_stranger(model, draft, request: Request) -> Speculation:
     """With a draft of which nothing is known, however often it was met."""
-    made = Speculation(model, draft, "draft")
+    made = with_draft(model, draft, "draft", request)
     made._pair = lambda kind: None
     return made
 

@@ -4,6 +4,7 @@
 
 #include "../kernels.h"
 #include "../panels.h"
+#include "block_x86.h"
 #include "inline.h"
 #include <math.h>
 #include <immintrin.h>
@@ -83,14 +84,7 @@ INLINE uint32_t f_reaching(f32x16 a, float least) { return _mm512_cmp_ps_mask(a,
 INLINE void f_store_block(struct act_block *act, float d, f32x16 lo, f32x16 hi) {
     __m128i a = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(lo)), b = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(hi));
     __m256i q = _mm256_set_m128i(b, a), fours = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), q);
-    _mm256_storeu_si256((void *)act->q, q);
-    fours = _mm256_hadd_epi32(fours, fours);
-    fours = _mm256_hadd_epi32(fours, fours);
-    __m128i first = _mm256_castsi256_si128(fours), second = _mm256_extracti128_si256(fours, 1);
-    __m128i sums = _mm_unpacklo_epi64(_mm_unpacklo_epi32(first, second), _mm_add_epi32(first, second));
-    __m128 floats = _mm_castsi128_ps(_mm_slli_si128(_mm_castps_si128(_mm_cvtepi32_ps(sums)), 4));
-    _mm_storeu_ps(&act->d, _mm_move_ss(floats, _mm_set_ss(d)));
-    _mm_storeu_si128((void *)act->neg_sum, _mm_sub_epi32(_mm_setzero_si128(), _mm_blend_epi32(sums, _mm_setzero_si128(), 8)));
+    act_store(act, d, q, fours);
 }
 INLINE f32x16 i_to_f(i32x16 a) { return _mm512_cvtepi32_ps(a); }
 

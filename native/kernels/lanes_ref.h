@@ -78,6 +78,7 @@ INLINE float f_max_lane(f32x16 a) {
     return m;
 }
 
+/* Bit i: lane i is at least so large. */
 INLINE uint32_t f_reaching(f32x16 a, float least) {
     uint32_t bits = 0;
     for (int i = 0; i < 16; i++)
