@@ -543,9 +543,9 @@ static void gate_up(const struct pass *p, const struct layer *L, struct input in
 }
 
 static struct best best_of(const bmc_model *m, const float *logits, int n, int first) {
-    struct best best = { .logit = m->k.largest(logits, n), .id = first };
-    best.sum = m->k.sum_exp(logits, best.logit, n);
-    while (best.id < first + n - 1 && logits[best.id - first] != best.logit)
+    float largest = m->k.largest(logits, n);
+    struct best best = { .logit = largest, .looked = largest, .sum = m->k.sum_exp(logits, largest, n), .id = first };
+    while (best.id < first + n - 1 && logits[best.id - first] != largest)
         best.id++;
     return best;
 }
@@ -583,30 +583,30 @@ static float liked_least(const struct best *parts, int n_parts) {
     float top[LIKED];                   /* descending */
     int n = 0;
     for (const struct best *part = parts; part < parts + n_parts; part++) {
-        if (n == LIKED && part->logit <= top[LIKED - 1])
+        if (n == LIKED && part->looked <= top[LIKED - 1])
             continue;
         int at = n < LIKED ? n++ : LIKED - 1;
-        for (; at > 0 && top[at - 1] < part->logit; at--)
+        for (; at > 0 && top[at - 1] < part->looked; at--)
             top[at] = top[at - 1];
-        top[at] = part->logit;
+        top[at] = part->looked;
     }
     return top[n - 1];
 }
 
-/* The LIKED parts whose best the coarse head likes most get that one's true logit; what else they sum up to stays coarse. */
+/* The LIKED parts whose best the coarse head likes most get that one's true logit, the threads taking turns; what else they sum
+ * up to stays coarse. */
 static void rescore(const struct pass *p, struct input in, int thread) {
     const bmc_model *m = p->model;
     float logits[PANEL_ROWS], least = liked_least(p->best, head_parts(m));
     const struct product r = { &m->output, in.x, in.act, logits, PANEL_ROWS, false };
+    int liked = 0;
     for (struct best *part = p->best; part < p->best + head_parts(m); part++) {
-        if (part->logit < least)
+        if (part->looked < least || liked++ % pool_size(m->pool) != thread)
             continue;
         int panel = part->id / PANEL_ROWS;
         const struct matrix w = slice(p, &m->output, panel, panel + 1, thread, 0);
         project(p, &r, &w, 0, 1, 0);
-        float logit = logits[part->id % PANEL_ROWS];
-        part->sum = 1 + (part->sum - 1) * expf(part->logit - logit);
-        part->logit = logit;
+        part->logit = logits[part->id % PANEL_ROWS];
     }
 }
 
@@ -618,12 +618,15 @@ static struct best best_of_parts(const struct best *parts, size_t n, double *sum
             best = part;
     *sum = 0;
     for (const struct best *part = parts; part < parts + n; part++)
-        *sum += part->sum * exp((double)part->logit - best->logit);
+        *sum += part->sum * exp((double)part->looked - best->logit);
+    for (const struct best *part = parts; part < parts + n; part++)
+        if (part->logit != part->looked)
+            *sum += exp((double)part->logit - best->logit) - exp((double)part->looked - best->logit);
     return *best;
 }
 
 /* Each token's next id, the best or the sampler's, and its log-probability. */
-static void choose(const struct pass *p, struct input in, int thread) {
+static void choose(const struct pass *p, int thread) {
     const bmc_model *m = p->model;
     const size_t n = (size_t)head_parts(m);
     float *scratch = m->buffers->scratch + (size_t)thread * m->buffers->scratch_stride;
@@ -632,8 +635,6 @@ static void choose(const struct pass *p, struct input in, int thread) {
     for (int64_t i = from; i < to; i++) {
         if (!p->next[i] && !p->logprob[i])
             continue;
-        if (p->coarse)
-            rescore(p, in, thread);
         double sum;
         struct best best = best_of_parts(p->best + (size_t)i * n, n, &sum);
         int32_t id = best.id;
@@ -699,7 +700,11 @@ static void run(void *arg, int thread) {
     const struct input last = normed(p, post, m->output_norm, m->output_norm_bias, n_tok, thread);
     head(p, last, thread);
     barrier(p, thread, BMC_STEP_HEAD);
-    choose(p, last, thread);
+    if (p->coarse) {
+        rescore(p, last, thread);
+        barrier(p, thread, BMC_STEP_HEAD);
+    }
+    choose(p, thread);
     note(p, thread, BMC_STEP_HEAD);
 }
 

@@ -104,8 +104,9 @@ struct buffers {
     size_t bytes;
 };
 
-/* What is left of HEAD_ROWS logits: the largest, its id, and the sum of e^(logit - largest). */
-struct best { float logit, sum; int32_t id; };
+/* What is left of HEAD_ROWS logits: the largest, its id, and the sum of e^(logit - looked). looked is what the largest is, or what the coarse
+ * head takes it for. */
+struct best { float logit, looked, sum; int32_t id; };
 
 /* One pass: up to PASS_MAX tokens of any sessions. */
 struct pass {

@@ -29,7 +29,7 @@ enum {
  *   e8   exponent E8M0                           k    head d f16, -dmin f16; sc u8, m u8 per 32
  *   k16  head d f16; sc i8 per 16 columns        k32  head d f16; sc i8 per 32
  *   km16 head d f16, -dmin f16; sc u8, m u8 per 16 columns, both in one byte (sc the low nibble)
- *   half d f16, m is -1.5 d: codes of two bits stand for -1.5, -0.5, 0.5 and 1.5 */
+ *   half head d f16, m is -1.5 d: codes of two bits stand for -1.5, -0.5, 0.5 and 1.5 */
 enum {
     HEAD_d = 0,  SCALES_d = 32,     HALVES_d = 0,    MINS_d = 0,
     HEAD_dm = 0, SCALES_dm = 64,    HALVES_dm = 0,   MINS_dm = 1,
@@ -38,7 +38,7 @@ enum {
     HEAD_k16 = 32, SCALES_k16 = 32, HALVES_k16 = 1,  MINS_k16 = 0,
     HEAD_k32 = 32, SCALES_k32 = 16, HALVES_k32 = 0,  MINS_k32 = 0,
     HEAD_km16 = 64, SCALES_km16 = 32, HALVES_km16 = 1, MINS_km16 = 1,
-    HEAD_half = 0, SCALES_half = 32, HALVES_half = 0, MINS_half = 1,
+    HEAD_half = 32, SCALES_half = 0, HALVES_half = 0, MINS_half = 1,
 };
 
 /* One row a quantized type: its number, name, columns in a superblock, codes, scales, zero point. */
@@ -56,7 +56,7 @@ enum {
     X(TYPE_Q5_K,   q5_k,   256, u5,  k,    0)  \
     X(TYPE_Q6_K,   q6_k,   256, u6,  k16,  32) \
     X(TYPE_IQ4_XS, iq4_xs, 256, nl4, k32,  128) \
-    X(TYPE_COARSE, coarse,  32, u2,  half, 0)
+    X(TYPE_COARSE, coarse,  64, u2,  half, 0)
 
 /* One row a float type: its number, name, bytes of a value. */
 #define FLOAT_PANEL_TYPES(X) \

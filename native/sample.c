@@ -145,6 +145,31 @@ static int nucleus(struct candidate *c, int n, double target, float top) {
     return low;
 }
 
+/* What all filters leave where min-p decides alone, as it often does: no more than top-k are as likely as it asks for, and top-p's share
+ * even of these takes in the least of them. 0: not so. */
+static int by_min_p(const struct kernels *kernels, const bmc_sampler *s, const float *logits, int n, int k, float top,
+                    struct candidate *c) {
+    if (s->min_p <= 0)
+        return 0;
+    double least = top + log(s->min_p), total = 0, smallest = 1;
+    int found = 0;
+    k = k < 1 || k > n ? n : k;
+    for (int i = 0; i < n; i += BLOCK)
+        for (uint64_t left = kernels->reaching(logits + i, n - i < BLOCK ? n - i : BLOCK, (float)least); left; left &= left - 1) {
+            struct candidate one = { logits[i + __builtin_ctzll(left)], i + __builtin_ctzll(left) };
+            if (one.logit < least)
+                continue;
+            if (found == k)
+                return 0;
+            double its = weight(one, top);
+            total += its;
+            smallest = its < smallest ? its : smallest;
+            c[found++] = one;
+        }
+    const double rounding = 1e-9;
+    return s->top_p >= 1 || total - smallest < s->top_p * total * (1 - rounding) ? found : 0;
+}
+
 /* What top-p and min-p leave, in front: either leaves the first of them by size. */
 static int likely(const bmc_sampler *s, struct candidate *c, int n, float top) {
     double total = 0, least = s->min_p > 0 ? top + log(s->min_p) : -INFINITY;
@@ -199,8 +224,10 @@ int sampler_check(const bmc_sampler *s) {
 
 int32_t sample(const struct kernels *kernels, const bmc_sampler *s, const float *logits, int n, float top, int position,
                struct candidate *room, float *lead) {
-    int left = largest_k(kernels, logits, n, s->temperature > 0 ? s->top_k : 1, room);
-    return draw(s, room, likely(s, room, left, top), top, position, lead);
+    int k = s->temperature > 0 ? s->top_k : 1, left = by_min_p(kernels, s, logits, n, k, top, room);
+    if (!left)
+        left = likely(s, room, largest_k(kernels, logits, n, k, room), top);
+    return draw(s, room, left, top, position, lead);
 }
 
 int bmc_choose(const float *logits, int n, const bmc_sampler *s, int position, int32_t *id) {

@@ -231,7 +231,7 @@ def test_a_coarse_head_drafts_nearly_the_same_and_changes_nothing_else(tmp_path)
         same = np.array([d.ids[0] for d in drafted]) == exact.ids
         assert same.mean() > 0.95
         chances = np.exp([d.logprobs[0] for d in drafted]), np.exp(exact.logprobs)
-        assert 0 < np.abs(chances[0] - chances[1])[same].mean() < 0.1 * chances[1].mean()        # 0: no coarse head at all
+        assert 0 < np.abs(chances[0] - chances[1])[same].mean() < 0.12 * chances[1].mean()        # 0: no coarse head at all
         assert_same(session.eval(words[:3], logits="all"), before)
     assert not load("Q8_0").coarsen()
 

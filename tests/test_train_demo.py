@@ -6,10 +6,15 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+import pybmc
+from pybmc.perplexity import token_losses
 from pybmc.sampling import Sampler
 
 torch = pytest.importorskip("torch")
@@ -19,15 +24,15 @@ gguf = pytest.importorskip("gguf")
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 sys.path.insert(0, str(TOOLS))
 
-from train_demo import text
+from train_demo import choose, text
 from train_demo.distill import narrowed, told_rows
 from train_demo.evaluate import Rounds
-from train_demo.export import read_gguf
+from train_demo.export import read_gguf, read_tokenizer
 from train_demo.generate import CHAT
 from train_demo.model import Config, KVCache, Llama, attend_causal, blend, grow
 from train_demo.recipe import Schedule
-from train_demo.tokens import pack
-from train_demo.train import Trainer
+from train_demo.tokens import ask, pack
+from train_demo.train import Trainer, text_loss
 
 
 def run(work, out, *more):
@@ -152,6 +157,55 @@ def test_narrowed_chances_are_the_samplers():
             for position in range(50):
                 assert ours[i, sampler.sample(row, position)] > 0
     assert ((ours > 0).sum(-1) < 40).all() and torch.allclose(ours.sum(-1), torch.ones(5))
+
+
+def test_subjects_are_what_a_tale_should_name():
+    assert choose.subjects("Can you tell me a story about two ravens and Gerda?") == {"two", "raven", "gerda"}
+    assert choose.subjects("Tell me a fairy tale.") == set()
+    assert choose.share_named("Tell me of a king and a golden bird.", "The King had birds.") == 2 / 3
+    assert choose.share_named("Tell me a tale.", "Once.") == 1
+
+
+@given(st.lists(st.integers(0, 3), max_size=40), st.integers(1, 5))
+def test_a_token_is_repeated_where_its_run_stood_before(ids, n):
+    runs = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
+    assert choose.repeated(ids, n) == [False] * (len(ids) - len(runs)) + [run in runs[:i] for i, run in enumerate(runs)]
+
+
+def test_the_best_answer_is_named_sound_and_liked():
+    told = {"ids of a cat": list(range(60)), "and a dog": list(range(100, 160)), "too short: a cat and a dog": [1] * 10, "a cat and a dog, round and round": [1, 2, 3, 4] * 20,
+            "a cat, a dog": list(range(200, 260)), "the dog, the cat": list(range(300, 360)), "nothing": list(range(400, 460))}
+    words = {tuple(ids): words for words, ids in told.items()}
+    tokenizer = SimpleNamespace(decode=lambda ids: words[tuple(ids)])
+    judge = lambda prompt, ids: -ids[0]
+    best = lambda *named: next(choose.best_answers([("Tell me of a cat and a dog.", [7])], [[told[n] for n in named]], 50, tokenizer, judge))
+    assert best(*told) == told["a cat, a dog"]
+    assert best("nothing", "too short: a cat and a dog", "a cat and a dog, round and round") is None
+    assert best("nothing", "and a dog") is None         # half of what was asked is not enough
+
+
+def test_the_judge_likes_what_belongs_together(smoke):
+    with pybmc.Model(smoke[1] / "teller.gguf") as model:
+        tokenizer = read_tokenizer(smoke[1] / "teller.gguf")
+        judge = choose.Judge(model, tokenizer)
+        prompt = tokenizer.encode(ask("Tell me of a king.")).ids
+        told = next(choose.told_documents(smoke[0], "told", 0))[0].tolist()[-40:]
+        exact = -token_losses(model.session().eval(prompt + told, logits="all")[len(prompt) - 1 : -1], np.array(told))
+        np.testing.assert_allclose(judge.log_p(prompt, told), exact)
+        assert judge(prompt, told) > judge(prompt, told[::-1])
+
+
+def test_circles_are_unlearned(smoke):
+    documents = list(choose.told_documents(smoke[0], "circles0", 0))
+    assert {mark for _, own in documents for mark in own.tolist()} == {0, -1}
+    assert all(np.array(choose.repeated(ids.tolist(), choose.LOOP))[own == -1].all() for ids, own in documents)
+    model = read_gguf(smoke[1] / "teller.gguf")
+    ids, optimizer = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8]]), torch.optim.SGD(model.parameters(), 0.1)
+    chance = lambda: model.logits(ids[:, :-1]).softmax(-1)[0, -1, 8].item()
+    before = chance()
+    text_loss(model, False, False)(ids, torch.tensor([[0.0] * 6 + [-1.0]])).backward()
+    optimizer.step()
+    assert chance() < before
 
 
 def test_requests_are_made_of_the_passage():

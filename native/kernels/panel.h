@@ -49,7 +49,7 @@ INLINE void dm_scales(struct scales *s, const uint8_t *head, const uint8_t *p) {
 }
 
 INLINE void half_scales(struct scales *s, const uint8_t *head, const uint8_t *p) {
-    d_scales(s, head, p);
+    d_scales(s, p, head);
     s->min[0] = f_mul(s->scale[0], f_set(-1.5f));
 }
 

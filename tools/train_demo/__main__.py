@@ -42,7 +42,7 @@ def parse(argv=None):
 def recipe_of(args):
     recipe = RECIPES["smoke" if args.smoke else "full"]
     for run, seconds in (("target_run", args.target_seconds), ("more_run", args.more_seconds)):
-        if seconds:
+        if seconds is not None:
             recipe = dataclasses.replace(recipe, **{run: dataclasses.replace(getattr(recipe, run), seconds=seconds)})
     return recipe if args.seed is None else dataclasses.replace(recipe, seed=args.seed)
 

@@ -3,10 +3,12 @@
 import lzma
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .generate import CHAT
+from .choose import LOOP, repeated, share_named
+from .generate import CHAT, write_texts
 from .model import KVCache
 from .tokens import END_OF_TURN, ask
 
@@ -57,6 +59,18 @@ def answer(model, tokenizer, request, n_tok, temperature, seed):
         logits = model.logits(torch.tensor([told[-1:] or prompt]), cache)[0, -1]
         told.append(pick(logits, temperature, generator))
     return prompt, told
+
+
+def tales_told(model, tokenizer, requests, n_tok=200, seed=3):
+    """What becomes of requests: how much of what they ask for is named, as a share, and of the tokens, how many go round in circles; greedy
+    and as pybmc chat chooses. model: pybmc's."""
+    prompts = [tokenizer.encode(ask(request)).ids for request in requests]
+    results = {}
+    for way, settings in (("greedy", {"temperature": 0.0}), ("sampled", {**CHAT, "seed": seed})):
+        told = [row[own > 0].tolist() for row, own in zip(*write_texts(model, prompts, n_tok, **settings))]
+        named = [share_named(request, tokenizer.decode(t)) for request, t in zip(requests, told)]
+        results[way] = {"named": float(np.mean(named)), "circles": float(np.mean([np.mean(repeated(t, LOOP)) for t in told if t]))}
+    return results
 
 
 class Rounds:

@@ -32,7 +32,7 @@ def write_texts(model, asked, n_tok, **settings):
     told = [list(prompt) for prompt in asked]
     for i, token in pybmc.generate_batch(model, asked, n_tok, parallel=PARALLEL, **settings):
         told[i].append(token.id)
-    ids, own = (np.zeros((len(asked), n_tok + 1), kind) for kind in (np.uint16, np.uint8))
+    ids, own = (np.zeros((len(asked), n_tok + 1), kind) for kind in (np.uint16, np.int8))
     for row, mine, text, prompt in zip(ids, own, told, asked):
         n = min(len(text), n_tok + 1)
         row[:n], mine[len(prompt) : n] = text[:n], 1
@@ -52,16 +52,12 @@ def score_rows(model, ids, learn, top):
             logits = torch.from_numpy(session.eval(row[:-1].astype(np.int32), logits="all"))
             best = logits.topk(top)
             its_ids[:], its_logp[:] = best.indices, best.values - logits.logsumexp(-1, keepdim=True)
-    return ids, top_ids, top_logp, learn[:, 1:]
-
-
-def save_rows(path, rows):
-    np.savez(path, **dict(zip(("ids", "top_ids", "top_logp", "own"), rows)))
+    return {"ids": ids, "top_ids": top_ids, "top_logp": top_logp, "own": learn[:, 1:]}
 
 
 def batches(name, work, seconds, batch):
-    """Batches into work/<name>-NNN.npz until `seconds` are spent or batch(n) gives none; those that are there already count as their
-    own time."""
+    """Batches, dicts of arrays, into work/<name>-NNN.npz until `seconds` are spent or batch(n) gives none; those that are there already
+    count as their own time."""
     report, spent, n, tokens = Progress(name), 0.0, 0, 0
     while spent < seconds:
         path, began = work / f"{name}-{n:03d}.npz", time.monotonic()
@@ -69,8 +65,8 @@ def batches(name, work, seconds, batch):
             rows = batch(n)
             if rows is None:
                 return
-            save_rows(path, rows)
-            tokens += rows[-1].size
+            np.savez(path, **rows)
+            tokens += rows["own"].size
         took = time.monotonic() - began
         spent += min(took, seconds / 4)
         n += 1

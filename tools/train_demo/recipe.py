@@ -78,6 +78,13 @@ class Recipe:
     target_run: Schedule = Schedule(64 * 60, 4096, 8, 0.02, 3e-3, grow_at=0.65, long_from=0.9)
     more_run: Schedule = Schedule(90 * 60, 8192, 4, 0.007, 1.4e-3, decay_from=0.1, long_from=0.75, dropout=0.1)     # a second climb and descent
     more_share: float = 0.65                # its weights, beside those that it began with
+    refine_rounds: int = 2                  # in which the target learns its best answers
+    choose_seconds: float = 15 * 60         # a round's time for answers to choose from, and a fiftieth of it for greedy ones
+    choose_batch: int = 32                  # requests at a time
+    answers: int = 8                        # to each
+    tale_books: int = 6                     # the first books: requests and tales of these
+    refine_run: Schedule = Schedule(15 * 60, 8192, 8, 0.005, 1e-3, decay_from=0.1, long_from=2.0, dropout=0.1)      # a round's
+    refine_share: float = 0.8               # the last round's weights, beside those before the first
     draft_run: Schedule = Schedule(4 * 60, 8192, 16, 0.02, 6e-3, long_from=2.0)
     distill_run: Schedule = Schedule(40 * 60, 8192, 16, 0.02, 4e-3, long_from=2.0)
     generate_seconds: float = 20 * 60       # time for the target's own text
@@ -94,6 +101,7 @@ SMOKE = Recipe(
     target_run=Schedule(20, 1024, 8, 0.02, 3e-3, grow_at=0.5),
     more_run=Schedule(5, 1024, 8, 0.02, 3e-3),
     draft_run=Schedule(5, 1024, 8, 0.02, 6e-3, long_from=2.0),
+    refine_rounds=1, choose_seconds=8, choose_batch=4, answers=2, refine_run=Schedule(5, 1024, 8, 0.005, 1e-3, long_from=2.0),
     distill_run=Schedule(8, 1024, 16, 0.02, 4e-3, long_from=2.0),
     generate_seconds=8, read_seconds=2, generate_batch=8, generate_tokens=64, top=16,
 )

@@ -12,7 +12,7 @@ import pybmc
 import torch
 from tokenizers import Tokenizer
 
-from . import card, distill, evaluate, export, text, tokens
+from . import card, choose, distill, evaluate, export, text, tokens
 from .generate import generate, read
 from .model import Config, Llama, blend, grow, load_model, save_model
 from .recipe import Recipe
@@ -57,6 +57,11 @@ def say(line):
     print(line, file=sys.stderr, flush=True)
 
 
+def running_streams(tokenizer, books):
+    """Each book's running text as ids, and how often it is told."""
+    return [(np.array(tokenizer.encode(text.running_text(book)).ids, np.uint16), weight) for book, weight in zip(books, text.weights(len(books)))]
+
+
 def data(job):
     """Tokenizer and rows."""
     if (job.work / "long.npz").exists():
@@ -68,11 +73,10 @@ def data(job):
     else:
         tokenizer = tokens.train_tokenizer((part for d in documents for turn in d.turns for part in turn), r.vocab_size)
     tokenizer.save(str(job.work / "tokenizer.json"))
-    running = [tokenizer.encode(text.running_text(book)).ids for book in books]
-    streams = [(np.array(ids, np.uint16), weight) for ids, weight in zip(running, text.weights(len(books)))]
+    streams = running_streams(tokenizer, books)
     late = text.chat_documents(books, r.seed + 1, r.rounds * 0.3, job.passage_limit())
     for name, docs, length in (("short", documents, r.n_ctx + 1), ("long", late, 2 * r.n_ctx + 1)):
-        ids, learn = tokens.make_rows(tokenizer, docs, streams, length, r.raw_share, r.seed)
+        ids, learn = tokens.make_rows(tokens.encode_documents(tokenizer, docs), streams, length, r.raw_share, r.seed)
         np.savez(job.work / f"{name}.npz", ids=ids, learn=learn)
         say(f"data  {name} rows {ids.shape}, {learn.mean():.0%} to learn")
 
@@ -148,6 +152,58 @@ def more(job):
     export.write_gguf(load_model(path), job.tokenizer(), job.out / TARGET, "Teller", "A small teller of tales")
 
 
+def tale_documents(job, seed):
+    """Requests and tales of the books that chat's come from."""
+    return text.chat_documents(job.books()[: job.recipe.tale_books], seed, job.recipe.rounds, job.passage_limit())
+
+
+def choose_answers(job, n):
+    """Let the target, as its file has it, answer requests several times and keep the best, and go round in circles."""
+    r = job.recipe
+    requests = sorted({d.turns[0][0] for d in tale_documents(job, r.seed + 2 * n) if choose.subjects(d.turns[0][0])})
+    with pybmc.Model(job.out / TARGET) as model:
+        choose.choose(model, job.tokenizer(), requests, r, job.work, f"chosen{n}", r.choose_seconds)
+        choose.circles(model, job.tokenizer(), requests, r, job.work, f"circles{n}", r.choose_seconds / 50)
+
+
+def learn_answers(job, n, model):
+    """Teach the target its best answers, beside as many of the books' tales and running text; and what not to say again."""
+    r, tokenizer = job.recipe, job.tokenizer()
+    newline, = tokenizer.encode("\n").ids
+    chosen, circles = (list(choose.told_documents(job.work, f"{name}{n}", newline)) for name in ("chosen", "circles"))
+    if not chosen:
+        say(f"refine{n}  no answer was good enough to be learned")
+        return {"steps": 0, "tokens": 0, "seconds": 0, "answers": 0}
+    tales = tokens.encode_documents(tokenizer, tale_documents(job, r.seed + 2 * n + 1)[: len(chosen)])
+    encoded = [*chosen, *circles[: len(chosen) // 2], *tales]
+    random.Random(r.seed).shuffle(encoded)
+    rows = tokens.make_rows(encoded, running_streams(tokenizer, job.books()), r.n_ctx + 1, r.raw_share, r.seed)
+    say(f"refine{n}  {len(chosen)} answers chosen, rows {rows[0].shape}")
+    batches = text_batches(r.refine_run, rows, None)
+    run = Trainer(f"refine{n}", model, r.refine_run, text_loss(model, r.bf16, r.compile), batches, job.work / f"refine{n}.ckpt")
+    run.run()
+    return {"steps": run.step, "tokens": run.tokens, "seconds": round(run.seconds), "answers": len(chosen)}
+
+
+def refine(job):
+    """Rounds in which the target answers requests and learns its best answers, and its file of what lies between the first and the last."""
+    r, start = job.recipe, load_model(job.work / "more.pt")
+    model = copy.deepcopy(start)
+    for n in range(r.refine_rounds):
+        path = job.work / f"refined{n}.pt"
+        if not path.exists():
+            torch.manual_seed(r.seed + n)
+            choose_answers(job, n)
+            keep(job, f"refine{n}", learn_answers(job, n, model))
+            save_model(model, path)
+        model = load_model(path)
+        export.write_gguf(model, job.tokenizer(), job.out / TARGET, "Teller", "A small teller of tales")
+    rounds = [read_results(job.work)[f"refine{n}"] for n in range(r.refine_rounds)]
+    keep_sum(job, "refine", {key: sum(counts[key] for counts in rounds) for key in rounds[0]})
+    model = blend(start, model, r.refine_share)
+    export.write_gguf(model, job.tokenizer(), job.out / TARGET, "Teller", "A small teller of tales")
+
+
 def draft(job):
     """Teach the draft the corpus, before it learns from the target."""
     if job.start:
@@ -198,6 +254,8 @@ def evaluation(job):
     for name, model in pair.items():
         keep(job, f"{name}_heldout", evaluate.bits_per_byte(model, tokenizer, heldout))
     keep(job, "xz", {"alone": evaluate.xz_bits_per_byte(heldout), "after_corpus": evaluate.xz_bits_per_byte(heldout, known)})
+    with pybmc.Model(job.out / TARGET) as model:
+        keep(job, "told", evaluate.tales_told(model, tokenizer, [r for r in heldout_requests(job, 200) if choose.subjects(r)]))
     requests = heldout_requests(job)
     keep(job, "greedy", evaluate.greedy_acceptance(pair["target"], pair["draft"], tokenizer, requests))
     keep(job, "sampled", evaluate.sampled_acceptance(pair["target"], pair["draft"], tokenizer, requests))
@@ -215,5 +273,5 @@ def model_card(job):
 
 
 STAGES = {
-    "data": data, "target": target, "more": more, "draft": draft, "tell": tell, "distill": distill_draft, "evaluate": evaluation, "card": model_card,
+    "data": data, "target": target, "more": more, "refine": refine, "draft": draft, "tell": tell, "distill": distill_draft, "evaluate": evaluation, "card": model_card,
 }

@@ -55,7 +55,7 @@ def encode_documents(tokenizer, documents, chunk=2000):
             for a, t in (next(pieces) for _ in document.turns):
                 ids += a.ids + t.ids
                 learn += [0] * len(a.ids) + [1] * (len(t.ids) - 1) + [0]
-            yield np.array(ids, np.uint16), np.array(learn, np.uint8)
+            yield np.array(ids, np.uint16), np.array(learn, np.int8)
 
 
 def pack(encoded, length, rng, look_ahead=200):
@@ -93,12 +93,13 @@ def running_rows(streams, length, n, rng):
     return np.stack(rows)
 
 
-def make_rows(tokenizer, documents, streams, length, raw_share, seed):
-    """All rows of a phase, shuffled: packed documents and running text. Returns ids (n, length) uint16, mask (n, length) uint8."""
+def make_rows(encoded, streams, length, raw_share, seed):
+    """All rows of a phase, shuffled: packed documents (encode_documents) and running text. Returns ids (n, length) uint16 and mask (n, length)
+    int8: 1 a token to learn, 0 one that is only read, -1 one to unlearn."""
     rng = random.Random(seed)
-    ids, learn = pack(encode_documents(tokenizer, documents), length, rng)
+    ids, learn = pack(encoded, length, rng)
     n_raw = int(len(ids) * raw_share / (1 - raw_share))
     raw = running_rows(streams, length, n_raw, rng)
-    ids, learn = np.concatenate([ids, raw]), np.concatenate([learn, np.ones_like(raw, np.uint8)])
+    ids, learn = np.concatenate([ids, raw]), np.concatenate([learn, np.ones_like(raw, np.int8)])
     order = np.random.default_rng(seed).permutation(len(ids))
     return ids[order], learn[order]

@@ -89,7 +89,7 @@ class Trainer:
         """One update; returns the mean loss of its tokens, in nats."""
         device = torch.get_default_device()
         micro = [tuple(part.to(device) for part in parts) for parts in self.batch(spent, self.cursor)]
-        total, count = 0.0, sum(int(m[-1].sum()) for m in micro)
+        total, count = 0.0, sum(int(m[-1].abs().sum()) for m in micro)
         for part in micro:
             loss = self.loss_of(*part) / count
             loss.backward()
@@ -142,11 +142,13 @@ def text_batches(schedule, short, long):
 
 
 def text_loss(model, bf16, compiled):
-    """Cross entropy of the next token, summed where the mask says so."""
+    """Cross entropy of the next token, summed where the mask is 1; where it is -1, that of the next token being another one."""
 
     def loss_of(ids, learn):
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
             logits = model.logits(ids[:, :-1]).flatten(0, 1).float()
-            return (F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none") * learn.flatten()).sum()
+            loss, learn = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none"), learn.flatten()
+            other = -torch.log1p(-torch.exp(-loss.clamp_min(1e-4)))
+            return (loss * learn.clamp_min(0) + other * (-learn).clamp_min(0)).sum()
 
     return torch.compile(loss_of, dynamic=False) if compiled else loss_of
