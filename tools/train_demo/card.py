@@ -42,11 +42,12 @@ A pair that goes on from another (`--from`) has its first part by the recipe of 
   add was dropped in training, against learning by heart: by then the tales had been read a dozen times. Weights are {more_share:.0%} those of the
   last run's end and the rest those that it began with (by held-out text). {target_minutes} minutes on CPU together, beside other work, so
   that a rerun differs a little. More text would help now, rather than more reading of this.
-- **Its own best answers**: then it answered requests of the tales' words {answers} times each, as chat does. {chosen} answers were kept, where one of a
-  request's named more than half of what was asked and did not repeat itself: of those that named most, the one whose halves were likeliest by its
-  own measure, and likeliest for what stood before them. It read them once, beside as many of the first {tale_books} books' tales and running text,
-  {refine_tokens} tokens ([RAFT](https://arxiv.org/abs/2304.06767)), and some of its greedy texts, to find what ends a run of {loop} tokens that stood there before
-  less likely ([unlikelihood](https://arxiv.org/abs/1908.04319)).
+- **Its own best answers**: then, in {refine_rounds} rounds, it answered requests of the tales' words {answers} times each, as chat does. {chosen} answers were kept, where
+  one of a request's named more than half of what was asked and did not repeat itself: of those that named most, the one whose halves were likeliest by
+  its own measure, and likeliest for what stood before them. It read them once or twice, beside as many of the first {tale_books} books' tales and running
+  text, {refine_tokens} tokens ([RAFT](https://arxiv.org/abs/2304.06767)), and some of its greedy texts, to find what ends a run of {loop} tokens that stood there
+  before less likely ([unlikelihood](https://arxiv.org/abs/1908.04319)). Weights are {refine_share:.0%} those of the end, the rest those before. That costs
+  likelihood of other text: its aim is what chat tells.
 - **Draft**: {draft_tokens} tokens of the same text, then {distill_tokens} tokens of distillation on {told_tokens} tokens that the teller's quantized file wrote itself,
   greedy and as chat samples, or read in the corpus: what chat may choose of its {top} likeliest tokens, and its first choice.
 
@@ -142,6 +143,7 @@ def write(recipe, configs, sizes, results, told):
         grow_at=recipe.target_run.grow_at, more_share=recipe.more_share, target_tokens=millions(results["target"]["tokens"]), target_steps=results["target"]["steps"],
         more_tokens=millions(results["more"]["tokens"]), target_minutes=(results["target"]["seconds"] + results["more"]["seconds"]) // 60, draft_tokens=millions(results["draft"]["tokens"]),
         distill_tokens=millions(results["distill"]["tokens"]), told_tokens=millions(results["distill"]["told"]),
-        answers=recipe.answers, chosen=f"{results['refine']['answers']:,}", tale_books=recipe.tale_books, refine_tokens=millions(results["refine"]["tokens"]), loop=LOOP,
+        refine_rounds=recipe.refine_rounds, refine_share=recipe.refine_share, answers=recipe.answers,
+        chosen=f"{results['refine']['answers']:,}", tale_books=recipe.tale_books, refine_tokens=millions(results["refine"]["tokens"]), loop=LOOP,
         told=table(told_rows(results)), heldout=table(heldout_rows(results)), acceptance=table(acceptance_rows(results)), tales="\n\n".join(quote(*t) for t in told),
     )
