@@ -327,7 +327,7 @@ int bmc_model_pack(bmc_model *m) {
 static bool coarse_pays(const bmc_model *m) {
     const struct matrix *w = &m->output;
     struct panel_size size = panel_size(TYPE_COARSE, w->n_cols);
-    return m->panels && w->n_cols % 64 == 0 && w->n_rows * w->n_cols >= COARSE_LEAST
+    return m->panels && w->n_cols % COARSE_BLOCK == 0 && w->n_rows * w->n_cols >= COARSE_LEAST
            && 3 * (size.codes + size.scales) <= 2 * (w->code_stride + w->scale_stride);
 }
 

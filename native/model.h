@@ -104,9 +104,9 @@ struct buffers {
     size_t bytes;
 };
 
-/* What is left of HEAD_ROWS logits: the largest, its id, and the sum of e^(logit - looked). looked is what the largest is, or what the coarse
- * head takes it for. */
-struct best { float logit, looked, sum; int32_t id; };
+/* What is left of HEAD_ROWS logits: the largest and its id; seen, what the head that ran takes it for (a coarse one errs, and then
+ * the true logit is looked up); and the sum of e^(logit - seen) over what that head saw. */
+struct best { float logit, seen, sum; int32_t id; };
 
 /* One pass: up to PASS_MAX tokens of any sessions. */
 struct pass {

@@ -86,14 +86,14 @@ static uint16_t small_float(float x) {
 static void split_coarse(const void *block, struct split *s) {
     const block_coarse *b = block;
     float squares[8] = { 0 }, sum = 0;
-    for (int j = 0; j < 64; j += 8)
+    for (int j = 0; j < COARSE_BLOCK; j += 8)
         for (int i = 0; i < 8; i++)
             squares[i] += b->w[j + i] * b->w[j + i];
     for (int i = 0; i < 8; i++)
         sum += squares[i];
-    s->d = small_float(0.9957f * sqrtf(sum / 64));
+    s->d = small_float(0.9957f * sqrtf(sum / COARSE_BLOCK));
     float inverse = 1 / f16_to_f32(s->d);
-    for (int j = 0; j < 64; j++) {
+    for (int j = 0; j < COARSE_BLOCK; j++) {
         float level = b->w[j] * inverse + 2;
         level = level > 3 ? 3 : level > 0 ? level : 0;
         s->codes[j] = (uint8_t)(int)level;
@@ -236,7 +236,7 @@ static inline void head_dm(uint8_t *out, int row, const struct split *s) {
 }
 static inline void scales_d(uint8_t *out, int row, const struct split *s, int b) { (void)b, head_d(out, row, s); }
 static inline void scales_dm(uint8_t *out, int row, const struct split *s, int b) { (void)b, head_dm(out, row, s); }
-static inline void scales_half(uint8_t *out, int row, const struct split *s, int b) { (void)out, (void)row, (void)s, (void)b; }
+static inline void scales_none(uint8_t *out, int row, const struct split *s, int b) { (void)b, head_none(out, row, s); }
 static inline void scales_e8(uint8_t *out, int row, const struct split *s, int b) { out[row] = s->scales[b]; }
 static inline void scales_k32(uint8_t *out, int row, const struct split *s, int b) { out[row] = s->scales[b]; }
 static inline void scales_k(uint8_t *out, int row, const struct split *s, int b) {
@@ -254,6 +254,7 @@ static inline void scales_km16(uint8_t *out, int row, const struct split *s, int
 #define head_k16 head_d
 #define head_k32 head_d
 #define head_half head_d
+#define scales_half scales_none
 #define head_km16 head_dm
 
 struct layout { int super, code_bytes, head_bytes, scale_bytes; };

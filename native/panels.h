@@ -56,7 +56,7 @@ enum {
     X(TYPE_Q5_K,   q5_k,   256, u5,  k,    0)  \
     X(TYPE_Q6_K,   q6_k,   256, u6,  k16,  32) \
     X(TYPE_IQ4_XS, iq4_xs, 256, nl4, k32,  128) \
-    X(TYPE_COARSE, coarse,  64, u2,  half, 0)
+    X(TYPE_COARSE, coarse, COARSE_BLOCK, u2, half, 0)
 
 /* One row a float type: its number, name, bytes of a value. */
 #define FLOAT_PANEL_TYPES(X) \

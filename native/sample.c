@@ -145,14 +145,17 @@ static int nucleus(struct candidate *c, int n, double target, float top) {
     return low;
 }
 
+/* The least logit that min-p leaves. */
+static double least_of(const bmc_sampler *s, float top) { return s->min_p > 0 ? top + log(s->min_p) : -INFINITY; }
+
 /* What all filters leave where min-p decides alone, as it often does: no more than top-k are as likely as it asks for, and top-p's share
  * even of these takes in the least of them. 0: not so. */
 static int by_min_p(const struct kernels *kernels, const bmc_sampler *s, const float *logits, int n, int k, float top,
                     struct candidate *c) {
+    double least = least_of(s, top), total = 0, smallest = 1;
+    int found = 0;
     if (s->min_p <= 0)
         return 0;
-    double least = top + log(s->min_p), total = 0, smallest = 1;
-    int found = 0;
     k = k < 1 || k > n ? n : k;
     for (int i = 0; i < n; i += BLOCK)
         for (uint64_t left = kernels->reaching(logits + i, n - i < BLOCK ? n - i : BLOCK, (float)least); left; left &= left - 1) {
@@ -166,13 +169,13 @@ static int by_min_p(const struct kernels *kernels, const bmc_sampler *s, const f
             smallest = its < smallest ? its : smallest;
             c[found++] = one;
         }
-    const double rounding = 1e-9;
+    const double rounding = 1e-9;       /* more than sums of a vocabulary lose, n / 2^53 */
     return s->top_p >= 1 || total - smallest < s->top_p * total * (1 - rounding) ? found : 0;
 }
 
 /* What top-p and min-p leave, in front: either leaves the first of them by size. */
 static int likely(const bmc_sampler *s, struct candidate *c, int n, float top) {
-    double total = 0, least = s->min_p > 0 ? top + log(s->min_p) : -INFINITY;
+    double total = 0, least = least_of(s, top);
     int kept = 0;
     for (int i = 0; i < n && s->top_p < 1; i++)
         total += weight(c[i], top);

@@ -34,8 +34,9 @@ extern const struct type types[N_TYPES];
 
 const struct type *type_find(int number);   /* NULL when ggml has no such type */
 
-/* COARSE: floats, of which a panel keeps two bits: w = step * (q - 1.5), one step for 64 of them. */
-typedef struct { float w[64]; } block_coarse;
+/* COARSE: floats, of which a panel keeps two bits: w = step * (q - 1.5), one step for all of a block. */
+enum { COARSE_BLOCK = 64 };
+typedef struct { float w[COARSE_BLOCK]; } block_coarse;
 
 #pragma pack(push, 1)
 

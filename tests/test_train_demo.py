@@ -199,13 +199,18 @@ def test_circles_are_unlearned(smoke):
     documents = list(choose.told_documents(smoke[0], "circles0", 0))
     assert {mark for _, own in documents for mark in own.tolist()} == {0, -1}
     assert all(np.array(choose.repeated(ids.tolist(), choose.LOOP))[own == -1].all() for ids, own in documents)
-    model = read_gguf(smoke[1] / "teller.gguf")
-    ids, optimizer = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 8]]), torch.optim.SGD(model.parameters(), 0.1)
-    chance = lambda: model.logits(ids[:, :-1]).softmax(-1)[0, -1, 8].item()
-    before = chance()
-    text_loss(model, False, False)(ids, torch.tensor([[0.0] * 6 + [-1.0]])).backward()
-    optimizer.step()
-    assert chance() < before
+
+
+@pytest.mark.parametrize("lead", [0.0, 5.0, 12.0])
+def test_unlearning_moves_what_is_nearly_certain_too(lead):
+    """The gradient of -log(1 - p) by the logits is p at the token itself, and negative at all others."""
+    logits = torch.zeros(1, 3, 10)
+    logits[0, 2, 8] = lead
+    logits.requires_grad_()
+    ids, learn = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[0.0, 0.0, -1.0]])
+    text_loss(SimpleNamespace(logits=lambda _: logits), False, False)(ids, learn).backward()
+    assert logits.grad[0, 2, 8].item() == pytest.approx(logits.softmax(-1)[0, 2, 8].item(), rel=0.02)
+    assert not logits.grad[0, :2].any() and (logits.grad[0, 2, :8] < 0).all()
 
 
 def test_requests_are_made_of_the_passage():

@@ -28,7 +28,7 @@ def parse(argv=None):
     p.add_argument("--from", type=Path, dest="start", metavar="DIR", help="go on from the pair in this folder; give another --seed than it had")
     p.add_argument("--seed", type=int, help="of data and weights (the recipe's: 7)")
     p.add_argument("--target-seconds", type=float, help="training time of the target")
-    p.add_argument("--more-seconds", type=float, help="time of its second climb and descent")
+    p.add_argument("--more-seconds", type=float, help="time of its second climb and descent; 0: none")
     p.add_argument("--smoke", action="store_true", help="all stages at toy size, in two minutes; without a corpus it makes a text of its own")
     args = p.parse_args(argv)
     if not args.smoke and not (args.corpus and args.heldout):

@@ -124,7 +124,7 @@ def acceptance_rows(results):
     return [row("greedy", results["greedy"]), row("temperature 0.8", results["sampled"])]
 
 
-def told_rows(results):
+def request_rows(results):
     row = lambda name, key: (name, *(f"{results['told'][way][key]:.0%}" for way in ("greedy", "sampled")))
     return [row("named", "named"), row("in circles", "circles")]
 
@@ -145,5 +145,5 @@ def write(recipe, configs, sizes, results, told):
         distill_tokens=millions(results["distill"]["tokens"]), told_tokens=millions(results["distill"]["told"]),
         refine_rounds=recipe.refine_rounds, refine_share=recipe.refine_share, answers=recipe.answers,
         chosen=f"{results['refine']['answers']:,}", tale_books=recipe.tale_books, refine_tokens=millions(results["refine"]["tokens"]), loop=LOOP,
-        told=table(told_rows(results)), heldout=table(heldout_rows(results)), acceptance=table(acceptance_rows(results)), tales="\n\n".join(quote(*t) for t in told),
+        told=table(request_rows(results)), heldout=table(heldout_rows(results)), acceptance=table(acceptance_rows(results)), tales="\n\n".join(quote(*t) for t in told),
     )

@@ -75,7 +75,7 @@ def best_answers(asked, answers, shortest, tokenizer, judge):
         yield max((t for t, share in zip(sound, named) if share == most), key=lambda t: judge(prompt, t)) if most > 0.5 else None
 
 
-def choose(model, tokenizer, requests, recipe, work, name, seconds):
+def write_chosen(model, tokenizer, requests, recipe, work, name, seconds):
     """The best answers to requests, into work/<name>-NNN.npz: ids (n, n_tok + 1), and own, which of them are the answer's."""
     judge = Judge(model, tokenizer)
 
@@ -95,7 +95,7 @@ def choose(model, tokenizer, requests, recipe, work, name, seconds):
     batches(name, work, seconds, batch)
 
 
-def circles(model, tokenizer, requests, recipe, work, name, seconds):
+def write_circles(model, tokenizer, requests, recipe, work, name, seconds):
     """Greedy texts, into work/<name>-NNN.npz: ids, and own, which is -1 where the text goes round in circles and 0 elsewhere."""
 
     def batch(n):

@@ -162,8 +162,8 @@ def choose_answers(job, n):
     r = job.recipe
     requests = sorted({d.turns[0][0] for d in tale_documents(job, r.seed + 2 * n) if choose.subjects(d.turns[0][0])})
     with pybmc.Model(job.out / TARGET) as model:
-        choose.choose(model, job.tokenizer(), requests, r, job.work, f"chosen{n}", r.choose_seconds)
-        choose.circles(model, job.tokenizer(), requests, r, job.work, f"circles{n}", r.choose_seconds / 50)
+        choose.write_chosen(model, job.tokenizer(), requests, r, job.work, f"chosen{n}", r.choose_seconds)
+        choose.write_circles(model, job.tokenizer(), requests, r, job.work, f"circles{n}", r.choose_seconds / 50)
 
 
 def learn_answers(job, n, model):

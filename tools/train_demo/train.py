@@ -148,7 +148,7 @@ def text_loss(model, bf16, compiled):
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
             logits = model.logits(ids[:, :-1]).flatten(0, 1).float()
             loss, learn = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none"), learn.flatten()
-            other = -torch.log1p(-torch.exp(-loss.clamp_min(1e-4)))
+            other = -torch.log(-torch.expm1(-loss.clamp_min(1e-7)))         # of -log p, so that a token that is nearly certain moves too
             return (loss * learn.clamp_min(0) + other * (-learn).clamp_min(0)).sum()
 
     return torch.compile(loss_of, dynamic=False) if compiled else loss_of
