@@ -2,6 +2,7 @@
 
 import textwrap
 
+from . import simulate
 from .choose import LOOP
 from .evaluate import MIN_P, answer
 from .recipe import BOOKS
@@ -17,8 +18,8 @@ CARD = """# The bundled pair: a small teller of tales and its draft
 
 Two models that ship with pybmc so that `pybmc chat` answers without a download. `teller.gguf` tells tales in the manner of old books;
 `teller-draft.gguf` has the same vocabulary and guesses its next words for speculative decoding. They are small. They know no facts, follow no
-instructions but "tell me of ..." (and forget even that one often), lose their thread within a paragraph, and repeat the manners, and the
-prejudices, of books a century or two old. Greedy decoding soon goes round in circles; a temperature of 0.7 to 0.9 suits them better.
+instructions but "tell me of ..." (and forget even that one at times), know {plots} plots, lose their thread where they leave those, and repeat the
+manners, and the prejudices, of books a century or two old. A temperature of 0.7 to 0.9 suits them best.
 
 | | teller | draft |
 |---|---|---|
@@ -35,6 +36,9 @@ A pair that goes on from another (`--from`) has its first part by the recipe of 
 {text}
 - **Form**: four rows in five hold passages that answer a request made of their own words ("Tell me of a king and a golden bird."), sometimes
   followed by "Go on."; the rest is running text. Only answers and running text are learned. A few lines of small talk are ours.
+- **Simulated tales**: {simulated:.0%} of the requests are answered by tales that a program of ours makes up (`tools/train_demo/simulate.py`, `plots.toml`): {plots} plots in which
+  what happens follows from what happened before, some 300 beings, things and places, sentences put together by chance. Five million tokens of old books teach a
+  small model how sentences go, but not that what is lost is looked for; these teach it that, and what it tells mostly follows their plots, in their words.
 - **Teller**: {target_tokens} tokens in {target_steps} steps of {batch_tokens}; Muon for the matrices, AdamW for the rest; warm-up, a level stretch and a straight line to
   zero; weight decay, gradients clipped at 1, bf16 products; half of the layers first, the other half from {grow_at:.0%} of the time on.
   Then {more_tokens} tokens more, from the weights of one run to the next, each with a warm-up and a descent of its own and with rows of {n_ctx} at its end.
@@ -42,13 +46,7 @@ A pair that goes on from another (`--from`) has its first part by the recipe of 
   add was dropped in training, against learning by heart: by then the tales had been read a dozen times. Weights are {more_share:.0%} those of the
   last run's end and the rest those that it began with (by held-out text). {target_minutes} minutes on CPU together, beside other work, so
   that a rerun differs a little. More text would help now, rather than more reading of this.
-- **Its own best answers**: then, in {refine_rounds} rounds, it answered requests of the tales' words {answers} times each, as chat does. {chosen} answers were kept, where
-  one of a request's named more than half of what was asked and did not repeat itself: of those that named most, the one whose halves were likeliest by
-  its own measure, and likeliest for what stood before them. It read them once or twice, beside as many of the first {tale_books} books' tales and running
-  text, {refine_tokens} tokens ([RAFT](https://arxiv.org/abs/2304.06767)), and some of its greedy texts, to find what ends a run of {loop} tokens that stood there
-  before less likely ([unlikelihood](https://arxiv.org/abs/1908.04319)). Weights are {refine_share:.0%} those of the end, the rest those before. That costs
-  likelihood of other text: its aim is what chat tells.
-- **Draft**: {draft_tokens} tokens of the same text, then {distill_tokens} tokens of distillation on {told_tokens} tokens that the teller's quantized file wrote itself,
+{refined}- **Draft**: {draft_tokens} tokens of the same text, then {distill_tokens} tokens of distillation on {told_tokens} tokens that the teller's quantized file wrote itself,
   greedy and as chat samples, or read in the corpus: what chat may choose of its {top} likeliest tokens, and its first choice.
 
 ## Measured
@@ -68,6 +66,8 @@ and all before it in its round are). Greedy text of so small a model repeats its
 |---|---|---|---|---|---|---|
 {acceptance}
 
+Text that follows plots is easier to guess than most: another model's draft has a harder task.
+
 Of what 200 requests made of held-out text ask for, answers name the share in the first row; of their tokens, the one in the second
 end a run of {loop} that stood there before:
 
@@ -84,6 +84,14 @@ The text is in the public domain. The models are under pybmc's MIT licence.
 {tales}
 """
 
+REFINED = """- **Its own best answers**: then, in {refine_rounds} rounds, it answered requests of the tales' words {answers} times each, as chat does. {chosen} answers were kept, where
+  one of a request's named more than half of what was asked and did not repeat itself: of those that named most, the one whose halves were likeliest by
+  its own measure, and likeliest for what stood before them. It read them once or twice, beside as many of the first {tale_books} books' tales and running
+  text, {refine_tokens} tokens ([RAFT](https://arxiv.org/abs/2304.06767)), and some of its greedy texts, to find what ends a run of {loop} tokens that stood there
+  before less likely ([unlikelihood](https://arxiv.org/abs/1908.04319)). Weights are {refine_share:.0%} those of the end, the rest those before. That costs
+  likelihood of other text: its aim is what chat tells.
+"""
+
 
 def tales(model, tokenizer, n_tok=220):
     """[(request, temperature, text)]: the first answer each request gets; the seed is its place in the list."""
@@ -95,6 +103,10 @@ def titles():
     words = (f"- **Text**: public-domain English literature: {listed}. Headings, contents pages and editors' notes were dropped; tales were read "
              "several times as often as novels.")
     return textwrap.fill(words, 140, subsequent_indent="  ")
+
+
+def millions(n):
+    return f"{n / 1e6:.1f}M"
 
 
 def table(rows):
@@ -129,6 +141,16 @@ def request_rows(results):
     return [row("named", "named"), row("in circles", "circles")]
 
 
+def refined(recipe, results):
+    """How it learned its own best answers, where it did."""
+    if "refine" not in results:
+        return ""
+    return REFINED.format(
+        refine_rounds=recipe.refine_rounds, refine_share=recipe.refine_share, answers=recipe.answers, chosen=f"{results['refine']['answers']:,}",
+        tale_books=recipe.tale_books, refine_tokens=millions(results["refine"]["tokens"]), loop=LOOP,
+    )
+
+
 def quote(request, temperature, told):
     how = f"temperature {temperature}, min-p {MIN_P}" if temperature else "greedy"
     lines = "\n".join(f"> {line}".rstrip() for line in told.strip().splitlines())
@@ -136,14 +158,12 @@ def quote(request, temperature, told):
 
 
 def write(recipe, configs, sizes, results, told):
-    millions = lambda n: f"{n / 1e6:.1f}M"
     return CARD.format(
         sizes=table(size_rows(configs, sizes)), vocab_size=recipe.vocab_size, n_ctx=configs[0].n_ctx, row=recipe.n_ctx, top=recipe.top,
         text=titles(), batch_tokens=recipe.target_run.batch_tokens,
         grow_at=recipe.target_run.grow_at, more_share=recipe.more_share, target_tokens=millions(results["target"]["tokens"]), target_steps=results["target"]["steps"],
         more_tokens=millions(results["more"]["tokens"]), target_minutes=(results["target"]["seconds"] + results["more"]["seconds"]) // 60, draft_tokens=millions(results["draft"]["tokens"]),
         distill_tokens=millions(results["distill"]["tokens"]), told_tokens=millions(results["distill"]["told"]),
-        refine_rounds=recipe.refine_rounds, refine_share=recipe.refine_share, answers=recipe.answers,
-        chosen=f"{results['refine']['answers']:,}", tale_books=recipe.tale_books, refine_tokens=millions(results["refine"]["tokens"]), loop=LOOP,
+        simulated=recipe.simulated_share, plots=len(simulate.PLOTS), refined=refined(recipe, results), loop=LOOP,
         told=table(request_rows(results)), heldout=table(heldout_rows(results)), acceptance=table(acceptance_rows(results)), tales="\n\n".join(quote(*t) for t in told),
     )

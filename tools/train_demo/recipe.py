@@ -69,6 +69,7 @@ class Recipe:
     vocab_size: int = 4096
     n_ctx: int = 512                        # tokens in a training row, doubled for the end of the target's training
     raw_share: float = 0.2                  # rows of running text, without a request
+    simulated_share: float = 0.5            # documents that are simulated tales
     rounds: float = 1.0                     # passes over the weighted books when rows are made
     seed: int = 7
     compile: bool = True

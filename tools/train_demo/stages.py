@@ -67,14 +67,14 @@ def data(job):
     if (job.work / "long.npz").exists():
         return
     r, books = job.recipe, job.books()
-    documents = text.chat_documents(books, r.seed, r.rounds, job.passage_limit())
+    documents = text.chat_documents(books, r.seed, r.rounds, job.passage_limit(), r.simulated_share)
     if job.start:
         tokenizer = export.read_tokenizer(job.start / TARGET)
     else:
         tokenizer = tokens.train_tokenizer((part for d in documents for turn in d.turns for part in turn), r.vocab_size)
     tokenizer.save(str(job.work / "tokenizer.json"))
     streams = running_streams(tokenizer, books)
-    late = text.chat_documents(books, r.seed + 1, r.rounds * 0.3, job.passage_limit())
+    late = text.chat_documents(books, r.seed + 1, r.rounds * 0.3, job.passage_limit(), r.simulated_share)
     for name, docs, length in (("short", documents, r.n_ctx + 1), ("long", late, 2 * r.n_ctx + 1)):
         ids, learn = tokens.make_rows(tokens.encode_documents(tokenizer, docs), streams, length, r.raw_share, r.seed)
         np.savez(job.work / f"{name}.npz", ids=ids, learn=learn)
@@ -154,7 +154,7 @@ def more(job):
 
 def tale_documents(job, seed):
     """Requests and tales of the books that chat's come from."""
-    return text.chat_documents(job.books()[: job.recipe.tale_books], seed, job.recipe.rounds, job.passage_limit())
+    return text.chat_documents(job.books()[: job.recipe.tale_books], seed, job.recipe.rounds, job.passage_limit(), job.recipe.simulated_share)
 
 
 def choose_answers(job, n):
@@ -199,9 +199,9 @@ def refine(job):
         model = load_model(path)
         export.write_gguf(model, job.tokenizer(), job.out / TARGET, "Teller", "A small teller of tales")
     rounds = [read_results(job.work)[f"refine{n}"] for n in range(r.refine_rounds)]
-    keep_sum(job, "refine", {key: sum(counts[key] for counts in rounds) for key in rounds[0]})
-    model = blend(start, model, r.refine_share)
-    export.write_gguf(model, job.tokenizer(), job.out / TARGET, "Teller", "A small teller of tales")
+    if rounds:
+        keep_sum(job, "refine", {key: sum(counts[key] for counts in rounds) for key in rounds[0]})
+        export.write_gguf(blend(start, model, r.refine_share), job.tokenizer(), job.out / TARGET, "Teller", "A small teller of tales")
 
 
 def draft(job):
@@ -215,7 +215,7 @@ def draft(job):
 def tell(job):
     """Let the target, as its file has it, write what the draft will learn from, and say what it would have written in the corpus."""
     books, tokenizer = job.books(), job.tokenizer()
-    documents = text.chat_documents(books, job.recipe.seed + 2, min(1.0, job.recipe.rounds), job.passage_limit())
+    documents = text.chat_documents(books, job.recipe.seed + 2, min(1.0, job.recipe.rounds), job.passage_limit(), job.recipe.simulated_share)
     requests = [d.turns[0][0] for d in documents]
     running = tokenizer.encode("\n\n".join(text.running_text(book) for book in books[:6])).ids
     with pybmc.Model(job.out / TARGET) as model:

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
+from . import simulate
 from .recipe import BOOKS
 
 BOOK_LINE = "<|book|>"
@@ -189,8 +190,19 @@ def small_talk(rng, n):
         yield Document(((rng.choice(asked), answer),))
 
 
-def chat_documents(books, seed, rounds, limit):
-    """Documents for `rounds` passes over the weighted books, shuffled. Every pass cuts and asks anew."""
+def simulated(rng, n):
+    """Simulated tales that answer a request for some of what they tell of, now and then in two turns."""
+    for _ in range(n):
+        tale = simulate.tale(rng)
+        asked = rng.sample(tale.about, min(len(tale.about), rng.choice((1, 2, 2, 2, 3))))
+        request = rng.choice(REQUESTS).format(join([noun.asked(rng) for noun in asked])) if rng.random() > 0.05 else rng.choice(OPEN_REQUESTS)
+        cut = rng.randrange(1, len(tale.paragraphs)) if rng.random() < 0.12 else len(tale.paragraphs)
+        parts = [part for part in (tale.paragraphs[:cut], tale.paragraphs[cut:]) if part]
+        yield Document(tuple(zip((request, rng.choice(GO_ON)), map("\n\n".join, parts))))
+
+
+def chat_documents(books, seed, rounds, limit, simulated_share=0.0):
+    """Documents for `rounds` passes over the weighted books, shuffled, and simulated tales beside them. Every pass cuts and asks anew."""
     rng = random.Random(seed)
     parted = [chapters(book) for book in books]
     namer = Namer([c for book in parted for c in book])
@@ -200,6 +212,7 @@ def chat_documents(books, seed, rounds, limit):
         for chapter in book:
             for _ in range(int(times) + (rng.random() < times % 1)):
                 documents += tell(chapter, namer, rng, limit)
+    documents += simulated(rng, int(len(documents) * simulated_share / (1 - simulated_share)))
     documents += small_talk(rng, len(documents) // 25)
     rng.shuffle(documents)
     return documents
