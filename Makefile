@@ -88,7 +88,7 @@ test: $(LIBRARY) venv asan test-arm
 	$(VENV)/bin/python -m pytest -q tests
 
 demo: $(LIBRARY) venv
-	$(VENV)/bin/pybmc generate -p "Tell me of a king and a golden bird." -n 200
+	$(VENV)/bin/pybmc generate -p "Tell me of a king and a golden bird." -n 320
 
 venv: $(VENV)/.installed
 

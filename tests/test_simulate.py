@@ -80,7 +80,7 @@ def test_a_helper_has_the_skill_that_is_needed():
         assert facts["trouble"] in [c["trouble"] for c in plot["facts"]["misfortune"] if c.get("skill", facts["skill"]) == facts["skill"]]
 
 
-def documents(n=300):
+def documents(n=600):
     return list(text.simulated(random.Random(1), n))
 
 
@@ -88,13 +88,13 @@ def test_requests_ask_for_what_is_told():
     asked = [(turn[0], " ".join(passage for _, passage in d.turns)) for d in documents() for turn in d.turns[:1]]
     nouns = {word for kind in ("person", "animal", "thing") for word in simulate.KINDS[kind]}
     named = [(re.findall("[a-z-]+", request.lower()), told) for request, told in asked if request not in text.OPEN_REQUESTS]
-    assert all(word in told for words, told in named for word in words if word in nouns) and len(named) > 250
+    assert all(word in told for words, told in named for word in words if word in nouns) and len(named) > 500
 
 
 def test_some_tales_go_on_when_asked():
     turns = [d.turns for d in documents()]
     more = [t for t in turns if len(t) == 2]
-    assert 0.05 < len(more) / len(turns) < 0.2
+    assert 0.02 < len(more) / len(turns) < 0.1
     assert all(t[1][0] in text.GO_ON for t in more)
 
 

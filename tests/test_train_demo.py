@@ -26,7 +26,7 @@ sys.path.insert(0, str(TOOLS))
 
 from train_demo import choose, text
 from train_demo.distill import narrowed, told_rows
-from train_demo.evaluate import Rounds
+from train_demo.evaluate import Rounds, runs
 from train_demo.export import read_gguf, read_tokenizer
 from train_demo.generate import CHAT
 from train_demo.model import Config, KVCache, Llama, attend_causal, blend, grow
@@ -255,3 +255,11 @@ def test_rounds_count_by_position():
         counts.add(n)
     summary = counts.summary()
     assert summary["rate"] == 6 / 12 and summary["by_position"] == [2 / 3, 2 / 3, 1 / 3, 1 / 3] and summary["tokens_a_round"] == 3
+
+
+def test_runs_are_equal_where_their_ids_are():
+    ids = np.random.default_rng(0).integers(0, 4096, 3000)
+    known = runs(ids, 8)
+    assert len(known) == len(set(known.tolist())) == 2993
+    assert (runs(ids[100:120], 8) == known[100:113]).all() and not np.isin(runs(ids[::-1], 8), known).any()
+    assert runs(ids[:7], 8).size == 0

@@ -4,7 +4,7 @@ import textwrap
 
 from . import simulate
 from .choose import LOOP
-from .evaluate import MIN_P, answer
+from .evaluate import KNOWN, MIN_P, SIMULATED, answer
 from .recipe import BOOKS
 
 TALES = (       # (request, temperature)
@@ -42,12 +42,13 @@ A pair that goes on from another (`--from`) has its first part by the recipe of 
 - **Teller**: {target_tokens} tokens in {target_steps} steps of {batch_tokens}; Muon for the matrices, AdamW for the rest; warm-up, a level stretch and a straight line to
   zero; weight decay, gradients clipped at 1, bf16 products; half of the layers first, the other half from {grow_at:.0%} of the time on.
   Then {more_tokens} tokens more, from the weights of one run to the next, each with a warm-up and a descent of its own and with rows of {n_ctx} at its end.
-  Up to the last run the teller that ships had six layers; then each got a copy behind it that added nothing yet, and a tenth of what layers
-  add was dropped in training, against learning by heart: by then the tales had been read a dozen times. Weights are {more_share:.0%} those of the
-  last run's end and the rest those that it began with (by held-out text). {target_minutes} minutes on CPU together, beside other work, so
-  that a rerun differs a little. More text would help now, rather than more reading of this.
+  At first the teller that ships had six layers; then each got a copy behind it that added nothing yet, and a tenth of what layers
+  add was dropped in training, against learning by heart: by then the tales had been read a dozen times. Only the last run, of {last_tokens} tokens, had
+  simulated tales. Weights are {more_share:.0%} those of its end and the rest those that it began with. {target_minutes} minutes on CPU together, beside other
+  work, so that a rerun differs a little.
 {refined}- **Draft**: {draft_tokens} tokens of the same text, then {distill_tokens} tokens of distillation on {told_tokens} tokens that the teller's quantized file wrote itself,
-  greedy and as chat samples, or read in the corpus: what chat may choose of its {top} likeliest tokens, and its first choice.
+  greedy and as chat samples, or read in the corpus: what chat may choose of its {top} likeliest tokens, and its first choice. The last
+  {distill_last} on {told_last} tokens of this very teller, those before on tellers that it comes from.
 
 ## Measured
 
@@ -59,17 +60,20 @@ Bits per byte of 190 kB of held-out text (ends of six of the books, never traine
 |---|---|---|
 {heldout}
 
+The engine agrees: `pybmc perplexity pybmc/demo/teller.gguf -f heldout.txt -c {n_ctx}` gives {engine[0]:.3f} bits per byte, {engine[1]:.3f} for the draft (it
+scores the second half of each window, and windows do not overlap).
+
 Drafted tokens that the teller accepts: 20 requests made of held-out text, up to 128 tokens each, four tokens drafted a round (a token counts as accepted when it
-and all before it in its round are). Greedy text of so small a model repeats itself, which makes it easy to guess; the sampled row is the harder test:
+and all before it in its round are):
 
 | | accepted of all drafted | 1st | 2nd | 3rd | 4th | tokens a round |
 |---|---|---|---|---|---|---|
 {acceptance}
 
-Text that follows plots is easier to guess than most: another model's draft has a harder task.
+Text of plots is easy to guess, for a draft that learned them too: most pairs of models agree less.
 
-Of what 200 requests made of held-out text ask for, answers name the share in the first row; of their tokens, the one in the second
-end a run of {loop} that stood there before:
+Of what 200 requests made of held-out text ask for, answers name the share in the first row; of their tokens, the share in the second
+ends a run of {loop} that stood there before, and that in the third one of {known} that stands in one of {n_simulated:,} simulated tales:
 
 | | greedy | as chat chooses |
 |---|---|---|
@@ -84,16 +88,15 @@ The text is in the public domain. The models are under pybmc's MIT licence.
 {tales}
 """
 
-REFINED = """- **Its own best answers**: then, in {refine_rounds} rounds, it answered requests of the tales' words {answers} times each, as chat does. {chosen} answers were kept, where
+REFINED = """- **Its own best answers**: then it answered requests of the tales' words, {answers} times each, as chat does. {chosen} answers were kept, where
   one of a request's named more than half of what was asked and did not repeat itself: of those that named most, the one whose halves were likeliest by
-  its own measure, and likeliest for what stood before them. It read them once or twice, beside as many of the first {tale_books} books' tales and running
-  text, {refine_tokens} tokens ([RAFT](https://arxiv.org/abs/2304.06767)), and some of its greedy texts, to find what ends a run of {loop} tokens that stood there
-  before less likely ([unlikelihood](https://arxiv.org/abs/1908.04319)). Weights are {refine_share:.0%} those of the end, the rest those before. That costs
-  likelihood of other text: its aim is what chat tells.
+  its own measure, and likeliest for what stood before them. It read them once or twice, beside as many tales of the first {tale_books} books and simulated
+  ones, and running text, {refine_tokens} tokens ([RAFT](https://arxiv.org/abs/2304.06767)), and some of its greedy texts, to find what ends a run of {loop} tokens that stood there
+  before less likely ([unlikelihood](https://arxiv.org/abs/1908.04319)). Weights are {refine_share:.0%} those of the end, the rest those before.
 """
 
 
-def tales(model, tokenizer, n_tok=220):
+def tales(model, tokenizer, n_tok=340):
     """[(request, temperature, text)]: the first answer each request gets; the seed is its place in the list."""
     return [(q, t, tokenizer.decode(answer(model, tokenizer, q, n_tok, t, seed)[1])) for seed, (q, t) in enumerate(TALES)]
 
@@ -138,7 +141,7 @@ def acceptance_rows(results):
 
 def request_rows(results):
     row = lambda name, key: (name, *(f"{results['told'][way][key]:.0%}" for way in ("greedy", "sampled")))
-    return [row("named", "named"), row("in circles", "circles")]
+    return [row("named", "named"), row("in circles", "circles"), row("in simulated tales' words", "known")]
 
 
 def refined(recipe, results):
@@ -146,7 +149,7 @@ def refined(recipe, results):
     if "refine" not in results:
         return ""
     return REFINED.format(
-        refine_rounds=recipe.refine_rounds, refine_share=recipe.refine_share, answers=recipe.answers, chosen=f"{results['refine']['answers']:,}",
+        refine_share=recipe.refine_share, answers=recipe.answers, chosen=f"{results['refine']['answers']:,}",
         tale_books=recipe.tale_books, refine_tokens=millions(results["refine"]["tokens"]), loop=LOOP,
     )
 
@@ -164,6 +167,8 @@ def write(recipe, configs, sizes, results, told):
         grow_at=recipe.target_run.grow_at, more_share=recipe.more_share, target_tokens=millions(results["target"]["tokens"]), target_steps=results["target"]["steps"],
         more_tokens=millions(results["more"]["tokens"]), target_minutes=(results["target"]["seconds"] + results["more"]["seconds"]) // 60, draft_tokens=millions(results["draft"]["tokens"]),
         distill_tokens=millions(results["distill"]["tokens"]), told_tokens=millions(results["distill"]["told"]),
-        simulated=recipe.simulated_share, plots=len(simulate.PLOTS), refined=refined(recipe, results), loop=LOOP,
+        simulated=recipe.simulated_share, plots=len(simulate.PLOTS), refined=refined(recipe, results), loop=LOOP, known=KNOWN, n_simulated=SIMULATED,
+        engine=[results[f"{name}_engine"] for name in ("target", "draft")], last_tokens=millions(results["more_last"]["tokens"]),
+        distill_last=millions(results["distill_last"]["tokens"]), told_last=millions(results["distill_last"]["told"]),
         told=table(request_rows(results)), heldout=table(heldout_rows(results)), acceptance=table(acceptance_rows(results)), tales="\n\n".join(quote(*t) for t in told),
     )

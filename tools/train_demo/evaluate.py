@@ -2,17 +2,20 @@
 
 import lzma
 import math
+import random
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from . import simulate
 from .choose import LOOP, repeated, share_named
 from .generate import CHAT, write_texts
 from .model import KVCache
 from .tokens import END_OF_TURN, ask
 
 K = 4                       # tokens drafted a round
+KNOWN, SIMULATED = 8, 10_000        # so many tokens in a row that stand in one of so many simulated tales are its words
 MIN_P = CHAT["min_p"]       # what is less likely than this share of the likeliest is not chosen for a tale
 
 
@@ -61,15 +64,27 @@ def answer(model, tokenizer, request, n_tok, temperature, seed):
     return prompt, told
 
 
+def runs(ids, n):
+    """A number for each run of n of the ids; equal runs have equal ones. uint64 (len(ids) - n + 1,)."""
+    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(ids, np.uint64), n) if len(ids) >= n else np.empty((0, n), np.uint64)
+    return (windows * np.cumprod(np.full(n, 0x9E3779B97F4A7C15, np.uint64))).sum(-1, dtype=np.uint64)
+
+
 def tales_told(model, tokenizer, requests, n_tok=200, seed=3):
-    """What becomes of requests: how much of what they ask for is named, as a share, and of the tokens, how many go round in circles; greedy
-    and as pybmc chat chooses. model: pybmc's."""
+    """What becomes of requests: how much of what they ask for is named, as a share, and of the tokens, how many go round in circles, and how
+    many end a run of KNOWN that stands in a simulated tale; greedy and as pybmc chat chooses. model: pybmc's."""
+    simulated = ["\n\n".join(simulate.tale(random.Random(seed)).paragraphs) for seed in range(SIMULATED)]
+    known = np.unique(np.concatenate([runs(encoded.ids, KNOWN) for encoded in tokenizer.encode_batch_fast(simulated)]))
     prompts = [tokenizer.encode(ask(request)).ids for request in requests]
     results = {}
     for way, settings in (("greedy", {"temperature": 0.0}), ("sampled", {**CHAT, "seed": seed})):
         told = [row[own > 0].tolist() for row, own in zip(*write_texts(model, prompts, n_tok, **settings))]
         named = [share_named(request, tokenizer.decode(t)) for request, t in zip(requests, told)]
-        results[way] = {"named": float(np.mean(named)), "circles": float(np.mean([np.mean(repeated(t, LOOP)) for t in told if t]))}
+        share = lambda counts: int(sum(counts)) / max(1, sum(map(len, told)))
+        results[way] = {
+            "named": float(np.mean(named)), "circles": share(sum(repeated(t, LOOP)) for t in told),
+            "known": share(np.isin(runs(t, KNOWN), known).sum() for t in told),
+        }
     return results
 
 

@@ -77,9 +77,9 @@ class Recipe:
     target: Shape = Shape(384, 1024, 64, 12, 6, 2)
     draft: Shape = Shape(96, 256, 32, 2, 3, 1)
     target_run: Schedule = Schedule(64 * 60, 4096, 8, 0.02, 3e-3, grow_at=0.65, long_from=0.9)
-    more_run: Schedule = Schedule(90 * 60, 8192, 4, 0.007, 1.4e-3, decay_from=0.1, long_from=0.75, dropout=0.1)     # a second climb and descent
-    more_share: float = 0.65                # its weights, beside those that it began with
-    refine_rounds: int = 2                  # in which the target learns its best answers
+    more_run: Schedule = Schedule(90 * 60, 8192, 4, 0.007, 1.4e-3, decay_from=0.1, long_from=0.9, dropout=0.1)      # a second climb and descent
+    more_share: float = 0.9                 # its weights, beside those that it began with
+    refine_rounds: int = 1                  # in which the target learns its best answers
     choose_seconds: float = 15 * 60         # a round's time for answers to choose from, and a fiftieth of it for greedy ones
     choose_batch: int = 32                  # requests at a time
     answers: int = 8                        # to each
@@ -91,7 +91,7 @@ class Recipe:
     generate_seconds: float = 20 * 60       # time for the target's own text
     read_seconds: float = 2 * 60            # time for what it would have written in the corpus's place
     generate_batch: int = 128
-    generate_tokens: int = 288              # positions of one told row, its request included
+    generate_tokens: int = 352              # positions of one told row, its request included
     top: int = 48                           # the target's likeliest tokens kept at each position
 
 

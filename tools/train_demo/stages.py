@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pybmc
 import torch
+from pybmc.perplexity import perplexity
 from tokenizers import Tokenizer
 
 from . import card, choose, distill, evaluate, export, text, tokens
@@ -148,7 +149,9 @@ def more(job):
         run = Trainer("more", model, schedule, text_loss(model, r.bf16, r.compile), batches, job.work / "more.ckpt", cursor=cursor)
         run.run()
         save_model(blend(start, model, r.more_share), path)
-        keep_sum(job, "more", {"steps": run.step, "tokens": run.tokens, "seconds": round(run.seconds)})
+        counts = {"steps": run.step, "tokens": run.tokens, "seconds": round(run.seconds)}
+        keep(job, "more_last", counts)
+        keep_sum(job, "more", counts)
     export.write_gguf(load_model(path), job.tokenizer(), job.out / TARGET, "Teller", "A small teller of tales")
 
 
@@ -233,7 +236,9 @@ def distill_draft(job):
         trainer = Trainer("distill", model, r.distill_run, distill.told_loss(model, r.compile), batches, job.work / "distilled.ckpt")
         trainer.run()
         save_model(model, job.work / "distilled.pt")
-        keep_sum(job, "distill", {"steps": trainer.step, "tokens": trainer.tokens, "seconds": round(trainer.seconds), "told": int(told["own"].size)})
+        counts = {"steps": trainer.step, "tokens": trainer.tokens, "seconds": round(trainer.seconds), "told": int(told["own"].size)}
+        keep(job, "distill_last", counts)
+        keep_sum(job, "distill", counts)
     export.write_gguf(load_model(job.work / "distilled.pt"), job.tokenizer(), job.out / DRAFT, "Teller draft", "Drafts for Teller")
 
 
@@ -254,6 +259,9 @@ def evaluation(job):
     for name, model in pair.items():
         keep(job, f"{name}_heldout", evaluate.bits_per_byte(model, tokenizer, heldout))
     keep(job, "xz", {"alone": evaluate.xz_bits_per_byte(heldout), "after_corpus": evaluate.xz_bits_per_byte(heldout, known)})
+    for name, file in (("target", TARGET), ("draft", DRAFT)):
+        with pybmc.Model(job.out / file) as model:
+            keep(job, f"{name}_engine", perplexity(model, heldout, model.config.n_ctx).bits_per_byte)
     with pybmc.Model(job.out / TARGET) as model:
         keep(job, "told", evaluate.tales_told(model, tokenizer, [r for r in heldout_requests(job, 200) if choose.subjects(r)]))
     requests = heldout_requests(job)

@@ -196,7 +196,7 @@ def simulated(rng, n):
         tale = simulate.tale(rng)
         asked = rng.sample(tale.about, min(len(tale.about), rng.choice((1, 2, 2, 2, 3))))
         request = rng.choice(REQUESTS).format(join([noun.asked(rng) for noun in asked])) if rng.random() > 0.05 else rng.choice(OPEN_REQUESTS)
-        cut = rng.randrange(1, len(tale.paragraphs)) if rng.random() < 0.12 else len(tale.paragraphs)
+        cut = rng.randrange(1, len(tale.paragraphs)) if rng.random() < 0.05 else len(tale.paragraphs)
         parts = [part for part in (tale.paragraphs[:cut], tale.paragraphs[cut:]) if part]
         yield Document(tuple(zip((request, rng.choice(GO_ON)), map("\n\n".join, parts))))
 

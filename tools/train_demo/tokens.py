@@ -90,7 +90,7 @@ def running_rows(streams, length, n, rng):
         ids = streams[book][0]
         start = rng.randrange(len(ids) - length)
         rows.append(ids[start : start + length])
-    return np.stack(rows)
+    return np.array(rows, np.uint16).reshape(n, length)
 
 
 def make_rows(encoded, streams, length, raw_share, seed):
