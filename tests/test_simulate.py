@@ -29,7 +29,7 @@ def test_a_tale_is_sound_english(seed):
         assert not re.search(r"[\[\]|{}<>]|  | [,.;:?!]|,,|\.\.", paragraph), "markup or spaces left"
         assert paragraph.count('"') % 2 == 0
         assert re.match(r'["A-Z]', paragraph) and re.search(r'[.!?]"?$', paragraph)
-        assert not re.search(r'[.!] [a-z]|[.!]" (?!cried|said|asked|thought)[a-z]', paragraph), "a sentence begins with a small letter"
+        assert not re.search(r'[.!?] [a-z]|[.]" [a-z]|[!?]" (?!cried|said|asked|thought)[a-z]|[!?]" (Cried|Said|Asked|Thought)', paragraph), "a capital"
         assert not re.search(r"\b[Aa] [aeiou]|\b[Aa]n (?!hour)[^aeiou]", paragraph)
 
 

@@ -15,7 +15,7 @@ PLOTS, PARTS = BOOK["plots"], BOOK["parts"]
 SHE = frozenset(BOOK["she"].split())
 NAMES = {"he": BOOK["he_names"].split(), "she": BOOK["she_names"].split()}
 INNERMOST = re.compile(r"\[([^\[\]]*)\]")
-BEGINNING = re.compile(r"(^|[.!?] |[.!]\" )([a-z])")
+BEGINNING = re.compile(r"(^|[.!?] |\.\" )([a-z])")         # not behind "What?" or "Away!", where "said he" may follow
 LOOKED, NAMED = 0.7, 0.2        # shares of nouns that have a look, and of heroes that have a name
 
 
