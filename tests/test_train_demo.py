@@ -19,6 +19,7 @@ from pybmc.sampling import Sampler
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("tokenizers")
+pytest.importorskip("tomllib")
 gguf = pytest.importorskip("gguf")
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"

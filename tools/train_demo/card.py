@@ -38,13 +38,13 @@ A pair that goes on from another (`--from`) has its first part by the recipe of 
   followed by "Go on."; the rest is running text. Only answers and running text are learned. A few lines of small talk are ours.
 - **Simulated tales**: {simulated:.0%} of the requests are answered by tales that a program of ours makes up (`tools/train_demo/simulate.py`, `plots.toml`): {plots} plots in which
   what happens follows from what happened before, some 300 beings, things and places, sentences put together by chance. Five million tokens of old books teach a
-  small model how sentences go, but not that what is lost is looked for; these teach it that, and what it tells mostly follows their plots, in their words.
+  small model how sentences go, but not that what is lost is looked for; these teach it that: asked for what they tell of, it follows their plots, in their words.
 - **Teller**: {target_tokens} tokens in {target_steps} steps of {batch_tokens}; Muon for the matrices, AdamW for the rest; warm-up, a level stretch and a straight line to
   zero; weight decay, gradients clipped at 1, bf16 products; half of the layers first, the other half from {grow_at:.0%} of the time on.
   Then {more_tokens} tokens more, from the weights of one run to the next, each with a warm-up and a descent of its own and with rows of {n_ctx} at its end.
   At first the teller that ships had six layers; then each got a copy behind it that added nothing yet, and a tenth of what layers
-  add was dropped in training, against learning by heart: by then the tales had been read a dozen times. Only the last run, of {last_tokens} tokens, had
-  simulated tales. Weights are {more_share:.0%} those of its end and the rest those that it began with. {target_minutes} minutes on CPU together, beside other
+  add was dropped in training, against learning by heart: by then the tales had been read a dozen times. Of the runs of the
+  teller that ships only the last, of {last_tokens} tokens, had simulated tales. Weights are {more_share:.0%} those of its end and the rest those that it began with. {target_minutes} minutes on CPU together, beside other
   work, so that a rerun differs a little.
 {refined}- **Draft**: {draft_tokens} tokens of the same text, then {distill_tokens} tokens of distillation on {told_tokens} tokens that the teller's quantized file wrote itself,
   greedy and as chat samples, or read in the corpus: what chat may choose of its {top} likeliest tokens, and its first choice. The last
@@ -72,11 +72,12 @@ and all before it in its round are):
 
 Text of plots is easy to guess, for a draft that learned them too: most pairs of models agree less.
 
-Of what 200 requests made of held-out text ask for, answers name the share in the first row; of their tokens, the share in the second
-ends a run of {loop} that stood there before, and that in the third one of {known} that stands in one of {n_simulated:,} simulated tales:
+Of what 200 requests made of held-out text ask for, and 200 made of fresh simulated tales, answers name the share in the first row; of their
+tokens, the share in the second ends a run of {loop} that stood there before, and that in the third one of {known} that stands in one of {n_simulated:,}
+simulated tales:
 
-| | greedy | as chat chooses |
-|---|---|---|
+| | held out, greedy | as chat chooses | simulated, greedy | as chat chooses |
+|---|---|---|---|---|
 {told}
 
 ## Licence
@@ -140,7 +141,7 @@ def acceptance_rows(results):
 
 
 def request_rows(results):
-    row = lambda name, key: (name, *(f"{results['told'][way][key]:.0%}" for way in ("greedy", "sampled")))
+    row = lambda name, key: (name, *(f"{results[told][way][key]:.0%}" for told in ("told", "told_simulated") for way in ("greedy", "sampled")))
     return [row("named", "named"), row("in circles", "circles"), row("in simulated tales' words", "known")]
 
 

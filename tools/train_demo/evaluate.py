@@ -70,11 +70,15 @@ def runs(ids, n):
     return (windows * np.cumprod(np.full(n, 0x9E3779B97F4A7C15, np.uint64))).sum(-1, dtype=np.uint64)
 
 
-def tales_told(model, tokenizer, requests, n_tok=200, seed=3):
+def simulated_runs(tokenizer):
+    """The runs of KNOWN that stand in SIMULATED tales."""
+    tales = ["\n\n".join(simulate.tale(random.Random(seed)).paragraphs) for seed in range(SIMULATED)]
+    return np.unique(np.concatenate([runs(encoded.ids, KNOWN) for encoded in tokenizer.encode_batch_fast(tales)]))
+
+
+def tales_told(model, tokenizer, requests, known, n_tok=200, seed=3):
     """What becomes of requests: how much of what they ask for is named, as a share, and of the tokens, how many go round in circles, and how
-    many end a run of KNOWN that stands in a simulated tale; greedy and as pybmc chat chooses. model: pybmc's."""
-    simulated = ["\n\n".join(simulate.tale(random.Random(seed)).paragraphs) for seed in range(SIMULATED)]
-    known = np.unique(np.concatenate([runs(encoded.ids, KNOWN) for encoded in tokenizer.encode_batch_fast(simulated)]))
+    many end one of the known runs; greedy and as pybmc chat chooses. model: pybmc's."""
     prompts = [tokenizer.encode(ask(request)).ids for request in requests]
     results = {}
     for way, settings in (("greedy", {"temperature": 0.0}), ("sampled", {**CHAT, "seed": seed})):

@@ -12,19 +12,20 @@ from pathlib import Path
 
 BOOK = tomllib.loads(Path(__file__).with_name("plots.toml").read_text())
 PLOTS, PARTS = BOOK["plots"], BOOK["parts"]
-SHE = frozenset(BOOK["she"].split())
 NAMES = {"he": BOOK["he_names"].split(), "she": BOOK["she_names"].split()}
 INNERMOST = re.compile(r"\[([^\[\]]*)\]")
 BEGINNING = re.compile(r"(^|[.!?] |\.\" )([a-z])")         # not behind "What?" or "Away!", where "said he" may follow
 LOOKED, NAMED = 0.7, 0.2        # shares of nouns that have a look, and of heroes that have a name
 
 
-def words_of(kind):
-    """All words of a kind of nouns."""
-    return [word for entry in BOOK["kinds"][kind].split() for word in (words_of(entry[1:]) if entry[0] == "@" else [entry])]
+def words_of(entries):
+    """All words of a list in the book, those of a kind in the place of its name, each once."""
+    words = [word for entry in entries.split() for word in (words_of(BOOK["kinds"][entry[1:]]) if entry[0] == "@" else [entry])]
+    return list(dict.fromkeys(words))
 
 
-KINDS = {kind: list(dict.fromkeys(words_of(kind))) for kind in BOOK["kinds"]}
+KINDS = {kind: words_of(entries) for kind, entries in BOOK["kinds"].items()}
+SHE = frozenset(words_of(BOOK["she"]))
 LOOKS = {name: look["words"].split() for name, look in BOOK["looks"].items()}
 LOOKS_OF = {kind: LOOKS[name] for name, look in BOOK["looks"].items() for kind in look.get("of", "").split()}
 
@@ -65,10 +66,10 @@ class Tale:
 
 
 def choose_facts(rng, plot):
-    """One of each list of facts; where those chosen before name a skill, one of that skill or of none."""
+    """One of each list of facts that says nothing else than those before it where both speak of the same."""
     facts = {}
     for choices in plot.get("facts", {}).values():
-        facts |= rng.choice([c for c in choices if "skill" not in facts or c.get("skill", facts["skill"]) == facts["skill"]])
+        facts |= rng.choice([c for c in choices if all(facts.get(name, fact) == fact for name, fact in c.items())])
     return facts
 
 

@@ -102,7 +102,7 @@ def train_on_text(job, name, shape, schedule):
         trainer = train(f"{name}-half", Llama(replace(config, n_layers=config.n_layers // 2)), schedule.grow_at)
     trainer = train(name, grow(trainer.model) if trainer else Llama(config), 1.0)
     save_model(trainer.model, job.work / f"{name}.pt")
-    keep(job, name, {"steps": trainer.step, "tokens": trainer.tokens, "seconds": round(trainer.seconds)})
+    keep(job, name, trainer.counts())
 
 
 def read_results(folder):
@@ -116,7 +116,8 @@ def keep(job, key, value):
 
 
 def keep_sum(job, key, counts):
-    """Remember counts, with those of the run that this one goes on from."""
+    """Remember counts, by themselves and with those of the run that this one goes on from."""
+    keep(job, f"{key}_last", counts)
     before = read_results(job.start).get(key, {}) if job.start else {}
     keep(job, key, {name: count + before.get(name, 0) for name, count in counts.items()})
 
@@ -149,9 +150,7 @@ def more(job):
         run = Trainer("more", model, schedule, text_loss(model, r.bf16, r.compile), batches, job.work / "more.ckpt", cursor=cursor)
         run.run()
         save_model(blend(start, model, r.more_share), path)
-        counts = {"steps": run.step, "tokens": run.tokens, "seconds": round(run.seconds)}
-        keep(job, "more_last", counts)
-        keep_sum(job, "more", counts)
+        keep_sum(job, "more", run.counts())
     export.write_gguf(load_model(path), job.tokenizer(), job.out / TARGET, "Teller", "A small teller of tales")
 
 
@@ -185,7 +184,7 @@ def learn_answers(job, n, model):
     batches = text_batches(r.refine_run, rows, None)
     run = Trainer(f"refine{n}", model, r.refine_run, text_loss(model, r.bf16, r.compile), batches, job.work / f"refine{n}.ckpt")
     run.run()
-    return {"steps": run.step, "tokens": run.tokens, "seconds": round(run.seconds), "answers": len(chosen)}
+    return run.counts() | {"answers": len(chosen)}
 
 
 def refine(job):
@@ -236,9 +235,7 @@ def distill_draft(job):
         trainer = Trainer("distill", model, r.distill_run, distill.told_loss(model, r.compile), batches, job.work / "distilled.ckpt")
         trainer.run()
         save_model(model, job.work / "distilled.pt")
-        counts = {"steps": trainer.step, "tokens": trainer.tokens, "seconds": round(trainer.seconds), "told": int(told["own"].size)}
-        keep(job, "distill_last", counts)
-        keep_sum(job, "distill", counts)
+        keep_sum(job, "distill", trainer.counts() | {"told": int(told["own"].size)})
     export.write_gguf(load_model(job.work / "distilled.pt"), job.tokenizer(), job.out / DRAFT, "Teller draft", "Drafts for Teller")
 
 
@@ -262,8 +259,11 @@ def evaluation(job):
     for name, file in (("target", TARGET), ("draft", DRAFT)):
         with pybmc.Model(job.out / file) as model:
             keep(job, f"{name}_engine", perplexity(model, heldout, model.config.n_ctx).bits_per_byte)
+    asked = {"told": heldout_requests(job, 200), "told_simulated": [d.turns[0][0] for d in text.simulated(random.Random(job.recipe.seed - 1), 200)]}
+    simulated = evaluate.simulated_runs(tokenizer)
     with pybmc.Model(job.out / TARGET) as model:
-        keep(job, "told", evaluate.tales_told(model, tokenizer, [r for r in heldout_requests(job, 200) if choose.subjects(r)]))
+        for key, requests in asked.items():
+            keep(job, key, evaluate.tales_told(model, tokenizer, [r for r in requests if choose.subjects(r)], simulated))
     requests = heldout_requests(job)
     keep(job, "greedy", evaluate.greedy_acceptance(pair["target"], pair["draft"], tokenizer, requests))
     keep(job, "sampled", evaluate.sampled_acceptance(pair["target"], pair["draft"], tokenizer, requests))

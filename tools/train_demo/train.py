@@ -80,6 +80,10 @@ class Trainer:
         }, part)
         os.replace(part, self.checkpoint)
 
+    def counts(self):
+        """What the training came to."""
+        return {"steps": self.step, "tokens": self.tokens, "seconds": round(self.seconds)}
+
     def set_rates(self, spent):
         for optimizer, rate in zip(self.optimizers, (self.schedule.muon_rate, self.schedule.adam_rate)):
             for group in optimizer.param_groups:
