@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import inf
+from operator import mul
 
 from .cache import RECORD
 from .costs import FADE, Average, CostCurve, DraftCost
@@ -67,17 +68,27 @@ class Counts:
 
 
 class Chances(Counts):
-    """Where a class has seen little, its expectation counts."""
+    """Where a class has seen little, its expectation counts, with the odds by which all classes together surpass theirs."""
 
     def __init__(self, expected: Sequence[float], weight: float = 4.0):
         super().__init__(len(expected))
         self._expected, self._weight = list(expected), weight
 
     def at(self, i: int) -> float:
-        return (self._true[i] + self._weight * self._expected[i]) / (self._n[i] + self._weight)
+        return self._at(i, self._odds())
 
     def each(self) -> list[float]:
-        return [self.at(i) for i in range(len(self._n))]
+        odds = self._odds()
+        return [self._at(i, odds) for i in range(len(self._n))]
+
+    def _at(self, i: int, odds: float) -> float:
+        expected = self._expected[i] * odds / (1 - self._expected[i] * (1 - odds))
+        return (self._true[i] + self._weight * expected) / (self._n[i] + self._weight)
+
+    def _odds(self) -> float:
+        n, true = sum(self._n) + 2 * self._weight, sum(self._true) + self._weight
+        expected = sum(map(mul, self._n, self._expected)) + self._weight
+        return true / (n - true) * (n - expected) / expected
 
 
 class Chain(Counts):

@@ -33,12 +33,13 @@ class CostCurve:
     SEVERAL = 3                         # surprises in a row that may be accidents
     SURE = 0.06                         # standard deviation of a width's cost that is known well enough
     DARE = 0.5                          # deviations by which one that is not is hoped to cost less
+    LONG = 64                           # passes after which a width has not been seen for long ..
+    BOLD = 0.4                          # .. and, beside the last one, is hoped to cost so much less, in its logarithm
 
     # Covariances: the speed that all share, and what passes of twice the width cost more.
     _octaves = np.minimum.outer(OCTAVES, OCTAVES)
     _unknown = 10.0 ** 2 + 0.12 ** 2 * _octaves
-    _another_day = 0.3 ** 2 + 0.06 ** 2 * _octaves
-    _another_machine = 0.3 ** 2 + 0.12 ** 2 * _octaves
+    _another_day = 0.3 ** 2 + 0.12 ** 2 * _octaves      # or another machine
     _from_pass_to_pass = 0.02 ** 2 + 0.004 ** 2 * _octaves
 
     def __init__(self, seconds: dict[int, float] | None = None):
@@ -47,6 +48,8 @@ class CostCurve:
         self._log = np.log(_over_knots(known or [(1, 1.0)], self.GUESS))
         self._covariance = self._another_day if known else self._unknown
         self._streak = 0                                # surprises in a row, with their sign
+        self._seen = [-self.LONG] * (DENSE + 1)         # when each width was ..
+        self._now, self._last = 0, (1, 0.0)             # .. of so many passes, and the last one's width and seconds
         self._drag = 1.0                                # mean over median
         self._costs: list[float] = []                   # at the knots, without drag; empty when they have to be found anew ..
         self._hopes: list[float] = []                   # .. and what they may be at best
@@ -61,13 +64,16 @@ class CostCurve:
         surprise = log(max(seconds, 1e-9)) - float((1 - share) * self._log[i - 1] + share * self._log[i])
         another = self._another(surprise, self.ODD * sqrt(variance), count)
         if another:
-            self._covariance = self._covariance + self._another_machine
+            self._covariance = self._covariance + self._another_day
             common, variance = self._seen_from(i, share, noise)
         else:
             variance = max(variance, (surprise / self.ODD) ** 2)        # an odd one says as little as makes it usual
         self._log = self._log + common * (surprise / variance)
         self._covariance = self._covariance - np.outer(common, common / variance) + self._from_pass_to_pass
         self.counts[n] = self.counts.get(n, 0) + count
+        self._now, self._last = self._now + 1, (n, seconds)
+        if n <= DENSE:
+            self._seen[n] = self._now
         if self.counts[n] > 4:
             self._drag += 0.03 * count * (max(0.5, min(12.0, exp(surprise))) - self._drag)
         self._costs = []
@@ -104,6 +110,15 @@ class CostCurve:
         hopes = np.maximum(self._costs * np.exp(-self.DARE * doubt * (doubt > self.SURE)), self._costs[0])
         hopes[surest:] = np.maximum(hopes[surest:], self._costs[surest])
         self._hopes = hopes.tolist()
+        last, seconds = self._last
+        if 1 < last <= DENSE:                                   # drafting pays
+            self._hope(last, seconds / self._drag)
+            if last < DENSE and self._now - self._seen[last + 1] >= self.LONG:
+                self._hope(last + 1, self._costs[last] * exp(-self.BOLD))
+
+    def _hope(self, n: int, seconds: float) -> None:
+        """A pass of n tokens may take so few, though no less than a narrower one."""
+        self._hopes[n - 1] = min(self._hopes[n - 1], max(seconds, self._costs[n - 2]))
 
     def _between(self, n: float, hoped: bool = False) -> float:
         if not self._costs:
@@ -118,8 +133,9 @@ class CostCurve:
         return self._between(n) * self._drag
 
     def hope(self, n: float) -> float:
-        """Seconds if a width of which little is known, beside the one that is known best, costs somewhat less than expected: what is
-        never tried, because it was dear once, is never known."""
+        """Seconds if a width of which little is known, beside the one that is known best, costs somewhat less than expected, and the next
+        one, where it was not seen for long, a good deal less: what is never tried, because it was dear once, is never known. And what the
+        last pass took may be what its width costs."""
         return self._between(n, True) * self._drag
 
     def ratio(self, n: float) -> float:

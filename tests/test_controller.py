@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from simulation import fixed, run
 
 from pybmc import cache
-from pybmc.controller import ALLOWED, BANK, GRANT, TRIED, Account, Controller, CostCurve, FixedLength, Source
+from pybmc.controller import ALLOWED, BANK, GRANT, TRIED, Account, Chances, Controller, CostCurve, FixedLength, Source
 
 
 def cheap(n):                           # a few tokens more are nearly free
@@ -204,12 +204,41 @@ def test_a_width_that_looked_dear_once_is_hoped_to_be_cheaper_until_it_is_seen()
     assert 1.2 < curve.hope(6) < 0.98 * curve.at(6) and curve.hope(4) == curve.at(4)
     for _ in range(12):
         curve.observe(6, 1.4)
-    assert curve.hope(6) == curve.at(6) == pytest.approx(1.4, rel=0.1)
+    assert curve.hope(6) == pytest.approx(curve.at(6), rel=0.01) and curve.at(6) == pytest.approx(1.4, rel=0.1)
+
+
+@given(st.floats(0.01, 0.99), st.floats(0.01, 0.99), st.integers(1, 50))
+def test_a_class_that_was_not_seen_follows_the_others(own, other, n):
+    better, worse = Chances([own, other]), Chances([own, other])
+    for _ in range(n):
+        better.add(1, True)
+        worse.add(1, False)
+    assert 0 < worse.at(0) < own < better.at(0) < 1
+    assert better.each() == [better.at(0), better.at(1)]
+
+
+def test_classes_that_are_as_expected_say_nothing_of_others():
+    chances = Chances([0.3, 0.5, 0.0])
+    for i in range(100):
+        chances.add(1, i % 2 == 0)
+    assert chances.at(0) == pytest.approx(0.3, abs=0.01) and chances.at(2) == 0
+
+
+@pytest.mark.parametrize("first", [4, 5, 6, 7, 9])
+def test_widths_that_seem_dear_and_are_not_are_found_out(first):
+    def straight(n):
+        return 1 + 0.04 * (n - 1)
+
+    believed = CostCurve({n: straight(n) * (1 if n < first else 1.6) for n in range(1, 18)})
+    found, _ = run(straight, 0.95, 0.05, n=1000, controller=Controller(believed))
+    assert found > 0.9 * run(straight, 0.95, 0.05, n=1000)[0]
 
 
 def test_unsure_tokens_are_cut_off():
     source = Source("draft", [0.05, 0.95])
     controller = Controller(CostCurve({n: cheap(n) for n in (1, 2, 4, 6, 8, 12, 16)}))
+    for n in (1, 2, 3, 4) * 10:
+        controller.observe(n, cheap(n))
     assert controller.cut(source, [1, 1, 1], 0.0)[0] == 3
     assert controller.cut(source, [1, 0, 0], 0.0)[0] == 2
     assert Controller(CostCurve({n: steep(n) for n in (1, 2, 4)})).cut(source, [1, 0, 1], 0.0)[0] == 1

@@ -335,8 +335,8 @@ def bundled_cases(model, draft, ignorant, n: int, count: int) -> list[Case]:
     ]
 
 
-def pair_cases(name: str, model, draft, ignorant, aim: str, n: int) -> list[Case]:
-    cases = [Case(name, aim, model, noise(model, n, 2), partial(with_draft, model, draft, "draft"))]
+def pair_cases(name: str, model, draft, ignorant, aim: str, n: int, count: int) -> list[Case]:
+    cases = [Case(name, aim, model, noise(model, n, count), partial(with_draft, model, draft, "draft"))]
     if "85" in name:
         cases += [Case("1B, random draft", ">= 0.97", model, noise(model, n, 1), partial(with_stranger, model, ignorant)),
                   Case("1B, copying, n-grams", ">= 2.5", model, [copying(model, n)], partial(with_draft, model, None, "ngram"))]
@@ -435,7 +435,7 @@ def all_cases(args):
                 yield bundled_cases(model, draft, ignorant, args.n, args.requests), model, draft, not args.pairs
             else:
                 aim = ">= 2.2" if "85" in name else ">= 1.4"
-                yield pair_cases(name, model, draft, ignorant, aim, args.n), model, draft, "85" in name
+                yield pair_cases(name, model, draft, ignorant, aim, args.n, min(args.requests, 6)), model, draft, "85" in name
 
 
 def main() -> None:
@@ -448,7 +448,7 @@ def main() -> None:
     parser.add_argument("-r", "--runs", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=LEAST, help="of each way in a run, at least")
     parser.add_argument("-n", type=int, default=256, help="tokens of an answer")
-    parser.add_argument("--requests", type=int, default=len(REQUESTS), help="of the bundled pair")
+    parser.add_argument("--requests", type=int, default=len(REQUESTS), help="to the bundled pair; to others, 6 of them at most")
     parser.add_argument("-t", "--threads", type=int)
     parser.add_argument("--sweep", type=int, default=3, metavar="RUNS", help="runs of each fixed length; 0: none")
     parser.add_argument("--curve", type=Path, metavar="SVG", help="also plot gain against acceptance")
