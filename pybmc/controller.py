@@ -21,7 +21,7 @@ from .costs import FADE, Average, CostCurve, DraftCost
 WIDEST = 16                             # tokens in a draft
 MIN_GAIN = 1.03                         # predicted, before speculating begins; it ends below 1
 GRANT = 3.0                             # plain tokens whose time drafting may lose before it has gained any ..
-ALLOWED = 0.015                         # .. and of each token's time, ever ..
+ALLOWED = 0.01                          # .. and of each token's time, ever ..
 BANK = 8.0                              # .. and at most at once, whatever it gained before
 DEBT = 1.0                              # most that is kept of what a round lost beyond that: it may have met a hiccup
 DECIDING, LOOKING = 0.003, 0.01         # of the time, for decisions against drafting; where only the text is looked at
