@@ -57,6 +57,10 @@ class Counts:
         self._true[i] = FADE * self._true[i] + came_true
         self._n[i] = FADE * self._n[i] + 1
 
+    @property
+    def seen(self) -> float:
+        return sum(self._n)
+
     def record(self) -> list[list[float]]:
         return [[true, n] for true, n in zip(self._true, self._n)]
 

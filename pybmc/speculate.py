@@ -41,6 +41,7 @@ SPECS = ("auto", "draft", "ngram", "self", "off")
 TIMED = 3                               # of a size, for how many their mean counts at most
 PLAIN, QUICK = 5, 0.002                 # plain ones that tell what plain decoding takes, where a pass takes less than so many seconds
 SURE = 4                                # drafts that are seen one by one before
+JUDGED, EARLY = 8, 6                    # n-grams' guesses that are seen before a call has more than so many rounds: it learns nothing meanwhile
 MEASURED = (1, 2, 3, 4, 6, 8, 12, 16)       # widths that a first calibration times
 
 # What a mark promises before anything was seen. Two models' best tokens are the same more often than they are sure.
@@ -219,6 +220,8 @@ class Speculation:
         n_rounds = BULK
         if round.bulk is self.drafter and (source.seconds.n < SURE or round.plan.trial):
             n_rounds = controller.trials(k, source.seconds.at(k)) if round.plan.trial else 1
+        elif round.bulk is self.ngram and source.by_mark.seen < JUDGED:
+            n_rounds = EARLY
         self._ahead = n_rounds * (k + 1)
         if round.bulk is self.drafter:
             self._read(round, round.plan, text, source)
