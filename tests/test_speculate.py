@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 import pybmc
 from pybmc import ArgumentError, BmcError, OutOfMemoryError, decode
 from pybmc.controller import Controller, CostCurve, FixedLength, Plan, Source
-from pybmc.decode import Choice, Chooser, generate
+from pybmc.decode import BULK, Choice, Chooser, generate
 from pybmc.drafters import NOTHING, Draft, ModelDrafter, NgramDrafter, PairError, check_pair, first_difference, guess
 from pybmc.model import Session, speculate
 from pybmc.sampling import Sampler, logprob
-from pybmc.speculate import Speculation, attach, leave, usual
+from pybmc.speculate import EARLY, JUDGED, Speculation, attach, leave, usual
 
 
 class Whim(Controller):
@@ -614,6 +614,14 @@ def test_ngrams_find_the_longest_match(text, k, cut):
         return
     looped = (follows * k)[:k] if len(follows) < k else follows[:k]
     assert draft.ids == looped and draft.marks == [min(length + i, drafter.n_marks - 1) for i in range(k)]
+
+
+def test_calls_are_short_until_ngrams_were_judged(model, monkeypatch):
+    asked, rounds = [], NgramDrafter.rounds
+    monkeypatch.setattr(NgramDrafter, "rounds", lambda *args, **terms: asked.append(terms["n_rounds"]) or rounds(*args, **terms))
+    made = Speculation(model, None, "ngram", controller=FixedLength(4))
+    list(generate(model, [5, 6, 7, 8] * 8, 200, draft=made, stop_tokens=()))
+    assert asked[0] == EARLY and BULK in asked and made.source("ngram", "best").by_mark.seen >= JUDGED
 
 
 def test_ngrams_forget_another_text():

@@ -41,6 +41,7 @@ REQUESTS = [f"{ask} {who}." for ask in ("Tell me a story about", "Write a short 
                                         "Tell me what became of")
             for who in ("a fox and a well", "the old clockmaker", "two sisters at sea", "a king who could not sleep",
                         "the last lamp in the street")]
+FEW = 6                                 # requests to a pair that is not the bundled one
 LENGTHS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16)          # of the sweep
 LEAST = 1.0                             # seconds of each way in a run: a machine that stumbles does so in both
 CURVE = "curve"
@@ -435,7 +436,7 @@ def all_cases(args):
                 yield bundled_cases(model, draft, ignorant, args.n, args.requests), model, draft, not args.pairs
             else:
                 aim = ">= 2.2" if "85" in name else ">= 1.4"
-                yield pair_cases(name, model, draft, ignorant, aim, args.n, min(args.requests, 6)), model, draft, "85" in name
+                yield pair_cases(name, model, draft, ignorant, aim, args.n, min(args.requests, FEW)), model, draft, "85" in name
 
 
 def main() -> None:
@@ -448,7 +449,7 @@ def main() -> None:
     parser.add_argument("-r", "--runs", type=int, default=10)
     parser.add_argument("--seconds", type=float, default=LEAST, help="of each way in a run, at least")
     parser.add_argument("-n", type=int, default=256, help="tokens of an answer")
-    parser.add_argument("--requests", type=int, default=len(REQUESTS), help="to the bundled pair; to others, 6 of them at most")
+    parser.add_argument("--requests", type=int, default=len(REQUESTS), help=f"to the bundled pair; to others, at most {FEW} of them")
     parser.add_argument("-t", "--threads", type=int)
     parser.add_argument("--sweep", type=int, default=3, metavar="RUNS", help="runs of each fixed length; 0: none")
     parser.add_argument("--curve", type=Path, metavar="SVG", help="also plot gain against acceptance")
