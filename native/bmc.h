@@ -16,7 +16,7 @@
 
 /* <cffi> What stands between these two marks is read by Python as it is: plain declarations only. */
 
-#define BMC_VERSION 7       /* counts the changes of what follows; bmc_version() tells which one was compiled */
+#define BMC_VERSION 8       /* counts the changes of what follows; bmc_version() tells which one was compiled */
 
 enum bmc_status {
     BMC_OK = 0,
@@ -42,7 +42,8 @@ enum bmc_growth {
 
 typedef struct bmc_model bmc_model;
 typedef struct bmc_session bmc_session;
-typedef struct bmc_ngrams bmc_ngrams;
+typedef struct bmc_policy bmc_policy;
+typedef struct bmc_drafter bmc_drafter;
 
 /* A row of the type table; a type without kernels has runs == 0. */
 typedef struct bmc_type_info {
@@ -88,12 +89,18 @@ typedef struct bmc_tensor {
     const void *data;
 } bmc_tensor;
 
-/* How a token is chosen: settings and their meaning are llama.cpp's. NULL in place of one: the best. */
+/* How a token is chosen: settings and their meaning are llama.cpp's. NULL in place of one: the largest logit. */
 typedef struct bmc_sampler {
-    double temperature;             /* 0: the best */
+    double temperature;             /* 0: the largest logit */
     double top_p, min_p;            /* 1 and 0: off */
     uint64_t seed;
     int32_t top_k;                  /* 0: off */
+    int32_t last_n;                 /* tokens that the penalties look at; -1: all */
+    float repeat_penalty;           /* 1: off */
+    float presence_penalty, frequency_penalty;      /* 0: off */
+    int32_t n_bias;
+    const int32_t *bias_id;         /* (n_bias,) */
+    const float *bias;              /* (n_bias,) added to these logits; -inf bans an id */
 } bmc_sampler;
 
 typedef struct bmc_span {
@@ -103,42 +110,70 @@ typedef struct bmc_span {
     int32_t want;                   /* enum bmc_want: whose logits */
     int32_t last;                   /* 0, or how many rows attention sees, itself included, besides the first 256 */
     const bmc_sampler *sampler;     /* chooses the next ids */
+    const uint32_t *mask;           /* (wanted tokens, (vocab_size + 31) / 32) bits of the ids that may be chosen, or NULL */
+    const int32_t *names;           /* (vocab_size,) ids whose noise the sampler takes, for a draft of another vocabulary; or NULL */
+    int32_t n_top;                  /* the likeliest ids to tell, before a sampler changes any */
     float *logits;                  /* (wanted tokens, vocab_size), or NULL */
-    int32_t *next;                  /* (wanted tokens,) the next id: the sampler's, or the best, the lowest of equals; or NULL */
+    int32_t *next;                  /* (wanted tokens,) the next id: the sampler's, or the best, the lowest of equals; -1: none is allowed; or NULL */
     float *logprob;                 /* (wanted tokens,) its log-probability, before the sampler changes any; or NULL */
     float *lead;                    /* (wanted tokens,) how far its score, logit / temperature + noise, is ahead; or NULL */
+    int32_t *top_ids;               /* (wanted tokens, n_top) */
+    float *top_logprobs;            /* (wanted tokens, n_top) descending */
 } bmc_span;
 
-/* Rounds of decoding, speculative where somebody guesses. A round drafts up to k guesses, checks as many as are worth it, and
- * gives those that are what the target chooses and the token that it chooses after them. Rounds end when the text has n_tokens
- * more and when they have lost the stake, and none begins after so many seconds. */
-typedef struct bmc_plan {
-    int32_t n_rounds;               /* at most */
-    int32_t k;
-    int32_t least;                  /* fewer guesses are not checked */
-    int32_t every;                  /* of so many rounds, 3 or more, the last two are plain, for comparison; 0: none .. */
-    int32_t since;                  /* .. and the first is as many rounds after the last plain one */
-    int32_t n_tokens;
-    double seconds;
-    double stake;                   /* seconds by which all may take longer than plain tokens; who loses it is the last */
-    const bmc_sampler *sampler;     /* of both models */
-    int32_t patient;                /* 1: a round in which no guess was worth checking does not end them */
-    double p_min;                   /* a draft ends after a guess that it is less sure of */
-    int32_t n_edges;
-    const double *edges;            /* (n_edges,) how sure guesses of a class are, where it ends */
-    const double *chance;           /* (n_edges + 1,) how often guesses of a class come true */
-    const double *cost;             /* (k + 2,) seconds of a pass by its tokens; NULL: all guesses are checked, at no stake */
-    double choosing;                /* seconds, for every token */
-    double drafting;                /* seconds, the most that a draft counts as against the stake: it may meet a hiccup */
-    const int32_t *script;          /* (n_tokens,) for experiments: what the target is taken to choose; or NULL */
-} bmc_plan;
+/* Who guesses how one sequence's text goes on, for bmc_round: the text itself, where its last tokens were there before, and one
+ * of a draft model, the model itself with less attention, and the caller. */
+typedef struct bmc_drafter_options {
+    bmc_session *draft;             /* a draft model's, for this sequence alone; or NULL */
+    const int32_t *to_draft;        /* (the target's vocab_size,) the draft's id for each of the target's, where they differ; or NULL */
+    const int32_t *to_target;       /* (the draft's vocab_size,) and back; -1: the target does not have it */
+    int32_t self_window;            /* the model itself, whose attention sees so many last rows and the first 256; 0: not */
+    int32_t external;               /* 1: the caller has a draft model that it asks where bmc_item.wanted says so */
+    int32_t ngrams;                 /* 1: repetitions in the text */
+    int32_t most, least;            /* guesses in a pass: at most; fewer are not made */
+    int32_t fixed;                  /* as many in every round, all of them checked, for proofs; 0: as many as pay */
+} bmc_drafter_options;
 
-typedef struct bmc_round {
-    int32_t n_asked, n_drafted, n_checked;
-    int32_t n_right;                /* of all drafted, as far as the text goes */
-    int32_t n_tokens;               /* what it gave: the guesses accepted, and the target's own */
+typedef struct bmc_item_stats {     /* sums over rounds */
+    int32_t rounds, checked, accepted;      /* guesses */
+    int32_t lengths[33];            /* rounds by how many guesses were checked */
     double draft_s, verify_s;
-} bmc_round;
+    double plain_s;                 /* what plain decoding would have taken for its tokens, as far as is known */
+} bmc_item_stats;
+
+/* A sequence in bmc_round. */
+typedef struct bmc_item {
+    bmc_session *session;
+    bmc_drafter *drafter;           /* or NULL */
+    const bmc_sampler *sampler;     /* or NULL */
+    const int32_t *pending;         /* (n_pending,) tokens that the session lacks: a piece of a prompt, or the last token chosen */
+    int32_t n_pending;
+    int32_t choose;                 /* 0: more of the prompt follows, nothing is chosen */
+    int32_t max_tokens;             /* the item ends with so many */
+    const int32_t *stops;           /* (n_stops,) ids that end it */
+    int32_t n_stops;
+    int32_t n_guesses;              /* of the caller's, for the first round */
+    const int32_t *guesses;         /* (n_guesses,) or NULL; not NULL and none: the caller has none */
+    const float *confidence;        /* (n_guesses,) 0 to 1, or NULL */
+    double guess_s;                 /* seconds that they took */
+    const uint32_t *masks;          /* as in bmc_span, for the last pending token and the guesses; the call ends after one round */
+    int32_t n_top;                  /* as in bmc_span */
+    int32_t wanted;                 /* result: guesses that the caller is asked for; then nothing else has happened */
+    int32_t ended;                  /* result: max_tokens, a stop, or no token that can be chosen */
+    int32_t n;                      /* result: tokens given */
+    int32_t *ids;                   /* (max_tokens,) */
+    float *logprobs;                /* (max_tokens,) */
+    uint8_t *drafted;               /* (max_tokens,) 1: it was guessed */
+    int32_t *top_ids;               /* (max_tokens, n_top) */
+    float *top_logprobs;            /* (max_tokens, n_top) */
+    bmc_item_stats stats;
+} bmc_item;
+
+typedef struct bmc_limits {
+    bmc_policy *policy;             /* decides on guesses, and learns; NULL: only the caller's are taken, and all of them checked */
+    int32_t n_rounds;               /* 0: as many as fit */
+    double seconds;                 /* no round begins after so many; there is always one */
+} bmc_limits;
 
 /* How a session's rows of keys and values grow. */
 typedef struct bmc_arena_options {
@@ -197,7 +232,7 @@ int         bmc_dequantize(int type, const void *blocks, int64_t n, float *out);
 
 /* Binds the tensors and checks them. bmc_model_pack makes the panels, once, before the first session; bmc_model_map leaves
  * the weights where they are and makes panels again in every pass: slower, the same bits, hardly any memory. */
-bmc_model  *bmc_model_new(const bmc_config *config, const bmc_tensor *tensors, int n_tensors, int n_threads);
+int         bmc_model_new(const bmc_config *config, const bmc_tensor *tensors, int n_tensors, int n_threads, bmc_model **model);
 int         bmc_model_pack(bmc_model *model);
 int         bmc_model_map(bmc_model *model);
 int         bmc_model_coarsen(bmc_model *model);     /* 1: bmc_draft has a coarse head from now on; 0: it would not pay */
@@ -208,8 +243,10 @@ const char *bmc_step_name(int step);                                     /* NULL
 void        bmc_model_free(bmc_model *model);                            /* once its last session is gone too */
 
 /* rope 1: every layer takes table 1, as a model stretched to long contexts asks. */
-bmc_session *bmc_session_new(bmc_model *model, int64_t cap, const bmc_arena_options *options, int rope);
+int         bmc_session_new(bmc_model *model, int64_t cap, const bmc_arena_options *options, int rope, bmc_session **session);
 int         bmc_session_position(const bmc_session *session);
+const int32_t *bmc_session_tokens(const bmc_session *session);          /* (position,) the tokens of its rows */
+int         bmc_session_sync(bmc_session *session, const int32_t *tokens, int n);      /* keeps the rows that a text begins with; how many */
 int         bmc_session_rewind(bmc_session *session, int position);
 int         bmc_session_reserve(bmc_session *session, int rows);         /* room for so many beyond the position */
 int         bmc_session_fill(bmc_session *session, int rows);            /* for experiments: noise, from this tile on */
@@ -219,31 +256,27 @@ void        bmc_fail_allocation(int n);                      /* for tests: the n
 
 int         bmc_eval(const bmc_span *spans, int n_spans);
 
-/* The id that a sampler chooses after `position` tokens from logits (n,). */
-int         bmc_choose(const float *logits, int n, const bmc_sampler *sampler, int position, int32_t *id);
+/* The id that a sampler chooses after `position` tokens, the last of which are the history, from logits (n,). */
+int         bmc_choose(const float *logits, int n, const bmc_sampler *sampler, int position, const int32_t *history, int n_history,
+                       int32_t *id);
 
-/* Evaluates tokens, then up to k next ones, each after the one before, until one is less sure than p_min; last is
- * bmc_span's. Returns how many ids there are (at least one for k > 0); the last of them is not evaluated. sure is the log of how
- * sure each is: its probability, or with a sampler 1 - e^-lead. With a coarse head the best are the best nearly always, and
- * how likely they are is as the coarse head sees it. */
-int         bmc_draft(bmc_session *session, const int32_t *tokens, int n_tok, int k, float p_min, int last,
-                      const bmc_sampler *sampler, int32_t *ids, float *sure);
+/* What is known of costs and of guesses for one pair of models. Seconds: a guess at passes of one token. One call at a time. */
+int         bmc_policy_new(double target_seconds, double draft_seconds, bmc_policy **policy);
+void        bmc_policy_free(bmc_policy *policy);                        
+double      bmc_policy_seconds(const bmc_policy *policy, int of_draft, double width);      /* of a pass; 0: not known */
+double      bmc_policy_chance(const bmc_policy *policy, int source, float confidence);     /* that a guess comes true; -1: of any */
+int         bmc_policy_save(const bmc_policy *policy, double *values, int n);  /* up to n numbers; returns how many there are */
+int         bmc_policy_load(bmc_policy *policy, const double *values, int n);
 
-/* A text as its own drafter: the longest match of its end, of up to 24 tokens and two at least, and what followed it; the latest of
- * equals. Or where a copy that an edit interrupted goes on. Returns how many ids there are, k or none; lengths (k,) are those of
- * the match that each goes on, 1 right after an edit. */
-bmc_ngrams *bmc_ngrams_new(void);
-void        bmc_ngrams_free(bmc_ngrams *ngrams);
-int         bmc_ngrams_clear(bmc_ngrams *ngrams);                        /* of an empty text again */
-int         bmc_ngrams_add(bmc_ngrams *ngrams, const int32_t *tokens, int n);
-int         bmc_ngrams_propose(const bmc_ngrams *ngrams, int k, int32_t *ids, double *lengths);
+int         bmc_drafter_new(const bmc_drafter_options *options, int n_vocab, bmc_drafter **drafter);
+void        bmc_drafter_free(bmc_drafter *drafter);
+int         bmc_drafter_failed(const bmc_drafter *drafter);             /* 1: its draft model had an error and is not asked any more */
 
-/* Either draft or ngrams guesses, the other one is NULL; both are where nobody does (k 0). text: what the draft lacks of a text
- * (n_text of 1 to 32; ngrams lack nothing), of which the target lacks the last token. Returns how many rounds there were; ids and
- * logprobs (n_rounds * (k + 1),) are what they gave, sure (n_rounds, k) is how sure each round's guesses were (of ngrams the
- * lengths). A failure later than in the first round only ends the rounds. Afterwards draft or ngrams have nothing but the text. */
-int         bmc_speculate(bmc_session *target, bmc_session *draft, bmc_ngrams *ngrams, const bmc_plan *plan, const int32_t *text,
-                          int n_text, int32_t *ids, float *logprobs, double *sure, bmc_round *rounds);
+/* Rounds of decoding, for one sequence or many: each one guesses, verifies all guesses in one pass over the weights, and keeps those
+ * that the target chooses, and the token that it chooses after them. Pieces of prompts share the pass. Goes on until an item ends,
+ * has read its piece or wants guesses, or a limit is reached. Returns how many rounds there were; a failure in a later round than the
+ * first only ends them. Afterwards a session holds its text without the last token given. */
+int         bmc_round(bmc_item *const *items, int n, const bmc_limits *limits);
 /* </cffi> */
 
 #pragma GCC visibility pop

@@ -550,6 +550,11 @@ static struct best best_of(const bmc_model *m, const float *logits, int n, int f
     return best;
 }
 
+static bool chooses(const struct pass *p, int64_t i) {
+    const bmc_span *span = p->out_span[i];
+    return span->next || span->logprob || span->n_top;
+}
+
 /* Logits of the wanted tokens, HEAD_ROWS of the vocabulary at a time: copied where they are asked for, or only the best
  * of them remembered, so that greedy decoding never writes a vocabulary's worth. */
 static void head(const struct pass *p, struct input in, int thread) {
@@ -568,7 +573,7 @@ static void head(const struct pass *p, struct input in, int thread) {
             const float *logits = part + (size_t)i * HEAD_ROWS;
             if (p->logits[i])
                 memcpy(p->logits[i] + row, logits, (size_t)rows * sizeof *logits);
-            if (p->next[i] || p->logprob[i])
+            if (chooses(p, i))
                 p->best[(int64_t)i * head_parts(m) + from] = best_of(m, logits, rows, row);
         }
     }
@@ -626,29 +631,53 @@ static struct best best_of_parts(const struct best *parts, size_t n, double *sum
     return *best;
 }
 
-/* Each token's next id, the best or the sampler's, and its log-probability. */
+/* The id that follows a token, chosen by a sampler from logits that bias, penalties and a mask may change first. top: the
+ * largest logit. Without a sampler but with a mask it is the largest that is allowed. -1: none is. */
+static int32_t chosen(const struct pass *p, int64_t i, float top, float *lead, int thread) {
+    static const bmc_sampler best = { .top_k = 1, .top_p = 1, .repeat_penalty = 1 };
+    const bmc_model *m = p->model;
+    const bmc_span *span = p->out_span[i];
+    const bmc_session *session = p->session[i];
+    struct candidate *room = (struct candidate *)(void *)(m->buffers->scratch + (size_t)thread * m->buffers->scratch_stride);
+    const float *logits = p->logits[i];
+    if (sampler_alters(span->sampler, p->mask[i])) {
+        float *altered = m->buffers->altered + (size_t)thread * padded(m->c.vocab_size);
+        top = sampler_alter(&m->k, span->sampler, p->mask[i], session->tokens, p->pos[i] + 1, logits, m->c.vocab_size, altered, room);
+        logits = altered;
+    }
+    if (!isfinite(top))
+        return -1;
+    return sample(&m->k, span->sampler ? span->sampler : &best, logits, m->c.vocab_size, top, session->offset + p->pos[i] + 1,
+                  span->names, room, lead);
+}
+
+/* Each wanted token's next id, the best or the sampler's, its log-probability, and the likeliest ids. */
 static void choose(const struct pass *p, int thread) {
     const bmc_model *m = p->model;
     const size_t n = (size_t)head_parts(m);
-    float *scratch = m->buffers->scratch + (size_t)thread * m->buffers->scratch_stride;
     int64_t from, to;
     share(p, thread, p->n_out, &from, &to);
     for (int64_t i = from; i < to; i++) {
-        if (!p->next[i] && !p->logprob[i])
+        const bmc_span *span = p->out_span[i];
+        const int row = p->out_row[i];
+        if (!chooses(p, i))
             continue;
         double sum;
         struct best best = best_of_parts(p->best + (size_t)i * n, n, &sum);
+        double log_sum = (double)best.logit + log(sum), logprob = -log(sum);
         int32_t id = best.id;
-        float logit = best.logit;
-        if (p->sampler[i] && isfinite(logit)) {
-            id = sample(&m->k, p->sampler[i], p->logits[i], m->c.vocab_size, logit, p->pos[i] + 1,
-                        (struct candidate *)(void *)scratch, p->lead[i]);
-            logit = p->logits[i][id];
+        if ((span->sampler || p->mask[i]) && isfinite(best.logit)) {
+            id = chosen(p, i, best.logit, span->lead ? span->lead + row : NULL, thread);
+            logprob = id < 0 ? NAN : (double)p->logits[i][id] - best.logit - log(sum);
         }
-        if (p->next[i])
-            *p->next[i] = id;
-        if (p->logprob[i])
-            *p->logprob[i] = (float)((double)logit - best.logit - log(sum));
+        if (span->next)
+            span->next[row] = id;
+        if (span->logprob)
+            span->logprob[row] = (float)logprob;
+        if (span->n_top)
+            likeliest(&m->k, p->logits[i], m->c.vocab_size, span->n_top, log_sum, span->top_ids + (size_t)row * (size_t)span->n_top,
+                      span->top_logprobs + (size_t)row * (size_t)span->n_top,
+                      (struct candidate *)(void *)(m->buffers->scratch + (size_t)thread * m->buffers->scratch_stride));
     }
 }
 

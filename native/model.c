@@ -398,6 +398,7 @@ static size_t lay_out(const bmc_model *m, struct buffers *b, char *memory) {
     b->scratch_stride = largest(heads * (size_t)m->v_dim + 2 * heads, (size_t)PASS_MAX * HEAD_ROWS);
     b->scratch_stride = largest(b->scratch_stride, (size_t)c->vocab_size * sizeof(struct candidate) / sizeof(float));
     b->scratch = take(&next, threads * b->scratch_stride * sizeof(float));
+    b->altered = take(&next, threads * padded(c->vocab_size) * sizeof(float));
     b->pieces_done = take(&next, threads * TASKS_EACH * sizeof *b->pieces_done);
     b->parts = take(&next, PART_FLOATS * sizeof(float));
     return (size_t)(next - memory);
@@ -438,13 +439,13 @@ static int copy_config(bmc_model *m, const bmc_config *config) {
 }
 
 static int build(bmc_model *m, const bmc_config *config, const bmc_tensor *tensors, int n_tensors, int n_threads) {
-    int status = check_config(config);
-    if (!status)
-        status = kernels_init(&m->k);
+    const struct kernels *kernels = kernels_find();
+    int status = kernels ? check_config(config) : BMC_EINVAL;
     if (!status)
         status = copy_config(m, config);
     if (status)
         return status;
+    m->k = *kernels;
     m->layers = own(m, (size_t)config->n_layers * sizeof *m->layers);
     m->pool = pool_new(n_threads);
     if (!m->layers || !m->pool)
@@ -465,22 +466,20 @@ static int build(bmc_model *m, const bmc_config *config, const bmc_tensor *tenso
     return status;
 }
 
-bmc_model *bmc_model_new(const bmc_config *config, const bmc_tensor *tensors, int n_tensors, int n_threads) {
-    if (!config || !tensors || n_tensors < 1 || n_threads < 1 || n_threads > 1024) {
-        fail(BMC_EINVAL, "bmc_model_new: needs settings, tensors and 1 to 1024 threads (%d)", n_threads);
-        return NULL;
-    }
+int bmc_model_new(const bmc_config *config, const bmc_tensor *tensors, int n_tensors, int n_threads, bmc_model **model) {
+    if (!config || !tensors || n_tensors < 1 || n_threads < 1 || n_threads > 1024 || !model)
+        return fail(BMC_EINVAL, "bmc_model_new: needs settings, tensors and 1 to 1024 threads (%d)", n_threads);
     bmc_model *m = calloc(1, sizeof *m);
-    if (!m) {
-        fail(BMC_ENOMEM, "no memory for a model");
-        return NULL;
-    }
+    if (!m)
+        return fail(BMC_ENOMEM, "no memory for a model");
     pthread_mutex_init(&m->lock, NULL);
     atomic_init(&m->n_users, 1);
-    if (!build(m, config, tensors, n_tensors, n_threads))
-        return m;
-    bmc_model_free(m);
-    return NULL;
+    int status = build(m, config, tensors, n_tensors, n_threads);
+    if (status)
+        bmc_model_free(m);
+    else
+        *model = m;
+    return status;
 }
 
 void bmc_model_free(bmc_model *m) {

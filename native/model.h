@@ -75,6 +75,9 @@ struct bmc_session {
     bmc_model *model;
     struct arena arena;
     int position;                   /* rows in use */
+    int32_t *tokens;                /* (n_tokens,) the first `position` of them are those of the rows */
+    int n_tokens;
+    int offset;                     /* tokens of the text before the first row: a draft model may read the end of a text only */
     int rope;                       /* 1: table 1 for every layer */
     bool pad;                       /* attention works on unused rows too */
     double attention_s;             /* seconds in attention of passes that its tokens began */
@@ -96,6 +99,7 @@ struct buffers {
     struct act_block *hidden_act;   /* up in 8 bits */
     float *cos, *sin;               /* (2, PASS_MAX, rope_dim / 2) */
     float *rows;                    /* (SAMPLED_MAX, vocab_size) logits that are sampled from and not asked for */
+    float *altered;                 /* (threads, vocab_size) logits with bias, penalties and mask */
     float *scratch;                 /* (threads, scratch_stride) */
     size_t scratch_stride;
     float *parts;                   /* sums of chunks that wait to be merged */
@@ -120,13 +124,16 @@ struct pass {
     int32_t out[PASS_MAX];          /* (n_out,) which tokens */
     float *logits[PASS_MAX];        /* (n_out,) where to, or NULL */
     int n_sampled;                  /* of them, those with a row of the buffers */
-    const bmc_sampler *sampler[PASS_MAX];
-    int32_t *next[PASS_MAX];
-    float *logprob[PASS_MAX], *lead[PASS_MAX];
+    const bmc_span *out_span[PASS_MAX];     /* (n_out,) whose results */
+    int out_row[PASS_MAX];                  /* (n_out,) and which row of them */
+    const uint32_t *mask[PASS_MAX];         /* (n_out,) allowed ids, or NULL */
     struct best *best;              /* (n_out, parts of HEAD_ROWS) */
 };
 
 void forward(struct pass *pass);
+
+/* bmc_eval; coarse: the best ids of wanted rows are looked for with the coarse head, where the model has one. */
+int evaluate(const bmc_span *spans, int n_spans, bool coarse);
 void model_release(bmc_model *model);       /* one user less */
 
 static inline int head_parts(const bmc_model *m) { return (m->c.vocab_size + HEAD_ROWS - 1) / HEAD_ROWS; }

@@ -5,6 +5,7 @@
  * it goes on a match of one, those behind it the copy. */
 #include "ngram.h"
 
+#include "bmc.h"
 #include "error.h"
 
 #include <stdbool.h>
@@ -19,14 +20,14 @@ enum {
 
 struct slot { int32_t first, second, end; };        /* end 0: empty */
 
-struct bmc_ngrams {
+struct ngrams {
     int32_t *text, *before;         /* before[i]: where the pair that ends at i (tokens before it: i) ended before, or 0 */
     int n, room;
     struct slot *slots;             /* open addressing; n_slots is a power of two, at least twice room */
     size_t n_slots;
 };
 
-static struct slot *find(const bmc_ngrams *g, int32_t first, int32_t second) {
+static struct slot *find(const struct ngrams *g, int32_t first, int32_t second) {
     uint64_t key = ((uint64_t)(uint32_t)first << 32 | (uint32_t)second) * 0x9e3779b97f4a7c15u;
     size_t at = (size_t)(key >> 32) & (g->n_slots - 1);
     while (g->slots[at].end && (g->slots[at].first != first || g->slots[at].second != second))
@@ -34,14 +35,14 @@ static struct slot *find(const bmc_ngrams *g, int32_t first, int32_t second) {
     return &g->slots[at];
 }
 
-static void index_pair(bmc_ngrams *g, int end) {
+static void index_pair(struct ngrams *g, int end) {
     struct slot *slot = find(g, g->text[end - 2], g->text[end - 1]);
     g->before[end] = slot->end;
     *slot = (struct slot){ g->text[end - 2], g->text[end - 1], end };
 }
 
 /* Room for n tokens; nothing has changed where there is no memory for it. */
-static int grow(bmc_ngrams *g, int n) {
+static int grow(struct ngrams *g, int n) {
     if (n <= g->room)
         return 0;
     int room = g->room ? g->room : 1024;
@@ -61,7 +62,7 @@ static int grow(bmc_ngrams *g, int n) {
     free(g->text);
     free(g->before);
     free(g->slots);
-    *g = (bmc_ngrams){ text, before, g->n, room, slots, n_slots };
+    *g = (struct ngrams){ text, before, g->n, room, slots, n_slots };
     before[0] = 0;
     if (g->n)
         before[1] = 0;
@@ -70,14 +71,14 @@ static int grow(bmc_ngrams *g, int n) {
     return 0;
 }
 
-bmc_ngrams *bmc_ngrams_new(void) {
-    bmc_ngrams *g = calloc(1, sizeof *g);
+struct ngrams *ngrams_new(void) {
+    struct ngrams *g = calloc(1, sizeof *g);
     if (!g)
         fail(BMC_ENOMEM, "no memory for an index");
     return g;
 }
 
-void bmc_ngrams_free(bmc_ngrams *g) {
+void ngrams_free(struct ngrams *g) {
     if (!g)
         return;
     free(g->text);
@@ -86,18 +87,13 @@ void bmc_ngrams_free(bmc_ngrams *g) {
     free(g);
 }
 
-int bmc_ngrams_clear(bmc_ngrams *g) {
-    if (!g)
-        return fail(BMC_EINVAL, "bmc_ngrams_clear: needs an index");
+static void clear(struct ngrams *g) {
     g->n = 0;
     if (g->slots)
         memset(g->slots, 0, g->n_slots * sizeof *g->slots);
-    return 0;
 }
 
-int bmc_ngrams_add(bmc_ngrams *g, const int32_t *tokens, int n) {
-    if (!g || n < 0 || (n && !tokens) || n > (1 << 30) - g->n)
-        return fail(BMC_EINVAL, "bmc_ngrams_add: needs an index and tokens, found %d", n);
+int ngrams_add(struct ngrams *g, const int32_t *tokens, int n) {
     if (grow(g, g->n + n))
         return BMC_ENOMEM;
     for (int i = 0; i < n; i++) {
@@ -109,8 +105,14 @@ int bmc_ngrams_add(bmc_ngrams *g, const int32_t *tokens, int n) {
     return 0;
 }
 
+int ngrams_follow(struct ngrams *g, const int32_t *tokens, int n) {
+    if (g->n > n || (g->n && memcmp(g->text, tokens, (size_t)g->n * sizeof *tokens)))
+        clear(g);
+    return ngrams_add(g, tokens + g->n, n - g->n);
+}
+
 /* How many tokens before `place` are those before `end`, of which two are known to be. */
-static int match_length(const bmc_ngrams *g, int place, int end) {
+static int match_length(const struct ngrams *g, int place, int end) {
     int length = 2;
     while (length < NGRAM_LONGEST && length < place && g->text[place - length - 1] == g->text[end - length - 1])
         length++;
@@ -118,7 +120,7 @@ static int match_length(const bmc_ngrams *g, int place, int end) {
 }
 
 /* Where the tokens before `end` were before, and how many of them: the latest of the longest matches; 0 where there is none. */
-static int match(const bmc_ngrams *g, int end, int *length) {
+static int match(const struct ngrams *g, int end, int *length) {
     int best = 0;
     *length = 0;
     for (int place = end > 0 ? g->before[end] : 0, tries = TRIES; place && tries; place = g->before[place], tries--) {
@@ -133,7 +135,7 @@ static int match(const bmc_ngrams *g, int end, int *length) {
 
 /* Where a copy that was left a few tokens ago goes on, as after an edit: behind the last token, where it stands close to
  * the place; 0 where it does not. length: the copy's. */
-static int rejoined(const bmc_ngrams *g, int *length) {
+static int rejoined(const struct ngrams *g, int *length) {
     for (int since = 1; since <= EDITED && since < g->n; since++) {
         int left = match(g, g->n - since, length);
         for (int at = left; *length >= COPY && at < left + since + EDITED && at < g->n - since; at++)
@@ -143,7 +145,7 @@ static int rejoined(const bmc_ngrams *g, int *length) {
     return 0;
 }
 
-int ngrams_propose(const bmc_ngrams *g, int k, int32_t *ids, double *lengths) {
+int ngrams_propose(const struct ngrams *g, int k, int32_t *ids, double *lengths) {
     int length, from = match(g, g->n, &length);
     bool back = !from && (from = rejoined(g, &length));
     for (int i = 0; from && i < k; i++) {           /* a match that reaches the end goes on into the proposal itself */
@@ -153,10 +155,4 @@ int ngrams_propose(const bmc_ngrams *g, int k, int32_t *ids, double *lengths) {
     if (back && k > 0)
         lengths[0] = 1;
     return from ? k : 0;
-}
-
-int bmc_ngrams_propose(const bmc_ngrams *g, int k, int32_t *ids, double *lengths) {
-    if (!g || k < 0 || (k && (!ids || !lengths)))
-        return fail(BMC_EINVAL, "bmc_ngrams_propose: expected room for 0 or more ids, found k = %d", k);
-    return ngrams_propose(g, k, ids, lengths);
 }

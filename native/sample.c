@@ -1,12 +1,13 @@
-/* The order is llama.cpp's: top-k, top-p, min-p, temperature, then a random choice among what is left.
+/* The order is llama.cpp's: bias, penalties, top-k, top-p, min-p, temperature, then a random choice among what is left.
  *
  * SplitMix64 gives every id at every position a number x in (0, 1); E = -log(1 - x) is its exponential noise, -log(E) its
  * Gumbel noise, and the token is the id with the largest
  *
  *     logit / temperature - log(E)
  *
- * which is distributed as softmax(logits / temperature). No state goes from token to token and a filter does not change
- * the noise of the ids it keeps, so whoever looks at a position, in whatever order, finds the same token. */
+ * which is distributed as softmax(logits / temperature). The choice depends on the logits, the seed and the position
+ * alone: no state is carried from token to token, and a filter does not change the noise of the ids it keeps. So a
+ * draft model finds the target's choice wherever the two agree, and a verification finds that of plain decoding. */
 #include "sample.h"
 
 #include "cpu.h"
@@ -189,7 +190,7 @@ static int likely(const bmc_sampler *s, struct candidate *c, int n, float top) {
 
 /* E is more than x, so logit / temperature - log(x) is more than a score, and x's exponent bounds its logarithm: of a whole
  * vocabulary few ids are looked at closely. */
-static int32_t draw(const bmc_sampler *s, const struct candidate *c, int n, float top, int position, float *lead) {
+static int32_t draw(const bmc_sampler *s, const struct candidate *c, int n, float top, int position, const int32_t *names, float *lead) {
     const double temperature = s->temperature > 1e-6 ? s->temperature : 1e-6;      /* colder is greedy but for exact ties */
     const double ln2 = 0.6931471805599453, loudest = 53 * ln2;
     const uint64_t start = splitmix64(s->seed, (uint64_t)position);
@@ -199,7 +200,7 @@ static int32_t draw(const bmc_sampler *s, const struct candidate *c, int n, floa
         double score = (double)(c[i].logit - top) / temperature;
         if (score + loudest < second)
             continue;
-        double x = uniform(start, c[i].id);
+        double x = uniform(start, names ? names[c[i].id] : c[i].id);
         if (score - ln2 * exponent(x) < second)
             continue;
         score -= log(-log1p(-x));
@@ -215,40 +216,107 @@ static int32_t draw(const bmc_sampler *s, const struct candidate *c, int n, floa
     return winner;
 }
 
-int sampler_check(const bmc_sampler *s) {
+/* ---- what changes logits before the filters */
+
+int sampler_check(const bmc_sampler *s, int n_vocab) {
     if (!(s->temperature >= 0 && isfinite(s->temperature)))
         return fail(BMC_EINVAL, "temperature: expected 0 or more, found %g", s->temperature);
     if (s->top_k < 0)
         return fail(BMC_EINVAL, "top_k: expected 0 or more, found %d", (int)s->top_k);
     if (!(s->top_p >= 0 && s->top_p <= 1) || !(s->min_p >= 0 && s->min_p <= 1))
         return fail(BMC_EINVAL, "top_p and min_p: expected 0 to 1, found %g and %g", s->top_p, s->min_p);
+    if (!(s->repeat_penalty > 0 && isfinite(s->repeat_penalty)))
+        return fail(BMC_EINVAL, "repeat_penalty: expected more than 0, found %g", (double)s->repeat_penalty);
+    if (!isfinite(s->presence_penalty) || !isfinite(s->frequency_penalty))
+        return fail(BMC_EINVAL, "presence_penalty and frequency_penalty: expected numbers, found %g and %g",
+                    (double)s->presence_penalty, (double)s->frequency_penalty);
+    if (s->last_n < -1 || s->n_bias < 0 || (s->n_bias && (!s->bias_id || !s->bias)))
+        return fail(BMC_EINVAL, "sampler: last_n is %d, n_bias %d", (int)s->last_n, (int)s->n_bias);
+    for (int i = 0; i < s->n_bias; i++) {
+        if (s->bias_id[i] < 0 || s->bias_id[i] >= n_vocab)
+            return fail(BMC_EINVAL, "logit_bias names token %d, but the vocabulary has %d tokens", (int)s->bias_id[i], n_vocab);
+        if (isnan(s->bias[i]) || s->bias[i] == INFINITY)
+            return fail(BMC_EINVAL, "logit_bias of token %d: expected a number or -inf, found %g", (int)s->bias_id[i], (double)s->bias[i]);
+    }
     return 0;
 }
 
+static bool penalizes(const bmc_sampler *s) {
+    return s->last_n && (s->repeat_penalty != 1 || s->presence_penalty != 0 || s->frequency_penalty != 0);
+}
+
+bool sampler_alters(const bmc_sampler *s, const uint32_t *mask) { return mask || (s && (s->n_bias || penalizes(s))); }
+
+/* A positive logit is divided by the repeat penalty, a negative one multiplied; then the frequency penalty is taken off for
+ * each time that the token occurs, and the presence penalty once. counts: (n_vocab,), any values. */
+static void penalize(const bmc_sampler *s, const int32_t *history, int n_history, float *logits, int n_vocab, int32_t *counts) {
+    int n = s->last_n >= 0 && s->last_n < n_history ? s->last_n : n_history;
+    const int32_t *recent = history + n_history - n;
+    memset(counts, 0, (size_t)n_vocab * sizeof *counts);
+    for (int i = 0; i < n; i++)
+        counts[recent[i]]++;
+    for (int i = 0; i < n; i++) {
+        int32_t *count = &counts[recent[i]];
+        float *logit = &logits[recent[i]];
+        if (!*count)
+            continue;
+        *logit = *logit > 0 ? *logit / s->repeat_penalty : *logit * s->repeat_penalty;
+        *logit -= (float)*count * s->frequency_penalty;
+        *logit -= s->presence_penalty;
+        *count = 0;
+    }
+}
+
+float sampler_alter(const struct kernels *kernels, const bmc_sampler *s, const uint32_t *mask, const int32_t *history, int n_history,
+                    const float *logits, int n, float *altered, struct candidate *room) {
+    memcpy(altered, logits, (size_t)n * sizeof *altered);
+    for (int i = 0; s && i < s->n_bias; i++)
+        altered[s->bias_id[i]] += s->bias[i];
+    if (s && penalizes(s))
+        penalize(s, history, n_history, altered, n, (int32_t *)(void *)room);
+    for (int i = 0; mask && i < n; i++)
+        if (!(mask[i / 32] >> i % 32 & 1))
+            altered[i] = -INFINITY;
+    return kernels->largest(altered, n);
+}
+
+/* ---- the choice */
+
 int32_t sample(const struct kernels *kernels, const bmc_sampler *s, const float *logits, int n, float top, int position,
-               struct candidate *room, float *lead) {
+               const int32_t *names, struct candidate *room, float *lead) {
     int k = s->temperature > 0 ? s->top_k : 1, left = by_min_p(kernels, s, logits, n, k, top, room);
     if (!left)
         left = likely(s, room, largest_k(kernels, logits, n, k, room), top);
-    return draw(s, room, left, top, position, lead);
+    return draw(s, room, left, top, position, names, lead);
 }
 
-int bmc_choose(const float *logits, int n, const bmc_sampler *s, int position, int32_t *id) {
-    if (!logits || n < 1 || !s || !id || position < 0)
-        return fail(BMC_EINVAL, "bmc_choose: needs logits, a sampler and a position");
-    struct kernels kernels;
-    if (sampler_check(s) || kernels_init(&kernels))
+void likeliest(const struct kernels *kernels, const float *logits, int n, int k, double log_sum, int32_t *ids, float *logprobs,
+               struct candidate *room) {
+    k = largest_k(kernels, logits, n, k, room);
+    sort(room, k);
+    for (int i = 0; i < k; i++) {
+        ids[i] = room[i].id;
+        logprobs[i] = (float)((double)room[i].logit - log_sum);
+    }
+}
+
+int bmc_choose(const float *logits, int n, const bmc_sampler *s, int position, const int32_t *history, int n_history, int32_t *id) {
+    if (!logits || n < 1 || !s || !id || position < 0 || n_history < 0 || (n_history && !history))
+        return fail(BMC_EINVAL, "bmc_choose: needs logits, a sampler, a position and the tokens before");
+    const struct kernels *kernels = kernels_find();
+    if (!kernels || sampler_check(s, n))
         return BMC_EINVAL;
-    float top = logits[0];
-    for (int i = 1; i < n && !isnan(top); i++)
-        top = logits[i] <= top ? top : logits[i];           /* the first that is no number, if there is one */
-    if (!isfinite(top))
-        return fail(BMC_EINVAL, "the largest logit is %g", (double)top);
-    size_t left = s->top_k && s->top_k < n ? (size_t)s->top_k : (size_t)n;
-    struct candidate *room = malloc(left * sizeof *room);
+    for (int i = 0; i < n_history; i++)
+        if (history[i] < 0 || history[i] >= n)
+            return fail(BMC_EINVAL, "token ids are 0 to %d, found %d", n - 1, (int)history[i]);
+    struct candidate *room = malloc((size_t)n * (sizeof *room + sizeof(float)));
     if (!room)
-        return fail(BMC_ENOMEM, "no memory for %d candidates", (int)left);
-    *id = sample(&kernels, s, logits, n, top, position, room, NULL);
+        return fail(BMC_ENOMEM, "no memory for %d candidates", n);
+    float *altered = (float *)(void *)(room + n), top = sampler_alter(kernels, s, NULL, history, n_history, logits, n, altered, room);
+    for (int i = 0; i < n; i++)
+        top = isnan(altered[i]) ? NAN : top;
+    if (isfinite(top))
+        *id = sample(kernels, s, altered, n, top, position, NULL, room, NULL);
     free(room);
-    return 0;
+    return isfinite(top) ? 0 : fail(BMC_EINVAL, "the largest logit is %g", (double)top);
 }

@@ -15,23 +15,28 @@ static int claim(bmc_session *s) {
 
 static void release(bmc_session *s) { atomic_flag_clear_explicit(&s->busy, memory_order_release); }
 
-bmc_session *bmc_session_new(bmc_model *m, int64_t cap, const bmc_arena_options *options, int rope) {
-    bmc_session *s = NULL;
+static int check_session(const bmc_model *m, int64_t cap, const bmc_arena_options *options, int rope) {
     if (!m || !(m->panels || m->rooms))
-        fail(BMC_EINVAL, "bmc_session_new: the model has no panels yet");
-    else if (!options)
-        fail(BMC_EINVAL, "bmc_session_new: options is NULL");
-    else if (cap < 1 || cap > 1 << 30)
-        fail(BMC_EINVAL, "context: expected 1 to %d, found %lld", 1 << 30, (long long)cap);
-    else if (rope < 0 || rope > (m->c.n_ropes > 1))
-        fail(BMC_EINVAL, "rope: the model has %d tables, number %d is asked for", (int)m->c.n_ropes, rope);
-    else if (m->position_embd.data && cap > m->c.n_ctx)
-        fail(BMC_EINVAL, "context: the model has %d learned positions, %lld are asked for", (int)m->c.n_ctx,
-             (long long)cap);
-    else if (!(s = calloc(1, sizeof *s)))
-        fail(BMC_ENOMEM, "no memory for a session");
+        return fail(BMC_EINVAL, "bmc_session_new: the model has no panels yet");
+    if (!options)
+        return fail(BMC_EINVAL, "bmc_session_new: options is NULL");
+    if (cap < 1 || cap > 1 << 30)
+        return fail(BMC_EINVAL, "context: expected 1 to %d, found %lld", 1 << 30, (long long)cap);
+    if (rope < 0 || rope > (m->c.n_ropes > 1))
+        return fail(BMC_EINVAL, "rope: the model has %d tables, number %d is asked for", (int)m->c.n_ropes, rope);
+    if (m->position_embd.data && cap > m->c.n_ctx)
+        return fail(BMC_EINVAL, "context: the model has %d learned positions, %lld are asked for", (int)m->c.n_ctx,
+                    (long long)cap);
+    return 0;
+}
+
+int bmc_session_new(bmc_model *m, int64_t cap, const bmc_arena_options *options, int rope, bmc_session **session) {
+    int status = check_session(m, cap, options, rope);
+    if (status)
+        return status;
+    bmc_session *s = calloc(1, sizeof *s);
     if (!s)
-        return NULL;
+        return fail(BMC_ENOMEM, "no memory for a session");
     int64_t tile_bytes = (int64_t)TILE * (m->c.head_dim + m->v_dim) * (int64_t)sizeof(uint16_t);
     struct arena_config config = {
         .n_layers = m->c.n_layers, .n_heads = m->c.n_kv_heads, .tile_bytes = tile_bytes, .cap = cap,
@@ -39,26 +44,34 @@ bmc_session *bmc_session_new(bmc_model *m, int64_t cap, const bmc_arena_options 
         .touch = options->touch,
         .r = options->r > 0 ? options->r : arena_auto_rows(tile_bytes / TILE * m->c.n_kv_heads * m->c.n_layers),
     };
-    if (arena_init(&s->arena, &config)) {
+    status = arena_init(&s->arena, &config);
+    if (status) {
         free(s);
-        return NULL;
+        return status;
     }
     s->model = m;
     s->rope = rope;
     s->pad = options->pad;
     atomic_fetch_add(&m->n_users, 1);
-    return s;
+    *session = s;
+    return 0;
 }
 
 void bmc_session_free(bmc_session *s) {
     if (!s)
         return;
     arena_free(&s->arena);
+    free(s->tokens);
     model_release(s->model);
     free(s);
 }
 
 int bmc_session_position(const bmc_session *s) { return s->position; }
+
+static void set_position(bmc_session *s, int position) {
+    s->position = position;
+    arena_set_rows(&s->arena, position);
+}
 
 int bmc_session_rewind(bmc_session *s, int position) {
     int status = claim(s);
@@ -66,15 +79,42 @@ int bmc_session_rewind(bmc_session *s, int position) {
         return status;
     if (position < 0 || position > s->position)
         status = fail(BMC_EINVAL, "rewind: expected 0 to %d, found %d", s->position, position);
-    else {
-        s->position = position;
-        arena_set_rows(&s->arena, position);
-    }
+    else
+        set_position(s, position);
     release(s);
     return status;
 }
 
-static int reserve(bmc_session *s, int rows) { return arena_reserve(&s->arena, (int64_t)s->position + rows); }
+const int32_t *bmc_session_tokens(const bmc_session *s) { return s->tokens; }
+
+int bmc_session_sync(bmc_session *s, const int32_t *tokens, int n) {
+    int status = claim(s), kept = 0;
+    if (status)
+        return status;
+    if (n < 0 || (n && !tokens))
+        status = fail(BMC_EINVAL, "sync: expected 0 or more tokens, found %d", n);
+    while (!status && kept < n && kept < s->position && tokens[kept] == s->tokens[kept])
+        kept++;
+    if (!status)
+        set_position(s, kept);
+    release(s);
+    return status ? status : kept;
+}
+
+/* Room for more rows and their tokens. */
+static int reserve(bmc_session *s, int rows) {
+    int64_t n = (int64_t)s->position + rows;
+    int status = arena_reserve(&s->arena, n);
+    if (status || n <= s->n_tokens)
+        return status;
+    int64_t wanted = n > 2 * (int64_t)s->n_tokens ? n : 2 * (int64_t)s->n_tokens;
+    int32_t *tokens = realloc(s->tokens, (size_t)wanted * sizeof *tokens);
+    if (!tokens)
+        return fail(BMC_ENOMEM, "no memory for %lld tokens", (long long)wanted);
+    s->tokens = tokens;
+    s->n_tokens = (int)wanted;
+    return 0;
+}
 
 int bmc_session_reserve(bmc_session *s, int rows) {
     int status = claim(s);
@@ -120,8 +160,8 @@ int bmc_session_fill(bmc_session *s, int rows) {
     if (!status) {
         int64_t first = s->position / TILE, end = ((int64_t)s->position + rows + TILE - 1) / TILE;
         fill_tiles(&s->arena, first, end);
-        s->position += rows;
-        arena_set_rows(&s->arena, s->position);
+        memset(s->tokens + s->position, 0, (size_t)rows * sizeof *s->tokens);
+        set_position(s, s->position + rows);
     }
     release(s);
     return status;
@@ -140,8 +180,10 @@ static int check_span(const bmc_span *span, const bmc_model *m) {
         return fail(BMC_EINVAL, "want: expected 0 to 2, found %d", (int)span->want);
     if (span->last < 0)
         return fail(BMC_EINVAL, "last: expected 0 or more rows, found %d", (int)span->last);
-    if (span->sampler && sampler_check(span->sampler))
+    if (span->sampler && sampler_check(span->sampler, m->c.vocab_size))
         return BMC_EINVAL;
+    if (span->n_top < 0 || span->n_top > m->c.vocab_size || (span->n_top && (!span->top_ids || !span->top_logprobs)))
+        return fail(BMC_EINVAL, "n_top: expected 0 to %d and room for the results, found %d", (int)m->c.vocab_size, (int)span->n_top);
     for (int i = 0; i < span->n_tok; i++)
         if (span->tokens[i] < 0 || span->tokens[i] >= m->c.vocab_size)
             return fail(BMC_EINVAL, "token ids are 0 to %d, found %d", (int)m->c.vocab_size - 1, (int)span->tokens[i]);
@@ -160,6 +202,8 @@ static int claim_all(const bmc_span *spans, int n) {
     }
     for (int i = 0; i < n && !status; i++)
         status = reserve(spans[i].session, spans[i].n_tok);
+    for (int i = 0; i < n && !status; i++)          /* penalties look at them during the pass */
+        memcpy(spans[i].session->tokens + spans[i].session->position, spans[i].tokens, (size_t)spans[i].n_tok * sizeof(int32_t));
     for (int i = 0; status && i < claimed; i++)
         release(spans[i].session);
     return status;
@@ -178,12 +222,13 @@ static void push(struct pass *p, const bmc_span *span, int i) {
         int row = span->want == BMC_WANT_ALL ? i : 0;
         size_t n = (size_t)p->model->c.vocab_size;
         p->out[p->n_out] = p->n_tok;
-        p->sampler[p->n_out] = span->sampler;
-        p->logits[p->n_out] = span->logits ? span->logits + (size_t)row * n
-                            : span->sampler ? p->model->buffers->rows + (size_t)p->n_sampled++ * n : NULL;
-        p->next[p->n_out] = span->next ? span->next + row : NULL;
-        p->lead[p->n_out] = span->lead ? span->lead + row : NULL;
-        p->logprob[p->n_out++] = span->logprob ? span->logprob + row : NULL;
+        const uint32_t *mask = span->mask ? span->mask + (size_t)row * ((n + 31) / 32) : NULL;
+        bool whole = span->sampler || mask || span->n_top;          /* the choice needs all logits */
+        p->out_span[p->n_out] = span;
+        p->out_row[p->n_out] = row;
+        p->mask[p->n_out] = mask;
+        p->logits[p->n_out++] = span->logits ? span->logits + (size_t)row * n
+                              : whole ? p->model->buffers->rows + (size_t)p->n_sampled++ * n : NULL;
     }
     p->n_tok++;
 }
@@ -198,10 +243,8 @@ static void run_passes(struct pass *p, const bmc_span *spans, int n) {
                 p->n_tok = p->n_out = p->n_sampled = 0;
             }
         }
-    for (int s = 0; s < n; s++) {
-        spans[s].session->position += spans[s].n_tok;
-        arena_set_rows(&spans[s].session->arena, spans[s].session->position);
-    }
+    for (int s = 0; s < n; s++)
+        set_position(spans[s].session, spans[s].session->position + spans[s].n_tok);
 }
 
 /* What a pass notes down, made for one call. */
@@ -227,7 +270,7 @@ static void free_pass(struct pass *p) {
     free(p);
 }
 
-static int evaluate(const bmc_span *spans, int n_spans, bool coarse) {
+int evaluate(const bmc_span *spans, int n_spans, bool coarse) {
     if (!spans || n_spans < 1)
         return fail(BMC_EINVAL, "bmc_eval: needs at least one span");
     int64_t start = nanoseconds();
@@ -252,27 +295,3 @@ static int evaluate(const bmc_span *spans, int n_spans, bool coarse) {
 }
 
 int bmc_eval(const bmc_span *spans, int n_spans) { return evaluate(spans, n_spans, false); }
-
-/* The log of how sure a draft is of a token: of 1 - e^-lead, or its probability. */
-static float sureness(const bmc_sampler *sampler, float lead, float logprob) { return sampler ? logf(-expm1f(-lead)) : logprob; }
-
-int bmc_draft(bmc_session *session, const int32_t *tokens, int n_tok, int k, float p_min, int last, const bmc_sampler *sampler,
-              int32_t *ids, float *sure) {
-    float logprob, lead = INFINITY;
-    bmc_span span = { .session = session, .tokens = tokens, .n_tok = n_tok, .want = BMC_WANT_LAST, .last = last,
-                      .sampler = sampler, .logprob = &logprob, .lead = &lead };
-    if (k < 0 || (k && (!ids || !sure)))
-        return fail(BMC_EINVAL, "bmc_draft: expected room for 0 or more ids, found k = %d", k);
-    for (int i = 0; i < k; i++) {
-        span.next = &ids[i];
-        int status = evaluate(&span, 1, !sampler);
-        if (status)
-            return i && status == BMC_EFULL ? i : status;
-        sure[i] = sureness(sampler, lead, logprob);
-        if (i == k - 1 || expf(sure[i]) < p_min)
-            return i + 1;
-        span.tokens = &ids[i];
-        span.n_tok = 1;
-    }
-    return 0;
-}

@@ -16,7 +16,7 @@ from functools import lru_cache
 from math import isfinite
 from pathlib import Path
 
-from .cache import folder
+from .spec.store import folder
 
 VERSION = 1
 

@@ -222,14 +222,11 @@ class Session:
         cap = config.n_ctx if context is None else _whole("context", context)
         long_factors = bool(config.original_ctx) and cap > config.original_ctx
         model_handle = model._live()
-        handle = lib.bmc_session_new(model_handle, cap, _arena_options(growth), int(long_factors))
-        if handle == ffi.NULL:
-            raise (OutOfMemoryError if last_error().startswith("no ") else ArgumentError)(last_error())
-        self._handle = owned(handle, "bmc_session_free", model_handle)
+        handle = ffi.new("bmc_session **")
+        check(lib.bmc_session_new(model_handle, cap, _arena_options(growth), int(long_factors), handle))
+        self._handle = owned(handle[0], "bmc_session_free", model_handle)
         self.model = model
         self.context = cap
-        self._tokens: list[int] = []        # may run ahead of the position: where a pass failed, or after a rewind
-        self._coming: tuple | None = None   # of a call that writes tokens: its position, tokens, first ids, which of them it has
         with model._sessions_lock:
             model._sessions.add(self)
 
@@ -241,23 +238,15 @@ class Session:
     @property
     def tokens(self) -> list[int]:
         """The tokens evaluated so far, less those rewound."""
-        return self._settled()[:self.position]
+        handle = self._live()
+        n = lib.bmc_session_position(handle)
+        return ffi.unpack(lib.bmc_session_tokens(handle), n) if n else []
 
-    def _settled(self) -> list[int]:
-        """The tokens, with those that a call wrote: where an interrupt came in between, this is done by whoever asks next."""
-        if self._coming and self._user.get("thread") in (None, threading.get_ident()):
-            start, before, taken, size = self._coming
-            n = max(0, self.position - start)
-            self._tokens[start:] = [id if id < size else 0 for id in [*before, *taken(n)][:n]]
-            self._coming = None
-        return self._tokens
-
-    def agreement(self, text: Sequence[int], known: int = 0) -> int:
-        """How many tokens at the beginning of a text are the ones evaluated; so many are known to be."""
-        held, most = self._settled(), min(self.position, len(text))
-        while known < most and held[known] == text[known]:
-            known += 1
-        return min(known, most)
+    def sync(self, tokens: Sequence[int] | np.ndarray) -> int:
+        """Keep the rows that a text begins with, forget the others; how many are kept."""
+        ids = as_array(tokens, np.int32, (None,), "tokens")
+        with self._claimed() as handle:
+            return check(lib.bmc_session_sync(handle, pointer(ids), len(ids)))
 
     @property
     def rows(self) -> int:
@@ -280,26 +269,6 @@ class Session:
             check(lib.bmc_eval(span, 1))
         return result
 
-    def draft(self, tokens: Sequence[int] | np.ndarray, k: int, p_min: float = 0.0, last: int = 0,
-              sampler: Sampler | None = None) -> Best:
-        """Evaluate tokens, then up to k next ones, each after the one before, in one native call: the best, or those that a
-        sampler chooses (its penalties and bias aside).
-
-        Stops after one that is less sure than p_min, or where the context ends. The last id is not evaluated. logprobs
-        are the log-probabilities of the best; with a sampler the log of 1 - e^-lead, lead being how far logit /
-        temperature + noise of the chosen is ahead of the second. With last, attention sees the first 256 and the last
-        `last` rows only: quicker in long texts, and the rows are to be rewound, for they are not what eval() would leave.
-        """
-        ids, result = _ids(tokens), Best(np.empty(_whole("k", k), np.int32), np.empty(k, np.float32))
-        with self._claimed() as handle:
-            self._coming = self.position, ids.tolist(), lambda n: result.ids[:n].tolist(), math.inf
-            try:
-                n = check(lib.bmc_draft(handle, pointer(ids), len(ids), k, p_min, _whole("last", last), _native(sampler),
-                                        pointer(result.ids), pointer(result.logprobs)))
-            finally:
-                self._settled()
-        return Best(result.ids[:n], result.logprobs[:n])
-
     def rewind(self, position: int) -> None:
         """Forget the rows from `position` on. Raises ArgumentError beyond the position."""
         with self._claimed() as handle:
@@ -320,7 +289,6 @@ class Session:
         """Rows of noise, as if so many tokens had been evaluated: for measuring."""
         with self._claimed() as handle:
             check(lib.bmc_session_fill(handle, _whole("rows", rows)))
-            self._tokens[self.position - rows:] = [0] * rows
 
     def close(self) -> None:
         """Free the rows. Twice is fine. Raises BusyError while another thread uses the session."""
@@ -341,9 +309,7 @@ class Session:
         if self._user.setdefault("thread", me) != me:
             raise BusyError("this session is in use by another thread")
         try:
-            handle = self._live()
-            self._settled()
-            yield handle
+            yield self._live()
         finally:
             self._user.clear()
 
@@ -391,83 +357,7 @@ def _fill(span, handle, session: Session, tokens, want: str, last: int = 0, samp
         vocab_size = session.model.config.vocab_size
         result = np.empty(vocab_size if want == "last" else (len(ids), vocab_size), np.float32)
         span.logits = pointer(result)
-    session._tokens[position:] = ids.tolist()           # before the pass: an interrupt comes right after it
     return result, ids
-
-
-_ROUND = Struct("5i4x2d")                   # bmc_round
-assert _ROUND.size == ffi.sizeof("bmc_round")
-
-
-class Round(NamedTuple):
-    """A round of speculative decoding: the ids it gave, n_accepted guesses and one more, and their log-probabilities. Of n_asked
-    guesses each that was made has how sure the draft was, 0 to 1; n_checked were checked, and n_right of all came true."""
-
-    ids: list[int]
-    logprobs: list[float]
-    sure: list[float]
-    n_asked: int
-    n_checked: int
-    n_right: int
-    draft_s: float
-    verify_s: float
-
-    @property
-    def n_accepted(self) -> int:
-        return len(self.ids) - 1
-
-
-def speculate(target: Session, draft: Session | None, text: Sequence[int], k: int, n_tokens: int, *, n_rounds: int = 1,
-              seconds: float = 0.0, p_min: float = 0.0, sampler: Sampler | None = None, least: int = 1,
-              edges: Sequence[float] = (), chances: Sequence[float] = (), costs: Sequence[float] = (),
-              choosing: float = 0.0, drafting: float = math.inf, stake: float = math.inf, patient: bool = False, every: int = 0,
-              since: int = 0, ngrams=ffi.NULL, script: Sequence[int] = ()) -> list[Round]:
-    """Rounds of decoding, n_rounds at most, in one native call; for n_tokens more tokens at most.
-
-    draft: who guesses; or None, and ngrams, an index that knows the text (pybmc.drafters.NgramDrafter); or neither, and k = 0: plain
-    decoding. text: what the draft lacks of the text, up to 32 tokens, of which the target lacks the last; afterwards it is the same
-    with the ids that came. A round drafts k guesses and checks as many as give the most tokens a second, `least` or none: costs[n]
-    are the seconds of a pass of n tokens (up to k + 1), choosing those for each token, and chances how often guesses of a class come
-    true, whose upper ends in how sure the draft is are edges. Without costs all are checked. Of `every` rounds, 3 or more, the last
-    two are plain, for comparison, and `since` of them came before.
-
-    Rounds end after one that checked no guess, unless patient; where costs are known, after the one by which all took `stake` seconds
-    longer than plain decoding (a draft counts as `drafting` seconds at most); and none begins after so many seconds. script: for
-    experiments, what the target is taken to choose. Raises what eval() raises; then the text is as it was.
-    """
-    if len(costs) and (len(costs) < k + 2 or len(chances) != len(edges) + 1):
-        raise ArgumentError(f"speculate: expected costs of up to {k + 1} tokens and a chance for each of {len(edges) + 1} "
-                            f"classes, found {len(costs) - 1} and {len(chances)}")
-    if 0 < len(script) < n_tokens:
-        raise ArgumentError(f"speculate: expected a script of {n_tokens} tokens, found {len(script)}")
-    lack, size = _ids(text), max(0, n_rounds * (k + 1))
-    ids, logprobs = ffi.new("int32_t[]", size), ffi.new("float[]", size)           # lists of these are made in one go each: numpy's
-    sure, rounds = ffi.new("double[]", size), ffi.new("bmc_round[]", max(0, n_rounds))     # take longer than a small model's pass
-    tables = [ffi.new("double[]", [*values]) if len(values) else ffi.NULL for values in (edges, chances, costs)]
-    scripted = ffi.new("int32_t[]", [*script[:n_tokens]]) if len(script) else ffi.NULL
-    plan = ffi.new("bmc_plan *")
-    plan.n_rounds, plan.k, plan.n_tokens, plan.least, plan.seconds, plan.p_min = n_rounds, k, n_tokens, least, seconds, p_min
-    plan.sampler, plan.choosing, plan.n_edges, plan.patient = _native(sampler), choosing, len(edges), patient
-    plan.drafting, plan.stake, plan.every, plan.since = drafting, stake, every, since
-    plan.edges, plan.chance, plan.cost = tables
-    plan.script = scripted
-    with target._claimed() as ours, draft._claimed() if draft else nullcontext(ffi.NULL) as theirs:
-        target._coming = target.position, lack[-1:].tolist(), partial(ffi.unpack, ids), math.inf
-        if draft:
-            draft._coming = draft.position, lack.tolist(), partial(ffi.unpack, ids), draft.model.config.vocab_size
-        try:
-            n = check(lib.bmc_speculate(ours, theirs, ngrams, plan, pointer(lack), len(lack), ids, logprobs, sure, rounds))
-        finally:
-            for session in filter(None, (target, draft)):
-                session._settled()
-    made = list(_ROUND.iter_unpack(ffi.buffer(rounds, n * _ROUND.size)))
-    n_ids, found, at, first = sum(round[4] for round in made), [], 0, 0
-    said, logs, sure = ffi.unpack(ids, n_ids), ffi.unpack(logprobs, n_ids), ffi.unpack(sure, n * k)
-    for asked, drafted, checked, right, n_given, draft_s, verify_s in made:
-        end = at + n_given
-        found.append(Round(said[at:end], logs[at:end], sure[first:first + drafted], asked, checked, right, draft_s, verify_s))
-        at, first = end, first + k
-    return found
 
 
 def _native(sampler: Sampler | None):
@@ -497,15 +387,12 @@ def _bound(file: GGUF, config: arch.Config, threads: int):
 def _bound_roles(path, config: arch.Config, roles: list[arch.Role], threads: int, mapped: bool = True):
     """The same from roles; mapped: their data lies in a file mapping, whose pages may be dropped."""
     settings, tensors, kept = _settings(config), *_tensors(roles, mapped)
-    handle = lib.bmc_model_new(settings.pointer, tensors, len(tensors), threads)
-    if handle == ffi.NULL:
-        message = last_error()
-        if message.startswith("no memory"):
-            raise OutOfMemoryError(message)
-        if message.startswith("PYBMC_CPU"):
-            raise ArgumentError(message)
-        raise FormatError(f"{path}: {message}")
-    return owned(handle, "bmc_model_free", kept)
+    handle = ffi.new("bmc_model **")
+    try:
+        check(lib.bmc_model_new(settings.pointer, tensors, len(tensors), threads, handle))
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}") from None
+    return owned(handle[0], "bmc_model_free", kept)
 
 
 def _whole(name: str, value) -> int:

@@ -1,9 +1,9 @@
 """Run plain and speculative decoding side by side, and compare every token, every log-probability and every bit of the
 logits that a verification computes.
 
-Drafts are made on purpose: the plain answer with mistakes, in every length, so that passes of all widths, with
-acceptances and rejections at every place, are among those compared; and those of a draft model, if there is one, first round by
-round and then in rounds that are left to the library, whose logits nobody sees.
+Guesses are made on purpose: the plain answer with mistakes, in every length, so that passes of all widths, with acceptances and
+rejections at every place, are among those compared, logits included; then those of repetitions in the text, and of a draft
+model, if there is one.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from math import inf
 
 import numpy as np
 
-from .controller import WIDEST, FixedLength, Plan
-from .decode import encode_prompt, eval_prompt, generate
-from .drafters import Draft, connect
-from .speculate import Speculation
+from .engine.engine import Engine, Request, Stats
+from .engine.generate import encode_prompt
+from .engine.text import Ending, StopStrings, Token
+from .sampling import Sampler
+from .spec.pair import connect
+from .spec.speculation import Speculation, verify
 
 PROMPTS = (
     "Once upon a time there was a mouse who lived in a mill, and every evening",
@@ -28,7 +31,9 @@ PROMPTS = (
 )
 
 
-KINDS = ("rehearsed", "draft", "rounds")        # of drafts; the last two need a draft model
+KINDS = {                               # of guesses -> Speculation's settings; the last ones need a draft model
+    "rehearsed": None, "repetitions": {"spec": "ngram", "fixed": 7}, "draft": {"spec": "draft"}, "draft of 5": {"spec": "draft", "fixed": 5},
+}
 
 
 @dataclass(frozen=True)
@@ -58,99 +63,73 @@ class Comparison:
     difference: Difference | None
 
 
-class AnyLength(FixedLength):
-    """Drafts of every length in turn, all of them checked."""
-
-    def __init__(self, seed: int):
-        super().__init__(WIDEST)
-        self.rng = random.Random(seed)
-
-    def plan(self, source, room, others=0, lag=0.0, new=False) -> Plan:
-        return Plan(min(self.rng.randint(0, WIDEST), room))
-
-
-class Rehearsed:
-    """Drafts the answer that is known, with a mistake now and then."""
-
-    def __init__(self, answer: Sequence[int], vocab_size: int, seed: int):
-        self.answer, self.vocab_size, self.rng, self.start = answer, vocab_size, random.Random(seed), 0
-
-    def follow(self, text) -> None:
-        self.start = len(text)
-
-    def lag(self, text) -> int:
-        return 0
-
-    def propose(self, text, k, p_min, sampler) -> Draft:
-        ids = list(self.answer[len(text) - self.start:][:k])
-        ids += [self.rng.randrange(self.vocab_size) for _ in range(k - len(ids))]
-        if self.rng.random() < 0.7:
-            ids[self.rng.randrange(k)] = self.rng.randrange(self.vocab_size)
-        return Draft(ids, [0] * k)
-
-    def close(self) -> None:
-        pass
-
-
-class Recorder:
-    """A session that remembers its passes, but for those of drafts: (position, tokens)."""
-
-    def __init__(self, session):
-        self.session, self.passes = session, []
-
-    def eval(self, tokens, logits="last", last=0, sampler=None):
-        if not last:
-            self.passes.append((self.session.position, list(tokens)))
-        return self.session.eval(tokens, logits, last, sampler)
-
-    def __getattr__(self, name):
-        return getattr(self.session, name)
-
-
 # ---- the proof ---------------------------------------------------------------------------------------------
 
 
 def prove(model, prompts: Sequence = PROMPTS, max_tokens: int = 64, draft=None,
           temperatures: Sequence[float] = (0.0, 0.8), seed: int = 0) -> Iterator[Comparison]:
     """Compare each prompt at each temperature. Raises PairError if the draft does not go with the model."""
-    link = connect(model, draft) if draft is not None else None
+    if draft is not None:
+        connect(model, draft)
+    kinds = [kind for kind in KINDS if draft is not None or "draft" not in kind]
     for i, prompt in enumerate(prompts):
         tokens = encode_prompt(model.tokenizer, prompt)
         for temperature in temperatures:
-            settings = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed + i, "stop_tokens": ()}
-            plain = list(generate(model, tokens, **settings))
-            facts = digests(model, [*tokens, *(t.id for t in plain)], len(tokens))
-            for kind in KINDS[:1 if draft is None else None]:
-                made = speculation(model, draft, link, kind, plain, seed + i)
-                yield compare(model, tokens, plain, facts, made, i, kind, settings)
+            sampler = Sampler(temperature=temperature, seed=seed + i)
+            plain, _ = decode(model, tokens, max_tokens, sampler, None, {"spec": "off"})
+            text = [*tokens, *(t.id for t in plain)]
+            facts = digests(model, text, len(tokens))
+            for kind in kinds:
+                yield compare(model, text, len(tokens), plain, facts, kind, i, sampler, draft)
 
 
-def speculation(model, draft, link, kind: str, plain, seed: int) -> Speculation:
-    if kind == "rehearsed":
-        made = Speculation(model, None, "draft", controller=AnyLength(seed))
-        made.drafter = Rehearsed([t.id for t in plain], model.config.vocab_size, seed)
-        return made
-    return Speculation(model, draft, "draft", controller=AnyLength(seed), link=link)
+def decode(model, tokens, max_tokens: int, sampler: Sampler, draft, settings: dict) -> tuple[list[Token], Stats]:
+    """What an engine writes, and its Stats."""
+    with Engine(model, speculation=Speculation(model, draft, **settings), parallel=1) as engine:
+        sequence, found = engine.add(Request(tokens, max_tokens, sampler)), []
+        while not sequence.done:
+            found += [token for _, token in engine.step()]
+        if sequence.error:
+            raise sequence.error
+        return found, sequence.stats
 
 
-def compare(model, tokens, plain, facts, made: Speculation, i: int, kind: str, settings: dict) -> Comparison:
-    """Decode with drafts, then run the same passes again for their logits."""
-    session, rows = model.session(), 0
-    recorder = Recorder(session)
-    try:
-        stream = generate(model, tokens, session=session if kind == "rounds" else recorder, draft=made, **settings)
-        drafted = list(stream)
-        difference = first_difference(plain, drafted, len(tokens))
-        if difference is None:
-            rows, difference = replay(model, [*tokens, *(t.id for t in plain)], recorder.passes, facts)
-        if difference is not None:
-            difference = explained(model, [*tokens, *(t.id for t in plain)], difference)
-    finally:
-        made.close()
-        session.close()
-    stats = stream.stats
-    return Comparison(i, settings["temperature"], kind, len(drafted), stats.rounds, stats.draft_n,
-                      stats.draft_n_accepted, rows, difference)
+def compare(model, text, n_prompt: int, plain, facts, kind: str, i: int, sampler: Sampler, draft) -> Comparison:
+    """Decode with guesses of a kind. Where the passes are known they run again for their logits."""
+    rows, passes = 0, []
+    if KINDS[kind] is None:
+        guessed, stats, passes = rehearse(model, text, n_prompt, sampler, i)
+    else:
+        guessed, stats = decode(model, text[:n_prompt], len(plain), sampler, draft, KINDS[kind])
+    difference = first_difference(plain, guessed, n_prompt)
+    if difference is None:
+        rows, difference = replay(model, text, passes, facts)
+    if difference is not None:
+        difference = explained(model, text, difference)
+    return Comparison(i, sampler.temperature, kind, len(guessed), stats.rounds, stats.draft_n, stats.draft_n_accepted, rows, difference)
+
+
+def rehearse(model, text: Sequence[int], n_prompt: int, sampler: Sampler, seed: int):
+    """Decode with guesses of every length: the answer that is known, with a mistake now and then. Tokens, Stats, and the
+    passes as (position, tokens)."""
+    rng, size, found, passes, stats = random.Random(seed), model.config.vocab_size, [], [], Stats()
+    with model.session() as session:
+        decoder = model.tokenizer.stream()
+        ending = Ending(decoder, len(text) - n_prompt, inf, StopStrings(), frozenset())
+        pending = list(text[:n_prompt])
+        while len(found) < len(text) - n_prompt:
+            at = n_prompt + len(found)
+            k = 0 if len(pending) > 1 else min(rng.randint(0, 16), len(text) - at - 1)
+            guesses = list(text[at:at + k])
+            if k and rng.random() < 0.7:
+                guesses[rng.randrange(k)] = rng.randrange(size)
+            passes.append((session.position, pending + guesses))
+            ids, logprobs, drafted = verify(session, pending, guesses, len(text) - at, sampler)
+            found += [ending.token(*each) for each in zip(ids, logprobs, drafted)]
+            stats.rounds, stats.draft_n = stats.rounds + 1, stats.draft_n + k
+            stats.draft_n_accepted += sum(drafted)
+            pending = ids[-1:]
+    return found, stats, passes
 
 
 def digest(row: np.ndarray) -> bytes:
@@ -161,7 +140,7 @@ def digests(model, text: Sequence[int], n_prompt: int) -> dict[int, bytes]:
     """Of the logits after so many tokens of a text: each token evaluated by itself."""
     session, found = model.session(), {}
     try:
-        found[n_prompt] = digest(eval_prompt(session, text[:n_prompt]))
+        found[n_prompt] = digest(session.eval(text[:n_prompt]))
         for at in range(n_prompt, len(text) - 1):
             found[at + 1] = digest(session.eval(text[at:at + 1], "last"))
     finally:
@@ -214,7 +193,7 @@ def plain_row(model, text: Sequence[int], at: int) -> np.ndarray:
     session = model.session()
     try:
         if at > 1:
-            eval_prompt(session, text[:at - 1], logits="none")
+            session.eval(text[:at - 1], "none")
         return session.eval(text[at - 1:at], "last")
     finally:
         session.close()

@@ -1,0 +1,27 @@
+/* Who guesses for a sequence, and what is known of how well. */
+#ifndef ROUND_H
+#define ROUND_H
+
+#include "bmc.h"
+#include "policy.h"
+
+enum { GUESSES = 32 };                  /* of one sequence in a pass, at most */
+enum source { NOBODY = 0, GIVEN = 1, NGRAMS = 2, MODEL = 3, SELF = 4, N_SOURCES = 5 };
+
+struct bmc_policy {
+    struct pass_cost target, draft;     /* draft: of the draft model, or of the target with a window */
+    struct acceptance of[N_SOURCES];
+};
+
+struct bmc_drafter {
+    bmc_drafter_options o;              /* to_draft and to_target are copies of its own */
+    struct ngrams *ngrams;              /* or NULL */
+    struct budget budget;               /* of the draft model; repetitions cost nothing to look for */
+    int window;                         /* tokens from the end of the text that the draft model reads before it guesses */
+    bool reading;                       /* it has begun to read them */
+    int run;                            /* tokens since repetitions were last right .. */
+    double stretch;                     /* .. and how many that are between two times, on average */
+    bool failed;                        /* the draft model is not asked any more */
+};
+
+#endif

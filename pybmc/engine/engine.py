@@ -1,0 +1,371 @@
+"""Many requests through one model: their passes are one pass, so the weights are read once for all of them.
+
+A step admits requests, plans how much of each prompt is read, and lets the library make rounds (native/round.c), which guess,
+verify, choose and accept for all sequences together. What comes out for a request does not depend on its company.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence as Tokens
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from math import inf
+from typing import NamedTuple
+
+from .._native import check, ffi, lib
+from ..errors import ArgumentError, BmcError, BusyError, ContextFullError
+from ..sampling import Sampler
+from ..spec.speculation import Drafter, Speculation
+from .text import Ending, StopStrings, Token
+
+ROOM = 128                              # tokens that one call of the library may give a sequence
+CALL_SECONDS = 0.016                    # rounds that are one call: so long, so that tokens come evenly
+PIECE_SECONDS, PIECE_SECONDS_ALONE = 0.1, 0.25      # what a piece of a prompt may take: beside others that write, and otherwise
+PIECE = 64                              # tokens of the first piece, while nothing is known of costs
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to write: the prompt's token ids, and how.
+
+    session: continue in this one, and keep it: what the prompt has in common with its tokens is not evaluated again.
+    stop: strings that end the text; stop_ids: ids that do. top: how many of the likeliest ids each token tells. priority: of
+    two that wait, the one with the higher goes first. context caps a new session's rows. progress is called with (done,
+    total) while the prompt is read.
+    """
+
+    tokens: Tokens[int]
+    max_tokens: float = 256
+    sampler: Sampler = Sampler()
+    stop: Tokens[str] = ()
+    stop_ids: frozenset[int] = frozenset()
+    session: object = None
+    top: int = 0
+    priority: int = 0
+    context: int | None = None
+    speculate: bool = True
+    progress: Callable[[int, int], None] | None = None
+
+
+@dataclass
+class Stats:
+    """Counts and seconds of a generation. The first token comes with the prompt: its time is the prompt's."""
+
+    prompt_tokens: int = 0
+    reused_tokens: int = 0          # of the prompt: already in the session
+    prompt_s: float = 0.0
+    predicted_tokens: int = 0
+    predicted_s: float = 0.0
+    draft_n: int = 0                # guesses that were verified
+    draft_n_accepted: int = 0
+    rounds: int = 0                 # passes after the prompt
+    draft_s: float = 0.0            # of predicted_s: guessing and verifying
+    verify_s: float = 0.0
+    plain_s: float = 0.0            # what plain decoding would have taken, as far as is known
+    lengths: dict[int, int] = field(default_factory=dict)       # guesses in a pass -> how many passes
+
+    @property
+    def mean_k(self) -> float:
+        return self.draft_n / self.rounds if self.rounds else 0.0
+
+    @property
+    def plain_tok_s(self) -> float:
+        """What plain decoding would have given, as far as is known; 0 without guesses."""
+        return self.predicted_tokens / self.plain_s if self.plain_s else 0.0
+
+    @property
+    def accepted_share(self) -> float:
+        return self.draft_n_accepted / self.draft_n if self.draft_n else 0.0
+
+    @property
+    def prompt_tok_s(self) -> float:
+        return (self.prompt_tokens - self.reused_tokens) / self.prompt_s if self.prompt_s else 0.0
+
+    @property
+    def predicted_tok_s(self) -> float:
+        return (self.predicted_tokens - 1) / self.predicted_s if self.predicted_s else 0.0
+
+
+class Event(NamedTuple):
+    sequence: Sequence
+    token: Token
+
+
+class Sequence:
+    """A request in an engine. done: it gives no more tokens; error: why, if it failed. stats: its Stats so far."""
+
+    def __init__(self, engine: Engine, request: Request, number: int):
+        self.engine, self.request, self.number = engine, request, number
+        self.prompt = list(request.tokens)
+        self.stats = Stats(prompt_tokens=len(self.prompt))
+        self.session, self._owned = request.session, request.session is None
+        self.drafter: Drafter | None = None
+        self.done = self._started = False
+        self.error: BmcError | None = None
+        self._written = 0               # tokens given
+        self._since = time.perf_counter()
+
+    # ---- the life of a sequence
+
+    def start(self) -> None:
+        """Take a session, and keep what it holds of the prompt."""
+        request = self.request
+        if self.session is None:
+            self.session = self.engine.model.session(request.context)
+        session, context = self.session, self.session.context
+        if len(self.prompt) > context:
+            raise ContextFullError(f"the prompt has {len(self.prompt)} tokens, the context has room for {context}")
+        self._started = True
+        self.stats.reused_tokens = session.sync(self.prompt[:-1])
+        room = context - len(self.prompt) + 1
+        model = self.engine.model
+        decoder = model.tokenizer.stream() if model.tokenizer else None
+        self._ending = Ending(decoder, request.max_tokens, room, StopStrings(request.stop, model.tokenizer), request.stop_ids)
+        self._limit = min(request.max_tokens, room)
+        speculation = self.engine.speculation
+        if not speculation.off and request.speculate and self._limit > 1:
+            self.drafter = self.engine._drafter(self)
+        self._make_item()
+
+    def _make_item(self) -> None:
+        n, top = int(min(ROOM, max(1, self._limit))), self.request.top
+        self._tokens = ffi.new("int32_t[]", self.prompt)
+        self._ids, self._logprobs, self._drafted = (ffi.new(f"{kind}[]", n) for kind in ("int32_t", "float", "uint8_t"))
+        self._top_ids, self._top_logprobs = ffi.new("int32_t[]", n * top), ffi.new("float[]", n * top)
+        self._stops = ffi.new("int32_t[]", list(self.request.stop_ids))
+        self._last = ffi.new("int32_t *")
+        self.item = item = ffi.new("bmc_item *")
+        item.ids, item.logprobs, item.drafted = self._ids, self._logprobs, self._drafted
+        item.n_top, item.top_ids, item.top_logprobs = top, self._top_ids, self._top_logprobs
+        item.stops, item.n_stops = self._stops, len(self.request.stop_ids)
+        if not self.request.sampler.greedy:
+            item.sampler = self.request.sampler.native
+        if self.drafter:
+            item.drafter = self.drafter.native
+
+    @property
+    def reading(self) -> bool:
+        """Whether some of the prompt is still to be read."""
+        return self._written == 0
+
+    def ask(self, piece: int) -> int:
+        """Prepare the item for a step; how many tokens of the prompt it reads, `piece` at most."""
+        item = self.item
+        item.guesses, item.n_guesses = ffi.NULL, 0
+        item.max_tokens = int(min(ROOM, self._limit - self._written))
+        if not self.reading:
+            item.pending, item.n_pending, item.choose = self._last, 1, 1
+            return 0
+        at = self.session.position
+        n = min(piece, len(self.prompt) - at)
+        item.pending, item.n_pending = self._tokens + at, n
+        item.choose = at + n == len(self.prompt) and self._limit > 0
+        return n
+
+    def answer_wanted(self) -> None:
+        """Guesses through text, where the library asks for some."""
+        text = [*self.session.tokens, self._last[0]]
+        started = time.perf_counter()
+        ids, sure = self.drafter.propose(text, self.item.wanted)
+        self._guesses, self._sure = ffi.new("int32_t[]", ids or 1), ffi.new("float[]", sure or 1)
+        self.item.guesses, self.item.n_guesses, self.item.confidence = self._guesses, len(ids), self._sure
+        self.item.guess_s = time.perf_counter() - started
+
+    def take(self, seconds: float) -> list[Token]:
+        """The tokens that a round gave; also those of a call after which an interrupt came."""
+        item, found = self.item, []
+        n, item.n = item.n, 0
+        if self.reading and self.request.progress:
+            self.request.progress(min(self.session.position, len(self.prompt)), len(self.prompt))
+        if not n:
+            self.done = self._limit < 1 and self.session.position == len(self.prompt)
+            return found
+        ids, logprobs, drafted = (ffi.unpack(array, n) for array in (self._ids, self._logprobs, self._drafted))
+        self._last[0] = ids[-1]
+        self._time(seconds, n)
+        for i, (id, logprob) in enumerate(zip(ids, logprobs)):
+            if id < 0 or logprob != logprob or logprob == -inf:
+                self.done = True
+                self.error = BmcError(f"no token can be chosen at position {len(self.prompt) + self._written}: "
+                                      "its logits are not numbers, or all tokens are banned")
+                break
+            token = self._ending.token(id, logprob, bool(drafted[i]), self._top(i))
+            self._written += 1
+            self.stats.predicted_tokens += 1
+            found.append(token)
+            if token.finish_reason:
+                self._rewind_to_text()
+                self.done = True
+                break
+        return found
+
+    def _top(self, i: int) -> tuple[tuple[int, float], ...]:
+        k = self.request.top
+        return tuple((self._top_ids[i * k + j], self._top_logprobs[i * k + j]) for j in range(k))
+
+    def _rewind_to_text(self) -> None:
+        """The session holds the text without its last token; what was given beyond a stop string is taken back."""
+        end = len(self.prompt) + self._written - 1
+        if self.session.position > end:
+            self.session.rewind(end)
+
+    def _time(self, seconds: float, n: int) -> None:
+        stats, counts = self.stats, self.item.stats
+        if self.reading:
+            stats.prompt_s = time.perf_counter() - self._since
+            ffi.buffer(ffi.addressof(counts))[:] = bytes(ffi.sizeof("bmc_item_stats"))
+            return
+        stats.predicted_s += seconds
+        stats.rounds, stats.draft_n, stats.draft_n_accepted = counts.rounds, counts.checked, counts.accepted
+        stats.draft_s, stats.verify_s, stats.plain_s = counts.draft_s, counts.verify_s, counts.plain_s
+        stats.lengths = {i: count for i, count in enumerate(counts.lengths) if count}
+
+    def finish(self) -> None:
+        """Let go of what the sequence used; a session that was given stays."""
+        self.done = True
+        if self._started and self.item.n and not self._owned:
+            self.item.n = 0
+            self._rewind_to_text()
+        if self.drafter is not None and self._owned:
+            self.drafter.close()
+        if self._owned and self.session is not None:
+            self.session.close()
+
+
+class Engine:
+    """Requests of one model, `parallel` of them at a time, the others waiting.
+
+    draft, spec, draft_max and draft_min are Speculation's. memory: bytes that the sessions of running requests may take
+    together, None for no bound. add() and cancel() may be called between steps; one thread at a time uses an engine.
+    """
+
+    def __init__(self, model, draft=None, spec: str = "auto", draft_max: int = 16, draft_min: int = 0, parallel: int = 8,
+                 memory: float | None = None, speculation: Speculation | None = None):
+        if parallel < 1:
+            raise ArgumentError(f"parallel is {parallel}; expected 1 or more")
+        self.model, self.parallel, self.memory = model, parallel, memory
+        self.speculation = speculation or Speculation(model, draft, spec, draft_max, draft_min)
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self._added = 0
+        self._prompt_rate = 0.0         # tokens a second of prompts
+        self._limits = ffi.new("bmc_limits *")
+        self._limits.policy = self.speculation.policy
+
+    # ---- requests
+
+    def add(self, request: Request) -> Sequence:
+        """Queue a request. Raises ArgumentError for an empty prompt, BusyError where its session serves another request."""
+        if not len(request.tokens):
+            raise ArgumentError("the prompt is empty")
+        if request.session is not None:
+            if request.session.model is not self.model:
+                raise ArgumentError("the session belongs to another model")
+            if any(other.session is request.session for other in (*self.waiting, *self.running)):
+                raise BusyError("the session serves another request")
+        sequence = Sequence(self, request, self._added)
+        self._added += 1
+        self.waiting.append(sequence)
+        return sequence
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Give up a request; its rows are free at once. Nothing happens to one that is done."""
+        for queue in (self.waiting, self.running):
+            if sequence in queue:
+                queue.remove(sequence)
+                sequence.finish()
+
+    def close(self) -> None:
+        """Cancel all requests, and keep what was learned for the next run."""
+        for sequence in (*self.running, *self.waiting):
+            self.cancel(sequence)
+        self.speculation.save()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    # ---- steps
+
+    def step(self) -> list[Event]:
+        """Read pieces of prompts and make a few rounds of decoding; the tokens that came. A request that cannot go on is done
+        and has an error; the others go on. Raises what concerns all, such as OutOfMemoryError."""
+        self._admit()
+        if not self.running:
+            return []
+        if not any(sequence.item.n for sequence in self.running):       # else an interrupt came before these were taken
+            seconds = self._round()
+        else:
+            seconds = 0.0
+        events = [Event(sequence, token) for sequence in self.running for token in sequence.take(seconds)]
+        for sequence in [s for s in self.running if s.done]:
+            self.running.remove(sequence)
+            sequence.finish()
+        return events
+
+    def _admit(self) -> None:
+        self.waiting.sort(key=lambda s: (-s.request.priority, s.number))
+        while self.waiting and len(self.running) < self.parallel and self._fits(self.waiting[0]):
+            sequence = self.waiting.pop(0)
+            try:
+                sequence.start()
+                self.running.append(sequence)
+            except BmcError as error:
+                sequence.error = error
+                sequence.finish()
+
+    def _fits(self, sequence: Sequence) -> bool:
+        if self.memory is None or not self.running:
+            return True
+        row = self.running[0].session.arena_stats().row_bytes
+
+        def rows(s: Sequence) -> float:
+            return min(len(s.prompt) + s.request.max_tokens, s.request.context or self.model.config.n_ctx)
+
+        return row * sum(rows(s) for s in (*self.running, sequence)) <= self.memory
+
+    def _round(self) -> float:
+        """One call of the library for all running sequences; its seconds."""
+        writing = any(not s.reading for s in self.running)
+        room, items, read = self._piece(writing), [], 0
+        for sequence in self.running:
+            if sequence.reading and room < 1:
+                continue
+            n = sequence.ask(room)
+            room, read = room - n, read + n
+            items.append(sequence)
+        self._limits.seconds = 0.0 if read else CALL_SECONDS
+        started = time.perf_counter()
+        with ExitStack() as claims:
+            for sequence in items:
+                sequence.item.session = claims.enter_context(sequence.session._claimed())
+            pointers = ffi.new("bmc_item *[]", [sequence.item for sequence in items])
+            if check(lib.bmc_round(pointers, len(items), self._limits)) == 0:
+                for sequence in items:
+                    if sequence.item.wanted:
+                        sequence.answer_wanted()
+                check(lib.bmc_round(pointers, len(items), self._limits))
+        seconds = time.perf_counter() - started
+        if read:
+            rate = read / seconds
+            self._prompt_rate = rate if read >= PIECE or not self._prompt_rate else self._prompt_rate
+        return seconds
+
+    def _piece(self, writing: bool) -> int:
+        """Tokens of prompts in the next pass."""
+        if not self._prompt_rate:
+            return PIECE
+        return max(16, int(self._prompt_rate * (PIECE_SECONDS if writing else PIECE_SECONDS_ALONE)) // 16 * 16)
+
+    def _drafter(self, sequence: Sequence) -> Drafter:
+        """Who guesses for a sequence: in a session that was given, the one who did so before."""
+        session = sequence.session
+        if sequence._owned:
+            return self.speculation.drafter(session)
+        kept = getattr(session, "_drafter", None)
+        if kept is None or kept.made is not self.speculation:
+            session._drafter = kept = self.speculation.drafter(session)
+        return kept

@@ -1,0 +1,5 @@
+"""Speculative decoding: who guesses, and what is known of how well. The decisions are made in native/round.c."""
+
+from .speculation import Drafter, Speculation
+
+__all__ = ["Drafter", "Speculation"]

@@ -1,0 +1,168 @@
+"""Speculative decoding for one model: the sources of guesses, and what is known of them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from contextlib import suppress
+
+from .._native import check, ffi, lib, owned
+from ..errors import ArgumentError, BmcError, OutOfMemoryError
+from . import store
+from .bridge import TextDrafter
+from .pair import TEXT, PairError, connect
+
+log = logging.getLogger(__name__)
+
+SPECS = ("auto", "draft", "ngram", "self", "off")
+WIDEST = 32                             # guesses in a pass, at most
+SELF_WINDOW = 512                       # last rows that the model's own drafts see, besides the first 256
+BYTES_A_SECOND = 3e10                   # that a first guess at a pass's time goes by
+NGRAMS, MODEL, SELF = 2, 3, 4           # numbers of sources in native/round.h
+
+
+class Speculation:
+    """Who guesses for the sequences of a model, and what was learned of costs and of guesses; shared by all of them.
+
+    draft: a smaller Model, or None. spec: who guesses: "draft", "ngram" (repetitions in the text), "auto" (repetitions, and
+    the draft model if there is one), "self" (the model itself with less attention: in long texts) or "off". most and least
+    bound the guesses in a pass; fixed is how many there are in every pass, for proofs and comparisons: 0 means as many as pay.
+    A draft whose vocabulary cannot be compared is left out with a warning. Raises ArgumentError.
+    """
+
+    def __init__(self, model, draft=None, spec: str = "auto", most: int = 16, least: int = 0, fixed: int = 0):
+        if spec not in SPECS:
+            raise ArgumentError(f"spec is {spec!r}; expected one of {', '.join(SPECS)}")
+        if spec == "draft" and draft is None:
+            raise ArgumentError("spec is 'draft', but there is no draft")
+        if not 0 <= least <= most:
+            raise ArgumentError(f"draft_min is {least}; expected 0 to draft_max, which is {most}")
+        self.model, self.spec = model, spec if most else "off"
+        self.most, self.least, self.fixed = min(most, WIDEST), min(least, WIDEST), min(fixed, WIDEST)
+        self.draft = draft if self.spec in ("auto", "draft") else None
+        self.link = self._connect()
+        self._key = store.identity(model, self.draft)
+        if self.draft is not None:
+            with suppress(OutOfMemoryError):            # without it, drafts take longer
+                self.draft.coarsen()
+        self.policy = self._policy()
+
+    def _connect(self):
+        try:
+            return connect(self.model, self.draft) if self.draft is not None else None
+        except PairError as error:
+            log.warning("%s; decoding goes on without it", error)
+            self.draft = None
+
+    def _policy(self):
+        policy = ffi.new("bmc_policy **")
+        of_target = self.model.packed_bytes / BYTES_A_SECOND
+        of_draft = of_target if self.spec == "self" else seconds_of_token(self.draft) if self.draft is not None else 0.0
+        check(lib.bmc_policy_new(of_target, of_draft, policy))
+        policy = owned(policy[0], "bmc_policy_free")
+        record = store.load(self._key)
+        if record:
+            lib.bmc_policy_load(policy, record, len(record))        # one that does not fit is as good as none
+        return policy
+
+    @property
+    def off(self) -> bool:
+        return self.spec == "off"
+
+    def drafter(self, session) -> Drafter:
+        """For one sequence of the model."""
+        return Drafter(self, session)
+
+    def save(self) -> None:
+        """Keep what was learned for the next run."""
+        n = lib.bmc_policy_save(self.policy, ffi.NULL, 0)
+        record = ffi.new("double[]", n)
+        lib.bmc_policy_save(self.policy, record, n)
+        if lib.bmc_policy_seconds(self.policy, 0, 1) and not self.off:
+            store.save(self._key, ffi.unpack(record, n))
+
+    def seconds(self, width: float, of_draft: bool = False) -> float:
+        """Of a pass of so many tokens; 0 where it is not known."""
+        return lib.bmc_policy_seconds(self.policy, of_draft, width)
+
+    def chance(self, source: int, confidence: float = -1.0) -> float:
+        """How often guesses of a source come true: of this confidence, or all."""
+        return lib.bmc_policy_chance(self.policy, source, confidence)
+
+
+def seconds_of_token(model) -> float:
+    """Of a pass of one token, the least of a few; the first ones touch the model's memory."""
+    times = []
+    with model.session(context=64) as session:
+        for _ in range(3):
+            started = time.perf_counter()
+            session.eval([0], "best")
+            times.append(time.perf_counter() - started)
+    return min(times)
+
+
+class Drafter:
+    """Who guesses for one sequence. native is a bmc_drafter; bridge a TextDrafter where the draft model's vocabulary is another."""
+
+    def __init__(self, made: Speculation, session):
+        self.made, self.bridge, self._session, kept = made, None, None, []
+        options = ffi.new("bmc_drafter_options *")
+        options.most, options.least, options.fixed = made.most, made.least, made.fixed
+        options.ngrams = made.spec in ("auto", "ngram")
+        options.self_window = SELF_WINDOW if made.spec == "self" else 0
+        if made.draft is not None:
+            self._session = made.draft.session()
+            if made.link == TEXT:
+                options.external = 1
+                self.bridge = TextDrafter(made.model.tokenizer, made.draft.tokenizer, self._session, plain)
+            else:
+                options.draft = self._session._live()
+                if made.link:
+                    kept = [ffi.new("int32_t[]", ids) for ids in (made.link.to_draft, made.link.to_target.tolist())]
+                    options.to_draft, options.to_target = kept
+        handle = ffi.new("bmc_drafter **")
+        check(lib.bmc_drafter_new(options, made.model.config.vocab_size, handle))
+        self.native = owned(handle[0], "bmc_drafter_free", self._session and self._session._live())
+
+    @property
+    def failed(self) -> bool:
+        """Whether the draft model had an error and is not asked any more."""
+        return bool(lib.bmc_drafter_failed(self.native))
+
+    def propose(self, text: list[int], k: int) -> tuple[list[int], list[float]]:
+        """Guesses through text, and how sure they are; none if the draft model fails."""
+        try:
+            return self.bridge.propose(text, k)
+        except BmcError as error:
+            log.warning("the draft model failed (%s); decoding goes on without it", error)
+            return [], []
+
+    def close(self) -> None:
+        if self._session is not None:
+            self._session.close()
+
+
+def verify(session, pending: list[int], guesses: list[int], max_tokens: int, sampler=None,
+           n_rounds: int = 1) -> tuple[list[int], list[float], list[bool]]:
+    """Rounds of one sequence without a policy: evaluate the pending tokens and the guesses, all of which are checked in the
+    first round. What they gave: ids, log-probabilities, and whether each was guessed."""
+    item, limits = ffi.new("bmc_item *"), ffi.new("bmc_limits *", {"n_rounds": n_rounds, "seconds": 1e9})
+    tokens, guessed = ffi.new("int32_t[]", pending), ffi.new("int32_t[]", guesses)
+    ids, logprobs, drafted = (ffi.new(f"{kind}[]", max_tokens) for kind in ("int32_t", "float", "uint8_t"))
+    item.pending, item.n_pending, item.choose, item.max_tokens = tokens, len(pending), 1, max_tokens
+    item.guesses, item.n_guesses = guessed, len(guesses)
+    item.ids, item.logprobs, item.drafted = ids, logprobs, drafted
+    if sampler is not None and not sampler.greedy:
+        item.sampler = sampler.native
+    with session._claimed() as item.session:
+        check(lib.bmc_round(ffi.new("bmc_item *[]", [item]), 1, limits))
+    return ffi.unpack(ids, item.n), ffi.unpack(logprobs, item.n), list(map(bool, ffi.unpack(drafted, item.n)))
+
+
+def plain(session, tokens: list[int], k: int) -> tuple[list[int], list[float]]:
+    """Evaluate tokens, then the k likeliest next ones, one by one; them and their log-probabilities."""
+    first, logprob, _ = verify(session, tokens, [], 1)
+    if k == 1:
+        return first, logprob
+    ids, logprobs, _ = verify(session, first, [], k - 1, n_rounds=0)
+    return first + ids, logprob + logprobs
