@@ -21,7 +21,8 @@ from .tokenizers import Tokenizer
 __all__ = ["CHATML", "LLAMA2", "ChatTemplate", "checked_variables", "template_of"]
 
 # Roles that a template may make a control token of, as in '<|' + role + '|>'.
-ROLES = {"system", "developer", "user", "assistant", "model", "tool", "function", "ipython", "observation", "context"}
+ROLES = {"system", "developer", "user", "assistant", "model", "tool", "function", "ipython", "observation", "context",
+         "document", "documents", "available_tools"}
 _ROLE = re.compile(r"\w[\w .-]{0,63}")
 
 # User-defined tokens that are marks between messages: those of these forms ..
@@ -264,18 +265,17 @@ def _strftime_now(format: str) -> str:
 
 
 def _checked(messages: Sequence[Mapping]) -> list[dict]:
-    """Messages as copies. A content that is None is left out: templates ask whether there is one."""
+    """Messages as copies. What is None is left out: templates ask whether a key is there."""
     checked = []
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ArgumentError(f"message {number}: expected a mapping with a role, got {message!r:.100}")
         if not _ROLE.fullmatch(message["role"]):
             raise ArgumentError(f"message {number}: {message['role']!r:.100} is no role")
-        message = _plain(message, f"message {number}")
-        content = message.get("content")
-        if content is None:
-            message.pop("content", None)
-        elif not isinstance(content, str) and not _is_parts(content):
+        given = {key: value for key, value in message.items() if value is not None}
+        message = _plain(given, f"message {number}")
+        content = message.get("content", "")
+        if not isinstance(content, str) and not _is_parts(content):
             raise ArgumentError(
                 f"message {number}: expected content to be a text or a list of parts, got {content!r:.100}"
             )
