@@ -66,9 +66,8 @@ class ChatTemplate:
         self.from_file = template is None and tokenizer.chat_template is not None
         self._template = Template(self.source)
         self._special = _special_tokens(tokenizer)
-        # No message spells these; <unk> may come of text that a vocabulary has no token for.
-        self._marks = tokenizer.vocab.control | self._find_marks()
-        self._guarded = self._marks | {tokenizer.vocab.unknown_id}
+        self._marks = tokenizer.vocab.control | self._find_marks()         # no text of a message gives these
+        self._guarded = self._marks | tokenizer.vocab.silent               # nor these, such as <unk>, by their names
 
     def reads(self, name: str) -> bool:
         """Whether the template looks at a variable."""

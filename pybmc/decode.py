@@ -121,13 +121,14 @@ def encode_prompt(tokenizer, prompt, chat_template=None, variables: Mapping | No
 
     chat_template and variables are for messages, as in generate().
     """
-    if isinstance(prompt, str):
-        tokens = tokenizer.encode(prompt, special=True)
-    else:
-        tokens = list(prompt)
-        if tokens and isinstance(tokens[0], Mapping):
-            from .chat import checked_variables, template_of
-            tokens = template_of(chat_template, tokenizer).encode(tokens, **checked_variables(variables or {}))
+    tokens = prompt if isinstance(prompt, str) else list(prompt)
+    if tokens and isinstance(tokens[0], Mapping):
+        from .chat import checked_variables, template_of
+        tokens = template_of(chat_template, tokenizer).encode(tokens, **checked_variables(variables or {}))
+    elif chat_template is not None or variables:
+        raise ArgumentError("a chat template needs messages: expected a list of mappings with role and content")
+    elif isinstance(tokens, str):
+        tokens = tokenizer.encode(tokens, special=True)
     if not tokens:
         raise ArgumentError("the prompt is empty")
     return tokens

@@ -128,20 +128,24 @@ class Traced(str):
         yield self[at:]
 
 
-def _same_length(name: str):
-    """A method that changes letters: followed where it changes each into one, as no letters become fewer."""
+def _letters(name: str, alone: bool):
+    """A method that changes letters, each into one or more. alone: how many does not depend on the letters before."""
     change = getattr(str, name)
 
     def method(self) -> str:
         text = change(self)
-        return Traced(text, self._own) if len(text) == len(self) else text
+        if len(text) == len(self):
+            return Traced(text, self._own)
+        if not alone:
+            return text
+        return Traced(text, b"".join(self._own[at:at + 1] * len(change(c)) for at, c in enumerate(str.__str__(self))))
 
     method.__name__ = name
     return method
 
 
 for _name in ("upper", "lower", "title", "capitalize", "casefold", "swapcase"):
-    setattr(Traced, _name, _same_length(_name))
+    setattr(Traced, _name, _letters(_name, alone=_name not in ("title", "capitalize")))
 
 
 def own(text: str) -> Traced:

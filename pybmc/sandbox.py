@@ -15,7 +15,7 @@ import math
 import re
 import threading
 import time
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import jinja2
 from jinja2 import meta, nodes
@@ -345,11 +345,9 @@ class Template:
                 f"the chat template is too long: {len(source)} characters, expected at most {MAX_SOURCE}"
             )
         environment = _environment()
+        self._source = source
         try:
-            tree = environment.parse(source)
-            # what it reads of what it is given
-            self.variables = frozenset(meta.find_undeclared_variables(tree))
-            tree = _Metering().visit(tree)
+            tree = _Metering().visit(environment.parse(source))
             code = environment.compile(tree)
             self._template = jinja2.Template.from_code(environment, code, dict(environment.globals))
         except jinja2.TemplateSyntaxError as error:
@@ -357,6 +355,11 @@ class Template:
             raise FormatError(f"the chat template is wrong, line {line}: {_sentence(error)}") from None
         except Exception as error:          # nesting that is too deep for the parser, the compiler, Python
             raise FormatError(f"the chat template does not compile: {_sentence(error)}") from None
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """What it reads of what it is given. Of a tree of its own: jinja2 folds constants in it as it looks."""
+        return frozenset(meta.find_undeclared_variables(_environment().parse(self._source)))
 
     def render(self, variables: dict[str, object]) -> Traced:
         """Its text, which may be four times what goes in, and MAX_SIZE more. Refusal: not for these variables."""
