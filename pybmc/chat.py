@@ -1,8 +1,8 @@
 """Messages -> prompt: the chat template of a file, or a common one where it has none.
 
-encode() is the safe way from messages to ids: what stands in a message stays text, even where it spells a control
-token such as <|im_end|>. The template's strings know that they are its own (origin.py), and control tokens count
-only in these.
+encode() is the safe way from messages to ids: what stands in a message stays text, even where it spells a
+control token such as <|im_end|>. The template's strings know that they are its own (origin.py), and control
+tokens count only in these.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .tokenizers import Tokenizer
 __all__ = ["CHATML", "LLAMA2", "ChatTemplate", "checked_variables", "template_of"]
 
 # Roles that a template may make a control token of, as in '<|' + role + '|>'.
-ROLES = {"system", "developer", "user", "assistant", "model", "tool", "function", "ipython", "observation", "context",
-         "document", "documents", "available_tools"}
+ROLES = {"system", "developer", "user", "assistant", "model", "tool", "function", "ipython", "observation",
+         "context", "document", "documents", "available_tools"}
 _ROLE = re.compile(r"\w[\w .-]{0,63}")
 
 # User-defined tokens that are marks between messages: those of these forms ..
@@ -30,7 +30,7 @@ _MARK = re.compile(r"<\|.+\|>|<｜.+｜>|\[/?[A-Z_]+\]|<(start|end)_of_\w+>|</?s
 # .. and what else stands in brackets in the template, but for the tags that models write in their answers.
 _BRACKETED = re.compile(r"(?!</?(?:think|tool_call)>)(?:<[^<>]+>|\[[^\[\]]+\])")
 
-_SPECIAL = {                            # what templates call a token, and GGUF's name of its id
+_SPECIAL = {                            # what templates call a token, and how GGUF spells the key of its id
     "unk_token": "unknown", "sep_token": "seperator", "pad_token": "padding", "cls_token": "cls",
     "mask_token": "mask", "eot_token": "eot", "eom_token": "eom",
 }
@@ -47,11 +47,12 @@ class ChatTemplate:
     vocabulary has <|im_start|>, or else Llama 2's way. A template that does not compile, fails, or wants too
     much is a FormatError.
 
-    messages are mappings with "role" and "content" (a str, None, or OpenAI's list of parts), and whatever else the
-    template reads. They are fitted to what the template takes: parts of text are joined, a system message stands
-    before the first user message, neighbours of one role become one message. Where the last message is the
-    assistant's, the text ends with its content, so that a model continues it; with add_generation_prompt=False it
-    is closed as any other.
+    messages are mappings with "role" and "content" (a str, None, or OpenAI's list of parts), and whatever else
+    the template reads. Where it does not take them as they are, parts of text are joined, a system message is put
+    before the user message that follows it, and neighbours of one role become one message.
+
+    Where the last message is the assistant's, the text ends with its content, so that a model continues it; with
+    add_generation_prompt=False it is closed like any other.
     """
 
     def __init__(self, template: str | None, tokenizer: Tokenizer):
@@ -66,8 +67,9 @@ class ChatTemplate:
         self.from_file = template is None and tokenizer.chat_template is not None
         self._template = Template(self.source)
         self._special = _special_tokens(tokenizer)
-        self._marks = tokenizer.vocab.control | self._find_marks()         # no text of a message gives these
-        self._guarded = self._marks | tokenizer.vocab.silent               # nor these, such as <unk>, by their names
+        # No text of a message gives one of the marks, nor, by its name, a token such as <unk>.
+        self._marks = tokenizer.vocab.control | self._find_marks()
+        self._guarded = self._marks | tokenizer.vocab.silent
 
     def reads(self, name: str) -> bool:
         """Whether the template looks at a variable."""
@@ -105,8 +107,8 @@ class ChatTemplate:
         text = self._fitted(marked, False, others)
         if str.count(text, word) != 1:
             raise ArgumentError(
-                "the last message is the assistant's, but this model's chat template does not show where its content "
-                f"ends: expected it once, found it {str.count(text, word)} times"
+                "the last message is the assistant's, but this model's chat template does not show where its "
+                f"content ends: expected it once, found it {str.count(text, word)} times"
             )
         return text[:str.find(text, word)]
 
@@ -188,14 +190,14 @@ class ChatTemplate:
 
     def _with_contents(self, messages: list[dict], others: Mapping) -> list[dict]:
         """Every content in the form that the template takes: a text or a list of parts."""
-        if any(isinstance(message.get("content"), list) for message in messages):
-            if self._takes_parts(messages, others):
-                return messages
+        has_parts = any(isinstance(message.get("content"), list) for message in messages)
+        if has_parts and not self._takes_parts(messages, others):
             return [_with_text(message, number) for number, message in enumerate(messages)]
         if not self._takes_only_parts:
             return messages
         return [
-            message | {"content": [{"type": "text", "text": message["content"]}]} if "content" in message else message
+            message | {"content": [{"type": "text", "text": content}]}
+            if isinstance(content := message.get("content"), str) else message
             for message in messages
         ]
 
@@ -326,9 +328,10 @@ def _merged(messages: list[dict]) -> list[dict]:
     """Neighbours of one role as one message."""
     merged: list[dict] = []
     for message in messages:
-        plain = message.keys() <= {"role", "content"} and message["role"] != "tool"
-        if merged and plain and merged[-1].keys() <= {"role", "content"} and merged[-1]["role"] == message["role"]:
-            merged[-1] = message | {"content": _joined([merged[-1], message])}
+        before = merged[-1] if merged else {"role": ""}
+        plain = all(m.keys() <= {"role", "content"} for m in (before, message))
+        if plain and before["role"] == message["role"] != "tool":
+            merged[-1] = message | {"content": _joined([before, message])}
         else:
             merged.append(message)
     return merged
@@ -351,7 +354,9 @@ def _followed(content, word: str):
     if isinstance(content, str):
         return content + word
     last = content[-1]
-    return [*content[:-1], last | {"text": last["text"] + word}] if isinstance(last.get("text"), str) else content
+    if not isinstance(last.get("text"), str):
+        return content
+    return [*content[:-1], last | {"text": last["text"] + word}]
 
 
 def _strings(value) -> Iterator[str]:
@@ -375,7 +380,8 @@ def _plain(value, where: str):
 def _copied(value, where: str):
     if isinstance(value, str):
         if half := _SURROGATE.search(value):
-            raise ArgumentError(f"{where}: not a text: {half[0]!r} at {half.start()} is half a surrogate pair")
+            place = f"{half[0]!r} at {half.start()}"
+            raise ArgumentError(f"{where}: not a text: {place} is half a surrogate pair")
         return str.__str__(value)
     if isinstance(value, Mapping):
         return {_copied(key, where): _copied(item, where) for key, item in value.items()}

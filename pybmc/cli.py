@@ -171,14 +171,15 @@ draft_options = options(
 
 template_options = options(
     click.option("--chat-template", type=TemplateSource(),
-                 help="How messages are written, instead of the model's own template: a name (chatml, llama2, llama3, "
-                      "gemma, mistral, phi3, zephyr, vicuna), a Jinja file, or the source itself."),
+                 help="How messages are written, instead of the model's own template: a name (chatml, llama2, "
+                      "llama3, gemma, mistral, phi3, zephyr, vicuna), a Jinja file, or the source itself."),
     click.option("--chat-template-kwargs", type=Variables(), metavar="JSON",
                  help='More variables for the chat template, as in \'{"reasoning_effort": "low"}\'.'),
     click.option("--think", type=click.Choice(["on", "off"]),
                  help="Whether the model thinks before it answers: enable_thinking for its chat template."),
     click.option("--thoughts", type=click.Choice(["show", "hide"]), default="show", show_default=True,
-                 help="Print what stands between <think> and </think> at the beginning of an answer, or leave it out."))
+                 help="Print what stands between <think> and </think> at the beginning of an answer, or leave it "
+                      "out. --json always has it."))
 
 text_options = options(
     click.option("-p", "--prompt", metavar="TEXT", help="The text; - reads it from stdin."),
@@ -329,12 +330,13 @@ def cli():
 @context_option
 @threads_option
 @arena_options
-def chat(model, model_option, system, max_tokens, chat_template, thoughts, context, threads, rows, kv_type, tint, **flags):
+def chat(model, model_option, system, max_tokens, chat_template, thoughts, context, threads, rows, kv_type, tint,
+         **flags):
     """Talk with a model; without MODEL the bundled one answers.
 
     /help lists what can be typed besides messages. A message goes on over several lines after a backslash at the
-    end of a line, or between lines of three double quotes; a paste of several lines is one message. Ctrl-C ends an
-    answer, Ctrl-D the chat. From a pipe each line is a message.
+    end of a line, or between lines of three double quotes; a paste of several lines is one message. Ctrl-C ends
+    an answer, Ctrl-D the chat. From a pipe each line is a message.
     """
     from .conversation import Conversation
     from .repl import Repl
@@ -359,7 +361,8 @@ def chat(model, model_option, system, max_tokens, chat_template, thoughts, conte
               help="Send the text as a message in the model's chat template, or as it is. "
                    "Without MODEL --chat, else --raw.")
 @click.option("-sys", "--system-prompt", "system", metavar="TEXT", help="With --chat: what the model is told first.")
-@click.option("--prefill", metavar="TEXT", help="With --chat: how the answer begins; what follows it is printed.")
+@click.option("--prefill", metavar="TEXT",
+              help="With --chat: how the answer begins; what follows it is printed.")
 @template_options
 @click.option("-r", "--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
 @click.option("--ignore-eos", is_flag=True, help="Go on where the model would end.")
@@ -369,8 +372,8 @@ def chat(model, model_option, system, max_tokens, chat_template, thoughts, conte
 @threads_option
 @arena_options
 @json_option
-def generate(model, model_option, prompt, prompt_file, max_tokens, as_chat, system, prefill, chat_template, thoughts, stop,
-             ignore_eos, context, threads, rows, kv_type, as_json, tint, **flags):
+def generate(model, model_option, prompt, prompt_file, max_tokens, as_chat, system, prefill, chat_template, thoughts,
+             stop, ignore_eos, context, threads, rows, kv_type, as_json, tint, **flags):
     """Continue a text (-p, -f, or stdin) and print what follows it; `run` is the same.
 
     In a raw text control tokens such as <|im_start|> count. Without MODEL the bundled model answers.
@@ -395,7 +398,8 @@ def generate(model, model_option, prompt, prompt_file, max_tokens, as_chat, syst
             loaded.session(context=context, rows=rows, kv_type=kv_type) as session, progress("prompt") as update:
         written = template_of_model(loaded, chat_template, variables)
         answer = start(loaded, text, None if max_tokens < 0 else max_tokens, session=session, stop=stop,
-                       stop_tokens=() if ignore_eos else None, progress=update, **written, **settings, **drafting)
+                       stop_tokens=() if ignore_eos else None, progress=update,
+                       **written, **settings, **drafting)
         voice = Voice(thoughts, is_open(loaded.tokenizer, answer.prompt), tint)
         voice.reasoning.push(prefill or "")
         tokens = []

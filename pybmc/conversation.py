@@ -14,8 +14,8 @@ from .errors import ArgumentError, ContextFullError, FormatError
 class Conversation:
     """Messages and the session that holds them. ask() and again() stream an answer and remember it.
 
-    Only what is new in a turn is evaluated. chat_template, chat_template_kwargs and settings are those of generate(),
-    max_tokens among them.
+    Only what is new in a turn is evaluated. chat_template, chat_template_kwargs and settings are those of
+    generate(), max_tokens among them.
     """
 
     def __init__(self, model, session, system: str | None = None, *, chat_template=None,
@@ -23,7 +23,9 @@ class Conversation:
         self.model, self.session, self.settings = model, session, settings
         self.template = template_of(chat_template, model.tokenizer)
         self.variables = checked_variables(chat_template_kwargs or {})
-        self.messages: list[dict] = [{"role": "system", "content": whole_characters(system)}] if system else []
+        self.messages: list[dict] = []
+        if system:
+            self.messages.append({"role": "system", "content": whole_characters(system)})
         self.stats = Stats()
         self.dropped = 0                            # messages forgotten in the last turn, to make room
         self.prompt: list[int] = []                 # of the last turn
@@ -132,7 +134,7 @@ def saved_messages(path: str | os.PathLike) -> list[dict]:
         raise FormatError(f"{os.fspath(path)} is not a saved conversation: it is no regular file")
     try:
         with open(path, "rb") as file:
-            if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] != b"{":          # whatever its size, such as a model
+            if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] != b"{":      # a model, say: it may be large
                 raise ValueError("not JSON")
             file.seek(0)
             messages = json.loads(file.read().decode("utf-8-sig"))["messages"]
@@ -157,7 +159,7 @@ def whole_characters(text: str) -> str:
 
 
 def replace_file(path: str, data: bytes) -> None:
-    """Write a file beside, then put it in its place: whoever reads sees the old file or the new one, whole."""
+    """Write a file beside, then rename it: whoever reads sees the old file or the new one, whole."""
     beside = os.path.join(os.path.dirname(path), f".pybmc-{os.getpid()}.tmp")
     with suppress(FileNotFoundError):
         os.unlink(beside)

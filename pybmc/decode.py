@@ -42,9 +42,9 @@ class StopStrings:
     The string that is complete first counts, and of those that end together the longest: what comes out does not
     depend on how the text was cut.
 
-    tokenizer: a string may contain names of tokens whose text is not shown, as control tokens. A name that stands in a
-    string is in names, by its id, and is pushed as hidden: it never comes out, and strings without a name are looked for
-    as if it was not there.
+    tokenizer: strings may contain names of tokens whose text is not shown, such as control tokens. names has
+    those that do, by id; such a name is pushed as hidden: it never comes out, and strings without a name are
+    looked for as if it was not there.
     """
 
     def __init__(self, strings: Iterable[str] = (), tokenizer=None):
@@ -53,9 +53,9 @@ class StopStrings:
             if not isinstance(string, str) or not string:
                 raise ArgumentError(f"a stop string is {string!r}; expected text that is not empty")
         silent = tokenizer.silent_names() if self.strings and tokenizer else {}
-        self.names = {id: name for id, name in silent.items() if any(name in string for string in self.strings)}
-        self._whole = [string for string in self.strings if any(name in string for name in self.names.values())]
-        self._shown = [string for string in self.strings if string not in self._whole]
+        self.names = {id: name for id, name in silent.items() if any(name in s for s in self.strings)}
+        self._whole = [s for s in self.strings if any(name in s for name in self.names.values())]
+        self._shown = [s for s in self.strings if s not in self._whole]
         self.found: str | None = None
         self._held: list[tuple[str, bool]] = []         # characters, and whether they are hidden
 
@@ -126,7 +126,7 @@ def encode_prompt(tokenizer, prompt, chat_template=None, variables: Mapping | No
         from .chat import checked_variables, template_of
         tokens = template_of(chat_template, tokenizer).encode(tokens, **checked_variables(variables or {}))
     elif chat_template is not None or variables:
-        raise ArgumentError("a chat template needs messages: expected a list of mappings with role and content")
+        raise ArgumentError("a chat template needs messages: expected mappings with role and content")
     elif isinstance(tokens, str):
         tokens = tokenizer.encode(tokens, special=True)
     if not tokens:
@@ -371,8 +371,8 @@ def generate(model, prompt, max_tokens: int | None = 256, *, session=None, draft
              progress: Callable[[int, int], None] | None = None, **settings) -> Generation:
     """Continue a prompt: an iterator of Token.
 
-    prompt     a text, a list of token ids, or a list of chat messages ({"role": .., "content": ..}). Where the last message
-               is the assistant's, its content is continued
+    prompt     a text, a list of token ids, or a list of chat messages ({"role": .., "content": ..}). Where the
+               last message is the assistant's, its content is continued
     max_tokens at most so many tokens; None: until the model ends or the context is full
     session    evaluate in this session, and keep it: what the prompt has in common with its tokens is not evaluated
                again. Without one a new session is used and closed.
@@ -383,8 +383,8 @@ def generate(model, prompt, max_tokens: int | None = 256, *, session=None, draft
     draft_max, draft_min  bounds of the tokens guessed at a time; how many pay is found out while decoding
     stop       strings that end the text and are not part of it; they may name control tokens
     stop_tokens ids that end the text; None: the vocabulary's end-of-text and end-of-turn tokens, (): none
-    chat_template  how messages are written: a name such as "chatml", a Jinja source, a file, or a pybmc.chat.ChatTemplate;
-               None: the model's own
+    chat_template  how messages are written: a name such as "chatml", a Jinja source, a file, or a
+               pybmc.chat.ChatTemplate; None: the model's own
     chat_template_kwargs  more variables for the template, such as {"enable_thinking": False}
     progress   called with (done, total) while a prompt is evaluated
     settings   those of pybmc.sampling.Sampler: temperature, seed, top_k, top_p, min_p, repeat_penalty, ...
@@ -404,8 +404,8 @@ def generate(model, prompt, max_tokens: int | None = 256, *, session=None, draft
     if draft is not None or spec != "auto":
         from .speculate import attach
         speculation = attach(session, model, draft, spec, draft_max, draft_min)
-    run = _run(model, tokens, limit, session, Chooser(sampler), speculation, StopStrings(stop, model.tokenizer), stops, progress,
-               stats)
+    strings = StopStrings(stop, model.tokenizer)
+    run = _run(model, tokens, limit, session, Chooser(sampler), speculation, strings, stops, progress, stats)
     return Generation(run, tokens, stats)
 
 

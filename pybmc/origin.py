@@ -1,8 +1,8 @@
 """Text that knows where it comes from: which of its characters stand in the template's own source.
 
-A control token counts in a rendered chat only where all of its characters are the template's own, so no message can
-spell one. Messages are plain str, and everything that is not followed here gives a plain str: it is then text of a
-message, and never control.
+A control token counts in a rendered chat only where all of its characters are the template's own, so no message
+can spell one. Messages are plain str, and every operation that is not followed here gives a plain str: its text
+counts as a message's, and is never control.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Traced(str):
 
 
 def _letters(name: str, alone: bool):
-    """A method that changes letters, each into one or more. alone: how many does not depend on the letters before."""
+    """A method that changes letters, each into one or more. alone: how many does not depend on its neighbours."""
     change = getattr(str, name)
 
     def method(self) -> str:
@@ -138,7 +138,8 @@ def _letters(name: str, alone: bool):
             return Traced(text, self._own)
         if not alone:
             return text
-        return Traced(text, b"".join(self._own[at:at + 1] * len(change(c)) for at, c in enumerate(str.__str__(self))))
+        chars = enumerate(str.__str__(self))
+        return Traced(text, b"".join(self._own[at:at + 1] * len(change(char)) for at, char in chars))
 
     method.__name__ = name
     return method
@@ -159,7 +160,7 @@ def own_of(text: str) -> bytes:
 
 
 class Conversion(NamedTuple):
-    """One %-conversion of a format: where it stands, its key (None: none) and what follows it, such as "-5.2f"."""
+    """One %-conversion of a format: where it stands, its key or None, and the rest, such as "-5.2f"."""
 
     start: int
     end: int

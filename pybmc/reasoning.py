@@ -1,4 +1,4 @@
-"""What a model thinks before it answers: the text between <think> and </think> at the beginning of an answer."""
+"""What a model thinks before it answers: the text from <think> to </think> at the beginning of an answer."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ OPENS, CLOSES = "<think>", "</think>"
 
 
 class Reasoning:
-    """Splits a streamed answer into (text, is thought). However it was cut, each character falls on the same side.
+    """Splits a streamed answer into (text, is thought), the same way however the stream was cut.
 
-    The tags belong to the thought, and so does white space around it: together the pieces are the answer as it came.
+    The tags belong to the thought, and so does white space around it: the pieces together are the whole answer.
     inside: the prompt has opened the thought already.
     """
 

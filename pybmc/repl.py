@@ -42,7 +42,7 @@ class Exit(Exception):
 
 
 class Block(str):
-    """A message that was written between lines of three double quotes: no command, whatever it begins with."""
+    """A message that stood between three double quotes: no command, whatever it begins with."""
 
 
 class Repl:
@@ -85,8 +85,8 @@ class Repl:
             return
         name, _, rest = message[1:].partition(" ")
         if name not in COMMANDS:
-            raise ArgumentError(f"there is no command /{name:.30}; /help lists them. Between three double quotes it is a "
-                                f'message: """{message:.30}"""')
+            raise ArgumentError(f"there is no command /{name:.30}; /help lists them. Between three double quotes "
+                                f'it is a message: """{message:.30}"""')
         getattr(self, f"do_{name}")(rest.strip())
 
     def answer(self, start: Callable) -> None:
@@ -96,7 +96,7 @@ class Repl:
             stream = start(update)
             try:
                 for token in stream:
-                    voice = voice or Voice(self.thoughts, is_open(self.talk.model.tokenizer, self.talk.prompt), self.tint)
+                    voice = voice or self.voice()
                     voice.say(token)
                     reason = token.finish_reason
             except KeyboardInterrupt:
@@ -109,6 +109,10 @@ class Repl:
             voice.end()
         write("\n")
         self.remark(reason)
+
+    def voice(self) -> Voice:
+        """What prints an answer, once its prompt is known."""
+        return Voice(self.thoughts, is_open(self.talk.model.tokenizer, self.talk.prompt), self.tint)
 
     def remark(self, reason: str | None) -> None:
         if self.terminal and is_terminal(sys.stderr) and self.talk.stats.predicted_tokens > 1:
@@ -166,7 +170,8 @@ class Repl:
         if name == "thoughts":
             return self.thoughts
         if name == "think":
-            return {True: "on", False: "off"}.get(self.talk.variables.get("enable_thinking"), "as the template has it")
+            think = self.talk.variables.get("enable_thinking")
+            return {True: "on", False: "off"}.get(think, "as the template has it")
         value = self.talk.settings.get(SETTINGS[name])
         return -1 if name == "n" and value is None else value
 

@@ -5,8 +5,8 @@ template that ran without it). It does not keep a template from running forever 
 three nested loops or one `"x" * 10**10`; so here every loop step, call, operator and filter is charged to a
 budget before it allocates.
 
-Every string of the template's source is an origin.Traced, and so is what it makes of them: the text that comes out
-tells which of its characters are the template's own.
+Every string of the template's source is an origin.Traced, and so is what it makes of them: the text that comes
+out tells which of its characters are the template's own.
 """
 
 from __future__ import annotations
@@ -305,7 +305,7 @@ class _Generation(Extension):
 
 
 class _Metering(NodeTransformer):
-    """Charges what Python would do without asking: loops, literals, ~. Marks strings as the template's own."""
+    """Charges what Python does without asking: loops, literals, ~. Marks strings as the template's own."""
 
     def visit_For(self, node):
         self.generic_visit(node)
@@ -358,11 +358,13 @@ class Template:
 
     @cached_property
     def variables(self) -> frozenset[str]:
-        """What it reads of what it is given. Of a tree of its own: jinja2 folds constants in it as it looks."""
+        """What it reads of what it is given. jinja2 folds constants as it looks, so it gets another tree."""
         return frozenset(meta.find_undeclared_variables(_environment().parse(self._source)))
 
     def render(self, variables: dict[str, object]) -> Traced:
-        """Its text, which may be four times what goes in, and MAX_SIZE more. Refusal: not for these variables."""
+        """Its text, which may be four times what goes in, and MAX_SIZE more. A Refusal is about these variables,
+        any other FormatError about the template.
+        """
         environment = self._template.environment
         environment.local.meter = _Meter(_weight(variables))
         try:

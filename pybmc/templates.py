@@ -36,7 +36,7 @@ LLAMA3 = (
 
 GEMMA = (
     "{{ bos_token }}{% for message in messages %}"
-    "{% if message['role'] in ['system', 'developer'] %}{{ raise_exception('no system messages') }}{% endif %}"
+    "{% if message['role'] == 'system' %}{{ raise_exception('no system messages') }}{% endif %}"
     "{% set role = 'model' if message['role'] == 'assistant' else message['role'] %}"
     "{{ '<start_of_turn>' + role + '\n' + message['content']|trim + '<end_of_turn>\n' }}"
     "{% endfor %}"
@@ -68,7 +68,8 @@ ZEPHYR = (
 VICUNA = (
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'user' %}{{ 'USER: ' + message['content']|trim + '\n' }}"
-    "{% elif message['role'] == 'assistant' %}{{ 'ASSISTANT: ' + message['content']|trim + eos_token + '\n' }}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{{ 'ASSISTANT: ' + message['content']|trim + eos_token + '\n' }}"
     "{% else %}{{ message['content']|trim + '\n\n' }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
@@ -97,8 +98,6 @@ def source_of(template: str | Path) -> str:
     except UnicodeDecodeError:
         raise ArgumentError(f"chat template {template}: the file is not UTF-8 text") from None
     except (OSError, ValueError) as error:
-        names = ", ".join(NAMED)
+        expected = f"a name ({', '.join(NAMED)}), a Jinja source or a file"
         reason = getattr(error, "strerror", None) or "no such file"
-        raise ArgumentError(
-            f"chat template {str(template)!r:.100}: expected a name ({names}), a Jinja source or a file: {reason}"
-        ) from None
+        raise ArgumentError(f"chat template {str(template)!r:.100}: expected {expected}: {reason}") from None

@@ -31,7 +31,7 @@ class ReaderLeft(Exception):
 
 
 def write(text: str, tint: bool = False, dim: bool = False) -> None:
-    """A piece of an answer to stdout, at once. On a terminal it is made safe to show, and may be tinted or dim."""
+    """A piece of an answer to stdout, at once. On a terminal it is made safe to show, and perhaps coloured."""
     if sys.stdout is None:
         raise OSError("standard output is closed")
     if is_terminal(sys.stdout):
@@ -69,12 +69,12 @@ def sentence(error: Exception) -> str:
 
 
 class Voice:
-    """Writes an answer's tokens to stdout. thoughts: "show" or "hide"; inside: the answer begins within a thought."""
+    """Writes an answer's tokens to stdout. thoughts: "show" or "hide" them; inside: the answer begins in one."""
 
     def __init__(self, thoughts: str = "show", inside: bool = False, tint: bool = False):
         self.thoughts, self.tint = thoughts, tint
         self.reasoning = Reasoning(inside)
-        self.hidden = self.spoken = False               # whether thoughts were left out, whether anything was written
+        self.hidden = self.spoken = False       # whether thoughts were left out, whether anything was written
 
     def say(self, token) -> None:
         self._write(self.reasoning.push(token.text), self.tint and token.from_draft)

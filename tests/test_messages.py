@@ -225,6 +225,7 @@ def test_parts_are_joined_where_a_template_knows_only_text(bpe, source, text):
 
 def test_a_text_becomes_a_part_where_a_template_knows_only_parts(bpe):
     assert ChatTemplate(BY_TYPE, bpe).render([user("Good day")]) == "(Good day)"
+    assert ChatTemplate(BY_TYPE, bpe).render([user("Hi"), assistant("Ho"), *PARTS]) == "(Hi)(Ho)(Good )(day)"
     assert ChatTemplate(EITHER, bpe).render([user("Good day")]) == "Good day"
 
 
