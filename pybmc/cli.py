@@ -179,7 +179,7 @@ template_options = options(
                  help="Whether the model thinks before it answers: enable_thinking for its chat template."),
     click.option("--thoughts", type=click.Choice(["show", "hide"]), default="show", show_default=True,
                  help="Print what stands between <think> and </think> at the beginning of an answer, or leave it "
-                      "out. --json always has it."))
+                      "out; generate --json always has it."))
 
 text_options = options(
     click.option("-p", "--prompt", metavar="TEXT", help="The text; - reads it from stdin."),
