@@ -106,7 +106,8 @@ class Batch(Iterator[tuple[int, Token]]):
 
 def generate_batch(model, prompts: Iterable, max_tokens: int | None = 256, *, draft=None, spec: str = "auto",
                    draft_max: int = 16, draft_min: int = 0, parallel: int = 8, context: int | None = None,
-                   stop: str | Sequence[str] = (), stop_tokens: Iterable[int] | None = None, **settings) -> Batch:
+                   stop: str | Sequence[str] = (), stop_tokens: Iterable[int] | None = None,
+                   chat_template=None, chat_template_kwargs=None, **settings) -> Batch:
     """Continue many prompts together: an iterator of (number of the prompt, Token), as tokens come.
 
     Prompts and settings are those of generate(), and so is each prompt's text. parallel: how many are written at a
@@ -120,7 +121,8 @@ def generate_batch(model, prompts: Iterable, max_tokens: int | None = 256, *, dr
     if model.tokenizer is None:
         raise ArgumentError(f"{model.path} has no vocabulary: it can evaluate tokens, but not write text")
     StopStrings(stop)
-    texts = [encode_prompt(model.tokenizer, prompt) for prompt in prompts]
+    texts = [encode_prompt(model.tokenizer, prompt, chat_template, chat_template_kwargs)
+             for prompt in prompts]
     for text in texts:
         check_room(context or model.config.n_ctx, text)
     stops = model.tokenizer.stop_ids if stop_tokens is None else frozenset(stop_tokens)
@@ -129,7 +131,8 @@ def generate_batch(model, prompts: Iterable, max_tokens: int | None = 256, *, dr
 
     def start(index: int) -> Stream:
         session = model.session(context)
-        ending = Ending(len(texts[index]), session.context, model.tokenizer.stream(), limit, StopStrings(stop), stops)
+        strings = StopStrings(stop, model.tokenizer)
+        ending = Ending(len(texts[index]), session.context, model.tokenizer.stream(), limit, strings, stops)
         return Stream(index, texts[index], session, chooser, ending, another(first), limit)
 
     stats: dict[int, Stats] = {}
