@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from .spec.speculation import MODEL, NGRAMS
 
 
 def summary(stats, arena=None, seed=None) -> str:
@@ -19,48 +19,49 @@ def summary(stats, arena=None, seed=None) -> str:
 
 
 def gain(stats) -> str:
-    """What drafting brought."""
+    """What guessing brought."""
     return (f"plain ~{stats.plain_tok_s:.1f}, gain {stats.predicted_tok_s / stats.plain_tok_s:.2f}x, "
             f"k {stats.mean_k:.1f}, {stats.accepted_share:.0%} accepted")
 
 
-def why(stats, speculation=None, kind: str = "best") -> list[str]:
-    """Where the time of an answer went, and what the drafting was based on."""
+def why(stats, speculation=None) -> list[str]:
+    """Where the time of an answer went, and what guessing was based on. speculation: the engine's Speculation."""
     if stats.predicted_tokens < 2:
         return ["nothing was said yet"]
     lines = [split(stats)]
-    if speculation is None:
-        return [*lines, "plain decoding: there is no draft"]
-    lines.append(f"{stats.rounds} passes gave {stats.predicted_tokens} tokens; drafted tokens in a pass: "
+    if speculation is None or speculation.off:
+        return [*lines, "plain decoding: nobody guesses"]
+    lines.append(f"{stats.rounds} passes gave {stats.predicted_tokens} tokens; guesses in a pass: "
                  + ", ".join(f"{k}: {n}x" for k, n in sorted(stats.lengths.items())))
-    lines.append(f"{stats.draft_n} drafted, {stats.draft_n_accepted} accepted ({stats.accepted_share:.0%})")
-    return lines + costs(speculation.controller(kind).curve) + sources(speculation, kind)
+    lines.append(f"{stats.draft_n} guesses, {stats.draft_n_accepted} accepted ({stats.accepted_share:.0%})")
+    return lines + costs(speculation) + sources(speculation)
 
 
 def split(stats) -> str:
     """Seconds by what they were spent on."""
-    rest = stats.predicted_s - stats.draft_s - stats.verify_s - stats.choose_s
-    spent = {"draft": stats.draft_s, "verify": stats.verify_s, "sample": stats.choose_s, "rest": rest}
+    rest = stats.predicted_s - stats.draft_s - stats.verify_s
+    spent = {"draft": stats.draft_s, "verify": stats.verify_s, "rest": rest}
     whole = max(stats.predicted_s, 1e-9)
     return f"{stats.predicted_s:.3f} s: " + ", ".join(f"{name} {t / whole:.0%}" for name, t in spent.items())
 
 
-def costs(curve) -> list[str]:
-    if not curve.known:
+def costs(speculation) -> list[str]:
+    """What passes cost by their width."""
+    one = speculation.seconds(1)
+    if not one:
         return []
-    widths = ", ".join(f"{n}: {curve.ratio(n):.2f}" for n in (2, 4, 8, 16))
-    return [f"one token takes {curve.at(1) * 1e3:.2f} ms; a pass of so many, compared with that: {widths}"]
+    widths = ", ".join(f"{n}: {speculation.seconds(n) / one:.2f}" for n in (2, 4, 8, 16))
+    lines = [f"one token takes {one * 1e3:.2f} ms; a pass of more tokens, compared with that: {widths}"]
+    draft = speculation.seconds(1, of_draft=True)
+    return lines + [f"a guess of the draft model takes {draft * 1e3:.2f} ms"] * bool(draft and speculation.draft)
 
 
-def sources(speculation, kind: str) -> list[str]:
-    """What each drafter is worth."""
+def sources(speculation) -> list[str]:
+    """How often guesses come true."""
     lines = []
-    for (name, of), source in speculation._sources.items():
-        if of == kind and name == "draft":
-            chances = " ".join(f"{p:.0%}" for p in islice(source.accepted.each(), 6))
-            cost = f"{source.seconds.slope * 1e3:.2f} ms a token"
-            lines.append(f"draft model: {cost}; place by place {chances} come true")
-        elif of == kind:
-            chances = " ".join(f"{source.by_mark.at(n):.0%}" for n in (2, 3, 4, 6, 8, 12, 16, 24))
-            lines.append(f"repetitions: after matches of 2 3 4 6 8 12 16 24 tokens {chances} come true")
+    if speculation.draft:
+        lines.append(f"draft model: {speculation.chance(MODEL):.0%} of its guesses come true")
+    if speculation.spec in ("auto", "ngram"):
+        chances = " ".join(f"{speculation.chance(NGRAMS, n):.0%}" for n in (2, 3, 4, 6, 8, 12, 16, 24))
+        lines.append(f"repetitions: after matches of 2 3 4 6 8 12 16 24 tokens {chances} come true")
     return lines
