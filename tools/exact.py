@@ -8,6 +8,7 @@ values are kept in float32, flash attention is off. Against it stand pybmc and l
 (llama.cpp with flash attention). All three evaluate the same tokens from the beginning of the text. For each engine:
 
     error         the rms of (logits - reference) over the standard deviation of the reference, over all positions
+    median        the same of the median position: one with very large activations, often the first, may dominate the rms
     top-1         the share of positions whose best token is the reference's
     KL            the divergence from the reference's distribution in nats, mean and 99th percentile over positions
     perplexity    of the same tokens; the reference's beside it
@@ -46,6 +47,7 @@ from pybmc.errors import BmcError  # noqa: E402
 from pybmc.gguf import GGUF  # noqa: E402
 
 PASS = 64                               # tokens of a pass, whose logits are held at once
+RATIOS = ("error", "error_median", "kl_mean", "kl_p99")
 BLOCKS = 1 << 14                        # of a tensor, dequantized at once: 16 MB of float32 at most
 ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 
@@ -123,21 +125,21 @@ def measure(path, text, n, threads, peer_python, folder, say):
         check_space(folder, float32_bytes(source) + 3 * 4 * n * config.vocab_size, "the float32 file and the logits")
         if n > config.n_ctx:
             raise click.ClickException(f"expected at most {config.n_ctx} tokens, the model's context, found --tokens {n}")
-        say(f"{OURS}: {n} tokens")
+        say(f"{OURS}: evaluating {n} tokens")
         with opened(OURS, sys.executable, path, n, threads) as engine:
             tokens = engine.ask("tokens", text=text)["ids"]
             if len(tokens) < n:
                 raise click.ClickException(f"the text has {len(tokens)} tokens, expected --tokens {n} or more")
             tokens, versions = tokens[:n], [engine.version]
             logits = {OURS: engine.logits(tokens, folder / "pybmc", PASS)}
-        say(f"{THEIRS}: the same")
+        say(f"{THEIRS}: evaluating the same")
         with opened(THEIRS, peer_python, path, n, threads) as engine:
             versions.append(engine.version)
             logits[THEIRS] = engine.logits(tokens, folder / "llama.cpp", PASS)
         say(f"writing the float32 file, {float32_bytes(source) / 1e9:.1f} GB")
         copy = folder / "float32.gguf"
         write_float32(source, copy)
-    say("float32: the same tokens by llama.cpp")
+    say(f"{THEIRS} in float32: evaluating the same")
     with opened(THEIRS, peer_python, copy, n, threads) as engine:
         reference = engine.logits(tokens, folder / "float32", PASS, mode="float32")
     return results(logits, reference, tokens), versions
@@ -147,33 +149,36 @@ def results(logits, reference, tokens):
     """{name: {"perplexity", and of both engines Distance's values}}, "ratio": ours over theirs."""
     found = {"float32": {"perplexity": perplexity(reference, tokens)}}
     for name, values in logits.items():
+        if values.shape != reference.shape:
+            raise click.ClickException(f"{name} gives logits of shape {values.shape}, float32 {reference.shape}")
         distances = vars(distance(values, reference))
         if not np.isfinite(distances["error"]):
             raise click.ClickException(f"logits of {name} or of float32 are not finite")
         found[name] = {"perplexity": perplexity(values, tokens), **distances}
-    found["ratio"] = {key: ratio(found[OURS][key], found[THEIRS][key]) for key in ("error", "kl_mean", "kl_p99")}
+    found["ratio"] = {key: ratio(found[OURS][key], found[THEIRS][key]) for key in RATIOS}
     return found
 
 
 # ---- the report ----------------------------------------------------------------------------------------------
 
-COLUMNS = {"error": "{:.3%}", "top1": "{:.2%}", "kl_mean": "{:.3g}", "kl_p99": "{:.3g}", "perplexity": "{:.4f}"}
-HEADS = ("", "error", "top-1", "KL, mean", "KL, 99%", "perplexity")
+COLUMNS = {                             # key: heading, format
+    "error": ("error", "{:.3%}"), "error_median": ("median", "{:.3%}"), "top1": ("top-1", "{:.2%}"),
+    "kl_mean": ("KL, mean", "{:.3g}"), "kl_p99": ("KL, 99%", "{:.3g}"), "perplexity": ("perplexity", "{:.4f}"),
+}
 
 
 def table(found):
     """A line for float32, each engine and the ratio."""
-    lines = ["| {:9} | {:>8} | {:>8} | {:>9} | {:>9} | {:>10} |".format(*HEADS),
-             f"|{'-' * 11}|{'-' * 9}:|{'-' * 9}:|{'-' * 10}:|{'-' * 10}:|{'-' * 11}:|"]
+    lines = [["", *(heading for heading, _ in COLUMNS.values())], ["-" * 9] + ["-" * 9 + ":"] * len(COLUMNS)]
     for name, values in found.items():
-        columns = dict.fromkeys(COLUMNS, "{:.2f}") if name == "ratio" else COLUMNS
-        cells = [form.format(values[key]) if key in values else "" for key, form in columns.items()]
-        lines.append("| {:9} | {:>8} | {:>8} | {:>9} | {:>9} | {:>10} |".format(name, *cells))
-    return "\n".join(lines)
+        lines.append([name, *(("{:.2f}" if name == "ratio" else form).format(values[key]) if key in values else ""
+                              for key, (_, form) in COLUMNS.items())])
+    return "\n".join("| " + " | ".join([f"{name:9}", *(f"{cell:>10}" for cell in cells)]) + " |" for name, *cells in lines)
 
 
 def verdict(found):
-    return f"pybmc's error is {found['ratio']['error']:.2f} times llama.cpp's."
+    return "pybmc's error is {error:.2f} times llama.cpp's, in the median position {error_median:.2f} times.".format(
+        **found["ratio"])
 
 
 @click.command(help=__doc__.split("\n\n")[0])
@@ -203,7 +208,7 @@ def main(model, text, tokens, work, keep, threads, peer_python, as_json):
         print(json.dumps({"model": model, "text": text, "tokens": tokens, "engines": versions, **found}))
     else:
         print(f"**{Path(model).name}**: {tokens} tokens of {Path(text).name}, against llama.cpp in float32\n\n{table(found)}\n")
-        print(f"{verdict(found)} {'; '.join(versions)}")
+        print("\n".join([verdict(found), *(f"- {version}" for version in versions)]))
 
 
 if __name__ == "__main__":
