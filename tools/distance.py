@@ -14,10 +14,11 @@ ROWS = 16                               # in memory at once
 class Distance:
     """Of logits (n, vocab_size) from the reference's.
 
-    error: the rms of the difference over the reference's standard deviation, of all rows; error_median: of the median
-    row, since a few rows with very large activations may dominate the first. top1: the share of rows whose best token is
-    the reference's. kl_mean, kl_p99: the Kullback-Leibler divergence from the reference's distribution, in nats, its mean
-    and 99th percentile over the rows. Logits that are not finite are infinitely far.
+    error: the rms of the difference over the reference's standard deviation, of all rows; error_median: of
+    the median row, since a few rows with very large activations may dominate the first. top1: the share of
+    rows whose best token is the reference's. kl_mean, kl_p99: the Kullback-Leibler divergence from the
+    reference's distribution in nats, its mean and 99th percentile over the rows. Logits that are not finite
+    are infinitely far.
     """
 
     n: int
@@ -45,8 +46,8 @@ def distance(logits, reference) -> Distance:
         differences.extend(np.square(x - ref).mean(1))
         same.extend(x.argmax(1) == ref.argmax(1))
         kl.extend(divergence(x, ref))
-    spread = math.sqrt(max(np.mean(squares) - np.mean(means) ** 2, 0.0))
-    errors = (ratio(math.sqrt(middle(differences)), spread) for middle in (np.mean, np.median))
+    spread = math.sqrt(max(np.mean(squares) - np.mean(means) ** 2, 1e-30))
+    errors = (math.sqrt(middle(differences)) / spread for middle in (np.mean, np.median))
     return Distance(n, *errors, float(np.mean(same)), float(np.mean(kl)), float(np.percentile(kl, 99)))
 
 
@@ -61,13 +62,9 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
 
 
-def ratio(a: float, b: float) -> float:
-    return a / b if b else math.inf if a else 1.0
-
-
 def perplexity(logits, tokens) -> float:
     """Of the tokens after the first, each given those before it; logits (n, vocab_size) of the n tokens."""
-    tokens = np.asarray(tokens)
-    losses = [token_losses(np.asarray(logits[at:min(at + ROWS, len(tokens) - 1)]), tokens[at + 1:at + 1 + ROWS])
-              for at in range(0, len(tokens) - 1, ROWS)]
+    logits, targets = logits[:-1], np.asarray(tokens)[1:]
+    pieces = [slice(at, at + ROWS) for at in range(0, len(targets), ROWS)]
+    losses = [token_losses(logits[piece], targets[piece]) for piece in pieces]
     return math.exp(np.concatenate(losses).mean())

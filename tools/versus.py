@@ -12,16 +12,16 @@ in the page cache, each engine in a process of its own, never both at a time, in
 ratio is the median over these pairs. llama.cpp attends with flash attention and without, the faster is taken for
 each line; weights are repacked as its build has it, batch sizes are its defaults. A verification pass gives the
 logits of all its tokens on both sides (pybmc can do with less, `logits="argmax"`), then rewinds. Before anything
-is timed, the logits of a text are compared, and how far they are apart is printed below the table; tools/exact.py tells
-which engine is closer to float32. "limit" is our share of what the machine allows, measured right before
-each of our runs, since its speed changes: weights and rows read from memory, or our kernels working from the cache
-(pybmc.bench.Limits); the median of the runs.
+is timed, the logits of a text are compared; how far they are apart is printed below the table, and
+tools/exact.py tells which engine is closer to float32. "limit" is our share of what the machine allows,
+measured right before each of our runs, since its speed changes: weights and rows read from memory, or our
+kernels working from the cache (pybmc.bench.Limits); the median of the runs.
 
 The peer may live in an environment of its own, with numpy and llama-cpp-python: --peer-python, or the
 environment variable PYBMC_PEER_PYTHON.
 
-Exit codes: 0 done, 1 it failed, 2 wrong usage, 3 the engines do not compute the same model: they read the text as
-other tokens, or prefer the same next token in less than half of the places.
+Exit codes: 0 done, 1 it failed, 2 wrong usage, 3 the engines do not compute the same model: they read the
+text as different tokens, or prefer the same next token in less than half of the places.
 """
 
 import json
@@ -51,7 +51,7 @@ from pybmc.errors import BmcError  # noqa: E402
 OURS, THEIRS = "pybmc", "llama.cpp"
 TEXT = Path(__file__).parents[1] / "docs" / "speculation.md"
 CHECKED = 64                            # tokens of it whose logits are compared
-SAME_MODEL = 0.5                        # share of the best tokens that are equal, below which it is another model
+SAME_MODEL = 0.5                        # share of equal best tokens below which it is another model
 FAR = 0.05                              # error from which on the engines are said to differ much
 OPENINGS = 3
 LONG = 5.0                              # seconds of a run from which on nothing is gained by warming up
@@ -92,7 +92,7 @@ class Engine:
         return answer
 
     def logits(self, tokens, file, width, mode=""):
-        """Logits of the tokens in passes of width: float32 (n, vocab_size), mapped from a file that is written."""
+        """Logits of the tokens in passes of width: float32 (n, vocab_size), mapped from their file."""
         shape = self.ask("logits", tokens=tokens, file=str(file), width=width, mode=mode)["shape"]
         return np.memmap(file, np.float32, "r", shape=tuple(shape))
 
@@ -274,16 +274,19 @@ class OtherModel(click.ClickException):
 
     exit_code = 3
 
+    def __init__(self, message):
+        super().__init__(f"nothing was timed: {message}")
+
 
 def agreement(a, b):
-    """The Distance of our logits of the text from theirs, token by token and, as a verification computes them, all in one
-    pass. Raises OtherModel."""
-    text = TEXT.read_text()
+    """The Distance of our logits of the text from theirs, token by token and, as in a verification pass, all
+    at once. Raises OtherModel."""
+    text = TEXT.read_text("utf-8")
     ours, theirs = (engine.ask("tokens", text=text)["ids"][:CHECKED] for engine in (a, b))
     if ours != theirs:
-        at = next((i for i, (one, other) in enumerate(zip(ours, theirs)) if one != other), min(len(ours), len(theirs)))
-        raise OtherModel(f"the engines read {TEXT.name} as different tokens: number {at} is {ours[at:at + 1]} in pybmc, "
-                         f"{theirs[at:at + 1]} in llama.cpp")
+        at = len(os.path.commonprefix([ours, theirs]))
+        raise OtherModel(f"the engines read {TEXT.name} as different tokens: from number {at} on, "
+                         f"{ours[at:at + 4]} in pybmc, {theirs[at:at + 4]} in llama.cpp")
     with TemporaryDirectory() as folder:
         logits = [np.concatenate([engine.logits(ours, Path(folder) / f"{engine.name}-{width}", width)
                                   for width in (1, len(ours))]) for engine in (a, b)]
@@ -291,14 +294,14 @@ def agreement(a, b):
         raise OtherModel(f"pybmc gives logits of shape {logits[0].shape}, llama.cpp {logits[1].shape}")
     found = distance(*logits)
     if found.top1 < SAME_MODEL:
-        raise OtherModel(f"the engines do not compute the same model, nothing was timed: expected the same best token in "
+        raise OtherModel("the engines do not compute the same model: expected the same best token in "
                          f"{SAME_MODEL:.0%} of {found.n} places, found {found.top1:.0%}")
     return found
 
 
 def agreement_text(path, found):
-    line = (f"pybmc's logits of a text differ from llama.cpp's by {found.error:.2%} of their spread, top-1 agreement "
-            f"{found.top1:.1%}, KL divergence {found.kl_mean:.2g} (99th percentile {found.kl_p99:.2g})")
+    line = (f"pybmc's logits of a text differ from llama.cpp's by {found.error:.2%} of their spread, top-1 "
+            f"agreement {found.top1:.1%}, KL divergence {found.kl_mean:.2g} (99%: {found.kl_p99:.2g})")
     return line + (f"; whose error it is: python tools/exact.py {path}" if found.error > FAR else "")
 
 

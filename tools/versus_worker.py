@@ -93,7 +93,8 @@ class LlamaCpp:
     def session(self, mode):
         mode = mode or self.modes[0]
         if mode not in self.sessions:
-            self.sessions[mode] = LlamaSession(self, *self.sizes, flash=mode == self.modes[0], float32=mode == "float32")
+            self.sessions[mode] = LlamaSession(self, *self.sizes, flash=mode == self.modes[0],
+                                               float32=mode == "float32")
         return self.sessions[mode]
 
     def tokens(self, text):
@@ -115,7 +116,7 @@ class LlamaCpp:
 class LlamaSession:
     """What pybmc.bench asks of a session, for a llama.cpp context with room for `context` tokens.
 
-    outputs: the most tokens whose logits one pass gives. float32: keys and values are kept in float32, not in f16.
+    outputs: the most tokens whose logits one pass gives. float32: keys and values are in float32, not in f16.
     """
 
     def __init__(self, engine, threads, context, outputs, flash, float32=False):
@@ -195,7 +196,7 @@ class Worker:
         return {"ids": self._engine.tokens(text)}
 
     def logits(self, tokens, file, width, mode=""):
-        """Evaluate the tokens from position 0, width of them in a pass, and write their logits: float32 (n, vocab_size)."""
+        """Evaluate the tokens from position 0 in passes of width; write their logits, (n, vocab_size)."""
         session = self._engine.session(mode)
         session.rewind(0)
         with open(file, "wb") as out:
