@@ -176,7 +176,7 @@ def table(found):
     """A line for float32, each engine and the ratio."""
     lines = [["", *(heading for heading, _ in COLUMNS.values())], ["-" * 9] + ["-" * 9 + ":"] * len(COLUMNS)]
     for name, values in found.items():
-        forms = {key: "{:.2f}" if name == "ratio" else form for key, (_, form) in COLUMNS.items()}
+        forms = {key: "{:.3g}" if name == "ratio" else form for key, (_, form) in COLUMNS.items()}
         cells = (form.format(values[key]) if key in values else "" for key, form in forms.items())
         lines.append([name, *cells])
     padded = ([f"{name:9}", *(f"{cell:>10}" for cell in cells)] for name, *cells in lines)
