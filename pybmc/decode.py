@@ -5,16 +5,22 @@ a text (stop tokens, stop strings, counts) stands around it, in one place, for e
 passes: a session alone, or many sessions together.
 """
 
+import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from math import inf, isfinite
+from numbers import Integral
 from typing import NamedTuple
+from weakref import WeakKeyDictionary, ref
 
-from .errors import ArgumentError, BmcError, ClosedError, ContextFullError
+from . import checks
+from .errors import ArgumentError, BmcError, BusyError, ClosedError, ContextFullError
 from .model import Round, Session, speculate
-from .sampling import Sampler, logprob
+from .sampling import Sampler, check_bias, logprob
+
+log = logging.getLogger(__name__)
 
 BULK, BULK_SECONDS = 128, 0.016         # rounds that are one call into the library: at most, and how long they may go on
 
@@ -84,15 +90,27 @@ class StopStrings:
 def encode_prompt(tokenizer, prompt) -> list[int]:
     """Token ids of a prompt: a text, in which control tokens count, a list of ids, or a list of chat messages."""
     if isinstance(prompt, str):
-        tokens = tokenizer.encode(prompt, special=True)
+        tokens = one_bos(tokenizer, tokenizer.encode(prompt, special=True))
+    elif isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], Mapping):
+        from .chat import ChatTemplate
+        tokens = ChatTemplate(None, tokenizer).encode(list(prompt))
+    elif isinstance(prompt, (bytes, bytearray, Mapping)) or not isinstance(prompt, Iterable):
+        checks.refuse("prompt", "a text, a list of token ids or a list of messages", prompt)
     else:
-        tokens = list(prompt)
-        if tokens and isinstance(tokens[0], Mapping):
-            from .chat import ChatTemplate
-            tokens = ChatTemplate(None, tokenizer).encode(tokens)
+        tokens = checks.ids("prompt", prompt, tokenizer.vocab_size)
     if not tokens:
         raise ArgumentError("the prompt is empty")
     return tokens
+
+
+def one_bos(tokenizer, tokens: list[int]) -> list[int]:
+    """The tokens of a text that may spell the BOS itself, as model cards do: the tokenizer's own is then one too many."""
+    bos = tokenizer.bos_id
+    if not tokenizer.add_bos or bos is None or tokens[:2] != [bos, bos]:
+        return tokens
+    log.warning("the prompt begins with the BOS token %r, which is put before every text; one of the two is left out",
+                tokenizer.piece(bos).decode("utf-8", "replace"))
+    return tokens[1:]
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -312,63 +330,125 @@ class Stats:
         return (self.predicted_tokens - 1) / self.predicted_s if self.predicted_s else 0.0
 
 
-class Generation(Iterator[Token]):
-    """An iterator of Token. prompt holds the prompt's ids, stats counts and times so far; close() ends it early."""
+_latest: WeakKeyDictionary = WeakKeyDictionary()        # session -> a weak reference to the last Generation that began in it
 
-    def __init__(self, tokens: Iterator[Token], prompt: list[int], stats: Stats):
-        self._tokens, self.prompt, self.stats = tokens, prompt, stats
+
+class Generation(Iterator[Token]):
+    """An iterator of Token. prompt holds the prompt's ids, stats counts and times so far; close() ends it early.
+
+    A session given to generate() belongs to one generation at a time. The next one that begins in it ends this one, which
+    then raises BusyError where it is asked for another token; and so it does after other calls used the session.
+    """
+
+    def __init__(self, tokens: Generator[Token, None, None], prompt: list[int], stats: Stats, session=None):
+        self._tokens, self.prompt, self.stats, self._session = tokens, prompt, stats, session
+        self._uses: int | None = None       # of the session, when the last token came; None before the first
+        self._lost = ""                     # why it cannot go on
 
     def __next__(self) -> Token:
-        return next(self._tokens)
+        self._unless_running()
+        if self._session is None:
+            return next(self._tokens)
+        if self._uses is None:
+            self._begin()
+        elif self._uses != uses(self._session):
+            self._lose("the session was used by other calls meanwhile")
+        if self._lost:
+            raise BusyError(f"this generation cannot go on: {self._lost}")
+        try:
+            return next(self._tokens)
+        finally:
+            self._uses = uses(self._session)
+
+    def _begin(self) -> None:
+        before = _latest.get(self._session, lambda: None)()
+        if before is not None:
+            before._lose("another one began in its session")
+        _latest[self._session] = ref(self)
+
+    def _lose(self, why: str) -> None:
+        if self._tokens.gi_frame is not None:       # not at its end yet
+            self.close()
+            self._lost = why
 
     def close(self) -> None:
+        self._unless_running()
         self._tokens.close()
+
+    def _unless_running(self) -> None:
+        if self._tokens.gi_running:
+            raise BusyError("this generation is in use by another thread")
+
+
+def uses(session) -> int:
+    """How often the rows of a session were moved on or back."""
+    return getattr(session, "uses", 0)
 
 
 def generate(model, prompt, max_tokens: int | None = 256, *, session=None, draft=None, spec: str = "auto",
-             draft_max: int = 16, draft_min: int = 0, temperature: float = 0.0, seed: int = 0,
-             stop: str | Sequence[str] = (), stop_tokens: Iterable[int] | None = None,
-             progress: Callable[[int, int], None] | None = None, **settings) -> Generation:
+             draft_max: int = 16, draft_min: int = 0, stop: str | Sequence[str] | None = (),
+             stop_tokens: int | Iterable[int] | None = None, progress: Callable[[int, int], None] | None = None,
+             **settings) -> Generation:
     """Continue a prompt: an iterator of Token.
 
     prompt     a text, a list of token ids, or a list of chat messages ({"role": .., "content": ..})
     max_tokens at most so many tokens; None: until the model ends or the context is full
     session    evaluate in this session, and keep it: what the prompt has in common with its tokens is not evaluated
-               again. Without one a new session is used and closed.
+               again. Without one a new session is used and closed. One generation at a time: the next ends the one before
     draft      a smaller model that guesses ahead, best with the same vocabulary: a Model or a path. The text is the same as
                without it, at any temperature; only the time differs
     spec       who guesses: "draft", "ngram" (repetitions in the text; needs no draft), "auto" (both, where there is a
                draft), "self" (the model itself with less attention: in long texts) or "off"
     draft_max, draft_min  bounds of the tokens guessed at a time; how many pay is found out while decoding
-    stop       strings that end the text and are not part of it
-    stop_tokens ids that end the text; None: the vocabulary's end-of-text and end-of-turn tokens, (): none
+    stop       strings that end the text and are not part of it; None: none
+    stop_tokens ids that end the text, or one id; None: the vocabulary's end-of-text and end-of-turn tokens, (): none
     progress   called with (done, total) while a prompt is evaluated
-    settings   those of pybmc.sampling.Sampler: temperature, seed, top_k, top_p, min_p, repeat_penalty, ...
+    settings   those of pybmc.sampling.Sampler: temperature, seed, top_k, top_p, min_p, repeat_penalty, ...; None is the default
 
-    The last Token tells why it was the last (finish_reason). The same prompt, settings and seed give the same text.
+    The last Token tells why it was the last (finish_reason). The same prompt, settings and seed give the same text. A text
+    that begins with the vocabulary's BOS gets no second one. Wrong arguments raise ArgumentError at once.
     """
-    sampler = make_sampler(temperature=temperature, seed=seed, **settings)
-    if max_tokens is not None and max_tokens < 0:
-        raise ArgumentError(f"max_tokens is {max_tokens}; expected 0 or more, or None")
-    if model.tokenizer is None:
-        raise ArgumentError(f"{model.path} has no vocabulary: it can evaluate tokens, but not write text")
+    checks.settings(settings, Sampler.__dataclass_fields__, ("max_tokens", *generate.__kwdefaults__))
+    checks.draft_bounds(draft_max, draft_min)
+    wishes = Wishes.of(model, max_tokens, stop, stop_tokens, Sampler(**settings))
+    if session is not None and getattr(session, "model", None) is not model:
+        checks.refuse("session", "a session of the same model", session)
     tokens = encode_prompt(model.tokenizer, prompt)
-    stops = model.tokenizer.stop_ids if stop_tokens is None else frozenset(stop_tokens)
     stats = Stats(prompt_tokens=len(tokens))
-    limit = inf if max_tokens is None else max_tokens
     speculation = None
     if draft is not None or spec != "auto":
         from .speculate import attach
         speculation = attach(session, model, draft, spec, draft_max, draft_min)
-    run = _run(model, tokens, limit, session, Chooser(sampler), speculation, StopStrings(stop), stops, progress, stats)
-    return Generation(run, tokens, stats)
+    run = _run(model, tokens, wishes.limit, session, Chooser(wishes.sampler), speculation, StopStrings(wishes.stop),
+               wishes.stop_ids, progress, stats)
+    return Generation(run, tokens, stats, session)
 
 
-def make_sampler(**settings) -> Sampler:
-    unknown = settings.keys() - Sampler.__dataclass_fields__
-    if unknown:
-        raise ArgumentError(f"unknown settings: {', '.join(sorted(unknown))}")
-    return Sampler(**settings)
+class Wishes(NamedTuple):
+    """What generate() and generate_batch() have in common, checked."""
+
+    sampler: Sampler
+    limit: float                        # tokens at most
+    stop: list[str]
+    stop_ids: frozenset[int]
+
+    @classmethod
+    def of(cls, model, max_tokens, stop, stop_tokens, sampler: Sampler) -> "Wishes":
+        if not hasattr(model, "tokenizer"):
+            checks.refuse("model", "a Model", model)
+        if model.tokenizer is None:
+            raise ArgumentError(f"{model.path} has no vocabulary: it can evaluate tokens, but not write text")
+        size = model.config.vocab_size
+        check_bias(sampler.logit_bias, size)
+        return cls(sampler, inf if max_tokens is None else checks.whole("max_tokens", max_tokens, 0, inf),
+                   checks.strings("stop", stop), stop_ids(model.tokenizer, stop_tokens, size))
+
+
+def stop_ids(tokenizer, stop_tokens, size: int) -> frozenset[int]:
+    if stop_tokens is None:
+        return tokenizer.stop_ids
+    one = isinstance(stop_tokens, Integral) and not isinstance(stop_tokens, bool)
+    return frozenset(checks.ids("stop_tokens", [stop_tokens] if one else stop_tokens, size))
 
 
 def _run(model, tokens, max_tokens, session, chooser, speculation, stop_strings, stop_ids, progress,
