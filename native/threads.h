@@ -1,7 +1,8 @@
 /* A fixed pool: the calling thread and n - 1 workers run the same function side by side.
  *
- * All that ask for as many threads share one pool, so that a model and its draft do not each keep workers that go to
- * sleep while the other computes. Runs of one pool take turns. */
+ * All that ask for as many threads, more than one, share a pool, so that a model and its draft do not each keep workers that go to
+ * sleep while the other computes. Runs of one pool take turns. Where a pool has more threads than the process has cores, they
+ * sleep while they wait, instead of spinning. A forked process gets workers of its own with its first run. */
 #ifndef THREADS_H
 #define THREADS_H
 

@@ -152,7 +152,7 @@ def test_a_session_with_a_past_gives_the_same_text(before, prompt, temperature, 
 def test_a_second_turn_evaluates_only_what_is_new():
     model = FakeModel()
     session = model.session()
-    first = list(generate(model, b"first question", 10, session=session, stop_tokens=()))
+    first = list(generate(model, "first question", 10, session=session, stop_tokens=()))
     before = session.evaluated
     turn = generate(model, [*b"first question", *(t.id for t in first), *b"next"], 1, session=session)
     list(turn)
@@ -188,21 +188,21 @@ def test_text_never_holds_half_a_character():
 
 def test_a_full_context_ends_the_text():
     model = FakeModel(context=10)
-    tokens = list(generate(model, b"123456", None, stop_tokens=()))
+    tokens = list(generate(model, "123456", None, stop_tokens=()))
     assert len(tokens) == 5 and tokens[-1].finish_reason == "context"       # the last one needs no row
     assert [t.id for t in tokens] == naive(model, b"123456", 5)
 
 
 def test_logprobs_are_the_models_own():
     model = FakeModel()
-    token = next(generate(model, b"x", temperature=1.5, seed=4, repeat_penalty=3.0))
+    token = next(generate(model, "x", temperature=1.5, seed=4, repeat_penalty=3.0))
     logits = model.logits(list(b"x")).astype(float)
     assert token.logprob == pytest.approx(logits[token.id] - np.log(np.exp(logits).sum()), abs=1e-5)
 
 
 def test_leaving_early_closes_the_session():
     model = FakeModel()
-    stream = generate(model, b"x", stop_tokens=())
+    stream = generate(model, "x", stop_tokens=())
     next(stream)
     stream.close()
     assert model.sessions[0].closed and stream.stats.predicted_tokens == 1
