@@ -296,7 +296,6 @@ class Role:
 
 def bind(file: GGUF, config: Config) -> list[Role]:
     """Every tensor's role. Raises FormatError for a tensor that is missing, has no role here, or cannot be cut."""
-    _check_end(file)
     roles = [role for tensor in file.tensors.values() for role in _roles(file, config, tensor)]
     have = {(role.layer, role.name): role for role in roles}
     if (-1, "output") not in have:      # tied: the embedding is the output too
@@ -310,6 +309,7 @@ def bind(file: GGUF, config: Config) -> list[Role]:
         for name in needed:
             if (layer, name) not in have:
                 raise FormatError(f"{file.path}: {_file_name(layer, name)} is missing; {config.arch} needs it")
+    _check_end(file)
     return roles
 
 

@@ -53,15 +53,13 @@ def choice(name: str, value, options: Iterable[str]) -> str:
 
 
 def strings(name: str, value) -> list[str]:
-    """A string, several of them, or None for none."""
+    """A string, several of them, or None for none. An empty one is a mistake."""
+    expected = "a string or a list of strings, none of them empty"
     if value is None:
         return []
-    if isinstance(value, str):
-        return [value]
-    items = _items(name, "a string or a list of strings", value)
-    for item in items:
-        if not isinstance(item, str):
-            refuse(name, "a string or a list of strings", value)
+    items = [value] if isinstance(value, str) else _items(name, expected, value)
+    if not all(isinstance(item, str) and item for item in items):
+        refuse(name, expected, value)
     return items
 
 

@@ -80,6 +80,8 @@ _OTHER_TEXTS = {
     b"invalid username or password": "a server's error message; the download went wrong",
 }
 
+_INCOMPLETE = "it is incomplete, as when a download broke off"
+
 # Text that only people read may be in any encoding; what is computed with has to be UTF-8.
 _EXACT_KEYS = ("tokenizer.", "general.architecture", "split.")
 
@@ -410,10 +412,9 @@ class _File:
         """The tensors of this file, all of them inside it and apart from each other."""
         entries = [self._read_entry(number) for number in range(self.n_tensors)]
         data_start = -(-self.position // self.alignment) * self.alignment
-        end = data_start + max((offset + nbytes for *_, offset, nbytes in entries), default=0)
-        if entries and end > self.size:
-            raise self.error(f"the file is incomplete, as when a download broke off: its tensors end at byte {end}, "
-                             f"the file at {self.size}")
+        end, last = max(((data_start + offset + nbytes, name) for name, _, _, offset, nbytes in entries), default=(0, ""))
+        if end > self.size:
+            raise self.error(f"tensor {last!r} ends at byte {end}, the file at {self.size}: {_INCOMPLETE}")
         places = sorted((offset, offset + nbytes, name) for name, _, _, offset, nbytes in entries)
         for (_, end, one), (offset, _, other) in zip(places, places[1:]):
             if offset < end:
@@ -459,6 +460,10 @@ class _File:
         nbytes = shape[0] // kind.block_size * kind.type_size
         for dim in shape[1:]:
             nbytes *= dim
+        if nbytes > self.size:
+            raise self.error(
+                f"{what}: {kind.name} {shape} takes {nbytes} bytes, the file has {self.size}: {_INCOMPLETE}", at
+            )
         return nbytes
 
 

@@ -303,7 +303,7 @@ class Session:
         temperature + noise of the chosen is ahead of the second. With last, attention sees the first 256 and the last
         `last` rows only: quicker in long texts, and the rows are to be rewound, for they are not what eval() would leave.
         """
-        k, p_min, last = checks.whole("k", k), checks.number("p_min", p_min, 0, 1), checks.whole("last", last)
+        k, p_min, last = checks.whole("k", k), checks.number("p_min", p_min), checks.whole("last", last)
         room = min(k, self.context + 1)                 # a draft ends with the context
         ids, result = _ids(tokens), Best(np.empty(room, np.int32), np.empty(room, np.float32))
         with self._claimed() as handle:
@@ -339,6 +339,9 @@ class Session:
 
     def close(self) -> None:
         """Free the rows. Twice is fine. Raises BusyError while another thread uses the session."""
+        user = self._user.get("thread")
+        if user and user[0] != os.getpid():             # a thread of the process that this one was forked from
+            self._handle = ffi.NULL
         if self._handle != ffi.NULL:
             with suppress(ClosedError), self._claimed(moves=False):
                 self._handle = ffi.NULL

@@ -72,7 +72,7 @@ class Tokenizer:
         continuation of another one.
         """
         stream = StreamDecoder(self, special, continued)
-        ids = checks.ids("ids", ids, self.vocab_size)
+        ids = checks.ids("ids", ids)
         return stream.push(*ids) + stream.flush()
 
     def stream(self, special: bool = False, continued: bool = True) -> StreamDecoder:
