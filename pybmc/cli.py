@@ -723,7 +723,8 @@ def run(args=None) -> int:
         status = cli.main(args, prog_name="pybmc", standalone_mode=False)
         return status if isinstance(status, int) else 0
     except click.ClickException as error:
-        error.show()
+        if sys.stderr is not None:
+            error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         return EXIT_INTERRUPTED

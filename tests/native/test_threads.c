@@ -174,7 +174,7 @@ static void users_take_turns(void) {
 static void *take_alone(void *arg) {
     struct items t = { .pool = pool_new(1), .n = 300 };
     (void)arg;
-    for (int run = 0; run < 300; run++) {
+    for (int run = 0; run < 5000; run++) {
         memset(t.taken, 0, sizeof t.taken);
         pool_run(t.pool, take_in_turn, &t);
     }
