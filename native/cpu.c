@@ -120,7 +120,8 @@ static bool first_line(char *text, int size, const char *folder, const char *nam
     return found;
 }
 
-/* What one group grants: cgroup v2 says "max 100000" or "150000 100000", v1 has a file for each number, -1 being no limit. */
+/* What one group grants: cgroup v2 says "max 100000" or "150000 100000", v1 has a file for each number, in which
+ * -1 is no limit. */
 static double group_quota(const char *folder) {
     char text[64], period_text[64];
     double quota = 0, period = 0;
@@ -134,7 +135,8 @@ static double group_quota(const char *folder) {
     return quota > 0 && period > 0 ? quota / period : HUGE_VAL;
 }
 
-/* The least quota of a group and those above it. In a container the path may be the host's, of which only the root is there. */
+/* The least quota of a group and those above it. In a container the path may be the host's: then only the root is
+ * there. */
 static double path_quota(const char *mount, const char *hierarchy, const char *path) {
     char folder[PATH_MAX];
     int root = snprintf(folder, sizeof folder, "%s%s", mount, hierarchy);
@@ -155,7 +157,8 @@ static bool lists(const char *controllers, const char *name) {
 
 /* Of a line "0::/path" (v2) or "4:cpu,cpuacct:/path" (v1). */
 static double line_quota(char *line, const char *mount) {
-    static const char *const v1[] = { "/cpu", "/cpu,cpuacct", "/cpuacct,cpu", NULL }, *const v2[] = { "", "/unified", NULL };
+    static const char *const v1[] = { "/cpu", "/cpu,cpuacct", "/cpuacct,cpu", NULL };
+    static const char *const v2[] = { "", "/unified", NULL };
     char *controllers = strchr(line, ':'), *path = controllers ? strchr(controllers + 1, ':') : NULL;
     double least = HUGE_VAL;
     if (!path)

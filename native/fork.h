@@ -1,11 +1,11 @@
-/* Locks and threads across a fork. The child has only the thread that forked: what other threads of the parent held stays
- * locked there, and what they were in the middle of is never finished. Whoever has such things adds itself to a list, and is
- * told in every forked process before anything else runs there. */
+/* Locks and threads across a fork. The child has only the thread that forked: a lock that another thread of the parent
+ * held stays locked there, and what that thread was doing is never finished. An object with locks or threads is added
+ * to a list; its renew() makes them new in every forked process before anything else runs there. */
 #ifndef FORK_H
 #define FORK_H
 
 struct forkable {
-    void (*renew)(struct forkable *self);   /* runs in the child, alone */
+    void (*renew)(struct forkable *self);   /* in the child, while it has one thread */
     struct forkable *next;
 };
 

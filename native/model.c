@@ -465,8 +465,8 @@ static int build(bmc_model *m, const bmc_config *config, const bmc_tensor *tenso
     return status;
 }
 
-/* In a forked process: a pass that another thread was in the middle of is nobody's. What it left in the buffers is written again
- * by the next one, but for counters that a pass finds and leaves at 0. */
+/* In a forked process: a pass of another thread is never finished. What it left in the buffers is overwritten by the
+ * next pass, except for counters, which are 0 between passes. */
 static void renew(struct forkable *f) {
     bmc_model *m = (bmc_model *)(void *)((char *)f - offsetof(bmc_model, forkable));
     pthread_mutex_init(&m->lock, NULL);

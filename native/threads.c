@@ -19,7 +19,7 @@
 /* How often a thread looks before it sleeps. Inside a run about 50 us: then the core is free for whoever is waited for,
  * which matters as soon as the machine has other things to do than ours. Between runs about 2 ms: tokens are shown and the next call
  * is prepared in that time, waking up takes longer than a barrier of a small model, and a core that slept is slow at first.
- * Where there are more threads than cores, a thread that looks keeps the one it waits for from its core: it sleeps at once. */
+ * With more threads than cores, a thread that spins occupies the core that the thread it waits for needs: it sleeps at once. */
 enum { PATIENCE = 1500, IDLE_PATIENCE = 60000 };
 
 struct pool {
@@ -126,7 +126,7 @@ static void prepare(struct pool *p) {
         atomic_init(&p->own[i].taken, 0);
 }
 
-/* In a forked process: no worker came along, and a run that was under way is nobody's. */
+/* In a forked process there are no workers, and no run is under way. */
 static void renew(struct forkable *f) {
     struct pool *p = (struct pool *)(void *)((char *)f - offsetof(struct pool, forkable));
     prepare(p);
@@ -137,7 +137,7 @@ void pool_run(struct pool *p, void (*fn)(void *, int), void *arg) {
     pthread_mutex_lock(&p->turn);
     if (p->alone) {
         p->alone = false;
-        start_workers(p, p->n);                 /* with fewer, if the system refuses some, the results are the same */
+        start_workers(p, p->n);         /* if the system refuses some: results do not depend on their number */
     }
     if (p->n == 1) {
         atomic_fetch_add_explicit(&p->run, 1, memory_order_relaxed);

@@ -1,8 +1,9 @@
 /* A fixed pool: the calling thread and n - 1 workers run the same function side by side.
  *
- * All that ask for as many threads, more than one, share a pool, so that a model and its draft do not each keep workers that go to
- * sleep while the other computes. Runs of one pool take turns. Where a pool has more threads than the process has cores, they
- * sleep while they wait, instead of spinning. A forked process gets workers of its own with its first run. */
+ * Callers that ask for the same number of threads, two or more, share a pool, so that a model and its draft do not each
+ * keep workers that go to sleep while the other computes. Runs of one pool take turns. Threads of a pool with more
+ * threads than cores sleep while they wait, instead of spinning. A forked process starts its own workers with its
+ * first run. */
 #ifndef THREADS_H
 #define THREADS_H
 

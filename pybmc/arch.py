@@ -147,13 +147,14 @@ class _Keys:
 
     def number(self, key: str, default: float | None = None, low: float = 0.0, high: float = 1e30,
                above: float = -math.inf) -> float:
-        """A number from low to high, and larger than `above`: beyond these the arithmetic of a model makes no sense."""
+        """A number from low to high, and larger than `above`; outside, the model's arithmetic makes no sense."""
         value = self.find(key)
         if value is None:
             value = default
         if value is None:
             raise self.error(key, "a number", "nothing")
-        if (isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high or value <= above):
+        if (isinstance(value, bool) or not isinstance(value, (int, float))
+                or not low <= value <= high or value <= above):
             bounds = f"above {above:g}" if above >= low else f"from {low:g}"
             raise self.error(key, f"a number {bounds} up to {high:g}", f"{value!r:.60}")
         return float(value)
@@ -276,7 +277,8 @@ def _rope_factors(file: GGUF, name: str, n: int) -> np.ndarray | None:
         raise FormatError(f"{file.path}: {name}: expected f32 ({n},), found {tensor.type} {tensor.shape}")
     factors = tensor.data.view(np.float32).astype(np.float64)
     if not ((factors >= 1e-3) & (factors <= 1e30)).all():       # NaN is in no range
-        raise FormatError(f"{file.path}: {name}: expected factors from 0.001 up to 1e30, found {factors.min():g} to {factors.max():g}")
+        raise FormatError(f"{file.path}: {name}: expected factors from 0.001 up to 1e30, "
+                          f"found {factors.min():g} to {factors.max():g}")
     return factors
 
 
@@ -314,17 +316,21 @@ def bind(file: GGUF, config: Config) -> list[Role]:
 
 
 def _check_end(file: GGUF) -> None:
-    """Some programs make a file as large as it will be before they fetch it: then what did not come is zeros."""
+    """Some programs give a file its full size before they fetch it: the missing part is zeros."""
     for last in file.ends:
         if last.name.endswith(".weight") and not last.data[-4096:].any() and not last.data.any():
-            raise FormatError(f"{file.path}: the file is incomplete, as when a download broke off: {printable(last.name)}, the "
-                              f"last of its tensors, is {last.nbytes} zeros")
+            raise FormatError(f"{file.path}: the file is incomplete, as when a download broke off: "
+                              f"{printable(last.name)}, the last of its tensors, is {last.nbytes} zeros")
 
 
 def _file_name(layer: int, role: str) -> str:
     name, _, suffix = role.partition(".")
     names = {theirs: ours for ours, theirs in LAYER_ROLES.items()}
     return f"blk.{layer}." * (layer >= 0) + f"{names.get(name, name)}.{suffix or 'weight'}"
+
+
+def _misfit(file: GGUF, tensor: Tensor, what: str) -> FormatError:
+    return FormatError(f"{file.path}: {printable(tensor.name)}: {what}")
 
 
 def _roles(file: GGUF, config: Config, tensor: Tensor) -> Iterator[Role]:
@@ -334,7 +340,7 @@ def _roles(file: GGUF, config: Config, tensor: Tensor) -> Iterator[Role]:
         number, _, inner = name[4:].partition(".")
         layer = int(number) if number.isdecimal() and len(number) < 6 else config.n_layers
         if layer >= config.n_layers:
-            raise FormatError(f"{file.path}: {printable(tensor.name)}: the model has {config.n_layers} layers")
+            raise _misfit(file, tensor, f"the model has {config.n_layers} layers")
     if inner in IGNORED or inner in ROPE_TENSORS:
         return
     tail = "" if suffix == "weight" else f".{suffix}"
@@ -346,7 +352,8 @@ def _roles(file: GGUF, config: Config, tensor: Tensor) -> Iterator[Role]:
     elif suffix in ("weight", "bias") and (inner in LAYER_ROLES if layer >= 0 else inner in MODEL_ROLES):
         yield _role(LAYER_ROLES.get(inner, inner) + tail, layer, tensor)
     else:
-        raise FormatError(f"{file.path}: {printable(tensor.name)}: pybmc does not know this tensor of {config.arch}; the answer would be wrong without it")
+        raise _misfit(file, tensor, f"pybmc does not know this tensor of {config.arch}; "
+                                    "the answer would be wrong without it")
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
@@ -365,7 +372,7 @@ def _cut(file: GGUF, tensor: Tensor, layer: int, tail: str, parts: dict[str, int
     bias = len(tensor.shape) == 1
     n_rows, n_cols = (tensor.shape[0], 1) if bias else _extent(tensor)
     if n_rows != total:
-        raise FormatError(f"{file.path}: {printable(tensor.name)}: expected {total} rows ({' + '.join(map(str, parts.values()))}), found {n_rows}")
+        raise _misfit(file, tensor, f"expected {total} rows ({' + '.join(map(str, parts.values()))}), found {n_rows}")
     row_bytes, start = tensor.nbytes // total, 0
     for name, n in parts.items():
         data = tensor.data[start * row_bytes : (start + n) * row_bytes]

@@ -127,8 +127,8 @@ def generate_batch(model, prompts: Iterable, max_tokens: int | None = 256, *, dr
 
     def start(index: int) -> Stream:
         session = model.session(context)
-        ending = Ending(len(texts[index]), session.context, model.tokenizer.stream(), limit, StopStrings(wishes.stop),
-                        wishes.stop_ids)
+        ending = Ending(len(texts[index]), session.context, model.tokenizer.stream(), limit,
+                        StopStrings(wishes.stop), wishes.stop_ids)
         return Stream(index, texts[index], session, chooser, ending, another(first), limit)
 
     stats: dict[int, Stats] = {}

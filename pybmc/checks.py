@@ -1,5 +1,5 @@
-"""Checks of arguments. Each returns the value as a plain Python one, or raises an ArgumentError that names the argument,
-what was expected and what was found."""
+"""Checks of arguments. Each returns the value as a plain Python one, or raises an ArgumentError that names the
+argument, what was expected and what was found."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from math import inf, isnan
 from numbers import Real
 from typing import NoReturn
 
-from .errors import ArgumentError
+from .errors import ArgumentError, printable
 
 INT32_MAX = (1 << 31) - 1
 
 
 def refuse(name: str, expected: str, found) -> NoReturn:
-    text = repr(found)
-    raise ArgumentError(f"{name}: expected {expected}, found {text if len(text) <= 60 else text[:57] + '...'}")
+    raise ArgumentError(f"{name}: expected {expected}, found {printable(repr(found), 60)}")
 
 
 def whole(name: str, value, low: float = 0, high: float = INT32_MAX) -> int:
-    """A whole number from low to high. numpy's integers and floats such as 5.0 are whole numbers, a bool is none."""
+    """A whole number from low to high. numpy's integers and 5.0 are whole numbers, True is none."""
     number = _index(value)
     if number is None or not low <= number <= high:
         refuse(name, f"a whole number{_range(low, high)}", value)
@@ -64,7 +63,7 @@ def strings(name: str, value) -> list[str]:
 
 
 def ids(name: str, value, size: int | None = None) -> list[int]:
-    """Token ids: a list, an array or another iterable of whole numbers, of a vocabulary of `size` tokens if that is known."""
+    """Token ids: a list, an array or another iterable of whole numbers. size: of the vocabulary, if known."""
     items = _items(name, "a list of token ids", value)
     if set(map(type, items)) - {int}:
         items = [_id(name, item) for item in items]
@@ -74,7 +73,7 @@ def ids(name: str, value, size: int | None = None) -> list[int]:
 
 
 def settings(given: Iterable[str], known: Iterable[str], arguments: Iterable[str] = ()) -> None:
-    """Refuse a setting that is not known, and name the nearest one; arguments are names that could have been meant as well."""
+    """Refuse an unknown setting, and name the nearest one. arguments: other names that could have been meant."""
     known = list(known)
     for name in given:
         if name not in known:

@@ -110,8 +110,8 @@ threads_option = options(
     click.option("--no-repack", is_flag=True, expose_value=False, callback=keep_flag,
                  help="Leave the weights in the file: much slower, hardly any memory."))
 context_option = click.option("-c", "--ctx-size", "context", type=click.IntRange(1), metavar="N",
-                              help="Cap on the context, in tokens; by default what the model was trained for. More works, "
-                                   "and is noted. Memory follows use.")
+                              help="Cap on the context, in tokens; by default what the model was trained for. "
+                                   "More works, and is noted. Memory follows use.")
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout.")
 arena_options = options(
     click.option("--rows", type=Rows(), default="auto", show_default=True,
@@ -324,7 +324,8 @@ def chat(model, model_option, system, max_tokens, context, threads, rows, kv_typ
 @click.option("--chat/--raw", "as_chat", default=None,
               help="Send the text as a message in the model's chat template, or as it is. "
                    "Without MODEL --chat, else --raw.")
-@click.option("-sys", "--system-prompt", "system", type=Text(), help="With --chat: what the model is told first.")
+@click.option("-sys", "--system-prompt", "system", type=Text(),
+              help="With --chat: what the model is told first.")
 @click.option("-r", "--stop", type=Text(), multiple=True, help="End before this text; repeatable.")
 @click.option("--ignore-eos", is_flag=True, help="Go on where the model would end.")
 @click.option("--no-bos", is_flag=True, help="With --raw: no BOS token before the text.")
@@ -334,12 +335,12 @@ def chat(model, model_option, system, max_tokens, context, threads, rows, kv_typ
 @threads_option
 @arena_options
 @json_option
-def generate(model, model_option, prompt, prompt_file, max_tokens, as_chat, system, stop, ignore_eos, no_bos, context,
-             threads, rows, kv_type, as_json, tint, **flags):
+def generate(model, model_option, prompt, prompt_file, max_tokens, as_chat, system, stop, ignore_eos, no_bos,
+             context, threads, rows, kv_type, as_json, tint, **flags):
     """Continue a text (-p, -f, or stdin) and print what follows it; `run` is the same.
 
-    In a raw text control tokens such as <|im_start|> count, and an empty one is continued from the model's BOS token alone.
-    Without MODEL the bundled model answers.
+    In a raw text control tokens such as <|im_start|> count; an empty one is continued from the model's BOS token
+    alone. Without MODEL the bundled model answers.
     """
     from .decode import generate as start
     from .report import summary
@@ -697,13 +698,15 @@ def tune(model, model_option, threads, as_json):
         with opened(path, threads) as (loaded, _):
             curve = tuning.tune_model(loaded)
     if as_json:
-        print_json(asdict(machine) | {"threads": threads, "kept": kept and str(kept)} | ({"passes": curve} if curve else {}))
+        print_json(asdict(machine) | {"threads": threads, "kept": kept and str(kept)}
+                   | ({"passes": curve} if curve else {}))
         return
     for sentence in tuning.sentences(machine, threads):
         write(sentence + "\n")
     if curve:
         write(tuning.curve_sentence(path.name, curve) + "\n")
-    write(f"Kept in {kept}.\n" if kept else "Not kept: there is no cache directory that can be written (XDG_CACHE_HOME names one).\n")
+    write(f"Kept in {kept}.\n" if kept else
+          "Not kept: there is no cache directory that can be written (XDG_CACHE_HOME names one).\n")
 
 
 # ---- the door ----------------------------------------------------------------------------------------------

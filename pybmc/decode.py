@@ -104,11 +104,11 @@ def encode_prompt(tokenizer, prompt) -> list[int]:
 
 
 def one_bos(tokenizer, tokens: list[int]) -> list[int]:
-    """The tokens of a text that may spell the BOS itself, as model cards do: the tokenizer's own is then one too many."""
+    """The tokens of a text without a second BOS: a text copied from a model card may begin with it."""
     bos = tokenizer.bos_id
     if not tokenizer.add_bos or bos is None or tokens[:2] != [bos, bos]:
         return tokens
-    log.warning("the prompt begins with the BOS token %r, which is put before every text; one of the two is left out",
+    log.warning("the prompt begins with the BOS token %r, which every text gets; it is not added again",
                 tokenizer.piece(bos).decode("utf-8", "replace"))
     return tokens[1:]
 
@@ -330,14 +330,14 @@ class Stats:
         return (self.predicted_tokens - 1) / self.predicted_s if self.predicted_s else 0.0
 
 
-_latest: WeakKeyDictionary = WeakKeyDictionary()        # session -> a weak reference to the last Generation that began in it
+_latest: WeakKeyDictionary = WeakKeyDictionary()        # session -> weak reference to the Generation it serves
 
 
 class Generation(Iterator[Token]):
     """An iterator of Token. prompt holds the prompt's ids, stats counts and times so far; close() ends it early.
 
-    A session given to generate() belongs to one generation at a time. The next one that begins in it ends this one, which
-    then raises BusyError where it is asked for another token; and so it does after other calls used the session.
+    A session given to generate() serves one generation at a time. The next one that begins in it ends this one, which
+    then raises BusyError when it is asked for another token. The same happens after other calls used the session.
     """
 
     def __init__(self, tokens: Generator[Token, None, None], prompt: list[int], stats: Stats, session=None):
@@ -394,7 +394,7 @@ def generate(model, prompt, max_tokens: int | None = 256, *, session=None, draft
     prompt     a text, a list of token ids, or a list of chat messages ({"role": .., "content": ..})
     max_tokens at most so many tokens; None: until the model ends or the context is full
     session    evaluate in this session, and keep it: what the prompt has in common with its tokens is not evaluated
-               again. Without one a new session is used and closed. One generation at a time: the next ends the one before
+               again. Without one a new session is used and closed. A generation in it ends the one before
     draft      a smaller model that guesses ahead, best with the same vocabulary: a Model or a path. The text is the same as
                without it, at any temperature; only the time differs
     spec       who guesses: "draft", "ngram" (repetitions in the text; needs no draft), "auto" (both, where there is a
@@ -403,10 +403,10 @@ def generate(model, prompt, max_tokens: int | None = 256, *, session=None, draft
     stop       strings that end the text and are not part of it; None: none
     stop_tokens ids that end the text, or one id; None: the vocabulary's end-of-text and end-of-turn tokens, (): none
     progress   called with (done, total) while a prompt is evaluated
-    settings   those of pybmc.sampling.Sampler: temperature, seed, top_k, top_p, min_p, repeat_penalty, ...; None is the default
+    settings   those of pybmc.sampling.Sampler: temperature, seed, top_k, top_p, min_p, repeat_penalty, ...; None: default
 
-    The last Token tells why it was the last (finish_reason). The same prompt, settings and seed give the same text. A text
-    that begins with the vocabulary's BOS gets no second one. Wrong arguments raise ArgumentError at once.
+    The last Token tells why it was the last (finish_reason). The same prompt, settings and seed give the same text. A
+    text that begins with the vocabulary's BOS gets no second one. Wrong arguments raise ArgumentError at once.
     """
     checks.settings(settings, Sampler.__dataclass_fields__, ("max_tokens", *generate.__kwdefaults__))
     checks.draft_bounds(draft_max, draft_min)
@@ -419,8 +419,8 @@ def generate(model, prompt, max_tokens: int | None = 256, *, session=None, draft
     if draft is not None or spec != "auto":
         from .speculate import attach
         speculation = attach(session, model, draft, spec, draft_max, draft_min)
-    run = _run(model, tokens, wishes.limit, session, Chooser(wishes.sampler), speculation, StopStrings(wishes.stop),
-               wishes.stop_ids, progress, stats)
+    run = _run(model, tokens, wishes.limit, session, Chooser(wishes.sampler), speculation,
+               StopStrings(wishes.stop), wishes.stop_ids, progress, stats)
     return Generation(run, tokens, stats, session)
 
 

@@ -92,7 +92,7 @@ class Tensor:
 
     name: str
     type: QuantType
-    shape: tuple[int, ...]              # GGUF's order: values in a row first; dimensions of 1 at the end are left out
+    shape: tuple[int, ...]              # GGUF's order: values in a row first; without dimensions of 1 at the end
     data: np.ndarray
 
     @property
@@ -412,7 +412,8 @@ class _File:
         """The tensors of this file, all of them inside it and apart from each other."""
         entries = [self._read_entry(number) for number in range(self.n_tensors)]
         data_start = -(-self.position // self.alignment) * self.alignment
-        end, last = max(((data_start + offset + nbytes, name) for name, _, _, offset, nbytes in entries), default=(0, ""))
+        end, last = max(((data_start + offset + nbytes, name) for name, _, _, offset, nbytes in entries),
+                        default=(0, ""))
         if end > self.size:
             raise self.error(f"tensor {last!r} ends at byte {end}, the file at {self.size}: {_INCOMPLETE}")
         places = sorted((offset, offset + nbytes, name) for name, _, _, offset, nbytes in entries)

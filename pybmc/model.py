@@ -111,7 +111,7 @@ class Model:
     def _begin(self, threads: int | None) -> None:
         self._handle = ffi.NULL
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-        self._locks = defaultdict(threading.Lock)       # process id -> lock of _sessions: a forked one's may be held for good
+        self._locks = defaultdict(threading.Lock)       # process id -> lock of _sessions; a forked one needs its own
         self._long = False                              # a context beyond the training was noted
         self.threads = _thread_count(threads)
 
@@ -239,7 +239,7 @@ class Session:
         self.context = cap
         if cap > config.n_ctx and not model._long:
             model._long = True
-            log.warning("a context of %d tokens is more than the %d that %s was trained for; text beyond them gets worse",
+            log.warning("a context of %d tokens is more than the %d that %s was trained for; text beyond gets worse",
                         cap, config.n_ctx, model.path)
         self._tokens: list[int] = []        # may run ahead of the position: where a pass failed, or after a rewind
         self._coming: tuple | None = None   # of a call that writes tokens: its position, tokens, first ids, which of them it has
@@ -359,7 +359,7 @@ class Session:
         user = self._user.setdefault("thread", me)
         if user != me:
             raise BusyError("this session is in use by another thread" if user[0] == me[0] else
-                            "this session was in use by another thread when the process was forked; make a new one")
+                            "this session was in use when the process was forked; make a new one")
         try:
             handle = self._live()
             self._settled()

@@ -81,7 +81,7 @@ def _plans(file: GGUF, config) -> dict:
 
 
 def lines(info: dict) -> list[tuple[str, str]]:
-    """The facts as (label, text) pairs, for people. What the file says stays on its line, whatever characters it has."""
+    """The facts as (label, text) pairs, for people. Each stays on its line, whatever characters the file has."""
     yes = {True: "yes", False: "no"}
     out = [("file", f"{info['path']}, {size(info['bytes'])}" + f" in {info['files']} parts" * (info["files"] > 1)),
            ("name", info["name"] or "-"),
