@@ -107,7 +107,7 @@ class Batch(Iterator[tuple[int, Token]]):
 def generate_batch(model, prompts: Iterable, max_tokens: int | None = 256, *, draft=None, spec: str = "auto",
                    draft_max: int = 16, draft_min: int = 0, parallel: int = 8, context: int | None = None,
                    stop: str | Sequence[str] | None = (), stop_tokens: int | Iterable[int] | None = None,
-                   **settings) -> Batch:
+                   chat_template=None, chat_template_kwargs=None, **settings) -> Batch:
     """Continue many prompts together: an iterator of (number of the prompt, Token), as tokens come.
 
     Prompts and settings are those of generate(), and so is each prompt's text. parallel: how many are written at a
@@ -120,15 +120,17 @@ def generate_batch(model, prompts: Iterable, max_tokens: int | None = 256, *, dr
     context = None if context is None else checks.whole("context", context, 1)
     if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
         checks.refuse("prompts", "a list of prompts", prompts)
-    texts = [encode_prompt(model.tokenizer, prompt) for prompt in prompts]
+    texts = [encode_prompt(model.tokenizer, prompt, chat_template, chat_template_kwargs)
+             for prompt in prompts]
     for text in texts:
         check_room(context or model.config.n_ctx, text)
     first = attach(None, model, draft, spec, draft_max, draft_min)
 
     def start(index: int) -> Stream:
         session = model.session(context)
-        ending = Ending(len(texts[index]), session.context, model.tokenizer.stream(), limit,
-                        StopStrings(wishes.stop), wishes.stop_ids)
+        strings = StopStrings(wishes.stop, model.tokenizer)
+        ending = Ending(len(texts[index]), session.context, model.tokenizer.stream(), limit, strings,
+                        wishes.stop_ids)
         return Stream(index, texts[index], session, chooser, ending, another(first), limit)
 
     stats: dict[int, Stats] = {}

@@ -93,9 +93,10 @@ def _index(value) -> int | None:
 
 
 def _id(name: str, value) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
+    try:
+        return operator.index(None if isinstance(value, bool) else value)
+    except TypeError:
         refuse(name, "whole numbers as token ids", value)
-    return operator.index(value)
 
 
 def _items(name: str, expected: str, value) -> list:

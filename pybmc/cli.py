@@ -13,7 +13,8 @@ import click
 
 from . import __version__
 from .errors import ArgumentError, BmcError, FormatError
-from .terminal import ReaderLeft, is_terminal, note, progress, sentence, write
+from .reasoning import is_open
+from .terminal import ReaderLeft, Voice, is_terminal, note, progress, sentence, write
 
 EXIT_FAILED, EXIT_USAGE, EXIT_UNPROVEN, EXIT_INTERRUPTED = 1, 2, 3, 130
 
@@ -94,6 +95,41 @@ class Rows(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
+class TemplateSource(click.ParamType):
+    """A chat template's name, source or file."""
+
+    name = "NAME|FILE|SOURCE"
+
+    def convert(self, value, param, ctx):
+        from .templates import source_of
+
+        try:
+            return source_of(value)
+        except ArgumentError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Variables(click.ParamType):
+    """A JSON object."""
+
+    name = "JSON"
+
+    def convert(self, value, param, ctx):
+        from .chat import checked_variables
+
+        if isinstance(value, dict):
+            return value
+        try:
+            found = json.loads(value)
+            if not isinstance(found, dict):
+                self.fail(f"expected a JSON object, found {value[:60]!r}", param, ctx)
+            return checked_variables(found)
+        except ArgumentError as error:
+            self.fail(str(error), param, ctx)
+        except (ValueError, RecursionError) as error:
+            self.fail(f"expected a JSON object, found {value[:60]!r}: {error}", param, ctx)
+
+
 model_argument = click.argument("model", required=False, type=File())
 model_option = click.option("-m", "--model", "model_option", metavar="FILE", type=File(),
                             help="The model, if it is not given as an argument.")
@@ -157,6 +193,18 @@ draft_options = options(
                       "model itself with less attention (self)."),
     click.option("--tint", is_flag=True, help="Colour the tokens that were guessed, on a terminal."))
 
+template_options = options(
+    click.option("--chat-template", type=TemplateSource(),
+                 help="How messages are written, instead of the model's own template: a name (chatml, llama2, "
+                      "llama3, gemma, mistral, phi3, zephyr, vicuna), a Jinja file, or the source itself."),
+    click.option("--chat-template-kwargs", type=Variables(), metavar="JSON",
+                 help='More variables for the chat template, as in \'{"reasoning_effort": "low"}\'.'),
+    click.option("--think", type=click.Choice(["on", "off"]),
+                 help="Whether the model thinks before it answers: enable_thinking for its chat template."),
+    click.option("--thoughts", type=click.Choice(["show", "hide"]), default="show", show_default=True,
+                 help="Print what stands between <think> and </think> at the beginning of an answer, or leave it "
+                      "out; generate --json always has it."))
+
 text_options = options(
     click.option("-p", "--prompt", type=Text(), help="The text; - reads it from stdin."),
     click.option("-f", "--file", "prompt_file", type=File(), metavar="FILE",
@@ -176,6 +224,25 @@ def sampling_settings(flags: dict) -> dict:
     except ArgumentError as error:
         raise click.UsageError(str(error)) from None
     return settings
+
+
+def template_variables(flags: dict) -> dict:
+    """What the flags give the chat template."""
+    given = flags.pop("chat_template_kwargs") or {}
+    think = flags.pop("think")
+    return given | ({} if think is None else {"enable_thinking": think == "on"})
+
+
+def template_of_model(loaded, source, variables: dict) -> dict:
+    """Settings about the chat template; a note where it does not read a variable."""
+    if source is None and not variables:
+        return {}
+    from .chat import ChatTemplate
+    from .repl import note_unread
+
+    template = ChatTemplate(source, loaded.tokenizer)
+    note_unread(template, variables)
+    return {"chat_template": template, "chat_template_kwargs": variables}
 
 
 def find_model(argument, option=None) -> Path:
@@ -291,28 +358,31 @@ def cli():
               help="What the model is told before everything else.")
 @click.option("-n", "--n-predict", "max_tokens", type=int, default=-1, show_default=True, metavar="N",
               help="At most N tokens an answer; -1: until the model ends.")
+@template_options
 @sampling_options
 @draft_options
 @context_option
 @threads_option
 @arena_options
-def chat(model, model_option, system, max_tokens, context, threads, rows, kv_type, tint, **flags):
+def chat(model, model_option, system, max_tokens, chat_template, thoughts, context, threads, rows, kv_type, tint,
+         **flags):
     """Talk with a model; without MODEL the bundled one answers.
 
     /help lists what can be typed besides messages. A message goes on over several lines after a backslash at the
-    end of a line, or between lines of three double quotes. Ctrl-C ends an answer, Ctrl-D the chat. From a pipe
-    each line is a message.
+    end of a line, or between lines of three double quotes; a paste of several lines is one message. Ctrl-C ends
+    an answer, Ctrl-D the chat. From a pipe each line is a message.
     """
     from .conversation import Conversation
     from .repl import Repl
 
-    if sys.stdin is None:
-        raise click.UsageError("there are no messages to answer: stdin is closed")
     settings = sampling_settings(flags) | {"max_tokens": None if max_tokens < 0 else max_tokens}
+    variables = template_variables(flags)
     with with_draft(flags, not (model or model_option), threads) as drafting, \
             opened(find_model(model, model_option), threads) as (loaded, _), \
             loaded.session(context=context, rows=rows, kv_type=kv_type) as session:
-        Repl(Conversation(loaded, session, system, **settings, **drafting), tint=tint).run()
+        written = template_of_model(loaded, chat_template, variables)
+        talk = Conversation(loaded, session, system, **written, **settings, **drafting)
+        return Repl(talk, tint=tint, thoughts=thoughts).run()
 
 
 @cli.command()
@@ -326,6 +396,8 @@ def chat(model, model_option, system, max_tokens, context, threads, rows, kv_typ
                    "Without MODEL --chat, else --raw.")
 @click.option("-sys", "--system-prompt", "system", type=Text(),
               help="With --chat: what the model is told first.")
+@click.option("--prefill", type=Text(), help="With --chat: how the answer begins; what follows it is printed.")
+@template_options
 @click.option("-r", "--stop", type=Text(), multiple=True, help="End before this text; repeatable.")
 @click.option("--ignore-eos", is_flag=True, help="Go on where the model would end.")
 @click.option("--no-bos", is_flag=True, help="With --raw: no BOS token before the text.")
@@ -335,8 +407,8 @@ def chat(model, model_option, system, max_tokens, context, threads, rows, kv_typ
 @threads_option
 @arena_options
 @json_option
-def generate(model, model_option, prompt, prompt_file, max_tokens, as_chat, system, stop, ignore_eos, no_bos,
-             context, threads, rows, kv_type, as_json, tint, **flags):
+def generate(model, model_option, prompt, prompt_file, max_tokens, as_chat, system, prefill, chat_template, thoughts,
+             stop, ignore_eos, no_bos, context, threads, rows, kv_type, as_json, tint, **flags):
     """Continue a text (-p, -f, or stdin) and print what follows it; `run` is the same.
 
     In a raw text control tokens such as <|im_start|> count; an empty one is continued from the model's BOS token
@@ -346,28 +418,39 @@ def generate(model, model_option, prompt, prompt_file, max_tokens, as_chat, syst
     from .report import summary
 
     settings = sampling_settings(flags)
+    variables = template_variables(flags)
     text = read_text(prompt, prompt_file)
     as_chat = as_chat if as_chat is not None else not (model or model_option)
-    if system and not as_chat:
-        raise click.UsageError("-sys needs --chat")
+    for flag, given in (("-sys", system), ("--prefill", prefill), ("--chat-template", chat_template),
+                        ("--chat-template-kwargs and --think", variables)):
+        if given and not as_chat:
+            raise click.UsageError(f"{flag} needs --chat")
     if no_bos and as_chat:
         raise click.UsageError("--no-bos needs --raw: a chat template says itself what begins a text")
     if as_chat and not text:
         raise click.UsageError("the message is empty")
     if as_chat:
-        text = [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": text}]
+        text = [{"role": role, "content": content}
+                for role, content in (("system", system), ("user", text), ("assistant", prefill))
+                if content or role == "user"]
     with with_draft(flags, not (model or model_option), threads) as drafting, \
             opened(find_model(model, model_option), threads) as (loaded, load_s), \
             loaded.session(context=context, rows=rows, kv_type=kv_type) as session, progress("prompt") as update:
         if no_bos and loaded.tokenizer:
             text = loaded.tokenizer.encode(text, bos=False, special=True)
+        written = template_of_model(loaded, chat_template, variables)
         answer = start(loaded, text, None if max_tokens < 0 else max_tokens, session=session, stop=stop,
-                       stop_tokens=() if ignore_eos else None, progress=update, **settings, **drafting)
+                       stop_tokens=() if ignore_eos else None, progress=update,
+                       **written, **settings, **drafting)
+        voice = Voice(thoughts, is_open(loaded.tokenizer, answer.prompt), tint)
+        voice.reasoning.push(prefill or "")
         tokens = []
         for token in answer:
             tokens.append(token)
             if not as_json:
-                write(token.text, tint and token.from_draft)
+                voice.say(token)
+        if not as_json:
+            voice.end()
         arena = session.arena_stats()
     if as_json:
         print_json(generation_json(answer, tokens, load_s))

@@ -1,9 +1,12 @@
 """A conversation in one session: messages, what of them the session already holds, and room for the next answer."""
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import os
+import stat
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 
-from .chat import ChatTemplate
+from .chat import checked_variables, template_of
 from .decode import Stats, Token, generate
 from .errors import ArgumentError, ContextFullError, FormatError
 
@@ -11,15 +14,21 @@ from .errors import ArgumentError, ContextFullError, FormatError
 class Conversation:
     """Messages and the session that holds them. ask() and again() stream an answer and remember it.
 
-    Only what is new in a turn is evaluated. settings are those of generate(), max_tokens among them.
+    Only what is new in a turn is evaluated. chat_template, chat_template_kwargs and settings are those of
+    generate(), max_tokens among them.
     """
 
-    def __init__(self, model, session, system: str | None = None, **settings):
+    def __init__(self, model, session, system: str | None = None, *, chat_template=None,
+                 chat_template_kwargs: Mapping | None = None, **settings):
         self.model, self.session, self.settings = model, session, settings
-        self.template = ChatTemplate(None, model.tokenizer)
-        self.messages: list[dict] = [{"role": "system", "content": system}] if system else []
+        self.template = template_of(chat_template, model.tokenizer)
+        self.variables = checked_variables(chat_template_kwargs or {})
+        self.messages: list[dict] = []
+        if system:
+            self.messages.append({"role": "system", "content": whole_characters(system)})
         self.stats = Stats()
         self.dropped = 0                            # messages forgotten in the last turn, to make room
+        self.prompt: list[int] = []                 # of the last turn
         self._ids: list[int] = []                   # the last prompt and its answer, as they were evaluated
 
     # ---- turns
@@ -37,7 +46,7 @@ class Conversation:
         before = list(self.messages)
         if self.messages[-1]["role"] == "assistant":
             self.messages.pop()
-        self.settings["seed"] = self.settings.get("seed", 0) + 1
+        self.settings["seed"] = (self.settings.get("seed") or 0) + 1
         yield from self._answer(before, progress)
 
     def undo(self) -> str:
@@ -57,7 +66,7 @@ class Conversation:
         """before: the messages to go back to if nothing gets said."""
         text, said, stream = [], [], None
         try:
-            prompt = self._prompt()
+            self.prompt = prompt = self._prompt()
             stream = generate(self.model, prompt, session=self.session, progress=progress, **self.settings)
             for token in stream:
                 said.append(token.id)
@@ -79,12 +88,12 @@ class Conversation:
     def _prompt(self) -> list[int]:
         """Ids of the whole conversation, after dropping its oldest turns if it leaves no room for an answer."""
         self.dropped = 0
-        ids = self.template.encode(self.messages)
+        ids = self.template.encode(self.messages, **self.variables)
         room = self.session.context
         if room is None or len(ids) <= room - min(room // 4, 256):
             return resume(self.model.tokenizer, self._ids, ids)
         while len(ids) > room // 2 and self._drop_oldest():
-            ids = self.template.encode(self.messages)
+            ids = self.template.encode(self.messages, **self.variables)
         if len(ids) >= room:
             raise ContextFullError(f"the message takes {len(ids)} tokens, the context has room for {room}")
         return ids
@@ -100,19 +109,72 @@ class Conversation:
 
     # ---- files
 
-    def save(self, path: str) -> None:
-        with open(path, "w", encoding="utf-8") as file:
-            json.dump({"messages": self.messages}, file, ensure_ascii=False, indent=1)
-            file.write("\n")
-
-    def load(self, path: str) -> None:
-        with open(path, encoding="utf-8") as file:
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the messages to a new file, or over a conversation saved before: over nothing else."""
+        path = os.path.realpath(path)
+        if os.path.lexists(path):
             try:
-                messages = json.load(file)["messages"]
-                messages = [{"role": str(m["role"]), "content": str(m["content"])} for m in messages]
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise FormatError(f"{path} is not a saved conversation") from None
+                saved_messages(path)
+            except FormatError as error:
+                raise FormatError(f"{error}: it stays as it is") from None
+        text = json.dumps({"messages": self.messages}, ensure_ascii=False, indent=1) + "\n"
+        replace_file(path, text.encode())
+
+    def load(self, path: str | os.PathLike) -> None:
+        """Take up a saved conversation, if the template takes it."""
+        messages = saved_messages(path)
+        if any(m["role"] == "user" for m in messages):
+            self.template.encode(messages, add_generation_prompt=False, **self.variables)
         self.messages = messages
+
+
+def saved_messages(path: str | os.PathLike) -> list[dict]:
+    """The messages in a file that save() wrote."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise FormatError(f"{os.fspath(path)} is not a saved conversation: it is no regular file")
+    try:
+        with open(path, "rb") as file:
+            if file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")[:1] != b"{":      # a model, say: it may be large
+                raise ValueError("not JSON")
+            file.seek(0)
+            messages = json.loads(file.read().decode("utf-8-sig"))["messages"]
+        if not isinstance(messages, list):
+            raise TypeError("messages are no list")
+        return [{"role": _role(m["role"]), "content": whole_characters(m["content"])} for m in messages]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise FormatError(f"{os.fspath(path)} is not a saved conversation") from None
+
+
+def _role(role) -> str:
+    if role not in ("system", "user", "assistant"):
+        raise ValueError(f"expected system, user or assistant, found {role!r:.100}")
+    return role
+
+
+def whole_characters(text: str) -> str:
+    """A text whose halves of surrogate pairs, which bytes that are not UTF-8 may become, are U+FFFD."""
+    if not isinstance(text, str):
+        raise TypeError(f"expected a text, found {type(text).__name__}")
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def replace_file(path: str, data: bytes) -> None:
+    """Write a file beside, then rename it: whoever reads sees the old file or the new one, whole."""
+    beside = os.path.join(os.path.dirname(path), f".pybmc-{os.getpid()}.tmp")
+    with suppress(FileNotFoundError):
+        os.unlink(beside)
+    try:
+        with open(beside, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if os.path.exists(path):
+            os.chmod(beside, stat.S_IMODE(os.stat(path).st_mode))
+        os.replace(beside, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(beside)
+        raise
 
 
 def resume(tokenizer, held: Sequence[int], ids: list[int]) -> list[int]:

@@ -47,36 +47,67 @@ class StopStrings:
 
     The string that is complete first counts, and of those that end together the longest: what comes out does not
     depend on how the text was cut.
+
+    tokenizer: strings may contain names of tokens whose text is not shown, such as control tokens. names has
+    those that do, by id; such a name is pushed as hidden: it never comes out, and strings without a name are
+    looked for as if it was not there.
     """
 
-    def __init__(self, strings: Iterable[str] = ()):
+    def __init__(self, strings: Iterable[str] = (), tokenizer=None):
         self.strings = [strings] if isinstance(strings, str) else list(strings)
         for string in self.strings:
             if not isinstance(string, str) or not string:
                 raise ArgumentError(f"a stop string is {string!r}; expected text that is not empty")
+        silent = tokenizer.silent_names() if self.strings and tokenizer else {}
+        self.names = {id: name for id, name in silent.items() if any(name in s for s in self.strings)}
+        self._whole = [s for s in self.strings if any(name in s for name in self.names.values())]
+        self._shown = [s for s in self.strings if s not in self._whole]
         self.found: str | None = None
-        self._held = ""
+        self._held: list[tuple[str, bool]] = []         # characters, and whether they are hidden
 
-    def push(self, text: str) -> str:
+    def push(self, text: str, hidden: bool = False) -> str:
         """What is certain to come before any stop string."""
         if not self.strings:
-            return text
+            return "" if hidden else text
         if self.found:
             return ""
-        text = self._held + text
-        ends = [(at + len(s), at, s) for s in self.strings if (at := text.find(s)) >= 0]
-        if ends:
-            _, at, self.found = min(ends)
-            self._held = ""
-            return text[:at]
-        n = max((self._partial(text, s) for s in self.strings), default=0)
-        self._held = text[len(text) - n:]
-        return text[:len(text) - n]
+        chars = self._held + [(char, hidden) for char in text]
+        at = self._search(chars)
+        if at is None:
+            at = self._safe(chars)
+        self._held = [] if self.found else chars[at:]
+        return _visible(chars[:at])
 
     def flush(self) -> str:
         """What was held back, when nothing follows."""
-        text, self._held = self._held, ""
-        return text
+        chars, self._held = self._held, []
+        return _visible(chars)
+
+    def _views(self, chars: list[tuple[str, bool]]) -> Iterator[tuple[str, list[int], list[str]]]:
+        """A text, where its characters stand among chars, and the strings to look for in it."""
+        if self._shown:
+            places = [at for at, (_, hidden) in enumerate(chars) if not hidden]
+            yield "".join(chars[at][0] for at in places), places, self._shown
+        if self._whole:
+            yield "".join(char for char, _ in chars), list(range(len(chars))), self._whole
+
+    def _search(self, chars: list[tuple[str, bool]]) -> int | None:
+        """Where the string begins that ends first; found becomes that string."""
+        ends = [(places[at + len(string) - 1], places[at], string)
+                for text, places, strings in self._views(chars)
+                for string in strings if (at := text.find(string)) >= 0]
+        if not ends:
+            return None
+        _, at, self.found = min(ends)
+        return at
+
+    def _safe(self, chars: list[tuple[str, bool]]) -> int:
+        """Up to where the characters begin no string."""
+        safe = len(chars)
+        for text, places, strings in self._views(chars):
+            n = max(self._partial(text, string) for string in strings)
+            safe = min(safe, places[len(text) - n] if n else safe)
+        return safe
 
     @staticmethod
     def _partial(text: str, string: str) -> int:
@@ -84,20 +115,30 @@ class StopStrings:
         return next((n for n in range(min(len(string) - 1, len(text)), 0, -1) if text.endswith(string[:n])), 0)
 
 
+def _visible(chars: list[tuple[str, bool]]) -> str:
+    return "".join(char for char, hidden in chars if not hidden)
+
+
 # ---- prompt ------------------------------------------------------------------------------------------------
 
 
-def encode_prompt(tokenizer, prompt) -> list[int]:
-    """Token ids of a prompt: a text, in which control tokens count, a list of ids, or a list of chat messages."""
-    if isinstance(prompt, str):
-        tokens = one_bos(tokenizer, tokenizer.encode(prompt, special=True))
-    elif isinstance(prompt, (list, tuple)) and prompt and isinstance(prompt[0], Mapping):
-        from .chat import ChatTemplate
-        tokens = ChatTemplate(None, tokenizer).encode(list(prompt))
-    elif isinstance(prompt, (bytes, bytearray, Mapping)) or not isinstance(prompt, Iterable):
+def encode_prompt(tokenizer, prompt, chat_template=None, variables: Mapping | None = None) -> list[int]:
+    """Token ids of a prompt: a text, in which control tokens count, a list of ids, or a list of chat messages.
+
+    chat_template and variables are for messages, as in generate().
+    """
+    if isinstance(prompt, (bytes, bytearray, Mapping)) or not isinstance(prompt, Iterable):
         checks.refuse("prompt", "a text, a list of token ids or a list of messages", prompt)
+    items = prompt if isinstance(prompt, str) else list(prompt)
+    if items and isinstance(items[0], Mapping):
+        from .chat import checked_variables, template_of
+        tokens = template_of(chat_template, tokenizer).encode(items, **checked_variables(variables or {}))
+    elif chat_template is not None or variables:
+        raise ArgumentError("a chat template needs messages: expected mappings with role and content")
+    elif isinstance(items, str):
+        tokens = one_bos(tokenizer, tokenizer.encode(items, special=True))
     else:
-        tokens = checks.ids("prompt", prompt, tokenizer.vocab_size)
+        tokens = checks.ids("prompt", items, tokenizer.vocab_size)
     if not tokens:
         raise ArgumentError("the prompt is empty")
     return tokens
@@ -387,11 +428,13 @@ def uses(session) -> int:
 
 def generate(model, prompt, max_tokens: int | None = 256, *, session=None, draft=None, spec: str = "auto",
              draft_max: int = 16, draft_min: int = 0, stop: str | Sequence[str] | None = (),
-             stop_tokens: int | Iterable[int] | None = None, progress: Callable[[int, int], None] | None = None,
+             stop_tokens: int | Iterable[int] | None = None, chat_template=None,
+             chat_template_kwargs: Mapping | None = None, progress: Callable[[int, int], None] | None = None,
              **settings) -> Generation:
     """Continue a prompt: an iterator of Token.
 
-    prompt     a text, a list of token ids, or a list of chat messages ({"role": .., "content": ..})
+    prompt     a text, a list of token ids, or a list of chat messages ({"role": .., "content": ..}). Where the
+               last message is the assistant's, its content is continued
     max_tokens at most so many tokens; None: until the model ends or the context is full
     session    evaluate in this session, and keep it: what the prompt has in common with its tokens is not evaluated
                again. Without one a new session is used and closed. A generation in it ends the one before
@@ -400,8 +443,11 @@ def generate(model, prompt, max_tokens: int | None = 256, *, session=None, draft
     spec       who guesses: "draft", "ngram" (repetitions in the text; needs no draft), "auto" (both, where there is a
                draft), "self" (the model itself with less attention: in long texts) or "off"
     draft_max, draft_min  bounds of the tokens guessed at a time; how many pay is found out while decoding
-    stop       strings that end the text and are not part of it; None: none
+    stop       strings that end the text and are not part of it; they may name control tokens; None: none
     stop_tokens ids that end the text, or one id; None: the vocabulary's end-of-text and end-of-turn tokens, (): none
+    chat_template  how messages are written: a name such as "chatml", a Jinja source, a file, or a
+               pybmc.chat.ChatTemplate; None: the model's own
+    chat_template_kwargs  more variables for the template, such as {"enable_thinking": False}
     progress   called with (done, total) while a prompt is evaluated
     settings   those of pybmc.sampling.Sampler: temperature, seed, top_k, top_p, min_p, repeat_penalty, ...; None: default
 
@@ -413,14 +459,15 @@ def generate(model, prompt, max_tokens: int | None = 256, *, session=None, draft
     wishes = Wishes.of(model, max_tokens, stop, stop_tokens, Sampler(**settings))
     if session is not None and getattr(session, "model", None) is not model:
         checks.refuse("session", "a session of the same model", session)
-    tokens = encode_prompt(model.tokenizer, prompt)
+    tokens = encode_prompt(model.tokenizer, prompt, chat_template, chat_template_kwargs)
     stats = Stats(prompt_tokens=len(tokens))
     speculation = None
     if draft is not None or spec != "auto":
         from .speculate import attach
         speculation = attach(session, model, draft, spec, draft_max, draft_min)
-    run = _run(model, tokens, wishes.limit, session, Chooser(wishes.sampler), speculation,
-               StopStrings(wishes.stop), wishes.stop_ids, progress, stats)
+    strings = StopStrings(wishes.stop, model.tokenizer)
+    run = _run(model, tokens, wishes.limit, session, Chooser(wishes.sampler), speculation, strings,
+               wishes.stop_ids, progress, stats)
     return Generation(run, tokens, stats, session)
 
 
@@ -519,7 +566,11 @@ class Ending:
     def token(self, choice: Choice) -> Token:
         self.left, self.room = self.left - 1, self.room - 1
         ends, stop_strings = choice.id in self.stop_ids, self.stop_strings
-        text = "" if ends else stop_strings.push(self.decoder.push(choice.id))
+        name = stop_strings.names.get(choice.id)
+        if name:
+            text = stop_strings.push(name, hidden=True)
+        else:
+            text = "" if ends else stop_strings.push(self.decoder.push(choice.id))
         reason = None
         if ends or stop_strings.found:
             reason = "stop"

@@ -3,16 +3,18 @@
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from . import report
 from .cache import user_folder
-from .conversation import Conversation
+from .conversation import Conversation, whole_characters
 from .errors import ArgumentError, BmcError
+from .reasoning import is_open
 from .sampling import Sampler
 from .speculate import of_session
-from .terminal import is_terminal, note, progress, sentence, write
+from .terminal import ReaderLeft, Voice, is_terminal, note, progress, sentence, write
 
 SETTINGS = {                            # what /set calls them, after the flags
     "temp": "temperature", "top-k": "top_k", "top-p": "top_p", "min-p": "min_p", "seed": "seed", "n": "max_tokens",
@@ -20,56 +22,83 @@ SETTINGS = {                            # what /set calls them, after the flags
     "frequency-penalty": "frequency_penalty", "repeat-last-n": "repeat_last_n",
 }
 WHOLE = {"top-k", "seed", "n", "repeat-last-n"}
+CHOICES = {"think": ("on", "off"), "thoughts": ("show", "hide")}
+
+COMMANDS = {                            # what follows /NAME, and what the command does
+    "help": ("", "this list"),
+    "exit": ("", "leave"),
+    "clear": ("", "forget the conversation, but not the system prompt"),
+    "regen": ("", "answer the last message again"),
+    "undo": ("", "forget the last message and its answer"),
+    "set": (" NAME VALUE", "change a setting, such as temp or think; without a value show all"),
+    "stats": ("", "speed of the last answer, and memory"),
+    "why": ("", "where the time of the last answer went, and what drafting was based on"),
+    "save": (" FILE", "write the conversation to a file"),
+    "load": (" FILE", "take up a saved conversation"),
+}
 
 
 class Exit(Exception):
     """Leave the chat."""
 
 
-class Repl:
-    """run() talks until the input ends or /exit. Commands are the methods named do_<command>."""
+class Block(str):
+    """A message that stood between three double quotes: no command, whatever it begins with."""
 
-    def __init__(self, conversation: Conversation, messages: Iterator[str] | None = None, tint: bool = False):
-        self.talk, self.tint = conversation, tint       # tint: show which tokens were drafted
+
+class Repl:
+    """run() talks until the input ends or /exit. COMMANDS names the commands; do_NAME runs one.
+
+    tint: show which tokens were drafted; thoughts: "show" or "hide" what a model thinks before it answers.
+    """
+
+    def __init__(self, conversation: Conversation, messages: Iterator[str] | None = None, tint: bool = False,
+                 thoughts: str = "show"):
+        self.talk, self.tint, self.thoughts = conversation, tint, thoughts
         self.terminal = is_terminal(sys.stdin)
         self.messages = messages if messages is not None else joined(lines(self.terminal))
 
-    def run(self) -> None:
+    def run(self) -> int:
+        """The exit status: 1 where a message from a pipe got no answer."""
         if self.terminal:
             note("/help lists commands; Ctrl-D leaves.", dim=True)
+        status = 0
         for message in self.messages:
             if not message.strip():
                 continue
             try:
                 self.handle(message)
             except Exit:
-                return
+                break
+            except ReaderLeft:
+                raise
             except KeyboardInterrupt:
                 if not self.terminal:
                     raise
-            except (BmcError, OSError) as error:
-                if not self.terminal and not message.startswith("/"):
-                    raise
-                note(sentence(error))
+            except Exception as error:
+                status |= not self.terminal and not is_command(message)
+                tell(error)
+        return int(status)
 
     def handle(self, message: str) -> None:
-        if not message.startswith("/"):
-            self.answer(lambda update: self.talk.ask(message, update))
+        if not is_command(message):
+            self.answer(lambda update: self.talk.ask(str(message), update))
             return
         name, _, rest = message[1:].partition(" ")
-        command = getattr(self, f"do_{name}", None)
-        if command is None:
-            raise ArgumentError(f"there is no command /{name:.30}; /help lists them")
-        command(rest.strip())
+        if name not in COMMANDS:
+            raise ArgumentError(f"there is no command /{name:.30}; /help lists them. Between three double quotes "
+                                f'it is a message: """{message:.30}"""')
+        getattr(self, f"do_{name}")(rest.strip())
 
     def answer(self, start: Callable) -> None:
         """Stream an answer; Ctrl-C ends it and what was said stays."""
-        reason = None
+        reason, voice = None, None
         with progress("reading") as update:
             stream = start(update)
             try:
                 for token in stream:
-                    write(token.text, self.tint and token.from_draft)
+                    voice = voice or self.voice()
+                    voice.say(token)
                     reason = token.finish_reason
             except KeyboardInterrupt:
                 if not self.terminal:
@@ -77,8 +106,14 @@ class Repl:
                 reason = "interrupted"
             finally:
                 stream.close()
+        if voice:
+            voice.end()
         write("\n")
         self.remark(reason)
+
+    def voice(self) -> Voice:
+        """What prints an answer, once its prompt is known."""
+        return Voice(self.thoughts, is_open(self.talk.model.tokenizer, self.talk.prompt), self.tint)
 
     def remark(self, reason: str | None) -> None:
         if self.terminal and is_terminal(sys.stderr) and self.talk.stats.predicted_tokens > 1:
@@ -93,47 +128,55 @@ class Repl:
         elif reason == "interrupted":
             note("(interrupted)", dim=True)
 
-    # ---- commands; the first line of a docstring is its help
+    # ---- commands
 
     def do_help(self, _: str) -> None:
-        """/help: this list"""
-        names = [name for name in vars(Repl) if name.startswith("do_")]
-        note("\n".join(getattr(self, name).__doc__ for name in names))
+        note("\n".join(f"/{name}{what}: {does}" for name, (what, does) in COMMANDS.items()))
 
     def do_exit(self, _: str) -> None:
-        """/exit: leave"""
         raise Exit
 
     def do_clear(self, _: str) -> None:
-        """/clear: forget the conversation, but not the system prompt"""
         self.talk.clear()
 
     def do_regen(self, _: str) -> None:
-        """/regen: answer the last message again"""
         if self.talk.settings.get("temperature", 0) == 0:
             note("(at temperature 0 an answer is always the same; /set temp 0.8 varies it)", dim=True)
         self.answer(self.talk.again)
 
     def do_undo(self, _: str) -> None:
-        """/undo: forget the last message and its answer"""
         note(f"(forgotten: {self.talk.undo():.60})", dim=True)
 
     def do_set(self, rest: str) -> None:
-        """/set NAME VALUE: change a setting, such as temp or top-k; without a value show all"""
         words = rest.split()
         if not words:
-            note("\n".join(f"{name} {self.shown(name)}" for name in SETTINGS))
-            return
-        if len(words) != 2 or words[0] not in SETTINGS:
-            raise ArgumentError(f"expected /set NAME VALUE; names are {', '.join(SETTINGS)}")
-        self.talk.settings |= changed(self.talk.settings, *words)
+            note("\n".join(f"{name} {self.shown(name)}" for name in [*SETTINGS, *CHOICES]))
+        elif len(words) == 2 and words[0] in CHOICES:
+            self.choose(*words)
+        elif len(words) == 2 and words[0] in SETTINGS:
+            self.talk.settings |= changed(self.talk.settings, *words)
+        else:
+            raise ArgumentError(f"expected /set NAME VALUE; names are {', '.join([*SETTINGS, *CHOICES])}")
+
+    def choose(self, name: str, value: str) -> None:
+        if value not in CHOICES[name]:
+            raise ArgumentError(f"{name} is {' or '.join(CHOICES[name])}, not {value!r:.30}")
+        if name == "thoughts":
+            self.thoughts = value
+        else:
+            self.talk.variables["enable_thinking"] = value == "on"
+            note_unread(self.talk.template, ["enable_thinking"])
 
     def shown(self, name: str):
+        if name == "thoughts":
+            return self.thoughts
+        if name == "think":
+            think = self.talk.variables.get("enable_thinking")
+            return {True: "on", False: "off"}.get(think, "as the template has it")
         value = self.talk.settings.get(SETTINGS[name])
         return -1 if name == "n" and value is None else value
 
     def do_stats(self, _: str) -> None:
-        """/stats: speed of the last answer, and memory"""
         stats, arena = self.talk.stats, self.talk.session.arena_stats()
         note(f"prompt {stats.prompt_tokens} tokens, {stats.reused_tokens} of them held; "
              f"the others {stats.prompt_tok_s:.1f} tok/s\n"
@@ -142,16 +185,13 @@ class Repl:
              f"{arena.rows_reserved} rows reserved, {arena.bytes_reserved / 1e6:.1f} MB")
 
     def do_why(self, _: str) -> None:
-        """/why: where the time of the last answer went, and what drafting was based on"""
         kind = Sampler(**sampler_settings(self.talk.settings)).kind
         note("\n".join(report.why(self.talk.stats, of_session(self.talk.session), kind)))
 
     def do_save(self, path: str) -> None:
-        """/save FILE: write the conversation to a file"""
         self.talk.save(named(path))
 
     def do_load(self, path: str) -> None:
-        """/load FILE: take up a saved conversation"""
         self.talk.load(named(path))
         note(f"({len(self.talk.messages)} messages)", dim=True)
 
@@ -160,11 +200,34 @@ def sampler_settings(settings: dict) -> dict:
     return {name: value for name, value in settings.items() if name in Sampler.__dataclass_fields__}
 
 
+def is_command(message: str) -> bool:
+    """Several lines are a message, such as a paste that begins with a path."""
+    return message.startswith("/") and "\n" not in message and not isinstance(message, Block)
+
+
+def tell(error: Exception) -> None:
+    note(sentence(error))
+    if not isinstance(error, (BmcError, OSError, MemoryError)) and os.environ.get("PYBMC_DEBUG"):
+        traceback.print_exception(error)
+
+
+def note_unread(template, names: Iterable[str]) -> None:
+    """Tell which variables have no effect, as the chat template does not look at them."""
+    for name in names:
+        if not template.reads(name):
+            note(f"(this model's chat template does not read {name}: it has no effect)", dim=True)
+
+
 def named(rest: str) -> str:
-    words = shlex.split(rest)
-    if len(words) != 1:
+    """A file name, as a shell takes it or as it is: it's.json and my chat.json need no quotes."""
+    try:
+        words = shlex.split(rest)
+    except ValueError:                              # a quote that does not close
+        words = [rest]
+    name = words[0] if len(words) == 1 else rest
+    if not name:
         raise ArgumentError("expected a file name")
-    return os.path.expanduser(words[0])
+    return os.path.expanduser(name)
 
 
 def changed(settings: dict, name: str, value: str) -> dict:
@@ -183,8 +246,8 @@ def changed(settings: dict, name: str, value: str) -> dict:
 
 
 def joined(read: Iterator[str]) -> Iterator[str]:
-    """Messages out of lines: a backslash at the end goes on in the next, \"\"\" opens and closes a block."""
-    parts, in_block = [], False
+    """Messages out of lines: a backslash at the end goes on in the next, \"\"\" opens and closes a Block."""
+    parts, in_block, kind = [], False, str
     for line in read:
         if in_block:
             end = line.rstrip().endswith('"""')
@@ -194,21 +257,28 @@ def joined(read: Iterator[str]) -> Iterator[str]:
             rest = line.lstrip()[3:]
             closes = rest.rstrip().endswith('"""')
             parts.append(rest.rstrip()[:-3] if closes else rest)
-            in_block = not closes
+            in_block, kind = not closes, Block
         elif line.endswith("\\"):
             parts.append(line[:-1])
             continue
         else:
             parts.append(line)
         if not in_block:
-            yield "\n".join(parts).strip("\n")
-            parts = []
+            yield kind("\n".join(parts).strip("\n"))
+            parts, kind = [], str
     if parts:
-        yield "\n".join(parts).strip("\n")
+        yield kind("\n".join(parts).strip("\n"))
 
 
 def lines(terminal: bool) -> Iterator[str]:
-    """Lines of stdin; at a terminal with editing and a history, and Ctrl-C only clears the line."""
+    """Lines of stdin; at a terminal with editing and a history, and Ctrl-C only clears the line.
+
+    Bytes that are not text are U+FFFD. At a terminal a paste is one line, with ends of lines in it.
+    """
+    if sys.stdin is None:
+        raise BmcError("standard input is closed")
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="replace")
     if not terminal:
         for line in sys.stdin:
             yield line.rstrip("\n")
@@ -216,7 +286,7 @@ def lines(terminal: bool) -> Iterator[str]:
     ask = editor()
     while True:
         try:
-            yield ask("> ")
+            yield whole_characters(ask("> "))
         except KeyboardInterrupt:
             note("(Ctrl-D leaves)", dim=True)
         except EOFError:

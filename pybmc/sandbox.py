@@ -1,9 +1,12 @@
-"""Templates from a stranger's file, run so that they can do no more than make text, and not too much of it.
+"""Templates from untrusted files, run so that they can only make text, and not too much of it.
 
 jinja2's immutable sandbox keeps a template away from attributes that lead out (CVE-2024-34359 came from a
 template that ran without it). It does not keep a template from running forever or from filling memory with
-three nested loops or one `"x" * 10**10`; so here every loop step, call, operator and filter pays from a
-budget, and pays before it allocates.
+three nested loops or one `"x" * 10**10`; so here every loop step, call, operator and filter is charged to a
+budget before it allocates.
+
+Every string of the template's source is an origin.Traced, and so is what it makes of them: the text that comes
+out tells which of its characters are the template's own.
 """
 
 from __future__ import annotations
@@ -12,16 +15,18 @@ import math
 import re
 import threading
 import time
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.filters import make_attrgetter
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter, SecurityError
 from jinja2.utils import Cycler, Namespace
 from jinja2.visitor import NodeTransformer
 
 from .errors import FormatError, printable
+from .origin import Traced, conversions, own, own_of
 
 MAX_SOURCE = 1 << 20            # characters of a template
 MAX_STEPS = 500_000             # loop steps and calls
@@ -35,6 +40,10 @@ _NODE = 64                      # what a list, a number weighs, in characters
 _PADDING = {"center", "ljust", "rjust", "zfill", "expandtabs", "to_bytes", "indent", "batch", "slice",
             "wordwrap", "round", "tojson", "truncate"}
 _LONG_WIDTH = re.compile(r"\d{5}|\*")
+
+
+class Refusal(FormatError):
+    """A template does not take what it was given: it raised, or could not work with it."""
 
 
 class _Meter:
@@ -119,9 +128,37 @@ _OPERATORS = {"*": _multiply, "**": _power, "+": _add, "%": _modulo}
 
 
 def _format(meter: _Meter, text, *args) -> None:
-    if _LONG_WIDTH.search(text if isinstance(text, str) else text.decode("latin-1")):
+    """Pay for text % args. Only a width in the format itself makes much out of little."""
+    format = text if isinstance(text, str) else text.decode("latin-1")
+    if any(_LONG_WIDTH.search(one.width) for one in conversions(format)):
         raise SecurityError("a format is too wide")
     meter.room(len(text) + sum(_weight(arg, meter.max_size) for arg in args))
+
+
+class _Formatter(SandboxedFormatter):
+    """str.format for templates: no wide fields, and it follows what is the template's own."""
+
+    def format_field(self, value, spec):
+        if _LONG_WIDTH.search(spec):
+            raise SecurityError("a format is too wide")
+        return super().format_field(value, spec)
+
+    def format(self, text: str, args, kwargs) -> str:
+        plain = self.vformat(text, args, kwargs)
+        fields = list(self.parse(text))
+        if 0 in own_of(text) or any("{" in (spec or "") for _, _, spec, _ in fields):
+            return plain
+        pieces, place = [], 0
+        for literal, name, spec, conversion in fields:
+            pieces.append(own(literal))
+            if name == "":
+                name, place = str(place), place + 1
+            if name is not None:
+                value = self.convert_field(self.get_field(name, args, kwargs)[0], conversion)
+                whole = isinstance(value, Traced) and not spec
+                pieces.append(value if whole else self.format_field(value, spec))
+        traced = Traced().join(pieces)
+        return traced if str.__eq__(traced, plain) else plain
 
 
 def _replace(meter: _Meter, text, old="", new="", *rest) -> None:
@@ -138,11 +175,7 @@ def _join(meter: _Meter, items, separator="") -> list:
 def _check_method(meter: _Meter, function, args, kwargs) -> tuple:
     """Arguments of a builtin's method that could make much out of little."""
     name, self = getattr(function, "__name__", ""), getattr(function, "__self__", None)
-    # jinja2's own str.format
-    wrapped = getattr(getattr(function, "__wrapped__", None), "__self__", None)
-    if isinstance(wrapped, str):
-        _format(meter, wrapped, args, kwargs)
-    elif isinstance(self, (str, bytes, int)) and not isinstance(self, type):
+    if isinstance(self, (str, bytes, int)) and not isinstance(self, type):
         _check_width(name, args, kwargs)
         if name == "replace":
             _replace(meter, self, *args)
@@ -170,15 +203,22 @@ class _Environment(ImmutableSandboxedEnvironment):
         self.globals = {key: self.globals[key] for key in ("range", "dict", "namespace", "joiner", "cycler")}
         for name in ("urlize", "pprint", "random", "xmlattr"):
             del self.filters[name]
-        self.filters["tojson"] = _tojson
+        self.filters |= {"tojson": _tojson, "join": _join_filter}
         self.filters = {name: self._metered(name, function) for name, function in self.filters.items()}
         self.filters["_each"] = _in_context(self._each)
         self.filters["_made"] = _in_context(lambda value: self.local.meter.weigh(value))
         self.filters["_concat"] = _in_context(self._concat)
+        self.filters["_own"] = _in_context(own)
 
     def call(__self, __context, __obj, *args, **kwargs):        # noqa: B902  jinja2's signature
         meter = __self.local.meter
         meter.step()
+        text = _formatted_by(__obj)
+        if text is not None:
+            meter.room(len(text) + _weight((args, kwargs), meter.max_size))
+            if __obj.__name__ == "format_map":
+                args, kwargs = (), *args
+            return meter.weigh(_Formatter(__self).format(text, args, kwargs))
         args = _check_method(meter, __obj, args, kwargs)
         return meter.weigh(super().call(__context, __obj, *args, **kwargs))
 
@@ -191,7 +231,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         """Every buffer of a template ends here: blocks, macros, the text itself."""
         pieces = list(pieces)
         self.local.meter.room(sum(map(len, pieces)))
-        return "".join(pieces)
+        return Traced().join(pieces)
 
     def _each(self, items):
         step = self.local.meter.step
@@ -200,7 +240,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             yield item
 
     def _concat(self, items) -> str:
-        return "".join(map(str, _join(self.local.meter, items)))
+        return Traced().join(map(str, _join(self.local.meter, items)))
 
     def _metered(self, name: str, function):
         """A filter that pays. It takes the context: such filters never run while a template compiles."""
@@ -230,6 +270,21 @@ def _in_context(function):
     return jinja2.pass_context(lambda context, value: function(value))
 
 
+def _formatted_by(function) -> str | None:
+    """The text whose format or format_map method this is."""
+    method = getattr(function, "__wrapped__", function)         # jinja2 wraps it
+    text = getattr(method, "__self__", None)
+    ours = isinstance(text, str) and not hasattr(text, "__html__")
+    return text if ours and method.__name__ in ("format", "format_map") else None
+
+
+@jinja2.pass_environment
+def _join_filter(environment, value, d="", attribute=None) -> str:
+    if attribute is not None:
+        value = map(make_attrgetter(environment, attribute), value)
+    return Traced(d, own_of(d)).join(map(str, value))
+
+
 def _tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
     """As Hugging Face gives it: no escaping for HTML, characters as they are."""
     import json
@@ -250,7 +305,7 @@ class _Generation(Extension):
 
 
 class _Metering(NodeTransformer):
-    """Puts a meter before what Python would do without asking: loops, literals, ~."""
+    """Charges what Python does without asking: loops, literals, ~. Marks strings as the template's own."""
 
     def visit_For(self, node):
         self.generic_visit(node)
@@ -270,6 +325,12 @@ class _Metering(NodeTransformer):
     def visit_Tuple(self, node):
         return self.visit_List(node) if node.ctx == "load" else node
 
+    def visit_Const(self, node):
+        return _filter(node, "_own") if isinstance(node.value, str) else node
+
+    def visit_TemplateData(self, node):
+        return _filter(nodes.Const(node.data, lineno=node.lineno), "_own")
+
 
 def _filter(node, name: str):
     return nodes.Filter(node, name, [], [], None, None, lineno=node.lineno)
@@ -284,6 +345,7 @@ class Template:
                 f"the chat template is too long: {len(source)} characters, expected at most {MAX_SOURCE}"
             )
         environment = _environment()
+        self._source = source
         try:
             tree = _Metering().visit(environment.parse(source))
             code = environment.compile(tree)
@@ -294,18 +356,27 @@ class Template:
         except Exception as error:          # nesting that is too deep for the parser, the compiler, Python
             raise FormatError(f"the chat template does not compile: {_sentence(error)}") from None
 
-    def render(self, variables: dict[str, object]) -> str:
-        """Its text, which may be four times what goes in, and MAX_SIZE more."""
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """What it reads of what it is given. jinja2 folds constants as it looks, so it gets another tree."""
+        return frozenset(meta.find_undeclared_variables(_environment().parse(self._source)))
+
+    def render(self, variables: dict[str, object]) -> Traced:
+        """Its text, which may be four times what goes in, and MAX_SIZE more. A Refusal is about these variables,
+        any other FormatError about the template.
+        """
         environment = self._template.environment
         environment.local.meter = _Meter(_weight(variables))
         try:
             return self._run(variables)
         except Exception as error:
-            raise FormatError(f"the chat template failed: {_sentence(error)}") from None
+            spent = isinstance(error, (SecurityError, MemoryError, RecursionError))
+            kind = FormatError if spent else Refusal
+            raise kind(f"the chat template failed: {_sentence(error)}") from None
         finally:
             del environment.local.meter
 
-    def _run(self, variables: dict[str, object]) -> str:
+    def _run(self, variables: dict[str, object]) -> Traced:
         meter = self._template.environment.local.meter
         pieces, size = [], 0
         for piece in self._template.generate(**variables):
@@ -314,7 +385,7 @@ class Template:
             if size > meter.max_size:
                 meter.room(size)
             pieces.append(piece)
-        return "".join(pieces)
+        return Traced().join(pieces)
 
 
 @lru_cache(maxsize=1)

@@ -6,6 +6,7 @@ import time
 from contextlib import contextmanager
 
 from .errors import BmcError
+from .reasoning import Reasoning
 
 PATIENCE = 0.5                          # seconds before a bar appears
 
@@ -29,14 +30,14 @@ class ReaderLeft(Exception):
     """Nobody reads our output any more."""
 
 
-def write(text: str, tint: bool = False) -> None:
-    """A piece of an answer to stdout, at once. On a terminal it is made safe to show, and may be tinted."""
+def write(text: str, tint: bool = False, dim: bool = False) -> None:
+    """A piece of an answer to stdout, at once. On a terminal it is made safe to show, and perhaps coloured."""
     if sys.stdout is None:
         raise OSError("standard output is closed")
     if is_terminal(sys.stdout):
         text = clean(text)
-        if tint and text and "NO_COLOR" not in os.environ:
-            text = f"\x1b[36m{text}\x1b[0m"
+        if (tint or dim) and text and "NO_COLOR" not in os.environ:
+            text = f"\x1b[{36 if tint else 2}m{text}\x1b[0m"
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -65,6 +66,31 @@ def sentence(error: Exception) -> str:
     if isinstance(error, MemoryError):
         return "there is not enough memory"
     return f"internal error: {type(error).__name__}: {' '.join(str(error).split())} (PYBMC_DEBUG=1 shows where)"
+
+
+class Voice:
+    """Writes an answer's tokens to stdout. thoughts: "show" or "hide" them; inside: the answer begins in one."""
+
+    def __init__(self, thoughts: str = "show", inside: bool = False, tint: bool = False):
+        self.thoughts, self.tint = thoughts, tint
+        self.reasoning = Reasoning(inside)
+        self.hidden = self.spoken = False       # whether thoughts were left out, whether anything was written
+
+    def say(self, token) -> None:
+        self._write(self.reasoning.push(token.text), self.tint and token.from_draft)
+
+    def end(self) -> None:
+        self._write(self.reasoning.flush(), False)
+        if self.hidden and not self.spoken:
+            note("(the answer ended within its thoughts, which are hidden)", dim=True)
+
+    def _write(self, pieces: list[tuple[str, bool]], tint: bool) -> None:
+        for text, is_thought in pieces:
+            if is_thought and self.thoughts == "hide":
+                self.hidden = True
+            else:
+                self.spoken = True
+                write(text, tint, dim=is_thought)
 
 
 @contextmanager

@@ -31,6 +31,9 @@ class FakeTokenizer:
     def decode(self, ids):
         return bytes(i for i in ids if i < 256).decode("utf-8", "replace")
 
+    def silent_names(self):
+        return {END: "<end>"}
+
     def stream(self):
         return FakeStream()
 

@@ -95,6 +95,72 @@ def test_stop_strings_and_biases_reach_the_sampler(path, capsys):
     assert free["tokens"][0] not in json.loads(capsys.readouterr().out)["tokens"]
 
 
+def prompt_tokens(args, capsys):
+    assert run(["generate", *args, "-n", "0", "--json"]) == 0
+    return json.loads(capsys.readouterr().out)["prompt_tokens"]
+
+
+def test_a_chat_template_by_name_file_or_source(path, capsys, tmp_path):
+    tokenizer = pybmc.Tokenizer(path)
+    (tmp_path / "mine.jinja").write_text("{{ messages[0].content }} and {{ word }}")
+    for template in (str(tmp_path / "mine.jinja"), "{{ messages[0].content }} and {{ word }}"):
+        args = [path, "--chat", "-p", "one", "--chat-template", template, "--chat-template-kwargs", '{"word": "two"}']
+        assert prompt_tokens(args, capsys) == len(tokenizer.encode("one and two"))
+    counts = {name: prompt_tokens([path, "--chat", "-p", "one", "--chat-template", name], capsys)
+              for name in ("chatml", "gemma", "vicuna")}
+    assert len(set(counts.values())) == 3
+
+
+def test_the_help_names_every_chat_template(capsys):
+    from pybmc.templates import NAMED
+
+    run(["chat", "--help"])
+    words = set(capsys.readouterr().out.replace(",", " ").replace("(", " ").replace(")", " ").split())
+    assert set(NAMED) <= words
+
+
+@pytest.mark.parametrize("args, says", [
+    (["--chat", "--chat-template", "chatnl"], "expected a name (chatml, "),
+    (["--chat", "--chat-template-kwargs", "[1]"], "expected a JSON object"),
+    (["--chat", "--chat-template-kwargs", "{a"], "expected a JSON object"),
+    (["--chat", "--chat-template-kwargs", "[" * 10**5], "expected a JSON object"),
+    (["--chat", "--chat-template-kwargs", '{"messages": 1}'], "messages is set by pybmc"),
+    (["--chat", "--think", "maybe"], "'on', 'off'"),
+    (["--raw", "--prefill", "a"], "--prefill needs --chat"),
+    (["--raw", "--chat-template", "chatml"], "--chat-template needs --chat"),
+    (["--raw", "--think", "off"], "--think needs --chat"),
+])
+def test_wrong_options_of_a_chat_are_wrong_usage(path, capsys, args, says):
+    assert run(["generate", path, "-p", "a", *args]) == 2
+    assert says in capsys.readouterr().err
+
+
+def test_thinking_is_a_variable_of_the_template(path, capsys):
+    source = "{{ messages[0].content }}{% if enable_thinking is false %} at once{% endif %}"
+    args = [path, "--chat", "-p", "one", "--chat-template", source]
+    assert prompt_tokens([*args, "--think", "off"], capsys) > prompt_tokens([*args, "--think", "on"], capsys)
+    assert run(["generate", path, "--chat", "-p", "one", "-n", "1", "--think", "off"]) == 0
+    assert "does not read enable_thinking" in capsys.readouterr().err
+
+
+def test_a_prefilled_answer_is_continued(path, capsys):
+    source = "{% for m in messages %}{{ m.role }}: {{ m.content }}.\n{% endfor %}"
+    assert run(["generate", path, "--chat", "-p", "one", "--prefill", "two", "--chat-template", source, "-n", "8", "--temp",
+                "0"]) == 0
+    out = capsys.readouterr().out
+    with pybmc.Model(path, threads=1) as model:
+        assert out == "".join(t.text for t in pybmc.generate(model, "user: one.\nassistant: two", 8)) + "\n"
+
+
+def test_thoughts_of_a_prefilled_answer_are_hidden(path, capsys):
+    args = ["generate", path, "--chat", "-p", "one", "-n", "8", "--temp", "0", "--ignore-eos"]
+    assert run([*args, "--prefill", "<think> hm", "--thoughts", "hide"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "\n" and "within its thoughts" in err
+    assert run([*args, "--prefill", "<think> hm"]) == 0
+    assert len(capsys.readouterr().out) > 1
+
+
 # ---- the other commands ------------------------------------------------------------------------------------
 
 
@@ -373,7 +439,7 @@ def test_a_closed_stdout_is_a_failure(path):
 @pytest.mark.parametrize("args, closed, status, says", [
     (["generate", "MODEL", "-n", "2"], 0, 2, b"stdin is closed"),
     (["generate", "MODEL", "-f", "-", "-n", "2"], 0, 2, b"stdin is closed"),
-    (["chat", "MODEL", "-n", "2"], 0, 2, b"stdin is closed"),
+    (["chat", "MODEL", "-n", "2"], 0, 1, b"standard input is closed"),
     (["perplexity", "MODEL", "-f", "-"], 0, 2, b"stdin is closed"),
     (["generate", "MODEL", "-p", "x", "-n", "2"], 0, 0, b""),
     (["show", "MODEL"], 1, 1, b"standard output is closed"),

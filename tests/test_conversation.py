@@ -115,14 +115,92 @@ def test_a_conversation_can_be_saved_and_taken_up(talk, tmp_path):
     assert talk.messages == messages
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"messages": 3}', '{"messages": [{"role": "user"}]}', "\0",
-                                     "[" * 10**5])
+STRANGE = ["", "[]", "{}", '{"messages": 3}', '{"messages": [{"role": "user"}]}', "\0", "[" * 10**5, "GGUF\3\0\0\0",
+           '{"messages": {}}', '{"messages": ["a"]}', '{"messages": [[]]}', '{"messages": null}', "caf\udce9",
+           '{"messages": [{"role": "user", "content": 5}]}', '{"messages": [{"role": "user", "content": null}]}',
+           '{"messages": [{"role": "tool", "content": "a"}]}', '{"messages": [{"role": ["user"], "content": "a"}]}',
+           '{"messages": ' + "[" * 10**5, '{"messages": [' + "9" * 5000 + "]}", '{"messages": [{"role": 1e999}]}']
+
+
+@pytest.mark.parametrize("content", STRANGE)
 def test_a_file_that_is_no_conversation_is_refused(talk, tmp_path, content):
-    (tmp_path / "bad").write_text(content)
+    """.. by load(), and it stays as it is where save() is to write over it."""
+    path = tmp_path / "bad"
+    path.write_bytes(data := content.encode("utf-8", "surrogateescape"))
     before = list(talk.messages)
-    with pytest.raises(FormatError, match="not a saved conversation"):
-        talk.load(str(tmp_path / "bad"))
-    assert talk.messages == before
+    for command in (talk.load, talk.save):
+        with pytest.raises(FormatError, match="bad is not a saved conversation"):
+            command(str(path))
+    assert talk.messages == before and path.read_bytes() == data and len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_conversation_that_the_template_refuses_is_not_taken_up(model, tmp_path):
+    path = tmp_path / "chat.json"
+    path.write_text('{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]}')
+    source = "{% if messages[0].role == 'assistant' %}{{ raise_exception('a user begins') }}{% endif %}{{ messages[0].content }}"
+    with model.session() as session:
+        talk = Conversation(model, session, chat_template=source)
+        with pytest.raises(FormatError, match="a user begins"):
+            talk.load(path)
+        assert talk.messages == []
+
+
+def test_save_replaces_only_what_it_wrote(talk, tmp_path):
+    path, link = tmp_path / "chat.json", tmp_path / "link.json"
+    talk.save(path)
+    path.chmod(0o600)
+    link.symlink_to(path)
+    said(talk.ask("more"))
+    talk.save(link)
+    assert link.is_symlink() and '"more"' in path.read_text() and path.stat().st_mode & 0o777 == 0o600
+    for other in (tmp_path, "/dev/null"):
+        with pytest.raises(FormatError, match="no regular file: it stays as it is"):
+            talk.save(other)
+    with pytest.raises(OSError):
+        talk.save(tmp_path / "no folder" / "chat.json")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["chat.json", "link.json"]
+
+
+def test_a_save_that_fails_leaves_the_old_file(talk, tmp_path, monkeypatch):
+    path = tmp_path / "chat.json"
+    talk.save(path)
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    said(talk.ask("more"))
+    with pytest.raises(OSError, match="No space"):
+        talk.save(path)
+    assert path.read_bytes() == before and [entry.name for entry in tmp_path.iterdir()] == ["chat.json"]
+
+
+def test_halves_of_surrogate_pairs_in_a_file_are_replaced(talk, tmp_path):
+    path = tmp_path / "chat.json"
+    path.write_text('\ufeff{"messages": [{"role": "user", "content": "a\\ud83d b\\ud83d\\ude42"}]}')
+    talk.load(path)
+    assert talk.messages == [{"role": "user", "content": "a\ufffd b\U0001f642"}]
+    assert said(talk.again())
+
+
+def test_a_message_that_is_no_text_leaves_the_conversation(talk):
+    said(talk.ask("before"))
+    messages = list(talk.messages)
+    with pytest.raises(ArgumentError, match="half a surrogate pair"):
+        said(talk.ask("caf\udce9"))
+    assert talk.messages == messages and said(talk.ask("after"))
+
+
+def test_a_conversation_takes_a_template_and_its_variables(model):
+    with model.session() as session:
+        talk = Conversation(model, session, chat_template="{{ messages[0].content }}{{ word }}",
+                            chat_template_kwargs={"word": "b"}, max_tokens=2)
+        said(talk.ask("a "))
+        assert talk.prompt == model.tokenizer.encode("a b")
+        talk.variables["word"] = "c"
+        said(talk.again())
+        assert talk.prompt == model.tokenizer.encode("a c")
 
 
 class Letters:

@@ -14,7 +14,18 @@ from hypothesis import strategies as st
 import pybmc
 from pybmc import ArgumentError, BusyError, ContextFullError, decode
 from pybmc import model as model_module
-from pybmc.decode import Chooser, StopStrings, alone, common_prefix, eval_prompt, generate, plain_loop, rewind_to
+from pybmc.decode import (
+    Choice,
+    Chooser,
+    Ending,
+    StopStrings,
+    alone,
+    common_prefix,
+    eval_prompt,
+    generate,
+    plain_loop,
+    rewind_to,
+)
 from pybmc.sampling import Sampler
 
 texts = st.text(alphabet="abc", max_size=30)
@@ -390,3 +401,62 @@ def test_a_prompt_that_spells_the_bos_gets_no_second_one(caplog):
         assert spelled == [bos, *model.tokenizer.encode(f"{text}hi", bos=False, special=True)[1:]]
         assert f"begins with the BOS token {text!r}" in caplog.text
         assert generate(model, [bos, bos, 5], 0).prompt == [bos, bos, 5]          # ids are taken as they are
+
+
+# ---- stop strings that name control tokens -----------------------------------------------------------------
+
+
+class Names:
+    """A tokenizer of which only the names of tokens that are not shown are asked."""
+
+    def silent_names(self):
+        return {7: "<end>", 8: "<turn>", 9: "<other>"}
+
+
+def heard(pieces, strings):
+    """pieces: shown texts, and ids of tokens that are not shown."""
+    stop, out = StopStrings(strings, Names()), ""
+    for piece in pieces:
+        if isinstance(piece, str):
+            out += stop.push(piece)
+        elif piece in stop.names:
+            out += stop.push(stop.names[piece], hidden=True)
+    return out + stop.flush(), stop.found
+
+
+@pytest.mark.parametrize("pieces, strings, text, found", [
+    (["ab", 7, "c"], ["<end>"], "ab", "<end>"),
+    (["ab", 8, "c"], ["<end>"], "abc", None),
+    (["ab\n", 7, "\n", 8, "user", "x"], ["\n<end>\n<turn>user"], "ab", "\n<end>\n<turn>user"),
+    (["ab\n", 7, "\n", 8, "tool", "x"], ["\n<end>\n<turn>user"], "ab\n\ntoolx", None),
+    (["a", 7, "b", "c"], ["ab", "x<end>"], "", "ab"),
+    (["a", 7, "b", "c"], ["bc", "a<end>b"], "", "a<end>b"),
+    (["<end>", "c"], ["<end>"], "", "<end>"),
+    (["a<", "e"], ["<end>", "<turn>"], "a<e", None),
+    (["ab", 7], [], "ab", None),
+])
+def test_stop_strings_may_name_tokens_that_are_not_shown(pieces, strings, text, found):
+    assert heard(pieces, strings) == (text, found)
+    letters = [c for piece in pieces for c in (piece if isinstance(piece, str) else [piece])]
+    assert heard(letters, strings) == (text, found)
+
+
+@pytest.mark.parametrize("stop_tokens", [None, ()])
+@pytest.mark.parametrize("stop, text", [("<|im_start|>", "ab"), (["b<|im_start|>"], "a"), ("<|im_end|>", "ab")])
+def test_a_control_token_that_a_stop_string_names_ends_the_text(model, stop, text, stop_tokens):
+    name = "<|im_end|>" if stop == "<|im_end|>" else "<|im_start|>"
+    tokenizer = model.tokenizer
+    ids = [*tokenizer.encode("ab", bos=False), tokenizer.vocab.ids[name], *tokenizer.encode("c", bos=False)]
+    stops = tokenizer.stop_ids if stop_tokens is None else frozenset()
+    ending = Ending(0, None, tokenizer.stream(), 99, StopStrings(stop, tokenizer), stops)
+    tokens = list(ending.tokens(Choice(id, -1.0) for id in ids))
+    assert "".join(token.text for token in tokens) == text and tokens[-1].finish_reason == "stop"
+    assert tokens[-1].id == tokenizer.vocab.ids[name]
+
+
+def test_generate_stops_at_a_control_token_by_its_name(model):
+    id = next(id for id in sorted(model.tokenizer.vocab.control) if id not in model.tokenizer.stop_ids)
+    settings = {"stop": [model.tokenizer.tokens[id]], "logit_bias": {id: 1e6}}
+    assert [token.finish_reason for token in generate(model, "Once", 8, **settings)] == ["stop"]
+    batch = pybmc.generate_batch(model, ["Once"], 8, **settings)
+    assert [token.finish_reason for _, token in batch] == ["stop"]

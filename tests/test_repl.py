@@ -1,5 +1,6 @@
 """The chat loop: lines to messages, commands, interrupts, and one real terminal."""
 
+import io
 import os
 import pty
 import select
@@ -14,9 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pybmc
+from pybmc import ArgumentError
 from pybmc.conversation import Conversation
 from pybmc.decode import Token
-from pybmc.repl import Repl, changed, history_file, joined
+from pybmc.repl import COMMANDS, Block, Repl, changed, history_file, is_command, joined, named
+from pybmc.terminal import ReaderLeft
 
 
 # ---- lines -------------------------------------------------------------------------------------------------
@@ -96,6 +99,104 @@ def test_a_wrong_command_is_a_sentence_and_the_chat_goes_on(talk, capsys, line):
     out, err = play(talk, line, "hello", capsys=capsys)
     assert err and "Traceback" not in err and len(talk.messages) == 2
     assert talk.settings["temperature"] == 0.8
+
+
+def test_every_command_is_in_the_help(talk, capsys):
+    commands = {name.removeprefix("do_") for name in vars(Repl) if name.startswith("do_")}
+    assert commands == set(COMMANDS)
+    _, err = play(talk, "/help", capsys=capsys)
+    assert err.count("\n") == len(commands)
+
+
+def test_help_needs_no_docstrings():
+    code = "from pybmc.repl import Repl; Repl(None, ['/help']).run()"
+    run = subprocess.run([sys.executable, "-OO", "-B", "-c", code], capture_output=True, text=True, check=True)
+    assert "/save FILE: write the conversation to a file\n" in run.stderr
+
+
+@pytest.mark.parametrize("message", [Block("/exit"), Block("/api/orders now returns a list"), "/api/orders\nMay it break?"])
+def test_blocks_and_pasted_lines_are_messages_even_after_a_slash(talk, capsys, message):
+    play(talk, message, capsys=capsys)
+    assert talk.messages[0] == {"role": "user", "content": str(message)} and len(talk.messages) == 2
+
+
+def test_only_a_block_is_marked_as_one():
+    lines = ['"""/exit"""', "/exit", '"""', "/a", '"""', '"""/open', "/exit"]
+    assert [(str(m), type(m) is Block) for m in joined(iter(lines))] == [("/exit", True), ("/exit", False), ("/a", True),
+                                                                       ("/open\n/exit", True)]
+    assert [is_command(m) for m in joined(iter(['"""/exit"""', "/exit", "/a\\", "b"]))] == [False, True, False]
+
+
+def test_an_unknown_command_tells_how_to_send_it(talk, capsys):
+    _, err = play(talk, "/api/orders", capsys=capsys)
+    assert '"""/api/orders"""' in err and "/help" in err and talk.messages == []
+
+
+@pytest.mark.parametrize("rest, name", [
+    ("it's.json", "it's.json"), ("my chat.json", "my chat.json"), ("'my chat.json'", "my chat.json"), ('"a b"', "a b"),
+    ("my\\ chat.json", "my chat.json"), ("it's my chat", "it's my chat"), ("a.json", "a.json"),
+])
+def test_file_names_as_people_type_them(rest, name):
+    assert named(rest) == name
+
+
+@pytest.mark.parametrize("rest", ["", "''"])
+def test_no_file_name(rest):
+    with pytest.raises(ArgumentError, match="expected a file name"):
+        named(rest)
+
+
+@pytest.mark.parametrize("error, says", [
+    (ValueError("odd\nlines"), "internal error: ValueError: odd lines"), (MemoryError(), "not enough memory"),
+    (RecursionError(), "internal error: RecursionError"), (pybmc.ClosedError("closed"), "closed"),
+])
+@pytest.mark.parametrize("command", ["load", "regen"])
+def test_no_failure_of_a_command_ends_the_chat(talk, capsys, monkeypatch, command, error, says):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(Repl, f"do_{command}", fail)
+    repl = Repl(talk, ["one", f"/{command} x", "two"])
+    assert repl.run() == 0 and [m["role"] for m in talk.messages] == ["user", "assistant"] * 2
+    assert says in capsys.readouterr().err
+
+
+def test_a_message_that_fails_does_not_end_the_chat(talk, capsys):
+    """.. from a pipe the status tells of it."""
+    repl = Repl(talk, ["one", "word " * 600, "caf\udce9", "two"])
+    assert repl.run() == 1 and [m["content"] for m in talk.messages[::2]] == ["one", "two"]
+    err = capsys.readouterr().err
+    assert "room for 400" in err and "half a surrogate pair" in err
+
+
+def test_a_reader_that_leaves_ends_the_chat(talk, monkeypatch):
+    def leave(*_):
+        raise ReaderLeft
+
+    monkeypatch.setattr(Repl, "answer", leave)
+    with pytest.raises(ReaderLeft):
+        Repl(talk, ["one"]).run()
+
+
+def test_bytes_that_are_not_utf_8_are_replaced(talk, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\nHello\n"), encoding="utf-8"))
+    assert Repl(talk).run() == 0
+    assert [m["content"] for m in talk.messages[::2]] == ["caf\ufffd", "Hello"]
+
+
+def test_thinking_is_switched_and_shown_or_hidden(talk, capsys):
+    _, err = play(talk, "/set think off", "/set thoughts hide", "/set think maybe", "/set", capsys=capsys)
+    assert talk.variables == {"enable_thinking": False} and "think off" in err and "thoughts hide" in err
+    assert "does not read enable_thinking" in err and "think is on or off, not 'maybe'" in err
+    repl = Repl(talk, [], thoughts="hide")
+    repl.answer(lambda update: (Token(1, text, -1.0) for text in ("<think>a", "b</think>", " c")))
+    assert capsys.readouterr().out == "c\n"
+
+
+def test_an_answer_whose_prompt_opened_the_thought(talk, capsys):
+    talk.prompt = talk.model.tokenizer.encode("<|im_start|>assistant\n<think>\n", special=True)
+    Repl(talk, [], thoughts="hide").answer(lambda update: (Token(1, text, -1.0) for text in ("a</th", "ink>\n\nb")))
+    assert capsys.readouterr().out == "b\n"
 
 
 def test_why_tells_where_the_time_went(talk, model, capsys):
@@ -216,5 +317,20 @@ def test_a_chat_on_a_terminal(tmp_path):
         terminal.wait_for(PROMPT)
         terminal.leave()
         assert "hello" in (tmp_path / "pybmc" / "history").read_text()
+    finally:
+        terminal.close()
+
+
+def test_a_paste_of_several_lines_on_a_terminal_is_one_message(tmp_path):
+    pytest.importorskip("prompt_toolkit")
+    terminal = Terminal("chat", str(tiny.model("llama")), "-t", "1", "-n", "3", XDG_STATE_HOME=str(tmp_path))
+    try:
+        terminal.wait_for(PROMPT)
+        terminal.type("\x1b[200~/exit\rand more\x1b[201~")
+        terminal.wait_for("and more")
+        terminal.type("\r")
+        terminal.wait_for("(cut off by -n")
+        terminal.wait_for(PROMPT)
+        terminal.leave()
     finally:
         terminal.close()

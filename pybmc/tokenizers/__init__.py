@@ -95,6 +95,10 @@ class Tokenizer:
     def is_control(self, id: int) -> bool:
         return self.vocab.check(id) in self.vocab.control
 
+    def silent_names(self) -> dict[int, str]:
+        """Tokens whose text is not shown, as control tokens, and how the vocabulary spells them."""
+        return {id: self.tokens[id] for id in self.vocab.silent if self.tokens[id]}
+
     def __repr__(self) -> str:
         return f"<Tokenizer of {self.vocab.source!r}: {self.vocab_size} tokens>"
 

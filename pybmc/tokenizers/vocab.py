@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -227,20 +228,26 @@ class Vocabulary:
 
     # -- special tokens in a text
 
-    def split(self, text: str, special: bool, without: frozenset[int] = frozenset()) -> list[str | int]:
+    def split(
+        self,
+        text: str,
+        special: bool,
+        own: bytes | None = None,
+        guarded: frozenset[int] = frozenset(),
+    ) -> list[str | int]:
         """A text cut at its special tokens: strings and ids. User-defined tokens always count, control tokens
-        with special.
+        with special. own: a byte for each character; a guarded token counts only where all of its own are 1.
         """
-        parts: list[str | int] = [text] if text else []
+        parts: list[slice | int] = [slice(0, len(text))] if text else []
         for token in self._present(text, special):
             id = self.ids[token]
-            if id not in without:
-                parts = [
-                    piece
-                    for part in parts
-                    for piece in (self._cut(part, token, id) if isinstance(part, str) else [part])
-                ]
-        return parts
+            mask = own if id in guarded else None
+            parts = [
+                piece
+                for part in parts
+                for piece in (self._cut(text, part, token, id, mask) if isinstance(part, slice) else [part])
+            ]
+        return [text[part] if isinstance(part, slice) else part for part in parts]
 
     def _present(self, text: str, special: bool) -> list[str]:
         """The special tokens in a text, longest first. Gemma has 6,000 of them, so their first two characters
@@ -265,17 +272,20 @@ class Vocabulary:
             self._by_start[special] = starts
         return self._by_start[special]
 
-    def _cut(self, text: str, token: str, id: int) -> list[str | int]:
+    def _cut(self, text: str, part: slice, token: str, id: int, own: bytes | None) -> list[slice | int]:
+        """A part of a text, cut at a token; own: only where the token is made of these characters."""
         strip_left, strip_right = self._strips(token)
-        rest = text.split(token)
-        parts: list[str | int] = []
-        for number, piece in enumerate(rest):
-            if strip_right and number > 0:
-                piece = piece.lstrip(_SPACE)
-            if strip_left and number < len(rest) - 1:
-                piece = piece.rstrip(_SPACE)
-            parts += [piece] * bool(piece) + [id] * (number < len(rest) - 1)
-        return parts
+        parts: list[slice | int] = []
+        start = part.start
+        for at in _places(text, token, part, own):
+            stop = at
+            while strip_left and stop > start and text[stop - 1] in _SPACE:
+                stop -= 1
+            parts += [slice(start, stop)] * (stop > start) + [id]
+            start = at + len(token)
+            while strip_right and start < part.stop and text[start] in _SPACE:
+                start += 1
+        return parts + [slice(start, part.stop)] * (start < part.stop)
 
     def _strips(self, token: str) -> tuple[bool, bool]:
         """Whether a token swallows white space on its left, on its right. GGUF does not say; these models are
@@ -295,3 +305,14 @@ class Vocabulary:
         if not 0 <= id < self.size:
             raise ArgumentError(f"token {id} is out of range: the vocabulary has {self.size} tokens")
         return id
+
+
+def _places(text: str, token: str, part: slice, own: bytes | None) -> Iterator[int]:
+    """Where a token stands in a part of a text, one after another."""
+    at = text.find(token, part.start, part.stop)
+    while at >= 0:
+        end = at + len(token)
+        counts = own is None or own.find(b"\0", at, end) < 0
+        if counts:
+            yield at
+        at = text.find(token, end if counts else at + 1, part.stop)

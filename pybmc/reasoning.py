@@ -1,0 +1,67 @@
+"""What a model thinks before it answers: the text from <think> to </think> at the beginning of an answer."""
+
+from __future__ import annotations
+
+OPENS, CLOSES = "<think>", "</think>"
+
+
+class Reasoning:
+    """Splits a streamed answer into (text, is thought), the same way however the stream was cut.
+
+    The tags belong to the thought, and so does white space around it: the pieces together are the whole answer.
+    inside: the prompt has opened the thought already.
+    """
+
+    def __init__(self, inside: bool = False):
+        self._part = self._thought if inside else self._begin
+        self._held = ""
+
+    def push(self, text: str) -> list[tuple[str, bool]]:
+        """What is certain of the text so far."""
+        text, self._held = self._held + text, ""
+        pieces = []
+        while text:
+            done, is_thought, text = self._part(text)
+            pieces += [(done, is_thought)] * bool(done)
+            if self._held:
+                break
+        return pieces
+
+    def flush(self) -> list[tuple[str, bool]]:
+        """What was held back, when nothing follows."""
+        text, self._held = self._held, ""
+        return [(text, self._part == self._thought)] * bool(text)
+
+    # -- the parts of an answer: each gives what it takes of a text, whether that is thought, and the rest
+
+    def _begin(self, text: str) -> tuple[str, bool, str]:
+        word = text.lstrip()
+        if OPENS.startswith(word[:len(OPENS)]) and len(word) < len(OPENS):
+            self._held = text
+            return "", False, ""
+        self._part = self._thought if word.startswith(OPENS) else self._answer
+        end = len(text) - len(word) + len(OPENS)
+        return (text[:end], True, text[end:]) if self._part == self._thought else ("", False, text)
+
+    def _thought(self, text: str) -> tuple[str, bool, str]:
+        at = text.find(CLOSES)
+        if at >= 0:
+            self._part = self._pause
+            return text[:at + len(CLOSES)], True, text[at + len(CLOSES):]
+        n = next((n for n in range(min(len(CLOSES) - 1, len(text)), 0, -1) if text.endswith(CLOSES[:n])), 0)
+        self._held = text[len(text) - n:]
+        return text[:len(text) - n], True, ""
+
+    def _pause(self, text: str) -> tuple[str, bool, str]:
+        rest = text.lstrip()
+        if rest:
+            self._part = self._answer
+        return text[:len(text) - len(rest)], True, rest
+
+    def _answer(self, text: str) -> tuple[str, bool, str]:
+        return text, False, ""
+
+
+def is_open(tokenizer, prompt: list[int]) -> bool:
+    """Whether a prompt ends with the beginning of a thought."""
+    return tokenizer.decode(prompt[-32:], special=True).rstrip().endswith(OPENS)
