@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from math import inf
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from . import checks
 from .decode import (
     Chooser,
     Ending,
@@ -20,13 +20,13 @@ from .decode import (
     Stats,
     StopStrings,
     Token,
+    Wishes,
     check_room,
     encode_prompt,
-    make_sampler,
     start_loop,
 )
-from .errors import ArgumentError
 from .model import eval_batch
+from .sampling import Sampler
 from .speculate import another, attach
 
 PIECE, PIECE_ALONE = 96, 512            # tokens of prompts in a pass: beside others that write, and otherwise
@@ -106,33 +106,31 @@ class Batch(Iterator[tuple[int, Token]]):
 
 def generate_batch(model, prompts: Iterable, max_tokens: int | None = 256, *, draft=None, spec: str = "auto",
                    draft_max: int = 16, draft_min: int = 0, parallel: int = 8, context: int | None = None,
-                   stop: str | Sequence[str] = (), stop_tokens: Iterable[int] | None = None,
+                   stop: str | Sequence[str] | None = (), stop_tokens: int | Iterable[int] | None = None,
                    chat_template=None, chat_template_kwargs=None, **settings) -> Batch:
     """Continue many prompts together: an iterator of (number of the prompt, Token), as tokens come.
 
     Prompts and settings are those of generate(), and so is each prompt's text. parallel: how many are written at a
     time; context: a cap on each one's rows. Drafts get shorter the more prompts share a pass: then tokens of others fill it.
     """
-    chooser = Chooser(make_sampler(**settings))
-    if max_tokens is not None and max_tokens < 0:
-        raise ArgumentError(f"max_tokens is {max_tokens}; expected 0 or more, or None")
-    if parallel < 1:
-        raise ArgumentError(f"parallel is {parallel}; expected 1 or more")
-    if model.tokenizer is None:
-        raise ArgumentError(f"{model.path} has no vocabulary: it can evaluate tokens, but not write text")
-    StopStrings(stop)
+    checks.settings(settings, Sampler.__dataclass_fields__, ("max_tokens", *generate_batch.__kwdefaults__))
+    wishes = Wishes.of(model, max_tokens, stop, stop_tokens, Sampler(**settings))
+    chooser, limit = Chooser(wishes.sampler), wishes.limit
+    parallel = checks.whole("parallel", parallel, 1)
+    context = None if context is None else checks.whole("context", context, 1)
+    if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
+        checks.refuse("prompts", "a list of prompts", prompts)
     texts = [encode_prompt(model.tokenizer, prompt, chat_template, chat_template_kwargs)
              for prompt in prompts]
     for text in texts:
         check_room(context or model.config.n_ctx, text)
-    stops = model.tokenizer.stop_ids if stop_tokens is None else frozenset(stop_tokens)
-    limit = inf if max_tokens is None else max_tokens
     first = attach(None, model, draft, spec, draft_max, draft_min)
 
     def start(index: int) -> Stream:
         session = model.session(context)
-        strings = StopStrings(stop, model.tokenizer)
-        ending = Ending(len(texts[index]), session.context, model.tokenizer.stream(), limit, strings, stops)
+        strings = StopStrings(wishes.stop, model.tokenizer)
+        ending = Ending(len(texts[index]), session.context, model.tokenizer.stream(), limit, strings,
+                        wishes.stop_ids)
         return Stream(index, texts[index], session, chooser, ending, another(first), limit)
 
     stats: dict[int, Stats] = {}

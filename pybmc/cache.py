@@ -18,12 +18,33 @@ WIDEST = 512
 RECORD = ("by_mark", "accepted", "offered", "seconds")      # parts of a drafter's record
 
 
-def folder() -> Path:
+def user_folder(variable: str, default: str) -> Path | None:
+    """pybmc's own folder in the one that an environment variable names, else in the home directory. None where there
+    is neither: a user of a container may have no entry in the password file."""
+    named = os.environ.get(variable)
+    try:
+        return (Path(named) if named else Path.home() / default) / "pybmc"
+    except (RuntimeError, KeyError):
+        return None
+
+
+def folder() -> Path | None:
     """Where pybmc keeps what it can find out again."""
-    home = os.environ.get("XDG_CACHE_HOME")
-    if not home:
-        home = Path.home() / ("Library/Caches" if sys.platform == "darwin" else ".cache")
-    return Path(home) / "pybmc"
+    return user_folder("XDG_CACHE_HOME", "Library/Caches" if sys.platform == "darwin" else ".cache")
+
+
+def replace(path: Path | None, text: str) -> bool:
+    """Write a file in one step, so that a reader never sees half of it. False where it cannot be written."""
+    if path is None:
+        return False
+    draft = path.with_name(f"{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(text, encoding="utf-8")
+        os.replace(draft, path)
+    except OSError:
+        return False
+    return True
 
 
 def identity(model, kind: str) -> dict | None:
@@ -43,9 +64,14 @@ def pair(model, draft, kind: str) -> dict | None:
     return None if ours is None or theirs is None else {**ours, "draft": theirs}
 
 
-def _path(key: dict) -> Path:
-    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return folder() / ("pairs" if "draft" in key else "costs") / f"{digest[:32]}.json"
+def path_of(kind: str, key: dict) -> Path | None:
+    """The file in which something is kept; None where nothing can be."""
+    home, digest = folder(), hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    return home and home / kind / f"{digest[:32]}.json"
+
+
+def _path(key: dict) -> Path | None:
+    return path_of("pairs" if "draft" in key else "costs", key)
 
 
 def read(key: dict | None) -> dict:
@@ -61,15 +87,9 @@ def read(key: dict | None) -> dict:
 
 
 def write(key: dict | None, **kept) -> None:
-    """Keep something under a key; in one step, so that a reader never sees half of it."""
-    if key is None:
-        return
-    path = _path(key)
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps({"key": key, **kept}), encoding="utf-8")
-        os.replace(draft, path)
+    """Keep something under a key."""
+    if key is not None:
+        replace(_path(key), json.dumps({"key": key, **kept}))
 
 
 def load(key: dict | None) -> dict[int, float] | None:

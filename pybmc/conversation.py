@@ -46,7 +46,7 @@ class Conversation:
         before = list(self.messages)
         if self.messages[-1]["role"] == "assistant":
             self.messages.pop()
-        self.settings["seed"] = self.settings.get("seed", 0) + 1
+        self.settings["seed"] = (self.settings.get("seed") or 0) + 1
         yield from self._answer(before, progress)
 
     def undo(self) -> str:

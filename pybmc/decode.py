@@ -5,16 +5,22 @@ a text (stop tokens, stop strings, counts) stands around it, in one place, for e
 passes: a session alone, or many sessions together.
 """
 
+import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from math import inf, isfinite
+from numbers import Integral
 from typing import NamedTuple
+from weakref import WeakKeyDictionary, ref
 
-from .errors import ArgumentError, BmcError, ClosedError, ContextFullError
+from . import checks
+from .errors import ArgumentError, BmcError, BusyError, ClosedError, ContextFullError
 from .model import Round, Session, speculate
-from .sampling import Sampler, logprob
+from .sampling import Sampler, check_bias, logprob
+
+log = logging.getLogger(__name__)
 
 BULK, BULK_SECONDS = 128, 0.016         # rounds that are one call into the library: at most, and how long they may go on
 
@@ -121,17 +127,31 @@ def encode_prompt(tokenizer, prompt, chat_template=None, variables: Mapping | No
 
     chat_template and variables are for messages, as in generate().
     """
-    tokens = prompt if isinstance(prompt, str) else list(prompt)
-    if tokens and isinstance(tokens[0], Mapping):
+    if isinstance(prompt, (bytes, bytearray, Mapping)) or not isinstance(prompt, Iterable):
+        checks.refuse("prompt", "a text, a list of token ids or a list of messages", prompt)
+    items = prompt if isinstance(prompt, str) else list(prompt)
+    if items and isinstance(items[0], Mapping):
         from .chat import checked_variables, template_of
-        tokens = template_of(chat_template, tokenizer).encode(tokens, **checked_variables(variables or {}))
+        tokens = template_of(chat_template, tokenizer).encode(items, **checked_variables(variables or {}))
     elif chat_template is not None or variables:
         raise ArgumentError("a chat template needs messages: expected mappings with role and content")
-    elif isinstance(tokens, str):
-        tokens = tokenizer.encode(tokens, special=True)
+    elif isinstance(items, str):
+        tokens = one_bos(tokenizer, tokenizer.encode(items, special=True))
+    else:
+        tokens = checks.ids("prompt", items, tokenizer.vocab_size)
     if not tokens:
         raise ArgumentError("the prompt is empty")
     return tokens
+
+
+def one_bos(tokenizer, tokens: list[int]) -> list[int]:
+    """The tokens of a text without a second BOS: a text copied from a model card may begin with it."""
+    bos = tokenizer.bos_id
+    if not tokenizer.add_bos or bos is None or tokens[:2] != [bos, bos]:
+        return tokens
+    log.warning("the prompt begins with the BOS token %r, which every text gets; it is not added again",
+                tokenizer.piece(bos).decode("utf-8", "replace"))
+    return tokens[1:]
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
@@ -351,69 +371,131 @@ class Stats:
         return (self.predicted_tokens - 1) / self.predicted_s if self.predicted_s else 0.0
 
 
-class Generation(Iterator[Token]):
-    """An iterator of Token. prompt holds the prompt's ids, stats counts and times so far; close() ends it early."""
+_latest: WeakKeyDictionary = WeakKeyDictionary()        # session -> weak reference to the Generation it serves
 
-    def __init__(self, tokens: Iterator[Token], prompt: list[int], stats: Stats):
-        self._tokens, self.prompt, self.stats = tokens, prompt, stats
+
+class Generation(Iterator[Token]):
+    """An iterator of Token. prompt holds the prompt's ids, stats counts and times so far; close() ends it early.
+
+    A session given to generate() serves one generation at a time. The next one that begins in it ends this one, which
+    then raises BusyError when it is asked for another token. The same happens after other calls used the session.
+    """
+
+    def __init__(self, tokens: Generator[Token, None, None], prompt: list[int], stats: Stats, session=None):
+        self._tokens, self.prompt, self.stats, self._session = tokens, prompt, stats, session
+        self._uses: int | None = None       # of the session, when the last token came; None before the first
+        self._lost = ""                     # why it cannot go on
 
     def __next__(self) -> Token:
-        return next(self._tokens)
+        self._unless_running()
+        if self._session is None:
+            return next(self._tokens)
+        if self._uses is None:
+            self._begin()
+        elif self._uses != uses(self._session):
+            self._lose("the session was used by other calls meanwhile")
+        if self._lost:
+            raise BusyError(f"this generation cannot go on: {self._lost}")
+        try:
+            return next(self._tokens)
+        finally:
+            self._uses = uses(self._session)
+
+    def _begin(self) -> None:
+        before = _latest.get(self._session, lambda: None)()
+        if before is not None:
+            before._lose("another one began in its session")
+        _latest[self._session] = ref(self)
+
+    def _lose(self, why: str) -> None:
+        if self._tokens.gi_frame is not None:       # not at its end yet
+            self.close()
+            self._lost = why
 
     def close(self) -> None:
+        self._unless_running()
         self._tokens.close()
+
+    def _unless_running(self) -> None:
+        if self._tokens.gi_running:
+            raise BusyError("this generation is in use by another thread")
+
+
+def uses(session) -> int:
+    """How often the rows of a session were moved on or back."""
+    return getattr(session, "uses", 0)
 
 
 def generate(model, prompt, max_tokens: int | None = 256, *, session=None, draft=None, spec: str = "auto",
-             draft_max: int = 16, draft_min: int = 0, temperature: float = 0.0, seed: int = 0,
-             stop: str | Sequence[str] = (), stop_tokens: Iterable[int] | None = None,
-             chat_template=None, chat_template_kwargs: Mapping | None = None,
-             progress: Callable[[int, int], None] | None = None, **settings) -> Generation:
+             draft_max: int = 16, draft_min: int = 0, stop: str | Sequence[str] | None = (),
+             stop_tokens: int | Iterable[int] | None = None, chat_template=None,
+             chat_template_kwargs: Mapping | None = None, progress: Callable[[int, int], None] | None = None,
+             **settings) -> Generation:
     """Continue a prompt: an iterator of Token.
 
     prompt     a text, a list of token ids, or a list of chat messages ({"role": .., "content": ..}). Where the
                last message is the assistant's, its content is continued
     max_tokens at most so many tokens; None: until the model ends or the context is full
     session    evaluate in this session, and keep it: what the prompt has in common with its tokens is not evaluated
-               again. Without one a new session is used and closed.
+               again. Without one a new session is used and closed. A generation in it ends the one before
     draft      a smaller model that guesses ahead, best with the same vocabulary: a Model or a path. The text is the same as
                without it, at any temperature; only the time differs
     spec       who guesses: "draft", "ngram" (repetitions in the text; needs no draft), "auto" (both, where there is a
                draft), "self" (the model itself with less attention: in long texts) or "off"
     draft_max, draft_min  bounds of the tokens guessed at a time; how many pay is found out while decoding
-    stop       strings that end the text and are not part of it; they may name control tokens
-    stop_tokens ids that end the text; None: the vocabulary's end-of-text and end-of-turn tokens, (): none
+    stop       strings that end the text and are not part of it; they may name control tokens; None: none
+    stop_tokens ids that end the text, or one id; None: the vocabulary's end-of-text and end-of-turn tokens, (): none
     chat_template  how messages are written: a name such as "chatml", a Jinja source, a file, or a
                pybmc.chat.ChatTemplate; None: the model's own
     chat_template_kwargs  more variables for the template, such as {"enable_thinking": False}
     progress   called with (done, total) while a prompt is evaluated
-    settings   those of pybmc.sampling.Sampler: temperature, seed, top_k, top_p, min_p, repeat_penalty, ...
+    settings   those of pybmc.sampling.Sampler: temperature, seed, top_k, top_p, min_p, repeat_penalty, ...; None: default
 
-    The last Token tells why it was the last (finish_reason). The same prompt, settings and seed give the same text.
+    The last Token tells why it was the last (finish_reason). The same prompt, settings and seed give the same text. A
+    text that begins with the vocabulary's BOS gets no second one. Wrong arguments raise ArgumentError at once.
     """
-    sampler = make_sampler(temperature=temperature, seed=seed, **settings)
-    if max_tokens is not None and max_tokens < 0:
-        raise ArgumentError(f"max_tokens is {max_tokens}; expected 0 or more, or None")
-    if model.tokenizer is None:
-        raise ArgumentError(f"{model.path} has no vocabulary: it can evaluate tokens, but not write text")
+    checks.settings(settings, Sampler.__dataclass_fields__, ("max_tokens", *generate.__kwdefaults__))
+    checks.draft_bounds(draft_max, draft_min)
+    wishes = Wishes.of(model, max_tokens, stop, stop_tokens, Sampler(**settings))
+    if session is not None and getattr(session, "model", None) is not model:
+        checks.refuse("session", "a session of the same model", session)
     tokens = encode_prompt(model.tokenizer, prompt, chat_template, chat_template_kwargs)
-    stops = model.tokenizer.stop_ids if stop_tokens is None else frozenset(stop_tokens)
     stats = Stats(prompt_tokens=len(tokens))
-    limit = inf if max_tokens is None else max_tokens
     speculation = None
     if draft is not None or spec != "auto":
         from .speculate import attach
         speculation = attach(session, model, draft, spec, draft_max, draft_min)
-    strings = StopStrings(stop, model.tokenizer)
-    run = _run(model, tokens, limit, session, Chooser(sampler), speculation, strings, stops, progress, stats)
-    return Generation(run, tokens, stats)
+    strings = StopStrings(wishes.stop, model.tokenizer)
+    run = _run(model, tokens, wishes.limit, session, Chooser(wishes.sampler), speculation, strings,
+               wishes.stop_ids, progress, stats)
+    return Generation(run, tokens, stats, session)
 
 
-def make_sampler(**settings) -> Sampler:
-    unknown = settings.keys() - Sampler.__dataclass_fields__
-    if unknown:
-        raise ArgumentError(f"unknown settings: {', '.join(sorted(unknown))}")
-    return Sampler(**settings)
+class Wishes(NamedTuple):
+    """What generate() and generate_batch() have in common, checked."""
+
+    sampler: Sampler
+    limit: float                        # tokens at most
+    stop: list[str]
+    stop_ids: frozenset[int]
+
+    @classmethod
+    def of(cls, model, max_tokens, stop, stop_tokens, sampler: Sampler) -> "Wishes":
+        if not hasattr(model, "tokenizer"):
+            checks.refuse("model", "a Model", model)
+        if model.tokenizer is None:
+            raise ArgumentError(f"{model.path} has no vocabulary: it can evaluate tokens, but not write text")
+        size = model.config.vocab_size
+        check_bias(sampler.logit_bias, size)
+        return cls(sampler, inf if max_tokens is None else checks.whole("max_tokens", max_tokens, 0, inf),
+                   checks.strings("stop", stop), stop_ids(model.tokenizer, stop_tokens, size))
+
+
+def stop_ids(tokenizer, stop_tokens, size: int) -> frozenset[int]:
+    if stop_tokens is None:
+        return tokenizer.stop_ids
+    one = isinstance(stop_tokens, Integral) and not isinstance(stop_tokens, bool)
+    return frozenset(checks.ids("stop_tokens", [stop_tokens] if one else stop_tokens, size))
 
 
 def _run(model, tokens, max_tokens, session, chooser, speculation, stop_strings, stop_ids, progress,

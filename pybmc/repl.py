@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from . import report
+from .cache import user_folder
 from .conversation import Conversation, whole_characters
 from .errors import ArgumentError, BmcError
 from .reasoning import is_open
@@ -313,10 +314,12 @@ def editor() -> Callable[[str], str]:
 
 def history_file() -> Path | None:
     """Where the history is kept: the user's state directory; None where it cannot be written."""
-    home = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    home = user_folder("XDG_STATE_HOME", ".local/state")
+    if home is None:
+        return None
     try:
-        (home / "pybmc").mkdir(parents=True, exist_ok=True, mode=0o700)
-        path = home / "pybmc" / "history"
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path = home / "history"
         path.touch(mode=0o600)
     except OSError:
         return None

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
-from . import cache
+from . import cache, checks
 from .controller import COLD, DECIDING, LOOKING, WIDEST, Controller, CostCurve, Plan, Source, telling
 from .decode import BULK, BULK_SECONDS, Choice, Chooser, Loop, Pass, Stats, leave, plain_rounds
 from .drafters import (
@@ -457,10 +457,7 @@ def judged(proposed: list[int], said: list[int]) -> list[bool]:
 
 
 def checked_bounds(draft_max: int, draft_min: int) -> tuple[int, int]:
-    if not 0 <= draft_max:
-        raise ArgumentError(f"draft_max is {draft_max}; expected 0 or more")
-    if not 0 <= draft_min <= draft_max:
-        raise ArgumentError(f"draft_min is {draft_min}; expected 0 to draft_max, which is {draft_max}")
+    draft_max, draft_min = checks.draft_bounds(draft_max, draft_min)
     return min(draft_max, WIDEST), min(draft_min, WIDEST)
 
 
@@ -507,11 +504,14 @@ def attach(session, model, draft=None, spec: str = "auto", draft_max: int = WIDE
     draft: a Model, the path of one, a Speculation, or None. For the same session and wishes it is the same object, so
     that the draft model holds what it has of a conversation.
     """
+    checks.choice("spec", spec, SPECS)
+    draft_max, draft_min = checked_bounds(draft_max, draft_min)
     if isinstance(draft, Speculation):
+        if draft.model is not model:
+            checks.refuse("draft", "a Speculation of the same model", draft)
         return draft
-    if spec not in SPECS:
-        raise ArgumentError(f"spec is {spec!r}; expected one of {', '.join(SPECS)}")
-    checked_bounds(draft_max, draft_min)
+    if draft is not None and not is_path(draft) and not hasattr(draft, "tokenizer"):
+        checks.refuse("draft", "a Model, a path or None", draft)
     if spec == "draft" and draft is None:
         raise ArgumentError("spec is 'draft', but there is no draft")
     if spec == "off" or draft_max == 0 or draft is None and spec == "auto":
