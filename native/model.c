@@ -466,6 +466,15 @@ static int build(bmc_model *m, const bmc_config *config, const bmc_tensor *tenso
     return status;
 }
 
+/* In a forked process: a pass of another thread is never finished. What it left in the buffers is overwritten by the
+ * next pass, except for counters, which are 0 between passes. */
+static void renew(struct forkable *f) {
+    bmc_model *m = (bmc_model *)(void *)((char *)f - offsetof(bmc_model, forkable));
+    pthread_mutex_init(&m->lock, NULL);
+    for (int i = 0; m->buffers && m->buffers->memory && i < pool_size(m->pool) * TASKS_EACH; i++)
+        atomic_init(&m->buffers->pieces_done[i], 0);
+}
+
 int bmc_model_new(const bmc_config *config, const bmc_tensor *tensors, int n_tensors, int n_threads, bmc_model **model) {
     if (!config || !tensors || n_tensors < 1 || n_threads < 1 || n_threads > 1024 || !model)
         return fail(BMC_EINVAL, "bmc_model_new: needs settings, tensors and 1 to 1024 threads (%d)", n_threads);
@@ -474,6 +483,10 @@ int bmc_model_new(const bmc_config *config, const bmc_tensor *tensors, int n_ten
         return fail(BMC_ENOMEM, "no memory for a model");
     pthread_mutex_init(&m->lock, NULL);
     atomic_init(&m->n_users, 1);
+    m->forkable.renew = renew;
+    fork_hold();
+    fork_add(&m->forkable);
+    fork_release();
     int status = build(m, config, tensors, n_tensors, n_threads);
     if (status)
         bmc_model_free(m);
@@ -490,6 +503,9 @@ void bmc_model_free(bmc_model *m) {
 void model_release(bmc_model *m) {
     if (atomic_fetch_sub(&m->n_users, 1) > 1)
         return;
+    fork_hold();
+    fork_remove(&m->forkable);
+    fork_release();
     pool_free(m->pool);
     memory_unmap(m->panels, m->panel_bytes);
     memory_unmap(m->coarse_panels, m->coarse_bytes);

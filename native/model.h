@@ -4,6 +4,7 @@
 
 #include "arena.h"
 #include "bmc.h"
+#include "fork.h"
 #include "kernels.h"
 #include "profile.h"
 #include "threads.h"
@@ -49,6 +50,7 @@ struct bmc_model {
     struct kernels k;
     struct pool *pool;
     pthread_mutex_t lock;           /* one pass at a time */
+    struct forkable forkable;
     atomic_int n_users;             /* its owner and its sessions: the last one to go frees it */
 
     struct matrix token_embd;       /* rows are read from the file, one a token */

@@ -58,7 +58,7 @@ int bmc_session_new(bmc_model *m, int64_t cap, const bmc_arena_options *options,
 }
 
 void bmc_session_free(bmc_session *s) {
-    if (!s)
+    if (!s || claim(s))             /* in use: by a thread of the parent of a forked process, which left it half changed */
         return;
     arena_free(&s->arena);
     free(s->tokens);

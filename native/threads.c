@@ -1,9 +1,12 @@
 #include "threads.h"
 
+#include "cpu.h"
+#include "fork.h"
+
 #include <pthread.h>
 #include <signal.h>
+#include <stddef.h>
 #include <stdlib.h>
-#include <unistd.h>
 
 #if defined(__x86_64__)
 #define pause_cpu() __builtin_ia32_pause()
@@ -15,7 +18,8 @@
 
 /* How often a thread looks before it sleeps. Inside a run about 50 us: then the core is free for whoever is waited for,
  * which matters as soon as the machine has other things to do than ours. Between runs about 2 ms: tokens are shown and the next call
- * is prepared in that time, waking up takes longer than a barrier of a small model, and a core that slept is slow at first. */
+ * is prepared in that time, waking up takes longer than a barrier of a small model, and a core that slept is slow at first.
+ * With more threads than cores, a thread that spins occupies the core that the thread it waits for needs: it sleeps at once. */
 enum { PATIENCE = 1500, IDLE_PATIENCE = 60000 };
 
 struct pool {
@@ -24,9 +28,11 @@ struct pool {
     void (*fn)(void *, int);
     void *arg;
     bool stop;
-    pid_t process;                          /* whose workers they are */
-    int users;                              /* counted under `registry` */
+    bool crowded;                           /* more threads than cores */
+    bool alone;                             /* forked: the workers stayed in the parent */
+    int users;                              /* counted, as `next` is set, while forks are held */
     struct pool *next;                      /* in `shared` */
+    struct forkable forkable;
     pthread_mutex_t turn;                   /* held during a run */
     _Alignas(64) atomic_uint run;           /* number of the current run */
     _Alignas(64) atomic_uint done;          /* workers that finished it */
@@ -40,7 +46,6 @@ struct pool {
 
 struct worker { struct pool *pool; int thread; };
 
-static pthread_mutex_t registry = PTHREAD_MUTEX_INITIALIZER;
 static struct pool *shared;
 
 static bool comes(atomic_uint *value, unsigned old, int patience) {
@@ -54,7 +59,7 @@ static bool comes(atomic_uint *value, unsigned old, int patience) {
 
 /* Waits until *value is no longer old. */
 static void await(struct pool *p, atomic_uint *value, unsigned old, int patience) {
-    if (comes(value, old, patience))
+    if (comes(value, old, p->crowded ? 1 : patience))
         return;
     pthread_mutex_lock(&p->lock);
     atomic_fetch_add(&p->asleep, 1);
@@ -87,18 +92,59 @@ static void *work(void *arg) {
     }
 }
 
-/* A forked process has the pool but none of its workers. */
-static bool forked(const struct pool *p) { return p->process != getpid(); }
+static bool start_worker(struct pool *p, int thread) {
+    struct worker *w = malloc(sizeof *w);
+    if (!w)
+        return false;
+    *w = (struct worker){ p, thread };
+    if (!pthread_create(&p->workers[thread], NULL, work, w))
+        return true;
+    free(w);
+    return false;
+}
+
+/* Workers for threads 1 to wanted - 1; n is how many threads there are then. */
+static void start_workers(struct pool *p, int wanted) {
+    sigset_t all, before;                       /* signals are the caller's business */
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    for (p->n = 1; p->n < wanted && start_worker(p, p->n); p->n++)
+        ;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
+/* Locks and counters of a pool without workers. */
+static void prepare(struct pool *p) {
+    pthread_mutex_init(&p->turn, NULL);
+    pthread_mutex_init(&p->lock, NULL);
+    pthread_cond_init(&p->wake, NULL);
+    atomic_uint *const counters[] = { &p->run, &p->done, &p->arrived, &p->passed };
+    for (size_t i = 0; i < sizeof counters / sizeof *counters; i++)
+        atomic_init(counters[i], 0);
+    atomic_init(&p->asleep, 0);
+    for (int i = 0; i < p->n; i++)
+        atomic_init(&p->own[i].taken, 0);
+}
+
+/* In a forked process there are no workers, and no run is under way. */
+static void renew(struct forkable *f) {
+    struct pool *p = (struct pool *)(void *)((char *)f - offsetof(struct pool, forkable));
+    prepare(p);
+    p->alone = true;
+}
 
 void pool_run(struct pool *p, void (*fn)(void *, int), void *arg) {
-    if (forked(p))
-        p->n = 1;
+    pthread_mutex_lock(&p->turn);
+    if (p->alone) {
+        p->alone = false;
+        start_workers(p, p->n);         /* if the system refuses some: results do not depend on their number */
+    }
     if (p->n == 1) {
         atomic_fetch_add_explicit(&p->run, 1, memory_order_relaxed);
         fn(arg, 0);
+        pthread_mutex_unlock(&p->turn);
         return;
     }
-    pthread_mutex_lock(&p->turn);
     p->fn = fn;
     p->arg = arg;
     atomic_store(&p->done, 0);
@@ -159,28 +205,17 @@ bool pool_take(struct pool *p, int thread, int64_t n, int64_t *from, int64_t *to
 
 int pool_size(const struct pool *p) { return p->n; }
 
-static bool start_worker(struct pool *p, int thread) {
-    struct worker *w = malloc(sizeof *w);
-    if (!w)
-        return false;
-    *w = (struct worker){ p, thread };
-    if (!pthread_create(&p->workers[thread], NULL, work, w))
-        return true;
-    free(w);
-    return false;
-}
-
 /* Ends the workers and frees what there is. */
 static void dissolve(struct pool *p) {
-    if (!forked(p)) {
+    if (!p->alone) {
         p->stop = true;
         announce(p, &p->run);
         for (int i = 1; i < p->n; i++)
             pthread_join(p->workers[i], NULL);
-        pthread_mutex_destroy(&p->turn);
-        pthread_mutex_destroy(&p->lock);
-        pthread_cond_destroy(&p->wake);         /* would wait for workers that are not there */
     }
+    pthread_mutex_destroy(&p->turn);
+    pthread_mutex_destroy(&p->lock);
+    pthread_cond_destroy(&p->wake);
     free(p->workers);
     free(p);
 }
@@ -189,18 +224,10 @@ static struct pool *gather(int n_threads) {
     struct pool *p = aligned_alloc(64, (sizeof *p + 63) / 64 * 64 + (size_t)n_threads * sizeof *p->own);
     if (!p)
         return NULL;
-    *p = (struct pool){ .n = 1, .process = getpid(), .workers = calloc((size_t)n_threads, sizeof(pthread_t)) };
-    for (int i = 0; i < n_threads; i++)
-        atomic_init(&p->own[i].taken, 0);
-    pthread_mutex_init(&p->turn, NULL);
-    pthread_mutex_init(&p->lock, NULL);
-    pthread_cond_init(&p->wake, NULL);
-    sigset_t all, before;                       /* signals are the caller's business */
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    while (p->workers && p->n < n_threads && start_worker(p, p->n))
-        p->n++;
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    *p = (struct pool){ .n = n_threads, .crowded = n_threads > cpu_count(), .forkable = { .renew = renew },
+                        .workers = calloc((size_t)n_threads, sizeof(pthread_t)) };
+    prepare(p);
+    start_workers(p, p->workers ? n_threads : 1);
     if (p->workers && p->n == n_threads)
         return p;
     dissolve(p);
@@ -208,32 +235,34 @@ static struct pool *gather(int n_threads) {
 }
 
 struct pool *pool_new(int n_threads) {
-    pthread_mutex_lock(&registry);
-    struct pool *p = shared;
-    while (p && (p->n != n_threads || forked(p)))
+    fork_hold();
+    struct pool *p = n_threads > 1 ? shared : NULL;
+    while (p && p->n != n_threads)
         p = p->next;
     if (!p && (p = gather(n_threads))) {
         p->next = shared;
         shared = p;
+        fork_add(&p->forkable);
     }
     if (p)
         p->users++;
-    pthread_mutex_unlock(&registry);
+    fork_release();
     return p;
 }
 
 void pool_free(struct pool *p) {
     if (!p)
         return;
-    pthread_mutex_lock(&registry);
+    fork_hold();
     bool last = --p->users == 0;
     if (last) {
         struct pool **link = &shared;
         while (*link != p)
             link = &(*link)->next;
         *link = p->next;
+        fork_remove(&p->forkable);
     }
-    pthread_mutex_unlock(&registry);
+    fork_release();
     if (last)
         dissolve(p);
 }

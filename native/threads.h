@@ -1,7 +1,9 @@
 /* A fixed pool: the calling thread and n - 1 workers run the same function side by side.
  *
- * All that ask for as many threads share one pool, so that a model and its draft do not each keep workers that go to
- * sleep while the other computes. Runs of one pool take turns. */
+ * Callers that ask for the same number of threads, two or more, share a pool, so that a model and its draft do not each
+ * keep workers that go to sleep while the other computes. Runs of one pool take turns. Threads of a pool with more
+ * threads than cores sleep while they wait, instead of spinning. A forked process starts its own workers with its
+ * first run. */
 #ifndef THREADS_H
 #define THREADS_H
 

@@ -27,9 +27,12 @@ _HOMES = {
     "Session": "model",
     "eval_batch": "model",
     "Tokenizer": "tokenizers",
-    "generate": "decode",
-    "generate_batch": "batch",
-    "Speculation": "speculate",
+    "Sampler": "sampling",
+    "generate": "engine.generate",
+    "generate_batch": "engine.generate",
+    "Engine": "engine",
+    "Request": "engine",
+    "Speculation": "spec",
 }
 
 __all__ = [*_HOMES, "demo_model", "ArgumentError", "BmcError", "BusyError", "ClosedError", "ContextFullError",

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .errors import FormatError
+from .errors import FormatError, printable
 from .gguf import GGUF, Tensor
 
 RMS, LAYER = "rms", "layer"
@@ -38,7 +38,7 @@ def every_sixth_full(file: GGUF, prefix: str, n_layers: int) -> list[bool]:
     """gemma3's pattern: all layers are windowed but every n-th, or as an array of flags says."""
     key = "attention.sliding_window_pattern"
     pattern = file.metadata.get(f"{prefix}.{key}", 6)
-    if isinstance(pattern, (list, np.ndarray)):
+    if isinstance(pattern, np.ndarray):
         if len(pattern) != n_layers:
             raise FormatError(f"{file.path}: {prefix}.{key}: expected {n_layers} flags, found {len(pattern)}")
         return [bool(flag) for flag in pattern]
@@ -145,14 +145,18 @@ class _Keys:
             raise self.error(key, f"{low} to {high}", value)
         return value
 
-    def number(self, key: str, default: float | None = None, low: float = 0.0) -> float:
+    def number(self, key: str, default: float | None = None, low: float = 0.0, high: float = 1e30,
+               above: float = -math.inf) -> float:
+        """A number from low to high, and larger than `above`; outside, the model's arithmetic makes no sense."""
         value = self.find(key)
         if value is None:
             value = default
         if value is None:
             raise self.error(key, "a number", "nothing")
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < low:
-            raise self.error(key, f"a number from {low:g} up", f"{value!r:.60}")
+        if (isinstance(value, bool) or not isinstance(value, (int, float))
+                or not low <= value <= high or value <= above):
+            bounds = f"above {above:g}" if above >= low else f"from {low:g}"
+            raise self.error(key, f"a number {bounds} up to {high:g}", f"{value!r:.60}")
         return float(value)
 
 
@@ -176,9 +180,9 @@ def read_config(file: GGUF) -> Config:
         arch=arch, dim=dim, n_heads=n_heads, n_layers=n_layers, head_dim=head_dim,
         hidden_dim=keys.count("feed_forward_length", high=1 << 22),
         n_kv_heads=keys.count("attention.head_count_kv", n_heads, high=n_heads),
-        vocab_size=file.tensors["token_embd.weight"].shape[-1],
+        vocab_size=math.prod(file.tensors["token_embd.weight"].shape[1:]),
         n_ctx=keys.count("context_length"),
-        norm_eps=keys.number(eps),
+        norm_eps=keys.number(eps, high=1.0),
         rope_dim=0, rope_base=0.0,
         windows=[0] * n_layers,
     )
@@ -205,7 +209,7 @@ def _check_vocabulary(file: GGUF, config: Config) -> None:
 
 def _read_rope(keys: _Keys, config: Config) -> None:
     config.rope_dim = keys.count("rope.dimension_count", config.head_dim, low=2, high=config.head_dim)
-    config.rope_base = keys.number("rope.freq_base", 10000.0, low=1e-6)
+    config.rope_base = keys.number("rope.freq_base", 10000.0, above=1.0)
     if config.rope_dim % 2:
         raise keys.error("rope.dimension_count", "an even number", config.rope_dim)
     scaled, mscale = _scaled_frequencies(keys, config)
@@ -220,7 +224,7 @@ def _read_rope(keys: _Keys, config: Config) -> None:
         scaled = scaled / factors["rope_freqs"]
     config.rope_freq, config.rope_mscale = [scaled], [mscale]
     if any(config.windows):             # windowed layers turn by a base of their own, not scaled
-        base = keys.number("rope.freq_base_swa", 10000.0, low=1e-6)
+        base = keys.number("rope.freq_base_swa", 10000.0, above=1.0)
         config.rope_freq.append(_frequencies(base, config.rope_dim))
         config.rope_mscale.append(1.0)
         config.layer_rope = [int(window > 0) for window in config.windows]
@@ -233,10 +237,10 @@ def _frequencies(base: float, rope_dim: int) -> np.ndarray:
 def _scaled_frequencies(keys: _Keys, config: Config) -> tuple[np.ndarray, float]:
     """Frequencies (rope_dim / 2,) after none, linear or YaRN scaling (arXiv 2309.00071), and the factor of cos and sin."""
     plain = _frequencies(config.rope_base, config.rope_dim)
-    linear = keys.number("rope.scale_linear", 0.0)
+    linear = _scale(keys, "rope.scale_linear", 0.0)
     kind = keys.text("rope.scaling.type", "linear" if linear else "none")
-    factor = keys.number("rope.scaling.factor", linear or 1.0) or 1.0
-    mscale = keys.number("rope.scaling.attn_factor", 1.0)
+    factor = _scale(keys, "rope.scaling.factor", linear) or 1.0
+    mscale = keys.number("rope.scaling.attn_factor", 1.0, high=1e3, above=0.0)
     if kind in ("none", "longrope"):
         return plain, mscale
     if kind == "linear":
@@ -244,12 +248,20 @@ def _scaled_frequencies(keys: _Keys, config: Config) -> tuple[np.ndarray, float]
     if kind != "yarn":
         raise keys.error("rope.scaling.type", "none, linear, yarn or longrope", kind)
     trained = keys.count("rope.scaling.original_context_length", config.n_ctx)
-    low, high = (_turns_dim(config, trained, keys.number(f"rope.scaling.yarn_beta_{name}", beta, low=1e-3))
+    low, high = (_turns_dim(config, trained, keys.number(f"rope.scaling.yarn_beta_{name}", beta, 1e-3, 1e6))
                  for name, beta in (("fast", 32.0), ("slow", 1.0)))
     low, high = max(0.0, math.floor(low)), min(config.rope_dim - 1.0, math.ceil(high))
     ramp = 1.0 - np.clip((np.arange(config.rope_dim // 2) - low) / max(0.001, high - low), 0.0, 1.0)
-    mix = ramp * keys.number("rope.scaling.yarn_ext_factor", 1.0)
+    mix = ramp * keys.number("rope.scaling.yarn_ext_factor", 1.0, high=1.0)
     return plain / factor * (1.0 - mix) + plain * mix, mscale * (1.0 + 0.1 * math.log(factor))
+
+
+def _scale(keys: _Keys, key: str, default: float) -> float:
+    """By what positions are divided; 0 in a file is none."""
+    scale = keys.number(key, default, high=1e4)
+    if 0 < scale < 1e-3:
+        raise keys.error(key, "0, or a number from 0.001 up to 10000", scale)
+    return scale
 
 
 def _turns_dim(config: Config, trained: int, turns: float) -> float:
@@ -264,8 +276,9 @@ def _rope_factors(file: GGUF, name: str, n: int) -> np.ndarray | None:
     if tensor.type.name != "f32" or tensor.shape != (n,):
         raise FormatError(f"{file.path}: {name}: expected f32 ({n},), found {tensor.type} {tensor.shape}")
     factors = tensor.data.view(np.float32).astype(np.float64)
-    if not (np.isfinite(factors).all() and (factors > 0).all()):
-        raise FormatError(f"{file.path}: {name}: expected factors above zero")
+    if not ((factors >= 1e-3) & (factors <= 1e30)).all():       # NaN is in no range
+        raise FormatError(f"{file.path}: {name}: expected factors from 0.001 up to 1e30, "
+                          f"found {factors.min():g} to {factors.max():g}")
     return factors
 
 
@@ -298,13 +311,26 @@ def bind(file: GGUF, config: Config) -> list[Role]:
         for name in needed:
             if (layer, name) not in have:
                 raise FormatError(f"{file.path}: {_file_name(layer, name)} is missing; {config.arch} needs it")
+    _check_end(file)
     return roles
+
+
+def _check_end(file: GGUF) -> None:
+    """Some programs give a file its full size before they fetch it: the missing part is zeros."""
+    for last in file.ends:
+        if last.name.endswith(".weight") and not last.data[-4096:].any() and not last.data.any():
+            raise FormatError(f"{file.path}: the file is incomplete, as when a download broke off: "
+                              f"{printable(last.name)}, the last of its tensors, is {last.nbytes} zeros")
 
 
 def _file_name(layer: int, role: str) -> str:
     name, _, suffix = role.partition(".")
     names = {theirs: ours for ours, theirs in LAYER_ROLES.items()}
     return f"blk.{layer}." * (layer >= 0) + f"{names.get(name, name)}.{suffix or 'weight'}"
+
+
+def _misfit(file: GGUF, tensor: Tensor, what: str) -> FormatError:
+    return FormatError(f"{file.path}: {printable(tensor.name)}: {what}")
 
 
 def _roles(file: GGUF, config: Config, tensor: Tensor) -> Iterator[Role]:
@@ -314,7 +340,7 @@ def _roles(file: GGUF, config: Config, tensor: Tensor) -> Iterator[Role]:
         number, _, inner = name[4:].partition(".")
         layer = int(number) if number.isdecimal() and len(number) < 6 else config.n_layers
         if layer >= config.n_layers:
-            raise FormatError(f"{file.path}: {tensor.name}: the model has {config.n_layers} layers")
+            raise _misfit(file, tensor, f"the model has {config.n_layers} layers")
     if inner in IGNORED or inner in ROPE_TENSORS:
         return
     tail = "" if suffix == "weight" else f".{suffix}"
@@ -326,7 +352,8 @@ def _roles(file: GGUF, config: Config, tensor: Tensor) -> Iterator[Role]:
     elif suffix in ("weight", "bias") and (inner in LAYER_ROLES if layer >= 0 else inner in MODEL_ROLES):
         yield _role(LAYER_ROLES.get(inner, inner) + tail, layer, tensor)
     else:
-        raise FormatError(f"{file.path}: {tensor.name}: pybmc does not know this tensor of {config.arch}; the answer would be wrong without it")
+        raise _misfit(file, tensor, f"pybmc does not know this tensor of {config.arch}; "
+                                    "the answer would be wrong without it")
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
@@ -345,7 +372,7 @@ def _cut(file: GGUF, tensor: Tensor, layer: int, tail: str, parts: dict[str, int
     bias = len(tensor.shape) == 1
     n_rows, n_cols = (tensor.shape[0], 1) if bias else _extent(tensor)
     if n_rows != total:
-        raise FormatError(f"{file.path}: {tensor.name}: expected {total} rows ({' + '.join(map(str, parts.values()))}), found {n_rows}")
+        raise _misfit(file, tensor, f"expected {total} rows ({' + '.join(map(str, parts.values()))}), found {n_rows}")
     row_bytes, start = tensor.nbytes // total, 0
     for name, n in parts.items():
         data = tensor.data[start * row_bytes : (start + n) * row_bytes]

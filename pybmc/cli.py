@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 import time
 from contextlib import ExitStack, contextmanager
@@ -51,11 +52,33 @@ class Bias(click.ParamType):
     def convert(self, value, param, ctx):
         if isinstance(value, tuple):
             return value
-        at = max(value.find("+"), value.find("-"))
+        id, sign, number = re.fullmatch(r"(\d*)([+-]?)(.*)", value, re.DOTALL).groups()
         try:
-            return int(value[:at]), float(value[at:])
+            return int(id), float((sign or "x") + number)
         except ValueError:
             self.fail(f"{value!r}: expected a token id, + or -, and a number, as in 15043-inf", param, ctx)
+
+
+class Text(click.ParamType):
+    """A text. Bytes of the command line that are not UTF-8 are none."""
+
+    name = "TEXT"
+
+    def convert(self, value, param, ctx):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            self.fail(f"not UTF-8 text (character {error.start})", param, ctx)
+        return value
+
+
+class File(click.Path):
+    """A file's name; an empty one (a variable that is not set) is a mistake."""
+
+    def convert(self, value, param, ctx):
+        if not value:
+            self.fail("the name of the file is empty", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 class Rows(click.ParamType):
@@ -107,8 +130,8 @@ class Variables(click.ParamType):
             self.fail(f"expected a JSON object, found {value[:60]!r}: {error}", param, ctx)
 
 
-model_argument = click.argument("model", required=False, type=click.Path())
-model_option = click.option("-m", "--model", "model_option", metavar="FILE", type=click.Path(),
+model_argument = click.argument("model", required=False, type=File())
+model_option = click.option("-m", "--model", "model_option", metavar="FILE", type=File(),
                             help="The model, if it is not given as an argument.")
 
 
@@ -123,7 +146,8 @@ threads_option = options(
     click.option("--no-repack", is_flag=True, expose_value=False, callback=keep_flag,
                  help="Leave the weights in the file: much slower, hardly any memory."))
 context_option = click.option("-c", "--ctx-size", "context", type=click.IntRange(1), metavar="N",
-                              help="Cap on the context, in tokens; by default the model's own. Memory follows use.")
+                              help="Cap on the context, in tokens; by default what the model was trained for. "
+                                   "More works, and is noted. Memory follows use.")
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout.")
 arena_options = options(
     click.option("--rows", type=Rows(), default="auto", show_default=True,
@@ -138,7 +162,7 @@ sampling_options = options(
     click.option("--temp", "temperature", type=float, default=0.8, show_default=True, metavar="T",
                  help="Temperature; 0 always takes the likeliest token."),
     click.option("--top-k", type=int, default=40, show_default=True, metavar="K",
-                 help="Only the K likeliest tokens; 0: all."),
+                 help="Only the K likeliest tokens; 0 or -1: all."),
     click.option("--top-p", type=float, default=0.95, show_default=True, metavar="P",
                  help="Only the likeliest tokens that make up P together; 1: all."),
     click.option("--min-p", type=float, default=0.05, show_default=True, metavar="P",
@@ -157,7 +181,7 @@ SAMPLING = ("seed", "temperature", "top_k", "top_p", "min_p", "repeat_penalty", 
             "repeat_last_n", "logit_bias")
 
 draft_options = options(
-    click.option("--draft", "-md", "--model-draft", "draft", type=click.Path(), metavar="FILE",
+    click.option("--draft", "-md", "--model-draft", "draft", type=File(), metavar="FILE",
                  help="A small model that guesses ahead, best with the same vocabulary. The answer is the same, sooner. "
                       "The bundled model has one by default."),
     click.option("--draft-max", type=click.IntRange(0), default=16, show_default=True, metavar="N",
@@ -182,8 +206,8 @@ template_options = options(
                       "out; generate --json always has it."))
 
 text_options = options(
-    click.option("-p", "--prompt", metavar="TEXT", help="The text; - reads it from stdin."),
-    click.option("-f", "--file", "prompt_file", type=click.Path(), metavar="FILE",
+    click.option("-p", "--prompt", type=Text(), help="The text; - reads it from stdin."),
+    click.option("-f", "--file", "prompt_file", type=File(), metavar="FILE",
                  help="Read it from a file; - is stdin."))
 
 
@@ -236,21 +260,31 @@ def need_model(argument, option=None) -> Path:
     return find_model(argument, option)
 
 
+NO_TEXT = "no text is given: use -p TEXT, -f FILE, or pipe it in"
+
+
 def read_text(prompt, file) -> str:
     """The text of -p or -f, or of stdin where it is piped."""
     if prompt is not None and file is not None:
         raise click.UsageError("-p and -f are both given")
-    if file is None and prompt is None:
-        if is_terminal(sys.stdin):
-            raise click.UsageError("no text is given: use -p TEXT, -f FILE, or pipe it in")
-        file = "-"
+    if file is None and prompt is None and is_terminal(sys.stdin):
+        raise click.UsageError(NO_TEXT)
     if prompt is not None and prompt != "-":
         return prompt
-    data = sys.stdin.buffer.read() if file in ("-", None) else Path(file).read_bytes()
+    if file not in ("-", None):
+        return decoded(Path(file).read_bytes(), file)
+    if sys.stdin is None:
+        raise click.UsageError(f"{NO_TEXT}; stdin is closed")
+    return decoded(sys.stdin.buffer.read(), "stdin")
+
+
+def decoded(data: bytes, name) -> str:
+    """UTF-8 text, without the byte order mark that some editors put before it."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise BmcError(f"{name}: expected UTF-8 text, found UTF-16 (iconv -f UTF-16 -t UTF-8 converts it)")
     try:
-        return data.decode()
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        name = "stdin" if file in ("-", None) else file
         raise BmcError(f"{name} is not UTF-8 text (byte {error.start})") from None
 
 
@@ -320,7 +354,7 @@ def cli():
 @cli.command()
 @model_argument
 @model_option
-@click.option("-sys", "--system-prompt", "system", metavar="TEXT",
+@click.option("-sys", "--system-prompt", "system", type=Text(),
               help="What the model is told before everything else.")
 @click.option("-n", "--n-predict", "max_tokens", type=int, default=-1, show_default=True, metavar="N",
               help="At most N tokens an answer; -1: until the model ends.")
@@ -360,12 +394,13 @@ def chat(model, model_option, system, max_tokens, chat_template, thoughts, conte
 @click.option("--chat/--raw", "as_chat", default=None,
               help="Send the text as a message in the model's chat template, or as it is. "
                    "Without MODEL --chat, else --raw.")
-@click.option("-sys", "--system-prompt", "system", metavar="TEXT", help="With --chat: what the model is told first.")
-@click.option("--prefill", metavar="TEXT",
-              help="With --chat: how the answer begins; what follows it is printed.")
+@click.option("-sys", "--system-prompt", "system", type=Text(),
+              help="With --chat: what the model is told first.")
+@click.option("--prefill", type=Text(), help="With --chat: how the answer begins; what follows it is printed.")
 @template_options
-@click.option("-r", "--stop", multiple=True, metavar="TEXT", help="End before this text; repeatable.")
+@click.option("-r", "--stop", type=Text(), multiple=True, help="End before this text; repeatable.")
 @click.option("--ignore-eos", is_flag=True, help="Go on where the model would end.")
+@click.option("--no-bos", is_flag=True, help="With --raw: no BOS token before the text.")
 @sampling_options
 @draft_options
 @context_option
@@ -373,12 +408,13 @@ def chat(model, model_option, system, max_tokens, chat_template, thoughts, conte
 @arena_options
 @json_option
 def generate(model, model_option, prompt, prompt_file, max_tokens, as_chat, system, prefill, chat_template, thoughts,
-             stop, ignore_eos, context, threads, rows, kv_type, as_json, tint, **flags):
+             stop, ignore_eos, no_bos, context, threads, rows, kv_type, as_json, tint, **flags):
     """Continue a text (-p, -f, or stdin) and print what follows it; `run` is the same.
 
-    In a raw text control tokens such as <|im_start|> count. Without MODEL the bundled model answers.
+    In a raw text control tokens such as <|im_start|> count; an empty one is continued from the model's BOS token
+    alone. Without MODEL the bundled model answers.
     """
-    from .decode import generate as start
+    from .engine.generate import generate as start
     from .report import summary
 
     settings = sampling_settings(flags)
@@ -389,6 +425,10 @@ def generate(model, model_option, prompt, prompt_file, max_tokens, as_chat, syst
                         ("--chat-template-kwargs and --think", variables)):
         if given and not as_chat:
             raise click.UsageError(f"{flag} needs --chat")
+    if no_bos and as_chat:
+        raise click.UsageError("--no-bos needs --raw: a chat template says itself what begins a text")
+    if as_chat and not text:
+        raise click.UsageError("the message is empty")
     if as_chat:
         text = [{"role": role, "content": content}
                 for role, content in (("system", system), ("user", text), ("assistant", prefill))
@@ -396,6 +436,8 @@ def generate(model, model_option, prompt, prompt_file, max_tokens, as_chat, syst
     with with_draft(flags, not (model or model_option), threads) as drafting, \
             opened(find_model(model, model_option), threads) as (loaded, load_s), \
             loaded.session(context=context, rows=rows, kv_type=kv_type) as session, progress("prompt") as update:
+        if no_bos and loaded.tokenizer:
+            text = loaded.tokenizer.encode(text, bos=False, special=True)
         written = template_of_model(loaded, chat_template, variables)
         answer = start(loaded, text, None if max_tokens < 0 else max_tokens, session=session, stop=stop,
                        stop_tokens=() if ignore_eos else None, progress=update,
@@ -524,7 +566,7 @@ def bench(model, model_option, prompts, generated, widths, depths, reps, breakdo
 @click.option("--full", "size", flag_value="FULL", help="Prompts 128, 1024, 4096 and 0, 3, 7, 15 drafted: half an hour.")
 @click.option("--every-token", "whole", is_flag=True, help="Evaluate every token instead of a sample; slow.")
 @click.option("--figures", type=click.Path(file_okay=False), metavar="DIR", help="Draw SVGs there (needs matplotlib).")
-@click.option("--from", "source", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
+@click.option("--from", "source", type=File(exists=True, dir_okay=False), metavar="FILE",
               help="Draw what an earlier --json printed, and measure nothing.")
 @threads_option
 @json_option
@@ -567,7 +609,7 @@ def bench_kv(model, model_option, shapes, prompts, generated, sizes, ks, accepte
 def kept_lines(path: Path) -> list[dict]:
     """What an earlier `bench kv --json` printed."""
     lines = []
-    for number, text in enumerate(path.read_text(errors="replace").splitlines(), 1):
+    for number, text in enumerate(path.read_text("utf-8-sig", errors="replace").splitlines(), 1):
         try:
             lines.append(json.loads(text))
         except ValueError:
@@ -639,19 +681,20 @@ def test_name(r) -> str:
 @cli.command()
 @model_argument
 @model_option
-@click.option("-f", "--file", "text_file", required=True, type=click.Path(), metavar="FILE",
+@click.option("-f", "--file", "text_file", required=True, type=File(), metavar="FILE",
               help="The text; - is stdin.")
 @click.option("-c", "--ctx-size", "window", type=click.IntRange(4), default=512, show_default=True, metavar="N",
               help="Tokens in a window; the second half of each is scored.")
+@click.option("--no-bos", is_flag=True, help="No BOS token at the beginning of a window.")
 @threads_option
 @json_option
-def perplexity(model, model_option, text_file, window, threads, as_json):
+def perplexity(model, model_option, text_file, window, no_bos, threads, as_json):
     """How well a model foretells a text, counted as llama.cpp counts it; without MODEL the bundled model."""
     from .perplexity import perplexity as measure
 
     text = read_text(None, text_file)
     with opened(find_model(model, model_option), threads) as (loaded, _), progress("perplexity") as update:
-        found = measure(loaded, text, window, update)
+        found = measure(loaded, text, window, update, not no_bos)
     if as_json:
         print_json(vars(found))
     else:
@@ -662,10 +705,10 @@ def perplexity(model, model_option, text_file, window, threads, as_json):
 @cli.command()
 @model_argument
 @model_option
-@click.option("--draft", "-md", "--model-draft", "draft", type=click.Path(), metavar="FILE",
+@click.option("--draft", "-md", "--model-draft", "draft", type=File(), metavar="FILE",
               help="A draft model, whose drafts are compared too.")
-@click.option("-p", "--prompt", metavar="TEXT", help="The text to go on with, instead of a few of its own.")
-@click.option("-f", "--file", "prompt_file", type=click.Path(), metavar="FILE", help="Read it from a file.")
+@click.option("-p", "--prompt", type=Text(), help="The text to go on with, instead of a few of its own.")
+@click.option("-f", "--file", "prompt_file", type=File(), metavar="FILE", help="Read it from a file.")
 @click.option("-n", "--n-predict", "max_tokens", type=click.IntRange(2), default=64, show_default=True, metavar="N",
               help="Tokens to write after each text.")
 @click.option("--temp", "temperatures", type=float, multiple=True, default=(0.0, 0.8), show_default=True, metavar="T",
@@ -738,13 +781,15 @@ def tune(model, model_option, threads, as_json):
         with opened(path, threads) as (loaded, _):
             curve = tuning.tune_model(loaded)
     if as_json:
-        print_json(asdict(machine) | {"threads": threads, "kept": str(kept)} | ({"passes": curve} if curve else {}))
+        print_json(asdict(machine) | {"threads": threads, "kept": kept and str(kept)}
+                   | ({"passes": curve} if curve else {}))
         return
     for sentence in tuning.sentences(machine, threads):
         write(sentence + "\n")
     if curve:
         write(tuning.curve_sentence(path.name, curve) + "\n")
-    write(f"Kept in {kept}.\n")
+    write(f"Kept in {kept}.\n" if kept else
+          "Not kept: there is no cache directory that can be written (XDG_CACHE_HOME names one).\n")
 
 
 # ---- the door ----------------------------------------------------------------------------------------------
@@ -764,7 +809,8 @@ def run(args=None) -> int:
         status = cli.main(args, prog_name="pybmc", standalone_mode=False)
         return status if isinstance(status, int) else 0
     except click.ClickException as error:
-        error.show()
+        if sys.stderr is not None:
+            error.show()
         return error.exit_code
     except (KeyboardInterrupt, click.Abort):
         return EXIT_INTERRUPTED

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
 from .chat import checked_variables, template_of
-from .decode import Stats, Token, generate
+from .engine import Stats, Token
+from .engine.generate import generate
 from .errors import ArgumentError, ContextFullError, FormatError
 
 
@@ -46,7 +47,7 @@ class Conversation:
         before = list(self.messages)
         if self.messages[-1]["role"] == "assistant":
             self.messages.pop()
-        self.settings["seed"] = self.settings.get("seed", 0) + 1
+        self.settings["seed"] = (self.settings.get("seed") or 0) + 1
         yield from self._answer(before, progress)
 
     def undo(self) -> str:

@@ -18,7 +18,7 @@ class ContextFullError(BmcError, ValueError):
 
 
 class BusyError(BmcError, RuntimeError):
-    """Another thread is using this session."""
+    """A session or a generation is in use elsewhere, or was taken over."""
 
 
 class ClosedError(BmcError, RuntimeError):

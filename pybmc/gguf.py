@@ -55,17 +55,35 @@ _ALIGNMENTS = [1 << n for n in range(3, 31)]
 
 _SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
-_OTHERS = {           # how files begin that are taken for GGUF
+# What begins a file that is taken for GGUF. Text is compared in lower case, without white space before it.
+_OTHERS = {
     b"lmgg": "an old GGML file; convert the model to GGUF",
     b"tjgg": "an old GGML (ggjt) file; convert the model to GGUF",
     b"fmgg": "an old GGML (ggmf) file; convert the model to GGUF",
     b"algg": "an old GGML adapter; convert it to GGUF",
-    b"PK\x03\x04": "a zip archive, as PyTorch saves them; convert the model to GGUF",
-    b"vers": "a git-lfs pointer; fetch the file itself",
-    b"<!DO": "a web page; the download went wrong",
-    b"<htm": "a web page; the download went wrong",
     b"FUGG": "a byte-swapped GGUF file; only little-endian files are supported",
+    b"PK\x03\x04": "a zip archive, as PyTorch saves them; unpack it, or convert the model to GGUF",
+    b"\x80\x02": "a Python pickle, as PyTorch saves them; convert the model to GGUF",
+    b"\x1f\x8b": "a gzip archive; unpack it",
+    b"\x28\xb5\x2f\xfd": "a zstd archive; unpack it",
+    b"\xfd7zXZ": "an xz archive; unpack it",
+    b"7z\xbc\xaf": "a 7z archive; unpack it",
+    b"version https://git-lfs": "a git-lfs pointer; fetch the file itself (git lfs pull)",
+    b"\0\0\0\0\0\0\0\0": "zeros, as when a download broke off",
 }
+_OTHER_TEXTS = {
+    b"<!doctype": "a web page; the download went wrong",
+    b"<html": "a web page; the download went wrong",
+    b"<?xml": "an XML document; the download went wrong",
+    b"{": "a JSON document; the download went wrong",
+    b"entry not found": "a server's error message; the download went wrong",
+    b"invalid username or password": "a server's error message; the download went wrong",
+}
+
+_INCOMPLETE = "it is incomplete, as when a download broke off"
+
+# Text that only people read may be in any encoding; what is computed with has to be UTF-8.
+_EXACT_KEYS = ("tokenizer.", "general.architecture", "split.")
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,7 +92,7 @@ class Tensor:
 
     name: str
     type: QuantType
-    shape: tuple[int, ...]              # GGUF's order: values in a row first
+    shape: tuple[int, ...]              # GGUF's order: values in a row first; without dimensions of 1 at the end
     data: np.ndarray
 
     @property
@@ -86,7 +104,8 @@ class GGUF:
     """An opened GGUF file, or all parts of a split one (`name-00001-of-00003.gguf`, whichever part is given).
 
     metadata: dict[str, value]; a value is an int, float, bool, str, a numpy array (arrays of numbers), a list
-    of str, or a list of such values (arrays of arrays). tensors: dict[str, Tensor], in the file's order;
+    of str, or a list of such values (arrays of arrays). Text that is only shown, such as a name or a licence, need not
+    be UTF-8: what is not becomes U+FFFD. tensors: dict[str, Tensor], in the file's order;
     empty with vocabulary_only, which does not read the tensor table and so needs no C library.
 
     Raises FormatError where the file is not what it should be, and an OSError (FileNotFoundError,
@@ -100,8 +119,9 @@ class GGUF:
         self._files: list[_File] = []
         self.metadata: dict[str, object] = {}
         self.tensors: dict[str, Tensor] = {}
+        self.ends: list[Tensor] = []                            # of each part, the tensor at its end
         try:
-            self._open(Path(os.fsdecode(path)), vocabulary_only)
+            self._open(_checked_path(path), vocabulary_only)
         except BaseException:
             self.close()
             raise
@@ -130,7 +150,9 @@ class GGUF:
             if n_parts > 1:
                 file.expect("split.no", number)
                 file.expect("split.count", n_parts)
-            for tensor in file.read_tensors():
+            tensors = file.read_tensors()
+            self.ends += sorted(tensors, key=lambda tensor: tensor.data.ctypes.data)[-1:]
+            for tensor in tensors:
                 if tensor.name in self.tensors:
                     raise file.error(f"tensor {tensor.name!r} is there twice")
                 self.tensors[tensor.name] = tensor
@@ -139,7 +161,7 @@ class GGUF:
 
     def close(self) -> None:
         """Gives the mapping back, at once or with the last view on it."""
-        self.tensors = {}
+        self.tensors, self.ends = {}, []
         for file in self._files:
             file.close()
 
@@ -155,6 +177,16 @@ class GGUF:
 
     def __repr__(self) -> str:
         return f"<GGUF {str(self.path)!r}: {len(self.metadata)} pairs, {len(self.tensors)} tensors>"
+
+
+def _checked_path(path) -> Path:
+    try:
+        text = os.fsdecode(path)
+    except TypeError:
+        raise ArgumentError(f"expected the path of a GGUF file, found {path!r:.60}") from None
+    if not text:
+        raise ArgumentError("expected the path of a GGUF file, found an empty one")
+    return Path(text)
 
 
 def _part_paths(given: _File) -> list[Path]:
@@ -237,10 +269,10 @@ class _File:
             )
         return count
 
-    def string(self, what: str) -> str:
+    def string(self, what: str, exact: bool = True) -> str:
         length = self.u64(what)
         at = self.need(length, what)
-        return self.decode(at, length, what)
+        return self.decode(at, length, what, exact)
 
     def name(self, what: str) -> str:
         at = self.position
@@ -251,9 +283,9 @@ class _File:
             )
         return name
 
-    def decode(self, at: int, length: int, what: str) -> str:
+    def decode(self, at: int, length: int, what: str, exact: bool = True) -> str:
         try:
-            return str(self.buffer[at:at + length], "utf-8")
+            return str(self.buffer[at:at + length], "utf-8", "strict" if exact else "replace")
         except UnicodeDecodeError as error:
             raise self.error(f"{what}: not UTF-8: {error.reason}", at + error.start) from None
 
@@ -268,12 +300,10 @@ class _File:
         self.alignment = self._read_alignment()
 
     def _read_magic(self) -> None:
-        if self.size == 0:
-            raise self.error("the file is empty")
         magic = self.buffer[:4]
         if magic != b"GGUF":
-            kind = f", {_OTHERS[magic]}" if magic in _OTHERS else ""
-            raise self.error(f"not a GGUF file: it begins with {magic!r}{kind}")
+            kind = _other_kind(self.buffer[:64])
+            raise self.error(f"not a GGUF file: it begins with {magic!r}" + f", {kind}" * bool(kind))
         self.position = 4
 
     def _read_version(self) -> int:
@@ -292,7 +322,7 @@ class _File:
             key = self.name(f"key {number} of {n_pairs}")
             if key in metadata:
                 raise self.error(f"metadata key {key!r} is there twice", at)
-            metadata[key] = self._read_value(self.u32(key), key)
+            metadata[key] = self._read_value(self.u32(key), key, key.startswith(_EXACT_KEYS))
         return metadata
 
     def _read_alignment(self) -> int:
@@ -303,14 +333,14 @@ class _File:
             )
         return alignment
 
-    def _read_value(self, kind: int, what: str, depth: int = 0):
+    def _read_value(self, kind: int, what: str, exact: bool):
         if kind == _STRING:
-            return self.string(what)
+            return self.string(what, exact)
         if kind == _ARRAY:
-            return self._read_array(what, depth + 1)
+            return self._read_array(what, 1, exact)
         return self._read_numbers(kind, 1, what)[0].item()
 
-    def _read_array(self, what: str, depth: int):
+    def _read_array(self, what: str, depth: int, exact: bool):
         at = self.position
         if depth > _MAX_DEPTH:
             raise self.error(f"{what}: arrays nested deeper than {_MAX_DEPTH}", at)
@@ -321,8 +351,8 @@ class _File:
         if count > _MAX_STRINGS:
             raise self.error(f"{what}: expected at most {_MAX_STRINGS} elements, found {count}", at)
         if kind == _STRING:
-            return self._read_strings(count, what)
-        return [self._read_array(f"{what}[{index}]", depth + 1) for index in range(count)]
+            return self._read_strings(count, what, exact)
+        return [self._read_array(f"{what}[{index}]", depth + 1, exact) for index in range(count)]
 
     def _read_numbers(self, kind: int, count: int, what: str) -> np.ndarray:
         if kind not in _NUMBERS:
@@ -334,7 +364,7 @@ class _File:
             raise self.error(f"{what}: expected a bool, 0 or 1, found {values.max()}", at)
         return values.view(dtype)
 
-    def _read_strings(self, count: int, what: str) -> list[str]:
+    def _read_strings(self, count: int, what: str, exact: bool) -> list[str]:
         """A vocabulary has 10^5 strings, so: one tight loop over the lengths, then everything at once."""
         if not count:
             return []
@@ -353,7 +383,7 @@ class _File:
             except UnicodeDecodeError:
                 pass                        # say below where it is
         lengths = (ends - start - begins - 8).tolist()
-        return [self.decode(start + begin + 8, length, f"{what}[{index}]")
+        return [self.decode(start + begin + 8, length, f"{what}[{index}]", exact)
                 for index, (begin, length) in enumerate(zip(begins.tolist(), lengths))]
 
     def _walk_strings(self, count: int, what: str) -> np.ndarray:
@@ -382,19 +412,18 @@ class _File:
         """The tensors of this file, all of them inside it and apart from each other."""
         entries = [self._read_entry(number) for number in range(self.n_tensors)]
         data_start = -(-self.position // self.alignment) * self.alignment
+        end, last = max(((data_start + offset + nbytes, name) for name, _, _, offset, nbytes in entries),
+                        default=(0, ""))
+        if end > self.size:
+            raise self.error(f"tensor {last!r} ends at byte {end}, the file at {self.size}: {_INCOMPLETE}")
         places = sorted((offset, offset + nbytes, name) for name, _, _, offset, nbytes in entries)
         for (_, end, one), (offset, _, other) in zip(places, places[1:]):
             if offset < end:
                 raise self.error(f"tensors {one!r} and {other!r} overlap: "
                                  f"the second begins at {offset}, the first ends at {end}")
         everything = np.frombuffer(self.buffer, np.uint8)
-        tensors = []
-        for name, kind, shape, offset, nbytes in entries:
-            begin, end = data_start + offset, data_start + offset + nbytes
-            if end > self.size:
-                raise self.error(f"tensor {name!r} ends at byte {end}, the file at {self.size}: truncated?")
-            tensors.append(Tensor(name, kind, shape, everything[begin:end]))
-        return tensors
+        return [Tensor(name, kind, shape, everything[data_start + offset:data_start + offset + nbytes])
+                for name, kind, shape, offset, nbytes in entries]
 
     def _read_entry(self, number: int) -> tuple[str, QuantType, tuple[int, ...], int, int]:
         """(name, type, shape, offset, nbytes) of the next entry; places are checked when all are known."""
@@ -412,7 +441,10 @@ class _File:
         kind = type_info(type_id) if type_id < 1 << 31 else None
         if kind is None:
             raise self.error(f"{what}: unknown tensor type {type_id}", self.position - 12)
-        return name, kind, shape, offset, self._nbytes(what, kind, shape, offset, at)
+        nbytes = self._nbytes(what, kind, shape, offset, at)
+        while len(shape) > 1 and shape[-1] == 1:
+            shape = shape[:-1]
+        return name, kind, shape, offset, nbytes
 
     def _nbytes(self, what: str, kind: QuantType, shape: tuple[int, ...], offset: int, at: int) -> int:
         if 0 in shape:
@@ -431,9 +463,20 @@ class _File:
             nbytes *= dim
         if nbytes > self.size:
             raise self.error(
-                f"{what}: {kind.name} {shape} takes {nbytes} bytes, the file has {self.size}", at
+                f"{what}: {kind.name} {shape} takes {nbytes} bytes, the file has {self.size}: {_INCOMPLETE}", at
             )
         return nbytes
+
+
+def _other_kind(beginning: bytes) -> str | None:
+    """What a file is that begins like this, as far as that is easy to see."""
+    for start, kind in _OTHERS.items():
+        if beginning.startswith(start):
+            return kind
+    if beginning[8:9] == b"{" and int.from_bytes(beginning[:8], "little") < 1 << 30:
+        return "a safetensors file; convert the model to GGUF"
+    text = beginning.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    return next((kind for start, kind in _OTHER_TEXTS.items() if text.startswith(start)), None)
 
 
 def _map(path: Path) -> tuple[mmap.mmap | bytes, int]:

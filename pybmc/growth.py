@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass, replace
 
+from . import checks
 from .errors import ArgumentError
 
 
@@ -65,11 +65,9 @@ def parse(rows: int | str | Growth, **switches: bool) -> Growth:
     if isinstance(rows, str) and not rows.isdecimal():
         return _checked(Growth(**_named(rows), **switches), rows)
     try:
-        r = operator.index(int(rows) if isinstance(rows, str) else rows)
-    except TypeError:
+        r = checks.whole("rows", int(rows) if isinstance(rows, str) else rows, 1, MOST)
+    except ArgumentError:
         raise _expected(rows) from None
-    if r < 1:
-        raise _expected(rows)
     return _checked(Growth("copy", r, **switches), rows)
 
 

@@ -6,17 +6,15 @@ of a Zen 4 server in a virtual machine.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from math import isfinite
 from pathlib import Path
 
-from .spec.store import folder
+from . import cache
 
 VERSION = 1
 
@@ -67,9 +65,8 @@ def identity(threads: int) -> dict:
             "cpu": os.environ.get("PYBMC_CPU", "")}
 
 
-def path_of(threads: int) -> Path:
-    digest = hashlib.sha256(json.dumps(identity(threads), sort_keys=True).encode()).hexdigest()
-    return folder() / "machine" / f"{digest[:32]}.json"
+def path_of(threads: int) -> Path | None:
+    return cache.path_of("machine", identity(threads))
 
 
 @lru_cache(maxsize=None)
@@ -95,13 +92,9 @@ def _sound(machine: Machine) -> bool:
             and all(isfinite(t) and t > 0 for t in times) and machine.copy > 0 and machine.read_bytes_s > 0)
 
 
-def keep(machine: Machine, threads: int) -> Path:
-    """Keep it for the next time, in one step; a folder that cannot be written is no failure. Where it is."""
+def keep(machine: Machine, threads: int) -> Path | None:
+    """Keep it for the next time. Where it is; None where it cannot be kept, which is no failure."""
     path = path_of(threads)
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps({"key": identity(threads)} | asdict(machine), indent=1), encoding="utf-8")
-        os.replace(draft, path)
+    kept = cache.replace(path, json.dumps({"key": identity(threads)} | asdict(machine), indent=1))
     known.cache_clear()
-    return path
+    return path if kept else None

@@ -6,27 +6,30 @@ take turns; a session serves one thread at a time and says so with a BusyError.
 
 from __future__ import annotations
 
+import logging
 import math
-import operator
+import os
 import threading
 import time
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from struct import Struct
 from typing import NamedTuple
 
 import numpy as np
 
-from . import arch, balance
+from . import arch, balance, checks
 from ._native import as_array, check, ffi, last_error, lib, owned, pointer
 from .errors import ArgumentError, BusyError, ClosedError, FormatError, OutOfMemoryError
 from .gguf import GGUF
 from .growth import POLICIES, Growth, parse
 from .sampling import Sampler
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]       # called with what is done and how much there is
 
@@ -92,10 +95,7 @@ class Model:
 
     def __init__(self, path, threads: int | None = None, progress: Progress | None = None,
                  repack: bool = True):
-        self._handle = ffi.NULL
-        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-        self._sessions_lock = threading.Lock()
-        self.threads = _thread_count(threads)
+        self._begin(threads)
         self._file = GGUF(path)
         try:
             self.config = arch.read_config(self._file)
@@ -107,6 +107,13 @@ class Model:
         except BaseException:
             self.close()
             raise
+
+    def _begin(self, threads: int | None) -> None:
+        self._handle = ffi.NULL
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._locks = defaultdict(threading.Lock)       # process id -> lock of _sessions; a forked one needs its own
+        self._long = False                              # a context beyond the training was noted
+        self.threads = _thread_count(threads)
 
     def _pack(self, progress: Progress | None) -> None:
         """The panels are made beside the tokenizer; a vocabulary that is broken shows here too."""
@@ -161,6 +168,7 @@ class Model:
 
     def weight_counts(self) -> tuple[Counter, Counter]:
         """How many weights each type (its GGML number) has in the layers' matrices, and in the head's."""
+        self._live()
         layers, head, tensors = Counter(), Counter(), self._file.tensors
         for tensor in tensors.values():
             if tensor.name.startswith("blk.") and len(tensor.shape) > 1:
@@ -179,7 +187,8 @@ class Model:
     def session(self, context: int | None = None, rows: int | str | Growth = "auto", kv_type: str = "f16") -> Session:
         """A new, empty sequence.
 
-        context: the most rows it may hold (a cap, not an allocation); None for what the model was made for.
+        context: the most rows it may hold (a cap, not an allocation); None for what the model was trained for. More than
+        that works and is noted in the log: text beyond it gets worse.
         rows: how its arena grows: "auto", a number of rows added at a time with a copy, a policy of
         pybmc.growth.POLICIES, one with its number ("chunk:128", "geometric:1.5"), or a Growth, which has switches too.
         """
@@ -187,7 +196,7 @@ class Model:
 
     def close(self) -> None:
         """Free the weights and close every session. Twice is fine. Raises BusyError while one is in use."""
-        with self._sessions_lock:
+        with self._locks[os.getpid()]:
             sessions = list(self._sessions)
         for session in sessions:
             session.close()
@@ -214,12 +223,12 @@ class Session:
 
     def __init__(self, model: Model, context: int | None, rows: int | str | Growth, kv_type: str):
         self._handle = ffi.NULL
-        self._user: dict[str, int] = {}     # "thread": who is using the session
-        if kv_type != "f16":
-            raise ArgumentError(f"kv_type: expected 'f16', found {kv_type!r}")
+        self._user: dict[str, tuple] = {}   # "thread": (process, thread) that is using the session
+        self.uses = 0                       # calls that moved rows on or back
+        checks.choice("kv_type", kv_type, ("f16",))
         config = model.config
         growth, self._why = balance.planned(parse(rows), config, model.threads)
-        cap = config.n_ctx if context is None else _whole("context", context)
+        cap = config.n_ctx if context is None else checks.whole("context", context, 1, 1 << 30)
         long_factors = bool(config.original_ctx) and cap > config.original_ctx
         model_handle = model._live()
         handle = ffi.new("bmc_session **")
@@ -227,7 +236,12 @@ class Session:
         self._handle = owned(handle[0], "bmc_session_free", model_handle)
         self.model = model
         self.context = cap
-        with model._sessions_lock:
+        self.writer = self.drafter = self.speculation = None        # the engine's: who writes here, and who guesses
+        if cap > config.n_ctx and not model._long:
+            model._long = True
+            log.warning("a context of %d tokens is more than the %d that %s was trained for; text beyond gets worse",
+                        cap, config.n_ctx, model.path)
+        with model._locks[os.getpid()]:
             model._sessions.add(self)
 
     @property
@@ -272,12 +286,12 @@ class Session:
     def rewind(self, position: int) -> None:
         """Forget the rows from `position` on. Raises ArgumentError beyond the position."""
         with self._claimed() as handle:
-            check(lib.bmc_session_rewind(handle, _whole("position", position)))
+            check(lib.bmc_session_rewind(handle, checks.whole("position", position)))
 
     def reserve(self, rows: int) -> None:
         """Make room for `rows` tokens more, so that the next ones do not wait for memory."""
-        with self._claimed() as handle:
-            check(lib.bmc_session_reserve(handle, _whole("rows", rows)))
+        with self._claimed(moves=False) as handle:
+            check(lib.bmc_session_reserve(handle, checks.whole("rows", rows)))
 
     def arena_stats(self) -> ArenaStats:
         stats = ffi.new("bmc_arena_stats *")
@@ -288,12 +302,15 @@ class Session:
     def _fill(self, rows: int) -> None:
         """Rows of noise, as if so many tokens had been evaluated: for measuring."""
         with self._claimed() as handle:
-            check(lib.bmc_session_fill(handle, _whole("rows", rows)))
+            check(lib.bmc_session_fill(handle, checks.whole("rows", rows)))
 
     def close(self) -> None:
         """Free the rows. Twice is fine. Raises BusyError while another thread uses the session."""
+        user = self._user.get("thread")
+        if user and user[0] != os.getpid():             # a thread of the process that this one was forked from
+            self._handle = ffi.NULL
         if self._handle != ffi.NULL:
-            with suppress(ClosedError), self._claimed():
+            with suppress(ClosedError), self._claimed(moves=False):
                 self._handle = ffi.NULL
 
     def _live(self):
@@ -302,14 +319,18 @@ class Session:
         return self._handle
 
     @contextmanager
-    def _claimed(self):
+    def _claimed(self, moves: bool = True):
         """One thread at a time. A thread that an interrupt threw out too early to say so may come back: with a lock
-        in this place, Ctrl-C could leave the session locked for good."""
-        me = threading.get_ident()
-        if self._user.setdefault("thread", me) != me:
-            raise BusyError("this session is in use by another thread")
+        in this place, Ctrl-C could leave the session locked for good. moves: the call moves rows on or back."""
+        me = _me()
+        user = self._user.setdefault("thread", me)
+        if user != me:
+            raise BusyError("this session is in use by another thread" if user[0] == me[0] else
+                            "this session was in use when the process was forked; make a new one")
         try:
-            yield self._live()
+            handle = self._live()
+            self.uses += moves
+            yield handle
         finally:
             self._user.clear()
 
@@ -326,8 +347,12 @@ def eval_batch(parts: Sequence[tuple]) -> list[np.ndarray | Best | None]:
 
     Every result equals what the session gives alone. Either all sessions move on or none does.
     """
+    parts = list(parts)
     if not parts:
         return []
+    for part in parts:
+        if not isinstance(part, tuple) or not 3 <= len(part) <= 5 or not isinstance(part[0], Session):
+            checks.refuse("parts", "tuples of a session, tokens and logits", part)
     if len({id(part[0]) for part in parts}) < len(parts):
         raise BusyError("a session is there twice in one call")
     spans, filled = ffi.new("bmc_span[]", len(parts)), []
@@ -340,12 +365,11 @@ def eval_batch(parts: Sequence[tuple]) -> list[np.ndarray | Best | None]:
 
 def _fill(span, handle, session: Session, tokens, want: str, last: int = 0, sampler: Sampler | None = None) -> tuple:
     """A span of a claimed session. Returns where its results go, and what has to live as long as the call."""
-    if want not in _WANTS:
-        raise ArgumentError(f"logits: expected one of {', '.join(_WANTS)}, found {want!r}")
+    checks.choice("logits", want, _WANTS)
     ids, position = _ids(tokens), session.position
     room = want if position + len(ids) <= session.context else "none"       # too long: the library says so
     span.session, span.tokens, span.n_tok, span.want = handle, pointer(ids), len(ids), _WANTS[want]
-    span.last, span.sampler = _whole("last", last), _native(sampler)
+    span.last, span.sampler = checks.whole("last", last), _native(sampler)
     result = None
     if room == "best":
         result = Best(np.empty(len(ids), np.int32), np.empty(len(ids), np.float32))
@@ -361,7 +385,14 @@ def _fill(span, handle, session: Session, tokens, want: str, last: int = 0, samp
 
 
 def _native(sampler: Sampler | None):
+    if sampler is not None and not isinstance(sampler, Sampler):
+        checks.refuse("sampler", "a Sampler or None", sampler)
     return ffi.NULL if sampler is None else sampler.native
+
+
+def _me() -> tuple[int, int]:
+    """This process and thread."""
+    return os.getpid(), threading.get_ident()
 
 
 def _ids(tokens) -> np.ndarray:
@@ -395,23 +426,20 @@ def _bound_roles(path, config: arch.Config, roles: list[arch.Role], threads: int
     return owned(handle[0], "bmc_model_free", kept)
 
 
-def _whole(name: str, value) -> int:
-    try:
-        value = operator.index(value)
-    except TypeError:
-        raise ArgumentError(f"{name}: expected a whole number, found {value!r}") from None
-    if not 0 <= value < 1 << 31:
-        raise ArgumentError(f"{name}: expected 0 to {(1 << 31) - 1}, found {value}")
-    return value
-
-
 def _thread_count(threads: int | None) -> int:
+    cores = lib.bmc_cpu_count()
     if threads is None:
-        return lib.bmc_cpu_count()
-    threads = _whole("threads", threads)
-    if not 1 <= threads <= 1024:
-        raise ArgumentError(f"threads: expected 1 to 1024, found {threads}")
+        return cores
+    threads = checks.whole("threads", threads, 1, 1024)
+    if threads > cores:
+        _note_threads(threads, cores)
     return threads
+
+
+@lru_cache(maxsize=None)            # once: a model and its draft are opened alike
+def _note_threads(threads: int, cores: int) -> None:
+    log.warning("%d threads are asked for, this process may use %d cores: that is slower than %d threads",
+                threads, cores, cores)
 
 
 def _arena_options(growth: Growth):

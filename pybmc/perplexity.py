@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from . import checks
 from .errors import ArgumentError
 
 PIECE = 64                              # tokens whose logits are held at once
@@ -22,15 +23,16 @@ class Perplexity:
 
 
 def perplexity(model, text: str, window: int = 512,
-               progress: Callable[[int, int], None] | None = None) -> Perplexity:
-    """The text is cut into windows of tokens that begin with BOS, if the model wants one (it takes the place of the
-    first token); each window's second half is scored, so that every scored token has at least half a window before
+               progress: Callable[[int, int], None] | None = None, bos: bool = True) -> Perplexity:
+    """The text is cut into windows of tokens that begin with BOS, if the model wants one and bos is true (it takes the
+    place of the first token); each window's second half is scored, so that every scored token has at least half a window before
     it. Tokens after the last whole window are left out.
     """
-    if window < 4:
-        raise ArgumentError(f"the window is {window} tokens; expected 4 or more")
+    window = checks.whole("window", window, 4)
     tokenizer = model.tokenizer
-    tokens = np.array(tokenizer.encode(text), np.int32)
+    if tokenizer is None:
+        raise ArgumentError(f"{model.path} has no vocabulary: there are no tokens to score")
+    tokens = np.array(tokenizer.encode(text, bos), np.int32)
     n_windows = len(tokens) // window
     if n_windows == 0:
         raise ArgumentError(f"the text has {len(tokens)} tokens; one window takes {window} (-c makes it smaller)")
@@ -38,7 +40,7 @@ def perplexity(model, text: str, window: int = 512,
     with model.session(context=window) as session:
         for i in range(n_windows):
             part = tokens[i * window:(i + 1) * window].copy()
-            if tokenizer.add_bos:
+            if bos and tokenizer.add_bos:
                 part[0] = tokenizer.bos_id
             losses.append(window_losses(session, part))
             n_bytes += sum(len(tokenizer.piece(int(t))) for t in part[window // 2 + 1:])

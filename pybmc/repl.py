@@ -8,11 +8,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from . import report
+from .cache import user_folder
 from .conversation import Conversation, whole_characters
 from .errors import ArgumentError, BmcError
 from .reasoning import is_open
 from .sampling import Sampler
-from .speculate import of_session
 from .terminal import ReaderLeft, Voice, is_terminal, note, progress, sentence, write
 
 SETTINGS = {                            # what /set calls them, after the flags
@@ -184,8 +184,7 @@ class Repl:
              f"{arena.rows_reserved} rows reserved, {arena.bytes_reserved / 1e6:.1f} MB")
 
     def do_why(self, _: str) -> None:
-        kind = Sampler(**sampler_settings(self.talk.settings)).kind
-        note("\n".join(report.why(self.talk.stats, of_session(self.talk.session), kind)))
+        note("\n".join(report.why(self.talk.stats, self.talk.session.speculation)))
 
     def do_save(self, path: str) -> None:
         self.talk.save(named(path))
@@ -313,10 +312,12 @@ def editor() -> Callable[[str], str]:
 
 def history_file() -> Path | None:
     """Where the history is kept: the user's state directory; None where it cannot be written."""
-    home = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    home = user_folder("XDG_STATE_HOME", ".local/state")
+    if home is None:
+        return None
     try:
-        (home / "pybmc").mkdir(parents=True, exist_ok=True, mode=0o700)
-        path = home / "pybmc" / "history"
+        home.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path = home / "history"
         path.touch(mode=0o600)
     except OSError:
         return None

@@ -5,28 +5,47 @@ choice is a function of the logits, the seed and the position alone.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
-from math import inf, isfinite, isnan
-from numbers import Integral, Real
+from math import inf
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
+from . import checks
 from ._native import check, ffi, lib, pointer
 from .errors import ArgumentError
 
 U64 = (1 << 64) - 1
 
+def check_bias(bias: Mapping[int, float], size: int) -> None:
+    """Raise an ArgumentError if the bias names a token beyond a vocabulary."""
+    for token in bias:
+        if not 0 <= token < size:
+            raise ArgumentError(f"logit_bias names token {token}: expected 0 to {size - 1}")
 
-# ---- settings ----------------------------------------------------------------------------------------------
+
+REALS = {"temperature": (0, inf), "top_p": (0, 1), "min_p": (0, 1), "repeat_penalty": (0, inf),
+         "presence_penalty": (-inf, inf), "frequency_penalty": (-inf, inf)}
+WHOLES = {"top_k": (-1, inf), "repeat_last_n": (-1, inf), "seed": (-inf, inf)}
 
 
-RANGES = [
-    ("temperature", Real, 0, inf), ("top_k", Integral, 0, inf), ("top_p", Real, 0, 1), ("min_p", Real, 0, 1),
-    ("repeat_penalty", Real, 0, inf), ("presence_penalty", Real, -inf, inf),
-    ("frequency_penalty", Real, -inf, inf), ("repeat_last_n", Integral, -1, inf), ("seed", Integral, -inf, inf),
-]
+def checked_bias(bias: Mapping | None) -> dict[int, float]:
+    """A logit bias with whole numbers as ids: keys that came through JSON are strings. None is no bias."""
+    if bias is None:
+        return {}
+    if not isinstance(bias, Mapping):
+        checks.refuse("logit_bias", "a mapping of token ids to numbers", bias)
+    found = {}
+    for key, value in bias.items():
+        id = int(key) if isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) < 20 else key
+        id = checks.whole("logit_bias, a token id", id)
+        if id in found:
+            raise ArgumentError(f"logit_bias: token {id} is there twice")
+        found[id] = checks.number(f"logit_bias of token {id}", value, infinite=True)
+        if found[id] == inf:
+            checks.refuse(f"logit_bias of token {id}", "a number or -inf", value)
+    return found
 
 
 @dataclass(frozen=True)
@@ -34,8 +53,8 @@ class Sampler:
     """Settings of a choice; names and meanings are llama.cpp's. temperature 0 is greedy.
 
     repeat_last_n is how many last tokens the penalties look at, prompt included: 0 none, -1 all. logit_bias
-    maps ids to what is added to their logits. Values that switch off: top_k 0, top_p 1, min_p 0,
-    repeat_penalty 1, presence_penalty 0, frequency_penalty 0.
+    maps ids to what is added to their logits; -inf bans an id. Values that switch off: top_k 0 or -1, top_p 1, min_p 0,
+    repeat_penalty 1, presence_penalty 0, frequency_penalty 0. None is "not given": the default.
     """
 
     temperature: float = 0.0
@@ -50,17 +69,14 @@ class Sampler:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self):
-        for name, kind, low, high in RANGES:
-            value = getattr(self, name)
-            if not isinstance(value, kind) or not isfinite(value) or not low <= value <= high:
-                noun = "a whole number" if kind is Integral else "a number"
-                bounds = f" from {low} {f'to {high}' if isfinite(high) else 'up'}" * isfinite(low)
-                raise ArgumentError(f"{name} is {value!r}; expected {noun}{bounds}")
-        if self.repeat_penalty == 0:
-            raise ArgumentError("repeat_penalty is 0; expected a positive number")
-        for token, value in self.logit_bias.items():
-            if isnan(value) or value == inf:
-                raise ArgumentError(f"logit_bias of token {token} is {value!r}; expected a number or -inf")
+        given = {f.name: f.default if (value := getattr(self, f.name)) is None else value for f in fields(self)}
+        plain = {name: checks.number(name, given[name], *bounds) for name, bounds in REALS.items()}
+        plain |= {name: checks.whole(name, given[name], *bounds) for name, bounds in WHOLES.items()}
+        plain |= {"top_k": max(plain["top_k"], 0), "logit_bias": checked_bias(self.logit_bias)}
+        if plain["repeat_penalty"] == 0:
+            checks.refuse("repeat_penalty", "a number above 0", self.repeat_penalty)
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
 
     @property
     def greedy(self) -> bool:

@@ -5,7 +5,7 @@ import math
 from ._native import lib
 from .arch import IGNORED, ROPE_TENSORS, read_config
 from .balance import planned
-from .errors import FormatError
+from .errors import FormatError, printable
 from .gguf import GGUF
 from .growth import Growth
 from .machine import known
@@ -81,7 +81,7 @@ def _plans(file: GGUF, config) -> dict:
 
 
 def lines(info: dict) -> list[tuple[str, str]]:
-    """The facts as (label, text) pairs, for people."""
+    """The facts as (label, text) pairs, for people. Each stays on its line, whatever characters the file has."""
     yes = {True: "yes", False: "no"}
     out = [("file", f"{info['path']}, {size(info['bytes'])}" + f" in {info['files']} parts" * (info["files"] > 1)),
            ("name", info["name"] or "-"),
@@ -102,7 +102,7 @@ def lines(info: dict) -> list[tuple[str, str]]:
     if info["limit_tok_s"]:
         out.append(("limit here", f"{info['limit_tok_s']:.3g} tokens a second, one at a time (pybmc tune)"))
     out.append(("runs", "yes" if info["runs"] else f"no: {info['why_not']}"))
-    return out
+    return [(label, printable(text)) for label, text in out]
 
 
 def size(n: float) -> str:

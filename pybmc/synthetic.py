@@ -63,9 +63,7 @@ class SyntheticModel(Model):
         if isinstance(shape, str) and shape not in SHAPES:
             raise ArgumentError(f"there is no shape {shape!r}; there are {', '.join(SHAPES)}")
         self.shape = SHAPES[shape] if isinstance(shape, str) else shape
-        self.threads = _thread_count(threads)
-        self._sessions: weakref.WeakSet = weakref.WeakSet()
-        self._sessions_lock = threading.Lock()
+        self._begin(threads)
         self._file = SimpleNamespace(path=self.path, metadata={}, tensors={}, close=lambda: None)
         self.config = _config(self.shape)
         self._handle = _bound_roles(self.path, self.config, _roles(self.config), self.threads, mapped=False)

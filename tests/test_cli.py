@@ -321,6 +321,21 @@ def test_the_bundled_pair_answers_with_its_draft(capsys):
     (["perplexity", "MODEL", "-f", "/dev/null"], 1, "one window"),
     (["perplexity", "MODEL", "-f", sys.executable], 1, "UTF-8"),
     (["nonsense"], 2, "nonsense"),
+    (["generate", "", "-p", "x"], 2, "name of the file is empty"),
+    (["generate", "-m", "", "-p", "x"], 2, "name of the file is empty"),
+    (["generate", "MODEL", "--draft", "", "-p", "x"], 2, "name of the file is empty"),
+    (["generate", "MODEL", "-f", ""], 2, "name of the file is empty"),
+    (["show", ""], 2, "name of the file is empty"),
+    (["generate", "-p", ""], 2, "the message is empty"),
+    (["generate", "MODEL", "-p", "x", "--no-bos", "--chat"], 2, "--no-bos needs --raw"),
+    (["generate", "MODEL", "-p", "x", "--top-k", "-2"], 2, "top_k"),
+    (["generate", "MODEL", "-p", "x", "-l", "5+"], 2, "token id"),
+    (["generate", "MODEL", "-p", "x", "-l", "+1"], 2, "token id"),
+    (["generate", "MODEL", "-p", "x", "-l", "5+1+1"], 2, "token id"),
+    (["generate", "MODEL", "-p", "x", "-l", "51"], 2, "token id"),
+    (["generate", "MODEL", "-p", "a\udcffb"], 2, "not UTF-8 text (character 1)"),
+    (["generate", "MODEL", "-p", "x", "-r", "\udcff"], 2, "not UTF-8 text"),
+    (["generate", "-p", "x", "-sys", "\udcff"], 2, "not UTF-8 text"),
 ])
 def test_a_failure_is_a_sentence_and_a_status(path, capsys, pipe, args, status, says):
     assert run([path if a == "MODEL" else a for a in args]) == status
@@ -328,6 +343,50 @@ def test_a_failure_is_a_sentence_and_a_status(path, capsys, pipe, args, status, 
     assert out == "" and says in err and "Traceback" not in err and "internal" not in err
     if status == 1:
         assert err.startswith("pybmc: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("data, status, says", [
+    (b"\xef\xbb\xbfOnce upon", 0, ""),
+    ("Once".encode("utf-16"), 1, "expected UTF-8 text, found UTF-16"),
+    ("Once".encode("utf-16-be").join([b"\xfe\xff", b""]), 1, "expected UTF-8 text, found UTF-16"),
+    (b"Once\xe9", 1, "is not UTF-8 text (byte 4)"),
+])
+@pytest.mark.parametrize("source", ["file", "stdin"])
+def test_the_encoding_of_a_text(path, pipe, capsys, tmp_path, data, status, says, source):
+    pipe(data)
+    (tmp_path / "p.txt").write_bytes(data)
+    name = str(tmp_path / "p.txt") if source == "file" else "-"
+    assert run(["tokenize", path, "-f", name, "--json"]) == status
+    out, err = capsys.readouterr()
+    assert says in err and err.count("\n") == bool(status)
+    if not status:
+        assert json.loads(out)["tokens"] == pybmc.Tokenizer(path).encode("Once upon")
+
+
+@pytest.mark.parametrize("bias, value", [("300+1e-1", 0.1), ("300-1e+2", -100), ("300-inf", -float("inf")), ("300+.5", 0.5)])
+def test_a_bias_is_any_number(bias, value):
+    assert cli.Bias().convert(bias, None, None) == (300, value)
+
+
+def test_no_bos_leaves_it_out(capsys, tmp_path):
+    path = str(tiny.model("phi3"))
+    tokenizer = pybmc.Tokenizer(path)
+    (tmp_path / "text").write_text(TEXT)
+    counts, values = [], []
+    for flags in ([], ["--no-bos"]):
+        assert run(["generate", path, "-p", "Once", "-n", "1", "--json", *flags]) == 0
+        counts.append(json.loads(capsys.readouterr().out)["prompt_tokens"])
+        assert run(["perplexity", path, "-f", str(tmp_path / "text"), "-c", "32", "--json", *flags]) == 0
+        values.append(json.loads(capsys.readouterr().out)["ppl"])
+    assert tokenizer.add_bos and counts[0] == counts[1] + 1 and values[0] != values[1]
+
+
+def test_top_k_of_minus_one_is_all(path, capsys):
+    texts = []
+    for k in ("0", "-1", "1"):
+        assert run(["generate", path, "-p", "Once", "-n", "12", "-s", "3", "--temp", "1.5", "--top-p", "1", "--min-p", "0", "--top-k", k]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1] != texts[2]
 
 
 def test_every_exception_has_a_sentence():
@@ -375,6 +434,69 @@ def test_a_full_disk_is_a_failure(path):
 def test_a_closed_stdout_is_a_failure(path):
     process = pybmc_process("generate", path, "-p", "x", "-n", "2", preexec_fn=lambda: os.close(1))
     assert b"standard output is closed" in process.stderr.read() and process.wait(20) == 1
+
+
+@pytest.mark.parametrize("args, closed, status, says", [
+    (["generate", "MODEL", "-n", "2"], 0, 2, b"stdin is closed"),
+    (["generate", "MODEL", "-f", "-", "-n", "2"], 0, 2, b"stdin is closed"),
+    (["chat", "MODEL", "-n", "2"], 0, 1, b"standard input is closed"),
+    (["perplexity", "MODEL", "-f", "-"], 0, 2, b"stdin is closed"),
+    (["generate", "MODEL", "-p", "x", "-n", "2"], 0, 0, b""),
+    (["show", "MODEL"], 1, 1, b"standard output is closed"),
+    (["show", "/no/such"], 2, 1, b""),
+    (["generate", "MODEL", "--frobnicate"], 2, 2, b""),
+    (["generate", "MODEL", "-p", "x", "-n", "2", "-c", "100000"], 2, 0, b""),
+])
+def test_a_closed_stream_is_no_internal_error(path, args, closed, status, says):
+    process = pybmc_process(*(path if a == "MODEL" else a for a in args), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                            preexec_fn=lambda: os.close(closed))
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status and says in err
+    for stream in (out, err):
+        assert b"internal error" not in stream and b"Traceback" not in stream
+    assert bool(out) == (status == 0)
+
+
+@pytest.mark.parametrize("args", [["generate", "-p", "Hello", "-n", "2"], ["show", "MODEL"], ["generate", "MODEL", "-p", "x", "-n", "20",
+                                  "--spec", "ngram"]])
+def test_nobody_needs_a_home_directory(path, args):
+    """A user without an entry in the password file, and no HOME."""
+    code = ("import pwd, sys\ndef nobody(uid): raise KeyError('uid not found')\npwd.getpwuid = nobody\n"
+            "from pybmc.cli import main\nmain(sys.argv[1:])")
+    env = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME")}
+    args = [path if a == "MODEL" else a for a in args]
+    done = subprocess.run([sys.executable, "-c", code, *args], env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout and done.stderr == ""
+
+
+def test_without_a_home_nothing_is_kept(monkeypatch):
+    from pathlib import Path
+
+    from pybmc import cache, machine, repl
+
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    for name in ("XDG_CACHE_HOME", "XDG_STATE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    machine.known.cache_clear()
+    assert cache.folder() is None and repl.history_file() is None
+    assert machine.keep(machine.Machine(), 1) is None and machine.known(1) == machine.Machine()
+    cache.write({"a": 1}, seconds={})
+    assert cache.read({"a": 1}) == {}
+
+
+def test_what_cannot_be_kept_is_no_failure(monkeypatch, tmp_path):
+    from pybmc import machine
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert machine.keep(machine.Machine(), 1) is None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))
+    kept = machine.keep(machine.Machine(map_s=1.0), 1)
+    assert kept is not None and kept.is_relative_to(tmp_path) and machine.known(1).map_s == 1.0
+    machine.known.cache_clear()
 
 
 def test_ctrl_c_exits_with_130(path):

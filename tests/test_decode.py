@@ -163,7 +163,7 @@ def test_a_session_with_a_past_gives_the_same_text(before, prompt, temperature, 
 def test_a_second_turn_evaluates_only_what_is_new():
     model = FakeModel()
     session = model.session()
-    first = list(generate(model, b"first question", 10, session=session, stop_tokens=()))
+    first = list(generate(model, "first question", 10, session=session, stop_tokens=()))
     before = session.evaluated
     turn = generate(model, [*b"first question", *(t.id for t in first), *b"next"], 1, session=session)
     list(turn)
@@ -199,21 +199,21 @@ def test_text_never_holds_half_a_character():
 
 def test_a_full_context_ends_the_text():
     model = FakeModel(context=10)
-    tokens = list(generate(model, b"123456", None, stop_tokens=()))
+    tokens = list(generate(model, "123456", None, stop_tokens=()))
     assert len(tokens) == 5 and tokens[-1].finish_reason == "context"       # the last one needs no row
     assert [t.id for t in tokens] == naive(model, b"123456", 5)
 
 
 def test_logprobs_are_the_models_own():
     model = FakeModel()
-    token = next(generate(model, b"x", temperature=1.5, seed=4, repeat_penalty=3.0))
+    token = next(generate(model, "x", temperature=1.5, seed=4, repeat_penalty=3.0))
     logits = model.logits(list(b"x")).astype(float)
     assert token.logprob == pytest.approx(logits[token.id] - np.log(np.exp(logits).sum()), abs=1e-5)
 
 
 def test_leaving_early_closes_the_session():
     model = FakeModel()
-    stream = generate(model, b"x", stop_tokens=())
+    stream = generate(model, "x", stop_tokens=())
     next(stream)
     stream.close()
     assert model.sessions[0].closed and stream.stats.predicted_tokens == 1
@@ -312,6 +312,95 @@ def test_chat_messages_are_written_with_the_models_template(model, temperature):
 def test_a_special_token_in_a_raw_prompt_counts(model):
     text = model.tokenizer.tokens[model.tokenizer.eos_id]
     assert model.tokenizer.eos_id in generate(model, f"a{text}b", 0).prompt
+
+
+# ---- who has the session -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.9, "seed": 2}, {"spec": "ngram"}, {"logit_bias": {5: -1.0}}], ids=repr)
+@pytest.mark.parametrize("read", [1, 5])
+def test_the_next_generation_in_a_session_ends_the_one_before(model, settings, read):
+    prompts = ["Once upon a time", "Once upon a mouse"]
+    want = [[t.id for t in generate(model, p, 12, stop_tokens=(), **settings)] for p in prompts]
+    for second in (0, 1):
+        with model.session() as session:
+            one = generate(model, prompts[0], 12, session=session, stop_tokens=(), **settings)
+            assert [next(one).id for _ in range(read)] == want[0][:read]
+            other = generate(model, prompts[second], 12, session=session, stop_tokens=(), **settings)
+            found = [next(other).id]
+            for _ in range(2):
+                with pytest.raises(BusyError, match="another one began in its session"):
+                    next(one)
+            one.close()
+            assert found + [t.id for t in other] == want[second]
+            assert session.tokens == [*other.prompt, *want[second][:-1]]
+
+
+def test_a_generation_that_was_left_is_in_nobodys_way(model):
+    with model.session() as session:
+        text = [t.id for t in generate(model, "Once", 8, session=session, stop_tokens=())]
+        stream = generate(model, "Once", 8, session=session, stop_tokens=())
+        for token in stream:
+            break
+        stream = generate(model, "Once", 8, session=session, stop_tokens=())      # the one before goes now
+        assert [t.id for t in stream] == text and list(stream) == []
+        ended = generate(model, "Once", 8, session=session, stop_tokens=())
+        list(ended)
+        list(generate(model, "Twice", 8, session=session))
+        assert list(ended) == []
+
+
+@pytest.mark.parametrize("use", [lambda s: s.eval([5]), lambda s: s.rewind(0), lambda s: s.draft([5], 2),
+                                 lambda s: (s.rewind(s.position - 1), s.eval([5]))])
+def test_a_generation_does_not_go_on_after_other_calls(model, use):
+    with model.session() as session:
+        stream = generate(model, "Once upon", 8, session=session, stop_tokens=())
+        next(stream), session.reserve(4), session.tokens, session.arena_stats(), next(stream)
+        use(session)
+        with pytest.raises(BusyError, match="cannot go on: the session was used by other calls"):
+            next(stream)
+
+
+def test_a_generation_serves_one_thread_at_a_time(model):
+    with model.session() as session, ThreadPoolExecutor(1) as other:
+        def progress(*_):
+            for call in (lambda: next(stream), stream.close, lambda: next(generate(model, "x", 2, session=session))):
+                with pytest.raises(BusyError, match="in use by another thread"):
+                    other.submit(call).result()
+            calls.append(1)
+
+        calls = []
+        stream = generate(model, "Once upon", 3, session=session, progress=progress, stop_tokens=())
+        assert len(list(stream)) == 3 and calls
+
+
+def test_closed_models_and_sessions_say_so():
+    model = pybmc.Model(tiny.model("llama"), threads=1)
+    session = model.session()
+    stream = generate(model, "Once", 8, session=session, stop_tokens=())
+    next(stream)
+    session.close()
+    with pytest.raises(pybmc.ClosedError, match="session is closed"):
+        next(stream)
+    model.close()
+    for call in (lambda: next(generate(model, "x")), lambda: next(pybmc.generate_batch(model, ["x"]))):
+        with pytest.raises(pybmc.ClosedError, match="is closed"):
+            call()
+
+
+# ---- BOS ---------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_that_spells_the_bos_gets_no_second_one(caplog):
+    with pybmc.Model(tiny.model("phi3"), threads=1) as model:
+        bos = model.tokenizer.bos_id
+        text = model.tokenizer.tokens[bos]
+        plain = generate(model, "hi", 0).prompt
+        assert plain[0] == bos and not caplog.records
+        spelled = generate(model, f"{text}hi", 0).prompt
+        assert spelled == [bos, *model.tokenizer.encode(f"{text}hi", bos=False, special=True)[1:]]
+        assert f"begins with the BOS token {text!r}" in caplog.text
+        assert generate(model, [bos, bos, 5], 0).prompt == [bos, bos, 5]          # ids are taken as they are
 
 
 # ---- stop strings that name control tokens -----------------------------------------------------------------

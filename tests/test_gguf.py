@@ -62,6 +62,24 @@ def test_every_kind_of_value(path):
     assert found["nested"][0] == ["a"] and found["nested"][1].tolist() == [1, 2]
 
 
+def test_text_that_is_only_shown_may_be_in_any_encoding(path):
+    pairs = {"general.name": "Mus\xe9e".encode("latin-1"), "general.tags": [b"a", "\xe9".encode("latin-1")],
+             "general.architecture": "llama"}
+    assert GGUF(Raw(pairs).save(path)).metadata == {"general.name": "Mus\ufffde", "general.tags": ["a", "\ufffd"],
+                                                    "general.architecture": "llama"}
+    for key in ("general.architecture", "tokenizer.ggml.model", "tokenizer.chat_template"):
+        Raw({key: b"\xe9"}).save(path)
+        with pytest.raises(FormatError, match=f"{key}: not UTF-8"):
+            GGUF(path)
+
+
+@pytest.mark.parametrize("dims, shape", [((32, 4, 1), (32, 4)), ((32, 1, 1, 1), (32,)), ((1, 1), (1,)), ((1, 4, 1), (1, 4)),
+                                         ((32, 1, 4), (32, 1, 4))])
+def test_dimensions_of_one_at_the_end_mean_nothing(path, dims, shape):
+    tensor = GGUF(Raw(tensors=[f32(*dims)]).save(path)).tensors["t"]
+    assert tensor.shape == shape and tensor.nbytes == 4 * np.prod(dims)
+
+
 @pytest.mark.parametrize("count", [1, 2, 1000])
 def test_many_strings(path, count):
     texts = [chr(33 + n % 90) * (n % 300) for n in range(count)]
@@ -220,6 +238,15 @@ def test_files_that_are_none(tmp_path):
     (b"PK\3\4" + bytes(100), "a zip archive"),
     (b"version https://git-lfs", "git-lfs pointer"),
     (b"<!DOCTYPE html>", "web page"),
+    (b"\xef\xbb\xbf\n  <!doctype HTML>", "web page"),
+    (b"<HTML><body>", "web page"),
+    (b'{"error": "Repository not found"}', "a JSON document; the download went wrong"),
+    (b"Entry not found", "a server's error message"),
+    (b"<?xml version='1.0'?><Error>", "an XML document"),
+    (u64(1000) + b'{"__metadata__":{}', "a safetensors file"),
+    (b"\x1f\x8b\x08" + bytes(100), "a gzip archive"),
+    (b"\x80\x02}q\0", "a Python pickle"),
+    (bytes(5000), "zeros, as when a download broke off"),
     (b"tjgg" + bytes(100), "old GGML"),
     (b"GGUF", "truncated in version: expected 4 more bytes, found 0 .at byte 4."),
     (b"GGUF" + struct.pack(">I", 3) + bytes(16), "big-endian GGUF file"),
@@ -316,6 +343,30 @@ def test_wrong_tensors(path, tensor, message):
         GGUF(path)
 
 
+def test_an_incomplete_file_says_so_with_both_sizes(path):
+    whole = Raw(tensors=[Entry(name, (64,), data=bytes(256)) for name in ("a", "b", "c")]).bytes()
+    for lost in (1, 200, 300):
+        path.write_bytes(whole[:-lost])
+        with pytest.raises(FormatError, match=f"tensor 'c' ends at byte {len(whole)}, the file at {len(whole) - lost}: it is "
+                                              "incomplete, as when a download broke off"):
+            GGUF(path)
+    Raw(tensors=[Entry("large", (1 << 20,), data=bytes(64))]).save(path)
+    with pytest.raises(FormatError, match=r"takes 4194304 bytes, the file has \d+: it is incomplete"):
+        GGUF(path)
+
+
+@pytest.mark.parametrize("given", [None, 5, ["a.gguf"], object()])
+def test_what_is_no_path(given):
+    with pytest.raises(ArgumentError, match="expected the path of a GGUF file, found"):
+        GGUF(given)
+
+
+def test_an_empty_path():
+    for given in ("", b""):
+        with pytest.raises(ArgumentError, match="expected the path of a GGUF file, found an empty one"):
+            GGUF(given)
+
+
 def test_tensors_that_collide(path):
     data = bytes(256)
     Raw(tensors=[Entry("a", (16,), offset=0, data=data), Entry("b", (16,), offset=32, data=data)]).save(path)
@@ -335,10 +386,10 @@ def test_tensors_that_collide(path):
     ([("a", array(99, b"abcd", 1))], "a: unknown value type 99"),
     ([("a", Typed(BOOL, b"\2"))], "a: expected a bool, 0 or 1, found 2"),
     ([("a", array(BOOL, b"\0\1\xff", 3))], "a: expected a bool, 0 or 1, found 255"),
-    ([("a", b"ok \xc3\x28")], "a: not UTF-8: invalid continuation byte"),
-    ([("a", ["fine", b"\xff", "fine"])], r"a\[1\]: not UTF-8"),
-    ([("a", ["\0", b"\x80"])], r"a\[1\]: not UTF-8"),
-    ([("a", [b"\xc3", b"\xa4"])], r"a\[0\]: not UTF-8: unexpected end of data"),
+    ([("tokenizer.a", b"ok \xc3\x28")], "a: not UTF-8: invalid continuation byte"),
+    ([("tokenizer.a", ["fine", b"\xff", "fine"])], r"a\[1\]: not UTF-8"),
+    ([("tokenizer.a", ["\0", b"\x80"])], r"a\[1\]: not UTF-8"),
+    ([("tokenizer.a", [b"\xc3", b"\xa4"])], r"a\[0\]: not UTF-8: unexpected end of data"),
     ([(b"\xfe", 1)], "key 0 of 1: not UTF-8"),
     ([("\x1b[1m\n" + "k" * 1000, Typed(13, b""))], r"\\x1b\[1m\\nkkk.{300,400}\.\.\. \(at byte 1037\)$"),
     ([("k" * 70000, 1)], "key 0 of 1: expected at most 65535 bytes, found 70000"),

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -21,7 +22,9 @@ import raw
 import tiny
 
 import pybmc
-from pybmc._native import type_info
+from pybmc._native import lib, type_info
+from pybmc.model import _note_threads
+from pybmc.show import describe, lines
 
 HERE = Path(__file__).parent
 SMALL = dict(dim=32, hidden_dim=32, n_heads=2, n_layers=1, n_ctx=64, vocab_size=300, vocab="llama")
@@ -211,6 +214,67 @@ NONSENSE = [
 ]
 
 
+ROPE_VALUES = (1.0, 0.0, -1.0, math.nan, math.inf, -math.inf, 1e-30, 1e30, 1.0000001,
+               *(raw.Typed(raw.F64, struct.pack("<d", x)) for x in (5e-324, 1e-300, 1e300, 1 + 2**-52, -1e300, math.nan)))
+ROPE_KEYS = ("rope.freq_base", "rope.freq_base_swa", "rope.scaling.factor", "rope.scale_linear", "rope.scaling.attn_factor",
+             "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.scaling.yarn_ext_factor",
+             "attention.layer_norm_rms_epsilon")
+
+
+@pytest.mark.parametrize("key", ROPE_KEYS)
+@pytest.mark.parametrize("scaling", [None, "linear", "yarn"])
+def test_numbers_that_break_arithmetic_are_refused_by_name(key, scaling, tmp_path):
+    """Logits that are numbers, or a FormatError that names the key; and show says the same."""
+    file = raw_model("gemma3", vocab="llama", n_layers=7)
+    pairs = file.pairs | ({"gemma3.rope.scaling.type": scaling, "gemma3.rope.scaling.factor": 4.0} if scaling else {})
+    refused = 0
+    for value in ROPE_VALUES:
+        path = raw.Raw(pairs | {f"gemma3.{key}": value}, file.tensors).save(tmp_path / "m.gguf")
+        info = describe(path)
+        try:
+            with pybmc.Model(path, threads=1) as model, model.session() as session:
+                assert np.isfinite(session.eval(TOKENS, logits="all")).all(), value
+            assert info["runs"]
+        except pybmc.FormatError as error:
+            assert f"gemma3.{key}: expected" in str(error) and "found" in str(error)
+            assert not info["runs"] and key in info["why_not"]
+            refused += 1
+    assert refused >= 5 or "yarn" in key and scaling != "yarn"
+
+
+def test_dimensions_of_one_change_nothing(tmp_path):
+    file = raw_model()
+    with pybmc.Model(file.save(tmp_path / "a.gguf"), threads=1) as model:
+        right = model.session().eval(TOKENS)
+    for tensor in file.tensors:
+        tensor.dims = (*tensor.dims, 1)
+    with pybmc.Model(file.save(tmp_path / "b.gguf"), threads=1) as model:
+        assert (model.session().eval(TOKENS) == right).all()
+
+
+def test_a_file_that_ends_in_zeros_is_incomplete(tmp_path):
+    """Some programs make a file as large as it will be before they fetch it."""
+    file = raw_model()
+    last = file.tensors[-1]
+    whole = file.bytes()
+    for n in (len(last.data), len(whole) // 2):
+        path = tmp_path / "m.gguf"
+        path.write_bytes(whole[:-n] + bytes(n))
+        refuse(path, f"incomplete, as when a download broke off: {last.name}, the last of its tensors, is {len(last.data)} zeros")
+        assert "incomplete" in describe(path)["why_not"]
+
+
+def test_names_from_a_file_do_not_break_a_line(tmp_path):
+    strange = "a\nruns yes\x1b[2J\u202e\u2028b"
+    file = raw_model()
+    pairs = file.pairs | {"general.name": strange, "tokenizer.ggml.pre": strange}
+    shown = lines(describe(raw.Raw(pairs, file.tensors).save(tmp_path / "m.gguf")))
+    extra = raw.Entry(strange, (32, 32), 0, data=b"\1" * 4096)
+    shown += lines(describe(raw.Raw(file.pairs, [*file.tensors, extra]).save(tmp_path / "n.gguf")))
+    texts = [text for _, text in shown]
+    assert all(text.isprintable() for text in texts) and sum(r"a\nruns yes\x1b[2J\u202e\u2028b" in text for text in texts) == 3
+
+
 @pytest.mark.parametrize("arch", tiny.ARCHITECTURES)
 def test_every_value_may_be_nonsense(arch, tmp_path):
     """Each value of the metadata replaced by another kind of value: a FormatError, or a model that evaluates."""
@@ -332,6 +396,8 @@ def test_weights_of_any_bits_evaluate(tmp_path):
             file = raw_model(arch, types=("Q4_0", "F16", "Q8_0", "F32", "BF16", "MXFP4")[i])
             for tensor in file.tensors:
                 tensor.data = rng.bytes(len(tensor.data)) if fill is None else fill * len(tensor.data)
+            if fill == b"\0":                   # a file that ends in zeros is an incomplete one
+                file.tensors[-1].data = b"\1" * len(file.tensors[-1].data)
             paths.append(file.save(tmp_path / f"{arch}-{i}.gguf"))
     assert set(open_in_a_process(paths)) == {"evaluates"}
 
@@ -540,7 +606,7 @@ def test_nothing_is_said_at_exit():
     """A program that ends with models open, in globals and caches, ends quietly."""
     code = (
         "import functools, pybmc\n"
-        f"model = pybmc.Model({str(tiny.model('llama', **SMALL))!r}, threads=3)\nsession = model.session()\n"
+        f"model = pybmc.Model({str(tiny.model('llama', **SMALL))!r})\nsession = model.session()\n"
         "cached = functools.lru_cache(lambda: pybmc.Model(model.path))\ncached().kept = cached().session()\n"
         "session.eval([1, 2, 3])"
     )
@@ -563,7 +629,68 @@ def test_a_forked_process_goes_on_alone():
     assert subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, timeout=30).returncode == 0
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forks_beside_a_generation_go_on():
+    """Another thread is in the middle of a pass: its locks, threads and counters are made new in the child."""
+    code = (
+        "import faulthandler, os, threading, traceback, numpy as np, pybmc\n"
+        f"model = pybmc.Model({str(tiny.model('llama'))!r}, threads=3)\n"
+        "pybmc.generate                      # a fork while another thread imports this would hang in Python's own lock\n"
+        "text, idle = list(range(1, 300)), model.session()\nright = model.session().eval(text, logits='all')\n"
+        "idle.eval(text[:100])\ndone = False\nused = model.session()\n"
+        "def busy():\n"
+        "    while not done:\n"
+        "        list(pybmc.generate(model, text[:60], 20, session=used, stop_tokens=()))\n"
+        "        used.rewind(0)\n"
+        "thread = threading.Thread(target=busy)\nthread.start()\n"
+        "def child():\n"
+        "    faulthandler.dump_traceback_later(20, exit=True)\n"
+        "    assert np.array_equal(model.session().eval(text, logits='all'), right)\n"
+        "    assert np.array_equal(idle.eval(text[100:], logits='all'), right[100:])\n"
+        "    assert len(list(pybmc.generate(model, text[:9], 9, stop_tokens=()))) == 9\n"
+        "    try: used.rewind(0), used.eval([1])\n"
+        "    except pybmc.BusyError as error: assert 'forked' in str(error)\n"
+        "    model.close()\n"
+        "    return 0\n"
+        "failed = 0\n"
+        "for _ in range(30):\n"
+        "    pid = os.fork()\n"
+        "    if not pid:\n"
+        "        status = 1\n"
+        "        try: status = child()\n"
+        "        except BaseException: traceback.print_exc()\n"
+        "        finally: os._exit(status)\n"
+        "    failed += os.waitpid(pid, 0)[1] != 0\n"
+        "done = True\nthread.join()\nassert not failed, failed"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, timeout=120, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
 # Threads
+
+
+def test_more_threads_than_cores_are_noted_once_and_change_nothing(caplog):
+    _note_threads.cache_clear()
+    cores, path = lib.bmc_cpu_count(), tiny.model("llama")
+    with pybmc.Model(path, threads=cores) as model:
+        right = model.session().eval(TOKENS, logits="all")
+    assert not caplog.records
+    for _ in range(2):
+        with pybmc.Model(path, threads=cores + 6) as model:
+            assert (model.session().eval(TOKENS, logits="all") == right).all()
+    assert [r.getMessage() for r in caplog.records] == [
+        f"{cores + 6} threads are asked for, this process may use {cores} cores: that is slower than {cores} threads"]
+
+
+def test_a_context_beyond_the_training_is_noted_once(model, caplog):
+    model.session(context=model.config.n_ctx).close()
+    assert not caplog.records
+    for _ in range(2):
+        with model.session(context=model.config.n_ctx + 1) as session:
+            session.eval(TOKENS)
+    assert [f"a context of {model.config.n_ctx + 1} tokens is more than the {model.config.n_ctx}" in r.getMessage()
+            for r in caplog.records] == [True]
 
 
 @pytest.fixture
@@ -621,7 +748,7 @@ def test_two_threads_in_one_session(model, restless):
 
 def test_a_session_in_use_cannot_be_touched(model):
     with model.session() as session:
-        session._user["thread"] = -1      # another thread is using it
+        session._user["thread"] = os.getpid(), -1      # another thread is using it
         for call in (
             session.close, model.close, lambda: session.rewind(0), lambda: session.reserve(1),
             lambda: session.eval([1]),

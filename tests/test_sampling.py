@@ -228,7 +228,7 @@ def test_logits_without_a_finite_largest_are_refused(bad, temperature):
 
 
 @pytest.mark.parametrize("settings", [
-    {"temperature": -1}, {"temperature": nan}, {"temperature": inf}, {"top_k": -1}, {"top_k": 1.5},
+    {"temperature": -1}, {"temperature": nan}, {"temperature": inf}, {"top_k": -2}, {"top_k": 1.5},
     {"top_p": 1.1}, {"min_p": -0.1}, {"repeat_penalty": 0}, {"repeat_last_n": -2}, {"seed": 0.5},
     {"logit_bias": {0: inf}}, {"logit_bias": {0: nan}}, {"temperature": "warm"}])
 def test_settings_out_of_range_are_refused_by_name(settings):

@@ -438,7 +438,7 @@ def test_the_end_inside_a_draft_and_a_full_context():
             fake = FakeModel("one two three", context)
             fake.asked = 3
             draft = None if share is None else lying(fake, fake.script, share, 3)
-            results.append(list(generate(fake, b"abc", limit, draft=draft)))
+            results.append(list(generate(fake, "abc", limit, draft=draft)))
             assert not draft or fake.sessions[0].closed
         same(results[0], results[1])
         same(results[0], results[2])
@@ -491,8 +491,8 @@ def test_interrupts_anywhere_leave_sessions_that_work(temperature):
 def test_a_stale_stream_leaves_a_session_alone():
     model = FakeModel()
     session = model.session()
-    answer = [t.id for t in generate(model, b"abc", 40, stop_tokens=())]
-    stream = generate(model, b"abc", 40, session=session, draft=lying(model, answer, 1.0, 1), stop_tokens=())
+    answer = [t.id for t in generate(model, "abc", 40, stop_tokens=())]
+    stream = generate(model, "abc", 40, session=session, draft=lying(model, answer, 1.0, 1), stop_tokens=())
     for _ in range(5):
         next(stream)
     session.rewind(2)

@@ -1,4 +1,4 @@
-"""tools/versus.py: pairs, medians, agreement, the table, the protocol with a fake engine; a real peer where there is one."""
+"""tools/versus.py: pairs, medians, differences, the table, the protocol with fake engines; a real peer."""
 
 import json
 import os
@@ -20,8 +20,10 @@ import synth  # noqa: E402
 import versus  # noqa: E402
 import versus_worker  # noqa: E402
 
+import pybmc  # noqa: E402
+
 FAKE = """
-import base64, json, random, struct, sys
+import array, json, random, sys
 def say(**values): print(json.dumps(values), flush=True)
 say(version="fake 1", modes=["slow", "fast"])
 for line in sys.stdin:
@@ -32,10 +34,12 @@ for line in sys.stdin:
         say(tok_s=50, by="memory", idle=0)
     elif request["do"] == "open":
         say(seconds=1, vocab_size=16)
+    elif request["do"] == "tokens":
+        say(ids=[ord(c) % 16 for c in request["text"]][int(sys.argv[2]):])
     elif request["do"] == "logits":
-        numbers = random.Random(sys.argv[1]).randbytes(16)
-        floats = struct.pack("<16f", *numbers)
-        say(shape=[1, 1, 16], float32=base64.b64encode(floats).decode())
+        n, rng = len(request["tokens"]), random.Random(sys.argv[1])
+        open(request["file"], "wb").write(array.array("f", list(rng.randbytes(16 * n))).tobytes())
+        say(shape=[n, 16])
     elif request["do"] == "die":
         sys.exit(7)
     else:
@@ -45,7 +49,7 @@ for line in sys.stdin:
 
 @pytest.fixture
 def fake():
-    engine = versus.Engine("fake", [sys.executable, "-c", FAKE, "0"])
+    engine = versus.Engine("fake", [sys.executable, "-c", FAKE, "0", "0"])
     yield engine
     engine.close()
 
@@ -112,15 +116,13 @@ def test_json_lines_keep_every_measurement():
     assert line["pybmc_all"] == [300, 100] and line["mode"] == "m"
 
 
-def test_agreement_passes_rounding_and_fails_another_models_logits():
-    rng = np.random.default_rng(0)
-    logits = rng.normal(3, 2, (4, 1000)).astype(np.float32)
-    near = versus.agree(logits + rng.normal(0, 0.02, logits.shape).astype(np.float32), logits)
-    assert near.correlation > 0.9998 and near.difference == pytest.approx(0.01, rel=0.1)
-    for wrong in (rng.normal(3, 2, logits.shape), np.zeros_like(logits), logits * np.nan, np.roll(logits, 1, axis=0)):
-        assert versus.agree(wrong, logits).correlation < versus.LEAST_CORRELATION
-    one_row_wrong = np.vstack([logits[:3], logits[:1]])
-    assert versus.agree(one_row_wrong, logits).correlation < versus.LEAST_CORRELATION
+def test_a_difference_is_reported_and_a_large_one_with_what_tells_whose_it_is():
+    found = versus.Distance(n=128, error=0.0123, error_median=0.01, top1=0.953, kl_mean=0.0017, kl_p99=0.009)
+    text = versus.agreement_text("a.gguf", found)
+    for part in ("1.23% of their spread", "top-1 agreement 95.3%", "KL divergence 0.0017"):
+        assert part in text
+    assert "exact.py" not in text
+    assert "python tools/exact.py a.gguf" in versus.agreement_text("a.gguf", replace(found, error=0.07))
 
 
 def test_noise_is_what_neither_engine_used(monkeypatch):
@@ -136,17 +138,44 @@ def test_an_engine_answers_and_its_faster_mode_is_taken(fake):
     assert fake.idle == 0.25
 
 
-def test_engines_that_disagree_are_not_timed(tmp_path, monkeypatch):
+def faked(monkeypatch, seeds=("0", "0"), starts=("0", "0")):
+    """Two fake engines: the seeds of their logits, and where in the text their tokens begin."""
     @contextmanager
     def pair(peer_python, cpu):
-        engines = [versus.Engine(name, [sys.executable, "-c", FAKE, name]) for name in ("a", "b")]
+        names = (versus.OURS, versus.THEIRS)
+        engines = [versus.Engine(name, [sys.executable, "-c", FAKE, *more])
+                   for name, *more in zip(names, seeds, starts)]
         yield engines
         for engine in engines:
             engine.close()
 
     monkeypatch.setattr(versus, "engines", pair)
-    done = CliRunner().invoke(versus.main, [tiny(tmp_path)])
-    assert done.exit_code == 3 and "disagree" in done.output and "|" not in done.output
+    monkeypatch.setattr(versus, "openings", lambda *arguments, **what: ())
+
+
+ONE_TEST = ["-p", "", "-n", "1", "-b", "", "-d", "0", "-r", "1", "-t", "1"]
+
+
+def test_engines_that_agree_are_timed_and_the_agreement_is_in_the_json(tmp_path, monkeypatch):
+    faked(monkeypatch)
+    done = CliRunner().invoke(versus.main, [tiny(tmp_path), *ONE_TEST, "--json"])
+    assert done.exit_code == 0, done.output
+    row, machine = map(json.loads, done.output.splitlines())
+    assert row["ratio"] == 1
+    nothing = dict.fromkeys(("error", "error_median", "kl_mean", "kl_p99"), 0)
+    assert machine["agreement"] == {"n": 2 * versus.CHECKED, "top1": 1, **nothing}
+    done = CliRunner().invoke(versus.main, [tiny(tmp_path), *ONE_TEST])
+    assert "differ from llama.cpp's by 0.00%" in done.output
+
+
+@pytest.mark.parametrize("difference, message", [
+    ({"seeds": ("0", "1")}, "nothing was timed: the engines do not compute the same model: expected"),
+    ({"starts": ("0", "1")}, "as different tokens: from number 0 on"),
+])
+def test_engines_of_different_models_are_not_timed(difference, message, tmp_path, monkeypatch):
+    faked(monkeypatch, **difference)
+    done = CliRunner().invoke(versus.main, [tiny(tmp_path), *ONE_TEST])
+    assert done.exit_code == 3 and message in done.output and "|" not in done.output
 
 
 def test_an_engine_that_fails_or_dies_is_one_sentence(fake):
@@ -169,13 +198,19 @@ def test_without_the_peer_the_message_says_what_to_install(tmp_path):
 
 
 def test_the_worker_serves_pybmc(tmp_path):
-    path, out = tiny(tmp_path), []
-    requests = [{"do": "open", "path": path, "threads": 1, "context": 32, "outputs": 4}, {"do": "logits", "n": 3},
+    path, out, file = tiny(tmp_path), [], tmp_path / "logits"
+    requests = [{"do": "open", "path": path, "threads": 1, "context": 32, "outputs": 4},
+                {"do": "tokens", "text": "in the end"},
+                {"do": "logits", "tokens": [5, 6, 7], "file": str(file), "width": 2},
                 {"do": "run", "kind": "verify", "n": 4, "depth": 16, "mode": ""}, {"do": "close"}, {"do": "fly"}]
     worker = versus_worker.Worker(versus_worker.Pybmc())
     versus_worker.serve(worker, {"version": ""}, map(json.dumps, requests), out.append)
-    about, opened, logits, run, closed, unknown = map(json.loads, out)
-    assert opened["seconds"] > 0 and logits["shape"] == [2, 3, opened["vocab_size"]]
+    about, opened, tokens, logits, run, closed, unknown = map(json.loads, out)
+    assert opened["seconds"] > 0 and logits["shape"] == [3, opened["vocab_size"]]
+    with pybmc.Model(path, threads=1) as model, model.session() as session:
+        assert tokens["ids"] == model.tokenizer.encode("in the end")
+        right = session.eval([5, 6, 7], logits="all")
+    assert np.array_equal(np.fromfile(file, np.float32).reshape(right.shape), right)
     assert run["tok_s"] > 0 and 0 <= run["idle"] and "fly" in unknown["error"] and "error" not in closed
 
 
@@ -188,7 +223,7 @@ def test_against_the_real_peer(tmp_path):
     assert done.exit_code == 0, done.output
     *rows, machine = map(json.loads, done.output.splitlines())
     assert [row["test"] for row in rows if "n" in row] == ["pp", "tg", "verify"] * 2
-    assert machine["agreement"]["correlation"] > versus.LEAST_CORRELATION
+    assert machine["agreement"]["top1"] > 0.8 and machine["agreement"]["error"] < 0.1
 
 
 def tiny(folder):

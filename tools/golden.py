@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 import pybmc
+from distance import rms
 
 FOLDER = Path(__file__).resolve().parents[2] / "shared" / "golden"
 CLEAR = 6.0         # in rms of llama.cpp's error
@@ -48,10 +49,6 @@ class Row:
     @property
     def holds(self) -> bool:
         return self.rms <= self.limit and self.top1 == self.top1_clear and self.greedy == self.greedy_clear
-
-
-def rms(x: np.ndarray) -> float:
-    return float(np.sqrt(np.mean(np.square(x, dtype=np.float64))))
 
 
 def lead(logits: np.ndarray) -> np.ndarray:

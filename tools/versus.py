@@ -12,17 +12,18 @@ in the page cache, each engine in a process of its own, never both at a time, in
 ratio is the median over these pairs. llama.cpp attends with flash attention and without, the faster is taken for
 each line; weights are repacked as its build has it, batch sizes are its defaults. A verification pass gives the
 logits of all its tokens on both sides (pybmc can do with less, `logits="argmax"`), then rewinds. Before anything
-is timed, both engines' logits must agree. "limit" is our share of what the machine allows, measured right before
-each of our runs, since its speed changes: weights and rows read from memory, or our kernels working from the cache
-(pybmc.bench.Limits); the median of the runs.
+is timed, the logits of a text are compared; how far they are apart is printed below the table, and
+tools/exact.py tells which engine is closer to float32. "limit" is our share of what the machine allows,
+measured right before each of our runs, since its speed changes: weights and rows read from memory, or our
+kernels working from the cache (pybmc.bench.Limits); the median of the runs.
 
 The peer may live in an environment of its own, with numpy and llama-cpp-python: --peer-python, or the
 environment variable PYBMC_PEER_PYTHON.
 
-Exit codes: 0 done, 1 it failed, 2 wrong usage, 3 the engines compute different things.
+Exit codes: 0 done, 1 it failed, 2 wrong usage, 3 the engines do not compute the same model: they read the
+text as different tokens, or prefer the same next token in less than half of the places.
 """
 
-import base64
 import json
 import os
 import platform
@@ -34,18 +35,24 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import click
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from distance import Distance, distance  # noqa: E402
 
 from pybmc.cli import Counts, test_name  # noqa: E402
 from pybmc.errors import BmcError  # noqa: E402
 
 OURS, THEIRS = "pybmc", "llama.cpp"
-CHECKED = 12                            # tokens whose logits are compared
-LEAST_CORRELATION = 0.99                # of a token's logits; activations rounded to 8 bits in two ways leave more
+TEXT = Path(__file__).parents[1] / "docs" / "speculation.md"
+CHECKED = 64                            # tokens of it whose logits are compared
+SAME_MODEL = 0.5                        # share of equal best tokens below which it is another model
+FAR = 0.05                              # error from which on the report names tools/exact.py
 OPENINGS = 3
 LONG = 5.0                              # seconds of a run from which on nothing is gained by warming up
 BUSY = 0.05                             # share of the cores in other hands from which on a run does not count
@@ -84,6 +91,11 @@ class Engine:
             raise click.ClickException(answer["error"])
         return answer
 
+    def logits(self, tokens, file, width, mode=""):
+        """Logits of the tokens in passes of width: float32 (n, vocab_size), mapped from their file."""
+        shape = self.ask("logits", tokens=tokens, file=str(file), width=width, mode=mode)["shape"]
+        return np.memmap(file, np.float32, "r", shape=tuple(shape))
+
     def close(self):
         with suppress(BrokenPipeError):
             self.process.stdin.close()
@@ -95,16 +107,20 @@ class Engine:
 
 
 @contextmanager
-def engines(peer_python, cpu=""):
-    """Both engines, fresh: what a file before them used is not theirs. cpu: the kernels that pybmc is to take."""
-    worker, opened = str(Path(__file__).with_name("versus_worker.py")), []
+def engine_of(name, python, cpu=""):
+    """A fresh engine: what a file before it used is not its own. cpu: the kernels that pybmc is to take."""
+    worker = str(Path(__file__).with_name("versus_worker.py"))
+    engine = Engine(name, [python, worker, name], {"PYBMC_CPU": cpu} if cpu else {})
     try:
-        for name, python in ((OURS, sys.executable), (THEIRS, peer_python)):
-            opened.append(Engine(name, [python, worker, name], {"PYBMC_CPU": cpu} if cpu else {}))
-        yield opened
+        yield engine
     finally:
-        for engine in opened:
-            engine.close()
+        engine.close()
+
+
+@contextmanager
+def engines(peer_python, cpu=""):
+    with engine_of(OURS, sys.executable, cpu) as ours, engine_of(THEIRS, peer_python) as theirs:
+        yield ours, theirs
 
 
 # ---- the whole table -----------------------------------------------------------------------------------------
@@ -253,41 +269,40 @@ def openings(a, b, first, **what):
 # ---- do they compute the same? -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Agreement:
-    """Of two arrays of logits (n, vocab_size): the root mean square of the difference over the spread, the least
-    correlation of a token's, how many tokens have the same best id."""
+class OtherModel(click.ClickException):
+    """The engines do not compute the same model."""
 
-    difference: float
-    correlation: float
-    same_best: int
-    n: int
+    exit_code = 3
 
-    def __str__(self):
-        return (f"logits of {self.n} tokens differ by {self.difference:.2%} of their spread, correlation at least "
-                f"{self.correlation:.5f}, same best token for {self.same_best}")
-
-
-def agree(ours, theirs):
-    best = ours.argmax(1) == theirs.argmax(1)
-    ours, theirs = (x - x.mean(1, keepdims=True) for x in (ours.astype(np.float64), theirs.astype(np.float64)))
-    spread = theirs.std()
-    lengths = np.linalg.norm(ours, axis=1) * np.linalg.norm(theirs, axis=1)
-    correlation = (ours * theirs).sum(1) / np.maximum(lengths, 1e-30)
-    difference = np.sqrt(((ours - theirs) ** 2).mean()) / max(spread, 1e-30)
-    if not np.isfinite([difference, *correlation]).all():
-        return Agreement(float("inf"), 0.0, 0, len(best))
-    return Agreement(float(difference), float(correlation.min()), int(best.sum()), len(best))
+    def __init__(self, message):
+        super().__init__(f"nothing was timed: {message}")
 
 
 def agreement(a, b):
-    """Compare the engines token by token and, as a verification computes them, all tokens in one pass."""
-    logits = [engine.ask("logits", n=CHECKED) for engine in (a, b)]
-    shapes = [tuple(answer["shape"]) for answer in logits]
-    if shapes[0] != shapes[1]:
-        raise click.ClickException(f"pybmc gives logits of shape {shapes[0]}, llama.cpp {shapes[1]}")
-    values = [np.frombuffer(base64.b64decode(answer["float32"]), np.float32) for answer in logits]
-    return agree(*(x.reshape(-1, shapes[0][-1]) for x in values))
+    """The Distance of our logits of the text from theirs, token by token and, as in a verification pass, all
+    at once. Raises OtherModel."""
+    text = TEXT.read_text("utf-8")
+    ours, theirs = (engine.ask("tokens", text=text)["ids"][:CHECKED] for engine in (a, b))
+    if ours != theirs:
+        at = len(os.path.commonprefix([ours, theirs]))
+        raise OtherModel(f"the engines read {TEXT.name} as different tokens: from number {at} on, "
+                         f"{ours[at:at + 4]} in pybmc, {theirs[at:at + 4]} in llama.cpp")
+    with TemporaryDirectory() as folder:
+        logits = [np.concatenate([engine.logits(ours, Path(folder) / f"{engine.name}-{width}", width)
+                                  for width in (1, len(ours))]) for engine in (a, b)]
+    if logits[0].shape != logits[1].shape:
+        raise OtherModel(f"pybmc gives logits of shape {logits[0].shape}, llama.cpp {logits[1].shape}")
+    found = distance(*logits)
+    if found.top1 < SAME_MODEL:
+        raise OtherModel("the engines do not compute the same model: expected the same best token in "
+                         f"{SAME_MODEL:.0%} of {found.n} places, found {found.top1:.0%}")
+    return found
+
+
+def agreement_text(path, found):
+    line = (f"pybmc's logits of a text differ from llama.cpp's by {found.error:.2%} of their spread, top-1 "
+            f"agreement {found.top1:.1%}, KL divergence {found.kl_mean:.2g} (99%: {found.kl_p99:.2g})")
+    return line + (f"; whose error it is: python tools/exact.py {path}" if found.error > FAR else "")
 
 
 # ---- the machine ---------------------------------------------------------------------------------------------
@@ -376,11 +391,11 @@ def rounded(value):
     return float(f"{value:.5g}")
 
 
-def machine_text(machine):
+def machine_text(path, machine):
     """The facts below a table."""
     waiting = "while the other worked, pybmc used {pybmc:.1%} of a core, llama.cpp {llama_cpp:.1%}"
     lines = ["{cpu}, {threads} threads, {system}, {date}".format(**machine), *machine["engines"],
-             str(Agreement(**machine["agreement"])), waiting.format(**machine["idle"])]
+             agreement_text(path, Distance(**machine["agreement"])), waiting.format(**machine["idle"])]
     if "roof" in machine:
         limits = "the machine's limits: {read:.1f} GB/s read, {int8:.0f} billion int8 products a second, {f32:.0f} of floats"
         lines.append(limits.format(**machine["roof"]))
@@ -457,9 +472,6 @@ def report(path, todo, reps, threads, peer_python, say, cpu=""):
     with engines(peer_python, cpu) as (a, b):
         first = [engine.ask("open", path=path, **sizes)["seconds"] for engine in (a, b)]
         agreed = agreement(a, b)
-        if agreed.correlation < LEAST_CORRELATION:
-            print(f"{path}: the engines disagree, nothing was timed: {agreed}", file=sys.stderr)
-            sys.exit(3)
         if not say.as_json:
             print(f"**{Path(path).name}**: tokens/s, medians of {reps} pairs; ratio: how many times pybmc is better\n")
             print(table_head())
@@ -470,7 +482,7 @@ def report(path, todo, reps, threads, peer_python, say, cpu=""):
     machine = {"cpu": cpu_model(), "threads": threads, "system": f"{platform.system()} {platform.machine()}",
                "date": time.strftime("%Y-%m-%d"), "engines": [a.version, b.version], "roof": limits,
                "agreement": vars(agreed), "idle": idle, **spent}
-    say(f"\n{machine_text(machine)}\n", {"model": path, "test": "machine", **machine})
+    say(f"\n{machine_text(path, machine)}\n", {"model": path, "test": "machine", **machine})
 
 
 def default_threads():

@@ -7,7 +7,6 @@ The first line out says what the engine is, every later one answers a request {"
 those of pybmc.bench; that module needs numpy alone, so the other engine's Python need not have pybmc installed.
 """
 
-import base64
 import ctypes
 import json
 import os
@@ -47,6 +46,11 @@ class Pybmc:
     def session(self, mode):
         return self.held
 
+    def tokens(self, text):
+        if self.model.tokenizer is None:
+            raise RuntimeError("the file has no vocabulary")
+        return self.model.tokenizer.encode(text)
+
     def limit(self, kind, n, depth):
         """The rate that this machine allows a test now, and what sets it."""
         row_bytes = self.held.arena_stats().row_bytes
@@ -60,7 +64,7 @@ class Pybmc:
 class LlamaCpp:
     """llama.cpp through the C functions of llama-cpp-python, with a context for each way to do attention."""
 
-    modes = ("flash attention", "no flash attention")
+    modes = ("flash attention", "no flash attention")       # what is timed; "float32" is for reference logits
 
     def __init__(self):
         try:
@@ -89,8 +93,19 @@ class LlamaCpp:
     def session(self, mode):
         mode = mode or self.modes[0]
         if mode not in self.sessions:
-            self.sessions[mode] = LlamaSession(self, *self.sizes, flash=mode == self.modes[0])
+            self.sessions[mode] = LlamaSession(self, *self.sizes, flash=mode == self.modes[0],
+                                               float32=mode == "float32")
         return self.sessions[mode]
+
+    def tokens(self, text):
+        data = text.encode()
+        ids = np.empty(len(data) + 2, np.int32)                     # and the tokens that begin and end a text
+        to = ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        vocab = self.api.llama_model_get_vocab(self.model)
+        n = self.api.llama_tokenize(vocab, data, len(data), to, len(ids), True, False)
+        if n < 0:
+            raise RuntimeError(f"llama_tokenize gives {n}")
+        return ids[:n].tolist()
 
     def close(self):
         for session in self.sessions.values():
@@ -101,15 +116,17 @@ class LlamaCpp:
 class LlamaSession:
     """What pybmc.bench asks of a session, for a llama.cpp context with room for `context` tokens.
 
-    outputs: the most tokens whose logits one pass gives.
+    outputs: the most tokens whose logits one pass gives. float32: keys and values are in float32, not in f16.
     """
 
-    def __init__(self, engine, threads, context, outputs, flash):
+    def __init__(self, engine, threads, context, outputs, flash, float32=False):
         self.api, self.vocab_size, self.position = engine.api, engine.config.vocab_size, 0
         params = self.api.llama_context_default_params()
         params.n_ctx, params.n_threads, params.n_threads_batch = context, threads, threads
         params.n_outputs_max = params.n_outputs_max_per_seq = outputs
         params.flash_attn_type = int(flash)
+        if float32:
+            params.type_k = params.type_v = self.api.GGML_TYPE_F32
         self.n_batch = params.n_batch = max(params.n_batch, outputs)
         self.context = self.api.llama_init_from_model(engine.model, params)
         if not self.context:
@@ -175,14 +192,18 @@ class Worker:
         self._is_open = False
         return {}
 
-    def logits(self, n):
-        """The logits of the first n tokens, each by a pass of its own and all at once: float32 (2, n, vocab_size)."""
-        session = self._engine.session("")
-        one_by_one = [np.array(session.eval([token])).ravel() for token in self._tokens[:n]]
+    def tokens(self, text):
+        return {"ids": self._engine.tokens(text)}
+
+    def logits(self, tokens, file, width, mode=""):
+        """Evaluate the tokens from position 0 in passes of width; write their logits, (n, vocab_size)."""
+        session = self._engine.session(mode)
         session.rewind(0)
-        both = np.stack([one_by_one, session.eval(self._tokens[:n], logits="all")]).astype(np.float32)
+        with open(file, "wb") as out:
+            for at in range(0, len(tokens), width):
+                out.write(np.ascontiguousarray(session.eval(tokens[at:at + width], logits="all"), np.float32))
         session.rewind(0)
-        return {"shape": both.shape, "float32": base64.b64encode(both.tobytes()).decode()}
+        return {"shape": (len(tokens), self._engine.config.vocab_size)}
 
     def run(self, kind, n, depth, mode):
         """One repetition of a test of pybmc.bench: {"tok_s"}."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence as Tokens
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from math import inf
 from typing import NamedTuple
+from weakref import ref
 
 from .._native import check, ffi, lib
 from ..errors import ArgumentError, BmcError, BusyError, ContextFullError
@@ -109,7 +110,7 @@ class Sequence:
     # ---- the life of a sequence
 
     def start(self) -> None:
-        """Take a session, and keep what it holds of the prompt."""
+        """Take a session, and keep what it holds of the prompt. Whoever wrote in that session before is ended."""
         request = self.request
         if self.session is None:
             self.session = self.engine.model.session(request.context)
@@ -117,7 +118,12 @@ class Sequence:
         if len(self.prompt) > context:
             raise ContextFullError(f"the prompt has {len(self.prompt)} tokens, the context has room for {context}")
         self._started = True
+        before = session.writer() if session.writer else None
+        if before is not None:
+            before.lose("another one began in its session")
+        session.writer = ref(self)
         self.stats.reused_tokens = session.sync(self.prompt[:-1])
+        self._uses = session.uses
         room = context - len(self.prompt) + 1
         model = self.engine.model
         decoder = model.tokenizer.stream() if model.tokenizer else None
@@ -143,6 +149,15 @@ class Sequence:
             item.sampler = self.request.sampler.native
         if self.drafter:
             item.drafter = self.drafter.native
+
+    def lose(self, why: str) -> None:
+        """End it, since its session is not its own any more."""
+        if not self.done:
+            self.done, self.error = True, BusyError(f"this generation cannot go on: {why}")
+
+    def check_session(self) -> None:
+        if self.session.uses != self._uses:
+            self.lose("the session was used by other calls meanwhile")
 
     @property
     def reading(self) -> bool:
@@ -224,9 +239,10 @@ class Sequence:
     def finish(self) -> None:
         """Let go of what the sequence used; a session that was given stays."""
         self.done = True
-        if self._started and self.item.n and not self._owned:
+        if self._started and not self._owned and self.session.uses == self._uses:
             self.item.n = 0
-            self._rewind_to_text()
+            with suppress(BmcError):
+                self._rewind_to_text()
         if self.drafter is not None and self._owned:
             self.drafter.close()
         if self._owned and self.session is not None:
@@ -294,6 +310,9 @@ class Engine:
         """Read pieces of prompts and make a few rounds of decoding; the tokens that came. A request that cannot go on is done
         and has an error; the others go on. Raises what concerns all, such as OutOfMemoryError."""
         self._admit()
+        for sequence in self.running:
+            sequence.check_session()
+        self._let_go()
         if not self.running:
             return []
         if not any(sequence.item.n for sequence in self.running):       # else an interrupt came before these were taken
@@ -301,10 +320,13 @@ class Engine:
         else:
             seconds = 0.0
         events = [Event(sequence, token) for sequence in self.running for token in sequence.take(seconds)]
+        self._let_go()
+        return events
+
+    def _let_go(self) -> None:
         for sequence in [s for s in self.running if s.done]:
             self.running.remove(sequence)
             sequence.finish()
-        return events
 
     def _admit(self) -> None:
         self.waiting.sort(key=lambda s: (-s.request.priority, s.number))
@@ -349,6 +371,8 @@ class Engine:
                         sequence.answer_wanted()
                 check(lib.bmc_round(pointers, len(items), self._limits))
         seconds = time.perf_counter() - started
+        for sequence in items:
+            sequence._uses = sequence.session.uses
         if read:
             rate = read / seconds
             self._prompt_rate = rate if read >= PIECE or not self._prompt_rate else self._prompt_rate
@@ -365,7 +389,6 @@ class Engine:
         session = sequence.session
         if sequence._owned:
             return self.speculation.drafter(session)
-        kept = getattr(session, "_drafter", None)
-        if kept is None or kept.made is not self.speculation:
-            session._drafter = kept = self.speculation.drafter(session)
-        return kept
+        if session.drafter is None or session.drafter.made is not self.speculation:
+            session.drafter = self.speculation.drafter(session)
+        return session.drafter

@@ -6,6 +6,7 @@ import logging
 import time
 from contextlib import suppress
 
+from .. import checks
 from .._native import check, ffi, lib, owned
 from ..errors import ArgumentError, BmcError, OutOfMemoryError
 from . import store
@@ -31,15 +32,14 @@ class Speculation:
     """
 
     def __init__(self, model, draft=None, spec: str = "auto", most: int = 16, least: int = 0, fixed: int = 0):
-        if spec not in SPECS:
-            raise ArgumentError(f"spec is {spec!r}; expected one of {', '.join(SPECS)}")
+        checks.choice("spec", spec, SPECS)
         if spec == "draft" and draft is None:
             raise ArgumentError("spec is 'draft', but there is no draft")
-        if not 0 <= least <= most:
-            raise ArgumentError(f"draft_min is {least}; expected 0 to draft_max, which is {most}")
+        most, least = checks.draft_bounds(most, least)
         self.model, self.spec = model, spec if most else "off"
         self.most, self.least, self.fixed = min(most, WIDEST), min(least, WIDEST), min(fixed, WIDEST)
         self.draft = draft if self.spec in ("auto", "draft") else None
+        self.asked = None               # what generate() made it for
         self.link = self._connect()
         self._key = store.identity(model, self.draft)
         if self.draft is not None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import codecs
-import operator
 from collections.abc import Iterable
 
+from .. import checks
 from ..errors import ArgumentError, FormatError, printable
 from ..gguf import GGUF
 from .bpe import Bpe
@@ -72,6 +72,7 @@ class Tokenizer:
         continuation of another one.
         """
         stream = StreamDecoder(self, special, continued)
+        ids = checks.ids("ids", ids)
         return stream.push(*ids) + stream.flush()
 
     def stream(self, special: bool = False, continued: bool = True) -> StreamDecoder:
@@ -80,18 +81,19 @@ class Tokenizer:
 
     def piece(self, id: int) -> bytes:
         """The bytes of one token; a control token's are its name."""
-        piece = self._pieces.get(id)
-        if piece is None:
-            id = self.vocab.check(operator.index(id))
+        try:
+            return self._pieces[id]
+        except (KeyError, TypeError):
+            id = self.vocab.check(id)
             piece = self._pieces[id] = self._codec.piece(id)
-        return piece
+            return piece
 
     def byte_id(self, byte: int) -> int | None:
         """The token that stands for one byte, where there is one."""
         return self._codec.byte(byte)
 
     def is_control(self, id: int) -> bool:
-        return self.vocab.check(operator.index(id)) in self.vocab.control
+        return self.vocab.check(id) in self.vocab.control
 
     def silent_names(self) -> dict[int, str]:
         """Tokens whose text is not shown, as control tokens, and how the vocabulary spells them."""

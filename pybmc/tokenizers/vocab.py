@@ -8,10 +8,12 @@ special tokens found longest first. They are kept where a file says nothing itse
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 
 import numpy as np
 
+from .. import checks
 from ..errors import ArgumentError, FormatError, printable
 
 log = logging.getLogger(__name__)
@@ -298,6 +300,8 @@ class Vocabulary:
         return "modern-bert" in name and token == "[MASK]", False
 
     def check(self, id: int) -> int:
+        """The id of a token, as Python's int."""
+        id = checks.whole("a token id", id, -math.inf, math.inf)
         if not 0 <= id < self.size:
             raise ArgumentError(f"token {id} is out of range: the vocabulary has {self.size} tokens")
         return id

@@ -1,11 +1,15 @@
-/* The pool: every thread runs, nobody passes a barrier early, every item is somebody's and only once. */
+/* The pool: every thread runs, nobody passes a barrier early, every item is somebody's and only once, and all of that in a
+ * forked process too. */
 #include "check.h"
+#include "cpu.h"
 #include "threads.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
 #include <string.h>
+#include <sys/wait.h>
 #include <time.h>
+#include <unistd.h>
 
 enum { MOST = 6, PHASES = 60 };
 
@@ -142,7 +146,7 @@ static void idle_costs_nothing(void) {
     pool_free(pool);
 }
 
-struct caller { struct walk walk; };
+struct caller { struct walk walk; atomic_bool stop; };
 
 static void *call(void *arg) {
     struct caller *c = arg;
@@ -167,6 +171,86 @@ static void users_take_turns(void) {
     }
 }
 
+static void *take_alone(void *arg) {
+    struct items t = { .pool = pool_new(1), .n = 300 };
+    (void)arg;
+    for (int run = 0; run < 5000; run++) {
+        memset(t.taken, 0, sizeof t.taken);
+        pool_run(t.pool, take_in_turn, &t);
+    }
+    pool_free(t.pool);
+    return NULL;
+}
+
+/* Two models of one thread each, used at the same time: neither takes the other's items. */
+static void single_threads_are_apart(void) {
+    pthread_t thread;
+    CHECK(!pthread_create(&thread, NULL, take_alone, NULL));
+    take_alone(NULL);
+    pthread_join(thread, NULL);
+}
+
+/* A thread that waits leaves its core to the others where there are fewer cores than threads. */
+static void crowded_threads_do_not_spin(void) {
+    struct pool *pool = pool_new(cpu_count() + 4);
+    int *counts = calloc((size_t)pool_size(pool), 64 * sizeof *counts);
+    double before = cpu_seconds();
+    for (int run = 1; run <= 40; run++) {
+        pool_run(pool, count, counts);
+        nanosleep(&(struct timespec){ .tv_nsec = 5000000 }, NULL);
+    }
+    CHECK(cpu_seconds() - before < 0.08);           /* a worker that looks out between runs takes 2 ms each time: 0.3 s and more */
+    for (int i = 0; i < pool_size(pool); i++)
+        CHECK(counts[64 * i] == 40);
+    free(counts);
+    pool_free(pool);
+}
+
+static void *call_until_stopped(void *arg) {
+    struct caller *c = arg;
+    while (!atomic_load(&c->stop))
+        pool_run(c->walk.pool, phases, &c->walk);
+    return NULL;
+}
+
+static void in_the_child(struct pool *pool) {
+    alarm(20);
+    struct walk w = { .pool = pool }, own = { .pool = pool_new(4) };
+    for (int run = 1; run <= 3; run++) {
+        pool_run(w.pool, phases, &w);
+        pool_run(own.pool, phases, &own);
+    }
+    CHECK(w.ran[2] == 3 && !w.wrong && own.ran[3] == 3 && !own.wrong);
+    pool_free(own.pool);
+    pool_free(pool);
+    _exit(0);
+}
+
+/* A process forked while another thread runs something, and a fork of that one, have workers of their own. */
+static void forks_go_on(void) {
+    struct caller caller = { .walk.pool = pool_new(3) };
+    pthread_t thread;
+    CHECK(!pthread_create(&thread, NULL, call_until_stopped, &caller));
+    for (int i = 0; i < 20; i++) {
+        int status;
+        pid_t child = fork();
+        if (!child && i % 2) {
+            pid_t grandchild = fork();
+            if (grandchild) {
+                CHECK(waitpid(grandchild, &status, 0) == grandchild && !status);
+                _exit(0);
+            }
+        }
+        if (!child)
+            in_the_child(caller.walk.pool);
+        CHECK(waitpid(child, &status, 0) == child && !status);
+    }
+    atomic_store(&caller.stop, true);
+    pthread_join(thread, NULL);
+    CHECK(!caller.walk.wrong);
+    pool_free(caller.walk.pool);
+}
+
 int main(void) {
     for (int n = 1; n <= MOST; n++) {
         barriers_hold(n);
@@ -176,6 +260,9 @@ int main(void) {
         ones_own_comes_first(n);
     }
     users_take_turns();
+    single_threads_are_apart();
+    crowded_threads_do_not_spin();
+    forks_go_on();
     idle_costs_nothing();
     for (int i = 0; i < 50; i++)
         pool_free(pool_new(1 + i % MOST));          /* before a worker has run at all */
