@@ -119,7 +119,7 @@ def test_any_guesses_give_the_plain_tokens(model, sampler):
 
 
 def test_guesses_beyond_a_stop_id_do_not_count(model):
-    sampler = Sampler(temperature=2.0, top_k=0, min_p=0.0)
+    sampler = Sampler(temperature=9.0, top_k=0, top_p=1.0, min_p=0.0)
     answer = [id for id, _ in truth(model, PROMPT, 10, sampler)]
     stop = next(i for i in range(2, 10) if answer[i] not in answer[:i])
     with ready(model) as session:

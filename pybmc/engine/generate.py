@@ -11,6 +11,7 @@ from numbers import Integral
 
 from .. import checks
 from ..errors import ArgumentError, BusyError, ContextFullError
+from ..model import Model
 from ..sampling import Sampler, check_bias
 from ..spec.speculation import Speculation
 from .engine import Engine, Request, Stats
@@ -216,7 +217,11 @@ def speculation_of(session, model, draft, spec: str, most: int, least: int) -> S
     """A Speculation of these wishes: for a session the one that it had before, if they are the same, so that the draft model
     holds what it has of a text. draft: a Model, the path of one, a Speculation, or None."""
     if isinstance(draft, Speculation):
+        if draft.model is not model:
+            checks.refuse("draft", "a Speculation of the same model", draft)
         return draft
+    if not (draft is None or is_path(draft) or isinstance(draft, Model)):
+        checks.refuse("draft", "a Model or a path", draft)
     most, least = checks.draft_bounds(most, least)
     asked = (str(draft) if is_path(draft) else draft, spec, most, least)
     kept = getattr(session, "speculation", None)
@@ -224,7 +229,6 @@ def speculation_of(session, model, draft, spec: str, most: int, least: int) -> S
         return kept
     opened = None
     if is_path(draft) and spec in ("auto", "draft"):
-        from ..model import Model
         opened = Model(draft, threads=model.threads)
     made = Speculation(model, opened or (None if is_path(draft) else draft), spec, most, least)
     made.asked = asked
