@@ -123,6 +123,7 @@ class Sequence:
         self.drafter: Drafter | None = None
         self.done = self._started = False
         self.error: BmcError | None = None
+        self.lost = ""                  # why the session is not its own any more
         self._written = 0               # tokens given
         self._since = time.perf_counter()
 
@@ -169,12 +170,21 @@ class Sequence:
 
     def lose(self, why: str) -> None:
         """End it, since its session is not its own any more."""
+        self.lost = self.lost or f"this generation cannot go on: {why}"
         if not self.done:
-            self.done, self.error = True, BusyError(f"this generation cannot go on: {why}")
+            self.done, self.error = True, BusyError(self.lost)
 
     def check_session(self) -> None:
         if self.session.uses != self._uses:
             self.lose("the session was used by other calls meanwhile")
+
+    def check_unread(self) -> None:
+        """Raise where tokens that nobody has read yet are not the text of the session any more."""
+        if not self._owned:
+            self.session._live()
+            self.check_session()
+            if self.lost:
+                raise BusyError(self.lost)
 
     def claim(self, claims: ExitStack) -> bool:
         """Hold the session for a call. False where it is closed, or in use by another thread: that ends the sequence."""
@@ -242,7 +252,7 @@ class Sequence:
             self.stats.predicted_tokens += 1
             found.append(token)
             if token.finish_reason:
-                self._rewind_to_text()
+                self.take_back(0)
                 self.done = True
                 break
         return found
@@ -251,11 +261,15 @@ class Sequence:
         k = self.request.top
         return tuple((self._top_ids[i * k + j], self._top_logprobs[i * k + j]) for j in range(k))
 
-    def _rewind_to_text(self) -> None:
-        """The session holds the text without its last token; what was given beyond a stop string is taken back."""
-        end = len(self.prompt) + self._written - 1
-        if self.session.position > end:
-            self.session.rewind(end)
+    def take_back(self, unread: int) -> None:
+        """Let the session hold the text without its last token; what was given beyond a stop string, or is not read, is taken back."""
+        if not self._started or self.session.uses != self._uses:
+            return
+        end = len(self.prompt) + max(self._written - unread, 0) - 1
+        with suppress(BmcError):
+            if self.session.position > end:
+                self.session.rewind(end)
+            self._uses = self.session.uses
 
     def _time(self, seconds: float, n: int) -> None:
         stats, counts = self.stats, self.item.stats
@@ -271,10 +285,9 @@ class Sequence:
     def finish(self) -> None:
         """Let go of what the sequence used; a session that was given stays."""
         self.done = True
-        if self._started and not self._owned and self.session.uses == self._uses:
+        if self._started and not self._owned:
             self.item.n = 0
-            with suppress(BmcError):
-                self._rewind_to_text()
+            self.take_back(0)
         if self.drafter is not None and self._owned:
             self.drafter.close()
         if self._owned and self.session is not None:

@@ -59,7 +59,8 @@ def generate(model, prompt, max_tokens: int | None = 256, *, session=None, draft
 
 
 class Generation(Iterator[Token]):
-    """An iterator of Token. prompt holds the prompt's ids, stats counts and times so far; close() ends it early.
+    """An iterator of Token. prompt holds the prompt's ids, stats counts and times so far; close() ends it early: a session that
+    was given then holds what was read, without its last token.
 
     A session given to generate() serves one generation at a time. The next one that begins in it ends this one, which
     then raises BusyError when it is asked for another token. The same happens after other calls used the session.
@@ -83,13 +84,12 @@ class Generation(Iterator[Token]):
             self._lock.release()
 
     def _next(self) -> Token:
+        if self._ready:
+            self._sequence.check_unread()
         while not self._ready:
             if self._sequence.done:
                 self._engine.close()
-                error, self._sequence.error = self._sequence.error, None
-                if error:
-                    raise error
-                raise StopIteration
+                raise self._sequence.error or StopIteration
             self._ready.extend(token for _, token in self._engine.step())
         return self._ready.popleft()
 
@@ -97,15 +97,18 @@ class Generation(Iterator[Token]):
         if not self._lock.acquire(blocking=False):
             raise BusyError("this generation is in use by another thread")
         try:
+            unread = len(self._ready)
             self._ready.clear()
-            self._sequence.error = None
             self._engine.close()
+            self._sequence.error = None
+            if unread and self._sequence.request.session is not None:
+                self._sequence.take_back(unread)
         finally:
             self._lock.release()
 
     def __del__(self):
-        if getattr(self, "_sequence", None) is not None and not self._sequence.done:
-            self._engine.close()
+        if getattr(self, "_sequence", None) is not None and not (self._sequence.done and not self._ready):
+            self.close()
 
 
 def generate_batch(model, prompts: Iterable, max_tokens: int | None = 256, *, draft=None, spec: str = "auto",
