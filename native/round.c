@@ -64,8 +64,9 @@ static int32_t text_token(const struct turn *t, int i) {
 static int room(const struct turn *t) {
     const bmc_item *item = item_of(t);
     int left = smaller(item->max_tokens - item->n, (int)item->session->arena.config.cap - item->session->position) - 1;
-    int most = t->drafter ? smaller(t->drafter->o.most, GUESSES) : GUESSES;
-    return item->choose && t->n_pending == 1 ? larger(0, smaller(left, most)) : 0;
+    int most = smaller(left, t->drafter ? smaller(t->drafter->o.most, GUESSES) : GUESSES);
+    bool few = most < 0 || (t->drafter && most < t->drafter->o.least);
+    return few || !item->choose || t->n_pending > 1 ? 0 : most;
 }
 
 /* ---- what a round gives by its guesses */
@@ -409,7 +410,7 @@ static void cut(struct group *g) {
     for (int i = 0; i < g->n; i++) {
         struct turn *t = &g->turns[i];
         if (t->source != GIVEN && t->checked && t->checked < t->drafter->o.least)
-            t->checked = smaller(t->drafter->o.least, t->n);
+            t->checked = t->n < t->drafter->o.least ? 0 : t->drafter->o.least;
     }
 }
 
