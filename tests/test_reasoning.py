@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pybmc.decode import Token
+from pybmc.engine import Token
 from pybmc.reasoning import Reasoning
 from pybmc.terminal import Voice
 
