@@ -79,7 +79,7 @@ static struct {
     pthread_once_t once;
     int best;                           /* the highest level of this CPU */
     struct kernels kernels;
-    char error[128];                    /* why there are no kernels; empty: there are */
+    char error[160];                    /* why there are no kernels; empty: there are */
 } resolved = { .once = PTHREAD_ONCE_INIT };
 
 static void fill(struct kernels *k, int level) {
