@@ -268,6 +268,7 @@ double      bmc_policy_chance(const bmc_policy *policy, int source, float confid
 int         bmc_policy_save(const bmc_policy *policy, double *values, int n);  /* up to n numbers; returns how many there are */
 int         bmc_policy_load(bmc_policy *policy, const double *values, int n);
 
+int         bmc_draft_seconds(bmc_session *draft, double *seconds);     /* of a guess of a draft model, measured now, four times */
 int         bmc_drafter_new(const bmc_drafter_options *options, int n_vocab, bmc_drafter **drafter);
 void        bmc_drafter_free(bmc_drafter *drafter);
 int         bmc_drafter_failed(const bmc_drafter *drafter);             /* 1: its draft model had an error and is not asked any more */
