@@ -3,7 +3,7 @@
 #include "bmc.h"
 #include "error.h"
 
-#include <stdatomic.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -28,13 +28,9 @@ struct level { const char *name; install_fn *vec, *attn, *panel; };
 #if defined(__x86_64__)
 static const struct level levels[] = { LEVEL(ref), LEVEL(avx2), LEVEL(avx512) };
 
-/* Asked once: in a virtual machine the question takes microseconds. */
-static int has_f16c(void) {
-    static atomic_int known;            /* 1: no, 2: yes */
+static int has_f16c(void) {                     /* gcc before 11 has no __builtin_cpu_supports("f16c") */
     unsigned a, b, c, d;
-    if (!known)
-        known = 1 + (__get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C);
-    return known == 2;
+    return __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
 }
 
 static int best_level(void) {
@@ -69,8 +65,6 @@ static int best_level(void) { return 0; }
 
 enum { N_LEVELS = sizeof levels / sizeof *levels };
 
-const char *cpu_level(int i) { return i < N_LEVELS ? levels[i].name : NULL; }
-
 static int find_level(const char *name) {
     for (int i = 0; i < N_LEVELS; i++)
         if (!strcmp(name, levels[i].name))
@@ -78,26 +72,58 @@ static int find_level(const char *name) {
     return -1;
 }
 
-static int unknown_level(const char *asked) {
+static struct {
+    pthread_once_t once;
+    int best;                           /* the highest level of this CPU */
+    struct kernels kernels;
+    char error[160];                    /* why there are no kernels; empty: there are */
+} resolved = { .once = PTHREAD_ONCE_INIT };
+
+static void fill(struct kernels *k, int level) {
+    *k = (struct kernels){ .name = levels[level].name };
+    for (int i = 0; i <= level; i++)
+        levels[i].vec(k), levels[i].attn(k), levels[i].panel(k);
+}
+
+static void unknown_level(const char *asked) {
     char names[64] = "";
     for (int i = 0; i < N_LEVELS; i++) {
         strcat(names, i == 0 ? "" : i < N_LEVELS - 1 ? ", " : " or ");
         strcat(names, levels[i].name);
     }
-    return fail(BMC_EINVAL, "PYBMC_CPU: expected %s, found \"%.40s\"", names, asked);
+    snprintf(resolved.error, sizeof resolved.error, "PYBMC_CPU: expected %s, found \"%.40s\"", names, asked);
 }
 
-int kernels_init(struct kernels *k) {
+static void resolve(void) {
     const char *asked = getenv("PYBMC_CPU");
-    int best = best_level(), level = asked && *asked ? find_level(asked) : best;
+    int best = resolved.best = best_level(), level = asked && *asked ? find_level(asked) : best;
     if (level < 0)
-        return unknown_level(asked);
-    if (level > best)
-        return fail(BMC_EINVAL, "PYBMC_CPU asks for %s, this machine has %s", levels[level].name, levels[best].name);
-    *k = (struct kernels){ .name = levels[level].name };
-    for (int i = 0; i <= level; i++)
-        levels[i].vec(k), levels[i].attn(k), levels[i].panel(k);
-    return BMC_OK;
+        unknown_level(asked);
+    else if (level > best)
+        snprintf(resolved.error, sizeof resolved.error, "PYBMC_CPU asks for %s, this machine has %s",
+                 levels[level].name, levels[best].name);
+    else
+        fill(&resolved.kernels, level);
+}
+
+const struct kernels *kernels_find(void) {
+    pthread_once(&resolved.once, resolve);
+    if (!*resolved.error)
+        return &resolved.kernels;
+    fail(BMC_EINVAL, "%s", resolved.error);
+    return NULL;
+}
+
+const char *cpu_level(int level) {
+    pthread_once(&resolved.once, resolve);
+    return level >= 0 && level <= resolved.best ? levels[level].name : NULL;
+}
+
+bool kernels_at(int level, struct kernels *k) {
+    if (!cpu_level(level))
+        return false;
+    fill(k, level);
+    return true;
 }
 
 #ifdef __linux__

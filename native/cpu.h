@@ -4,12 +4,17 @@
 
 #include "kernels.h"
 
-/* Fills k with the best kernels; PYBMC_CPU in the environment asks for less by name. A negative status if it asks
- * for what is unknown or not there. */
-int kernels_init(struct kernels *k);
+#include <stdbool.h>
 
-/* The names, from "ref" up: ref avx2 avx512 on x86-64, ref neon i8mm on arm64. NULL beyond the last. */
-const char *cpu_level(int i);
+/* The kernels of this process, resolved at the first call: the best level of this CPU, or what PYBMC_CPU names.
+ * NULL, with the reason in bmc_error(), where PYBMC_CPU names a level that is unknown or absent. */
+const struct kernels *kernels_find(void);
+
+/* The kernels of one level, whatever PYBMC_CPU says. False where this CPU lacks the level. */
+bool kernels_at(int level, struct kernels *k);
+
+/* The levels of this CPU by name, from 0 up: ref avx2 avx512 on x86-64, ref neon i8mm on arm64. NULL: absent. */
+const char *cpu_level(int level);
 
 int cpu_count(void);        /* affinity and cgroup quota, at least 1 */
 
