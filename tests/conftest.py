@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hypothesis import settings
 settings.register_profile("suite", deadline=None, derandomize=True)      # the same examples every time, on any machine
 settings.load_profile("suite")
 
+signal.signal(signal.SIGINT, signal.default_int_handler)        # a background job of a shell starts with it ignored
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="pybmc-cache-")       # what is measured here is kept nowhere
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)

@@ -95,6 +95,7 @@ def test_every_width(name, width):
     assert_same(np.concatenate(ours)[:n], truth(name)[:n])
 
 
+@pytest.mark.long
 @names
 @calm
 @given(st.data())
@@ -108,6 +109,7 @@ def test_any_split_any_threads_any_arena(name, data):
     assert_same(np.concatenate(ours), truth(name)[:n])
 
 
+@pytest.mark.long
 @names
 @pytest.mark.parametrize("rows", ROWS, ids=str)
 def test_arenas_across_chunks_and_passes(name, rows):
@@ -119,6 +121,7 @@ def test_arenas_across_chunks_and_passes(name, rows):
     assert_same(np.concatenate(ours), truth(name))
 
 
+@pytest.mark.long
 @names
 def test_last_and_argmax_are_rows_of_all(name):
     model = load(name, 2)
@@ -131,6 +134,7 @@ def test_last_and_argmax_are_rows_of_all(name):
             assert session.eval(text(name)[:n], logits="none") is None and session.position == n
 
 
+@pytest.mark.long
 @names
 @calm
 @given(st.data())
@@ -149,6 +153,7 @@ def test_rewind_and_other_words(name, data):
             assert_same(session.eval(text(name)[keep: keep + n], logits="all"), truth(name)[keep : keep + n])
 
 
+@pytest.mark.long
 @names
 @calm
 @given(st.data())
@@ -215,6 +220,7 @@ def test_best_and_draft(name):
         assert_same(third.eval(text(name)[29:32], logits="all"), truth(name)[29:32])
 
 
+@pytest.mark.long
 def test_a_coarse_head_drafts_nearly_the_same_and_changes_nothing_else(tmp_path):
     """65,536 ids of 256 values, the least for which a coarse head is made; its words are the head's own nearly always."""
     metadata, tensors = tiny.parts(types="Q8_0", vocab="spm", vocab_size=1 << 16, dim=256, n_layers=1, tied=True)
@@ -261,6 +267,7 @@ def test_a_pass_is_shared_by_many_sessions():
     assert [session.position for session in sessions] == list(range(1, 41))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("window", [1, 2, 16, 37, 255, 256, 257, 300])
 def test_windows_across_chunks(window):
     model = pybmc.Model(tiny.model("gemma3", types="F16", window=window, n_ctx=1024, n_layers=2), threads=2)
@@ -274,6 +281,7 @@ def test_windows_across_chunks(window):
     model.close()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("threads", [2, 3, 7, 16])
 def test_attention_that_is_cut_into_pieces(threads):
     """Few KV heads, many threads, a long context: chunks of one head go to several threads."""

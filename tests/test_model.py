@@ -720,15 +720,6 @@ def test_interrupts_leave_a_session_whole(model):
 # What it costs
 
 
-def test_idle_threads_cost_nothing():
-    with pybmc.Model(tiny.model("llama"), threads=4) as model, model.session() as session:
-        session.eval(TOKENS)
-        time.sleep(0.05)
-        before = time.process_time()
-        time.sleep(0.3)
-        assert time.process_time() - before < 0.02
-
-
 def big_model(path, n_ctx=131072):
     """60M weights in Q8_0, made of few random bytes: 65 MB in a fraction of a second."""
     shape = dict(dim=1024, hidden_dim=4096, n_heads=16, n_kv_heads=4, head_dim=64)

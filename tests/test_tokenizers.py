@@ -1,7 +1,6 @@
 """Tokenizers: ids equal llama.cpp's, texts come back whole, files that lie are told so."""
 
 import lzma
-import time
 
 import numpy as np
 import pytest
@@ -81,9 +80,7 @@ def real(request, shared, tmp_path_factory):
     base = shared / "data/vocab" / f"ggml-vocab-{request.param}.gguf"
     path = tmp_path_factory.mktemp("real") / base.name
     path.write_bytes(lzma.decompress(base.with_name(base.name + ".xz").read_bytes()))
-    start = time.process_time()
     tokenizer = Tokenizer(path)
-    assert time.process_time() - start < 4, "0.4 s for Llama 3 where this was written"
     texts = base.with_name(base.name + ".inp").read_text().split("\n__ggml_vocab_test__\n")
     lines = base.with_name(base.name + ".out").read_text().split("\n")
     return tokenizer, [(text, [int(id) for id in line.split()]) for text, line in zip(texts, lines)]

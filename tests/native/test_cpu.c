@@ -1,4 +1,5 @@
-/* Kernels are resolved once for the process; a level that is named explicitly does not depend on PYBMC_CPU. */
+/* Kernels are resolved once for the process; a level that is named explicitly does not depend on PYBMC_CPU.
+ * Prints the levels of this CPU. */
 #include "check.h"
 #include "cpu.h"
 
@@ -34,8 +35,11 @@ static void the_level_is_the_best_or_the_one_asked_for(void) {
 static void levels_begin_with_the_reference(void) {
     struct kernels k;
     int level = 0;
-    for (; kernels_at(level, &k); level++)
+    for (; kernels_at(level, &k); level++) {
         CHECK(!strcmp(k.name, cpu_level(level)) && k.attend && k.largest);
+        printf("%s ", k.name);
+    }
+    printf("\n");
     CHECK(level > 0 && !strcmp(cpu_level(0), "ref"));
     CHECK(!cpu_level(level) && !cpu_level(-1) && !kernels_at(-1, &k));
 }
