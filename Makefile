@@ -4,12 +4,12 @@
 # make test-release    the native tests, and those that read PYBMC_CPU again with each of its values here
 # make asan, tsan      the native tests under AddressSanitizer and UBSan, those of threads under ThreadSanitizer
 # make test-x86        the native tests on an emulated x86-64 CPU without AVX-512, where there is qemu-x86_64
-# make test-arm        the native tests as arm64 programs, and their bits against this machine's; needs qemu-aarch64
-# make test-python     the Python tests, and those about numbers again with each lower PYBMC_CPU
+# make test-arm        the native tests as arm64 programs on qemu-aarch64, and their bits against this machine's
+# make test-python     the Python tests, and those of numbers again with each lower PYBMC_CPU
 # make venv    .venv with pybmc (editable) and what its tests need
 # make install pip install into PYTHON            make clean   remove what was built
 #
-# Variables: CC, CFLAGS and LDFLAGS (added to ours), PYTHON (3.10 or later), ARM_CC, ARM_EMULATOR and X86_EMULATOR.
+# Variables: CC, CFLAGS and LDFLAGS (added to ours), PYTHON (3.10 or later), ARM_CC, ARM_EMULATOR, X86_EMULATOR.
 
 MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
@@ -80,10 +80,10 @@ $(OUT)/COMPILE.txt $(OUT)/OBJECTS.txt: $(OUT)/%.txt: FORCE
 
 PROGRAMS := $(TESTS:%.c=$(OUT)/%)
 RUNS := $(TESTS:tests/native/%.c=run-%)
-LEVEL_TESTS := test_cpu test_sample     # PYBMC_CPU changes what they test; other native tests name levels themselves
+LEVEL_TESTS := test_cpu test_sample     # those that PYBMC_CPU concerns; other native tests name levels themselves
 NUMBER_TESTS := $(addprefix tests/test_,invariance.py golden.py types.py arena.py speculate.py decode.py)
 SYNC := $(if $(filter output-sync,$(.FEATURES)),-Otarget)
-PYTEST = $(VENV)/bin/python -m pytest -q -n auto --maxprocesses 4 --dist worksteal
+PYTEST = $(VENV)/bin/python -m pytest -q -rs -n auto --maxprocesses 4 --dist worksteal
 
 # Both halves run to their end, and every test of a half, whatever fails.
 test:
