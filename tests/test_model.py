@@ -390,7 +390,7 @@ def test_tokens_that_are_none(model, tokens):
         tuple(TOKENS), np.array(TOKENS), np.array(TOKENS, np.uint8), np.array(TOKENS * 2)[::2][:7], range(3),
         iter([1, 2]),
     ],
-    ids=str,
+    ids=lambda tokens: type(tokens).__name__,
 )
 def test_tokens_of_other_kinds(model, tokens):
     if not hasattr(tokens, "__len__"):
