@@ -1,6 +1,7 @@
 /* The bodies of bmc.h: check the arguments, record errors, call in. */
 #include "bmc.h"
 
+#include "cores.h"
 #include "cpu.h"
 #include "error.h"
 #include "kernels.h"
@@ -42,8 +43,12 @@ int bmc_dequantize(int number, const void *blocks, int64_t n, float *out) {
 }
 
 const char *bmc_cpu(void) {
-    static struct kernels k;
-    return kernels_init(&k) ? NULL : k.name;
+    const struct kernels *k = kernels_find();
+    return k ? k->name : NULL;
+}
+
+const char *bmc_cpu_level(int level) {
+    return cpu_level(level);
 }
 
 int bmc_cpu_count(void) {

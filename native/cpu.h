@@ -1,20 +1,19 @@
-/* Which kernels this CPU can run, and how many cores this process may use. */
+/* Which kernels this CPU can run. */
 #ifndef CPU_H
 #define CPU_H
 
 #include "kernels.h"
 
-/* Fills k with the best kernels; PYBMC_CPU in the environment asks for less by name. A negative status if it asks
- * for what is unknown or not there. */
-int kernels_init(struct kernels *k);
+#include <stdbool.h>
 
-/* The names, from "ref" up: ref avx2 avx512 on x86-64, ref neon i8mm on arm64. NULL beyond the last. */
-const char *cpu_level(int i);
+/* The kernels of this process, resolved at the first call: the best level of this CPU, or what PYBMC_CPU names.
+ * NULL, with the reason in bmc_error(), where PYBMC_CPU names a level that is unknown or absent. */
+const struct kernels *kernels_find(void);
 
-int cpu_count(void);        /* affinity and cgroup quota, at least 1 */
+/* The kernels of one level, whatever PYBMC_CPU says. False where this CPU lacks the level. */
+bool kernels_at(int level, struct kernels *k);
 
-/* Cores' worth of time that the control groups of a process grant: the least on the way from its own group to the
- * root, or infinity. groups is the path of /proc/self/cgroup, mount where the groups are mounted. */
-double cpu_quota(const char *groups, const char *mount);
+/* The levels of this CPU by name, from 0 up: ref avx2 avx512 on x86-64, ref neon i8mm on arm64. NULL: absent. */
+const char *cpu_level(int level);
 
 #endif

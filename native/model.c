@@ -438,13 +438,13 @@ static int copy_config(bmc_model *m, const bmc_config *config) {
 }
 
 static int build(bmc_model *m, const bmc_config *config, const bmc_tensor *tensors, int n_tensors, int n_threads) {
-    int status = check_config(config);
-    if (!status)
-        status = kernels_init(&m->k);
+    const struct kernels *kernels = kernels_find();
+    int status = kernels ? check_config(config) : BMC_EINVAL;
     if (!status)
         status = copy_config(m, config);
     if (status)
         return status;
+    m->k = *kernels;
     m->layers = own(m, (size_t)config->n_layers * sizeof *m->layers);
     m->pool = pool_new(n_threads);
     if (!m->layers || !m->pool)

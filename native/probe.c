@@ -108,14 +108,14 @@ int bmc_memory_seconds(int probe, int64_t bytes, double *least) {
 
 enum { COLUMNS = 2048, PANELS = 4, PANEL_HEIGHT = 16, ROUNDS = 8 };
 
-struct work { struct kernels k; struct panel_job job; int type; size_t out_stride; };
+struct work { panel_fn *panel; struct panel_job job; size_t out_stride; };
 
 static void multiply(void *arg, int thread) {
     const struct work *w = arg;
     struct panel_job job = w->job;
     job.out += (size_t)thread * w->out_stride;
     for (int i = 0; i < ROUNDS; i++)
-        w->k.panel[w->type](&job);
+        w->panel(&job);
 }
 
 /* Zeros times zeros: kernels look at no value. Everything is in the second cache after the first run. */
@@ -135,13 +135,13 @@ int bmc_arithmetic(int type, int n_threads, double *ops_per_second) {
     if (n_threads < 1 || n_threads > 1024 || !panel_runs(type) || !ops_per_second)
         return fail(BMC_EINVAL, "bmc_arithmetic: expected a type that computes and 1 to 1024 threads, found %d and %d",
                     type, n_threads);
-    struct work w = { .type = type, .out_stride = TILE_COLS * PANELS * PANEL_HEIGHT };
+    const struct kernels *kernels = kernels_find();
+    if (!kernels)
+        return BMC_EINVAL;
+    struct work w = { .panel = kernels->panel[type], .out_stride = TILE_COLS * PANELS * PANEL_HEIGHT };
     struct panel_size size = panel_size(type, COLUMNS);
     size_t act = TILE_COLS * COLUMNS / 32 * sizeof(struct act_block), x = TILE_COLS * COLUMNS * sizeof(float);
     size_t out = (size_t)n_threads * w.out_stride * sizeof(float), panels = PANELS * (size.codes + size.scales);
-    int status = kernels_init(&w.k);
-    if (status)
-        return status;
     char *memory = memory_map(panels + act + x + out, true);
     struct pool *pool = memory ? pool_new(n_threads) : NULL;
     if (pool) {

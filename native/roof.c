@@ -94,17 +94,16 @@ static double spin_rate(struct pool *pool, int64_t (*fn)(int64_t n, float *sink)
 }
 
 int bmc_arithmetic_rate(int n_threads, double *int8, double *f32) {
-    struct kernels k;
     if (n_threads < 1 || n_threads > 1024 || !int8 || !f32)
         return fail(BMC_EINVAL, "bmc_arithmetic_rate: expected 1 to 1024 threads, found %d", n_threads);
-    int status = kernels_init(&k);
-    if (status)
-        return status;
+    const struct kernels *k = kernels_find();
+    if (!k)
+        return BMC_EINVAL;
     struct pool *pool = pool_new(n_threads);
     if (!pool)
         return fail(BMC_ENOMEM, "no memory for %d threads", n_threads);
-    *int8 = spin_rate(pool, k.spin_int8);
-    *f32 = spin_rate(pool, k.spin_f32);
+    *int8 = spin_rate(pool, k->spin_int8);
+    *f32 = spin_rate(pool, k->spin_f32);
     pool_free(pool);
     return 0;
 }

@@ -236,8 +236,8 @@ int32_t sample(const struct kernels *kernels, const bmc_sampler *s, const float 
 int bmc_choose(const float *logits, int n, const bmc_sampler *s, int position, int32_t *id) {
     if (!logits || n < 1 || !s || !id || position < 0)
         return fail(BMC_EINVAL, "bmc_choose: needs logits, a sampler and a position");
-    struct kernels kernels;
-    if (sampler_check(s) || kernels_init(&kernels))
+    const struct kernels *kernels = kernels_find();
+    if (!kernels || sampler_check(s))
         return BMC_EINVAL;
     float top = logits[0];
     for (int i = 1; i < n && !isnan(top); i++)
@@ -248,7 +248,7 @@ int bmc_choose(const float *logits, int n, const bmc_sampler *s, int position, i
     struct candidate *room = malloc(left * sizeof *room);
     if (!room)
         return fail(BMC_ENOMEM, "no memory for %d candidates", (int)left);
-    *id = sample(&kernels, s, logits, n, top, position, room, NULL);
+    *id = sample(kernels, s, logits, n, top, position, room, NULL);
     free(room);
     return 0;
 }
