@@ -221,7 +221,8 @@ enum bmc_probe {
 
 int         bmc_version(void);
 const char *bmc_error(void);
-const char *bmc_cpu(void);                                   /* kernels in use: "ref", "avx2", "avx512"; "neon", "i8mm" */
+const char *bmc_cpu(void);                                   /* level in use: "ref", "avx2", "avx512"; "neon", "i8mm" */
+const char *bmc_cpu_level(int level);                        /* what this CPU can run, "ref" first; NULL after the last */
 int         bmc_cpu_count(void);                             /* cores this process may use: affinity and quota */
 int         bmc_read_bandwidth(int n_threads, double *bytes_per_second);     /* of memory; a quarter of a second */
 int         bmc_memory_seconds(int probe, int64_t bytes, double *seconds);     /* enum bmc_probe */

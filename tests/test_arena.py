@@ -124,6 +124,7 @@ TestArena = Arena.TestCase
 TestArena.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
 
 
+@pytest.mark.long
 @numbers
 @pytest.mark.parametrize("touch", [False, True])
 def test_every_allocation_may_fail(name, touch):
@@ -187,6 +188,7 @@ def test_a_system_that_cannot_remap_says_so():
 # ---- what is counted, and what the model says of it --------------------------------------------------------------
 
 
+@pytest.mark.long
 @numbers
 def test_the_model_grows_as_the_arena_does(name):
     """balance.grown() is arena.c in three lines: the same rows reserved, the same bytes copied."""

@@ -1,4 +1,7 @@
-"""The training of the bundled pair at toy size: all stages, and a pair that an engine can open."""
+"""The training of the bundled pair at toy size: all stages, and a pair that an engine can open.
+
+    pip install -e '.[train,test]' && python -m pytest tools/train_demo/tests        (make test does not run these)
+"""
 
 import json
 import os
@@ -8,8 +11,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import gguf
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,12 +22,7 @@ import pybmc
 from pybmc.perplexity import token_losses
 from pybmc.sampling import Sampler
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("tokenizers")
-pytest.importorskip("tomllib")
-gguf = pytest.importorskip("gguf")
-
-TOOLS = Path(__file__).resolve().parents[1] / "tools"
+TOOLS = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(TOOLS))
 
 from train_demo import choose, text
