@@ -66,7 +66,7 @@ def known_type(path):
     return path.name.split(".")[1].removeprefix("pure-") in synth.MIXES.keys() | synth.BLOCKS.keys()
 
 
-@pytest.mark.parametrize("path", filter(known_type, GOLDEN), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", list(filter(known_type, GOLDEN)), ids=lambda path: path.stem)
 def test_mixtures_equal_those_of_files_made_by_llama_quantize(path):
     file_type = path.name.split(".")[1]
     reader = gguf.GGUFReader(path)
