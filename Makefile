@@ -115,7 +115,7 @@ tsan:
 	$(MAKE) VARIANT=tsan SOURCES="$(addprefix native/,threads.c fork.c cores.c error.c)" TESTS=tests/native/test_threads.c \
 	    TEST_ARGS=no-fork native-tests
 
-# What is emulated is any x86-64 CPU's features but those of AVX-512.
+# An emulated CPU with every feature that the emulator has, except AVX-512.
 test-x86: EMULATOR := $(X86_EMULATOR) -cpu max,-avx512f
 test-x86: $(PROGRAMS)
 	@$(call needs,$(X86_EMULATOR)) \
@@ -139,7 +139,7 @@ needs = command -v $(1) >/dev/null || { echo "make $@: skipped, there is no $(1)
 # The reference kernels are slow: their run leaves out the tests marked "long".
 test-python: $(LIBRARY) venv
 	@failed=0; $(PYTEST) tests || failed=1; \
-	for level in $$($(VENV)/bin/python -c "from pybmc._native import cpu_levels; print(*cpu_levels()[:-1])"); do \
+	for level in $$($(VENV)/bin/python -c 'import pybmc._native as n; print(*n.cpu_levels()[:-1])'); do \
 	    echo "PYBMC_CPU=$$level"; \
 	    PYBMC_CPU=$$level $(PYTEST) -m "$$(test $$level != ref || echo not long)" $(NUMBER_TESTS) || failed=1; \
 	done; exit $$failed

@@ -626,7 +626,7 @@ def test_a_forked_process_goes_on_alone():
         "assert session.eval([1, 2, 3]).tobytes() == right\nmodel.close()\n"
         "if child: assert os.waitpid(child, 0)[1] == 0"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, timeout=30).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, timeout=120).returncode == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
