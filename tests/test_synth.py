@@ -1,7 +1,6 @@
-"""tools/synth.py: valid blocks, llama-quantize's mixtures, a vocabulary that tokenizes."""
+"""tools.synth: valid blocks, llama-quantize's mixtures, a vocabulary that tokenizes."""
 
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +8,9 @@ import gguf
 import numpy as np
 import pytest
 
-TOOLS = Path(__file__).parents[1] / "tools"
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
-sys.path.insert(0, str(TOOLS))
 
-import synth  # noqa: E402
-import synth_vocab  # noqa: E402
+from tools import synth, synth_vocab
 
 
 @pytest.mark.parametrize("kind", [*synth.BLOCKS, "MXFP4", "F32", "F16", "BF16"])
