@@ -187,7 +187,8 @@ typedef struct bmc_times {
 
 int         bmc_version(void);
 const char *bmc_error(void);
-const char *bmc_cpu(void);                                   /* kernels in use: "ref", "avx2", "avx512"; "neon", "i8mm" */
+const char *bmc_cpu(void);                                   /* level in use: "ref", "avx2", "avx512"; "neon", "i8mm" */
+const char *bmc_cpu_level(int level);                        /* what this CPU can run, "ref" first; NULL after the last */
 int         bmc_cpu_count(void);                             /* cores this process may use: affinity and quota */
 int         bmc_type(int type, bmc_type_info *info);
 int         bmc_dequantize(int type, const void *blocks, int64_t n, float *out);
@@ -229,6 +230,7 @@ double      bmc_policy_chance(const bmc_policy *policy, int source, float confid
 int         bmc_policy_save(const bmc_policy *policy, double *values, int n);  /* up to n numbers; returns how many there are */
 int         bmc_policy_load(bmc_policy *policy, const double *values, int n);
 
+int         bmc_draft_seconds(bmc_session *draft, double *seconds);     /* of a guess of a draft model, measured now, four times */
 int         bmc_drafter_new(const bmc_drafter_options *options, int n_vocab, bmc_drafter **drafter);
 void        bmc_drafter_free(bmc_drafter *drafter);
 int         bmc_drafter_failed(const bmc_drafter *drafter);             /* 1: its draft model had an error and is not asked any more */

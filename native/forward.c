@@ -565,20 +565,24 @@ static float liked_least(const struct best *parts, int n_parts) {
     return top[n - 1];
 }
 
-/* The LIKED parts whose best the coarse head likes most get that one's true logit, the threads taking turns; what else they sum
- * up to stays coarse. */
+/* For each wanted token, the LIKED parts whose best the coarse head likes most get that one's true logit, the threads taking
+ * turns; what else they sum up to stays coarse. */
 static void rescore(const struct pass *p, struct input in, int thread) {
     const bmc_model *m = p->model;
-    float logits[PANEL_ROWS], least = liked_least(p->best, head_parts(m));
+    float *logits = m->buffers->scratch + (size_t)thread * m->buffers->scratch_stride;     /* (n_out, PANEL_ROWS) */
     const struct product r = { &m->output, in.x, in.act, logits, PANEL_ROWS, false };
     int liked = 0;
-    for (struct best *part = p->best; part < p->best + head_parts(m); part++) {
-        if (part->seen < least || liked++ % pool_size(m->pool) != thread)
-            continue;
-        int panel = part->id / PANEL_ROWS;
-        const struct matrix w = slice(p, &m->output, panel, panel + 1, thread, 0);
-        project(p, &r, &w, 0, 1, 0);
-        part->logit = logits[part->id % PANEL_ROWS];
+    for (int i = 0; i < p->n_out; i++) {
+        struct best *parts = p->best + (int64_t)i * head_parts(m);
+        float least = liked_least(parts, head_parts(m));
+        for (struct best *part = parts; part < parts + head_parts(m); part++) {
+            if (part->seen < least || liked++ % pool_size(m->pool) != thread)
+                continue;
+            int panel = part->id / PANEL_ROWS;
+            const struct matrix w = slice(p, &m->output, panel, panel + 1, thread, 0);
+            project(p, &r, &w, 0, p->n_out, i / tile_width(p->n_out));
+            part->logit = logits[i * PANEL_ROWS + part->id % PANEL_ROWS];
+        }
     }
 }
 

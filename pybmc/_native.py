@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import count, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,12 @@ _CTYPES = {np.dtype(name).char: ffi.typeof(f"{ctype}[]") for name, ctype in
 
 def _spell(shape) -> str:
     return "(" + ", ".join("n" if n is None else str(n) for n in shape) + ("," if len(shape) == 1 else "") + ")"
+
+
+def cpu_levels() -> list[str]:
+    """The instruction sets of this CPU that there are kernels for, "ref" first: what PYBMC_CPU can name here."""
+    names = takewhile(lambda name: name != ffi.NULL, map(lib.bmc_cpu_level, count()))
+    return [ffi.string(name).decode() for name in names]
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,7 @@ TestArena = Arena.TestCase
 TestArena.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("rows", [16, "auto"])
 def test_every_allocation_may_fail(rows):
     """The first, the second, .. until none is left: a MemoryError, and the session goes on at its old length."""

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import tiny
@@ -404,35 +403,33 @@ def test_a_missing_bundled_model_is_explained(capsys, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("args", [["--help"], ["--version"], ["generate", "--help"]])
-def test_help_is_instant_and_loads_nothing_heavy(args):
-    code = ("import sys\nfrom pybmc.cli import run\nassert run(sys.argv[1:]) == 0\n"
-            "heavy = {'numpy', 'cffi', 'jinja2', 'rich', 'tokenizers', 'sentencepiece'} & sys.modules.keys()\n"
-            "assert not heavy, heavy")
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code, *args], check=True, stdout=subprocess.DEVNULL)
-        times.append(time.perf_counter() - started)
-    assert min(times) < 0.5             # 0.06 s on an idle machine
+def test_help_loads_nothing_heavy(args):
+    """Of what pip installs only click, and of pybmc only what the command line itself is made of."""
+    code = ("import sys\nbefore = set(sys.modules)\nfrom pybmc.cli import run\nassert run(sys.argv[1:]) == 0\n"
+            "new = set(sys.modules) - before\n"
+            "foreign = {name.split('.')[0] for name in new} - sys.stdlib_module_names\n"
+            "print(*foreign, *(name for name in new if name.startswith('pybmc.')), file=sys.stderr)")
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=True)
+    assert set(done.stderr.split()) <= {"click", "pybmc", "pybmc.cli", "pybmc.errors", "pybmc.terminal"}
 
 
 def test_a_reader_that_leaves_ends_it_quietly(path):
     process = pybmc_process("generate", path, "-p", "x", "-n", "-1", "--ignore-eos", "-t", "1", stdout=subprocess.PIPE)
     process.stdout.read(3)
     process.stdout.close()
-    assert process.stderr.read() == b"" and process.wait(20) == 0
+    assert process.stderr.read() == b"" and process.wait(60) == 0
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_a_full_disk_is_a_failure(path):
     with open("/dev/full", "w") as full:
         process = pybmc_process("generate", path, "-p", "x", "-n", "2", stdout=full)
-    assert b"space" in process.stderr.read() and process.wait(20) == 1
+    assert b"space" in process.stderr.read() and process.wait(60) == 1
 
 
 def test_a_closed_stdout_is_a_failure(path):
     process = pybmc_process("generate", path, "-p", "x", "-n", "2", preexec_fn=lambda: os.close(1))
-    assert b"standard output is closed" in process.stderr.read() and process.wait(20) == 1
+    assert b"standard output is closed" in process.stderr.read() and process.wait(60) == 1
 
 
 @pytest.mark.parametrize("args, closed, status, says", [
@@ -499,7 +496,7 @@ def test_ctrl_c_exits_with_130(path):
                             stdout=subprocess.PIPE, start_new_session=True)
     assert process.stdout.readline().startswith(b"test")
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(20) == 130 and b"Traceback" not in process.stderr.read()
+    assert process.wait(60) == 130 and b"Traceback" not in process.stderr.read()
 
 
 def test_no_module_but_pull_opens_a_socket():

@@ -242,6 +242,7 @@ def model():
         yield model
 
 
+@pytest.mark.long
 def test_interrupts_anywhere_leave_a_session_that_works(model):
     """Ctrl-C mostly comes while the library computes, and is heard right after it."""
     def interrupt(*_):

@@ -9,6 +9,7 @@ import numpy as np
 import oracle
 import pytest
 import tiny
+from places import GOLDEN
 
 import pybmc
 
@@ -255,19 +256,18 @@ def test_both_factors_in_one_pass(tmp_path):
 # The golden folder and its tool
 
 
-def test_golden_folder(shared):
-    rows = [golden.compare(path) for path in golden.models(shared / "golden")]
-    assert rows and [row for row in rows if not row.holds] == []
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_golden_models(path):
+    row = golden.compare(path)
+    assert row.holds, row
 
 
-def test_the_oracle_equals_golden_logits(shared):
+@pytest.mark.parametrize("path", [path for path in GOLDEN if path.stem.endswith("F16")], ids=str)
+def test_the_oracle_equals_golden_logits(path):
     """llama.cpp takes GELU from a table of f16, 2e-3 off at worst; everything else is float32."""
-    for path in [path for path in golden.models(shared / "golden") if path.stem.endswith("F16")]:
-        with np.load(path.with_suffix(".npz")) as file:
-            right = oracle.logits(*oracle.read(path), file["tokens"], int(file["n_ctx"]))
-            assert golden.rms(right - file["ref"]) < (
-                3e-3 if path.stem.startswith(("gemma", "gpt2")) else 1e-5
-            ), path.stem
+    with np.load(path.with_suffix(".npz")) as file:
+        right = oracle.logits(*oracle.read(path), file["tokens"], int(file["n_ctx"]))
+        assert golden.rms(right - file["ref"]) < (3e-3 if path.stem.startswith(("gemma", "gpt2")) else 1e-5)
 
 
 def write_pair(folder, shift=0.0):

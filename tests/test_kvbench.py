@@ -63,7 +63,7 @@ def test_filled_rows_survive_growth(model):
 
 @pytest.mark.parametrize("probe", range(lib.BMC_PROBE_COPY + 1))
 def test_every_probe_measures(probe):
-    assert 0 < lab.memory_seconds(probe, 4 << 20) < 10
+    assert lab.memory_seconds(probe, 4 << 20) > 0
 
 
 @pytest.mark.parametrize("probe, n_bytes", [(-1, 4096), (99, 4096), (0, 0), (0, 5), (0, 1 << 40)])

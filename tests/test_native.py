@@ -1,5 +1,6 @@
 """The boundary to C: loading, statuses, arrays."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -83,8 +84,7 @@ def test_an_older_library_says_what_to_do(monkeypatch):
 
 def test_importing_pybmc_loads_nothing_heavy():
     code = "import sys, pybmc; print(sorted({'numpy', 'cffi', 'jinja2', 'tokenizers', 'click'} & set(sys.modules)))"
-    root = Path(__file__).parents[1]
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True).stdout.strip() == b"[]"
+    assert in_a_process(code) == ["[]"]
 
 
 def test_as_array_accepts_what_fits():
@@ -120,3 +120,42 @@ def test_an_interrupt_while_a_handle_is_freed_reaches_the_caller(monkeypatch):
         for _ in range(10):
             pass
     assert not freed
+
+
+def in_a_process(code, **environment):
+    """What Python code prints in a new process, where the library has resolved nothing yet."""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split("\n")[:-1]
+
+
+def test_kernels_are_resolved_once():
+    code = """
+import os
+from pybmc._native import ffi, lib
+first = ffi.string(lib.bmc_cpu())
+os.environ["PYBMC_CPU"] = "ref" if first != b"ref" else "nonsense"
+print(ffi.string(lib.bmc_cpu()) == first)
+"""
+    assert in_a_process(code) == ["True"]
+
+
+def test_every_thread_is_told_why_there_are_no_kernels():
+    code = """
+from threading import Thread
+from pybmc._native import last_error, lib
+def ask():
+    lib.bmc_cpu()
+    print(last_error())
+for thread in [Thread(target=ask) for _ in range(3)]:
+    thread.start()
+    thread.join()
+"""
+    lines = in_a_process(code, PYBMC_CPU="mmx")
+    assert len(lines) == 3 and set(lines) == {lines[0]} and re.fullmatch('PYBMC_CPU: expected ref.*, found "mmx"', lines[0])
+
+
+def test_the_levels_of_this_cpu_begin_with_the_reference():
+    levels = _native.cpu_levels()
+    assert levels[0] == "ref" and ffi.string(lib.bmc_cpu()).decode() in levels
+    assert lib.bmc_cpu_level(len(levels)) == lib.bmc_cpu_level(-1) == ffi.NULL

@@ -92,6 +92,7 @@ def model(request):
         yield model
 
 
+@pytest.mark.long
 @settings(max_examples=60)
 @given(data=st.data(), chosen=SETTINGS, share=st.sampled_from([0.0, 0.5, 0.9, 1.0]), seed=st.integers(0, 999))
 def test_any_draft_gives_the_plain_text(model, data, chosen, share, seed):
@@ -457,6 +458,7 @@ def test_a_failing_draft_is_a_draft_less(model, caplog):
         assert "the draft model failed" in caplog.text and speculation.drafter is None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_interrupts_anywhere_leave_sessions_that_work(temperature):
     def interrupt(*_):
@@ -574,7 +576,7 @@ def shuffled(path, order):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_ids_are_mapped_where_vocabularies_overlap(tmp_path, temperature):
+def test_ids_are_mapped_where_vocabularies_overlap(tmp_path, monkeypatch, temperature):
     order = list(range(401))
     random.Random(1).shuffle(order)
     with pybmc.Model(tiny.model("llama"), threads=1) as model, \
@@ -586,9 +588,10 @@ def test_ids_are_mapped_where_vocabularies_overlap(tmp_path, temperature):
         stream = generate(model, "the mill", draft=made, **chosen)
         same(list(generate(model, "the mill", **chosen)), list(stream))
         assert stream.stats.draft_n == stream.stats.draft_n_accepted > 20         # it is the same model, after all
+        monkeypatch.setattr("pybmc.speculate.Controller", lambda *_: FixedLength(4))   # not by what passes take here
         stream = generate(model, "the mill", draft=draft, **chosen)
         list(stream)
-        assert stream.stats.draft_n_accepted > 0
+        assert stream.stats.draft_n_accepted > 20
 
 
 # ---- drafters ----------------------------------------------------------------------------------------------

@@ -149,11 +149,8 @@ static void every_kernel(const struct kernels *k) {
 }
 
 int main(void) {
-    for (int i = 0; cpu_level(i); i++) {
-        struct kernels k;
-        setenv("PYBMC_CPU", cpu_level(i), 1);
-        if (!kernels_init(&k))
-            every_kernel(&k);
-    }
+    struct kernels k;
+    for (int level = 0; kernels_at(level, &k); level++)
+        every_kernel(&k);
     return 0;
 }

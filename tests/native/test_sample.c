@@ -50,13 +50,9 @@ static int32_t defined(const bmc_sampler *s, const float *logits, int n, int pos
     return winner;
 }
 
-static void choices_are_those_defined(int level) {
+static void choices_are_those_defined(const struct kernels *kernels) {
     static const double shares[] = { 0, 0.02, 0.3, 0.9, 1 };
     uint64_t state = 7;
-    struct kernels kernels;
-    setenv("PYBMC_CPU", cpu_level(level), 1);
-    if (kernels_init(&kernels))
-        return;                                 /* not on this machine */
     for (int round = 0; round < 2000; round++) {
         int n = 1 + (int)random_below(&state, round % 10 ? 300 : 3000), coarse = 1 + (int)random_below(&state, 40);
         float *logits = malloc((size_t)n * sizeof *logits), top = -INFINITY, lead, right;
@@ -71,10 +67,10 @@ static void choices_are_those_defined(int level) {
         size_t left = (size_t)(s.top_k && s.top_k < n ? s.top_k : n);
         struct candidate *room = malloc(left * sizeof *room);
         int position = (int)random_below(&state, 100000);
-        CHECK(sample(&kernels, &s, logits, n, top, position, room, &lead) == defined(&s, logits, n, position, &right));
+        CHECK(sample(kernels, &s, logits, n, top, position, room, &lead) == defined(&s, logits, n, position, &right));
         CHECK(lead == right);
         int32_t id = -1, best = 0;
-        CHECK(bmc_choose(logits, n, &s, position, &id) == 0 && id == sample(&kernels, &s, logits, n, top, position, room, NULL));
+        CHECK(bmc_choose(logits, n, &s, position, &id) == 0 && id == sample(kernels, &s, logits, n, top, position, room, NULL));
         while (logits[best] != top)
             best++;
         s.temperature = 0;
@@ -101,8 +97,9 @@ static void what_is_wrong_is_refused(void) {
 }
 
 int main(void) {
-    for (int level = 0; cpu_level(level); level++)
-        choices_are_those_defined(level);
+    struct kernels kernels;
+    for (int level = 0; kernels_at(level, &kernels); level++)
+        choices_are_those_defined(&kernels);
     what_is_wrong_is_refused();
     return 0;
 }

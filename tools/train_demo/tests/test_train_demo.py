@@ -1,4 +1,7 @@
-"""The training of the bundled pair at toy size: all stages, and a pair that an engine can open."""
+"""The training of the bundled pair at toy size: all stages, and a pair that an engine can open.
+
+    pip install -e '.[train,test]' && python -m pytest tools/train_demo/tests        (make test does not run these)
+"""
 
 import json
 import random
@@ -7,8 +10,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import gguf
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,12 +21,7 @@ import pybmc
 from pybmc.perplexity import token_losses
 from pybmc.sampling import Sampler
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("tokenizers")
-pytest.importorskip("tomllib")
-gguf = pytest.importorskip("gguf")
-
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[3]
 
 from tools.train_demo import choose, text
 from tools.train_demo.distill import narrowed, told_rows
