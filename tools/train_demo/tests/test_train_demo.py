@@ -20,9 +20,6 @@ from hypothesis import strategies as st
 import pybmc
 from pybmc.perplexity import token_losses
 from pybmc.sampling import Sampler
-
-ROOT = Path(__file__).resolve().parents[3]
-
 from tools.train_demo import choose, text
 from tools.train_demo.distill import narrowed, told_rows
 from tools.train_demo.evaluate import Rounds, runs
@@ -32,6 +29,8 @@ from tools.train_demo.model import Config, KVCache, Llama, attend_causal, blend,
 from tools.train_demo.recipe import Schedule
 from tools.train_demo.tokens import ask, pack
 from tools.train_demo.train import Trainer, text_loss
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def run(work, out, *more):
