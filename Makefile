@@ -49,7 +49,7 @@ ISAS_arm64 = neon i8mm
 ISAS := $(ISAS_$(firstword $(subst -, ,$(shell $(CC) -dumpmachine))))
 
 FOREIGN := $(filter-out $(ISAS),avx2 avx512 neon i8mm)
-SOURCES := $(filter-out $(FOREIGN:%=\%_%.c),$(wildcard native/*.c native/kernels/*.c))
+SOURCES := $(filter-out $(FOREIGN:%=\%_%.c),$(wildcard native/*.c native/*/*.c))
 TESTS := $(wildcard tests/native/*.c)
 OBJECTS := $(SOURCES:%.c=$(OUT)/%.o)
 COMPILE = $(CC) $(FLAGS) $(CFLAGS)

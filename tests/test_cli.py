@@ -219,8 +219,7 @@ def test_show_says_why_a_model_does_not_run(tmp_path, capsys):
 def test_bench_prints_a_json_line_for_each_test(path, capsys):
     assert run(["bench", path, "-p", "8", "-n", "4", "-b", "1,3", "-d", "0,5", "-r", "2", "-t", "1", "--json"]) == 0
     results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert list(results[0]) == ["test", "n", "depth", "threads", "tok_s", "tok_s_min", "tok_s_max", "reps", "gb_s",
-                                "roof"]
+    assert list(results[0]) == ["test", "n", "depth", "threads", "tok_s", "tok_s_min", "tok_s_max", "reps", "gb_s"]
     assert [(r["test"], r["n"], r["depth"]) for r in results] == [
         (test, n, depth) for depth in (0, 5) for test, n in (("pp", 8), ("tg", 4), ("verify", 1), ("verify", 3))]
     for r in results:
@@ -468,7 +467,7 @@ def test_nobody_needs_a_home_directory(path, args):
 def test_without_a_home_nothing_is_kept(monkeypatch):
     from pathlib import Path
 
-    from pybmc import cache, machine, repl
+    from pybmc import cache, repl
 
     def nowhere():
         raise RuntimeError("Could not determine home directory.")
@@ -476,23 +475,19 @@ def test_without_a_home_nothing_is_kept(monkeypatch):
     monkeypatch.setattr(Path, "home", nowhere)
     for name in ("XDG_CACHE_HOME", "XDG_STATE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    machine.known.cache_clear()
     assert cache.folder() is None and repl.history_file() is None
-    assert machine.keep(machine.Machine(), 1) is None and machine.known(1) == machine.Machine()
-    cache.write({"a": 1}, seconds={})
-    assert cache.read({"a": 1}) == {}
+    assert cache.path_of("pairs", {"a": 1}) is None and not cache.replace(None, "")
 
 
 def test_what_cannot_be_kept_is_no_failure(monkeypatch, tmp_path):
-    from pybmc import machine
+    from pybmc import cache
 
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert machine.keep(machine.Machine(), 1) is None
+    assert not cache.replace(cache.path_of("pairs", {}), "kept")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))
-    kept = machine.keep(machine.Machine(map_s=1.0), 1)
-    assert kept is not None and kept.is_relative_to(tmp_path) and machine.known(1).map_s == 1.0
-    machine.known.cache_clear()
+    path = cache.path_of("pairs", {})
+    assert cache.replace(path, "kept") and path.is_relative_to(tmp_path) and path.read_text() == "kept"
 
 
 def test_ctrl_c_exits_with_130(path):

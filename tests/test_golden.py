@@ -13,10 +13,10 @@ from places import GOLDEN
 
 import pybmc
 
-TOOLS = Path(__file__).parents[1] / "tools"
-sys.path.insert(0, str(TOOLS))
 
-import golden  # noqa: E402
+from tools import golden
+
+ROOT = Path(__file__).parents[1]
 
 # Error over spread of the logits. Float weights leave what keys and values lose in f16 (11 bits), measured 1.3e-4
 # to 3.4e-4; quantized ones what activations lose in 8 bits: 4e-3 to 2e-2. A step left out is seen, as shown below.
@@ -291,8 +291,7 @@ def write_pair(folder, shift=0.0):
 
 def run_tool(*arguments):
     return subprocess.run(
-        [sys.executable, TOOLS / "golden.py", *arguments], capture_output=True, text=True, cwd=TOOLS.parent,
-        env={"PYTHONPATH": str(TOOLS.parent)},
+        [sys.executable, "-m", "tools.golden", *arguments], capture_output=True, text=True, cwd=ROOT,
     )
 
 

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 import pybmc
 from pybmc._native import cpu_levels
-from pybmc.growth import Growth
+from tools.growth import GrowingSession, parse
 
 # Each brings something of its own: types with activations of 8 bits, floats, windows, learned positions, sizes that
 # no vector divides.
@@ -42,12 +42,11 @@ MODELS = {
     ),
 }
 TEXT = 700      # tokens: two passes of 512, three chunks of 256
-ROWS = [
-    "auto", "max", "reserve", 1, 3, 16, 50, 1000, "geometric", "geometric:1.3", "chunk:16", "max-lazy",
-    Growth("copy", 48, pad=True, touch=True, huge=False), Growth("chunk", 112, pad=True),
-]
+ROWS = ["auto", 1, 3, 16, 50, 1000]
+GROWTHS = [parse(name) for name in ("copy:1", "copy:50", "geometric", "geometric:1.3", "chunk:16", "reserve", "max", "max-lazy")]
+GROWTHS += [parse("copy:48", pad=True, touch=True), parse("chunk:112", pad=True)]
 if sys.platform == "linux":
-    ROWS += ["remap", "remap:32"]
+    GROWTHS += [parse("remap"), parse("remap:32")]
 
 names = pytest.mark.parametrize("name", MODELS)
 calm = settings(
@@ -67,7 +66,7 @@ def text(name, n=TEXT, seed=0):
 
 @lru_cache(maxsize=None)
 def truth(name, n=TEXT, seed=0):
-    with load(name).session(rows="max") as session:
+    with load(name).session() as session:
         return session.eval(text(name, n, seed), logits="all")
 
 
@@ -122,6 +121,16 @@ def test_arenas_across_chunks_and_passes(name, rows):
 
 
 @pytest.mark.long
+@names
+@pytest.mark.parametrize("growth", GROWTHS, ids=str)
+def test_other_ways_to_grow(name, growth):
+    """Those that tools.kvbench compares read the same rows."""
+    cuts = [0, 1, 250, 256, 257, 511, 513, 513 + 17, TEXT]
+    with GrowingSession(load(name, 2), growth, TEXT) as session:
+        ours = [session.eval(text(name)[a:b], logits="all") for a, b in zip(cuts, cuts[1:])]
+    assert_same(np.concatenate(ours), truth(name))
+
+
 @names
 def test_last_and_argmax_are_rows_of_all(name):
     model = load(name, 2)

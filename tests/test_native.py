@@ -15,8 +15,8 @@ import pybmc
 from pybmc import _native
 from pybmc._native import ERRORS, as_array, check, ffi, lib, pointer
 
-
 ROOT = Path(__file__).parents[1]
+PRODUCT, LAB = ROOT / "native" / "bmc.h", ROOT / "native" / "lab" / "bmc_lab.h"
 
 
 def test_every_status_is_an_exception_of_its_own():
@@ -34,10 +34,24 @@ def test_check_gives_counts_back_and_raises_the_sentence():
         check(-1000)
 
 
-def test_the_library_defines_what_the_header_declares():
-    functions = re.findall(r"\b(bmc_\w+)\([^)]*\);", _native._declarations())
-    assert len(functions) > 10
-    assert [name for name in functions if not hasattr(lib, name)] == []
+def functions(header):
+    return re.findall(r"\b(bmc_\w+)\([^)]*\);", _native._declarations(header))
+
+
+def test_the_library_defines_what_its_headers_declare():
+    product, experiments = functions(PRODUCT), functions(LAB)
+    assert len(product) > 10 and len(experiments) > 5 and not set(product) & set(experiments)
+    _native.declare(LAB)
+    _native.declare(LAB)
+    assert [name for name in product + experiments if not hasattr(lib, name)] == []
+
+
+def test_the_product_knows_nothing_of_experiments():
+    names = [*functions(LAB), "bmc_lab.h", "lab/"]
+    sources = [*ROOT.glob("pybmc/**/*.py"), *ROOT.glob("native/*.[ch]"), *ROOT.glob("native/kernels/*.[ch]")]
+    assert len(sources) > 50
+    code = {path: re.sub(r"/\*.*?\*/", "", path.read_text(), flags=re.DOTALL) for path in sources}
+    assert [(path.name, name) for path, text in code.items() for name in names if name in text] == []
 
 
 @pytest.mark.skipif(not shutil.which("nm"), reason="needs nm")
@@ -147,11 +161,3 @@ def test_the_levels_of_this_cpu_begin_with_the_reference():
     levels = _native.cpu_levels()
     assert levels[0] == "ref" and ffi.string(lib.bmc_cpu()).decode() in levels
     assert lib.bmc_cpu_level(len(levels)) == lib.bmc_cpu_level(-1) == ffi.NULL
-
-
-def test_the_arithmetic_rate_is_measured():
-    for threads in (1, 2):
-        int8, f32 = _native.arithmetic_rate(threads)
-        assert int8 > 0 and f32 > 0
-    with pytest.raises(pybmc.ArgumentError, match="threads, found 0"):
-        _native.arithmetic_rate(0)

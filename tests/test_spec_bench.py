@@ -1,17 +1,15 @@
-"""tools/spec_bench.py: what its numbers mean, and that it runs."""
+"""tools.spec_bench: what its numbers mean, and that it runs."""
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import tiny
 
 import pybmc
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
-import spec_bench  # noqa: E402
+from tools import spec_bench
 
 
 @pytest.fixture(scope="module")

@@ -1,20 +1,14 @@
-"""tools/synth.py: valid blocks, llama-quantize's mixtures, a vocabulary that tokenizes."""
+"""tools.synth: valid blocks, llama-quantize's mixtures, a vocabulary that tokenizes."""
 
 import shutil
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 from places import GOLDEN
 
-TOOLS = Path(__file__).parents[1] / "tools"
-sys.path.insert(0, str(TOOLS))
-
-import synth  # noqa: E402
-import synth_vocab  # noqa: E402
+from tools import synth, synth_vocab
 
 
 @pytest.mark.parametrize("kind", [*synth.BLOCKS, "MXFP4", "F32", "F16", "BF16"])
