@@ -1,15 +1,21 @@
 # make         the library, pybmc/libpybmc.so; needs a C compiler and nothing else
-# make demo    a tale from the bundled models     make test    all tests
-# make asan    the native tests under AddressSanitizer and UBSan
-# make test-arm    the native tests as arm64 programs, and their bits against this machine's
+# make demo    a story from the bundled models     make test    all tests: test-native and test-python
+# make test-native     test-release, asan, tsan, test-x86 and test-arm
+# make test-release    the native tests, and those that read PYBMC_CPU again with each of its values here
+# make asan, tsan      the native tests under AddressSanitizer and UBSan, those of threads under ThreadSanitizer
+# make test-x86        the native tests on an emulated x86-64 CPU without AVX-512, where there is qemu-x86_64
+# make test-arm        the native tests as arm64 programs on qemu-aarch64, and their bits against this machine's
+# make test-python     the Python tests, and those of numbers again with each lower PYBMC_CPU
 # make venv    .venv with pybmc (editable) and what its tests need
 # make install pip install into PYTHON            make clean   remove what was built
 #
-# Variables: CC, CFLAGS and LDFLAGS (added to ours), PYTHON (3.10 or later), ARM_CC and ARM_EMULATOR.
+# Variables: CC, CFLAGS and LDFLAGS (added to ours), PYTHON (3.10 or later), ARM_CC, ARM_EMULATOR, X86_EMULATOR.
 
+MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
 .SECONDARY:
-.PHONY: all demo test asan test-arm same-bits native-tests venv install clean FORCE
+.PHONY: all demo test test-native test-python test-release asan tsan test-x86 test-arm native-tests
+.PHONY: levels venv install clean FORCE
 all:
 
 ifeq ($(MAKELEVEL),0)      # a -j of the command line comes before this one
@@ -22,11 +28,13 @@ VENV := .venv
 OUT := build/$(VARIANT)
 ARM_CC ?= aarch64-linux-gnu-gcc
 ARM_EMULATOR ?= $(shell command -v qemu-aarch64 || command -v qemu-aarch64-static || echo qemu-aarch64)
+X86_EMULATOR ?= $(shell command -v qemu-x86_64 || command -v qemu-x86_64-static || echo qemu-x86_64)
 LIBRARY := pybmc/libpybmc.$(if $(filter Darwin,$(shell uname -s)),dylib,so)
 
 FLAGS_release = -O3
 FLAGS_arm = -O3 -static
 FLAGS_asan = -O1 -g -DCOLS_MAX=4 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+FLAGS_tsan = -O1 -g -fsanitize=thread
 FLAGS = $(FLAGS_$(VARIANT)) -std=c11 -D_GNU_SOURCE -fPIC -pthread -fvisibility=hidden -ffp-contract=off \
         -Wall -Wextra -Wshadow -Inative
 
@@ -41,7 +49,7 @@ ISAS_arm64 = neon i8mm
 ISAS := $(ISAS_$(firstword $(subst -, ,$(shell $(CC) -dumpmachine))))
 
 FOREIGN := $(filter-out $(ISAS),avx2 avx512 neon i8mm)
-SOURCES := $(filter-out $(FOREIGN:%=\%_%.c),$(wildcard native/*.c native/kernels/*.c))
+SOURCES := $(filter-out $(FOREIGN:%=\%_%.c),$(wildcard native/*.c native/*/*.c))
 TESTS := $(wildcard tests/native/*.c)
 OBJECTS := $(SOURCES:%.c=$(OUT)/%.o)
 COMPILE = $(CC) $(FLAGS) $(CFLAGS)
@@ -68,24 +76,73 @@ $(OUT)/COMPILE.txt $(OUT)/OBJECTS.txt: $(OUT)/%.txt: FORCE
 
 -include $(OBJECTS:.o=.d) $(TESTS:%.c=$(OUT)/%.d)
 
+# ---- tests ----
+
+PROGRAMS := $(TESTS:%.c=$(OUT)/%)
+RUNS := $(TESTS:tests/native/%.c=run-%)
+LEVEL_TESTS := test_cpu test_sample     # those that PYBMC_CPU concerns; other native tests name levels themselves
+NUMBER_TESTS := $(addprefix tests/test_,invariance.py golden.py types.py arena.py engine.py prove.py)
+SYNC := $(if $(filter output-sync,$(.FEATURES)),-Otarget)
+PYTEST = $(VENV)/bin/python -m pytest -q -rs -n auto --maxprocesses 4 --dist worksteal
+
+# Both halves run to their end, and every test of a half, whatever fails.
+test:
+	@$(MAKE) -k $(SYNC) test-native && native=passed || native=failed; \
+	$(MAKE) -k test-python && python=passed || python=failed; \
+	echo "test-native: $$native"; echo "test-python: $$python"; \
+	test $$native = passed && test $$python = passed
+
+test-native: test-release asan tsan test-x86 test-arm
+
+test-release: native-tests levels
+
+native-tests: $(RUNS)
+
+.PHONY: $(RUNS)
+$(RUNS): run-%: $(OUT)/tests/native/%
+	$(EMULATOR) $< $(TEST_ARGS)
+
+# test_cpu prints the levels of this CPU.
+levels: $(LEVEL_TESTS:%=$(OUT)/tests/native/%)
+	@failed=0; for level in $$($<); do for test in $^; do \
+	    echo "PYBMC_CPU=$$level $$test"; PYBMC_CPU=$$level $$test || failed=1; \
+	done; done; exit $$failed
+
 asan:
 	$(MAKE) VARIANT=asan native-tests
 
-native-tests: $(TESTS:%.c=$(OUT)/%)
-	@for test in $^; do echo $$test; $(EMULATOR) $$test || exit 1; done
+tsan:
+	$(MAKE) VARIANT=tsan SOURCES="$(addprefix native/,threads.c fork.c cores.c error.c)" TESTS=tests/native/test_threads.c \
+	    TEST_ARGS=no-fork native-tests
 
-test-arm: $(LIBRARY)
-	@for tool in $(ARM_CC) $(ARM_EMULATOR); do \
-	    command -v $$tool >/dev/null || { echo "make test-arm: skipped, there is no $$tool here"; exit 0; }; \
-	done; \
-	$(MAKE) VARIANT=arm CC=$(ARM_CC) EMULATOR=$(ARM_EMULATOR) native-tests && $(MAKE) same-bits
+# An emulated CPU with every feature that the emulator has, except AVX-512.
+test-x86: EMULATOR := $(X86_EMULATOR) -cpu max,-avx512f
+test-x86: $(PROGRAMS)
+	@$(call needs,$(X86_EMULATOR)) \
+	case "$(ISAS)" in *avx2*) ;; *) echo "make test-x86: skipped, this machine is no x86-64"; exit 0;; esac; \
+	export PYBMC_CPU=; levels=$$($(EMULATOR) $(OUT)/tests/native/test_cpu) || exit 1; \
+	case "$$levels" in *avx512*) echo "make test-x86: the emulated CPU has AVX-512"; exit 1;; esac; \
+	echo "make test-x86: $(EMULATOR), with" $$levels; \
+	$(MAKE) EMULATOR="$(EMULATOR)" TEST_ARGS=no-fork native-tests
 
-same-bits: $(OUT)/tests/native/test_bits
-	$< >$(OUT)/bits.txt
-	$(ARM_EMULATOR) build/arm/tests/native/test_bits | diff $(OUT)/bits.txt -
+test-arm: $(OUT)/tests/native/test_bits
+	@$(call needs,$(ARM_CC)) $(call needs,$(ARM_EMULATOR)) \
+	export PYBMC_CPU=; failed=0; \
+	$(MAKE) VARIANT=arm CC=$(ARM_CC) EMULATOR=$(ARM_EMULATOR) TEST_ARGS=no-fork native-tests || failed=1; \
+	$< >$(OUT)/bits.txt; \
+	$(ARM_EMULATOR) build/arm/tests/native/test_bits | diff $(OUT)/bits.txt - || failed=1; \
+	exit $$failed
 
-test: $(LIBRARY) venv asan test-arm
-	$(VENV)/bin/python -m pytest -q tests
+# $(call needs,tool): end a recipe as skipped where there is no such tool.
+needs = command -v $(1) >/dev/null || { echo "make $@: skipped, there is no $(1) here"; exit 0; };
+
+# The reference kernels are slow: their run leaves out the tests marked "long".
+test-python: $(LIBRARY) venv
+	@failed=0; $(PYTEST) tests || failed=1; \
+	for level in $$($(VENV)/bin/python -c 'import pybmc._native as n; print(*n.cpu_levels()[:-1])'); do \
+	    echo "PYBMC_CPU=$$level"; \
+	    PYBMC_CPU=$$level $(PYTEST) -m "$$(test $$level != ref || echo not long)" $(NUMBER_TESTS) || failed=1; \
+	done; exit $$failed
 
 demo: $(LIBRARY) venv
 	$(VENV)/bin/pybmc generate -p "Tell me of a king and a golden bird." -n 320

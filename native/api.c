@@ -1,6 +1,7 @@
 /* The bodies of bmc.h: check the arguments, record errors, call in. */
 #include "bmc.h"
 
+#include "cores.h"
 #include "cpu.h"
 #include "error.h"
 #include "kernels.h"

@@ -16,7 +16,7 @@
 
 /* <cffi> What stands between these two marks is read by Python as it is: plain declarations only. */
 
-#define BMC_VERSION 8       /* counts the changes of what follows; bmc_version() tells which one was compiled */
+#define BMC_VERSION 9       /* counts the changes of what follows; bmc_version() tells which one was compiled */
 
 enum bmc_status {
     BMC_OK = 0,
@@ -34,10 +34,6 @@ enum bmc_want { BMC_WANT_NONE = 0, BMC_WANT_LAST = 1, BMC_WANT_ALL = 2 };
 enum bmc_step {             /* what a pass spends its time on */
     BMC_STEP_EMBED, BMC_STEP_NORM, BMC_STEP_QKV, BMC_STEP_STORE, BMC_STEP_ATTENTION, BMC_STEP_ATTN_OUTPUT, BMC_STEP_GATE_UP,
     BMC_STEP_ACTIVATION, BMC_STEP_DOWN, BMC_STEP_HEAD, BMC_STEP_WAIT, BMC_STEPS
-};
-enum bmc_growth {
-    BMC_GROW_COPY = 0, BMC_GROW_CHUNK = 1, BMC_GROW_MAX = 2, BMC_GROW_RESERVE = 3, BMC_GROW_GEOMETRIC = 4,
-    BMC_GROW_MAX_LAZY = 5, BMC_GROW_REMAP = 6,          /* arena.h says what each one does */
 };
 
 typedef struct bmc_model bmc_model;
@@ -175,30 +171,12 @@ typedef struct bmc_limits {
     double seconds;                 /* no round begins after so many; there is always one */
 } bmc_limits;
 
-/* How a session's rows of keys and values grow. */
-typedef struct bmc_arena_options {
-    int32_t growth;                 /* enum bmc_growth */
-    int32_t r;                      /* rows added at a time; <= 0: what suits the model */
-    double factor;                  /* GEOMETRIC: how many times larger a growth makes it at least; 0: 2 */
-    int32_t small_pages;            /* 1: no huge pages */
-    int32_t touch;                  /* 1: new memory is touched as it comes, and the time of that counted */
-    int32_t pad;                    /* 1, for experiments: attention works on unused rows too, without any effect */
-} bmc_arena_options;
-
 typedef struct bmc_arena_stats {
-    int64_t allocations;
-    int64_t bytes_allocated;        /* over all allocations */
-    int64_t bytes_copied;
     int64_t rows_reserved;
     int64_t rows_used;
     int64_t bytes_reserved;
     int64_t row_bytes;              /* K and V of one token, all layers */
-    int32_t growth;                 /* enum bmc_growth */
     int32_t r;                      /* rows added at a time */
-    double allocate_s;              /* seconds in growth, without those that follow */
-    double copy_s;                  /* copying; first touch of the copy's pages is in it, unless touch counts that */
-    double touch_s;                 /* first touch, where it was asked for */
-    double attention_s;             /* attention of passes that this session's tokens began */
 } bmc_arena_stats;
 
 typedef struct bmc_times {
@@ -207,26 +185,11 @@ typedef struct bmc_times {
     int64_t n_passes;
 } bmc_times;
 
-/* What memory costs here: seconds of doing this once to so many bytes, the least of a few times. */
-enum bmc_probe {
-    BMC_PROBE_MAP = 0,              /* map and unmap, untouched */
-    BMC_PROBE_TOUCH = 1,            /* touch what is new and in huge pages where there are any */
-    BMC_PROBE_TOUCH_SMALL = 2,      /* .. in small ones */
-    BMC_PROBE_UNMAP = 3,            /* unmap what was touched, huge pages */
-    BMC_PROBE_UNMAP_SMALL = 4,
-    BMC_PROBE_REMAP = 5,            /* move what was touched to other addresses, huge pages */
-    BMC_PROBE_REMAP_SMALL = 6,
-    BMC_PROBE_COPY = 7,             /* copy to memory touched just before, as a growth does */
-};
-
 int         bmc_version(void);
 const char *bmc_error(void);
-const char *bmc_cpu(void);                                   /* kernels in use: "ref", "avx2", "avx512"; "neon", "i8mm" */
+const char *bmc_cpu(void);                                   /* level in use: "ref", "avx2", "avx512"; "neon", "i8mm" */
+const char *bmc_cpu_level(int level);                        /* what this CPU can run, "ref" first; NULL after the last */
 int         bmc_cpu_count(void);                             /* cores this process may use: affinity and quota */
-int         bmc_read_bandwidth(int n_threads, double *bytes_per_second);     /* of memory; a quarter of a second */
-int         bmc_memory_seconds(int probe, int64_t bytes, double *seconds);     /* enum bmc_probe */
-int         bmc_arithmetic(int type, int n_threads, double *ops_per_second);   /* of a type's kernel */
-int         bmc_arithmetic_rate(int n_threads, double *int8, double *f32);    /* multiplied and added a second, at best */
 int         bmc_type(int type, bmc_type_info *info);
 int         bmc_dequantize(int type, const void *blocks, int64_t n, float *out);
 
@@ -242,17 +205,16 @@ int         bmc_model_times(bmc_model *model, bmc_times *times);         /* sinc
 const char *bmc_step_name(int step);                                     /* NULL from BMC_STEPS on */
 void        bmc_model_free(bmc_model *model);                            /* once its last session is gone too */
 
-/* rope 1: every layer takes table 1, as a model stretched to long contexts asks. */
-int         bmc_session_new(bmc_model *model, int64_t cap, const bmc_arena_options *options, int rope, bmc_session **session);
+/* cap: rows of keys and values at most. r: how many are added at a time, rounded up to 16; 0: what suits the model.
+ * rope 1: every layer takes table 1, as a model stretched to long contexts asks. */
+int         bmc_session_new(bmc_model *model, int64_t cap, int r, int rope, bmc_session **session);
 int         bmc_session_position(const bmc_session *session);
 const int32_t *bmc_session_tokens(const bmc_session *session);          /* (position,) the tokens of its rows */
 int         bmc_session_sync(bmc_session *session, const int32_t *tokens, int n);      /* keeps the rows that a text begins with; how many */
 int         bmc_session_rewind(bmc_session *session, int position);
 int         bmc_session_reserve(bmc_session *session, int rows);         /* room for so many beyond the position */
-int         bmc_session_fill(bmc_session *session, int rows);            /* for experiments: noise, from this tile on */
 int         bmc_session_stats(const bmc_session *session, bmc_arena_stats *stats);
 void        bmc_session_free(bmc_session *session);
-void        bmc_fail_allocation(int n);                      /* for tests: the n-th of the arenas' from now on fails */
 
 int         bmc_eval(const bmc_span *spans, int n_spans);
 
@@ -268,6 +230,7 @@ double      bmc_policy_chance(const bmc_policy *policy, int source, float confid
 int         bmc_policy_save(const bmc_policy *policy, double *values, int n);  /* up to n numbers; returns how many there are */
 int         bmc_policy_load(bmc_policy *policy, const double *values, int n);
 
+int         bmc_draft_seconds(bmc_session *draft, double *seconds);     /* of a guess of a draft model, measured now, four times */
 int         bmc_drafter_new(const bmc_drafter_options *options, int n_vocab, bmc_drafter **drafter);
 void        bmc_drafter_free(bmc_drafter *drafter);
 int         bmc_drafter_failed(const bmc_drafter *drafter);             /* 1: its draft model had an error and is not asked any more */

@@ -1,4 +1,4 @@
-/* Which kernels this CPU can run, and how many cores this process may use. */
+/* Which kernels this CPU can run. */
 #ifndef CPU_H
 #define CPU_H
 
@@ -6,20 +6,14 @@
 
 #include <stdbool.h>
 
-/* The kernels of this process, resolved at the first call: the best level of this CPU, or the one that PYBMC_CPU names.
- * NULL, with the reason in bmc_error(), where PYBMC_CPU names a level that is unknown or that this CPU lacks. */
+/* The kernels of this process, resolved at the first call: the best level of this CPU, or what PYBMC_CPU names.
+ * NULL, with the reason in bmc_error(), where PYBMC_CPU names a level that is unknown or absent. */
 const struct kernels *kernels_find(void);
 
 /* The kernels of one level, whatever PYBMC_CPU says. False where this CPU lacks the level. */
 bool kernels_at(int level, struct kernels *k);
 
-/* The levels of this CPU by name, from 0 up: ref avx2 avx512 on x86-64, ref neon i8mm on arm64. NULL where it lacks the level. */
+/* The levels of this CPU by name, from 0 up: ref avx2 avx512 on x86-64, ref neon i8mm on arm64. NULL: absent. */
 const char *cpu_level(int level);
-
-int cpu_count(void);        /* affinity and cgroup quota, at least 1 */
-
-/* Cores' worth of time that the control groups of a process grant: the least on the way from its own group to the
- * root, or infinity. groups is the path of /proc/self/cgroup, mount where the groups are mounted. */
-double cpu_quota(const char *groups, const char *mount);
 
 #endif

@@ -1,4 +1,5 @@
 /* Making and freeing what rounds are decided with, and keeping what was learned from run to run. */
+#include "clock.h"
 #include "error.h"
 #include "model.h"
 #include "ngram.h"
@@ -154,6 +155,23 @@ void bmc_drafter_free(bmc_drafter *d) {
     free((void *)d->o.to_draft);
     free((void *)d->o.to_target);
     free(d);
+}
+
+int bmc_draft_seconds(bmc_session *draft, double *seconds) {
+    int32_t token = 0, next;
+    float logprob;
+    bmc_span span = { .session = draft, .tokens = &token, .n_tok = 1, .want = BMC_WANT_LAST, .next = &next, .logprob = &logprob };
+    if (!draft || !seconds)
+        return fail(BMC_EINVAL, "bmc_draft_seconds: needs a session and room for the result");
+    *seconds = INFINITY;
+    for (int i = 0; i < 4; i++) {                   /* the first ones touch the model's memory */
+        int64_t start = nanoseconds();
+        int status = evaluate(&span, 1, true);
+        if (status)
+            return status;
+        *seconds = fmin(*seconds, 1e-9 * (double)(nanoseconds() - start));
+    }
+    return bmc_session_rewind(draft, draft->position - 4);
 }
 
 int bmc_drafter_failed(const bmc_drafter *d) { return d->failed; }

@@ -326,7 +326,7 @@ static struct cut make_cut(const struct pass *p, int l, int n_tok) {
         struct task t = make_task(p, l, 0, first, n);
         c.n_rows = larger(c.n_rows, t.n_rows);
         c.n_chunks = larger(c.n_chunks, t.end - t.begin);
-        whole |= p->last[first] > 0 || p->session[first]->pad;
+        whole |= p->last[first] > 0;
     }
     int wanted = TASKS_EACH * pool_size(m->pool);
     size_t parts = (size_t)c.n_tasks * (size_t)c.n_chunks * sums_size(m, c.n_rows);
@@ -381,34 +381,6 @@ static void attend_chunk(const struct pass *p, int l, const struct task *t, int 
     }
 }
 
-/* For experiments (bmc_arena_options.pad): the work of attention on rows that are reserved and not used, which kernels
- * over whole arrays do and then mask. What comes out is thrown away. */
-static void attend_unused(const struct pass *p, int l, const struct task *t, struct sums s) {
-    const bmc_model *m = p->model;
-    const struct arena *arena = &p->session[t->first]->arena;
-    int D = m->c.head_dim, group = group_size(m), last = p->pos[t->first + t->n_rows / group - 1] + 1;
-    for (int at = (last + TILE - 1) / TILE * TILE, end; at < arena->rows_reserved; at = end) {
-        const uint16_t *tiles[CHUNK / TILE];
-        int from[ATTN_ROWS] = { 0 }, to[ATTN_ROWS];
-        end = smaller((at / CHUNK + 1) * CHUNK, (int)arena->rows_reserved);
-        for (int i = 0; at + i * TILE < end; i++)
-            tiles[i] = arena_tile(arena, l, t->h, at / TILE + i);
-        for (int i = 0; i < ATTN_ROWS; i++)
-            to[i] = end - at;
-        for (int r = 0, taken; r < t->n_rows; r += taken) {
-            const float *q[ATTN_ROWS];
-            taken = smaller(t->n_rows - r, ATTN_ROWS);
-            for (int i = 0; i < taken; i++)
-                q[i] = m->buffers->q + (size_t)(t->first + (r + i) / group) * padded(m->q_dim)
-                       + (t->h * group + (r + i) % group) * D;
-            m->k.attend(&(struct attn_job){
-                .tiles = tiles, .head_dim = D, .v_dim = m->v_dim, .n_rows = taken, .q = q, .first = from, .limit = to,
-                .m = s.max + r, .l = s.sum + r, .o = s.o + (size_t)r * (size_t)m->v_dim,
-            });
-        }
-    }
-}
-
 /* A task's heads are done: divided, and in 8 bits too where they are whole blocks. */
 static void finish_task(const struct pass *p, const struct cut *c, const struct task *t, struct sums s) {
     const bmc_model *m = p->model;
@@ -423,8 +395,6 @@ static void finish_task(const struct pass *p, const struct cut *c, const struct 
 }
 
 static void attend(const struct pass *p, const struct cut *c, int l, const struct task *t, float *scratch) {
-    if (p->session[t->first]->pad)
-        attend_unused(p, l, t, empty_sums(p->model, scratch, t->n_rows));
     struct sums s = empty_sums(p->model, scratch, t->n_rows);
     if (t->begin > 0 && p->last[t->first])
         attend_chunk(p, l, t, 0, s);
@@ -461,7 +431,6 @@ static void attention(const struct pass *p, int l, int n_tok, int thread) {
     const bmc_model *m = p->model;
     const struct cut c = make_cut(p, l, n_tok);
     float *scratch = m->buffers->scratch + (size_t)thread * m->buffers->scratch_stride;
-    int64_t began = thread ? 0 : nanoseconds();
     int64_t from, to;
     while (pool_take(m->pool, thread, (int64_t)c.n_tasks * c.n_pieces, &from, &to))
         for (int first = 0, n = task_tokens(p, 0, n_tok), passed = 0; from < to; from++) {      /* passed: tasks before those of `first` */
@@ -476,8 +445,6 @@ static void attention(const struct pass *p, int l, int n_tok, int thread) {
             else
                 attend(p, &c, l, &t, scratch);
         }
-    if (thread == 0)
-        p->session[0]->attention_s += 1e-9 * (double)(nanoseconds() - began);
 }
 
 static void move_row(float *x, int to, int from, size_t n) {

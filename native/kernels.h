@@ -96,10 +96,6 @@ struct kernels {
     void (*rope_pairs)(float *x, const float *cos, const float *sin, int n);            /* cos and sin: (n / 2,) */
     void (*rope_halves)(float *x, const float *cos, const float *sin, int n);
 
-    /* Products summed up from registers and the first level of cache, as fast as they come: n rounds, how many products. */
-    int64_t (*spin_int8)(int64_t n, float *sink);
-    int64_t (*spin_f32)(int64_t n, float *sink);
-
     float (*largest)(const float *x, int n);
     uint64_t (*reaching)(const float *x, int n, float least);                           /* bit i: x[i] >= least; n <= 64 */
     float (*sum_exp)(const float *x, float max, int n);                                 /* sum of e^(x - max) */

@@ -301,7 +301,7 @@ int bmc_model_map(bmc_model *m) {
         return fail(BMC_EINVAL, "bmc_model_map: the model is ready already");
     each_matrix(m, measure_room, &m->room_bytes);
     m->rooms_bytes = 2 * (size_t)pool_size(m->pool) * m->room_bytes;
-    m->rooms = memory_map(m->rooms_bytes, true);
+    m->rooms = memory_map(m->rooms_bytes);
     if (!m->rooms)
         return fail(BMC_ENOMEM, "no memory for %.0f MB of panels", (double)m->rooms_bytes / 1e6);
     m->panel_bytes = 0;
@@ -313,7 +313,7 @@ int bmc_model_map(bmc_model *m) {
 int bmc_model_pack(bmc_model *m) {
     if (m->panels || m->rooms)
         return fail(BMC_EINVAL, "bmc_model_pack: done already");
-    m->panels = memory_map(m->panel_bytes, true);
+    m->panels = memory_map(m->panel_bytes);
     if (!m->panels)
         return fail(BMC_ENOMEM, "no memory for %.0f MB of weights", (double)m->panel_bytes / 1e6);
     uint8_t *next = m->panels;
@@ -336,7 +336,7 @@ static int coarsen(bmc_model *m) {
     m->coarse_bytes = 0;
     measure(&m->coarse, &m->coarse_bytes);
     m->coarse_bytes = memory_whole(m->coarse_bytes);
-    uint8_t *next = m->coarse_panels = memory_map(m->coarse_bytes, true);
+    uint8_t *next = m->coarse_panels = memory_map(m->coarse_bytes);
     struct packing p = { m, &m->output, &m->coarse, NULL };
     p.floats = malloc((size_t)(pool_size(m->pool) * PANEL_ROWS) * (size_t)m->output.n_cols * sizeof *p.floats);
     if (next && p.floats) {
@@ -409,7 +409,7 @@ static int make_buffers(bmc_model *m) {
     if (!b)
         return fail(BMC_ENOMEM, "no memory for a model");
     b->bytes = memory_whole(lay_out(m, b, NULL));
-    b->memory = memory_map(b->bytes, true);
+    b->memory = memory_map(b->bytes);
     if (!b->memory)
         return fail(BMC_ENOMEM, "no memory for %.0f MB of buffers", (double)b->bytes / 1e6);
     lay_out(m, b, b->memory);

@@ -81,8 +81,6 @@ struct bmc_session {
     int n_tokens;
     int offset;                     /* tokens of the text before the first row: a draft model may read the end of a text only */
     int rope;                       /* 1: table 1 for every layer */
-    bool pad;                       /* attention works on unused rows too */
-    double attention_s;             /* seconds in attention of passes that its tokens began */
     atomic_flag busy;
 };
 

@@ -97,6 +97,7 @@ void cost_recall(struct pass_cost *c) {
 
 static const double FADE = 0.98;        /* weight of what was seen one guess ago, within a bucket */
 static const double PRIOR = 4;          /* guesses that a prior counts as */
+static const double FIRST_MEAN = 0.75;  /* share of a draft model's guesses that come true, before any was made: worth a try */
 
 void acceptance_init(struct acceptance *a, const float *edges, const double *priors, int n_classes) {
     *a = (struct acceptance){ .n_classes = n_classes };
@@ -132,7 +133,7 @@ double acceptance_at(const struct acceptance *a, float confidence) {
 }
 
 double acceptance_mean(const struct acceptance *a) {
-    double hits = 0.6 * PRIOR, seen = PRIOR;
+    double hits = FIRST_MEAN * PRIOR, seen = PRIOR;
     for (int i = 0; i < a->n_classes; i++) {
         hits += a->hits[i];
         seen += a->seen[i];

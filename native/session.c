@@ -15,13 +15,13 @@ static int claim(bmc_session *s) {
 
 static void release(bmc_session *s) { atomic_flag_clear_explicit(&s->busy, memory_order_release); }
 
-static int check_session(const bmc_model *m, int64_t cap, const bmc_arena_options *options, int rope) {
+static int check_session(const bmc_model *m, int64_t cap, int r, int rope) {
     if (!m || !(m->panels || m->rooms))
         return fail(BMC_EINVAL, "bmc_session_new: the model has no panels yet");
-    if (!options)
-        return fail(BMC_EINVAL, "bmc_session_new: options is NULL");
     if (cap < 1 || cap > 1 << 30)
         return fail(BMC_EINVAL, "context: expected 1 to %d, found %lld", 1 << 30, (long long)cap);
+    if (r < 0)
+        return fail(BMC_EINVAL, "rows: expected 0 or more at a time, found %d", r);
     if (rope < 0 || rope > (m->c.n_ropes > 1))
         return fail(BMC_EINVAL, "rope: the model has %d tables, number %d is asked for", (int)m->c.n_ropes, rope);
     if (m->position_embd.data && cap > m->c.n_ctx)
@@ -30,8 +30,8 @@ static int check_session(const bmc_model *m, int64_t cap, const bmc_arena_option
     return 0;
 }
 
-int bmc_session_new(bmc_model *m, int64_t cap, const bmc_arena_options *options, int rope, bmc_session **session) {
-    int status = check_session(m, cap, options, rope);
+int bmc_session_new(bmc_model *m, int64_t cap, int r, int rope, bmc_session **session) {
+    int status = check_session(m, cap, r, rope);
     if (status)
         return status;
     bmc_session *s = calloc(1, sizeof *s);
@@ -40,9 +40,7 @@ int bmc_session_new(bmc_model *m, int64_t cap, const bmc_arena_options *options,
     int64_t tile_bytes = (int64_t)TILE * (m->c.head_dim + m->v_dim) * (int64_t)sizeof(uint16_t);
     struct arena_config config = {
         .n_layers = m->c.n_layers, .n_heads = m->c.n_kv_heads, .tile_bytes = tile_bytes, .cap = cap,
-        .growth = options->growth, .factor = options->factor, .small_pages = options->small_pages,
-        .touch = options->touch,
-        .r = options->r > 0 ? options->r : arena_auto_rows(tile_bytes / TILE * m->c.n_kv_heads * m->c.n_layers),
+        .r = r ? r : arena_auto_rows(tile_bytes / TILE * m->c.n_kv_heads * m->c.n_layers),
     };
     status = arena_init(&s->arena, &config);
     if (status) {
@@ -51,7 +49,6 @@ int bmc_session_new(bmc_model *m, int64_t cap, const bmc_arena_options *options,
     }
     s->model = m;
     s->rope = rope;
-    s->pad = options->pad;
     atomic_fetch_add(&m->n_users, 1);
     *session = s;
     return 0;
@@ -68,11 +65,6 @@ void bmc_session_free(bmc_session *s) {
 
 int bmc_session_position(const bmc_session *s) { return s->position; }
 
-static void set_position(bmc_session *s, int position) {
-    s->position = position;
-    arena_set_rows(&s->arena, position);
-}
-
 int bmc_session_rewind(bmc_session *s, int position) {
     int status = claim(s);
     if (status)
@@ -80,7 +72,7 @@ int bmc_session_rewind(bmc_session *s, int position) {
     if (position < 0 || position > s->position)
         status = fail(BMC_EINVAL, "rewind: expected 0 to %d, found %d", s->position, position);
     else
-        set_position(s, position);
+        s->position = position;
     release(s);
     return status;
 }
@@ -96,7 +88,7 @@ int bmc_session_sync(bmc_session *s, const int32_t *tokens, int n) {
     while (!status && kept < n && kept < s->position && tokens[kept] == s->tokens[kept])
         kept++;
     if (!status)
-        set_position(s, kept);
+        s->position = kept;
     release(s);
     return status ? status : kept;
 }
@@ -126,48 +118,13 @@ int bmc_session_reserve(bmc_session *s, int rows) {
 }
 
 int bmc_session_stats(const bmc_session *s, bmc_arena_stats *stats) {
-    arena_stats(&s->arena, stats);
-    stats->attention_s = s->attention_s;
+    const struct arena *a = &s->arena;
+    *stats = (bmc_arena_stats){
+        .rows_reserved = a->rows_reserved, .rows_used = s->position, .r = a->config.r,
+        .bytes_reserved = a->n_segments * (int64_t)a->segment_bytes, .row_bytes = arena_row_bytes(a),
+    };
     return 0;
 }
-
-/* Tiles of noise: f16 numbers from -1 to 1, from somewhere in a table. */
-static void fill_tiles(const struct arena *a, int64_t from, int64_t to) {
-    enum { NOISE = 4096 };
-    const int64_t n = a->config.tile_bytes / (int64_t)sizeof(uint16_t);
-    uint16_t noise[2 * NOISE];
-    uint32_t bits = 1;
-    for (int i = 0; i < 2 * NOISE; i++) {
-        bits = bits * 1664525 + 1013904223;
-        noise[i] = (uint16_t)((bits >> 16 & 0x8000) | (bits >> 18) % 0x3c00);
-    }
-    for (int layer = 0; layer < a->config.n_layers; layer++)
-        for (int head = 0; head < a->config.n_heads; head++)
-            for (int64_t tile = from; tile < to; tile++) {
-                uint16_t *values = arena_tile(a, layer, head, tile);
-                for (int64_t i = 0, part; i < n; i += part) {
-                    part = n - i < NOISE ? n - i : NOISE;
-                    memcpy(values + i, noise + (tile * 31 + head * 7 + layer) % NOISE, (size_t)part * sizeof *values);
-                }
-            }
-}
-
-int bmc_session_fill(bmc_session *s, int rows) {
-    int status = claim(s);
-    if (status)
-        return status;
-    status = rows < 0 ? fail(BMC_EINVAL, "fill: %d rows", rows) : reserve(s, rows);
-    if (!status) {
-        int64_t first = s->position / TILE, end = ((int64_t)s->position + rows + TILE - 1) / TILE;
-        fill_tiles(&s->arena, first, end);
-        memset(s->tokens + s->position, 0, (size_t)rows * sizeof *s->tokens);
-        set_position(s, s->position + rows);
-    }
-    release(s);
-    return status;
-}
-
-void bmc_fail_allocation(int n) { arena_fail_in = n; }
 
 static int check_span(const bmc_span *span, const bmc_model *m) {
     if (!span->session || !span->tokens)
@@ -244,7 +201,7 @@ static void run_passes(struct pass *p, const bmc_span *spans, int n) {
             }
         }
     for (int s = 0; s < n; s++)
-        set_position(spans[s].session, spans[s].session->position + spans[s].n_tok);
+        spans[s].session->position += spans[s].n_tok;
 }
 
 /* What a pass notes down, made for one call. */

@@ -1,6 +1,6 @@
 #include "threads.h"
 
-#include "cpu.h"
+#include "cores.h"
 #include "fork.h"
 
 #include <pthread.h>

@@ -6,6 +6,7 @@ import re
 import sys
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import count, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +19,23 @@ _LIBRARY = _HERE / ("libpybmc.dylib" if sys.platform == "darwin" else "libpybmc.
 _HEADERS = (_HERE / "bmc.h", _HERE.parent / "native" / "bmc.h")      # a wheel's copy, a checkout's original
 
 
-def _declarations() -> str:
-    """What stands in bmc.h between its marks."""
+def _header() -> Path:
     for path in _HEADERS:
         if path.is_file():
-            return re.search(r"/\* <cffi>.*?\*/(.*)/\* </cffi> \*/", path.read_text(), re.DOTALL).group(1)
+            return path
     raise BmcError(f"pybmc is incomplete: {_HEADERS[0]} is missing; install it again")
+
+
+def _declarations(path: Path) -> str:
+    """What stands in a header between its marks."""
+    return re.search(r"/\* <cffi>.*?\*/(.*)/\* </cffi> \*/", path.read_text(), re.DOTALL).group(1)
+
+
+def declare(path: Path) -> None:
+    """Add a header's functions and types to lib and ffi; twice is fine."""
+    if path not in _declared:
+        ffi.cdef(_declarations(path))
+        _declared.add(path)
 
 
 def _load(ffi: FFI):
@@ -39,8 +51,8 @@ def _load(ffi: FFI):
     return lib
 
 
-ffi = FFI()
-ffi.cdef(_declarations())
+ffi, _declared = FFI(), set()
+declare(_header())
 lib = _load(ffi)
 
 ERRORS = {
@@ -110,18 +122,10 @@ def _spell(shape) -> str:
     return "(" + ", ".join("n" if n is None else str(n) for n in shape) + ("," if len(shape) == 1 else "") + ")"
 
 
-def read_bandwidth(threads: int) -> float:
-    """Bytes a second that so many threads can read from memory, measured now, on 512 MB."""
-    rate = ffi.new("double *")
-    check(lib.bmc_read_bandwidth(threads, rate))
-    return rate[0]
-
-
-def arithmetic_rate(threads: int) -> tuple[float, float]:
-    """Products that so many threads can sum up a second, of 8-bit integers and of floats, measured now from registers."""
-    int8, f32 = ffi.new("double *"), ffi.new("double *")
-    check(lib.bmc_arithmetic_rate(threads, int8, f32))
-    return int8[0], f32[0]
+def cpu_levels() -> list[str]:
+    """The instruction sets of this CPU that there are kernels for, "ref" first: what PYBMC_CPU can name here."""
+    names = takewhile(lambda name: name != ffi.NULL, map(lib.bmc_cpu_level, count()))
+    return [ffi.string(name).decode() for name in names]
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,7 @@ PASSES = 4                              # verification passes that one repetitio
 class Result:
     """One test: n tokens in a pass ("pp", "verify") or generated ("tg") behind depth rows; rates in tokens/s.
 
-    gb_s is how much of the packed weights and of the rows was read a second, once a pass; roof is the share of the rate
-    that the machine's Limits allow. What fits a cache can be above 1.
+    gb_s is how much of the packed weights and of the rows was read a second, once a pass.
     """
 
     test: str
@@ -31,37 +30,6 @@ class Result:
     tok_s_max: float
     reps: int
     gb_s: float
-    roof: float
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What a machine allows a model, measured: bytes read from memory a second; weights multiplied a second from the cache,
-    for 16 tokens, by type (its GGML number); and products of floats from registers, which attention needs."""
-
-    read: float
-    weights: dict[int, float]
-    floats: float
-
-    def seconds(self, model, test: str, n: int, depth: int, row_bytes: int) -> tuple[float, str]:
-        """The least seconds of a pass of a test, and whether "memory" or "kernels" set them."""
-        in_a_pass, heads = (1, 1) if test == "tg" else (n, 1 if test == "pp" else n)
-        layers, head = model.weight_counts()
-        memory = bytes_of_a_pass(model, test, n, depth, row_bytes) / self.read
-        attention = 2 * model.config.n_layers * model.config.q_dim * (depth + n / 2) * in_a_pass / self.floats
-        kernels = attention + sum(times * count / self.weights[type] for times, counts in ((in_a_pass, layers), (heads, head))
-                                  for type, count in counts.items())
-        return max((memory, "memory"), (kernels, "kernels"))
-
-
-def limits_of(model) -> Limits:
-    """Measured now, in about a second: the machine may be another one in an hour."""
-    from ._native import arithmetic_rate, read_bandwidth         # here: the rest also measures engines that are not ours
-    from .tune import arithmetic
-
-    layers, head = model.weight_counts()
-    weights = {type: arithmetic(type, model.threads) / 2 for type in layers | head}
-    return Limits(read_bandwidth(model.threads), weights, arithmetic_rate(model.threads)[1])
 
 
 def bytes_of_a_pass(model, test: str, n: int, depth: int, row_bytes: int) -> float:
@@ -122,13 +90,13 @@ def checked_tests(prompts, generated, widths, depths, reps) -> list[tuple[str, i
 
 
 def _run(model, tests, reps, rows, progress) -> Iterator[Result]:
-    context, limits = max(depth + n for _, n, depth in tests), limits_of(model)
+    context = max(depth + n for _, n, depth in tests)
     tokens = random_tokens(model, context)
     with model.session(context=context, rows=rows) as session:
         for i, (kind, n, depth) in enumerate(tests):
             go_to(session, tokens, depth)
             rates = [measure(session, kind, tokens[depth:depth + n]) for _ in range(reps + 1)][1:]
-            yield result(model, session, kind, n, depth, rates, limits)
+            yield result(model, session, kind, n, depth, rates)
             if progress:
                 progress(i + 1, len(tests))
 
@@ -164,9 +132,8 @@ def measure(session, kind: str, tokens: np.ndarray) -> float:
     return rate
 
 
-def result(model, session, kind: str, n: int, depth: int, rates: list[float], limits: Limits) -> Result:
+def result(model, session, kind: str, n: int, depth: int, rates: list[float]) -> Result:
     tok_s = statistics.median(rates)
     passes, row_bytes = tok_s / (1 if kind == "tg" else n), session.arena_stats().row_bytes
-    least, _ = limits.seconds(model, kind, n, depth, row_bytes)
     return Result(kind, n, depth, model.threads, tok_s, min(rates), max(rates), len(rates),
-                  passes * bytes_of_a_pass(model, kind, n, depth, row_bytes) / 1e9, passes * least)
+                  passes * bytes_of_a_pass(model, kind, n, depth, row_bytes) / 1e9)

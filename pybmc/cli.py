@@ -5,14 +5,14 @@ import os
 import re
 import sys
 import time
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from . import __version__
-from .errors import ArgumentError, BmcError, FormatError
+from .errors import ArgumentError, BmcError
 from .reasoning import is_open
 from .terminal import ReaderLeft, Voice, is_terminal, note, progress, sentence, write
 
@@ -81,18 +81,13 @@ class File(click.Path):
         return super().convert(value, param, ctx)
 
 
-class Rows(click.ParamType):
-    """auto, rows at a time, a policy, or a policy and its number."""
+class Rows(click.IntRange):
+    """auto, or rows at a time."""
 
-    name = "auto|N|POLICY[:N]"
+    name = "auto|N"
 
     def convert(self, value, param, ctx):
-        from .growth import parse
-
-        try:
-            return parse(value)
-        except ArgumentError as error:
-            self.fail(str(error), param, ctx)
+        return value if value == "auto" else super().convert(value, param, ctx)
 
 
 class TemplateSource(click.ParamType):
@@ -150,9 +145,8 @@ context_option = click.option("-c", "--ctx-size", "context", type=click.IntRange
                                    "More works, and is noted. Memory follows use.")
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout.")
 arena_options = options(
-    click.option("--rows", type=Rows(), default="auto", show_default=True,
-                 help="How the KV cache grows: chosen (auto), N rows at a time with a copy, or a policy, with its "
-                      "number if it takes one: copy, geometric:1.5, chunk:128, reserve, remap, max, max-lazy."),
+    click.option("--rows", type=Rows(1, 1 << 30), default="auto", show_default=True, metavar="auto|N",
+                 help="Rows by which the KV cache grows at a time; auto: about 4 MB."),
     click.option("--kv-type", type=click.Choice(["f16"]), default="f16", show_default=True,
                  help="Type of the KV cache."))
 
@@ -333,10 +327,7 @@ def rounded(value, digits: int = 6):
 
 
 class Commands(click.Group):
-    """`run` is another name of generate; `bench kv` is a command of its own."""
-
-    def resolve_command(self, ctx, args):
-        return super().resolve_command(ctx, ["bench kv", *args[2:]] if args[:2] == ["bench", "kv"] else args)
+    """`run` is another name of generate."""
 
     def get_command(self, ctx, name):
         return super().get_command(ctx, {"run": "generate"}.get(name, name))
@@ -550,84 +541,6 @@ def bench(model, model_option, prompts, generated, widths, depths, reps, breakdo
         show_results(results)
 
 
-@cli.command("bench kv")
-@model_argument
-@model_option
-@click.option("--shapes", default="1b-gqa,gpt2-medium,7b-mha", show_default=True, metavar="NAME,..",
-              help="Models whose attention is measured, with random values; a MODEL is measured instead.")
-@click.option("-p", "--n-prompt", "prompts", type=Counts(), help="Prompt lengths.  [default: 1024]")
-@click.option("-n", "--n-gen", "generated", type=click.IntRange(16), help="Tokens after each.  [default: 1024]")
-@click.option("--rows", "sizes", type=Counts(), help="Rows added at a time.  [default: 1,16,32,..,1024]")
-@click.option("-k", "--drafted", "ks", type=Counts(), help="Drafted tokens in a pass.  [default: 0,7]")
-@click.option("--accepted", type=click.FloatRange(0, 0.99), default=0.7, show_default=True,
-              help="Chance that a drafted token comes true.")
-@click.option("-r", "--reps", type=click.IntRange(1), metavar="N", help="Rounds.  [default: 3]")
-@click.option("--quick", "size", flag_value="QUICK", help="One shape, few settings, 256 tokens: a quarter of a minute.")
-@click.option("--full", "size", flag_value="FULL", help="Prompts 128, 1024, 4096 and 0, 3, 7, 15 drafted: half an hour.")
-@click.option("--every-token", "whole", is_flag=True, help="Evaluate every token instead of a sample; slow.")
-@click.option("--figures", type=click.Path(file_okay=False), metavar="DIR", help="Draw SVGs there (needs matplotlib).")
-@click.option("--from", "source", type=File(exists=True, dir_okay=False), metavar="FILE",
-              help="Draw what an earlier --json printed, and measure nothing.")
-@threads_option
-@json_option
-def bench_kv(model, model_option, shapes, prompts, generated, sizes, ks, accepted, reps, size, whole, figures, source,
-             threads, as_json):
-    """What the KV cache's growth costs in time and memory: copies, first touch, unused rows; and its prediction.
-
-    About two minutes a shape. Rates are those of a machine that does nothing else.
-    """
-    from . import kvbench
-
-    if source:
-        draw_figures(kept_lines(Path(source)), figures or ".")
-        return
-    given = {"prompts": prompts, "generated": generated, "rows": sizes, "ks": ks, "reps": reps, "whole": whole,
-             "accepted": (accepted,)} | ({"shapes": shapes.split(",")} if size != "QUICK" else {})
-    plan = replace(getattr(kvbench, size) if size else kvbench.Plan(),
-                   **{name: value for name, value in given.items() if value is not None})
-    results = []
-    with ExitStack() as stack:
-        loaded = None
-        if model or model_option:
-            loaded, _ = stack.enter_context(opened(find_model(model, model_option), threads))
-        update = stack.enter_context(progress("measuring"))
-        try:
-            for result in kvbench.bench_kv(plan, threads, loaded, update):
-                results.append(result)
-                if as_json:
-                    print_json(result.line())
-        except ArgumentError as error:
-            raise click.UsageError(str(error)) from None
-    if not as_json:
-        table = [kvbench.HEADER, *(kvbench.cells(r) for r in results if isinstance(r, kvbench.Result))]
-        write("".join("".join(f"{cell:>{16 if i < 2 else 10}}" for i, cell in enumerate(row)) + "\n" for row in table))
-        write("\n" + "".join(sentence + "\n" for sentence in kvbench.sentences(results)))
-    if figures:
-        draw_figures([result.line() for result in results], figures)
-
-
-def kept_lines(path: Path) -> list[dict]:
-    """What an earlier `bench kv --json` printed."""
-    lines = []
-    for number, text in enumerate(path.read_text("utf-8-sig", errors="replace").splitlines(), 1):
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            lines.append(None)
-        if not isinstance(lines[-1], dict) or "test" not in lines[-1]:
-            raise FormatError(f"{path}: line {number}: expected what bench kv --json prints, found {text[:40]!r}")
-    if not any(line["test"] == "kv" for line in lines):
-        raise FormatError(f"{path}: expected what bench kv --json prints, found no measurement in {len(lines)} lines")
-    return lines
-
-
-def draw_figures(lines: list[dict], folder) -> None:
-    from .figures import draw
-
-    for path in draw(lines, folder):
-        note(f"drawn: {path}")
-
-
 def print_json_lines(results) -> None:
     for result in results:
         print_json({name: {k: rounded(v) for k, v in value.items()} if isinstance(value, dict) else rounded(value)
@@ -667,11 +580,11 @@ def print_breakdowns(results) -> None:
         write(f"{name:20}" + "".join(f"{cell:>16}" for cell in cells) + "\n")
 
 
-BENCH_COLUMNS = ("tok/s", "min", "max", "GB/s", "of roof")
+BENCH_COLUMNS = ("tok/s", "min", "max", "GB/s")
 
 
 def bench_cells(r) -> list[str]:
-    return [*(f"{v:.1f}" for v in (r.tok_s, r.tok_s_min, r.tok_s_max, r.gb_s)), f"{r.roof:.0%}"]
+    return [f"{v:.1f}" for v in (r.tok_s, r.tok_s_min, r.tok_s_max, r.gb_s)]
 
 
 def test_name(r) -> str:
@@ -758,38 +671,6 @@ def verdict(results, differ) -> str:
     if differ:
         return f"not proven: {len(differ)} of {len(results)} comparisons differ"
     return f"proven: {tokens} tokens and {rows} rows of logits are equal bit by bit"
-
-
-@cli.command()
-@model_argument
-@model_option
-@threads_option
-@json_option
-def tune(model, model_option, threads, as_json):
-    """Measure what memory, arithmetic and attention cost on this machine, and keep it; well under a minute.
-
-    --rows auto, show and the planning of drafts use it. With MODEL its passes are measured too, for those who draft.
-    """
-    from . import tune as tuning
-    from .machine import keep
-
-    with progress("measuring") as update:
-        machine = tuning.tune(threads := threads or tuning.lib.bmc_cpu_count(), update)
-    kept, curve = keep(machine, threads), None
-    if model or model_option:
-        path = find_model(model, model_option)
-        with opened(path, threads) as (loaded, _):
-            curve = tuning.tune_model(loaded)
-    if as_json:
-        print_json(asdict(machine) | {"threads": threads, "kept": kept and str(kept)}
-                   | ({"passes": curve} if curve else {}))
-        return
-    for sentence in tuning.sentences(machine, threads):
-        write(sentence + "\n")
-    if curve:
-        write(tuning.curve_sentence(path.name, curve) + "\n")
-    write(f"Kept in {kept}.\n" if kept else
-          "Not kept: there is no cache directory that can be written (XDG_CACHE_HOME names one).\n")
 
 
 # ---- the door ----------------------------------------------------------------------------------------------

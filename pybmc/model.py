@@ -7,26 +7,23 @@ take turns; a session serves one thread at a time and says so with a BusyError.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import threading
 import time
 import weakref
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, fields
-from functools import cached_property, lru_cache, partial
-from struct import Struct
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
-from . import arch, balance, checks
+from . import arch, checks
 from ._native import as_array, check, ffi, last_error, lib, owned, pointer
 from .errors import ArgumentError, BusyError, ClosedError, FormatError, OutOfMemoryError
 from .gguf import GGUF
-from .growth import POLICIES, Growth, parse
 from .sampling import Sampler
 
 log = logging.getLogger(__name__)
@@ -38,32 +35,17 @@ _ACTS = {arch.SILU: lib.BMC_ACT_SILU, arch.GELU: lib.BMC_ACT_GELU}
 _ROPES = {arch.NONE: lib.BMC_ROPE_NONE, arch.PAIRS: lib.BMC_ROPE_PAIRS, arch.HALVES: lib.BMC_ROPE_HALVES}
 _WANTS = {"none": lib.BMC_WANT_NONE, "last": lib.BMC_WANT_LAST, "all": lib.BMC_WANT_ALL,
           "argmax": lib.BMC_WANT_ALL, "best": lib.BMC_WANT_ALL}
-_GROWTHS = {getattr(lib, policy.constant): name for name, policy in POLICIES.items()}
 
 
 @dataclass(frozen=True)
 class ArenaStats:
-    """A session's KV arena. growth is how it grows (a name of pybmc.growth.POLICIES), r the rows it adds at a time, why
-    is the reason for that r.
+    """A session's KV arena. row_bytes: keys and values of one token, all layers; r: rows added at a time."""
 
-    allocate_s, copy_s and touch_s are seconds that growing took so far. First touch is in touch_s where it was asked
-    for, else in copy_s or in the pass that writes. attention_s: seconds in attention of passes that this session began.
-    """
-
-    allocations: int
-    bytes_allocated: int
-    bytes_copied: int
     rows_reserved: int
     rows_used: int
     bytes_reserved: int
     row_bytes: int
-    growth: str
     r: int
-    allocate_s: float
-    copy_s: float
-    touch_s: float
-    attention_s: float
-    why: str
 
 
 @dataclass
@@ -166,17 +148,6 @@ class Model:
             profile.calls_s, profile.passes = times.calls, times.n_passes
             profile.steps = {ffi.string(lib.bmc_step_name(i)).decode(): s for i, s in enumerate(times.steps)}
 
-    def weight_counts(self) -> tuple[Counter, Counter]:
-        """How many weights each type (its GGML number) has in the layers' matrices, and in the head's."""
-        self._live()
-        layers, head, tensors = Counter(), Counter(), self._file.tensors
-        for tensor in tensors.values():
-            if tensor.name.startswith("blk.") and len(tensor.shape) > 1:
-                layers[tensor.type.id] += math.prod(tensor.shape)
-        tensor = tensors.get("output.weight", tensors["token_embd.weight"])
-        head[tensor.type.id] = math.prod(tensor.shape)
-        return layers, head
-
     @cached_property
     def tokenizer(self):
         """The file's Tokenizer; None if the file has no vocabulary."""
@@ -184,13 +155,12 @@ class Model:
 
         return Tokenizer(self._file) if "tokenizer.ggml.model" in self._file.metadata else None
 
-    def session(self, context: int | None = None, rows: int | str | Growth = "auto", kv_type: str = "f16") -> Session:
+    def session(self, context: int | None = None, rows: int | str = "auto", kv_type: str = "f16") -> Session:
         """A new, empty sequence.
 
         context: the most rows it may hold (a cap, not an allocation); None for what the model was trained for. More than
         that works and is noted in the log: text beyond it gets worse.
-        rows: how its arena grows: "auto", a number of rows added at a time with a copy, a policy of
-        pybmc.growth.POLICIES, one with its number ("chunk:128", "geometric:1.5"), or a Growth, which has switches too.
+        rows: how many rows of keys and values are added at a time, rounded up to 16; "auto": about 4 MB of them.
         """
         return Session(self, context, rows, kv_type)
 
@@ -221,18 +191,18 @@ class Model:
 class Session:
     """One sequence: its rows of keys and values, and its position. Made by Model.session."""
 
-    def __init__(self, model: Model, context: int | None, rows: int | str | Growth, kv_type: str):
+    def __init__(self, model: Model, context: int | None, rows: int | str, kv_type: str):
         self._handle = ffi.NULL
         self._user: dict[str, tuple] = {}   # "thread": (process, thread) that is using the session
         self.uses = 0                       # calls that moved rows on or back
         checks.choice("kv_type", kv_type, ("f16",))
         config = model.config
-        growth, self._why = balance.planned(parse(rows), config, model.threads)
+        r = _rows_at_a_time(rows)
         cap = config.n_ctx if context is None else checks.whole("context", context, 1, 1 << 30)
         long_factors = bool(config.original_ctx) and cap > config.original_ctx
         model_handle = model._live()
         handle = ffi.new("bmc_session **")
-        check(lib.bmc_session_new(model_handle, cap, _arena_options(growth), int(long_factors), handle))
+        check(lib.bmc_session_new(model_handle, cap, r, int(long_factors), handle))
         self._handle = owned(handle[0], "bmc_session_free", model_handle)
         self.model = model
         self.context = cap
@@ -296,13 +266,7 @@ class Session:
     def arena_stats(self) -> ArenaStats:
         stats = ffi.new("bmc_arena_stats *")
         check(lib.bmc_session_stats(self._live(), stats))
-        values = {field.name: getattr(stats, field.name) for field in fields(ArenaStats) if field.name != "why"}
-        return ArenaStats(**values | {"growth": _GROWTHS[stats.growth]}, why=self._why)
-
-    def _fill(self, rows: int) -> None:
-        """Rows of noise, as if so many tokens had been evaluated: for measuring."""
-        with self._claimed() as handle:
-            check(lib.bmc_session_fill(handle, checks.whole("rows", rows)))
+        return ArenaStats(**{field.name: getattr(stats, field.name) for field in fields(ArenaStats)})
 
     def close(self) -> None:
         """Free the rows. Twice is fine. Raises BusyError while another thread uses the session."""
@@ -442,12 +406,13 @@ def _note_threads(threads: int, cores: int) -> None:
                 threads, cores, cores)
 
 
-def _arena_options(growth: Growth):
-    options = ffi.new("bmc_arena_options *")
-    options.growth = getattr(lib, POLICIES[growth.policy].constant)
-    options.r, options.factor = growth.r, growth.factor
-    options.small_pages, options.touch, options.pad = not growth.huge, growth.touch, growth.pad
-    return options
+def _rows_at_a_time(rows: int | str) -> int:
+    """The library's r: 0 leaves it to the library."""
+    if not isinstance(rows, str):
+        return checks.whole("rows", rows, 1, 1 << 30)
+    if rows != "auto":
+        checks.refuse("rows", '"auto" or a whole number', rows)
+    return 0
 
 
 class _settings:

@@ -2,13 +2,9 @@
 
 import math
 
-from ._native import lib
 from .arch import IGNORED, ROPE_TENSORS, read_config
-from .balance import planned
 from .errors import FormatError, printable
 from .gguf import GGUF
-from .growth import Growth
-from .machine import known
 from .model import check_model
 
 ROWS_SHOWN = 4096                       # tokens of context that the estimate of memory includes
@@ -55,7 +51,7 @@ def _types(file: GGUF) -> dict:
 def _verdict(file: GGUF) -> dict:
     """Shape, memory, and whether pybmc runs it; why_not is the sentence that loading it would fail with."""
     facts = dict.fromkeys(("layers", "dim", "hidden_dim", "heads", "kv_heads", "head_dim", "kv_bytes_per_token",
-                           "memory_bytes", "memory_context", "auto_rows", "limit_tok_s"))
+                           "memory_bytes", "memory_context"))
     try:
         config = read_config(file)
         rows = min(config.n_ctx, ROWS_SHOWN)
@@ -63,21 +59,11 @@ def _verdict(file: GGUF) -> dict:
         facts |= {"layers": config.n_layers, "dim": config.dim, "hidden_dim": config.hidden_dim,
                   "heads": config.n_heads, "kv_heads": config.n_kv_heads, "head_dim": config.head_dim,
                   "kv_bytes_per_token": config.kv_row_bytes,
-                  "memory_bytes": weights + rows * config.kv_row_bytes, "memory_context": rows} | _plans(file, config)
+                  "memory_bytes": weights + rows * config.kv_row_bytes, "memory_context": rows}
         check_model(file, config)
     except FormatError as error:
         return facts | {"runs": False, "why_not": str(error).removeprefix(f"{file.path}: ")}
     return facts | {"runs": True, "why_not": None}
-
-
-def _plans(file: GGUF, config) -> dict:
-    """What is to be expected here, as far as `pybmc tune` has measured this machine: the rows that a cache grows by,
-    and the tokens a second that reading every weight once a token allows."""
-    machine = known(lib.bmc_cpu_count())
-    looked_up = 0 if "output.weight" not in file.tensors else file.tensors["token_embd.weight"].nbytes
-    weights = sum(t.nbytes for t in file.tensors.values()) - looked_up
-    return {"auto_rows": planned(Growth(), config, lib.bmc_cpu_count())[0].r,
-            "limit_tok_s": float(f"{machine.read_bytes_s / weights:.3g}") if machine.measured and weights else None}
 
 
 def lines(info: dict) -> list[tuple[str, str]]:
@@ -97,10 +83,8 @@ def lines(info: dict) -> list[tuple[str, str]]:
     out.append(("context", str(info["context"] or "-")))
     out.append(("chat template", yes[info["chat_template"]]))
     if info["kv_bytes_per_token"]:
-        out.append(("KV cache", f"{size(info['kv_bytes_per_token'])} a token, grows by {info['auto_rows']} rows"))
+        out.append(("KV cache", f"{size(info['kv_bytes_per_token'])} a token"))
         out.append(("memory", f"about {size(info['memory_bytes'])} with {info['memory_context']} tokens of context"))
-    if info["limit_tok_s"]:
-        out.append(("limit here", f"{info['limit_tok_s']:.3g} tokens a second, one at a time (pybmc tune)"))
     out.append(("runs", "yes" if info["runs"] else f"no: {info['why_not']}"))
     return [(label, printable(text)) for label, text in out]
 

@@ -3,15 +3,18 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from places import SHARED
 
 settings.register_profile("suite", deadline=None, derandomize=True)      # the same examples every time, on any machine
 settings.load_profile("suite")
 
+signal.signal(signal.SIGINT, signal.default_int_handler)    # ignored at the start of a background job
 
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="pybmc-cache-")       # what is measured here is kept nowhere
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
@@ -19,8 +22,7 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Real vocabularies and golden models, beside the checkout and no part of it. Skips without them."""
-    path = Path(__file__).parents[1].parent / "shared"
-    if not path.is_dir():
+    """A folder of more files beside the checkout. Skips without it."""
+    if not SHARED.is_dir():
         pytest.skip("needs ../shared")
-    return path
+    return SHARED

@@ -1,4 +1,4 @@
-"""The arena through a session: every policy against a list of tokens, allocations that fail, what is counted."""
+"""The arena through a session, grown by chunks and in the ways of tools.growth, against a list of tokens."""
 
 import sys
 from functools import lru_cache
@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import pybmc
-from pybmc import balance
 from pybmc._native import lib
-from pybmc.growth import POLICIES, Growth, parse
-from pybmc.machine import Machine
+from tools import balance, lab
+from tools.growth import POLICIES, Growth, GrowingSession, grown, parse
+from tools.machine import Machine
 
 CAP = 300
 LINUX = sys.platform == "linux"
 NAMES = [name for name in POLICIES if name != "remap" or LINUX]
-numbers = pytest.mark.parametrize("name", NAMES)
+names = pytest.mark.parametrize("name", NAMES)
 
 
 @lru_cache(maxsize=None)
@@ -38,18 +38,18 @@ def truth():
         return session.eval(text(), logits="all")
 
 
-def growths():
-    return st.builds(Growth, st.sampled_from(NAMES), st.sampled_from([0, 1, 5, 16, 33, 128, 999]),
-                     st.sampled_from([0, 1.1, 2.5]), huge=st.booleans(), touch=st.booleans(), pad=st.booleans())
+def sizes():
+    """Rows added at a time."""
+    return st.sampled_from(["auto", 1, 5, 16, 33, 128, 999])
 
 
 class Arena(RuleBasedStateMachine):
     """A session holds the beginning of text(), or a few other tokens after that; `tokens` is what it should hold."""
 
-    @initialize(growth=growths(), cap=st.sampled_from([CAP, 64, 1]))
-    def open(self, growth, cap):
-        self.cap, self.tokens, self.bytes = cap, [], 0
-        self.session = model().session(context=cap, rows=growth)
+    @initialize(rows=sizes(), cap=st.sampled_from([CAP, 64, 1]))
+    def open(self, rows, cap):
+        self.cap, self.tokens = cap, []
+        self.session = model().session(context=cap, rows=rows)
 
     @property
     def good(self):
@@ -99,10 +99,10 @@ class Arena(RuleBasedStateMachine):
             self.session.reserve(n)
             assert self.session.rows >= len(self.tokens) + n
 
-    @rule(growth=growths())
-    def start_anew(self, growth):
+    @rule(rows=sizes())
+    def start_anew(self, rows):
         self.session.close()
-        self.session, self.tokens, self.bytes = model().session(context=self.cap, rows=growth), [], 0
+        self.session, self.tokens = model().session(context=self.cap, rows=rows), []
 
     @invariant()
     def holds_what_was_given(self):
@@ -110,10 +110,7 @@ class Arena(RuleBasedStateMachine):
             return
         stats = self.session.arena_stats()
         assert self.session.tokens == self.tokens and stats.rows_used == len(self.tokens) <= stats.rows_reserved
-        assert stats.bytes_reserved >= stats.rows_reserved // 16 * 16 * stats.row_bytes
-        assert stats.bytes_allocated >= max(self.bytes, stats.bytes_reserved)
-        assert min(stats.allocate_s, stats.copy_s, stats.touch_s) >= -1e-9 and stats.why
-        self.bytes = stats.bytes_allocated
+        assert stats.bytes_reserved >= stats.rows_reserved * stats.row_bytes and stats.rows_reserved % stats.r == 0
 
     def teardown(self):
         if hasattr(self, "session"):
@@ -124,118 +121,109 @@ TestArena = Arena.TestCase
 TestArena.settings = settings(max_examples=60, stateful_step_count=25, deadline=None)
 
 
-@numbers
-@pytest.mark.parametrize("touch", [False, True])
-def test_every_allocation_may_fail(name, touch):
+@pytest.mark.long
+@pytest.mark.parametrize("rows", [16, "auto"])
+def test_every_allocation_may_fail(rows):
     """The first, the second, .. until none is left: a MemoryError, and the session goes on at its old length."""
     fail, failed = 1, True
     while failed:
-        failed = one_failure(Growth(name, 16, touch=touch), fail)
+        failed = one_failure(rows, fail)
         fail += 1
     assert fail > 2
 
 
-def one_failure(growth, fail):
+def one_failure(rows, fail):
     failed = 0
     lib.bmc_fail_allocation(fail)
-    try:
-        session = model().session(context=CAP, rows=growth)
-    except MemoryError:
-        failed, session = 1, model().session(context=CAP, rows=growth)
-    with session:
+    with model().session(context=CAP, rows=rows) as session:
         for at in range(0, CAP, 60):
             try:
-                rows = session.eval(text()[at:at + 60], logits="all")
+                logits = session.eval(text()[at:at + 60], logits="all")
             except MemoryError as error:
                 assert "rows of keys and values" in str(error) and session.position == at
                 failed += 1
-                rows = session.eval(text()[at:at + 60], logits="all")
-            assert (rows == truth()[at:at + 60]).all()
+                logits = session.eval(text()[at:at + 60], logits="all")
+            assert (logits == truth()[at:at + 60]).all()
     lib.bmc_fail_allocation(0)
     assert failed <= 1
     return failed
 
 
-# ---- the spelling of policies ----------------------------------------------------------------------------------
+def test_auto_rows_are_4_mb_and_16_to_256_rows():
+    with model().session() as session, model().session(rows=40) as other:
+        stats = session.arena_stats()
+        assert stats.r == min(256, max(16, round((4 << 20) / stats.row_bytes / 16) * 16))
+        assert other.arena_stats().r == 48
 
 
-@pytest.mark.parametrize("rows, growth", [
-    ("auto", Growth()), (1, Growth("copy", 1)), ("64", Growth("copy", 64)), (np.int64(3), Growth("copy", 3)),
+# ---- the ways to grow that tools.kvbench compares -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spelled, growth", [
     ("chunk:128", Growth("chunk", 128)), ("geometric:1.5", Growth("geometric", 0, 1.5)), ("copy", Growth("copy")),
     ("max", Growth("max")), ("max-lazy", Growth("max-lazy")), ("reserve:7", Growth("reserve", 7)),
-    (Growth("remap", 9, pad=True), Growth("remap", 9, pad=True)),
 ])
-def test_rows_name_a_policy(rows, growth):
-    assert parse(rows) == growth and parse(str(growth)).policy == growth.policy
+def test_a_policy_is_spelled_with_its_number(spelled, growth):
+    assert parse(spelled) == growth and str(growth) == spelled and parse(spelled, pad=True).pad
 
 
-@pytest.mark.parametrize("rows", [
-    0, -1, "0", "most", "chunk:", "chunk:0", "chunk:x", "max:5", "geometric:1", "geometric:nan", "geometric:99", 1.5,
-    None, "auto:3", 2**31, "copy:-3", Growth("none"), Growth("copy", -1), Growth("geometric", 0, 0.5),
-])
-def test_rows_that_name_none(rows):
-    with pytest.raises(pybmc.ArgumentError, match="rows: expected auto"):
-        parse(rows)
+@pytest.mark.parametrize("spelled", ["", "auto", "most", "chunk:", "chunk:0", "chunk:x", "max:5", "geometric:1", "geometric:nan",
+                                     "geometric:99", "copy:-3", f"copy:{2**31}"])
+def test_other_spellings_are_refused(spelled):
+    with pytest.raises(pybmc.ArgumentError, match="policy: expected one of copy"):
+        parse(spelled)
 
 
 @pytest.mark.skipif(LINUX, reason="Linux can remap")
 def test_a_system_that_cannot_remap_says_so():
-    with pytest.raises(pybmc.ArgumentError, match="cannot remap"):
-        model().session(rows="remap")
+    with GrowingSession(model(), Growth("remap"), CAP) as session, pytest.raises(pybmc.ArgumentError, match="cannot remap"):
+        session.reserve(1)
 
 
-# ---- what is counted, and what the model says of it --------------------------------------------------------------
+@names
+@pytest.mark.parametrize("r", [1, 16, 40])
+def test_a_session_grows_as_its_policy_says(name, r):
+    growth, reserved = Growth(name, r, 1.4), 0
+    with GrowingSession(model(), growth, CAP) as session:
+        for n in range(1, CAP + 1):
+            if n > reserved:
+                reserved = grown(growth, n, reserved, CAP)
+            logits = session.eval([text()[n - 1]])
+            assert session.rows == reserved, n
+        assert (logits == truth()[CAP - 1]).all() and (session.bytes_copied > 0) == (name in ("copy", "geometric"))
 
 
-@numbers
-def test_the_model_grows_as_the_arena_does(name):
-    """balance.grown() is arena.c in three lines: the same rows reserved, the same bytes copied."""
-    for r in (1, 16, 40):
-        growth = Growth(name, r, 1.4)
-        with model().session(context=CAP, rows=growth) as session:
-            reserved = 0
-            for n in range(1, CAP + 1):
-                if n > reserved:
-                    reserved = balance.grown(growth, n, reserved, CAP)
-                session.eval([1], logits="none")
-                assert session.rows == reserved, (name, r, n)
+def test_a_copied_arena_takes_no_rows_but_those_it_has():
+    with GrowingSession(model(), Growth("copy", 20), CAP) as session:
+        session.eval(text()[:30], logits="none")
+        with pytest.raises(pybmc.ContextFullError, match="its cap is 40"):
+            session.session.eval(text()[:11])
 
 
 def test_seconds_are_told_apart():
-    with model().session(rows=Growth("copy", 16, touch=True)) as session:
-        session.eval(text(), logits="none")
-        session.eval([1] * 100, logits="none")
-        stats = session.arena_stats()
-        assert stats.copy_s > 0 and stats.touch_s > 0 and stats.allocate_s > 0 and stats.attention_s > 0
-    with model().session(rows="chunk") as session:
-        session.eval(text(), logits="none")
-        stats = session.arena_stats()
-        assert stats.copy_s == stats.touch_s == 0 < stats.allocate_s and stats.bytes_copied == 0
+    with GrowingSession(model(), Growth("copy", 16, touch=True), CAP) as session:
+        session.eval(text()[:200], logits="none")
+        session.eval([1] * 90, logits="none")
+        assert min(session.spent.values()) > 0 and session.bytes_copied > 0
+    with GrowingSession(model(), Growth("chunk"), CAP) as session:
+        spent = session.evaluate(7)
+        assert spent["wall"] > spent["attention"] > 0 and spent["allocate"] > 0
+        assert session.spent["copy"] == session.spent["touch"] == session.bytes_copied == session.position == 0
 
 
-def test_unused_rows_take_time_where_that_is_asked_for():
-    big = pybmc.Model(tiny.model("llama", n_ctx=8192), threads=1)
-
-    def attention_s(pad):
-        with big.session(rows=Growth("chunk", 8192, pad=pad)) as session:
-            session.eval([1] * 8, logits="none")
-            for _ in range(20):
-                session.eval([1])
-            return session.arena_stats().attention_s
-
-    assert attention_s(True) > 5 * attention_s(False)
-    big.close()
+@pytest.mark.parametrize("n", [1, 5, 40])
+def test_attention_on_unused_rows_covers_them_all(n):
+    config = model().config
+    with GrowingSession(model(), Growth("copy", 600), 600) as session:
+        session.eval(text()[:n], logits="none")
+        seconds, pairs = lab.attend_unused(session.session, n)
+        assert seconds > 0 and pairs == config.n_layers * config.n_heads * n * (600 - -(-n // 16) * 16)
 
 
-def test_auto_rows_are_a_few_huge_pages():
-    machine = Machine()
-    assert balance.chunk_rows(machine, 32 << 10) == 128 and balance.chunk_rows(machine, 512 << 10) == 16
-    assert balance.chunk_rows(machine, 256) == 256
-    for s in (1, 100, 33333, 1 << 20, 1 << 30):
-        assert balance.chunk_rows(machine, s) % 16 == 0
-    with model().session() as session:
-        stats = session.arena_stats()
-        assert stats.r == balance.chunk_rows(machine, stats.row_bytes) and stats.growth == "chunk" and stats.why
+@pytest.mark.parametrize("n", [0, -1, 10**6])
+def test_unused_rows_meet_the_tokens_of_a_pass(n):
+    with model().session() as session, pytest.raises(pybmc.ArgumentError, match="expected 1 to"):
+        lab.attend_unused(session, n)
 
 
 def test_best_r_balances_copies_and_unused_rows():

@@ -1,7 +1,6 @@
 """Chat templates: what they write, what messages cannot do in them, and what templates cannot do to us."""
 
 import re
-import time
 import tracemalloc
 
 import pytest
@@ -434,12 +433,10 @@ def test_no_endless_work(bpe, source, monkeypatch):
     monkeypatch.setattr(sandbox, "MAX_STEPS", 10_000)
     chat = ChatTemplate(source, bpe)
     tracemalloc.start()
-    start = time.thread_time()
     try:
         with pytest.raises(FormatError, match="the chat template failed"):
             chat.render(USER_SAYS)
         assert tracemalloc.get_traced_memory()[1] < 100 << 20
-        assert time.thread_time() - start < 2 * sandbox.MAX_SECONDS
     finally:
         tracemalloc.stop()
 

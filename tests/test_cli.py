@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import tiny
@@ -220,8 +219,7 @@ def test_show_says_why_a_model_does_not_run(tmp_path, capsys):
 def test_bench_prints_a_json_line_for_each_test(path, capsys):
     assert run(["bench", path, "-p", "8", "-n", "4", "-b", "1,3", "-d", "0,5", "-r", "2", "-t", "1", "--json"]) == 0
     results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert list(results[0]) == ["test", "n", "depth", "threads", "tok_s", "tok_s_min", "tok_s_max", "reps", "gb_s",
-                                "roof"]
+    assert list(results[0]) == ["test", "n", "depth", "threads", "tok_s", "tok_s_min", "tok_s_max", "reps", "gb_s"]
     assert [(r["test"], r["n"], r["depth"]) for r in results] == [
         (test, n, depth) for depth in (0, 5) for test, n in (("pp", 8), ("tg", 4), ("verify", 1), ("verify", 3))]
     for r in results:
@@ -404,35 +402,32 @@ def test_a_missing_bundled_model_is_explained(capsys, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("args", [["--help"], ["--version"], ["generate", "--help"]])
-def test_help_is_instant_and_loads_nothing_heavy(args):
-    code = ("import sys\nfrom pybmc.cli import run\nassert run(sys.argv[1:]) == 0\n"
-            "heavy = {'numpy', 'cffi', 'jinja2', 'rich', 'tokenizers', 'sentencepiece'} & sys.modules.keys()\n"
-            "assert not heavy, heavy")
-    times = []
-    for _ in range(3):
-        started = time.perf_counter()
-        subprocess.run([sys.executable, "-c", code, *args], check=True, stdout=subprocess.DEVNULL)
-        times.append(time.perf_counter() - started)
-    assert min(times) < 0.5             # 0.06 s on an idle machine
+def test_help_loads_nothing_heavy(args):
+    """Of what pip installs only click."""
+    code = ("import sys\nbefore = set(sys.modules)\nfrom pybmc.cli import run\nassert run(sys.argv[1:]) == 0\n"
+            "new = set(sys.modules) - before\n"
+            "foreign = {name.split('.')[0] for name in new} - sys.stdlib_module_names\n"
+            "assert foreign == {'click', 'pybmc'}, foreign")
+    subprocess.run([sys.executable, "-c", code, *args], check=True, stdout=subprocess.DEVNULL)
 
 
 def test_a_reader_that_leaves_ends_it_quietly(path):
     process = pybmc_process("generate", path, "-p", "x", "-n", "-1", "--ignore-eos", "-t", "1", stdout=subprocess.PIPE)
     process.stdout.read(3)
     process.stdout.close()
-    assert process.stderr.read() == b"" and process.wait(20) == 0
+    assert process.stderr.read() == b"" and process.wait(60) == 0
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 def test_a_full_disk_is_a_failure(path):
     with open("/dev/full", "w") as full:
         process = pybmc_process("generate", path, "-p", "x", "-n", "2", stdout=full)
-    assert b"space" in process.stderr.read() and process.wait(20) == 1
+    assert b"space" in process.stderr.read() and process.wait(60) == 1
 
 
 def test_a_closed_stdout_is_a_failure(path):
     process = pybmc_process("generate", path, "-p", "x", "-n", "2", preexec_fn=lambda: os.close(1))
-    assert b"standard output is closed" in process.stderr.read() and process.wait(20) == 1
+    assert b"standard output is closed" in process.stderr.read() and process.wait(60) == 1
 
 
 @pytest.mark.parametrize("args, closed, status, says", [
@@ -471,8 +466,7 @@ def test_nobody_needs_a_home_directory(path, args):
 def test_without_a_home_nothing_is_kept(monkeypatch):
     from pathlib import Path
 
-    from pybmc import cache, machine, repl
-    from pybmc.spec import store
+    from pybmc import cache, repl
 
     def nowhere():
         raise RuntimeError("Could not determine home directory.")
@@ -480,23 +474,19 @@ def test_without_a_home_nothing_is_kept(monkeypatch):
     monkeypatch.setattr(Path, "home", nowhere)
     for name in ("XDG_CACHE_HOME", "XDG_STATE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    machine.known.cache_clear()
     assert cache.folder() is None and repl.history_file() is None
-    assert machine.keep(machine.Machine(), 1) is None and machine.known(1) == machine.Machine()
-    store.save({"a": 1}, [1.0])
-    assert store.load({"a": 1}) == []
+    assert cache.path_of("pairs", {"a": 1}) is None and not cache.replace(None, "")
 
 
 def test_what_cannot_be_kept_is_no_failure(monkeypatch, tmp_path):
-    from pybmc import machine
+    from pybmc import cache
 
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert machine.keep(machine.Machine(), 1) is None
+    assert not cache.replace(cache.path_of("pairs", {}), "kept")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "new"))
-    kept = machine.keep(machine.Machine(map_s=1.0), 1)
-    assert kept is not None and kept.is_relative_to(tmp_path) and machine.known(1).map_s == 1.0
-    machine.known.cache_clear()
+    path = cache.path_of("pairs", {})
+    assert cache.replace(path, "kept") and path.is_relative_to(tmp_path) and path.read_text() == "kept"
 
 
 def test_ctrl_c_exits_with_130(path):
@@ -504,7 +494,7 @@ def test_ctrl_c_exits_with_130(path):
                             stdout=subprocess.PIPE, start_new_session=True)
     assert process.stdout.readline().startswith(b"test")
     os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(20) == 130 and b"Traceback" not in process.stderr.read()
+    assert process.wait(60) == 130 and b"Traceback" not in process.stderr.read()
 
 
 def test_no_module_but_pull_opens_a_socket():

@@ -190,6 +190,7 @@ def test_stats_count(model):
     assert stats.prompt_s > 0 and stats.predicted_s > 0 and stats.predicted_tok_s > 0 and len(tokens) == 4
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("guesses", [0, 5])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

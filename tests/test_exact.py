@@ -1,10 +1,9 @@
-"""tools/exact.py: the arithmetic of errors, the float32 file, runs with pybmc in llama.cpp's place."""
+"""tools.exact: the arithmetic of errors, the float32 file, runs with pybmc in llama.cpp's place."""
 
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import gguf
@@ -15,17 +14,11 @@ import tiny
 from click.testing import CliRunner
 from raw import I64, Entry, Raw, Typed
 
-TOOLS = Path(__file__).parents[1] / "tools"
-sys.path.insert(0, str(TOOLS))
 
-import distance  # noqa: E402
-import exact  # noqa: E402
-import golden  # noqa: E402
-import versus  # noqa: E402
-
-import pybmc  # noqa: E402
-from pybmc._native import dequantize  # noqa: E402
-from pybmc.gguf import GGUF  # noqa: E402
+import pybmc
+from pybmc._native import dequantize
+from pybmc.gguf import GGUF
+from tools import distance, exact, golden, versus
 
 FLOAT = 1e-3                            # error of float weights, as in test_golden.py
 
@@ -188,7 +181,7 @@ def both_ours(monkeypatch):
     """pybmc in llama.cpp's place."""
     engine = versus.Engine
     monkeypatch.setattr(versus, "Engine", lambda name, command, *rest: engine(
-        name, [sys.executable, command[1], "pybmc"], *rest))
+        name, [sys.executable, *command[1:-1], "pybmc"], *rest))
 
 
 def run(*arguments):

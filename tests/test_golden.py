@@ -9,13 +9,14 @@ import numpy as np
 import oracle
 import pytest
 import tiny
+from places import GOLDEN
 
 import pybmc
 
-TOOLS = Path(__file__).parents[1] / "tools"
-sys.path.insert(0, str(TOOLS))
 
-import golden  # noqa: E402
+from tools import golden
+
+ROOT = Path(__file__).parents[1]
 
 # Error over spread of the logits. Float weights leave what keys and values lose in f16 (11 bits), measured 1.3e-4
 # to 3.4e-4; quantized ones what activations lose in 8 bits: 4e-3 to 2e-2. A step left out is seen, as shown below.
@@ -255,19 +256,18 @@ def test_both_factors_in_one_pass(tmp_path):
 # The golden folder and its tool
 
 
-def test_golden_folder(shared):
-    rows = [golden.compare(path) for path in golden.models(shared / "golden")]
-    assert rows and [row for row in rows if not row.holds] == []
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_golden_models(path):
+    row = golden.compare(path)
+    assert row.holds, row
 
 
-def test_the_oracle_equals_golden_logits(shared):
+@pytest.mark.parametrize("path", [path for path in GOLDEN if path.stem.endswith("F16")], ids=str)
+def test_the_oracle_equals_golden_logits(path):
     """llama.cpp takes GELU from a table of f16, 2e-3 off at worst; everything else is float32."""
-    for path in [path for path in golden.models(shared / "golden") if path.stem.endswith("F16")]:
-        with np.load(path.with_suffix(".npz")) as file:
-            right = oracle.logits(*oracle.read(path), file["tokens"], int(file["n_ctx"]))
-            assert golden.rms(right - file["ref"]) < (
-                3e-3 if path.stem.startswith(("gemma", "gpt2")) else 1e-5
-            ), path.stem
+    with np.load(path.with_suffix(".npz")) as file:
+        right = oracle.logits(*oracle.read(path), file["tokens"], int(file["n_ctx"]))
+        assert golden.rms(right - file["ref"]) < (3e-3 if path.stem.startswith(("gemma", "gpt2")) else 1e-5)
 
 
 def write_pair(folder, shift=0.0):
@@ -291,8 +291,7 @@ def write_pair(folder, shift=0.0):
 
 def run_tool(*arguments):
     return subprocess.run(
-        [sys.executable, TOOLS / "golden.py", *arguments], capture_output=True, text=True, cwd=TOOLS.parent,
-        env={"PYTHONPATH": str(TOOLS.parent)},
+        [sys.executable, "-m", "tools.golden", *arguments], capture_output=True, text=True, cwd=ROOT,
     )
 
 

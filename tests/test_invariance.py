@@ -23,8 +23,9 @@ from hypothesis import strategies as st
 
 import pybmc
 from pybmc import Engine, Request
-from pybmc.growth import Growth
+from pybmc._native import cpu_levels
 from pybmc.spec.speculation import Speculation, plain
+from tools.growth import GrowingSession, parse
 
 # Each brings something of its own: types with activations of 8 bits, floats, windows, learned positions, sizes that
 # no vector divides.
@@ -43,12 +44,11 @@ MODELS = {
     ),
 }
 TEXT = 700      # tokens: two passes of 512, three chunks of 256
-ROWS = [
-    "auto", "max", "reserve", 1, 3, 16, 50, 1000, "geometric", "geometric:1.3", "chunk:16", "max-lazy",
-    Growth("copy", 48, pad=True, touch=True, huge=False), Growth("chunk", 112, pad=True),
-]
+ROWS = ["auto", 1, 3, 16, 50, 1000]
+GROWTHS = [parse(name) for name in ("copy:1", "copy:50", "geometric", "geometric:1.3", "chunk:16", "reserve", "max", "max-lazy")]
+GROWTHS += [parse("copy:48", pad=True, touch=True), parse("chunk:112", pad=True)]
 if sys.platform == "linux":
-    ROWS += ["remap", "remap:32"]
+    GROWTHS += [parse("remap"), parse("remap:32")]
 
 names = pytest.mark.parametrize("name", MODELS)
 calm = settings(
@@ -68,7 +68,7 @@ def text(name, n=TEXT, seed=0):
 
 @lru_cache(maxsize=None)
 def truth(name, n=TEXT, seed=0):
-    with load(name).session(rows="max") as session:
+    with load(name).session() as session:
         return session.eval(text(name, n, seed), logits="all")
 
 
@@ -96,6 +96,7 @@ def test_every_width(name, width):
     assert_same(np.concatenate(ours)[:n], truth(name)[:n])
 
 
+@pytest.mark.long
 @names
 @calm
 @given(st.data())
@@ -109,6 +110,7 @@ def test_any_split_any_threads_any_arena(name, data):
     assert_same(np.concatenate(ours), truth(name)[:n])
 
 
+@pytest.mark.long
 @names
 @pytest.mark.parametrize("rows", ROWS, ids=str)
 def test_arenas_across_chunks_and_passes(name, rows):
@@ -117,6 +119,17 @@ def test_arenas_across_chunks_and_passes(name, rows):
     with load(name, 2).session(rows=rows) as session:
         ours = [session.eval(text(name)[a:b], logits="all") for a, b in zip(cuts, cuts[1:])]
         assert session.position == TEXT and session.rows >= TEXT
+    assert_same(np.concatenate(ours), truth(name))
+
+
+@pytest.mark.long
+@names
+@pytest.mark.parametrize("growth", GROWTHS, ids=str)
+def test_other_ways_to_grow(name, growth):
+    """Those that tools.kvbench compares read the same rows."""
+    cuts = [0, 1, 250, 256, 257, 511, 513, 513 + 17, TEXT]
+    with GrowingSession(load(name, 2), growth, TEXT) as session:
+        ours = [session.eval(text(name)[a:b], logits="all") for a, b in zip(cuts, cuts[1:])]
     assert_same(np.concatenate(ours), truth(name))
 
 
@@ -132,6 +145,7 @@ def test_last_and_argmax_are_rows_of_all(name):
             assert session.eval(text(name)[:n], logits="none") is None and session.position == n
 
 
+@pytest.mark.long
 @names
 @calm
 @given(st.data())
@@ -150,6 +164,7 @@ def test_rewind_and_other_words(name, data):
             assert_same(session.eval(text(name)[keep: keep + n], logits="all"), truth(name)[keep : keep + n])
 
 
+@pytest.mark.long
 @names
 @calm
 @given(st.data())
@@ -213,6 +228,7 @@ def test_best_is_the_same_one_by_one_in_a_pass_and_in_rounds(name):
         assert_same(third.eval(text(name)[29:32], logits="all"), truth(name)[29:32])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("company", [1, 3, 9])
 def test_a_coarse_head_drafts_nearly_the_same_and_changes_nothing_else(tmp_path, company):
     """65,536 ids of 256 values, the least for which a coarse head is made: the guesses of a model for itself, in rounds of one
@@ -251,6 +267,7 @@ def test_a_pass_is_shared_by_many_sessions():
     assert [session.position for session in sessions] == list(range(1, 41))
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("window", [1, 2, 16, 37, 255, 256, 257, 300])
 def test_windows_across_chunks(window):
     model = pybmc.Model(tiny.model("gemma3", types="F16", window=window, n_ctx=1024, n_layers=2), threads=2)
@@ -264,6 +281,7 @@ def test_windows_across_chunks(window):
     model.close()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("threads", [2, 3, 7, 16])
 def test_attention_that_is_cut_into_pieces(threads):
     """Few KV heads, many threads, a long context: chunks of one head go to several threads."""
@@ -295,8 +313,8 @@ def digests():
     return {name: digest(name) for name in MODELS}
 
 
-def run_on(isa):
-    """What digests() gives on an ISA, in a process of its own, or why there is no such ISA here."""
+def run_on(level):
+    """What digests() gives in a new process with kernels of this level, or the error where there are none."""
     code = (
         "import json, pybmc, test_invariance\nfrom pybmc._native import lib\n"
         "try: model = test_invariance.load('F16')\n"
@@ -306,7 +324,7 @@ def run_on(isa):
     here = Path(__file__).parent
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120,
-        env=os.environ | {"PYBMC_CPU": isa, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"},
+        env=os.environ | {"PYBMC_CPU": level, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"},
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
@@ -317,11 +335,9 @@ def reference():
     return run_on("ref")
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512", "neon", "i8mm"])
-def test_every_isa_gives_the_reference_bits(isa):
-    ours = run_on(isa)
-    if ours.startswith("PYBMC_CPU"):
-        pytest.skip(ours)
+@pytest.mark.parametrize("level", cpu_levels()[1:])
+def test_every_level_gives_the_reference_bits(level):
+    ours = run_on(level)
     assert ours.startswith("{") and ours == reference()
 
 

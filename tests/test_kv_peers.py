@@ -1,19 +1,13 @@
-"""tools/kv_peers.py and its worker, with pybmc on both sides."""
+"""tools.kv_peers and its worker, with pybmc on both sides."""
 
 import io
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import tiny
 from click.testing import CliRunner
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-
-import kv_peers  # noqa: E402
-import kv_worker  # noqa: E402
-import versus_worker  # noqa: E402
+from tools import kv_peers, kv_worker, versus_worker
 
 
 @pytest.fixture

@@ -456,7 +456,7 @@ def test_tokens_that_are_none(model, tokens):
         tuple(TOKENS), np.array(TOKENS), np.array(TOKENS, np.uint8), np.array(TOKENS * 2)[::2][:7], range(3),
         iter([1, 2]),
     ],
-    ids=str,
+    ids=lambda tokens: type(tokens).__name__,
 )
 def test_tokens_of_other_kinds(model, tokens):
     if not hasattr(tokens, "__len__"):
@@ -564,7 +564,7 @@ def test_any_order_of_ends():
     path = tiny.model("llama", **SMALL)
     for order in range(12):
         model = pybmc.Model(path, threads=1 + order % 2)
-        session, other = model.session(), model.session(rows="max")
+        session, other = model.session(), model.session(rows=512)
         result = session.eval(TOKENS)
         if order % 3 == 0:
             del model
@@ -626,7 +626,7 @@ def test_a_forked_process_goes_on_alone():
         "assert session.eval([1, 2, 3]).tobytes() == right\nmodel.close()\n"
         "if child: assert os.waitpid(child, 0)[1] == 0"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, timeout=30).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, timeout=120).returncode == 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
@@ -799,7 +799,7 @@ def test_threads_with_sessions_of_their_own(model):
             session.rewind(0)
 
     def work(i):
-        with model.session(rows=["auto", 1, "reserve", 3][i]) as session:
+        with model.session(rows=["auto", 1, 16, 33][i]) as session:
             return np.concatenate(
                 [session.eval(texts[i][at: at + 5], logits="all") for at in range(0, 60, 5)]
             )
@@ -845,15 +845,6 @@ def test_interrupts_leave_a_session_whole(model):
 
 
 # What it costs
-
-
-def test_idle_threads_cost_nothing():
-    with pybmc.Model(tiny.model("llama"), threads=4) as model, model.session() as session:
-        session.eval(TOKENS)
-        time.sleep(0.05)
-        before = time.process_time()
-        time.sleep(0.3)
-        assert time.process_time() - before < 0.02
 
 
 def big_model(path, n_ctx=131072):
@@ -910,7 +901,7 @@ def test_memory_follows_use(tmp_path):
     """Packed weights plus 5%, and a session that costs what it holds, whatever its cap."""
     MB = 1 << 20
     path = big_model(tmp_path / "big.gguf")
-    ways = [("auto", None), ("auto", 200), ("reserve", None), (1, None), ("max", 200)]
+    ways = [("auto", None), ("auto", 200), (1, None), (200, 200)]
     result = subprocess.run(
         [sys.executable, "-c", MEASURE, tiny.model("llama", **SMALL), path, json.dumps(ways)],
         capture_output=True, text=True, cwd=HERE.parent, timeout=60,
@@ -918,8 +909,7 @@ def test_memory_follows_use(tmp_path):
     assert result.returncode == 0, result.stderr
     for (rows, context), got in zip(ways, json.loads(result.stdout)):
         assert got["packed"] > 60 * MB and got["loaded"] < 1.05 * got["packed"] + 4 * MB, (rows, context, got)
-        if rows != "max":
-            assert got["opened"] < MB, (rows, context, got)
+        assert got["opened"] < MB, (rows, context, got)
         assert got["used"] < 400 * got["row"] + 24 * MB, (rows, context, got)       # a pass's buffers among it
 
 

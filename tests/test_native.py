@@ -1,5 +1,6 @@
 """The boundary to C: loading, statuses, arrays."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -13,6 +14,9 @@ from cffi import FFI
 import pybmc
 from pybmc import _native
 from pybmc._native import ERRORS, as_array, check, ffi, lib, pointer
+
+ROOT = Path(__file__).parents[1]
+PRODUCT, LAB = ROOT / "native" / "bmc.h", ROOT / "native" / "lab" / "bmc_lab.h"
 
 
 def test_every_status_is_an_exception_of_its_own():
@@ -30,10 +34,24 @@ def test_check_gives_counts_back_and_raises_the_sentence():
         check(-1000)
 
 
-def test_the_library_defines_what_the_header_declares():
-    functions = re.findall(r"\b(bmc_\w+)\([^)]*\);", _native._declarations())
-    assert len(functions) > 10
-    assert [name for name in functions if not hasattr(lib, name)] == []
+def functions(header):
+    return re.findall(r"\b(bmc_\w+)\([^)]*\);", _native._declarations(header))
+
+
+def test_the_library_defines_what_its_headers_declare():
+    product, experiments = functions(PRODUCT), functions(LAB)
+    assert len(product) > 10 and len(experiments) > 5 and not set(product) & set(experiments)
+    _native.declare(LAB)
+    _native.declare(LAB)
+    assert [name for name in product + experiments if not hasattr(lib, name)] == []
+
+
+def test_the_product_knows_nothing_of_experiments():
+    names = [*functions(LAB), "bmc_lab.h", "lab/"]
+    sources = [*ROOT.glob("pybmc/**/*.py"), *ROOT.glob("native/*.[ch]"), *ROOT.glob("native/kernels/*.[ch]")]
+    assert len(sources) > 50
+    code = {path: re.sub(r"/\*.*?\*/", "", path.read_text(), flags=re.DOTALL) for path in sources}
+    assert [(path.name, name) for path, text in code.items() for name in names if name in text] == []
 
 
 @pytest.mark.skipif(not shutil.which("nm"), reason="needs nm")
@@ -66,8 +84,7 @@ def test_an_older_library_says_what_to_do(monkeypatch):
 
 def test_importing_pybmc_loads_nothing_heavy():
     code = "import sys, pybmc; print(sorted({'numpy', 'cffi', 'jinja2', 'tokenizers', 'click'} & set(sys.modules)))"
-    root = Path(__file__).parents[1]
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True).stdout.strip() == b"[]"
+    assert in_a_process(code) == ["[]"]
 
 
 def test_as_array_accepts_what_fits():
@@ -105,9 +122,42 @@ def test_an_interrupt_while_a_handle_is_freed_reaches_the_caller(monkeypatch):
     assert not freed
 
 
-def test_the_arithmetic_rate_is_measured():
-    for threads in (1, 2):
-        int8, f32 = _native.arithmetic_rate(threads)
-        assert int8 > 1e7 and f32 > 1e7
-    with pytest.raises(pybmc.ArgumentError, match="threads, found 0"):
-        _native.arithmetic_rate(0)
+def in_a_process(code, **environment):
+    """What Python code prints in a new process, where the library has resolved nothing yet."""
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | environment,
+                            capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.split("\n")[:-1]
+
+
+def test_kernels_are_resolved_once():
+    code = """
+import os
+from pybmc._native import ffi, lib
+first = ffi.string(lib.bmc_cpu())
+os.environ["PYBMC_CPU"] = "ref" if first != b"ref" else "nonsense"
+print(ffi.string(lib.bmc_cpu()) == first)
+"""
+    assert in_a_process(code) == ["True"]
+
+
+def test_every_thread_is_told_why_there_are_no_kernels():
+    code = """
+from threading import Thread
+from pybmc._native import last_error, lib
+def ask():
+    lib.bmc_cpu()
+    print(last_error())
+for thread in [Thread(target=ask) for _ in range(3)]:
+    thread.start()
+    thread.join()
+"""
+    lines = in_a_process(code, PYBMC_CPU="mmx")
+    assert len(lines) == 3 and len(set(lines)) == 1
+    assert re.fullmatch('PYBMC_CPU: expected ref.*, found "mmx"', lines[0])
+
+
+def test_the_levels_of_this_cpu_begin_with_the_reference():
+    levels = _native.cpu_levels()
+    assert levels[0] == "ref" and ffi.string(lib.bmc_cpu()).decode() in levels
+    assert lib.bmc_cpu_level(len(levels)) == lib.bmc_cpu_level(-1) == ffi.NULL

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import tiny
+from places import GOLDEN
 
 import pybmc
 from pybmc import prove as prove_module
@@ -91,15 +92,10 @@ def test_a_difference_is_exit_status_3(path, capsys, monkeypatch):
     assert "logits differs at position" in out and "apart" in out and "not proven: 1 of 2" in out
 
 
-def test_golden_models_are_proven(shared):
-    files = sorted((shared / "golden").rglob("*.gguf"))[:4]
-    if not files:
-        pytest.skip("no golden models")
-    for file in files:
-        with pybmc.Model(file, threads=2) as model:
-            if model.tokenizer is None:
-                continue
-            assert all(f.difference is None for f in prove(model, max_tokens=12, draft=model)), file
+@pytest.mark.parametrize("path", GOLDEN[:3], ids=lambda path: path.stem)
+def test_golden_models_are_proven(path):
+    with pybmc.Model(path, threads=2) as model:
+        assert all(f.difference is None for f in prove(model, max_tokens=12, draft=model))
 
 
 def test_the_bundled_pair_is_proven():

@@ -271,7 +271,7 @@ class Terminal:
         os.close(child)
         self.text = ""
 
-    def wait_for(self, what, seconds=20):
+    def wait_for(self, what, seconds=60):
         ends = time.monotonic() + seconds
         while what not in self.text:
             assert time.monotonic() < ends, f"no {what!r} in {self.text!r}"

@@ -2,18 +2,15 @@
 
 import random
 import re
-import sys
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
 pytest.importorskip("tomllib")
 
-from train_demo import simulate, text
+from tools.train_demo import simulate, text
 
 seeds = st.integers(0, 2**32)
 

@@ -1,17 +1,14 @@
-"""tools/spec_bench.py: that it runs, compares texts, and says what its numbers mean."""
+"""tools.spec_bench: that it runs, compares texts, and says what its numbers mean."""
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import tiny
 
 import pybmc
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
-
-import spec_bench  # noqa: E402
+from tools import spec_bench
 
 
 @pytest.fixture(scope="module")

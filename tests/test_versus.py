@@ -1,4 +1,4 @@
-"""tools/versus.py: pairs, medians, differences, the table, the protocol with fake engines; a real peer."""
+"""tools.versus: pairs, medians, differences, the table, the protocol with fake engines; a real peer."""
 
 import json
 import os
@@ -13,14 +13,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-TOOLS = Path(__file__).parents[1] / "tools"
-sys.path.insert(0, str(TOOLS))
 
-import synth  # noqa: E402
-import versus  # noqa: E402
-import versus_worker  # noqa: E402
+import pybmc
+from tools import lab, limits, synth, versus, versus_worker
 
-import pybmc  # noqa: E402
+ROOT = Path(__file__).parents[1]
 
 FAKE = """
 import array, json, random, sys
@@ -108,6 +105,39 @@ def test_each_run_is_held_against_the_limit_of_its_moment():
     assert versus.Row("open", [1.0], [2.0], unit="s").limit is None
 
 
+@pytest.fixture
+def loaded(tmp_path):
+    with pybmc.Model(tiny(tmp_path), threads=1) as model:
+        yield model
+
+
+def test_a_limit_is_memory_or_kernels(loaded):
+    """Whichever takes longer; the head's products count once for a prompt and n times for a verification."""
+    layers, head = limits.weight_counts(loaded)
+    n_layers, n_head = sum(layers.values()), sum(head.values())
+    assert n_layers > 0 < n_head
+    slow = limits.Limits(1e18, dict.fromkeys(layers | head, 1e6), 1e18)
+    for test, times, heads in (("pp", 8, 1), ("verify", 8, 8), ("tg", 1, 1)):
+        least, by = slow.seconds(loaded, test, 8, 0, 100)
+        assert by == "kernels" and least == pytest.approx((times * n_layers + heads * n_head) / 1e6)
+    deep = limits.Limits(1e6, slow.weights | dict.fromkeys(slow.weights, 1e18), 1e18)
+    assert deep.seconds(loaded, "tg", 2, 10, 1000) == (pytest.approx((loaded.packed_bytes + 11_000) / 1e6), "memory")
+    attention = limits.Limits(1e18, deep.weights, 1e6)
+    products = 2 * loaded.config.n_layers * loaded.config.q_dim * (10 + 1) * 2
+    assert attention.seconds(loaded, "pp", 2, 10, 1) == (pytest.approx(products / 1e6), "kernels")
+
+
+def test_limits_are_measured(loaded, monkeypatch):
+    monkeypatch.setattr(lab, "read_bandwidth", lambda threads: 1e10)        # half a gigabyte for nothing
+    found = limits.limits_of(loaded)
+    assert found.read == 1e10 and found.floats > 1e7 and min(found.weights.values()) > 1e6
+    with pytest.raises(pybmc.ArgumentError, match="threads, found 0"):
+        lab.arithmetic_rate(0)
+    for type_id, threads in ((16, 1), (-1, 1), (10**6, 1), (8, 0)):
+        with pytest.raises(pybmc.ArgumentError, match="expected a type that computes"):
+            lab.arithmetic(type_id, threads)
+
+
 def test_json_lines_keep_every_measurement():
     row = versus.Row("verify 8", [300.0, 100.0], [100.0, 100.0], mode="m", cell=versus.Cell("verify", 8, 0))
     line = json.loads(json.dumps(versus.json_line("a.gguf", 2, row)))
@@ -122,7 +152,7 @@ def test_a_difference_is_reported_and_a_large_one_with_what_tells_whose_it_is():
     for part in ("1.23% of their spread", "top-1 agreement 95.3%", "KL divergence 0.0017"):
         assert part in text
     assert "exact.py" not in text
-    assert "python tools/exact.py a.gguf" in versus.agreement_text("a.gguf", replace(found, error=0.07))
+    assert "python -m tools.exact a.gguf" in versus.agreement_text("a.gguf", replace(found, error=0.07))
 
 
 def test_noise_is_what_neither_engine_used(monkeypatch):
@@ -191,7 +221,7 @@ def test_an_engine_that_fails_or_dies_is_one_sentence(fake):
 
 def test_without_the_peer_the_message_says_what_to_install(tmp_path):
     (tmp_path / "llama_cpp.py").write_text("raise ImportError('none here')")
-    done = subprocess.run([sys.executable, TOOLS / "versus_worker.py", "llama.cpp"], capture_output=True, text=True,
+    done = subprocess.run([sys.executable, "-m", "tools.versus_worker", "llama.cpp"], capture_output=True, text=True, cwd=ROOT,
                           env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert done.returncode == 1
     assert "pip install llama-cpp-python" in json.loads(done.stdout)["error"]

@@ -1,7 +1,7 @@
 """Measure the error of pybmc's and of llama.cpp's logits against float32, on a model file and a text.
 
     pip install llama-cpp-python gguf
-    python tools/exact.py MODEL [--text FILE] [--tokens 512] [--peer-python PYTHON] [--json]
+    python -m tools.exact MODEL [--text FILE] [--tokens 512] [--peer-python PYTHON] [--json]
 
 The reference is llama.cpp in float32: MODEL's weights are dequantized to a float32 file by the gguf package,
 keys and values are kept in float32, flash attention is off. pybmc and llama.cpp evaluate the same tokens with
@@ -36,16 +36,13 @@ try:
 except ImportError:
     sys.exit("exact.py needs the gguf package: pip install gguf")
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from pybmc.arch import read_config
+from pybmc.cli import read_text
+from pybmc.errors import BmcError
+from pybmc.gguf import GGUF
 
-from distance import distance, perplexity  # noqa: E402
-from versus import OURS, TEXT, THEIRS, default_threads, engine_of  # noqa: E402
-
-from pybmc.arch import read_config  # noqa: E402
-from pybmc.cli import read_text  # noqa: E402
-from pybmc.errors import BmcError  # noqa: E402
-from pybmc.gguf import GGUF  # noqa: E402
+from .distance import distance, perplexity
+from .versus import OURS, TEXT, THEIRS, default_threads, engine_of
 
 PASS = 64                               # tokens of a pass, whose logits are held at once
 BLOCKS = 1 << 14                        # of a tensor, dequantized at once: 16 MB of float32 at most

@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
 """Logits next to exact ones and next to llama.cpp's, for every model of a folder.
 
-    python tools/golden.py [DIR] [--json]        DIR: ../shared/golden beside the checkout
+    python -m tools.golden [DIR] [--json]        DIR: tests/golden of the repository
 
 A pair NAME.gguf and NAME.npz gives a row. The npz holds tokens, ref (float32 logits of the dequantized
 weights), llamacpp (llama.cpp's own logits), greedy_prompt, greedy_tokens, greedy_gap (the run that ref continues
@@ -25,9 +24,10 @@ from pathlib import Path
 import numpy as np
 
 import pybmc
-from distance import rms
 
-FOLDER = Path(__file__).resolve().parents[2] / "shared" / "golden"
+from .distance import rms
+
+FOLDER = Path(__file__).resolve().parents[1] / "tests" / "golden"
 CLEAR = 6.0         # in rms of llama.cpp's error
 
 

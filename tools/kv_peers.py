@@ -1,7 +1,7 @@
 """What a KV cache costs in other runtimes: memory and start-up of llama.cpp, rates of Hugging Face transformers.
 
-    python tools/kv_peers.py memory MODEL [-c 32768] [-p 200] --peer-python PYTHON      # with llama-cpp-python
-    python tools/kv_peers.py rates MODEL [-p 16,2048] [-n 64] --peer-python PYTHON      # with torch and transformers
+    python -m tools.kv_peers memory MODEL [-c 32768] [-p 200] --peer-python PYTHON      # with llama-cpp-python
+    python -m tools.kv_peers rates MODEL [-p 16,2048] [-n 64] --peer-python PYTHON      # with torch and transformers
 
 memory: a context of -c tokens is opened and a prompt of -p tokens taken in: what the process grows by, and the seconds
 until the first token. rates: greedy decoding, tokens a second behind each prompt, against transformers' generate() with
@@ -13,19 +13,15 @@ import json
 import os
 import statistics
 import sys
-from pathlib import Path
 
 import click
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from pybmc.arch import read_config
+from pybmc.cli import Counts
+from pybmc.gguf import GGUF
 
-from versus import Engine, cpu_model, default_threads, paired, warm  # noqa: E402
-
-from pybmc.arch import read_config  # noqa: E402
-from pybmc.cli import Counts  # noqa: E402
-from pybmc.gguf import GGUF  # noqa: E402
+from .versus import Engine, cpu_model, default_threads, paired, warm
 
 SHAPE = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "n_ctx")
 CACHES = ("dynamic", "static")
@@ -36,11 +32,10 @@ def workers(peer, peer_python, path, threads):
     with GGUF(path) as file:
         config = read_config(file)
     shape = {name: getattr(config, name) for name in SHAPE}
-    worker = str(Path(__file__).with_name("kv_worker.py"))
     opened = []
     try:
         for name, python in (("pybmc", sys.executable), (peer, peer_python)):
-            opened.append(Engine(name, [python, worker, name]))
+            opened.append(Engine(name, [python, "-m", "tools.kv_worker", name]))
         return opened, [engine.ask("load", path=path, threads=threads, shape=shape) for engine in opened], config
     except BaseException:
         for engine in opened:

@@ -1,26 +1,22 @@
 """One engine in a process of its own, told what to do by kv_peers.py: a JSON object a line in, one a line out.
 
-    python kv_worker.py pybmc|llama.cpp|transformers
+    python -m tools.kv_worker pybmc|llama.cpp|transformers
 
 The first line out says what the engine is, every later one answers a request {"do": name, ...}; it is
 {"error": sentence} if that failed. The requests are the methods of Worker.
 """
 
 import os
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from . import versus_worker
 
 
 class Pybmc:
     def __init__(self):
-        from versus_worker import Pybmc as Engine
-
-        self.engine = Engine()
+        self.engine = versus_worker.Pybmc()
         self.version = self.engine.version
 
     def load(self, path, threads, **shape):
@@ -48,9 +44,7 @@ class LlamaCpp:
     """Memory and start-up only; versus.py compares its rates."""
 
     def __init__(self):
-        from versus_worker import LlamaCpp as Engine
-
-        self.engine = Engine()
+        self.engine = versus_worker.LlamaCpp()
         self.version = self.engine.version
 
     def load(self, path, threads, **shape):
@@ -64,9 +58,7 @@ class LlamaCpp:
         self.threads = threads
 
     def open(self, context, mode):
-        from versus_worker import LlamaSession
-
-        self.session = LlamaSession(self.engine, self.threads, context, 1, flash=mode != "no flash attention")
+        self.session = versus_worker.LlamaSession(self.engine, self.threads, context, 1, flash=mode != "no flash attention")
 
     def prompt(self, ids):
         self.next = int(self.session.eval(ids)[0].argmax())
@@ -183,9 +175,7 @@ def memory():
 
 
 def main():
-    from versus_worker import start
-
-    start({"pybmc": Pybmc, "llama.cpp": LlamaCpp, "transformers": Transformers}, Worker)
+    versus_worker.start({"pybmc": Pybmc, "llama.cpp": LlamaCpp, "transformers": Transformers}, Worker)
 
 
 if __name__ == "__main__":

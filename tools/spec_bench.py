@@ -1,8 +1,8 @@
 """What speculative decoding brings: plain decoding, each source of guesses alone, and all of them, in turn.
 
-    python tools/spec_bench.py --real DIR           ten tasks of a real pair: DIR/qwen-1.5b.gguf and DIR/qwen-0.5b.gguf
-    python tools/spec_bench.py --pairs DIR          pairs of a 1B model's shape that agree to a set degree (tools/synth.py)
-    python tools/spec_bench.py                      the bundled pair
+    python -m tools.spec_bench --real DIR           ten tasks of a real pair: DIR/qwen-1.5b.gguf and DIR/qwen-0.5b.gguf
+    python -m tools.spec_bench --pairs DIR          pairs of a 1B model's shape that agree to a set degree (tools.synth)
+    python -m tools.spec_bench                      the bundled pair
 
 Each task runs in every way, one right after the other, in an order that changes from run to run; what is reported are medians.
 Seconds are those from the request to the last token, prompt included. Every text is compared with the plain one.
@@ -24,13 +24,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import pybmc  # noqa: E402
-from pybmc.chat import ChatTemplate  # noqa: E402
-from pybmc.engine import Engine, Request  # noqa: E402
-from pybmc.sampling import Sampler  # noqa: E402
-from pybmc.spec import Speculation  # noqa: E402
+import pybmc
+from pybmc.chat import ChatTemplate
+from pybmc.engine import Engine, Request
+from pybmc.sampling import Sampler
+from pybmc.spec import Speculation
 
 PLAIN, NGRAMS = "plain", "n-grams"
 
@@ -129,7 +127,7 @@ def compare(model, task: Task, ways: dict[str, Speculation], runs: int) -> Row:
 
 def real_tasks(model, n: int) -> list[Task]:
     """The ten tasks of tools/spec_tasks.py in the model's chat template."""
-    from spec_tasks import TASKS
+    from .spec_tasks import TASKS
 
     template = ChatTemplate(None, model.tokenizer)
     return [Task(task.name, template.encode([{"role": "user", "content": task.prompt}]), min(n, task.n),
@@ -165,7 +163,7 @@ def synthetic_tasks(model, n: int) -> list[Task]:
 @contextmanager
 def scrambled(path: Path, threads: int | None) -> Iterator[pybmc.Model]:
     """A draft that knows nothing: a file's weights in random order."""
-    import synth
+    from . import synth
 
     with tempfile.TemporaryDirectory(dir=path.parent if os.access(path.parent, os.W_OK) else None) as folder:
         synth.scramble(shutil.copyfile(path, Path(folder) / "random.gguf"))
@@ -175,7 +173,7 @@ def scrambled(path: Path, threads: int | None) -> Iterator[pybmc.Model]:
 
 def pair_files(folder: Path, name: str, type_name: str, share: float) -> tuple[Path, Path]:
     """A synthetic pair's files, written if they are not there."""
-    import synth
+    from . import synth
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}-{type_name}-{round(100 * share)}.gguf"
@@ -243,7 +241,7 @@ def main() -> None:
     parser.add_argument("--real", type=Path, metavar="DIR", help="where qwen-1.5b.gguf and qwen-0.5b.gguf are")
     parser.add_argument("--drafts", default="0.5B", help="with --real: some of 0.5B, bundled, random, by comma")
     parser.add_argument("--pairs", type=Path, metavar="DIR", help="where synthetic pairs are kept, or written")
-    parser.add_argument("--model", default="llama-3.2-1b", help="their shape, as tools/synth.py names it")
+    parser.add_argument("--model", default="llama-3.2-1b", help="their shape, as tools.synth names it")
     parser.add_argument("--type", default="Q4_K_M")
     parser.add_argument("--case", default="", metavar="TEXT", help="tasks whose name holds this")
     parser.add_argument("-r", "--runs", type=int, default=5)

@@ -1,8 +1,8 @@
 """Write a GGUF with a real model's shape, vocabulary size and quantization mix, and random weights.
 
-    python tools/synth.py llama-3.2-1b --type Q4_K_M -o l1b.gguf
+    python -m tools.synth llama-3.2-1b --type Q4_K_M -o l1b.gguf
 
-    python tools/synth.py llama-3.2-1b --pair 0.85 -o l1b.gguf          also writes l1b-draft.gguf
+    python -m tools.synth llama-3.2-1b --pair 0.85 -o l1b.gguf          also writes l1b-draft.gguf
 
 Speed and memory of such a file are those of the real one; its text is noise. A pair is a whole model whose later layers
 add little, and its first layer as a draft: how little is found by trying, until the draft agrees with the model as often
@@ -21,7 +21,7 @@ from statistics import NormalDist
 import gguf
 import numpy as np
 
-from synth_vocab import VOCABS, add_vocabulary
+from .synth_vocab import VOCABS, add_vocabulary
 
 # ---- models ------------------------------------------------------------------------------------------------
 

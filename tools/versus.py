@@ -1,8 +1,8 @@
 """Compare pybmc with llama.cpp on the same files: opening, prompts, single tokens, verification passes, memory.
 
     pip install llama-cpp-python
-    python tools/versus.py MODEL... [-p 512] [-n 32] [-b 1,2,4,8,16] [-d 0,4096] [-r 5] [-t 2] [--json]
-    python tools/versus.py --table DIR [--only types,depth] [-r 5] [-t 2] [--json-file results.jsonl]
+    python -m tools.versus MODEL... [-p 512] [-n 32] [-b 1,2,4,8,16] [-d 0,4096] [-r 5] [-t 2] [--json]
+    python -m tools.versus --table DIR [--only types,depth] [-r 5] [-t 2] [--json-file results.jsonl]
 
 The second form measures the whole table (TABLE below) on files of random weights, which it writes to DIR where they
 are missing.
@@ -13,9 +13,9 @@ ratio is the median over these pairs. llama.cpp attends with flash attention and
 each line; weights are repacked as its build has it, batch sizes are its defaults. A verification pass gives the
 logits of all its tokens on both sides (pybmc can do with less, `logits="argmax"`), then rewinds. Before anything
 is timed, the logits of a text are compared; how far they are apart is printed below the table, and
-tools/exact.py tells which engine is closer to float32. "limit" is our share of what the machine allows,
+tools.exact tells which engine is closer to float32. "limit" is our share of what the machine allows,
 measured right before each of our runs, since its speed changes: weights and rows read from memory, or our
-kernels working from the cache (pybmc.bench.Limits); the median of the runs.
+kernels working from the cache (tools.limits); the median of the runs.
 
 The peer may live in an environment of its own, with numpy and llama-cpp-python: --peer-python, or the
 environment variable PYBMC_PEER_PYTHON.
@@ -40,24 +40,27 @@ from tempfile import TemporaryDirectory
 import click
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from pybmc.cli import Counts, test_name
+from pybmc.errors import BmcError
 
-from distance import Distance, distance  # noqa: E402
-
-from pybmc.cli import Counts, test_name  # noqa: E402
-from pybmc.errors import BmcError  # noqa: E402
+from .distance import Distance, distance
 
 OURS, THEIRS = "pybmc", "llama.cpp"
-TEXT = Path(__file__).parents[1] / "docs" / "speculation.md"
+ROOT = Path(__file__).parents[1]
+TEXT = ROOT / "docs" / "speculation.md"
 CHECKED = 64                            # tokens of it whose logits are compared
 SAME_MODEL = 0.5                        # share of equal best tokens below which it is another model
-FAR = 0.05                              # error from which on the report names tools/exact.py
+FAR = 0.05                              # error from which on the report names tools.exact
 OPENINGS = 3
 LONG = 5.0                              # seconds of a run from which on nothing is gained by warming up
 BUSY = 0.05                             # share of the cores in other hands from which on a run does not count
 
 # ---- the engines ---------------------------------------------------------------------------------------------
+
+
+def with_root():
+    """The environment in which another Python finds this checkout too."""
+    return {"PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 class Engine:
@@ -67,7 +70,7 @@ class Engine:
         self.name, self.idle = name, 0.0
         try:
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                            env=os.environ | (environment or {}))
+                                            env=os.environ | with_root() | (environment or {}))
         except OSError as e:
             raise click.ClickException(f"{command[0]} does not start: {e.strerror}") from None
         about = self._answer()
@@ -109,8 +112,7 @@ class Engine:
 @contextmanager
 def engine_of(name, python, cpu=""):
     """A fresh engine: what a file before it used is not its own. cpu: the kernels that pybmc is to take."""
-    worker = str(Path(__file__).with_name("versus_worker.py"))
-    engine = Engine(name, [python, worker, name], {"PYBMC_CPU": cpu} if cpu else {})
+    engine = Engine(name, [python, "-m", "tools.versus_worker", name], {"PYBMC_CPU": cpu} if cpu else {})
     try:
         yield engine
     finally:
@@ -162,7 +164,7 @@ def file_of(entry, folder):
     """The entry's file, written if it is missing."""
     path = Path(folder) / f"{entry.shape}-{entry.type}.gguf"
     if not path.exists():
-        import synth
+        from . import synth
 
         synth.write(path, synth.MODELS[entry.shape], entry.type)
     return str(path)
@@ -302,7 +304,7 @@ def agreement(a, b):
 def agreement_text(path, found):
     line = (f"pybmc's logits of a text differ from llama.cpp's by {found.error:.2%} of their spread, top-1 "
             f"agreement {found.top1:.1%}, KL divergence {found.kl_mean:.2g} (99%: {found.kl_p99:.2g})")
-    return line + (f"; whose error it is: python tools/exact.py {path}" if found.error > FAR else "")
+    return line + (f"; whose error it is: python -m tools.exact {path}" if found.error > FAR else "")
 
 
 # ---- the machine ---------------------------------------------------------------------------------------------
@@ -328,7 +330,7 @@ def cpu_seconds():
 
 def roof(threads):
     """What the machine allows, by our library's own measure: GB/s, billions of products a second."""
-    from pybmc._native import arithmetic_rate, read_bandwidth
+    from .lab import arithmetic_rate, read_bandwidth
 
     int8, f32 = arithmetic_rate(threads)
     return {"read": rounded(read_bandwidth(threads) / 1e9), "int8": rounded(int8 / 1e9), "f32": rounded(f32 / 1e9)}

@@ -1,6 +1,6 @@
 """One engine in a process of its own, told what to do by versus.py: a JSON object a line in, one a line out.
 
-    python versus_worker.py pybmc|llama.cpp
+    python -m tools.versus_worker pybmc|llama.cpp
 
 The first line out says what the engine is, every later one answers a request {"do": name, ...}; it is
 {"error": sentence} if that failed. The requests are Worker's methods. Both engines are timed by the same lines,
@@ -19,9 +19,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-from pybmc.bench import go_to, limits_of, measure, random_tokens  # noqa: E402
+from pybmc.bench import go_to, measure, random_tokens
 
 SETTLE_S = 0.05                         # a pool may spin that long after its work, and would disturb the other's
 
@@ -53,6 +51,8 @@ class Pybmc:
 
     def limit(self, kind, n, depth):
         """The rate that this machine allows a test now, and what sets it."""
+        from .limits import limits_of           # here: the other engine's Python cannot load our library
+
         row_bytes = self.held.arena_stats().row_bytes
         least, by = limits_of(self.model).seconds(self.model, kind, n, depth, row_bytes)
         return {"tok_s": (1 if kind == "tg" else n) / least, "by": by}

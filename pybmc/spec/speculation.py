@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from contextlib import suppress
 
 from .. import checks
@@ -57,7 +56,7 @@ class Speculation:
     def _policy(self):
         policy = ffi.new("bmc_policy **")
         of_target = self.model.packed_bytes / BYTES_A_SECOND
-        of_draft = of_target if self.spec == "self" else seconds_of_token(self.draft) if self.draft is not None else 0.0
+        of_draft = of_target if self.spec == "self" else seconds_of_guess(self.draft) if self.draft is not None else 0.0
         check(lib.bmc_policy_new(of_target, of_draft, policy))
         policy = owned(policy[0], "bmc_policy_free")
         record = store.load(self._key)
@@ -90,15 +89,12 @@ class Speculation:
         return lib.bmc_policy_chance(self.policy, source, confidence)
 
 
-def seconds_of_token(model) -> float:
-    """Of a pass of one token, the least of a few; the first ones touch the model's memory."""
-    times = []
-    with model.session(context=64) as session:
-        for _ in range(3):
-            started = time.perf_counter()
-            session.eval([0], "best")
-            times.append(time.perf_counter() - started)
-    return min(times)
+def seconds_of_guess(model) -> float:
+    """Of a guess of a draft model, measured now."""
+    seconds = ffi.new("double *")
+    with model.session(context=16) as session, session._claimed() as handle:
+        check(lib.bmc_draft_seconds(handle, seconds))
+    return seconds[0]
 
 
 class Drafter:

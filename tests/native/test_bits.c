@@ -150,7 +150,7 @@ static void every_kernel(const struct kernels *k) {
 
 int main(void) {
     struct kernels k;
-    for (int i = 0; kernels_at(i, &k); i++)
+    for (int level = 0; kernels_at(level, &k); level++)
         every_kernel(&k);
     return 0;
 }

@@ -21,8 +21,8 @@ static struct kernels isas[4];      /* the reference first */
 static int n_isas;
 
 static void load_isas(void) {
-    for (; kernels_at(n_isas, &isas[n_isas]); n_isas++)
-        printf(" %s", isas[n_isas].name);
+    while (kernels_at(n_isas, &isas[n_isas]))
+        printf(" %s", isas[n_isas++].name);
     printf("\n");
     CHECK(n_isas && !strcmp(isas[0].name, "ref"));
 }

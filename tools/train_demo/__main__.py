@@ -1,4 +1,4 @@
-"""python -m train_demo (from tools/): text in, two GGUF files and their card out. Run again to go on where it stopped."""
+"""python -m tools.train_demo: text in, two GGUF files and their card out. Run again to go on where it stopped."""
 
 import argparse
 import dataclasses
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def parse(argv=None):
-    p = argparse.ArgumentParser(prog="train_demo", description=__doc__)
+    p = argparse.ArgumentParser(prog="tools.train_demo", description=__doc__)
     p.add_argument("--corpus", type=Path, help="the text, plain or .xz, books parted by lines <|book|>")
     p.add_argument("--heldout", type=Path, help="text of the same kind that is never trained on")
     p.add_argument("--work", type=Path, default=Path("train_demo_work"), help="checkpoints and rows (%(default)s)")

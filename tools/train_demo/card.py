@@ -30,7 +30,7 @@ template is ChatML's. Text is best within {n_ctx} tokens; training rows had {row
 
 ## Made by
 
-`python -m train_demo --corpus tales.txt.xz --heldout heldout.txt` in `tools/`: every number of the recipe is in `tools/train_demo/recipe.py`.
+`python -m tools.train_demo --corpus tales.txt.xz --heldout heldout.txt`: every number of the recipe is in `tools/train_demo/recipe.py`.
 A pair that goes on from another (`--from`) has its first part by the recipe of that day.
 
 {text}

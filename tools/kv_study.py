@@ -1,4 +1,4 @@
-"""`pybmc bench kv`: what a KV cache costs by the way it grows, measured on the real arena and kernels, and predicted.
+"""What a KV cache costs by the way it grows, measured on the real arena and kernels, beside a prediction.
 
 A setting is a shape, a prompt length, a number of drafted tokens and a way to grow. Of the tokens that follow the
 prompt a sample is evaluated, spread evenly: passes at different fillings of the reserved rows, and growths with the
@@ -13,24 +13,25 @@ from __future__ import annotations
 
 import random
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
-import numpy as np
+from pybmc.errors import ArgumentError
 
-from . import balance, tune
-from .errors import ArgumentError
-from .growth import Growth, parse
-from .machine import Machine
+from . import balance
+from .growth import POLICIES as GROWTHS
+from .growth import Growth, GrowingSession, grown, parse
+from .machine import Machine, attention_times, lines_through, measure_machine
+from .synthetic import SyntheticModel
 
 R_GRID = (1, 16, 32, 64, 128, 256, 512, 1024)
 POLICIES = ("copy:1", "copy:128", "geometric:1.5", "geometric", "chunk", "reserve", "remap", "max-lazy", "max")
 ACCEPTED = 0.7                          # chance that a drafted token comes true, if those before it did
-GROWTHS, PASSES, REPS = 8, 10, 3        # sampled of a setting; evaluations of each pass
+SAMPLED, PASSES, REPS = 8, 10, 3        # growths and passes of a setting; evaluations of each pass
 LENGTHS = (512, 2048, 8192, 32768)      # at which stalls are looked for
+ROWS_BEYOND = 2048                      # that they may take
 MOST_BYTES = 3 << 29                    # of rows there
 
 
@@ -104,8 +105,7 @@ class Result:
         """For --json."""
         s = self.setting
         values = {name: value for name, value in asdict(self).items() if name not in ("setting", "predicted", "memory")}
-        return ({"test": "kv", "shape": s.shape, "rows": str(s.growth), "pad": s.growth.pad, "huge": s.growth.huge,
-                 "prompt": s.prompt, "generated": s.generated, "k": s.k, "accepted": s.accepted, "tau": s.tau,
+        return ({"test": "kv", "shape": s.shape, "rows": str(s.growth), "pad": s.growth.pad, "prompt": s.prompt, "generated": s.generated, "k": s.k, "accepted": s.accepted, "tau": s.tau,
                  "r_star": s.r_star} | values
                 | {"cache_ms": self.cache_ms, "total_ms": self.total_ms, "predicted_ms": self.predicted_ms,
                    "predicted": {name: 1e3 * value for name, value in asdict(self.predicted).items()},
@@ -123,51 +123,36 @@ class Grow:
 
 
 def growths_of(s: Setting) -> list[Grow]:
-    reserved, out = balance.grown(s.growth, s.prompt, 0, s.cap), []
+    reserved, out = grown(s.growth, s.prompt, 0, s.cap), []
     for i in range(max(1, round(s.generated / s.tau))):
         used = s.prompt + int(i * s.tau)
         if used + s.width > reserved:
-            after = balance.grown(s.growth, used + s.width, reserved, s.cap)
+            after = grown(s.growth, used + s.width, reserved, s.cap)
             out.append(Grow(i, used, reserved, after))
             reserved = after
     return out
 
 
-class Timer:
-    """Seconds by what they were spent on, between two readings; the first is of what the session cost so far."""
-
-    def __init__(self, session):
-        self.session, self.last = session, {}
-
-    def read(self) -> dict[str, float]:
-        stats = self.session.arena_stats()
-        new = {"wall": time.perf_counter(), "allocate": stats.allocate_s, "copy": stats.copy_s, "touch": stats.touch_s,
-               "attention": stats.attention_s}
-        spent = {name: value - self.last.get(name, 0.0) for name, value in new.items()}
-        self.last = new
-        return spent
-
-
 def measure(model, s: Setting, whole: bool = False, reference: Callable[[], float] = lambda: 1.0) -> Result:
     """One setting, in a session of its own. With a reference, passes are in times of it instead of milliseconds."""
-    warm_up(model, balance.grown(s.growth, s.prompt, 0, s.cap))
-    with model.session(context=s.cap, rows=s.growth) as session:
+    warm_up(model, grown(s.growth, s.prompt, 0, s.cap))
+    with GrowingSession(model, s.growth, s.cap) as session:
         run = _Run(session, s, reference)
         start = run.start()
         plan = growths_of(s)
         if whole:
             run.everything()
-        elif len(plan) <= GROWTHS:
+        elif len(plan) <= SAMPLED:
             run.along(plan)
         else:
-            run.beside(spread(plan, GROWTHS))
+            run.beside(spread(plan, SAMPLED))
         return run.result(start, plan)
 
 
 def warm_up(model, rows: int) -> None:
     """Touch the pages that so many rows are going to take. In a virtual machine those that nobody has touched for a
     few seconds may be the host's again: getting one back costs 20 times what a page costs otherwise."""
-    with model.session(context=rows, rows="max"):
+    with GrowingSession(model, Growth("max"), rows):
         pass
 
 
@@ -177,37 +162,31 @@ def spread(items: Sequence, n: int) -> list:
 
 
 class _Run:
-    def __init__(self, session, s: Setting, reference: Callable[[], float] = lambda: 1.0):
-        self.session, self.s, self.timer, self.reference = session, s, Timer(session), reference
+    def __init__(self, session: GrowingSession, s: Setting, reference: Callable[[], float] = lambda: 1.0):
+        self.session, self.s, self.reference = session, s, reference
         self.passes: list[dict] = []
         self.grown: list[tuple[int, dict]] = []         # rows in use, what a growth took
 
     def start(self) -> dict:
         """The prompt's rows; what they cost without their computation."""
         self.session.reserve(self.s.prompt)
-        spent = self.timer.read()
-        self.session._fill(self.s.prompt)
+        spent = dict(self.session.spent)
+        self.session.fill(self.s.prompt)
         return spent
 
     def go_to(self, used: int, reserved: int) -> None:
         if used > self.session.position:
-            self.session._fill(used - self.session.position)
+            self.session.fill(used - self.session.position)
         else:
             self.session.rewind(used)
-        if reserved > self.session.rows:
-            self.session.reserve(reserved - used)
+        self.session.reserve(reserved)
 
     def evaluate(self) -> dict:
-        position = self.session.position
-        self.timer.read()
-        self.session.eval([1] * self.s.width, logits="argmax")
-        spent = self.timer.read()
-        self.session.rewind(position)
-        return spent
+        return self.session.evaluate(self.s.width)
 
     def one_growth(self, growth: Grow) -> None:
         self.go_to(growth.used, growth.before)
-        warm_up(self.session.model, growth.after - growth.before * (not balance.POLICIES[self.s.growth.policy].copies))
+        warm_up(self.session.model, growth.after - growth.before * (not GROWTHS[self.s.growth.policy].copies))
         self.grown.append((growth.used, self.evaluate()))
 
     def one_pass(self) -> None:
@@ -256,14 +235,14 @@ class _Run:
         return statistics.median(costs) * len(plan)
 
     def result(self, start: dict, plan: list[Grow]) -> Result:
-        s, stats = self.s, self.session.arena_stats()
+        s, stats = self.s, self.session.session.arena_stats()
         n = max(1, round(s.generated / s.tau)) * s.tau
         growing = {name: start[name] + self.growth_seconds(plan, name) for name in ("allocate", "copy", "touch")}
         mean = {name: statistics.fmean(p[name] / p["reference"] for p in self.passes) / s.tau
                 for name in ("wall", "attention")}
         median = statistics.median(p["wall"] for p in self.passes)
         worst = max([median] + [spent["wall"] for _, spent in self.grown])
-        copies = balance.POLICIES[s.growth.policy].copies
+        copies = GROWTHS[s.growth.policy].copies
         mb = stats.row_bytes / 1e6
         peak = max([stats.rows_reserved] + [g.after + (g.before if copies else 0) for g in plan]) * mb
         return Result(
@@ -274,8 +253,8 @@ class _Run:
 
 def memory_over_tokens(s: Setting, plan: list[Grow], mb: float) -> list[tuple[int, float]]:
     """Corners of the curve: tokens, MB reserved; with copies, both arrays at a growth."""
-    copies = balance.POLICIES[s.growth.policy].copies
-    reserved = balance.grown(s.growth, s.prompt, 0, s.cap)
+    copies = GROWTHS[s.growth.policy].copies
+    reserved = grown(s.growth, s.prompt, 0, s.cap)
     corners = [(s.prompt, reserved * mb)]
     for growth in plan[:: max(1, len(plan) // 128)]:
         corners += [(growth.used, growth.before * mb), (growth.used, (growth.after + growth.before * copies) * mb),
@@ -324,14 +303,12 @@ class Found:
 def bench_kv(plan: Plan, threads: int | None = None, model=None,
              progress: Callable[[int, int], None] | None = None) -> Iterator[Result | Found | Stall]:
     """For each shape and prompt its constants, then a Result for each setting. model: its shape alone is measured."""
-    from .synthetic import SyntheticModel
-
     _check(plan)
     shapes = [None] if model else plan.shapes
     n_blocks, done, machine = len(shapes) * len(plan.prompts), 0, None
     for shape in shapes:
         with nullcontext(model) if model else SyntheticModel(shape, threads) as loaded:
-            machine = machine or tune.tune(loaded.threads)
+            machine = machine or measure_machine()
             for prompt in plan.prompts:
                 block = _Block(loaded, plan, prompt, machine)
                 yield from block.run(lambda i, n: progress and progress(done * n + i, n_blocks * n))
@@ -350,8 +327,8 @@ class _Reference:
     """A pass that is always the same. What a machine gives changes from second to second, so passes are told in times of
     the reference's beside them, and turned into seconds by what it takes on the whole."""
 
-    def __init__(self, session, rows: int):
-        session._fill(rows)
+    def __init__(self, session: GrowingSession, rows: int):
+        session.fill(rows)
         self.run, self.times = _Run(session, Setting("", Growth(), 1, 0)), []
 
     def __call__(self) -> float:
@@ -372,7 +349,7 @@ class _Block:
         self.row_bytes = model.config.kv_row_bytes
 
     def run(self, progress: Callable[[int, int], None]) -> Iterator[Result | Found]:
-        with self.model.session() as session:
+        with GrowingSession(self.model, Growth(), self.prompt + 16) as session:
             reference = _Reference(session, self.prompt)
             times = [self.times(reference)]
             todo = list(self.settings(self.found(times, reference)))
@@ -390,11 +367,20 @@ class _Block:
     def times(self, reference: _Reference) -> dict[tuple[int, int], float]:
         """What attention takes, in times of the reference."""
         widths = sorted({1, *(k + 1 for k in self.plan.ks)})
-        return tune.attention_times(self.model, widths, (self.prompt, self.prompt + self.plan.generated), reference)
+        return attention_times(self.model, widths, (self.prompt, self.prompt + self.plan.generated), reference)
 
     def found(self, times: list[dict], reference: _Reference) -> Found:
         usual = {at: reference.usual() * statistics.median(t[at] for t in times) for at in times[0]}
-        return Found(self.name, self.row_bytes, self.prompt, self.machine, tune.lines_through(usual))
+        return Found(self.name, self.row_bytes, self.prompt, self.machine, lines_through(usual))
+
+    def setting(self, policy: str) -> Setting:
+        """A policy as it comes, with the r that the arena takes where it leaves that open."""
+        growth = parse(policy, touch=True)
+        setting = Setting(self.name, growth, self.prompt, self.plan.generated)
+        if not GROWTHS[growth.policy].spare:
+            return setting
+        with GrowingSession(self.model, growth, setting.cap) as session:
+            return replace(setting, growth=session.growth)
 
     def settings(self, found: Found) -> Iterator[Setting]:
         """Growth by copies with padded attention over all r and drafts; at the middle prompt, policies as they come."""
@@ -407,14 +393,7 @@ class _Block:
                 yield base
         if self.prompt == sorted(plan.prompts)[len(plan.prompts) // 2]:
             for name in plan.policies:
-                yield Setting(self.name, self.policy(name), self.prompt, plan.generated)
-
-    def policy(self, name: str) -> Growth:
-        growth = replace(parse(name), touch=True)
-        if growth.r or not balance.POLICIES[growth.policy].spare:
-            return growth
-        r = balance.TILE if growth.policy == "geometric" else balance.chunk_rows(self.machine, self.row_bytes)
-        return replace(growth, r=r)
+                yield self.setting(name)
 
 
 def r_star(s: Setting, found: Found) -> int:
@@ -460,7 +439,7 @@ def stalls(model, lengths: Sequence[int] = LENGTHS, tries: int = 5) -> Iterator[
     """For each length that fits the memory: the chunks that come next, and passes between them."""
     name = model.shape.name if hasattr(model, "shape") else Path(model.path).stem
     lengths = [n for n in lengths if n * model.config.kv_row_bytes <= MOST_BYTES]
-    with model.session(context=max(lengths) + (tries + 2) * balance.MOST_ROWS) as session:
+    with GrowingSession(model, Growth(), max(lengths) + ROWS_BEYOND) as session:
         run = _Run(session, Setting(name, Growth(), 1, 0))
         for n in lengths:
             run.go_to(n, 0)
@@ -472,119 +451,3 @@ def stalls(model, lengths: Sequence[int] = LENGTHS, tries: int = 5) -> Iterator[
                 assert session.rows > before
                 others += [run.evaluate()["wall"] for _ in range(REPS)]
             yield Stall(name, n, 1e3 * statistics.median(growing), 1e3 * max(growing), 1e3 * statistics.median(others))
-
-
-# ---- what it says --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """A U-curve: the best r measured and predicted, what taking the predicted one costs, how far off the curve is.
-
-    The best r is where the curve a + b / r + c r through the measured times is lowest, and times at r* are that curve's: near
-    its floor a factor 2 in r moves it by less than single points are off, and the best of them would be an accident. Where the
-    points do not bend so, it is the best of them all the same.
-    """
-
-    shape: str
-    prompt: int
-    k: int
-    accepted: float
-    best_r: int                         # measured; 0: everything at once
-    r_star: int
-    time_at_r_star: float               # over the best time measured
-    point_at_r_star: float              # the same of single points
-    error: float                        # of the predicted curve, the median over r
-    worst_error: float
-    over_each_token: float              # how many times faster than growing each token
-    over_at_once: float                 # .. than everything at once
-
-    @property
-    def holds(self) -> bool:
-        """Within a factor 2 and 5%."""
-        near = self.best_r and 0.5 <= self.r_star / self.best_r <= 2
-        return bool(near) and self.time_at_r_star <= 1.05
-
-
-def verdicts(results: Sequence[Result]) -> list[Verdict]:
-    curves: dict[tuple, list[Result]] = {}
-    for result in results:
-        s = result.setting
-        if s.growth.pad:
-            curves.setdefault((s.shape, s.prompt, s.k, s.accepted), []).append(result)
-    return [_verdict(curve) for curve in curves.values()]
-
-
-def _verdict(curve: list[Result]) -> Verdict:
-    """What a pass does besides attention does not depend on r: its median over the curve is added to all."""
-    rest = statistics.median(result.rest_ms for result in curve)
-
-    def ms(result: Result) -> float:
-        return result.cache_ms + rest
-
-    s, best = curve[0].setting, min(curve, key=ms)
-    copies = [result for result in curve if result.setting.growth.policy == "copy"]
-    star = next(result for result in curve if result.setting.r_star)
-    at_once = next(result for result in curve if result.setting.growth.policy == "max")
-    each = next((result for result in curve if result.setting.growth.r == 1), at_once)
-    errors = [abs(result.predicted_ms - result.cache_ms) / ms(result) for result in curve]
-    best_r, star_r, point = best.setting.growth.r, star.setting.growth.r, ms(star) / ms(best)
-    bend, at_star = floor_of([result.setting.growth.r for result in copies], [ms(result) for result in copies], star_r)
-    if bend and best is not at_once:
-        best_r, ratio = bend, at_star
-    else:
-        ratio = point
-    return Verdict(s.shape, s.prompt, s.k, s.accepted, best_r, star_r, ratio, point, statistics.median(errors),
-                   max(errors), ms(each) / ms(star), ms(at_once) / ms(star))
-
-
-def floor_of(rows: Sequence[int], times: Sequence[float], r: int) -> tuple[int, float]:
-    """Where t = a + b / r + c r through the times is lowest, within the rows measured, and t(r) over t there; points
-    weigh by their relative error. (0, 1.0) for points that do not bend so."""
-    if len(set(rows)) < 4:
-        return 0, 1.0
-
-    def terms(rows):
-        rows = np.asarray(rows, float)
-        return np.stack([np.ones_like(rows), 1 / rows, rows], -1)
-
-    times = np.asarray(times)
-    found = np.linalg.lstsq(terms(rows) / times[:, None], np.ones(len(times)), rcond=None)[0]
-    if found[1] <= 0 or found[2] <= 0:
-        return 0, 1.0
-    best = min(max(np.sqrt(found[1] / found[2]), min(rows)), max(rows))
-    at_r, at_best = terms([r, best]) @ found
-    return round(best), float(at_r / at_best)
-
-
-def sentences(results: Sequence) -> list[str]:
-    """What the numbers say, a line for each curve and length."""
-    found = verdicts([r for r in results if isinstance(r, Result)])
-    lines = [sentence(v) for v in found]
-    if found:
-        near = sum(v.holds for v in found)
-        lines.append(f"{near} of {len(found)}: r* within a factor 2 of the best r measured, its time within 5% of the "
-                     f"best; curves predicted within {statistics.median(v.error for v in found):.0%} (median), "
-                     f"{max(v.worst_error for v in found):.0%} (worst point).")
-    return lines + [f"{s.shape}, --rows auto at {s.rows} rows: a pass takes {s.pass_ms:.2f} ms, with a growth "
-                    f"{s.growth_ms:.2f} (worst {s.worst_ms:.2f})." for s in results if isinstance(s, Stall)]
-
-
-def sentence(v: Verdict) -> str:
-    drafts = f", {v.k} drafted ({v.accepted:.0%} accepted)" if v.k else ""
-    best = f"r = {v.best_r}" if v.best_r else "everything at once"
-    return (f"{v.shape}, prompt {v.prompt}{drafts}: best {best}, r* = {v.r_star} takes {v.time_at_r_star:.2f} of its "
-            f"time ({v.point_at_r_star:.2f} by single points), is {v.over_each_token:.2f} times faster than growing each token and {v.over_at_once:.2f} than everything at "
-            f"once; curve predicted within {v.error:.0%}.")
-
-
-HEADER = ("shape", "rows", "pad", "prompt", "k", "allocate", "copy", "touch", "attention", "rest", "total", "predicted",
-          "worst", "MB")
-
-
-def cells(r: Result) -> tuple[str, ...]:
-    s = r.setting
-    times = (r.allocate_ms, r.copy_ms, r.touch_ms, r.attention_ms, r.rest_ms, r.total_ms,
-             r.predicted_ms + r.rest_ms, r.worst_ms)
-    return (s.shape, str(s.growth) + "*" * s.r_star, "pad" * s.growth.pad, str(s.prompt), str(s.k),
-            *(f"{t:.3g}" for t in times), f"{r.peak_mb:.0f}")

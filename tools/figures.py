@@ -1,10 +1,10 @@
-"""The figures of docs/bmc.md, drawn from what `pybmc bench kv --json` printed. Needs matplotlib, the extra [plot]."""
+"""The figures of docs/bmc.md, drawn from what `python -m tools.kvbench --json` printed. Needs matplotlib, the extra [plot]."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from .errors import BmcError
+from pybmc.errors import BmcError
 
 PARTS = ("rest_ms", "attention_ms", "touch_ms", "copy_ms", "allocate_ms")
 COLOURS = {"rest_ms": "#d9d9d9", "attention_ms": "#7fa8c9", "touch_ms": "#e0b35a", "copy_ms": "#c9553f",

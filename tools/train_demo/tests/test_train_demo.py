@@ -1,44 +1,41 @@
-"""The training of the bundled pair at toy size: all stages, and a pair that an engine can open."""
+"""The training of the bundled pair at toy size: all stages, and a pair that an engine can open.
+
+    pip install -e '.[train,test]' && python -m pytest tools/train_demo/tests        (make test does not run these)
+"""
 
 import json
-import os
 import random
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import gguf
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import pybmc
 from pybmc.perplexity import token_losses
 from pybmc.sampling import Sampler
+from tools.train_demo import choose, text
+from tools.train_demo.distill import narrowed, told_rows
+from tools.train_demo.evaluate import Rounds, runs
+from tools.train_demo.export import read_gguf, read_tokenizer
+from tools.train_demo.generate import CHAT
+from tools.train_demo.model import Config, KVCache, Llama, attend_causal, blend, grow
+from tools.train_demo.recipe import Schedule
+from tools.train_demo.tokens import ask, pack
+from tools.train_demo.train import Trainer, text_loss
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("tokenizers")
-pytest.importorskip("tomllib")
-gguf = pytest.importorskip("gguf")
-
-TOOLS = Path(__file__).resolve().parents[1] / "tools"
-sys.path.insert(0, str(TOOLS))
-
-from train_demo import choose, text
-from train_demo.distill import narrowed, told_rows
-from train_demo.evaluate import Rounds, runs
-from train_demo.export import read_gguf, read_tokenizer
-from train_demo.generate import CHAT
-from train_demo.model import Config, KVCache, Llama, attend_causal, blend, grow
-from train_demo.recipe import Schedule
-from train_demo.tokens import ask, pack
-from train_demo.train import Trainer, text_loss
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def run(work, out, *more):
-    command = [sys.executable, "-m", "train_demo", "--smoke", "--work", str(work), "--out", str(out), *more]
-    return subprocess.run(command, cwd=TOOLS, env={**os.environ, "PYTHONPATH": os.pathsep.join((str(TOOLS), str(TOOLS.parent)))}, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, "-m", "tools.train_demo", "--smoke", "--work", str(work), "--out", str(out), *more]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")

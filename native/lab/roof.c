@@ -1,10 +1,11 @@
 /* What the machine allows: how fast its memory can be read, and how fast our instructions multiply and add. */
-#include "bmc.h"
+#include "bmc_lab.h"
 #include "clock.h"
 #include "cpu.h"
 #include "error.h"
 #include "kernels/inline.h"
 #include "memory.h"
+#include "spins.h"
 #include "threads.h"
 
 #include <stdbool.h>
@@ -45,7 +46,7 @@ static void read_share(void *arg, int thread) {
 int bmc_read_bandwidth(int n_threads, double *bytes_per_second) {
     if (n_threads < 1 || n_threads > 1024 || !bytes_per_second)
         return fail(BMC_EINVAL, "bmc_read_bandwidth: expected 1 to 1024 threads, found %d", n_threads);
-    char *memory = memory_map((size_t)ROOF_BYTES, true);
+    char *memory = memory_map((size_t)ROOF_BYTES);
     struct roof roof = { .pool = pool_new(n_threads), .memory = memory };
     bool ready = memory && roof.pool;
     double best = 0;
@@ -93,17 +94,34 @@ static double spin_rate(struct pool *pool, int64_t (*fn)(int64_t n, float *sink)
     return best;
 }
 
+/* Those of the instruction set in use. */
+static const struct spins *find_spins(const char *name) {
+    static const struct { const char *name; const struct spins *spins; } known[] = {
+        { "ref", &spins_ref },
+#if defined(__x86_64__)
+        { "avx2", &spins_avx2 }, { "avx512", &spins_avx512 },
+#elif defined(__aarch64__)
+        { "neon", &spins_neon }, { "i8mm", &spins_i8mm },
+#endif
+    };
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (!strcmp(known[i].name, name))
+            return known[i].spins;
+    return NULL;
+}
+
 int bmc_arithmetic_rate(int n_threads, double *int8, double *f32) {
     if (n_threads < 1 || n_threads > 1024 || !int8 || !f32)
         return fail(BMC_EINVAL, "bmc_arithmetic_rate: expected 1 to 1024 threads, found %d", n_threads);
     const struct kernels *k = kernels_find();
     if (!k)
         return BMC_EINVAL;
-    struct pool *pool = pool_new(n_threads);
+    const struct spins *spins = find_spins(k->name);
+    struct pool *pool = spins ? pool_new(n_threads) : NULL;
     if (!pool)
         return fail(BMC_ENOMEM, "no memory for %d threads", n_threads);
-    *int8 = spin_rate(pool, k->spin_int8);
-    *f32 = spin_rate(pool, k->spin_f32);
+    *int8 = spin_rate(pool, spins->int8);
+    *f32 = spin_rate(pool, spins->f32);
     pool_free(pool);
     return 0;
 }

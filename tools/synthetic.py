@@ -7,17 +7,15 @@ model's weights pass through the caches between two visits of a layer's rows, an
 
 from __future__ import annotations
 
-import threading
-import weakref
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 
-from . import arch
-from ._native import check, lib, type_info
-from .errors import ArgumentError
-from .model import Model, _bound_roles, _thread_count
+from pybmc import arch
+from pybmc._native import check, lib, type_info
+from pybmc.errors import ArgumentError
+from pybmc.model import Model, _bound_roles
 
 DIM, VOCAB = 256, 256
 WEIGHT_BYTES = 48 << 20
@@ -36,21 +34,12 @@ class Shape:
     head_dim: int
     says: str
 
-    @property
-    def group(self) -> int:
-        return self.n_heads // self.n_kv_heads
-
 
 SHAPES = {shape.name: shape for shape in (
     Shape("1b-gqa", 16, 32, 8, 64, "Llama 3.2 1B: four query heads share a KV head"),
     Shape("gpt2-medium", 24, 16, 16, 64, "GPT-2 medium: every head has keys and values of its own"),
     Shape("7b-mha", 8, 32, 32, 128, "Llama 2 7B, 8 of its 32 layers: every head has its own"),
 )}
-
-
-def shape_of(config: arch.Config) -> Shape:
-    """A model's own."""
-    return Shape(config.arch, config.n_layers, config.n_heads, config.n_kv_heads, config.head_dim, "the model's shape")
 
 
 class SyntheticModel(Model):

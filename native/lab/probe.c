@@ -1,10 +1,11 @@
-/* What memory and arithmetic cost here, for the model that chooses how an arena grows. */
-#include "bmc.h"
+/* What memory and arithmetic cost here: the constants of the model of growth, and a kernel's rate from the cache. */
+#include "bmc_lab.h"
 #include "clock.h"
 #include "cpu.h"
 #include "error.h"
 #include "memory.h"
 #include "pack.h"
+#include "space.h"
 #include "threads.h"
 
 #include <stdbool.h>
@@ -20,17 +21,18 @@ static void touch(char *memory, size_t bytes) {
 
 static double probe_map(size_t bytes) {
     double began = seconds();
-    char *memory = memory_map(bytes, true);
+    char *memory = memory_map(bytes);
     memory_unmap(memory, bytes);
     return memory ? seconds() - began : -1;
 }
 
 /* Touch it, or unmap what was touched. */
 static double probe_pages(size_t bytes, bool huge, bool unmap) {
-    char *memory = memory_map(bytes, true);
+    char *memory = memory_map(bytes);
     if (!memory)
         return -1;
-    memory_pages(memory, bytes, huge);
+    if (!huge)
+        use_small_pages(memory, bytes);
     double began = seconds();
     touch(memory, bytes);
     double touched = seconds();
@@ -40,13 +42,14 @@ static double probe_pages(size_t bytes, bool huge, bool unmap) {
 
 /* One page more behind it is in use, so that it cannot grow where it is. */
 static double probe_remap(size_t bytes, bool huge) {
-    char *memory = memory_map(bytes + PAGE, true);
+    char *memory = memory_map(bytes + PAGE);
     if (!memory)
         return -1;
-    memory_pages(memory, bytes + PAGE, huge);
+    if (!huge)
+        use_small_pages(memory, bytes + PAGE);
     touch(memory, bytes);
     double began = seconds();
-    char *moved = memory_grow(memory, bytes, bytes + PAGE);
+    char *moved = space_move(memory, bytes, bytes + PAGE);
     double spent = seconds() - began;
     if (!moved)
         memory_unmap(memory, bytes + PAGE);
@@ -59,7 +62,7 @@ static double probe_remap(size_t bytes, bool huge) {
 
 /* By pieces as large as the rows of one head, about. */
 static double probe_copy(size_t bytes) {
-    char *memory = memory_map(2 * bytes, true);
+    char *memory = memory_map(2 * bytes);
     if (!memory)
         return -1;
     touch(memory + bytes, bytes);
@@ -91,7 +94,7 @@ static double run_probe(int probe, size_t bytes) {
 int bmc_memory_seconds(int probe, int64_t bytes, double *least) {
     if (probe < BMC_PROBE_MAP || probe > BMC_PROBE_COPY || bytes < PAGE || bytes % PAGE || bytes > 1LL << 36 || !least)
         return fail(BMC_EINVAL, "bmc_memory_seconds: no probe %d of %lld bytes", probe, (long long)bytes);
-    if ((probe == BMC_PROBE_REMAP || probe == BMC_PROBE_REMAP_SMALL) && !memory_grows())
+    if ((probe == BMC_PROBE_REMAP || probe == BMC_PROBE_REMAP_SMALL) && !space_moves())
         return fail(BMC_EINVAL, "bmc_memory_seconds: this system cannot remap memory");
     *least = 1e9;
     for (int i = 0; i < RUNS; i++) {
@@ -142,7 +145,7 @@ int bmc_arithmetic(int type, int n_threads, double *ops_per_second) {
     struct panel_size size = panel_size(type, COLUMNS);
     size_t act = TILE_COLS * COLUMNS / 32 * sizeof(struct act_block), x = TILE_COLS * COLUMNS * sizeof(float);
     size_t out = (size_t)n_threads * w.out_stride * sizeof(float), panels = PANELS * (size.codes + size.scales);
-    char *memory = memory_map(panels + act + x + out, true);
+    char *memory = memory_map(panels + act + x + out);
     struct pool *pool = memory ? pool_new(n_threads) : NULL;
     if (pool) {
         /* Pages of its own: one page of zeros everywhere upsets the caches. Weights that are usual numbers as any type. */

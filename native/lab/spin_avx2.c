@@ -1,0 +1,2 @@
+#include "kernels/lanes_avx2.h"
+#include "spin.h"

@@ -1,0 +1,2 @@
+#include "kernels/lanes_avx512.h"
+#include "spin.h"

@@ -1,0 +1,2 @@
+#include "kernels/lanes_neon.h"
+#include "spin.h"

@@ -1,0 +1,2 @@
+#include "kernels/lanes_ref.h"
+#include "spin.h"
