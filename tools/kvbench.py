@@ -18,9 +18,9 @@ import click
 import numpy as np
 
 from pybmc import Model
-from pybmc.cli import Counts
+from pybmc.cli.options import Counts
+from pybmc.cli.terminal import progress
 from pybmc.errors import ArgumentError, BmcError, FormatError
-from pybmc.terminal import progress
 
 from . import kv_study
 from .figures import draw
