@@ -9,8 +9,8 @@ import numpy as np
 
 from pybmc import ArgumentError, ClosedError, ContextFullError
 from pybmc.drafters import guess
-from pybmc.model import Best
-from pybmc.sampling import logprob
+from pybmc.engine.sampler import logprob
+from pybmc.engine.session import Best
 
 END, VOCAB = 256, 257
 

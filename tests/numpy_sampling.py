@@ -7,7 +7,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from pybmc.sampling import GOLDEN, U64, Sampler, _finish, splitmix64, uniforms_of
+from pybmc.engine.sampler import GOLDEN, U64, Sampler, _finish, splitmix64, uniforms_of
 
 FEW = 256                               # logits that are sorted and looked at one and all
 

@@ -7,8 +7,8 @@ import numpy as np
 from pybmc.controller import Controller, CostCurve, FixedLength, Source
 from pybmc.decode import Chooser, Stats, alone
 from pybmc.drafters import Draft, mark
-from pybmc.model import Best
-from pybmc.sampling import Sampler
+from pybmc.engine.sampler import Sampler
+from pybmc.engine.session import Best
 from pybmc.speculate import Speculation
 
 

@@ -16,8 +16,8 @@ from weakref import ref
 
 from .._native import check, ffi, lib
 from ..errors import ArgumentError, BmcError, BusyError, ContextFullError
-from ..sampling import Sampler
 from ..spec.speculation import Drafter, Speculation
+from .sampler import Sampler
 from .text import Ending, StopStrings, Token
 
 ROOM = 128                              # tokens that one call of the library may give a sequence
