@@ -105,10 +105,15 @@ int ngrams_add(struct ngrams *g, const int32_t *tokens, int n) {
     return 0;
 }
 
-int ngrams_follow(struct ngrams *g, const int32_t *tokens, int n) {
-    if (g->n > n || (g->n && memcmp(g->text, tokens, (size_t)g->n * sizeof *tokens)))
+int ngrams_follow(struct ngrams *g, const int32_t *tokens, int n, int32_t last) {
+    int known = g->n < n ? g->n : n;
+    bool begins = !known || !memcmp(g->text, tokens, (size_t)known * sizeof *tokens);
+    if (begins && g->n == n + 1 && g->text[n] == last)
+        return 0;
+    if (!begins || g->n > n)
         clear(g);
-    return ngrams_add(g, tokens + g->n, n - g->n);
+    int status = g->n < n ? ngrams_add(g, tokens + g->n, n - g->n) : 0;
+    return status ? status : ngrams_add(g, &last, 1);
 }
 
 /* How many tokens before `place` are those before `end`, of which two are known to be. */

@@ -9,7 +9,9 @@ struct ngrams;
 struct ngrams *ngrams_new(void);                /* of an empty text; NULL: no memory */
 void ngrams_free(struct ngrams *g);
 int ngrams_add(struct ngrams *g, const int32_t *tokens, int n);         /* 0 or BMC_ENOMEM, then nothing was added */
-int ngrams_follow(struct ngrams *g, const int32_t *tokens, int n);      /* becomes the index of this text, whose beginning it may know */
+
+/* Becomes the index of n tokens and one more, of which it may know the beginning: what is known is not indexed again. 0 or BMC_ENOMEM. */
+int ngrams_follow(struct ngrams *g, const int32_t *tokens, int n, int32_t last);
 
 /* Up to k tokens that may come next, none where the last pair was never there before and no copy was left a few tokens ago; how
  * many. lengths, for each: how many tokens of the match it goes on, up to NGRAM_LONGEST; 1 for the first after an edit. */

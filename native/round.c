@@ -64,8 +64,9 @@ static int32_t text_token(const struct turn *t, int i) {
 static int room(const struct turn *t) {
     const bmc_item *item = item_of(t);
     int left = smaller(item->max_tokens - item->n, (int)item->session->arena.config.cap - item->session->position) - 1;
-    int most = t->drafter ? smaller(t->drafter->o.most, GUESSES) : GUESSES;
-    return item->choose && t->n_pending == 1 ? larger(0, smaller(left, most)) : 0;
+    int most = smaller(left, t->drafter ? smaller(t->drafter->o.most, GUESSES) : GUESSES);
+    bool few = most < 0 || (t->drafter && most < t->drafter->o.least);
+    return few || !item->choose || t->n_pending > 1 ? 0 : most;
 }
 
 /* ---- what a round gives by its guesses */
@@ -277,10 +278,11 @@ static bool goes_on(const struct group *g, const struct turn *t, double tokens, 
     return rate_of(g, tokens + right, guesses + 1, g->drafting + more) > rate_of(g, tokens, guesses, g->drafting);
 }
 
-/* A bias names ids of the target's vocabulary: a draft model with another one does without it. */
+/* A bias names ids of the target's vocabulary: a draft model with others does without it. */
 static const bmc_sampler *draft_sampler(struct turn *t) {
     const bmc_session *draft = t->drafter->o.draft;
-    if (!t->item->sampler || !draft || draft->model->c.vocab_size == t->item->session->model->c.vocab_size)
+    bool same = draft && !t->drafter->o.to_draft && draft->model->c.vocab_size == t->item->session->model->c.vocab_size;
+    if (!t->item->sampler || !draft || same)
         return t->item->sampler;
     t->sampler = *t->item->sampler;
     t->sampler.n_bias = 0;
@@ -376,10 +378,10 @@ static int run_draft(struct group *g) {
     return status;
 }
 
-/* The target's own drafts stand in rows that its pass writes anew. */
+/* The target's own drafts, also those that failed, stand in rows that its pass writes anew. */
 static void take_back_self(struct group *g, const int *positions) {
     for (int i = 0; i < g->n; i++)
-        if (g->turns[i].source == SELF)
+        if (g->turns[i].item->session->position > positions[i])
             bmc_session_rewind(g->turns[i].item->session, positions[i]);
 }
 
@@ -408,7 +410,7 @@ static void cut(struct group *g) {
     for (int i = 0; i < g->n; i++) {
         struct turn *t = &g->turns[i];
         if (t->source != GIVEN && t->checked && t->checked < t->drafter->o.least)
-            t->checked = smaller(t->drafter->o.least, t->n);
+            t->checked = t->n < t->drafter->o.least ? 0 : t->drafter->o.least;
     }
 }
 
@@ -475,7 +477,7 @@ static void settle(const struct group *g, struct turn *t, int all_checked, doubl
     item->ended = item->n >= item->max_tokens || stops(item, ids[accepted]) || !isfinite(item->logprobs[item->n - 1]);
     if (!t->drafter)
         return;
-    if (t->drafter->ngrams)
+    if (t->drafter->ngrams && t->n_pending == 1)            /* else it does not know the prompt yet */
         ngrams_add(t->drafter->ngrams, ids, given);
     if (t->source)
         learn(g, t->source, guesses_of(t), t->confidence, t->n, ids, given);
@@ -531,11 +533,8 @@ static int follow(struct turn *t) {
     int status = 0;
     if (!d || !t->item->choose || t->n_pending > 1)
         return 0;
-    if (d->ngrams) {
-        status = ngrams_follow(d->ngrams, s->tokens, s->position);
-        if (status >= 0)
-            status = ngrams_add(d->ngrams, t->tokens, t->n_pending);
-    }
+    if (d->ngrams)
+        status = ngrams_follow(d->ngrams, s->tokens, s->position, t->tokens[0]);
     if (d->o.draft && !d->failed)
         follow_text(t);
     return status;
@@ -656,10 +655,20 @@ static int guess(struct group *g, int *positions) {
 static int external_guesses(const struct group *g, struct turn *t) {
     if (!t->drafter || !t->drafter->o.external || !t->item->choose || t->drafter->failed)
         return 0;
+    if (t->drafter->o.fixed)
+        return smaller(t->drafter->o.fixed, room(t));
     plan_draft(g, t, 0);
     int k = t->planned;
     t->planned = 0;
     return k;
+}
+
+/* Before a drafter looks them up in its tables. */
+static int check_ids(const int32_t *ids, int n, int n_vocab) {
+    for (int i = 0; i < n; i++)
+        if (ids[i] < 0 || ids[i] >= n_vocab)
+            return fail(BMC_EINVAL, "token ids are 0 to %d, found %d", n_vocab - 1, (int)ids[i]);
+    return 0;
 }
 
 static int check_items(bmc_item *const *items, int n, const bmc_limits *limits) {
@@ -677,10 +686,11 @@ static int check_items(bmc_item *const *items, int n, const bmc_limits *limits) 
             return fail(BMC_EINVAL, "bmc_round: item %d: expected room for 1 or more tokens, found %d", i, (int)item->max_tokens);
         if (item->n_guesses < 0 || item->n_guesses > GUESSES || (item->n_guesses && !item->guesses))
             return fail(BMC_EINVAL, "bmc_round: expected up to %d guesses, found %d", GUESSES, (int)item->n_guesses);
-        for (int j = 0; j < item->n_guesses; j++)
-            if (item->guesses[j] < 0 || item->guesses[j] >= item->session->model->c.vocab_size)
-                return fail(BMC_EINVAL, "token ids are 0 to %d, found %d", (int)item->session->model->c.vocab_size - 1,
-                            (int)item->guesses[j]);
+        int n_vocab = item->session->model->c.vocab_size, status = check_ids(item->pending, item->n_pending, n_vocab);
+        if (!status)
+            status = check_ids(item->guesses, item->n_guesses, n_vocab);
+        if (status)
+            return status;
     }
     return 0;
 }

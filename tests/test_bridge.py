@@ -8,12 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pybmc
-from pybmc.bridge import TextDrafter, complete, continuation, cut_anew
-from pybmc.controller import FixedLength
-from pybmc.decode import generate
-from pybmc.drafters import TEXT, connect
-from pybmc.sampling import Sampler
-from pybmc.speculate import Speculation
+from pybmc import generate
+from pybmc.spec.bridge import TextDrafter, complete, continuation, cut_anew
+from pybmc.spec.pair import TEXT
+from pybmc.spec.speculation import Speculation, plain
 
 
 @cache
@@ -57,38 +55,42 @@ def test_a_draft_may_have_another_vocabulary(sizes, temperature):
     paths = {401: tiny.model("llama"), 900: tiny.model("phi3", vocab_size=900)}
     with pybmc.Model(paths[sizes[0]], threads=1) as model, pybmc.Model(paths[sizes[1]], threads=1) as draft:
         chosen = {"temperature": temperature, "stop_tokens": (), "max_tokens": 40, "seed": 3}
-        link = connect(model, draft)
-        assert link == TEXT
-        made = Speculation(model, draft, "draft", controller=FixedLength(4), link=link)
+        made = Speculation(model, draft, "draft", fixed=4)
+        assert made.link == TEXT
         stream = generate(model, "the mill", draft=made, **chosen)
-        assert list(generate(model, "the mill", **chosen)) == [t._replace(from_draft=False) for t in stream]
+        assert list(generate(model, "the mill", spec="off", **chosen)) == [t._replace(from_draft=False) for t in stream]
         assert stream.stats.draft_n > 0
 
 
-def test_guesses_through_text_come_true():
+def test_guesses_through_text_come_true(monkeypatch):
     """The bundled pair with text between its tokens: nearly as many as without."""
     prompt, shares = [{"role": "user", "content": "Tell me of a king and a golden bird."}], []
     with pybmc.Model(pybmc.demo_model(), threads=1) as model, pybmc.Model(pybmc.demo_model(draft=True), threads=1) as draft:
         for link in (None, TEXT):
-            made = Speculation(model, draft, "draft", controller=FixedLength(4), link=link)
-            stream = generate(model, prompt, 120, draft=made, stop_tokens=())
+            monkeypatch.setattr("pybmc.spec.speculation.connect", lambda *_, link=link: link)
+            stream = generate(model, prompt, 120, draft=Speculation(model, draft, "draft", fixed=4), stop_tokens=())
             list(stream)
             shares.append(stream.stats.accepted_share)
-            made.close()
-    assert shares[1] > shares[0] - 0.15
+    assert shares[1] > shares[0] - 0.15 > 0.2
 
 
 def test_a_drafter_keeps_what_it_read():
-    """Another text with the same beginning: only what is new is evaluated, and the draft is a fresh one's."""
+    """Another text with the same beginning: only what is new is evaluated, and the guesses are a fresh drafter's."""
     with pybmc.Model(tiny.model("llama"), threads=1) as model, pybmc.Model(tiny.model("phi3"), threads=1) as draft:
-        one, other = TextDrafter(model, draft), TextDrafter(model, draft)
+        one, other = (TextDrafter(model.tokenizer, draft.tokenizer, draft.session(), plain) for _ in range(2))
         text = model.tokenizer.encode("the old mill by the stream " * 4)
-        one.follow(text)
-        one.propose(text, 3, 0.0, Sampler())
+        one.propose(text, 3)
         for longer in ([*text, *model.tokenizer.encode(" was still", bos=False)], text[:-9]):
-            one.follow(longer)
-            other.follow(longer)
-            assert one.propose(longer, 5, 0.0, Sampler()) == other.propose(longer, 5, 0.0, Sampler())
+            assert one.propose(longer, 5) == other.propose(longer, 5)
             assert one.session.tokens == other.session.tokens
+            assert all(0 <= sure <= 1 for sure in one.propose(longer, 5)[1])
         one.close()
         other.close()
+
+
+def test_a_text_that_the_draft_cannot_hold_gets_no_guesses():
+    with pybmc.Model(tiny.model("llama"), threads=1) as model, pybmc.Model(tiny.model("phi3"), threads=1) as draft:
+        drafter = TextDrafter(model.tokenizer, draft.tokenizer, draft.session(12), plain)
+        text = model.tokenizer.encode("the old mill by the stream " * 4)
+        assert drafter.propose(text, 3) == ([], [])
+        assert drafter.propose(text[:3], 3)[0]

@@ -170,8 +170,7 @@ def test_a_session_is_one_of_the_same_model(model):
 
 
 @pytest.mark.parametrize("call", [
-    lambda s: s.draft([1], -1), lambda s: s.draft([1], 1.5), lambda s: s.draft([1], True), lambda s: s.draft([1], 2, nan),
-    lambda s: s.draft([1], 2, "0.5"), lambda s: s.draft([1], 2, last=-1), lambda s: s.draft([1], 2, sampler=0.5),
+    lambda s: s.sync(["x"]), lambda s: s.sync([0.5]), lambda s: s.sync([[1]]),
     lambda s: s.eval([1], last=True), lambda s: s.eval([1], last="x"), lambda s: s.eval([1], "best", sampler={"temperature": 1}),
     lambda s: s.eval([1], logits=[]), lambda s: s.rewind("0"), lambda s: s.rewind(None), lambda s: s.rewind(False),
     lambda s: s.reserve(True), lambda s: s.reserve(1.5), lambda s: pybmc.eval_batch([5]), lambda s: pybmc.eval_batch([(s, [1])]),
@@ -192,14 +191,9 @@ def test_arguments_of_the_wrong_kind(model, call):
         assert session.position == 3
 
 
-def test_a_draft_as_long_as_one_likes_ends_with_the_context(model):
-    with model.session(context=8) as session:
-        assert len(session.draft([1, 2], 2**31 - 1).ids) == 7
-
-
 def test_whole_floats_are_counts(model):
     with model.session(context=16.0, rows=np.int64(8)) as session:
         session.eval([1, 2, 3])
         session.rewind(2.0)
         session.reserve(np.uint8(4))
-        assert session.position == 2 and session.context == 16 and len(session.draft([1], 2.0).ids) == 2
+        assert session.position == 2 and session.context == 16

@@ -269,7 +269,6 @@ def test_a_draft_changes_nothing_but_the_counts(path, capsys):
     for result in results:
         assert result["tokens"] == results[0]["tokens"] and result["text"] == results[0]["text"]
         assert result["timings"]["draft_n"] >= result["timings"]["draft_n_accepted"] >= 0
-    assert results[1]["timings"]["draft_n_accepted"] > 0 and results[0]["timings"]["draft_n"] == 0
     assert results[-1]["timings"]["draft_n"] == 0
 
 

@@ -22,7 +22,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import pybmc
+from pybmc import Engine, Request
 from pybmc._native import cpu_levels
+from pybmc.spec.speculation import Speculation, plain
 from tools.growth import GrowingSession, parse
 
 # Each brings something of its own: types with activations of 8 bits, floats, windows, learned positions, sizes that
@@ -201,8 +203,8 @@ def test_sessions_side_by_side(name, data):
 
 
 @names
-def test_best_and_draft(name):
-    """Greedy words and their log-probabilities: one by one, in one pass, in one native call, any threads."""
+def test_best_is_the_same_one_by_one_in_a_pass_and_in_rounds(name):
+    """Greedy ids and their log-probabilities, with any threads."""
     words, right = text(name)[:30].tolist(), truth(name)[:30].astype(np.float64)
     with (
         load(name, 3).session() as session,
@@ -216,54 +218,43 @@ def test_best_and_draft(name):
         )
         ours = [other.eval([word], logits="best") for word in words]
         assert_same(np.concatenate([best.logprobs for best in ours]), logprobs)
-        greedy = [ids[-1:]]
+        greedy = [(int(ids[-1]), float(logprobs[-1]))]
         for _ in range(11):
-            greedy.append(session.eval(greedy[-1], logits="argmax"))
-        drafted = third.draft(words, 12)
-        assert drafted.ids.tolist() == np.concatenate(greedy).tolist() and drafted.logprobs[0] == logprobs[-1]
-        assert third.position == 41 and third.tokens == words + drafted.ids[:-1].tolist()
-        third.rewind(29)
-        again = third.draft(words[29:], 12, p_min=float(np.exp(drafted.logprobs[:6]).max()) + 1e-6)
-        assert len(again.ids) < 12 and again.ids.tolist() == drafted.ids[:len(again.ids)].tolist()
+            best = session.eval([greedy[-1][0]], logits="best")
+            greedy.append((int(best.ids[0]), float(best.logprobs[0])))
+        assert list(zip(*plain(third, words, 12))) == greedy
+        assert third.position == 41 and third.tokens == words + [id for id, _ in greedy[:-1]]
         third.rewind(29)
         assert_same(third.eval(text(name)[29:32], logits="all"), truth(name)[29:32])
 
 
 @pytest.mark.long
-def test_a_coarse_head_drafts_nearly_the_same_and_changes_nothing_else(tmp_path):
-    """65,536 ids of 256 values, the least for which a coarse head is made; its words are the head's own nearly always."""
+@pytest.mark.parametrize("company", [1, 3, 9])
+def test_a_coarse_head_drafts_nearly_the_same_and_changes_nothing_else(tmp_path, company):
+    """65,536 ids of 256 values, the least for which a coarse head is made: the guesses of a model for itself, in rounds of one
+    sequence or many, are its own choices nearly always, and its passes have the same bits."""
     metadata, tensors = tiny.parts(types="Q8_0", vocab="spm", vocab_size=1 << 16, dim=256, n_layers=1, tied=True)
     path = tiny.save(tmp_path / "wide.gguf", metadata, tensors)
-    rng = np.random.default_rng(5)
-    words = rng.integers(0, 1 << 16, 200).tolist()
+    words = np.random.default_rng(5).integers(0, 1 << 16, 60).tolist()
     with pybmc.Model(path, threads=2) as model, model.session() as session:
-        exact, before = session.eval(words, logits="best"), session.eval(words[:3], logits="all")
+        before = session.eval(words, logits="all")
+        made = Speculation(model, model, "draft", fixed=4)
+        assert model.coarsen()
         session.rewind(0)
-        spread = session.eval(words, logits="all").var(axis=1)
-        assert model.coarsen() and model.coarsen()
-        session.rewind(0)
-        drafted = []
-        for word in words:
-            drafted.append(session.draft([word], 1))
-            assert session.position == len(drafted)
-        same = np.array([d.ids[0] for d in drafted]) == exact.ids
-        assert same.mean() > 0.95
-        # The best four levels lose 0.1188 of a normal logit's variance (Max 1960, table II), and a sum of e^logit with it e^(loss / 2),
-        # were all of it coarse: a chance is too large by so much at most, by nothing without a coarse head.
-        over = np.exp([d.logprobs[0] for d in drafted] - exact.logprobs)[same]
-        assert (over > 0.99).all() and over.mean() > 1.1 and (over < np.exp(0.1188 * spread / 2)[same]).all()
-        assert_same(session.eval(words[:3], logits="all"), before)
+        assert_same(session.eval(words, logits="all"), before)
+        requests = [Request(words[i:i + 3], 60) for i in range(company)]
+        found = []
+        for guessing in (made, Speculation(model, spec="off")):
+            with Engine(model, speculation=guessing, parallel=company) as engine:
+                sequences, given = list(map(engine.add, requests)), {}
+                while engine.running or engine.waiting:
+                    for sequence, token in engine.step():
+                        given.setdefault(sequence, []).append((token.id, token.logprob))
+                found.append([given[s] for s in sequences])
+            if guessing is made:
+                assert sum(s.stats.draft_n_accepted for s in sequences) > 0.9 * sum(s.stats.draft_n for s in sequences) > 0
+        assert found[0] == found[1]
     assert not load("Q8_0").coarsen()
-
-
-def test_a_draft_ends_with_the_context():
-    with load("Q8_0").session(context=40) as session:
-        drafted = session.draft(text("Q8_0")[:36], 12)
-        assert len(drafted.ids) == 5 and session.position == 40
-        with pytest.raises(pybmc.ContextFullError):
-            session.draft([1], 1)
-        with pytest.raises(pybmc.ArgumentError):
-            session.draft([1], -1)
 
 
 def test_a_pass_is_shared_by_many_sessions():

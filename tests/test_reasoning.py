@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from pybmc.chat.reasoning import Reasoning
 from pybmc.cli.terminal import Voice
-from pybmc.decode import Token
+from pybmc.engine import Token
 
 
 def split(chunks, inside=False):

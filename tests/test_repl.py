@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import pybmc
 from pybmc import ArgumentError
 from pybmc.conversation import Conversation
-from pybmc.decode import Token
+from pybmc.engine import Token
 from pybmc.repl import COMMANDS, Block, Repl, changed, history_file, is_command, joined, named
 from pybmc.terminal import ReaderLeft
 
@@ -201,7 +201,7 @@ def test_an_answer_whose_prompt_opened_the_thought(talk, capsys):
 
 def test_why_tells_where_the_time_went(talk, model, capsys):
     _, err = play(talk, "/why", "hello", "/why", capsys=capsys)
-    assert "nothing was said yet" in err and "verify" in err and "there is no draft" in err
+    assert "nothing was said yet" in err and "verify" in err and "repetitions:" in err and "draft model" not in err
     talk.settings |= {"draft": model, "max_tokens": 60, "stop_tokens": ()}
     out, err = play(talk, "hello", "/why", capsys=capsys)
     assert "accepted" in err and "draft model:" in err and "repetitions:" in err and "one token takes" in err

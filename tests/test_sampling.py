@@ -1,17 +1,17 @@
-"""Sampling: its laws, and the exact noise that later drafters rely on."""
+"""The sampler: the library's choices are those of its definition in numpy, alone and through a pass."""
 
-from math import exp, inf, log, nan
+from math import inf, nan
 
 import numpy as np
+import numpy_sampling
 import pytest
+import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pybmc import ArgumentError, BmcError
-from pybmc import sampling
+import pybmc
+from pybmc import ArgumentError
 from pybmc.sampling import Sampler
-
-import numpy_sampling
 
 PLAIN = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}            # no filter
 
@@ -31,34 +31,48 @@ def logits_of(draw, low=1, high=600):
     return logits
 
 
-def probabilities(logits):
-    p = np.exp(logits.astype(np.float64) - logits.max())
-    return p / p.sum()
+@st.composite
+def samplers(draw, size):
+    """Any settings, each one off now and then."""
+    def often_off(values, off):
+        return draw(st.one_of(st.just(off), values))
+
+    ids = draw(st.lists(st.integers(0, size - 1), max_size=4, unique=True))
+    return Sampler(
+        temperature=often_off(st.floats(0.05, 5), 0.0), seed=draw(seeds), top_k=often_off(st.integers(1, 700), 0),
+        top_p=often_off(st.floats(0, 1), 1.0), min_p=often_off(st.floats(0, 1), 0.0),
+        repeat_penalty=often_off(st.floats(0.5, 2), 1.0), presence_penalty=often_off(st.floats(-2, 2), 0.0),
+        frequency_penalty=often_off(st.floats(-2, 2), 0.0), repeat_last_n=draw(st.sampled_from([-1, 0, 1, 5, 64])),
+        logit_bias={id: draw(st.one_of(st.floats(-20, 20), st.just(-inf))) for id in ids[:size - 1]})
 
 
-# ---- noise -------------------------------------------------------------------------------------------------
+# ---- choices -----------------------------------------------------------------------------------------------
 
 
-def test_splitmix64_gives_the_published_numbers():
-    published = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431,
-                 16408922859458223821]
-    assert [sampling.splitmix64(1234567, i) for i in range(5)] == published
+@settings(max_examples=400)
+@given(logits_of(high=2000), positions, st.data())
+def test_choices_equal_numpys(logits, position, data):
+    n = len(logits)
+    sampler = data.draw(samplers(n))
+    history = data.draw(st.lists(st.integers(0, min(n, 20) - 1), max_size=100))
+    before = logits.copy()
+    if np.isfinite(numpy_sampling.altered(sampler, logits, history).max()):
+        assert sampler.sample(logits, position, history) == numpy_sampling.choose(sampler, logits, position, history)
+    assert np.array_equal(before, logits)
 
 
-@given(seeds, positions, st.integers(1, 20_000))
-@settings(max_examples=30)
-def test_noise_is_defined_by_seed_position_and_id_alone(seed, position, n):
-    every = numpy_sampling.uniforms(seed, position, n)
-    some = np.array(sorted({0, n // 3, n - 1}))
-    assert np.array_equal(sampling.uniforms_of(seed, position, some), every[some])
-    for i in some:                                          # the docstring, in integers
-        start = sampling.splitmix64(seed % 2**64, position)
-        assert every[i] == ((sampling.splitmix64(start, int(i)) >> 12) + 0.5) / 2**52
-    assert 0 < every.min() and every.max() < 1
+@pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
+@pytest.mark.parametrize("filters", [{}, PLAIN, {**PLAIN, "top_p": 0.9}, {**PLAIN, "min_p": 0.02}, {"top_k": 3000}])
+def test_choices_from_a_large_vocabulary_equal_numpys(spread, filters):
+    rng, sampler = np.random.default_rng(5), Sampler(temperature=0.8, seed=9, repeat_penalty=1.1, **filters)
+    for position in range(20):
+        logits = rng.normal(0, spread, 100_000).astype(np.float32)
+        history = np.argsort(-logits)[:50].tolist()
+        assert sampler.sample(logits, position, history) == numpy_sampling.choose(sampler, logits, position, history)
 
 
 def test_known_choices_stay_as_they_are():
-    """Any change here changes every sampled text: it breaks the promise that a seed names a text."""
+    """A change here changes every sampled text: it breaks the promise that a seed names a text."""
     logits = np.linspace(-3, 3, 1000, dtype=np.float32)
     plain, usual = Sampler(temperature=1.0, seed=7, **PLAIN), Sampler(temperature=0.8, seed=7)
     assert [plain.sample(logits, p) for p in range(8)] == [960, 917, 994, 939, 988, 870, 842, 939]
@@ -66,13 +80,12 @@ def test_known_choices_stay_as_they_are():
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.5])
-@pytest.mark.parametrize("n", [5, 400])                     # few, and enough that bounds matter
+@pytest.mark.parametrize("n", [5, 400])
 def test_choices_over_many_positions_follow_the_softmax(temperature, n):
     logits = np.random.default_rng(n).normal(0, 2, n).astype(np.float32)
-    sampler = Sampler(temperature=temperature, seed=3, **PLAIN)
-    draws = 20_000
+    sampler, draws = Sampler(temperature=temperature, seed=3, **PLAIN), 20_000
     counts = np.bincount([sampler.sample(logits, p) for p in range(draws)], minlength=n)
-    expected = draws * probabilities(logits / temperature)
+    expected = draws * np.exp(numpy_sampling.logprobs(logits / temperature))
     rare = expected < 10
     observed, expected = (np.append(v[~rare], v[rare].sum()) for v in (counts, expected))
     chi2 = ((observed - expected) ** 2 / np.maximum(expected, 1e-9)).sum()
@@ -80,90 +93,12 @@ def test_choices_over_many_positions_follow_the_softmax(temperature, n):
     assert chi2 < freedom + 4 * (2 * freedom) ** 0.5        # four standard deviations
 
 
-def test_neighbouring_positions_seeds_and_ids_are_independent():
-    a = np.array([numpy_sampling.uniforms(1, p, 64) for p in range(512)])
-    b = np.array([numpy_sampling.uniforms(2, p, 64) for p in range(512)])
-    for x, y in ((a[1:], a[:-1]), (a[:, 1:], a[:, :-1]), (a, b)):
-        assert abs(np.corrcoef(x.ravel(), y.ravel())[0, 1]) < 4 / x.size ** 0.5
-
-
-@given(logits_of(), seeds, positions, st.floats(0.05, 5))
-def test_the_shortcut_finds_the_true_argmax(logits, seed, position, temperature):
-    x = numpy_sampling.uniforms(seed, position, len(logits))
-    score = (logits - logits.max()).astype(np.float64) / temperature - np.log(-np.log1p(-x))
-    assert numpy_sampling.choose(logits, temperature, seed, position) == score.argmax()
-
-
-@given(logits_of(high=5000), seeds, positions, st.floats(0, 5), st.integers(0, 700), st.floats(0, 1), st.floats(0, 1), st.data())
-@settings(max_examples=400)
-def test_the_library_chooses_what_numpy_does(logits, seed, position, temperature, k, p, m, data):
-    off = data.draw(st.sets(st.sampled_from(sorted(PLAIN))))
-    filters = {"top_k": k, "top_p": p, "min_p": m} | {name: PLAIN[name] for name in off}
-    sampler = Sampler(temperature=temperature, seed=seed, **filters)
-    assert sampler.sample(logits, position) == numpy_sampling.sample(sampler, logits, position)
-
-
-@pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
-@pytest.mark.parametrize("filters", [{}, PLAIN, {**PLAIN, "top_p": 0.9}, {**PLAIN, "min_p": 0.02}, {"top_k": 3000}])
-def test_so_it_does_over_a_large_vocabulary(spread, filters):
-    rng = np.random.default_rng(5)
-    for position in range(20):
-        logits = rng.normal(0, spread, 100_000).astype(np.float32)
-        sampler = Sampler(temperature=0.8, seed=9, **filters)
-        assert sampler.sample(logits, position) == numpy_sampling.sample(sampler, logits, position)
-
-
-# ---- filters -----------------------------------------------------------------------------------------------
-
-
-@given(logits_of(), st.integers(1, 700))
-def test_top_k_keeps_the_k_largest(logits, k):
-    ids = numpy_sampling.top_k(logits, k)
-    order = np.argsort(-logits, kind="stable")[:k]
-    assert np.array_equal(ids, np.sort(order))
-
-
-@given(logits_of(), st.floats(0.01, 0.999))
-def test_top_p_is_the_smallest_set_that_reaches_p(logits, p):
-    ids = numpy_sampling.top_p(logits, p)
-    probs = probabilities(logits)
-    assert len(ids) >= 1 and np.all(np.diff(ids) > 0)
-    assert probs[ids].sum() >= p - 1e-5
-    least = ids[np.argmin(logits[ids])]
-    assert len(ids) == 1 or probs[ids].sum() - probs[least] < p + 1e-5
-    dropped = np.setdiff1d(np.arange(len(logits)), ids)
-    assert len(dropped) == 0 or logits[dropped].max() <= logits[ids].min()
-
-
-def test_top_p_on_a_wide_flat_distribution_equals_a_plain_sort():
-    logits = np.random.default_rng(0).normal(0, 1, 50_000).astype(np.float32)
-    order = np.argsort(-logits, kind="stable")
-    n = np.searchsorted(np.cumsum(probabilities(logits)[order]), 0.9) + 1
-    ids = numpy_sampling.top_p(logits, 0.9)
-    assert abs(len(ids) - n) <= 1 and np.array_equal(ids, np.sort(order[:len(ids)]))
-
-
-@given(logits_of(), st.floats(0.001, 1))
-def test_min_p_keeps_what_is_likely_enough(logits, p):
-    probs = probabilities(logits)
-    kept = np.zeros(len(logits), bool)
-    kept[numpy_sampling.min_p(logits, p)] = True
-    clear = np.abs(probs / probs.max() / p - 1) > 1e-4
-    assert np.array_equal(kept[clear], (probs >= p * probs.max())[clear])
-    assert kept[logits.argmax()]
-
-
 @given(logits_of(), seeds, positions, st.integers(1, 50), st.floats(0.1, 0.99), st.floats(0.01, 0.5))
-def test_a_choice_that_survives_the_filters_is_the_choice_without_them(logits, seed, position, k, p, m):
-    kept = numpy_sampling.top_k(logits, k)
-    kept = kept[numpy_sampling.top_p(logits[kept], p)]
-    kept = kept[numpy_sampling.min_p(logits[kept], m)]
-    free = Sampler(temperature=1.0, seed=seed, **PLAIN).sample(logits, position)
-    filtered = Sampler(temperature=1.0, seed=seed, top_k=k, top_p=p, min_p=m).sample(logits, position)
-    assert filtered == free if free in kept else filtered in kept
-
-
-# ---- settings ----------------------------------------------------------------------------------------------
+def test_filters_change_no_choice_that_they_leave(logits, seed, position, k, p, m):
+    filtered = Sampler(temperature=1.0, seed=seed, top_k=k, top_p=p, min_p=m)
+    left = numpy_sampling.kept(filtered, logits)
+    free, found = (s.sample(logits, position) for s in (Sampler(temperature=1.0, seed=seed, **PLAIN), filtered))
+    assert found == free if free in left else found in left
 
 
 @given(logits_of(), seeds, positions)
@@ -175,27 +110,6 @@ def test_greedy_top_k_1_and_a_tiny_temperature_agree(logits, seed, position):
     assert logits[cold] == logits[best]
 
 
-@given(logits_of(low=5), seeds, positions, st.floats(0, 2))
-def test_a_bias_of_minus_infinity_bans(logits, seed, position, temperature):
-    sampler = Sampler(temperature=temperature, seed=seed, **PLAIN)
-    first = sampler.sample(logits, position)
-    again = Sampler(temperature=temperature, seed=seed, logit_bias={first: -inf}, **PLAIN)
-    assert again.sample(logits, position) != first
-
-
-@given(logits_of(low=3), st.lists(st.integers(0, 2), max_size=20), st.floats(1, 2), st.floats(0, 2),
-       st.floats(0, 2))
-def test_penalties_follow_llama_cpp(logits, history, repeat, presence, frequency):
-    logits = np.maximum(logits, -50)
-    result = sampling.penalize(logits, history, repeat, presence, frequency)
-    for token in range(len(logits)):
-        count, expected = history.count(token), float(logits[token])
-        if count:
-            expected = expected / repeat if expected > 0 else expected * repeat
-            expected -= count * frequency + presence
-        assert result[token] == pytest.approx(expected, rel=1e-5, abs=1e-4)
-
-
 def test_penalties_look_at_the_last_tokens_only():
     logits = np.array([1, 0.9, 0], np.float32)
     history = [0] + [2] * 64
@@ -204,26 +118,42 @@ def test_penalties_look_at_the_last_tokens_only():
     assert Sampler(repeat_penalty=2.0, repeat_last_n=0).sample(logits, 65, [0]) == 0
 
 
-@given(logits_of(), seeds, positions)
-def test_sampling_leaves_its_input_alone(logits, seed, position):
-    before = logits.copy()
-    logits.flags.writeable = False
-    Sampler(temperature=1.0, seed=seed, repeat_penalty=1.3, logit_bias={0: 1.0}).sample(logits, position, [0])
-    assert np.array_equal(before, logits)
+# ---- through a pass ----------------------------------------------------------------------------------------
 
 
-@given(logits_of(), st.data())
-def test_logprob_is_that_of_the_plain_softmax(logits, data):
-    token = data.draw(st.integers(0, len(logits) - 1))
-    p = probabilities(logits)[token]
-    assert sampling.logprob(logits, token) == pytest.approx(log(p) if p else -inf, abs=1e-4)
-    assert sum(exp(sampling.logprob(logits, i)) for i in range(len(logits))) == pytest.approx(1, abs=1e-4)
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
+def model(request):
+    with pybmc.Model(tiny.model(request.param), threads=2) as model:
+        yield model
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"temperature": 0.7, "seed": 3}, {"temperature": 1.5, "seed": 4, **PLAIN}, {"repeat_penalty": 1.5, "repeat_last_n": -1},
+    {"temperature": 1.0, "frequency_penalty": 0.5, "presence_penalty": 1.0, "repeat_last_n": 7, "top_k": 5, "min_p": 0.0},
+    {"temperature": 0.9, "logit_bias": {5: 12.0, 7: -inf, 9: -3.0}, "repeat_penalty": 0.8}, {"logit_bias": {5: 9.0, 300: -inf}},
+], ids=repr)
+def test_a_pass_chooses_what_numpy_does(model, settings):
+    """One token at a time and many in a pass; log-probabilities are those of the logits before the sampler changes any."""
+    text = np.random.default_rng(1).integers(0, 60, 150).tolist()
+    sampler = Sampler(**settings)
+    with model.session() as one, model.session() as other:
+        rows = one.eval(text, "all")
+        ids, logprobs = other.eval(text, "best", sampler=sampler)
+        assert ids.tolist() == [numpy_sampling.choose(sampler, row, i, text[:i]) for i, row in enumerate(rows, 1)]
+        assert logprobs == pytest.approx([numpy_sampling.logprobs(row)[id] for row, id in zip(rows, ids)], abs=1e-4)
+        one.rewind(0)
+        for i, token in enumerate(text[:20]):
+            found = one.eval([token], "best", sampler=sampler)
+            assert (found.ids[0], found.logprobs[0]) == (ids[i], logprobs[i])
+
+
+# ---- what is refused ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("bad", [[nan, 1, 2], [1, inf], [-inf, -inf]])
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_logits_without_a_finite_largest_are_refused(bad, temperature):
-    with pytest.raises(BmcError, match="position 5"):
+    with pytest.raises(ArgumentError, match="largest logit is"):
         Sampler(temperature=temperature).sample(np.array(bad, np.float32), 5)
 
 
@@ -232,11 +162,12 @@ def test_logits_without_a_finite_largest_are_refused(bad, temperature):
     {"top_p": 1.1}, {"min_p": -0.1}, {"repeat_penalty": 0}, {"repeat_last_n": -2}, {"seed": 0.5},
     {"logit_bias": {0: inf}}, {"logit_bias": {0: nan}}, {"temperature": "warm"}])
 def test_settings_out_of_range_are_refused_by_name(settings):
-    name = next(iter(settings))
-    with pytest.raises(ArgumentError, match=name):
+    with pytest.raises(ArgumentError, match=next(iter(settings))):
         Sampler(**settings)
 
 
-def test_a_bias_outside_the_vocabulary_is_refused():
+def test_ids_outside_the_vocabulary_are_refused():
     with pytest.raises(ArgumentError, match="token 9"):
         Sampler(logit_bias={9: 1.0}).sample(np.zeros(4, np.float32), 0)
+    with pytest.raises(ArgumentError, match="0 to 3, found 4"):
+        Sampler(repeat_penalty=2.0).sample(np.zeros(4, np.float32), 1, [4])

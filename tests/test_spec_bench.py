@@ -1,4 +1,4 @@
-"""tools.spec_bench: what its numbers mean, and that it runs."""
+"""tools.spec_bench: that it runs, compares texts, and says what its numbers mean."""
 
 import json
 import sys
@@ -7,7 +7,6 @@ import pytest
 import tiny
 
 import pybmc
-
 
 from tools import spec_bench
 
@@ -19,41 +18,37 @@ def pair():
         yield model, draft
 
 
-def test_intervals_are_order_statistics():
-    assert spec_bench.interval(range(1, 11)) == (2, 9)          # of ten runs, as tables of the sign test say
-    assert spec_bench.interval(range(1, 7)) == (1, 6)
-    assert spec_bench.interval(range(1, 21)) == (6, 15)
-    assert spec_bench.interval([3.0]) == (3.0, 3.0)
+def test_every_way_gives_the_plain_text(pair):
+    model, draft = pair
+    ways, [task, *_] = spec_bench.ways_of(model, {"stranger": draft, "twin": model}), spec_bench.synthetic_tasks(model, 40)
+    assert list(ways) == ["plain", "n-grams", "stranger alone", "all with stranger", "twin alone", "all with twin"]
+    row = spec_bench.compare(model, task, ways, 2)
+    assert row.prompt == 32 and row.tokens == 40 and list(row.seconds) == list(ways) and all(s > 0 for s in row.seconds.values())
+    assert row.best in ("plain", "n-grams", "stranger alone", "twin alone") and set(row.of_best) == {"stranger", "twin"}
 
 
-@pytest.mark.parametrize("share", [0.0, 0.7, 1.0])
-def test_acceptance_can_be_forced(pair, share):
-    request = spec_bench.scripted(pair[0], 150)
-    made = spec_bench.forced(*pair, share, request)
-    made._fixed = spec_bench.FixedLength(1)
-    ids, stats = spec_bench.decode(pair[0], request, made)
-    assert ids == request.script[:150] == spec_bench.decode(pair[0], request)[0]
-    assert stats.accepted_share == pytest.approx(share, abs=0.12)
-    made.close()
+def test_another_text_is_no_result(pair, monkeypatch):
+    """A way that gives another text: the comparison ends with a sentence."""
+    model, draft = pair
+    honest = spec_bench.measure
+
+    def measure(model, task, speculation):
+        found = honest(model, task, speculation)
+        if speculation.spec == "ngram":
+            found.tokens[-1] ^= 1
+        return found
+
+    monkeypatch.setattr(spec_bench, "measure", measure)
+    with pytest.raises(SystemExit, match="the text with n-grams is not the plain one"):
+        spec_bench.compare(model, spec_bench.synthetic_tasks(model, 9)[0], spec_bench.ways_of(model, {}), 1)
 
 
-def test_copies_are_found_by_n_grams(pair):
-    request = spec_bench.copying(pair[0], 200)
-    made = spec_bench.Speculation(pair[0], None, "ngram", controller=spec_bench.FixedLength(0))
-    ids, stats = spec_bench.decode(pair[0], request, made)
-    assert ids == request.script[:200]
-    again = sum(a == b for a, b in zip(request.prompt, request.script))
-    assert again < 200 and len(set(request.prompt) & set(ids)) > 50
-
-
-def test_it_runs(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(spec_bench, "LENGTHS", (0, 2))
-    monkeypatch.setattr(spec_bench, "SHARES", (0.5,))
-    monkeypatch.setattr(sys, "argv", ["spec_bench", "--quick", "-t", "1", "--curve", str(tmp_path / "c.svg"), "--json",
-                                      str(tmp_path / "c.json")])
+def test_it_runs(pair, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(spec_bench, "suites", lambda args: [("tiny pair", pair[0], spec_bench.synthetic_tasks(pair[0], args.n), {"d": pair[1]})])
+    monkeypatch.setattr(sys, "argv", ["spec_bench", "-r", "1", "-n", "12", "-t", "1", "--json", str(tmp_path / "c.json")])
     spec_bench.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == spec_bench.HEADER and len(lines) == 8 and all(line.count("|") == 9 for line in lines)
-    found = json.loads((tmp_path / "c.json").read_text())
-    assert len(found["rows"]) == 6 and found["curve"][0]["share"] == 0.5
-    assert (tmp_path / "c.svg").read_text().startswith("<svg")
+    out = capsys.readouterr().out
+    table = [line for line in out.splitlines() if line.startswith("|")]
+    assert len(table) == 2 + 3 and len({line.count("|") for line in table}) == 1 and "tiny pair" in out
+    assert "times plain decoding" in out and len(json.loads((tmp_path / "c.json").read_text())) == 3

@@ -9,16 +9,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence as Tokens
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 from typing import NamedTuple
 from weakref import ref
 
+from .. import checks
 from .._native import check, ffi, lib
 from ..errors import ArgumentError, BmcError, BusyError, ContextFullError
 from ..spec.speculation import Drafter, Speculation
-from .sampler import Sampler
-from .text import Ending, StopStrings, Token
+from .sampler import Sampler, check_bias
+from .text import Ending, NoText, StopStrings, Token
 
 ROOM = 128                              # tokens that one call of the library may give a sequence
 CALL_SECONDS = 0.016                    # rounds that are one call: so long, so that tokens come evenly
@@ -47,6 +48,24 @@ class Request:
     context: int | None = None
     speculate: bool = True
     progress: Callable[[int, int], None] | None = None
+
+
+def checked(request: Request, model) -> Request:
+    """The request with plain values. Raises an ArgumentError for one that the model cannot serve."""
+    size = model.config.vocab_size
+    tokens = checks.ids("tokens", request.tokens, size)
+    if not tokens:
+        raise ArgumentError("the prompt is empty")
+    if not isinstance(request.sampler, Sampler):
+        checks.refuse("sampler", "a Sampler", request.sampler)
+    check_bias(request.sampler.logit_bias, size)
+    if request.session is not None and getattr(request.session, "model", None) is not model:
+        checks.refuse("session", "a session of the same model", request.session)
+    return replace(
+        request, tokens=tokens, max_tokens=request.max_tokens if request.max_tokens == inf else checks.whole("max_tokens", request.max_tokens),
+        stop=checks.strings("stop", request.stop), stop_ids=frozenset(checks.ids("stop_ids", request.stop_ids, size)),
+        top=checks.whole("top", request.top, 0, size), priority=checks.whole("priority", request.priority, -inf, inf),
+        context=None if request.context is None else checks.whole("context", request.context, 1, 1 << 30))
 
 
 @dataclass
@@ -104,6 +123,7 @@ class Sequence:
         self.drafter: Drafter | None = None
         self.done = self._started = False
         self.error: BmcError | None = None
+        self.lost = ""                  # why the session is not its own any more
         self._written = 0               # tokens given
         self._since = time.perf_counter()
 
@@ -117,16 +137,16 @@ class Sequence:
         session, context = self.session, self.session.context
         if len(self.prompt) > context:
             raise ContextFullError(f"the prompt has {len(self.prompt)} tokens, the context has room for {context}")
-        self._started = True
+        self.stats.reused_tokens = session.sync(self.prompt[:-1])
         before = session.writer() if session.writer else None
-        if before is not None:
+        if before not in (None, self):
             before.lose("another one began in its session")
         session.writer = ref(self)
-        self.stats.reused_tokens = session.sync(self.prompt[:-1])
         self._uses = session.uses
+        self._started = True
         room = context - len(self.prompt) + 1
         model = self.engine.model
-        decoder = model.tokenizer.stream() if model.tokenizer else None
+        decoder = model.tokenizer.stream() if model.tokenizer else NoText()
         self._ending = Ending(decoder, request.max_tokens, room, StopStrings(request.stop, model.tokenizer), request.stop_ids)
         self._limit = min(request.max_tokens, room)
         speculation = self.engine.speculation
@@ -147,17 +167,33 @@ class Sequence:
         item.stops, item.n_stops = self._stops, len(self.request.stop_ids)
         if not self.request.sampler.greedy:
             item.sampler = self.request.sampler.native
-        if self.drafter:
-            item.drafter = self.drafter.native
 
     def lose(self, why: str) -> None:
         """End it, since its session is not its own any more."""
+        self.lost = self.lost or f"this generation cannot go on: {why}"
         if not self.done:
-            self.done, self.error = True, BusyError(f"this generation cannot go on: {why}")
+            self.done, self.error = True, BusyError(self.lost)
 
     def check_session(self) -> None:
         if self.session.uses != self._uses:
             self.lose("the session was used by other calls meanwhile")
+
+    def check_unread(self) -> None:
+        """Raise where tokens that nobody has read yet are not the text of the session any more."""
+        if not self._owned:
+            self.session._live()
+            self.check_session()
+            if self.lost:
+                raise BusyError(self.lost)
+
+    def claim(self, claims: ExitStack) -> bool:
+        """Hold the session for a call. False where it is closed, or in use by another thread: that ends the sequence."""
+        try:
+            self.item.session = claims.enter_context(self.session._claimed())
+            self._uses = self.session.uses
+        except BmcError as error:
+            self.done, self.error = True, error
+        return not self.done
 
     @property
     def reading(self) -> bool:
@@ -168,6 +204,7 @@ class Sequence:
         """Prepare the item for a step; how many tokens of the prompt it reads, `piece` at most."""
         item = self.item
         item.guesses, item.n_guesses = ffi.NULL, 0
+        item.drafter = self.drafter.native if self.drafter else ffi.NULL
         item.max_tokens = int(min(ROOM, self._limit - self._written))
         if not self.reading:
             item.pending, item.n_pending, item.choose = self._last, 1, 1
@@ -176,6 +213,8 @@ class Sequence:
         n = min(piece, len(self.prompt) - at)
         item.pending, item.n_pending = self._tokens + at, n
         item.choose = at + n == len(self.prompt) and self._limit > 0
+        if item.choose:                 # the first token comes with the prompt, without guesses
+            item.drafter = ffi.NULL
         return n
 
     def answer_wanted(self) -> None:
@@ -186,13 +225,16 @@ class Sequence:
         self._guesses, self._sure = ffi.new("int32_t[]", ids or 1), ffi.new("float[]", sure or 1)
         self.item.guesses, self.item.n_guesses, self.item.confidence = self._guesses, len(ids), self._sure
         self.item.guess_s = time.perf_counter() - started
+        self.item.drafter = self.drafter.native
 
     def take(self, seconds: float) -> list[Token]:
         """The tokens that a round gave; also those of a call after which an interrupt came."""
         item, found = self.item, []
-        n, item.n = item.n, 0
         if self.reading and self.request.progress:
             self.request.progress(min(self.session.position, len(self.prompt)), len(self.prompt))
+        n, item.n = item.n, 0
+        if self.drafter:
+            self.drafter.note_failure()
         if not n:
             self.done = self._limit < 1 and self.session.position == len(self.prompt)
             return found
@@ -210,7 +252,7 @@ class Sequence:
             self.stats.predicted_tokens += 1
             found.append(token)
             if token.finish_reason:
-                self._rewind_to_text()
+                self.take_back(0)
                 self.done = True
                 break
         return found
@@ -219,11 +261,15 @@ class Sequence:
         k = self.request.top
         return tuple((self._top_ids[i * k + j], self._top_logprobs[i * k + j]) for j in range(k))
 
-    def _rewind_to_text(self) -> None:
-        """The session holds the text without its last token; what was given beyond a stop string is taken back."""
-        end = len(self.prompt) + self._written - 1
-        if self.session.position > end:
-            self.session.rewind(end)
+    def take_back(self, unread: int) -> None:
+        """Let the session hold the text without its last token; what was given beyond a stop string, or is not read, is taken back."""
+        if not self._started or self.session.uses != self._uses:
+            return
+        end = len(self.prompt) + max(self._written - unread, 0) - 1
+        with suppress(BmcError):
+            if self.session.position > end:
+                self.session.rewind(end)
+            self._uses = self.session.uses
 
     def _time(self, seconds: float, n: int) -> None:
         stats, counts = self.stats, self.item.stats
@@ -239,10 +285,9 @@ class Sequence:
     def finish(self) -> None:
         """Let go of what the sequence used; a session that was given stays."""
         self.done = True
-        if self._started and not self._owned and self.session.uses == self._uses:
+        if self._started and not self._owned:
             self.item.n = 0
-            with suppress(BmcError):
-                self._rewind_to_text()
+            self.take_back(0)
         if self.drafter is not None and self._owned:
             self.drafter.close()
         if self._owned and self.session is not None:
@@ -265,6 +310,8 @@ class Engine:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._added = 0
+        self._events: list[Event] = []  # tokens that were taken in a step that an interrupt ended
+        self._row_bytes = 0             # of a session
         self._prompt_rate = 0.0         # tokens a second of prompts
         self._limits = ffi.new("bmc_limits *")
         self._limits.policy = self.speculation.policy
@@ -272,14 +319,10 @@ class Engine:
     # ---- requests
 
     def add(self, request: Request) -> Sequence:
-        """Queue a request. Raises ArgumentError for an empty prompt, BusyError where its session serves another request."""
-        if not len(request.tokens):
-            raise ArgumentError("the prompt is empty")
-        if request.session is not None:
-            if request.session.model is not self.model:
-                raise ArgumentError("the session belongs to another model")
-            if any(other.session is request.session for other in (*self.waiting, *self.running)):
-                raise BusyError("the session serves another request")
+        """Queue a request. Raises ArgumentError for one that cannot be served, BusyError where its session serves another."""
+        request = checked(request, self.model)
+        if request.session is not None and any(s.session is request.session for s in (*self.waiting, *self.running)):
+            raise BusyError("the session serves another request")
         sequence = Sequence(self, request, self._added)
         self._added += 1
         self.waiting.append(sequence)
@@ -313,14 +356,13 @@ class Engine:
         for sequence in self.running:
             sequence.check_session()
         self._let_go()
-        if not self.running:
-            return []
+        seconds = 0.0
         if not any(sequence.item.n for sequence in self.running):       # else an interrupt came before these were taken
             seconds = self._round()
-        else:
-            seconds = 0.0
-        events = [Event(sequence, token) for sequence in self.running for token in sequence.take(seconds)]
+        for sequence in [s for s in self.running if not s.done]:
+            self._events += [Event(sequence, token) for token in sequence.take(seconds)]
         self._let_go()
+        events, self._events = self._events, []
         return events
 
     def _let_go(self) -> None:
@@ -331,23 +373,24 @@ class Engine:
     def _admit(self) -> None:
         self.waiting.sort(key=lambda s: (-s.request.priority, s.number))
         while self.waiting and len(self.running) < self.parallel and self._fits(self.waiting[0]):
-            sequence = self.waiting.pop(0)
+            sequence = self.waiting[0]
             try:
                 sequence.start()
+                self._row_bytes = sequence.session.arena_stats().row_bytes
                 self.running.append(sequence)
             except BmcError as error:
                 sequence.error = error
                 sequence.finish()
+            self.waiting.remove(sequence)
 
     def _fits(self, sequence: Sequence) -> bool:
         if self.memory is None or not self.running:
             return True
-        row = self.running[0].session.arena_stats().row_bytes
 
         def rows(s: Sequence) -> float:
             return min(len(s.prompt) + s.request.max_tokens, s.request.context or self.model.config.n_ctx)
 
-        return row * sum(rows(s) for s in (*self.running, sequence)) <= self.memory
+        return self._row_bytes * sum(rows(s) for s in (*self.running, sequence)) <= self.memory
 
     def _round(self) -> float:
         """One call of the library for all running sequences; its seconds."""
@@ -362,8 +405,9 @@ class Engine:
         self._limits.seconds = 0.0 if read else CALL_SECONDS
         started = time.perf_counter()
         with ExitStack() as claims:
-            for sequence in items:
-                sequence.item.session = claims.enter_context(sequence.session._claimed())
+            items = [sequence for sequence in items if sequence.claim(claims)]
+            if not items:
+                return 0.0
             pointers = ffi.new("bmc_item *[]", [sequence.item for sequence in items])
             if check(lib.bmc_round(pointers, len(items), self._limits)) == 0:
                 for sequence in items:
@@ -371,8 +415,6 @@ class Engine:
                         sequence.answer_wanted()
                 check(lib.bmc_round(pointers, len(items), self._limits))
         seconds = time.perf_counter() - started
-        for sequence in items:
-            sequence._uses = sequence.session.uses
         if read:
             rate = read / seconds
             self._prompt_rate = rate if read >= PIECE or not self._prompt_rate else self._prompt_rate

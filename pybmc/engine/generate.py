@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 
 
 class Generation(Iterator[Token]):
-    """An iterator of Token. prompt holds the prompt's ids, stats counts and times so far; close() ends it early.
+    """An iterator of Token. prompt holds the prompt's ids, stats counts and times so far; close() ends it early: a session that
+    was given then holds what was read, without its last token.
 
     A session given to generate() serves one generation at a time. The next one that begins in it ends this one, which
     then raises BusyError when it is asked for another token. The same happens after other calls used the session.
@@ -45,13 +46,12 @@ class Generation(Iterator[Token]):
             self._lock.release()
 
     def _next(self) -> Token:
+        if self._ready:
+            self._sequence.check_unread()
         while not self._ready:
             if self._sequence.done:
                 self._engine.close()
-                error, self._sequence.error = self._sequence.error, None
-                if error:
-                    raise error
-                raise StopIteration
+                raise self._sequence.error or StopIteration
             self._ready.extend(token for _, token in self._engine.step())
         return self._ready.popleft()
 
@@ -59,15 +59,18 @@ class Generation(Iterator[Token]):
         if not self._lock.acquire(blocking=False):
             raise BusyError("this generation is in use by another thread")
         try:
+            unread = len(self._ready)
             self._ready.clear()
-            self._sequence.error = None
             self._engine.close()
+            self._sequence.error = None
+            if unread and self._sequence.request.session is not None:
+                self._sequence.take_back(unread)
         finally:
             self._lock.release()
 
     def __del__(self):
-        if getattr(self, "_sequence", None) is not None and not self._sequence.done:
-            self._engine.close()
+        if getattr(self, "_sequence", None) is not None and not (self._sequence.done and not self._ready):
+            self.close()
 
 
 class Batch(Iterator[tuple[int, Token]]):
@@ -144,7 +147,11 @@ def speculation_of(session, model, draft, spec: str, most: int, least: int) -> S
     """A Speculation of these wishes: for a session the one that it had before, if they are the same, so that the draft model
     holds what it has of a text. draft: a Model, the path of one, a Speculation, or None."""
     if isinstance(draft, Speculation):
+        if draft.model is not model:
+            checks.refuse("draft", "a Speculation of the same model", draft)
         return draft
+    if not (draft is None or is_path(draft) or isinstance(draft, Model)):
+        checks.refuse("draft", "a Model or a path", draft)
     most, least = checks.draft_bounds(most, least)
     asked = (str(draft) if is_path(draft) else draft, spec, most, least)
     kept = getattr(session, "speculation", None)

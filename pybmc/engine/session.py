@@ -96,9 +96,9 @@ class Session:
 
         logits: "last" gives float32 (vocab_size,) of the last token, "all" (len(tokens), vocab_size), "argmax" the best
         next id of each token, int32 (len(tokens),), "best" those with their log-probabilities (Best), "none" None. What
-        the numbers are does not depend on how tokens are cut into calls. sampler: "argmax" and "best" are what it chooses
-        (its penalties and bias aside), and the model's log-probabilities of that. last is draft()'s. Raises ArgumentError,
-        ContextFullError beyond the cap, OutOfMemoryError; then nothing has changed.
+        the numbers are does not depend on how tokens are cut into calls. sampler: "argmax" and "best" are what it chooses,
+        and the model's log-probabilities of that. last: 0, or how many last rows attention sees, besides the first 256. Raises
+        ArgumentError, ContextFullError beyond the cap, OutOfMemoryError; then nothing has changed.
         """
         span = ffi.new("bmc_span *")
         with self._claimed() as handle:

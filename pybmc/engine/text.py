@@ -102,10 +102,20 @@ def _visible(chars: list[tuple[str, bool]]) -> str:
     return "".join(char for char, hidden in chars if not hidden)
 
 
+class NoText:
+    """In place of a tokenizer's stream() for a model without a vocabulary."""
+
+    def push(self, id: int) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
 class Ending:
     """Turns ids into Tokens with text, and says which one is the last.
 
-    decoder: the tokenizer's stream(). max_tokens and room, tokens that the context has room for, end a text as well.
+    decoder: the tokenizer's stream(), or NoText. max_tokens and room, tokens that the context has room for, end a text as well.
     """
 
     def __init__(self, decoder, max_tokens: float, room: float, stop_strings: StopStrings, stop_ids: frozenset[int]):

@@ -6,7 +6,7 @@ import logging
 from contextlib import suppress
 
 from .. import checks
-from .._native import check, ffi, lib, owned
+from .._native import check, ffi, last_error, lib, owned
 from ..errors import ArgumentError, BmcError, OutOfMemoryError
 from . import store
 from .bridge import TextDrafter
@@ -101,8 +101,8 @@ class Drafter:
     """Who guesses for one sequence. native is a bmc_drafter; bridge a TextDrafter where the draft model's vocabulary is another."""
 
     def __init__(self, made: Speculation, session):
-        self.made, self.bridge, self._session, kept = made, None, None, []
-        options = ffi.new("bmc_drafter_options *")
+        self.made, self.bridge, self._session, self._kept, self._noted = made, None, None, [], False
+        self._options = options = ffi.new("bmc_drafter_options *")
         options.most, options.least, options.fixed = made.most, made.least, made.fixed
         options.ngrams = made.spec in ("auto", "ngram")
         options.self_window = SELF_WINDOW if made.spec == "self" else 0
@@ -114,23 +114,32 @@ class Drafter:
             else:
                 options.draft = self._session._live()
                 if made.link:
-                    kept = [ffi.new("int32_t[]", ids) for ids in (made.link.to_draft, made.link.to_target.tolist())]
-                    options.to_draft, options.to_target = kept
-        handle = ffi.new("bmc_drafter **")
-        check(lib.bmc_drafter_new(options, made.model.config.vocab_size, handle))
-        self.native = owned(handle[0], "bmc_drafter_free", self._session and self._session._live())
+                    self._kept = [ffi.new("int32_t[]", ids) for ids in (made.link.to_draft, made.link.to_target.tolist())]
+                    options.to_draft, options.to_target = self._kept
+        self.native = self._make()
 
-    @property
-    def failed(self) -> bool:
-        """Whether the draft model had an error and is not asked any more."""
-        return bool(lib.bmc_drafter_failed(self.native))
+    def _make(self):
+        handle = ffi.new("bmc_drafter **")
+        check(lib.bmc_drafter_new(self._options, self.made.model.config.vocab_size, handle))
+        return owned(handle[0], "bmc_drafter_free", self._session and self._options.draft and self._session._live())
+
+    def note_failure(self) -> None:
+        """Say once that the draft model had an error and is not asked any more."""
+        if not self._noted and lib.bmc_drafter_failed(self.native):
+            self._note(last_error())
+
+    def _note(self, why: str) -> None:
+        self._noted = True
+        log.warning("the draft model failed (%s); decoding goes on without it", why)
 
     def propose(self, text: list[int], k: int) -> tuple[list[int], list[float]]:
-        """Guesses through text, and how sure they are; none if the draft model fails."""
+        """Guesses through text, and how sure they are; none once the draft model fails, which is not asked any more."""
         try:
             return self.bridge.propose(text, k)
         except BmcError as error:
-            log.warning("the draft model failed (%s); decoding goes on without it", error)
+            self._note(str(error))
+            self._options.external = 0
+            self.native = self._make()
             return [], []
 
     def close(self) -> None:
