@@ -1,12 +1,14 @@
-/* The KV arena: rows of keys and values for every layer and KV head, which grow by segments of r rows. Nothing ever moves.
+/* The KV arena: rows of keys and values for every layer and KV head, which grow by segments of r rows.
+ * Nothing ever moves.
  *
- * A tile holds 16 rows of one (layer, head): first their keys, then their values; the arena only knows its size.
- * A segment holds tiles [first, first + segment_tiles) of every layer and head:
+ * A tile holds 16 rows of one (layer, head): first their keys, then their values; the arena only knows its
+ * size. A segment holds tiles [first, first + segment_tiles) of every layer and head:
  *
  *   | layer 0: head 0: tile tile .. tile | head 1: tile .. tile | .. | layer 1: .. |
  *
- * and the arena is a list of segments. New memory is zero. It comes from mmap, in huge pages from 2 MB up: with 4 KB pages
- * attention would wait for the TLB. native/lab/grow.c fills the same list in other ways, to measure what they cost. */
+ * and the arena is a list of segments. New memory is zero. It comes from mmap, in huge pages from 2 MB up:
+ * with 4 KB pages attention would wait for the TLB. native/lab/grow.c fills the same list in other ways,
+ * to measure what they cost. */
 #ifndef ARENA_H
 #define ARENA_H
 
@@ -54,17 +56,18 @@ static inline void *arena_tile(const struct arena *a, int layer, int head, int64
 
 /* The r that suits a model, by the bytes of a row over all layers.
  *
- * Chunks are never copied and attention stops at the last tile, so r costs no time but that of a growth's system calls, and
- * r / 2 rows of memory on average that are not used yet. Measured (Zen 5 in a virtual machine): mapping and unmapping
- * cost 17 us at 4 MB; first touch costs 0.022 ns a byte in huge pages and 0.28 in small ones, whatever r is. So a segment
- * should be a few huge pages: at 4 MB the system calls are below a fifth of the zeroing, 0.13 us a row. That is 128 rows of
- * a 1B model with grouped heads, 16 of a 7B without. docs/bmc.md derives what r has to balance where rows are copied. */
+ * Chunks are never copied and attention stops at the last tile, so r costs no time but that of a growth's
+ * system calls, and r / 2 rows of memory on average that are not used yet. Measured (Zen 5 in a virtual
+ * machine): mapping and unmapping cost 17 us at 4 MB; first touch costs 0.022 ns a byte in huge pages and
+ * 0.28 in small ones, whatever r is. So a segment should be a few huge pages: at 4 MB the system calls are
+ * below a fifth of the zeroing, 0.13 us a row. That is 128 rows of a 1B model with grouped heads, 16 of a
+ * 7B without. docs/bmc.md derives what r has to balance where rows are copied. */
 int arena_auto_rows(int64_t row_bytes);
 
 int64_t arena_row_bytes(const struct arena *a);     /* K and V of one token, all layers */
 
 /* What native/lab/grow.c needs to make segments in its own way. */
-size_t arena_bytes(const struct arena_config *config, int64_t tiles);    /* of every layer and head; 0: more than memory can be */
+size_t arena_bytes(const struct arena_config *config, int64_t tiles);   /* 0: more than memory can be */
 int arena_slots(struct arena *a, int64_t n);        /* room in the list; 0, or -1 without memory */
 int arena_no_memory(const struct arena *a, int64_t rows);               /* BMC_ENOMEM, with the sentence */
 

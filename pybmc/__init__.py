@@ -7,9 +7,9 @@
 Names are loaded when they are first used, so that `import pybmc` is quick.
 """
 
-from importlib import import_module
 from pathlib import Path
 
+from ._lazy import lazy
 from .errors import (
     ArgumentError,
     BmcError,
@@ -23,15 +23,15 @@ from .errors import (
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Model": "model",
-    "Session": "model",
-    "eval_batch": "model",
+    "Model": "engine.model",
+    "Session": "engine.session",
+    "eval_batch": "engine.session",
     "Tokenizer": "tokenizers",
-    "Sampler": "sampling",
-    "generate": "engine.generate",
-    "generate_batch": "engine.generate",
-    "Engine": "engine",
-    "Request": "engine",
+    "Sampler": "engine.sampler",
+    "generate": "chat.generate",
+    "generate_batch": "chat.generate",
+    "Engine": "engine.engine",
+    "Request": "engine.engine",
     "Speculation": "spec",
 }
 
@@ -47,13 +47,4 @@ def demo_model(draft: bool = False) -> Path:
     return path
 
 
-def __getattr__(name: str):
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy(__name__, _HOMES)

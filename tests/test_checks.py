@@ -9,8 +9,8 @@ import tiny
 
 import pybmc
 from pybmc import ArgumentError, checks
-from pybmc.perplexity import perplexity
-from pybmc.sampling import Sampler
+from pybmc.engine.perplexity import perplexity
+from pybmc.engine.sampler import Sampler
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,8 @@ import pytest
 import tiny
 
 import pybmc
-from pybmc import cli
-from pybmc.cli import run
-from pybmc.terminal import sentence
+from pybmc.cli import options, run
+from pybmc.cli.terminal import sentence
 
 TEXT = tiny.TEXT
 
@@ -111,7 +110,7 @@ def test_a_chat_template_by_name_file_or_source(path, capsys, tmp_path):
 
 
 def test_the_help_names_every_chat_template(capsys):
-    from pybmc.templates import NAMED
+    from pybmc.chat.templates import NAMED
 
     run(["chat", "--help"])
     words = set(capsys.readouterr().out.replace(",", " ").replace("(", " ").replace(")", " ").split())
@@ -362,7 +361,7 @@ def test_the_encoding_of_a_text(path, pipe, capsys, tmp_path, data, status, says
 
 @pytest.mark.parametrize("bias, value", [("300+1e-1", 0.1), ("300-1e+2", -100), ("300-inf", -float("inf")), ("300+.5", 0.5)])
 def test_a_bias_is_any_number(bias, value):
-    assert cli.Bias().convert(bias, None, None) == (300, value)
+    assert options.Bias().convert(bias, None, None) == (300, value)
 
 
 def test_no_bos_leaves_it_out(capsys, tmp_path):
@@ -407,8 +406,12 @@ def test_help_loads_nothing_heavy(args):
     code = ("import sys\nbefore = set(sys.modules)\nfrom pybmc.cli import run\nassert run(sys.argv[1:]) == 0\n"
             "new = set(sys.modules) - before\n"
             "foreign = {name.split('.')[0] for name in new} - sys.stdlib_module_names\n"
-            "assert foreign == {'click', 'pybmc'}, foreign")
-    subprocess.run([sys.executable, "-c", code, *args], check=True, stdout=subprocess.DEVNULL)
+            "assert foreign == {'click', 'pybmc'}, foreign\n"
+            "print(*foreign, *(name for name in new if name.startswith('pybmc.')), file=sys.stderr)")
+    done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=True)
+    own = {"options", "files", "measure", "proof", "talk", "terminal"}
+    assert set(done.stderr.split()) <= {"click", "pybmc", "pybmc._lazy", "pybmc.errors", "pybmc.chat", "pybmc.chat.reasoning",
+                                        "pybmc.cli", *(f"pybmc.cli.{name}" for name in own)}
 
 
 def test_a_reader_that_leaves_ends_it_quietly(path):
@@ -466,7 +469,8 @@ def test_nobody_needs_a_home_directory(path, args):
 def test_without_a_home_nothing_is_kept(monkeypatch):
     from pathlib import Path
 
-    from pybmc import cache, repl
+    from pybmc import cache
+    from pybmc.cli import repl
 
     def nowhere():
         raise RuntimeError("Could not determine home directory.")
@@ -505,6 +509,6 @@ def test_no_module_but_pull_opens_a_socket():
 
 
 def test_flags_of_sampling_are_settings_of_the_sampler():
-    from pybmc.sampling import Sampler
+    from pybmc.engine.sampler import Sampler
 
-    assert set(cli.SAMPLING) == set(Sampler.__dataclass_fields__)
+    assert set(options.SAMPLING) == set(Sampler.__dataclass_fields__)

@@ -16,8 +16,8 @@ from raw import I64, Entry, Raw, Typed
 
 
 import pybmc
-from pybmc._native import dequantize
-from pybmc.gguf import GGUF
+from pybmc.files.gguf import GGUF
+from pybmc.files.types import dequantize
 from tools import distance, exact, golden, versus
 
 FLOAT = 1e-3                            # error of float weights, as in test_golden.py

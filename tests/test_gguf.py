@@ -14,7 +14,7 @@ import tiny
 from raw import ARRAY, BOOL, I32, STRING, U8, U64, Entry, Raw, Typed, array, string, u32, u64
 
 from pybmc.errors import ArgumentError, FormatError
-from pybmc.gguf import GGUF
+from pybmc.files.gguf import GGUF
 
 Q4_0, Q6_K = 2, 14
 

@@ -11,8 +11,8 @@ from test_chat import CONTROL, USER, controls, make, text_of
 
 import pybmc
 from pybmc import ArgumentError, FormatError
-from pybmc.chat import ChatTemplate, template_of
-from pybmc.templates import NAMED
+from pybmc.chat.template import ChatTemplate, template_of
+from pybmc.chat.templates import NAMED
 
 MARKS = {
     "<|user|>": CONTROL, "<|assistant|>": CONTROL, "<|end|>": CONTROL, "<|END_OF_TURN|>": CONTROL, "[INST]": CONTROL,
@@ -145,7 +145,7 @@ def test_user_defined_tokens_that_may_stand_in_messages(bpe):
 
 
 def test_a_strings_subclass_cannot_pretend_to_be_the_templates(bpe):
-    from pybmc.origin import own
+    from pybmc.chat.origin import own
 
     ids = ChatTemplate("{{ messages[0].content }}", bpe).encode([user(own("<|end|>"))], False)
     assert controls(bpe, ids) == []

@@ -22,9 +22,10 @@ import raw
 import tiny
 
 import pybmc
-from pybmc._native import lib, type_info
-from pybmc.model import _note_threads
-from pybmc.show import describe, lines
+from pybmc._native import lib
+from pybmc.cli.show import describe, lines
+from pybmc.engine.model import _note_threads
+from pybmc.files.types import type_info
 
 HERE = Path(__file__).parent
 SMALL = dict(dim=32, hidden_dim=32, n_heads=2, n_layers=1, n_ctx=64, vocab_size=300, vocab="llama")

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pybmc.origin import Traced, conversions, own, own_of
+from pybmc.chat.origin import Traced, conversions, own, own_of
 
 OWN, FOREIGN = "<|>ab %s", "xyßİﬁŉ\u0345\n{}"           # no letter of one becomes a letter of the other
 OWN_AFTER = set(OWN + OWN.upper())

@@ -7,8 +7,9 @@ import pytest
 import tiny
 
 import pybmc
-from pybmc import ArgumentError, bench
-from pybmc.perplexity import perplexity, token_losses
+from pybmc import ArgumentError
+from pybmc.engine import bench
+from pybmc.engine.perplexity import perplexity, token_losses
 
 
 @pytest.fixture(scope="module")

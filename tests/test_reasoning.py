@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pybmc.chat.reasoning import Reasoning
+from pybmc.cli.terminal import Voice
 from pybmc.engine import Token
-from pybmc.reasoning import Reasoning
-from pybmc.terminal import Voice
 
 
 def split(chunks, inside=False):
@@ -56,7 +56,7 @@ def test_thoughts_are_shown_or_hidden(capsys, monkeypatch):
     assert spoken(capsys, answer, "hide") == ("Hello", "")
     assert spoken(capsys, ["hm</think>", "Hello"], "hide", True) == ("Hello", "")
     assert spoken(capsys, answer[:2], "hide") == ("", "(the answer ended within its thoughts, which are hidden)\n")
-    monkeypatch.setattr("pybmc.terminal.is_terminal", lambda stream: True)
+    monkeypatch.setattr("pybmc.cli.terminal.is_terminal", lambda stream: True)
     monkeypatch.delenv("NO_COLOR", raising=False)
     out, _ = spoken(capsys, ["<think>hm</think>", "Hello"], "show")
     assert out == "\x1b[2m<think>\x1b[0m\x1b[2mhm</think>\x1b[0mHello"

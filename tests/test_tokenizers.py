@@ -11,7 +11,7 @@ from places import VOCABULARIES
 from raw import Raw
 
 from pybmc.errors import ArgumentError, FormatError
-from pybmc.gguf import GGUF
+from pybmc.files.gguf import GGUF
 from pybmc.tokenizers import Tokenizer
 from pybmc.tokenizers.bpe import BYTES, CHARS, _pre_tokenizer
 from pybmc.tokenizers.pre import DEFAULT, PRE

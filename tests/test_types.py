@@ -6,7 +6,7 @@ import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from pybmc import ArgumentError
-from pybmc._native import dequantize, type_info
+from pybmc.files.types import dequantize, type_info
 
 RUNS = [t for t in GGMLQuantizationType if type_info(t) and type_info(t).runs]
 

@@ -72,7 +72,8 @@ def predict(growth: Growth, machine: Machine, s: float, attention: tuple[float, 
     return (cost + Cost(attention=passes * attention[0] + seen * attention[1])).over(passes * tau)
 
 
-def best_r(machine: Machine, s: float, u: float, rows: float, width: int = 1, tau: float = 1.0, phi: float = 1.0) -> int:
+def best_r(machine: Machine, s: float, u: float, rows: float, width: int = 1, tau: float = 1.0,
+           phi: float = 1.0) -> int:
     """r* = sqrt(2 tau (a + s (F + 1/B_c) n) / (u phi)) for caches that are copied, in whole tiles.
 
     phi is the share of unused rows that attention computes; F is first touch of the new rows and release of the old.

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pybmc.perplexity import token_losses
+from pybmc.engine.perplexity import token_losses
 
 ROWS = 16                               # in memory at once
 

@@ -36,10 +36,10 @@ try:
 except ImportError:
     sys.exit("exact.py needs the gguf package: pip install gguf")
 
-from pybmc.arch import read_config
-from pybmc.cli import read_text
+from pybmc.cli.options import read_text
 from pybmc.errors import BmcError
-from pybmc.gguf import GGUF
+from pybmc.files.gguf import GGUF
+from pybmc.models.arch import read_config
 
 from .distance import distance, perplexity
 from .versus import OURS, TEXT, THEIRS, default_threads, engine_of

@@ -6,7 +6,7 @@ The product grows by chunks alone (native/arena.h). The other policies are here 
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pybmc._native import lib
 from pybmc.errors import ArgumentError
@@ -19,24 +19,23 @@ MOST = 1 << 30
 
 @dataclass(frozen=True)
 class Policy:
-    """growth: its part of enum bmc_growth. takes: what may follow its name after a colon, "rows" added at a time or the
-    "factor" of a growth. copies: a growth copies. spare: rows are reserved some at a time, so that a few are unused."""
+    """growth: its part of enum bmc_growth. takes: what may follow its name after a colon, "rows" added at a time
+    or the "factor" of a growth. copies: a growth copies. spare: rows are reserved some at a time."""
 
     growth: int
-    says: str
     takes: str = ""
     copies: bool = False
     spare: bool = True
 
 
 POLICIES = {
-    "copy": Policy(lib.BMC_GROW_COPY, "a larger array r rows at a time, to which rows are copied", "rows", copies=True),
-    "geometric": Policy(lib.BMC_GROW_COPY, "likewise, a factor larger each time", "factor", copies=True),
-    "chunk": Policy(lib.BMC_GROW_CHUNK, "chunks of r rows, nothing is copied", "rows"),
-    "reserve": Policy(lib.BMC_GROW_RESERVE, "address space for the cap, made memory r rows at a time", "rows"),
-    "remap": Policy(lib.BMC_GROW_REMAP, "one mapping, moved where it can grow by r rows (Linux)", "rows"),
-    "max": Policy(lib.BMC_GROW_COPY, "all memory at once, touched", spare=False),
-    "max-lazy": Policy(lib.BMC_GROW_COPY, "all at once, memory as it is written", spare=False),
+    "copy": Policy(lib.BMC_GROW_COPY, "rows", copies=True),             # a larger array, to which rows are copied
+    "geometric": Policy(lib.BMC_GROW_COPY, "factor", copies=True),      # likewise, a factor larger each time
+    "chunk": Policy(lib.BMC_GROW_CHUNK, "rows"),                        # chunks of r rows, as the product has them
+    "reserve": Policy(lib.BMC_GROW_RESERVE, "rows"),                    # address space for the cap, made memory
+    "remap": Policy(lib.BMC_GROW_REMAP, "rows"),                        # one mapping, moved where it can grow (Linux)
+    "max": Policy(lib.BMC_GROW_COPY, spare=False),                      # all memory at once, touched
+    "max-lazy": Policy(lib.BMC_GROW_COPY, spare=False),                 # all at once, memory as it is written
 }
 
 
@@ -100,7 +99,7 @@ class GrowingSession:
         r = growth.r or (TILE if growth.policy == "geometric" else "auto")
         self.model, self.cap = model, cap
         self.session = model.session(context=cap, rows=r)
-        self.growth = Growth(growth.policy, growth.r or self.session.arena_stats().r, growth.factor, growth.touch, growth.pad)
+        self.growth = replace(growth, r=growth.r or self.session.arena_stats().r)
         self.spent = {"allocate": 0.0, "copy": 0.0, "touch": 0.0}
         self.bytes_copied = 0
         if not POLICIES[growth.policy].spare:
@@ -115,7 +114,7 @@ class GrowingSession:
         return self.session.position
 
     def reserve(self, rows: int) -> None:
-        """Room for so many rows in all."""
+        """Room for this number of rows in all."""
         growth, policy = self.growth, POLICIES[self.growth.policy]
         if rows <= self.rows:
             return
@@ -136,7 +135,7 @@ class GrowingSession:
         return result
 
     def fill(self, rows: int) -> None:
-        """Rows of noise, as if so many tokens had been evaluated."""
+        """Rows of noise, as if that many tokens had been evaluated."""
         self.reserve(self.position + rows)
         lab.fill(self.session, rows)
 
@@ -144,8 +143,8 @@ class GrowingSession:
         self.session.rewind(position)
 
     def evaluate(self, width: int) -> dict[str, float]:
-        """A pass of some tokens, which are forgotten again: its seconds ("wall"), those of a growth that it had to wait for, and
-        those of attention."""
+        """A pass of some tokens, which are forgotten again: its seconds ("wall"), those of a growth that it had to
+        wait for, and those of attention."""
         position, before = self.position, dict(self.spent)
         with self.model.profile() as profile:
             started = time.perf_counter()

@@ -17,9 +17,9 @@ import sys
 import click
 import numpy as np
 
-from pybmc.arch import read_config
-from pybmc.cli import Counts
-from pybmc.gguf import GGUF
+from pybmc.cli.options import Counts
+from pybmc.files.gguf import GGUF
+from pybmc.models.arch import read_config
 
 from .versus import Engine, cpu_model, default_threads, paired, warm
 

@@ -105,8 +105,8 @@ class Result:
         """For --json."""
         s = self.setting
         values = {name: value for name, value in asdict(self).items() if name not in ("setting", "predicted", "memory")}
-        return ({"test": "kv", "shape": s.shape, "rows": str(s.growth), "pad": s.growth.pad, "prompt": s.prompt, "generated": s.generated, "k": s.k, "accepted": s.accepted, "tau": s.tau,
-                 "r_star": s.r_star} | values
+        return ({"test": "kv", "shape": s.shape, "rows": str(s.growth), "pad": s.growth.pad, "prompt": s.prompt,
+                 "generated": s.generated, "k": s.k, "accepted": s.accepted, "tau": s.tau, "r_star": s.r_star} | values
                 | {"cache_ms": self.cache_ms, "total_ms": self.total_ms, "predicted_ms": self.predicted_ms,
                    "predicted": {name: 1e3 * value for name, value in asdict(self.predicted).items()},
                    "memory": [[n, round(mb, 2)] for n, mb in self.memory]})
@@ -422,7 +422,7 @@ def predicted(result: Result, found: Found) -> Result:
 
 @dataclass(frozen=True)
 class Stall:
-    """A pass that waits for a growth of --rows auto, at a length: milliseconds, the median and the worst of a few, and
+    """A pass that waits for a growth of a chunk, at a length: milliseconds, the median and the worst of a few, and
     of passes that do not wait."""
 
     shape: str

@@ -18,9 +18,9 @@ import click
 import numpy as np
 
 from pybmc import Model
-from pybmc.cli import Counts
+from pybmc.cli.options import Counts
+from pybmc.cli.terminal import progress
 from pybmc.errors import ArgumentError, BmcError, FormatError
-from pybmc.terminal import progress
 
 from . import kv_study
 from .figures import draw
@@ -127,8 +127,8 @@ def sentence(v: Verdict) -> str:
     drafts = f", {v.k} drafted ({v.accepted:.0%} accepted)" if v.k else ""
     best = f"r = {v.best_r}" if v.best_r else "everything at once"
     return (f"{v.shape}, prompt {v.prompt}{drafts}: best {best}, r* = {v.r_star} takes {v.time_at_r_star:.2f} of its "
-            f"time ({v.point_at_r_star:.2f} by single points), is {v.over_each_token:.2f} times faster than growing each token and {v.over_at_once:.2f} than everything at "
-            f"once; curve predicted within {v.error:.0%}.")
+            f"time ({v.point_at_r_star:.2f} by single points), is {v.over_each_token:.2f} times faster than growing "
+            f"each token and {v.over_at_once:.2f} than everything at once; curve predicted within {v.error:.0%}.")
 
 
 HEADER = ("shape", "rows", "pad", "prompt", "k", "allocate", "copy", "touch", "attention", "rest", "total", "predicted",
@@ -157,16 +157,16 @@ def cells(r: Result) -> tuple[str, ...]:
 @click.option("--accepted", type=click.FloatRange(0, 0.99), default=0.7, show_default=True,
               help="Chance that a drafted token is accepted.")
 @click.option("-r", "--reps", type=click.IntRange(1), metavar="N", help="Rounds.  [default: 3]")
-@click.option("--quick", "size", flag_value="QUICK", help="One shape, few settings, 256 tokens: a quarter of a minute.")
-@click.option("--full", "size", flag_value="FULL", help="Prompts 128, 1024, 4096 and 0, 3, 7, 15 drafted: half an hour.")
+@click.option("--quick", "size", flag_value="QUICK", help="One shape, few settings, 256 tokens: 15 seconds.")
+@click.option("--full", "size", flag_value="FULL", help="Prompts 128 to 4096, 0 to 15 drafted: half an hour.")
 @click.option("--every-token", "whole", is_flag=True, help="Evaluate every token instead of a sample; slow.")
 @click.option("--figures", type=click.Path(file_okay=False), metavar="DIR", help="Draw SVGs there (needs matplotlib).")
 @click.option("--from", "source", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
               help="Draw what an earlier --json printed, and measure nothing.")
-@click.option("-t", "--threads", type=click.IntRange(1, 512), metavar="N", help="Threads; by default the usable cores.")
+@click.option("-t", "--threads", type=click.IntRange(1, 512), metavar="N", help="Threads; default: the usable cores.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout.")
 def main(model, shapes, prompts, generated, rows, ks, accepted, reps, size, whole, figures, source, threads, as_json):
-    """Measure what the growth of a KV cache costs in time and memory: copies, first touch, unused rows; and predict it.
+    """Measure what the growth of a KV cache costs: copies, first touch, unused rows, memory; and predict it.
 
     About two minutes a shape, on a machine that does nothing else.
     """

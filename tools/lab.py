@@ -20,7 +20,7 @@ class Cost(NamedTuple):
 
 
 def grow(session, growth: int, rows: int, touch: bool) -> Cost:
-    """Room for so many rows in all, in one of the ways of enum bmc_growth."""
+    """Room for this number of rows in all, in one of the ways of enum bmc_growth."""
     cost = ffi.new("bmc_growth_cost *")
     with session._claimed(moves=False) as handle:
         check(lib.bmc_session_grow(handle, growth, rows, touch, cost))
@@ -34,8 +34,8 @@ def fill(session, rows: int) -> None:
 
 
 def attend_unused(session, n_tok: int) -> tuple[float, int]:
-    """What kernels over whole arrays do besides for the last n tokens, attention on unused rows: its seconds, and how many
-    pairs of a query and a row there were."""
+    """What kernels over whole arrays do besides for the last n tokens, attention on unused rows: its seconds, and
+    how many pairs of a query and a row there were."""
     seconds = ffi.new("double *")
     with session._claimed(moves=False) as handle:
         pairs = check(lib.bmc_session_attend_unused(handle, n_tok, seconds))

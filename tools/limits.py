@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from pybmc.bench import bytes_of_a_pass
+from pybmc.engine.bench import bytes_of_a_pass
 
 from . import lab
 
@@ -32,7 +32,7 @@ class Limits:
     floats: float
 
     def seconds(self, model, test: str, n: int, depth: int, row_bytes: int) -> tuple[float, str]:
-        """The least seconds of a pass of a test of pybmc.bench, and whether "memory" or "kernels" set them."""
+        """The least seconds of a pass of a test of pybmc.engine.bench, and whether "memory" or "kernels" set them."""
         in_a_pass, heads = (1, 1) if test == "tg" else (n, 1 if test == "pp" else n)
         layers, head = weight_counts(model)
         memory = bytes_of_a_pass(model, test, n, depth, row_bytes) / self.read

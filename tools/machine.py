@@ -58,7 +58,8 @@ def measure_machine() -> Machine:
         moved(lib.BMC_PROBE_REMAP), per_byte(lib.BMC_PROBE_COPY))
 
 
-def attention_times(model, widths, rows, reference: Callable[[], float] = lambda: 1.0) -> dict[tuple[int, int], float]:
+def attention_times(model, widths, rows,
+                    reference: Callable[[], float] = lambda: 1.0) -> dict[tuple[int, int], float]:
     """(rows held, width of a pass) -> seconds of its attention, over those of a reference beside it."""
     times = {}
     with GrowingSession(model, Growth("chunk", touch=True), max(rows) + max(widths)) as session:

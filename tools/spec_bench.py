@@ -25,9 +25,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pybmc
-from pybmc.chat import ChatTemplate
+from pybmc.chat.template import ChatTemplate
 from pybmc.engine import Engine, Request
-from pybmc.sampling import Sampler
+from pybmc.engine.sampler import Sampler
 from pybmc.spec import Speculation
 
 PLAIN, NGRAMS = "plain", "n-grams"

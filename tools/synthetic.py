@@ -12,10 +12,11 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from pybmc import arch
-from pybmc._native import check, lib, type_info
+from pybmc._native import check, lib
+from pybmc.engine.model import Model, _bound_roles
 from pybmc.errors import ArgumentError
-from pybmc.model import Model, _bound_roles
+from pybmc.files.types import type_info
+from pybmc.models import arch
 
 DIM, VOCAB = 256, 256
 WEIGHT_BYTES = 48 << 20

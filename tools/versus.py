@@ -40,7 +40,8 @@ from tempfile import TemporaryDirectory
 import click
 import numpy as np
 
-from pybmc.cli import Counts, test_name
+from pybmc.cli.measure import test_name
+from pybmc.cli.options import Counts
 from pybmc.errors import BmcError
 
 from .distance import Distance, distance
@@ -175,7 +176,7 @@ def file_of(entry, folder):
 
 @dataclass(frozen=True)
 class Cell:
-    """A test of pybmc.bench: "pp", "tg" or "verify" of n tokens behind depth others."""
+    """A test of pybmc.engine.bench: "pp", "tg" or "verify" of n tokens behind depth others."""
 
     test: str
     n: int
@@ -346,7 +347,7 @@ def noise(before, after, seconds):
 
 def warm(path):
     """Read the file and its other parts once, so that neither engine waits for the disk."""
-    from pybmc.gguf import GGUF
+    from pybmc.files.gguf import GGUF
 
     with GGUF(path) as file:
         paths = file.paths

@@ -4,7 +4,7 @@
 
 The first line out says what the engine is, every later one answers a request {"do": name, ...}; it is
 {"error": sentence} if that failed. The requests are Worker's methods. Both engines are timed by the same lines,
-those of pybmc.bench; that module needs numpy alone, so the other engine's Python need not have pybmc installed.
+those of pybmc.engine.bench; that module needs numpy alone, so the other engine's Python need not have pybmc installed.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from pybmc.bench import go_to, measure, random_tokens
+from pybmc.engine.bench import go_to, measure, random_tokens
 
 SETTLE_S = 0.05                         # a pool may spin that long after its work, and would disturb the other's
 
@@ -114,7 +114,7 @@ class LlamaCpp:
 
 
 class LlamaSession:
-    """What pybmc.bench asks of a session, for a llama.cpp context with room for `context` tokens.
+    """What pybmc.engine.bench asks of a session, for a llama.cpp context with room for `context` tokens.
 
     outputs: the most tokens whose logits one pass gives. float32: keys and values are in float32, not in f16.
     """
@@ -206,7 +206,7 @@ class Worker:
         return {"shape": (len(tokens), self._engine.config.vocab_size)}
 
     def run(self, kind, n, depth, mode):
-        """One repetition of a test of pybmc.bench: {"tok_s"}."""
+        """One repetition of a test of pybmc.engine.bench: {"tok_s"}."""
         session = self._engine.session(mode)
         go_to(session, self._tokens, depth)
         rate = measure(session, kind, self._tokens[depth:depth + n])

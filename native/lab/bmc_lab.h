@@ -1,6 +1,7 @@
-/* Experiments and probes, in the same library as bmc.h and no part of its promises: other ways in which a session's rows grow,
- * rows of noise, what memory and arithmetic allow here, and an allocation that fails on request. The product calls nothing of
- * this. A session that is given to these functions serves no other thread meanwhile. */
+/* Experiments and probes, in the same library as bmc.h and no part of its promises: other ways in which a
+ * session's rows grow, rows of noise, what memory and arithmetic allow here, and an allocation that fails
+ * on request. The product calls nothing of this. A session that is given to these functions serves no
+ * other thread meanwhile. */
 #ifndef BMC_LAB_H
 #define BMC_LAB_H
 
@@ -13,9 +14,9 @@
 /* How an arena gets more rows. CHUNK is how sessions grow by themselves; the others are for comparison. */
 enum bmc_growth {
     BMC_GROW_CHUNK = 0,             /* segments of r rows are appended; nothing moves */
-    BMC_GROW_COPY = 1,              /* one segment; a larger one is mapped, the rows in use are copied, the old one is unmapped */
-    BMC_GROW_RESERVE = 2,           /* address space for the session's cap; segments of r rows in it are made usable in turn */
-    BMC_GROW_REMAP = 3,             /* one mapping of segments of r rows, whose pages are moved to where it can grow (Linux) */
+    BMC_GROW_COPY = 1,              /* a larger segment is mapped, the rows in use are copied to it */
+    BMC_GROW_RESERVE = 2,           /* address space for the session's cap; in it, segments of r rows become memory */
+    BMC_GROW_REMAP = 3,             /* segments of r rows, moved together to where there is room for more (Linux) */
 };
 
 typedef struct bmc_growth_cost {    /* of one growth, in seconds */
@@ -37,21 +38,24 @@ enum bmc_probe {
     BMC_PROBE_COPY = 7,             /* copy to memory touched just before, as a growth does */
 };
 
-/* Room for `rows` rows in all: exactly so many with COPY, else whole segments. A session grows in one way from its first row on.
- * With COPY, RESERVE and REMAP the session's cap becomes what it has: it does not grow by itself any more. touch 1: new memory
- * is touched at once. BMC_ENOMEM, BMC_EFULL: the session is as it was. */
-int         bmc_session_grow(bmc_session *session, int growth, int64_t rows, int touch, bmc_growth_cost *cost);
-int         bmc_session_fill(bmc_session *session, int rows);            /* rows of noise, from this tile on */
+/* Room for `rows` rows in all: that number with COPY, else whole segments. A session grows in one way
+ * from its first row on. With COPY, RESERVE and REMAP the session's cap becomes what it has: it does not
+ * grow by itself any more. touch 1: new memory is touched at once. BMC_ENOMEM, BMC_EFULL: the session is
+ * as it was. */
+int         bmc_session_grow(bmc_session *session, int growth, int64_t rows, int touch,
+                             bmc_growth_cost *cost);
+int         bmc_session_fill(bmc_session *session, int rows);       /* rows of noise, from this tile on */
 
-/* After a pass of n tokens: the attention of those tokens on the rows that are reserved and not used, which kernels over whole
- * arrays do and then mask. Its results are thrown away. Returns how many pairs of a query and a row there were. */
+/* After a pass of n tokens: the attention of those tokens on the rows that are reserved and not used,
+ * which kernels over whole arrays do and then mask. Its results are thrown away. Returns how many pairs of
+ * a query and a row there were. */
 int64_t     bmc_session_attend_unused(bmc_session *session, int n_tok, double *seconds);
 
-int         bmc_read_bandwidth(int n_threads, double *bytes_per_second);       /* of memory; takes a quarter of a second */
-int         bmc_memory_seconds(int probe, int64_t bytes, double *seconds);     /* enum bmc_probe */
-int         bmc_arithmetic(int type, int n_threads, double *ops_per_second);   /* of a type's kernel, from the cache */
-int         bmc_arithmetic_rate(int n_threads, double *int8, double *f32);     /* products a second from registers, at best */
-void        bmc_fail_allocation(int n);                      /* for tests: the n-th of the arenas' from now on fails */
+int         bmc_read_bandwidth(int n_threads, double *bytes_per_second);     /* takes a quarter of a second */
+int         bmc_memory_seconds(int probe, int64_t bytes, double *seconds);   /* enum bmc_probe */
+int         bmc_arithmetic(int type, int n_threads, double *ops_per_second); /* a type's kernel, from the cache */
+int         bmc_arithmetic_rate(int n_threads, double *int8, double *f32);   /* products a second, registers */
+void        bmc_fail_allocation(int n);         /* for tests: the n-th of the arenas' from now on fails */
 /* </cffi> */
 
 #pragma GCC visibility pop

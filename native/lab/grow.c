@@ -1,5 +1,6 @@
-/* Arenas that grow in other ways than by chunks. What a growth leaves is a list of segments as the product knows it, of
- * segment_bytes each, so that attention reads it and arena_free() frees it without knowing how it was made. */
+/* Arenas that grow in other ways than by chunks. What a growth leaves is a list of segments as the product
+ * knows it, of segment_bytes each, so that attention reads it and arena_free() frees it without knowing
+ * how it was made. */
 #include "grow.h"
 
 #include "clock.h"
@@ -21,7 +22,9 @@ static size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * u
 
 static int64_t tiles_of(int64_t rows) { return (rows + TILE_ROWS - 1) / TILE_ROWS; }
 
-static int64_t segments_of(const struct arena *a, int64_t rows) { return (rows + a->config.r - 1) / a->config.r; }
+static int64_t segments_of(const struct arena *a, int64_t rows) {
+    return (rows + a->config.r - 1) / a->config.r;
+}
 
 /* One write in each page. */
 static void touch(const struct growth *g, char *memory, size_t bytes) {
@@ -43,12 +46,13 @@ static int grow_chunk(const struct growth *g) {
     return status;
 }
 
-/* The rows in use, to a larger segment. Each run is touched right before its copy, while its zeroed pages are in the cache, as
- * they are when the copy itself touches them. */
+/* The rows in use, to a larger segment. Each run is touched right before its copy, while its zeroed pages
+ * are in the cache, as they are when the copy itself touches them. */
 static void copy_rows(const struct growth *g, char *to, int64_t to_tiles) {
     const struct arena *a = g->arena;
     const struct arena_config *c = &a->config;
-    size_t copied = (size_t)(tiles_of(g->rows_used) * c->tile_bytes), new_bytes = (size_t)(to_tiles * c->tile_bytes);
+    size_t copied = (size_t)(tiles_of(g->rows_used) * c->tile_bytes);
+    size_t new_bytes = (size_t)(to_tiles * c->tile_bytes);
     for (int64_t run = 0; run < (int64_t)c->n_layers * c->n_heads; run++, to += new_bytes) {
         touch(g, to, new_bytes);
         double began = seconds();
@@ -92,14 +96,15 @@ static size_t in_space(struct arena *a) {
     return a->segment_bytes;
 }
 
-/* All segments of the cap are in the list from the first growth on; rows_reserved tells which ones are memory. */
+/* All segments of the cap are in the list from the first growth on; rows_reserved tells which ones are
+ * memory. */
 static int grow_reserve(const struct growth *g) {
     struct arena *a = g->arena;
     size_t size = in_space(a), total, before = (size_t)segments_of(a, a->rows_reserved) * size;
     int64_t after = segments_of(a, g->rows), all = segments_of(a, a->config.cap);
     if (!a->n_segments) {
-        char *space = arena_slots(a, all) || __builtin_mul_overflow(size, (size_t)all, &total) || total > SIZE_MAX / 4 ? NULL
-                    : space_map(total);
+        bool fits = !__builtin_mul_overflow(size, (size_t)all, &total) && total <= SIZE_MAX / 4;
+        char *space = fits && !arena_slots(a, all) ? space_map(total) : NULL;
         if (!space)
             return arena_no_memory(a, a->config.cap);
         lay_out(a, space, all);
@@ -116,24 +121,28 @@ static int grow_reserve(const struct growth *g) {
 
 static int grow_remap(const struct growth *g) {
     struct arena *a = g->arena;
-    size_t size = in_space(a), before = (size_t)a->n_segments * size, wanted = (size_t)segments_of(a, g->rows) * size;
+    int64_t after = segments_of(a, g->rows);
+    size_t size = in_space(a), before = (size_t)a->n_segments * size, wanted = (size_t)after * size;
     if (!space_moves())
         return fail(BMC_EINVAL, "this system cannot remap memory (Linux can): choose another way to grow");
-    char *space = arena_slots(a, segments_of(a, g->rows)) ? NULL : before ? space_move(a->segments[0], before, wanted)
-                : memory_map(wanted);
+    if (arena_slots(a, after))
+        return arena_no_memory(a, g->rows);
+    char *space = before ? space_move(a->segments[0], before, wanted) : memory_map(wanted);
     if (!space)
         return arena_no_memory(a, g->rows);
-    lay_out(a, space, segments_of(a, g->rows));
+    lay_out(a, space, after);
     touch(g, space + before, wanted - before);
     a->rows_reserved = a->n_segments * a->config.r;
     return 0;
 }
 
 static int (*const GROWTHS[])(const struct growth *) = {
-    [BMC_GROW_CHUNK] = grow_chunk, [BMC_GROW_COPY] = grow_copy, [BMC_GROW_RESERVE] = grow_reserve, [BMC_GROW_REMAP] = grow_remap,
+    [BMC_GROW_CHUNK] = grow_chunk, [BMC_GROW_COPY] = grow_copy, [BMC_GROW_RESERVE] = grow_reserve,
+    [BMC_GROW_REMAP] = grow_remap,
 };
 
-int arena_grow(struct arena *a, int growth, int64_t rows, int64_t rows_used, bool touched, bmc_growth_cost *cost) {
+int arena_grow(struct arena *a, int growth, int64_t rows, int64_t rows_used, bool touched,
+               bmc_growth_cost *cost) {
     *cost = (bmc_growth_cost){ 0 };
     if (growth < 0 || growth > BMC_GROW_REMAP)
         return fail(BMC_EINVAL, "growth: expected 0 to %d, found %d", BMC_GROW_REMAP, growth);

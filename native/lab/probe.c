@@ -1,4 +1,5 @@
-/* What memory and arithmetic cost here: the constants of the model of growth, and a kernel's rate from the cache. */
+/* What memory and arithmetic cost here: the constants of the model of growth, and a kernel's rate from the
+ * cache. */
 #include "bmc_lab.h"
 #include "clock.h"
 #include "cpu.h"
@@ -148,7 +149,8 @@ int bmc_arithmetic(int type, int n_threads, double *ops_per_second) {
     char *memory = memory_map(panels + act + x + out);
     struct pool *pool = memory ? pool_new(n_threads) : NULL;
     if (pool) {
-        /* Pages of its own: one page of zeros everywhere upsets the caches. Weights that are usual numbers as any type. */
+        /* Pages of its own: one page of zeros everywhere upsets the caches. Weights that are usual numbers
+         * as any type. */
         memset(memory, 60, panels);
         memset(memory + panels, 0, act + x + out);
         w.job = (struct panel_job){

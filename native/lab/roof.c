@@ -1,4 +1,5 @@
-/* What the machine allows: how fast its memory can be read, and how fast our instructions multiply and add. */
+/* What the machine allows: how fast its memory can be read, and how fast our instructions multiply and
+ * add. */
 #include "bmc_lab.h"
 #include "clock.h"
 #include "cpu.h"
@@ -11,8 +12,9 @@
 #include <stdbool.h>
 #include <string.h>
 
-/* Far larger than any cache, so that nothing of it is there when it is read again. Half of it is no power of two: streams so far
- * apart meet in the same banks, and one core of a Zen 4 reads 20 GB/s instead of 34. */
+/* Far larger than any cache, so that nothing of it is there when it is read again. Half of it is no power
+ * of two: streams so far apart meet in the same banks, and one core of a Zen 4 reads 20 GB/s instead of
+ * 34. */
 static const int64_t ROOF_BYTES = 528 << 20;
 enum { ROOF_RUNS = 5 };
 

@@ -51,7 +51,8 @@ struct unused {
 static int smaller(int a, int b) { return a < b ? a : b; }
 
 /* Of up to ATTN_ROWS queries on the unused rows of one chunk, [from, to). */
-static void attend_part(struct unused *u, int layer, int head, int from, int to, int row, int n_rows, float *sums) {
+static void attend_part(struct unused *u, int layer, int head, int from, int to, int row, int n_rows,
+                        float *sums) {
     const bmc_model *m = u->session->model;
     const uint16_t *tiles[CHUNK / TILE];
     const float *q[ATTN_ROWS];
@@ -61,7 +62,8 @@ static void attend_part(struct unused *u, int layer, int head, int from, int to,
     for (int i = 0; from + i * TILE < to; i++)
         tiles[i] = arena_tile(&u->session->arena, layer, head, from / TILE + i);
     for (int i = 0; i < n_rows; i++) {
-        q[i] = m->buffers->q + (size_t)((row + i) / group) * padded(m->q_dim) + (head * group + (row + i) % group) * D;
+        q[i] = m->buffers->q + (size_t)((row + i) / group) * padded(m->q_dim)
+               + (head * group + (row + i) % group) * D;
         limit[i] = to - from;
         max[i] = -INFINITY;
     }

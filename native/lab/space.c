@@ -44,7 +44,8 @@ int space_use(char *space, size_t bytes) { return mprotect(space, bytes, PROT_RE
 #ifdef MREMAP_FIXED
 bool space_moves(void) { return true; }
 
-/* At its place, if the addresses behind it are free; else at one that starts a huge page, so that huge pages move whole. */
+/* At its place, if the addresses behind it are free; else at one that starts a huge page, so that huge
+ * pages move whole. */
 char *space_move(char *memory, size_t bytes, size_t wanted) {
     char *moved = memory, *space = NULL;
     if ((uintptr_t)memory % HUGE_PAGE || mremap(memory, bytes, wanted, 0) == MAP_FAILED) {

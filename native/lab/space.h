@@ -12,7 +12,8 @@ void use_small_pages(void *memory, size_t bytes);           /* advice to take no
 char *space_map(size_t bytes);
 int space_use(char *space, size_t bytes);                   /* 0 unless the system refuses */
 
-/* A mapping's pages, at its place or another, with more bytes after them, which are zero. NULL: nothing has changed. */
+/* A mapping's pages, at its place or another, with more bytes after them, which are zero. NULL: nothing
+ * has changed. */
 char *space_move(char *memory, size_t bytes, size_t wanted);
 bool space_moves(void);                                     /* whether this system can do that */
 

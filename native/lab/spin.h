@@ -1,5 +1,5 @@
-/* What no kernel of this instruction set surpasses: its arithmetic alone, from registers and the first level of cache. Included after
- * lanes_<isa>.h, as the kernels are. */
+/* What no kernel of this instruction set surpasses: its arithmetic alone, from registers and the first
+ * level of cache. Included after lanes_<isa>.h, as the kernels are. */
 #include "spins.h"
 
 INLINE u8x64 codes_at(const uint8_t *p, int g) { return u_load(p + 64 * g); }

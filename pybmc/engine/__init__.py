@@ -1,6 +1,9 @@
-"""From requests to tokens: the engine, and what stands around it."""
+"""From models and requests to tokens. Names are loaded when they are first used: bench.py needs numpy alone."""
 
-from .engine import Engine, Event, Request, Sequence, Stats
-from .text import Ending, StopStrings, Token
+from .._lazy import lazy
 
-__all__ = ["Ending", "Engine", "Event", "Request", "Sequence", "Stats", "StopStrings", "Token"]
+_HOMES = dict.fromkeys(("Engine", "Event", "Request", "Sequence", "Stats"), "engine") | \
+    dict.fromkeys(("Ending", "StopStrings", "Token"), "text")
+
+__all__ = [*_HOMES]
+__getattr__, __dir__ = lazy(__name__, _HOMES)

@@ -17,8 +17,8 @@ from weakref import ref
 from .. import checks
 from .._native import check, ffi, lib
 from ..errors import ArgumentError, BmcError, BusyError, ContextFullError
-from ..sampling import Sampler, check_bias
 from ..spec.speculation import Drafter, Speculation
+from .sampler import Sampler, check_bias
 from .text import Ending, NoText, StopStrings, Token
 
 ROOM = 128                              # tokens that one call of the library may give a sequence

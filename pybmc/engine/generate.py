@@ -1,61 +1,23 @@
-"""generate() and generate_batch(): an engine with one request, and one with many."""
+"""Iterators over what an engine writes for one request, or for many; and what their arguments mean."""
 
 from __future__ import annotations
 
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from math import inf
 from numbers import Integral
 
 from .. import checks
-from ..errors import ArgumentError, BusyError, ContextFullError
-from ..model import Model
-from ..sampling import Sampler, check_bias
+from ..errors import ArgumentError, BusyError
 from ..spec.speculation import Speculation
 from .engine import Engine, Request, Stats
+from .model import Model
+from .sampler import Sampler, check_bias
 from .text import Token
 
 log = logging.getLogger(__name__)
-
-
-def generate(model, prompt, max_tokens: int | None = 256, *, session=None, draft=None, spec: str = "auto",
-             draft_max: int = 16, draft_min: int = 0, stop: str | Sequence[str] | None = (),
-             stop_tokens: int | Iterable[int] | None = None, chat_template=None,
-             chat_template_kwargs: Mapping | None = None, progress: Callable[[int, int], None] | None = None,
-             **settings) -> Generation:
-    """Continue a prompt: an iterator of Token.
-
-    prompt     a text, a list of token ids, or a list of chat messages ({"role": .., "content": ..}). Where the
-               last message is the assistant's, its content is continued
-    max_tokens at most so many tokens; None: until the model ends or the context is full
-    session    evaluate in this session, and keep it: what the prompt has in common with its tokens is not evaluated
-               again. Without one a new session is used and closed. A generation in it ends the one before
-    draft      a smaller model that guesses ahead, best with the same vocabulary: a Model or a path. The text is the same
-               as without it, at any temperature; only the time differs
-    spec       who guesses: "auto" (repetitions in the text, and the draft model if there is one), "draft", "ngram"
-               (repetitions alone), "self" (the model itself with less attention: in long texts) or "off"
-    draft_max, draft_min  bounds of the guesses in a pass; how many pay is found out while decoding
-    stop       strings that end the text and are not part of it; they may name control tokens; None: none
-    stop_tokens ids that end the text, or one id; None: the vocabulary's end-of-text and end-of-turn tokens, (): none
-    chat_template  how messages are written: a name such as "chatml", a Jinja source, a file, or a
-               pybmc.chat.ChatTemplate; None: the model's own
-    chat_template_kwargs  more variables for the template, such as {"enable_thinking": False}
-    progress   called with (done, total) while a prompt is evaluated
-    settings   those of pybmc.sampling.Sampler: temperature, seed, top_k, top_p, min_p, repeat_penalty, ...; None: default
-
-    The last Token tells why it was the last (finish_reason). The same prompt, settings and seed give the same text. A
-    text that begins with the vocabulary's BOS gets no second one. Wrong arguments raise ArgumentError at once.
-    """
-    checks.settings(settings, Sampler.__dataclass_fields__, ("max_tokens", *generate.__kwdefaults__))
-    wishes = checked_wishes(model, max_tokens, stop, stop_tokens, settings)
-    if session is not None and getattr(session, "model", None) is not model:
-        checks.refuse("session", "a session of the same model", session)
-    tokens = encode_prompt(model.tokenizer, prompt, chat_template, chat_template_kwargs)
-    speculation = speculation_of(session, model, draft, spec, draft_max, draft_min)
-    request = Request(tokens, session=session, progress=progress, **wishes)
-    return Generation(Engine(model, parallel=1, speculation=speculation), request)
 
 
 class Generation(Iterator[Token]):
@@ -111,32 +73,6 @@ class Generation(Iterator[Token]):
             self.close()
 
 
-def generate_batch(model, prompts: Iterable, max_tokens: int | None = 256, *, draft=None, spec: str = "auto",
-                   draft_max: int = 16, draft_min: int = 0, parallel: int = 8, context: int | None = None,
-                   stop: str | Sequence[str] | None = (), stop_tokens: int | Iterable[int] | None = None,
-                   chat_template=None, chat_template_kwargs=None, **settings) -> Batch:
-    """Continue many prompts together: an iterator of (number of the prompt, Token), as tokens come.
-
-    Prompts and settings are those of generate(), and so is each prompt's text. parallel: how many are written at a
-    time; context: a cap on each one's rows. There are fewer guesses the more prompts share a pass: the next one goes to
-    the prompt where it is likeliest to come true.
-    """
-    checks.settings(settings, Sampler.__dataclass_fields__, ("max_tokens", *generate_batch.__kwdefaults__))
-    wishes = checked_wishes(model, max_tokens, stop, stop_tokens, settings)
-    parallel = checks.whole("parallel", parallel, 1)
-    context = None if context is None else checks.whole("context", context, 1)
-    if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
-        checks.refuse("prompts", "a list of prompts", prompts)
-    texts = [encode_prompt(model.tokenizer, prompt, chat_template, chat_template_kwargs) for prompt in prompts]
-    room = context or model.config.n_ctx
-    for text in texts:
-        if len(text) > room:
-            raise ContextFullError(f"the prompt has {len(text)} tokens, the context has room for {room}")
-    speculation = speculation_of(None, model, draft, spec, draft_max, draft_min)
-    engine = Engine(model, parallel=parallel, speculation=speculation)
-    return Batch(engine, [engine.add(Request(text, context=context, **wishes)) for text in texts])
-
-
 class Batch(Iterator[tuple[int, Token]]):
     """An iterator of (number of the prompt, Token). stats: each prompt's Stats. close() ends all."""
 
@@ -184,23 +120,14 @@ def stop_ids(tokenizer, stop_tokens, size: int) -> frozenset[int]:
     return frozenset(checks.ids("stop_tokens", [stop_tokens] if one else stop_tokens, size))
 
 
-def encode_prompt(tokenizer, prompt, chat_template=None, variables: Mapping | None = None) -> list[int]:
-    """Token ids of a prompt: a text, in which control tokens count, a list of ids, or a list of chat messages.
+def encode_text(tokenizer, prompt: str | list) -> list[int]:
+    """Token ids of a text, in which control tokens count, or of a list of ids."""
+    if isinstance(prompt, str):
+        return filled(one_bos(tokenizer, tokenizer.encode(prompt, special=True)))
+    return filled(checks.ids("prompt", prompt, tokenizer.vocab_size))
 
-    chat_template and variables are for messages, as in generate().
-    """
-    if isinstance(prompt, (bytes, bytearray, Mapping)) or not isinstance(prompt, Iterable):
-        checks.refuse("prompt", "a text, a list of token ids or a list of messages", prompt)
-    items = prompt if isinstance(prompt, str) else list(prompt)
-    if items and isinstance(items[0], Mapping):
-        from ..chat import checked_variables, template_of
-        tokens = template_of(chat_template, tokenizer).encode(items, **checked_variables(variables or {}))
-    elif chat_template is not None or variables:
-        raise ArgumentError("a chat template needs messages: expected mappings with role and content")
-    elif isinstance(items, str):
-        tokens = one_bos(tokenizer, tokenizer.encode(items, special=True))
-    else:
-        tokens = checks.ids("prompt", items, tokenizer.vocab_size)
+
+def filled(tokens: list[int]) -> list[int]:
     if not tokens:
         raise ArgumentError("the prompt is empty")
     return tokens

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from .. import checks
 from ..errors import ArgumentError, FormatError, printable
-from ..gguf import GGUF
+from ..files.gguf import GGUF
 from .bpe import Bpe
 from .spm import Spm
 

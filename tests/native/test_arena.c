@@ -1,4 +1,5 @@
-/* Arenas keep every row, through growth, rewinds and allocations that fail; so do those of native/lab, which grow otherwise. */
+/* Arenas keep every row, through growth, rewinds and allocations that fail; so do those of native/lab,
+ * which grow otherwise. */
 #include "arena.h"
 #include "check.h"
 #include "error.h"
@@ -31,8 +32,8 @@ static void init(struct arena *a, struct way way) {
 
 static bmc_growth_cost cost;        /* of the last growth */
 
-/* Chunks without first touch are the product's own growth; with it, the same chunks through native/lab. COPY takes the rows
- * that it is told, here a multiple of r. */
+/* Chunks without first touch are the product's own growth; with it, the same chunks through native/lab.
+ * COPY takes the rows that it is told, here a multiple of r. */
 static int reserve(struct arena *a, struct way way, int64_t rows, int64_t used) {
     if (way.growth == BMC_GROW_CHUNK && !way.touch)
         return arena_reserve(a, rows);
@@ -148,7 +149,8 @@ static void full_means_full(void) {
     arena_free(&a);
 }
 
-/* An arena that was grown otherwise has no room but what it has: the product's growth would not fit its segments. */
+/* An arena that was grown otherwise has no room but what it has: the product's growth would not fit its
+ * segments. */
 static void other_growths_set_the_cap(void) {
     for (int i = 0; i < N_WAYS; i++) {
         struct arena a;

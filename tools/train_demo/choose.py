@@ -7,7 +7,7 @@ import random
 import re
 
 import numpy as np
-from pybmc.perplexity import token_losses
+from pybmc.engine.perplexity import token_losses
 
 from .generate import CHAT, batches, write_texts
 from .text import DETERMINERS, FUNCTION, GO_ON, OPEN_REQUESTS, REQUESTS

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pybmc
 import torch
-from pybmc.perplexity import perplexity
+from pybmc.engine.perplexity import perplexity
 from tokenizers import Tokenizer
 
 from . import card, choose, distill, evaluate, export, text, tokens

@@ -18,8 +18,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pybmc
-from pybmc.perplexity import token_losses
-from pybmc.sampling import Sampler
+from pybmc.engine.perplexity import token_losses
+from pybmc.engine.sampler import Sampler
 from tools.train_demo import choose, text
 from tools.train_demo.distill import narrowed, told_rows
 from tools.train_demo.evaluate import Rounds, runs

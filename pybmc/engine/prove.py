@@ -16,12 +16,12 @@ from math import inf
 
 import numpy as np
 
-from .engine.engine import Engine, Request, Stats
-from .engine.generate import encode_prompt
-from .engine.text import Ending, StopStrings, Token
-from .sampling import Sampler
-from .spec.pair import connect
-from .spec.speculation import Speculation, verify
+from ..spec.pair import connect
+from ..spec.speculation import Speculation, verify
+from .engine import Engine, Request, Stats
+from .generate import encode_text
+from .sampler import Sampler
+from .text import Ending, StopStrings, Token
 
 PROMPTS = (
     "Once upon a time there was a mouse who lived in a mill, and every evening",
@@ -73,7 +73,7 @@ def prove(model, prompts: Sequence = PROMPTS, max_tokens: int = 64, draft=None,
         connect(model, draft)
     kinds = [kind for kind in KINDS if draft is not None or "draft" not in kind]
     for i, prompt in enumerate(prompts):
-        tokens = encode_prompt(model.tokenizer, prompt)
+        tokens = encode_text(model.tokenizer, prompt)
         for temperature in temperatures:
             sampler = Sampler(temperature=temperature, seed=seed + i)
             plain, _ = decode(model, tokens, max_tokens, sampler, None, {"spec": "off"})

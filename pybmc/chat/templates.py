@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .errors import ArgumentError
+from ..errors import ArgumentError
 
 CHATML = (
     "{% for message in messages %}"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import ArgumentError
+from ..errors import ArgumentError
 
 PASSES = 4                              # verification passes that one repetition times
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import checks
-from .errors import ArgumentError
+from .. import checks
+from ..errors import ArgumentError
 
 PIECE = 64                              # tokens whose logits are held at once
 

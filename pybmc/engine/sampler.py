@@ -12,9 +12,9 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 
-from . import checks
-from ._native import check, ffi, lib, pointer
-from .errors import ArgumentError
+from .. import checks
+from .._native import check, ffi, lib, pointer
+from ..errors import ArgumentError
 
 U64 = (1 << 64) - 1
 

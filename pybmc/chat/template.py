@@ -13,10 +13,10 @@ from datetime import datetime
 from functools import cached_property
 from itertools import count
 
-from .errors import ArgumentError
+from ..errors import ArgumentError
+from ..tokenizers import Tokenizer
 from .origin import Traced, own, own_of
 from .templates import CHATML, LLAMA2, source_of
-from .tokenizers import Tokenizer
 
 __all__ = ["CHATML", "LLAMA2", "ChatTemplate", "checked_variables", "template_of"]
 

@@ -5,8 +5,8 @@ import sys
 import time
 from contextlib import contextmanager
 
-from .errors import BmcError
-from .reasoning import Reasoning
+from ..chat.reasoning import Reasoning
+from ..errors import BmcError
 
 PATIENCE = 0.5                          # seconds before a bar appears
 

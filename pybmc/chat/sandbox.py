@@ -25,7 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter, Se
 from jinja2.utils import Cycler, Namespace
 from jinja2.visitor import NodeTransformer
 
-from .errors import FormatError, printable
+from ..errors import FormatError, printable
 from .origin import Traced, conversions, own, own_of
 
 MAX_SOURCE = 1 << 20            # characters of a template

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .spec.speculation import MODEL, NGRAMS
+from ..spec.speculation import MODEL, NGRAMS
 
 
 def summary(stats, arena=None, seed=None) -> str:

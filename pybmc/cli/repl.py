@@ -7,12 +7,12 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+from ..cache import user_folder
+from ..chat.conversation import Conversation, whole_characters
+from ..chat.reasoning import is_open
+from ..engine.sampler import Sampler
+from ..errors import ArgumentError, BmcError
 from . import report
-from .cache import user_folder
-from .conversation import Conversation, whole_characters
-from .errors import ArgumentError, BmcError
-from .reasoning import is_open
-from .sampling import Sampler
 from .terminal import ReaderLeft, Voice, is_terminal, note, progress, sentence, write
 
 SETTINGS = {                            # what /set calls them, after the flags

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .errors import FormatError, printable
-from .gguf import GGUF, Tensor
+from ..errors import FormatError, printable
+from ..files.gguf import GGUF, Tensor
 
 RMS, LAYER = "rms", "layer"
 SILU, GELU = "silu", "gelu"

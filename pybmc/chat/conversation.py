@@ -6,10 +6,10 @@ import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 
-from .chat import checked_variables, template_of
-from .engine import Stats, Token
-from .engine.generate import generate
-from .errors import ArgumentError, ContextFullError, FormatError
+from ..engine import Stats, Token
+from ..errors import ArgumentError, ContextFullError, FormatError
+from .generate import generate
+from .template import checked_variables, template_of
 
 
 class Conversation:

@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .errors import ArgumentError, FormatError, printable
+from ..errors import ArgumentError, FormatError, printable
 
 if TYPE_CHECKING:
-    from ._native import QuantType
+    from .types import QuantType
 
 _U32 = struct.Struct("<I")
 _U64 = struct.Struct("<Q")
@@ -427,7 +427,7 @@ class _File:
 
     def _read_entry(self, number: int) -> tuple[str, QuantType, tuple[int, ...], int, int]:
         """(name, type, shape, offset, nbytes) of the next entry; places are checked when all are known."""
-        from ._native import type_info          # here, so that a vocabulary needs no C library
+        from .types import type_info          # here, so that a vocabulary needs no C library
 
         name = self.name(f"name of tensor {number} of {self.n_tensors}")
         what = f"tensor {name!r}"

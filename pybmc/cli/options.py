@@ -1,0 +1,315 @@
+"""What several commands share: types of arguments, options, texts and models."""
+
+import json
+import os
+import re
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from ..errors import ArgumentError, BmcError
+from .terminal import is_terminal, progress, write
+
+
+def options(*decorators):
+    def apply(function):
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+    return apply
+
+
+class Counts(click.ParamType):
+    """Whole numbers by comma; nothing at all is an empty list."""
+
+    name = "N,N,.."
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, tuple):
+            return value
+        try:
+            return tuple(int(part) for part in value.split(",") if part.strip())
+        except ValueError:
+            self.fail(f"{value!r} is no list of whole numbers", param, ctx)
+
+
+class Bias(click.ParamType):
+    """TOKEN+VALUE or TOKEN-VALUE."""
+
+    name = "TOKEN(+/-)BIAS"
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, tuple):
+            return value
+        id, sign, number = re.fullmatch(r"(\d*)([+-]?)(.*)", value, re.DOTALL).groups()
+        try:
+            return int(id), float((sign or "x") + number)
+        except ValueError:
+            self.fail(f"{value!r}: expected a token id, + or -, and a number, as in 15043-inf", param, ctx)
+
+
+class Text(click.ParamType):
+    """A text. Bytes of the command line that are not UTF-8 are none."""
+
+    name = "TEXT"
+
+    def convert(self, value, param, ctx):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            self.fail(f"not UTF-8 text (character {error.start})", param, ctx)
+        return value
+
+
+class File(click.Path):
+    """A file's name; an empty one (a variable that is not set) is a mistake."""
+
+    def convert(self, value, param, ctx):
+        if not value:
+            self.fail("the name of the file is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class Rows(click.IntRange):
+    """auto, or rows at a time."""
+
+    name = "auto|N"
+
+    def convert(self, value, param, ctx):
+        return value if value == "auto" else super().convert(value, param, ctx)
+
+
+class TemplateSource(click.ParamType):
+    """A chat template's name, source or file."""
+
+    name = "NAME|FILE|SOURCE"
+
+    def convert(self, value, param, ctx):
+        from ..chat.templates import source_of
+
+        try:
+            return source_of(value)
+        except ArgumentError as error:
+            self.fail(str(error), param, ctx)
+
+
+class Variables(click.ParamType):
+    """A JSON object."""
+
+    name = "JSON"
+
+    def convert(self, value, param, ctx):
+        from ..chat.template import checked_variables
+
+        if isinstance(value, dict):
+            return value
+        try:
+            found = json.loads(value)
+            if not isinstance(found, dict):
+                self.fail(f"expected a JSON object, found {value[:60]!r}", param, ctx)
+            return checked_variables(found)
+        except ArgumentError as error:
+            self.fail(str(error), param, ctx)
+        except (ValueError, RecursionError) as error:
+            self.fail(f"expected a JSON object, found {value[:60]!r}: {error}", param, ctx)
+
+
+model_argument = click.argument("model", required=False, type=File())
+model_option = click.option("-m", "--model", "model_option", metavar="FILE", type=File(),
+                            help="The model, if it is not given as an argument.")
+
+
+def keep_flag(ctx, param, value):
+    """Store a flag where opened() finds it, which every command calls."""
+    ctx.meta[param.name] = value
+
+
+threads_option = options(
+    click.option("-t", "--threads", type=click.IntRange(1, 512), metavar="N",
+                 help="Threads; by default one for each core this process may use."),
+    click.option("--no-repack", is_flag=True, expose_value=False, callback=keep_flag,
+                 help="Leave the weights in the file: much slower, hardly any memory."))
+context_option = click.option("-c", "--ctx-size", "context", type=click.IntRange(1), metavar="N",
+                              help="Cap on the context, in tokens; by default what the model was trained for. "
+                                   "More works, and is noted. Memory follows use.")
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout.")
+arena_options = options(
+    click.option("--rows", type=Rows(1, 1 << 30), default="auto", show_default=True, metavar="auto|N",
+                 help="Rows by which the KV cache grows at a time; auto: about 4 MB."),
+    click.option("--kv-type", type=click.Choice(["f16"]), default="f16", show_default=True,
+                 help="Type of the KV cache."))
+
+sampling_options = options(
+    click.option("-s", "--seed", type=int, default=-1, metavar="N",
+                 help="Seed of the choices; -1 (default) takes a new one."),
+    click.option("--temp", "temperature", type=float, default=0.8, show_default=True, metavar="T",
+                 help="Temperature; 0 always takes the likeliest token."),
+    click.option("--top-k", type=int, default=40, show_default=True, metavar="K",
+                 help="Only the K likeliest tokens; 0 or -1: all."),
+    click.option("--top-p", type=float, default=0.95, show_default=True, metavar="P",
+                 help="Only the likeliest tokens that make up P together; 1: all."),
+    click.option("--min-p", type=float, default=0.05, show_default=True, metavar="P",
+                 help="Only tokens at least P times as likely as the likeliest; 0: all."),
+    click.option("--repeat-penalty", type=float, default=1.0, show_default=True, metavar="X",
+                 help="Divide the logits of recent tokens by X; 1: off."),
+    click.option("--presence-penalty", type=float, default=0.0, show_default=True, metavar="X",
+                 help="Take X off the logits of recent tokens."),
+    click.option("--frequency-penalty", type=float, default=0.0, show_default=True, metavar="X",
+                 help="Take X off for each time a recent token occurs."),
+    click.option("--repeat-last-n", type=int, default=64, show_default=True, metavar="N",
+                 help="How many last tokens are recent; -1: all."),
+    click.option("-l", "--logit-bias", type=Bias(), multiple=True,
+                 help="Make a token likelier or less likely; repeatable."))
+SAMPLING = ("seed", "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty",
+            "repeat_last_n", "logit_bias")
+
+draft_options = options(
+    click.option("--draft", "-md", "--model-draft", "draft", type=File(), metavar="FILE",
+                 help="A small model that guesses ahead, best with the same vocabulary. The answer is the same, sooner. "
+                      "The bundled model has one by default."),
+    click.option("--draft-max", type=click.IntRange(0), default=16, show_default=True, metavar="N",
+                 help="At most N tokens guessed at a time; how many pay is found out."),
+    click.option("--draft-min", type=click.IntRange(0), default=0, show_default=True, metavar="N",
+                 help="Guess at least N tokens or none."),
+    click.option("--spec", type=click.Choice(["auto", "draft", "ngram", "self", "off"]), default="auto", show_default=True,
+                 help="Who guesses: the draft model, repetitions in the text (ngram), both (auto, with a draft), or in long texts the "
+                      "model itself with less attention (self)."),
+    click.option("--tint", is_flag=True, help="Colour the tokens that were guessed, on a terminal."))
+
+template_options = options(
+    click.option("--chat-template", type=TemplateSource(),
+                 help="How messages are written, instead of the model's own template: a name (chatml, llama2, "
+                      "llama3, gemma, mistral, phi3, zephyr, vicuna), a Jinja file, or the source itself."),
+    click.option("--chat-template-kwargs", type=Variables(), metavar="JSON",
+                 help='More variables for the chat template, as in \'{"reasoning_effort": "low"}\'.'),
+    click.option("--think", type=click.Choice(["on", "off"]),
+                 help="Whether the model thinks before it answers: enable_thinking for its chat template."),
+    click.option("--thoughts", type=click.Choice(["show", "hide"]), default="show", show_default=True,
+                 help="Print what stands between <think> and </think> at the beginning of an answer, or leave it "
+                      "out; generate --json always has it."))
+
+text_options = options(
+    click.option("-p", "--prompt", type=Text(), help="The text; - reads it from stdin."),
+    click.option("-f", "--file", "prompt_file", type=File(), metavar="FILE",
+                 help="Read it from a file; - is stdin."))
+
+
+def sampling_settings(flags: dict) -> dict:
+    """The Sampler's settings among the flags, checked; a seed of -1 becomes a new one."""
+    from ..engine.sampler import Sampler
+
+    settings = {name: flags[name] for name in SAMPLING}
+    settings["logit_bias"] = dict(settings["logit_bias"])
+    if settings["seed"] == -1:
+        settings["seed"] = int.from_bytes(os.urandom(4), "little")
+    try:
+        Sampler(**settings)
+    except ArgumentError as error:
+        raise click.UsageError(str(error)) from None
+    return settings
+
+
+def template_variables(flags: dict) -> dict:
+    """What the flags give the chat template."""
+    given = flags.pop("chat_template_kwargs") or {}
+    think = flags.pop("think")
+    return given | ({} if think is None else {"enable_thinking": think == "on"})
+
+
+def template_of_model(loaded, source, variables: dict) -> dict:
+    """Settings about the chat template; a note where it does not read a variable."""
+    if source is None and not variables:
+        return {}
+    from ..chat.template import ChatTemplate
+    from .repl import note_unread
+
+    template = ChatTemplate(source, loaded.tokenizer)
+    note_unread(template, variables)
+    return {"chat_template": template, "chat_template_kwargs": variables}
+
+
+def find_model(argument, option=None) -> Path:
+    if argument and option:
+        raise click.UsageError(f"two models are given: {argument} and -m {option}")
+    if argument or option:
+        return Path(argument or option)
+    from .. import demo_model
+    return demo_model()
+
+
+def need_model(argument, option=None) -> Path:
+    if not argument and not option:
+        raise click.UsageError("no model is given: name a GGUF file")
+    return find_model(argument, option)
+
+
+NO_TEXT = "no text is given: use -p TEXT, -f FILE, or pipe it in"
+
+
+def read_text(prompt, file) -> str:
+    """The text of -p or -f, or of stdin where it is piped."""
+    if prompt is not None and file is not None:
+        raise click.UsageError("-p and -f are both given")
+    if file is None and prompt is None and is_terminal(sys.stdin):
+        raise click.UsageError(NO_TEXT)
+    if prompt is not None and prompt != "-":
+        return prompt
+    if file not in ("-", None):
+        return decoded(Path(file).read_bytes(), file)
+    if sys.stdin is None:
+        raise click.UsageError(f"{NO_TEXT}; stdin is closed")
+    return decoded(sys.stdin.buffer.read(), "stdin")
+
+
+def decoded(data: bytes, name) -> str:
+    """UTF-8 text, without the byte order mark that some editors put before it."""
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise BmcError(f"{name}: expected UTF-8 text, found UTF-16 (iconv -f UTF-16 -t UTF-8 converts it)")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BmcError(f"{name} is not UTF-8 text (byte {error.start})") from None
+
+
+@contextmanager
+def opened(path: Path, threads):
+    """The model, loaded behind a progress bar, and the seconds it took."""
+    from ..engine.model import Model
+
+    started = time.perf_counter()
+    with progress(f"loading {path.name}") as update:
+        repack = not click.get_current_context().meta["no_repack"]
+        model = Model(path, threads=threads, progress=update, repack=repack)
+    with model:
+        yield model, time.perf_counter() - started
+
+
+@contextmanager
+def with_draft(flags: dict, bundled: bool, threads):
+    """Settings of generate() about drafting, and the draft model opened. bundled: the model is, so its draft is there too."""
+    settings = {name: flags.pop(name) for name in ("draft", "draft_max", "draft_min", "spec")}
+    if settings["draft_min"] > settings["draft_max"]:
+        raise click.UsageError(f"--draft-min {settings['draft_min']} is more than --draft-max {settings['draft_max']}")
+    path = settings["draft"]
+    if path is None and bundled and settings["spec"] in ("auto", "draft"):
+        from .. import demo_model
+        path = demo_model(draft=True)
+    if path is None and settings["spec"] == "draft":
+        raise click.UsageError("--spec draft needs --draft FILE")
+    if path is None or settings["spec"] in ("ngram", "self", "off"):
+        yield settings | {"draft": None}
+        return
+    with opened(Path(path), threads) as (draft, _):
+        yield settings | {"draft": draft}
+
+
+def print_json(value: dict) -> None:
+    write(json.dumps(value, ensure_ascii=False) + "\n")
+
+
+def rounded(value, digits: int = 6):
+    """Floats with so many significant digits."""
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value

@@ -1,0 +1,230 @@
+"""Model: a file's weights, packed once and shared. Passes of several threads over one model take turns."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+
+import numpy as np
+
+from .. import checks
+from .._native import check, ffi, last_error, lib, owned, pointer
+from ..errors import ClosedError, FormatError, OutOfMemoryError
+from ..files.gguf import GGUF
+from ..models import arch
+from ..tokenizers import Tokenizer
+from .session import Session
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]       # called with what is done and how much there is
+
+_NORMS = {arch.RMS: lib.BMC_NORM_RMS, arch.LAYER: lib.BMC_NORM_LAYER}
+_ACTS = {arch.SILU: lib.BMC_ACT_SILU, arch.GELU: lib.BMC_ACT_GELU}
+_ROPES = {arch.NONE: lib.BMC_ROPE_NONE, arch.PAIRS: lib.BMC_ROPE_PAIRS, arch.HALVES: lib.BMC_ROPE_HALVES}
+
+
+@dataclass
+class Profile:
+    """Where the time of a `with model.profile()` went, in seconds: all of it, in calls of the library, and in the steps
+    of its passes, which together make up the passes (the mean of the threads, whose waiting is a step too)."""
+
+    wall_s: float = 0.0
+    calls_s: float = 0.0
+    passes: int = 0
+    steps: dict[str, float] = field(default_factory=dict)
+
+
+class Model:
+    """The weights of a GGUF file, checked and packed into the layout that the kernels read.
+
+    threads: None for all cores that this process may use. progress is called with bytes packed and bytes in all.
+    repack=False leaves the weights in the file and lays them out again at every pass: much slower, the same bits, and
+    no memory but the pages of the file that the system can spare.
+    Raises FormatError if the file is not a model that pybmc runs, OSError if it cannot be opened, OutOfMemoryError.
+    """
+
+    def __init__(self, path, threads: int | None = None, progress: Progress | None = None,
+                 repack: bool = True):
+        self._begin(threads)
+        self._file = GGUF(path)
+        try:
+            self.config = arch.read_config(self._file)
+            self._handle = _bound(self._file, self.config, self.threads)
+            if repack:
+                self._pack(progress)
+            elif lib.bmc_model_map(self._handle):
+                raise OutOfMemoryError(last_error())
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, threads: int | None) -> None:
+        self._handle = ffi.NULL
+        self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._locks = defaultdict(threading.Lock)       # process id -> lock of _sessions; a forked one needs its own
+        self._long = False                              # a context beyond the training was noted
+        self.threads = _thread_count(threads)
+
+    def _pack(self, progress: Progress | None) -> None:
+        """The panels are made beside the tokenizer; a vocabulary that is broken shows here too."""
+        status: list[tuple[int, str]] = []
+        worker = threading.Thread(target=lambda: status.append((lib.bmc_model_pack(self._handle), last_error())))
+        worker.start()
+        try:
+            self.tokenizer  # noqa: B018
+            total = ffi.new("int64_t *")
+            while progress and worker.is_alive():
+                worker.join(0.05)
+                progress(lib.bmc_model_packed(self._handle, total), total[0])
+        finally:
+            worker.join()
+        if status[0][0] < 0:
+            raise OutOfMemoryError(status[0][1])
+
+    @property
+    def path(self) -> str:
+        return str(self._file.path)
+
+    @property
+    def metadata(self) -> dict[str, object]:
+        return self._file.metadata
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of weights that a token reads, packed or in the file."""
+        total = ffi.new("int64_t *")
+        lib.bmc_model_packed(self._live(), total)
+        return total[0]
+
+    def coarsen(self) -> bool:
+        """Give the head a coarse copy of two bits a weight, with which draft() chooses the few ids that the head itself
+        decides among. Once; drafting does it. False where that would not save much. Raises OutOfMemoryError."""
+        return check(lib.bmc_model_coarsen(self._live())) == 1
+
+    @contextmanager
+    def profile(self) -> Iterator[Profile]:
+        """Take times of every pass inside the with; the Profile it gives is filled at its end. One at a time."""
+        handle, profile, times = self._live(), Profile(), ffi.new("bmc_times *")
+        check(lib.bmc_model_profile(handle, 1))
+        started = time.perf_counter()
+        try:
+            yield profile
+        finally:
+            profile.wall_s = time.perf_counter() - started
+            check(lib.bmc_model_times(handle, times))
+            check(lib.bmc_model_profile(handle, 0))
+            profile.calls_s, profile.passes = times.calls, times.n_passes
+            profile.steps = {ffi.string(lib.bmc_step_name(i)).decode(): s for i, s in enumerate(times.steps)}
+
+    @cached_property
+    def tokenizer(self):
+        """The file's Tokenizer; None if the file has no vocabulary."""
+        return Tokenizer(self._file) if "tokenizer.ggml.model" in self._file.metadata else None
+
+    def session(self, context: int | None = None, rows: int | str = "auto", kv_type: str = "f16") -> Session:
+        """A new, empty sequence.
+
+        context: the most rows it may hold (a cap, not an allocation); None for what the model was trained for. More than
+        that works and is noted in the log: text beyond it gets worse.
+        rows: how many rows of keys and values are added at a time, rounded up to 16; "auto": about 4 MB of them.
+        """
+        return Session(self, context, rows, kv_type)
+
+    def close(self) -> None:
+        """Free the weights and close every session. Twice is fine. Raises BusyError while one is in use."""
+        with self._locks[os.getpid()]:
+            sessions = list(self._sessions)
+        for session in sessions:
+            session.close()
+        self._handle = ffi.NULL
+        self._file.close()
+
+    def _live(self):
+        if self._handle == ffi.NULL:
+            raise ClosedError(f"the model {self.path} is closed")
+        return self._handle
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<pybmc.Model {self.path} {self.config.arch}, {self.threads} threads>"
+
+
+def check_model(file: GGUF, config: arch.Config) -> None:
+    """Raise the FormatError that loading would: every tensor is bound and its shape checked, none is packed."""
+    _bound(file, config, 1)
+
+
+def _bound(file: GGUF, config: arch.Config, threads: int):
+    """A C model whose tensors are bound."""
+    return _bound_roles(file.path, config, arch.bind(file, config), threads)
+
+
+def _bound_roles(path, config: arch.Config, roles: list[arch.Role], threads: int, mapped: bool = True):
+    """The same from roles; mapped: their data lies in a file mapping, whose pages may be dropped."""
+    settings, tensors, kept = _settings(config), *_tensors(roles, mapped)
+    handle = ffi.new("bmc_model **")
+    try:
+        check(lib.bmc_model_new(settings.pointer, tensors, len(tensors), threads, handle))
+    except FormatError as error:
+        raise FormatError(f"{path}: {error}") from None
+    return owned(handle[0], "bmc_model_free", kept)
+
+
+def _thread_count(threads: int | None) -> int:
+    cores = lib.bmc_cpu_count()
+    if threads is None:
+        return cores
+    threads = checks.whole("threads", threads, 1, 1024)
+    if threads > cores:
+        _note_threads(threads, cores)
+    return threads
+
+
+@lru_cache(maxsize=None)            # once: a model and its draft are opened alike
+def _note_threads(threads: int, cores: int) -> None:
+    log.warning("%d threads are asked for, this process may use %d cores: that is slower than %d threads",
+                threads, cores, cores)
+
+
+class _settings:
+    """A Config as the C struct, with the arrays it points to."""
+
+    def __init__(self, config: arch.Config):
+        spec = config.spec
+        self.kept = [np.asarray(config.windows, np.int32), np.asarray(config.layer_rope or [0] * config.n_layers, np.int32),
+                     *(np.asarray(table, np.float32) for table in config.rope_freq)]
+        self.pointer = c = ffi.new("bmc_config *")
+        for name in ("dim", "hidden_dim", "head_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "n_ctx", "rope_dim", "norm_eps"):
+            setattr(c, name, getattr(config, name))
+        c.norm, c.act, c.rope = _NORMS[spec.norm], _ACTS[spec.act], _ROPES[spec.rope]
+        c.embedding_scale, c.attn_scale = spec.embedding_scale(config), spec.attn_scale(config)
+        c.layer_window, c.layer_rope = pointer(self.kept[0]), pointer(self.kept[1])
+        c.n_ropes = len(config.rope_freq)
+        for i, mscale in enumerate(config.rope_mscale):
+            c.rope_mscale[i] = mscale
+            c.rope_freq[i] = pointer(self.kept[2 + i])
+
+
+def _tensors(roles: list[arch.Role], mapped: bool):
+    """The roles as a C array, and what must stay alive while the model lives."""
+    tensors, kept = ffi.new("bmc_tensor[]", len(roles)), []
+    for tensor, role in zip(tensors, roles):
+        name, data = ffi.new("char[]", role.name.encode()), ffi.from_buffer(role.data)
+        kept += [name, data, role.data]
+        tensor.role, tensor.layer, tensor.type, tensor.mapped = name, role.layer, role.tensor.type.id, mapped
+        tensor.n_cols, tensor.n_rows, tensor.data = role.n_cols, role.n_rows, data
+    return tensors, kept

@@ -1,0 +1,1 @@
+"""Files: GGUF, and the types of its tensors."""

@@ -1,0 +1,1 @@
+"""Architectures: what a file's metadata and tensors mean."""
