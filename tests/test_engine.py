@@ -14,7 +14,7 @@ import tiny
 import pybmc
 from pybmc import ArgumentError, BmcError, BusyError, ClosedError, ContextFullError, Engine, OutOfMemoryError, Request
 from pybmc._native import lib
-from pybmc.sampling import Sampler
+from pybmc.engine.sampler import Sampler
 from pybmc.spec import speculation
 from pybmc.spec.speculation import Speculation
 
