@@ -210,6 +210,7 @@ class Mix:
             assert outcome(finish(self.engine).get(again, [])) == outcome(alone(self.model, request)) and not again.error
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(MIXES))
 def test_company_and_guesses_change_nothing(seed, model, drafts, monkeypatch):
     monkeypatch.setattr(speculation, "SELF_WINDOW", 16)     # so that its own drafts are wrong at times
