@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from raw import Raw
 
 from pybmc import sandbox
-from pybmc.chat import CHATML, ChatTemplate
+from pybmc.chat.template import ChatTemplate
+from pybmc.chat.templates import CHATML
 from pybmc.errors import ArgumentError, FormatError
 from pybmc.tokenizers import Tokenizer
 
@@ -442,8 +443,8 @@ def test_no_endless_work(bpe, source, monkeypatch):
 
 
 def test_the_clock_stops_what_steps_do_not(bpe, monkeypatch):
-    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.1)
-    with pytest.raises(FormatError, match="more than 0.1 seconds"):
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.0)
+    with pytest.raises(FormatError, match="more than 0 seconds"):
         ChatTemplate(
             "{% for i in range(90000) %}{{ range(100000)|map('upper')|list|length }}{% endfor %}", bpe
         ).render([])

@@ -126,7 +126,7 @@ def test_settings_that_are_none(model, name, value):
 
 
 @pytest.mark.parametrize("prompt", [b"hi", bytearray(b"hi"), 5, None, {"role": "user", "content": "hi"}, ["a"], [1, "a"], [True],
-                                    [1.0], [401], [-1], [[1, 2]], np.array([0.5]), object()], ids=repr)
+                                    [1.0], [401], [-1], [[1, 2]], np.array([0.5]), ...], ids=repr)
 def test_prompts_that_are_none(model, prompt):
     with pytest.raises(ArgumentError, match="prompt"):
         pybmc.generate(model, prompt)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import pybmc
 from pybmc import ArgumentError, ContextFullError, FormatError
-from pybmc.conversation import Conversation, resume
+from pybmc.chat.conversation import Conversation, resume
 
 
 @pytest.fixture(scope="module")

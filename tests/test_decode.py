@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import pybmc
 from pybmc import ArgumentError, BusyError, ContextFullError
-from pybmc.engine.generate import generate
+from pybmc.chat.generate import generate
 from pybmc.engine.text import Ending, StopStrings
 from pybmc.spec.speculation import Speculation
 
@@ -245,7 +245,7 @@ def test_a_session_serves_one_thread_at_a_time(model):
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_chat_messages_are_written_with_the_models_template(model, temperature):
-    from pybmc.chat import ChatTemplate
+    from pybmc.chat.template import ChatTemplate
 
     messages = [{"role": "user", "content": "hello"}]
     stream = generate(model, messages, 6, temperature=temperature, seed=3)

@@ -15,7 +15,7 @@ import pybmc
 from pybmc import ArgumentError, BmcError, BusyError, ClosedError, ContextFullError, OutOfMemoryError
 from pybmc import Engine, Request
 from pybmc._native import lib
-from pybmc.sampling import Sampler
+from pybmc.engine.sampler import Sampler
 from pybmc.spec import speculation
 from pybmc.spec.speculation import Speculation
 

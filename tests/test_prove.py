@@ -8,9 +8,9 @@ import tiny
 from places import GOLDEN
 
 import pybmc
-from pybmc import prove as prove_module
+from pybmc.engine import prove as prove_module
 from pybmc.cli import run
-from pybmc.prove import KINDS, prove
+from pybmc.engine.prove import KINDS, prove
 from pybmc.spec.pair import PairError
 
 

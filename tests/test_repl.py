@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 import pybmc
 from pybmc import ArgumentError
-from pybmc.conversation import Conversation
+from pybmc.chat.conversation import Conversation
 from pybmc.engine import Token
-from pybmc.repl import COMMANDS, Block, Repl, changed, history_file, is_command, joined, named
-from pybmc.terminal import ReaderLeft
+from pybmc.cli.repl import COMMANDS, Block, Repl, changed, history_file, is_command, joined, named
+from pybmc.cli.terminal import ReaderLeft
 
 
 # ---- lines -------------------------------------------------------------------------------------------------
@@ -109,7 +109,7 @@ def test_every_command_is_in_the_help(talk, capsys):
 
 
 def test_help_needs_no_docstrings():
-    code = "from pybmc.repl import Repl; Repl(None, ['/help']).run()"
+    code = "from pybmc.cli.repl import Repl; Repl(None, ['/help']).run()"
     run = subprocess.run([sys.executable, "-OO", "-B", "-c", code], capture_output=True, text=True, check=True)
     assert "/save FILE: write the conversation to a file\n" in run.stderr
 
@@ -216,7 +216,7 @@ def test_tokens_that_were_drafted_are_tinted_on_a_terminal(talk, monkeypatch, ca
         yield Token(1, "one ", -1.0)
         yield Token(2, "two", -1.0, from_draft=True)
 
-    monkeypatch.setattr("pybmc.terminal.is_terminal", lambda stream: True)
+    monkeypatch.setattr("pybmc.cli.terminal.is_terminal", lambda stream: True)
     monkeypatch.delenv("NO_COLOR", raising=False)
     Repl(talk, [], tint=True).answer(answer)
     assert capsys.readouterr().out == "one \x1b[36mtwo\x1b[0m\n"

@@ -11,7 +11,7 @@ import tiny
 import pybmc
 from pybmc import ArgumentError, BusyError, ContextFullError, OutOfMemoryError
 from pybmc._native import check, ffi, lib
-from pybmc.sampling import Sampler
+from pybmc.engine.sampler import Sampler
 from pybmc.spec.speculation import Speculation, plain
 
 GUESSES = 32                            # of one sequence in a pass, at most (native/round.h)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import pybmc
 from pybmc import ArgumentError
-from pybmc.sampling import Sampler
+from pybmc.engine.sampler import Sampler
 
 PLAIN = {"top_k": 0, "top_p": 1.0, "min_p": 0.0}            # no filter
 

@@ -12,8 +12,9 @@ import tiny
 
 import pybmc
 from pybmc import ArgumentError, Engine, OutOfMemoryError, Request
-from pybmc.engine.generate import generate, speculation_of
-from pybmc.sampling import Sampler
+from pybmc.chat.generate import generate
+from pybmc.engine.generate import speculation_of
+from pybmc.engine.sampler import Sampler
 from pybmc.spec import store
 from pybmc.spec.pair import TEXT, PairError, check_pair, connect, first_difference
 from pybmc.spec.speculation import MODEL, NGRAMS, Speculation
