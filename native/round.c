@@ -282,7 +282,8 @@ static bool goes_on(const struct group *g, const struct turn *t, double tokens, 
 static const bmc_sampler *draft_sampler(struct turn *t) {
     const bmc_session *draft = t->drafter->o.draft;
     const bmc_session *s = t->item->session;
-    if (!t->item->sampler || !draft || (!t->drafter->o.to_draft && draft->model->c.vocab_size == s->model->c.vocab_size))
+    bool mapped = t->drafter->o.to_draft;
+    if (!t->item->sampler || !draft || (!mapped && draft->model->c.vocab_size == s->model->c.vocab_size))
         return t->item->sampler;
     t->sampler = *t->item->sampler;
     t->sampler.n_bias = 0;
@@ -687,8 +688,11 @@ static int check_items(bmc_item *const *items, int n, const bmc_limits *limits) 
         if (item->n_guesses < 0 || item->n_guesses > GUESSES || (item->n_guesses && !item->guesses))
             return fail(BMC_EINVAL, "bmc_round: expected up to %d guesses, found %d", GUESSES, (int)item->n_guesses);
         int n_vocab = item->session->model->c.vocab_size;
-        if (check_ids(item->pending, item->n_pending, n_vocab) || check_ids(item->guesses, item->n_guesses, n_vocab))
-            return BMC_EINVAL;
+        int status = check_ids(item->pending, item->n_pending, n_vocab);
+        if (!status)
+            status = check_ids(item->guesses, item->n_guesses, n_vocab);
+        if (status)
+            return status;
     }
     return 0;
 }

@@ -55,8 +55,8 @@ def kept(sampler, logits: np.ndarray) -> np.ndarray:
 
 
 def choose(sampler, logits: np.ndarray, position: int, history=()) -> int:
-    """The token that follows `position` tokens, of which history are the last: of those kept the one with the largest
-    logit / temperature - log(E), where E = -log(1 - x)."""
+    """The token that follows `position` tokens, of which history are the last: of those kept the one with the
+    largest logit / temperature - log(E), where E = -log(1 - x)."""
     logits = altered(sampler, logits, history)
     ids = np.sort(kept(sampler, logits))
     x = uniforms(sampler.seed, position, len(logits))[ids]

@@ -156,7 +156,7 @@ def check_memory(engine):
 
 
 class Mix:
-    """2 to 8 requests that arrive and are cancelled at random steps; some sessions are kept for a second turn."""
+    """2 to 8 requests that arrive and are cancelled at random steps; some sessions have a second turn."""
 
     def __init__(self, seed, model, drafts):
         self.rng, self.model = random.Random(seed), model
@@ -330,7 +330,7 @@ def test_memory_bounds_how_many_run(model):
             most = max(most, len(engine.running))
             check_memory(engine)
             assert large not in engine.running or len(engine.running) == 1
-        assert most == 2 and large.stats.predicted_tokens == 5      # what is too large for the bound runs alone
+        assert most == 2 and large.stats.predicted_tokens == 5      # what is too large for it runs alone
 
 
 def test_cancel_frees_rows(model, drafts, short_calls):
@@ -424,7 +424,8 @@ def test_a_request_that_cannot_start_has_an_error(model):
 @pytest.mark.parametrize("wrong", [
     {"tokens": []}, {"tokens": [401]}, {"tokens": [-1]}, {"tokens": [1 << 40]}, {"tokens": "text"},
     {"tokens": [1.5]}, {"max_tokens": -1}, {"max_tokens": 1.5}, {"sampler": Sampler(logit_bias={401: 1.0})},
-    {"sampler": None}, {"stop": [""]}, {"stop": 5}, {"stop_ids": [401]}, {"top": -1}, {"top": 402}, {"context": 0}, {"priority": "high"}, {"session": "mine"},
+    {"sampler": None}, {"stop": [""]}, {"stop": 5}, {"stop_ids": [401]}, {"top": -1}, {"top": 402},
+    {"context": 0}, {"priority": "high"}, {"session": "mine"},
 ], ids=repr)
 def test_requests_that_cannot_be_served_are_refused_at_once(model, wrong):
     with Engine(model, spec="off") as engine:
@@ -486,7 +487,7 @@ def test_a_draft_model_that_fails_is_not_asked_again(model, drafts, caplog, shor
 
 @pytest.mark.parametrize("kind", ["off", "twin", "text"])
 def test_an_interrupt_loses_no_token(model, kind, drafts, monkeypatch, short_calls):
-    """Ctrl-C during a call of the library is heard when the call is over; or a report of progress raises it."""
+    """Ctrl-C during a call of the library is heard when it is over; or a report of progress raises it."""
     requests = [Request([5, 6, 7], 60), Request(list(range(150)), 40)]
     calls = []
 

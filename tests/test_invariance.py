@@ -231,8 +231,8 @@ def test_best_is_the_same_one_by_one_in_a_pass_and_in_rounds(name):
 @pytest.mark.long
 @pytest.mark.parametrize("company", [1, 3, 9])
 def test_a_coarse_head_drafts_nearly_the_same_and_changes_nothing_else(tmp_path, company):
-    """65,536 ids of 256 values, the least for which a coarse head is made: a model's guesses for itself, in rounds of one
-    sequence or many, are nearly always its choices, and its passes have the same bits."""
+    """65,536 ids of 256 values, the least for which a coarse head is made: a model's guesses for itself, in
+    rounds of one sequence or many, are nearly always its choices, and its passes have the same bits."""
     metadata, tensors = tiny.parts(types="Q8_0", vocab="spm", vocab_size=1 << 16, dim=256, n_layers=1, tied=True)
     path = tiny.save(tmp_path / "wide.gguf", metadata, tensors)
     words = np.random.default_rng(5).integers(0, 1 << 16, 60).tolist()

@@ -190,7 +190,7 @@ class Sequence:
                 raise BusyError(self.lost)
 
     def claim(self, claims: ExitStack) -> bool:
-        """Hold the session for a call. False where it is closed or in use elsewhere: that ends the sequence."""
+        """Hold the session for a call. False where it is closed or in use: that ends the sequence."""
         try:
             self.item.session = claims.enter_context(self.session._claimed())
             self._uses = self.session.uses
@@ -265,8 +265,8 @@ class Sequence:
         return tuple((self._top_ids[i * k + j], self._top_logprobs[i * k + j]) for j in range(k))
 
     def take_back(self, unread: int) -> None:
-        """Let the session hold the text without its last token, and without tokens that nobody has read or that came
-        after a stop string."""
+        """Let the session hold the text without its last token, and without tokens that nobody has read or
+        that came after a stop string."""
         if not self._started or self.session.uses != self._uses:
             return
         end = len(self.prompt) + max(self._written - unread, 0) - 1
@@ -323,8 +323,8 @@ class Engine:
     # ---- requests
 
     def add(self, request: Request) -> Sequence:
-        """Queue a request. Raises ArgumentError for one that cannot be served, BusyError where its session serves
-        another."""
+        """Queue a request. Raises ArgumentError for one that cannot be served, BusyError where its session
+        serves another."""
         request = checked(request, self.model)
         taken = [s.session for s in (*self.waiting, *self.running)]
         if request.session is not None and request.session in taken:

@@ -135,7 +135,7 @@ class Drafter:
         log.warning("the draft model failed (%s); decoding goes on without it", why)
 
     def propose(self, text: list[int], k: int) -> tuple[list[int], list[float]]:
-        """Guesses through text, and how sure they are; none if the draft model fails: it is not asked any more."""
+        """Guesses through text, and how sure they are; none if the draft model fails, which ends its use."""
         try:
             return self.bridge.propose(text, k)
         except BmcError as error:

@@ -38,7 +38,8 @@ static int32_t defined(const bmc_sampler *s, const float *logits, int n, int pos
         mass += (double)expf(all[kept++].logit - all[0].logit);
     }
     for (int i = 0; i < kept; i++) {
-        uint64_t id = (uint64_t)(names ? names[all[i].id] : all[i].id), start = splitmix64(s->seed, (uint64_t)position);
+        uint64_t start = splitmix64(s->seed, (uint64_t)position);
+        uint64_t id = (uint64_t)(names ? names[all[i].id] : all[i].id);
         double x = ((double)(splitmix64(start, id) >> 12) + 0.5) * 0x1p-52;
         double score = (double)(all[i].logit - all[0].logit) / s->temperature - log(-log1p(-x));
         if (score > first || (score == first && all[i].id < winner)) {
@@ -201,9 +202,10 @@ static void what_is_wrong_is_refused(void) {
     CHECK(bmc_choose(logits, 3, &s, 0, NULL, 1, &id) == BMC_EINVAL);
     CHECK(bmc_choose(logits, 3, &s, 1, &nine, 1, &id) == BMC_EINVAL);
     const bmc_sampler wrong[] = {
-        { .temperature = -1 }, { .temperature = NAN }, { .temperature = INFINITY }, { .top_p = 1.5 }, { .top_p = NAN },
-        { .min_p = -0.5 }, { .top_k = -1 }, { .last_n = -2 }, { .repeat_penalty = -1 }, { .repeat_penalty = INFINITY },
-        { .frequency_penalty = NAN }, { .presence_penalty = INFINITY }, { .n_bias = 1 }, { .n_bias = -1 },
+        { .temperature = -1 }, { .temperature = NAN }, { .temperature = INFINITY }, { .top_p = 1.5 },
+        { .top_p = NAN }, { .min_p = -0.5 }, { .top_k = -1 }, { .last_n = -2 }, { .repeat_penalty = -1 },
+        { .repeat_penalty = INFINITY }, { .frequency_penalty = NAN }, { .presence_penalty = INFINITY },
+        { .n_bias = 1 }, { .n_bias = -1 },
         { .n_bias = 1, .bias_id = &nine, .bias = logits },
         { .n_bias = 1, .bias_id = (const int32_t[]){ 1 }, .bias = (const float[]){ NAN } },
     };
