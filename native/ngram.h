@@ -10,7 +10,8 @@ struct ngrams *ngrams_new(void);                /* of an empty text; NULL: no me
 void ngrams_free(struct ngrams *g);
 int ngrams_add(struct ngrams *g, const int32_t *tokens, int n);         /* 0 or BMC_ENOMEM, then nothing was added */
 
-/* Becomes the index of n tokens and one more, of which it may know the beginning: what is known is not indexed again. 0 or BMC_ENOMEM. */
+/* Becomes the index of n tokens and one more. What it knows of them already, from the beginning on, is kept. 0 or
+ * BMC_ENOMEM. */
 int ngrams_follow(struct ngrams *g, const int32_t *tokens, int n, int32_t last);
 
 /* Up to k tokens that may come next, none where the last pair was never there before and no copy was left a few tokens ago; how

@@ -281,8 +281,8 @@ static bool goes_on(const struct group *g, const struct turn *t, double tokens, 
 /* A bias names ids of the target's vocabulary: a draft model with others does without it. */
 static const bmc_sampler *draft_sampler(struct turn *t) {
     const bmc_session *draft = t->drafter->o.draft;
-    bool same = draft && !t->drafter->o.to_draft && draft->model->c.vocab_size == t->item->session->model->c.vocab_size;
-    if (!t->item->sampler || !draft || same)
+    const bmc_session *s = t->item->session;
+    if (!t->item->sampler || !draft || (!t->drafter->o.to_draft && draft->model->c.vocab_size == s->model->c.vocab_size))
         return t->item->sampler;
     t->sampler = *t->item->sampler;
     t->sampler.n_bias = 0;
@@ -686,11 +686,9 @@ static int check_items(bmc_item *const *items, int n, const bmc_limits *limits) 
             return fail(BMC_EINVAL, "bmc_round: item %d: expected room for 1 or more tokens, found %d", i, (int)item->max_tokens);
         if (item->n_guesses < 0 || item->n_guesses > GUESSES || (item->n_guesses && !item->guesses))
             return fail(BMC_EINVAL, "bmc_round: expected up to %d guesses, found %d", GUESSES, (int)item->n_guesses);
-        int n_vocab = item->session->model->c.vocab_size, status = check_ids(item->pending, item->n_pending, n_vocab);
-        if (!status)
-            status = check_ids(item->guesses, item->n_guesses, n_vocab);
-        if (status)
-            return status;
+        int n_vocab = item->session->model->c.vocab_size;
+        if (check_ids(item->pending, item->n_pending, n_vocab) || check_ids(item->guesses, item->n_guesses, n_vocab))
+            return BMC_EINVAL;
     }
     return 0;
 }

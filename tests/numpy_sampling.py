@@ -1,6 +1,6 @@
 """The sampler by its definition, in numpy: what native/sample.c is compared with.
 
-Bias and penalties in float32, as the library has them; the filters by a sort of all logits; scores in float64.
+Bias and penalties in float32, as in the library; the filters by a sort of all logits; scores in float64.
 """
 
 from math import inf, log
@@ -31,7 +31,8 @@ def altered(sampler, logits: np.ndarray, history=()) -> np.ndarray:
     for id, bias in sampler.logit_bias.items():
         logits[id] += np.float32(bias)
     n = len(history) if sampler.repeat_last_n < 0 else min(sampler.repeat_last_n, len(history))
-    repeat, presence, frequency = map(np.float32, (sampler.repeat_penalty, sampler.presence_penalty, sampler.frequency_penalty))
+    settings = sampler.repeat_penalty, sampler.presence_penalty, sampler.frequency_penalty
+    repeat, presence, frequency = map(np.float32, settings)
     for id, count in zip(*np.unique(list(history)[len(history) - n:], return_counts=True)):
         id = int(id)
         logits[id] = logits[id] / repeat if logits[id] > 0 else logits[id] * repeat
@@ -54,8 +55,8 @@ def kept(sampler, logits: np.ndarray) -> np.ndarray:
 
 
 def choose(sampler, logits: np.ndarray, position: int, history=()) -> int:
-    """The token that follows `position` tokens, of which history are the last: the largest logit / temperature - log(E) of those
-    kept, where E = -log(1 - x)."""
+    """The token that follows `position` tokens, of which history are the last: of those kept the one with the largest
+    logit / temperature - log(E), where E = -log(1 - x)."""
     logits = altered(sampler, logits, history)
     ids = np.sort(kept(sampler, logits))
     x = uniforms(sampler.seed, position, len(logits))[ids]

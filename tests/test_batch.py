@@ -33,13 +33,15 @@ def plain(tokens):
     return [(t.id, t.text, t.logprob, t.finish_reason) for t in tokens]
 
 
-@pytest.mark.parametrize("drafting", [{}, {"spec": "ngram"}, {"draft": "other"}, {"draft": "itself", "spec": "draft"}])
+@pytest.mark.parametrize("drafting", [{}, {"spec": "ngram"}, {"draft": "other"},
+                                      {"draft": "itself", "spec": "draft"}])
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 @pytest.mark.parametrize("parallel", [1, 3, 8])
 def test_each_result_is_its_solo_run(model, draft, drafting, temperature, parallel):
     rng = random.Random(parallel)
     prompts = [tiny.TEXT[at:at + rng.choice([1, 20, 150, 700])] for at in rng.sample(range(400), 7)]
-    drafting = drafting | ({"draft": {"other": draft, "itself": model}[drafting["draft"]]} if "draft" in drafting else {})
+    drafting = drafting | ({"draft": {"other": draft, "itself": model}[drafting["draft"]]}
+                           if "draft" in drafting else {})
     settings = {"temperature": temperature, "seed": 4, "repeat_penalty": 1.1, "stop": ["th"]}
     found, batch = together(model, prompts, 40, parallel=parallel, context=500, **drafting, **settings)
     for prompt, tokens in zip(prompts, found):
@@ -50,7 +52,8 @@ def test_each_result_is_its_solo_run(model, draft, drafting, temperature, parall
 
 def test_tokens_come_as_they_are_written(model, monkeypatch):
     monkeypatch.setattr("pybmc.engine.engine.CALL_SECONDS", 0.0)
-    order = [i for i, _ in pybmc.generate_batch(model, ["a mouse", "a mill", "a river"], 5, parallel=2, spec="off", stop_tokens=())]
+    order = [i for i, _ in pybmc.generate_batch(model, ["a mouse", "a mill", "a river"], 5, parallel=2,
+                                                spec="off", stop_tokens=())]
     assert order[:4] == [0, 1, 0, 1] and order.count(2) == 5
 
 
@@ -79,4 +82,5 @@ def test_leaving_early_closes_everything(model, draft):
         next(batch)
     before = len(model._sessions)
     batch.close()
-    assert before >= 3 and not any(s._handle for s in model._sessions) and not any(s._handle for s in draft._sessions)
+    assert before >= 3 and not any(s._handle for s in model._sessions)
+    assert not any(s._handle for s in draft._sessions)

@@ -30,7 +30,8 @@ def test_what_is_complete_can_be_decoded(text, n, noise):
 
 
 @settings(max_examples=60)
-@given(st.text(st.sampled_from("the mill old. \u00e9\u20ac\n"), min_size=1, max_size=60), st.lists(st.integers(0, 60), max_size=9))
+@given(st.text(st.sampled_from("the mill old. \u00e9\u20ac\n"), min_size=1, max_size=60),
+       st.lists(st.integers(0, 60), max_size=9))
 def test_a_text_is_spelled_whatever_pieces_it_comes_in(text, cuts):
     cuts = sorted({0, len(text), *(c for c in cuts if c < len(text))})
     for name in ("llama", "phi3"):
@@ -58,25 +59,29 @@ def test_a_draft_may_have_another_vocabulary(sizes, temperature):
         made = Speculation(model, draft, "draft", fixed=4)
         assert made.link == TEXT
         stream = generate(model, "the mill", draft=made, **chosen)
-        assert list(generate(model, "the mill", spec="off", **chosen)) == [t._replace(from_draft=False) for t in stream]
+        found = [t._replace(from_draft=False) for t in stream]
+        assert found == list(generate(model, "the mill", spec="off", **chosen))
         assert stream.stats.draft_n > 0
 
 
 def test_guesses_through_text_come_true(monkeypatch):
     """The bundled pair with text between its tokens: nearly as many as without."""
     prompt, shares = [{"role": "user", "content": "Tell me of a king and a golden bird."}], []
-    with pybmc.Model(pybmc.demo_model(), threads=1) as model, pybmc.Model(pybmc.demo_model(draft=True), threads=1) as draft:
+    with pybmc.Model(pybmc.demo_model(), threads=1) as model, \
+            pybmc.Model(pybmc.demo_model(draft=True), threads=1) as draft:
         for link in (None, TEXT):
             monkeypatch.setattr("pybmc.spec.speculation.connect", lambda *_, link=link: link)
-            stream = generate(model, prompt, 120, draft=Speculation(model, draft, "draft", fixed=4), stop_tokens=())
+            stream = generate(model, prompt, 120, draft=Speculation(model, draft, "draft", fixed=4),
+                              stop_tokens=())
             list(stream)
             shares.append(stream.stats.accepted_share)
     assert shares[1] > shares[0] - 0.15 > 0.2
 
 
 def test_a_drafter_keeps_what_it_read():
-    """Another text with the same beginning: only what is new is evaluated, and the guesses are a fresh drafter's."""
-    with pybmc.Model(tiny.model("llama"), threads=1) as model, pybmc.Model(tiny.model("phi3"), threads=1) as draft:
+    """Another text with the same beginning: what is new is evaluated, and guesses are a fresh drafter's."""
+    with pybmc.Model(tiny.model("llama"), threads=1) as model, \
+            pybmc.Model(tiny.model("phi3"), threads=1) as draft:
         one, other = (TextDrafter(model.tokenizer, draft.tokenizer, draft.session(), plain) for _ in range(2))
         text = model.tokenizer.encode("the old mill by the stream " * 4)
         one.propose(text, 3)
@@ -89,7 +94,8 @@ def test_a_drafter_keeps_what_it_read():
 
 
 def test_a_text_that_the_draft_cannot_hold_gets_no_guesses():
-    with pybmc.Model(tiny.model("llama"), threads=1) as model, pybmc.Model(tiny.model("phi3"), threads=1) as draft:
+    with pybmc.Model(tiny.model("llama"), threads=1) as model, \
+            pybmc.Model(tiny.model("phi3"), threads=1) as draft:
         drafter = TextDrafter(model.tokenizer, draft.tokenizer, draft.session(12), plain)
         text = model.tokenizer.encode("the old mill by the stream " * 4)
         assert drafter.propose(text, 3) == ([], [])

@@ -67,11 +67,12 @@ def test_odd_stop_strings_are_refused(strings):
 
 
 def said(model, data, stop=(), max_tokens=99, room=99, stop_ids=None):
-    """What the tokens of a text's bytes become: (texts, finish reasons); a tokenizer with a token for each byte."""
+    """What tokens of one byte each become: their texts, and the reasons for the end."""
     tokenizer = model.tokenizer
     bytes_of = {tokenizer.piece(id): id for id in range(tokenizer.vocab_size) if not tokenizer.is_control(id)}
     ids = [bytes_of[bytes([b])] for b in data] + [tokenizer.eos_id]
-    ending = Ending(tokenizer.stream(), max_tokens, room, StopStrings(stop, tokenizer), tokenizer.stop_ids if stop_ids is None else stop_ids)
+    stop_ids = tokenizer.stop_ids if stop_ids is None else stop_ids
+    ending = Ending(tokenizer.stream(), max_tokens, room, StopStrings(stop, tokenizer), stop_ids)
     found = []
     for id in ids:
         found.append(ending.token(id, -1.0))
@@ -135,13 +136,16 @@ def test_a_session_keeps_what_two_prompts_share(model):
     with model.session() as session:
         for _ in range(30):
             held = session.tokens
-            prompt = [*held[:rng.randint(0, len(held))], *(rng.randrange(401) for _ in range(rng.randint(1, 9)))]
-            shared = next((i for i, (a, b) in enumerate(zip(held, prompt)) if a != b), min(len(held), len(prompt)))
-            settings = {"temperature": rng.choice([0.0, 0.9]), "repeat_penalty": 1.2, "seed": 3, "stop_tokens": ()}
+            prompt = held[:rng.randint(0, len(held))] + [rng.randrange(401) for _ in range(rng.randint(1, 9))]
+            shared = next((i for i, (a, b) in enumerate(zip(held, prompt)) if a != b),
+                          min(len(held), len(prompt)))
+            settings = {"temperature": rng.choice([0.0, 0.9]), "repeat_penalty": 1.2, "seed": 3,
+                        "stop_tokens": ()}
             stream = generate(model, prompt, 8, session=session, **settings)
             found = list(stream)
             assert stream.stats.reused_tokens == min(shared, len(prompt) - 1)
-            assert [t[:3] for t in found] == [t[:3] for t in generate(model, prompt, 8, spec="off", **settings)]
+            plain = generate(model, prompt, 8, spec="off", **settings)
+            assert [t[:3] for t in found] == [t[:3] for t in plain]
             assert session.tokens == [*prompt, *(t.id for t in found[:-1])]
 
 
@@ -157,7 +161,8 @@ def test_a_long_prompt_that_was_interrupted_goes_on_where_it_was(model):
         held = session.position
         assert calls == [(held, 300)] and held == 64
         again = generate(model, prompt, 5, session=session)
-        assert [t.id for t in again] == [t.id for t in generate(model, prompt, 5)] and again.stats.reused_tokens == held
+        assert [t.id for t in again] == [t.id for t in generate(model, prompt, 5)]
+        assert again.stats.reused_tokens == held
 
 
 def test_leaving_early_closes_the_session(model):
@@ -175,12 +180,14 @@ def test_a_reader_may_leave_at_any_token(model, spec, leaves):
     """The session holds what was read, without its last token."""
     want = [t.id for t in generate(model, "the mouse", 60, stop_tokens=())]
     with model.session() as session:
-        stream = generate(model, "the mouse", 60, session=session, spec=spec, draft=model if spec == "auto" else None, stop_tokens=())
+        draft = model if spec == "auto" else None
+        stream = generate(model, "the mouse", 60, session=session, spec=spec, draft=draft, stop_tokens=())
         found = [token.id for _, token in zip(range(leaves), stream)]
         stream.close()
         assert found == want[:leaves]
         assert session.tokens == [*stream.prompt, *found[:-1]]
-        assert [t.id for t in generate(model, [*stream.prompt, *found], 9, session=session, stop_tokens=())] == want[leaves:leaves + 9]
+        more = generate(model, [*stream.prompt, *found], 9, session=session, stop_tokens=())
+        assert [t.id for t in more] == want[leaves:leaves + 9]
 
 
 def test_stats_count(model):
@@ -199,7 +206,8 @@ def test_interrupts_anywhere_leave_a_session_that_works(model, temperature, gues
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    prompt, rng, settings = "Once upon a time", random.Random(0), {"stop_tokens": (), "temperature": temperature}
+    prompt, rng = "Once upon a time", random.Random(0)
+    settings = {"stop_tokens": (), "temperature": temperature}
     want = [t.id for t in generate(model, prompt, 40, **settings)]
     draft = Speculation(model, model, "draft", fixed=guesses) if guesses else None
     before = signal.signal(signal.SIGALRM, interrupt)
@@ -209,7 +217,8 @@ def test_interrupts_anywhere_leave_a_session_that_works(model, temperature, gues
             for _ in range(150):
                 try:
                     signal.setitimer(signal.ITIMER_REAL, rng.uniform(1e-5, 3e-3))
-                    got = [t.id for t in generate(model, prompt, 40, session=session, draft=draft, **settings)]
+                    got = [t.id for t in generate(model, prompt, 40, session=session, draft=draft,
+                                                  **settings)]
                     signal.setitimer(signal.ITIMER_REAL, 0)
                     assert got == want
                 except KeyboardInterrupt:
@@ -217,7 +226,8 @@ def test_interrupts_anywhere_leave_a_session_that_works(model, temperature, gues
                 assert len(session.tokens) == session.position
                 session.rewind(rng.randrange(session.position + 1))
             assert heard > 15
-            assert [t.id for t in generate(model, prompt, 40, session=session, draft=draft, **settings)] == want
+            assert [t.id for t in generate(model, prompt, 40, session=session, draft=draft,
+                                           **settings)] == want
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
@@ -240,7 +250,8 @@ def test_chat_messages_are_written_with_the_models_template(model, temperature):
     messages = [{"role": "user", "content": "hello"}]
     stream = generate(model, messages, 6, temperature=temperature, seed=3)
     assert stream.prompt == ChatTemplate(None, model.tokenizer).encode(messages)
-    assert [t.id for t in stream] == [t.id for t in generate(model, stream.prompt, 6, temperature=temperature, seed=3)]
+    assert [t.id for t in stream] == [t.id for t in generate(model, stream.prompt, 6, temperature=temperature,
+                                                             seed=3)]
 
 
 def test_a_special_token_in_a_raw_prompt_counts(model):
@@ -251,7 +262,8 @@ def test_a_special_token_in_a_raw_prompt_counts(model):
 # ---- who has the session -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 0.9, "seed": 2}, {"spec": "ngram"}, {"logit_bias": {5: -1.0}}], ids=repr)
+@pytest.mark.parametrize("settings", [{}, {"temperature": 0.9, "seed": 2}, {"spec": "ngram"},
+                                      {"logit_bias": {5: -1.0}}], ids=repr)
 @pytest.mark.parametrize("read", [1, 5])
 def test_the_next_generation_in_a_session_ends_the_one_before(model, settings, read):
     prompts = ["Once upon a time", "Once upon a mouse"]
@@ -376,7 +388,8 @@ def test_stop_strings_may_name_tokens_that_are_not_shown(pieces, strings, text, 
 
 
 @pytest.mark.parametrize("stop_tokens", [None, ()])
-@pytest.mark.parametrize("stop, text", [("<|im_start|>", "ab"), (["b<|im_start|>"], "a"), ("<|im_end|>", "ab")])
+@pytest.mark.parametrize("stop, text", [("<|im_start|>", "ab"), (["b<|im_start|>"], "a"),
+                                        ("<|im_end|>", "ab")])
 def test_a_control_token_that_a_stop_string_names_ends_the_text(model, stop, text, stop_tokens):
     name = "<|im_end|>" if stop == "<|im_end|>" else "<|im_start|>"
     tokenizer = model.tokenizer

@@ -231,8 +231,8 @@ def test_best_is_the_same_one_by_one_in_a_pass_and_in_rounds(name):
 @pytest.mark.long
 @pytest.mark.parametrize("company", [1, 3, 9])
 def test_a_coarse_head_drafts_nearly_the_same_and_changes_nothing_else(tmp_path, company):
-    """65,536 ids of 256 values, the least for which a coarse head is made: the guesses of a model for itself, in rounds of one
-    sequence or many, are its own choices nearly always, and its passes have the same bits."""
+    """65,536 ids of 256 values, the least for which a coarse head is made: a model's guesses for itself, in rounds of one
+    sequence or many, are nearly always its choices, and its passes have the same bits."""
     metadata, tensors = tiny.parts(types="Q8_0", vocab="spm", vocab_size=1 << 16, dim=256, n_layers=1, tied=True)
     path = tiny.save(tmp_path / "wide.gguf", metadata, tensors)
     words = np.random.default_rng(5).integers(0, 1 << 16, 60).tolist()
@@ -252,7 +252,9 @@ def test_a_coarse_head_drafts_nearly_the_same_and_changes_nothing_else(tmp_path,
                         given.setdefault(sequence, []).append((token.id, token.logprob))
                 found.append([given[s] for s in sequences])
             if guessing is made:
-                assert sum(s.stats.draft_n_accepted for s in sequences) > 0.9 * sum(s.stats.draft_n for s in sequences) > 0
+                guesses, right = (sum(getattr(s.stats, name) for s in sequences)
+                                  for name in ("draft_n", "draft_n_accepted"))
+                assert right > 0.9 * guesses > 0
         assert found[0] == found[1]
     assert not load("Q8_0").coarsen()
 

@@ -36,7 +36,8 @@ def test_one_bit_is_found(model, monkeypatch, by):
 
     def unsteady(self, tokens, logits="last", last=0, sampler=None):
         rows = honest(self, tokens, logits, last, sampler)
-        return rows if logits != "all" or len(tokens) < 5 else np.nextafter(rows, np.float32(9)) + np.float32(by)
+        steady = logits != "all" or len(tokens) < 5
+        return rows if steady else np.nextafter(rows, np.float32(9)) + np.float32(by)
 
     monkeypatch.setattr(pybmc.Session, "eval", unsteady)
     difference = next(prove(model, ["abc"], 40, temperatures=(0.0,))).difference
@@ -59,7 +60,8 @@ def test_another_text_is_found(model, monkeypatch):
 
 def test_a_draft_that_does_not_go_with_the_model_is_refused(model, tmp_path):
     metadata, tensors = tiny.parts("llama")
-    path = tiny.save(tmp_path / "bare.gguf", {k: v for k, v in metadata.items() if not k.startswith("tokenizer")}, tensors)
+    path = tiny.save(tmp_path / "bare.gguf", {k: v for k, v in metadata.items()
+                                              if not k.startswith("tokenizer")}, tensors)
     with pybmc.Model(path, threads=1) as bare, pytest.raises(PairError):
         next(prove(model, ["abc"], 4, bare))
 
@@ -70,13 +72,17 @@ def path():
 
 
 def test_the_command_says_so(path, capsys):
-    assert run(["prove", path, "--draft", str(tiny.model("llama", seed=1)), "-n", "8", "-p", "the mill", "-t", "1"]) == 0
+    draft = str(tiny.model("llama", seed=1))
+    assert run(["prove", path, "--draft", draft, "-n", "8", "-p", "the mill", "-t", "1"]) == 0
     out = capsys.readouterr().out.splitlines()
-    assert len(out) == 9 and all(line.endswith(": equal") for line in out[:8]) and out[-1].startswith("proven: 64 tokens")
+    assert len(out) == 9 and all(line.endswith(": equal") for line in out[:8])
+    assert out[-1].startswith("proven: 64 tokens")
     assert run(["prove", path, "-n", "6", "--temp", "0", "--json", "-t", "1"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [(line["prompt"], line["drafts"]) for line in lines] == [(i, kind) for i in range(4) for kind in ("rehearsed", "repetitions")]
-    assert all(line["equal"] and line["difference"] is None for line in lines) and all(line["rows"] >= 6 for line in lines[::2])
+    kinds = [(i, kind) for i in range(4) for kind in ("rehearsed", "repetitions")]
+    assert [(line["prompt"], line["drafts"]) for line in lines] == kinds
+    assert all(line["equal"] and line["difference"] is None for line in lines)
+    assert all(line["rows"] >= 6 for line in lines[::2])
 
 
 def test_a_difference_is_exit_status_3(path, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""bmc_round by itself: whatever is guessed, the text and its log-probabilities are plain decoding's; limits, masks, failures."""
+"""bmc_round by itself: whatever is guessed, tokens are plain decoding's; limits, masks, failures."""
 
 import math
 import random
@@ -26,12 +26,14 @@ def model(request):
 class Item:
     """A bmc_item and what it points to."""
 
-    def __init__(self, session, pending, max_tokens, guesses=None, sampler=None, masks=None, n_top=0, stops=(), drafter=None, choose=1):
+    def __init__(self, session, pending, max_tokens, guesses=None, sampler=None, masks=None, n_top=0,
+                 stops=(), drafter=None, choose=1):
         n = max(max_tokens, 1)
         self.session, self.top, self.kept = session, n_top, [sampler, drafter]
         self.native = item = ffi.new("bmc_item *")
         item.session = session._live()
-        item.pending, item.n_pending, item.choose, item.max_tokens = self.keep("int32_t[]", pending), len(pending), choose, max_tokens
+        item.pending, item.n_pending = self.keep("int32_t[]", pending), len(pending)
+        item.choose, item.max_tokens = choose, max_tokens
         item.stops, item.n_stops = self.keep("int32_t[]", list(stops)), len(stops)
         if guesses is not None:
             item.guesses, item.n_guesses = self.keep("int32_t[]", guesses or 1), len(guesses)
@@ -41,8 +43,10 @@ class Item:
             item.sampler = sampler.native
         if drafter is not None:
             item.drafter = drafter.native
-        item.n_top, item.top_ids, item.top_logprobs = n_top, self.keep("int32_t[]", n * n_top), self.keep("float[]", n * n_top)
-        item.ids, item.logprobs, item.drafted = (self.keep(f"{kind}[]", n) for kind in ("int32_t", "float", "uint8_t"))
+        item.n_top = n_top
+        item.top_ids, item.top_logprobs = (self.keep(f"{kind}[]", n * n_top) for kind in ("int32_t", "float"))
+        item.ids, item.logprobs, item.drafted = (self.keep(f"{kind}[]", n)
+                                                 for kind in ("int32_t", "float", "uint8_t"))
 
     def keep(self, kind, values):
         self.kept.append(ffi.new(kind, values))
@@ -51,7 +55,8 @@ class Item:
     @property
     def tokens(self):
         """(id, log-probability) of each token given."""
-        return list(zip(ffi.unpack(self.native.ids, self.native.n), ffi.unpack(self.native.logprobs, self.native.n)))
+        return list(zip(ffi.unpack(self.native.ids, self.native.n),
+                        ffi.unpack(self.native.logprobs, self.native.n)))
 
     @property
     def ids(self):
@@ -105,10 +110,12 @@ def test_any_guesses_give_the_plain_tokens(model, sampler):
         with ready(model) as session:
             while len(found) < 60:
                 at = len(found)
-                guesses = [id if rng.random() < 0.9 else rng.randrange(model.config.vocab_size) for id in answer[at:at + rng.randint(0, GUESSES)]]
+                guesses = [id if rng.random() < 0.9 else rng.randrange(model.config.vocab_size)
+                           for id in answer[at:at + rng.randint(0, GUESSES)]]
                 item = Item(session, pending, 60 - at, guesses, sampler)
                 assert run(item) == 1
-                right = next((i for i, (a, b) in enumerate(zip(guesses, answer[at:])) if a != b), len(guesses))
+                right = next((i for i, (a, b) in enumerate(zip(guesses, answer[at:])) if a != b),
+                             len(guesses))
                 right = min(right, 60 - at - 1)
                 assert item.drafted == [1] * right + [0] and item.native.stats.accepted == right
                 assert item.native.stats.checked == min(len(guesses), 60 - at - 1)
@@ -156,13 +163,14 @@ def test_a_full_context_ends_the_rounds_of_a_call(model):
 
 
 def test_sequences_share_passes_with_pieces_of_prompts(model):
-    """A reader of a piece, one that reads its last piece, and writers with guesses and samplers of their own."""
+    """A reader of a piece, one of its last piece, and writers with guesses and samplers of their own."""
     texts = [PROMPT, PROMPT[::-1], [7] * 90, [8, 9]]
     expected = [truth(model, text, 6, sampler) for text, sampler in zip(texts, SAMPLERS)]
     sessions = [ready(model, texts[0]), ready(model, texts[1]), model.session(), ready(model, texts[3])]
     first = [Item(sessions[0], texts[0][-1:], 6, [id for id, _ in expected[0]], SAMPLERS[0]),
              Item(sessions[1], texts[1][-1:], 6, [0, 1], SAMPLERS[1]),
-             Item(sessions[2], texts[2][:60], 6, choose=0), Item(sessions[3], texts[3][-1:], 6, sampler=SAMPLERS[3])]
+             Item(sessions[2], texts[2][:60], 6, choose=0),
+             Item(sessions[3], texts[3][-1:], 6, sampler=SAMPLERS[3])]
     assert run(*first, n_rounds=0) == 1 and first[2].native.n == 0 and sessions[2].position == 60
     second = [Item(sessions[1], first[1].ids[-1:], 6 - len(first[1].ids), sampler=SAMPLERS[1]),
               Item(sessions[2], texts[2][60:], 6, sampler=SAMPLERS[2]),
@@ -206,8 +214,9 @@ def test_the_likeliest_ids_are_those_of_the_logits(model):
         run(item, n_rounds=0)
         for i in range(8):
             order, logprobs = np.argsort(-rows[i], kind="stable")[:k], numpy_sampling.logprobs(rows[i])
-            assert [item.native.top_ids[i * k + j] for j in range(k)] == order.tolist()
-            assert [item.native.top_logprobs[i * k + j] for j in range(k)] == pytest.approx(logprobs[order], abs=1e-5)
+            assert ffi.unpack(item.native.top_ids + i * k, k) == order.tolist()
+            found = ffi.unpack(item.native.top_logprobs + i * k, k)
+            assert found == pytest.approx(logprobs[order], abs=1e-5)
 
 
 # ---- masks -------------------------------------------------------------------------------------------------
@@ -227,14 +236,16 @@ def test_choices_stay_inside_the_mask(model, sampler):
         sets = [sorted(rng.sample(range(size), rng.choice([1, 2, 40, size - 1]))) for _ in range(3)]
         with ready(model) as session, model.session() as other:
             guesses = [rng.choice(few) for few in sets[:2]]
-            item = Item(session, PROMPT[-1:], 9, guesses, sampler, masks=sum((mask_of(few, size) for few in sets), []))
+            item = Item(session, PROMPT[-1:], 9, guesses, sampler,
+                        masks=sum((mask_of(few, size) for few in sets), []))
             assert run(item, n_rounds=0) == 1
             text = PROMPT + item.ids
             rows = other.eval(text[:-1], "all")[len(PROMPT) - 1:]
             for i, (row, allowed) in enumerate(zip(rows, sets)):
                 masked = np.full(size, -math.inf, np.float32)
                 masked[allowed] = row[allowed]
-                expected = numpy_sampling.choose(sampler or Sampler(), masked, len(PROMPT) + i, text[:len(PROMPT) + i])
+                expected = numpy_sampling.choose(sampler or Sampler(), masked, len(PROMPT) + i,
+                                                 text[:len(PROMPT) + i])
                 assert item.ids[i] == expected
                 assert item.tokens[i][1] == pytest.approx(numpy_sampling.logprobs(row)[expected], abs=1e-4)
 
@@ -243,7 +254,8 @@ def test_choices_stay_inside_the_mask(model, sampler):
 def test_a_mask_that_allows_nothing_ends_the_item(model, sampler):
     with ready(model) as session:
         item = Item(session, PROMPT[-1:], 9, sampler=sampler, masks=mask_of([], model.config.vocab_size))
-        assert run(item, n_rounds=0) == 1 and item.ids == [-1] and item.native.ended and math.isnan(item.tokens[0][1])
+        assert run(item, n_rounds=0) == 1 and item.ids == [-1]
+        assert item.native.ended and math.isnan(item.tokens[0][1])
 
 
 # ---- failures ----------------------------------------------------------------------------------------------
@@ -251,15 +263,20 @@ def test_a_mask_that_allows_nothing_ends_the_item(model, sampler):
 
 def test_arguments_are_checked(model):
     size = model.config.vocab_size
-    with ready(model) as session, model.session() as other, pybmc.Model(model.path, threads=1) as twin, twin.session() as foreign:
+    with ready(model) as session, model.session() as other, pybmc.Model(model.path, threads=1) as twin, \
+            twin.session() as foreign:
         made = Speculation(model, spec="ngram")
         drafter = made.drafter(session)
         good = {"session": session, "pending": PROMPT[-1:], "max_tokens": 4}
         for wrong, message in (
-                ({"pending": []}, "at least one token"), ({"max_tokens": 0}, "1 or more tokens, found 0"), ({"pending": [size]}, f"found {size}"),
-                ({"pending": [-1]}, "found -1"), ({"guesses": [0] * (GUESSES + 1)}, f"up to {GUESSES} guesses, found {GUESSES + 1}"),
-                ({"guesses": [size]}, f"found {size}"), ({"guesses": [-1]}, "found -1"), ({"drafter": drafter}, "no policy"),
-                ({"sampler": Sampler(logit_bias={size: 1.0})}, f"token {size}"), ({"n_top": size + 1}, f"n_top: expected 0 to {size}"),
+                ({"pending": []}, "at least one token"), ({"max_tokens": 0}, "1 or more tokens, found 0"),
+                ({"pending": [size]}, f"found {size}"),
+                ({"pending": [-1]}, "found -1"),
+                ({"guesses": [0] * (GUESSES + 1)}, f"up to {GUESSES} guesses, found {GUESSES + 1}"),
+                ({"guesses": [size]}, f"found {size}"), ({"guesses": [-1]}, "found -1"),
+                ({"drafter": drafter}, "no policy"),
+                ({"sampler": Sampler(logit_bias={size: 1.0})}, f"token {size}"),
+                ({"n_top": size + 1}, f"n_top: expected 0 to {size}"),
                 ({"session": foreign}, "different models")):
             with pytest.raises(ArgumentError, match=message):
                 run(Item(other, [1], 1), Item(**good | wrong))
@@ -284,7 +301,8 @@ def test_without_memory_the_text_goes_on_later(model, n, guesses, n_rounds):
         try:
             while len(found) < 60:
                 before, at = session.tokens, len(found)
-                item = Item(session, (PROMPT + answer)[len(PROMPT) - 1 + at:][:1], 60 - at, answer[at:at + guesses])
+                item = Item(session, (PROMPT + answer)[len(PROMPT) - 1 + at:][:1], 60 - at,
+                            answer[at:at + guesses])
                 try:
                     run(item, n_rounds=n_rounds)
                     found += item.tokens

@@ -61,11 +61,14 @@ def checked(request: Request, model) -> Request:
     check_bias(request.sampler.logit_bias, size)
     if request.session is not None and getattr(request.session, "model", None) is not model:
         checks.refuse("session", "a session of the same model", request.session)
-    return replace(
-        request, tokens=tokens, max_tokens=request.max_tokens if request.max_tokens == inf else checks.whole("max_tokens", request.max_tokens),
-        stop=checks.strings("stop", request.stop), stop_ids=frozenset(checks.ids("stop_ids", request.stop_ids, size)),
-        top=checks.whole("top", request.top, 0, size), priority=checks.whole("priority", request.priority, -inf, inf),
-        context=None if request.context is None else checks.whole("context", request.context, 1, 1 << 30))
+    if request.max_tokens != inf:
+        checks.whole("max_tokens", request.max_tokens)
+    if request.context is not None:
+        checks.whole("context", request.context, 1, 1 << 30)
+    checks.number("priority", request.priority)
+    return replace(request, tokens=tokens, stop=checks.strings("stop", request.stop),
+                   stop_ids=frozenset(checks.ids("stop_ids", request.stop_ids, size)),
+                   top=checks.whole("top", request.top, 0, size))
 
 
 @dataclass
@@ -187,7 +190,7 @@ class Sequence:
                 raise BusyError(self.lost)
 
     def claim(self, claims: ExitStack) -> bool:
-        """Hold the session for a call. False where it is closed, or in use by another thread: that ends the sequence."""
+        """Hold the session for a call. False where it is closed or in use elsewhere: that ends the sequence."""
         try:
             self.item.session = claims.enter_context(self.session._claimed())
             self._uses = self.session.uses
@@ -262,7 +265,8 @@ class Sequence:
         return tuple((self._top_ids[i * k + j], self._top_logprobs[i * k + j]) for j in range(k))
 
     def take_back(self, unread: int) -> None:
-        """Let the session hold the text without its last token; what was given beyond a stop string, or is not read, is taken back."""
+        """Let the session hold the text without its last token, and without tokens that nobody has read or that came
+        after a stop string."""
         if not self._started or self.session.uses != self._uses:
             return
         end = len(self.prompt) + max(self._written - unread, 0) - 1
@@ -319,9 +323,11 @@ class Engine:
     # ---- requests
 
     def add(self, request: Request) -> Sequence:
-        """Queue a request. Raises ArgumentError for one that cannot be served, BusyError where its session serves another."""
+        """Queue a request. Raises ArgumentError for one that cannot be served, BusyError where its session serves
+        another."""
         request = checked(request, self.model)
-        if request.session is not None and any(s.session is request.session for s in (*self.waiting, *self.running)):
+        taken = [s.session for s in (*self.waiting, *self.running)]
+        if request.session is not None and request.session in taken:
             raise BusyError("the session serves another request")
         sequence = Sequence(self, request, self._added)
         self._added += 1

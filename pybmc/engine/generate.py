@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 
 
 class Generation(Iterator[Token]):
-    """An iterator of Token. prompt holds the prompt's ids, stats counts and times so far; close() ends it early: a session that
-    was given then holds what was read, without its last token.
+    """An iterator of Token. prompt holds the prompt's ids, stats counts and times so far. close() ends it early: a
+    session that was given then holds what was read, without its last token.
 
     A session given to generate() serves one generation at a time. The next one that begins in it ends this one, which
     then raises BusyError when it is asked for another token. The same happens after other calls used the session.

@@ -115,7 +115,8 @@ class NoText:
 class Ending:
     """Turns ids into Tokens with text, and says which one is the last.
 
-    decoder: the tokenizer's stream(), or NoText. max_tokens and room, tokens that the context has room for, end a text as well.
+    decoder: the tokenizer's stream(), or NoText. max_tokens and room, tokens that the context has room for, end a text as
+    well.
     """
 
     def __init__(self, decoder, max_tokens: float, room: float, stop_strings: StopStrings, stop_ids: frozenset[int]):

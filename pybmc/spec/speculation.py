@@ -112,16 +112,18 @@ class Drafter:
                 options.external = 1
                 self.bridge = TextDrafter(made.model.tokenizer, made.draft.tokenizer, self._session, plain)
             else:
-                options.draft = self._session._live()
+                options.draft = handle = self._session._live()
+                self._kept = [handle]
                 if made.link:
-                    self._kept = [ffi.new("int32_t[]", ids) for ids in (made.link.to_draft, made.link.to_target.tolist())]
-                    options.to_draft, options.to_target = self._kept
+                    tables = made.link.to_draft, made.link.to_target.tolist()
+                    self._kept += [ffi.new("int32_t[]", ids) for ids in tables]
+                    options.to_draft, options.to_target = self._kept[1:]
         self.native = self._make()
 
     def _make(self):
         handle = ffi.new("bmc_drafter **")
         check(lib.bmc_drafter_new(self._options, self.made.model.config.vocab_size, handle))
-        return owned(handle[0], "bmc_drafter_free", self._session and self._options.draft and self._session._live())
+        return owned(handle[0], "bmc_drafter_free", self._kept)
 
     def note_failure(self) -> None:
         """Say once that the draft model had an error and is not asked any more."""
@@ -133,7 +135,7 @@ class Drafter:
         log.warning("the draft model failed (%s); decoding goes on without it", why)
 
     def propose(self, text: list[int], k: int) -> tuple[list[int], list[float]]:
-        """Guesses through text, and how sure they are; none once the draft model fails, which is not asked any more."""
+        """Guesses through text, and how sure they are; none if the draft model fails: it is not asked any more."""
         try:
             return self.bridge.propose(text, k)
         except BmcError as error:

@@ -118,7 +118,8 @@ static void it_follows_any_text(void) {
         CHECK(ngrams_follow(g, text, n, text[n]) == 0 && ngrams_add(fresh, text, n + 1) == 0);
         int found = ngrams_propose(g, K, ids[0], lengths[0]);
         CHECK(found == ngrams_propose(fresh, K, ids[1], lengths[1]));
-        CHECK(!memcmp(ids[0], ids[1], (size_t)found * sizeof **ids) && !memcmp(lengths[0], lengths[1], (size_t)found * sizeof **lengths));
+        CHECK(!memcmp(ids[0], ids[1], (size_t)found * sizeof **ids));
+        CHECK(!memcmp(lengths[0], lengths[1], (size_t)found * sizeof **lengths));
         ngrams_free(fresh);
         if (random_below(&state, 2) && n < N - 2)       /* the text goes on */
             CHECK(ngrams_add(g, text, 1) == 0);

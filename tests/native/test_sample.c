@@ -4,7 +4,7 @@
 #include "sample.h"
 
 #include <math.h>
-#include <stddef.h>
+#include <stdbool.h>
 #include <string.h>
 
 static int by_size(const void *a, const void *b) {
@@ -21,7 +21,8 @@ static uint64_t splitmix64(uint64_t seed, uint64_t index) {
     return z ^ (z >> 31);
 }
 
-static int32_t defined(const bmc_sampler *s, const float *logits, int n, int position, const int32_t *names, float *lead) {
+static int32_t defined(const bmc_sampler *s, const float *logits, int n, int position, const int32_t *names,
+                       float *lead) {
     struct candidate *all = malloc((size_t)n * sizeof *all);
     double total = 0, mass = 0, first = -INFINITY, second = -INFINITY;
     int kept = 0, k = s->top_k && s->top_k < n ? s->top_k : n;
@@ -37,7 +38,8 @@ static int32_t defined(const bmc_sampler *s, const float *logits, int n, int pos
         mass += (double)expf(all[kept++].logit - all[0].logit);
     }
     for (int i = 0; i < kept; i++) {
-        double x = ((double)(splitmix64(splitmix64(s->seed, (uint64_t)position), (uint64_t)(names ? names[all[i].id] : all[i].id)) >> 12) + 0.5) * 0x1p-52;
+        uint64_t id = (uint64_t)(names ? names[all[i].id] : all[i].id), start = splitmix64(s->seed, (uint64_t)position);
+        double x = ((double)(splitmix64(start, id) >> 12) + 0.5) * 0x1p-52;
         double score = (double)(all[i].logit - all[0].logit) / s->temperature - log(-log1p(-x));
         if (score > first || (score == first && all[i].id < winner)) {
             second = first;
@@ -56,7 +58,8 @@ static float random_logits(uint64_t *state, float *logits, int n) {
     int coarse = 1 + (int)random_below(state, 40);
     float top = -INFINITY;
     for (int i = 0; i < n; i++) {
-        logits[i] = random_below(state, 50) || i == 0 ? (float)random_below(state, 8 * coarse) / (float)coarse : -INFINITY;
+        bool banned = i > 0 && !random_below(state, 50);
+        logits[i] = banned ? -INFINITY : (float)random_below(state, 8 * coarse) / (float)coarse;
         top = logits[i] > top ? logits[i] : top;
     }
     return top;
@@ -76,8 +79,10 @@ static void choices_are_those_defined(const struct kernels *kernels) {
     static const double shares[] = { 0, 0.02, 0.3, 0.9, 1 };
     uint64_t state = 7;
     for (int round = 0; round < 2000; round++) {
-        int n = 1 + (int)random_below(&state, round % 10 ? 300 : 3000), position = (int)random_below(&state, 100000);
-        float *logits = malloc((size_t)n * sizeof *logits), top = random_logits(&state, logits, n), lead, right;
+        int n = 1 + (int)random_below(&state, round % 10 ? 300 : 3000);
+        int position = (int)random_below(&state, 100000);
+        float *logits = malloc((size_t)n * sizeof *logits), lead, right;
+        float top = random_logits(&state, logits, n);
         bmc_sampler s = PLAIN;
         s.temperature = 0.05 + 0.1 * (double)random_below(&state, 40);
         s.top_p = shares[random_below(&state, 5)];
@@ -104,8 +109,8 @@ static void choices_are_those_defined(const struct kernels *kernels) {
 }
 
 /* Bias, then penalties for each id of the history's end, then the mask. */
-static float altered_by_definition(const bmc_sampler *s, const uint32_t *mask, const int32_t *history, int n_history, const float *logits,
-                                   int n, float *altered) {
+static float altered_by_definition(const bmc_sampler *s, const uint32_t *mask, const int32_t *history,
+                                   int n_history, const float *logits, int n, float *altered) {
     int last = s->last_n < 0 || s->last_n > n_history ? n_history : s->last_n;
     float top = -INFINITY;
     for (int id = 0; id < n; id++) {
@@ -154,7 +159,8 @@ static void logits_are_altered_as_defined(const struct kernels *kernels) {
         free(history);
     }
     bmc_sampler s = PLAIN;
-    CHECK(!sampler_alters(&s, NULL) && !sampler_alters(NULL, NULL) && sampler_alters(NULL, (const uint32_t[]){ 1 }));
+    CHECK(!sampler_alters(&s, NULL) && !sampler_alters(NULL, NULL));
+    CHECK(sampler_alters(NULL, (const uint32_t[]){ 1 }));
     s.repeat_penalty = 2;
     CHECK(!sampler_alters(&s, NULL));           /* last_n 0: no token counts */
     s.last_n = 5;
@@ -189,28 +195,27 @@ static void what_is_wrong_is_refused(void) {
     CHECK(bmc_choose((const float[]){ -INFINITY, -INFINITY }, 2, &s, 0, NULL, 0, &id) == BMC_EINVAL);
     logits[1] = 0;
     CHECK(bmc_choose(logits, 3, &s, 0, NULL, 0, &id) == 0);
-    CHECK(bmc_choose(logits, 0, &s, 0, NULL, 0, &id) == BMC_EINVAL && bmc_choose(logits, 3, NULL, 0, NULL, 0, &id) == BMC_EINVAL);
-    CHECK(bmc_choose(logits, 3, &s, -1, NULL, 0, &id) == BMC_EINVAL && bmc_choose(logits, 3, &s, 0, NULL, 1, &id) == BMC_EINVAL);
+    CHECK(bmc_choose(logits, 0, &s, 0, NULL, 0, &id) == BMC_EINVAL);
+    CHECK(bmc_choose(logits, 3, NULL, 0, NULL, 0, &id) == BMC_EINVAL);
+    CHECK(bmc_choose(logits, 3, &s, -1, NULL, 0, &id) == BMC_EINVAL);
+    CHECK(bmc_choose(logits, 3, &s, 0, NULL, 1, &id) == BMC_EINVAL);
     CHECK(bmc_choose(logits, 3, &s, 1, &nine, 1, &id) == BMC_EINVAL);
-    const struct { size_t at; double value; } wrong[] = {
-        { offsetof(bmc_sampler, temperature), -1 }, { offsetof(bmc_sampler, temperature), NAN }, { offsetof(bmc_sampler, temperature), INFINITY },
-        { offsetof(bmc_sampler, top_p), 1.5 }, { offsetof(bmc_sampler, top_p), NAN }, { offsetof(bmc_sampler, min_p), -0.5 },
+    const bmc_sampler wrong[] = {
+        { .temperature = -1 }, { .temperature = NAN }, { .temperature = INFINITY }, { .top_p = 1.5 }, { .top_p = NAN },
+        { .min_p = -0.5 }, { .top_k = -1 }, { .last_n = -2 }, { .repeat_penalty = -1 }, { .repeat_penalty = INFINITY },
+        { .frequency_penalty = NAN }, { .presence_penalty = INFINITY }, { .n_bias = 1 }, { .n_bias = -1 },
+        { .n_bias = 1, .bias_id = &nine, .bias = logits },
+        { .n_bias = 1, .bias_id = (const int32_t[]){ 1 }, .bias = (const float[]){ NAN } },
     };
     for (size_t i = 0; i < sizeof wrong / sizeof *wrong; i++) {
-        s = PLAIN;
-        memcpy((char *)&s + wrong[i].at, &wrong[i].value, sizeof(double));
+        s = wrong[i];
+        s.top_p = s.top_p == 0 ? 1 : s.top_p;
+        s.repeat_penalty = s.repeat_penalty == 0 ? 1 : s.repeat_penalty;
         CHECK(bmc_choose(logits, 3, &s, 0, NULL, 0, &id) == BMC_EINVAL);
     }
-    const bmc_sampler others[] = {
-        { .temperature = 1, .top_p = 1, .repeat_penalty = 1, .top_k = -1 }, { .temperature = 1, .top_p = 1, .repeat_penalty = 0 },
-        { .temperature = 1, .top_p = 1, .repeat_penalty = 1, .last_n = -2 }, { .temperature = 1, .top_p = 1, .repeat_penalty = INFINITY },
-        { .temperature = 1, .top_p = 1, .repeat_penalty = 1, .frequency_penalty = NAN },
-        { .temperature = 1, .top_p = 1, .repeat_penalty = 1, .n_bias = 1 },
-        { .temperature = 1, .top_p = 1, .repeat_penalty = 1, .n_bias = 1, .bias_id = &nine, .bias = logits },
-        { .temperature = 1, .top_p = 1, .repeat_penalty = 1, .n_bias = 1, .bias_id = (const int32_t[]){ 1 }, .bias = (const float[]){ NAN } },
-    };
-    for (size_t i = 0; i < sizeof others / sizeof *others; i++)
-        CHECK(bmc_choose(logits, 3, &others[i], 0, NULL, 0, &id) == BMC_EINVAL);
+    s = PLAIN;
+    s.repeat_penalty = 0;
+    CHECK(bmc_choose(logits, 3, &s, 0, NULL, 0, &id) == BMC_EINVAL);
 }
 
 int main(void) {
