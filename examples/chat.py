@@ -3,7 +3,7 @@
 import sys
 
 import pybmc
-from pybmc.chat.conversation import Conversation
+from pybmc.chat import Conversation
 
 path = sys.argv[1] if len(sys.argv) > 1 else pybmc.demo_model()
 with pybmc.Model(path) as model, model.session() as session:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from raw import Raw
 
-from pybmc import sandbox
+from pybmc.chat import sandbox
 from pybmc.chat.template import ChatTemplate
 from pybmc.chat.templates import CHATML
 from pybmc.errors import ArgumentError, FormatError

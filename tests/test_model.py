@@ -23,7 +23,7 @@ import tiny
 
 import pybmc
 from pybmc._native import lib
-from pybmc.cli.show import describe, lines
+from pybmc.show import describe, lines
 from pybmc.engine.model import _note_threads
 from pybmc.files.types import type_info
 

@@ -16,7 +16,7 @@ from .terminal import write
 @json_option
 def show(model, model_option, as_json):
     """What a file is: architecture, types, sizes, template, and whether it runs."""
-    from .show import describe, lines
+    from ..show import describe, lines
 
     info = describe(need_model(model, model_option))
     if as_json:
