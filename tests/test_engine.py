@@ -4,7 +4,6 @@ import os
 import random
 from contextlib import ExitStack
 from dataclasses import replace
-from functools import lru_cache
 
 import numpy as np
 import numpy_sampling
@@ -14,10 +13,10 @@ import tiny
 import pybmc
 from pybmc import ArgumentError, BmcError, BusyError, ClosedError, ContextFullError, OutOfMemoryError
 from pybmc import Engine, Request
-from pybmc._native import lib
 from pybmc.engine.sampler import Sampler
 from pybmc.spec import speculation
 from pybmc.spec.speculation import Speculation
+from tools.lab import lib
 
 MIXES = int(os.environ.get("PYBMC_MIXES", "20"))
 CONTEXT = 600

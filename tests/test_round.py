@@ -10,9 +10,10 @@ import tiny
 
 import pybmc
 from pybmc import ArgumentError, BusyError, ContextFullError, OutOfMemoryError
-from pybmc._native import check, ffi, lib
+from pybmc._native import check, ffi
 from pybmc.engine.sampler import Sampler
 from pybmc.spec.speculation import Speculation, plain
+from tools.lab import lib
 
 GUESSES = 32                            # of one sequence in a pass, at most (native/round.h)
 
