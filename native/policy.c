@@ -95,7 +95,7 @@ void cost_recall(struct pass_cost *c) {
 
 /* ---- how often guesses come true */
 
-static const double FADE = 0.98;        /* weight of what was seen one guess ago, within a bucket */
+static const double FADE = 0.95;        /* weight of what was seen one guess ago, within a bucket or a text */
 static const double PRIOR = 4;          /* guesses that a prior counts as */
 static const double FIRST_MEAN = 0.75;  /* share of a draft model's guesses that come true, before any was made: worth a try */
 
@@ -118,17 +118,30 @@ void acceptance_learn(struct acceptance *a, float confidence, bool came_true) {
     a->seen[i] = FADE * a->seen[i] + 1;
 }
 
+/* chance with the odds that hits of so many guesses have over what was expected, which counts as much as `weight` guesses. */
+static double with_odds(double chance, double hits, double expected, double seen, double weight) {
+    double odds = (hits + weight) / (seen - hits + weight) * (seen - expected + weight) / (expected + weight);
+    return chance * odds / (1 - chance * (1 - odds));
+}
+
+void luck_learn(struct luck *l, double expected, bool came_true) {
+    l->hits = FADE * l->hits + came_true;
+    l->expected = FADE * l->expected + expected;
+    l->seen = FADE * l->seen + 1;
+}
+
+double luck_adjust(const struct luck *l, double chance) { return with_odds(chance, l->hits, l->expected, l->seen, PRIOR / 2); }
+
 /* Where a bucket has seen little its prior counts, with the odds by which all buckets together surpass theirs. */
 double acceptance_at(const struct acceptance *a, float confidence) {
-    double hits = PRIOR, seen = 2 * PRIOR, expected = PRIOR;
+    double hits = 0, seen = 0, expected = 0;
     for (int i = 0; i < a->n_classes; i++) {
         hits += a->hits[i];
         seen += a->seen[i];
         expected += a->seen[i] * a->prior[i];
     }
-    double odds = hits / (seen - hits) * (seen - expected) / expected;
     int i = bucket(a, confidence);
-    double prior = a->prior[i] * odds / (1 - a->prior[i] * (1 - odds));
+    double prior = with_odds(a->prior[i], hits, expected, seen, PRIOR);
     return (a->hits[i] + PRIOR * prior) / (a->seen[i] + PRIOR);
 }
 
@@ -152,7 +165,7 @@ void acceptance_recall(struct acceptance *a) {
 
 /* ---- how much may be lost */
 
-static const double GRANT = 5, BANK = 16;       /* plain tokens: what a sequence begins with, the most it keeps */
+static const double GRANT = 4, BANK = 16;       /* plain tokens: what a sequence begins with, the most it keeps */
 static const double SHARE = 0.01;               /* of all time */
 
 void budget_pass_time(struct budget *b, double seconds, double one) {

@@ -43,6 +43,12 @@ double acceptance_at(const struct acceptance *a, float confidence);         /* c
 double acceptance_mean(const struct acceptance *a);                         /* .. that any does, before it is made */
 void acceptance_recall(struct acceptance *a);                               /* hits and seen are of another run */
 
+/* Texts differ: how often a source's guesses came true in one text, against what was expected of them. */
+struct luck { double hits, expected, seen; };
+
+void luck_learn(struct luck *l, double expected, bool came_true);
+double luck_adjust(const struct luck *l, double chance);                    /* a chance in this text */
+
 /* ---- how much may be lost */
 
 /* In seconds. A sequence begins with a grant; a share of all its time and what guessing gains are added; what it loses

@@ -18,7 +18,7 @@ enum {
     LAG = 16,                       /* tokens that a draft model may lack before it guesses: they share its first pass */
     WIDER = 4,                      /* how many times more of the text it reads, once guessing has earned that */
 };
-static const double LATENCY = 2.8;  /* passes without guesses that a round may take: tokens come evenly */
+static const double LATENCY = 3;  /* passes without guesses that a round may take: tokens come evenly */
 static const double STRETCH_WEIGHT = 0.2;       /* of the last stretch in bmc_drafter.stretch */
 static const double HICCUP = 3;     /* times its expected time that a draft counts as, at most */
 
@@ -95,10 +95,17 @@ static double draft_seconds(const struct group *g) {
     return cost_at(&g->policy->draft, n) / n;
 }
 
+/* The chance that a guess of a source comes true in a turn's text; confidence < 0: any guess, before it is made. */
+static double chance_of(const struct group *g, const struct turn *t, enum source source, float confidence) {
+    const struct acceptance *a = &g->policy->of[source];
+    double chance = confidence < 0 ? acceptance_mean(a) : acceptance_at(a, confidence);
+    return t->drafter ? luck_adjust(&t->drafter->luck[source], chance) : chance;
+}
+
 static void chances(const struct group *g, struct turn *t, enum source source) {
     double right = 1;
     for (int i = 0; i < t->n; i++)
-        t->right[i] = right *= acceptance_at(&g->policy->of[source], t->confidence[i]);
+        t->right[i] = right *= chance_of(g, t, source, t->confidence[i]);
     t->source = source;
 }
 
@@ -180,7 +187,7 @@ static double loss_of(const struct group *g, int k) {
  * reads before, shared by the tokens of a usual stretch. The rate is 0 where it is not worth asking. */
 static double plan_draft(const struct group *g, struct turn *t, double catch_up) {
     bmc_drafter *d = t->drafter;
-    double chance = acceptance_mean(&g->policy->of[d->o.self_window ? SELF : MODEL]), right = 1, tokens = 0, best = 0;
+    double chance = chance_of(g, t, d->o.self_window ? SELF : MODEL, -1), right = 1, tokens = 0, best = 0;
     int most = room(t), k = 0;
     for (int i = 1; i <= most; i++) {
         tokens += right *= chance;
@@ -274,7 +281,7 @@ static bool goes_on(const struct group *g, const struct turn *t, double tokens, 
         return false;
     if (t->trial || t->n < t->drafter->o.least || !t->n)
         return true;
-    double right = t->right[t->n - 1] * acceptance_mean(&g->policy->of[t->source]), more = draft_seconds(g);
+    double right = t->right[t->n - 1] * chance_of(g, t, t->source, -1), more = draft_seconds(g);
     return rate_of(g, tokens + right, guesses + 1, g->drafting + more) > rate_of(g, tokens, guesses, g->drafting);
 }
 
@@ -364,7 +371,7 @@ static int run_draft(struct group *g) {
                 continue;
             guesses_of(t)[t->n] = id;
             t->confidence[t->n] = confidence_of(t->item, logs[i], logs[g->n + i]);
-            double chance = acceptance_at(&g->policy->of[t->source], t->confidence[t->n]);
+            double chance = chance_of(g, t, t->source, t->confidence[t->n]);
             t->right[t->n] = t->n ? t->right[t->n - 1] * chance : chance;
             tokens += t->right[t->n++];
             guesses++;
@@ -424,9 +431,10 @@ static bool stops(const bmc_item *item, int32_t id) {
     return false;
 }
 
-static void learn(const struct group *g, enum source source, const int32_t *guesses, const float *confidence, int n, const int32_t *ids, int given) {
+static void learn(const struct group *g, struct turn *t, enum source source, const int32_t *guesses, const float *confidence, int n, const int32_t *ids, int given) {
     for (int i = 0; i < n && i < given; i++) {
         bool came_true = guesses[i] == ids[i];
+        luck_learn(&t->drafter->luck[source], acceptance_at(&g->policy->of[source], confidence[i]), came_true);
         acceptance_learn(&g->policy->of[source], confidence[i], came_true);
         if (!came_true)
             break;
@@ -481,8 +489,8 @@ static void settle(const struct group *g, struct turn *t, int all_checked, doubl
     if (t->drafter->ngrams && t->n_pending == 1)            /* else it does not know the prompt yet */
         ngrams_add(t->drafter->ngrams, ids, given);
     if (t->source)
-        learn(g, t->source, guesses_of(t), t->confidence, t->n, ids, given);
-    learn(g, NGRAMS, t->shadow, t->shadow_confidence, t->n_shadow, ids, given);
+        learn(g, t, t->source, guesses_of(t), t->confidence, t->n, ids, given);
+    learn(g, t, NGRAMS, t->shadow, t->shadow_confidence, t->n_shadow, ids, given);
     item->stats.plain_s += given * g->base.seconds / fmax(g->base.tokens, 1);
     account(g, t, given, all_checked);
 }

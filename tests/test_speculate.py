@@ -181,7 +181,7 @@ def test_a_speculation_is_off_where_nobody_may_guess(model):
     assert made.draft is None and not made.off
 
 
-def test_a_session_keeps_who_guesses_in_it(model, stranger):
+def test_texts_of_a_model_share_what_was_learned(model, stranger):
     """The same wishes find the same Speculation, and the drafter that knows the text."""
     with model.session() as session, model.session() as other:
         made = speculation_of(session, model, stranger, "auto", 16, 0)

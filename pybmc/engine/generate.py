@@ -144,8 +144,8 @@ def one_bos(tokenizer, tokens: list[int]) -> list[int]:
 
 
 def speculation_of(session, model, draft, spec: str, most: int, least: int) -> Speculation:
-    """A Speculation of these wishes: for a session the one that it had before, if they are the same, so that the draft model
-    holds what it has of a text. draft: a Model, the path of one, a Speculation, or None."""
+    """The Speculation of these wishes, the same for all texts that this thread writes with a model: what was learned serves
+    the next one. draft: a Model, the path of one, a Speculation, or None."""
     if isinstance(draft, Speculation):
         if draft.model is not model:
             checks.refuse("draft", "a Speculation of the same model", draft)
@@ -153,15 +153,12 @@ def speculation_of(session, model, draft, spec: str, most: int, least: int) -> S
     if not (draft is None or is_path(draft) or isinstance(draft, Model)):
         checks.refuse("draft", "a Model or a path", draft)
     most, least = checks.draft_bounds(most, least)
-    asked = (str(draft) if is_path(draft) else draft, spec, most, least)
-    kept = getattr(session, "speculation", None)
-    if kept is not None and kept.asked == asked:
-        return kept
-    opened = None
-    if is_path(draft) and spec in ("auto", "draft"):
-        opened = Model(draft, threads=model.threads)
-    made = Speculation(model, opened or (None if is_path(draft) else draft), spec, most, least)
-    made.asked = asked
+    asked = (str(draft) if is_path(draft) else draft, spec, most, least, threading.get_ident())
+    made = model.speculations.get(asked)
+    if made is None or (made.draft is not None and made.draft.closed):
+        wanted = draft is not None and spec in ("auto", "draft")
+        small = Model(draft, threads=model.threads) if wanted and is_path(draft) else draft if wanted else None
+        made = model.speculations[asked] = Speculation(model, small, spec, most, least)
     if session is not None:
         session.speculation = made
     return made

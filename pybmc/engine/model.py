@@ -69,6 +69,7 @@ class Model:
 
     def _begin(self, threads: int | None) -> None:
         self._handle = ffi.NULL
+        self.speculations: dict = {}        # the engine's: what generate() was asked for -> who guesses
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._locks = defaultdict(threading.Lock)       # process id -> lock of _sessions; a forked one needs its own
         self._long = False                              # a context beyond the training was noted
@@ -145,8 +146,13 @@ class Model:
             sessions = list(self._sessions)
         for session in sessions:
             session.close()
+        self.speculations.clear()
         self._handle = ffi.NULL
         self._file.close()
+
+    @property
+    def closed(self) -> bool:
+        return self._handle == ffi.NULL
 
     def _live(self):
         if self._handle == ffi.NULL:

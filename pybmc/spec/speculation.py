@@ -38,7 +38,6 @@ class Speculation:
         self.model, self.spec = model, spec if most else "off"
         self.most, self.least, self.fixed = min(most, WIDEST), min(least, WIDEST), min(fixed, WIDEST)
         self.draft = draft if self.spec in ("auto", "draft") else None
-        self.asked = None               # what generate() made it for
         self.link = self._connect()
         self._key = store.identity(model, self.draft)
         if self.draft is not None:
