@@ -130,6 +130,8 @@ void luck_learn(struct luck *l, double expected, bool came_true) {
     l->seen = FADE * l->seen + 1;
 }
 
+double luck_mean(const struct luck *l, double mean) { return (l->hits + PRIOR * mean) / (l->seen + PRIOR); }
+
 double luck_adjust(const struct luck *l, double chance) { return with_odds(chance, l->hits, l->expected, l->seen, PRIOR / 2); }
 
 /* Where a bucket has seen little its prior counts, with the odds by which all buckets together surpass theirs. */

@@ -48,6 +48,7 @@ struct luck { double hits, expected, seen; };
 
 void luck_learn(struct luck *l, double expected, bool came_true);
 double luck_adjust(const struct luck *l, double chance);                    /* a chance in this text */
+double luck_mean(const struct luck *l, double mean);                        /* .. of any guess, before it is made; mean: in all texts */
 
 /* ---- how much may be lost */
 

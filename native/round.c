@@ -98,8 +98,8 @@ static double draft_seconds(const struct group *g) {
 /* The chance that a guess of a source comes true in a turn's text; confidence < 0: any guess, before it is made. */
 static double chance_of(const struct group *g, const struct turn *t, enum source source, float confidence) {
     const struct acceptance *a = &g->policy->of[source];
-    double chance = confidence < 0 ? acceptance_mean(a) : acceptance_at(a, confidence);
-    return t->drafter ? luck_adjust(&t->drafter->luck[source], chance) : chance;
+    const struct luck none = { 0 }, *luck = t->drafter ? &t->drafter->luck[source] : &none;
+    return confidence < 0 ? luck_mean(luck, acceptance_mean(a)) : luck_adjust(luck, acceptance_at(a, confidence));
 }
 
 static void chances(const struct group *g, struct turn *t, enum source source) {
