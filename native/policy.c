@@ -124,15 +124,15 @@ static double with_odds(double chance, double hits, double expected, double seen
     return chance * odds / (1 - chance * (1 - odds));
 }
 
-void luck_learn(struct luck *l, double expected, bool came_true) {
+void recent_learn(struct recent *l, double expected, bool came_true) {
     l->hits = FADE * l->hits + came_true;
     l->expected = FADE * l->expected + expected;
     l->seen = FADE * l->seen + 1;
 }
 
-double luck_mean(const struct luck *l, double mean) { return (l->hits + PRIOR * mean) / (l->seen + PRIOR); }
+double recent_mean(const struct recent *l, double mean) { return (l->hits + PRIOR * mean) / (l->seen + PRIOR); }
 
-double luck_adjust(const struct luck *l, double chance) { return with_odds(chance, l->hits, l->expected, l->seen, PRIOR / 2); }
+double recent_adjust(const struct recent *l, double chance) { return with_odds(chance, l->hits, l->expected, l->seen, PRIOR / 2); }
 
 /* Where a bucket has seen little its prior counts, with the odds by which all buckets together surpass theirs. */
 double acceptance_at(const struct acceptance *a, float confidence) {

@@ -44,11 +44,11 @@ double acceptance_mean(const struct acceptance *a);                         /* .
 void acceptance_recall(struct acceptance *a);                               /* hits and seen are of another run */
 
 /* Texts differ: how often a source's guesses came true in one text, against what was expected of them. */
-struct luck { double hits, expected, seen; };
+struct recent { double hits, expected, seen; };
 
-void luck_learn(struct luck *l, double expected, bool came_true);
-double luck_adjust(const struct luck *l, double chance);                    /* a chance in this text */
-double luck_mean(const struct luck *l, double mean);                        /* .. of any guess, before it is made; mean: in all texts */
+void recent_learn(struct recent *l, double expected, bool came_true);
+double recent_adjust(const struct recent *l, double chance);                    /* a chance in this text */
+double recent_mean(const struct recent *l, double mean);                        /* .. of any guess, before it is made; mean: in all texts */
 
 /* ---- how much may be lost */
 

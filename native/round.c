@@ -44,7 +44,7 @@ struct turn {
     int looked_at, checked;         /* of them, those that a cut has looked at, and those in the pass */
     int planned;                    /* guesses to ask the draft model for */
     bool drafting;                  /* it is still guessing */
-    bool trial;                     /* it is not expected to pay */
+    bool trial;                     /* the draft model is not expected to pay */
     int32_t shadow[GUESSES];        /* what repetitions said where the draft model was asked */
     float shadow_confidence[GUESSES];
     int n_shadow;
@@ -98,8 +98,8 @@ static double draft_seconds(const struct group *g) {
 /* The chance that a guess of a source comes true in a turn's text; confidence < 0: any guess, before it is made. */
 static double chance_of(const struct group *g, const struct turn *t, enum source source, float confidence) {
     const struct acceptance *a = &g->policy->of[source];
-    const struct luck none = { 0 }, *luck = t->drafter ? &t->drafter->luck[source] : &none;
-    return confidence < 0 ? luck_mean(luck, acceptance_mean(a)) : luck_adjust(luck, acceptance_at(a, confidence));
+    const struct recent none = { 0 }, *recent = t->drafter ? &t->drafter->recent[source] : &none;
+    return confidence < 0 ? recent_mean(recent, acceptance_mean(a)) : recent_adjust(recent, acceptance_at(a, confidence));
 }
 
 static void chances(const struct group *g, struct turn *t, enum source source) {
@@ -395,6 +395,8 @@ static void take_back_self(struct group *g, const int *positions) {
 
 /* ---- how many guesses to check */
 
+static bool drafted(const struct turn *t) { return t->source == MODEL || t->source == SELF; }
+
 /* The next guess goes to the turn whose next guess is likeliest to come true; as many as give the best rate are checked. */
 static void cut(struct group *g) {
     double tokens = 0, best = rate_of(g, 0, 0, g->drafting);
@@ -409,7 +411,7 @@ static void cut(struct group *g) {
             break;
         tokens += next->right[next->looked_at++];
         double rate = rate_of(g, tokens, n, g->drafting);
-        if (rate <= best && !next->trial)
+        if (rate <= best && !(next->trial && drafted(next)))
             continue;
         best = fmax(rate, best);
         for (int i = 0; i < g->n; i++)
@@ -434,7 +436,7 @@ static bool stops(const bmc_item *item, int32_t id) {
 static void learn(const struct group *g, struct turn *t, enum source source, const int32_t *guesses, const float *confidence, int n, const int32_t *ids, int given) {
     for (int i = 0; i < n && i < given; i++) {
         bool came_true = guesses[i] == ids[i];
-        luck_learn(&t->drafter->luck[source], acceptance_at(&g->policy->of[source], confidence[i]), came_true);
+        recent_learn(&t->drafter->recent[source], acceptance_at(&g->policy->of[source], confidence[i]), came_true);
         acceptance_learn(&g->policy->of[source], confidence[i], came_true);
         if (!came_true)
             break;
@@ -449,7 +451,7 @@ static void account(const struct group *g, struct turn *t, int given, int all_ch
     double marginal = share * (pass_seconds(g, all_checked) - g->base.seconds);
     double expected = HICCUP * (t->n * draft_seconds(g) + cost_at(&g->policy->draft, larger(t->lacked, 1)));
     budget_pass_time(&d->budget, plain, plain);
-    if (t->source == MODEL || t->source == SELF)
+    if (drafted(t))
         budget_enter(&d->budget, (given - 1) * plain - marginal - fmin(t->spent, expected), plain, t->trial);
     else if (t->spent > 0)
         budget_enter(&d->budget, -fmin(t->spent, expected), plain, t->trial);

@@ -16,7 +16,7 @@ struct bmc_policy {
 struct bmc_drafter {
     bmc_drafter_options o;              /* to_draft and to_target are copies of its own */
     struct ngrams *ngrams;              /* or NULL */
-    struct luck luck[N_SOURCES];        /* of this text's guesses */
+    struct recent recent[N_SOURCES];        /* of this text's guesses */
     struct budget budget;               /* of the draft model; repetitions cost nothing to look for */
     int window;                         /* tokens from the end of the text that the draft model reads before it guesses */
     bool reading;                       /* it has begun to read them */

@@ -62,15 +62,15 @@ static void chances_are_learned(void) {
 }
 
 /* A text where guesses come true half as often as elsewhere is known for that after a few, and forgotten as soon. */
-static void texts_have_their_luck(void) {
-    struct luck l = { 0 };
-    CHECK(fabs(luck_adjust(&l, 0.8) - 0.8) < 1e-9 && luck_mean(&l, 0.8) == 0.8);
+static void a_text_has_its_own_chances(void) {
+    struct recent l = { 0 };
+    CHECK(fabs(recent_adjust(&l, 0.8) - 0.8) < 1e-9 && recent_mean(&l, 0.8) == 0.8);
     for (int i = 0; i < 20; i++)
-        luck_learn(&l, 0.8, i % 5 == 0);
-    CHECK(luck_adjust(&l, 0.8) < 0.45 && luck_mean(&l, 0.8) < 0.45);
+        recent_learn(&l, 0.8, i % 5 == 0);
+    CHECK(recent_adjust(&l, 0.8) < 0.45 && recent_mean(&l, 0.8) < 0.45);
     for (int i = 0; i < 60; i++)
-        luck_learn(&l, 0.8, i % 5 > 0);
-    CHECK(fabs(luck_adjust(&l, 0.8) - 0.8) < 0.1);
+        recent_learn(&l, 0.8, i % 5 > 0);
+    CHECK(fabs(recent_adjust(&l, 0.8) - 0.8) < 0.1);
 }
 
 /* Whatever is tried, what is lost in all stays within the grant and the share of the time. */
@@ -95,7 +95,7 @@ int main(void) {
     speed_is_shared();
     a_hiccup_is_forgotten();
     chances_are_learned();
-    texts_have_their_luck();
+    a_text_has_its_own_chances();
     losses_are_bounded();
     return 0;
 }
