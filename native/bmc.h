@@ -238,7 +238,8 @@ int         bmc_drafter_failed(const bmc_drafter *drafter);             /* 1: it
 /* Rounds of decoding, for one sequence or many: each one guesses, verifies all guesses in one pass over the weights, and keeps those
  * that the target chooses, and the token that it chooses after them. Pieces of prompts share the pass. Goes on until an item ends,
  * has read its piece or wants guesses, or a limit is reached. Returns how many rounds there were; a failure in a later round than the
- * first only ends them. Afterwards a session holds its text without the last token given. */
+ * first only ends them. Afterwards a session holds its text without the last token given. Nothing else may use the sessions, drafters
+ * and policy meanwhile. */
 int         bmc_round(bmc_item *const *items, int n, const bmc_limits *limits);
 /* </cffi> */
 

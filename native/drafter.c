@@ -140,7 +140,9 @@ int bmc_drafter_new(const bmc_drafter_options *options, int n_vocab, bmc_drafter
     d->o.to_draft = d->o.to_target = NULL;
     d->window = FIRST_WINDOW;
     d->stretch = FIRST_STRETCH;
-    if (options->ngrams && !(d->ngrams = ngrams_new()))
+    if (!!options->to_draft != !!options->to_target)
+        status = fail(BMC_EINVAL, "bmc_drafter_new: expected ids both ways, or none");
+    if (!status && options->ngrams && !(d->ngrams = ngrams_new()))
         status = BMC_ENOMEM;
     if (!status && options->draft && options->to_draft)
         status = copy_vocabulary(d, options, n_vocab);

@@ -58,6 +58,10 @@ static bool odd_again(struct pass_cost *c, double deviations) {
 
 void cost_observe(struct pass_cost *c, double width, double seconds) {
     double share, common[KNOTS];
+    if (width > KNOT[KNOTS - 1]) {                  /* several passes */
+        seconds *= KNOT[KNOTS - 1] / width;
+        width = KNOT[KNOTS - 1];
+    }
     int k = knot_below(width, &share);
     double surprise = log(fmax(seconds, 1e-9)) - (1 - share) * c->log[k] - share * c->log[k + 1], variance = 0;
     for (int again = 0; again < 2; again++) {

@@ -221,6 +221,7 @@ static int read_piece(struct group *g, struct turn *t) {
         cost_observe(&g->policy->draft, piece, seconds);
     g->drafting += seconds;
     t->spent += seconds;
+    t->lacked = piece;
     return status;
 }
 
@@ -251,7 +252,7 @@ static int prepare_draft(struct group *g, struct turn *t) {
         return 0;
     if (d->o.draft && !d->reading)
         widen_window(g, t);
-    if (d->reading && lag(t) > LAG)
+    if (d->reading && lag(t) > LAG && !out_of_reach(t))
         return read_piece(g, t);
     d->reading = false;
     bool restarts = d->o.draft && out_of_reach(t), behind = restarts || lag(t) > LAG;
@@ -449,7 +450,7 @@ static void account(const struct group *g, struct turn *t, int given, int all_ch
     bmc_drafter *d = t->drafter;
     double plain = g->base.seconds / fmax(g->base.tokens, 1), share = all_checked ? (double)t->checked / all_checked : 0;
     double marginal = share * (pass_seconds(g, all_checked) - g->base.seconds);
-    double expected = HICCUP * (t->n * draft_seconds(g) + cost_at(&g->policy->draft, larger(t->lacked, 1)));
+    double expected = HICCUP * ((drafted(t) ? t->n : 0) * draft_seconds(g) + cost_at(&g->policy->draft, larger(t->lacked, 1)));
     budget_pass_time(&d->budget, plain, plain);
     if (drafted(t))
         budget_enter(&d->budget, (given - 1) * plain - marginal - fmin(t->spent, expected), plain, t->trial);
@@ -538,17 +539,17 @@ static int verify(struct group *g, bmc_span *spans) {
 /* ---- rounds */
 
 /* Before the first round: drafters follow what happened to the text since the last one. */
-static int follow(struct turn *t) {
+static void follow(struct turn *t) {
     const bmc_session *s = t->item->session;
     bmc_drafter *d = t->drafter;
-    int status = 0;
     if (!d || !t->item->choose || t->n_pending > 1)
-        return 0;
-    if (d->ngrams)
-        status = ngrams_follow(d->ngrams, s->tokens, s->position, t->tokens[0]);
+        return;
+    if (d->ngrams && ngrams_follow(d->ngrams, s->tokens, s->position, t->tokens[0])) {
+        ngrams_free(d->ngrams);                     /* no memory for them: the text goes on without */
+        d->ngrams = NULL;
+    }
     if (d->o.draft && !d->failed)
         follow_text(t);
-    return status;
 }
 
 static void take_given(const struct group *g, struct turn *t) {
@@ -561,6 +562,10 @@ static void take_given(const struct group *g, struct turn *t) {
     t->spent = item->guess_s;
     if (g->policy && t->n && item->guess_s > 0)
         cost_observe(&g->policy->draft, 1, item->guess_s / t->n);
+    if (g->policy && t->source == MODEL && !t->drafter->o.fixed) {
+        plan_draft(g, t, 0);                        /* whether they are a trial */
+        t->planned = 0;
+    }
     if (g->policy)
         chances(g, t, t->source);
     else
@@ -695,6 +700,8 @@ static int check_items(bmc_item *const *items, int n, const bmc_limits *limits) 
             return fail(BMC_EINVAL, "bmc_round: item %d has a drafter, and there is no policy", i);
         if (item->choose && (item->max_tokens < 1 || !item->ids || !item->logprobs || !item->drafted))
             return fail(BMC_EINVAL, "bmc_round: item %d: expected room for 1 or more tokens, found %d", i, (int)item->max_tokens);
+        if ((item->masks && item->drafter) || item->n_stops < 0 || (item->n_stops && !item->stops))
+            return fail(BMC_EINVAL, "bmc_round: item %d has masks and a drafter, or stops without ids", i);
         if (item->n_guesses < 0 || item->n_guesses > GUESSES || (item->n_guesses && !item->guesses))
             return fail(BMC_EINVAL, "bmc_round: expected up to %d guesses, found %d", GUESSES, (int)item->n_guesses);
         int n_vocab = item->session->model->c.vocab_size;
@@ -711,9 +718,8 @@ static int check_items(bmc_item *const *items, int n, const bmc_limits *limits) 
 static int one_round(struct group *g, bmc_item *const *items, bool first, bmc_span *spans, int *positions) {
     for (int i = 0; i < g->n; i++) {
         begin(&g->turns[i], items[i], first);
-        int status = first ? follow(&g->turns[i]) : 0;
-        if (status < 0)
-            return status;
+        if (first)
+            follow(&g->turns[i]);
     }
     measure_base(g);
     bool wanted = false;

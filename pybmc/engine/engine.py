@@ -6,6 +6,7 @@ verify, choose and accept for all sequences together. What comes out for a reque
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence as Tokens
 from contextlib import ExitStack, suppress
@@ -95,7 +96,7 @@ class Stats:
     @property
     def plain_tok_s(self) -> float:
         """What plain decoding would have given, as far as is known; 0 without guesses."""
-        return self.predicted_tokens / self.plain_s if self.plain_s else 0.0
+        return (self.predicted_tokens - 1) / self.plain_s if self.plain_s else 0.0
 
     @property
     def accepted_share(self) -> float:
@@ -146,7 +147,6 @@ class Sequence:
             before.lose("another one began in its session")
         session.writer = ref(self)
         self._uses = session.uses
-        self._started = True
         room = context - len(self.prompt) + 1
         model = self.engine.model
         decoder = model.tokenizer.stream() if model.tokenizer else NoText()
@@ -156,6 +156,7 @@ class Sequence:
         if not speculation.off and request.speculate and self._limit > 1:
             self.drafter = self.engine._drafter(self)
         self._make_item()
+        self._started = True
 
     def _make_item(self) -> None:
         n, top = int(min(ROOM, max(1, self._limit))), self.request.top
@@ -232,7 +233,7 @@ class Sequence:
 
     def take(self, seconds: float) -> list[Token]:
         """The tokens that a round gave; also those of a call after which an interrupt came."""
-        item, found = self.item, []
+        item = self.item
         if self.reading and self.request.progress:
             self.request.progress(min(self.session.position, len(self.prompt)), len(self.prompt))
         n, item.n = item.n, 0
@@ -240,10 +241,18 @@ class Sequence:
             self.drafter.note_failure()
         if not n:
             self.done = self._limit < 1 and self.session.position == len(self.prompt)
-            return found
+            return []
+        try:
+            return self._tokens_of(n, seconds)
+        except BaseException:           # an interrupt: the session holds tokens that nobody was given
+            self.lose("it was interrupted")
+            raise
+
+    def _tokens_of(self, n: int, seconds: float) -> list[Token]:
         ids, logprobs, drafted = (ffi.unpack(array, n) for array in (self._ids, self._logprobs, self._drafted))
         self._last[0] = ids[-1]
         self._time(seconds, n)
+        found = []
         for i, (id, logprob) in enumerate(zip(ids, logprobs)):
             if id < 0 or logprob != logprob or logprob == -inf:
                 self.done = True
@@ -410,7 +419,7 @@ class Engine:
             items.append(sequence)
         self._limits.seconds = 0.0 if read else CALL_SECONDS
         started = time.perf_counter()
-        with ExitStack() as claims:
+        with ExitStack() as claims, self.speculation.locks[os.getpid()]:
             items = [sequence for sequence in items if sequence.claim(claims)]
             if not items:
                 return 0.0

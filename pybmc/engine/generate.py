@@ -144,8 +144,8 @@ def one_bos(tokenizer, tokens: list[int]) -> list[int]:
 
 
 def speculation_of(session, model, draft, spec: str, most: int, least: int) -> Speculation:
-    """The Speculation of these wishes, the same for all texts that this thread writes with a model: what was learned serves
-    the next one. draft: a Model, the path of one, a Speculation, or None."""
+    """The Speculation of these wishes, the same for all texts of a model: what was learned serves the next one. draft: a
+    Model, the path of one, a Speculation, or None."""
     if isinstance(draft, Speculation):
         if draft.model is not model:
             checks.refuse("draft", "a Speculation of the same model", draft)
@@ -153,15 +153,27 @@ def speculation_of(session, model, draft, spec: str, most: int, least: int) -> S
     if not (draft is None or is_path(draft) or isinstance(draft, Model)):
         checks.refuse("draft", "a Model or a path", draft)
     most, least = checks.draft_bounds(most, least)
-    asked = (str(draft) if is_path(draft) else draft, spec, most, least, threading.get_ident())
-    made = model.speculations.get(asked)
-    if made is None or (made.draft is not None and made.draft.closed):
-        wanted = draft is not None and spec in ("auto", "draft")
-        small = Model(draft, threads=model.threads) if wanted and is_path(draft) else draft if wanted else None
-        made = model.speculations[asked] = Speculation(model, small, spec, most, least)
+    if draft is not None and spec in ("auto", "draft"):
+        small = opened(model, draft) if is_path(draft) else draft
+    else:
+        small = None
+    for asked, made in list(model.speculations.items()):
+        if made.draft is not None and made.draft.closed:
+            del model.speculations[asked]
+    made = model.speculations.get((small, spec, most, least))
+    if made is None:
+        made = model.speculations[small, spec, most, least] = Speculation(model, small, spec, most, least)
     if session is not None:
         session.speculation = made
     return made
+
+
+def opened(model, path) -> Model:
+    """The draft model of a path, opened once for a model."""
+    known = model.drafts.get(str(path))
+    if known is None or known.closed:
+        known = model.drafts[str(path)] = Model(path, threads=model.threads)
+    return known
 
 
 def is_path(draft) -> bool:

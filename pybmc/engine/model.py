@@ -69,7 +69,8 @@ class Model:
 
     def _begin(self, threads: int | None) -> None:
         self._handle = ffi.NULL
-        self.speculations: dict = {}        # the engine's: what generate() was asked for -> who guesses
+        self.speculations: dict = {}        # the engine's: what generate() was asked for -> who guesses ..
+        self.drafts: dict = {}              # .. and a path -> the draft model opened for it
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._locks = defaultdict(threading.Lock)       # process id -> lock of _sessions; a forked one needs its own
         self._long = False                              # a context beyond the training was noted
@@ -147,6 +148,7 @@ class Model:
         for session in sessions:
             session.close()
         self.speculations.clear()
+        self.drafts.clear()
         self._handle = ffi.NULL
         self._file.close()
 

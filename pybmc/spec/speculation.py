@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import threading
+from collections import defaultdict
 from contextlib import suppress
 
 from .. import checks
@@ -38,6 +40,7 @@ class Speculation:
         self.model, self.spec = model, spec if most else "off"
         self.most, self.least, self.fixed = min(most, WIDEST), min(least, WIDEST), min(fixed, WIDEST)
         self.draft = draft if self.spec in ("auto", "draft") else None
+        self.locks = defaultdict(threading.Lock)        # of a process: one call of the library at a time learns
         self.link = self._connect()
         self._key = store.identity(model, self.draft)
         if self.draft is not None:
