@@ -673,9 +673,12 @@ static int external_guesses(const struct group *g, struct turn *t) {
         return 0;
     if (t->drafter->o.fixed)
         return smaller(t->drafter->o.fixed, room(t));
-    plan_draft(g, t, 0);
-    int k = t->planned;
-    t->planned = 0;
+    if (t->drafter->ngrams && room(t))
+        ask_ngrams(g, t);
+    double rate = plan_draft(g, t, 0), others = fmax(rate_alone(g, t), g->base.tokens / g->base.seconds);
+    int k = (t->trial ? t->n == 0 : rate > others) ? t->planned : 0;
+    t->planned = t->n = 0;
+    t->source = NOBODY;
     return k;
 }
 
