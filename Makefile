@@ -138,7 +138,8 @@ needs = command -v $(1) >/dev/null || { echo "make $@: skipped, there is no $(1)
 
 # The reference kernels are slow: their run leaves out the tests marked "long".
 test-python: $(LIBRARY) venv
-	@failed=0; $(PYTEST) tests || failed=1; \
+	@failed=0; $(VENV)/bin/ruff check pybmc tools tests examples setup.py || failed=1; \
+	$(PYTEST) tests || failed=1; \
 	for level in $$($(VENV)/bin/python -c 'import pybmc._native as n; print(*n.cpu_levels()[:-1])'); do \
 	    echo "PYBMC_CPU=$$level"; \
 	    PYBMC_CPU=$$level $(PYTEST) -m "$$(test $$level != ref || echo not long)" $(NUMBER_TESTS) || failed=1; \

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 import gguf
 import numpy as np
-
 import tiny
 
 

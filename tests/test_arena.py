@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 import pybmc
 from pybmc._native import lib
 from tools import balance, lab
-from tools.growth import POLICIES, Growth, GrowingSession, grown, parse
+from tools.growth import POLICIES, GrowingSession, Growth, grown, parse
 from tools.machine import Machine
 
 CAP = 300

@@ -11,8 +11,7 @@ import pytest
 import tiny
 
 import pybmc
-from pybmc import ArgumentError, BmcError, BusyError, ClosedError, ContextFullError, OutOfMemoryError
-from pybmc import Engine, Request
+from pybmc import ArgumentError, BmcError, BusyError, ClosedError, ContextFullError, Engine, OutOfMemoryError, Request
 from pybmc.engine.sampler import Sampler
 from pybmc.spec import speculation
 from pybmc.spec.speculation import Speculation
@@ -298,7 +297,7 @@ def test_a_prompt_is_read_in_pieces_while_others_write(model, short_calls):
             engine.step()
         long = Request(list(range(400)), 4, progress=lambda done, total: progress.append((done, total)))
         engine._prompt_rate = 1e-9          # the machine seems slow: pieces are as small as they get
-        reader, before, while_reading = engine.add(long), 0, 0
+        reader, while_reading = engine.add(long), 0
         while reader.reading and not reader.done:
             events = engine.step()
             while_reading += sum(who is writer for who, _ in events)

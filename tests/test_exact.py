@@ -14,7 +14,6 @@ import tiny
 from click.testing import CliRunner
 from raw import I64, Entry, Raw, Typed
 
-
 import pybmc
 from pybmc.files.gguf import GGUF
 from pybmc.files.types import dequantize

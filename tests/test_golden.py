@@ -12,8 +12,6 @@ import tiny
 from places import GOLDEN
 
 import pybmc
-
-
 from tools import golden
 
 ROOT = Path(__file__).parents[1]

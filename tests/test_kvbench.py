@@ -1,6 +1,7 @@
 """tools.kvbench: the constants of the model, what is measured, its predictions and figures."""
 
 import json
+
 import pytest
 import tiny
 from click.testing import CliRunner
@@ -8,7 +9,7 @@ from click.testing import CliRunner
 import pybmc
 from pybmc._native import lib
 from tools import kv_study, kvbench, lab, machine, synthetic
-from tools.growth import Growth, GrowingSession, parse
+from tools.growth import GrowingSession, Growth, parse
 
 SMALL = synthetic.Shape("small", 2, 4, 2, 32, "for tests")
 

@@ -1,7 +1,5 @@
 """Messages as people and clients send them: control tokens spelled in them, other forms of content, answers begun."""
 
-import tempfile
-from pathlib import Path
 
 import pytest
 import tiny

@@ -23,9 +23,9 @@ import tiny
 
 import pybmc
 from pybmc._native import lib
-from pybmc.show import describe, lines
 from pybmc.engine.model import _note_threads
 from pybmc.files.types import type_info
+from pybmc.show import describe, lines
 
 HERE = Path(__file__).parent
 SMALL = dict(dim=32, hidden_dim=32, n_heads=2, n_layers=1, n_ctx=64, vocab_size=300, vocab="llama")

@@ -8,8 +8,8 @@ import tiny
 from places import GOLDEN
 
 import pybmc
-from pybmc.engine import prove as prove_module
 from pybmc.cli import run
+from pybmc.engine import prove as prove_module
 from pybmc.engine.prove import KINDS, prove
 from pybmc.spec.pair import PairError
 

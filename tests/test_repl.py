@@ -17,10 +17,9 @@ from hypothesis import strategies as st
 import pybmc
 from pybmc import ArgumentError
 from pybmc.chat.conversation import Conversation
-from pybmc.engine import Token
 from pybmc.cli.repl import COMMANDS, Block, Repl, changed, history_file, is_command, joined, named
 from pybmc.cli.terminal import ReaderLeft
-
+from pybmc.engine import Token
 
 # ---- lines -------------------------------------------------------------------------------------------------
 

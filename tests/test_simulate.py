@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-
 pytest.importorskip("tomllib")
 
 from tools.train_demo import simulate, text

@@ -7,7 +7,6 @@ import pytest
 import tiny
 
 import pybmc
-
 from tools import spec_bench
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-
 import pybmc
 from tools import lab, limits, synth, versus, versus_worker
 

@@ -22,7 +22,7 @@ from pybmc.errors import ArgumentError
 
 from . import balance
 from .growth import POLICIES as GROWTHS
-from .growth import Growth, GrowingSession, grown, parse
+from .growth import GrowingSession, Growth, grown, parse
 from .machine import Machine, attention_times, lines_through, measure_machine
 from .synthetic import SyntheticModel
 

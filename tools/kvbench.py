@@ -26,7 +26,6 @@ from . import kv_study
 from .figures import draw
 from .kv_study import Plan, Result, Stall
 
-
 # ---- what it says --------------------------------------------------------------------------------------------
 
 

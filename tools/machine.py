@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pybmc._native import lib
 from pybmc.errors import ArgumentError
 
-from .growth import Growth, GrowingSession
+from .growth import GrowingSession, Growth
 from .lab import memory_seconds
 
 MB = 1 << 20

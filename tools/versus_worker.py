@@ -51,7 +51,7 @@ class Pybmc:
 
     def limit(self, kind, n, depth):
         """The rate that this machine allows a test now, and what sets it."""
-        from .limits import limits_of           # here: the other engine's Python cannot load our library
+        from .limits import limits_of  # here: the other engine's Python cannot load our library
 
         row_bytes = self.held.arena_stats().row_bytes
         least, by = limits_of(self.model).seconds(self.model, kind, n, depth, row_bytes)

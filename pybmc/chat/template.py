@@ -56,7 +56,7 @@ class ChatTemplate:
     """
 
     def __init__(self, template: str | None, tokenizer: Tokenizer):
-        from .sandbox import Template           # here: jinja2 takes 40 ms to import
+        from .sandbox import Template  # here: jinja2 takes 40 ms to import
 
         self._tokenizer = tokenizer
         self.source = (

@@ -5,7 +5,13 @@ import json
 import click
 
 from .options import (
-    json_option, model_argument, model_option, need_model, print_json, read_text, text_options,
+    json_option,
+    model_argument,
+    model_option,
+    need_model,
+    print_json,
+    read_text,
+    text_options,
 )
 from .terminal import write
 

@@ -6,8 +6,18 @@ import click
 
 from ..errors import ArgumentError
 from .options import (
-    Counts, File, arena_options, find_model, json_option, model_argument, model_option, opened,
-    print_json, read_text, rounded, threads_option,
+    Counts,
+    File,
+    arena_options,
+    find_model,
+    json_option,
+    model_argument,
+    model_option,
+    opened,
+    print_json,
+    read_text,
+    rounded,
+    threads_option,
 )
 from .terminal import is_terminal, progress, write
 

@@ -5,8 +5,17 @@ from dataclasses import asdict
 import click
 
 from .options import (
-    File, Text, find_model, json_option, model_argument, model_option, opened, print_json, read_text,
-    threads_option, with_draft,
+    File,
+    Text,
+    find_model,
+    json_option,
+    model_argument,
+    model_option,
+    opened,
+    print_json,
+    read_text,
+    threads_option,
+    with_draft,
 )
 from .terminal import write
 

@@ -6,9 +6,26 @@ import click
 
 from ..chat.reasoning import is_open
 from .options import (
-    Text, arena_options, context_option, draft_options, find_model, json_option, model_argument,
-    model_option, opened, print_json, read_text, rounded, sampling_options, sampling_settings,
-    template_of_model, template_options, template_variables, text_options, threads_option, with_draft,
+    Text,
+    arena_options,
+    context_option,
+    draft_options,
+    find_model,
+    json_option,
+    model_argument,
+    model_option,
+    opened,
+    print_json,
+    read_text,
+    rounded,
+    sampling_options,
+    sampling_settings,
+    template_of_model,
+    template_options,
+    template_variables,
+    text_options,
+    threads_option,
+    with_draft,
 )
 from .terminal import Voice, is_terminal, note, progress, write
 

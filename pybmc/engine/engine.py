@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence as Tokens
+from collections.abc import Callable
+from collections.abc import Sequence as Tokens
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from math import inf

@@ -427,7 +427,7 @@ class _File:
 
     def _read_entry(self, number: int) -> tuple[str, QuantType, tuple[int, ...], int, int]:
         """(name, type, shape, offset, nbytes) of the next entry; places are checked when all are known."""
-        from .types import type_info          # here, so that a vocabulary needs no C library
+        from .types import type_info  # here, so that a vocabulary needs no C library
 
         name = self.name(f"name of tensor {number} of {self.n_tensors}")
         what = f"tensor {name!r}"

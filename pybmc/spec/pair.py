@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import ArgumentError
 
+
 class PairError(ArgumentError):
     """Two models that cannot work together."""
 

@@ -7,6 +7,7 @@ import random
 import re
 
 import numpy as np
+
 from pybmc.engine.perplexity import token_losses
 
 from .generate import CHAT, batches, write_texts

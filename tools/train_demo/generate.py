@@ -4,8 +4,9 @@ import random
 import time
 
 import numpy as np
-import pybmc
 import torch
+
+import pybmc
 
 from .tokens import ask
 from .train import Progress, clock

@@ -6,9 +6,10 @@ model can follow is TinyStories' (arXiv 2305.07759); of a program that tells tal
 """
 
 import re
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
+
+import tomllib
 
 BOOK = tomllib.loads(Path(__file__).with_name("plots.toml").read_text())
 PLOTS, PARTS = BOOK["plots"], BOOK["parts"]

@@ -8,10 +8,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pybmc
 import torch
-from pybmc.engine.perplexity import perplexity
 from tokenizers import Tokenizer
+
+import pybmc
+from pybmc.engine.perplexity import perplexity
 
 from . import card, choose, distill, evaluate, export, text, tokens
 from .generate import generate, read
