@@ -123,7 +123,7 @@ typedef struct bmc_drafter_options {
     bmc_session *draft;             /* a draft model's, for this sequence alone; or NULL */
     const int32_t *to_draft;        /* (the target's vocab_size,) the draft's id for each of the target's, where they differ; or NULL */
     const int32_t *to_target;       /* (the draft's vocab_size,) and back; -1: the target does not have it */
-    int32_t self_window;            /* the model itself, whose attention sees so many last rows and the first 256; 0: not */
+    int32_t self_window;            /* > 0: the target drafts for itself; attention then sees the first 256 rows and this many last ones */
     int32_t external;               /* 1: the caller has a draft model that it asks where bmc_item.wanted says so */
     int32_t ngrams;                 /* 1: repetitions in the text */
     int32_t most, least;            /* guesses in a pass: at most; fewer are not made */
@@ -142,10 +142,10 @@ typedef struct bmc_item {
     bmc_session *session;
     bmc_drafter *drafter;           /* or NULL */
     const bmc_sampler *sampler;     /* or NULL */
-    const int32_t *pending;         /* (n_pending,) tokens that the session lacks: a piece of a prompt, or the last token chosen */
+    const int32_t *pending;         /* (n_pending,) tokens to evaluate first: a piece of the prompt, or the token chosen last */
     int32_t n_pending;
     int32_t choose;                 /* 0: more of the prompt follows, nothing is chosen */
-    int32_t max_tokens;             /* the item ends with so many */
+    int32_t max_tokens;             /* the item ends after this many tokens */
     const int32_t *stops;           /* (n_stops,) ids that end it */
     int32_t n_stops;
     int32_t n_guesses;              /* of the caller's, for the first round */
@@ -168,7 +168,7 @@ typedef struct bmc_item {
 typedef struct bmc_limits {
     bmc_policy *policy;             /* decides on guesses, and learns; NULL: only the caller's are taken, and all of them checked */
     int32_t n_rounds;               /* 0: as many as fit */
-    double seconds;                 /* no round begins after so many; there is always one */
+    double seconds;                 /* time limit: no new round starts after it; the first one always runs */
 } bmc_limits;
 
 typedef struct bmc_arena_stats {
@@ -212,7 +212,7 @@ int         bmc_session_position(const bmc_session *session);
 const int32_t *bmc_session_tokens(const bmc_session *session);          /* (position,) the tokens of its rows */
 int         bmc_session_sync(bmc_session *session, const int32_t *tokens, int n);      /* keeps the rows that a text begins with; how many */
 int         bmc_session_rewind(bmc_session *session, int position);
-int         bmc_session_reserve(bmc_session *session, int rows);         /* room for so many beyond the position */
+int         bmc_session_reserve(bmc_session *session, int rows);         /* makes room for this many more rows */
 int         bmc_session_stats(const bmc_session *session, bmc_arena_stats *stats);
 void        bmc_session_free(bmc_session *session);
 

@@ -10,7 +10,7 @@
  * NULL, with the reason in bmc_error(), where PYBMC_CPU names a level that is unknown or absent. */
 const struct kernels *kernels_find(void);
 
-/* The kernels of one level, whatever PYBMC_CPU says. False where this CPU lacks the level. */
+/* The kernels of one level; PYBMC_CPU is ignored. Returns false if this CPU does not support the level. */
 bool kernels_at(int level, struct kernels *k);
 
 /* The levels of this CPU by name, from 0 up: ref avx2 avx512 on x86-64, ref neon i8mm on arm64. NULL: absent. */

@@ -305,7 +305,7 @@ static struct task make_task(const struct pass *p, int l, int number, int first,
     };
 }
 
-/* Floats of the sums of so many queries. */
+/* Floats that the sums of n queries take. */
 static size_t sums_size(const bmc_model *m, int rows) { return (size_t)rows * ((size_t)m->v_dim + 2); }
 
 static struct sums empty_sums(const bmc_model *m, float *memory, int rows) {

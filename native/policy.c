@@ -122,21 +122,22 @@ void acceptance_learn(struct acceptance *a, float confidence, bool came_true) {
     a->seen[i] = FADE * a->seen[i] + 1;
 }
 
-/* chance with the odds that hits of so many guesses have over what was expected, which counts as much as `weight` guesses. */
+/* A chance, corrected by how observed outcomes compare with expected ones: its odds are multiplied by the odds ratio of
+ * `hits` to `expected` out of `seen` guesses. `weight` is added to all counts, so that few outcomes change little. */
 static double with_odds(double chance, double hits, double expected, double seen, double weight) {
     double odds = (hits + weight) / (seen - hits + weight) * (seen - expected + weight) / (expected + weight);
     return chance * odds / (1 - chance * (1 - odds));
 }
 
-void recent_learn(struct recent *l, double expected, bool came_true) {
-    l->hits = FADE * l->hits + came_true;
-    l->expected = FADE * l->expected + expected;
-    l->seen = FADE * l->seen + 1;
+void recent_learn(struct recent *r, double expected, bool came_true) {
+    r->hits = FADE * r->hits + came_true;
+    r->expected = FADE * r->expected + expected;
+    r->seen = FADE * r->seen + 1;
 }
 
-double recent_mean(const struct recent *l, double mean) { return (l->hits + PRIOR * mean) / (l->seen + PRIOR); }
+double recent_mean(const struct recent *r, double mean) { return (r->hits + PRIOR * mean) / (r->seen + PRIOR); }
 
-double recent_adjust(const struct recent *l, double chance) { return with_odds(chance, l->hits, l->expected, l->seen, PRIOR / 2); }
+double recent_adjust(const struct recent *r, double chance) { return with_odds(chance, r->hits, r->expected, r->seen, PRIOR / 2); }
 
 /* Where a bucket has seen little its prior counts, with the odds by which all buckets together surpass theirs. */
 double acceptance_at(const struct acceptance *a, float confidence) {
@@ -160,7 +161,7 @@ double acceptance_mean(const struct acceptance *a) {
     return hits / seen;
 }
 
-/* Another run's texts count as few guesses of this one's. */
+/* Counts of an earlier run are reduced to PRIOR guesses a bucket, so that this run's texts soon outweigh them. */
 void acceptance_recall(struct acceptance *a) {
     for (int i = 0; i < a->n_classes; i++) {
         double share = a->seen[i] > PRIOR ? PRIOR / a->seen[i] : 1;
@@ -176,16 +177,16 @@ static const double SHARE = 0.01;               /* of all time */
 
 void budget_pass_time(struct budget *b, double seconds, double one) {
     b->balance = fmin(b->balance + (b->begun ? 0 : GRANT * one) + SHARE * seconds, BANK * one);
-    b->trials_left += SHARE * seconds;
+    b->probes_left += SHARE * seconds;
     b->begun = true;
 }
 
-void budget_enter(struct budget *b, double gained, double one, bool trial) {
+void budget_enter(struct budget *b, double gained, double one, bool probe) {
     b->balance = fmin(b->balance + gained, BANK * one);
-    if (trial && gained < 0)
-        b->trials_left += gained;
+    if (probe && gained < 0)
+        b->probes_left += gained;
 }
 
-bool budget_allows(const struct budget *b, double loss, bool trial) {
-    return loss <= b->balance && (!trial || loss <= b->trials_left);
+bool budget_allows(const struct budget *b, double loss, bool probe) {
+    return loss <= b->balance && (!probe || loss <= b->probes_left);
 }

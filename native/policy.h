@@ -46,9 +46,9 @@ void acceptance_recall(struct acceptance *a);                               /* h
 /* Texts differ: how often a source's guesses came true in one text, against what was expected of them. */
 struct recent { double hits, expected, seen; };
 
-void recent_learn(struct recent *l, double expected, bool came_true);
-double recent_adjust(const struct recent *l, double chance);                    /* a chance in this text */
-double recent_mean(const struct recent *l, double mean);                        /* .. of any guess, before it is made; mean: in all texts */
+void recent_learn(struct recent *r, double expected, bool came_true);
+double recent_adjust(const struct recent *r, double chance);                    /* a chance in this text */
+double recent_mean(const struct recent *r, double mean);                        /* .. of any guess, before it is made; mean: in all texts */
 
 /* ---- how much may be lost */
 
@@ -56,12 +56,12 @@ double recent_mean(const struct recent *l, double mean);                        
  * against plain decoding is taken off. */
 struct budget {
     double balance;
-    double trials_left;                 /* what guesses may lose that are not expected to pay */
+    double probes_left;                 /* loss allowed for probes: guesses that are not expected to pay */
     bool begun;
 };
 
-void budget_pass_time(struct budget *b, double seconds, double one);        /* time of the sequence went by; one: a plain token's */
-void budget_enter(struct budget *b, double gained, double one, bool trial); /* a guess gained so many seconds */
-bool budget_allows(const struct budget *b, double loss, bool trial);
+void budget_pass_time(struct budget *b, double seconds, double one);        /* time that passed; one: seconds of a plain token */
+void budget_enter(struct budget *b, double gained, double one, bool probe); /* seconds that a round gained or lost */
+bool budget_allows(const struct budget *b, double loss, bool probe);
 
 #endif

@@ -2,7 +2,7 @@
  * taken back.
  *
  * A pass of the target over a text's last token and k guesses gives, row by row, what it chooses after each of them. As
- * long as a guess is that very token, the next row counts too. So the text is plain decoding's, whatever the guesses. */
+ * long as a guess is that very token, the next row counts too. So the text is that of plain decoding, right or wrong as the guesses are. */
 #include "round.h"
 
 #include "clock.h"
@@ -18,9 +18,9 @@ enum {
     LAG = 16,                       /* tokens that a draft model may lack before it guesses: they share its first pass */
     WIDER = 4,                      /* how many times more of the text it reads, once guessing has earned that */
 };
-static const double LATENCY = 3;  /* passes without guesses that a round may take: tokens come evenly */
+static const double LATENCY = 3;                /* passes without guesses that a round may take: tokens come evenly */
 static const double STRETCH_WEIGHT = 0.2;       /* of the last stretch in bmc_drafter.stretch */
-static const double HICCUP = 3;     /* times its expected time that a draft counts as, at most */
+static const double HICCUP = 3;                 /* a draft is charged at most this many times its expected time */
 
 static double seconds_since(int64_t start) { return 1e-9 * (double)(nanoseconds() - start); }
 static int smaller(int a, int b) { return a < b ? a : b; }
@@ -30,10 +30,10 @@ static int larger(int a, int b) { return a > b ? a : b; }
 
 struct turn {
     bmc_item *item;
-    bmc_drafter *drafter;           /* NULL: nobody guesses */
+    bmc_drafter *drafter;           /* NULL: plain decoding */
     int32_t pass[GUESSES + 1];      /* the text's last token, then the guesses */
     const int32_t *tokens;          /* what the pass evaluates: pass, or a piece of a prompt .. */
-    int n_pending;                  /* .. of so many tokens before the guesses */
+    int n_pending;                  /* .. tokens of it before the guesses */
     int length;                     /* tokens of the text, those included */
     int lacked;                     /* of them, those that the draft model had not read */
     bmc_sampler sampler;            /* the item's, as the draft model can use it */
@@ -44,15 +44,16 @@ struct turn {
     int looked_at, checked;         /* of them, those that a cut has looked at, and those in the pass */
     int planned;                    /* guesses to ask the draft model for */
     bool drafting;                  /* it is still guessing */
-    bool trial;                     /* the draft model is not expected to pay */
+    bool probe;                     /* the draft model is asked although it is not expected to pay */
     int32_t shadow[GUESSES];        /* what repetitions said where the draft model was asked */
     float shadow_confidence[GUESSES];
     int n_shadow;
     double spent;                   /* seconds of the draft model, for this item */
 };
 
-static const bmc_item *item_of(const struct turn *t) { return t->item; }
 static int32_t *guesses_of(struct turn *t) { return t->pass + 1; }
+
+static bool drafted(const struct turn *t) { return t->source == MODEL || t->source == SELF; }
 
 /* Token i of the text: what the session holds, then what is pending. */
 static int32_t text_token(const struct turn *t, int i) {
@@ -62,7 +63,7 @@ static int32_t text_token(const struct turn *t, int i) {
 
 /* How many guesses its settings, its length and its context leave room for. */
 static int room(const struct turn *t) {
-    const bmc_item *item = item_of(t);
+    const bmc_item *item = t->item;
     int left = smaller(item->max_tokens - item->n, (int)item->session->arena.config.cap - item->session->position) - 1;
     int most = smaller(left, t->drafter ? smaller(t->drafter->o.most, GUESSES) : GUESSES);
     bool few = most < 0 || (t->drafter && most < t->drafter->o.least);
@@ -149,7 +150,6 @@ static void restart(struct turn *t) {
     int most = smaller(t->drafter->window, (int)draft->arena.config.cap / 2);
     bmc_session_rewind(draft, 0);
     draft->offset = larger(0, t->length - most);
-    t->drafter->reading = true;
 }
 
 /* Drop the rows that are not the text's any more. */
@@ -164,7 +164,7 @@ static void follow_text(struct turn *t) {
         draft->offset = 0;
 }
 
-/* Evaluates tokens [from, from + n) of the text; without a span for results. */
+/* The draft model evaluates the next n tokens that it lacks of the text. */
 static int read_text(struct turn *t, int n) {
     bmc_session *draft = t->drafter->o.draft;
     int32_t *tokens = malloc((size_t)n * sizeof *tokens);
@@ -200,13 +200,22 @@ static double plan_draft(const struct group *g, struct turn *t, double catch_up)
             k = i;
         }
     }
-    t->trial = best <= g->base.tokens / g->base.seconds;
-    if (t->trial)
+    t->probe = best <= g->base.tokens / g->base.seconds;
+    if (t->probe)
         k = smaller(k, larger(1, d->o.least));
-    while (k > 0 && !budget_allows(&d->budget, catch_up + loss_of(g, k), t->trial))
+    while (k > 0 && !budget_allows(&d->budget, catch_up + loss_of(g, k), t->probe))
         k = k > d->o.least ? k - 1 : 0;
     t->planned = k;
-    return k && !t->trial ? best : 0;
+    return k && !t->probe ? best : 0;
+}
+
+/* Plans guesses of a draft model for a turn whose repetitions are known. They have to promise a better rate than those and than plain
+ * decoding; a probe is made only where nothing is repeated. Returns how many; 0: none. */
+static int choose_draft(const struct group *g, struct turn *t, double catch_up) {
+    double rate = plan_draft(g, t, catch_up), others = fmax(rate_alone(g, t), g->base.tokens / g->base.seconds);
+    if (t->probe ? t->n > 0 : rate <= others)
+        t->planned = 0;
+    return t->planned;
 }
 
 /* The draft model reads what it lacks, as much at a time as one pass of the target takes or a little more. */
@@ -235,6 +244,7 @@ static void widen_window(const struct group *g, struct turn *t) {
     if (!budget_allows(&d->budget, 2 * cost_at(&g->policy->draft, wanted), false))
         return;
     d->window *= WIDER;
+    d->reading = true;
     restart(t);
 }
 
@@ -257,9 +267,8 @@ static int prepare_draft(struct group *g, struct turn *t) {
     d->reading = false;
     bool restarts = d->o.draft && out_of_reach(t), behind = restarts || lag(t) > LAG;
     double catch_up = behind ? cost_at(&g->policy->draft, smaller(restarts ? d->window : lag(t), t->length)) : 0;
-    double rate = plan_draft(g, t, catch_up), others = fmax(rate_alone(g, t), g->base.tokens / g->base.seconds);
-    if (!t->planned || (t->trial ? t->n > 0 : rate <= others))
-        return t->planned = 0;
+    if (!choose_draft(g, t, catch_up))
+        return 0;
     if (restarts)
         restart(t);
     if (behind) {
@@ -280,7 +289,7 @@ static int prepare_draft(struct group *g, struct turn *t) {
 static bool goes_on(const struct group *g, const struct turn *t, double tokens, int guesses) {
     if (t->n >= t->planned)
         return false;
-    if (t->trial || t->n < t->drafter->o.least || !t->n)
+    if (t->probe || t->n < t->drafter->o.least)
         return true;
     double right = t->right[t->n - 1] * chance_of(g, t, t->source, -1), more = draft_seconds(g);
     return rate_of(g, tokens + right, guesses + 1, g->drafting + more) > rate_of(g, tokens, guesses, g->drafting);
@@ -396,8 +405,6 @@ static void take_back_self(struct group *g, const int *positions) {
 
 /* ---- how many guesses to check */
 
-static bool drafted(const struct turn *t) { return t->source == MODEL || t->source == SELF; }
-
 /* The next guess goes to the turn whose next guess is likeliest to come true; as many as give the best rate are checked. */
 static void cut(struct group *g) {
     double tokens = 0, best = rate_of(g, 0, 0, g->drafting);
@@ -412,7 +419,7 @@ static void cut(struct group *g) {
             break;
         tokens += next->right[next->looked_at++];
         double rate = rate_of(g, tokens, n, g->drafting);
-        if (rate <= best && !(next->trial && drafted(next)))
+        if (rate <= best && !(next->probe && drafted(next)))
             continue;
         best = fmax(rate, best);
         for (int i = 0; i < g->n; i++)
@@ -434,7 +441,8 @@ static bool stops(const bmc_item *item, int32_t id) {
     return false;
 }
 
-static void learn(const struct group *g, struct turn *t, enum source source, const int32_t *guesses, const float *confidence, int n, const int32_t *ids, int given) {
+static void learn(const struct group *g, struct turn *t, enum source source, const int32_t *guesses, const float *confidence,
+                  int n, const int32_t *ids, int given) {
     for (int i = 0; i < n && i < given; i++) {
         bool came_true = guesses[i] == ids[i];
         recent_learn(&t->drafter->recent[source], acceptance_at(&g->policy->of[source], confidence[i]), came_true);
@@ -453,9 +461,9 @@ static void account(const struct group *g, struct turn *t, int given, int all_ch
     double expected = HICCUP * ((drafted(t) ? t->n : 0) * draft_seconds(g) + cost_at(&g->policy->draft, larger(t->lacked, 1)));
     budget_pass_time(&d->budget, plain, plain);
     if (drafted(t))
-        budget_enter(&d->budget, (given - 1) * plain - marginal - fmin(t->spent, expected), plain, t->trial);
+        budget_enter(&d->budget, (given - 1) * plain - marginal - fmin(t->spent, expected), plain, t->probe);
     else if (t->spent > 0)
-        budget_enter(&d->budget, -fmin(t->spent, expected), plain, t->trial);
+        budget_enter(&d->budget, -fmin(t->spent, expected), plain, t->probe);
     bool repeated = t->source == NGRAMS && given > 1;
     if (repeated)
         d->stretch += STRETCH_WEIGHT * (d->run - d->stretch);
@@ -563,7 +571,7 @@ static void take_given(const struct group *g, struct turn *t) {
     if (g->policy && t->n && item->guess_s > 0)
         cost_observe(&g->policy->draft, 1, item->guess_s / t->n);
     if (g->policy && t->source == MODEL && !t->drafter->o.fixed) {
-        plan_draft(g, t, 0);                        /* whether they are a trial */
+        plan_draft(g, t, 0);                        /* whether they are a probe */
         t->planned = 0;
     }
     if (g->policy)
@@ -605,7 +613,7 @@ static void measure_base(struct group *g) {
 static void give_up_drafts(struct group *g) {
     for (int i = 0; i < g->n; i++) {
         struct turn *t = &g->turns[i];
-        if (t->drafting || t->source == MODEL || t->source == SELF) {
+        if (t->drafting || drafted(t)) {
             t->drafter->failed = true;
             t->drafting = false;
             t->n = 0;
@@ -624,19 +632,21 @@ static bool fix(struct group *g) {
         fixed = true;
         t->planned = smaller(t->drafter->o.fixed, room(t));
         t->n = smaller(t->n, t->planned);
-        bool asks = !(t->item->n_guesses && t->item->n == 0) && (t->drafter->o.draft || t->drafter->o.self_window) && !t->drafter->failed && t->planned;
+        const bmc_drafter_options *o = &t->drafter->o;
+        bool given = t->item->n_guesses && t->item->n == 0;
+        bool asks = !given && (o->draft || o->self_window) && !t->drafter->failed && t->planned;
         if (asks && t->drafter->o.draft && lag(t) > LAG && read_text(t, lag(t) - 1))
             asks = false;
         if (asks) {
             t->n = 0;
-            t->drafting = t->trial = true;
+            t->drafting = t->probe = true;
             t->source = t->drafter->o.self_window ? SELF : MODEL;
         }
     }
     return fixed;
 }
 
-static int guess(struct group *g, int *positions) {
+static void guess(struct group *g, int *positions) {
     for (int i = 0; i < g->n; i++) {
         struct turn *t = &g->turns[i];
         positions[i] = t->item->session->position;
@@ -648,7 +658,7 @@ static int guess(struct group *g, int *positions) {
     if (!g->policy) {
         for (int i = 0; i < g->n; i++)
             g->turns[i].checked = g->turns[i].n;
-        return 0;
+        return;
     }
     bool fixed = fix(g);
     for (int i = 0; i < g->n && !fixed; i++) {
@@ -664,7 +674,6 @@ static int guess(struct group *g, int *positions) {
             g->turns[i].checked = g->turns[i].n;
     else
         cut(g);
-    return 0;
 }
 
 /* Whether guesses of the caller's, made with a draft model of another vocabulary, are worth asking for; how many. */
@@ -675,8 +684,7 @@ static int external_guesses(const struct group *g, struct turn *t) {
         return smaller(t->drafter->o.fixed, room(t));
     if (t->drafter->ngrams && room(t))
         ask_ngrams(g, t);
-    double rate = plan_draft(g, t, 0), others = fmax(rate_alone(g, t), g->base.tokens / g->base.seconds);
-    int k = (t->trial ? t->n == 0 : rate > others) ? t->planned : 0;
+    int k = choose_draft(g, t, 0);
     t->planned = t->n = 0;
     t->source = NOBODY;
     return k;
@@ -731,9 +739,8 @@ static int one_round(struct group *g, bmc_item *const *items, bool first, bmc_sp
             wanted = (items[i]->wanted = external_guesses(g, &g->turns[i])) > 0 || wanted;
     if (wanted)
         return 0;
-    int status = guess(g, positions);
-    if (!status)
-        status = verify(g, spans);
+    guess(g, positions);
+    int status = verify(g, spans);
     return status ? status : 1;
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections import defaultdict
 from contextlib import suppress
@@ -78,7 +79,8 @@ class Speculation:
         """Keep what was learned for the next run."""
         n = lib.bmc_policy_save(self.policy, ffi.NULL, 0)
         record = ffi.new("double[]", n)
-        lib.bmc_policy_save(self.policy, record, n)
+        with self.locks[os.getpid()]:
+            lib.bmc_policy_save(self.policy, record, n)
         if lib.bmc_policy_seconds(self.policy, 0, 1) and not self.off:
             store.save(self._key, ffi.unpack(record, n))
 
