@@ -16,7 +16,7 @@
 
 /* <cffi> What stands between these two marks is read by Python as it is: plain declarations only. */
 
-#define BMC_VERSION 9       /* counts the changes of what follows; bmc_version() tells which one was compiled */
+#define BMC_VERSION 10      /* counts the changes of what follows; bmc_version() tells which one was compiled */
 
 enum bmc_status {
     BMC_OK = 0,
@@ -115,6 +115,8 @@ typedef struct bmc_span {
     float *lead;                    /* (wanted tokens,) how far its score, logit / temperature + noise, is ahead; or NULL */
     int32_t *top_ids;               /* (wanted tokens, n_top) */
     float *top_logprobs;            /* (wanted tokens, n_top) descending */
+    const int32_t *given;           /* (wanted tokens,) ids that follow in a text that is known already; or NULL */
+    float *given_logprob;           /* (wanted tokens,) their log-probabilities */
 } bmc_span;
 
 /* Who guesses how one sequence's text goes on, for bmc_round: the text itself, where its last tokens were there before, and one
@@ -159,7 +161,7 @@ typedef struct bmc_item {
     int32_t n;                      /* result: tokens given */
     int32_t *ids;                   /* (max_tokens,) */
     float *logprobs;                /* (max_tokens,) */
-    uint8_t *drafted;               /* (max_tokens,) 1: it was guessed */
+    uint8_t *drafted;               /* (max_tokens,) 0, or who guessed it: 1 the caller, 2 repetitions, 3 the draft model, 4 the model itself */
     int32_t *top_ids;               /* (max_tokens, n_top) */
     float *top_logprobs;            /* (max_tokens, n_top) */
     bmc_item_stats stats;

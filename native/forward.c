@@ -519,7 +519,7 @@ static struct best best_of(const bmc_model *m, const float *logits, int n, int f
 
 static bool chooses(const struct pass *p, int64_t i) {
     const bmc_span *span = p->out_span[i];
-    return span->next || span->logprob || span->n_top;
+    return span->next || span->logprob || span->n_top || span->given;
 }
 
 /* Logits of the wanted tokens, HEAD_ROWS of the vocabulary at a time: copied where they are asked for, or only the best
@@ -540,6 +540,9 @@ static void head(const struct pass *p, struct input in, int thread) {
             const float *logits = part + (size_t)i * HEAD_ROWS;
             if (p->logits[i])
                 memcpy(p->logits[i] + row, logits, (size_t)rows * sizeof *logits);
+            const int32_t *given = p->out_span[i]->given;
+            if (given && given[p->out_row[i]] >= row && given[p->out_row[i]] < row + rows)
+                p->given[i] = logits[given[p->out_row[i]] - row];
             if (chooses(p, i))
                 p->best[(int64_t)i * head_parts(m) + from] = best_of(m, logits, rows, row);
         }
@@ -645,6 +648,8 @@ static void choose(const struct pass *p, int thread) {
             span->next[row] = id;
         if (span->logprob)
             span->logprob[row] = (float)logprob;
+        if (span->given)
+            span->given_logprob[row] = (float)((double)p->given[i] - log_sum);
         if (span->n_top)
             likeliest(&m->k, p->logits[i], m->c.vocab_size, span->n_top, log_sum, span->top_ids + (size_t)row * (size_t)span->n_top,
                       span->top_logprobs + (size_t)row * (size_t)span->n_top,

@@ -128,6 +128,7 @@ struct pass {
     int out_row[PASS_MAX];                  /* (n_out,) and which row of them */
     const uint32_t *mask[PASS_MAX];         /* (n_out,) allowed ids, or NULL */
     struct best *best;              /* (n_out, parts of HEAD_ROWS) */
+    float *given;                   /* (n_out,) logits of the ids in bmc_span.given */
 };
 
 void forward(struct pass *pass);

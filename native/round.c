@@ -486,7 +486,7 @@ static void settle(const struct group *g, struct turn *t, int all_checked, doubl
         bmc_session_rewind(draft, known + smaller(accepted, draft->position - known));
     }
     for (int i = 0; i < given; i++)
-        item->drafted[item->n + i] = i < accepted;
+        item->drafted[item->n + i] = i < accepted ? (uint8_t)t->source : NOBODY;
     item->stats.rounds++;
     item->stats.checked += t->checked;
     item->stats.accepted += accepted;

@@ -141,6 +141,12 @@ static int check_span(const bmc_span *span, const bmc_model *m) {
         return BMC_EINVAL;
     if (span->n_top < 0 || span->n_top > m->c.vocab_size || (span->n_top && (!span->top_ids || !span->top_logprobs)))
         return fail(BMC_EINVAL, "n_top: expected 0 to %d and room for the results, found %d", (int)m->c.vocab_size, (int)span->n_top);
+    if (span->given && !span->given_logprob)
+        return fail(BMC_EINVAL, "given: the log-probabilities of these ids need room");
+    int n_wanted = span->want == BMC_WANT_ALL ? span->n_tok : span->want == BMC_WANT_LAST;
+    for (int i = 0; span->given && i < n_wanted; i++)
+        if (span->given[i] < 0 || span->given[i] >= m->c.vocab_size)
+            return fail(BMC_EINVAL, "given: token ids are 0 to %d, found %d", (int)m->c.vocab_size - 1, (int)span->given[i]);
     for (int i = 0; i < span->n_tok; i++)
         if (span->tokens[i] < 0 || span->tokens[i] >= m->c.vocab_size)
             return fail(BMC_EINVAL, "token ids are 0 to %d, found %d", (int)m->c.vocab_size - 1, (int)span->tokens[i]);
@@ -209,21 +215,26 @@ static struct pass *make_pass(bmc_model *m, int n_tok) {
     size_t outs = (size_t)(n_tok < PASS_MAX ? n_tok : PASS_MAX), parts = (size_t)head_parts(m);
     struct pass *p = malloc(sizeof *p);
     struct best *best = malloc(outs * parts * sizeof *best);
-    if (p && best) {
+    float *given = malloc(outs * sizeof *given);
+    if (p && best && given) {
         p->model = m;
         p->best = best;
+        p->given = given;
         p->n_tok = p->n_out = p->n_sampled = 0;
         return p;
     }
     free(p);
     free(best);
+    free(given);
     fail(BMC_ENOMEM, "no memory for a pass over %d tokens", n_tok);
     return NULL;
 }
 
 static void free_pass(struct pass *p) {
-    if (p)
+    if (p) {
         free(p->best);
+        free(p->given);
+    }
     free(p);
 }
 

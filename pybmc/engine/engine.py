@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Tokens
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
@@ -18,14 +18,19 @@ from weakref import ref
 
 from .. import checks
 from .._native import check, ffi, lib
-from ..errors import ArgumentError, BmcError, BusyError, ContextFullError
+from ..errors import ArgumentError, BmcError, BusyError, ContextFullError, OutOfMemoryError
 from ..spec.speculation import Drafter, Speculation
+from .prefixes import Prefixes
 from .sampler import Sampler, check_bias
+from .schedule import Turns
+from .score import Score, Scorer
 from .text import Ending, NoText, StopStrings, Token
 
 ROOM = 128                              # tokens that one call of the library may give a sequence
+ANSWER = 256                            # tokens of an answer that admission keeps rows for
 CALL_SECONDS = 0.016                    # rounds that are one call: so long, so that tokens come evenly
-PIECE_SECONDS, PIECE_SECONDS_ALONE = 0.1, 0.25      # what a piece of a prompt may take: beside others that write, and otherwise
+PASS_SECONDS, PASS_SECONDS_ALONE = 0.1, 0.25        # what a pass with pieces of prompts may take: while others write, and otherwise
+SOURCES = (None, None, "ngram", "draft", "self")    # by bmc_item.drafted
 PIECE = 64                              # tokens of the first piece, while nothing is known of costs
 
 
@@ -35,8 +40,10 @@ class Request:
 
     session: continue in this one, and keep it: what the prompt has in common with its tokens is not evaluated again.
     stop: strings that end the text; stop_ids: ids that do. top: how many of the likeliest ids each token tells. priority: of
-    two that wait, the one with the higher goes first. context caps a new session's rows. progress is called with (done,
-    total) while the prompt is read.
+    two that wait, the one with the higher goes first. client: whose request it is; clients get equal shares. context caps a
+    new session's rows. progress is called with (done, total) while the prompt is read. reuse: rows of an earlier request with
+    the same beginning may serve this one. score: None, or how many of the likeliest ids to tell for each token of the prompt,
+    with the log-probability of the token itself (Sequence.scores).
     """
 
     tokens: Tokens[int]
@@ -50,6 +57,9 @@ class Request:
     context: int | None = None
     speculate: bool = True
     progress: Callable[[int, int], None] | None = None
+    client: Hashable = None
+    reuse: bool = True
+    score: int | None = None
 
 
 def checked(request: Request, model) -> Request:
@@ -68,6 +78,8 @@ def checked(request: Request, model) -> Request:
     if request.context is not None:
         checks.whole("context", request.context, 1, 1 << 30)
     checks.number("priority", request.priority)
+    if request.score is not None:
+        checks.whole("score", request.score, 0, size)
     return replace(request, tokens=tokens, stop=checks.strings("stop", request.stop),
                    stop_ids=frozenset(checks.ids("stop_ids", request.stop_ids, size)),
                    top=checks.whole("top", request.top, 0, size))
@@ -118,50 +130,66 @@ class Event(NamedTuple):
 
 
 class Sequence:
-    """A request in an engine. done: it gives no more tokens; error: why, if it failed. stats: its Stats so far."""
+    """A request in an engine. done: it gives no more tokens; error: why, if it failed. stats: its Stats so far. started: it was
+    admitted. scores: those of the prompt's tokens from the second on, where the request asks for them. since: when it was added.
+    """
 
     def __init__(self, engine: Engine, request: Request, number: int):
         self.engine, self.request, self.number = engine, request, number
         self.prompt = list(request.tokens)
+        self.text = list(self.prompt)   # and the tokens given
+        self.scores: list[Score] = []
         self.stats = Stats(prompt_tokens=len(self.prompt))
         self.session, self._owned = request.session, request.session is None
         self.drafter: Drafter | None = None
-        self.done = self._started = False
+        self.done = self.started = False
+        self.reading = True             # its text, until the next token comes
         self.error: BmcError | None = None
         self.lost = ""                  # why the session is not its own any more
         self._written = 0               # tokens given
-        self._since = time.perf_counter()
+        self.since = time.perf_counter()
 
     # ---- the life of a sequence
 
     def start(self) -> None:
-        """Take a session, and keep what it holds of the prompt. Whoever wrote in that session before is ended."""
+        """Take a session, and keep what it holds of the text. Whoever wrote in that session before is ended."""
         request = self.request
         if self.session is None:
-            self.session = self.engine.model.session(request.context)
+            self.session = self.engine.session_for(self)
         session, context = self.session, self.session.context
         if len(self.prompt) > context:
             raise ContextFullError(f"the prompt has {len(self.prompt)} tokens, the context has room for {context}")
-        self.stats.reused_tokens = session.sync(self.prompt[:-1])
+        kept = session.sync(self.text[:-1] if request.score is None or self._written else [])
         before = session.writer() if session.writer else None
         if before not in (None, self):
             before.lose("another one began in its session")
         session.writer = ref(self)
         self._uses = session.uses
-        room = context - len(self.prompt) + 1
-        model = self.engine.model
-        decoder = model.tokenizer.stream() if model.tokenizer else NoText()
-        self._ending = Ending(decoder, request.max_tokens, room, StopStrings(request.stop, model.tokenizer), request.stop_ids)
-        self._limit = min(request.max_tokens, room)
+        if not self.started:
+            self.stats.reused_tokens = kept
+            self._begin(context - len(self.prompt) + 1)
         speculation = self.engine.speculation
         if not speculation.off and request.speculate and self._limit > 1:
             self.drafter = self.engine._drafter(self)
+        self._tokens = ffi.new("int32_t[]", self.text)
+        self.started = self.reading = True
+
+    def _begin(self, room: int) -> None:
+        """room: tokens that the context has room for."""
+        request, tokenizer = self.request, self.engine.model.tokenizer
+        decoder = tokenizer.stream() if tokenizer else NoText()
+        self._ending = Ending(decoder, request.max_tokens, room, StopStrings(request.stop, tokenizer), request.stop_ids)
+        self._limit = min(request.max_tokens, room)
         self._make_item()
-        self._started = True
+
+    def put_aside(self) -> None:
+        """Give up the rows. The text stays, and start() reads it again: what comes after is the same."""
+        self._close_drafter()
+        self.session.close()
+        self.session = None
 
     def _make_item(self) -> None:
         n, top = int(min(ROOM, max(1, self._limit))), self.request.top
-        self._tokens = ffi.new("int32_t[]", self.prompt)
         self._ids, self._logprobs, self._drafted = (ffi.new(f"{kind}[]", n) for kind in ("int32_t", "float", "uint8_t"))
         self._top_ids, self._top_logprobs = ffi.new("int32_t[]", n * top), ffi.new("float[]", n * top)
         self._stops = ffi.new("int32_t[]", list(self.request.stop_ids))
@@ -201,24 +229,43 @@ class Sequence:
         return not self.done
 
     @property
-    def reading(self) -> bool:
-        """Whether some of the prompt is still to be read."""
-        return self._written == 0
+    def owned(self) -> bool:
+        """Whether the session is the engine's, not the caller's."""
+        return self._owned
 
-    def ask(self, piece: int) -> int:
-        """Prepare the item for a step; how many tokens of the prompt it reads, `piece` at most."""
+    @property
+    def left(self) -> float:
+        """Tokens that may still come."""
+        return min(self.request.max_tokens, self.context - len(self.prompt) + 1) - self._written
+
+    @property
+    def context(self) -> int:
+        return (self.request.session or self.request).context or self.engine.model.config.n_ctx
+
+    @property
+    def unscored(self) -> int:
+        """Tokens of the prompt, but the last, whose next ones are still to be scored."""
+        return len(self.prompt) - 1 - len(self.scores) if self.request.score is not None else 0
+
+    @property
+    def stop_string(self) -> str | None:
+        """The string that ended the text."""
+        return self._ending.stop_strings.found if self.started else None
+
+    def ask(self, piece: int, most: float = ROOM) -> int:
+        """Prepare the item for a step that gives `most` tokens at most; how many tokens of the text it reads, `piece` at most."""
         item = self.item
         item.guesses, item.n_guesses = ffi.NULL, 0
         item.drafter = self.drafter.native if self.drafter else ffi.NULL
-        item.max_tokens = int(min(ROOM, self._limit - self._written))
+        item.max_tokens = int(min(ROOM, most, self._limit - self._written))
         if not self.reading:
             item.pending, item.n_pending, item.choose = self._last, 1, 1
             return 0
         at = self.session.position
-        n = min(piece, len(self.prompt) - at)
+        n = min(piece, len(self.text) - at)
         item.pending, item.n_pending = self._tokens + at, n
-        item.choose = at + n == len(self.prompt) and self._limit > 0
-        if item.choose:                 # the first token comes with the prompt, without guesses
+        item.choose = at + n == len(self.text) and self._limit > 0
+        if item.choose:                 # the first token comes with the text before it, without guesses
             item.drafter = ffi.NULL
         return n
 
@@ -235,8 +282,8 @@ class Sequence:
     def take(self, seconds: float) -> list[Token]:
         """The tokens that a round gave; also those of a call after which an interrupt came."""
         item = self.item
-        if self.reading and self.request.progress:
-            self.request.progress(min(self.session.position, len(self.prompt)), len(self.prompt))
+        if self.reading:
+            self.note_progress()
         n, item.n = item.n, 0
         if self.drafter:
             self.drafter.note_failure()
@@ -249,10 +296,15 @@ class Sequence:
             self.lose("it was interrupted")
             raise
 
+    def note_progress(self) -> None:
+        if self.request.progress and not self._written:
+            self.request.progress(min(self.session.position, len(self.prompt)), len(self.prompt))
+
     def _tokens_of(self, n: int, seconds: float) -> list[Token]:
         ids, logprobs, drafted = (ffi.unpack(array, n) for array in (self._ids, self._logprobs, self._drafted))
         self._last[0] = ids[-1]
-        self._time(seconds, n)
+        self._time(seconds)
+        self.reading = False
         found = []
         for i, (id, logprob) in enumerate(zip(ids, logprobs)):
             if id < 0 or logprob != logprob or logprob == -inf:
@@ -260,8 +312,9 @@ class Sequence:
                 self.error = BmcError(f"no token can be chosen at position {len(self.prompt) + self._written}: "
                                       "its logits are not numbers, or all tokens are banned")
                 break
-            token = self._ending.token(id, logprob, bool(drafted[i]), self._top(i))
+            token = self._ending.token(id, logprob, bool(drafted[i]), self._top(i), SOURCES[drafted[i]])
             self._written += 1
+            self.text.append(id)
             self.stats.predicted_tokens += 1
             found.append(token)
             if token.finish_reason:
@@ -277,7 +330,7 @@ class Sequence:
     def take_back(self, unread: int) -> None:
         """Let the session hold the text without its last token, and without tokens that nobody has read or
         that came after a stop string."""
-        if not self._started or self.session.uses != self._uses:
+        if not self.started or self.session is None or self.session.uses != self._uses:
             return
         end = len(self.prompt) + max(self._written - unread, 0) - 1
         with suppress(BmcError):
@@ -285,10 +338,10 @@ class Sequence:
                 self.session.rewind(end)
             self._uses = self.session.uses
 
-    def _time(self, seconds: float, n: int) -> None:
+    def _time(self, seconds: float) -> None:
         stats, counts = self.stats, self.item.stats
-        if self.reading:
-            stats.prompt_s = time.perf_counter() - self._since
+        if not self._written:
+            stats.prompt_s = time.perf_counter() - self.since
             ffi.buffer(ffi.addressof(counts))[:] = bytes(ffi.sizeof("bmc_item_stats"))
             return
         stats.predicted_s += seconds
@@ -296,36 +349,52 @@ class Sequence:
         stats.draft_s, stats.verify_s, stats.plain_s = counts.draft_s, counts.verify_s, counts.plain_s
         stats.lengths = {i: count for i, count in enumerate(counts.lengths) if count}
 
-    def finish(self) -> None:
-        """Let go of what the sequence used; a session that was given stays."""
+    def finish(self, keep: bool = False) -> None:
+        """Let go of what the sequence used; a session that was given stays. keep: the engine may use the rows again."""
         self.done = True
-        if self._started and not self._owned:
+        if self.started and (keep or not self._owned):
             self.item.n = 0
             self.take_back(0)
+        self._close_drafter()
+        if self._owned and self.session is not None:
+            session, self.session = self.session, None
+            self.engine.prefixes.give(session) if keep and not self.error else session.close()
+
+    def _close_drafter(self) -> None:
         if self.drafter is not None and self._owned:
             self.drafter.close()
-        if self._owned and self.session is not None:
-            self.session.close()
+            self.drafter = None
 
 
 class Engine:
     """Requests of one model, `parallel` of them at a time, the others waiting.
 
-    draft, spec, draft_max and draft_min are Speculation's. memory: bytes that the sessions of running requests may take
-    together, None for no bound. add() and cancel() may be called between steps; one thread at a time uses an engine.
+    draft, spec, draft_max and draft_min are Speculation's. memory: bytes that rows may take together, None for no bound. A
+    request that does not fit beside the others waits; where rows run out later, the youngest is put aside and reads its text
+    again when there is room; one that does not fit alone ends with an OutOfMemoryError. keep: rows of finished requests stay
+    for requests that begin alike, as far as the memory goes. pass_seconds: how long a pass may take while somebody writes.
+    add() and cancel() may be called between steps; one thread at a time uses an engine.
     """
 
     def __init__(self, model, draft=None, spec: str = "auto", draft_max: int = 16, draft_min: int = 0, parallel: int = 8,
-                 memory: float | None = None, speculation: Speculation | None = None):
+                 memory: float | None = None, speculation: Speculation | None = None, keep: bool = False,
+                 pass_seconds: float = PASS_SECONDS):
         if parallel < 1:
             raise ArgumentError(f"parallel is {parallel}; expected 1 or more")
-        self.model, self.parallel, self.memory = model, parallel, memory
+        if keep and memory is None:
+            raise ArgumentError("keep is True; expected memory to bound what is kept, found None")
+        self.model, self.parallel, self.memory, self.keep = model, parallel, memory, keep
         self.speculation = speculation or Speculation(model, draft, spec, draft_max, draft_min)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        self.prefixes = Prefixes()
+        self.rows = inf if memory is None else memory // row_bytes(model)
+        self.put_aside = 0              # how often sequences were
+        self._pass_seconds = pass_seconds
+        self._turns = Turns()
+        self._scorer = Scorer(model)
         self._added = 0
         self._events: list[Event] = []  # tokens that were taken in a step that an interrupt ended
-        self._row_bytes = 0             # of a session
         self._prompt_rate = 0.0         # tokens a second of prompts
         self._limits = ffi.new("bmc_limits *")
         self._limits.policy = self.speculation.policy
@@ -341,6 +410,7 @@ class Engine:
             raise BusyError("the session serves another request")
         sequence = Sequence(self, request, self._added)
         self._added += 1
+        self._turns.enter(request.client)
         self.waiting.append(sequence)
         return sequence
 
@@ -348,13 +418,13 @@ class Engine:
         """Give up a request; its rows are free at once. Nothing happens to one that is done."""
         for queue in (self.waiting, self.running):
             if sequence in queue:
-                queue.remove(sequence)
-                sequence.finish()
+                self._end(queue, sequence)
 
     def close(self) -> None:
         """Cancel all requests, and keep what was learned for the next run."""
         for sequence in (*self.running, *self.waiting):
             self.cancel(sequence)
+        self.prefixes.close()
         self.speculation.save()
 
     def __enter__(self) -> Engine:
@@ -367,80 +437,169 @@ class Engine:
 
     def step(self) -> list[Event]:
         """Read pieces of prompts and make a few rounds of decoding; the tokens that came. A request that cannot go on is done
-        and has an error; the others go on. Raises what concerns all, such as OutOfMemoryError."""
+        and has an error; the others go on. Raises what concerns all, such as OutOfMemoryError: relieve() helps, and the step
+        can be repeated."""
         self._admit()
         for sequence in self.running:
             sequence.check_session()
         self._let_go()
+        share = self._make_room()
         seconds = 0.0
         if not any(sequence.item.n for sequence in self.running):       # else an interrupt came before these were taken
-            seconds = self._round()
+            seconds = self._round(share)
         for sequence in [s for s in self.running if not s.done]:
-            self._events += [Event(sequence, token) for token in sequence.take(seconds)]
+            tokens = sequence.take(seconds)
+            self._turns.charge(sequence.request.client, written=len(tokens))
+            self._events += [Event(sequence, token) for token in tokens]
         self._let_go()
         events, self._events = self._events, []
         return events
 
     def _let_go(self) -> None:
         for sequence in [s for s in self.running if s.done]:
-            self.running.remove(sequence)
-            sequence.finish()
+            self._end(self.running, sequence, self.keep)
+
+    def _end(self, queue: list[Sequence], sequence: Sequence, keep: bool = False) -> None:
+        queue.remove(sequence)
+        self._turns.leave(sequence.request.client)
+        sequence.finish(keep)
+
+    def _order(self, sequences: list[Sequence]) -> list[Sequence]:
+        """Who is admitted first, and whose prompt is read first."""
+        now = time.perf_counter()
+        return sorted(sequences, key=lambda s: (-s.request.priority, *self._turns.key(
+            s.request.client, len(s.text), now - s.since, s.number)))
 
     def _admit(self) -> None:
-        self.waiting.sort(key=lambda s: (-s.request.priority, s.number))
-        while self.waiting and len(self.running) < self.parallel and self._fits(self.waiting[0]):
-            sequence = self.waiting[0]
+        while self.waiting and len(self.running) < self.parallel:
+            sequence = self._order(self.waiting)[0]
+            fits = self._fits(sequence)
+            if not fits and self.running:
+                break
             try:
+                if not fits and len(sequence.text) >= self.rows:
+                    raise OutOfMemoryError(f"{len(sequence.text)} tokens do not fit the memory, which has room for {self.rows:.0f}")
                 sequence.start()
-                self._row_bytes = sequence.session.arena_stats().row_bytes
                 self.running.append(sequence)
+                self.waiting.remove(sequence)
             except BmcError as error:
                 sequence.error = error
-                sequence.finish()
-            self.waiting.remove(sequence)
+                self._end(self.waiting, sequence)
+
+    def session_for(self, sequence: Sequence):
+        """A session for a sequence that brings none: the one that holds most of its beginning, or a new one."""
+        request = sequence.request
+        kept = self.prefixes.take(sequence.text[:-1], sequence.context) if request.reuse and request.score is None else None
+        return kept or self.model.session(request.context)
+
+    # ---- memory, in rows
+
+    def _committed(self, sequence: Sequence) -> float:
+        """Rows that a running sequence has, or is certain to need: a session that was given is never taken away."""
+        return len(sequence.text) + (0 if sequence.owned else sequence.left)
 
     def _fits(self, sequence: Sequence) -> bool:
-        if self.memory is None or not self.running:
+        """Whether there are rows for its text and the beginning of its answer; kept rows make way."""
+        if self.rows == inf:
             return True
+        needs = sum(len(s.text) + (min(s.left, ANSWER) if s.owned else s.left) for s in (*self.running, sequence))
+        held = self.prefixes.match(sequence.text[:-1], sequence.context) if sequence.request.reuse else None
+        while needs + self.prefixes.rows - (held.rows if held else 0) > self.rows and self.prefixes.evict(held):
+            pass
+        return needs <= self.rows
 
-        def rows(s: Sequence) -> float:
-            return min(len(s.prompt) + s.request.max_tokens, s.request.context or self.model.config.n_ctx)
+    def _make_room(self) -> float:
+        """Rows that each sequence of the next call may add to its text. Kept rows make way, then the youngest sequences."""
+        if self.rows == inf:
+            return inf
+        while True:
+            owned = [s for s in self.running if s.owned]
+            free = self.rows - self.prefixes.rows - sum(map(self._committed, self.running))
+            if not owned or free >= len(owned) * ROOM:
+                return ROOM
+            if self.prefixes.evict():
+                continue
+            if free >= len(owned):
+                return free // len(owned)
+            self._drop_youngest(owned)
 
-        return self._row_bytes * sum(rows(s) for s in (*self.running, sequence)) <= self.memory
+    def _drop_youngest(self, owned: list[Sequence]) -> None:
+        """Put the youngest sequence aside; end it where it is alone."""
+        sequence = max(owned, key=lambda s: s.number)
+        if len(self.running) == 1:
+            sequence.error = OutOfMemoryError(f"{len(sequence.text)} tokens fill the memory, which has room for {self.rows:.0f}")
+            self._end(self.running, sequence)
+            return
+        self.running.remove(sequence)
+        sequence.put_aside()
+        self.put_aside += 1
+        self.waiting.append(sequence)
 
-    def _round(self) -> float:
-        """One call of the library for all running sequences; its seconds."""
-        writing = any(not s.reading for s in self.running)
-        room, items, read = self._piece(writing), [], 0
-        for sequence in self.running:
+    def relieve(self) -> bool:
+        """Give memory back to a system that has none left: kept rows, or those of the youngest sequence. False: there are none."""
+        if self.prefixes.evict():
+            return True
+        owned = [s for s in self.running if s.owned]
+        if owned:
+            self._drop_youngest(owned)
+        return bool(owned)
+
+    # ---- one call of the library
+
+    def _round(self, share: float) -> float:
+        """One call of the library for all running sequences; its seconds. share: tokens that each may add to its text."""
+        writing = [s for s in self.running if not s.reading]
+        reading = self._order([s for s in self.running if s.reading])
+        room, items, read = self._piece(bool(writing)), [], 0
+        started = time.perf_counter()
+        scored = self._score([s for s in reading if s.unscored], room)
+        room -= scored
+        for sequence in writing + [s for s in reading if not s.unscored]:
             if sequence.reading and room < 1:
                 continue
-            n = sequence.ask(room)
+            n = sequence.ask(room, share if sequence.owned else inf)
+            self._turns.charge(sequence.request.client, read=n)
             room, read = room - n, read + n
             items.append(sequence)
-        self._limits.seconds = 0.0 if read else CALL_SECONDS
-        started = time.perf_counter()
+        self._limits.seconds = 0.0 if read or scored else CALL_SECONDS
         with ExitStack() as claims, self.speculation.locks[os.getpid()]:
             items = [sequence for sequence in items if sequence.claim(claims)]
-            if not items:
-                return 0.0
-            pointers = ffi.new("bmc_item *[]", [sequence.item for sequence in items])
-            if check(lib.bmc_round(pointers, len(items), self._limits)) == 0:
-                for sequence in items:
-                    if sequence.item.wanted:
-                        sequence.answer_wanted()
-                check(lib.bmc_round(pointers, len(items), self._limits))
+            if items:
+                pointers = ffi.new("bmc_item *[]", [sequence.item for sequence in items])
+                if check(lib.bmc_round(pointers, len(items), self._limits)) == 0:
+                    for sequence in items:
+                        if sequence.item.wanted:
+                            sequence.answer_wanted()
+                    check(lib.bmc_round(pointers, len(items), self._limits))
         seconds = time.perf_counter() - started
-        if read:
-            rate = read / seconds
-            self._prompt_rate = rate if read >= PIECE or not self._prompt_rate else self._prompt_rate
+        if read or scored:
+            rate = (read + scored) / seconds
+            self._prompt_rate = rate if read + scored >= PIECE or not self._prompt_rate else self._prompt_rate
         return seconds
+
+    def _score(self, sequences: list[Sequence], room: int) -> int:
+        """Read pieces of prompts whose tokens are scored, in a pass of their own; how many tokens. The last token of a prompt
+        is left to the round."""
+        read = 0
+        for sequence in sequences:
+            n = min(room - read, sequence.unscored)
+            if n < 1:
+                break
+            with ExitStack() as claims:
+                if not sequence.claim(claims):
+                    continue
+                at = len(sequence.scores)
+                sequence.scores += self._scorer(sequence.item.session, sequence.text[at:at + n + 1], sequence.request.score)
+            self._turns.charge(sequence.request.client, read=n)
+            sequence.note_progress()
+            read += n
+        return read
 
     def _piece(self, writing: bool) -> int:
         """Tokens of prompts in the next pass."""
         if not self._prompt_rate:
             return PIECE
-        return max(16, int(self._prompt_rate * (PIECE_SECONDS if writing else PIECE_SECONDS_ALONE)) // 16 * 16)
+        return max(16, int(self._prompt_rate * (self._pass_seconds if writing else PASS_SECONDS_ALONE)) // 16 * 16)
 
     def _drafter(self, sequence: Sequence) -> Drafter:
         """Who guesses for a sequence: in a session that was given, the one who did so before."""
@@ -450,3 +609,9 @@ class Engine:
         if session.drafter is None or session.drafter.made is not self.speculation:
             session.drafter = self.speculation.drafter(session)
         return session.drafter
+
+
+def row_bytes(model) -> int:
+    """Bytes of a token's keys and values."""
+    with model.session(1) as session:
+        return session.arena_stats().row_bytes
