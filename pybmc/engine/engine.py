@@ -166,7 +166,7 @@ class Sequence:
         session.writer = ref(self)
         self._uses = session.uses
         if not self.started:
-            self.stats.reused_tokens = kept
+            self._began, self.stats.reused_tokens = time.perf_counter(), kept
             self._begin(context - len(self.prompt) + 1)
         speculation = self.engine.speculation
         if not speculation.off and request.speculate and self._limit > 1:
@@ -341,7 +341,7 @@ class Sequence:
     def _time(self, seconds: float) -> None:
         stats, counts = self.stats, self.item.stats
         if not self._written:
-            stats.prompt_s = time.perf_counter() - self.since
+            stats.prompt_s = time.perf_counter() - self._began
             ffi.buffer(ffi.addressof(counts))[:] = bytes(ffi.sizeof("bmc_item_stats"))
             return
         stats.predicted_s += seconds

@@ -196,7 +196,7 @@ def usage_of(choices: Sequence[Choice], n: int = 1) -> dict:
 def timings_of(stats: Stats) -> dict:
     """Times and rates under llama-server's names, and the rate that plain decoding would have had."""
     def per_token(seconds: float, n: int) -> float:
-        return 1e3 * seconds / n if n else 0.0
+        return 1e3 * seconds / n if n > 0 else 0.0
 
     read, written = stats.prompt_tokens - stats.reused_tokens, stats.predicted_tokens
     return {"cache_n": stats.reused_tokens, "prompt_n": read, "prompt_ms": 1e3 * stats.prompt_s,

@@ -19,7 +19,16 @@ from .errors import Refused, invalid, unsupported
 from .fields import Fields
 from .http import Json, Sse, client_of, fields_of, in_pool, respond, service_of
 from .service import Service
-from .tasks import SAMPLING, chat_prompt, gap_prompt, refuse_common, task_of, template_request, text_prompts
+from .tasks import (
+    SAMPLING,
+    gap_prompt,
+    messages_of,
+    refuse_common,
+    task_of,
+    template_request,
+    text_prompts,
+    variables_of,
+)
 
 
 class NativeAnswer:
@@ -164,7 +173,8 @@ async def apply_template(request: Request) -> Response:
 
     def write() -> str:
         refuse_common(fields)
-        return service.tokenizer.decode(chat_prompt(service, fields)[0], special=True)
+        continued = fields.flag("continue_final_message", True)
+        return service.template.render(messages_of(fields), continue_final_message=continued, **variables_of(fields))
 
     return Json({"prompt": await in_pool(request, write)})
 
