@@ -649,7 +649,7 @@ static void choose(const struct pass *p, int thread) {
         if (span->logprob)
             span->logprob[row] = (float)logprob;
         if (span->given)
-            span->given_logprob[row] = (float)((double)p->given[i] - log_sum);
+            span->given_logprob[row] = (float)((double)p->given[i] - best.logit - log(sum));
         if (span->n_top)
             likeliest(&m->k, p->logits[i], m->c.vocab_size, span->n_top, log_sum, span->top_ids + (size_t)row * (size_t)span->n_top,
                       span->top_logprobs + (size_t)row * (size_t)span->n_top,

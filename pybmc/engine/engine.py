@@ -515,7 +515,7 @@ class Engine:
         while True:
             owned = [s for s in self.running if s.owned]
             free = self.rows - self.prefixes.rows - sum(map(self._committed, self.running))
-            if not owned or free >= len(owned) * ROOM:
+            if free >= sum(min(ROOM, s.left) for s in owned):
                 return ROOM
             if self.prefixes.evict():
                 continue
