@@ -23,7 +23,7 @@ class Served:
     def __init__(self, load, policy=None, grace=0.2, page=True):
         self.place = run.Place(port=0)
         self.place.bind()
-        self.service = self._error = None
+        self.service = self._error = self.gate = None
         self._started, self._ready = threading.Event(), threading.Event()
         coroutine = run.serve(self.place, policy or Policy(), load, self._note, grace, page, self._note_server)
         self._thread = threading.Thread(target=self._run, args=(coroutine,))
@@ -59,6 +59,8 @@ class Served:
 
     def close(self):
         self.client.close()
+        if self.gate:
+            self.gate.open()
         with contextlib.suppress(RuntimeError):
             self.stop()
         self._thread.join(20)
@@ -102,12 +104,12 @@ def until(condition, seconds=20):
 
 
 class Gate:
-    """Lets an engine make steps one by one. open() lets all pass."""
+    """Lets an engine make the first `steps` steps, then others one by one. open() lets all pass."""
 
-    def __init__(self, engine):
-        self.steps, self._step, self._free = 0, engine.step, threading.Semaphore(0)
+    def __init__(self, server, steps=0):
+        self.steps, self._step, self._free = 0, server.engine.step, threading.Semaphore(steps)
         self._open = False
-        engine.step = self.step
+        server.engine.step, server.gate = self.step, self
 
     def step(self):
         if not self._open:

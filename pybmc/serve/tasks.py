@@ -56,7 +56,7 @@ def refuse_common(fields: Fields) -> None:
         raise unsupported("response_format", "of another type than text is not supported here")
     if set(fields.listed("modalities")) - {"text"}:
         raise unsupported("modalities", "beyond text are not supported here")
-    if fields.whole("best_of", 1) > fields.whole("n", 1):
+    if "best_of" in fields and fields.whole("best_of") > fields.whole("n", 1):
         raise unsupported("best_of", "beyond n is not supported here")
 
 
