@@ -117,10 +117,14 @@ class Gate:
         self.steps += 1
         return self._step()
 
-    def let(self, n=1):
-        """Let n steps pass, and wait for them."""
-        wanted = self.steps + n
+    def allow(self, n=1):
+        """Let n steps pass."""
         self._free.release(n)
+
+    def let(self, n=1):
+        """Let n steps pass, and wait until the last of them begins."""
+        wanted = self.steps + n
+        self.allow(n)
         until(lambda: self.steps >= wanted)
 
     def open(self):
