@@ -23,13 +23,13 @@ class Served:
     def __init__(self, load, policy=None, grace=0.2, page=True):
         self.place = run.Place(port=0)
         self.place.bind()
+        self.url = self.place.url
         self.service = self._error = self.gate = None
         self._started, self._ready = threading.Event(), threading.Event()
         coroutine = run.serve(self.place, policy or Policy(), load, self._note, grace, page, self._note_server)
         self._thread = threading.Thread(target=self._run, args=(coroutine,))
         self._thread.start()
         self._started.wait(10)
-        self.url = self.place.url
         self.client = httpx.Client(base_url=self.url, timeout=30)
 
     def _run(self, coroutine):

@@ -84,17 +84,16 @@ async def body_of(request: HttpRequest) -> bytes:
 
 async def _read(request: HttpRequest, most: int) -> bytes:
     told = request.headers.get("content-length", "")
-    total, parts, more = int(told) if told.isdecimal() else 0, [], True
-    read = 0
-    while more:
-        if max(total, read) > most:
-            raise Refused(413, "body_too_large", f"the body has {max(total, read)} bytes or more; expected at most {most}",
-                          headers={"Connection": "close"})
+    announced, read, parts, more = int(told) if told.isdecimal() else 0, 0, [], True
+    while more and max(announced, read) <= most:
         message = await request.receive()
         if message["type"] == "http.disconnect":
             raise Gone
         parts.append(message.get("body", b""))
         read, more = read + len(parts[-1]), message.get("more_body", False)
+    if max(announced, read) > most:
+        raise Refused(413, "body_too_large", f"the body has {max(announced, read)} bytes or more; expected at most {most}",
+                      headers={"Connection": "close"})
     return b"".join(parts)
 
 
