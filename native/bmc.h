@@ -128,6 +128,8 @@ typedef struct bmc_drafter_options {
     int32_t self_window;            /* > 0: the target drafts for itself; attention then sees the first 256 rows and this many last ones */
     int32_t external;               /* 1: the caller has a draft model that it asks where bmc_item.wanted says so */
     int32_t ngrams;                 /* 1: repetitions in the text */
+    const int32_t *hint;            /* (n_hint,) tokens that the text may repeat though they are not in it; or NULL */
+    int32_t n_hint;
     int32_t most, least;            /* guesses in a pass: at most; fewer are not made */
     int32_t fixed;                  /* as many in every round, all of them checked, for proofs; 0: as many as pay */
 } bmc_drafter_options;

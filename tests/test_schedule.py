@@ -14,6 +14,7 @@ from pybmc.engine.engine import row_bytes
 from pybmc.engine.prefixes import Prefixes
 from pybmc.engine.sampler import Sampler
 from pybmc.engine.schedule import LONG, PATIENCE, WRITTEN, Turns
+from pybmc.spec.speculation import Speculation
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +192,21 @@ def test_relieve_gives_kept_rows_back_first(model, short_calls):
         finish(engine)
         assert engine.relieve() and engine.relieve() and not engine.relieve()       # what those two left
         assert other.stats.predicted_tokens == 100
+
+
+# ---- hints
+
+
+def test_a_hint_is_guessed_from_and_changes_nothing(model):
+    request = Request([5, 6, 7], 80)
+    expected = alone(model, request)
+    ids = [t.id for t in expected]
+    for hint, accepted in ((ids, True), (ids[:40] + [9] + ids[40:], True), ([1, 2, 3], False), ([5] * 2000, False)):
+        made = Speculation(model, None, "ngram", fixed=8)
+        with Engine(model, speculation=made) as engine:
+            sequence = engine.add(Request([5, 6, 7], 80, hint=hint))
+            assert outcome(finish(engine)[sequence]) == outcome(expected)
+            assert sequence.stats.draft_n_accepted >= 60 or not accepted
 
 
 # ---- scores

@@ -179,6 +179,20 @@ def test_pieces_tell_who_guessed(model):
     assert all("timings" in e for e in found if "pybmc" in e)
 
 
+def test_a_prediction_changes_the_time_and_not_the_text(model):
+    with served(model, names=["tiny"]) as server:
+        server.engine.speculation.fixed = 4         # so that guesses are made whatever they cost
+        plain = chat(server, temperature=0, max_tokens=60, spec="off").json()
+        text = plain["choices"][0]["message"]["content"]
+        for content in (text, [{"type": "text", "text": text}], "something else"):
+            found = chat(server, temperature=0, max_tokens=60, prediction={"type": "content", "content": content}).json()
+            assert found["choices"] == plain["choices"]
+            details = found["usage"]["completion_tokens_details"]
+            assert details["accepted_prediction_tokens"] + details["rejected_prediction_tokens"] > 0 or content == "something else"
+        assert "accepted_prediction_tokens" not in plain["usage"]["completion_tokens_details"]
+        assert server.post("/v1/chat/completions", {"messages": HELLO, "prediction": {"type": "other"}}).status_code == 400
+
+
 def test_progress_of_a_prompt_is_told(model):
     with served(model, names=["tiny"]) as server:
         server.engine._prompt_rate = 1e-9
@@ -527,6 +541,9 @@ def test_metrics_count(model):
     ({"web_search_options": {"x": 1}}, "unsupported_parameter", "web_search_options"), ({"session": "a"}, "unsupported_parameter", "session"),
     ({"best_of": 2}, "unsupported_parameter", "best_of"), ({"draft_max": 3}, "unsupported_parameter", "draft_max"),
     ({"spec": "draft"}, "invalid_value", "spec"), ({"repeat_penalty": 0}, "invalid_value", "repeat_penalty"),
+    ({"presence_penalty": 1e39}, "invalid_value", "presence_penalty"), ({"repeat_penalty": 1e-50}, "invalid_value", "repeat_penalty"),
+    ({"seed": 10 ** 30}, "invalid_value", "seed"), ({"stop": "a" * 257}, "invalid_value", "stop"), ({"min_p": -1}, "invalid_value", "min_p"),
+    ({"top_k": 1.5}, "invalid_value", "top_k"),
     ({"messages": [{"role": "user", "content": "a " * 3000}]}, "context_length_exceeded", None),
 ], ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else None)
 def test_fields_that_cannot_be_honoured_are_refused_by_name(server, fields, code, param):
@@ -593,7 +610,9 @@ def test_a_full_queue_is_429_and_a_long_wait_503(model):
         until(lambda: len(server.service.worker.waiting) == 1)
         response = server.post("/v1/chat/completions", {"messages": HELLO})
         assert error_of(response) == (429, "rate_limit_error", "queue_full") and response.headers["retry-after"]
-        told = waiting.recv(10_000)
+        told = b""
+        while not told.endswith(b"}}"):
+            told += waiting.recv(10_000)
         assert b"503" in told.split(b"\r\n")[0] and b"queue_timeout" in told and b"unavailable_error" in told
         running.close()
         waiting.close()
@@ -657,6 +676,7 @@ def test_texts_are_logged_only_where_that_is_asked_for(model, tmp_path, caplog):
     with served(model, log_texts=str(tmp_path / "texts")) as server:
         response = server.post("/v1/completions", {"prompt": "a secret word", "max_tokens": 3, "seed": 1})
     told = json.loads((tmp_path / "texts").read_text())
+    assert (tmp_path / "texts").stat().st_mode & 0o777 == 0o600
     assert told["prompts"] == ["a secret word"] and told["answers"][0]["content"] == response.json()["choices"][0]["text"]
     assert "secret" not in caplog.text and "POST /v1/completions 200" in caplog.text
     assert told["id"] == response.headers["x-request-id"]

@@ -21,11 +21,13 @@ def start(*args, **env):
 
 def test_a_server_from_start_to_end():
     """A ready line, flags by variables, an answer, one line of log, and status 0 after SIGTERM."""
-    server = start(tiny.model("llama"), "--json", "--alias", "mine", "-s", "7", "-t", "1", PYBMC_PORT="0", PYBMC_MAX_TOKENS="5")
+    server = start(tiny.model("llama"), "--json", "--alias", "mine", "-t", "1", PYBMC_PORT="0", PYBMC_SEED="7", PYBMC_MAX_TOKENS="5",
+                   PYBMC_API_KEY="one two", PYBMC_TEMP="0.5")
     try:
         ready = json.loads(server.stdout.readline())
         assert ready["model"] == "mine" and ready["pid"] == server.pid
-        with httpx.Client(base_url=ready["url"], timeout=20) as client:
+        with httpx.Client(base_url=ready["url"], timeout=20, headers={"x-api-key": "two"}) as client:
+            assert client.get("/props").json()["default_generation_settings"]["params"]["temperature"] == 0.5
             found = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "a"}]})
             assert found.json()["usage"]["completion_tokens"] <= 5 and found.headers["x-pybmc-seed"] == "7"
         server.send_signal(signal.SIGTERM)

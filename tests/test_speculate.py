@@ -38,7 +38,7 @@ def write(model, tokens, n, speculation=None, **settings):
     with Engine(model, speculation=made) as engine:
         sequence, found = engine.add(Request(tokens, n, Sampler(**settings))), []
         while not sequence.done:
-            found += [token._replace(from_draft=False) for _, token in engine.step()]
+            found += [token._replace(from_draft=False, by=None) for _, token in engine.step()]
         assert not sequence.error
         return found, sequence.stats
 

@@ -21,6 +21,7 @@ from .options import (
     find_model,
     json_option,
     model_argument,
+    model_option,
     opened,
     options,
     print_json,
@@ -90,10 +91,9 @@ server_options = options(
     click.option("--log-texts", type=File(), metavar="FILE", help="Append prompts and answers to a file."))
 
 
-@click.command(context_settings={"auto_envvar_prefix": "PYBMC"})
+@click.command()
 @model_argument
-@click.option("-m", "--model", "model_option", metavar="FILE", type=File(), envvar="PYBMC_MODEL",
-              help="The model, if it is not given as an argument.")
+@model_option
 @place_options
 @door_options
 @work_options
@@ -156,7 +156,11 @@ def serve(model, model_option, host, port, unix, key_file, insecure, grace, no_p
     models.close()
 
 
-serve.params = [param for param in serve.params if param.name != "tint"]
+serve.params = [param for param in serve.params if param.name != "tint"]       # there is no terminal to colour
+for param in serve.params:
+    if isinstance(param, click.Option):
+        flag = next(name for name in param.opts if name.startswith("--"))
+        param.envvar = "PYBMC_" + flag[2:].replace("-", "_").upper()
 
 
 def read_keys(path) -> list[str]:

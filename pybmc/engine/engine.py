@@ -43,7 +43,8 @@ class Request:
     two that wait, the one with the higher goes first. client: whose request it is; clients get equal shares. context caps a
     new session's rows. progress is called with (done, total) while the prompt is read. reuse: rows of an earlier request with
     the same beginning may serve this one. score: None, or how many of the likeliest ids to tell for each token of the prompt,
-    with the log-probability of the token itself (Sequence.scores).
+    with the log-probability of the token itself (Sequence.scores). hint: ids that the text may repeat, as an earlier version of
+    it: what is guessed by them changes the time, never the text. A drafter that is kept with a session does without.
     """
 
     tokens: Tokens[int]
@@ -60,6 +61,7 @@ class Request:
     client: Hashable = None
     reuse: bool = True
     score: int | None = None
+    hint: Tokens[int] = ()
 
 
 def checked(request: Request, model) -> Request:
@@ -81,7 +83,7 @@ def checked(request: Request, model) -> Request:
     if request.score is not None:
         checks.whole("score", request.score, 0, size)
     return replace(request, tokens=tokens, stop=checks.strings("stop", request.stop),
-                   stop_ids=frozenset(checks.ids("stop_ids", request.stop_ids, size)),
+                   stop_ids=frozenset(checks.ids("stop_ids", request.stop_ids, size)), hint=checks.ids("hint", request.hint, size),
                    top=checks.whole("top", request.top, 0, size))
 
 
@@ -605,7 +607,7 @@ class Engine:
         """Who guesses for a sequence: in a session that was given, the one who did so before."""
         session = sequence.session
         if sequence._owned:
-            return self.speculation.drafter(session)
+            return self.speculation.drafter(session, sequence.request.hint)
         if session.drafter is None or session.drafter.made is not self.speculation:
             session.drafter = self.speculation.drafter(session)
         return session.drafter

@@ -184,13 +184,18 @@ class Choice:
 # ---- counts ----------------------------------------------------------------------------------------------------
 
 
-def usage_of(choices: Sequence[Choice], n: int = 1) -> dict:
-    """What a request took; the prompts count once, whatever the number n of answers to each is."""
+def usage_of(choices: Sequence[Choice], n: int = 1, predicted: bool = False) -> dict:
+    """What a request took; the prompts count once, whatever the number n of answers to each is. predicted: it brought a text
+    that the answer may repeat."""
     prompts = choices[::n]
     read, written = sum(c.stats.prompt_tokens for c in prompts), sum(c.stats.predicted_tokens for c in choices)
+    details = {"reasoning_tokens": sum(c.reasoning_tokens for c in choices)}
+    if predicted:
+        details |= {"accepted_prediction_tokens": sum(token.by == "ngram" for c in choices for token in c.tokens),
+                    "rejected_prediction_tokens": sum(c.stats.draft_n - c.stats.draft_n_accepted for c in choices)}
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written,
             "prompt_tokens_details": {"cached_tokens": sum(c.stats.reused_tokens for c in prompts)},
-            "completion_tokens_details": {"reasoning_tokens": sum(c.reasoning_tokens for c in choices)}}
+            "completion_tokens_details": details}
 
 
 def timings_of(stats: Stats) -> dict:
@@ -227,12 +232,13 @@ class ChatAnswer:
     """The answers to a chat request. begin(), take() and last() give chunks to stream; whole() gives the answer at the end.
 
     n_top: None, or how many likeliest ids each token's log-probability comes with. per_token: chunks tell timings and who guessed.
+    predicted: as in usage_of.
     """
 
     def __init__(self, head: Head, tokenizer, choices: list[Choice], n_top: int | None = None, usage: bool = False,
-                 per_token: bool = False):
+                 per_token: bool = False, predicted: bool = False):
         self.head, self.tokenizer, self.choices, self.n_top = head, tokenizer, choices, n_top
-        self._usage, self._per_token = usage, per_token
+        self._usage, self._per_token, self._predicted = usage, per_token, predicted
         self._told = [0] * len(choices)         # tokens whose log-probabilities have gone out
 
     def begin(self) -> list[dict]:
@@ -264,7 +270,7 @@ class ChatAnswer:
         return [self.head.dict("chat.completion.chunk") | {"choices": [], "usage": self.usage()}] if self._usage else []
 
     def usage(self) -> dict:
-        return usage_of(self.choices, len(self.choices))
+        return usage_of(self.choices, len(self.choices), self._predicted)
 
     def whole(self) -> dict:
         choices = [{"index": choice.index, "message": self._message(choice), "logprobs": self._logprobs(choice.shown),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import Hashable
 from contextlib import suppress
 
@@ -155,12 +156,17 @@ class Going:
         if self.service.settings.log_texts:
             told = {"id": self.request.scope["pybmc.id"], "path": self.request.url.path,
                     "prompts": [text for text, _ in self.task.prompts], "answers": [choice.texts for choice in choices]}
-            with suppress(OSError), open(self.service.settings.log_texts, "ab", 0) as file:
+            with suppress(OSError), open(self.service.settings.log_texts, "ab", 0, opener=_private) as file:
                 file.write(dump(told) + b"\n")
 
     def close(self) -> None:
         self._watcher.cancel()
         self.run.close()
+
+
+def _private(path: str, flags: int) -> int:
+    """Open a file that, where it is new, only its owner may read."""
+    return os.open(path, flags, 0o600)
 
 
 class Stream(Response):

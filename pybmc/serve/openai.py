@@ -16,7 +16,7 @@ from .errors import Refused, invalid, unsupported
 from .fields import Fields
 from .http import Json, Sse, client_of, fields_of, in_pool, respond, service_of
 from .service import Service
-from .tasks import chat_prompt, gap_prompt, refuse_common, task_of, template_request, text_prompts
+from .tasks import chat_prompt, gap_prompt, prediction_of, refuse_common, task_of, template_request, text_prompts
 
 
 def check_model(service: Service, fields: Fields) -> None:
@@ -48,14 +48,14 @@ def chat_task(service: Service, fields: Fields, client):
     if n_top is None and fields.get("top_logprobs"):
         raise invalid("top_logprobs", "top_logprobs is given without logprobs; expected logprobs to be true")
     most = most_tokens(service, fields, ("max_completion_tokens", "max_tokens"), service.settings.max_tokens)
-    base = replace(template_request(service, fields, client, most), top=n_top or 0,
+    base = replace(template_request(service, fields, client, most), top=n_top or 0, hint=prediction_of(service, fields),
                    progress=(lambda done, total: None) if fields.flag("return_progress") else None)
     usage, n = fields.object("stream_options").flag("include_usage"), fields.whole("n", 1, 1, 16)
     ids, begun = chat_prompt(service, fields)
     shown = fields.choice("reasoning_format", ("none", "auto", "deepseek", "deepseek-legacy"), "auto") != "none"
     task = task_of(service, base, [("", ids)], n, reasoning=shown, begun=begun)
     return task, ChatAnswer(head(service, "chatcmpl-"), service.tokenizer, task.choices(service), n_top, usage,
-                            fields.flag("timings_per_token"))
+                            fields.flag("timings_per_token"), "prediction" in fields)
 
 
 async def completions(request: Request) -> Response:

@@ -21,7 +21,9 @@ from .fill import fill_prompt
 from .service import Service
 
 ANSWERS = 64                            # of one request, over all its prompts
+STOP_CHARACTERS = 256                   # of a stop string: it is looked for behind each token
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty", "repeat_last_n")
+BOUNDS = {"temperature": (0, 100), "repeat_penalty": (0.01, 100), "presence_penalty": (-100, 100), "frequency_penalty": (-100, 100)}
 REFUSED = ("images", "audio", "files", "web_search_options", "background", "previous_response_id", "conversation",
            "tools", "functions", "json_schema", "grammar", "session")
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -65,9 +67,10 @@ def refuse_common(fields: Fields) -> None:
 
 def sampler_of(service: Service, fields: Fields) -> Sampler:
     """The request's sampler; its seed is a new one where none is given."""
-    fields.number("temperature", None, 0, 100)
+    for name, bounds in BOUNDS.items():
+        fields.number(name, None, *bounds)
     given = dict(service.settings.sampling) | {name: fields[name] for name in SAMPLING if name in fields}
-    seed = fields.whole("seed", given.get("seed"), -inf)
+    seed = fields.whole("seed", given.get("seed"), -(1 << 63), (1 << 64) - 1)
     given |= {"seed": int.from_bytes(os.urandom(4), "little") if seed in (None, -1) else seed,
               "logit_bias": bias_of(service, fields) or given.get("logit_bias", {})}
     try:
@@ -113,9 +116,23 @@ def speculates(service: Service, fields: Fields) -> bool:
     return fields.get("spec") != "off" and fields.get("draft_max") != 0
 
 
-def template_request(service: Service, fields: Fields, client: Hashable, max_tokens: float, stop: str = "stop") -> Request:
+def prediction_of(service: Service, fields: Fields) -> list[int]:
+    """Ids of a text that the answer may repeat."""
+    if "prediction" not in fields:
+        return []
+    prediction = fields.object("prediction")
+    prediction.choice("type", ("content",))
+    content = _content(prediction, "prediction")
+    text = content if isinstance(content, str) else "".join(part["text"] for part in content or ())
+    return service.tokenizer.encode(text, bos=False)
+
+
+def template_request(service: Service, fields: Fields, client: Hashable, max_tokens: float) -> Request:
     """A request with everything but the prompt."""
-    return Request((), max_tokens, sampler_of(service, fields), fields.texts(stop, 16), service.tokenizer.stop_ids,
+    stop = fields.texts("stop", 16)
+    if any(len(text) > STOP_CHARACTERS for text in stop):
+        raise invalid("stop", f"stop has a text of {max(map(len, stop))} characters; expected at most {STOP_CHARACTERS}")
+    return Request((), min(max_tokens, service.context + 1), sampler_of(service, fields), stop, service.tokenizer.stop_ids,
                    context=service.settings.context, speculate=speculates(service, fields), client=client,
                    reuse=fields.flag("cache_prompt", True))
 

@@ -186,7 +186,8 @@ class Worker:
             events = self.engine.step()
         except OutOfMemoryError:
             events = []
-            self.engine.relieve()
+            if not self.engine.relieve():
+                self._fail_all()
         except Exception:
             log.exception("a step of the engine failed")
             self._fail_all()

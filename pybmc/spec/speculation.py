@@ -71,9 +71,9 @@ class Speculation:
     def off(self) -> bool:
         return self.spec == "off"
 
-    def drafter(self, session) -> Drafter:
-        """For one sequence of the model."""
-        return Drafter(self, session)
+    def drafter(self, session, hint=()) -> Drafter:
+        """For one sequence of the model. hint: ids that its text may repeat though they are not in it."""
+        return Drafter(self, session, hint)
 
     def save(self) -> None:
         """Keep what was learned for the next run."""
@@ -104,11 +104,13 @@ def seconds_of_guess(model) -> float:
 class Drafter:
     """Who guesses for one sequence. native is a bmc_drafter; bridge a TextDrafter where the draft model's vocabulary is another."""
 
-    def __init__(self, made: Speculation, session):
+    def __init__(self, made: Speculation, session, hint=()):
         self.made, self.bridge, self._session, self._kept, self._noted = made, None, None, [], False
         self._options = options = ffi.new("bmc_drafter_options *")
         options.most, options.least, options.fixed = made.most, made.least, made.fixed
         options.ngrams = made.spec in ("auto", "ngram")
+        self._hint = ffi.new("int32_t[]", list(hint))
+        options.hint, options.n_hint = self._hint, len(self._hint)
         options.self_window = SELF_WINDOW if made.spec == "self" else 0
         if made.draft is not None:
             self._session = made.draft.session()
