@@ -5,10 +5,9 @@ import hashlib
 import json
 import threading
 
-
 import pytest
 import tiny
-from serving import Served, httpx, served
+from serving import Served, httpx, served, until
 
 import pybmc
 from pybmc.serve import app, http, run
@@ -178,6 +177,7 @@ def test_forwarded_headers_are_not_believed(locked):
 def test_log_lines_are_escaped(server, caplog):
     caplog.set_level("INFO")
     server.client.get("/a%0Ab%1b[31m")
+    until(lambda: "GET /a" in caplog.text)          # it is written behind the answer
     assert r"GET /a\nb\x1b[31m 404" in caplog.text and "\x1b" not in caplog.text
 
 

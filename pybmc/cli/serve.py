@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +14,8 @@ import click
 from ..errors import BmcError
 from .options import (
     File,
-    Text,
     TemplateSource,
+    Text,
     context_option,
     draft_options,
     find_model,
@@ -129,7 +129,6 @@ def serve(model, model_option, host, port, unix, key_file, insecure, grace, no_p
     path, context, models = find_model(model, model_option), click.get_current_context(), ExitStack()
     place = run.Place(host, port, unix)
     place.bind()
-    set_up_log()
     services = []
 
     def load():
@@ -147,7 +146,8 @@ def serve(model, model_option, host, port, unix, key_file, insecure, grace, no_p
         else:
             write(f"pybmc serves {service.name} at {place.url}\n")
 
-    asyncio.run(run.serve(place, policy, load, ready, grace, not no_page))
+    with logged():
+        asyncio.run(run.serve(place, policy, load, ready, grace, not no_page))
     if unix:
         Path(unix).unlink(missing_ok=True)
     if not services:                        # ended while the model was loading: nobody waits for that
@@ -191,10 +191,14 @@ def make_settings(flags: dict):
                                                           "memory", "pooling", "strict_model", "log_texts")})
 
 
-def set_up_log() -> None:
+@contextmanager
+def logged():
     """A line a request on stderr."""
-    handler = logging.StreamHandler()
+    handler, log = logging.StreamHandler(), logging.getLogger("pybmc")
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    log = logging.getLogger("pybmc")
     log.addHandler(handler)
     log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
