@@ -33,7 +33,7 @@ from .options import (
 from .terminal import write
 
 MISSING = "pybmc serve needs more packages: pip install 'pybmc[serve]' (%s is missing)"
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30, "ti": 1 << 40}
+UNITS = {"": 1} | {unit: 1000**i for i, unit in enumerate("kmgt", 1)} | {f"{unit}i": 1024**i for i, unit in enumerate("kmgt", 1)}
 
 
 class Size(click.ParamType):
@@ -52,7 +52,8 @@ class Size(click.ParamType):
 
 place_options = options(
     click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where to listen."),
-    click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, metavar="N", help="0: a free one."),
+    click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, metavar="N",
+                 help="0: a free one."),
     click.option("--unix", type=File(), metavar="PATH", help="Listen on a Unix socket instead."),
     click.option("--alias", "names", type=Text(), multiple=True, metavar="NAME",
                  help="The model's id; repeatable, the first one is reported. Default: the file's name without .gguf."),
@@ -72,16 +73,19 @@ work_options = options(
                  help="Sequences that are written at a time."),
     click.option("--queue", type=click.IntRange(1), default=64, show_default=True, metavar="N",
                  help="Requests that may wait; more are refused with 429."),
-    click.option("--queue-seconds", type=click.FloatRange(0, min_open=True), default=600, show_default=True, metavar="S",
-                 help="How long a request may wait."),
+    click.option("--queue-seconds", type=click.FloatRange(0, min_open=True), default=600, show_default=True,
+                 metavar="S", help="How long a request may wait."),
     click.option("--max-tokens", type=click.IntRange(1), default=8192, show_default=True, metavar="N",
                  help="Length of an answer where a chat names none."),
-    click.option("--memory", type=Size(), help="For keys and values of all sequences, and of earlier ones whose beginnings are "
-                                               "used again. Default: half of what is free once the model is loaded."),
+    click.option("--memory", type=Size(),
+                 help="For keys and values of all sequences, and of earlier ones whose beginnings are used again. "
+                      "Default: half of what is free once the model is loaded."),
     click.option("--pass-ms", type=click.FloatRange(1), default=100, show_default=True, metavar="MS",
                  help="How long a pass that reads prompts may take while answers are written."),
-    click.option("--pooling", type=click.Choice(["mean", "last", "cls"]), help="How embeddings are made; default: as the file says."),
-    click.option("--chat-template", type=TemplateSource(), help="How messages are written, instead of the model's own template."))
+    click.option("--pooling", type=click.Choice(["mean", "last", "cls"]),
+                 help="How embeddings are made; default: as the file says."),
+    click.option("--chat-template", type=TemplateSource(),
+                 help="How messages are written, instead of the model's own template."))
 server_options = options(
     click.option("--grace", type=click.FloatRange(0), default=5, show_default=True, metavar="S",
                  help="How long running answers may go on after SIGTERM or Ctrl-C."),
@@ -106,8 +110,8 @@ server_options = options(
 def serve(model, model_option, host, port, unix, key_file, insecure, grace, no_page, as_json, threads, **flags):
     """Serve a model over HTTP, to clients of OpenAI, Ollama and llama-server.
 
-    Without MODEL the bundled model. Sampling flags are what requests get that name nothing else. Every flag can also be set by
-    a variable, as PYBMC_PORT for --port. Ctrl-C ends the server; docs/server.md lists the routes.
+    Without MODEL the bundled model. Sampling flags are what requests get that name nothing else. Every flag can also be
+    set by a variable, as PYBMC_PORT for --port. Ctrl-C ends the server; docs/server.md lists the routes.
     """
     try:
         from ..serve import run
@@ -123,7 +127,7 @@ def serve(model, model_option, host, port, unix, key_file, insecure, grace, no_p
     if not all(keys):
         raise click.UsageError("an API key is empty")
     if not keys and not insecure and not unix and not is_loopback(host):
-        raise click.UsageError(f"--host {host} can be reached from elsewhere: give --api-key, or --insecure to do without")
+        raise click.UsageError(f"--host {host} can be reached from elsewhere: give --api-key, or --insecure")
     policy = make_policy(flags, keys, host)
     settings = make_settings(flags)
     path, context, models = find_model(model, model_option), click.get_current_context(), ExitStack()
@@ -174,8 +178,8 @@ def read_keys(path) -> list[str]:
 def make_policy(flags: dict, keys: list[str], host: str):
     from ..serve.door import Policy
 
-    return Policy(keys, [*flags.pop("hosts"), host], flags.pop("origins"), flags.pop("max_body"), not flags.pop("no_slots"),
-                  not flags.pop("no_metrics"))
+    return Policy(keys, [*flags.pop("hosts"), host], flags.pop("origins"), flags.pop("max_body"),
+                  not flags.pop("no_slots"), not flags.pop("no_metrics"))
 
 
 def make_settings(flags: dict):
@@ -185,10 +189,9 @@ def make_settings(flags: dict):
     sampling = sampling_settings(flags)
     if flags["seed"] == -1:
         del sampling["seed"]
-    template = flags.pop("chat_template")
-    return Settings(sampling=sampling, pass_seconds=flags.pop("pass_ms") / 1e3, chat_template=template,
-                    **{name: flags.pop(name) for name in ("names", "parallel", "queue", "queue_seconds", "context", "max_tokens",
-                                                          "memory", "pooling", "strict_model", "log_texts")})
+    same = ("names", "parallel", "queue", "queue_seconds", "context", "max_tokens", "memory", "pooling", "chat_template",
+            "strict_model", "log_texts")
+    return Settings(sampling=sampling, pass_seconds=flags.pop("pass_ms") / 1e3, **{name: flags.pop(name) for name in same})
 
 
 @contextmanager

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable
 
-WRITTEN = 4                             # a written token counts as so many read ones
-LONG, PATIENCE = 512, 2.0               # a prompt of more tokens lets shorter ones go ahead, until it has waited for so many seconds
+WRITTEN = 4                             # a written token counts as this many read ones
+LONG = 512                              # a prompt of more tokens lets shorter ones go ahead ..
+PATIENCE = 2.0                          # .. until it has waited for this many seconds
 
 
 class Turns:

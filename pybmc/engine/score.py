@@ -1,4 +1,4 @@
-"""How likely a model finds a text that is there already: log-probabilities of its tokens, and the likeliest ids in their places."""
+"""How likely a model finds a text that is there already."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ class Scorer:
     def __call__(self, session, tokens: list[int], n_top: int) -> list[Score]:
         """Evaluate all tokens but the last in a claimed session; the scores of all but the first."""
         n, ids = len(tokens) - 1, ffi.new("int32_t[]", tokens)
-        logprobs, top_ids, top = ffi.new("float[]", n), ffi.new("int32_t[]", n * n_top), ffi.new("float[]", n * n_top)
+        logprobs = ffi.new("float[]", n)
+        top_ids, top = ffi.new("int32_t[]", n * n_top), ffi.new("float[]", n * n_top)
         span = ffi.new("bmc_span *", {"session": session, "tokens": ids, "n_tok": n, "want": lib.BMC_WANT_ALL,
                                       "given": ids + 1, "given_logprob": logprobs})
         if n_top == 1:                  # the best id alone needs no whole row of logits

@@ -28,7 +28,7 @@ def reason(token: Token | None) -> str:
     return "stop" if token is not None and token.finish_reason == "stop" else "length"
 
 
-# ---- tokens and their log-probabilities ------------------------------------------------------------------------
+# ---- tokens and their log-probabilities --------------------------------------------------------------------
 
 
 def spelled(tokenizer, id: int) -> str:
@@ -65,24 +65,25 @@ class Offsets:
         return at
 
 
-def text_logprobs(tokenizer, entries: Iterable[tuple[int, float | None, Sequence[tuple[int, float]]]], n_top: int,
-                  offsets: Offsets) -> dict:
-    """The shape of the older completions. entries: id, its log-probability (None: the first of a prompt) and the likeliest ones."""
+def text_logprobs(tokenizer, entries: Iterable[tuple], n_top: int, offsets: Offsets) -> dict:
+    """The shape of the older completions. entries: (id, its log-probability, the likeliest ids with theirs); the first token of
+    a prompt has None."""
     found: dict = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for id, logprob, top in entries:
         name, value = spelled(tokenizer, id), None if logprob is None else finite(logprob)
-        likeliest = {spelled(tokenizer, other): finite(its) for other, its in top[:n_top]} | ({name: value} if n_top else {})
+        likeliest = {spelled(tokenizer, other): finite(its) for other, its in top[:n_top]}
+        likeliest |= {name: value} if n_top else {}
         for key, its in (("tokens", name), ("token_logprobs", value), ("text_offset", offsets.next(id)),
                          ("top_logprobs", None if logprob is None else likeliest)):
             found[key].append(its)
     return found
 
 
-# ---- one answer as it grows ------------------------------------------------------------------------------------
+# ---- one answer as it grows --------------------------------------------------------------------------------
 
 
 class Split:
-    """Cuts a streamed answer into what is thought and what is said; neither has the tags, nor white space around a thought."""
+    """Cuts a streamed answer into what is thought and what is said, without the tags and the white space around a thought."""
 
     def __init__(self, inside: bool = False, begun: str = ""):
         self._reasoning, self._held, self._begun = Reasoning(inside), "", False
@@ -112,8 +113,8 @@ class Split:
 
 @dataclass
 class Update:
-    """What is new of one answer. progress: tokens read, and of how many. scores: of the prompt's tokens, once they are known. At
-    the end done is set, and error where it failed."""
+    """What is new of one answer. progress: tokens read, and of how many. scores: of the prompt's tokens, once they are known.
+    At the end done is set, and error where it failed."""
 
     index: int
     tokens: list[Token] = field(default_factory=list)
@@ -181,12 +182,12 @@ class Choice:
         return [token for token in self.tokens if token.id not in self.stops]
 
 
-# ---- counts ----------------------------------------------------------------------------------------------------
+# ---- counts ------------------------------------------------------------------------------------------------
 
 
 def usage_of(choices: Sequence[Choice], n: int = 1, predicted: bool = False) -> dict:
-    """What a request took; the prompts count once, whatever the number n of answers to each is. predicted: it brought a text
-    that the answer may repeat."""
+    """What a request took; the prompts count once, whatever the number n of answers to each is. predicted: it brought a
+    text that the answer may repeat."""
     prompts = choices[::n]
     read, written = sum(c.stats.prompt_tokens for c in prompts), sum(c.stats.predicted_tokens for c in choices)
     details = {"reasoning_tokens": sum(c.reasoning_tokens for c in choices)}
@@ -207,11 +208,12 @@ def timings_of(stats: Stats) -> dict:
     return {"cache_n": stats.reused_tokens, "prompt_n": read, "prompt_ms": 1e3 * stats.prompt_s,
             "prompt_per_token_ms": per_token(stats.prompt_s, read), "prompt_per_second": stats.prompt_tok_s,
             "predicted_n": written, "predicted_ms": 1e3 * stats.predicted_s,
-            "predicted_per_token_ms": per_token(stats.predicted_s, written - 1), "predicted_per_second": stats.predicted_tok_s,
-            "draft_n": stats.draft_n, "draft_n_accepted": stats.draft_n_accepted, "plain_per_second": stats.plain_tok_s}
+            "predicted_per_token_ms": per_token(stats.predicted_s, written - 1),
+            "predicted_per_second": stats.predicted_tok_s, "draft_n": stats.draft_n,
+            "draft_n_accepted": stats.draft_n_accepted, "plain_per_second": stats.plain_tok_s}
 
 
-# ---- chat ------------------------------------------------------------------------------------------------------
+# ---- chat --------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -229,10 +231,10 @@ class Head:
 
 
 class ChatAnswer:
-    """The answers to a chat request. begin(), take() and last() give chunks to stream; whole() gives the answer at the end.
+    """The answers to a chat request. begin(), take() and last() give chunks to stream; whole() gives the answer.
 
-    n_top: None, or how many likeliest ids each token's log-probability comes with. per_token: chunks tell timings and who guessed.
-    predicted: as in usage_of.
+    n_top: None, or how many likeliest ids each token's log-probability comes with. per_token: chunks tell timings and
+    who guessed. predicted: as in usage_of.
     """
 
     def __init__(self, head: Head, tokenizer, choices: list[Choice], n_top: int | None = None, usage: bool = False,
@@ -254,7 +256,8 @@ class ChatAnswer:
         for kind, name in (("reasoning", "reasoning_content"), ("content", "content")):
             its = [piece for piece in pieces if piece.kind == kind]
             if its:
-                chunks.append(self._chunk(choice, {name: "".join(piece.text for piece in its)}, self._new_logprobs(choice))
+                text = "".join(piece.text for piece in its)
+                chunks.append(self._chunk(choice, {name: text}, self._new_logprobs(choice))
                               | (self._per_token_extras(choice, its) if self._per_token else {}))
         if update.done:
             chunks.append(self._chunk(choice, {}, self._new_logprobs(choice), choice.finish_reason)
@@ -282,7 +285,8 @@ class ChatAnswer:
         thought = {"reasoning_content": choice.texts["reasoning"]} if choice.texts["reasoning"] else {}
         return {"role": "assistant", "content": choice.texts["content"], "refusal": None} | thought
 
-    def _chunk(self, choice: Choice, delta: dict, logprobs: dict | None = None, finish_reason: str | None = None) -> dict:
+    def _chunk(self, choice: Choice, delta: dict, logprobs: dict | None = None,
+               finish_reason: str | None = None) -> dict:
         entry = {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
         return self.head.dict("chat.completion.chunk") | {"choices": [entry]} | ({"usage": None} if self._usage else {})
 
@@ -297,14 +301,14 @@ class ChatAnswer:
         return self._logprobs(new) if new else None
 
 
-# ---- completions -----------------------------------------------------------------------------------------------
+# ---- completions -------------------------------------------------------------------------------------------
 
 
 class TextAnswer:
     """The answers to a completion request, n to each prompt. prompts: (text, ids) of each; echo: the text comes first."""
 
-    def __init__(self, head: Head, tokenizer, choices: list[Choice], prompts: list[tuple[str, list[int]]], n_top: int | None = None,
-                 usage: bool = False, echo: bool = False):
+    def __init__(self, head: Head, tokenizer, choices: list[Choice], prompts: list[tuple[str, list[int]]],
+                 n_top: int | None = None, usage: bool = False, echo: bool = False):
         self.head, self.tokenizer, self.choices, self.prompts, self.n_top = head, tokenizer, choices, prompts, n_top
         self.n, self.echo, self._usage = len(choices) // len(prompts), echo, usage
         self._told = [0] * len(choices)         # tokens whose log-probabilities have gone out
@@ -334,8 +338,8 @@ class TextAnswer:
 
     def whole(self) -> dict:
         choices = [{"index": choice.index, "text": self._prompt(choice)[0] * self.echo + choice.texts["content"],
-                    "logprobs": self._logprobs(choice, 0, Offsets(self.tokenizer)), "finish_reason": choice.finish_reason}
-                   for choice in self.choices]
+                    "logprobs": self._logprobs(choice, 0, Offsets(self.tokenizer)),
+                    "finish_reason": choice.finish_reason} for choice in self.choices]
         return self.head.dict("text_completion") | {"choices": choices, "usage": self.usage(),
                                                     "timings": timings_of(self.choices[0].stats)}
 

@@ -41,7 +41,7 @@ class Policy:
     metrics: bool = True
 
 
-# ---- hosts and origins -----------------------------------------------------------------------------------------
+# ---- hosts and origins -------------------------------------------------------------------------------------
 
 
 def host_name(header: str) -> str:
@@ -69,7 +69,8 @@ def is_loopback(name: str) -> bool:
 def host_allowed(header: str, declared: Sequence[str]) -> bool:
     """Names that a stranger's DNS can point here are not."""
     name = host_name(header)
-    return is_address(name) or is_loopback(name) or name.endswith(".local") or name in [host.lower() for host in declared]
+    known = [host.lower() for host in declared]
+    return is_address(name) or is_loopback(name) or name.endswith(".local") or name in known
 
 
 def origin_allowed(origin: str, host: str, declared: Sequence[str]) -> bool:
@@ -80,10 +81,11 @@ def origin_allowed(origin: str, host: str, declared: Sequence[str]) -> bool:
         return False
     if parts.scheme in SCHEMES or origin in declared:
         return True
-    return parts.scheme in ("http", "https") and bool(name) and (is_loopback(name) or parts.netloc.lower() == host.lower())
+    ours = is_loopback(name) or parts.netloc.lower() == host.lower()
+    return parts.scheme in ("http", "https") and bool(name) and ours
 
 
-# ---- the door --------------------------------------------------------------------------------------------------
+# ---- the door ----------------------------------------------------------------------------------------------
 
 
 class Door:
@@ -138,8 +140,9 @@ class Visit:
     async def send(self, message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            more = {"x-request-id": self.id} | self._cors()
-            message = message | {"headers": [*message.get("headers", ()), *((k.encode(), v.encode("latin-1")) for k, v in more.items())]}
+            more = ({"x-request-id": self.id} | self._cors()).items()
+            coded = [(name.lower().encode(), value.encode("latin-1")) for name, value in more]
+            message = message | {"headers": [*message.get("headers", ()), *coded]}
         await self._send(message)
 
     async def _answer(self, response: Response) -> None:
@@ -151,12 +154,14 @@ class Visit:
         if not self.host:
             raise Refused(400, "invalid_value", "the request has no Host header", "Host")
         if not host_allowed(self.host, self.policy.hosts):
-            raise Refused(403, "host_not_allowed", f"the host {self.host!r:.80} is not allowed; --allow-host declares one")
+            raise Refused(403, "host_not_allowed",
+                          f"the host {self.host!r:.80} is not allowed; --allow-host declares one")
         if self.origin is None:
             if self.request.headers.get("sec-fetch-site") == "cross-site":
                 raise Refused(403, "origin_not_allowed", "requests of other sites are not allowed")
         elif not origin_allowed(self.origin, self.host, self.policy.origins):
-            raise Refused(403, "origin_not_allowed", f"the origin {self.origin!r:.80} is not allowed; --allow-origin declares one")
+            raise Refused(403, "origin_not_allowed",
+                          f"the origin {self.origin!r:.80} is not allowed; --allow-origin declares one")
         else:
             self.trusted = True
 
@@ -166,8 +171,9 @@ class Visit:
         if not self.policy.keys or self.path in OPEN:
             return
         scheme, _, token = self.request.headers.get("authorization", "").partition(" ")
-        given = (token.strip() if scheme.lower() == "bearer" else "") or self.request.headers.get("x-api-key", "")
-        found = [i for i, key in enumerate(self.policy.keys) if hmac.compare_digest(key.encode(), given.encode("utf-8", "replace"))]
+        bearer = token.strip() if scheme.lower() == "bearer" else ""
+        given = (bearer or self.request.headers.get("x-api-key", "")).encode("utf-8", "replace")
+        found = [i for i, key in enumerate(self.policy.keys) if hmac.compare_digest(key.encode(), given)]
         if not found:
             raise Refused(401, "invalid_api_key", "the API key is missing or wrong; expected Authorization: Bearer KEY",
                           headers={"WWW-Authenticate": "Bearer"})
@@ -202,8 +208,8 @@ class Visit:
         if isinstance(error, HTTPException):
             allowed = (error.headers or {}).get("Allow", "")
             if error.status_code == 405:
-                return Refused(405, "method_not_allowed", f"{self.request.method} is not allowed here; expected {allowed}",
-                               headers=dict(error.headers or {}))
+                message = f"{self.request.method} is not allowed here; expected {allowed}"
+                return Refused(405, "method_not_allowed", message, headers=dict(error.headers or {}))
             return Refused(404, "no_such_route", f"there is no route {self.path!r:.80}")
         if isinstance(error, BmcError):
             return refusal(error)

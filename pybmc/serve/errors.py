@@ -14,7 +14,8 @@ TYPES = {
 class Refused(Exception):
     """A request, or the rest of an answer, is refused. param: the field that is to blame. headers: more of the answer's."""
 
-    def __init__(self, status: int, code: str | None, message: str, param: str | None = None, headers: dict | None = None):
+    def __init__(self, status: int, code: str | None, message: str, param: str | None = None,
+                 headers: dict | None = None):
         super().__init__(message)
         self.status, self.code, self.message, self.param, self.headers = status, code, message, param, headers or {}
 
@@ -26,6 +27,10 @@ class Refused(Exception):
 def invalid(param: str, message: str) -> Refused:
     """A value that is not what it has to be."""
     return Refused(400, "invalid_value", message, param)
+
+
+def no_model(name: str, names) -> Refused:
+    return Refused(404, "model_not_found", f"model '{name:.80}' not found; expected {', '.join(names)}", "model")
 
 
 def unsupported(param: str, why: str = "is not supported here") -> Refused:

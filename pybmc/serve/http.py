@@ -56,7 +56,7 @@ class Lines:
         return dump(chunk) + b"\n"
 
 
-# ---- requests --------------------------------------------------------------------------------------------------
+# ---- requests ----------------------------------------------------------------------------------------------
 
 
 def service_of(request: HttpRequest) -> Service:
@@ -93,12 +93,13 @@ async def _read(request: HttpRequest, most: int) -> bytes:
         parts.append(message.get("body", b""))
         read, more = read + len(parts[-1]), message.get("more_body", False)
     if max(announced, read) > most:
-        raise Refused(413, "body_too_large", f"the body has {max(announced, read)} bytes or more; expected at most {most}",
+        found = max(announced, read)
+        raise Refused(413, "body_too_large", f"the body has {found} bytes or more; expected at most {most}",
                       headers={"Connection": "close"})
     return b"".join(parts)
 
 
-# ---- answers ---------------------------------------------------------------------------------------------------
+# ---- answers -----------------------------------------------------------------------------------------------
 
 
 async def respond(request: HttpRequest, task: Task, answer, wire=None) -> Response:
@@ -174,18 +175,15 @@ class Stream(Response):
 
     def __init__(self, going: Going, first, wire):
         self.going, self.first, self.wire = going, first, wire
-        self.background, self.status_code = None, 200
-        self.init_headers(going.headers | {"X-Accel-Buffering": "no", "Content-Type": wire.media_type})
-
-    def init_headers(self, headers=None) -> None:
-        self.raw_headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+        headers = going.headers | {"X-Accel-Buffering": "no", "Content-Type": wire.media_type}
+        self.coded = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
 
     async def __call__(self, scope, receive, send) -> None:
         async def put(data: bytes, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": data, "more_body": more})
 
         try:
-            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send({"type": "http.response.start", "status": 200, "headers": self.coded})
             async for data in self._events():
                 await put(data)
             await put(self.wire.done, more=False)

@@ -58,17 +58,21 @@ class Metrics:
         rows = sum(len(s.text) for s in running) + kept.rows
         waiting = max(len(engine.waiting), len(worker.waiting))
         for name, help, value in (
-                ("pybmc_waiting", "Requests that wait", waiting), ("pybmc_running", "Sequences that are read or written", len(running)),
+                ("pybmc_waiting", "Requests that wait", waiting),
+                ("pybmc_running", "Sequences that are read or written", len(running)),
                 ("pybmc_rows", "Rows of keys and values, those of ended sequences included", rows),
                 ("pybmc_kept_rows", "Rows of ended sequences", kept.rows),
                 ("llamacpp:requests_processing", "Requests in work", len(running)),
                 ("llamacpp:requests_deferred", "Requests that wait", waiting),
-                ("llamacpp:prompt_tokens_seconds", "Prompt tokens a second", _rate(self._prompt_tokens, self._prompt_seconds)),
-                ("llamacpp:predicted_tokens_seconds", "Written tokens a second", _rate(self._predicted_tokens, self._predicted_seconds))):
+                ("llamacpp:prompt_tokens_seconds", "Prompt tokens a second",
+                 _rate(self._prompt_tokens, self._prompt_seconds)),
+                ("llamacpp:predicted_tokens_seconds", "Written tokens a second",
+                 _rate(self._predicted_tokens, self._predicted_seconds))):
             yield GaugeMetricFamily(name, help, value)
         for name, help, value in (
                 ("pybmc_put_aside", "Sequences that gave up their rows for others", engine.put_aside),
-                ("pybmc_steps", "Steps of the engine", worker.steps), ("pybmc_busy_seconds", "Seconds in them", worker.busy_seconds),
+                ("pybmc_steps", "Steps of the engine", worker.steps),
+                ("pybmc_busy_seconds", "Seconds in them", worker.busy_seconds),
                 ("llamacpp:prompt_tokens", "Prompt tokens read", self._prompt_tokens),
                 ("llamacpp:prompt_seconds", "Seconds of reading them", self._prompt_seconds),
                 ("llamacpp:tokens_predicted", "Tokens written", self._predicted_tokens),

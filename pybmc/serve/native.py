@@ -13,7 +13,7 @@ from starlette.routing import Route
 from .. import __version__
 from ..engine.sampler import Sampler
 from ..engine.text import Token
-from .answers import Choice, Update, finite, one_logprob, spelled, timings_of, usage_of
+from .answers import Choice, Update, one_logprob, timings_of, usage_of
 from .embed import normalized, vectors
 from .errors import Refused, invalid, unsupported
 from .fields import Fields
@@ -21,6 +21,7 @@ from .http import Json, Sse, client_of, fields_of, in_pool, respond, service_of
 from .service import Service
 from .tasks import (
     SAMPLING,
+    Task,
     gap_prompt,
     messages_of,
     refuse_common,
@@ -32,11 +33,12 @@ from .tasks import (
 
 
 class NativeAnswer:
-    """Answers to /completion, one to each prompt; a list of them where there are several."""
+    """Answers to /completion, one to each prompt; a list of them where there are several. shows: whether ids are told, and
+    the only fields that are, if any are named."""
 
-    def __init__(self, service: Service, choices: list[Choice], prompts, sampler: Sampler, n_top: int, ids: bool, only: list[str]):
-        self.service, self.choices, self.prompts, self.sampler = service, choices, prompts, sampler
-        self.n_top, self._ids, self._only = n_top, ids, only
+    def __init__(self, service: Service, choices: list[Choice], task: Task, n_top: int, shows: tuple[bool, list[str]]):
+        self.service, self.choices, self.prompts, self.sampler = service, choices, task.prompts, task.requests[0].sampler
+        self.n_top, (self._ids, self._only) = n_top, shows
         self._told = [0] * len(choices)
 
     def begin(self) -> list[dict]:
@@ -48,7 +50,7 @@ class NativeAnswer:
         chunks = []
         if text:
             new = self._new(choice)
-            chunks.append({"index": choice.index, "content": text, "tokens": [t.id for t in new] if self._ids else [], "stop": False,
+            chunks.append({"index": choice.index, "content": text, "tokens": self._told_ids(new), "stop": False,
                            "id_slot": -1, "tokens_predicted": choice.stats.predicted_tokens,
                            "tokens_evaluated": choice.stats.prompt_tokens} | self._probabilities(new))
         if update.done:
@@ -69,6 +71,9 @@ class NativeAnswer:
         new, self._told[choice.index] = choice.shown[self._told[choice.index]:], len(choice.shown)
         return new
 
+    def _told_ids(self, tokens: list[Token]) -> list[int]:
+        return [token.id for token in tokens] if self._ids else []
+
     def _probabilities(self, tokens: list[Token]) -> dict:
         if not self.n_top:
             return {}
@@ -78,17 +83,19 @@ class NativeAnswer:
             return {"id": id} | one_logprob(tokenizer, id, logprob)
 
         return {"completion_probabilities": [
-            one(t.id, t.logprob) | {"top_logprobs": [one(id, finite(p)) for id, p in t.top[:self.n_top]]} for t in tokens]}
+            one(token.id, token.logprob) | {"top_logprobs": [one(id, logprob) for id, logprob in token.top[:self.n_top]]}
+            for token in tokens]}
 
     def _final(self, choice: Choice, text: str, tokens: list[Token]) -> dict:
         stats, last = choice.stats, choice.tokens[-1] if choice.tokens else None
         kind = "word" if choice.stop_string else "eos" if last and last.finish_reason == "stop" else "limit"
         prompt, ids = self.prompts[choice.index]
-        found = {"index": choice.index, "content": text, "tokens": [t.id for t in tokens] if self._ids else [], "id_slot": -1,
-                 "stop": True, "model": self.service.name, "tokens_predicted": stats.predicted_tokens,
-                 "tokens_evaluated": stats.prompt_tokens, "generation_settings": self._settings(), "prompt": prompt,
+        found = {"index": choice.index, "content": text, "tokens": self._told_ids(tokens), "id_slot": -1, "stop": True,
+                 "model": self.service.name, "tokens_predicted": stats.predicted_tokens, "tokens_evaluated": stats.prompt_tokens,
+                 "generation_settings": self._settings(), "prompt": prompt,
                  "has_new_line": "\n" in choice.texts["content"], "truncated": False, "stop_type": kind,
-                 "stopping_word": choice.stop_string or "", "tokens_cached": len(ids) + max(stats.predicted_tokens - 1, 0),
+                 "stopping_word": choice.stop_string or "",
+                 "tokens_cached": len(ids) + max(stats.predicted_tokens - 1, 0),
                  "timings": timings_of(stats)} | self._probabilities(tokens)
         return {name: found[name] for name in self._only if name in found} if self._only else found
 
@@ -107,12 +114,17 @@ def native_task(service: Service, fields: Fields, client, prompts):
     if not all(isinstance(name, str) for name in only):
         raise invalid("response_fields", "response_fields has something else than names")
     task = task_of(service, base, prompts)
-    return task, NativeAnswer(service, task.choices(service), prompts, base.sampler, n_top, fields.flag("return_tokens"), only)
+    return task, NativeAnswer(service, task.choices(service), task, n_top, (fields.flag("return_tokens"), only))
 
 
 async def completion(request: Request) -> Response:
     service, fields = service_of(request), await fields_of(request)
-    task, answer = await in_pool(request, lambda: native_task(service, fields, client_of(request), text_prompts(service, fields)))
+
+
+    def make():
+        return native_task(service, fields, client_of(request), text_prompts(service, fields))
+
+    task, answer = await in_pool(request, make)
     return await respond(request, task, answer, Sse(b"") if fields.flag("stream") else None)
 
 
@@ -122,7 +134,8 @@ async def infill(request: Request) -> Response:
 
     def make():
         before = fields.text("input_prefix", "") + fields.text("prompt", "")
-        return native_task(service, fields, client_of(request), [gap_prompt(service, before, fields.text("input_suffix", ""), "input_suffix")])
+        gap = gap_prompt(service, before, fields.text("input_suffix", ""), "input_suffix")
+        return native_task(service, fields, client_of(request), [gap])
 
     task, answer = await in_pool(request, make)
     return await respond(request, task, answer, Sse(b"") if fields.flag("stream") else None)
@@ -138,7 +151,7 @@ async def embedding(request: Request) -> Response:
     return Json([{"index": i, "embedding": [row]} for i, row in enumerate(rows)])
 
 
-# ---- tokens and templates --------------------------------------------------------------------------------------
+# ---- tokens and templates ----------------------------------------------------------------------------------
 
 
 async def tokenize(request: Request) -> Response:
@@ -157,8 +170,11 @@ async def tokenize(request: Request) -> Response:
 
 def piece(service: Service, id: int) -> str | list[int]:
     """A token's text, or its bytes where it is none."""
-    text = spelled(service.tokenizer, id)
-    return list(service.tokenizer.piece(id)) if text.startswith("bytes:") and text.encode() != service.tokenizer.piece(id) else text
+    found = service.tokenizer.piece(id)
+    try:
+        return found.decode()
+    except UnicodeDecodeError:
+        return list(found)
 
 
 async def detokenize(request: Request) -> Response:
@@ -187,12 +203,12 @@ async def tokenizer_info(request: Request) -> Response:
     service = service_of(request)
     tokenizer = service.tokenizer
     pad = service.model.metadata.get("tokenizer.ggml.padding_token_id")
+    pad = pad if isinstance(pad, int) and 0 <= pad < tokenizer.vocab_size else None
     return Json({"bos_token": token_text(service, tokenizer.bos_id), "eos_token": token_text(service, tokenizer.eos_id),
-                 "pad_token": token_text(service, pad if isinstance(pad, int) and 0 <= pad < tokenizer.vocab_size else None),
-                 "chat_template": service.template.source})
+                 "pad_token": token_text(service, pad), "chat_template": service.template.source})
 
 
-# ---- the server ------------------------------------------------------------------------------------------------
+# ---- the server --------------------------------------------------------------------------------------------
 
 
 async def health(request: Request) -> Response:
@@ -202,7 +218,8 @@ async def health(request: Request) -> Response:
 async def props(request: Request) -> Response:
     service = service_of(request)
     sampler = Sampler(**{"temperature": 0.8, **service.settings.sampling})
-    return Json({"default_generation_settings": {"n_ctx": service.context, "params": {name: getattr(sampler, name) for name in SAMPLING}},
+    params = {name: getattr(sampler, name) for name in SAMPLING}
+    return Json({"default_generation_settings": {"n_ctx": service.context, "params": params},
                  "total_slots": service.settings.parallel, "model_alias": service.name, "model_path": service.name,
                  "chat_template": service.template.source, "bos_token": token_text(service, service.tokenizer.bos_id),
                  "eos_token": token_text(service, service.tokenizer.eos_id), "build_info": f"pybmc {__version__}",
@@ -215,7 +232,8 @@ async def slots(request: Request) -> Response:
         raise Refused(501, "disabled", "/slots is disabled by --no-slots")
     running = list(service.worker.engine.running)
     busy = [{"id": i, "is_processing": True, "n_ctx": service.context, "state": "reading" if s.reading else "writing",
-             "n_prompt_tokens": len(s.prompt), "n_decoded": s.stats.predicted_tokens, "seconds": time.perf_counter() - s.since}
+             "n_prompt_tokens": len(s.prompt), "n_decoded": s.stats.predicted_tokens,
+             "seconds": time.perf_counter() - s.since}
             for i, s in enumerate(running)]
     idle = range(len(busy), service.settings.parallel)
     return Json(busy + [{"id": i, "is_processing": False, "n_ctx": service.context, "state": "idle"} for i in idle])
@@ -232,7 +250,8 @@ async def read_only(request: Request) -> Response:
 
 
 ROUTES = [
-    Route("/health", health), Route("/v1/health", health), Route("/props", props), Route("/props", read_only, methods=["POST"]),
+    Route("/health", health), Route("/v1/health", health),
+    Route("/props", props), Route("/props", read_only, methods=["POST"]),
     Route("/slots", slots), Route("/metrics", metrics), Route("/tokenizer_info", tokenizer_info),
     Route("/completion", completion, methods=["POST"]), Route("/completions", completion, methods=["POST"]),
     Route("/infill", infill, methods=["POST"]), Route("/embedding", embedding, methods=["POST"]),

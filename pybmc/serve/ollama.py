@@ -17,15 +17,18 @@ from .. import __version__
 from ..engine.text import Token
 from .answers import Choice, Update, chat_logprob, usage_of
 from .embed import normalized, vectors
-from .errors import Refused, invalid
+from .errors import Refused, invalid, no_model
 from .fields import Fields
 from .http import Json, Lines, client_of, fields_of, in_pool, respond, service_of
 from .service import Service
 from .tasks import chat_prompt, gap_prompt, refuse_common, task_of, template_request, text_prompts
 
 VERSION = "0.12.0"                      # the level of Ollama's API: editors parse it
-FILE_TYPES = {0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S", 12: "Q3_K_M",
-              13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 25: "IQ4_NL", 30: "IQ4_XS", 32: "BF16"}
+FILE_TYPES = {                          # of GGUF's general.file_type
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S",
+    12: "Q3_K_M", 13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 25: "IQ4_NL",
+    30: "IQ4_XS", 32: "BF16",
+}
 
 
 def now() -> str:
@@ -42,14 +45,15 @@ def named(service: Service, fields: Fields) -> str:
     if not name:
         raise invalid("model", "model is missing")
     if tagged(name) not in map(tagged, service.names):
-        raise Refused(404, "model_not_found", f"model '{name:.80}' not found; expected {', '.join(map(tagged, service.names))}", "model")
+        raise no_model(name, map(tagged, service.names))
     return name
 
 
 class Answer:
     """Lines of one answer. message: what a line says of a text and of a thought."""
 
-    def __init__(self, service: Service, name: str, choices: list[Choice], message: Callable[[str, str], dict], n_top: int | None):
+    def __init__(self, service: Service, name: str, choices: list[Choice], message: Callable[[str, str], dict],
+                 n_top: int | None):
         self.service, self.name, self.choices, self._message, self.n_top = service, name, choices, message, n_top
         self.started = time.perf_counter()
         self._told = 0
@@ -193,7 +197,8 @@ def generate_prompt(service: Service, fields: Fields, raw: bool) -> list[int]:
     if raw:
         ids = text_prompts(service, fields)[0][1]
     else:
-        messages = [{"role": role, "content": content} for role, content in (("system", fields.text("system")), ("user", text)) if content]
+        given = (("system", fields.text("system")), ("user", text))
+        messages = [{"role": role, "content": content} for role, content in given if content]
         ids, _ = chat_prompt(service, Fields({"messages": messages}), thinking(fields))
     if context:
         before = text_prompts(service, Fields({"context": context}), "context")[0][1]
@@ -201,7 +206,7 @@ def generate_prompt(service: Service, fields: Fields, raw: bool) -> list[int]:
     return ids
 
 
-# ---- embeddings ------------------------------------------------------------------------------------------------
+# ---- embeddings --------------------------------------------------------------------------------------------
 
 
 async def embed(request: Request) -> Response:
@@ -212,7 +217,8 @@ async def embed(request: Request) -> Response:
         raise invalid("input", "input has something else than texts; expected a text or a list of texts")
     found, n = await vectors(service, texts, fields.flag("truncate")) if texts else (np.zeros((0, 1)), 0)
     rows = normalized(found, fields.whole("dimensions", None, 1)).tolist()
-    return Json({"model": name, "embeddings": rows} | durations(time.perf_counter() - started, service.load_seconds, n, 0, 0, 0))
+    seconds = time.perf_counter() - started
+    return Json({"model": name, "embeddings": rows} | durations(seconds, service.load_seconds, n, seconds, 0, 0))
 
 
 async def embedding(request: Request) -> Response:
@@ -223,7 +229,7 @@ async def embedding(request: Request) -> Response:
     return Json({"embedding": rows[0]})
 
 
-# ---- the model -------------------------------------------------------------------------------------------------
+# ---- the model ---------------------------------------------------------------------------------------------
 
 
 def details(service: Service) -> dict:
@@ -275,8 +281,8 @@ async def version(request: Request) -> Response:
     return Json({"version": VERSION, "pybmc": __version__})
 
 
-COMMANDS = {"pull": "pybmc pull NAME", "delete": "pybmc rm NAME", "create": "pybmc serve FILE", "copy": "pybmc serve FILE --alias NAME",
-            "push": "", "blobs": ""}
+COMMANDS = {"pull": "pybmc pull NAME", "delete": "pybmc rm NAME", "create": "pybmc serve FILE",
+            "copy": "pybmc serve FILE --alias NAME", "push": "", "blobs": ""}
 
 
 async def disabled(request: Request) -> Response:
@@ -288,7 +294,8 @@ async def disabled(request: Request) -> Response:
 ROUTES = [
     Route("/api/chat", chat, methods=["POST"]), Route("/api/generate", generate, methods=["POST"]),
     Route("/api/embed", embed, methods=["POST"]), Route("/api/embeddings", embedding, methods=["POST"]),
-    Route("/api/show", show, methods=["POST"]), Route("/api/tags", tags), Route("/api/ps", running), Route("/api/version", version),
-    *(Route(f"/api/{name}", disabled, methods=["POST", "DELETE"]) for name in ("pull", "create", "copy", "delete", "push")),
+    Route("/api/show", show, methods=["POST"]), Route("/api/tags", tags), Route("/api/ps", running),
+    Route("/api/version", version),
+    *(Route(f"/api/{name}", disabled, methods=["POST", "DELETE"]) for name in COMMANDS if name != "blobs"),
     Route("/api/blobs/{digest}", disabled, methods=["GET", "POST"]),
 ]

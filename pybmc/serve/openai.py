@@ -12,7 +12,7 @@ from starlette.routing import Route
 
 from .answers import ChatAnswer, Head, TextAnswer, new_id
 from .embed import normalized, vectors
-from .errors import Refused, invalid, unsupported
+from .errors import invalid, no_model, unsupported
 from .fields import Fields
 from .http import Json, Sse, client_of, fields_of, in_pool, respond, service_of
 from .service import Service
@@ -22,7 +22,7 @@ from .tasks import chat_prompt, gap_prompt, prediction_of, refuse_common, task_o
 def check_model(service: Service, fields: Fields) -> None:
     name = fields.text("model")
     if service.settings.strict_model and name is not None and name not in service.names:
-        raise Refused(404, "model_not_found", f"there is no model {name:.80}; expected {', '.join(service.names)}", "model")
+        raise no_model(name, service.names)
 
 
 def head(service: Service, prefix: str) -> Head:
@@ -48,7 +48,8 @@ def chat_task(service: Service, fields: Fields, client):
     if n_top is None and fields.get("top_logprobs"):
         raise invalid("top_logprobs", "top_logprobs is given without logprobs; expected logprobs to be true")
     most = most_tokens(service, fields, ("max_completion_tokens", "max_tokens"), service.settings.max_tokens)
-    base = replace(template_request(service, fields, client, most), top=n_top or 0, hint=prediction_of(service, fields),
+    base = replace(template_request(service, fields, client, most), top=n_top or 0,
+                   hint=prediction_of(service, fields),
                    progress=(lambda done, total: None) if fields.flag("return_progress") else None)
     usage, n = fields.object("stream_options").flag("include_usage"), fields.whole("n", 1, 1, 16)
     ids, begun = chat_prompt(service, fields)
@@ -75,8 +76,8 @@ def text_task(service: Service, fields: Fields, client):
         prompts = [gap_prompt(service, fields["prompt"], fields.text("suffix"), "suffix")]
     else:
         prompts = text_prompts(service, fields)
-    base = replace(template_request(service, fields, client, most_tokens(service, fields, ("max_tokens",), 16)), top=n_top or 0,
-                   score=n_top if echo else None)
+    base = template_request(service, fields, client, most_tokens(service, fields, ("max_tokens",), 16))
+    base = replace(base, top=n_top or 0, score=n_top if echo else None)
     task = task_of(service, base, prompts, fields.whole("n", 1, 1, 16))
     return task, TextAnswer(head(service, "cmpl-"), service.tokenizer, task.choices(service), prompts, n_top,
                             fields.object("stream_options").flag("include_usage"), echo)
@@ -97,15 +98,19 @@ async def embeddings(request: Request) -> Response:
     encoding = fields.choice("encoding_format", ("float", "base64"), "float")
     found, n = await vectors(service, texts)
     found = normalized(found, fields.whole("dimensions", None, 1, found.shape[1]))
-    shown = [base64.b64encode(row.astype("<f4").tobytes()).decode() if encoding == "base64" else list(map(float, row)) for row in found]
+    write = coded if encoding == "base64" else np.ndarray.tolist
     return Json({"object": "list", "model": service.name, "usage": {"prompt_tokens": n, "total_tokens": n},
-                 "data": [{"object": "embedding", "index": i, "embedding": row} for i, row in enumerate(shown)]})
+                 "data": [{"object": "embedding", "index": i, "embedding": write(row)} for i, row in enumerate(found)]})
+
+
+def coded(row: np.ndarray) -> str:
+    return base64.b64encode(row.astype("<f4").tobytes()).decode()
 
 
 def described(service: Service, name: str) -> dict:
     config, file = service.model.config, service.model._file
-    meta = {"n_vocab": service.tokenizer.vocab_size, "n_ctx_train": config.n_ctx, "n_ctx": service.context, "n_embd": config.dim,
-            "n_params": sum(int(np.prod(t.shape)) for t in file.tensors.values()), "size": file.size}
+    meta = {"n_vocab": service.tokenizer.vocab_size, "n_ctx_train": config.n_ctx, "n_ctx": service.context,
+            "n_embd": config.dim, "n_params": sum(int(np.prod(t.shape)) for t in file.tensors.values()), "size": file.size}
     return {"id": name, "object": "model", "created": service.created, "owned_by": "pybmc", "meta": meta}
 
 
@@ -117,7 +122,7 @@ async def models(request: Request) -> Response:
 async def one_model(request: Request) -> Response:
     service, name = service_of(request), request.path_params["id"]
     if name not in service.names:
-        raise Refused(404, "model_not_found", f"there is no model {name:.80}; expected {', '.join(service.names)}", "model")
+        raise no_model(name, service.names)
     return Json(described(service, name))
 
 

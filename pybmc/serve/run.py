@@ -37,7 +37,8 @@ class Place:
         try:
             self.socket = self._bound()
         except OSError as error:
-            raise OSError(error.errno, error.strerror or str(error), str(self.unix or f"{self.host}:{self.port}")) from None
+            place = str(self.unix or f"{self.host}:{self.port}")
+            raise OSError(error.errno, error.strerror or str(error), place) from None
         return self.socket
 
     def _bound(self) -> socket.socket:
@@ -151,14 +152,15 @@ class Server(uvicorn.Server):
             asyncio.get_running_loop().call_later(self.grace, service.stop)
 
 
-async def serve(place: Place, policy: Policy, load: Callable[[], Service], ready: Callable[[Service], None], grace: float = 5.0,
-                page: bool = True, started: Callable[[Server], None] = lambda server: None) -> None:
-    """Serve until a signal comes. The socket, bound already, answers while load() runs in a thread; what load() raises ends the
-    server and is raised. ready is called when the model can be used."""
+async def serve(place: Place, policy: Policy, load: Callable[[], Service], ready: Callable[[Service], None],
+                grace: float = 5.0, page: bool = True, started: Callable[[Server], None] = lambda server: None) -> None:
+    """Serve until a signal comes. The socket, bound already, answers while load() runs in a thread; what load() raises
+    ends the server and is raised. ready is called when the model can be used, started when there is a server."""
     door = make_app(policy, page=page)
-    config = uvicorn.Config(door, http=Protocol, ws="none", lifespan="on", log_config=None, access_log=False, proxy_headers=False,
-                            server_header=False, date_header=False, limit_concurrency=CONNECTIONS, timeout_keep_alive=KEEP_ALIVE,
-                            h11_max_incomplete_event_size=HEADER_BYTES, timeout_graceful_shutdown=int(grace) + 3)
+    config = uvicorn.Config(
+        door, http=Protocol, ws="none", lifespan="on", log_config=None, access_log=False, proxy_headers=False,
+        server_header=False, date_header=False, limit_concurrency=CONNECTIONS, timeout_keep_alive=KEEP_ALIVE,
+        h11_max_incomplete_event_size=HEADER_BYTES, timeout_graceful_shutdown=int(grace) + 3)
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     server = Server(config, grace)
     started(server)

@@ -28,7 +28,8 @@ THREADS = 2                             # of the pool for tokenizing and templat
 
 @dataclass
 class Settings:
-    """How a model is served; `pybmc serve --help` says what each means. sampling: pybmc.Sampler's settings, seed None a new one."""
+    """How a model is served; `pybmc serve --help` says what each means. sampling: pybmc.Sampler's settings; without a seed
+    each request gets a new one."""
 
     names: Sequence[str] = ()
     parallel: int = 8
@@ -51,7 +52,8 @@ class Settings:
 class Service:
     """An opened model behind a worker. load_seconds: what opening it took."""
 
-    def __init__(self, model: Model, draft: Model | None = None, settings: Settings | None = None, load_seconds: float = 0.0):
+    def __init__(self, model: Model, draft: Model | None = None, settings: Settings | None = None,
+                 load_seconds: float = 0.0):
         self.model, self.settings = model, settings or Settings()
         if model.tokenizer is None:
             raise ArgumentError(f"{model.path} has no vocabulary: it cannot be served")
@@ -104,7 +106,8 @@ class Service:
     def capabilities(self) -> list[str]:
         """What the model can do here, in Ollama's words."""
         thinks = self.template.reads("enable_thinking") or "<think>" in self.template.source
-        known = {"completion": True, "thinking": thinks, "insert": self.fill is not None, "embedding": hasattr(self.model, "embed")}
+        known = {"completion": True, "thinking": thinks, "insert": self.fill is not None,
+                 "embedding": hasattr(self.model, "embed")}
         return [name for name, has in known.items() if has]
 
 

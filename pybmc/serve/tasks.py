@@ -22,11 +22,14 @@ from .service import Service
 
 ANSWERS = 64                            # of one request, over all its prompts
 STOP_CHARACTERS = 256                   # of a stop string: it is looked for behind each token
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty", "repeat_last_n")
-BOUNDS = {"temperature": (0, 100), "repeat_penalty": (0.01, 100), "presence_penalty": (-100, 100), "frequency_penalty": (-100, 100)}
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty",
+            "repeat_last_n")
+BOUNDS = {"temperature": (0, 100), "repeat_penalty": (0.01, 100), "presence_penalty": (-100, 100),
+          "frequency_penalty": (-100, 100)}
 REFUSED = ("images", "audio", "files", "web_search_options", "background", "previous_response_id", "conversation",
            "tools", "functions", "json_schema", "grammar", "session")
 TEXT_PARTS = ("text", "input_text", "output_text")
+MORE_OF_MESSAGES = ("name", "tool_call_id", "tool_name", "reasoning_content", "thinking")     # that templates may read
 
 
 @dataclass
@@ -62,7 +65,7 @@ def refuse_common(fields: Fields) -> None:
         raise unsupported("best_of", "beyond n is not supported here")
 
 
-# ---- how tokens are chosen, and when an answer ends -----------------------------------------------------------
+# ---- how tokens are chosen, and when an answer ends --------------------------------------------------------
 
 
 def sampler_of(service: Service, fields: Fields) -> Sampler:
@@ -89,10 +92,12 @@ def bias_of(service: Service, fields: Fields) -> dict[int, float]:
         if value is False:
             value = -inf
         elif isinstance(value, bool) or not isinstance(value, (int, float)) or not -100 <= value <= 100:
-            raise invalid("logit_bias", f"logit_bias of {key!r:.40} is {value!r:.40}; expected a number from -100 to 100")
+            raise invalid("logit_bias",
+                          f"logit_bias of {key!r:.40} is {value!r:.40}; expected a number from -100 to 100")
         for id in _biased(service, key):
             if not 0 <= id < service.tokenizer.vocab_size:
-                raise invalid("logit_bias", f"logit_bias names token {id}; expected 0 to {service.tokenizer.vocab_size - 1}")
+                raise invalid("logit_bias",
+                              f"logit_bias names token {id}; expected 0 to {service.tokenizer.vocab_size - 1}")
             found[id] = float(value)
     return found
 
@@ -131,8 +136,10 @@ def template_request(service: Service, fields: Fields, client: Hashable, max_tok
     """A request with everything but the prompt."""
     stop = fields.texts("stop", 16)
     if any(len(text) > STOP_CHARACTERS for text in stop):
-        raise invalid("stop", f"stop has a text of {max(map(len, stop))} characters; expected at most {STOP_CHARACTERS}")
-    return Request((), min(max_tokens, service.context + 1), sampler_of(service, fields), stop, service.tokenizer.stop_ids,
+        longest = max(map(len, stop))
+        raise invalid("stop", f"stop has a text of {longest} characters; expected at most {STOP_CHARACTERS}")
+    most, ends = min(max_tokens, service.context + 1), service.tokenizer.stop_ids
+    return Request((), most, sampler_of(service, fields), stop, ends,
                    context=service.settings.context, speculate=speculates(service, fields), client=client,
                    reuse=fields.flag("cache_prompt", True))
 
@@ -150,7 +157,7 @@ def task_of(service: Service, base: Request, prompts: list[tuple[str, list[int]]
     return Task(requests, n, base.sampler.seed, prompts, stops=service.tokenizer.stop_ids, **more)
 
 
-# ---- prompts ---------------------------------------------------------------------------------------------------
+# ---- prompts -----------------------------------------------------------------------------------------------
 
 
 def text_prompts(service: Service, fields: Fields, name: str = "prompt") -> list[tuple[str, list[int]]]:
@@ -186,11 +193,11 @@ def chat_prompt(service: Service, fields: Fields, variables: Mapping | None = No
     messages = messages_of(fields)
     continued = fields.flag("continue_final_message", True)
     last = messages[-1]
-    begun = last.get("content") if continued and last["role"] == "assistant" and isinstance(last.get("content"), str) else None
+    begun = last["content"] if continued and last["role"] == "assistant" else ""
     ids = service.template.encode(messages, continue_final_message=continued, **variables_of(fields, variables))
     if not ids:
         raise invalid("messages", "the prompt that the messages make is empty; expected some text")
-    return ids, begun or ""
+    return ids, begun if isinstance(begun, str) else ""
 
 
 def variables_of(fields: Fields, more: Mapping | None = None) -> dict:
@@ -222,7 +229,7 @@ def _message(given, where: str) -> dict:
     if not role:
         raise invalid(f"{where}.role", f"{where} has no role; expected system, user, assistant or tool")
     message.refuse(("images", "audio"))
-    told = {name: message[name] for name in ("name", "tool_call_id", "tool_name", "reasoning_content", "thinking") if name in message}
+    told = {name: message[name] for name in MORE_OF_MESSAGES if name in message}
     calls = [_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(message.listed("tool_calls"))]
     return {"role": {"developer": "system"}.get(role, role), "content": _content(message, where)} | told \
         | ({"tool_calls": calls} if calls else {})
@@ -240,7 +247,8 @@ def _content(message: Fields, where: str) -> str | list | None:
         if not isinstance(part, dict) or part.get("type") not in TEXT_PARTS or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, dict) else part
             place = f"{where}.content[{i}]"
-            raise Refused(400, "unsupported_parameter", f"{place} is of type {json.dumps(kind)[:40]}; expected text", place)
+            raise Refused(400, "unsupported_parameter",
+                          f"{place} is of type {json.dumps(kind)[:40]}; expected text", place)
     return [{"type": "text", "text": part if isinstance(part, str) else part["text"]} for part in content]
 
 

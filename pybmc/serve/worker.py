@@ -1,7 +1,7 @@
 """The engine's thread, and the way from the event loop to it and back.
 
-The thread owns the engine. Calls reach it through one queue; after each step it hands the loop one bundle of updates. Without
-requests it sleeps in the queue.
+The thread owns the engine. Calls reach it through one queue; after each step it hands the loop one bundle of updates.
+Without requests it sleeps in the queue.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Run:
         self._updates.put_nowait(None)
 
     async def next(self, seconds: float | None = None) -> Update | None:
-        """The next update; None where none comes within some seconds. Raises Gone, and the Refused that ended a sequence."""
+        """The next update; None where none comes within some seconds. Raises Gone, or the Refused that ended a sequence."""
         try:
             update = await asyncio.wait_for(self._updates.get(), seconds)
         except asyncio.TimeoutError:
@@ -97,7 +97,8 @@ class Worker:
     def submit(self, requests: list[Request]) -> Run:
         """Queue requests. Raises Refused where too many wait."""
         if len(self.waiting) >= self.queue:
-            raise Refused(429, "queue_full", f"{len(self.waiting)} requests wait already; expected at most {self.queue}",
+            n = len(self.waiting)
+            raise Refused(429, "queue_full", f"{n} requests wait already; expected at most {self.queue}",
                           headers={"Retry-After": "1"})
         self._loop = asyncio.get_running_loop()
         run = Run(self, requests)
