@@ -10,7 +10,6 @@ from test_engine import alone, busy, finish, outcome
 
 import pybmc
 from pybmc import ArgumentError, Engine, OutOfMemoryError, Request
-from pybmc.engine.engine import row_bytes
 from pybmc.engine.prefixes import Prefixes
 from pybmc.engine.sampler import Sampler
 from pybmc.engine.schedule import LONG, PATIENCE, WRITTEN, Turns
@@ -93,7 +92,7 @@ def test_a_client_with_many_requests_does_not_hold_up_another(model, short_calls
 
 
 def bounded(model, rows, **more):
-    return Engine(model, spec=more.pop("spec", "off"), memory=rows * row_bytes(model), keep=True, **more)
+    return Engine(model, spec=more.pop("spec", "off"), memory=rows * model.config.kv_row_bytes, keep=True, **more)
 
 
 def test_rows_of_an_ended_request_serve_the_next_one_that_begins_alike(model):
@@ -161,7 +160,7 @@ def test_keeping_needs_a_bound(model):
 def test_the_youngest_is_put_aside_and_its_text_stays_the_same(model, short_calls):
     requests = [Request([i, 5], 350, Sampler(temperature=0.7 * (i % 2), seed=i)) for i in range(3)]
     expected = [outcome(alone(model, request)) for request in requests]
-    with bounded(model, 800, spec="ngram") as engine:
+    with bounded(model, 900, spec="ngram") as engine:
         sequences, found = [engine.add(request) for request in requests], {}
         for _ in busy(engine):
             for sequence, token in engine.step():
@@ -244,3 +243,13 @@ def test_the_library_checks_given_ids(model):
                                           "given_logprob": out if room else ffi.NULL})
             with pytest.raises(ArgumentError, match="given"):
                 check(lib.bmc_eval(span, 1))
+
+
+def test_sessions_grow_finely_only_where_memory_is_narrow(model):
+    from pybmc.engine.engine import FINE, Room
+
+    row = model.config.kv_row_bytes
+    with model.session() as session:
+        usual = session.arena_stats().r
+    assert Room(model, 100 * row, 2).grain == FINE and Room(model, 8 * usual * row, 2).grain == usual
+    assert [Room(model, 100 * row, 2).held(n) for n in (0, 1, 16, 17)] == [0, 16, 16, 32]

@@ -619,9 +619,8 @@ def test_a_full_queue_is_429_and_a_long_wait_503(model):
 
 
 def test_what_does_not_fit_the_memory_is_503(model):
-    from pybmc.engine.engine import row_bytes
 
-    with served(model, memory=50 * row_bytes(model)) as server:
+    with served(model, memory=50 * model.config.kv_row_bytes) as server:
         response = server.post("/v1/completions", {"prompt": "a " * 100})
         assert error_of(response) == (503, "unavailable_error", "out_of_memory")
         whole = server.post("/v1/completions", {"prompt": "a b", "max_tokens": 100, "temperature": 0})

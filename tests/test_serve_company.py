@@ -9,7 +9,6 @@ import tiny
 from serving import Gate, events, httpx, served, until
 
 import pybmc
-from pybmc.engine.engine import row_bytes
 
 N_CTX = 1500
 
@@ -92,7 +91,7 @@ def test_company_changes_no_answer(model, draft, seed, spec, rows, monkeypatch):
         async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
             await asyncio.gather(*(ask(client, key, fields, found) for key, fields in asked.items()))
 
-    with served(model, draft=draft if spec in ("auto", "draft") else None, spec=spec, parallel=4, memory=rows * row_bytes(model),
+    with served(model, draft=draft if spec in ("auto", "draft") else None, spec=spec, parallel=4, memory=rows * model.config.kv_row_bytes,
                 pass_seconds=0.005) as server:
         asyncio.run(all_at_once(server.url))
         until(lambda: not server.engine.running and not server.engine.waiting)

@@ -27,6 +27,7 @@ from .score import Score, Scorer
 from .text import Ending, NoText, StopStrings, Token
 
 ROOM = 128                              # tokens that one call of the library may give a sequence
+FINE = 16                               # rows that a session grows by where memory is narrow
 ANSWER = 256                            # tokens of an answer that admission keeps rows for
 CALL_SECONDS = 0.016                    # rounds that are one call: so long, so that tokens come evenly
 PASS_SECONDS, PASS_SECONDS_ALONE = 0.1, 0.25        # what a pass with pieces of prompts may take: while others write, and otherwise
@@ -390,7 +391,7 @@ class Engine:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.prefixes = Prefixes()
-        self.rows = inf if memory is None else memory // row_bytes(model)
+        self._room = None if memory is None else Room(model, memory, parallel)
         self.put_aside = 0              # how often sequences were
         self._pass_seconds = pass_seconds
         self._turns = Turns()
@@ -479,7 +480,7 @@ class Engine:
             if not fits and self.running:
                 break
             try:
-                if not fits and len(sequence.text) >= self.rows:
+                if not fits and self._room.held(len(sequence.text) + 1) > self.rows:
                     raise OutOfMemoryError(f"{len(sequence.text)} tokens do not fit the memory, which has room for {self.rows:.0f}")
                 sequence.start()
                 self.running.append(sequence)
@@ -492,38 +493,45 @@ class Engine:
         """A session for a sequence that brings none: the one that holds most of its beginning, or a new one."""
         request = sequence.request
         kept = self.prefixes.take(sequence.text[:-1], sequence.context) if request.reuse and request.score is None else None
-        return kept or self.model.session(request.context)
+        return kept or self.model.session(request.context, rows=self._room.grain if self._room else "auto")
 
     # ---- memory, in rows
 
-    def _committed(self, sequence: Sequence) -> float:
+    @property
+    def rows(self) -> float:
+        """Rows that the memory has room for."""
+        return self._room.rows if self._room else inf
+
+    def _committed(self, s: Sequence) -> float:
         """Rows that a running sequence has, or is certain to need: a session that was given is never taken away."""
-        return len(sequence.text) + (0 if sequence.owned else sequence.left)
+        return max(s.session.rows, self._room.held(len(s.text) + (0 if s.owned else s.left)))
 
     def _fits(self, sequence: Sequence) -> bool:
         """Whether there are rows for its text and the beginning of its answer; kept rows make way."""
-        if self.rows == inf:
+        if self._room is None:
             return True
-        needs = sum(len(s.text) + (min(s.left, ANSWER) if s.owned else s.left) for s in (*self.running, sequence))
-        held = self.prefixes.match(sequence.text[:-1], sequence.context) if sequence.request.reuse else None
-        while needs + self.prefixes.rows - (held.rows if held else 0) > self.rows and self.prefixes.evict(held):
+        wanted = [self._room.held(len(s.text) + (min(s.left, ANSWER) if s.owned else s.left)) for s in (*self.running, sequence)]
+        needs = sum(max(n, self._committed(s)) for n, s in zip(wanted, self.running)) + wanted[-1]
+        match = self.prefixes.match(sequence.text[:-1], sequence.context) if sequence.request.reuse else None
+        while needs + self.prefixes.rows - (match.rows if match else 0) > self.rows and self.prefixes.evict(match):
             pass
         return needs <= self.rows
 
-    def _make_room(self) -> float:
-        """Rows that each sequence of the next call may add to its text. Kept rows make way, then the youngest sequences."""
-        if self.rows == inf:
-            return inf
-        while True:
+    def _make_room(self) -> Callable[[Sequence], float]:
+        """Rows that a sequence may add to its text in the next call. Kept rows make way, then the youngest sequences."""
+        room = self._room
+        while room is not None:
             owned = [s for s in self.running if s.owned]
             free = self.rows - self.prefixes.rows - sum(map(self._committed, self.running))
-            if free >= sum(min(ROOM, s.left) for s in owned):
-                return ROOM
+            if free >= sum(room.held(len(s.text) + min(ROOM, s.left)) - self._committed(s) for s in owned):
+                break
             if self.prefixes.evict():
                 continue
-            if free >= len(owned):
-                return free // len(owned)
+            share = free // len(owned) // room.grain * room.grain
+            if all(self._committed(s) + share > len(s.text) for s in owned):
+                return lambda s: self._committed(s) + share - len(s.text) if s.owned else ROOM
             self._drop_youngest(owned)
+        return lambda s: ROOM
 
     def _drop_youngest(self, owned: list[Sequence]) -> None:
         """Put the youngest sequence aside; end it where it is alone."""
@@ -548,7 +556,7 @@ class Engine:
 
     # ---- one call of the library
 
-    def _round(self, share: float) -> float:
+    def _round(self, share: Callable[[Sequence], float]) -> float:
         """One call of the library for all running sequences; its seconds. share: tokens that each may add to its text."""
         writing = [s for s in self.running if not s.reading]
         reading = self._order([s for s in self.running if s.reading])
@@ -559,7 +567,7 @@ class Engine:
         for sequence in writing + [s for s in reading if not s.unscored]:
             if sequence.reading and room < 1:
                 continue
-            n = sequence.ask(room, share if sequence.owned else inf)
+            n = sequence.ask(room, share(sequence))
             self._turns.charge(sequence.request.client, read=n)
             room, read = room - n, read + n
             items.append(sequence)
@@ -613,7 +621,15 @@ class Engine:
         return session.drafter
 
 
-def row_bytes(model) -> int:
-    """Bytes of a token's keys and values."""
-    with model.session(1) as session:
-        return session.arena_stats().row_bytes
+class Room:
+    """A bound on memory, in rows. Sessions grow by `grain` rows: as the library likes it, or finely where the bound is narrow."""
+
+    def __init__(self, model, memory: float, parallel: int):
+        with model.session() as session:
+            stats = session.arena_stats()
+        self.rows = memory // stats.row_bytes
+        self.grain = stats.r if 4 * parallel * stats.r <= self.rows else FINE
+
+    def held(self, n: float) -> float:
+        """Rows that a session of n rows takes."""
+        return n if n == inf else -(-n // self.grain) * self.grain

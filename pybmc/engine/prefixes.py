@@ -16,7 +16,8 @@ class Kept:
 
     @property
     def rows(self) -> int:
-        return len(self.tokens)
+        """Rows reserved."""
+        return self.session.rows
 
     def common(self, tokens: np.ndarray) -> int:
         """How many tokens both begin with."""
@@ -43,7 +44,7 @@ class Prefixes:
         wanted = np.asarray(tokens, np.int32)
         found = [(kept.common(wanted), kept) for kept in self._kept if kept.session.context == context]
         common, best = max(found, key=lambda pair: pair[0], default=(0, None))
-        return best if best is not None and 2 * common >= max(best.rows, 1) else None
+        return best if best is not None and 2 * common >= max(len(best.tokens), 1) else None
 
     def take(self, tokens, context: int) -> Session | None:
         """match()'s session, which is the caller's from now on."""

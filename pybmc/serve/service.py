@@ -14,7 +14,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..chat.template import ChatTemplate
-from ..engine.engine import Engine, row_bytes
+from ..engine.engine import Engine
 from ..engine.model import Model
 from ..errors import ArgumentError
 from ..spec.speculation import Speculation
@@ -69,7 +69,7 @@ class Service:
         self.closing = False
         memory = given.memory if given.memory is not None else free_memory() / 2
         self.speculation = Speculation(model, draft, given.spec, given.draft_max, given.draft_min)
-        self.worker = Worker(Engine(model, parallel=given.parallel, memory=max(memory, row_bytes(model)), keep=True,
+        self.worker = Worker(Engine(model, parallel=given.parallel, memory=memory, keep=True,
                                     speculation=self.speculation, pass_seconds=given.pass_seconds), given.queue)
         self._pool = ThreadPoolExecutor(THREADS, "pybmc-text")
 
