@@ -241,6 +241,10 @@ def test_a_unix_socket(model, tmp_path):
     with pytest.raises(OSError, match="in use"):
         run.Place(unix=str(tmp_path / "socket")).bind()
     listening.close()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(OSError, match="exists"):
+        run.Place(unix=str(tmp_path / "file")).bind()
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 # ---- the page

@@ -33,7 +33,7 @@ from .options import (
 from .terminal import write
 
 MISSING = "pybmc serve needs more packages: pip install 'pybmc[serve]' (%s is missing)"
-UNITS = {"": 1} | {unit: 1000**i for i, unit in enumerate("kmgt", 1)} | {f"{unit}i": 1024**i for i, unit in enumerate("kmgt", 1)}
+UNITS = {"": 1} | {unit + i: base**power for i, base in (("", 1000), ("i", 1024)) for power, unit in enumerate("kmgt", 1)}
 
 
 class Size(click.ParamType):

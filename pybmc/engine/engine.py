@@ -20,7 +20,7 @@ from .. import checks
 from .._native import check, ffi, lib
 from ..errors import ArgumentError, BmcError, BusyError, ContextFullError, OutOfMemoryError
 from ..spec.speculation import Drafter, Speculation
-from .prefixes import Prefixes
+from .prefixes import Kept, Prefixes
 from .sampler import Sampler, check_bias
 from .schedule import Turns
 from .score import Score, Scorer
@@ -286,7 +286,7 @@ class Sequence:
         """The tokens that a round gave; also those of a call after which an interrupt came."""
         item = self.item
         if self.reading:
-            self.note_progress()
+            self._note_progress()
         n, item.n = item.n, 0
         if self.drafter:
             self.drafter.note_failure()
@@ -299,7 +299,7 @@ class Sequence:
             self.lose("it was interrupted")
             raise
 
-    def note_progress(self) -> None:
+    def _note_progress(self) -> None:
         if self.request.progress and not self._written:
             self.request.progress(min(self.session.position, len(self.prompt)), len(self.prompt))
 
@@ -446,10 +446,9 @@ class Engine:
         for sequence in self.running:
             sequence.check_session()
         self._let_go()
-        share = self._make_room()
         seconds = 0.0
         if not any(sequence.item.n for sequence in self.running):       # else an interrupt came before these were taken
-            seconds = self._round(share)
+            seconds = self._round(self._make_room())
         for sequence in [s for s in self.running if not s.done]:
             tokens = sequence.take(seconds)
             self._turns.charge(sequence.request.client, written=len(tokens))
@@ -481,7 +480,8 @@ class Engine:
                 break
             try:
                 if not fits and self._room.held(len(sequence.text) + 1) > self.rows:
-                    raise OutOfMemoryError(f"{len(sequence.text)} tokens do not fit the memory, which has room for {self.rows:.0f}")
+                    n = len(sequence.text)
+                    raise OutOfMemoryError(f"{n} tokens do not fit the memory, which has room for {self.rows:.0f}")
                 sequence.start()
                 self.running.append(sequence)
                 self.waiting.remove(sequence)
@@ -491,9 +491,17 @@ class Engine:
 
     def session_for(self, sequence: Sequence):
         """A session for a sequence that brings none: the one that holds most of its beginning, or a new one."""
+        kept = self._match(sequence)
+        if kept is not None:
+            return self.prefixes.take(kept)
+        return self.model.session(sequence.request.context, rows=self._room.grain if self._room else "auto")
+
+    def _match(self, sequence: Sequence) -> Kept | None:
+        """The kept session that it would take."""
         request = sequence.request
-        kept = self.prefixes.take(sequence.text[:-1], sequence.context) if request.reuse and request.score is None else None
-        return kept or self.model.session(request.context, rows=self._room.grain if self._room else "auto")
+        if sequence.session is not None or not request.reuse or request.score is not None:
+            return None
+        return self.prefixes.match(sequence.text[:-1], sequence.context)
 
     # ---- memory, in rows
 
@@ -510,9 +518,11 @@ class Engine:
         """Whether there are rows for its text and the beginning of its answer; kept rows make way."""
         if self._room is None:
             return True
-        wanted = [self._room.held(len(s.text) + (min(s.left, ANSWER) if s.owned else s.left)) for s in (*self.running, sequence)]
-        needs = sum(max(n, self._committed(s)) for n, s in zip(wanted, self.running)) + wanted[-1]
-        match = self.prefixes.match(sequence.text[:-1], sequence.context) if sequence.request.reuse else None
+        def wanted(s: Sequence) -> float:
+            return self._room.held(len(s.text) + (min(s.left, ANSWER) if s.owned else s.left))
+
+        needs = sum(max(wanted(s), self._committed(s)) for s in self.running) + wanted(sequence)
+        match = self._match(sequence)
         while needs + self.prefixes.rows - (match.rows if match else 0) > self.rows and self.prefixes.evict(match):
             pass
         return needs <= self.rows
@@ -537,7 +547,8 @@ class Engine:
         """Put the youngest sequence aside; end it where it is alone."""
         sequence = max(owned, key=lambda s: s.number)
         if len(self.running) == 1:
-            sequence.error = OutOfMemoryError(f"{len(sequence.text)} tokens fill the memory, which has room for {self.rows:.0f}")
+            n = len(sequence.text)
+            sequence.error = OutOfMemoryError(f"{n} tokens fill the memory, which has room for {self.rows:.0f}")
             self._end(self.running, sequence)
             return
         self.running.remove(sequence)
@@ -601,7 +612,6 @@ class Engine:
                 at = len(sequence.scores)
                 sequence.scores += self._scorer(sequence.item.session, sequence.text[at:at + n + 1], sequence.request.score)
             self._turns.charge(sequence.request.client, read=n)
-            sequence.note_progress()
             read += n
         return read
 

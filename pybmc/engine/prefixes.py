@@ -13,11 +13,7 @@ from .session import Session
 class Kept:
     session: Session
     tokens: np.ndarray                  # int32, those of its rows
-
-    @property
-    def rows(self) -> int:
-        """Rows reserved."""
-        return self.session.rows
+    rows: int                           # reserved
 
     def common(self, tokens: np.ndarray) -> int:
         """How many tokens both begin with."""
@@ -46,11 +42,8 @@ class Prefixes:
         common, best = max(found, key=lambda pair: pair[0], default=(0, None))
         return best if best is not None and 2 * common >= max(len(best.tokens), 1) else None
 
-    def take(self, tokens, context: int) -> Session | None:
-        """match()'s session, which is the caller's from now on."""
-        kept = self.match(tokens, context)
-        if kept is None:
-            return None
+    def take(self, kept: Kept) -> Session:
+        """A session that match() found; it is the caller's from now on."""
         self._kept.remove(kept)
         return kept.session
 
@@ -58,7 +51,7 @@ class Prefixes:
         """Keep a session."""
         tokens = np.array(session.tokens, np.int32)
         if tokens.size:
-            self._kept.append(Kept(session, tokens))
+            self._kept.append(Kept(session, tokens, session.rows))
         else:
             session.close()
 

@@ -93,7 +93,6 @@ class Door:
 
     def __init__(self, routes, policy: Policy, service=None):
         self.routes, self.policy, self.service = routes, policy, service
-        self.metrics_routes: dict[str, None] = {}
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":

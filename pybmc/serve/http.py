@@ -68,10 +68,9 @@ def client_of(request: HttpRequest) -> Hashable:
     return request.scope.get("pybmc.client")
 
 
-async def fields_of(request: HttpRequest, optional: bool = False) -> Fields:
-    """The object in the body, whatever its type is said to be. optional: no body is an empty object."""
-    data = await body_of(request)
-    return Fields({}) if optional and not data.strip() else parse(data)
+async def fields_of(request: HttpRequest) -> Fields:
+    """The object in the body, whatever its type is said to be."""
+    return parse(await body_of(request))
 
 
 async def body_of(request: HttpRequest) -> bytes:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import signal
 import socket
+import stat
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -58,8 +60,10 @@ class Place:
         with _closing_on_error(found):
             with contextlib.suppress(FileNotFoundError, ConnectionRefusedError), socket.socket(socket.AF_UNIX) as other:
                 other.connect(self.unix)
-                raise OSError(98, "Address already in use")
-            if os.path.exists(self.unix):
+                raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+            with contextlib.suppress(FileNotFoundError):
+                if not stat.S_ISSOCK(os.lstat(self.unix).st_mode):
+                    raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
                 os.unlink(self.unix)
             found.bind(self.unix)
             os.chmod(self.unix, 0o600)
@@ -176,7 +180,11 @@ async def serve(place: Place, policy: Policy, load: Callable[[], Service], ready
             ready(door.service)
 
     loading.add_done_callback(loaded)
-    await server.serve(sockets=[place.socket])
+    try:
+        await server.serve(sockets=[place.socket])
+    finally:
+        if door.service is not None:
+            door.service.close()
     if loading.done() and not loading.cancelled():
         loading.result()
 

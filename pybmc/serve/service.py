@@ -66,7 +66,7 @@ class Service:
         self.digest = digest(model)
         self.fingerprint = f"b{__version__}-{self.digest[:12]}"
         self.metrics = Metrics(self)
-        self.closing = False
+        self.closing = self.closed = False
         memory = given.memory if given.memory is not None else free_memory() / 2
         self.speculation = Speculation(model, draft, given.spec, given.draft_max, given.draft_min)
         self.worker = Worker(Engine(model, parallel=given.parallel, memory=memory, keep=True,
@@ -99,8 +99,6 @@ class Service:
             self.worker.close()
             self._pool.shutdown()
             self.closed = True
-
-    closed = False
 
     @cached_property
     def capabilities(self) -> list[str]:

@@ -34,7 +34,7 @@ class Run:
 
     def __init__(self, worker: Worker, requests: list[Request]):
         self.worker, self.requests = worker, requests
-        self.admitted = self.closed = False
+        self.closed = False
         self.left = len(requests)
         self.started = time.perf_counter()
         self._updates: asyncio.Queue[Update | None] = asyncio.Queue()
@@ -42,7 +42,6 @@ class Run:
     def deliver(self, updates: list[Update]) -> None:
         if self.closed:
             return
-        self.admitted = True
         self.worker.waiting.discard(self)
         for update in updates:
             self.left -= update.done
