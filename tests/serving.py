@@ -95,6 +95,15 @@ def events(response):
     return [json.loads(data) for data in found if data != "[DONE]"]
 
 
+def read_to(connection, end):
+    """What a plain socket gives, up to some bytes or its end."""
+    data, part = b"", b"x"
+    while part and not data.endswith(end):
+        part = connection.recv(10_000)
+        data += part
+    return data
+
+
 def until(condition, seconds=20):
     """Wait for what another thread will do."""
     end = time.monotonic() + seconds

@@ -7,7 +7,7 @@ import numpy as np
 import numpy_sampling
 import pytest
 import tiny
-from serving import Gate, events, httpx, served, until
+from serving import Gate, events, httpx, read_to, served, until
 
 import pybmc
 from pybmc.serve import http
@@ -610,9 +610,7 @@ def test_a_full_queue_is_429_and_a_long_wait_503(model):
         until(lambda: len(server.service.worker.waiting) == 1)
         response = server.post("/v1/chat/completions", {"messages": HELLO})
         assert error_of(response) == (429, "rate_limit_error", "queue_full") and response.headers["retry-after"]
-        told = b""
-        while not told.endswith(b"}}"):
-            told += waiting.recv(10_000)
+        told = read_to(waiting, b"}}")
         assert b"503" in told.split(b"\r\n")[0] and b"queue_timeout" in told and b"unavailable_error" in told
         running.close()
         waiting.close()

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import tiny
-from serving import Gate, events, httpx, served, until
+from serving import Gate, events, httpx, read_to, served, until
 
 import pybmc
 
@@ -199,11 +199,8 @@ def test_the_end_gives_running_answers_some_time_then_an_error(model):
             until(lambda: server.service.closing)
             if grace > 1:
                 gate.open()
-            data, part = b"", b"x"
             connection.settimeout(20)
-            while part:
-                part = connection.recv(10_000)
-                data += part
+            data = read_to(connection, b"0\r\n\r\n")
             assert ends in data and (b"[DONE]" in data) == (ends == b"[DONE]")
             gate.open()
             server._thread.join(20)

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import tiny
-from serving import Served, httpx, served, until
+from serving import Served, httpx, read_to, served, until
 
 import pybmc
 from pybmc.serve import app, http, run
@@ -139,7 +139,7 @@ def test_bodies_that_are_too_slow_are_408(server, monkeypatch):
     monkeypatch.setattr(http, "BODY_SECONDS", 0.1)
     with server.connect() as connection:
         connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{")
-        told = connection.recv(4000)
+        told = read_to(connection, b"}}")
         assert b"408" in told.split(b"\r\n")[0] and b"body_too_slow" in told and b"timeout_error" in told
 
 
@@ -151,9 +151,7 @@ def test_headers_that_are_too_slow_close_the_connection(server, monkeypatch):
             assert connection.recv(100) == b""
     with server.connect() as connection:            # the second request of a connection
         connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
-        told = b""
-        while not told.endswith(b'{"status":"ok"}'):
-            told += connection.recv(4000)
+        assert b"200" in read_to(connection, b'{"status":"ok"}')
         connection.sendall(b"GET /heal")
         assert connection.recv(100) == b""
 

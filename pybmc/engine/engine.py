@@ -359,9 +359,13 @@ class Sequence:
             self.item.n = 0
             self.take_back(0)
         self._close_drafter()
-        if self._owned and self.session is not None:
-            session, self.session = self.session, None
-            self.engine.prefixes.give(session) if keep and not self.error else session.close()
+        if not self._owned or self.session is None:
+            return
+        if keep and not self.error:
+            self.engine.prefixes.give(self.session)
+            self.session = None
+        else:
+            self.session.close()
 
     def _close_drafter(self) -> None:
         if self.drafter is not None and self._owned:
