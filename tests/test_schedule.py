@@ -180,6 +180,17 @@ def test_what_does_not_fit_alone_ends_with_an_error(model):
         assert len(finish(engine)[small]) == 5
 
 
+def test_a_session_that_was_given_is_never_taken_away(model, short_calls):
+    with bounded(model, 200) as engine, model.session() as large:           # it grows by more rows than there are
+        given = engine.add(Request([1, 2], 40, session=large))
+        waits = engine.add(Request([3], 5))
+        for _ in range(3):
+            engine.step()
+        assert engine.running == [given] and engine.waiting == [waits]
+        found = finish(engine)
+        assert len(found[given]) >= 37 and len(found[waits]) == 5 and large.position == 41
+
+
 def test_relieve_gives_kept_rows_back_first(model, short_calls):
     with bounded(model, 1000) as engine:
         engine.add(Request([7] * 20, 2))

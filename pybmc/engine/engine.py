@@ -541,6 +541,8 @@ class Engine:
                 break
             if self.prefixes.evict():
                 continue
+            if not owned:                       # sessions that were given may be larger than the memory
+                break
             share = free // len(owned) // room.grain * room.grain
             if all(self._committed(s) + share > len(s.text) for s in owned):
                 return lambda s: self._committed(s) + share - len(s.text) if s.owned else ROOM
