@@ -153,7 +153,7 @@ static void norm(const bmc_model *m, float *y, const float *x, const float *weig
         if (y != x)
             memcpy(y, x, (size_t)m->c.dim * sizeof *y);
     } else if (m->c.norm == BMC_NORM_RMS)
-        m->k.rmsnorm(y, x, weight, m->c.dim, m->c.norm_eps);
+        m->k.rmsnorm(y, x, weight, bias, m->c.dim, m->c.norm_eps);
     else
         m->k.layernorm(y, x, weight, bias, m->c.dim, m->c.norm_eps);
 }
@@ -231,7 +231,7 @@ static void place_head(const struct pass *p, const struct layer *L, float *head,
     size_t table = (size_t)(L->rope | p->session[t]->rope);
     size_t at = (table * PASS_MAX + (size_t)t) * (size_t)(m->c.rope_dim / 2);
     if (weight)
-        m->k.rmsnorm(head, head, weight, m->c.head_dim, m->c.norm_eps);
+        m->k.rmsnorm(head, head, weight, NULL, m->c.head_dim, m->c.norm_eps);
     if (m->c.rope == BMC_ROPE_PAIRS)
         m->k.rope_pairs(head, m->buffers->cos + at, m->buffers->sin + at, m->c.rope_dim);
     else if (m->c.rope == BMC_ROPE_HALVES)
@@ -470,13 +470,13 @@ static void activate(const struct pass *p, const struct layer *L, int first, int
     const bmc_model *m = p->model;
     const struct buffers *b = m->buffers;
     int F = m->c.hidden_dim, width = tile_width(n_tok), begin = tile * width, end = begin + columns(n_tok, tile, width);
-    void (*act)(float *, const float *, const float *, int) = m->c.act == BMC_ACT_SILU ? m->k.silu : m->k.gelu;
+    void (*act)(float *, const float *, const float *, int, const float *) = m->k.act[m->c.act];
     for (int t = begin; t < end; t++) {
         float *up = b->up + (size_t)t * padded(F);
         if (L->ffn_gate.data)
-            act(up + first, up + first, b->gate + (size_t)t * padded(F) + first, last - first);
+            act(up + first, up + first, b->gate + (size_t)t * padded(F) + first, last - first, NULL);
         else
-            act(up + first, NULL, up + first, last - first);
+            act(up + first, NULL, up + first, last - first, NULL);
         quantize(p, b->hidden_act, up, F, n_tok, t, first / 32, last / 32);
     }
 }
