@@ -6,6 +6,7 @@
 #ifndef KERNELS_H
 #define KERNELS_H
 
+#include "bmc.h"
 #include "types.h"
 
 #include <stddef.h>
@@ -70,6 +71,25 @@ struct attn_job {
     const int *first, *limit;
     float *m, *l;                   /* (n_rows,) running maximum, sum; -inf and 0 at the start */
     float *o;                       /* (n_rows, v_dim) running weighted sum, not divided by l yet; 0 at the start */
+    float softcap;                  /* scores become softcap * tanh(score / softcap); 0: off */
+    const float *slope;             /* (n_rows,) then score = fma(-slope, |at - t|, score) for cache row t; or NULL */
+    const int *at;                  /* (n_rows,) the queries' own rows, relative to the chunk like t; read with slope alone */
+};
+
+/* A recurrence over n_tok tokens, for 16 values of one head's state s (n_keys, 16). For each token in order:
+ *     s = decay * s;  where v is given: d = beta * (v - s^T k);  s_i = fma(k_i, d, s_i) for every key i;  o = s^T q
+ * A dot product is four sums over ascending keys, key i in sum i % 4, each a chain of fma, folded (0 + 1) + (2 + 3). A token's
+ * results do not depend on where a call begins and ends, and the d and decay of earlier tokens give s again. */
+struct recur_job {
+    float *s;
+    int n_keys, n_tok;
+    const float *decay;             /* one a token, the factor itself */
+    const float *k;                 /* (n_keys,) a token */
+    const float *q;                 /* likewise; NULL: no output */
+    const float *v, *beta;          /* 16 values and one a token; NULL: d is given */
+    float *d;                       /* 16 values a token: written where v is given, else read */
+    float *o;                       /* 16 values a token */
+    size_t decay_stride, k_stride, q_stride, v_stride, beta_stride, d_stride, o_stride;     /* floats from token to token */
 };
 
 struct kernels {
@@ -86,15 +106,24 @@ struct kernels {
     /* 8-bit blocks; block i goes to act[i * stride]. */
     void (*quantize)(struct act_block *act, int stride, const float *x, int n_blocks);
 
-    /* y may be x in all of these. */
-    void (*rmsnorm)(float *y, const float *x, const float *weight, int n, float eps);
-    void (*layernorm)(float *y, const float *x, const float *weight, const float *bias, int n, float eps);  /* bias or NULL */
-    void (*silu)(float *y, const float *x, const float *gate, int n);                   /* y = x silu(gate), x NULL: 1 */
-    void (*gelu)(float *y, const float *x, const float *gate, int n);                   /* its tanh form, likewise */
+    /* y may be x in all of these. Norms: weight NULL is 1, bias NULL is 0. */
+    void (*rmsnorm)(float *y, const float *x, const float *weight, const float *bias, int n, float eps);
+    void (*layernorm)(float *y, const float *x, const float *weight, const float *bias, int n, float eps);
+    /* By enum bmc_act: y = x * f(gate), x NULL: f(gate). y may be gate too. param, of XIELU alone: p, n, b and e in
+     * g > 0: p g^2 + b g, else (expm1(min(g, e)) - g) n + b g. SWIGLU_OAI, g = min(gate, 7) and u = x within -7 .. 7:
+     * g sigmoid(1.702 g) (u + 1); its x is never NULL. */
+    void (*act[BMC_ACTS])(float *y, const float *x, const float *gate, int n, const float *param);
+    void (*softcap)(float *x, float cap, int n);                                        /* x = cap * tanh(x / cap) */
     void (*add)(float *y, const float *x, int n);
+    void (*mul)(float *y, const float *x, int n);
     void (*scale)(float *y, float s, int n);
+    void (*axpy)(float *y, float a, const float *x, int n);                             /* y = fma(a, x, y) */
     void (*rope_pairs)(float *x, const float *cos, const float *sin, int n);            /* cos and sin: (n / 2,) */
     void (*rope_halves)(float *x, const float *cos, const float *sin, int n);
+
+    /* y[c] = bias[c] (NULL: 0), then fma(weight[i][c], rows[i][c], y[c]) for i = 0 .. k - 1. weight: (k, n rounded up to 16). */
+    void (*conv)(float *y, const float *const *rows, const float *weight, const float *bias, int k, int n);
+    void (*recur)(const struct recur_job *job);
 
     float (*largest)(const float *x, int n);
     uint64_t (*reaching)(const float *x, int n, float least);                           /* bit i: x[i] >= least; n <= 64 */

@@ -72,10 +72,28 @@ INLINE void join(float *m, float *l, float m_chunk, float l_chunk, float *keep, 
     *l = *l * *keep + l_chunk * *gain;
 }
 
+/* A row's scores: softcap * tanh(score / softcap), then ALiBi's slope times the distance is taken off. */
+static void bend(const struct attn_job *j, int row, int begin, int end, float *s) {
+    static const float lanes[16] = { 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15 };
+    const f32x16 cap = f_set(j->softcap);
+    for (int t = begin * TILE; t < end * TILE; t += TILE) {
+        f32x16 v = f_load(s + t);
+        if (j->softcap > 0)
+            v = f_mul(cap, f_tanh(f_div(v, cap)));
+        if (j->slope) {
+            f32x16 distance = f_abs(f_sub(f_set((float)(j->at[row] - t)), f_load(lanes)));
+            v = f_fma(f_set(-j->slope[row]), distance, v);
+        }
+        f_store(s + t, v);
+    }
+}
+
 /* Scores of a row become weights e^(s - their maximum), exactly 0 where it does not look. */
 INLINE void weigh(const struct attn_job *j, int row, int begin, int end, float *s, float *keep, float *gain) {
     int first = j->first[row], limit = j->limit[row];
     f32x16 top = f_set(-INFINITY), sum = f_zero();
+    if (j->softcap > 0 || j->slope)
+        bend(j, row, begin, end, s);
     for (int t = begin * TILE; t < end * TILE; t += TILE) {
         f32x16 v = f_load(s + t);
         if (t < first || t + TILE > limit) {
