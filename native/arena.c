@@ -16,17 +16,32 @@ static int64_t round_up(int64_t n, int64_t unit) {
     return (n + unit - 1) / unit * unit;
 }
 
+int64_t arena_streams(struct arena_stream *streams, int n) {
+    int64_t sum = 0, bytes;
+    for (int i = 0; i < n; i++) {
+        streams[i].before = sum;
+        if (streams[i].n_heads < 1 || streams[i].tile_bytes < 1
+            || __builtin_mul_overflow(streams[i].n_heads, streams[i].tile_bytes, &bytes) || __builtin_add_overflow(sum, bytes, &sum))
+            return -1;
+    }
+    return sum;
+}
+
+/* Bytes of one tile of every head. */
+static int64_t column_bytes(const struct arena_config *c) {
+    const struct arena_stream *last = c->streams + c->n_streams - 1;
+    return c->n_streams ? last->before + last->n_heads * last->tile_bytes : 0;
+}
+
 size_t arena_bytes(const struct arena_config *c, int64_t tiles) {
     size_t bytes;
-    if (__builtin_mul_overflow((size_t)c->n_layers * (size_t)c->n_heads, (size_t)c->tile_bytes, &bytes) ||
-        __builtin_mul_overflow(bytes, (size_t)tiles, &bytes) || bytes > SIZE_MAX / 4)
+    if (__builtin_mul_overflow((size_t)column_bytes(c), (size_t)tiles, &bytes) || bytes > SIZE_MAX / 4)
         return 0;
     return bytes;
 }
 
 int arena_no_memory(const struct arena *a, int64_t rows) {
-    const struct arena_config *c = &a->config;
-    double mb = (double)c->n_layers * c->n_heads * (double)c->tile_bytes / TILE_ROWS * (double)rows / 1e6;
+    double mb = (double)column_bytes(&a->config) / TILE_ROWS * (double)rows / 1e6;
     return fail(BMC_ENOMEM, "no memory for %lld rows of keys and values (%.0f MB)", (long long)rows, mb);
 }
 
@@ -62,9 +77,8 @@ static int add_segments(struct arena *a, int64_t n) {
 
 int arena_init(struct arena *a, const struct arena_config *config) {
     memset(a, 0, sizeof *a);
-    if (config->n_layers < 1 || config->n_heads < 1 || config->tile_bytes < 1)
-        return fail(BMC_EINVAL, "an arena needs layers, heads and tiles: got %d, %d and %lld bytes", config->n_layers,
-                    config->n_heads, (long long)config->tile_bytes);
+    if (config->n_streams < 0 || (config->n_streams && !config->streams))
+        return fail(BMC_EINVAL, "an arena needs 0 or more streams, not %d", config->n_streams);
     if (config->cap < 1 || config->cap > MAX_ROWS)
         return fail(BMC_EINVAL, "the cap on rows is between 1 and %d, not %lld", MAX_ROWS, (long long)config->cap);
     if (config->r < 1)
@@ -74,7 +88,7 @@ int arena_init(struct arena *a, const struct arena_config *config) {
     c->r = (int)round_up(c->r < c->cap ? c->r : c->cap, TILE_ROWS);
     a->segment_tiles = c->r / TILE_ROWS;
     a->segment_bytes = arena_bytes(c, a->segment_tiles);
-    if (!a->segment_bytes)
+    if (!a->segment_bytes && c->n_streams)
         return arena_no_memory(a, c->r);
     a->segment_bytes = memory_whole(a->segment_bytes);
     return 0;
@@ -94,14 +108,14 @@ int arena_reserve(struct arena *a, int64_t rows) {
     if (rows <= a->rows_reserved)
         return 0;
     int64_t wanted = round_up(rows, a->config.r);
-    if (add_segments(a, wanted / a->config.r))
+    if (a->config.n_streams && add_segments(a, wanted / a->config.r))
         return arena_no_memory(a, wanted);
     a->rows_reserved = wanted;
     return 0;
 }
 
 int64_t arena_row_bytes(const struct arena *a) {
-    return a->config.n_layers * a->config.n_heads * a->config.tile_bytes / TILE_ROWS;
+    return column_bytes(&a->config) / TILE_ROWS;
 }
 
 int arena_auto_rows(int64_t row_bytes) {

@@ -31,6 +31,8 @@ static const struct role common_roles[] = {
     { "post_norm", IN_BLOCK(post_norm), VECTOR, ONE, DIM, false },
     { "post_norm.bias", IN_BLOCK(post_norm_bias), VECTOR, ONE, DIM, false },
     { "sum_norm", IN_BLOCK(sum_norm), VECTOR, ONE, DIM, false },
+    { "out_norm", IN_BLOCK(out_norm), VECTOR, ONE, DIM, false },
+    { "out_norm.bias", IN_BLOCK(out_norm_bias), VECTOR, ONE, DIM, false },
     { "layer_output_scale", IN_BLOCK(out_scale), VECTOR, ONE, ONE, false },
     { 0 },
 };

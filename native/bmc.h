@@ -142,7 +142,7 @@ typedef struct bmc_config {
 } bmc_config;
 
 /* A tensor of the file, by role: GGUF's word without "blk.N." and ".weight", as bmc_role lists them for a kind of block; "norm",
- * "post_norm", "sum_norm" and "layer_output_scale" in every block. A matrix may come with "ROLE.bias" and "ROLE.scale".
+ * "post_norm", "sum_norm", "out_norm" and "layer_output_scale" in every block. A matrix may come with "ROLE.bias" and "ROLE.scale".
  * data must stay readable and unchanged while the model lives. */
 typedef struct bmc_tensor {
     const char *role;
@@ -283,7 +283,8 @@ int         bmc_session_new(bmc_model *model, int64_t cap, int r, int rope, bmc_
 int         bmc_session_position(const bmc_session *session);
 const int32_t *bmc_session_tokens(const bmc_session *session);          /* (position,) the tokens of its rows */
 int         bmc_session_sync(bmc_session *session, const int32_t *tokens, int n);      /* keeps the rows that a text begins with; how many */
-int         bmc_session_rewind(bmc_session *session, int position);
+int         bmc_session_rewind(bmc_session *session, int position);     /* may evaluate tokens again, where a block keeps a state */
+int         bmc_session_snapshot(bmc_session *session);                 /* going back to this position will need no tokens again */
 int         bmc_session_reserve(bmc_session *session, int rows);         /* makes room for this many more rows */
 int         bmc_session_stats(const bmc_session *session, bmc_arena_stats *stats);
 void        bmc_session_free(bmc_session *session);

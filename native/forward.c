@@ -52,7 +52,7 @@ static void embed(const struct pass *p, int thread) {
 
 /* Where a block's result goes: to x, if it is added to it as it is, or to a row of its own. */
 static bool direct(const struct block *b) {
-    return !b->c.beside && !(b + 1)->c.beside && !b->post_norm.v && !b->out_scale.v && b->c.scale == 1.0f;
+    return !b->c.beside && !(b + 1)->c.beside && !b->post_norm.v && !b->out_norm.v && !b->out_scale.v && b->c.scale == 1.0f;
 }
 
 static struct sink sink_of(const bmc_model *m, const struct block *b) {
@@ -78,6 +78,8 @@ static void settle(const bmc_model *m, const struct block *last, int64_t t) {
     if (last->sum_norm.v)
         norm_row(m, sum, sum, last->sum_norm, (struct vector){ 0 }, m->c.dim);
     m->k.add(x, sum, m->c.dim);
+    if (last->out_norm.v)
+        norm_row(m, x, x, last->out_norm, last->out_norm_bias, m->c.dim);
     if (last->out_scale.v)
         m->k.scale(x, last->out_scale.v[0], m->c.dim);
 }

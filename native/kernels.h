@@ -65,7 +65,7 @@ struct attn_job {
     const uint16_t *const *tiles;   /* [CHUNK / TILE] */
     const uint16_t *const *next;    /* the tiles after these, to be fetched meanwhile; NULL: all are in the cache */
     int head_dim;                   /* values in a row of K */
-    int v_dim;                      /* head_dim rounded up to 16 */
+    int v_dim;                      /* values in a row of V, rounded up to 16 */
     int n_rows;                     /* 1 .. ATTN_ROWS */
     const float *const *q;          /* n_rows x (head_dim,), scaled */
     const int *first, *limit;
@@ -100,8 +100,8 @@ struct kernels {
     /* m, l and o go on with what a chunk alone came to, as if attend had seen it next. */
     void (*attend_merge)(float *m, float *l, float *o, float m_chunk, float l_chunk, const float *o_chunk, int v_dim);
     void (*attend_end)(float *out, const float *o, float l, int n);                     /* out = o / l */
-    /* A row's K and V into their slot of a tile; what f16 cannot hold becomes its largest. */
-    void (*store_kv)(uint16_t *tile, int slot, const float *k, const float *v, int head_dim, int v_dim);
+    /* A row's K (k_dim) and V (v_dim) into their slot of a tile; what f16 cannot hold becomes its largest. */
+    void (*store_kv)(uint16_t *tile, int slot, const float *k, const float *v, int k_dim, int v_dim);
 
     /* 8-bit blocks; block i goes to act[i * stride]. */
     void (*quantize)(struct act_block *act, int stride, const float *x, int n_blocks);

@@ -326,6 +326,8 @@ static int make_blocks(bmc_model *m, const bmc_config *config) {
     for (int i = 0; i < config->n_blocks; i++)
         if (m->blocks[i].kind->stream)
             m->blocks[i].kind->stream(m, &m->blocks[i]);
+    m->row_bytes = arena_streams(m->row_streams, m->n_row_streams) / TILE;
+    states_measure(m->state_sizes, m->n_states);
     return 0;
 }
 

@@ -76,6 +76,7 @@ struct block {
     int64_t extent[EXTENTS];
     struct vector norm, norm_bias, post_norm, post_norm_bias;
     struct vector sum_norm;                             /* of the sum of blocks side by side */
+    struct vector out_norm, out_norm_bias;              /* x becomes its norm after the sum */
     struct vector out_scale;                            /* (1,) x is multiplied by it at the end */
     int stream;                                         /* of rows in the arena, or of states; -1: none */
     union {
@@ -115,9 +116,10 @@ struct bmc_model {
     struct block *blocks;           /* (c.n_blocks,) */
     int last_mixer;                 /* after its rows are stored only tokens that are asked for go on */
     int pass_max;                   /* tokens in one pass */
-    int n_rows_streams, n_state_streams;
+    int n_row_streams, n_states;
     struct arena_stream *row_streams;
     struct state_size *state_sizes;
+    int64_t row_bytes;              /* keys and values of one token, all streams */
 
     void *panels;                   /* all panels, in huge pages */
     size_t panel_bytes;             /* of the file's rows, where there are none */

@@ -27,6 +27,9 @@ struct wanted {
  * the true logit is looked up); and the sum of e^(logit - seen) over what that head saw. */
 struct best { float logit, seen, sum; int32_t id; };
 
+/* Neighbouring tokens of a session, in models whose blocks keep states. */
+struct run { bmc_session *session; int first; struct state_run states; };
+
 struct pass {
     bmc_model *model;
     int n_tok, n_out;
@@ -35,6 +38,8 @@ struct pass {
     bool headless;                  /* nobody wants more than hidden states */
     struct place *at;               /* (n_tok,) */
     struct wanted *out;             /* (n_out,) */
+    struct run *runs;               /* (n_runs,) */
+    int n_runs;
     struct best *best;              /* (n_out, parts of HEAD_ROWS) */
 };
 

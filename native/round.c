@@ -23,8 +23,6 @@ static const double STRETCH_WEIGHT = 0.2;       /* of the last stretch in bmc_dr
 static const double HICCUP = 3;                 /* a draft is charged at most this many times its expected time */
 
 static double seconds_since(int64_t start) { return 1e-9 * (double)(nanoseconds() - start); }
-static int smaller(int a, int b) { return a < b ? a : b; }
-static int larger(int a, int b) { return a > b ? a : b; }
 
 /* ---- a turn: one item in one round */
 

@@ -1,6 +1,6 @@
 /* Sessions, and the way from spans to passes. */
 #include "error.h"
-#include "model.h"
+#include "pass.h"
 #include "sample.h"
 
 #include <math.h>
@@ -13,6 +13,8 @@ static int claim(bmc_session *s) {
     return fail(BMC_EBUSY, "this session is in use by another thread");
 }
 
+static int evaluate_claimed(const bmc_span *spans, int n_spans, bool coarse);
+
 static void release(bmc_session *s) { atomic_flag_clear_explicit(&s->busy, memory_order_release); }
 
 static int check_session(const bmc_model *m, int64_t cap, int r, int rope) {
@@ -22,8 +24,8 @@ static int check_session(const bmc_model *m, int64_t cap, int r, int rope) {
         return fail(BMC_EINVAL, "context: expected 1 to %d, found %lld", 1 << 30, (long long)cap);
     if (r < 0)
         return fail(BMC_EINVAL, "rows: expected 0 or more at a time, found %d", r);
-    if (rope < 0 || rope > (m->c.n_ropes > 1))
-        return fail(BMC_EINVAL, "rope: the model has %d tables, number %d is asked for", (int)m->c.n_ropes, rope);
+    if (rope < 0 || rope > m->c.long_rope)
+        return fail(BMC_EINVAL, "rope: the model has %d tables for long contexts, number %d is asked for", (int)m->c.long_rope, rope);
     if (m->position_embd.data && cap > m->c.n_ctx)
         return fail(BMC_EINVAL, "context: the model has %d learned positions, %lld are asked for", (int)m->c.n_ctx,
                     (long long)cap);
@@ -37,16 +39,15 @@ int bmc_session_new(bmc_model *m, int64_t cap, int r, int rope, bmc_session **se
     bmc_session *s = calloc(1, sizeof *s);
     if (!s)
         return fail(BMC_ENOMEM, "no memory for a session");
-    int64_t tile_bytes = (int64_t)TILE * (m->c.head_dim + m->v_dim) * (int64_t)sizeof(uint16_t);
     struct arena_config config = {
-        .n_layers = m->c.n_layers, .n_heads = m->c.n_kv_heads, .tile_bytes = tile_bytes, .cap = cap,
-        .r = r ? r : arena_auto_rows(tile_bytes / TILE * m->c.n_kv_heads * m->c.n_layers),
+        .streams = m->row_streams, .n_streams = m->n_row_streams, .cap = cap, .r = r ? r : arena_auto_rows(m->row_bytes),
     };
     status = arena_init(&s->arena, &config);
     if (status) {
         free(s);
         return status;
     }
+    states_init(&s->states, m->state_sizes, m->n_states);
     s->model = m;
     s->rope = rope;
     atomic_fetch_add(&m->n_users, 1);
@@ -58,12 +59,24 @@ void bmc_session_free(bmc_session *s) {
     if (!s || claim(s))             /* in use: by a thread of the parent of a forked process, which left it half changed */
         return;
     arena_free(&s->arena);
+    states_free(&s->states);
     free(s->tokens);
     model_release(s->model);
     free(s);
 }
 
 int bmc_session_position(const bmc_session *s) { return s->position; }
+
+/* Back to a position that is within the text; states may have to go farther back, and their tokens are evaluated again. */
+static int go_back(bmc_session *s, int position) {
+    int reached = states_rewind(&s->states, position), status = 0;
+    s->position = reached;
+    if (reached < position) {
+        bmc_span again = { .session = s, .tokens = s->tokens + reached, .n_tok = position - reached, .want = BMC_WANT_NONE };
+        status = evaluate_claimed(&again, 1, false);
+    }
+    return status;
+}
 
 int bmc_session_rewind(bmc_session *s, int position) {
     int status = claim(s);
@@ -72,7 +85,16 @@ int bmc_session_rewind(bmc_session *s, int position) {
     if (position < 0 || position > s->position)
         status = fail(BMC_EINVAL, "rewind: expected 0 to %d, found %d", s->position, position);
     else
-        s->position = position;
+        status = go_back(s, position);
+    release(s);
+    return status;
+}
+
+int bmc_session_snapshot(bmc_session *s) {
+    int status = claim(s);
+    if (status)
+        return status;
+    status = states_snapshot(&s->states, s->position);
     release(s);
     return status;
 }
@@ -88,7 +110,7 @@ int bmc_session_sync(bmc_session *s, const int32_t *tokens, int n) {
     while (!status && kept < n && kept < s->position && tokens[kept] == s->tokens[kept])
         kept++;
     if (!status)
-        s->position = kept;
+        s->position = kept = states_rewind(&s->states, kept);
     release(s);
     return status ? status : kept;
 }
@@ -97,6 +119,8 @@ int bmc_session_sync(bmc_session *s, const int32_t *tokens, int n) {
 static int reserve(bmc_session *s, int rows) {
     int64_t n = (int64_t)s->position + rows;
     int status = arena_reserve(&s->arena, n);
+    if (!status)
+        status = states_reserve(&s->states);
     if (status || n <= s->n_tokens)
         return status;
     int64_t wanted = n > 2 * (int64_t)s->n_tokens ? n : 2 * (int64_t)s->n_tokens;
@@ -121,7 +145,7 @@ int bmc_session_stats(const bmc_session *s, bmc_arena_stats *stats) {
     const struct arena *a = &s->arena;
     *stats = (bmc_arena_stats){
         .rows_reserved = a->rows_reserved, .rows_used = s->position, .r = a->config.r,
-        .bytes_reserved = a->n_segments * (int64_t)a->segment_bytes, .row_bytes = arena_row_bytes(a),
+        .bytes_reserved = a->n_segments * (int64_t)a->segment_bytes + states_bytes(&s->states), .row_bytes = arena_row_bytes(a),
     };
     return 0;
 }
@@ -141,6 +165,10 @@ static int check_span(const bmc_span *span, const bmc_model *m) {
         return BMC_EINVAL;
     if (span->n_top < 0 || span->n_top > m->c.vocab_size || (span->n_top && (!span->top_ids || !span->top_logprobs)))
         return fail(BMC_EINVAL, "n_top: expected 0 to %d and room for the results, found %d", (int)m->c.vocab_size, (int)span->n_top);
+    if (!m->c.causal && (span->session->position || span->n_tok > m->pass_max))
+        return fail(BMC_EINVAL, "this model reads a text as a whole: expected 1 to %d tokens in an empty session, found %d", m->pass_max, (int)span->n_tok);
+    if (!m->output.data && (span->logits || span->next || span->logprob || span->n_top))
+        return fail(BMC_EINVAL, "this model has no logits, only hidden states");
     for (int i = 0; i < span->n_tok; i++)
         if (span->tokens[i] < 0 || span->tokens[i] >= m->c.vocab_size)
             return fail(BMC_EINVAL, "token ids are 0 to %d, found %d", (int)m->c.vocab_size - 1, (int)span->tokens[i]);
@@ -170,85 +198,114 @@ static bool wanted(const bmc_span *span, int i) {
     return span->want == BMC_WANT_ALL || (span->want == BMC_WANT_LAST && i == span->n_tok - 1);
 }
 
+/* What the choice among logits needs beyond the best of them. */
+static bool needs_all(const bmc_span *span, const uint32_t *mask) { return span->sampler || mask || span->n_top; }
+
+static void push_wanted(struct pass *p, const bmc_span *span, int i) {
+    const size_t row = span->want == BMC_WANT_ALL ? (size_t)i : 0, n = (size_t)p->model->c.vocab_size;
+    struct wanted *out = &p->out[p->n_out++];
+    *out = (struct wanted){ .span = span, .tok = p->n_tok, .row = (int)row };
+    out->mask = span->mask ? span->mask + row * ((n + 31) / 32) : NULL;
+    if (span->logits)
+        out->logits = span->logits + row * n;
+    else if (needs_all(span, out->mask))
+        out->logits = p->model->buffers->rows + (size_t)p->n_sampled++ * n;
+    p->headless &= !span->logits && !span->next && !span->logprob && !span->n_top;
+}
+
 static void push(struct pass *p, const bmc_span *span, int i) {
-    p->session[p->n_tok] = span->session;
-    p->token[p->n_tok] = span->tokens[i];
-    p->pos[p->n_tok] = span->session->position + i;
-    p->last[p->n_tok] = span->last;
-    if (wanted(span, i)) {
-        int row = span->want == BMC_WANT_ALL ? i : 0;
-        size_t n = (size_t)p->model->c.vocab_size;
-        p->out[p->n_out] = p->n_tok;
-        const uint32_t *mask = span->mask ? span->mask + (size_t)row * ((n + 31) / 32) : NULL;
-        bool whole = span->sampler || mask || span->n_top;          /* the choice needs all logits */
-        p->out_span[p->n_out] = span;
-        p->out_row[p->n_out] = row;
-        p->mask[p->n_out] = mask;
-        p->logits[p->n_out++] = span->logits ? span->logits + (size_t)row * n
-                              : whole ? p->model->buffers->rows + (size_t)p->n_sampled++ * n : NULL;
-    }
+    const int pos = span->session->position + i;
+    p->at[p->n_tok] = (struct place){
+        .session = span->session, .token = span->tokens[i], .pos = pos, .last = span->last,
+        .end = p->model->c.causal ? pos + 1 : span->n_tok,
+    };
+    if (wanted(span, i))
+        push_wanted(p, span, i);
     p->n_tok++;
 }
 
-/* Passes of up to PASS_MAX tokens, SAMPLED_MAX of them with a sampler, over all spans, one after the other. */
+/* Sequences of a pass whose blocks keep states: neighbours of the same session. */
+static void plan_runs(struct pass *p) {
+    p->n_runs = 0;
+    for (int t = 0, n; p->model->n_states && t < p->n_tok; t += n) {
+        const struct place *at = &p->at[t];
+        for (n = 1; t + n < p->n_tok && at[n].session == at->session; n++)
+            ;
+        p->runs[p->n_runs++] = (struct run){ at->session, t, states_plan(&at->session->states, at->pos, n) };
+    }
+}
+
+static void run_pass(struct pass *p) {
+    plan_runs(p);
+    forward(p);
+    for (int i = 0; i < p->n_runs; i++)
+        states_done(&p->runs[i].session->states, &p->runs[i].states);
+    p->n_tok = p->n_out = p->n_sampled = 0;
+    p->headless = true;
+}
+
+/* Passes of up to pass_max tokens, SAMPLED_MAX of them with a sampler, over all spans, one after the other. A model that is not
+ * causal gets whole texts. */
 static void run_passes(struct pass *p, const bmc_span *spans, int n) {
-    for (int s = 0; s < n; s++)
+    for (int s = 0; s < n; s++) {
+        if (!p->model->c.causal && p->n_tok + spans[s].n_tok > p->model->pass_max)
+            run_pass(p);
         for (int i = 0; i < spans[s].n_tok; i++) {
             push(p, &spans[s], i);
-            if (p->n_tok == PASS_MAX || p->n_sampled == SAMPLED_MAX || (s == n - 1 && i == spans[s].n_tok - 1)) {
-                forward(p);
-                p->n_tok = p->n_out = p->n_sampled = 0;
-            }
+            if (p->n_tok == p->model->pass_max || p->n_sampled == SAMPLED_MAX || (s == n - 1 && i == spans[s].n_tok - 1))
+                run_pass(p);
         }
+    }
     for (int s = 0; s < n; s++)
         spans[s].session->position += spans[s].n_tok;
 }
 
 /* What a pass notes down, made for one call. */
 static struct pass *make_pass(bmc_model *m, int n_tok) {
-    size_t outs = (size_t)(n_tok < PASS_MAX ? n_tok : PASS_MAX), parts = (size_t)head_parts(m);
-    struct pass *p = malloc(sizeof *p);
-    struct best *best = malloc(outs * parts * sizeof *best);
-    if (p && best) {
-        p->model = m;
-        p->best = best;
-        p->n_tok = p->n_out = p->n_sampled = 0;
-        return p;
+    const size_t n = (size_t)smaller(n_tok, m->pass_max), parts = m->output.data ? (size_t)head_parts(m) : 0;
+    const size_t bytes = n * (sizeof(struct place) + sizeof(struct wanted) + sizeof(struct run) + parts * sizeof(struct best));
+    struct pass *p = malloc(sizeof *p + bytes + 64);
+    if (!p) {
+        fail(BMC_ENOMEM, "no memory for a pass over %d tokens", n_tok);
+        return NULL;
     }
-    free(p);
-    free(best);
-    fail(BMC_ENOMEM, "no memory for a pass over %d tokens", n_tok);
-    return NULL;
+    *p = (struct pass){ .model = m, .headless = true };
+    p->at = (struct place *)(void *)(p + 1);
+    p->out = (struct wanted *)(void *)(p->at + n);
+    p->runs = (struct run *)(void *)(p->out + n);
+    p->best = (struct best *)(void *)(p->runs + n);
+    return p;
 }
 
-static void free_pass(struct pass *p) {
-    if (p)
-        free(p->best);
+/* Spans whose sessions are claimed and have room. */
+static int evaluate_claimed(const bmc_span *spans, int n_spans, bool coarse) {
+    bmc_model *m = spans[0].session->model;
+    int64_t start = nanoseconds();
+    int n_tok = 0;
+    for (int i = 0; i < n_spans && n_tok < m->pass_max; i++)
+        n_tok += smaller(spans[i].n_tok, m->pass_max);
+    struct pass *p = make_pass(m, n_tok);
+    if (!p)
+        return BMC_ENOMEM;
+    pthread_mutex_lock(&m->lock);
+    p->coarse = coarse && m->coarse.codes;
+    run_passes(p, spans, n_spans);
+    m->profile.calls += m->profile.laps ? nanoseconds() - start : 0;
+    pthread_mutex_unlock(&m->lock);
     free(p);
+    return 0;
 }
 
 int evaluate(const bmc_span *spans, int n_spans, bool coarse) {
     if (!spans || n_spans < 1)
         return fail(BMC_EINVAL, "bmc_eval: needs at least one span");
-    int64_t start = nanoseconds();
-    int status = claim_all(spans, n_spans), n_tok = 0;
+    int status = claim_all(spans, n_spans);
     if (status)
         return status;
-    bmc_model *m = spans[0].session->model;
-    for (int i = 0; i < n_spans && n_tok < PASS_MAX; i++)
-        n_tok += spans[i].n_tok < PASS_MAX ? spans[i].n_tok : PASS_MAX;
-    struct pass *p = make_pass(m, n_tok);
-    if (p) {
-        pthread_mutex_lock(&m->lock);
-        p->coarse = coarse && m->coarse.codes;
-        run_passes(p, spans, n_spans);
-        m->profile.calls += m->profile.laps ? nanoseconds() - start : 0;
-        pthread_mutex_unlock(&m->lock);
-    }
-    free_pass(p);
+    status = evaluate_claimed(spans, n_spans, coarse);
     for (int i = 0; i < n_spans; i++)
         release(spans[i].session);
-    return p ? 0 : BMC_ENOMEM;
+    return status;
 }
 
 int bmc_eval(const bmc_span *spans, int n_spans) { return evaluate(spans, n_spans, false); }

@@ -5,7 +5,8 @@ import math
 from .engine.model import check_model
 from .errors import FormatError, printable
 from .files.gguf import GGUF
-from .models.arch import IGNORED, ROPE_TENSORS, read_config
+from .models.bind import IGNORED, ROPE_TENSORS
+from .models.config import read_config
 
 ROWS_SHOWN = 4096                       # tokens of context that the estimate of memory includes
 

@@ -269,14 +269,15 @@ static void attend_end(float *out, const float *o, float l, int n) {
 
 INLINE f32x16 within_f16(f32x16 x) { return f_min(f_max(x, f_set(-65504.0f)), f_set(65504.0f)); }
 
-static void store_kv(uint16_t *tile, int slot, const float *k, const float *v, int head_dim, int v_dim) {
-    uint16_t column[16], *row = tile + head_dim * TILE + slot * v_dim;
-    EACH_16(head_dim) {
+static void store_kv(uint16_t *tile, int slot, const float *k, const float *v, int k_dim, int v_dim) {
+    uint16_t column[16], *row = tile + k_dim * TILE + slot * ((v_dim + 15) / 16 * 16);
+    EACH_16(k_dim) {
         f_store_f16(column, within_f16(f_load_n(k + i, m)));
         for (int d = 0; d < m; d++)
             tile[(i + d) * TILE + slot] = column[d];
-        f_store_f16(row + i, within_f16(f_load_n(v + i, m)));
     }
+    EACH_16(v_dim)
+        f_store_f16(row + i, within_f16(f_load_n(v + i, m)));
 }
 
 void ISA(attn)(struct kernels *k) {

@@ -51,6 +51,16 @@ static void measure(const bmc_block *c, int64_t *e) {
     e[O] = (int64_t)c->n_heads * c->v_dim;
 }
 
+/* Rows of keys and values, unless the block reads those of another. */
+static void stream(bmc_model *m, struct block *b) {
+    if (b->c.kv_from)
+        return;
+    b->stream = m->n_row_streams++;
+    m->row_streams[b->stream] = (struct arena_stream){
+        .n_heads = b->c.n_kv_heads, .tile_bytes = (int64_t)TILE * (int64_t)((size_t)b->c.k_dim + padded(b->c.v_dim)) * (int64_t)sizeof(uint16_t),
+    };
+}
+
 /* Rows of a block in the work buffer. */
 struct work { float *q, *k, *v, *gate, *out; };
 
@@ -186,4 +196,4 @@ static void run(struct pass *p, const struct block *b, struct tokens in, struct 
     multiply(p, &output, 1, thread);
 }
 
-const struct kind attention_kind = { "attention", roles, check, measure, need, true, run };
+const struct kind attention_kind = { "attention", roles, check, measure, need, true, stream, run };

@@ -36,4 +36,4 @@ static void run(struct pass *p, const struct block *b, struct tokens in, struct 
     multiply(p, &down, 1, thread);
 }
 
-const struct kind dense_kind = { "feed-forward", roles, check, measure, need, false, run };
+const struct kind dense_kind = { "feed-forward", roles, check, measure, need, false, NULL, run };

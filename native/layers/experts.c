@@ -382,4 +382,4 @@ static void run(struct pass *p, const struct block *b, struct tokens in, struct 
         shared(p, b, &w, in, out, thread);
 }
 
-const struct kind experts_kind = { "experts", roles, check, measure, need, false, run };
+const struct kind experts_kind = { "experts", roles, check, measure, need, false, NULL, run };

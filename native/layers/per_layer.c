@@ -43,7 +43,7 @@ static void run(struct pass *p, const struct block *b, struct tokens in, struct 
     multiply(p, &proj, 1, thread);
 }
 
-const struct kind per_layer_kind = { "per-layer input", roles, check, measure, need, false, run };
+const struct kind per_layer_kind = { "per-layer input", roles, check, measure, need, false, NULL, run };
 
 /* Each token's vectors of all layers: (its row of a table of their own, times sqrt(dim) + norm(projection of its embedding)) / sqrt(2). */
 void per_layer_inputs(struct pass *p, int thread) {

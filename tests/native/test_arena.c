@@ -10,9 +10,10 @@
 
 enum { LAYERS = 3, HEADS = 2, SLICE = 8, CAP = 700 };      /* a slice is one row of one layer and head */
 
-static const struct arena_config SMALL = {
-    .n_layers = LAYERS, .n_heads = HEADS, .tile_bytes = TILE_ROWS * SLICE, .cap = CAP,
+static struct arena_stream streams[LAYERS] = {
+    { HEADS, TILE_ROWS * SLICE, 0 }, { HEADS, TILE_ROWS * SLICE, 0 }, { HEADS, TILE_ROWS * SLICE, 0 },
 };
+static const struct arena_config SMALL = { .streams = streams, .n_streams = LAYERS, .cap = CAP };
 
 static const struct way { int growth, r, touch; } WAYS[] = {
     { BMC_GROW_CHUNK, 1, 0 }, { BMC_GROW_CHUNK, 48, 1 }, { BMC_GROW_CHUNK, 9999, 0 }, { BMC_GROW_COPY, 1, 0 },

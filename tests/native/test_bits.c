@@ -81,7 +81,7 @@ static void attention(const struct kernels *k, int head_dim) {
                 tiles[i] = cache[chunk * (CHUNK / TILE) + i];
             for (int t = 0; t < CHUNK; t++) {
                 numbers(row, 2 * head_dim, random_below(&state, 50) ? 1.0f : 1e5f * (float)(t % 2));
-                k->store_kv(cache[chunk * (CHUNK / TILE) + t / TILE], t % TILE, row, row + head_dim, head_dim, v_dim);
+                k->store_kv(cache[chunk * (CHUNK / TILE) + t / TILE], t % TILE, row, row + head_dim, head_dim, head_dim);
             }
             for (int i = 0; i < n; i++) {
                 rows[i] = q + i * head_dim;

@@ -607,7 +607,7 @@ struct cache {
 };
 
 static void store(const struct kernels *kernels, struct cache *c, int token, const float *k, const float *v) {
-    kernels->store_kv(c->tiles[token / TILE], token % TILE, k, v, c->head_dim, c->v_dim);
+    kernels->store_kv(c->tiles[token / TILE], token % TILE, k, v, c->head_dim, c->head_dim);
 }
 
 static struct cache new_cache(int head_dim, int n_rows, int from, int to) {
@@ -801,7 +801,7 @@ static void stores_one_slot(void) {
             float *k = noises(dim), *v = noises(dim);
             k[1] = 1e6f, v[2] = -INFINITY, v[3] = 3e-6f;
             memset(tile, 0x5a, (size_t)n * sizeof *tile);
-            isas[isa].store_kv(tile, slot, k, v, dim, v_dim);
+            isas[isa].store_kv(tile, slot, k, v, dim, dim);
             for (int i = 0; i < n; i++) {
                 int at = i - dim * TILE, mine = i < dim * TILE ? i % TILE == slot : at / v_dim == slot;
                 if (!mine)
