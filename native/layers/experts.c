@@ -10,7 +10,7 @@
 static const struct role roles[] = {
     { "ffn_gate_inp", IN_BLOCK(experts.router), MATRIX, EXPERTS, DIM, true },
     { "ffn_gate_inp.scale", IN_BLOCK(experts.router_scale), VECTOR, ONE, DIM, false },
-    { "exp_probs_b", IN_BLOCK(experts.choice_bias), VECTOR, ONE, EXPERTS, false },
+    { "exp_probs_b.bias", IN_BLOCK(experts.choice_bias), VECTOR, ONE, EXPERTS, false },
     { "ffn_gate_exps", IN_BLOCK(experts.gate), MATRICES, HIDDEN, EXPERT_IN, false },
     { "ffn_up_exps", IN_BLOCK(experts.up), MATRICES, HIDDEN, EXPERT_IN, true },
     { "ffn_down_exps", IN_BLOCK(experts.down), MATRICES, EXPERT_IN, HIDDEN, true },

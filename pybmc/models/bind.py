@@ -20,7 +20,8 @@ from .rope import TENSORS as ROPE_TENSORS
 IGNORED = ("attn_rot_embd", "attn.rotary_emb.inv_freq")         # tables that some converters left behind
 POOLING = ("dense_2", "dense_3", "cls", "cls.output")           # what comes after the pass: engine/embed.py
 SUFFIXES = ("weight", "bias", "scale")
-COMMON = ("norm", "post_norm", "sum_norm", "out_norm", "layer_output_scale")
+LAST = "layer_output_scale"            # belongs to the end of a layer
+COMMON = ("norm", "post_norm", "sum_norm", "out_norm", LAST)
 FUSED = {"attn_qkv": ("attn_q", "attn_k", "attn_v"), "ffn_up": ("ffn_gate", "ffn_up")}
 ONE_EXPERT = re.compile(r"(ffn_(?:gate|up|down))\.(\d{1,4})")
 
@@ -119,7 +120,8 @@ def _roles(file: GGUF, config: Config, by_layer: dict, tensor: Tensor) -> Iterat
         if _knows(roles_of(None), role):
             found = True
             yield _first_row(_role(role, -1, tensor)) if role == "token_types" else _role(role, -1, tensor)
-    for number, block in by_layer.get(layer, ()):
+    blocks = by_layer.get(layer, [])
+    for number, block in blocks[-1:] if name == LAST else blocks:
         for role in _roles_in(file, config, number, block, layer, name, tensor):
             found = True
             yield role

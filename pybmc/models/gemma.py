@@ -43,14 +43,11 @@ def gemma4(k, i):
     head_dim = k.count("attention.key_length_swa" if window else "attention.key_length", k.dim // k.count("attention.head_count", layer=i), high=1024)
     table = rope_table(k, head_dim, window, swa_base=10000.0, swa_scaling=False)
     mixer = attention(k, i, **POST, window=window, table=table, attn_scale=1.0, v_norm=1, source=source)
-    feed = dense(k, i, act=GELU, post="post_ffw_norm")
     if k.in_layer(i, "ffn_gate_inp"):
-        feed.post = "post_ffw_norm_1"
-        mixture = experts(k, i, act=GELU, norm="pre_ffw_norm_2", post="post_ffw_norm_2", route=SCALED)
-        mixture.sum_norm = "post_ffw_norm"
-        blocks = (mixer, *beside(feed, mixture))
+        blocks = (mixer, *beside(dense(k, i, act=GELU, post="post_ffw_norm_1"),
+                                 experts(k, i, act=GELU, norm="pre_ffw_norm_2", post="post_ffw_norm_2", sum_norm="post_ffw_norm", route=SCALED)))
     else:
-        blocks = (mixer, feed)
+        blocks = (mixer, dense(k, i, act=GELU, post="post_ffw_norm"))
     if k.count("embedding_length_per_layer_input", 0, low=0):
         blocks += (PerLayer(per_layer=i, post="post_norm", needs=("post_norm",)),)
     return blocks

@@ -34,9 +34,11 @@ class Block:
         return {}
 
     def role(self, name: str) -> str:
-        """The role of a tensor of the layer, by its name without "blk.N." and ".weight"."""
+        """The role of a tensor of the layer, by its name without "blk.N." and ".weight"; "" where it has none here."""
         stem, dot, tail = name.partition(".")
         norms = {self.norm: "norm", self.post: "post_norm", self.sum_norm: "sum_norm", self.out_norm: "out_norm"}
+        if stem not in norms and stem in norms.values():
+            return ""                   # a name of the file that is a role's by chance
         return self.names.get(name) or norms.get(stem, stem) + dot + tail
 
 

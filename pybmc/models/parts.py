@@ -117,9 +117,9 @@ def rope_table(k: Reader, head_dim: int, window: int = 0, swa_base: float | None
     dim = rope_dim(k, head_dim, window > 0)
     if window and not swa_scaling:
         return k.table(rope.Table(rope.plain(own_base, dim)))
+    k.count("rope.scaling.original_context_length", k.n_ctx)
     if pair := rope.long_tables(k, dim, base, k.n_ctx):
         k.long, k.tables = True, pair
-        k.count("rope.scaling.original_context_length", k.n_ctx)
         return 0
     return k.table(rope.table(k, dim, own_base if window else base, k.n_ctx, magnitude))
 
@@ -163,8 +163,8 @@ def experts(k: Reader, i: int, *, gating: int = SOFTMAX, renorm: bool = True, no
     """Experts as the keys say; gating and renorm: where the keys are absent."""
     n_experts, hidden = k.count("expert_count", high=4096), k.count("feed_forward_length", 0, low=0, high=1 << 22, layer=i)
     hidden = k.count("expert_feed_forward_length", hidden or None, high=1 << 22, layer=i)
-    shared = k.count("expert_shared_feed_forward_length", 0, low=0, high=1 << 22, layer=i)
-    shared = shared or hidden * k.count("expert_shared_count", 0, low=0, high=4096)
+    shared = (k.count("expert_shared_feed_forward_length", 0, low=0, high=1 << 22, layer=i)
+              or hidden * k.count("expert_shared_count", 0, low=0, high=4096))
     if not k.in_layer(i, "ffn_up_shexp"):
         shared = 0
     elif not shared:

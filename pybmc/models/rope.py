@@ -105,7 +105,7 @@ def tensor(file: GGUF, name: str, n: int) -> np.ndarray | None:
     if found.type.name != "f32" or found.shape != (n,):
         raise FormatError(f"{file.path}: {name}.weight: expected f32 ({n},), found {found.type} {found.shape}")
     factors = found.data.view(np.float32).astype(np.float64)
-    if not ((factors >= 1e-3) & (factors <= 1e30)).all():       # NaN is in no range
+    if not ((factors >= 1e-3) & (factors <= 1.0001e30)).all():       # NaN is in no range
         raise FormatError(f"{file.path}: {name}.weight: expected factors from 0.001 up to 1e30, "
                           f"found {factors.min():g} to {factors.max():g}")
     return factors
