@@ -31,6 +31,7 @@ class Bpe:
     """Ordinary text <-> ids. Merges that name tokens which do not exist are left out, with a warning."""
 
     space_prefix = False
+    add_sep = False
 
     def __init__(self, metadata: dict[str, object], source: str):
         raw = metadata.get("tokenizer.ggml.model") == "gemma4"
