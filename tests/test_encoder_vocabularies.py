@@ -110,7 +110,8 @@ def test_case_and_accents_are_options(load, lower, accents, words):
 
 
 def test_a_text_stands_between_cls_and_sep(load):
-    for changes in ({}, {"add_bos_token": False, "add_eos_token": False}, {"bos_token_id": None, "cls_token_id": 0}):
+    for changes in ({}, {"add_bos_token": False, "add_eos_token": False}, {"bos_token_id": None, "cls_token_id": 0},
+                    {"bos_token_id": 0, "cls_token_id": -1}):
         tokenizer = load(wordpiece(**changes))
         assert spelled(tokenizer, "he") == ["[CLS]", "▁he", "[SEP]"] and tokenizer.encode("") == [0, 1]
         assert (tokenizer.bos_id, tokenizer.sep_id, tokenizer.add_sep, tokenizer.add_eos) == (0, 1, True, False)
@@ -388,6 +389,26 @@ def damaged(at, value, table=TABLE):
 def test_wrong_vocabularies(load, metadata, message):
     with pytest.raises(FormatError, match=f"v.gguf: .*{message}"):
         load(metadata)
+
+
+@given(data=st.data(), tokens=st.lists(st.text("ab▁ é\0", max_size=3), min_size=1, max_size=12), text=st.text("ab éÉ,"))
+@settings(max_examples=40, deadline=None)
+def test_random_vocabularies(load, data, tokens, text):
+    """An error with a sentence, or ids in range and no control token."""
+    types = [data.draw(st.integers(0, 7)) for _ in tokens]
+    scores = [data.draw(st.floats(width=32)) for _ in tokens]
+    ids = {f"{name}_token_id": data.draw(st.integers(0, 13)) for name in ("unknown", "bos", "seperator")}
+    for model in ("bert", "t5"):
+        metadata = vocabulary(model, dict.fromkeys(tokens, NORMAL), {"scores": scores} | ids)
+        metadata |= {"tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": types}
+        try:
+            tokenizer = load(metadata)
+        except FormatError as error:
+            assert "v.gguf: " in str(error)
+            continue
+        found = tokenizer.encode(text, bos=False)
+        assert all(0 <= id < len(tokens) for id in found)
+        assert not set(found) & tokenizer.vocab.control - {tokenizer.vocab.unknown_id}
 
 
 @pytest.mark.parametrize("scores", [None, np.zeros(12, np.float32), np.full(12, 3.4e38, np.float32), np.arange(12)])

@@ -52,7 +52,7 @@ class Tokenizer:
         self.stop_ids: frozenset[int] = self.vocab.stop_ids             # each ends what a model has to say
         self.add_bos: bool = self.vocab.add_bos
         self.add_eos: bool = self.vocab.add_eos
-        self.add_sep: bool = self._codec.add_sep                        # [SEP] ends a text
+        self.add_sep: bool = self.vocab.add_sep
         self.chat_template: str | None = self.vocab.get("tokenizer.chat_template", str)
         self._pieces: dict[int, bytes] = {}
 

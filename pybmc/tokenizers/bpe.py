@@ -24,15 +24,14 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 BYTES = _byte_alphabet()
-_MISSING = "\0missing"                  # no vocabulary spells a byte so
 CHARS = {byte: char for char, byte in BYTES.items()}
+_MISSING = "\0missing"                  # stands for bytes without a token; no vocabulary has it
 
 
 class Bpe:
     """Ordinary text <-> ids. Merges that name tokens which do not exist are left out, with a warning."""
 
     space_prefix = False
-    add_sep = False
 
     def __init__(self, metadata: dict[str, object], source: str):
         raw = metadata.get("tokenizer.ggml.model") == "gemma4"
@@ -44,7 +43,6 @@ class Bpe:
             self.vocab.need(bos=self.vocab.bos_id)
             self.vocab.add_bos = True
         self._lower = self.pre.drops_space and self.vocab.get("tokenizer.ggml.normalizer.lowercase", bool, False)
-        self._complete = None not in map(self.byte, range(256))
         self._tokenizer = self._build()
 
     def _build(self):
@@ -54,6 +52,7 @@ class Bpe:
         words = dict(self.vocab.ids)
         for id in self.vocab.reserved:          # ordinary text is never control
             del words[self.vocab.text(id)]
+        self._complete = all(self._spelling(byte) in words for byte in range(256))
         if not self._complete:                  # a byte without a token is dropped, but its neighbours stay apart
             words[_MISSING] = self.vocab.size
         # the package panics where a merge makes a long unknown token
@@ -102,7 +101,10 @@ class Bpe:
 
     def byte(self, byte: int) -> int | None:
         """The token of a single byte."""
-        return self.vocab.ids.get(CHARS[byte] if self.pre.byte_level else f"<0x{byte:02X}>")
+        return self.vocab.ids.get(self._spelling(byte))
+
+    def _spelling(self, byte: int) -> str:
+        return CHARS[byte] if self.pre.byte_level else f"<0x{byte:02X}>"
 
 
 def _hex_byte(token: str) -> bytes:

@@ -20,8 +20,6 @@ BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 class Spm:
     """Ordinary text <-> ids."""
 
-    add_sep = False
-
     def __init__(self, metadata: dict[str, object], source: str):
         self.vocab = Vocabulary(metadata, source, {"bos": 1, "eos": 2, "unknown": 0}, True)
         prefix = self.vocab.get("tokenizer.ggml.add_space_prefix", bool)

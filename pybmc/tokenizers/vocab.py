@@ -116,6 +116,7 @@ class Vocabulary:
         self.eot_id = self._known_by_text(named["eot"], _END_OF_TURN)
         self.add_bos = self._adds("bos", self.bos_id, default_add_bos)
         self.add_eos = self._adds("eos", self.eos_id, default_add_eos)
+        self.add_sep = False                    # WordPiece: sep_id ends a text
         self._mark_controls()
         self.stop_ids = self._stops(named)
         self._by_start: dict[bool, dict[str, list[str]]] = {}
@@ -314,8 +315,8 @@ class Vocabulary:
         """
         name = str(self.metadata.get("general.name", "")).lower()
         pre = self.get("tokenizer.ggml.pre", str)
-        if pre in ("jina-v2-de", "jina-v2-es", "jina-v2-code") or self.metadata.get("general.architecture") in (
-                "nomic-bert-moe", "jina-bert-v3"):
+        arch = self.metadata.get("general.architecture")
+        if pre in ("jina-v2-de", "jina-v2-es", "jina-v2-code") or arch in ("nomic-bert-moe", "jina-bert-v3"):
             return token == "<mask>", False
         if "phi-3" in name or "phi3" in name:
             return False, token not in ("<unk>", "<s>", "<|endoftext|>")

@@ -21,14 +21,13 @@ class WordPiece:
     """Ordinary text <-> ids. A text begins with [CLS], which is bos here, and ends with [SEP]."""
 
     space_prefix = True
-    add_sep = True
 
     def __init__(self, metadata: dict[str, object], source: str):
         cls = metadata.get("tokenizer.ggml.cls_token_id")
-        ids = {"bos": cls if isinstance(cls, int) else 101, "unknown": 100, "seperator": 102}
+        ids = {"bos": cls if type(cls) is int and cls >= 0 else 101, "unknown": 100, "seperator": 102}
         self.vocab = vocab = Vocabulary(metadata, source, ids, True)
         vocab.need(bos=vocab.bos_id, seperator=vocab.sep_id, unknown=vocab.unknown_id)
-        vocab.add_bos, vocab.add_eos = True, False          # whatever the file says
+        vocab.add_bos, vocab.add_eos, vocab.add_sep = True, False, True         # whatever the file says
         self._words = {text: id for text, id in vocab.ids.items() if id not in vocab.reserved}
         self._lengths = sorted({len(text) for text in self._words}, reverse=True)
         lower = vocab.get("tokenizer.ggml.normalizer.lowercase", bool, True)
