@@ -38,7 +38,7 @@ class Unigram:
         data = self.vocab.metadata.get(key)
         if data is None:
             return Charsmap()
-        if not isinstance(data, np.ndarray) or data.dtype.itemsize != 1:
+        if not isinstance(data, np.ndarray) or data.dtype not in (np.uint8, np.int8):
             found = getattr(data, "dtype", type(data).__name__)
             raise self.vocab.error(f"{key}: expected an array of bytes, found {found}")
         try:
