@@ -76,8 +76,8 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], special: bool = False, continued: bool = False) -> str:
         """The text of some ids. special shows control tokens. Bytes that are not UTF-8 become U+FFFD.
 
-        SentencePiece and WordPiece put a space before a text's first word; it is taken off again, unless the text is
-        the continuation of another one.
+        SentencePiece and WordPiece put a space before a text's first word; it is taken off again, unless the text
+        is the continuation of another one.
         """
         stream = StreamDecoder(self, special, continued)
         ids = checks.ids("ids", ids)

@@ -1,4 +1,4 @@
-"""Byte-pair vocabularies (tokenizer.ggml.model "gpt2", "gemma4", "whitespace") through the tokenizers package.
+"""Byte-pair vocabularies (tokenizer.ggml.model "gpt2", "gemma4", "whitespace") by the tokenizers package.
 
 A byte-level token is spelled in printable characters, one for each byte: the Latin-1 characters that print
 are themselves, the other 68 bytes are U+0100 and up (GPT-2's encoder.json).
@@ -42,7 +42,8 @@ class Bpe:
         if self.pre.always_bos:
             self.vocab.need(bos=self.vocab.bos_id)
             self.vocab.add_bos = True
-        self._lower = self.pre.drops_space and self.vocab.get("tokenizer.ggml.normalizer.lowercase", bool, False)
+        lower = self.vocab.get("tokenizer.ggml.normalizer.lowercase", bool, False)
+        self._lower = self.pre.drops_space and lower
         self._tokenizer = self._build()
 
     def _build(self):
@@ -53,7 +54,7 @@ class Bpe:
         for id in self.vocab.reserved:          # ordinary text is never control
             del words[self.vocab.text(id)]
         self._complete = all(self._spelling(byte) in words for byte in range(256))
-        if not self._complete:                  # a byte without a token is dropped, but its neighbours stay apart
+        if not self._complete:          # a byte without a token is dropped, but its neighbours stay apart
             words[_MISSING] = self.vocab.size
         # the package panics where a merge makes a long unknown token
         if not all(map(words.__contains__, map("".join, merges))):

@@ -2,10 +2,10 @@
 
     | n u32 | trie: n bytes, 32-bit units | replacements, a zero byte after each |
 
-The trie is a double array (https://github.com/s-yata/darts-clone). A unit has a label in bits 0-7, an offset in bits
-10-30, shifted by 8 more where bit 9 is set, and bit 8 where a key ends. The children of unit i are the units
-i ^ offset ^ byte that have this byte as label; where a key ends, unit i ^ offset is its value, the place of a
-replacement, with bit 31 set.
+The trie is a double array (https://github.com/s-yata/darts-clone). A unit has a label in bits 0-7, an offset
+in bits 10-30, shifted by 8 more where bit 9 is set, and bit 8 where a key ends. The children of unit i are the
+units i ^ offset ^ byte that have this byte as label; where a key ends, unit i ^ offset is its value, the place
+of a replacement, with bit 31 set.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _CHUNK = 1 << 12                        # units looked at together: 8 MB of temp
 
 
 class Charsmap:
-    """Replaces the longest sequence at each place of a text. No data: nothing. Broken data: ValueError."""
+    """Replaces the longest sequence at each place of a text; without data, nothing. Broken data: ValueError."""
 
     def __init__(self, data: bytes | None = None):
         self._labels: list[int] = []
@@ -30,7 +30,8 @@ class Charsmap:
     def _load(self, data: bytes) -> None:
         size = int.from_bytes(data[:4], "little")
         if len(data) < 4 or size % 4 or not 0 < size < len(data) - 4:
-            raise ValueError(f"expected a trie and replacements, found {len(data)} bytes with a trie of {size}")
+            found = f"{len(data)} bytes with a trie of {size}"
+            raise ValueError(f"expected a trie and replacements, found {found}")
         units = np.frombuffer(data, "<u4", size // 4, 4).astype(np.int64)
         children = np.arange(len(units)) ^ (units >> 10 & 0x1FFFFF) << (units >> 6 & 8)
         labels = units & _LABEL
@@ -78,7 +79,7 @@ def _begins(data: bytes, at: int) -> bool:
 
 
 def _reachable(labels: np.ndarray, children: np.ndarray) -> np.ndarray:
-    """The units that some bytes lead to. Each has all its children within the trie, so that no text leaves it."""
+    """The units that some bytes lead to. Each has its children within the trie, so that no text leaves it."""
     seen = np.zeros(len(labels), bool)
     todo, seen[0] = [0], True
     while todo:
@@ -86,8 +87,8 @@ def _reachable(labels: np.ndarray, children: np.ndarray) -> np.ndarray:
         found = children[units][:, None] ^ np.arange(256)
         if found.max() >= len(labels):
             unit = int(units[found.max(axis=1).argmax()])
-            raise ValueError(f"expected children within the trie's {len(labels)} units, unit {unit} has them at "
-                             f"{int(found.max())}")
+            raise ValueError(f"expected children within the trie's {len(labels)} units, found those of unit {unit} "
+                             f"at {int(found.max())}")
         found = found[(labels[found] == np.arange(256)) & (np.arange(256) > 0)]
         new = np.unique(found[~seen[found]])
         seen[new] = True
@@ -98,7 +99,8 @@ def _reachable(labels: np.ndarray, children: np.ndarray) -> np.ndarray:
 def _text(data: bytes, start: int) -> str:
     stop = data.find(b"\0", start)
     if stop < 0:
-        raise ValueError(f"expected a replacement with a zero byte after it, found none at byte {start} of {len(data)}")
+        where = f"at byte {start} of {len(data)}"
+        raise ValueError(f"expected a replacement with a zero byte after it, found none {where}")
     try:
         return data[start:stop].decode()
     except UnicodeDecodeError:

@@ -1,9 +1,10 @@
 """Unigram vocabularies (tokenizer.ggml.model "t5"): T5, XLM-R.
 
-A text is normalized and cut into the tokens whose scores have the highest sum; what no token spells is unknown. The
-tokenizers package is not used. Its normalizer replaces grapheme by grapheme, where SentencePiece and llama.cpp take
-the longest sequence that the file's map of characters has. It has no types of tokens, so that the score of padding
-would decide what an unknown character costs. And its trie of a vocabulary of 250,000 tokens takes 300 MB.
+A text is normalized and cut into the tokens whose scores have the highest sum; what no token spells is
+unknown. The tokenizers package is not used. Its normalizer replaces grapheme by grapheme, where SentencePiece
+and llama.cpp take the longest sequence that the file's map of characters has. It has no types of tokens, so
+the score of padding would decide what an unknown character costs. And its trie of a vocabulary of 250,000
+tokens takes 300 MB.
 """
 
 from __future__ import annotations
@@ -50,7 +51,8 @@ class Unigram:
         scores = self.vocab.scores()
         if not np.isfinite(scores).all():
             at = int(np.isfinite(scores).argmin())
-            raise self.vocab.error(f"tokenizer.ggml.scores: value {at}: expected a finite number, found {scores[at]}")
+            found = f"value {at}: expected a finite number, found {scores[at]}"
+            raise self.vocab.error(f"tokenizer.ggml.scores: {found}")
         return scores
 
     def _normal(self) -> np.ndarray:

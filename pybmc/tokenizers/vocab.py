@@ -169,7 +169,8 @@ class Vocabulary:
         """Tokens that an algorithm cannot do without, by the names of their keys."""
         for name, id in ids.items():
             if id is None:
-                raise self.error(f"tokenizer.ggml.{name}_token_id: expected one of {self.size} tokens, found none")
+                key = f"tokenizer.ggml.{name}_token_id"
+                raise self.error(f"{key}: expected one of {self.size} tokens, found none")
 
     def _types(self) -> np.ndarray:
         types = self.numbers("token_type", "iu")

@@ -1,9 +1,9 @@
 """WordPiece vocabularies (tokenizer.ggml.model "bert").
 
-The file spells a token that begins a word with U+2581 before it, and one that continues a word as it is. A text is
-cut into words, and each word, from its left, into the longest tokens there are; a word that cannot be cut is one
-unknown token. The tokenizers package does the same with other character classes than llama.cpp, gives up on words
-of more than 100 characters, and takes quadratic time for them where it is told not to.
+The file spells a token that begins a word with U+2581 before it, and one that continues a word as it is. A
+text is cut into words, and each word, from its left, into the longest tokens there are; a word that cannot be
+cut is one unknown token. The tokenizers package does the same with other character classes than llama.cpp,
+gives up on words of more than 100 characters, and takes quadratic time for them where it is told not to.
 """
 
 from __future__ import annotations
@@ -59,9 +59,10 @@ class WordPiece:
 
 
 class _Characters(dict):
-    """For str.translate: code point -> nothing, a space, or the character, between spaces if it is a word of its own.
+    """For str.translate: code point -> nothing, a space, or the character, between spaces if it is a word.
 
-    Of a character that decomposes, such as a letter with an accent or a Hangul syllable, the first part is left.
+    With strip_accents, only the first part is left of a character that decomposes, such as a letter with an
+    accent or, as in llama.cpp, a Hangul syllable.
     """
 
     def __init__(self, lower: bool, strip_accents: bool):
@@ -79,6 +80,7 @@ class _Characters(dict):
             return " "
         if category in ("Cc", "Cf", "Co") or char == "\ufffd" or self._strip_accents and category[0] == "M":
             return ""
-        alone = category[0] == "P" or category[0] == "S" and char.isascii() or any(ord(char) in han for han in _HAN)
+        symbol = category[0] == "P" or category[0] == "S" and char.isascii()
+        alone = symbol or any(ord(char) in han for han in _HAN)
         char = char.lower()[0] if self._lower else char
         return f" {char} " if alone else char
