@@ -146,6 +146,7 @@ typedef struct bmc_config {
  * data must stay readable and unchanged while the model lives. */
 typedef struct bmc_tensor {
     const char *role;
+    const char *name;               /* the file's, for messages; NULL: made of the role */
     int32_t block;                  /* -1 outside the blocks */
     int32_t expert;                 /* -1: all of them, or the role has none */
     int32_t type;

@@ -35,7 +35,8 @@ struct vector { const float *v; int n_rows, n_cols; };
 
 struct attention {
     struct matrix q, k, v, output, gate;
-    struct matrix q_a, q_b, kv_a, k_b, v_b;             /* MLA */
+    struct matrix q_a, q_b, kv_a;                       /* MLA */
+    struct matrices k_b, v_b;                           /* of each head */
     struct vector q_norm, k_norm;                       /* (k_dim,), (n_heads, k_dim) or, of all heads together, (n_heads k_dim,) */
     struct vector q_norm_bias, k_norm_bias;
     struct vector q_a_norm, kv_a_norm;
