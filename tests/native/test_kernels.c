@@ -3,8 +3,7 @@
  * Tolerances are worst cases of float32 rounding, in units of 2^-24 times the sum of magnitudes; each is shown to
  * fail for zeros and for a small error in the input. Buffers are as large as kernels may use, for the sanitizer. */
 #include "bmc.h"
-#include "check.h"
-#include "cpu.h"
+#include "isas.h"
 #include "pack.h"
 #include "panels.h"
 #include "types.h"
@@ -13,52 +12,6 @@
 #include <math.h>
 #include <stddef.h>
 #include <string.h>
-
-static const double ROUNDING = 0x1p-24;
-static const float GUARD = -7.25e33f;
-
-static struct kernels isas[4];      /* the reference first */
-static int n_isas;
-
-static void load_isas(void) {
-    while (kernels_at(n_isas, &isas[n_isas]))
-        printf(" %s", isas[n_isas++].name);
-    printf("\n");
-    CHECK(n_isas && !strcmp(isas[0].name, "ref"));
-}
-
-static uint64_t state = 88172645463325252u;
-
-static double uniform(double low, double high) {
-    return low + (high - low) * (double)(random_bits(&state) >> 11) * 0x1p-53;
-}
-
-/* About normal. */
-static float noise(void) {
-    return (float)(uniform(-1, 1) + uniform(-1, 1) + uniform(-1, 1));
-}
-
-static void *get_memory(size_t bytes) {
-    void *p = malloc(bytes ? bytes : 1);
-    CHECK(p);
-    return p;
-}
-
-static float *noises(int n) {
-    float *x = get_memory((size_t)n * sizeof *x);
-    for (int i = 0; i < n; i++)
-        x[i] = noise();
-    return x;
-}
-
-static float *guards(size_t n) {
-    float *x = get_memory(n * sizeof *x);
-    for (size_t i = 0; i < n; i++)
-        x[i] = GUARD;
-    return x;
-}
-
-static int same(const float *a, const float *b, size_t n) { return !memcmp(a, b, n * sizeof *a); }
 
 /* Panels. */
 
@@ -431,19 +384,20 @@ static void check_row(row_fn *fn, float *y, const float *x, const float *a, cons
 }
 
 static void do_rmsnorm(const struct kernels *k, float *y, const float *x, const float *a, const float *b, int n) {
-    (void)b;
-    k->rmsnorm(y, x, a, n, 1e-5f);
+    k->rmsnorm(y, x, a, b, n, 1e-5f);
 }
 static void do_layernorm(const struct kernels *k, float *y, const float *x, const float *a, const float *b, int n) {
     k->layernorm(y, x, a, b, n, 1e-5f);
 }
-static void do_silu(const struct kernels *k, float *y, const float *x, const float *a, const float *b, int n) {
+static int act;                                     /* of do_act: enum bmc_act */
+static const float *param;
+static void do_act(const struct kernels *k, float *y, const float *x, const float *a, const float *b, int n) {
     (void)b;
-    k->silu(y, a, x, n);
+    k->act[act](y, a, x, n, param);
 }
-static void do_gelu(const struct kernels *k, float *y, const float *x, const float *a, const float *b, int n) {
+static void do_act_of(const struct kernels *k, float *y, const float *x, const float *a, const float *b, int n) {
     (void)b;
-    k->gelu(y, a, x, n);
+    k->act[act](y, x, a, n, param);
 }
 static void do_add(const struct kernels *k, float *y, const float *x, const float *a, const float *b, int n) {
     (void)b;
@@ -457,23 +411,44 @@ static void do_scale(const struct kernels *k, float *y, const float *x, const fl
         memcpy(y, x, (size_t)n * sizeof *y);
     k->scale(y, 1.7f, n);
 }
+static void do_mul(const struct kernels *k, float *y, const float *x, const float *a, const float *b, int n) {
+    (void)b;
+    if (y != x)
+        memcpy(y, x, (size_t)n * sizeof *y);
+    k->mul(y, a, n);
+}
+static void do_axpy(const struct kernels *k, float *y, const float *x, const float *a, const float *b, int n) {
+    (void)b;
+    if (y != x)
+        memcpy(y, x, (size_t)n * sizeof *y);
+    k->axpy(y, 1.7f, a, n);
+}
+/* a: one value, the cap. */
+static void do_softcap(const struct kernels *k, float *y, const float *x, const float *a, const float *b, int n) {
+    (void)b;
+    if (y != x)
+        memcpy(y, x, (size_t)n * sizeof *y);
+    k->softcap(y, a[0], n);
+}
 
 /* Against mean and deviation in double. n roundings of the largest value move the mean, and with it the deviation. */
 static void norms(void) {
     for (int s = 0; s < N_SIZES; s++) {
         int n = sizes[s];
         float *x = noises(n), *w = noises(n), *b = noises(n), *y = get_memory((size_t)n * sizeof *y);
-        for (int kind = 0; kind < 3; kind++) {          /* rms, layer, layer without bias */
-            double mean = 0, square = 0, shift = kind ? 3.0 : 0.0, most = 0;
+        for (int kind = 0; kind < 8; kind++) {
+            int layer = kind & 1;
+            const float *weight = kind & 2 ? w : NULL, *bias = kind & 4 ? b : NULL;
+            double mean = 0, square = 0, most = 0;
             for (int i = 0; i < n; i++)
-                x[i] += (float)shift, mean += kind ? (double)x[i] / n : 0, most = fmax(most, fabs((double)x[i]));
+                x[i] = noise() + (layer ? 3.0f : 0.0f), mean += layer ? (double)x[i] / n : 0, most = fmax(most, fabs((double)x[i]));
             for (int i = 0; i < n; i++)
                 square += ((double)x[i] - mean) * ((double)x[i] - mean) / n;
-            check_row(kind ? do_layernorm : do_rmsnorm, y, x, w, kind == 1 ? b : NULL, n, 1);
+            check_row(layer ? do_layernorm : do_rmsnorm, y, x, weight, bias, n, 1);
             for (int i = 0; i < n; i++) {
-                double scale = 1 / sqrt(square + (double)1e-5f), bias = kind == 1 ? (double)b[i] : 0;
-                double normed = ((double)x[i] - mean) * scale, right = normed * (double)w[i] + bias;
-                double size = (most * scale * (1 + fabs(normed)) + fabs(normed)) * fabs((double)w[i]) + fabs(bias);
+                double scale = 1 / sqrt(square + (double)1e-5f), add = bias ? (double)bias[i] : 0, by = weight ? (double)weight[i] : 1;
+                double normed = ((double)x[i] - mean) * scale, right = normed * by + add;
+                double size = (most * scale * (1 + fabs(normed)) + fabs(normed)) * fabs(by) + fabs(add);
                 double slack = (n + 8) * ROUNDING * size;
                 CHECK(fabs((double)y[i] - right) <= slack && slack < 0.05);
             }
@@ -483,30 +458,93 @@ static void norms(void) {
 }
 
 static double sigmoid(double x) { return 1 / (1 + exp(-x)); }
+static double within(double x, double low, double high) { return fmin(fmax(x, low), high); }
 
-/* Within 12 ulp of libm, over all that a gate may be; zero stays zero and large values do not overflow. */
-static void activations(void) {
-    enum { N = 3000 };
-    float *x = get_memory(N * sizeof *x), *up = noises(N), *y = get_memory(N * sizeof *y);
-    for (int i = 0; i < N; i++)
-        x[i] = i < 2000 ? (float)(i - 1000) / 10 : i < 2900 ? noise() * 4 : ldexpf(noise(), i - 2990);
-    x[0] = 0, x[1] = -0.0f, x[2] = 1e30f, x[3] = -1e30f, x[4] = 1e12f;
-    for (int kind = 0; kind < 4; kind++) {
-        float *mul = kind & 1 ? up : NULL;
-        check_row(kind & 2 ? do_gelu : do_silu, y, x, mul, NULL, N, !mul);
-        for (int i = 0; i < N; i++) {
-            double g = (double)x[i], u = kind & 2 ? 2 * 0.7978845608028654 * (g + 0.044715 * g * g * g) : g;
-            double by = mul ? (double)mul[i] : 1, right = g * sigmoid(u) * by;
-            double slack = ROUNDING * (24 + (kind & 2 ? 8 * fabs(u) : 0)) * fabs(right);    /* u's rounding counts |u| times */
-            double cut = fabs(g * by) * (u < -86 ? exp(-86) : 2e-38);
-            CHECK(fabs((double)y[i] - right) <= slack + cut + 1e-37);
+/* An activation in double: *size is what its roundings are relative to, *u the argument of e^u, whose own rounding counts |u|
+ * times. up: what it is multiplied by. */
+static double exact_act(double g, double up, double *size, double *u) {
+    double right, p = param ? (double)param[0] : 0, n = param ? (double)param[1] : 0, b = param ? (double)param[2] : 0;
+    *u = 0;
+    switch (act) {
+    case BMC_ACT_SILU: right = g * sigmoid(g) * up; break;
+    case BMC_ACT_GELU: *u = 2 * 0.7978845608028654 * (g + 0.044715 * g * g * g), right = g * sigmoid(*u) * up; break;
+    case BMC_ACT_RELU: right = fmax(g, 0) * up; break;
+    case BMC_ACT_RELU2: right = fmax(g, 0) * fmax(g, 0) * up; break;
+    case BMC_ACT_SIGMOID: right = sigmoid(g) * up; break;
+    case BMC_ACT_SOFTPLUS: right = (fmax(g, 0) + log1p(exp(-fabs(g)))) * up; break;
+    case BMC_ACT_SWIGLU_OAI: g = fmin(g, 7), *u = 1.702 * g, right = g * sigmoid(*u) * (within(up, -7, 7) + 1); break;
+    default:
+        CHECK(act == BMC_ACT_XIELU);
+        double low = expm1(fmin(g, (double)param[3]));
+        *size = (g > 0 ? p * g * g : n * (fabs(low) + fabs(g))) + fabs(b * g);
+        *size *= fabs(up);
+        return ((g > 0 ? p * g * g : n * (low - g)) + b * g) * up;
+    }
+    *size = fabs(right);
+    return right;
+}
+
+/* Gates over all that they may be, near zero and at the ends too, against libm; NaN stays NaN. */
+static void activation(const float *gate, const float *up, float *y, int n) {
+    for (int with_up = act == BMC_ACT_SWIGLU_OAI; with_up < 2; with_up++) {
+        check_row(do_act, y, gate, with_up ? up : NULL, NULL, n, 1);
+        if (with_up)
+            check_row(do_act_of, y, up, gate, NULL, n, 1);
+        for (int i = 0; i < n; i++) {
+            double size, u, g = (double)gate[i], by = with_up ? (double)up[i] : 1, right = exact_act(g, by, &size, &u);
+            double cut = fabs(g) * (fabs(by) + 1) * (u < -86 || g < -86 ? exp(-86) : 0) + fabs(by) * exp(-87);
+            double slack = ROUNDING * (24 + 8 * fabs(u)) * size + cut + 1e-37;
+            CHECK(fabs((double)y[i] - right) <= slack || (double)y[i] == (double)(float)right);      /* both infinite */
         }
     }
-    for (int s = 0; s < N_SIZES; s++) {
-        check_row(do_silu, y, x, up, NULL, sizes[s], 0);
-        check_row(do_gelu, y, x, NULL, NULL, sizes[s], 1);
+    const float nan = NAN, one = 1;
+    for (int i = 0; i < n_isas; i++) {
+        isas[i].act[act](y, &one, &nan, 1, param);
+        CHECK(isnan(y[0]));
+    }
+}
+
+static void activations(void) {
+    enum { N = 3400 };
+    static const float xielu[] = { 0.8f, 1.3f, 0.5f, -1e-6f };
+    float *x = get_memory(N * sizeof *x), *up = noises(N), *y = get_memory(N * sizeof *y);
+    for (int i = 0; i < N; i++)
+        x[i] = i < 2000 ? (float)(i - 1000) / 10 : i < 2900 ? noise() * 4 : i < 3000 ? ldexpf(noise(), i - 2990)
+                        : ldexpf(noise(), (i - 3400) / 4);
+    x[0] = 0, x[1] = -0.0f, x[2] = 1e30f, x[3] = -1e30f, x[4] = 1e12f, up[5] = 50, up[6] = -50;
+    for (act = 0; act < BMC_ACTS; act++) {
+        param = act == BMC_ACT_XIELU ? xielu : NULL;
+        activation(x, up, y, N);
+        for (int s = 0; s < N_SIZES; s++)
+            check_row(do_act, y, x + 900, up, NULL, sizes[s], 1);
     }
     free(x), free(up), free(y);
+}
+
+/* Within 3 ulp of tanh and two roundings; saturates. */
+static void softcaps(void) {
+    enum { N = 4000 };
+    static const float caps[] = { 1, 30, 50, 0.07f };
+    float *x = get_memory(N * sizeof *x), *y = get_memory(N * sizeof *y);
+    for (size_t c = 0; c < sizeof caps / sizeof *caps; c++) {
+        for (int i = 0; i < N; i++)
+            x[i] = i < 2000 ? (float)(i - 1000) / 70 * caps[c] : ldexpf(noise(), (i - 3600) / 16);
+        x[0] = 0, x[1] = 1e38f, x[2] = -1e38f, x[3] = INFINITY, x[4] = -INFINITY;
+        check_row(do_softcap, y, x, &caps[c], NULL, N, 1);
+        for (int i = 0; i < N; i++) {
+            double right = (double)caps[c] * tanh((double)x[i] / (double)caps[c]);
+            CHECK(fabs((double)y[i] - right) <= 9 * ROUNDING * fabs(right) + 1e-37);
+        }
+        CHECK(y[0] == 0 && y[1] == caps[c] && y[2] == -caps[c] && y[3] == caps[c] && y[4] == -caps[c]);
+        for (int s = 0; s < N_SIZES; s++)
+            check_row(do_softcap, y, x + 900, &caps[c], NULL, sizes[s], 1);
+    }
+    x[0] = NAN;
+    for (int i = 0; i < n_isas; i++) {
+        isas[i].softcap(x, 30, 1);
+        CHECK(isnan(x[0]));
+    }
+    free(x), free(y);
 }
 
 static void sums_and_scales(void) {
@@ -519,6 +557,12 @@ static void sums_and_scales(void) {
         check_row(do_scale, y, x, NULL, NULL, n, 1);
         for (int i = 0; i < n; i++)
             CHECK(y[i] == x[i] * 1.7f);
+        check_row(do_mul, y, x, a, NULL, n, 1);
+        for (int i = 0; i < n; i++)
+            CHECK(y[i] == x[i] * a[i]);
+        check_row(do_axpy, y, x, a, NULL, n, 1);
+        for (int i = 0; i < n; i++)
+            CHECK(y[i] == fmaf(1.7f, a[i], x[i]));
         free(x), free(a), free(y);
     }
 }
@@ -604,6 +648,9 @@ struct cache {
     float *k, *v;               /* (TOKENS, head_dim) as f16 has them */
     float *q;                   /* (ATTN_ROWS, head_dim) */
     int first[ATTN_ROWS], limit[ATTN_ROWS];     /* absolute */
+    float softcap, sink;        /* 0 and -inf: off */
+    float slope[ATTN_ROWS];     /* all 0: off */
+    int at[ATTN_ROWS];          /* absolute */
 };
 
 static void store(const struct kernels *kernels, struct cache *c, int token, const float *k, const float *v) {
@@ -611,7 +658,7 @@ static void store(const struct kernels *kernels, struct cache *c, int token, con
 }
 
 static struct cache new_cache(int head_dim, int n_rows, int from, int to) {
-    struct cache c = { .head_dim = head_dim, .v_dim = (head_dim + 15) / 16 * 16, .n_rows = n_rows };
+    struct cache c = { .head_dim = head_dim, .v_dim = (head_dim + 15) / 16 * 16, .n_rows = n_rows, .sink = -INFINITY };
     size_t tile = (size_t)(TILE * (c.head_dim + c.v_dim));
     c.k = noises(TOKENS * head_dim);
     c.v = noises(TOKENS * head_dim);
@@ -657,7 +704,7 @@ static void attend(const struct kernels *k, const struct cache *c, int row, int 
     for (int chunk = 0; chunk < TOKENS; chunk += CHUNK)
         for (int at = 0, taken; at < n; at += taken ? taken : 1) {
             const float *q[ATTN_ROWS];
-            int first[ATTN_ROWS], limit[ATTN_ROWS];
+            int first[ATTN_ROWS], limit[ATTN_ROWS], own[ATTN_ROWS];
             for (taken = 0; taken < group && at + taken < n; taken++) {
                 int i = row + at + taken;
                 if (c->limit[i] <= chunk || c->first[i] >= chunk + CHUNK)
@@ -665,16 +712,22 @@ static void attend(const struct kernels *k, const struct cache *c, int row, int 
                 q[taken] = c->q + i * c->head_dim;
                 first[taken] = c->first[i] > chunk ? c->first[i] - chunk : 0;
                 limit[taken] = smaller(c->limit[i] - chunk, CHUNK);
+                own[taken] = c->at[i] - chunk;
             }
             if (taken)
                 k->attend(&(struct attn_job){
                     .tiles = (const uint16_t *const *)c->tiles + chunk / TILE,
                     .head_dim = c->head_dim, .v_dim = c->v_dim, .n_rows = taken, .q = q, .first = first, .limit = limit, .m = m + at, .l = l + at, .o = o + at * c->v_dim,
+                    .softcap = c->softcap, .slope = c->slope[0] > 0 ? c->slope + row + at : NULL, .at = c->slope[0] > 0 ? own : NULL,
                 });
         }
-    for (int i = 0; i < n; i++)
+    float *nothing = calloc((size_t)c->v_dim, sizeof *nothing);         /* a sink is a chunk of one token without a value */
+    CHECK(nothing);
+    for (int i = 0; i < n; i++) {
+        k->attend_merge(&m[i], &l[i], o + i * c->v_dim, c->sink, 1, nothing, c->v_dim);
         k->attend_end(out + i * c->head_dim, o + i * c->v_dim, l[i], c->head_dim);
-    free(o);
+    }
+    free(o), free(nothing);
 }
 
 static double score(const struct cache *c, int row, int t, double *size) {
@@ -685,16 +738,21 @@ static double score(const struct cache *c, int row, int t, double *size) {
         s += product;
         *size += fabs(product);
     }
-    return s;
+    if (c->softcap > 0)
+        s = (double)c->softcap * tanh(s / (double)c->softcap);
+    double bias = (double)c->slope[row] * abs(c->at[row] - t);
+    *size += fabs(bias) / c->head_dim;                  /* one rounding, not head_dim */
+    return s - bias;
 }
 
 /* A score is off by head_dim roundings of its size, and so is its weight, relatively; every sum adds one a token. */
 static double naive(const struct cache *c, int row, double *out) {
-    double top = -INFINITY, total = 0, most = 0, size;
+    double top = (double)c->sink, total, most = 0, size;
     for (int t = c->first[row]; t < c->limit[row]; t++)
         top = fmax(top, score(c, row, t, &size)), most = fmax(most, size);
     for (int d = 0; d < c->head_dim; d++)
         out[d] = 0;
+    total = exp((double)c->sink - top);
     for (int t = c->first[row]; t < c->limit[row]; t++) {
         double p = exp(score(c, row, t, &size) - top);
         total += p;
@@ -717,30 +775,37 @@ static int near(const struct cache *c, int row, const float *out) {
 
 static int noticed;         /* wrong masks; a token of little weight may escape */
 
-static void check_attention(int head_dim, int n_rows, int from, int to) {
-    struct cache c = new_cache(head_dim, n_rows, from, to);
+/* Every ISA and every grouping of rows gives `first`, and that is near what doubles give. */
+static void check_cache(const struct cache *c, float *first) {
+    int n_rows = c->n_rows, head_dim = c->head_dim;
     size_t n = (size_t)(n_rows * head_dim);
-    float *first = get_memory(n * sizeof *first), *out = get_memory(n * sizeof *out);
+    float *out = get_memory(n * sizeof *out);
     for (int i = 0; i < n_isas; i++) {
-        attend(&isas[i], &c, 0, n_rows, 1, out);
+        attend(&isas[i], c, 0, n_rows, 1, out);
         if (i == 0)
             memcpy(first, out, n * sizeof *out);
         CHECK(same(out, first, n));
         for (int group = 2; group <= n_rows; group += n_rows > 4 && group == 2 ? n_rows - 2 : 1) {
-            attend(&isas[i], &c, 0, n_rows, group, out);
+            attend(&isas[i], c, 0, n_rows, group, out);
             CHECK(same(out, first, n));
         }
-        attend(&isas[i], &c, n_rows - 1, 1, 1, out);
+        attend(&isas[i], c, n_rows - 1, 1, 1, out);
         CHECK(same(out, first + n - head_dim, (size_t)head_dim));
     }
     for (int row = 0; row < n_rows; row++)
-        CHECK(near(&c, row, first + row * head_dim));
+        CHECK(near(c, row, first + row * head_dim));
     memset(out, 0, n * sizeof *out);
-    CHECK(!near(&c, 0, out));
+    CHECK(!near(c, 0, out));
+    free(out);
+}
+
+static void check_attention(int head_dim, int n_rows, int from, int to) {
+    struct cache c = new_cache(head_dim, n_rows, from, to);
+    float *out = get_memory((size_t)(n_rows * head_dim) * sizeof *out);
+    check_cache(&c, out);
     c.limit[0]--;                                       /* one token less is seen */
-    noticed += c.limit[0] > c.first[0] && !near(&c, 0, first);
-    c.limit[0]++;
-    free(first), free(out);
+    noticed += c.limit[0] > c.first[0] && !near(&c, 0, out);
+    free(out);
     free_cache(&c);
 }
 
@@ -764,6 +829,39 @@ static void attention(void) {
     for (int tile = 0; tile < CHUNK; tile += TILE)      /* one tile, anywhere */
         check_attention(32, 4, tile, tile + TILE);
     CHECK(noticed > 100);
+}
+
+/* With a softcap, ALiBi and a sink, alone and together; without one of them the result is a different one, mostly. Queries stand
+ * before, among and after what they see. */
+static void attention_with_extras(void) {
+    int told[3] = { 0 };
+    for (int round = 0; round < 48; round++) {
+        int kind = 1 + round % 7, n_rows = 1 + round % ATTN_ROWS, head_dim = 16 * (1 + round % 5), from = round % 3 ? round * 5 : 0;
+        struct cache c = new_cache(head_dim, n_rows, from, from + 3 + round * (round % 2 ? 1 : 11) % (TOKENS - 300));
+        float *out = get_memory((size_t)(n_rows * head_dim) * sizeof *out);
+        if (kind & 1)
+            c.softcap = round % 2 ? 1.5f : 0.4f;
+        for (int i = 0; i < n_rows && kind & 2; i++) {
+            c.slope[i] = ldexpf(1, -2 - i % 4);
+            c.at[i] = c.first[i] - 20 + (int)random_below(&state, c.limit[i] - c.first[i] + 40);
+        }
+        if (kind & 4)
+            c.sink = (float)(2 + round % 3 * 2);
+        check_cache(&c, out);
+        struct cache others[] = { c, c, c };            /* each without one of the three */
+        others[0].softcap = 0;
+        memset(others[1].slope, 0, sizeof c.slope);
+        others[2].sink = -INFINITY;
+        for (int i = 0; i < 3; i++) {
+            int differs = !near(&others[i], 0, out);
+            CHECK(!differs || kind >> i & 1);
+            told[i] += differs;
+        }
+        free(out);
+        free_cache(&c);
+    }
+    for (int i = 0; i < 3; i++)
+        CHECK(told[i] > 20);
 }
 
 /* Scores so large that only the best token counts, or all alike. */
@@ -824,11 +922,13 @@ int main(void) {
     quantize_blocks();
     norms();
     activations();
+    softcaps();
     sums_and_scales();
     exponentials();
     best_of_a_row();
     rope();
     attention();
+    attention_with_extras();
     attention_at_the_edges();
     stores_one_slot();
     return 0;
