@@ -159,9 +159,11 @@ static void recurrences(const struct kernels *k) {
             k->scale(y[t], 0.1f, N);
         }
         fold(y, sizeof y);
-        k->recur(&(struct recur_job){ .s = s, .n_keys = N - 30 + width, .n_tok = TOKENS, .decay = x, .k = y[0], .q = y[0] + 20, .v = x + 1,
-                                      .beta = x + 17, .d = d, .o = o, .decay_stride = N, .k_stride = N, .q_stride = N, .v_stride = N,
-                                      .beta_stride = N, .d_stride = 16, .o_stride = 16 });
+        k->recur(&(struct recur_job){
+            .s = s, .n_keys = N - 30 + width, .n_tok = TOKENS, .decay = x, .k = y[0], .q = y[0] + 20, .v = x + 1,
+            .beta = x + 17, .d = d, .o = o, .decay_stride = N, .k_stride = N, .q_stride = N, .v_stride = N,
+            .beta_stride = N, .d_stride = 16, .o_stride = 16,
+        });
         fold(s, sizeof s), fold(d, sizeof d), fold(o, sizeof o);
     }
 }

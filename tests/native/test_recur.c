@@ -1,4 +1,5 @@
-/* Convolutions and recurrences: the bits that kernels.h promises, on every ISA, and the values of plain double arithmetic. */
+/* Convolutions and recurrences on every ISA: the bits that kernels.h promises, and the values of plain double
+ * arithmetic. */
 #include "isas.h"
 
 #include <math.h>
@@ -6,8 +7,8 @@
 /* conv. */
 
 /* y (n,) of rows (k, n), each in memory of its own size; in_place: y is the last row. */
-static void run_conv(const struct kernels *kernels, float *y, const float *rows, const float *weight, const float *bias, int k, int n,
-                     int in_place) {
+static void run_conv(const struct kernels *kernels, float *y, const float *rows, const float *weight,
+                     const float *bias, int k, int n, int in_place) {
     float *copies[8], *out = guards((size_t)n + 2);
     for (int i = 0; i < k; i++) {
         copies[i] = get_memory((size_t)n * sizeof *rows);
@@ -24,7 +25,8 @@ static void run_conv(const struct kernels *kernels, float *y, const float *rows,
 
 static void check_conv(int k, int n, int with_bias) {
     int stride = (n + 15) / 16 * 16;
-    float *rows = noises(k * n), *weight = noises(k * stride), *bias = noises(n), *y = get_memory((size_t)n * sizeof *y);
+    float *rows = noises(k * n), *weight = noises(k * stride), *bias = noises(n);
+    float *y = get_memory((size_t)n * sizeof *y);
     for (int isa = 0; isa < n_isas; isa++)
         for (int in_place = 0; in_place < 2; in_place++) {
             run_conv(&isas[isa], y, rows, weight, with_bias ? bias : NULL, k, n, in_place);
@@ -109,13 +111,15 @@ static struct outcome begin(const struct recurrence *r) {
 }
 
 /* Tokens from .. to. given: d is what `out` has; silent: without an output. */
-static void advance(const struct kernels *k, const struct recurrence *r, struct outcome *out, int from, int to, int given, int silent) {
+static void advance(const struct kernels *k, const struct recurrence *r, struct outcome *out, int from, int to,
+                    int given, int silent) {
     k->recur(&(struct recur_job){
-        .s = out->s, .n_keys = r->n_keys, .n_tok = to - from, .decay = r->decay + from * (1 + GAP), .k = r->k + from * r->stride,
-        .q = silent ? NULL : r->q + from * r->stride, .v = given ? NULL : r->v + from * (16 + GAP),
-        .beta = given ? NULL : r->beta + from * (1 + GAP), .d = out->d + from * (16 + GAP), .o = out->o + from * (16 + GAP),
-        .decay_stride = 1 + GAP, .k_stride = (size_t)r->stride, .q_stride = (size_t)r->stride, .v_stride = 16 + GAP,
-        .beta_stride = 1 + GAP, .d_stride = 16 + GAP, .o_stride = 16 + GAP,
+        .s = out->s, .n_keys = r->n_keys, .n_tok = to - from, .decay = r->decay + from * (1 + GAP),
+        .k = r->k + from * r->stride, .q = silent ? NULL : r->q + from * r->stride,
+        .v = given ? NULL : r->v + from * (16 + GAP), .beta = given ? NULL : r->beta + from * (1 + GAP),
+        .d = out->d + from * (16 + GAP), .o = out->o + from * (16 + GAP), .decay_stride = 1 + GAP,
+        .k_stride = (size_t)r->stride, .q_stride = (size_t)r->stride, .v_stride = 16 + GAP, .beta_stride = 1 + GAP,
+        .d_stride = 16 + GAP, .o_stride = 16 + GAP,
     });
 }
 
@@ -147,7 +151,8 @@ static struct outcome plain(const struct recurrence *r) {
 
 /* Is every output near the same in doubles? A token adds n_keys roundings of values that are about 10 at most. */
 static int near(const struct recurrence *r, const struct outcome *out) {
-    double *s = get_memory((size_t)r->n_keys * sizeof *s), slack = 10 * r->n_tok * (r->n_keys + 8) * ROUNDING, worst = 0;
+    double *s = get_memory((size_t)r->n_keys * sizeof *s), worst = 0;
+    double slack = 10 * r->n_tok * (r->n_keys + 8) * ROUNDING;
     for (int lane = 0; lane < 16; lane++) {
         for (int i = 0; i < r->n_keys; i++)
             s[i] = (double)r->start[i * 16 + lane];
@@ -190,7 +195,7 @@ static void check_recurrence(enum kind kind, int n_keys, int n_tok) {
         memcpy(again.d, whole.d, sizeof again.d);
         advance(&isas[isa], &r, &again, 0, n_tok / 2, 1, 1);
         advance(&isas[isa], &r, &again, n_tok / 2, n_tok, 1, 1);
-        CHECK(same(again.s, right.s, sizeof right.s / sizeof *right.s) && same(again.d, right.d, sizeof right.d / sizeof *right.d));
+        CHECK(!memcmp(again.s, right.s, sizeof right.s) && !memcmp(again.d, right.d, sizeof right.d));
         for (size_t i = 0; i < sizeof again.o / sizeof *again.o; i++)
             CHECK(again.o[i] == GUARD);
     }
