@@ -28,9 +28,9 @@ enum bmc_status {
 };
 
 enum bmc_norm { BMC_NORM_RMS = 0, BMC_NORM_LAYER = 1 };
-enum bmc_act {              /* SiLU; GELU in its tanh form; ReLU and its square; xIELU; gpt-oss's clamped SwiGLU; sigmoid; softplus */
-    BMC_ACT_SILU = 0, BMC_ACT_GELU = 1, BMC_ACT_RELU, BMC_ACT_RELU2, BMC_ACT_XIELU, BMC_ACT_SWIGLU_OAI, BMC_ACT_SIGMOID,
-    BMC_ACT_SOFTPLUS, BMC_ACTS
+enum bmc_act {              /* GELU in its tanh form; RELU2: ReLU squared; SWIGLU_OAI: gpt-oss's, clamped */
+    BMC_ACT_SILU = 0, BMC_ACT_GELU = 1, BMC_ACT_RELU, BMC_ACT_RELU2, BMC_ACT_XIELU, BMC_ACT_SWIGLU_OAI,
+    BMC_ACT_SIGMOID, BMC_ACT_SOFTPLUS, BMC_ACTS
 };
 enum bmc_rope { BMC_ROPE_NONE = 0, BMC_ROPE_PAIRS = 1, BMC_ROPE_HALVES = 2 };    /* (0,1)(2,3).. or (0,d/2)(1,d/2+1).. */
 enum bmc_want { BMC_WANT_NONE = 0, BMC_WANT_LAST = 1, BMC_WANT_ALL = 2 };
