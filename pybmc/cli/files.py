@@ -31,7 +31,7 @@ def show(model, model_option, as_json):
     try:
         info = describe(need_model(model, model_option))
     except NotHere:
-        from ..hub.pull import look
+        from ..hub.transfer import look
 
         info = look(model or model_option)
     if as_json:

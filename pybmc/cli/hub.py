@@ -22,7 +22,7 @@ def pull(name, file, revision, draft, as_json):
     does not run, or for which the disk has no room, is not fetched. It goes into the cache that the hub's own tools use
     (HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are honoured), and is checked against the hub's sha256.
     """
-    from ..hub.pull import pull as bring
+    from ..hub.transfer import pull as bring
 
     bars = not as_json and is_terminal(sys.stderr)
     for wanted, its_file, its_revision in [(name, file, revision), *([(draft, None, None)] if draft else [])]:

@@ -155,14 +155,20 @@ def remove(model: Cached) -> int:
     kept = {target for path, target in every.items() if path not in gone}
     freed = 0
     for path in gone:
-        own = [path] if _blob(path, model.folder) is None else [_blob(path, model.folder), path]
-        for file in own if every[path] not in kept else [path]:
-            if os.path.lexists(file):
-                freed += file.lstat().st_size * (not file.is_symlink())
-                file.unlink()
+        freed += unlink(path, model.folder, alone=every[path] not in kept)
         _remove_empty(path.parent, snapshots)
     if not any(_files(snapshots)) and not any((model.folder / "blobs").glob("*")):
         shutil.rmtree(model.folder)
+    return freed
+
+
+def unlink(link: Path, folder: Path, alone: bool = True) -> int:
+    """Remove a link of a repository's folder and, if no other one is to keep it, what it links to there; the bytes."""
+    freed, blob = 0, _blob(link, folder) if alone else None
+    for file in (blob, link):
+        if file is not None and os.path.lexists(file):
+            freed += 0 if file.is_symlink() else file.stat().st_size
+            file.unlink()
     return freed
 
 

@@ -247,10 +247,7 @@ def _check_sum(path: Path, found: Found, part: Remote) -> None:
         while piece := file.read(1 << 22):
             digest.update(piece)
     if digest.hexdigest() != part.sum:
-        target = path.resolve()
-        path.unlink()
-        if target.parent == path.parents[part.file.count("/") + 2] / "blobs":
-            target.unlink(missing_ok=True)
+        store.unlink(path, path.parents[part.file.count("/") + 2])
         raise HubError(f"{found.name}: expected sha256 {part.sum}, found {digest.hexdigest()} in {part.file}; it was removed")
 
 
