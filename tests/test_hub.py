@@ -154,7 +154,7 @@ def test_else_it_is_the_smallest_that_runs(hub, model):
     metadata, tensors = tiny.parts("llama")
     broken = tiny.save(tiny.folder() / "small.gguf", metadata, {k: v for k, v in tensors.items() if "attn_q" not in k}).read_bytes()
     assert len(broken) < len(model)
-    hub.files[REPO] = {"a-F32.gguf": model + bytes(4096), "a-IQ3_M.gguf": broken, "a-F16.gguf": model}
+    hub.files[REPO] = {"a-F32.gguf": model + bytes(4096), "a-IQ3_M.gguf": broken, "a-F16.gguf": model, "a-IQ1_S.gguf": b"<html>"}
     assert transfer.pull(REPO).path.name == "a-F16.gguf"
 
 

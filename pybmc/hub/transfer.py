@@ -126,8 +126,12 @@ def _search(name: names.Name) -> Found:
     choices = _choices(name, files)
     found = None
     for file in choices:
-        found = _opened(repo, info.sha, name, files, file)
-        if found.facts["runs"]:
+        try:
+            found = _opened(repo, info.sha, name, files, file)
+        except HubError:                # its header is broken
+            if found is None and file == choices[-1]:
+                raise
+        if found is not None and found.facts["runs"]:
             break
     return found
 
