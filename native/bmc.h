@@ -281,6 +281,8 @@ void        bmc_model_free(bmc_model *model);                            /* once
 /* cap: rows of keys and values at most. r: how many are added at a time, rounded up to 16; 0: what suits the model.
  * rope 1: every layer takes table 1, as a model stretched to long contexts asks. */
 int         bmc_session_new(bmc_model *model, int64_t cap, int r, int rope, bmc_session **session);
+/* A new session with the first tokens of another, whose rows they share as far as whole segments go; neither changes the other. */
+int         bmc_session_fork(bmc_session *session, int position, bmc_session **fork);
 int         bmc_session_position(const bmc_session *session);
 const int32_t *bmc_session_tokens(const bmc_session *session);          /* (position,) the tokens of its rows */
 int         bmc_session_sync(bmc_session *session, const int32_t *tokens, int n);      /* keeps the rows that a text begins with; how many */

@@ -176,6 +176,13 @@ struct matrix slice(const struct pass *p, const struct matrix *w, int from, int 
 void project(const struct pass *p, const struct product *r, const struct matrix *part, int row, int tile);
 int tile_width(int n_tok);
 
+/* Rows of keys and values in every session for a block: called by its kind's stream(). */
+void add_rows(bmc_model *m, struct block *b, int n_heads, int k_dim, int v_dim);
+
+static inline uint16_t *tile_of(const bmc_session *s, const struct block *b, int head, int tile) {
+    return arena_tile(&s->arenas[b->rows], b->stream, head, tile);
+}
+
 /* A head's first values turn by the token's position: layers/attention.c. */
 void turn(const struct pass *p, const struct block *b, float *head, int t);
 

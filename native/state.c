@@ -38,12 +38,18 @@ int states_reserve(struct states *s) {
     return s->memory ? 0 : fail(BMC_ENOMEM, "no memory for %.0f MB of states", (double)s->floats * sizeof(float) / 1e6);
 }
 
+static size_t snapshot_floats(const struct states *s) {
+    size_t floats = 0;
+    for (int i = 0; i < s->n; i++)
+        floats += s->sizes[i].floats + rows_floats(&s->sizes[i], 0);
+    return floats;
+}
+
 int64_t states_bytes(const struct states *s) {
-    int64_t bytes = s->memory ? (int64_t)(s->floats * sizeof(float)) : 0;
+    size_t floats = s->memory ? s->floats : 0;
     for (int i = 0; i < SNAPSHOTS; i++)
-        for (int j = 0; s->snapshots[i].values && j < s->n; j++)
-            bytes += (int64_t)((s->sizes[j].floats + rows_floats(&s->sizes[j], 0)) * sizeof(float));
-    return bytes;
+        floats += s->snapshots[i].values ? snapshot_floats(s) : 0;
+    return (int64_t)(floats * sizeof(float));
 }
 
 struct state_run states_plan(const struct states *s, int start, int n) {
@@ -83,6 +89,25 @@ static void copy_snapshot(const struct states *s, float *values, bool restore, i
     }
 }
 
+int states_copy(struct states *to, const struct states *from) {
+    int status = from->memory ? states_reserve(to) : 0;
+    if (status || !from->memory)
+        return status;
+    memcpy(to->memory, from->memory, from->floats * sizeof(float));
+    to->base = from->base;
+    to->current = from->current;
+    to->clock = from->clock;
+    for (int i = 0; i < SNAPSHOTS; i++) {
+        const struct snapshot *p = &from->snapshots[i];
+        float *values = p->values ? malloc(snapshot_floats(from) * sizeof *values) : NULL;
+        if (values) {                       /* without memory there are fewer of them */
+            memcpy(values, p->values, snapshot_floats(from) * sizeof *values);
+            to->snapshots[i] = (struct snapshot){ p->position, values, p->used };
+        }
+    }
+    return 0;
+}
+
 /* The states as they are before the first token. */
 static void clear(struct states *s) {
     for (int i = 0; s->memory && i < s->n; i++) {
@@ -116,7 +141,7 @@ int states_rewind(struct states *s, int position) {
 
 int states_snapshot(struct states *s, int position) {
     struct snapshot *oldest = &s->snapshots[0];
-    size_t floats = 0;
+    const size_t floats = snapshot_floats(s);
     if (!s->memory || position != s->current || !position)
         return 0;
     for (int i = 0; i < SNAPSHOTS; i++) {
@@ -127,8 +152,6 @@ int states_snapshot(struct states *s, int position) {
         if (s->snapshots[i].used < oldest->used)
             oldest = &s->snapshots[i];
     }
-    for (int i = 0; i < s->n; i++)
-        floats += s->sizes[i].floats + rows_floats(&s->sizes[i], 0);
     float *values = oldest->values ? oldest->values : malloc(floats * sizeof *values);
     if (!values)
         return fail(BMC_ENOMEM, "no memory for a snapshot of %.0f MB", (double)floats * sizeof *values / 1e6);

@@ -59,6 +59,7 @@ void states_done(struct states *s, const struct state_run *run);
 /* How far back the states can be taken: to `position`, or to an earlier one from where its tokens have to be evaluated again. */
 int states_rewind(struct states *s, int position);
 int states_snapshot(struct states *s, int position);            /* of the states as they are, at `position`; 0 or BMC_ENOMEM */
+int states_copy(struct states *to, const struct states *from);  /* to: of the same sizes, empty; 0 or BMC_ENOMEM */
 int64_t states_bytes(const struct states *s);
 
 static inline float *state_current(const struct states *s, int stream) { return s->memory + s->sizes[stream].at; }

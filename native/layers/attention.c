@@ -63,12 +63,8 @@ static const char *missing(const struct block *b) {
 
 /* Rows of keys and values, unless the block reads those of another. */
 static void stream(bmc_model *m, struct block *b) {
-    if (b->c.kv_from)
-        return;
-    b->stream = m->n_row_streams++;
-    m->row_streams[b->stream] = (struct arena_stream){
-        .n_heads = b->c.n_kv_heads, .tile_bytes = (int64_t)TILE * (int64_t)((size_t)b->c.k_dim + padded(b->c.v_dim)) * (int64_t)sizeof(uint16_t),
-    };
+    if (!b->c.kv_from)
+        add_rows(m, b, b->c.n_kv_heads, b->c.k_dim, b->c.v_dim);
 }
 
 /* Rows of a block in the work buffer. */
@@ -145,7 +141,7 @@ static void place_rows(const struct pass *p, const struct block *b, const struct
         if (b->c.v_norm)
             norm_row(m, v, v, none, none, V_dim);
         place_head(p, b, k, h, b->attention.k_norm, b->attention.k_norm_bias, t);
-        m->k.store_kv(arena_tile(&p->at[t].session->arena, b->stream, h, pos / TILE), pos % TILE, k, v, K_dim, V_dim);
+        m->k.store_kv(tile_of(p->at[t].session, b, h, pos / TILE), pos % TILE, k, v, K_dim, V_dim);
     }
 }
 

@@ -48,12 +48,7 @@ static const char *missing(const struct block *b) {
     return a->q.data ? NULL : "attn_q";
 }
 
-static void stream(bmc_model *m, struct block *b) {
-    b->stream = m->n_row_streams++;
-    m->row_streams[b->stream] = (struct arena_stream){
-        .n_heads = 1, .tile_bytes = (int64_t)TILE * (b->extent[KV_A] + (int64_t)padded(b->c.kv_rank)) * (int64_t)sizeof(uint16_t),
-    };
-}
+static void stream(bmc_model *m, struct block *b) { add_rows(m, b, 1, (int)b->extent[KV_A], b->c.kv_rank); }
 
 struct work { float *q_a, *q, *kv, *nope, *query, *sum, *out; };
 
@@ -121,7 +116,7 @@ static void place_rows(struct pass *p, const struct block *b, const struct work 
         const int pos = p->at[t].pos;
         norm_row(m, kv, kv, b->attention.kv_a_norm, (struct vector){ 0 }, rank);
         turn(p, b, kv + rank, (int)t);
-        m->k.store_kv(arena_tile(&p->at[t].session->arena, b->stream, 0, pos / TILE), pos % TILE, kv, kv, row, rank);
+        m->k.store_kv(tile_of(p->at[t].session, b, 0, pos / TILE), pos % TILE, kv, kv, row, rank);
     }
     barrier(p, thread, BMC_STEP_STORE);
 }
