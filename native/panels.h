@@ -17,14 +17,14 @@ enum { PANEL_ROWS = 16 };
 
 /* Codes of 32 columns. u4: unit g in the low nibbles of byte block g, unit g + 4 in the high ones. u5: u4 and a plane
  * whose bit g is the fifth bit of unit g. u6: u4 and two planes of bit pairs, units 0-3 and 4-7. u2: two planes of bit
- * pairs. u3: u2 and a plane of third bits. u1: a plane whose bit g is unit g's, and stands for 0 or 2. nl4 and fp4: u4 that
- * index a table (IQ4's and MXFP4's values), so are iq3_xxs and iq3_s; iq1 and iq2: u3 that index one. */
+ * pairs. u3: u2 and a plane of third bits. u1: a plane whose bit g is unit g's; it stands for 0 or 2. Codes that index a
+ * table of values: nl4 and fp4 (IQ4's and MXFP4's), iq3_xxs and iq3_s are u4, iq1 and iq2 are u3. */
 enum {
-    CODES_u1 = 64, BITS_u1 = 2, CODES_iq1 = 192, BITS_iq1 = 5, CODES_iq2 = 192, BITS_iq2 = 7,
-    CODES_iq3_xxs = 256, BITS_iq3_xxs = 6, CODES_iq3_s = 256, BITS_iq3_s = 6,
-    CODES_u2 = 128, CODES_u3 = 192, CODES_u4 = 256, CODES_u5 = 320, CODES_u6 = 384, CODES_u8 = 512,     /* bytes */
-    CODES_nl4 = CODES_u4, CODES_fp4 = CODES_u4,
-    BITS_u2 = 2, BITS_u3 = 3, BITS_u4 = 4, BITS_u5 = 5, BITS_u6 = 6, BITS_u8 = 8, BITS_nl4 = 8, BITS_fp4 = 5,
+    CODES_u1 = 64, CODES_u2 = 128, CODES_u3 = 192, CODES_u4 = 256, CODES_u5 = 320, CODES_u6 = 384, CODES_u8 = 512,     /* bytes */
+    CODES_nl4 = CODES_u4, CODES_fp4 = CODES_u4, CODES_iq1 = CODES_u3, CODES_iq2 = CODES_u3,
+    CODES_iq3_xxs = CODES_u4, CODES_iq3_s = CODES_u4,
+    BITS_u1 = 2, BITS_u2 = 2, BITS_u3 = 3, BITS_u4 = 4, BITS_u5 = 5, BITS_u6 = 6, BITS_u8 = 8, BITS_nl4 = 8, BITS_fp4 = 5,
+    BITS_iq1 = 5, BITS_iq2 = 7, BITS_iq3_xxs = 6, BITS_iq3_s = 6,
 };
 
 /* Scales: bytes of a head (once per superblock), then bytes per 32 columns, for 16 rows.
@@ -35,7 +35,7 @@ enum {
  *   s32  head d f16; s u8 per 32 columns: d (s + 1/2)
  *   q32  the same: d/4 (s + 1/2)                 q16  head d f16; s per 16, a byte's two nibbles: d/4 (s + 1/2)
  *   b32  head d f16; sc i8 per 32 columns: scale d |sc|, m is d/8 sc
- *   one  head d f16                              e4m3 scale E4M3 per 16 columns, half of which counts
+ *   one  head d f16                              e4m3 half of an unsigned E4M3 per 16 columns
  *   half head d f16, m is -1.5 d: codes of two bits stand for -1.5, -0.5, 0.5 and 1.5 */
 enum {
     HEAD_d = 0,  SCALES_d = 32,     HALVES_d = 0,    MINS_d = 0,

@@ -24,7 +24,7 @@ static uint64_t four_nibbles(uint16_t fields) {
     return (x | x << 4) & 0x0f0f0f0f;
 }
 
-/* Seven signs as bits: of the eight an even number is set. */
+/* The eight signs of seven. */
 static uint8_t even_signs(uint32_t bits) {
     bits &= 127;
     return (uint8_t)(bits | (uint32_t)__builtin_parity(bits) << 7);
@@ -118,7 +118,7 @@ void split_iq1_m(const void *block, struct split *s) {
     }
 }
 
-/* Digits of base 3, the first one the highest, of a byte that holds them as a fraction of 256. */
+/* The next digit of a fraction of 256 in base 3 is what three times the fraction has before the point. */
 static void put_digits(uint8_t *codes, const uint8_t *qs, int n, int n_digits) {
     for (int i = 0, power = 1; i < n_digits; i++, power *= 3)
         for (int j = 0; j < n; j++)

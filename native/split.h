@@ -6,16 +6,18 @@
 
 struct split {
     uint8_t codes[256];     /* unsigned, one a byte */
-    uint8_t scales[16];     /* per 32 or 16 columns, or for two times 16 in a byte: what panels.h says of the type's scales */
+    uint8_t scales[16];     /* per 32 or 16 columns; of IQ1_M, IQ2_XS and IQ2_S two in a byte, the low nibble first */
     uint8_t mins[16];
     uint16_t d, m;          /* f16; m is what code 0 stands for, so that w = d*scale*code + m*min */
 };
 
 typedef void split_fn(const void *block, struct split *s);
 
-/* The types of up to three bits; dequantize and panels both start from these. For the IQ types a scale is the s of types.h, of
- * IQ1_S 2s + 1 with the sign of its shift. A code is a level; of IQ1_M and IQ2 with 4 added, of IQ3 with 8 added, where it is
- * negative (IQ1_M: where the shift is). Of TQ1_0, TQ2_0 and Q2_0 it is w / d + 1, of Q1_0 the bit. */
+/* The types of up to three bits. dequantize and panels both start from these:
+ *   IQ2, IQ3       scales: the s of types.h. codes: levels, plus 4 (IQ3: 8) where the weight is negative
+ *   IQ1_M          the same, plus 4 where the shift is negative
+ *   IQ1_S          scales: 2s + 1, negative where the shift is. codes: levels
+ *   others         codes: w / d + 1, of Q1_0 half of it */
 split_fn split_iq1_s, split_iq1_m, split_iq2_xxs, split_iq2_xs, split_iq2_s, split_iq3_xxs, split_iq3_s;
 split_fn split_tq1_0, split_tq2_0, split_q1_0, split_q2_0;
 

@@ -134,14 +134,14 @@ _Static_assert(sizeof(block_tq2_0) == 66, "TQ2_0 is 66 bytes on disk");
 
 /* TQ1_0: w = scale * (t - 1)
  *   | qs[0] .. qs[47] | qh[0] .. qh[3] | scale f16 |
- *   a byte holds five digits t of base 3, of qh four, as the fraction 0.t0 t1 t2 t3 t4 of 256, rounded up: times 3 / 256 it gives t0
- *   and leaves the rest. Digit i of qs[j] is w[32i + j], of qs[32 + j] w[160 + 16i + j], of qh[j] w[240 + 4i + j].  */
+ *   a byte is 256 times the fraction 0.t0 t1 t2 t3 t4 of base 3 (of qh: four digits), rounded up. Digit i of qs[j]
+ *   is w[32i + j], of qs[32 + j] w[160 + 16i + j], of qh[j] w[240 + 4i + j].  */
 typedef struct { uint8_t qs[48]; uint8_t qh[4]; uint16_t scale; } block_tq1_0;
 _Static_assert(sizeof(block_tq1_0) == 54, "TQ1_0 is 54 bytes on disk");
 
-/* The IQ types of up to three bits: an index stands for 8 levels (IQ3: 4) in a grid (grids.h). IQ2 and IQ3 have a sign for each
- * weight beside them, a bit that is 1 where it is negative; where a field of 32 bits or an index of 16 holds them, the eighth of
- * each 8 is left out: the number of negative ones is even. s: a scale of four bits (IQ1: three). */
+/* The IQ types of up to three bits: an index of a grid (grids.h) stands for 8 levels (IQ3: 4), and s is a scale of
+ * four bits (IQ1: three). IQ2 and IQ3 have a sign bit for each weight, 1 where it is negative. "7 signs" are those of
+ * eight weights: an even number of the eight is set, so that the last one is left out. */
 
 /* IQ2_XXS: w = scale / 4 * (s + 1/2) * (8, 25 or 43, with its sign)
  *   | scale f16 | 8 times, for 32 weights: qs[0] .. qs[3], indices | signs u32: 4 times 7 signs, then s |  */
@@ -170,19 +170,20 @@ _Static_assert(sizeof(block_iq3_xxs) == 98, "IQ3_XXS is 98 bytes on disk");
 typedef struct { uint16_t scale; uint8_t qs[64], qh[8], signs[32], scales[4]; } block_iq3_s;
 _Static_assert(sizeof(block_iq3_s) == 110, "IQ3_S is 110 bytes on disk");
 
-/* IQ1_S: w = scale * (2s + 1) * (level - 1 + 1/8, or - 1/8 where the highest bit of qh is set)
- *   | scale f16 | qs[0] .. qs[31] | qh u16 [8]: for 32 weights, 4 times the three high bits of an index, then s, then that bit |  */
+/* IQ1_S: w = scale * (2s + 1) * (level - 1 + shift)
+ *   | scale f16 | qs[0] .. qs[31] | qh u16 [8] |
+ *   qh, for 32 weights: 4 times the three high bits of an index, then s, then 0 where shift is 1/8, 1 where -1/8  */
 typedef struct { uint16_t scale; uint8_t qs[32]; uint16_t qh[8]; } block_iq1_s;
 _Static_assert(sizeof(block_iq1_s) == 50, "IQ1_S is 50 bytes on disk");
 
 /* IQ1_M: as IQ1_S, the shift per 8 weights and s per 16
  *   | qs[0] .. qs[31] | qh[0] .. qh[15] | scales u16 [4]: four s, then four bits of the scale f16, the lowest first |
- *   each nibble of qh: three high bits of an index, then the one of the shift  */
+ *   each nibble of qh: three high bits of an index, then the bit of the shift  */
 typedef struct { uint8_t qs[32], qh[16]; uint16_t scales[4]; } block_iq1_m;
 _Static_assert(sizeof(block_iq1_m) == 56, "IQ1_M is 56 bytes on disk");
 
 /* NVFP4: w = scales[j / 16] / 2 * mxfp4_values[q], 64 a block
- *   | scales[0] .. scales[3], E4M3 without a sign | qs[0] .. qs[31] |
+ *   | scales[0] .. scales[3], unsigned E4M3 | qs[0] .. qs[31] |
  *   each 16 weights take 8 bytes of qs: low nibbles hold w[0..7], high ones w[8..15]  */
 typedef struct { uint8_t scales[4], qs[32]; } block_nvfp4;
 _Static_assert(sizeof(block_nvfp4) == 36, "NVFP4 is 36 bytes on disk");
@@ -243,10 +244,10 @@ static inline float e8m0_half(uint8_t exponent) {
     return f32_from_bits(exponent < 2 ? 0x00200000u << exponent : (uint32_t)(exponent - 1) << 23);
 }
 
-/* Half of an e4m3 scale without a sign, to go with mxfp4_values: the bits are those of an f16 of 2^8 times less. */
+/* Half of an unsigned e4m3 scale, to go with mxfp4_values. As an f16 its bits stand for 2^8 times less. */
 static inline float e4m3_half(uint8_t x) { return f16_to_f32((uint16_t)(x << 7)) * 128; }
 
-/* A file's e4m3 scale as e4m3_half takes it: NaN is 0, and bit 7 says nothing. */
+/* A file's scale as e4m3_half takes it: NaN counts as 0, and bit 7 is ignored. */
 static inline uint8_t nvfp4_scale(uint8_t x) { return x == 0x7f ? 0 : x & 0x7f; }
 
 /* Group j < 4 has its 6 bits in one byte; group j >= 4 has 4 in the last bytes and 2 on top of group j - 4. */
