@@ -75,7 +75,8 @@ void split_iq3_xxs(const void *block, struct split *s) {
         s->scales[g] = (uint8_t)(b->signs[g] >> 28);
         for (int i = 0; i < 4; i++) {
             const uint8_t *q = b->qs + 8 * g + 2 * i;
-            put_iq3(s->codes + 32 * g + 8 * i, iq3_xxs_grid[q[0]], iq3_xxs_grid[q[1]], even_signs(b->signs[g] >> 7 * i));
+            uint8_t signs = even_signs(b->signs[g] >> 7 * i);
+            put_iq3(s->codes + 32 * g + 8 * i, iq3_xxs_grid[q[0]], iq3_xxs_grid[q[1]], signs);
         }
     }
 }
@@ -87,8 +88,8 @@ void split_iq3_s(const void *block, struct split *s) {
         s->scales[g] = b->scales[g / 2] >> g % 2 * 4 & 15;
     for (int i = 0; i < 32; i++) {
         int high = b->qh[i / 4] >> i % 4 * 2;
-        uint16_t first = iq3_s_grid[b->qs[2 * i] | (high & 1) << 8], second = iq3_s_grid[b->qs[2 * i + 1] | (high & 2) << 7];
-        put_iq3(s->codes + 8 * i, first, second, b->signs[i]);
+        int first = b->qs[2 * i] | (high & 1) << 8, second = b->qs[2 * i + 1] | (high & 2) << 7;
+        put_iq3(s->codes + 8 * i, iq3_s_grid[first], iq3_s_grid[second], b->signs[i]);
     }
 }
 
@@ -98,8 +99,10 @@ void split_iq1_s(const void *block, struct split *s) {
     for (int g = 0; g < 8; g++) {
         int qh = b->qh[g], scale = 2 * (qh >> 12 & 7) + 1;
         s->scales[g] = (uint8_t)(qh & 0x8000 ? -scale : scale);
-        for (int i = 0; i < 4; i++)
-            put_eight(s->codes + 32 * g + 8 * i, eight_pairs(iq1_grid[b->qs[4 * g + i] | (qh >> 3 * i & 7) << 8]));
+        for (int i = 0; i < 4; i++) {
+            int index = b->qs[4 * g + i] | (qh >> 3 * i & 7) << 8;
+            put_eight(s->codes + 32 * g + 8 * i, eight_pairs(iq1_grid[index]));
+        }
     }
 }
 

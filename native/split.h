@@ -6,7 +6,7 @@
 
 struct split {
     uint8_t codes[256];     /* unsigned, one a byte */
-    uint8_t scales[16];     /* per 32 or 16 columns; of IQ1_M, IQ2_XS and IQ2_S two in a byte, the low nibble first */
+    uint8_t scales[16];     /* per 32 or 16 columns; of IQ1_M, IQ2_XS, IQ2_S two in a byte, the low nibble first */
     uint8_t mins[16];
     uint16_t d, m;          /* f16; m is what code 0 stands for, so that w = d*scale*code + m*min */
 };
@@ -21,7 +21,8 @@ typedef void split_fn(const void *block, struct split *s);
 split_fn split_iq1_s, split_iq1_m, split_iq2_xxs, split_iq2_xs, split_iq2_s, split_iq3_xxs, split_iq3_s;
 split_fn split_tq1_0, split_tq2_0, split_q1_0, split_q2_0;
 
-static inline void split_nibbles(uint8_t *codes, const uint8_t *qs, int n) {    /* low nibbles first, then high ones */
+/* Low nibbles first, then high ones. */
+static inline void split_nibbles(uint8_t *codes, const uint8_t *qs, int n) {
     for (int j = 0; j < n; j++) {
         codes[j] = qs[j] & 15;
         codes[j + n] = qs[j] >> 4;

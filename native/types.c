@@ -175,7 +175,8 @@ static void dequantize_iq4_xs(const void *blocks, int64_t n, float *out) {
 }
 
 /* w = d * (step * code - 1) */
-static inline void plain_codes(const void *blocks, int64_t n, float *out, split_fn *split, int block_size, size_t bytes, int step) {
+static inline void plain_codes(const void *blocks, int64_t n, float *out, split_fn *split, int block_size,
+                               size_t bytes, int step) {
     struct split s;
     for (const char *b = blocks; n > 0; n -= block_size, out += block_size, b += bytes) {
         split(b, &s);
@@ -195,8 +196,8 @@ PLAIN_CODES(tq1_0, 256, 1)
 PLAIN_CODES(tq2_0, 256, 1)
 
 /* w = d * unit * (s + 1/2) * values[code], s per 16 or 32 weights */
-static inline void grid_codes(const void *blocks, int64_t n, float *out, split_fn *split, size_t bytes, int per, float unit,
-                              const float *values) {
+static inline void grid_codes(const void *blocks, int64_t n, float *out, split_fn *split, size_t bytes, int per,
+                              float unit, const float *values) {
     struct split s;
     for (const char *b = blocks; n > 0; n -= 256, out += 256, b += bytes) {
         split(b, &s);

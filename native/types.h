@@ -149,7 +149,7 @@ typedef struct { uint16_t scale; struct { uint8_t qs[4]; uint32_t signs; } group
 _Static_assert(sizeof(block_iq2_xxs) == 66, "IQ2_XXS is 66 bytes on disk");
 
 /* IQ2_XS: as IQ2_XXS, s per 16 weights
- *   | scale f16 | qs[0] .. qs[31]: index of 9 bits, then 7 signs | scales[0] .. scales[7]: two s, the low nibble's first |  */
+ *   | scale f16 | qs u16 [32]: index of 9 bits, then 7 signs | scales[0] .. scales[7]: two s, the low nibble first |  */
 typedef struct { uint16_t scale, qs[32]; uint8_t scales[8]; } block_iq2_xs;
 _Static_assert(sizeof(block_iq2_xs) == 74, "IQ2_XS is 74 bytes on disk");
 
@@ -177,8 +177,9 @@ typedef struct { uint16_t scale; uint8_t qs[32]; uint16_t qh[8]; } block_iq1_s;
 _Static_assert(sizeof(block_iq1_s) == 50, "IQ1_S is 50 bytes on disk");
 
 /* IQ1_M: as IQ1_S, the shift per 8 weights and s per 16
- *   | qs[0] .. qs[31] | qh[0] .. qh[15] | scales u16 [4]: four s, then four bits of the scale f16, the lowest first |
- *   each nibble of qh: three high bits of an index, then the bit of the shift  */
+ *   | qs[0] .. qs[31] | qh[0] .. qh[15] | scales u16 [4] |
+ *   each nibble of qh: three high bits of an index, then the bit of the shift
+ *   scales: four s, then four bits of the scale f16, the lowest first  */
 typedef struct { uint8_t qs[32], qh[16]; uint16_t scales[4]; } block_iq1_m;
 _Static_assert(sizeof(block_iq1_m) == 56, "IQ1_M is 56 bytes on disk");
 

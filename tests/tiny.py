@@ -143,8 +143,8 @@ def fitting(type: str, n_cols: int) -> str:
     return type
 
 
-# Types that the gguf package does not write: where their scale and min stand (_put_scale knows better), and min in units of scale, so that the
-# mean of random blocks is zero.
+# Types that the gguf package does not write: where a block's f16 scale and min stand, and min in units of scale, so
+# that the mean of random blocks is zero. _put_scale is used where the scale is no f16 in one piece.
 RANDOM_BLOCKS = {
     "Q2_K": (80, 82, 1.5), "Q3_K": (108, None, 0), "Q4_K": (0, 2, 7.5), "Q5_K": (0, 2, 15.5), "Q6_K": (208, None, 0),
     "IQ4_NL": (0, None, 0), "IQ4_XS": (0, None, 0), "IQ1_S": (0, None, 0), "IQ1_M": (49, None, 0),

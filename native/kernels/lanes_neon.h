@@ -87,7 +87,8 @@ INLINE f32x16 f_load_e8m0_half(const uint8_t *p) {
 }
 INLINE float32x4_t e4m3_quarter(float16x4_t x) { return vmulq_n_f32(vcvt_f32_f16(x), 128); }
 INLINE f32x16 f_load_e4m3_half(const uint8_t *p) {
-    float16x8_t lo = vreinterpretq_f16_u16(vshll_n_u8(vld1_u8(p), 7)), hi = vreinterpretq_f16_u16(vshll_n_u8(vld1_u8(p + 8), 7));
+    float16x8_t lo = vreinterpretq_f16_u16(vshll_n_u8(vld1_u8(p), 7));
+    float16x8_t hi = vreinterpretq_f16_u16(vshll_n_u8(vld1_u8(p + 8), 7));
     return (f32x16){ e4m3_quarter(vget_low_f16(lo)), e4m3_quarter(vget_high_f16(lo)),
                      e4m3_quarter(vget_low_f16(hi)), e4m3_quarter(vget_high_f16(hi)) };
 }

@@ -43,13 +43,13 @@ INLINE u8x64 codes_u1(const uint8_t *p, int g) {
 }
 
 /* Codes that no file gives stand for zero. */
-INLINE u8x64 codes_iq1(const uint8_t *p, int g) {      /* 8 (level - 1) + 1, then - 1; + 16 */
+INLINE u8x64 codes_iq1(const uint8_t *p, int g) {      /* 8 (level - 1 + shift) + 16 */
     static const uint8_t values[16] = { 9, 17, 25, 16, 7, 15, 23, 16 };
     return u_lookup(values, codes_u3(p, g));
 }
 
-INLINE u8x64 codes_iq2(const uint8_t *p, int g) {
-    static const uint8_t values[16] = { 72, 89, 107, 64, 56, 39, 21, 64 };                                      /* + 64 */
+INLINE u8x64 codes_iq2(const uint8_t *p, int g) {      /* + 64 */
+    static const uint8_t values[16] = { 72, 89, 107, 64, 56, 39, 21, 64 };
     return u_lookup(values, codes_u3(p, g));
 }
 

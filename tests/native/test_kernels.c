@@ -378,7 +378,8 @@ static void extreme_codes(void) {
     }
 }
 
-/* A panel of equal bytes, so of equal codes in every unit, those that no file gives among them, with activations at their limits. */
+/* Panels of equal bytes, so that every unit has the same code, those that no file gives too; activations at their
+ * limits. */
 static void equal_codes(void) {
     for (int type = 0; type < N_TYPES; type++) {
         if (!panel_runs(type) || !panel_quantized(type))
