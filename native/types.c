@@ -228,9 +228,9 @@ static void dequantize_iq1_s(const void *blocks, int64_t n, float *out) {
     for (const block_iq1_s *b = blocks; n > 0; n -= 256, out += 256, b++) {
         split_iq1_s(b, &s);
         for (int j = 0; j < 256; j++) {
-            int scale = (int8_t)s.scales[j / 32];
+            int scale = (int8_t)s.scales[j / 32], size = scale < 0 ? -scale : scale;
             float shift = scale < 0 ? -0.125f : 0.125f;
-            out[j] = f16_to_f32(s.d) * (float)(scale < 0 ? -scale : scale) * ((float)(s.codes[j] - 1) + shift);
+            out[j] = f16_to_f32(s.d) * (float)size * ((float)(s.codes[j] - 1) + shift);
         }
     }
 }
