@@ -170,7 +170,7 @@ def test_dimensions_from_nowhere(dims, tmp_path):
 def test_types_that_do_not_compute(tmp_path):
     file = raw_model()
     for type, words in (
-        (16, "pybmc does not compute with type iq2_xxs|rows of 32"),
+        (15, "pybmc does not compute with type q8_K|rows of 32"),
         (26, "pybmc does not compute with type i32"), (28, "pybmc does not compute with type f64"),
         (12, "rows of 32 values: expected a multiple of q4_K's 256"), (4, "unknown tensor type 4"),
         (1000, "unknown tensor type"), (2**32 - 1, "unknown tensor type"),

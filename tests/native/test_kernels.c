@@ -27,11 +27,26 @@ static void f16_fields(int type, int at[2]) {
     case TYPE_Q4_K: at[1] = offsetof(block_q4_k, min); break;
     case TYPE_Q5_K: at[1] = offsetof(block_q5_k, min); break;
     case TYPE_Q6_K: at[0] = offsetof(block_q6_k, scale); break;
-    case TYPE_MXFP4: at[0] = -1; break;
+    case TYPE_TQ1_0: at[0] = offsetof(block_tq1_0, scale); break;
+    case TYPE_TQ2_0: at[0] = offsetof(block_tq2_0, scale); break;
+    case TYPE_MXFP4: case TYPE_NVFP4: case TYPE_IQ1_M: at[0] = -1; break;
     }
 }
 
-/* Any codes and small scales; the f16 are of both signs, zero and subnormal now and then. */
+/* IQ1_M's f16, four bits in the last of each four scales. */
+static void set_iq1_m(uint8_t *block, uint16_t f16) {
+    for (int i = 0; i < 4; i++) {
+        uint8_t *last = block + offsetof(block_iq1_m, scales) + 2 * i + 1;
+        *last = (uint8_t)((*last & 15) | (f16 >> 4 * i & 15) << 4);
+    }
+}
+
+/* Of both signs, zero and subnormal now and then. */
+static uint16_t random_f16(void) {
+    return f32_to_f16(random_below(&state, 16) ? noise() : random_below(&state, 2) ? 3e-6f : 0.0f);
+}
+
+/* Any codes and small scales. */
 static void random_block(int type, uint8_t *block) {
     int at[2];
     for (int i = 0; i < types[type].type_size; i++)
@@ -39,9 +54,11 @@ static void random_block(int type, uint8_t *block) {
     f16_fields(type, at);
     for (int i = 0; i < 2; i++)
         if (at[i] >= 0) {
-            uint16_t h = f32_to_f16(random_below(&state, 16) ? noise() : random_below(&state, 2) ? 3e-6f : 0.0f);
+            uint16_t h = random_f16();
             memcpy(block + at[i], &h, 2);
         }
+    if (type == TYPE_IQ1_M)
+        set_iq1_m(block, random_f16());
     if (type == TYPE_MXFP4)
         block[0] = (uint8_t)(random_below(&state, 16) ? 120 + random_below(&state, 10) : random_below(&state, 3));
 }
@@ -246,7 +263,7 @@ static void every_panel(void) {
             panels_of_type(type);
             n++;
         }
-    CHECK(n == 16);
+    CHECK(n == 28);
 }
 
 /* Coarse weights: the bits of the reference on every ISA, and the error of the best four equidistant levels for a normal
@@ -297,6 +314,8 @@ static void extreme_codes(void) {
                 if (type == TYPE_MXFP4 && !byte)
                     p.file[i] = 127;
             }
+            for (size_t i = 0; i < 16 * p.row_bytes && type == TYPE_IQ1_M; i += sizeof(block_iq1_m))
+                set_iq1_m(p.file + i, f32_to_f16(noise()));
             for (int i = 0; i < TILE_COLS * 256; i++)
                 p.x[i] = pattern & 2 ? -1.0f : i % 2 ? 1.0f : -1.0f;
             isas[0].quantize(p.act, 1, p.x, TILE_COLS * 8);
@@ -313,7 +332,31 @@ static void extreme_codes(void) {
     }
 }
 
-/* Activations in 8 bits. */
+/* Panels of equal bytes, so that every unit has the same code, those that no file gives too; activations at their
+ * limits. */
+static void equal_codes(void) {
+    for (int type = 0; type < N_TYPES; type++) {
+        if (!panel_runs(type) || !panel_quantized(type))
+            continue;
+        struct product p = new_product(type, 16, 256);
+        for (int i = 0; i < TILE_COLS * 256; i++)
+            p.x[i] = i / 256 % 2 ? 1.0f : -1.0f;
+        isas[0].quantize(p.act, 1, p.x, TILE_COLS * 8);
+        for (int byte = 0; byte < 256; byte += 17) {
+            memset(p.codes, byte, p.size.codes);
+            run_reference(&p, p.ref);
+            for (int i = 0; i < n_isas; i++)
+                for (int n = 1; n <= TILE_COLS; n += 5)
+                    check_tile(&isas[i], &p, 0, 1, 0, n, 0, 0);
+        }
+        free_product(&p);
+    }
+}
+
+/* Rows of floats. */
+
+static const int sizes[] = { 1, 2, 7, 15, 16, 17, 31, 32, 33, 63, 64, 80, 100, 257 };
+enum { N_SIZES = sizeof sizes / sizeof *sizes };
 
 static void check_block(const struct act_block *a, const float *x) {
     double top = 0;
@@ -645,6 +688,7 @@ int main(void) {
     every_panel();
     coarse_panels();
     extreme_codes();
+    equal_codes();
     quantize_blocks();
     attention();
     attention_with_extras();
