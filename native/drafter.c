@@ -46,11 +46,9 @@ int bmc_policy_new(double target_seconds, double draft_seconds, bmc_policy **pol
     }
     cost_init(&p->target, target_seconds > 0 ? target_seconds : NOT_KNOWN);
     cost_init(&p->draft, draft_seconds > 0 ? draft_seconds : NOT_KNOWN);
-    init_given(&p->of[NOBODY]);
     init_given(&p->of[GIVEN]);
     init_ngrams(&p->of[NGRAMS]);
     init_model(&p->of[MODEL]);
-    init_model(&p->of[SELF]);
     *policy = p;
     return 0;
 }

@@ -6,7 +6,7 @@
 #include "policy.h"
 
 enum { GUESSES = 32 };                  /* of one sequence in a pass, at most */
-enum source { NOBODY = 0, GIVEN = 1, NGRAMS = 2, MODEL = 3, SELF = 4, N_SOURCES = 5 };
+enum source { GIVEN = 0, NGRAMS = 1, MODEL = 2, N_SOURCES = 3 };      /* MODEL: also the target itself with less attention */
 
 struct bmc_policy {
     struct pass_cost target, draft;     /* draft: of the draft model, or of the target with a window */

@@ -21,7 +21,7 @@ SPECS = ("auto", "draft", "ngram", "self", "off")
 WIDEST = 32                             # guesses in a pass, at most
 SELF_WINDOW = 512                       # last rows that the model's own drafts see, besides the first 256
 BYTES_A_SECOND = 3e10                   # that a first guess at a pass's time goes by
-NGRAMS, MODEL, SELF = 2, 3, 4           # numbers of sources in native/round.h
+NGRAMS, MODEL = 1, 2                    # numbers of sources in native/round.h
 
 
 class Speculation:

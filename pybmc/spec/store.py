@@ -11,7 +11,7 @@ from contextlib import suppress
 
 from .. import cache
 
-VERSION = 3
+VERSION = 4
 
 
 def identity(model, draft=None) -> dict | None:
