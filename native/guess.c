@@ -30,7 +30,7 @@ static bool has_draft(const struct turn *t) {
 
 void measure_base(struct group *g) {
     g->base.tokens = g->base.width = g->drafting = 0;
-    g->drafters = 0;
+    g->drafters = g->repetitions = 0;
     for (int i = 0; i < g->n; i++) {
         const struct turn *t = &g->turns[i];
         g->base.tokens += t->item->choose;
@@ -75,12 +75,18 @@ static void add(const struct group *g, struct turn *t, int32_t id, float confide
     made->right[made->n++] = before * (g->policy ? chance_of(g, t, made->source, confidence) : 1);
 }
 
-/* The best rate that the first of a turn's guesses give, the other turns having none. */
-static double rate_alone(const struct group *g, const struct turn *t) {
-    double tokens = 0, best = 0;
+/* The best rate that the first of a turn's guesses give, the other turns having none; *n: how many those are, 0 where plain decoding
+ * is as good. */
+static double rate_alone(const struct group *g, const struct turn *t, int *n) {
+    double tokens = 0, best = rate_of(g, 0, 0, 0);
+    *n = 0;
     for (int i = 0; i < t->made.n; i++) {
         tokens += t->made.right[i];
-        best = fmax(best, rate_of(g, tokens, i + 1, 0));
+        double rate = rate_of(g, tokens, i + 1, 0);
+        if (rate > best) {
+            best = rate;
+            *n = i + 1;
+        }
     }
     return best;
 }
@@ -148,12 +154,13 @@ static int read_text(struct group *g, struct turn *t, int n) {
     return status;
 }
 
-/* As much at a time as one pass of the target takes, or a little more. */
+/* As much at a time as the round has time for besides its guesses. */
 static int read_piece(struct group *g, struct turn *t) {
     int piece = smaller(lag(t) - 1, PASS_MAX);
-    while (piece > 8 && cost_at(&g->policy->draft, piece) > (LATENCY - 1) * g->base.seconds)
-        piece -= piece / 4;
-    return read_text(g, t, piece);
+    double left = LATENCY * g->base.seconds - pass_seconds(g, g->repetitions) - g->drafting;
+    while (piece && cost_at(&g->policy->draft, piece) > left)
+        piece -= (piece + 3) / 4;
+    return piece ? read_text(g, t, piece) : 0;
 }
 
 /* A wider window, once what guessing has gained pays for reading it. */
@@ -183,16 +190,16 @@ static double loss_of(const struct group *g, int k) {
     return pass_seconds(g, k) - g->base.seconds + k * draft_seconds(g);
 }
 
-/* Those with the best rate, as far as the budget goes. catch_up: seconds that the draft model reads before, shared by the tokens of a
- * usual stretch. The rate is 0 where it is not worth asking. */
+/* Those with the best rate, as far as the budget goes, which also pays what the draft model reads before: catch_up seconds. The rate is
+ * 0 where it is not worth asking. */
 static double plan_draft(const struct group *g, struct turn *t, double catch_up) {
     bmc_drafter *d = t->drafter;
     double chance = chance_of(g, t, MODEL, -1), right = 1, tokens = 0, best = 0;
     int most = room(t), k = 0;
     for (int i = 1; i <= most; i++) {
         tokens += right *= chance;
-        double share = (1 + tokens) / fmax(d->stretch, 1 + tokens), drafting = i * draft_seconds(g) + catch_up * share;
-        if (i > 1 && pass_seconds(g, i) + i * draft_seconds(g) > LATENCY * g->base.seconds)
+        double drafting = i * draft_seconds(g);
+        if (i > 1 && pass_seconds(g, i) + drafting > LATENCY * g->base.seconds)
             break;
         double rate = rate_of(g, tokens, i, drafting);
         if (rate > best) {
@@ -212,8 +219,9 @@ static double plan_draft(const struct group *g, struct turn *t, double catch_up)
 /* Plans guesses of a draft model for a turn whose repetitions are known. They have to promise a better rate than those and than plain
  * decoding; a probe is made only where nothing is repeated. Returns how many; 0: none. */
 static int choose_draft(const struct group *g, struct turn *t, double catch_up) {
-    double rate = plan_draft(g, t, catch_up), others = fmax(rate_alone(g, t), g->base.tokens / g->base.seconds);
-    if (t->probe ? t->made.n > 0 : rate <= others)
+    int n;
+    double rate = plan_draft(g, t, catch_up);
+    if (t->probe ? t->made.n > 0 : rate <= rate_alone(g, t, &n))
         t->planned = 0;
     return t->planned;
 }
@@ -438,6 +446,14 @@ void guess(struct group *g) {
             take_given(g, t);
         else if (t->drafter && t->drafter->ngrams && room(t))
             ask_ngrams(g, t);
+        int n = 0;
+        if (g->policy)
+            rate_alone(g, t, &n);
+        g->repetitions += n;
+    }
+    for (int i = 0; i < g->n; i++) {
+        struct turn *t = &g->turns[i];
+        bool given = t->item->guesses && t->item->n == 0;
         int status = 0;
         if (t->drafter && t->drafter->o.fixed)
             status = prepare_fixed(g, t);

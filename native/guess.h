@@ -5,7 +5,7 @@
 #include "clock.h"
 #include "round.h"
 
-enum { LAG = 16 };                  /* tokens that a draft model may lack before it guesses: they share its first pass */
+enum { LAG = GUESSES };             /* tokens that a draft model may lack before it guesses: they share its first pass */
 
 struct guesses {
     enum source source;
@@ -43,6 +43,7 @@ struct group {
     bmc_policy *policy;             /* NULL: only guesses of the caller are taken, and all of them checked */
     struct { double tokens, width, seconds; } base;     /* a round without guesses: tokens that it gives; its pass */
     int drafters;                   /* turns that a draft model may guess for: a pass of it serves them all */
+    int repetitions;                /* guesses of other sources that are expected to pay */
     double drafting;                /* seconds that the guesses of this round usually take */
 };
 

@@ -10,11 +10,13 @@ enum { DENSE = 17 };                    /* up to here every width is a knot */
 
 /* Standard deviations of logarithms. */
 static const double NOISE = 0.08;                               /* of a single pass */
-static const double SPEED = 0.3, SPEED_WALK = 0.02;             /* what all widths share: between runs, from pass to pass */
-static const double SHAPE = 0.12, SHAPE_WALK = 0.004;           /* what an octave of width costs more */
+static const double SPEED_WALK = 0.02;                          /* of what all widths share, from pass to pass */
+static const double SHAPE = 0.12;                               /* of what an octave of width costs more */
 static const double ODD = 2.5;          /* deviations beyond which a pass counts less: the machine did something else meanwhile */
 static const int STREAK = 3;            /* odd passes in a row that may be accidents */
 static const double PER_TOKEN = 0.05;   /* what a token more costs where nothing is known, in passes of one */
+
+static const double UNKNOWN = 10;       /* deviation of a speed of which nothing is known */
 
 static void widen(struct pass_cost *c, double speed, double shape) {
     for (int i = 0; i < KNOTS; i++)
@@ -34,7 +36,7 @@ void cost_init(struct pass_cost *c, double one) {
     memset(c, 0, sizeof *c);
     for (int i = 0; i < KNOTS; i++)
         c->log[i] = log(one * (1 + PER_TOKEN * (KNOT[i] - 1)));
-    widen(c, 10, SHAPE);
+    widen(c, UNKNOWN, SHAPE);
     find_seconds(c);
 }
 
@@ -71,7 +73,7 @@ void cost_observe(struct pass_cost *c, double width, double seconds) {
         if (again || !odd_again(c, surprise / sqrt(variance)))
             break;
         c->streak = 0;                  /* another machine, or another speed of it */
-        widen(c, SPEED, SHAPE);
+        widen(c, UNKNOWN, SHAPE);
     }
     variance = fmax(variance, surprise * surprise / (ODD * ODD));
     for (int i = 0; i < KNOTS; i++) {
@@ -79,7 +81,7 @@ void cost_observe(struct pass_cost *c, double width, double seconds) {
         for (int j = 0; j < KNOTS; j++)
             c->covariance[i][j] -= common[i] * common[j] / variance;
     }
-    widen(c, SPEED_WALK, SHAPE_WALK);
+    widen(c, SPEED_WALK, 0);
     find_seconds(c);
     c->known = true;
 }
@@ -92,7 +94,7 @@ double cost_at(const struct pass_cost *c, double width) {
 
 void cost_recall(struct pass_cost *c) {
     memset(c->covariance, 0, sizeof c->covariance);
-    widen(c, SPEED, SHAPE);
+    widen(c, UNKNOWN, SHAPE);
     find_seconds(c);
     c->known = true;
 }

@@ -12,8 +12,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-static const double STRETCH_WEIGHT = 0.2;       /* of the last stretch in bmc_drafter.stretch */
-
 /* ---- the target's pass */
 
 static bool stops(const bmc_item *item, int32_t id) {
@@ -37,16 +35,11 @@ static void learn(const struct group *g, struct turn *t, const struct guesses *m
 /* What the round cost a turn, and gave it, against plain decoding. Passes count as what they usually take: how long this very
  * one took says more about the machine's other work. */
 static void account(const struct group *g, struct turn *t, int given, int all_checked) {
-    bmc_drafter *d = t->drafter;
     double plain = g->base.seconds / fmax(g->base.tokens, 1), gained = -t->charged;
     if (drafted(t) && all_checked)
         gained += (given - 1) * plain - (pass_seconds(g, all_checked) - g->base.seconds) * t->checked / all_checked;
-    budget_pass_time(&d->budget, plain, plain);
-    budget_enter(&d->budget, gained, plain, t->probe);
-    bool repeated = t->made.source == NGRAMS && given > 1;
-    if (repeated)
-        d->stretch += STRETCH_WEIGHT * (d->run - d->stretch);
-    d->run = repeated ? 0 : d->run + given;
+    budget_pass_time(&t->drafter->budget, plain, plain);
+    budget_enter(&t->drafter->budget, gained, plain, t->probe);
 }
 
 /* Accept what came true, take back the rest, learn. */

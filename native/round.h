@@ -20,8 +20,6 @@ struct bmc_drafter {
     struct budget budget;               /* of the draft model; repetitions cost nothing to look for */
     int window;                         /* tokens from the end of the text that the draft model reads before it guesses */
     bool reading;                       /* it has begun to read them */
-    int run;                            /* tokens since repetitions were last right .. */
-    double stretch;                     /* .. and how many that are between two times, on average */
     bool failed;                        /* the draft model is not asked any more */
 };
 
