@@ -205,7 +205,7 @@ static int one_round(struct group *g, bmc_item *const *items, bool first) {
 /* Whether another round may follow one of this item. */
 static bool goes_on(const struct turn *t) {
     const bmc_item *item = t->item;
-    return item->choose && !item->ended && (!item->masks || item->allow) && t->n_pending == 1;
+    return item->choose && !item->ended && !item->masks && !item->allow && t->n_pending == 1;
 }
 
 int bmc_round(bmc_item *const *items, int n, const bmc_limits *limits) {

@@ -114,7 +114,8 @@ def pointer(array: np.ndarray):
 
 
 _CTYPES = {np.dtype(name).char: ffi.typeof(f"{ctype}[]") for name, ctype in
-           (("f4", "float"), ("f8", "double"), ("i4", "int32_t"), ("i8", "int64_t"), ("u1", "uint8_t"), ("u2", "uint16_t"))}
+           (("f4", "float"), ("f8", "double"), ("i4", "int32_t"), ("i8", "int64_t"), ("u1", "uint8_t"), ("u2", "uint16_t"),
+            ("u4", "uint32_t"))}
 
 
 def _spell(shape) -> str:

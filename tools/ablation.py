@@ -137,8 +137,13 @@ TASKS = [
 STRETCH = 80                        # tokens of a text that are alike
 
 
+def novel(rng, n: int) -> list[int]:
+    """Tokens as often as words are: common ones follow each other again by chance."""
+    return [int(x) % 50_000 for x in rng.zipf(1.35, n)]
+
+
 def answer(rng, prompt: list[int], copied: tuple[float, ...], n: int) -> list[int]:
-    """Tokens that nobody has seen, and copies of the prompt with an edit here and there."""
+    """Tokens of its own, and copies of the prompt with an edit here and there."""
     text: list[int] = []
     at = int(rng.integers(len(prompt)))
     while len(text) < n:
@@ -148,7 +153,7 @@ def answer(rng, prompt: list[int], copied: tuple[float, ...], n: int) -> list[in
             text += prompt[at:at + run]
             at = (at + run + int(rng.integers(0, 2))) % len(prompt)
         else:
-            text += [int(x) for x in rng.integers(0, 50_000, max(1, int(run * (1 - share) / (2 if share else 1))))]
+            text += novel(rng, max(1, int(run * (1 - share) / (2 if share else 1))))
     return text[:n]
 
 
@@ -156,7 +161,7 @@ def arrays(task: Task, seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng([seed, *task.name.encode()])
     rows = []
     for _ in range(task.texts):
-        prompt = [int(x) for x in rng.integers(0, 50_000, task.prompt)]
+        prompt = novel(rng, task.prompt)
         rows.append(prompt + answer(rng, prompt, task.copied, task.n))
     tokens = np.array(rows, np.int32)
     place = np.arange(tokens.size) % tokens.shape[1] // STRETCH + np.arange(tokens.size) // tokens.shape[1]

@@ -21,6 +21,7 @@ from .._native import check, ffi, lib
 from ..errors import ArgumentError, BmcError, BusyError, ContextFullError
 from ..spec.speculation import Drafter, Speculation
 from .sampler import Sampler, check_bias
+from .schema import Masks, Schema
 from .text import Ending, NoText, StopStrings, Token
 
 ROOM = 128                              # tokens that one call of the library may give a sequence
@@ -35,8 +36,8 @@ class Request:
 
     session: continue in this one, and keep it: what the prompt has in common with its tokens is not evaluated again.
     stop: strings that end the text; stop_ids: ids that do. top: how many of the likeliest ids each token tells. priority: of
-    two that wait, the one with the higher goes first. context caps a new session's rows. progress is called with (done,
-    total) while the prompt is read.
+    two that wait, the one with the higher goes first. context caps a new session's rows. schema: what the text has to follow,
+    a Schema of its own. progress is called with (done, total) while the prompt is read.
     """
 
     tokens: Tokens[int]
@@ -49,6 +50,7 @@ class Request:
     priority: int = 0
     context: int | None = None
     speculate: bool = True
+    schema: Schema | None = None
     progress: Callable[[int, int], None] | None = None
 
 
@@ -61,6 +63,8 @@ def checked(request: Request, model) -> Request:
     if not isinstance(request.sampler, Sampler):
         checks.refuse("sampler", "a Sampler", request.sampler)
     check_bias(request.sampler.logit_bias, size)
+    if request.schema is not None and not isinstance(request.schema, Schema):
+        checks.refuse("schema", "an object with mask(), accept() and forced()", request.schema)
     if request.session is not None and getattr(request.session, "model", None) is not model:
         checks.refuse("session", "a session of the same model", request.session)
     if request.max_tokens != inf:
@@ -126,6 +130,7 @@ class Sequence:
         self.stats = Stats(prompt_tokens=len(self.prompt))
         self.session, self._owned = request.session, request.session is None
         self.drafter: Drafter | None = None
+        self._masks: Masks | None = None
         self.done = self._started = False
         self.error: BmcError | None = None
         self.lost = ""                  # why the session is not its own any more
@@ -172,6 +177,9 @@ class Sequence:
         item.stops, item.n_stops = self._stops, len(self.request.stop_ids)
         if not self.request.sampler.greedy:
             item.sampler = self.request.sampler.native
+        if self.request.schema is not None:
+            size = self.engine.model.config.vocab_size
+            self._masks = Masks(self.request.schema, item, size, self.request.stop_ids)
 
     def lose(self, why: str) -> None:
         """End it, since its session is not its own any more."""
@@ -208,11 +216,13 @@ class Sequence:
     def ask(self, piece: int) -> int:
         """Prepare the item for a step; how many tokens of the prompt it reads, `piece` at most."""
         item = self.item
-        item.guesses, item.n_guesses = ffi.NULL, 0
+        item.guesses, item.confidence, item.n_guesses, item.guess_s = ffi.NULL, ffi.NULL, 0, 0.0
         item.drafter = self.drafter.native if self.drafter else ffi.NULL
         item.max_tokens = int(min(ROOM, self._limit - self._written))
         if not self.reading:
             item.pending, item.n_pending, item.choose = self._last, 1, 1
+            if self._masks:
+                self._guess(self._masks.forced())
             return 0
         at = self.session.position
         n = min(piece, len(self.prompt) - at)
@@ -227,10 +237,16 @@ class Sequence:
         text = [*self.session.tokens, self._last[0]]
         started = time.perf_counter()
         ids, sure = self.drafter.propose(text, self.item.wanted)
-        self._guesses, self._sure = ffi.new("int32_t[]", ids or 1), ffi.new("float[]", sure or 1)
-        self.item.guesses, self.item.n_guesses, self.item.confidence = self._guesses, len(ids), self._sure
+        self._guess(ids)
+        self._sure = ffi.new("float[]", sure or 1)
+        self.item.guesses, self.item.confidence = self._guesses, self._sure
         self.item.guess_s = time.perf_counter() - started
         self.item.drafter = self.drafter.native
+
+    def _guess(self, ids: list[int]) -> None:
+        """Guesses for the next round; without any the library makes its own."""
+        self._guesses = ffi.new("int32_t[]", ids or 1)
+        self.item.guesses, self.item.n_guesses = self._guesses if ids else ffi.NULL, len(ids)
 
     def take(self, seconds: float) -> list[Token]:
         """The tokens that a round gave; also those of a call after which an interrupt came."""
@@ -252,13 +268,16 @@ class Sequence:
     def _tokens_of(self, n: int, seconds: float) -> list[Token]:
         ids, logprobs, drafted = (ffi.unpack(array, n) for array in (self._ids, self._logprobs, self._drafted))
         self._last[0] = ids[-1]
+        if self._masks:
+            self._masks.accept(ids)
         self._time(seconds, n)
         found = []
         for i, (id, logprob) in enumerate(zip(ids, logprobs)):
             if id < 0 or logprob != logprob or logprob == -inf:
                 self.done = True
-                self.error = BmcError(f"no token can be chosen at position {len(self.prompt) + self._written}: "
-                                      "its logits are not numbers, or all tokens are banned")
+                self.error = (self._masks and self._masks.error()) or BmcError(
+                    f"no token can be chosen at position {len(self.prompt) + self._written}: "
+                    "its logits are not numbers, or all tokens are banned")
                 break
             token = self._ending.token(id, logprob, bool(drafted[i]), self._top(i))
             self._written += 1
