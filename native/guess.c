@@ -68,11 +68,10 @@ static double chance_of(const struct group *g, const struct turn *t, enum source
 }
 
 static void add(const struct group *g, struct turn *t, int32_t id, float confidence) {
-    struct guesses *made = &t->made;
-    double before = made->n ? made->right[made->n - 1] : 1;
-    made->ids[made->n] = id;
-    made->confidence[made->n] = confidence;
-    made->right[made->n++] = before * (g->policy ? chance_of(g, t, made->source, confidence) : 1);
+    double before = t->n ? t->right[t->n - 1] : 1;
+    t->guesses[t->n] = id;
+    t->confidence[t->n] = confidence;
+    t->right[t->n++] = before * (g->policy ? chance_of(g, t, t->source, confidence) : 1);
 }
 
 /* The best rate that the first of a turn's guesses give, the other turns having none; *n: how many those are, 0 where plain decoding
@@ -80,8 +79,8 @@ static void add(const struct group *g, struct turn *t, int32_t id, float confide
 static double rate_alone(const struct group *g, const struct turn *t, int *n) {
     double tokens = 0, best = rate_of(g, 0, 0, 0);
     *n = 0;
-    for (int i = 0; i < t->made.n; i++) {
-        tokens += t->made.right[i];
+    for (int i = 0; i < t->n; i++) {
+        tokens += t->right[i];
         double rate = rate_of(g, tokens, i + 1, 0);
         if (rate > best) {
             best = rate;
@@ -95,7 +94,7 @@ static void ask_ngrams(const struct group *g, struct turn *t) {
     int32_t ids[GUESSES];
     double lengths[GUESSES];
     int n = ngrams_propose(t->drafter->ngrams, room(t), ids, lengths);
-    t->made.source = NGRAMS;
+    t->source = NGRAMS;
     for (int i = 0; i < n; i++)
         add(g, t, ids[i], (float)lengths[i]);
 }
@@ -221,7 +220,7 @@ static double plan_draft(const struct group *g, struct turn *t, double catch_up)
 static int choose_draft(const struct group *g, struct turn *t, double catch_up) {
     int n;
     double rate = plan_draft(g, t, catch_up);
-    if (t->probe ? t->made.n > 0 : rate <= rate_alone(g, t, &n))
+    if (t->probe ? t->n > 0 : rate <= rate_alone(g, t, &n))
         t->planned = 0;
     return t->planned;
 }
@@ -235,14 +234,13 @@ int wanted_guesses(const struct group *g, struct turn *t) {
     if (d->ngrams && room(t))
         ask_ngrams(g, t);
     int k = choose_draft(g, t, 0);
-    t->planned = t->made.n = 0;
+    t->planned = t->n = 0;
     return k;
 }
 
 static void begin_draft(struct turn *t) {
-    t->repeated = t->made;
-    t->made.n = 0;
-    t->made.source = MODEL;
+    t->n = 0;
+    t->source = MODEL;
     t->drafting = true;
 }
 
@@ -273,7 +271,7 @@ static int prepare_draft(struct group *g, struct turn *t) {
 /* Guesses of a set length, for proofs and comparisons. */
 static int prepare_fixed(struct group *g, struct turn *t) {
     t->planned = smaller(t->drafter->o.fixed, room(t));
-    t->made.n = smaller(t->made.n, t->planned);
+    t->n = smaller(t->n, t->planned);
     if (!has_draft(t) || (t->item->n_guesses && t->item->n == 0))
         return 0;
     int status = 0;
@@ -301,9 +299,9 @@ static const bmc_sampler *draft_sampler(struct turn *t) {
 
 static bmc_span draft_span(struct turn *t) {
     bmc_drafter *d = t->drafter;
-    int n = t->made.n ? 1 : lag(t);
+    int n = t->n ? 1 : lag(t);
     for (int i = 0; i < n; i++)
-        t->lacking[i] = t->made.n ? in_draft(d, t->made.ids[t->made.n - 1]) : text_token(t, t->length - n + i);
+        t->lacking[i] = t->n ? in_draft(d, t->guesses[t->n - 1]) : text_token(t, t->length - n + i);
     t->lead = INFINITY;
     return (bmc_span){
         .session = d->o.self_window ? t->item->session : d->o.draft, .tokens = t->lacking, .n_tok = n, .want = BMC_WANT_LAST,
@@ -351,11 +349,11 @@ static int32_t in_target(const struct turn *t, int32_t id) {
 
 /* Whether one more guess for a turn is expected to raise the round's rate. */
 static bool goes_on(const struct group *g, const struct turn *t, double tokens, int guesses) {
-    if (t->made.n >= t->planned)
+    if (t->n >= t->planned)
         return false;
-    if (t->probe || t->made.n < t->drafter->o.least)
+    if (t->probe || t->n < t->drafter->o.least)
         return true;
-    double right = t->made.right[t->made.n - 1] * chance_of(g, t, MODEL, -1), more = draft_seconds(g);
+    double right = t->right[t->n - 1] * chance_of(g, t, MODEL, -1), more = draft_seconds(g);
     return rate_of(g, tokens + right, guesses + 1, g->drafting + more) > rate_of(g, tokens, guesses, g->drafting);
 }
 
@@ -379,7 +377,7 @@ static int run_draft(struct group *g) {
                 continue;
             }
             add(g, t, id, confidence_of(t));
-            tokens += t->made.right[t->made.n - 1];
+            tokens += t->right[t->n - 1];
             t->drafting = goes_on(g, t, tokens, ++guesses);
         }
     }
@@ -390,7 +388,7 @@ static int run_draft(struct group *g) {
 static void give_up(struct turn *t) {
     t->drafter->failed = true;
     t->drafting = false;
-    t->made.n = 0;
+    t->n = 0;
 }
 
 /* ---- how many guesses to check */
@@ -404,12 +402,12 @@ static void cut(struct group *g) {
         struct turn *next = NULL;
         for (int i = 0; i < g->n; i++) {
             struct turn *t = &g->turns[i];
-            if (t->looked_at < t->made.n && (!next || t->made.right[t->looked_at] > next->made.right[next->looked_at]))
+            if (t->looked_at < t->n && (!next || t->right[t->looked_at] > next->right[next->looked_at]))
                 next = t;
         }
         if (!next || (n > 1 && pass_seconds(g, n) + g->drafting > LATENCY * g->base.seconds))
             break;
-        tokens += next->made.right[next->looked_at++];
+        tokens += next->right[next->looked_at++];
         double rate = rate_of(g, tokens, n, g->drafting);
         if (rate <= best && !(next->probe && drafted(next)))
             continue;
@@ -419,8 +417,8 @@ static void cut(struct group *g) {
     }
     for (int i = 0; i < g->n; i++) {
         struct turn *t = &g->turns[i];
-        if (t->made.source != GIVEN && !checks_all(g, t) && t->checked && t->checked < t->drafter->o.least)
-            t->checked = t->made.n < t->drafter->o.least ? 0 : t->drafter->o.least;
+        if (t->source != GIVEN && !checks_all(g, t) && t->checked && t->checked < t->drafter->o.least)
+            t->checked = t->n < t->drafter->o.least ? 0 : t->drafter->o.least;
     }
 }
 
@@ -428,7 +426,7 @@ static void cut(struct group *g) {
 static void take_given(struct group *g, struct turn *t) {
     const bmc_item *item = t->item;
     int n = smaller(item->n_guesses, room(t));
-    t->made.source = item->confidence ? MODEL : GIVEN;
+    t->source = item->confidence ? MODEL : GIVEN;
     t->spent = t->charged = item->guess_s;
     if (g->policy && n && item->guess_s > 0)
         cost_observe(&g->policy->draft, 1, item->guess_s / n);
@@ -474,7 +472,7 @@ void guess(struct group *g) {
     }
     for (int i = 0; i < g->n; i++) {
         struct turn *t = &g->turns[i];
-        t->checked = t->looked_at = checks_all(g, t) ? t->made.n : 0;
+        t->checked = t->looked_at = checks_all(g, t) ? t->n : 0;
     }
     if (g->policy)
         cut(g);

@@ -7,14 +7,6 @@
 
 enum { LAG = GUESSES };             /* tokens that a draft model may lack before it guesses: they share its first pass */
 
-struct guesses {
-    enum source source;
-    int n;
-    int32_t ids[GUESSES];
-    float confidence[GUESSES];
-    double right[GUESSES];          /* chance that this guess and all before it come true */
-};
-
 /* One item in one round. */
 struct turn {
     bmc_item *item;
@@ -23,9 +15,12 @@ struct turn {
     const int32_t *tokens;          /* what the target evaluates: pass, or a piece of a prompt .. */
     int n_pending;                  /* .. tokens of it before the guesses */
     int length;                     /* tokens of the text, those included */
-    struct guesses made;
-    struct guesses repeated;        /* what repetitions said where the draft model was asked: never checked, but learned from */
-    int looked_at, checked;         /* of the guesses made, those that a cut has looked at, and those in the pass */
+    enum source source;             /* of its guesses */
+    int n;                          /* guesses made */
+    int32_t guesses[GUESSES];
+    float confidence[GUESSES];
+    double right[GUESSES];          /* chance that this guess and all before it come true */
+    int looked_at, checked;         /* of them, those that a cut has looked at, and those in the pass */
     int planned;                    /* guesses to ask the draft model for */
     bool drafting;                  /* it is still guessing */
     bool probe;                     /* the draft model is asked although it is not expected to pay */
@@ -47,7 +42,7 @@ struct group {
     double drafting;                /* seconds that the guesses of this round usually take */
 };
 
-static inline bool drafted(const struct turn *t) { return t->made.source == MODEL; }
+static inline bool drafted(const struct turn *t) { return t->source == MODEL; }
 static inline int smaller(int a, int b) { return a < b ? a : b; }
 static inline int larger(int a, int b) { return a > b ? a : b; }
 

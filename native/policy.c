@@ -124,13 +124,6 @@ void acceptance_learn(struct acceptance *a, float confidence, bool came_true) {
     a->seen[i] = FADE * a->seen[i] + 1;
 }
 
-/* A chance, corrected by how observed outcomes compare with expected ones: its odds are multiplied by the odds ratio of
- * `hits` to `expected` out of `seen` guesses. `weight` is added to all counts, so that few outcomes change little. */
-static double with_odds(double chance, double hits, double expected, double seen, double weight) {
-    double odds = (hits + weight) / (seen - hits + weight) * (seen - expected + weight) / (expected + weight);
-    return chance * odds / (1 - chance * (1 - odds));
-}
-
 void recent_learn(struct recent *r, double expected, bool came_true) {
     r->hits = FADE * r->hits + came_true;
     r->expected = FADE * r->expected + expected;
@@ -139,19 +132,18 @@ void recent_learn(struct recent *r, double expected, bool came_true) {
 
 double recent_mean(const struct recent *r, double mean) { return (r->hits + PRIOR * mean) / (r->seen + PRIOR); }
 
-double recent_adjust(const struct recent *r, double chance) { return with_odds(chance, r->hits, r->expected, r->seen, PRIOR / 2); }
+/* The odds of a chance are multiplied by the odds ratio of `hits` to `expected` out of `seen` guesses. What is added to all
+ * counts lets few outcomes change little. */
+double recent_adjust(const struct recent *r, double chance) {
+    const double w = PRIOR / 2;
+    double odds = (r->hits + w) / (r->seen - r->hits + w) * (r->seen - r->expected + w) / (r->expected + w);
+    return chance * odds / (1 - chance * (1 - odds));
+}
 
-/* Where a bucket has seen little its prior counts, with the odds by which all buckets together surpass theirs. */
+/* Where a bucket has seen little its prior counts. */
 double acceptance_at(const struct acceptance *a, float confidence) {
-    double hits = 0, seen = 0, expected = 0;
-    for (int i = 0; i < a->n_classes; i++) {
-        hits += a->hits[i];
-        seen += a->seen[i];
-        expected += a->seen[i] * a->prior[i];
-    }
     int i = bucket(a, confidence);
-    double prior = with_odds(a->prior[i], hits, expected, seen, PRIOR);
-    return (a->hits[i] + PRIOR * prior) / (a->seen[i] + PRIOR);
+    return (a->hits[i] + PRIOR * a->prior[i]) / (a->seen[i] + PRIOR);
 }
 
 double acceptance_mean(const struct acceptance *a) {

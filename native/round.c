@@ -21,12 +21,12 @@ static bool stops(const bmc_item *item, int32_t id) {
     return false;
 }
 
-static void learn(const struct group *g, struct turn *t, const struct guesses *made, const int32_t *ids, int given) {
-    struct acceptance *a = &g->policy->of[made->source];
-    for (int i = 0; i < made->n && i < given; i++) {
-        bool came_true = made->ids[i] == ids[i];
-        recent_learn(&t->drafter->recent[made->source], acceptance_at(a, made->confidence[i]), came_true);
-        acceptance_learn(a, made->confidence[i], came_true);
+static void learn(const struct group *g, struct turn *t, const int32_t *ids, int given) {
+    struct acceptance *a = &g->policy->of[t->source];
+    for (int i = 0; i < t->n && i < given; i++) {
+        bool came_true = t->guesses[i] == ids[i];
+        recent_learn(&t->drafter->recent[t->source], acceptance_at(a, t->confidence[i]), came_true);
+        acceptance_learn(a, t->confidence[i], came_true);
         if (!came_true)
             break;
     }
@@ -48,7 +48,7 @@ static void settle(const struct group *g, struct turn *t, int all_checked, doubl
     bmc_session *s = item->session, *draft = t->drafter ? t->drafter->o.draft : NULL;
     int32_t *ids = item->ids + item->n;
     int accepted = 0;
-    while (accepted < t->checked && t->made.ids[accepted] == ids[accepted] && !stops(item, ids[accepted]))
+    while (accepted < t->checked && t->guesses[accepted] == ids[accepted] && !stops(item, ids[accepted]))
         accepted++;
     int given = accepted + 1;
     bmc_session_rewind(s, s->position - (t->checked - accepted));
@@ -70,8 +70,7 @@ static void settle(const struct group *g, struct turn *t, int all_checked, doubl
         return;
     if (t->drafter->ngrams && t->n_pending == 1)            /* else it does not know the prompt yet */
         ngrams_add(t->drafter->ngrams, ids, given);
-    learn(g, t, &t->made, ids, given);
-    learn(g, t, &t->repeated, ids, given);
+    learn(g, t, ids, given);
     item->stats.plain_s += given * g->base.seconds / fmax(g->base.tokens, 1);
     account(g, t, given, all_checked);
 }
@@ -81,8 +80,8 @@ static bmc_span target_span(struct turn *t) {
     bmc_item *item = t->item;
     size_t n = (size_t)item->n, top = (size_t)item->n_top;
     if (item->choose && item->allow)
-        t->checked = smaller(t->checked, larger(0, item->allow(item->allow_for, t->made.ids, t->checked)));
-    memcpy(t->pass + 1, t->made.ids, (size_t)t->checked * sizeof *t->pass);
+        t->checked = smaller(t->checked, larger(0, item->allow(item->allow_for, t->guesses, t->checked)));
+    memcpy(t->pass + 1, t->guesses, (size_t)t->checked * sizeof *t->pass);
     bmc_span span = { .session = item->session, .tokens = t->tokens, .n_tok = t->n_pending + t->checked };
     if (!item->choose)
         return span;

@@ -81,9 +81,7 @@ CONSTANTS = [
 MECHANISMS = {                          # what can only be removed
     "first chances by the length of a match": Edit("drafter.c", r"priors\[\] = \{.*?\}", "priors[12] = {" + "0.6, " * 12 + "}"),
     "first chances by the draft model's probability": Edit("drafter.c", r"1 - unsure \* unsure", "0.75 + 0 * unsure"),
-    "a bucket of confidence learns from the others": Edit("policy.c", r"with_odds\(a->prior\[i\].*?\)", "a->prior[i]"),
     "chances of this text": Edit("guess.c", r"&t->drafter->recent\[source\]", "&none"),
-    "learning from repetitions that are not checked": Edit("round.c", r"learn\(g, t, &t->repeated, .*?\);", ""),
     "copies that go on after an edit": Edit("ngram.c", r"!from && \(from = rejoined\(g, &length\)\)", "false"),
 }
 
@@ -94,12 +92,13 @@ MECHANISMS = {                          # what can only be removed
 @dataclass(frozen=True)
 class Task:
     """What is written, and who may guess. copied: share of the answer that stands in the prompt. right: how often the draft model
-    is, in each stretch of the text in turn; honest: whether it knows how often."""
+    is; both in each stretch of a text in turn, or in each text (whole). honest: whether the draft model knows how often."""
 
     name: str
     copied: tuple[float, ...] = (0.0,)
     right: tuple[float, ...] = (0.7,)
     honest: bool = True
+    whole: bool = False
     prompt: int = 300
     n: int = 240
     texts: int = 1
@@ -107,7 +106,7 @@ class Task:
     target: str = "1.5B"
     draft: str = "0.5B"
     draft_speed: float = 1.0
-    noise: float = 0.02
+    noise: float = 0.06
     hiccups: float = 0.0            # share of the time in which the machine does something else
     slow: float = 1.0               # how many times slower it is every other four seconds
     drift: float = 1.0              # how many times slower it is after 20 seconds
@@ -125,6 +124,7 @@ TASKS = [
     Task("changing text", (0.9, 0.0, 0.0), (0.5, 0.92, 0.1), n=400),
     Task("short answers, long prompt", (0.3,), (0.75,), prompt=1600, n=40, texts=5),
     Task("long answer, long prompt", (0.1,), (0.85,), prompt=1600, n=400),
+    Task("texts of other kinds", (0.9, 0.0, 0.2), (0.3, 0.92, 0.1, 0.7), texts=12, n=160, whole=True),
     Task("noisy machine", (0.3,), (0.8,), noise=0.25, hiccups=0.03),
     Task("machine changes speed", (0.3,), (0.8,), n=600, slow=2.0),
     Task("passes become slower", (0.3,), (0.8,), n=600, drift=2.5),
@@ -142,30 +142,35 @@ def novel(rng, n: int) -> list[int]:
     return [int(x) % 50_000 for x in rng.zipf(1.35, n)]
 
 
-def answer(rng, prompt: list[int], copied: tuple[float, ...], n: int) -> list[int]:
+def turn(task: Task, text: int, place: int) -> int:
+    """Which kind of text a token is of."""
+    return text if task.whole else text + place // STRETCH
+
+
+def answer(rng, task: Task, number: int, prompt: list[int]) -> list[int]:
     """Tokens of its own, and copies of the prompt with an edit here and there."""
     text: list[int] = []
     at = int(rng.integers(len(prompt)))
-    while len(text) < n:
-        share = copied[len(text) // STRETCH % len(copied)] if copied else 0.0
+    while len(text) < task.n:
+        share = task.copied[turn(task, number, len(text)) % len(task.copied)] if task.copied else 0.0
         run = int(rng.integers(6, 30))
         if rng.random() < share:
             text += prompt[at:at + run]
             at = (at + run + int(rng.integers(0, 2))) % len(prompt)
         else:
             text += novel(rng, max(1, int(run * (1 - share) / (2 if share else 1))))
-    return text[:n]
+    return text[:task.n]
 
 
 def arrays(task: Task, seed: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng([seed, *task.name.encode()])
     rows = []
-    for _ in range(task.texts):
+    for number in range(task.texts):
         prompt = novel(rng, task.prompt)
-        rows.append(prompt + answer(rng, prompt, task.copied, task.n))
+        rows.append(prompt + answer(rng, task, number, prompt))
     tokens = np.array(rows, np.int32)
-    place = np.arange(tokens.size) % tokens.shape[1] // STRETCH + np.arange(tokens.size) // tokens.shape[1]
-    mean = np.array(task.right)[place % len(task.right)].clip(0.01, 0.99)
+    kinds = [turn(task, text, place) % len(task.right) for text in range(task.texts) for place in range(tokens.shape[1])]
+    mean = np.array(task.right)[kinds].clip(0.01, 0.99)
     chance = rng.beta(2 * mean, 2 * (1 - mean))
     sure = chance if task.honest else rng.beta(8, 2, tokens.size)
     speed = np.exp(rng.normal(0, task.noise, 8000))
