@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import click
@@ -44,11 +44,11 @@ class Bias(click.ParamType):
     def convert(self, value, param, ctx):
         if isinstance(value, tuple):
             return value
-        id, sign, number = re.fullmatch(r"(\d*)([+-]?)(.*)", value, re.DOTALL).groups()
-        try:
-            return int(id), float((sign or "x") + number)
-        except ValueError:
-            self.fail(f"{value!r}: expected a token id, + or -, and a number, as in 15043-inf", param, ctx)
+        parts = re.fullmatch(r"(\d+)([+-].+)", value)
+        with suppress(ValueError):
+            if parts:
+                return int(parts[1]), float(parts[2])
+        self.fail(f"{value!r}: expected a token id, + or -, and a number, as in 15043-inf", param, ctx)
 
 
 class Text(click.ParamType):

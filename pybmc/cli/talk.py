@@ -108,17 +108,18 @@ def generate(model, model_option, prompt, prompt_file, max_tokens, as_chat, syst
         raise click.UsageError("--no-bos needs --raw: a chat template says itself what begins a text")
     if as_chat and not text:
         raise click.UsageError("the message is empty")
+    prompt = text
     if as_chat:
-        text = [{"role": role, "content": content}
+        prompt = [{"role": role, "content": content}
                 for role, content in (("system", system), ("user", text), ("assistant", prefill))
                 if content or role == "user"]
     with with_draft(flags, not (model or model_option), threads) as drafting, \
             opened(find_model(model, model_option), threads) as (loaded, load_s), \
             loaded.session(context=context, rows=rows, kv_type=kv_type) as session, progress("prompt") as update:
         if no_bos and loaded.tokenizer:
-            text = loaded.tokenizer.encode(text, bos=False, special=True)
+            prompt = loaded.tokenizer.encode(text, bos=False, special=True)
         written = template_of_model(loaded, chat_template, variables)
-        answer = start(loaded, text, None if max_tokens < 0 else max_tokens, session=session, stop=stop,
+        answer = start(loaded, prompt, None if max_tokens < 0 else max_tokens, session=session, stop=stop,
                        stop_tokens=() if ignore_eos else None, progress=update,
                        **written, **settings, **drafting)
         voice = Voice(thoughts, is_open(loaded.tokenizer, answer.prompt), tint)

@@ -20,8 +20,10 @@ from .. import checks
 from .._native import check, ffi, lib
 from ..errors import ArgumentError, BmcError, BusyError, ContextFullError
 from ..spec.speculation import Drafter, Speculation
+from .model import Model
 from .sampler import Sampler, check_bias
 from .schema import Masks, Schema
+from .session import Session
 from .text import Ending, NoText, StopStrings, Token
 
 ROOM = 128                              # tokens that one call of the library may give a sequence
@@ -45,7 +47,7 @@ class Request:
     sampler: Sampler = Sampler()
     stop: Tokens[str] = ()
     stop_ids: frozenset[int] = frozenset()
-    session: object = None
+    session: Session | None = None
     top: int = 0
     priority: int = 0
     context: int | None = None
@@ -54,7 +56,7 @@ class Request:
     progress: Callable[[int, int], None] | None = None
 
 
-def checked(request: Request, model) -> Request:
+def checked(request: Request, model: Model) -> Request:
     """The request with plain values. Raises an ArgumentError for one that the model cannot serve."""
     size = model.config.vocab_size
     tokens = checks.ids("tokens", request.tokens, size)
@@ -128,7 +130,8 @@ class Sequence:
         self.engine, self.request, self.number = engine, request, number
         self.prompt = list(request.tokens)
         self.stats = Stats(prompt_tokens=len(self.prompt))
-        self.session, self._owned = request.session, request.session is None
+        self._owned = request.session is None
+        self.session: Session = request.session         # type: ignore[assignment]      # None until start()
         self.drafter: Drafter | None = None
         self._masks: Masks | None = None
         self.done = self._started = False
@@ -236,6 +239,7 @@ class Sequence:
         """Guesses through text, where the library asks for some."""
         text = [*self.session.tokens, self._last[0]]
         started = time.perf_counter()
+        assert self.drafter is not None
         ids, sure = self.drafter.propose(text, self.item.wanted)
         self._guess(ids)
         self._sure = ffi.new("float[]", sure or 1)
@@ -334,8 +338,9 @@ class Engine:
     together, None for no bound. add() and cancel() may be called between steps; one thread at a time uses an engine.
     """
 
-    def __init__(self, model, draft=None, spec: str = "auto", draft_max: int = 16, draft_min: int = 0, parallel: int = 8,
-                 memory: float | None = None, speculation: Speculation | None = None):
+    def __init__(self, model: Model, draft: Model | None = None, spec: str = "auto", draft_max: int = 16,
+                 draft_min: int = 0, parallel: int = 8, memory: float | None = None,
+                 speculation: Speculation | None = None):
         if parallel < 1:
             raise ArgumentError(f"parallel is {parallel}; expected 1 or more")
         self.model, self.parallel, self.memory = model, parallel, memory
@@ -379,7 +384,7 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     # ---- steps
@@ -465,7 +470,7 @@ class Engine:
         """Who guesses for a sequence: in a session that was given, the one who did so before."""
         session = sequence.session
         if sequence._owned:
-            return self.speculation.drafter(session)
+            return self.speculation.drafter()
         if session.drafter is None or session.drafter.made is not self.speculation:
-            session.drafter = self.speculation.drafter(session)
+            session.drafter = self.speculation.drafter()
         return session.drafter

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -34,7 +34,7 @@ class Masks:
     """A request's schema, as a bmc_item asks it (bmc_allow in native/bmc.h). failure: what its methods raised; then no token is
     allowed."""
 
-    def __init__(self, schema: Schema, item, vocab_size: int, stop_ids: frozenset[int]):
+    def __init__(self, schema: Schema, item: Any, vocab_size: int, stop_ids: frozenset[int]):
         self._schema, self._item, self._size, self._stop_ids = schema, item, vocab_size, stop_ids
         self._rows = np.empty((WIDEST + 1, (vocab_size + 31) // 32), np.uint32)
         self._pointer = pointer(self._rows)
@@ -50,7 +50,7 @@ class Masks:
             self.failure = error
             return []
 
-    def allow(self, guesses, n: int) -> int:
+    def allow(self, guesses: Any, n: int) -> int:
         """Set the masks of a pass, and tell how many guesses they allow."""
         try:
             if self.failure is None:
@@ -100,5 +100,5 @@ class Masks:
 
 
 @ffi.callback("bmc_allow")
-def _allow(handle, guesses, n):
+def _allow(handle: Any, guesses: Any, n: int) -> int:
     return ffi.from_handle(handle).allow(guesses, n)
