@@ -125,7 +125,7 @@ TASKS = [
     Task("short answers, long prompt", (0.3,), (0.75,), prompt=1600, n=40, texts=5),
     Task("long answer, long prompt", (0.1,), (0.85,), prompt=1600, n=400),
     Task("texts of other kinds", (0.9, 0.0, 0.2), (0.3, 0.92, 0.1, 0.7), texts=12, n=160, whole=True),
-    Task("noisy machine", (0.3,), (0.8,), noise=0.25, hiccups=0.03),
+    Task("noisy machine", (0.3,), (0.8,), n=800, noise=0.25, hiccups=0.03),
     Task("machine changes speed", (0.3,), (0.8,), n=600, slow=2.0),
     Task("passes become slower", (0.3,), (0.8,), n=600, drift=2.5),
     Task("narrow passes pay", (0.3,), (0.85,), target="F16"),

@@ -197,6 +197,30 @@ text_options = options(
                  help="Read it from a file; - is stdin."))
 
 
+SECTIONS = {                            # of the help of chat and generate
+    "Model": ("model_option", "context", "threads", "no_repack", "rows", "kv_type"),
+    "Text": ("prompt", "prompt_file", "system", "as_chat", "prefill", "no_bos", "chat_template", "chat_template_kwargs", "think"),
+    "End": ("max_tokens", "stop", "ignore_eos"),
+    "Sampling": SAMPLING,
+    "Speculation": ("draft", "draft_max", "draft_min", "spec", "tint"),
+    "Output": ("thoughts", "as_json"),
+}
+
+
+class Sectioned(click.Command):
+    """A command whose help lists its options by section."""
+
+    def format_options(self, ctx, formatter):
+        rows: dict[str, list] = {section: [] for section in (*SECTIONS, "Other")}
+        for param in [param for param in self.get_params(ctx) if isinstance(param, click.Option)]:
+            section = next((section for section, names in SECTIONS.items() if param.name in names), "Other")
+            rows[section] += filter(None, [param.get_help_record(ctx)])
+        for section, found in rows.items():
+            if found:
+                with formatter.section(section):
+                    formatter.write_dl(found)
+
+
 def sampling_settings(flags: dict) -> dict:
     """The Sampler's settings among the flags, checked; a seed of -1 becomes a new one."""
     from ..engine.sampler import Sampler
