@@ -164,7 +164,7 @@ def whole_characters(text: str) -> str:
 
 
 def replace_file(path: str, data: bytes) -> None:
-    """Write a file beside, then rename it: whoever reads sees the old file or the new one, whole."""
+    """Write a file beside, then rename it: a reader sees the whole old file or the whole new one."""
     beside = os.path.join(os.path.dirname(path), f".pybmc-{os.getpid()}.tmp")
     with suppress(FileNotFoundError):
         os.unlink(beside)

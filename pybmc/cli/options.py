@@ -335,5 +335,5 @@ def print_json(value: dict) -> None:
 
 
 def rounded(value, digits: int = 6):
-    """Floats with so many significant digits."""
+    """Floats with this many significant digits."""
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value

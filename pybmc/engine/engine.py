@@ -143,7 +143,7 @@ class Sequence:
     # ---- the life of a sequence
 
     def start(self) -> None:
-        """Take a session, and keep what it holds of the prompt. Whoever wrote in that session before is ended."""
+        """Take a session, and keep what it holds of the prompt. A sequence that wrote there before is ended."""
         request = self.request
         if self.session is None:
             self.session = self.engine.model.session(request.context)

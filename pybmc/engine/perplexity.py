@@ -14,7 +14,7 @@ PIECE = 64                              # tokens whose logits are held at once
 
 @dataclass(frozen=True)
 class Perplexity:
-    """ppl and its standard error, over so many scored tokens; bits_per_byte does not depend on the vocabulary."""
+    """ppl and its standard error, over n scored tokens; bits_per_byte does not depend on the vocabulary."""
 
     ppl: float
     stderr: float

@@ -139,7 +139,7 @@ def digest(row: np.ndarray) -> bytes:
 
 
 def digests(model, text: Sequence[int], n_prompt: int) -> dict[int, bytes]:
-    """Of the logits after so many tokens of a text: each token evaluated by itself."""
+    """Number of tokens -> digest of the logits after them, each token evaluated by itself."""
     session, found = model.session(), {}
     try:
         found[n_prompt] = digest(session.eval(text[:n_prompt]))

@@ -88,7 +88,7 @@ class Speculation:
             store.save(self._key, ffi.unpack(record, n))
 
     def seconds(self, width: float, of_draft: bool = False) -> float:
-        """Of a pass of so many tokens; 0 where it is not known."""
+        """Of a pass of `width` tokens; 0 if unknown."""
         return lib.bmc_policy_seconds(self.policy, of_draft, width)
 
     def chance(self, source: int, confidence: float = -1.0) -> float:
