@@ -3,10 +3,12 @@
 import copy
 import random
 
+import engines
 import numpy as np
 import numpy_sampling
 import pytest
 import tiny
+from engines import events
 
 import pybmc
 from pybmc import ArgumentError, BmcError, Engine, Request
@@ -69,18 +71,12 @@ def drafts(model):
         yield {"twin": model, "coarse": coarse, "text": text}
 
 
-def finish(engine):
-    while engine.waiting or engine.running:
-        yield from engine.step()
-
-
 def write(model, request, speculation=None):
     """The tokens, and the Stats, of a request with a schema like the one given."""
-    with Engine(model, speculation=speculation or Speculation(model, spec="off")) as engine:
-        sequence = engine.add(fresh(request))
-        found = [token._replace(from_draft=False) for _, token in finish(engine)]
-        assert not sequence.error and sequence.request.schema.text == [token.id for token in found]
-        return found, sequence.stats
+    request = fresh(request)
+    found, stats = engines.write(model, request, speculation)
+    assert request.schema.text == [token.id for token in found]
+    return found, stats
 
 
 def fresh(request):
@@ -152,11 +148,9 @@ def test_company_changes_nothing(model, drafts, seed):
             prompt = [rng.randrange(SIZE) for _ in range(rng.randint(1, 90))]
             schema = rng.choice([*GRAMMARS, None])
             request = Request(prompt, rng.randint(1, 60), rng.choice(SAMPLERS), schema=schema)
-            with Engine(model, spec="off") as other:
-                other.add(fresh(request))
-                expected[engine.add(fresh(request))] = [token._replace(from_draft=False) for _, token in finish(other)]
+            expected[engine.add(fresh(request))], _ = engines.write(model, fresh(request))
         cancelled, found = rng.choice(list(expected)), {sequence: [] for sequence in expected}
-        for n, (sequence, token) in enumerate(finish(engine)):
+        for n, (sequence, token) in enumerate(events(engine)):
             found[sequence].append(token._replace(from_draft=False))
             if n == 20:
                 engine.cancel(cancelled)
@@ -208,7 +202,7 @@ def test_a_schema_that_fails_ends_its_own_request(model, drafts, method, answer,
         with Engine(model, speculation=made) as engine:
             other, bad = engine.add(Request([5], 30)), engine.add(Request([1, 2, 3], 30, schema=Broken(method, answer)))
             tokens = {other: [], bad: []}
-            for sequence, token in finish(engine):
+            for sequence, token in events(engine):
                 tokens[sequence].append(token)
             assert len(tokens[other]) == 30 and not other.error
             assert 3 <= len(tokens[bad]) < 30 and bad.done
@@ -221,10 +215,10 @@ def test_an_interrupt_in_a_schema_comes_through(model, method):
     with Engine(model, spec="ngram") as engine, model.session() as session:
         sequence = engine.add(Request([1, 2, 3], 30, session=session, schema=Broken(method, KeyboardInterrupt())))
         with pytest.raises(KeyboardInterrupt):
-            list(finish(engine))
+            list(events(engine))
         engine.cancel(sequence)
         again = engine.add(Request([1, 2, 3], 5, session=session))
-        assert len([token for who, token in finish(engine) if who is again]) == 5
+        assert len([token for who, token in events(engine) if who is again]) == 5
 
 
 def test_schemas_are_checked(model):

@@ -28,6 +28,8 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2", "gemma3", "phi3")
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
          "IQ4_NL", "IQ4_XS", "MXFP4")
 
+SMALL = dict(dim=32, hidden_dim=32, n_heads=2, n_layers=1, n_ctx=64, vocab_size=300, vocab="llama")
+
 TEXT = """\
 Once upon a time there was a small grey mouse who lived under the floor of a mill. Every night she listened to the
 great wheel, and every morning she counted the grains that the miller had dropped. "One for the winter," she said,
@@ -302,6 +304,21 @@ def folder() -> Path:
     path = Path(tempfile.mkdtemp(prefix="pybmc-tiny-"))
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return path
+
+
+def shuffled(path, order: list[int], **shape) -> Path:
+    """A copy of a llama model whose token i is the original's order[i]."""
+    metadata, tensors = parts("llama", **shape)
+    for key in ("tokens", "token_type"):
+        values = metadata[f"tokenizer.ggml.{key}"]
+        metadata[f"tokenizer.ggml.{key}"] = [values[i] for i in order]
+    for key in ("bos", "eos", "eot"):
+        key = f"tokenizer.ggml.{key}_token_id"
+        metadata[key] = order.index(metadata[key])
+    for name in ("token_embd.weight", "output.weight"):
+        kind, rows = tensors[name]
+        tensors[name] = kind, np.ascontiguousarray(rows[order])
+    return save(path, metadata, tensors)
 
 
 @lru_cache(maxsize=None)
