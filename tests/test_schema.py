@@ -12,7 +12,7 @@ from engines import events
 
 import pybmc
 from pybmc import ArgumentError, BmcError, Engine, Request
-from pybmc.engine import Schema
+from pybmc.engine import Schema, schema
 from pybmc.engine.sampler import Sampler
 from pybmc.spec.speculation import Speculation
 
@@ -225,3 +225,14 @@ def test_schemas_are_checked(model):
     assert isinstance(GRAMMARS[0], Schema)
     with Engine(model) as engine, pytest.raises(ArgumentError, match="schema: expected an object with mask"):
         engine.add(Request([1], schema="digits"))
+
+
+def test_an_interrupt_before_the_callback_catches_it_comes_through(model, monkeypatch):
+    def interrupted(self, guesses, n):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(schema.Masks, "allow", interrupted)
+    with Engine(model, spec="off") as engine:
+        engine.add(Request([1, 2, 3], 9, schema=Cycle(DIGITS)))
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()

@@ -10,8 +10,8 @@ import numpy as np
 from .. import checks
 from .._native import as_array, ffi, pointer
 from ..errors import BmcError
+from ..spec.speculation import WIDEST
 
-WIDEST = 32                             # guesses in a pass, at most
 ALL = 0xFFFFFFFF
 
 
@@ -99,6 +99,11 @@ class Masks:
         return bool(self._rows[row, id // 32] >> id % 32 & 1)
 
 
-@ffi.callback("bmc_allow")
+def _interrupted(kind: type, error: BaseException, traceback: Any) -> None:
+    """An interrupt that came before allow() could catch it."""
+    ffi.from_handle(traceback.tb_frame.f_locals["handle"]).failure = error
+
+
+@ffi.callback("bmc_allow", onerror=_interrupted)
 def _allow(handle: Any, guesses: Any, n: int) -> int:
     return ffi.from_handle(handle).allow(guesses, n)
