@@ -1,4 +1,4 @@
-"""The simulation that weighs the constants of speculative decoding: it runs the library's own decisions, the same each time."""
+"""The simulation that weighs the constants of speculative decoding: the library's own decisions, repeatable."""
 
 import shutil
 
@@ -22,8 +22,10 @@ def seconds(simulator, name, **sources):
 PLAIN = {"ngrams": False, "drafts": False}
 
 
-@pytest.mark.parametrize("edit", [*(edit for constant in ablation.CONSTANTS for edit in constant.edits().values()),
-                                  *ablation.MECHANISMS.values()], ids=lambda edit: edit.text)
+EDITS = [edit for constant in ablation.CONSTANTS for edit in constant.edits().values()]
+
+
+@pytest.mark.parametrize("edit", [*EDITS, *ablation.MECHANISMS.values()], ids=lambda edit: edit.text)
 def test_each_edit_changes_one_place(edit):
     source = (ablation.ROOT / "native" / edit.file).read_text()
     assert ablation.edited(source, edit) != source
@@ -34,14 +36,16 @@ def test_an_edit_that_fits_nowhere_is_refused():
         ablation.edited("int x;", ablation.Edit("policy.c", "LATENCY", "y"))
 
 
-@pytest.mark.parametrize("name, gain", [("write code", 1.4), ("rewrite", 3.5), ("narrow passes pay", 2.0), ("batch of 4", 1.08)])
+@pytest.mark.parametrize("name, gain", [("write code", 1.4), ("rewrite", 3.5), ("narrow passes pay", 2.0),
+                                        ("batch of 4", 1.08)])
 def test_guesses_pay_where_they_come_true(simulator, name, gain):
     assert seconds(simulator, name) * gain < seconds(simulator, name, **PLAIN)
 
 
-@pytest.mark.parametrize("name", ["random draft", "random draft, sure of itself", "batch of 8", "learned elsewhere"])
+@pytest.mark.parametrize("name", ["random draft", "random draft, sure of itself", "batch of 8",
+                                  "learned elsewhere"])
 def test_losses_are_bounded(simulator, name):
-    """The grant of 4 plain tokens and 1% of the time, in texts of 240 tokens: under 4%, and in short ones little more."""
+    """By the grant of 4 plain tokens and 1% of the time."""
     assert seconds(simulator, name) < 1.045 * seconds(simulator, name, **PLAIN)
 
 

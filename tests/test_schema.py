@@ -1,4 +1,4 @@
-"""Requests that follow a schema: each token is allowed by the mask before it, with and without guesses, alone and in company."""
+"""Requests that follow a schema: masks allow each token, with and without guesses, alone and in company."""
 
 import copy
 import random
@@ -53,8 +53,10 @@ class Cycle:
 
 
 DIGITS, LETTERS = range(20, 30), range(100, 126)
-GRAMMARS = [Cycle(DIGITS), Cycle(DIGITS, LETTERS), Cycle([7], [8], [9], DIGITS, None), Cycle(None), Cycle([5, 6], [40], None, None)]
-SAMPLERS = [Sampler(), Sampler(temperature=1.5, seed=3, top_p=1.0), Sampler(temperature=0.8, seed=1, repeat_penalty=1.3)]
+GRAMMARS = [Cycle(DIGITS), Cycle(DIGITS, LETTERS), Cycle([7], [8], [9], DIGITS, None), Cycle(None),
+            Cycle([5, 6], [40], None, None)]
+SAMPLERS = [Sampler(), Sampler(temperature=1.5, seed=3, top_p=1.0),
+            Sampler(temperature=0.8, seed=1, repeat_penalty=1.3)]
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +134,8 @@ def test_forced_tokens_share_a_pass(model, spec):
 
 def test_a_stop_id_among_the_guesses_ends_the_text(model, drafts):
     request = Request([1, 2, 3], 60, stop_ids=frozenset({9}), schema=Cycle(DIGITS, [7], [9], [8]))
-    for made in (None, Speculation(model, drafts["twin"], "draft", fixed=4), Speculation(model, spec="ngram")):
+    twin = Speculation(model, drafts["twin"], "draft", fixed=4)
+    for made in (None, twin, Speculation(model, spec="ngram")):
         found, _ = write(model, request, made)
         assert [t.id for t in found][1:] == [7, 9] and found[-1].finish_reason == "stop"
 
@@ -200,7 +203,8 @@ class Broken(Cycle):
 def test_a_schema_that_fails_ends_its_own_request(model, drafts, method, answer, message):
     for made in (Speculation(model, spec="off"), Speculation(model, drafts["twin"], "auto", fixed=3)):
         with Engine(model, speculation=made) as engine:
-            other, bad = engine.add(Request([5], 30)), engine.add(Request([1, 2, 3], 30, schema=Broken(method, answer)))
+            other = engine.add(Request([5], 30))
+            bad = engine.add(Request([1, 2, 3], 30, schema=Broken(method, answer)))
             tokens = {other: [], bad: []}
             for sequence, token in events(engine):
                 tokens[sequence].append(token)
@@ -213,7 +217,8 @@ def test_a_schema_that_fails_ends_its_own_request(model, drafts, method, answer,
 @pytest.mark.parametrize("method", ["mask", "accept", "forced"])
 def test_an_interrupt_in_a_schema_comes_through(model, method):
     with Engine(model, spec="ngram") as engine, model.session() as session:
-        sequence = engine.add(Request([1, 2, 3], 30, session=session, schema=Broken(method, KeyboardInterrupt())))
+        broken = Broken(method, KeyboardInterrupt())
+        sequence = engine.add(Request([1, 2, 3], 30, session=session, schema=broken))
         with pytest.raises(KeyboardInterrupt):
             list(events(engine))
         engine.cancel(sequence)

@@ -1,10 +1,11 @@
-"""What each constant of speculative decoding is worth: tasks are decoded with it removed, halved and doubled, in a simulation.
+"""What each constant of speculative decoding is worth: it is removed, halved and doubled in a simulation.
 
     python -m tools.ablation                two tables in Markdown: the tasks, and the constants
     python -m tools.ablation --seeds 100    more texts of each task
 
-No model runs and no clock is read: tools/simulated.c gives the library's own rounds (native/guess.c, round.c, policy.c, ngram.c) texts
-that are known in advance, and passes that take what a measured curve says. So a table is the same on every machine.
+No model runs and no clock is read: tools/simulated.c gives the library's own rounds (native/guess.c, round.c,
+policy.c, ngram.c) texts that are known in advance, and passes that take what a measured curve says. So a table is
+the same on every machine.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ SOURCES = ("round", "guess", "policy", "drafter", "ngram", "error")
 CURVES = {
     "1.5B": [.0221, .0238, .0240, .0252, .0427, .083, .16, .30, .58, 1.14],
     "0.5B": [.0086, .0101, .0110, .0116, .0155, .026, .048, .09, .17, .333],
-    "F16": [.0769, .0774, .0945, .123, .235, .40, .73, 1.4, 2.7, 5.2],         # a CPU whose arithmetic is soon the limit
+    "F16": [.0769, .0774, .0945, .123, .235, .40, .73, 1.4, 2.7, 5.2],     # a CPU that arithmetic soon limits
 }
 
 
@@ -79,20 +80,24 @@ CONSTANTS = [
 ]
 
 MECHANISMS = {                          # what can only be removed
-    "first chances by the length of a match": Edit("drafter.c", r"priors\[\] = \{.*?\}", "priors[12] = {" + "0.6, " * 12 + "}"),
-    "first chances by the draft model's probability": Edit("drafter.c", r"1 - unsure \* unsure", "0.75 + 0 * unsure"),
+    "first chances by the length of a match":
+        Edit("drafter.c", r"priors\[\] = \{.*?\}", "priors[12] = {" + "0.6, " * 12 + "}"),
+    "first chances by the draft model's probability":
+        Edit("drafter.c", r"1 - unsure \* unsure", "0.75 + 0 * unsure"),
     "chances of this text": Edit("guess.c", r"&t->drafter->recent\[source\]", "&none"),
-    "copies that go on after an edit": Edit("ngram.c", r"!from && \(from = rejoined\(g, &length\)\)", "false"),
+    "copies that go on after an edit":
+        Edit("ngram.c", r"!from && \(from = rejoined\(g, &length\)\)", "false"),
 }
 
 
-# ---- texts and machines --------------------------------------------------------------------------------------
+# ---- texts and machines ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is written, and who may guess. copied: share of the answer that stands in the prompt. right: how often the draft model
-    is; both in each stretch of a text in turn, or in each text (whole). honest: whether the draft model knows how often."""
+    """What is written, and who may guess. copied: share of the answer that stands in the prompt. right: how
+    often the draft model is; both in each stretch of a text in turn, or in each text (whole). honest: whether the
+    draft model knows how often."""
 
     name: str
     copied: tuple[float, ...] = (0.0,)
@@ -169,8 +174,8 @@ def arrays(task: Task, seed: int) -> dict[str, np.ndarray]:
         prompt = novel(rng, task.prompt)
         rows.append(prompt + answer(rng, task, number, prompt))
     tokens = np.array(rows, np.int32)
-    kinds = [turn(task, text, place) % len(task.right) for text in range(task.texts) for place in range(tokens.shape[1])]
-    mean = np.array(task.right)[kinds].clip(0.01, 0.99)
+    kinds = [turn(task, text, place) for text in range(task.texts) for place in range(tokens.shape[1])]
+    mean = np.array(task.right)[np.array(kinds) % len(task.right)].clip(0.01, 0.99)
     chance = rng.beta(2 * mean, 2 * (1 - mean))
     sure = chance if task.honest else rng.beta(8, 2, tokens.size)
     speed = np.exp(rng.normal(0, task.noise, 8000))
@@ -182,7 +187,7 @@ def arrays(task: Task, seed: int) -> dict[str, np.ndarray]:
             "sure": sure.astype(np.float32), "speed": speed}
 
 
-# ---- the simulator -------------------------------------------------------------------------------------------
+# ---- the simulator ---------------------------------------------------------------------------------------
 
 
 class Simulator:
@@ -193,13 +198,14 @@ class Simulator:
         source = (ROOT / "tools" / "simulated.c").read_text()
         plain = re.sub(r"/\*.*?\*/", "", source, flags=re.DOTALL)
         structs = re.findall(r"struct (?:task|outcome) \{.*?\};", plain, flags=re.DOTALL)
-        self.ffi.cdef("".join(structs).replace("POINTS", "10") + "struct outcome simulate(const struct task *);")
+        declared = "".join(structs).replace("POINTS", "10")
+        self.ffi.cdef(declared + "struct outcome simulate(const struct task *);")
         folder.mkdir(parents=True)
         for path in [*(ROOT / "native" / f"{name}.c" for name in SOURCES), *(ROOT / "native").glob("*.h")]:
             text = path.read_text()
             (folder / path.name).write_text(edited(text, edit) if edit and edit.file == path.name else text)
-        subprocess.run(["cc", "-O1", "-std=c11", "-D_GNU_SOURCE", "-fPIC", "-shared", "-fvisibility=hidden", f"-I{folder}",
-                        "-include", str(ROOT / "tools" / "simulated.h"),
+        subprocess.run(["cc", "-O1", "-std=c11", "-D_GNU_SOURCE", "-fPIC", "-shared", "-fvisibility=hidden",
+                        f"-I{folder}", "-include", str(ROOT / "tools" / "simulated.h"),
                         *(str(folder / f"{name}.c") for name in SOURCES), str(ROOT / "tools" / "simulated.c"),
                         "-lm", "-o", str(folder / "simulator.so")], check=True)
         self.lib = self.ffi.dlopen(str(folder / "simulator.so"))
@@ -207,7 +213,8 @@ class Simulator:
     def run(self, task: Task, data: dict[str, np.ndarray], ngrams: bool = True, drafts: bool = True):
         """Seconds of the answers, and the longest gap between tokens."""
         native = self.ffi.new("struct task *")
-        native.n_texts, native.parallel, native.prompt, native.n = task.texts, task.parallel, task.prompt, task.n
+        native.n_texts, native.parallel = task.texts, task.parallel
+        native.prompt, native.n = task.prompt, task.n
         native.needs, native.n_speed, native.recalls = 64.0, len(data["speed"]), task.recalls
         native.target = CURVES[task.target]
         native.draft = [x * task.draft_speed for x in CURVES[task.draft]]
@@ -225,7 +232,7 @@ def edited(text: str, edit: Edit) -> str:
     return text
 
 
-# ---- tables --------------------------------------------------------------------------------------------------
+# ---- tables ----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -251,8 +258,8 @@ def table_of_tasks(ways: dict[str, Measured]) -> Iterator[str]:
     for name in (task.name for task in TASKS):
         plain, ngrams, draft, both = (ways[way].seconds[name] for way in ("plain", "ngrams", "draft", "all"))
         loss = both / min(plain, ngrams, draft) - 1
-        yield (f"| {name} | 1 | {plain / ngrams:.2f} | {plain / draft:.2f} | {plain / both:.2f} | {loss:.1%} | "
-               f"{ways['all'].gaps[name]:.1f} |")
+        yield (f"| {name} | 1 | {plain / ngrams:.2f} | {plain / draft:.2f} | {plain / both:.2f} | "
+               f"{loss:.1%} | {ways['all'].gaps[name]:.1f} |")
 
 
 QUIET = [task.name for task in TASKS if task.noise < 0.1 and task.slow == task.drift == task.parallel == 1]
@@ -276,13 +283,15 @@ def table_of_changes(usual: Measured, folder: Path, seeds: int) -> Iterator[str]
 
     yield "| constant | value | removed | halved | doubled |\n|---|--:|---|---|---|"
     for constant in CONSTANTS:
-        yield f"| {constant.name} | {constant.value:g} | " + " | ".join(map(loss, constant.edits().values())) + " |"
+        cells = " | ".join(map(loss, constant.edits().values()))
+        yield f"| {constant.name} | {constant.value:g} | {cells} |"
     for name, edit in MECHANISMS.items():
         yield f"| {name} | | {loss(edit)} | | |"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=40, help="texts of each task")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

@@ -1,5 +1,5 @@
-/* Rounds without a model and without a clock: the real decisions (native/guess.c, round.c, policy.c, ngram.c) on texts that are known
- * in advance, where passes take what a curve says. tools/ablation.py compiles and drives it. */
+/* Rounds without a model and without a clock: the real decisions (native/guess.c, round.c, policy.c, ngram.c) on
+ * texts that are known in advance, where passes take what a curve says. tools/ablation.py compiles and drives it. */
 #include "bmc.h"
 #include "model.h"
 
@@ -23,7 +23,10 @@ struct task {
     int recalls;                    /* what was learned is saved and loaded between texts */
 };
 
-struct outcome { double seconds, longest_gap; };        /* for a token; between two tokens, in passes without guesses */
+struct outcome {
+    double seconds;                 /* for a token */
+    double longest_gap;             /* between tokens, in passes without guesses */
+};
 
 enum { MOST = 8 };
 
@@ -45,9 +48,9 @@ static bmc_model target_model, draft_model;
 int64_t nanoseconds(void) { return (int64_t)(now * 1e9); }
 
 static double on_curve(const double *curve, double width) {
-    double at = log2(width), share = at - floor(at);
+    double at = log2(width);
     int i = (int)at < POINTS - 1 ? (int)at : POINTS - 2;
-    share = at - i;
+    double share = at - i;
     return curve[i] * (1 - share) + curve[i + 1] * share;
 }
 
@@ -97,8 +100,10 @@ int evaluate(const bmc_span *spans, int n, bool coarse) {
         }
     }
     const double *curve = spans[0].session->model == &target_model ? task->target : task->draft;
-    for (; width > 0; width -= PASS_MAX)
-        now += on_curve(curve, width < PASS_MAX ? width : PASS_MAX) * task->speed[(int64_t)(now / 0.005) % task->n_speed];
+    for (; width > 0; width -= PASS_MAX) {
+        double speed = task->speed[(int64_t)(now / 0.005) % task->n_speed];
+        now += speed * on_curve(curve, width < PASS_MAX ? width : PASS_MAX);
+    }
     return 0;
 }
 
@@ -119,10 +124,14 @@ static void open_member(struct member *m, const struct task *task, int text) {
     *m = (struct member){ .task = task, .text = text };
     open_session(&m->session, &target_model, cap);
     open_session(&m->draft, &draft_model, cap);
-    bmc_drafter_options options = { .draft = task->drafts ? &m->draft : NULL, .ngrams = task->ngrams, .most = 16 };
+    bmc_drafter_options options = {
+        .draft = task->drafts ? &m->draft : NULL, .ngrams = task->ngrams, .most = 16,
+    };
     if (task->drafts || task->ngrams)
         bmc_drafter_new(&options, target_model.c.vocab_size, &m->drafter);
-    m->item = (bmc_item){ .session = &m->session, .ids = m->ids, .logprobs = m->logprobs, .drafted = m->drafted };
+    m->item = (bmc_item){
+        .session = &m->session, .ids = m->ids, .logprobs = m->logprobs, .drafted = m->drafted,
+    };
 }
 
 static void close_member(struct member *m) {

@@ -1,4 +1,4 @@
-"""What a text has to follow, token by token: the interface of a grammar, and the masks that rounds ask it for."""
+"""What a text has to follow, token by token: the interface of a grammar, and the masks made from it."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ ALL = 0xFFFFFFFF
 
 @runtime_checkable
 class Schema(Protocol):
-    """A grammar's state in one text. A request has one of its own; its methods are called by the engine's thread alone."""
+    """A grammar's state in one text. A request has one of its own, and only the engine's thread calls it."""
 
     def mask(self, tokens: Sequence[int]) -> np.ndarray | None:
-        """Which ids may come after the tokens accepted so far and these: bits, uint32 ((vocab_size + 31) // 32,), bit i % 32 of
-        word i // 32 for id i. None: all. The tokens are allowed by the masks before them, and are not accepted yet."""
+        """Which ids may come after the tokens accepted so far and these: uint32 ((vocab_size + 31) // 32,), for id i
+        bit i % 32 of word i // 32. None: all. The masks before them allow the tokens; accept() has not had them."""
 
     def accept(self, token: int) -> None:
         """The text goes on with this token."""
 
     def forced(self) -> Sequence[int]:
-        """Tokens that have to come next, if that is known: they are verified in one pass. None is always right."""
+        """Tokens that have to come next, as far as is known: one pass verifies them. [] is always right."""
 
 
 class Masks:
-    """A request's schema, as a bmc_item asks it (bmc_allow in native/bmc.h). failure: what its methods raised; then no token is
-    allowed."""
+    """A request's schema, as a bmc_item asks it (bmc_allow in native/bmc.h). failure: what its methods raised;
+    then no token is allowed."""
 
     def __init__(self, schema: Schema, item: Any, vocab_size: int, stop_ids: frozenset[int]):
         self._schema, self._item, self._size, self._stop_ids = schema, item, vocab_size, stop_ids
@@ -92,8 +92,11 @@ class Masks:
 
     def _fill_row(self, i: int, tokens: tuple[int, ...]) -> bool:
         mask = self._schema.mask(tokens)
-        self._rows[i] = ALL if mask is None else as_array(mask, np.uint32, self._rows.shape[1:], "schema.mask()")
-        return mask is not None
+        if mask is None:
+            self._rows[i] = ALL
+            return False
+        self._rows[i] = as_array(mask, np.uint32, self._rows.shape[1:], "schema.mask()")
+        return True
 
     def _has(self, row: int, id: int) -> bool:
         return bool(self._rows[row, id // 32] >> id % 32 & 1)
