@@ -16,7 +16,7 @@
 
 /* <cffi> What stands between these two marks is read by Python as it is: plain declarations only. */
 
-#define BMC_VERSION 10      /* counts the changes of what follows; bmc_version() tells which one was compiled */
+#define BMC_VERSION 11      /* counts the changes of what follows; bmc_version() tells which one was compiled */
 
 enum bmc_status {
     BMC_OK = 0,
@@ -209,6 +209,10 @@ typedef struct bmc_item_stats {     /* sums over rounds */
     double plain_s;                 /* what plain decoding would have taken for its tokens, as far as is known */
 } bmc_item_stats;
 
+/* Called before a pass that verifies n guesses: sets bmc_item.masks, and returns how many of the guesses they allow. It must not use
+ * the item's session. */
+typedef int (*bmc_allow)(void *allow_for, const int32_t *guesses, int n);
+
 /* A sequence in bmc_round. */
 typedef struct bmc_item {
     bmc_session *session;
@@ -224,7 +228,9 @@ typedef struct bmc_item {
     const int32_t *guesses;         /* (n_guesses,) or NULL; not NULL and none: the caller has none */
     const float *confidence;        /* (n_guesses,) 0 to 1, or NULL */
     double guess_s;                 /* seconds that they took */
-    const uint32_t *masks;          /* as in bmc_span, for the last pending token and the guesses; the call ends after one round */
+    const uint32_t *masks;          /* as in bmc_span, for the last pending token and each guess; the call ends after one round; or NULL */
+    bmc_allow allow;                /* makes masks when the guesses are known; NULL: masks stay as they are, and there is no drafter */
+    void *allow_for;                /* its first argument */
     int32_t n_top;                  /* as in bmc_span */
     int32_t wanted;                 /* result: guesses that the caller is asked for; then nothing else has happened */
     int32_t ended;                  /* result: max_tokens, a stop, or no token that can be chosen */

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -44,7 +44,7 @@ class Best(NamedTuple):
 class Session:
     """One sequence: its rows of keys and values, and its position. Made by Model.session."""
 
-    def __init__(self, model, context: int | None, rows: int | str, kv_type: str):
+    def __init__(self, model: Any, context: int | None, rows: int | str, kv_type: str):
         self._handle = ffi.NULL
         self._user: dict[str, tuple] = {}   # "thread": (process, thread) that is using the session
         self.uses = 0                       # calls that moved rows on or back
@@ -59,7 +59,9 @@ class Session:
         self._handle = owned(handle[0], "bmc_session_free", model_handle)
         self.model = model
         self.context = cap
-        self.writer = self.drafter = self.speculation = None        # the engine's: who writes here, and who guesses
+        self.writer: Any = None             # the engine's: who writes here ..
+        self.drafter: Any = None            # .. and who guesses
+        self.speculation: Any = None
         if cap > config.n_ctx and not model._long:
             model._long = True
             log.warning("a context of %d tokens is more than the %d that %s was trained for; text beyond gets worse",
@@ -130,13 +132,13 @@ class Session:
             with suppress(ClosedError), self._claimed(moves=False):
                 self._handle = ffi.NULL
 
-    def _live(self):
+    def _live(self) -> Any:
         if self._handle == ffi.NULL:
             raise ClosedError("this session is closed")
         return self._handle
 
     @contextmanager
-    def _claimed(self, moves: bool = True):
+    def _claimed(self, moves: bool = True) -> Iterator[Any]:
         """One thread at a time. A thread that an interrupt threw out too early to say so may come back: with a lock
         in this place, Ctrl-C could leave the session locked for good. moves: the call moves rows on or back."""
         me = _me()
@@ -154,7 +156,7 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
 
@@ -180,14 +182,14 @@ def eval_batch(parts: Sequence[tuple]) -> list[np.ndarray | Best | None]:
     return [result for result, _ in filled]
 
 
-def _fill(span, handle, session: Session, tokens, want: str, last: int = 0, sampler: Sampler | None = None) -> tuple:
+def _fill(span: Any, handle: Any, session: Session, tokens: Any, want: str, last: int = 0, sampler: Sampler | None = None) -> tuple:
     """A span of a claimed session. Returns where its results go, and what has to live as long as the call."""
     checks.choice("logits", want, _WANTS)
     ids, position = _ids(tokens), session.position
     room = want if position + len(ids) <= session.context else "none"       # too long: the library says so
     span.session, span.tokens, span.n_tok, span.want = handle, pointer(ids), len(ids), _WANTS[want]
     span.last, span.sampler = checks.whole("last", last), _native(sampler)
-    result = None
+    result: Any = None
     if room == "best":
         result = Best(np.empty(len(ids), np.int32), np.empty(len(ids), np.float32))
         span.next, span.logprob = pointer(result.ids), pointer(result.logprobs)
@@ -201,7 +203,7 @@ def _fill(span, handle, session: Session, tokens, want: str, last: int = 0, samp
     return result, ids
 
 
-def _native(sampler: Sampler | None):
+def _native(sampler: Sampler | None) -> Any:
     if sampler is not None and not isinstance(sampler, Sampler):
         checks.refuse("sampler", "a Sampler or None", sampler)
     return ffi.NULL if sampler is None else sampler.native
@@ -212,7 +214,7 @@ def _me() -> tuple[int, int]:
     return os.getpid(), threading.get_ident()
 
 
-def _ids(tokens) -> np.ndarray:
+def _ids(tokens: Any) -> np.ndarray:
     if type(tokens) is list and len(tokens) < 64 and set(map(type, tokens)) == {int}:
         with suppress(OverflowError):           # as_array says what is wrong
             return np.array(tokens, np.int32)
