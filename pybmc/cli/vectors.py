@@ -51,9 +51,9 @@ def embed(args, model_option, text_file, pooling, dimensions, normalize, form, o
         raise click.UsageError("--format npy needs -o FILE")
     if pooling == "none" and form != "json":
         raise click.UsageError("--pooling none gives a vector for each token: use --format json")
-    model, *texts = args if model_option is None else (None, *args)
-    path = need_model(model, model_option)
-    texts = texts_of(texts, text_file)
+    first = 0 if model_option else 1
+    path = need_model("".join(args[:first]), model_option)
+    texts = texts_of(args[first:], text_file)
     with open(output, "wb") if output else nullcontext() as file:
         with opened(path, threads, writes=False) as (loaded, _), progress("embedding") as update:
             found = loaded.embed(texts, normalize, pooling, dimensions, update)
