@@ -197,7 +197,8 @@ static int claim_all(const bmc_span *spans, int n) {
 }
 
 static bool wanted(const bmc_span *span, int i) {
-    return span->want == BMC_WANT_ALL || (span->want == BMC_WANT_LAST && i == span->n_tok - 1) || (span->want == BMC_WANT_FIRST && !i);
+    return span->want == BMC_WANT_ALL || (span->want == BMC_WANT_LAST && i == span->n_tok - 1)
+           || (span->want == BMC_WANT_FIRST && i == 0);
 }
 
 /* What the choice among logits needs beyond the best of them. */

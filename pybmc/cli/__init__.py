@@ -28,7 +28,8 @@ def cli():
     """
 
 
-for command in (talk.chat, talk.generate, files.show, files.tokenize, measure.bench, measure.perplexity, proof.prove, vectors.embed):
+for command in (talk.chat, talk.generate, vectors.embed, files.show, files.tokenize, measure.bench, measure.perplexity,
+                proof.prove):
     cli.add_command(command)
 
 

@@ -1,4 +1,4 @@
-"""Embeddings: a text as one vector. Texts share passes, and what comes out for one does not depend on the others."""
+"""Embeddings: a text as one vector. Texts share passes; the vector of one does not depend on the others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .session import eval_batch
 
 log = logging.getLogger(__name__)
 
-PASS = 512                              # tokens of short texts that share a pass: more of them take memory and gain no time
+PASS = 512          # tokens of short texts that share a pass, as many as a causal model's takes: buffers grow with them
 
 
 def embed(model, inputs, normalize: bool = True, pooling: str | None = None, dimensions: int | None = None,
@@ -58,7 +58,8 @@ def pooling_kind(model, pooling: str | None) -> str:
 
 @lru_cache(maxsize=None)                # once for a file
 def _note_mean(path: str) -> None:
-    log.warning("%s names no pooling: it was not made for embeddings. The mean of its tokens' vectors is taken", path)
+    log.warning("%s names no pooling: it was not made for embeddings; the mean of its tokens' vectors is taken",
+                path)
 
 
 def encode_inputs(model, inputs) -> list[list[int]]:
@@ -71,7 +72,8 @@ def encode_inputs(model, inputs) -> list[list[int]]:
         if not ids:
             raise ArgumentError(f"inputs: text {i + 1} of {len(texts)} has no tokens")
         if len(ids) > most:
-            raise ArgumentError(f"inputs: text {i + 1} of {len(texts)} has {len(ids)} tokens, {model.path} takes up to {most}")
+            raise ArgumentError(f"inputs: text {i + 1} of {len(texts)} has {len(ids)} tokens, "
+                                f"{model.path} takes up to {most}")
     return texts
 
 
@@ -86,7 +88,7 @@ def encode(model, text) -> list[int]:
 
 
 def groups(texts: list[list[int]], most: int) -> Iterator[list[int]]:
-    """Numbers of texts that share a pass: of `most` tokens together, or a longer one alone. The shortest come first."""
+    """Numbers of texts that share a pass: up to `most` tokens, or a longer text alone. The shortest come first."""
     group, size = [], 0
     for i in sorted(range(len(texts)), key=lambda i: len(texts[i])):
         if group and size + len(texts[i]) > most:
@@ -101,7 +103,8 @@ def groups(texts: list[list[int]], most: int) -> Iterator[list[int]]:
 def evaluate(model, texts: list[list[int]], wants: str) -> list[np.ndarray]:
     """Vectors after the last norm, as Session.eval names them."""
     with ExitStack() as sessions:
-        return eval_batch([(sessions.enter_context(model.session(rows=len(ids))), ids, wants) for ids in texts])
+        return eval_batch([(sessions.enter_context(model.session(rows=len(ids))), ids, wants)
+                           for ids in texts])
 
 
 def unit(vector: np.ndarray) -> np.ndarray:
@@ -127,7 +130,7 @@ def _values(tensor) -> np.ndarray:
 
 
 class Pooler:
-    """How the vectors of a text's tokens become its own: in float64, one text at a time, in the order of its tokens."""
+    """How the vectors of a text's tokens become its own: in float64, text by text, in the order of its tokens."""
 
     def __init__(self, config):
         self.config = config
@@ -166,7 +169,7 @@ class Pooler:
         return vector
 
     def _scores(self, vector: np.ndarray) -> np.ndarray:
-        """A BERT's first token, through cls and tanh if there is one; after Qwen 3's last token the shares of its answers."""
+        """A BERT's: of its first token, through cls and tanh. Qwen 3's: the shares of the answers after the last."""
         if self.config.spec.score == "first" and "cls" in self._matrices:
             vector = np.tanh(self._matrices["cls"](vector))
         scores = self._output()(vector)

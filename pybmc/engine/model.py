@@ -134,13 +134,14 @@ class Model:
               progress: Progress | None = None) -> np.ndarray | list[np.ndarray]:
         """The embedding of each text, float32 (n, values).
 
-        inputs: a text, or a list of texts or of lists of token ids; texts get the tokens that the file puts around them.
-        pooling: how the vectors of a text's tokens become one: "mean", "first", "last", "rank" (scores of a reranker: never
-        normalized), "none" (all of them: a list of arrays, one vector for each token); None: the file's, else the mean.
-        dimensions: the first values only, of models trained for that. normalize: to length 1. progress is called with the
-        tokens done and those in all.
+        inputs: a text, or a list of texts or of lists of token ids. Texts get the tokens that the file puts around
+        them. normalize: to length 1. pooling: how the vectors of a text's tokens become one: "mean", "first", "last",
+        "rank" (the scores of a reranker, which are not normalized) or "none" (all of them: a list of arrays, a vector
+        for each token); None: the file's, else the mean. dimensions: the first values only, of models trained for
+        that. progress is called with the tokens done and those in all.
 
-        A vector does not depend on the texts beside it. Raises ArgumentError for a text that is too long or has no tokens.
+        A vector does not depend on the texts beside it. Raises ArgumentError for a text that is too long or has no
+        tokens.
         """
         return embed(self, inputs, normalize, pooling, dimensions, progress)
 
@@ -156,8 +157,8 @@ class Model:
     def check_writes(self) -> None:
         """Raise ArgumentError for an encoder: it has no next tokens."""
         if not self.config.causal:
-            raise ArgumentError(f"{self.path} is an encoder ({self.config.arch}): it writes no text, it gives embeddings "
-                                "(pybmc embed)")
+            raise ArgumentError(f"{self.path} is an encoder ({self.config.arch}): it writes no text, "
+                                "it gives embeddings (pybmc embed)")
 
     def session(self, context: int | None = None, rows: int | str = "auto", kv_type: str = "f16") -> Session:
         """A new, empty sequence.

@@ -97,9 +97,9 @@ class Session:
 
         logits: "last" gives float32 (vocab_size,) of the last token, "all" (len(tokens), vocab_size), "argmax" the best
         next id of each token, int32 (len(tokens),), "best" those with their log-probabilities (Best), "none" None. "hidden"
-        gives what the head would read, after the last norm, float32 (len(tokens), dim); "first hidden" and "last hidden"
-        that of one token, (dim,). An encoder has nothing else, and reads a text in one call, in an empty session. What
-        the numbers are does not depend on how tokens are cut into calls. sampler: "argmax" and "best" are what it chooses,
+        gives what the head would read, after the last norm, float32 (len(tokens), dim); "first hidden" and "last
+        hidden" that of one token, (dim,). An encoder gives nothing else, and reads a text in one call, in an empty
+        session. What the numbers are does not depend on how tokens are cut into calls. sampler: "argmax" and "best" are what it chooses,
         and the model's log-probabilities of that. last: 0, or how many last rows attention sees, besides the first 256. Raises
         ArgumentError, ContextFullError beyond the cap, OutOfMemoryError; then nothing has changed.
         """

@@ -67,7 +67,8 @@ def _chain(k: Reader, names: tuple[str, ...]) -> dict[str, Linear]:
 
 
 def _check(k: Reader, tensor: Tensor, what: str, expected: int, found: int) -> None:
+    where = f"{k.file.path}: {tensor.name}"
     if found != expected:
-        raise FormatError(f"{k.file.path}: {tensor.name}: expected {what} of {expected} values, found {found}")
+        raise FormatError(f"{where}: expected {what} of {expected} values, found {found}")
     if not tensor.type.runs:
-        raise FormatError(f"{k.file.path}: {tensor.name}: pybmc does not compute with type {tensor.type}")
+        raise FormatError(f"{where}: pybmc does not compute with type {tensor.type}")
