@@ -33,7 +33,7 @@ enum bmc_act {              /* GELU in its tanh form; RELU2: ReLU squared; SWIGL
     BMC_ACT_SIGMOID, BMC_ACT_SOFTPLUS, BMC_ACTS
 };
 enum bmc_rope { BMC_ROPE_NONE = 0, BMC_ROPE_PAIRS = 1, BMC_ROPE_HALVES = 2 };    /* (0,1)(2,3).. or (0,d/2)(1,d/2+1).. */
-enum bmc_want { BMC_WANT_NONE = 0, BMC_WANT_LAST = 1, BMC_WANT_ALL = 2 };
+enum bmc_want { BMC_WANT_NONE = 0, BMC_WANT_LAST = 1, BMC_WANT_ALL = 2, BMC_WANT_FIRST = 3 };
 enum bmc_step {             /* what a pass spends its time on */
     BMC_STEP_EMBED, BMC_STEP_NORM, BMC_STEP_QKV, BMC_STEP_STORE, BMC_STEP_ATTENTION, BMC_STEP_ATTN_OUTPUT, BMC_STEP_GATE_UP,
     BMC_STEP_ACTIVATION, BMC_STEP_DOWN, BMC_STEP_HEAD, BMC_STEP_WAIT, BMC_STEPS
@@ -277,6 +277,7 @@ const char *bmc_role(int kind, int i);                       /* tensors of a kin
 int         bmc_model_new(const bmc_config *config, const bmc_tensor *tensors, int n_tensors, int n_threads, bmc_model **model);
 int         bmc_model_pack(bmc_model *model);
 int         bmc_model_map(bmc_model *model);
+int         bmc_model_pass(const bmc_model *model);  /* tokens of a pass at most; where not causal, of a text */
 int         bmc_model_coarsen(bmc_model *model);     /* 1: bmc_draft has a coarse head from now on; 0: it would not pay */
 int64_t     bmc_model_packed(const bmc_model *model, int64_t *total);    /* bytes so far; any thread may ask */
 int         bmc_model_profile(bmc_model *model, int on);                 /* 1: take times, from nothing on; 0: no more */

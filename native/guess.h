@@ -43,8 +43,6 @@ struct group {
 };
 
 static inline bool drafted(const struct turn *t) { return t->source == MODEL; }
-static inline int smaller(int a, int b) { return a < b ? a : b; }
-static inline int larger(int a, int b) { return a > b ? a : b; }
 
 static inline double seconds_since(int64_t start) { return 1e-9 * (double)(nanoseconds() - start); }
 

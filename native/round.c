@@ -162,6 +162,8 @@ static int check_items(bmc_item *const *items, int n, const bmc_limits *limits) 
             return fail(BMC_EINVAL, "bmc_round: item %d needs a session and at least one token", i);
         if (item->session->model != items[0]->session->model)
             return fail(BMC_EINVAL, "the sessions of one call belong to different models");
+        if (!item->session->model->c.causal)
+            return fail(BMC_EINVAL, "bmc_round: this model reads a text as a whole and writes none");
         if (item->drafter && !limits->policy)
             return fail(BMC_EINVAL, "bmc_round: item %d has a drafter, and there is no policy", i);
         if (item->choose && (item->max_tokens < 1 || !item->ids || !item->logprobs || !item->drafted))

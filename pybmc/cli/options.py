@@ -307,8 +307,8 @@ def decoded(data: bytes, name) -> str:
 
 
 @contextmanager
-def opened(path: Path, threads):
-    """The model, loaded behind a progress bar, and the seconds it took."""
+def opened(path: Path, threads, writes: bool = True):
+    """The model, loaded behind a progress bar, and the seconds it took. writes: an encoder is refused."""
     from ..engine.model import Model
 
     started = time.perf_counter()
@@ -316,6 +316,8 @@ def opened(path: Path, threads):
         repack = not click.get_current_context().meta["no_repack"]
         model = Model(path, threads=threads, progress=update, repack=repack)
     with model:
+        if writes:
+            model.check_writes()
         yield model, time.perf_counter() - started
 
 

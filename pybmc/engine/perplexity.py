@@ -29,6 +29,7 @@ def perplexity(model, text: str, window: int = 512,
     it. Tokens after the last whole window are left out.
     """
     window = checks.whole("window", window, 4)
+    model.check_writes()
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ArgumentError(f"{model.path} has no vocabulary: there are no tokens to score")

@@ -20,7 +20,8 @@ from .sampler import Sampler
 log = logging.getLogger(__name__)
 
 _WANTS = {"none": lib.BMC_WANT_NONE, "last": lib.BMC_WANT_LAST, "all": lib.BMC_WANT_ALL,
-          "argmax": lib.BMC_WANT_ALL, "best": lib.BMC_WANT_ALL}
+          "argmax": lib.BMC_WANT_ALL, "best": lib.BMC_WANT_ALL,
+          "hidden": lib.BMC_WANT_ALL, "first hidden": lib.BMC_WANT_FIRST, "last hidden": lib.BMC_WANT_LAST}
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,10 @@ class Session:
         """Evaluate tokens after the ones before.
 
         logits: "last" gives float32 (vocab_size,) of the last token, "all" (len(tokens), vocab_size), "argmax" the best
-        next id of each token, int32 (len(tokens),), "best" those with their log-probabilities (Best), "none" None. What
-        the numbers are does not depend on how tokens are cut into calls. sampler: "argmax" and "best" are what it chooses,
+        next id of each token, int32 (len(tokens),), "best" those with their log-probabilities (Best), "none" None. "hidden"
+        gives what the head would read, after the last norm, float32 (len(tokens), dim); "first hidden" and "last
+        hidden" that of one token, (dim,). An encoder gives nothing else, and reads a text in one call, in an empty
+        session. What the numbers are does not depend on how tokens are cut into calls. sampler: "argmax" and "best" are what it chooses,
         and the model's log-probabilities of that. last: 0, or how many last rows attention sees, besides the first 256. Raises
         ArgumentError, ContextFullError beyond the cap, OutOfMemoryError; then nothing has changed.
         """
@@ -196,6 +199,10 @@ def _fill(span: Any, handle: Any, session: Session, tokens: Any, want: str, last
     elif room == "argmax":
         result = np.empty(len(ids), np.int32)
         span.next = pointer(result)
+    elif room.endswith("hidden"):
+        dim = session.model.config.dim
+        result = np.empty((len(ids), dim) if room == "hidden" else dim, np.float32)
+        span.hidden = pointer(result)
     elif room != "none":
         vocab_size = session.model.config.vocab_size
         result = np.empty(vocab_size if want == "last" else (len(ids), vocab_size), np.float32)

@@ -40,6 +40,9 @@ class Speculation:
         if spec == "draft" and draft is None:
             raise ArgumentError("spec is 'draft', but there is no draft")
         most, least = checks.draft_bounds(most, least)
+        for one in (model, draft):
+            if one is not None:
+                one.check_writes()
         self.model, self.spec = model, spec if most else "off"
         self.most, self.least, self.fixed = min(most, WIDEST), min(least, WIDEST), min(fixed, WIDEST)
         self.draft = draft if self.spec in ("auto", "draft") else None
