@@ -47,8 +47,6 @@ class Session:
 
     def __init__(self, model: Any, context: int | None, rows: int | str, kv_type: str):
         self._handle = ffi.NULL
-        self._user: dict[str, tuple] = {}   # "thread": (process, thread) that is using the session
-        self.uses = 0                       # calls that moved rows on or back
         checks.choice("kv_type", kv_type, ("f16",))
         config = model.config
         r = _rows_at_a_time(rows)
@@ -57,18 +55,40 @@ class Session:
         model_handle = model._live()
         handle = ffi.new("bmc_session **")
         check(lib.bmc_session_new(model_handle, cap, r, int(long_factors), handle))
-        self._handle = owned(handle[0], "bmc_session_free", model_handle)
+        self._begin(model, cap, owned(handle[0], "bmc_session_free", model_handle))
+        if cap > config.n_ctx and not model._long:
+            model._long = True
+            log.warning("a context of %d tokens is more than the %d that %s was trained for; text beyond gets worse",
+                        cap, config.n_ctx, model.path)
+
+    def _begin(self, model: Any, cap: int, handle: Any) -> None:
+        self._handle = handle
+        self._user: dict[str, tuple] = {}   # "thread": (process, thread) that is using the session
+        self.uses = 0                       # calls that moved rows on or back
         self.model = model
         self.context = cap
         self.writer: Any = None             # the engine's: who writes here ..
         self.drafter: Any = None            # .. and who guesses
         self.speculation: Any = None
-        if cap > config.n_ctx and not model._long:
-            model._long = True
-            log.warning("a context of %d tokens is more than the %d that %s was trained for; text beyond gets worse",
-                        cap, config.n_ctx, model.path)
         with model._locks[os.getpid()]:
             model._sessions.add(self)
+
+    def fork(self, position: int | None = None) -> Session:
+        """A new session with the first `position` tokens of this one (all of them by default). They share the memory of those
+        rows, and neither changes the other. Raises ArgumentError, OutOfMemoryError."""
+        with self._claimed(moves=False) as handle:
+            at = lib.bmc_session_position(handle) if position is None else checks.whole("position", position)
+            fork = ffi.new("bmc_session **")
+            check(lib.bmc_session_fork(handle, at, fork))
+            other = Session.__new__(Session)
+            other._begin(self.model, self.context, owned(fork[0], "bmc_session_free", self.model._live()))
+        return other
+
+    def snapshot(self) -> None:
+        """Remember the state of recurrent blocks here, so that going back to this position reads no tokens again. A session keeps
+        the eight that were used last; models without such blocks need none. Raises OutOfMemoryError."""
+        with self._claimed(moves=False) as handle:
+            check(lib.bmc_session_snapshot(handle))
 
     @property
     def position(self) -> int:
