@@ -94,7 +94,7 @@ int bmc_session_snapshot(bmc_session *s) {
     int status = claim(s);
     if (status)
         return status;
-    status = states_snapshot(&s->states, s->position);
+    status = states_snapshot(&s->states);
     release(s);
     return status;
 }

@@ -7,21 +7,28 @@
 #include <stdlib.h>
 #include <string.h>
 
-static size_t rows_floats(const struct state_size *size, int n) { return (size_t)(size->n_before + n) * size->row; }
+static size_t stream_floats(const struct state_size *size) {
+    return 2 * size->floats + ((size_t)(LOG_MAX + size->n_before) * size->row + 15) / 16 * 16;
+}
+
+static size_t snapshot_floats(const struct states *s) {
+    size_t sum = 0;
+    for (int i = 0; i < s->n; i++)
+        sum += s->sizes[i].floats + (size_t)s->sizes[i].n_before * s->sizes[i].row;
+    return sum;
+}
 
 size_t states_measure(struct state_size *sizes, int n) {
     size_t sum = 0;
     for (int i = 0; i < n; i++) {
         sizes[i].at = sum;
-        sum += 2 * sizes[i].floats + (rows_floats(&sizes[i], LOG_MAX) + 15) / 16 * 16;
+        sum += stream_floats(&sizes[i]);
     }
     return sum;
 }
 
 void states_init(struct states *s, const struct state_size *sizes, int n) {
-    *s = (struct states){ .sizes = sizes, .n = n };
-    const struct state_size *last = sizes + n - 1;
-    s->floats = n ? last->at + 2 * last->floats + (rows_floats(last, LOG_MAX) + 15) / 16 * 16 : 0;
+    *s = (struct states){ .sizes = sizes, .n = n, .floats = n ? sizes[n - 1].at + stream_floats(&sizes[n - 1]) : 0 };
 }
 
 void states_free(struct states *s) {
@@ -39,100 +46,105 @@ int states_reserve(struct states *s) {
 }
 
 int64_t states_bytes(const struct states *s) {
-    int64_t bytes = s->memory ? (int64_t)(s->floats * sizeof(float)) : 0;
+    size_t floats = s->memory ? s->floats : 0;
     for (int i = 0; i < SNAPSHOTS; i++)
-        for (int j = 0; s->snapshots[i].values && j < s->n; j++)
-            bytes += (int64_t)((s->sizes[j].floats + rows_floats(&s->sizes[j], 0)) * sizeof(float));
-    return bytes;
+        floats += s->snapshots[i].values ? snapshot_floats(s) : 0;
+    return (int64_t)(floats * sizeof(float));
 }
 
 struct state_run states_plan(const struct states *s, int start, int n) {
-    struct state_run run = { .start = start, .n = n, .base = s->base, .replay = start < s->current ? start - s->base : -1, .anchor = -1 };
-    if (n > 1 || start + n - s->base > LOG_MAX)
-        run.anchor = n > LOG_MAX ? n - LOG_MAX : 0;
+    const int end = start + n;
+    struct state_run run = { .start = start, .n = n, .base = s->base, .next_base = s->base, .replay = start < s->current };
+    if (n > 1)
+        run.next_base = n > LOG_MAX ? end - LOG_MAX : start;
+    else if (end - s->base > LOG_MAX)
+        run.next_base = end - LOG_KEPT;
     return run;
 }
 
 void states_done(struct states *s, const struct state_run *run) {
-    s->base = state_new_base(run);
+    s->base = run->next_base;
     s->current = run->start + run->n;
 }
 
-void states_shift(const struct states *s, int stream, const struct state_run *run) {
-    const struct state_size *size = &s->sizes[stream];
-    const int base = state_new_base(run), kept = run->start - (base - size->n_before);      /* rows from before the pass that stay */
-    if (base > run->base && kept > 0)
-        memmove(state_row(s, stream, base, base - size->n_before), state_row(s, stream, run->base, base - size->n_before),
-                (size_t)kept * size->row * sizeof(float));
-}
+static void copy(float *to, const float *from, size_t floats) { memcpy(to, from, floats * sizeof *to); }
 
-/* The states at the anchor, from and to a snapshot: of each stream the state and the rows before it. */
-static void copy_snapshot(const struct states *s, float *values, bool restore, int base, int position) {
+/* Each stream's anchor and the rows before it, into values. */
+static void save(const struct states *s, float *values) {
     for (int i = 0; i < s->n; i++) {
         const struct state_size *size = &s->sizes[i];
-        const size_t rows = rows_floats(size, 0);
-        if (restore) {
-            memcpy(state_anchor(s, i), values, size->floats * sizeof *values);
-            memcpy(state_current(s, i), values, size->floats * sizeof *values);
-            memcpy(state_row(s, i, position, position - size->n_before), values + size->floats, rows * sizeof *values);
-        } else {
-            memcpy(values, state_current(s, i), size->floats * sizeof *values);
-            memcpy(values + size->floats, state_row(s, i, base, position - size->n_before), rows * sizeof *values);
-        }
-        values += size->floats + rows;
+        copy(values, state_anchor(s, i), size->floats);
+        values += size->floats;
+        for (int j = -size->n_before; j < 0; j++, values += size->row)
+            copy(values, state_row(s, i, s->base + j), size->row);
+    }
+}
+
+/* And back, as the states at s->base. */
+static void load(const struct states *s, const float *values) {
+    for (int i = 0; i < s->n; i++) {
+        const struct state_size *size = &s->sizes[i];
+        copy(state_anchor(s, i), values, size->floats);
+        copy(state_current(s, i), values, size->floats);
+        values += size->floats;
+        for (int j = -size->n_before; j < 0; j++, values += size->row)
+            copy(state_row(s, i, s->base + j), values, size->row);
     }
 }
 
 /* The states as they are before the first token. */
-static void clear(struct states *s) {
+static void clear(const struct states *s) {
     for (int i = 0; s->memory && i < s->n; i++) {
         memset(state_current(s, i), 0, 2 * s->sizes[i].floats * sizeof(float));
-        memset(state_row(s, i, 0, -s->sizes[i].n_before), 0, rows_floats(&s->sizes[i], 0) * sizeof(float));
+        memset(state_row(s, i, -s->sizes[i].n_before), 0, (size_t)s->sizes[i].n_before * s->sizes[i].row * sizeof(float));
     }
+}
+
+/* Drops the snapshots of tokens that are gone; returns the last of the others, or NULL. */
+static struct snapshot *last_snapshot(struct states *s, int position) {
+    struct snapshot *last = NULL;
+    for (struct snapshot *p = s->snapshots; p < s->snapshots + SNAPSHOTS; p++) {
+        if (p->position > position) {
+            free(p->values);
+            *p = (struct snapshot){ 0 };
+        }
+        if (p->values && (!last || p->position > last->position))
+            last = p;
+    }
+    return last;
 }
 
 int states_rewind(struct states *s, int position) {
-    struct snapshot *best = NULL;
-    if (!s->n || (position >= s->base && position <= s->current))
+    struct snapshot *last = last_snapshot(s, position);
+    if (!s->n || position >= s->base)
         return position;
-    for (int i = 0; i < SNAPSHOTS; i++) {
-        struct snapshot *p = &s->snapshots[i];
-        if (p->values && p->position <= position && (!best || p->position > best->position))
-            best = p;
-    }
-    if (best) {
-        best->used = ++s->clock;
-        copy_snapshot(s, best->values, true, 0, best->position);
+    s->base = s->current = last ? last->position : 0;
+    if (last) {
+        last->used = ++s->clock;
+        load(s, last->values);
     } else
         clear(s);
-    s->base = s->current = best ? best->position : 0;
-    for (int i = 0; i < SNAPSHOTS; i++)         /* those of tokens that are gone */
-        if (s->snapshots[i].values && s->snapshots[i].position > position) {
-            free(s->snapshots[i].values);
-            s->snapshots[i] = (struct snapshot){ 0 };
-        }
     return s->base;
 }
 
-int states_snapshot(struct states *s, int position) {
-    struct snapshot *oldest = &s->snapshots[0];
-    size_t floats = 0;
-    if (!s->memory || position != s->current || !position)
+int states_snapshot(struct states *s) {
+    struct snapshot *place = s->snapshots;
+    if (!s->n || !s->base)
         return 0;
-    for (int i = 0; i < SNAPSHOTS; i++) {
-        if (s->snapshots[i].values && s->snapshots[i].position == position) {
-            s->snapshots[i].used = ++s->clock;
+    for (struct snapshot *p = s->snapshots; p < s->snapshots + SNAPSHOTS; p++) {
+        if (p->values && p->position == s->base) {
+            p->used = ++s->clock;
             return 0;
         }
-        if (s->snapshots[i].used < oldest->used)
-            oldest = &s->snapshots[i];
+        if (p->used < place->used)
+            place = p;
     }
-    for (int i = 0; i < s->n; i++)
-        floats += s->sizes[i].floats + rows_floats(&s->sizes[i], 0);
-    float *values = oldest->values ? oldest->values : malloc(floats * sizeof *values);
-    if (!values)
-        return fail(BMC_ENOMEM, "no memory for a snapshot of %.0f MB", (double)floats * sizeof *values / 1e6);
-    copy_snapshot(s, values, false, s->base, position);
-    *oldest = (struct snapshot){ position, values, ++s->clock };
+    if (!place->values)
+        place->values = malloc(snapshot_floats(s) * sizeof *place->values);
+    if (!place->values)
+        return fail(BMC_ENOMEM, "no memory for a snapshot of %.0f MB", (double)snapshot_floats(s) * sizeof(float) / 1e6);
+    place->position = s->base;
+    place->used = ++s->clock;
+    save(s, place->values);
     return 0;
 }
