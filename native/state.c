@@ -100,51 +100,59 @@ static void clear(const struct states *s) {
     }
 }
 
-/* Drops the snapshots of tokens that are gone; returns the last of the others, or NULL. */
-static struct snapshot *last_snapshot(struct states *s, int position) {
-    struct snapshot *last = NULL;
-    for (struct snapshot *p = s->snapshots; p < s->snapshots + SNAPSHOTS; p++) {
-        if (p->position > position) {
-            free(p->values);
-            *p = (struct snapshot){ 0 };
-        }
-        if (p->values && (!last || p->position > last->position))
+/* The last snapshot of the first `position` tokens, or NULL. */
+static const struct snapshot *last_snapshot(const struct states *s, int position) {
+    const struct snapshot *last = NULL;
+    for (const struct snapshot *p = s->snapshots; p < s->snapshots + SNAPSHOTS; p++)
+        if (p->values && p->position <= position && (!last || p->position > last->position))
             last = p;
-    }
     return last;
 }
 
 int states_rewind(struct states *s, int position) {
-    struct snapshot *last = last_snapshot(s, position);
-    if (!s->n || position >= s->base)
+    if (!s->n || position >= s->base)           /* no snapshot is beyond base */
         return position;
+    const struct snapshot *last = last_snapshot(s, position);
     s->base = s->current = last ? last->position : 0;
-    if (last) {
-        last->used = ++s->clock;
+    if (last)
         load(s, last->values);
-    } else
+    else
         clear(s);
+    for (struct snapshot *p = s->snapshots; p < s->snapshots + SNAPSHOTS; p++)
+        if (p->position > position) {           /* of tokens that are gone */
+            free(p->values);
+            *p = (struct snapshot){ 0 };
+        }
     return s->base;
 }
 
-int states_snapshot(struct states *s) {
-    struct snapshot *place = s->snapshots;
-    if (!s->n || !s->base)
-        return 0;
+/* Where the next snapshot goes: a free place, or that of the one without which the fewest tokens would be evaluated again. */
+static struct snapshot *next_snapshot(struct states *s) {
+    struct snapshot *place = NULL;
+    int fewest = 0;
     for (struct snapshot *p = s->snapshots; p < s->snapshots + SNAPSHOTS; p++) {
-        if (p->values && p->position == s->base) {
-            p->used = ++s->clock;
-            return 0;
-        }
-        if (p->used < place->used)
+        const struct snapshot *before = last_snapshot(s, p->position - 1);
+        const int tokens = p->position - (before ? before->position : 0);
+        if (!p->values)
+            return p;
+        if (!place || tokens < fewest) {
             place = p;
+            fewest = tokens;
+        }
     }
+    return place;
+}
+
+int states_snapshot(struct states *s) {
+    const struct snapshot *last = last_snapshot(s, s->base);
+    if (!s->base || (last && last->position == s->base))
+        return 0;
+    struct snapshot *place = next_snapshot(s);
     if (!place->values)
         place->values = malloc(snapshot_floats(s) * sizeof *place->values);
     if (!place->values)
         return fail(BMC_ENOMEM, "no memory for a snapshot of %.0f MB", (double)snapshot_floats(s) * sizeof(float) / 1e6);
     place->position = s->base;
-    place->used = ++s->clock;
     save(s, place->values);
     return 0;
 }

@@ -32,7 +32,7 @@ struct state_run {
     bool replay;                    /* the current state is beyond `start`: begin with the anchor and the log */
 };
 
-struct snapshot { int position; float *values; int64_t used; };
+struct snapshot { int position; float *values; };
 
 struct states {
     const struct state_size *sizes; /* (n,) */
@@ -41,7 +41,6 @@ struct states {
     float *memory;                  /* NULL until it is needed */
     int base;                       /* position of the anchors */
     int current;                    /* position of the current states */
-    int64_t clock;                  /* counts uses of snapshots */
     struct snapshot snapshots[SNAPSHOTS];
 };
 
