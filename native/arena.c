@@ -54,8 +54,23 @@ int arena_slots(struct arena *a, int64_t n) {
     if (!segments)
         return -1;
     a->segments = segments;
+    atomic_int **users = fails() ? NULL : realloc(a->users, (size_t)n * sizeof *users);
+    if (!users)
+        return -1;
+    memset(users + a->n_slots, 0, (size_t)(n - a->n_slots) * sizeof *users);
+    a->users = users;
     a->n_slots = n;
     return 0;
+}
+
+/* One user of a segment less. */
+static void release(struct arena *a, int64_t i) {
+    atomic_int *users = a->users[i];
+    a->users[i] = NULL;
+    if (users && atomic_fetch_sub(users, 1) > 1)
+        return;
+    free(users);
+    memory_unmap(a->segments[i], a->segment_bytes);
 }
 
 /* Segments until there are n; all of them or none. */
@@ -67,7 +82,7 @@ static int add_segments(struct arena *a, int64_t n) {
         char *segment = fails() ? NULL : memory_map(a->segment_bytes);
         if (!segment) {
             while (a->n_segments > before)
-                memory_unmap(a->segments[--a->n_segments], a->segment_bytes);
+                release(a, --a->n_segments);
             return -1;
         }
         a->segments[a->n_segments++] = segment;
@@ -94,11 +109,89 @@ int arena_init(struct arena *a, const struct arena_config *config) {
     return 0;
 }
 
+void arena_clear(struct arena *a) {
+    while (a->n_segments > a->n_dropped)
+        release(a, --a->n_segments);
+    a->n_segments = a->n_dropped = a->rows_reserved = 0;
+}
+
 void arena_free(struct arena *a) {
-    while (a->n_segments > 0)
-        memory_unmap(a->segments[--a->n_segments], a->segment_bytes);
+    arena_clear(a);
     free(a->segments);
+    free(a->users);
     memset(a, 0, sizeof *a);
+}
+
+int arena_own(struct arena *a, int64_t from, int64_t to) {
+    for (int64_t i = from / a->config.r; i * a->config.r < to && i < a->n_segments; i++) {
+        if (i < a->n_dropped || !a->users[i])
+            continue;
+        if (atomic_load(a->users[i]) > 1) {
+            char *segment = fails() ? NULL : memory_map(a->segment_bytes);
+            if (!segment)
+                return arena_no_memory(a, a->config.r);
+            memcpy(segment, a->segments[i], a->segment_bytes);
+            release(a, i);
+            a->segments[i] = segment;
+        }
+    }
+    return 0;
+}
+
+/* A segment of the parent that the child has too. */
+static int share(struct arena *child, struct arena *parent, int64_t i) {
+    if (!parent->users[i]) {
+        atomic_int *users = fails() ? NULL : malloc(sizeof *users);
+        if (!users)
+            return -1;
+        atomic_init(users, 1);
+        parent->users[i] = users;
+    }
+    atomic_fetch_add(parent->users[i], 1);
+    child->segments[i] = parent->segments[i];
+    child->users[i] = parent->users[i];
+    child->n_segments = i + 1;
+    return 0;
+}
+
+int arena_fork(struct arena *child, struct arena *parent, int64_t rows) {
+    const int64_t r = parent->config.r, whole = rows / r, n = (rows + r - 1) / r;
+    if (!parent->config.n_streams)
+        return arena_reserve(child, rows);
+    int failed = arena_slots(child, n);
+    for (int64_t i = 0; i < whole && !failed; i++)
+        if (i < parent->n_dropped) {
+            child->segments[i] = parent->segments[i];
+            child->n_segments = child->n_dropped = i + 1;
+        } else
+            failed = share(child, parent, i);
+    if (!failed && n > whole) {
+        char *segment = fails() ? NULL : memory_map(child->segment_bytes);
+        failed = !segment;
+        if (segment) {
+            memcpy(segment, parent->segments[whole], child->segment_bytes);
+            child->segments[child->n_segments++] = segment;
+        }
+    }
+    child->rows_reserved = child->n_segments * r;
+    if (!failed)
+        return 0;
+    arena_clear(child);
+    return arena_no_memory(child, rows);
+}
+
+void arena_drop(struct arena *a, int64_t rows) {
+    for (; (a->n_dropped + 1) * a->config.r <= rows && a->n_dropped + 1 < a->n_segments; a->n_dropped++) {
+        release(a, a->n_dropped);
+        a->segments[a->n_dropped] = a->segments[a->n_segments - 1];     /* memory that can be pointed to */
+    }
+}
+
+int64_t arena_mapped(const struct arena *a) {
+    int64_t bytes = 0;
+    for (int64_t i = a->n_dropped; i < a->n_segments; i++)
+        bytes += (int64_t)a->segment_bytes / (a->users[i] ? atomic_load(a->users[i]) : 1);
+    return bytes;
 }
 
 int arena_reserve(struct arena *a, int64_t rows) {

@@ -14,6 +14,7 @@
 
 #include "bmc.h"
 
+#include <stdatomic.h>
 #include <stddef.h>
 #include <stdint.h>
 
@@ -35,7 +36,9 @@ struct arena_config {
 struct arena {
     struct arena_config config;     /* r as it is used */
     char **segments;                /* (n_segments,) */
+    atomic_int **users;             /* (n_segments,) how many arenas share the segment; NULL: it is this one's alone */
     int64_t n_segments, n_slots;
+    int64_t n_dropped;              /* the first ones, whose rows nobody will read: only their places are left */
     int64_t segment_tiles;          /* tiles of one head in each segment */
     size_t segment_bytes;           /* mapped for each segment */
     int64_t rows_reserved;
@@ -50,6 +53,18 @@ void arena_free(struct arena *a);               /* twice is fine */
 
 /* Room for `rows` rows in all. BMC_EFULL beyond the cap, BMC_ENOMEM: then the arena is as it was. */
 int arena_reserve(struct arena *a, int64_t rows);
+
+/* An arena with the first `rows` rows of another, which has the same configuration: whole segments are shared, the rest is copied. A
+ * shared segment is never written: arena_own has to come before rows are. 0, or BMC_ENOMEM and the child is empty. */
+int arena_fork(struct arena *child, struct arena *parent, int64_t rows);
+
+/* Makes rows [from, to) this arena's own. 0 or BMC_ENOMEM. */
+int arena_own(struct arena *a, int64_t from, int64_t to);
+
+/* Gives back whole segments of rows below `rows`: nobody will read them. */
+void arena_drop(struct arena *a, int64_t rows);
+void arena_clear(struct arena *a);              /* no rows any more */
+int64_t arena_mapped(const struct arena *a);    /* bytes, a shared segment divided among its users */
 
 /* The tile with rows [16 * tile, 16 * tile + 16) of a head; the rows have to be reserved. */
 static inline void *arena_tile(const struct arena *a, int stream, int head, int64_t tile) {

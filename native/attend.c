@@ -94,7 +94,7 @@ static struct cut make_cut(const struct pass *p, const struct queries *a) {
 static void find_tiles(const struct pass *p, const struct queries *a, const struct task *t, int h, int chunk, const uint16_t *tiles[]) {
     int last = (p->at[t->first + t->n_rows / group_size(a->block) - 1].end - 1) / TILE;
     for (int i = 0; i < CHUNK / TILE; i++)
-        tiles[i] = arena_tile(&p->at[t->first].session->arena, a->rows->stream, h, smaller(chunk * (CHUNK / TILE) + i, last));
+        tiles[i] = tile_of(p->at[t->first].session, a->rows, h, smaller(chunk * (CHUNK / TILE) + i, last));
 }
 
 /* What is likely to be read next: the head's next chunk, or the next head's first. */

@@ -10,36 +10,36 @@
 #define IN_MODEL(field) offsetof(bmc_model, field)
 
 static const struct role model_roles[] = {
-    { "token_embd", IN_MODEL(token_embd), MATRIX, VOCAB, DIM, true },
-    { "position_embd", IN_MODEL(position_embd), MATRIX, CTX, DIM, false },
-    { "token_types", IN_MODEL(token_types), MATRIX, ONE, DIM, false },
-    { "per_layer_token_embd", IN_MODEL(per_layer_embd), MATRIX, VOCAB, PER_LAYERS, false },
-    { "per_layer_model_proj", IN_MODEL(per_layer_proj), MATRIX, PER_LAYERS, DIM, false },
-    { "per_layer_proj_norm", IN_MODEL(per_layer_norm), VECTOR, ONE, PER_LAYER_DIM, false },
-    { "token_embd_norm", IN_MODEL(embd_norm), VECTOR, ONE, DIM, false },
-    { "token_embd_norm.bias", IN_MODEL(embd_norm_bias), VECTOR, ONE, DIM, false },
-    { "output_norm", IN_MODEL(output_norm), VECTOR, ONE, DIM, false },
-    { "output_norm.bias", IN_MODEL(output_norm_bias), VECTOR, ONE, DIM, false },
-    { "output", IN_MODEL(output), MATRIX, VOCAB, DIM, false },
+    { "token_embd", IN_MODEL(token_embd), MATRIX, VOCAB, DIM, true, 0 },
+    { "position_embd", IN_MODEL(position_embd), MATRIX, CTX, DIM, false, 0 },
+    { "token_types", IN_MODEL(token_types), MATRIX, ONE, DIM, false, 0 },
+    { "per_layer_token_embd", IN_MODEL(per_layer_embd), MATRIX, VOCAB, PER_LAYERS, false, 0 },
+    { "per_layer_model_proj", IN_MODEL(per_layer_proj), MATRIX, PER_LAYERS, DIM, false, 0 },
+    { "per_layer_proj_norm", IN_MODEL(per_layer_norm), VECTOR, ONE, PER_LAYER_DIM, false, 0 },
+    { "token_embd_norm", IN_MODEL(embd_norm), VECTOR, ONE, DIM, false, 0 },
+    { "token_embd_norm.bias", IN_MODEL(embd_norm_bias), VECTOR, ONE, DIM, false, 0 },
+    { "output_norm", IN_MODEL(output_norm), VECTOR, ONE, DIM, false, 0 },
+    { "output_norm.bias", IN_MODEL(output_norm_bias), VECTOR, ONE, DIM, false, 0 },
+    { "output", IN_MODEL(output), MATRIX, VOCAB, DIM, false, 0 },
     { 0 },
 };
 
 /* Of every block; Python says which of the file's norms they are. */
 static const struct role common_roles[] = {
-    { "norm", IN_BLOCK(norm), VECTOR, ONE, DIM, false },
-    { "norm.bias", IN_BLOCK(norm_bias), VECTOR, ONE, DIM, false },
-    { "post_norm", IN_BLOCK(post_norm), VECTOR, ONE, DIM, false },
-    { "post_norm.bias", IN_BLOCK(post_norm_bias), VECTOR, ONE, DIM, false },
-    { "sum_norm", IN_BLOCK(sum_norm), VECTOR, ONE, DIM, false },
-    { "out_norm", IN_BLOCK(out_norm), VECTOR, ONE, DIM, false },
-    { "out_norm.bias", IN_BLOCK(out_norm_bias), VECTOR, ONE, DIM, false },
-    { "layer_output_scale", IN_BLOCK(out_scale), VECTOR, ONE, ONE, false },
+    { "norm", IN_BLOCK(norm), VECTOR, ONE, DIM, false, 0 },
+    { "norm.bias", IN_BLOCK(norm_bias), VECTOR, ONE, DIM, false, 0 },
+    { "post_norm", IN_BLOCK(post_norm), VECTOR, ONE, DIM, false, 0 },
+    { "post_norm.bias", IN_BLOCK(post_norm_bias), VECTOR, ONE, DIM, false, 0 },
+    { "sum_norm", IN_BLOCK(sum_norm), VECTOR, ONE, DIM, false, 0 },
+    { "out_norm", IN_BLOCK(out_norm), VECTOR, ONE, DIM, false, 0 },
+    { "out_norm.bias", IN_BLOCK(out_norm_bias), VECTOR, ONE, DIM, false, 0 },
+    { "layer_output_scale", IN_BLOCK(out_scale), VECTOR, ONE, ONE, false, 0 },
     { 0 },
 };
 
 const struct kind *kind_find(int kind) {
     static const struct kind *const kinds[BMC_KINDS] = {
-        [BMC_ATTENTION] = &attention_kind, [BMC_DELTA_NET] = &delta_net_kind, [BMC_MAMBA2] = &mamba2_kind,
+        [BMC_ATTENTION] = &attention_kind, [BMC_MLA] = &mla_kind, [BMC_DELTA_NET] = &delta_net_kind, [BMC_MAMBA2] = &mamba2_kind,
         [BMC_SHORT_CONV] = &short_conv_kind, [BMC_DENSE] = &dense_kind, [BMC_EXPERTS] = &experts_kind, [BMC_PER_LAYER] = &per_layer_kind,
     };
     return kind >= 0 && kind < BMC_KINDS ? kinds[kind] : NULL;
@@ -64,13 +64,17 @@ void model_extents(bmc_model *m) {
     e[PER_LAYERS] = (int64_t)c->per_layer_dim * c->n_layers;
     for (struct block *b = m->blocks; b < m->blocks + c->n_blocks; b++) {
         memcpy(b->extent, m->extent, sizeof b->extent);
-        b->kind->measure(&b->c, b->extent);
+        b->kind->measure(m, &b->c, b->extent);
     }
 }
 
 /* The file's name for it, nearly always. */
 static const char *full_name(const bmc_model *m, const bmc_tensor *t, char text[96]) {
     const char *end = strchr(t->role, '.') ? "" : ".weight";
+    if (t->name) {
+        snprintf(text, 96, "%s", t->name);
+        return text;
+    }
     if (t->block >= 0 && t->block < m->c.n_blocks)
         snprintf(text, 96, "blk.%d.%s%s", (int)m->blocks[t->block].c.layer, t->role, end);
     else
@@ -82,7 +86,7 @@ static const char *full_name(const bmc_model *m, const bmc_tensor *t, char text[
 enum part { VALUES, BIAS, FACTORS };
 struct slot { const struct role *role; enum part part; int64_t n_rows, n_cols; };
 
-static int64_t copies(const struct block *b, const struct role *r) { return r->form == MATRICES ? b->extent[EXPERTS] : 1; }
+static int64_t copies(const struct block *b, const struct role *r) { return r->form == MATRICES ? b->extent[r->count ? r->count : EXPERTS] : 1; }
 
 static struct slot slot_of(const int64_t *e, const struct block *b, const struct role *r, enum part part, const bmc_tensor *t) {
     int64_t n = t->expert >= 0 ? 1 : copies(b, r);
@@ -182,9 +186,9 @@ static struct matrix *matrices(bmc_model *m, struct block *b, const struct role 
     if (r->form == MATRIX)
         return place;
     if (!list->of)
-        list->of = model_own(m, (size_t)b->extent[EXPERTS] * sizeof *list->of);
+        list->of = model_own(m, (size_t)copies(b, r) * sizeof *list->of);
     if (!list->of)
-        fail(BMC_ENOMEM, "no memory for %lld experts", (long long)b->extent[EXPERTS]);
+        fail(BMC_ENOMEM, "no memory for %lld matrices", (long long)copies(b, r));
     return list->of;
 }
 
@@ -226,7 +230,7 @@ int model_bind(bmc_model *m, const bmc_tensor *t) {
     const struct role *const lists[] = { b ? b->kind->roles : model_roles, b ? common_roles : NULL, NULL };
     const struct slot s = find_slot(b ? b->extent : m->extent, b, lists, t);
     if (!s.role)
-        return fail(BMC_EFORMAT, "%s: there is no such role", full_name(m, t, name));
+        return fail(BMC_EFORMAT, "%s: pybmc does not know this tensor", full_name(m, t, name));
     if (t->expert < -1 || t->expert >= copies(b, s.role))
         return fail(BMC_EFORMAT, "%s: there is no expert %d", full_name(m, t, name), (int)t->expert);
     int status = check_tensor(m, t, &s);
@@ -240,7 +244,7 @@ static bool is_bound(const char *base, const struct block *b, const struct role 
     if (r->form != MATRICES)
         return ((const struct vector *)place)->v;
     const struct matrix *list = ((const struct matrices *)place)->of;
-    for (int64_t i = 0; list && i < b->extent[EXPERTS]; i++)
+    for (int64_t i = 0; list && i < copies(b, r); i++)
         if (!list[i].data)
             return false;
     return list;
@@ -262,6 +266,13 @@ int model_check_bound(const bmc_model *m) {
     int status = check_roles(m, (const char *)m, NULL, model_roles);
     for (int i = 0; !status && i < m->c.n_blocks; i++)
         status = check_roles(m, (const char *)&m->blocks[i], &m->blocks[i], m->blocks[i].kind->roles);
+    for (int i = 0; !status && i < m->c.n_blocks; i++) {
+        const struct block *b = &m->blocks[i];
+        char name[96];
+        const char *role = b->kind->missing ? b->kind->missing(b) : NULL;
+        if (role)
+            status = fail(BMC_EFORMAT, "%s is missing", full_name(m, &(bmc_tensor){ .role = role, .block = i }, name));
+    }
     return status;
 }
 

@@ -28,9 +28,9 @@ enum bmc_status {
 };
 
 enum bmc_norm { BMC_NORM_RMS = 0, BMC_NORM_LAYER = 1 };
-enum bmc_act {              /* SiLU; GELU in its tanh form; ReLU and its square; xIELU; gpt-oss's clamped SwiGLU; sigmoid; softplus */
-    BMC_ACT_SILU = 0, BMC_ACT_GELU = 1, BMC_ACT_RELU, BMC_ACT_RELU2, BMC_ACT_XIELU, BMC_ACT_SWIGLU_OAI, BMC_ACT_SIGMOID,
-    BMC_ACT_SOFTPLUS, BMC_ACTS
+enum bmc_act {              /* GELU in its tanh form; RELU2: ReLU squared; SWIGLU_OAI: gpt-oss's, clamped */
+    BMC_ACT_SILU = 0, BMC_ACT_GELU = 1, BMC_ACT_RELU, BMC_ACT_RELU2, BMC_ACT_XIELU, BMC_ACT_SWIGLU_OAI,
+    BMC_ACT_SIGMOID, BMC_ACT_SOFTPLUS, BMC_ACTS
 };
 enum bmc_rope { BMC_ROPE_NONE = 0, BMC_ROPE_PAIRS = 1, BMC_ROPE_HALVES = 2 };    /* (0,1)(2,3).. or (0,d/2)(1,d/2+1).. */
 enum bmc_want { BMC_WANT_NONE = 0, BMC_WANT_LAST = 1, BMC_WANT_ALL = 2 };
@@ -146,6 +146,7 @@ typedef struct bmc_config {
  * data must stay readable and unchanged while the model lives. */
 typedef struct bmc_tensor {
     const char *role;
+    const char *name;               /* the file's, for messages; NULL: made of the role */
     int32_t block;                  /* -1 outside the blocks */
     int32_t expert;                 /* -1: all of them, or the role has none */
     int32_t type;
@@ -280,6 +281,8 @@ void        bmc_model_free(bmc_model *model);                            /* once
 /* cap: rows of keys and values at most. r: how many are added at a time, rounded up to 16; 0: what suits the model.
  * rope 1: every layer takes table 1, as a model stretched to long contexts asks. */
 int         bmc_session_new(bmc_model *model, int64_t cap, int r, int rope, bmc_session **session);
+/* A new session with the first tokens of another, whose rows they share as far as whole segments go; neither changes the other. */
+int         bmc_session_fork(bmc_session *session, int position, bmc_session **fork);
 int         bmc_session_position(const bmc_session *session);
 const int32_t *bmc_session_tokens(const bmc_session *session);          /* (position,) the tokens of its rows */
 int         bmc_session_sync(bmc_session *session, const int32_t *tokens, int n);      /* keeps the rows that a text begins with; how many */

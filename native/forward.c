@@ -92,7 +92,7 @@ static struct tokens normed(const struct pass *p, const struct block *waits, str
     const int dim = m->c.dim;
     const size_t stride = padded(dim);
     const bool own = p->n_tok <= FEW && !waits && !keep_input;
-    struct tokens in = { b->xb, b->act, p->n_tok };
+    struct tokens in = { b->xb, b->act, p->n_tok, 0, 0 };
     int64_t from = 0, to = p->n_tok;
     if (own) {
         in.x = b->own_xb + (size_t)thread * FEW * stride;

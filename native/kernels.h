@@ -72,14 +72,17 @@ struct attn_job {
     float *m, *l;                   /* (n_rows,) running maximum, sum; -inf and 0 at the start */
     float *o;                       /* (n_rows, v_dim) running weighted sum, not divided by l yet; 0 at the start */
     float softcap;                  /* scores become softcap * tanh(score / softcap); 0: off */
-    const float *slope;             /* (n_rows,) then score = fma(-slope, |at - t|, score) for cache row t; or NULL */
-    const int *at;                  /* (n_rows,) the queries' own rows, relative to the chunk like t; read with slope alone */
+    const float *slope;             /* (n_rows,) ALiBi, after softcap: fma(-slope, |at - t|, score); NULL: off */
+    const int *at;                  /* (n_rows,) the queries' own rows, relative to the chunk as t is; for slope */
 };
 
 /* A recurrence over n_tok tokens, for 16 values of one head's state s (n_keys, 16). For each token in order:
- *     s = decay * s;  where v is given: d = beta * (v - s^T k);  s_i = fma(k_i, d, s_i) for every key i;  o = s^T q
- * A dot product is four sums over ascending keys, key i in sum i % 4, each a chain of fma, folded (0 + 1) + (2 + 3). A token's
- * results do not depend on where a call begins and ends, and the d and decay of earlier tokens give s again. */
+ *     s = decay * s
+ *     d = beta * (v - s^T k)              where v is given
+ *     s_i = fma(k_i, d, s_i)              for every key i
+ *     o = s^T q                           where q is given
+ * A dot product is four sums over ascending keys, key i in sum i % 4, each a chain of fma, folded (0 + 1) + (2 + 3).
+ * Tokens in one call or in several give the same bits; k, d and decay of a token update an older s again. */
 struct recur_job {
     float *s;
     int n_keys, n_tok;
@@ -89,7 +92,7 @@ struct recur_job {
     const float *v, *beta;          /* 16 values and one a token; NULL: d is given */
     float *d;                       /* 16 values a token: written where v is given, else read */
     float *o;                       /* 16 values a token */
-    size_t decay_stride, k_stride, q_stride, v_stride, beta_stride, d_stride, o_stride;     /* floats from token to token */
+    size_t decay_stride, k_stride, q_stride, v_stride, beta_stride, d_stride, o_stride;     /* floats, token to token */
 };
 
 struct kernels {
@@ -109,9 +112,9 @@ struct kernels {
     /* y may be x in all of these. Norms: weight NULL is 1, bias NULL is 0. */
     void (*rmsnorm)(float *y, const float *x, const float *weight, const float *bias, int n, float eps);
     void (*layernorm)(float *y, const float *x, const float *weight, const float *bias, int n, float eps);
-    /* By enum bmc_act: y = x * f(gate), x NULL: f(gate). y may be gate too. param, of XIELU alone: p, n, b and e in
-     * g > 0: p g^2 + b g, else (expm1(min(g, e)) - g) n + b g. SWIGLU_OAI, g = min(gate, 7) and u = x within -7 .. 7:
-     * g sigmoid(1.702 g) (u + 1); its x is never NULL. */
+    /* By enum bmc_act: y = x * f(gate), x NULL: f(gate). y may be gate too. param is NULL but for
+     * XIELU: p, n, b, e of f(g) = p g^2 + b g where g > 0, else (expm1(min(g, e)) - g) n + b g.
+     * SWIGLU_OAI: g sigmoid(1.702 g) (u + 1), g = min(gate, 7), u = x within -7 .. 7; x is not NULL. */
     void (*act[BMC_ACTS])(float *y, const float *x, const float *gate, int n, const float *param);
     void (*softcap)(float *x, float cap, int n);                                        /* x = cap * tanh(x / cap) */
     void (*add)(float *y, const float *x, int n);
@@ -121,8 +124,8 @@ struct kernels {
     void (*rope_pairs)(float *x, const float *cos, const float *sin, int n);            /* cos and sin: (n / 2,) */
     void (*rope_halves)(float *x, const float *cos, const float *sin, int n);
 
-    /* y[c] = bias[c] (NULL: 0), then fma(weight[i][c], rows[i][c], y[c]) for i = 0 .. k - 1. weight: k rows, `stride` floats apart,
-     * which may be read up to n rounded up to 16. */
+    /* y[c] = bias[c] (NULL: 0), then y[c] = fma(weight[i][c], rows[i][c], y[c]) for i = 0 .. k - 1. y may be one of the rows.
+     * weight: k rows, `stride` floats apart, each readable up to n rounded up to 16. */
     void (*conv)(float *y, const float *const *rows, const float *weight, size_t stride, const float *bias, int k, int n);
     void (*recur)(const struct recur_job *job);
 

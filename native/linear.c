@@ -55,14 +55,15 @@ struct matrix slice(const struct pass *p, const struct matrix *w, int from, int 
 }
 
 static struct panel_job job_of(const struct product *r, const struct matrix *part, int row, int tile) {
-    int width = tile_width(r->in.n), first = tile * width;
+    int width = tile_width(r->in.n), first = tile * width, n_cols = columns(r->in.n, tile, width);
+    const size_t wide = (size_t)(r->in.wide ? r->in.wide : part->n_cols);
     return (struct panel_job){
         .codes = part->codes, .code_stride = part->code_stride,
         .scales = part->scales, .scale_stride = part->scale_stride,
         .n_panels = n_panels(part->n_rows), .n_rows = (int)part->n_rows,
-        .k = (int)part->n_cols, .n_cols = columns(r->in.n, tile, width),
-        .act = r->in.act + (size_t)first * (size_t)(part->n_cols / 32),
-        .x = r->in.x + (size_t)first * padded(part->n_cols), .x_stride = padded(part->n_cols),
+        .k = (int)part->n_cols, .n_cols = n_cols,
+        .act = r->in.act + (size_t)first * (wide / 32) + (size_t)(r->in.from / 32 * n_cols),
+        .x = r->in.x + (size_t)first * padded((int64_t)wide) + r->in.from, .x_stride = padded((int64_t)wide),
         .bias = part->bias, .out = r->y + (size_t)first * r->y_stride + row, .out_stride = r->y_stride, .add = r->add,
     };
 }

@@ -300,14 +300,25 @@ static int copy_ropes(bmc_model *m, const bmc_config *config) {
     return 0;
 }
 
+void add_rows(bmc_model *m, struct block *b, int n_heads, int k_dim, int v_dim) {
+    b->rows = b->c.window && m->c.causal ? WINDOWS : ALL_ROWS;
+    b->stream = m->n_streams[b->rows]++;
+    m->streams[b->rows][b->stream] = (struct arena_stream){
+        .n_heads = n_heads, .tile_bytes = (int64_t)TILE * (int64_t)((size_t)k_dim + padded(v_dim)) * (int64_t)sizeof(uint16_t),
+    };
+    if (b->rows == WINDOWS)
+        m->window = larger(m->window, b->c.window);
+}
+
 /* Blocks, and the streams of those that keep something of the tokens before. */
 static int make_blocks(bmc_model *m, const bmc_config *config) {
     const size_t n = (size_t)config->n_blocks;
     m->c = *config;
     m->blocks = model_own(m, (n + 1) * sizeof *m->blocks);
-    m->row_streams = model_own(m, n * sizeof *m->row_streams);
+    for (int i = 0; i < ARENAS; i++)
+        m->streams[i] = model_own(m, n * sizeof *m->streams[i]);
     m->state_sizes = model_own(m, n * sizeof *m->state_sizes);
-    if (!m->blocks || !m->row_streams || !m->state_sizes || copy_ropes(m, config))
+    if (!m->blocks || !m->streams[ALL_ROWS] || !m->streams[WINDOWS] || !m->state_sizes || copy_ropes(m, config))
         return fail(BMC_ENOMEM, "no memory for %zu blocks", n);
     m->c.blocks = NULL;
     m->last_mixer = -1;
@@ -326,7 +337,8 @@ static int make_blocks(bmc_model *m, const bmc_config *config) {
     for (int i = 0; i < config->n_blocks; i++)
         if (m->blocks[i].kind->stream)
             m->blocks[i].kind->stream(m, &m->blocks[i]);
-    m->row_bytes = arena_streams(m->row_streams, m->n_row_streams) / TILE;
+    for (int i = 0; i < ARENAS; i++)
+        m->row_bytes[i] = arena_streams(m->streams[i], m->n_streams[i]) / TILE;
     states_measure(m->state_sizes, m->n_states);
     return 0;
 }

@@ -35,7 +35,8 @@ struct vector { const float *v; int n_rows, n_cols; };
 
 struct attention {
     struct matrix q, k, v, output, gate;
-    struct matrix q_a, q_b, kv_a, k_b, v_b;             /* MLA */
+    struct matrix q_a, q_b, kv_a;                       /* MLA */
+    struct matrices k_b, v_b;                           /* of each head */
     struct vector q_norm, k_norm;                       /* (k_dim,), (n_heads, k_dim) or, of all heads together, (n_heads k_dim,) */
     struct vector q_norm_bias, k_norm_bias;
     struct vector q_a_norm, kv_a_norm;
@@ -78,7 +79,8 @@ struct block {
     struct vector sum_norm;                             /* of the sum of blocks side by side */
     struct vector out_norm, out_norm_bias;              /* x becomes its norm after the sum */
     struct vector out_scale;                            /* (1,) x is multiplied by it at the end */
-    int stream;                                         /* of rows in the arena, or of states; -1: none */
+    int rows;                                           /* which arena its rows are in: ALL_ROWS or WINDOWS */
+    int stream;                                         /* there, or of the states; -1: none */
     union {
         struct attention attention;
         struct recurrent recurrent;
@@ -92,6 +94,11 @@ struct block {
  * at a time; tasks that keep a thread busy to the end; floats for the sums of chunks whose task is cut; panels made at a time
  * where none are kept. */
 enum { WHOLE_MAX = 8192, PASS_MAX = 512, SAMPLED_MAX = 64, HEAD_ROWS = 256, TASKS_EACH = 8, PART_FLOATS = 4 << 20, ROOM_PANELS = 16 };
+
+/* Keys and values of blocks that see all rows, and of those that see a window: of the latter, rows that are WINDOW_SPARE behind
+ * the window are given back. */
+enum { ALL_ROWS, WINDOWS, ARENAS };
+enum { WINDOW_SPARE = 1024 };
 
 /* Weights of a head that a coarse one is worth its memory for: from here on it is read from memory for each token. */
 enum { COARSE_LEAST = 1 << 24 };
@@ -116,10 +123,11 @@ struct bmc_model {
     struct block *blocks;           /* (c.n_blocks,) */
     int last_mixer;                 /* after its rows are stored only tokens that are asked for go on */
     int pass_max;                   /* tokens in one pass */
-    int n_row_streams, n_states;
-    struct arena_stream *row_streams;
+    int n_streams[ARENAS], n_states;
+    struct arena_stream *streams[ARENAS];
+    int window;                     /* the largest of blocks that do not see everything */
     struct state_size *state_sizes;
-    int64_t row_bytes;              /* keys and values of one token, all streams */
+    int64_t row_bytes[ARENAS];      /* keys and values of one token */
 
     void *panels;                   /* all panels, in huge pages */
     size_t panel_bytes;             /* of the file's rows, where there are none */
@@ -135,7 +143,8 @@ struct bmc_model {
 
 struct bmc_session {
     bmc_model *model;
-    struct arena arena;
+    struct arena arenas[ARENAS];
+    int64_t cap;                    /* rows at most */
     struct states states;
     int position;                   /* rows in use */
     int32_t *tokens;                /* (n_tokens,) the first `position` of them are those of the rows */

@@ -70,8 +70,9 @@ struct buffers {
     size_t bytes;
 };
 
-/* n tokens: rows of floats, and the same in 8 bits, as tiles of columns. */
-struct tokens { float *x; struct act_block *act; int n; };
+/* n tokens: rows of floats, and the same in 8 bits, as tiles of columns. wide > 0: the rows have so many values, and a product reads
+ * those from `from` on, both whole blocks of 32 where it reads 8 bits. */
+struct tokens { float *x; struct act_block *act; int n; int wide, from; };
 
 /* Where a block's result goes: rows of dim floats; add: to what is there. */
 struct sink { float *y; bool add; };
@@ -88,9 +89,10 @@ struct kind {
     const char *name;
     const struct role *roles;       /* its tensors; the last has no name */
     int (*check)(const bmc_model *m, const bmc_block *c);           /* settings; 0, or a failure */
-    void (*measure)(const bmc_block *c, int64_t *extent);           /* the sizes its tensors' shapes are made of */
+    void (*measure)(const bmc_model *m, const bmc_block *c, int64_t *extent);           /* the sizes its tensors' shapes are made of */
     struct need (*need)(const bmc_model *m, const struct block *b);
     bool mixes;                     /* tokens see others */
+    const char *(*missing)(const struct block *b);                  /* a tensor that these settings need; NULL: none; or NULL */
     void (*stream)(bmc_model *m, struct block *b);                  /* asks for rows or a state in every session; or NULL */
     void (*run)(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread);
 };
@@ -99,7 +101,7 @@ const struct kind *kind_find(int kind);         /* NULL */
 
 /* Tensors of a kind. A matrix may come with biases (rows,) and factors, one float, also of each expert. */
 enum form { VECTOR, MATRIX, MATRICES, TRANSPOSED };
-struct role { const char *name; size_t offset; enum form form; enum extent rows, cols; bool required; };
+struct role { const char *name; size_t offset; enum form form; enum extent rows, cols; bool required; enum extent count; };     /* count: of MATRICES, EXPERTS if 0 */
 #define IN_BLOCK(field) offsetof(struct block, field)
 
 void forward(struct pass *pass);
@@ -173,6 +175,16 @@ int multiply_group(const struct pass *p, const struct matrix *w, struct tokens i
 struct matrix slice(const struct pass *p, const struct matrix *w, int from, int to, int thread, int room);
 void project(const struct pass *p, const struct product *r, const struct matrix *part, int row, int tile);
 int tile_width(int n_tok);
+
+/* Rows of keys and values in every session for a block: called by its kind's stream(). */
+void add_rows(bmc_model *m, struct block *b, int n_heads, int k_dim, int v_dim);
+
+static inline uint16_t *tile_of(const bmc_session *s, const struct block *b, int head, int tile) {
+    return arena_tile(&s->arenas[b->rows], b->stream, head, tile);
+}
+
+/* A head's first values turn by the token's position: layers/attention.c. */
+void turn(const struct pass *p, const struct block *b, float *head, int t);
 
 /* Attention over rows of the cache: attend.c. */
 

@@ -62,7 +62,7 @@ static int32_t text_token(const struct turn *t, int i) {
 /* How many guesses its settings, its length and its context leave room for. */
 static int room(const struct turn *t) {
     const bmc_item *item = t->item;
-    int left = smaller(item->max_tokens - item->n, (int)item->session->arena.config.cap - item->session->position) - 1;
+    int left = smaller(item->max_tokens - item->n, (int)item->session->cap - item->session->position) - 1;
     int most = smaller(left, t->drafter ? smaller(t->drafter->o.most, GUESSES) : GUESSES);
     bool few = most < 0 || (t->drafter && most < t->drafter->o.least);
     return few || !item->choose || t->n_pending > 1 ? 0 : most;
@@ -145,7 +145,7 @@ static int lag(const struct turn *t) {
 /* Let the draft model begin anew with the last tokens of the text, `window` at most. */
 static void restart(struct turn *t) {
     bmc_session *draft = t->drafter->o.draft;
-    int most = smaller(t->drafter->window, (int)draft->arena.config.cap / 2);
+    int most = smaller(t->drafter->window, (int)draft->cap / 2);
     bmc_session_rewind(draft, 0);
     draft->offset = larger(0, t->length - most);
 }
@@ -237,7 +237,7 @@ static void widen_window(const struct group *g, struct turn *t) {
     bmc_drafter *d = t->drafter;
     const bmc_session *draft = d->o.draft;
     int wanted = smaller(d->window * WIDER, t->length);
-    if (draft->offset == 0 || wanted > (int)draft->arena.config.cap / 2)
+    if (draft->offset == 0 || wanted > (int)draft->cap / 2)
         return;
     if (!budget_allows(&d->budget, 2 * cost_at(&g->policy->draft, wanted), false))
         return;
@@ -249,7 +249,7 @@ static void widen_window(const struct group *g, struct turn *t) {
 /* Whether the draft model's session has to begin anew: it would read more than its window, or is full. */
 static bool out_of_reach(const struct turn *t) {
     const bmc_session *draft = t->drafter->o.draft;
-    return lag(t) > larger(t->drafter->window, LAG) || t->length - draft->offset + GUESSES > draft->arena.config.cap;
+    return lag(t) > larger(t->drafter->window, LAG) || t->length - draft->offset + GUESSES > draft->cap;
 }
 
 /* Whether and how the draft model takes part in a turn, whose repetitions are known: it guesses, or it reads a piece of what it

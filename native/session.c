@@ -14,6 +14,8 @@ static int claim(bmc_session *s) {
 }
 
 static int evaluate_claimed(const bmc_span *spans, int n_spans, bool coarse);
+static int go_back(bmc_session *s, int position);
+static int reserve(bmc_session *s, int rows);
 
 static void release(bmc_session *s) { atomic_flag_clear_explicit(&s->busy, memory_order_release); }
 
@@ -32,33 +34,93 @@ static int check_session(const bmc_model *m, int64_t cap, int r, int rope) {
     return 0;
 }
 
+static int init_arenas(bmc_session *s, int r) {
+    const bmc_model *m = s->model;
+    for (int i = 0; i < ARENAS; i++) {
+        const struct arena_config config = {
+            .streams = m->streams[i], .n_streams = m->n_streams[i], .cap = s->cap, .r = r ? r : arena_auto_rows(m->row_bytes[i]),
+        };
+        int status = arena_init(&s->arenas[i], &config);
+        if (status)
+            return status;
+    }
+    return 0;
+}
+
+/* An empty session of a model, which is one of its users from now on. */
+static bmc_session *make_session(bmc_model *m, int64_t cap, int rope) {
+    bmc_session *s = calloc(1, sizeof *s);
+    if (!s) {
+        fail(BMC_ENOMEM, "no memory for a session");
+        return NULL;
+    }
+    states_init(&s->states, m->state_sizes, m->n_states);
+    s->model = m;
+    s->cap = cap;
+    s->rope = rope;
+    atomic_fetch_add(&m->n_users, 1);
+    return s;
+}
+
 int bmc_session_new(bmc_model *m, int64_t cap, int r, int rope, bmc_session **session) {
     int status = check_session(m, cap, r, rope);
     if (status)
         return status;
-    bmc_session *s = calloc(1, sizeof *s);
+    bmc_session *s = make_session(m, cap, rope);
     if (!s)
-        return fail(BMC_ENOMEM, "no memory for a session");
-    struct arena_config config = {
-        .streams = m->row_streams, .n_streams = m->n_row_streams, .cap = cap, .r = r ? r : arena_auto_rows(m->row_bytes),
-    };
-    status = arena_init(&s->arena, &config);
-    if (status) {
-        free(s);
+        return BMC_ENOMEM;
+    status = init_arenas(s, r);
+    if (status)
+        bmc_session_free(s);
+    else
+        *session = s;
+    return status;
+}
+
+/* What the child of a fork has in common with its parent, up to `position`. */
+static int copy_session(bmc_session *s, bmc_session *parent, int position) {
+    int status = init_arenas(s, parent->arenas[ALL_ROWS].config.r);
+    for (int i = 0; !status && i < ARENAS; i++)
+        status = arena_fork(&s->arenas[i], &parent->arenas[i], parent->position);
+    if (!status)
+        status = states_copy(&s->states, &parent->states);
+    s->tokens = malloc((size_t)larger(parent->position, 1) * sizeof *s->tokens);
+    if (!status && !s->tokens)
+        status = fail(BMC_ENOMEM, "no memory for %d tokens", parent->position);
+    if (status)
         return status;
+    if (parent->position)
+        memcpy(s->tokens, parent->tokens, (size_t)parent->position * sizeof *s->tokens);
+    s->n_tokens = larger(parent->position, 1);
+    s->position = parent->position;
+    s->offset = parent->offset;
+    return go_back(s, position);
+}
+
+int bmc_session_fork(bmc_session *parent, int position, bmc_session **session) {
+    int status = parent && session ? claim(parent) : fail(BMC_EINVAL, "bmc_session_fork: needs a session");
+    if (status)
+        return status;
+    if (position < 0 || position > parent->position)
+        status = fail(BMC_EINVAL, "fork: expected 0 to %d, found %d", parent->position, position);
+    bmc_session *s = status ? NULL : make_session(parent->model, parent->cap, parent->rope);
+    if (s && !atomic_flag_test_and_set(&s->busy)) {
+        status = copy_session(s, parent, position);
+        release(s);
+        if (status)
+            bmc_session_free(s);
+        else
+            *session = s;
     }
-    states_init(&s->states, m->state_sizes, m->n_states);
-    s->model = m;
-    s->rope = rope;
-    atomic_fetch_add(&m->n_users, 1);
-    *session = s;
-    return 0;
+    release(parent);
+    return status ? status : s ? 0 : BMC_ENOMEM;
 }
 
 void bmc_session_free(bmc_session *s) {
     if (!s || claim(s))             /* in use: by a thread of the parent of a forked process, which left it half changed */
         return;
-    arena_free(&s->arena);
+    for (int i = 0; i < ARENAS; i++)
+        arena_free(&s->arenas[i]);
     states_free(&s->states);
     free(s->tokens);
     model_release(s->model);
@@ -67,13 +129,27 @@ void bmc_session_free(bmc_session *s) {
 
 int bmc_session_position(const bmc_session *s) { return s->position; }
 
-/* Back to a position that is within the text; states may have to go farther back, and their tokens are evaluated again. */
-static int go_back(bmc_session *s, int position) {
-    int reached = states_rewind(&s->states, position), status = 0;
+/* How far back a session gets towards a position without evaluating tokens again: states may have to go farther, and where rows of
+ * windows are gone it starts anew. */
+static int reach(bmc_session *s, int position) {
+    struct arena *windows = &s->arenas[WINDOWS];
+    int reached = states_rewind(&s->states, position);
+    if (windows->n_dropped && reached + 1 - s->model->window < windows->n_dropped * windows->config.r) {
+        arena_clear(windows);
+        reached = states_rewind(&s->states, 0);
+    }
     s->position = reached;
+    return reached;
+}
+
+/* Back to a position that is within the text. */
+static int go_back(bmc_session *s, int position) {
+    int reached = reach(s, position), status = 0;
     if (reached < position) {
-        bmc_span again = { .session = s, .tokens = s->tokens + reached, .n_tok = position - reached, .want = BMC_WANT_NONE };
-        status = evaluate_claimed(&again, 1, false);
+        const bmc_span again = { .session = s, .tokens = s->tokens + reached, .n_tok = position - reached, .want = BMC_WANT_NONE };
+        status = reserve(s, again.n_tok);
+        if (!status)
+            status = evaluate_claimed(&again, 1, false);
     }
     return status;
 }
@@ -110,7 +186,7 @@ int bmc_session_sync(bmc_session *s, const int32_t *tokens, int n) {
     while (!status && kept < n && kept < s->position && tokens[kept] == s->tokens[kept])
         kept++;
     if (!status)
-        s->position = kept = states_rewind(&s->states, kept);
+        kept = reach(s, kept);
     release(s);
     return status ? status : kept;
 }
@@ -118,9 +194,12 @@ int bmc_session_sync(bmc_session *s, const int32_t *tokens, int n) {
 /* Room for more rows and their tokens. */
 static int reserve(bmc_session *s, int rows) {
     int64_t n = (int64_t)s->position + rows;
-    int status = arena_reserve(&s->arena, n);
-    if (!status)
-        status = states_reserve(&s->states);
+    int status = states_reserve(&s->states);
+    for (int i = 0; !status && i < ARENAS; i++) {
+        status = arena_reserve(&s->arenas[i], n);
+        if (!status)
+            status = arena_own(&s->arenas[i], s->position, n);
+    }
     if (status || n <= s->n_tokens)
         return status;
     int64_t wanted = n > 2 * (int64_t)s->n_tokens ? n : 2 * (int64_t)s->n_tokens;
@@ -142,11 +221,12 @@ int bmc_session_reserve(bmc_session *s, int rows) {
 }
 
 int bmc_session_stats(const bmc_session *s, bmc_arena_stats *stats) {
-    const struct arena *a = &s->arena;
-    *stats = (bmc_arena_stats){
-        .rows_reserved = a->rows_reserved, .rows_used = s->position, .r = a->config.r,
-        .bytes_reserved = a->n_segments * (int64_t)a->segment_bytes + states_bytes(&s->states), .row_bytes = arena_row_bytes(a),
-    };
+    const struct arena *a = &s->arenas[s->model->n_streams[ALL_ROWS] ? ALL_ROWS : WINDOWS];
+    *stats = (bmc_arena_stats){ .rows_reserved = a->rows_reserved, .rows_used = s->position, .r = a->config.r, .bytes_reserved = states_bytes(&s->states) };
+    for (int i = 0; i < ARENAS; i++) {
+        stats->bytes_reserved += arena_mapped(&s->arenas[i]);
+        stats->row_bytes += arena_row_bytes(&s->arenas[i]);
+    }
     return 0;
 }
 
@@ -256,8 +336,12 @@ static void run_passes(struct pass *p, const bmc_span *spans, int n) {
                 run_pass(p);
         }
     }
-    for (int s = 0; s < n; s++)
-        spans[s].session->position += spans[s].n_tok;
+    for (int s = 0; s < n; s++) {
+        bmc_session *session = spans[s].session;
+        session->position += spans[s].n_tok;
+        if (p->model->window)
+            arena_drop(&session->arenas[WINDOWS], session->position - p->model->window - WINDOW_SPARE);
+    }
 }
 
 /* What a pass notes down, made for one call. */

@@ -4,8 +4,17 @@
 #include "error.h"
 #include "memory.h"
 
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
+
+struct copy { atomic_int users; float values[]; };
+
+static void drop(struct snapshot *p) {
+    if (p->copy && atomic_fetch_sub(&p->copy->users, 1) == 1)
+        free(p->copy);
+    *p = (struct snapshot){ 0 };
+}
 
 static size_t stream_floats(const struct state_size *size) {
     return 2 * size->floats + ((size_t)(LOG_MAX + size->n_before) * size->row + 15) / 16 * 16;
@@ -34,7 +43,7 @@ void states_init(struct states *s, const struct state_size *sizes, int n) {
 void states_free(struct states *s) {
     memory_unmap(s->memory, s->floats * sizeof(float));
     for (int i = 0; i < SNAPSHOTS; i++)
-        free(s->snapshots[i].values);
+        drop(&s->snapshots[i]);
     memset(s, 0, sizeof *s);
 }
 
@@ -48,7 +57,7 @@ int states_reserve(struct states *s) {
 int64_t states_bytes(const struct states *s) {
     size_t floats = s->memory ? s->floats : 0;
     for (int i = 0; i < SNAPSHOTS; i++)
-        floats += s->snapshots[i].values ? snapshot_floats(s) : 0;
+        floats += s->snapshots[i].copy ? snapshot_floats(s) / (size_t)atomic_load(&s->snapshots[i].copy->users) : 0;
     return (int64_t)(floats * sizeof(float));
 }
 
@@ -67,16 +76,16 @@ void states_done(struct states *s, const struct state_run *run) {
     s->current = run->start + run->n;
 }
 
-static void copy(float *to, const float *from, size_t floats) { memcpy(to, from, floats * sizeof *to); }
+static void copy_floats(float *to, const float *from, size_t floats) { memcpy(to, from, floats * sizeof *to); }
 
 /* Each stream's anchor and the rows before it, into values. */
 static void save(const struct states *s, float *values) {
     for (int i = 0; i < s->n; i++) {
         const struct state_size *size = &s->sizes[i];
-        copy(values, state_anchor(s, i), size->floats);
+        copy_floats(values, state_anchor(s, i), size->floats);
         values += size->floats;
         for (int j = -size->n_before; j < 0; j++, values += size->row)
-            copy(values, state_row(s, i, s->base + j), size->row);
+            copy_floats(values, state_row(s, i, s->base + j), size->row);
     }
 }
 
@@ -84,11 +93,11 @@ static void save(const struct states *s, float *values) {
 static void load(const struct states *s, const float *values) {
     for (int i = 0; i < s->n; i++) {
         const struct state_size *size = &s->sizes[i];
-        copy(state_anchor(s, i), values, size->floats);
-        copy(state_current(s, i), values, size->floats);
+        copy_floats(state_anchor(s, i), values, size->floats);
+        copy_floats(state_current(s, i), values, size->floats);
         values += size->floats;
         for (int j = -size->n_before; j < 0; j++, values += size->row)
-            copy(state_row(s, i, s->base + j), values, size->row);
+            copy_floats(state_row(s, i, s->base + j), values, size->row);
     }
 }
 
@@ -104,7 +113,7 @@ static void clear(const struct states *s) {
 static const struct snapshot *last_snapshot(const struct states *s, int position) {
     const struct snapshot *last = NULL;
     for (const struct snapshot *p = s->snapshots; p < s->snapshots + SNAPSHOTS; p++)
-        if (p->values && p->position <= position && (!last || p->position > last->position))
+        if (p->copy && p->position <= position && (!last || p->position > last->position))
             last = p;
     return last;
 }
@@ -115,14 +124,12 @@ int states_rewind(struct states *s, int position) {
     const struct snapshot *last = last_snapshot(s, position);
     s->base = s->current = last ? last->position : 0;
     if (last)
-        load(s, last->values);
+        load(s, last->copy->values);
     else
         clear(s);
     for (struct snapshot *p = s->snapshots; p < s->snapshots + SNAPSHOTS; p++)
-        if (p->position > position) {           /* of tokens that are gone */
-            free(p->values);
-            *p = (struct snapshot){ 0 };
-        }
+        if (p->position > position)             /* of tokens that are gone */
+            drop(p);
     return s->base;
 }
 
@@ -133,7 +140,7 @@ static struct snapshot *next_snapshot(struct states *s) {
     for (struct snapshot *p = s->snapshots; p < s->snapshots + SNAPSHOTS; p++) {
         const struct snapshot *before = last_snapshot(s, p->position - 1);
         const int tokens = p->position - (before ? before->position : 0);
-        if (!p->values)
+        if (!p->copy)
             return p;
         if (!place || tokens < fewest) {
             place = p;
@@ -147,12 +154,27 @@ int states_snapshot(struct states *s) {
     const struct snapshot *last = last_snapshot(s, s->base);
     if (!s->base || (last && last->position == s->base))
         return 0;
-    struct snapshot *place = next_snapshot(s);
-    if (!place->values)
-        place->values = malloc(snapshot_floats(s) * sizeof *place->values);
-    if (!place->values)
+    struct copy *copy = malloc(sizeof *copy + snapshot_floats(s) * sizeof *copy->values);
+    if (!copy)
         return fail(BMC_ENOMEM, "no memory for a snapshot of %.0f MB", (double)snapshot_floats(s) * sizeof(float) / 1e6);
-    place->position = s->base;
-    save(s, place->values);
+    struct snapshot *place = next_snapshot(s);
+    drop(place);
+    atomic_init(&copy->users, 1);
+    save(s, copy->values);
+    *place = (struct snapshot){ s->base, copy };
+    return 0;
+}
+
+int states_copy(struct states *to, const struct states *from) {
+    const int status = from->memory ? states_reserve(to) : 0;
+    if (status || !from->memory)
+        return status;
+    copy_floats(to->memory, from->memory, from->floats);
+    to->base = from->base;
+    to->current = from->current;
+    memcpy(to->snapshots, from->snapshots, sizeof to->snapshots);
+    for (int i = 0; i < SNAPSHOTS; i++)
+        if (to->snapshots[i].copy)
+            atomic_fetch_add(&to->snapshots[i].copy->users, 1);
     return 0;
 }

@@ -32,7 +32,8 @@ struct state_run {
     bool replay;                    /* the current state is beyond `start`: begin with the anchor and the log */
 };
 
-struct snapshot { int position; float *values; };
+struct copy;
+struct snapshot { int position; struct copy *copy; };             /* forks share copies */
 
 struct states {
     const struct state_size *sizes; /* (n,) */
@@ -60,6 +61,7 @@ int states_rewind(struct states *s, int position);
 
 /* Keeps a copy of the anchors: to go back to `base` or a little beyond will need few tokens. 0 or BMC_ENOMEM. */
 int states_snapshot(struct states *s);
+int states_copy(struct states *to, const struct states *from);  /* to: of the same sizes, empty; 0 or BMC_ENOMEM */
 int64_t states_bytes(const struct states *s);
 
 static inline float *state_current(const struct states *s, int stream) { return s->memory + s->sizes[stream].at; }

@@ -12,8 +12,9 @@ ROWS_SHOWN = 4096                       # tokens of context that the estimate of
 
 
 def describe(path) -> dict:
-    """The facts about a file, as `pybmc show --json` prints them. Raises FormatError where it is no sound GGUF."""
-    with GGUF(path) as file:
+    """The facts about a file, as `pybmc show --json` prints them. Raises FormatError where it is no sound GGUF. path may be
+    an open GGUF, which is closed."""
+    with path if isinstance(path, GGUF) else GGUF(path) as file:
         def text(key):
             return value if isinstance(value := file.metadata.get(key), str) else None
 

@@ -409,7 +409,7 @@ def test_help_loads_nothing_heavy(args):
             "assert foreign == {'click', 'pybmc'}, foreign\n"
             "print(*foreign, *(name for name in new if name.startswith('pybmc.')), file=sys.stderr)")
     done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=True)
-    own = {"options", "files", "measure", "proof", "talk", "terminal"}
+    own = {"options", "batch", "files", "hub", "measure", "proof", "talk", "terminal"}
     assert set(done.stderr.split()) <= {"click", "pybmc", "pybmc._lazy", "pybmc.errors", "pybmc.chat", "pybmc.chat.reasoning",
                                         "pybmc.cli", *(f"pybmc.cli.{name}" for name in own)}
 

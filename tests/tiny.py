@@ -26,7 +26,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2", "gemma3", "phi3")
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
-         "IQ4_NL", "IQ4_XS", "MXFP4")
+         "IQ4_NL", "IQ4_XS", "MXFP4", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0",
+         "TQ2_0", "NVFP4")
+OWN_TYPES = ("Q1_0", "Q2_0")        # that the gguf package does not decode
+NUMBERS = {quant.name: int(quant) for quant in GGMLQuantizationType} | {"Q2_0": 42}
+GGML_QUANT_SIZES.setdefault(NUMBERS["Q2_0"], (64, 18))
 
 TEXT = """\
 Once upon a time there was a small grey mouse who lived under the floor of a mill. Every night she listened to the
@@ -134,16 +138,18 @@ VOCABULARIES = {
 def fitting(type: str, n_cols: int) -> str:
     """The type, or what llama.cpp's quantizer takes instead where its blocks do not divide n_cols."""
     smaller = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
-    while n_cols % GGML_QUANT_SIZES[GGMLQuantizationType[type]][0]:
+    while n_cols % GGML_QUANT_SIZES[NUMBERS[type]][0]:
         type = smaller.get(type, "F16")
     return type
 
 
-# Types that the gguf package does not write: where their f16 fields stand, and min in units of scale, so that the
-# mean of random blocks is zero.
+# Types that the gguf package does not write: where a block's f16 scale and min stand, and min in units of scale, so
+# that the mean of random blocks is zero. _put_scale is used where the scale is no f16 in one piece.
 RANDOM_BLOCKS = {
     "Q2_K": (80, 82, 1.5), "Q3_K": (108, None, 0), "Q4_K": (0, 2, 7.5), "Q5_K": (0, 2, 15.5), "Q6_K": (208, None, 0),
-    "IQ4_NL": (0, None, 0), "IQ4_XS": (0, None, 0),
+    "IQ4_NL": (0, None, 0), "IQ4_XS": (0, None, 0), "IQ1_S": (0, None, 0), "IQ1_M": (49, None, 0),
+    "IQ2_XXS": (0, None, 0), "IQ2_XS": (0, None, 0), "IQ2_S": (0, None, 0), "IQ3_XXS": (0, None, 0),
+    "IQ3_S": (0, None, 0), "NVFP4": (0, None, 0), "Q1_0": (0, None, 0), "Q2_0": (0, None, 0),
 }
 
 
@@ -152,21 +158,32 @@ def _put_f16(blocks, at, values):
         blocks[:, at:at + 2] = np.asarray(values, np.float16).reshape(-1, 1).view(np.uint8)
 
 
+def _put_scale(type, blocks, values):
+    if type == "NVFP4":
+        blocks[:, :4] = gguf.quants.NVFP4.fp32_to_ue4m3(np.repeat(values, 4)).reshape(-1, 4)
+    elif type == "IQ1_M":                   # four bits of the f16 in the highest of every second byte
+        nibbles = np.asarray(values, np.float16).view(np.uint16).reshape(-1, 1) >> np.arange(0, 16, 4) & 15
+        blocks[:, 49::2] = blocks[:, 49::2] & 15 | nibbles << 4
+    else:
+        _put_f16(blocks, RANDOM_BLOCKS[type][0], values)
+
+
 def random_tensor(rng, type: str, n_rows: int, n_cols: int, std: float) -> np.ndarray:
     """Weights of the given spread: (n_rows, bytes of a row) uint8."""
-    quant = GGMLQuantizationType[type]
     if type not in RANDOM_BLOCKS:
         weights = rng.standard_normal((n_rows, n_cols), np.float32) * np.float32(std)
-        return np.ascontiguousarray(gguf.quants.quantize(weights, quant)).view(np.uint8)
-    block_size, type_size = GGML_QUANT_SIZES[quant]
+        return np.ascontiguousarray(gguf.quants.quantize(weights, GGMLQuantizationType[type])).view(np.uint8)
+    block_size, type_size = GGML_QUANT_SIZES[NUMBERS[type]]
     n_blocks = n_rows * n_cols // block_size
-    scale_at, min_at, min_per_scale = RANDOM_BLOCKS[type]
+    _, min_at, min_per_scale = RANDOM_BLOCKS[type]
     blocks = rng.integers(0, 256, (n_blocks, type_size), np.uint8)
-    _put_f16(blocks, scale_at, np.ones(n_blocks))
+    _put_scale(type, blocks, np.ones(n_blocks))
     _put_f16(blocks, min_at, np.full(n_blocks, min_per_scale))
-    unit = gguf.quants.dequantize(blocks, quant).std()
+    unit = values(type, blocks).std()
     scales = std / unit * rng.uniform(0.7, 1.3, n_blocks)
-    _put_f16(blocks, scale_at, scales)
+    if type == "Q2_0":                      # its codes, -1 to 2, lean to one side
+        scales *= rng.choice([-1, 1], n_blocks)
+    _put_scale(type, blocks, scales)
     _put_f16(blocks, min_at, scales * min_per_scale)
     return blocks.reshape(n_rows, -1)
 
@@ -284,7 +301,7 @@ def save(path, metadata: dict, tensors: dict) -> Path:
         if value is not None and key != "general.architecture":
             kinds[type(value)](key, value)
     for name, (kind, rows) in tensors.items():
-        writer.add_tensor(name, rows, raw_dtype=GGMLQuantizationType[kind])
+        writer.add_tensor(name, rows, raw_dtype=NUMBERS[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -294,7 +311,18 @@ def save(path, metadata: dict, tensors: dict) -> Path:
 
 def values(type: str, rows: np.ndarray) -> np.ndarray:
     """What a tensor of parts() holds, as float32."""
+    if type in OWN_TYPES:
+        return _own_values(type, rows)
     return gguf.quants.dequantize(rows, GGMLQuantizationType[type])
+
+
+def _own_values(type, rows):
+    """Blocks of 18 bytes: a scale, then numbers of one bit or two, from the lowest bits up."""
+    blocks, bits = rows.reshape(-1, 18), 1 if type == "Q1_0" else 2
+    codes = blocks[:, 2:, None] >> np.arange(0, 8, bits, dtype=np.uint8) & (1 << bits) - 1
+    codes = codes.reshape(len(blocks), -1).astype(np.float32)
+    scales = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
+    return (scales * ((2 * codes if type == "Q1_0" else codes) - 1)).reshape(*rows.shape[:-1], -1)
 
 
 @lru_cache

@@ -1,4 +1,5 @@
-/* Rows of floats: norms, activations, quantization, convolutions, recurrences. Written in lanes, compiled once per ISA. */
+/* Rows of floats: norms, activations, quantization, convolutions, recurrences. Written in lanes, compiled once
+ * per ISA. */
 
 static void quantize(struct act_block *act, int stride, const float *x, int n_blocks) {
     for (int b = 0; b < n_blocks; b++, x += 32, act += stride) {
@@ -9,8 +10,9 @@ static void quantize(struct act_block *act, int stride, const float *x, int n_bl
     }
 }
 
-/* y = (x - mean) * scale * weight + bias; weight or bias NULL: without it. */
-INLINE void normalize(float *y, const float *x, f32x16 mean, float by, const float *weight, const float *bias, int n) {
+/* y = (x - mean) * by * weight + bias; weight or bias NULL: without it. */
+INLINE void normalize(float *y, const float *x, f32x16 mean, float by, const float *weight, const float *bias,
+                      int n) {
     EACH_16(n) {
         f32x16 v = f_mul(f_sub(f_load_n(x + i, m), mean), f_set(by));
         v = weight ? f_mul(v, f_load_n(weight + i, m)) : v;
@@ -108,7 +110,8 @@ static void swiglu_oai(float *y, const float *x, const float *gate, int n, const
     const f32x16 most = f_set(7.0f);
     (void)param;
     EACH_16(n) {
-        f32x16 g = f_min(most, f_load_n(gate + i, m)), u = f_min(most, f_max(f_set(-7.0f), f_load_n(x + i, m)));
+        f32x16 g = f_min(most, f_load_n(gate + i, m));
+        f32x16 u = f_min(most, f_max(f_set(-7.0f), f_load_n(x + i, m)));
         f_store_n(y + i, f_mul(gated(g, f_mul(f_set(1.702f), g)), f_add(u, f_set(1.0f))), m);
     }
 }
@@ -187,28 +190,28 @@ static void conv(float *y, const float *const *rows, const float *weight, size_t
 
 /* A recurrence's state, key by key. */
 
-/* s = decay * s, then with k: s = fma(k, d, s). Returns fma(x, s, sum), or sum where x is NULL. */
-INLINE f32x16 visit_key(float *s, f32x16 decay, const float *k, f32x16 d, const float *x, f32x16 sum) {
-    f32x16 v = f_mul(decay, f_load(s));
+/* Key i: v = decay * s; with k it is fma(k, d, v), and stored. Returns fma(x, v, sum), or sum where x is NULL. */
+INLINE f32x16 visit_key(float *s, int i, f32x16 decay, const float *k, f32x16 d, const float *x, f32x16 sum) {
+    f32x16 v = f_mul(decay, f_load(s + i * 16));
     if (k) {
-        v = f_fma(f_set(*k), d, v);
-        f_store(s, v);
+        v = f_fma(f_set(k[i]), d, v);
+        f_store(s + i * 16, v);
     }
-    return x ? f_fma(f_set(*x), v, sum) : sum;
+    return x ? f_fma(f_set(x[i]), v, sum) : sum;
 }
 
-/* visit_key for all keys: without k, where s stays as it is, the dot product (decay s)^T x; with k an update, and s^T x. */
+/* All keys: with k an update of s, then s^T x; without it (decay s)^T x, and s stays as it is. */
 INLINE f32x16 sweep(float *s, int n, f32x16 decay, const float *k, f32x16 d, const float *x) {
     f32x16 sum[4] = { f_zero(), f_zero(), f_zero(), f_zero() };
     int i = 0;
     for (; i + 4 <= n; i += 4)
         UNROLL(4)
         for (int c = 0; c < 4; c++)
-            sum[c] = visit_key(s + (i + c) * 16, decay, k ? k + i + c : NULL, d, x ? x + i + c : NULL, sum[c]);
+            sum[c] = visit_key(s, i + c, decay, k, d, x, sum[c]);
     UNROLL(4)
     for (int c = 0; c < 3; c++)
         if (i + c < n)
-            sum[c] = visit_key(s + (i + c) * 16, decay, k ? k + i + c : NULL, d, x ? x + i + c : NULL, sum[c]);
+            sum[c] = visit_key(s, i + c, decay, k, d, x, sum[c]);
     return f_add(f_add(sum[0], sum[1]), f_add(sum[2], sum[3]));
 }
 

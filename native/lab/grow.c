@@ -163,5 +163,5 @@ int arena_grow(struct arena *a, int growth, int64_t rows, int64_t rows_used, boo
 int bmc_session_grow(bmc_session *s, int growth, int64_t rows, int touched, bmc_growth_cost *cost) {
     if (!cost)
         return fail(BMC_EINVAL, "bmc_session_grow: cost is NULL");
-    return arena_grow(&s->arena, growth, rows, s->position, touched, cost);
+    return arena_grow(&s->arenas[ALL_ROWS], growth, rows, s->position, touched, cost);
 }

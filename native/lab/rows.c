@@ -33,7 +33,7 @@ int bmc_session_fill(bmc_session *s, int rows) {
     int status = bmc_session_reserve(s, rows);
     if (status || !rows)
         return status;
-    fill_tiles(&s->arena, s->position / TILE, ((int64_t)s->position + rows + TILE - 1) / TILE);
+    fill_tiles(&s->arenas[ALL_ROWS], s->position / TILE, ((int64_t)s->position + rows + TILE - 1) / TILE);
     memset(s->tokens + s->position, 0, (size_t)rows * sizeof *s->tokens);
     s->position += rows;
     return 0;
@@ -56,7 +56,7 @@ static void attend_part(struct unused *u, const struct block *b, int head, int f
     float *max = sums + (size_t)n_rows * (size_t)pad, *sum = max + n_rows;
     memset(sums, 0, (size_t)n_rows * ((size_t)pad + 2) * sizeof *sums);
     for (int i = 0; from + i * TILE < to; i++)
-        tiles[i] = arena_tile(&u->session->arena, b->stream, head, from / TILE + i);
+        tiles[i] = tile_of(u->session, b, head, from / TILE + i);
     for (int i = 0; i < n_rows; i++) {
         q[i] = m->buffers->work + (size_t)((row + i) / group) * padded(b->extent[QUERY]) + (head * group + (row + i) % group) * D;
         limit[i] = to - from;
@@ -69,7 +69,7 @@ static void attend_part(struct unused *u, const struct block *b, int head, int f
 
 /* A block's head on all unused tiles. The last tile in use was visited by the pass itself. */
 static void attend_head(struct unused *u, const struct block *b, int head, float *sums) {
-    int reserved = (int)u->session->arena.rows_reserved, n_rows = u->n_tok * (b->c.n_heads / b->c.n_kv_heads);
+    int reserved = (int)u->session->arenas[ALL_ROWS].rows_reserved, n_rows = u->n_tok * (b->c.n_heads / b->c.n_kv_heads);
     for (int at = (u->session->position + TILE - 1) / TILE * TILE, end; at < reserved; at = end) {
         end = smaller((at / CHUNK + 1) * CHUNK, reserved);
         for (int row = 0, n; row < n_rows; row += n) {
@@ -85,7 +85,7 @@ static void attend_share(void *arg, int thread) {
     float *sums = m->buffers->scratch + (size_t)thread * m->buffers->scratch_stride;
     int n = 0;
     for (const struct block *b = m->blocks; b < m->blocks + m->c.n_blocks; b++)
-        for (int head = 0; b->c.kind == BMC_ATTENTION && b->stream >= 0 && head < b->c.n_kv_heads; head++)
+        for (int head = 0; b->c.kind == BMC_ATTENTION && b->stream >= 0 && b->rows == ALL_ROWS && head < b->c.n_kv_heads; head++)
             if (n++ % pool_size(m->pool) == thread)
                 attend_head(u, b, head, sums);
 }

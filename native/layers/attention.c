@@ -5,23 +5,23 @@
 #include <math.h>
 
 static const struct role roles[] = {
-    { "attn_q", IN_BLOCK(attention.q), MATRIX, QUERY, DIM, true },
-    { "attn_k", IN_BLOCK(attention.k), MATRIX, K, DIM, false },
-    { "attn_v", IN_BLOCK(attention.v), MATRIX, V, DIM, false },
-    { "attn_gate", IN_BLOCK(attention.gate), MATRIX, O, DIM, false },
-    { "attn_gate", IN_BLOCK(attention.gate), MATRIX, HEADS, DIM, false },
-    { "attn_output", IN_BLOCK(attention.output), MATRIX, DIM, O, true },
-    { "attn_q_norm", IN_BLOCK(attention.q_norm), VECTOR, ONE, K_DIM, false },
-    { "attn_q_norm", IN_BLOCK(attention.q_norm), VECTOR, ONE, Q, false },
-    { "attn_q_norm", IN_BLOCK(attention.q_norm), VECTOR, HEADS, K_DIM, false },
-    { "attn_q_norm.bias", IN_BLOCK(attention.q_norm_bias), VECTOR, ONE, K_DIM, false },
-    { "attn_q_norm.bias", IN_BLOCK(attention.q_norm_bias), VECTOR, ONE, Q, false },
-    { "attn_k_norm", IN_BLOCK(attention.k_norm), VECTOR, ONE, K_DIM, false },
-    { "attn_k_norm", IN_BLOCK(attention.k_norm), VECTOR, ONE, K, false },
-    { "attn_k_norm", IN_BLOCK(attention.k_norm), VECTOR, GROUPS, K_DIM, false },
-    { "attn_k_norm.bias", IN_BLOCK(attention.k_norm_bias), VECTOR, ONE, K_DIM, false },
-    { "attn_k_norm.bias", IN_BLOCK(attention.k_norm_bias), VECTOR, ONE, K, false },
-    { "attn_sinks", IN_BLOCK(attention.sinks), VECTOR, ONE, HEADS, false },
+    { "attn_q", IN_BLOCK(attention.q), MATRIX, QUERY, DIM, true, 0 },
+    { "attn_k", IN_BLOCK(attention.k), MATRIX, K, DIM, false, 0 },
+    { "attn_v", IN_BLOCK(attention.v), MATRIX, V, DIM, false, 0 },
+    { "attn_gate", IN_BLOCK(attention.gate), MATRIX, O, DIM, false, 0 },
+    { "attn_gate", IN_BLOCK(attention.gate), MATRIX, HEADS, DIM, false, 0 },
+    { "attn_output", IN_BLOCK(attention.output), MATRIX, DIM, O, true, 0 },
+    { "attn_q_norm", IN_BLOCK(attention.q_norm), VECTOR, ONE, K_DIM, false, 0 },
+    { "attn_q_norm", IN_BLOCK(attention.q_norm), VECTOR, ONE, Q, false, 0 },
+    { "attn_q_norm", IN_BLOCK(attention.q_norm), VECTOR, HEADS, K_DIM, false, 0 },
+    { "attn_q_norm.bias", IN_BLOCK(attention.q_norm_bias), VECTOR, ONE, K_DIM, false, 0 },
+    { "attn_q_norm.bias", IN_BLOCK(attention.q_norm_bias), VECTOR, ONE, Q, false, 0 },
+    { "attn_k_norm", IN_BLOCK(attention.k_norm), VECTOR, ONE, K_DIM, false, 0 },
+    { "attn_k_norm", IN_BLOCK(attention.k_norm), VECTOR, ONE, K, false, 0 },
+    { "attn_k_norm", IN_BLOCK(attention.k_norm), VECTOR, GROUPS, K_DIM, false, 0 },
+    { "attn_k_norm.bias", IN_BLOCK(attention.k_norm_bias), VECTOR, ONE, K_DIM, false, 0 },
+    { "attn_k_norm.bias", IN_BLOCK(attention.k_norm_bias), VECTOR, ONE, K, false, 0 },
+    { "attn_sinks", IN_BLOCK(attention.sinks), VECTOR, ONE, HEADS, false, 0 },
     { 0 },
 };
 
@@ -39,7 +39,8 @@ static int check(const bmc_model *m, const bmc_block *c) {
     return 0;
 }
 
-static void measure(const bmc_block *c, int64_t *e) {
+static void measure(const bmc_model *m, const bmc_block *c, int64_t *e) {
+    (void)m;
     e[HEADS] = c->n_heads;
     e[GROUPS] = c->n_kv_heads;
     e[K_DIM] = c->k_dim;
@@ -51,14 +52,19 @@ static void measure(const bmc_block *c, int64_t *e) {
     e[O] = (int64_t)c->n_heads * c->v_dim;
 }
 
+static const char *missing(const struct block *b) {
+    const struct attention *a = &b->attention;
+    if (!b->c.kv_from && !a->k.data)
+        return "attn_k";
+    if (!b->c.kv_from && !a->v.data && b->c.v_dim != b->c.k_dim)
+        return "attn_v";
+    return (b->c.gate == BMC_GATE_SIGMOID || b->c.gate == BMC_GATE_SOFTPLUS) && !a->gate.data ? "attn_gate" : NULL;
+}
+
 /* Rows of keys and values, unless the block reads those of another. */
 static void stream(bmc_model *m, struct block *b) {
-    if (b->c.kv_from)
-        return;
-    b->stream = m->n_row_streams++;
-    m->row_streams[b->stream] = (struct arena_stream){
-        .n_heads = b->c.n_kv_heads, .tile_bytes = (int64_t)TILE * (int64_t)((size_t)b->c.k_dim + padded(b->c.v_dim)) * (int64_t)sizeof(uint16_t),
-    };
+    if (!b->c.kv_from)
+        add_rows(m, b, b->c.n_kv_heads, b->c.k_dim, b->c.v_dim);
 }
 
 /* Rows of a block in the work buffer. */
@@ -83,7 +89,7 @@ static struct need need(const bmc_model *m, const struct block *b) {
     return (struct need){ .floats = lay_out(m, b, &w), .blocks = (size_t)b->extent[O] / 32 + 1, .scratch = attend_scratch(b, b->c.v_dim) };
 }
 
-static void turn(const struct pass *p, const struct block *b, float *head, int t) {
+void turn(const struct pass *p, const struct block *b, float *head, int t) {
     const bmc_model *m = p->model;
     int table = b->c.rope | p->at[t].session->rope;
     size_t at = ((size_t)table * (size_t)m->pass_max + (size_t)t) * (size_t)m->buffers->turns;
@@ -135,7 +141,7 @@ static void place_rows(const struct pass *p, const struct block *b, const struct
         if (b->c.v_norm)
             norm_row(m, v, v, none, none, V_dim);
         place_head(p, b, k, h, b->attention.k_norm, b->attention.k_norm_bias, t);
-        m->k.store_kv(arena_tile(&p->at[t].session->arena, b->stream, h, pos / TILE), pos % TILE, k, v, K_dim, V_dim);
+        m->k.store_kv(tile_of(p->at[t].session, b, h, pos / TILE), pos % TILE, k, v, K_dim, V_dim);
     }
 }
 
@@ -162,7 +168,7 @@ static struct queries queries(const struct pass *p, const struct block *b, const
     struct queries a = {
         .block = b, .rows = b - b->c.kv_from, .k_dim = b->c.k_dim, .v_dim = b->c.v_dim,
         .q = w->q, .q_stride = padded(b->extent[QUERY]), .q_pitch = (size_t)(b->extent[QUERY] / b->c.n_heads),
-        .out = { w->out, buffers->work_act, p->n_tok }, .gate_act = b->c.gate == BMC_GATE_SOFTPLUS ? BMC_ACT_SOFTPLUS : BMC_ACT_SIGMOID,
+        .out = { w->out, buffers->work_act, p->n_tok, 0, 0 }, .gate_act = b->c.gate == BMC_GATE_SOFTPLUS ? BMC_ACT_SOFTPLUS : BMC_ACT_SIGMOID,
     };
     if (b->c.gate == BMC_GATE_QUERY) {
         a.gate = w->q + b->c.k_dim;
@@ -194,6 +200,7 @@ static void run(struct pass *p, const struct block *b, struct tokens in, struct 
     attend_all(p, &q, thread);
     const struct product output = product_into(&a->output, q.out, out);
     multiply(p, &output, 1, thread);
+    note(p, thread, BMC_STEP_ATTN_OUTPUT);
 }
 
-const struct kind attention_kind = { "attention", roles, check, measure, need, true, stream, run };
+const struct kind attention_kind = { "attention", roles, check, measure, need, true, missing, stream, run };

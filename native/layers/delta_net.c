@@ -5,16 +5,16 @@
 #include <math.h>
 
 static const struct role roles[] = {
-    { "attn_qkv", IN_BLOCK(recurrent.qkv), MATRIX, CHANNELS, DIM, true },
-    { "attn_gate", IN_BLOCK(recurrent.gate), MATRIX, INNER, DIM, true },
-    { "ssm_alpha", IN_BLOCK(recurrent.alpha), MATRIX, HEADS, DIM, true },
-    { "ssm_beta", IN_BLOCK(recurrent.beta), MATRIX, HEADS, DIM, true },
-    { "ssm_out", IN_BLOCK(recurrent.out), MATRIX, DIM, INNER, true },
-    { "ssm_conv1d", IN_BLOCK(recurrent.conv), TRANSPOSED, CHANNELS, CONV, true },
-    { "ssm_conv1d.bias", IN_BLOCK(recurrent.conv_bias), VECTOR, ONE, CHANNELS, false },
-    { "ssm_dt.bias", IN_BLOCK(recurrent.dt_bias), VECTOR, ONE, HEADS, true },
-    { "ssm_a", IN_BLOCK(recurrent.a), VECTOR, ONE, HEADS, true },
-    { "ssm_norm", IN_BLOCK(recurrent.norm), VECTOR, ONE, V_DIM, true },
+    { "attn_qkv", IN_BLOCK(recurrent.qkv), MATRIX, CHANNELS, DIM, true, 0 },
+    { "attn_gate", IN_BLOCK(recurrent.gate), MATRIX, INNER, DIM, true, 0 },
+    { "ssm_alpha", IN_BLOCK(recurrent.alpha), MATRIX, HEADS, DIM, true, 0 },
+    { "ssm_beta", IN_BLOCK(recurrent.beta), MATRIX, HEADS, DIM, true, 0 },
+    { "ssm_out", IN_BLOCK(recurrent.out), MATRIX, DIM, INNER, true, 0 },
+    { "ssm_conv1d", IN_BLOCK(recurrent.conv), TRANSPOSED, CHANNELS, CONV, true, 0 },
+    { "ssm_conv1d.bias", IN_BLOCK(recurrent.conv_bias), VECTOR, ONE, CHANNELS, false, 0 },
+    { "ssm_dt.bias", IN_BLOCK(recurrent.dt_bias), VECTOR, ONE, HEADS, true, 0 },
+    { "ssm_a", IN_BLOCK(recurrent.a), VECTOR, ONE, HEADS, true, 0 },
+    { "ssm_norm", IN_BLOCK(recurrent.norm), VECTOR, ONE, V_DIM, true, 0 },
     { 0 },
 };
 
@@ -53,4 +53,4 @@ static void run(struct pass *p, const struct block *b, struct tokens in, struct 
     recurrent_run(p, b, &delta, &w, out, thread);
 }
 
-const struct kind delta_net_kind = { "delta net", roles, recurrent_check, recurrent_measure, recurrent_need, true, recurrent_stream, run };
+const struct kind delta_net_kind = { "delta net", roles, recurrent_check, recurrent_measure, recurrent_need, true, NULL, recurrent_stream, run };

@@ -3,9 +3,9 @@
 #include "../pass.h"
 
 static const struct role roles[] = {
-    { "ffn_gate", IN_BLOCK(dense.gate), MATRIX, HIDDEN, DIM, false },
-    { "ffn_up", IN_BLOCK(dense.up), MATRIX, HIDDEN, DIM, true },
-    { "ffn_down", IN_BLOCK(dense.down), MATRIX, DIM, HIDDEN, true },
+    { "ffn_gate", IN_BLOCK(dense.gate), MATRIX, HIDDEN, DIM, false, 0 },
+    { "ffn_up", IN_BLOCK(dense.up), MATRIX, HIDDEN, DIM, true, 0 },
+    { "ffn_down", IN_BLOCK(dense.down), MATRIX, DIM, HIDDEN, true, 0 },
     { 0 },
 };
 
@@ -16,7 +16,10 @@ static int check(const bmc_model *m, const bmc_block *c) {
     return 0;
 }
 
-static void measure(const bmc_block *c, int64_t *e) { e[HIDDEN] = c->hidden_dim; }
+static void measure(const bmc_model *m, const bmc_block *c, int64_t *e) {
+    (void)m;
+    e[HIDDEN] = c->hidden_dim;
+}
 
 static struct need need(const bmc_model *m, const struct block *b) {
     (void)m;
@@ -27,7 +30,7 @@ static void run(struct pass *p, const struct block *b, struct tokens in, struct 
     const struct dense *d = &b->dense;
     const struct buffers *buffers = p->model->buffers;
     float *gate_out = buffers->work, *up = gate_out + (size_t)p->model->pass_max * padded(b->c.hidden_dim);
-    const struct gate_up job = { &d->gate, &d->up, in, gate_out, { up, buffers->work_act, in.n }, b->c.act, b->c.act_param };
+    const struct gate_up job = { &d->gate, &d->up, in, gate_out, { up, buffers->work_act, in.n, 0, 0 }, b->c.act, b->c.act_param };
     int64_t from, to;
     while (pool_take(p->model->pool, thread, gate_up_groups(&job), &from, &to))
         gate_up(p, &job, (int)from, (int)to, thread);
@@ -36,4 +39,4 @@ static void run(struct pass *p, const struct block *b, struct tokens in, struct 
     multiply(p, &down, 1, thread);
 }
 
-const struct kind dense_kind = { "feed-forward", roles, check, measure, need, false, NULL, run };
+const struct kind dense_kind = { "feed-forward", roles, check, measure, need, false, NULL, NULL, run };

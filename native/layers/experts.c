@@ -8,18 +8,18 @@
 #include <math.h>
 
 static const struct role roles[] = {
-    { "ffn_gate_inp", IN_BLOCK(experts.router), MATRIX, EXPERTS, DIM, true },
-    { "ffn_gate_inp.scale", IN_BLOCK(experts.router_scale), VECTOR, ONE, DIM, false },
-    { "exp_probs_b.bias", IN_BLOCK(experts.choice_bias), VECTOR, ONE, EXPERTS, false },
-    { "ffn_gate_exps", IN_BLOCK(experts.gate), MATRICES, HIDDEN, EXPERT_IN, false },
-    { "ffn_up_exps", IN_BLOCK(experts.up), MATRICES, HIDDEN, EXPERT_IN, true },
-    { "ffn_down_exps", IN_BLOCK(experts.down), MATRICES, EXPERT_IN, HIDDEN, true },
-    { "ffn_gate_shexp", IN_BLOCK(experts.shared.gate), MATRIX, SHARED, DIM, false },
-    { "ffn_up_shexp", IN_BLOCK(experts.shared.up), MATRIX, SHARED, DIM, false },
-    { "ffn_down_shexp", IN_BLOCK(experts.shared.down), MATRIX, DIM, SHARED, false },
-    { "ffn_gate_inp_shexp", IN_BLOCK(experts.shared_gate), MATRIX, ONE, DIM, false },
-    { "ffn_latent_down", IN_BLOCK(experts.latent_down), MATRIX, LATENT, DIM, false },
-    { "ffn_latent_up", IN_BLOCK(experts.latent_up), MATRIX, DIM, LATENT, false },
+    { "ffn_gate_inp", IN_BLOCK(experts.router), MATRIX, EXPERTS, DIM, true, 0 },
+    { "ffn_gate_inp.scale", IN_BLOCK(experts.router_scale), VECTOR, ONE, DIM, false, 0 },
+    { "exp_probs_b.bias", IN_BLOCK(experts.choice_bias), VECTOR, ONE, EXPERTS, false, 0 },
+    { "ffn_gate_exps", IN_BLOCK(experts.gate), MATRICES, HIDDEN, EXPERT_IN, false, 0 },
+    { "ffn_up_exps", IN_BLOCK(experts.up), MATRICES, HIDDEN, EXPERT_IN, true, 0 },
+    { "ffn_down_exps", IN_BLOCK(experts.down), MATRICES, EXPERT_IN, HIDDEN, true, 0 },
+    { "ffn_gate_shexp", IN_BLOCK(experts.shared.gate), MATRIX, SHARED, DIM, false, 0 },
+    { "ffn_up_shexp", IN_BLOCK(experts.shared.up), MATRIX, SHARED, DIM, false, 0 },
+    { "ffn_down_shexp", IN_BLOCK(experts.shared.down), MATRIX, DIM, SHARED, false, 0 },
+    { "ffn_gate_inp_shexp", IN_BLOCK(experts.shared_gate), MATRIX, ONE, DIM, false, 0 },
+    { "ffn_latent_down", IN_BLOCK(experts.latent_down), MATRIX, LATENT, DIM, false, 0 },
+    { "ffn_latent_up", IN_BLOCK(experts.latent_up), MATRIX, DIM, LATENT, false, 0 },
     { 0 },
 };
 
@@ -37,7 +37,15 @@ static int check(const bmc_model *m, const bmc_block *c) {
     return 0;
 }
 
-static void measure(const bmc_block *c, int64_t *e) {
+static const char *missing(const struct block *b) {
+    const struct dense *d = &b->experts.shared;
+    if (d->up.data && !d->down.data)
+        return "ffn_down_shexp";
+    return b->c.latent_dim && !(b->experts.latent_down.data && b->experts.latent_up.data) ? "ffn_latent_down" : NULL;
+}
+
+static void measure(const bmc_model *m, const bmc_block *c, int64_t *e) {
+    (void)m;
     e[HIDDEN] = c->hidden_dim;
     e[EXPERTS] = c->n_experts;
     e[SHARED] = c->shared_dim;
@@ -202,7 +210,7 @@ static struct tokens router_input(struct pass *p, const struct block *b, const s
             memcpy(row, x + (size_t)t * stride, (size_t)m->c.dim * sizeof *row);
     }
     barrier(p, thread, BMC_STEP_NORM);
-    const struct tokens read = { w->x, w->gathered_act, in.n };
+    const struct tokens read = { w->x, w->gathered_act, in.n, 0, 0 };
     quantize_rows(p, read, m->c.dim, thread);
     barrier(p, thread, BMC_STEP_NORM);
     return read;
@@ -229,9 +237,9 @@ static void route(struct pass *p, const struct block *b, const struct work *w, s
 static struct tokens tokens_of(const struct block *b, const struct work *w, struct tokens in, int e) {
     const int first = w->first[e], n = w->first[e + 1] - first;
     if (in.n == 1)
-        return (struct tokens){ in.x, in.act, n };
+        return (struct tokens){ in.x, in.act, n, 0, 0 };
     return (struct tokens){ w->gathered + (size_t)first * padded(b->extent[EXPERT_IN]),
-                            w->gathered_act + (size_t)first * (size_t)(b->extent[EXPERT_IN] / 32), n };
+                            w->gathered_act + (size_t)first * (size_t)(b->extent[EXPERT_IN] / 32), n, 0, 0 };
 }
 
 /* Columns of the pass's tiles into those of their experts. */
@@ -264,7 +272,7 @@ static struct gate_up job_of(const struct block *b, const struct work *w, struct
     const struct tokens own = tokens_of(b, w, in, e);
     return (struct gate_up){
         x->gate.of ? &x->gate.of[e] : &none, &x->up.of[e], own, w->gate + first * stride,
-        { w->up + first * stride, w->hidden_act + first * (size_t)(b->c.hidden_dim / 32), own.n }, b->c.act, b->c.act_param,
+        { w->up + first * stride, w->hidden_act + first * (size_t)(b->c.hidden_dim / 32), own.n, 0, 0 }, b->c.act, b->c.act_param,
     };
 }
 
@@ -316,7 +324,7 @@ static void down_all(struct pass *p, const struct block *b, const struct work *w
 /* The expert that is always on, on top of what the others came to. */
 static void shared(struct pass *p, const struct block *b, const struct work *w, struct tokens in, struct sink out, int thread) {
     const struct dense *d = &b->experts.shared;
-    const struct gate_up job = { &d->gate, &d->up, in, w->gate, { w->up, w->hidden_act, in.n }, b->c.act, b->c.act_param };
+    const struct gate_up job = { &d->gate, &d->up, in, w->gate, { w->up, w->hidden_act, in.n, 0, 0 }, b->c.act, b->c.act_param };
     const struct matrix *gate = &b->experts.shared_gate;
     const struct product switch_on = product(gate, in, w->scores);
     const size_t stride = padded(p->model->c.dim);
@@ -346,7 +354,7 @@ static void shared(struct pass *p, const struct block *b, const struct work *w, 
 
 /* Experts that work on fewer values than the model has: theirs are made, and their sum goes back. */
 static struct tokens to_latent(struct pass *p, const struct block *b, const struct work *w, struct tokens in, int thread) {
-    const struct tokens latent = { w->sum, w->latent_act, in.n };
+    const struct tokens latent = { w->sum, w->latent_act, in.n, 0, 0 };
     const struct product down = product(&b->experts.latent_down, in, latent.x);
     multiply(p, &down, 1, thread);
     barrier(p, thread, BMC_STEP_GATE_UP);
@@ -356,7 +364,7 @@ static struct tokens to_latent(struct pass *p, const struct block *b, const stru
 }
 
 static void from_latent(struct pass *p, const struct block *b, const struct work *w, struct sink out, int n, int thread) {
-    const struct tokens sum = { w->x, w->latent_act, n };
+    const struct tokens sum = { w->x, w->latent_act, n, 0, 0 };
     barrier(p, thread, BMC_STEP_DOWN);
     quantize_rows(p, sum, b->c.latent_dim, thread);
     barrier(p, thread, BMC_STEP_NORM);
@@ -382,4 +390,4 @@ static void run(struct pass *p, const struct block *b, struct tokens in, struct 
         shared(p, b, &w, in, out, thread);
 }
 
-const struct kind experts_kind = { "experts", roles, check, measure, need, false, NULL, run };
+const struct kind experts_kind = { "experts", roles, check, measure, need, false, missing, NULL, run };

@@ -2,14 +2,14 @@
 #include "recurrent.h"
 
 static const struct role roles[] = {
-    { "ssm_in", IN_BLOCK(recurrent.in), MATRIX, IN, DIM, true },
-    { "ssm_out", IN_BLOCK(recurrent.out), MATRIX, DIM, INNER, true },
-    { "ssm_conv1d", IN_BLOCK(recurrent.conv), TRANSPOSED, CHANNELS, CONV, true },
-    { "ssm_conv1d.bias", IN_BLOCK(recurrent.conv_bias), VECTOR, ONE, CHANNELS, false },
-    { "ssm_dt.bias", IN_BLOCK(recurrent.dt_bias), VECTOR, ONE, HEADS, true },
-    { "ssm_a", IN_BLOCK(recurrent.a), VECTOR, HEADS, ONE, true },
-    { "ssm_d", IN_BLOCK(recurrent.d), VECTOR, HEADS, ONE, true },
-    { "ssm_norm", IN_BLOCK(recurrent.norm), VECTOR, GROUPS, GROUP_DIM, false },
+    { "ssm_in", IN_BLOCK(recurrent.in), MATRIX, IN, DIM, true, 0 },
+    { "ssm_out", IN_BLOCK(recurrent.out), MATRIX, DIM, INNER, true, 0 },
+    { "ssm_conv1d", IN_BLOCK(recurrent.conv), TRANSPOSED, CHANNELS, CONV, true, 0 },
+    { "ssm_conv1d.bias", IN_BLOCK(recurrent.conv_bias), VECTOR, ONE, CHANNELS, false, 0 },
+    { "ssm_dt.bias", IN_BLOCK(recurrent.dt_bias), VECTOR, ONE, HEADS, true, 0 },
+    { "ssm_a", IN_BLOCK(recurrent.a), VECTOR, HEADS, ONE, true, 0 },
+    { "ssm_d", IN_BLOCK(recurrent.d), VECTOR, HEADS, ONE, true, 0 },
+    { "ssm_norm", IN_BLOCK(recurrent.norm), VECTOR, GROUPS, GROUP_DIM, false, 0 },
     { 0 },
 };
 
@@ -46,4 +46,4 @@ static void run(struct pass *p, const struct block *b, struct tokens in, struct 
     recurrent_run(p, b, &mamba2, &w, out, thread);
 }
 
-const struct kind mamba2_kind = { "Mamba 2", roles, recurrent_check, recurrent_measure, recurrent_need, true, recurrent_stream, run };
+const struct kind mamba2_kind = { "Mamba 2", roles, recurrent_check, recurrent_measure, recurrent_need, true, NULL, recurrent_stream, run };

@@ -5,8 +5,8 @@
 #include <math.h>
 
 static const struct role roles[] = {
-    { "inp_gate", IN_BLOCK(per_layer.gate), MATRIX, PER_LAYER_DIM, DIM, true },
-    { "proj", IN_BLOCK(per_layer.proj), MATRIX, DIM, PER_LAYER_DIM, true },
+    { "inp_gate", IN_BLOCK(per_layer.gate), MATRIX, PER_LAYER_DIM, DIM, true, 0 },
+    { "proj", IN_BLOCK(per_layer.proj), MATRIX, DIM, PER_LAYER_DIM, true, 0 },
     { 0 },
 };
 
@@ -16,7 +16,7 @@ static int check(const bmc_model *m, const bmc_block *c) {
     return 0;
 }
 
-static void measure(const bmc_block *c, int64_t *e) { (void)c, (void)e; }
+static void measure(const bmc_model *m, const bmc_block *c, int64_t *e) { (void)m, (void)c, (void)e; }
 
 static struct need need(const bmc_model *m, const struct block *b) {
     (void)b;
@@ -26,7 +26,7 @@ static struct need need(const bmc_model *m, const struct block *b) {
 static void run(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread) {
     const bmc_model *m = p->model;
     const int dim = m->c.per_layer_dim;
-    const struct tokens gated = { m->buffers->work, m->buffers->work_act, in.n };
+    const struct tokens gated = { m->buffers->work, m->buffers->work_act, in.n, 0, 0 };
     const struct product gate = product(&b->per_layer.gate, in, gated.x);
     int64_t from, to;
     multiply(p, &gate, 1, thread);
@@ -43,13 +43,13 @@ static void run(struct pass *p, const struct block *b, struct tokens in, struct 
     multiply(p, &proj, 1, thread);
 }
 
-const struct kind per_layer_kind = { "per-layer input", roles, check, measure, need, false, NULL, run };
+const struct kind per_layer_kind = { "per-layer input", roles, check, measure, need, false, NULL, NULL, run };
 
 /* Each token's vectors of all layers: (its row of a table of their own, times sqrt(dim) + norm(projection of its embedding)) / sqrt(2). */
 void per_layer_inputs(struct pass *p, int thread) {
     const bmc_model *m = p->model;
     const int dim = m->c.per_layer_dim, n = (int)m->extent[PER_LAYERS];
-    const struct tokens in = { m->buffers->x, m->buffers->act, p->n_tok };
+    const struct tokens in = { m->buffers->x, m->buffers->act, p->n_tok, 0, 0 };
     int64_t from, to;
     if (!dim)
         return;

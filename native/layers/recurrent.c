@@ -9,7 +9,8 @@ enum { SLICE = 16, CONV_MAX = 64 };
 static size_t key_floats(const struct block *b) { return (size_t)(b->extent[GROUPS] * b->extent[STATE]); }
 static size_t value_floats(const struct block *b) { return (size_t)b->extent[HEADS] * padded(b->extent[V_DIM]); }
 
-void recurrent_measure(const bmc_block *c, int64_t *e) {
+void recurrent_measure(const bmc_model *m, const bmc_block *c, int64_t *e) {
+    (void)m;
     const int64_t keys = (int64_t)c->n_groups * c->state_dim;
     e[CONV] = c->conv;
     e[HEADS] = c->n_heads;
@@ -233,7 +234,7 @@ void keep_log(const struct pass *p, const struct block *b, const struct work *w,
 }
 
 void recurrent_run(struct pass *p, const struct block *b, const struct recurrence *r, const struct work *w, struct sink out, int thread) {
-    const struct tokens made = { w->out, p->model->buffers->work_act, p->n_tok };
+    const struct tokens made = { .x = w->out, .act = p->model->buffers->work_act, .n = p->n_tok };
     prepare(p, b, r, w, thread);
     barrier(p, thread, BMC_STEP_STORE);
     walk_all(p, b, w, thread);

@@ -29,7 +29,7 @@ struct recurrence {
     void (*finish)(const bmc_model *m, const struct block *b, const struct work *w, int t, int piece);      /* o and gate to out */
 };
 
-void recurrent_measure(const bmc_block *c, int64_t *extent);
+void recurrent_measure(const bmc_model *m, const bmc_block *c, int64_t *extent);
 int recurrent_check(const bmc_model *m, const bmc_block *c);
 struct need recurrent_need(const bmc_model *m, const struct block *b);
 void recurrent_stream(bmc_model *m, struct block *b);

@@ -4,9 +4,9 @@
 #include "../error.h"
 
 static const struct role roles[] = {
-    { "shortconv.in_proj", IN_BLOCK(recurrent.in), MATRIX, IN, DIM, true },
-    { "shortconv.conv", IN_BLOCK(recurrent.conv), TRANSPOSED, CHANNELS, CONV, true },
-    { "shortconv.out_proj", IN_BLOCK(recurrent.out), MATRIX, DIM, DIM, true },
+    { "shortconv.in_proj", IN_BLOCK(recurrent.in), MATRIX, IN, DIM, true, 0 },
+    { "shortconv.conv", IN_BLOCK(recurrent.conv), TRANSPOSED, CHANNELS, CONV, true, 0 },
+    { "shortconv.out_proj", IN_BLOCK(recurrent.out), MATRIX, DIM, DIM, true, 0 },
     { 0 },
 };
 
@@ -15,7 +15,8 @@ static int check(const bmc_model *m, const bmc_block *c) {
     return c->conv >= 1 && c->conv <= 64 ? 0 : fail(BMC_EFORMAT, "layer %d: expected a convolution over 1 to 64 tokens, found %d", c->layer, c->conv);
 }
 
-static void measure(const bmc_block *c, int64_t *e) {
+static void measure(const bmc_model *m, const bmc_block *c, int64_t *e) {
+    (void)m;
     e[CONV] = c->conv;
     e[CHANNELS] = e[DIM];
     e[IN] = 3 * e[DIM];
@@ -52,7 +53,7 @@ static void mix(const struct pass *p, const struct block *b, const struct work *
 static void run(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread) {
     const struct buffers *buffers = p->model->buffers;
     const struct work w = { .row = buffers->work, .stride = padded(b->extent[IN]) };
-    const struct tokens mixed = { buffers->work + (size_t)p->model->pass_max * w.stride, buffers->work_act, p->n_tok };
+    const struct tokens mixed = { .x = buffers->work + (size_t)p->model->pass_max * w.stride, .act = buffers->work_act, .n = p->n_tok };
     const struct product all = product(&b->recurrent.in, in, w.row), output = product_into(&b->recurrent.out, mixed, out);
     multiply(p, &all, 1, thread);
     barrier(p, thread, BMC_STEP_QKV);
@@ -62,4 +63,4 @@ static void run(struct pass *p, const struct block *b, struct tokens in, struct 
     multiply(p, &output, 1, thread);
 }
 
-const struct kind short_conv_kind = { "short convolution", roles, check, measure, need, true, stream, run };
+const struct kind short_conv_kind = { "short convolution", roles, check, measure, need, true, NULL, stream, run };

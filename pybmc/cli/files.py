@@ -21,10 +21,19 @@ from .terminal import write
 @model_option
 @json_option
 def show(model, model_option, as_json):
-    """What a file is: architecture, types, sizes, template, and whether it runs."""
+    """What a file is: architecture, types, sizes, template, and whether it runs.
+
+    MODEL may be a model of the hub (user/repo[:QUANT]): where it is not here, its header is read there.
+    """
+    from ..hub.store import NotHere
     from ..show import describe, lines
 
-    info = describe(need_model(model, model_option))
+    try:
+        info = describe(need_model(model, model_option))
+    except NotHere:
+        from ..hub.transfer import look
+
+        info = look(model or model_option)
     if as_json:
         print_json(info)
     else:

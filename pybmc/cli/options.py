@@ -65,7 +65,7 @@ class Text(click.ParamType):
 
 
 class File(click.Path):
-    """A file's name; an empty one (a variable that is not set) is a mistake."""
+    """A file's name; an empty one (a variable that is not set) is a mistake. The name of a model may be the hub's."""
 
     def convert(self, value, param, ctx):
         if not value:
@@ -118,8 +118,9 @@ class Variables(click.ParamType):
 
 
 model_argument = click.argument("model", required=False, type=File())
-model_option = click.option("-m", "--model", "model_option", metavar="FILE", type=File(),
-                            help="The model, if it is not given as an argument.")
+model_option = click.option("-m", "--model", "model_option", metavar="MODEL", type=File(),
+                            help="The model, if it is not given as an argument: a GGUF file, or a name that pybmc list "
+                                 "shows, such as user/repo:Q4_K_M.")
 
 
 def keep_flag(ctx, param, value):
@@ -167,7 +168,7 @@ SAMPLING = ("seed", "temperature", "top_k", "top_p", "min_p", "repeat_penalty", 
             "repeat_last_n", "logit_bias")
 
 draft_options = options(
-    click.option("--draft", "-md", "--model-draft", "draft", type=File(), metavar="FILE",
+    click.option("--draft", "-md", "--model-draft", "draft", type=File(), metavar="MODEL",
                  help="A small model that guesses ahead, best with the same vocabulary. The answer is the same, sooner. "
                       "The bundled model has one by default."),
     click.option("--draft-max", type=click.IntRange(0), default=16, show_default=True, metavar="N",
@@ -235,14 +236,21 @@ def find_model(argument, option=None) -> Path:
     if argument and option:
         raise click.UsageError(f"two models are given: {argument} and -m {option}")
     if argument or option:
-        return Path(argument or option)
+        return find(argument or option)
     from .. import demo_model
     return demo_model()
 
 
+def find(name: str) -> Path:
+    """The file of a model: a path, or a name of the hub."""
+    from ..hub.store import find
+
+    return find(name)
+
+
 def need_model(argument, option=None) -> Path:
     if not argument and not option:
-        raise click.UsageError("no model is given: name a GGUF file")
+        raise click.UsageError("no model is given: name a GGUF file, or a model that pybmc list shows")
     return find_model(argument, option)
 
 
@@ -302,7 +310,7 @@ def with_draft(flags: dict, bundled: bool, threads):
     if path is None or settings["spec"] in ("ngram", "self", "off"):
         yield settings | {"draft": None}
         return
-    with opened(Path(path), threads) as (draft, _):
+    with opened(find(path), threads) as (draft, _):
         yield settings | {"draft": draft}
 
 

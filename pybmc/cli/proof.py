@@ -25,7 +25,7 @@ EXIT_UNPROVEN = 3
 @click.command()
 @model_argument
 @model_option
-@click.option("--draft", "-md", "--model-draft", "draft", type=File(), metavar="FILE",
+@click.option("--draft", "-md", "--model-draft", "draft", type=File(), metavar="MODEL",
               help="A draft model, whose drafts are compared too.")
 @click.option("-p", "--prompt", type=Text(), help="The text to go on with, instead of a few of its own.")
 @click.option("-f", "--file", "prompt_file", type=File(), metavar="FILE", help="Read it from a file.")

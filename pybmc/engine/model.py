@@ -235,7 +235,9 @@ def _tensors(roles: list[Role], mapped: bool):
     tensors, kept = ffi.new("bmc_tensor[]", len(roles)), []
     for tensor, role in zip(tensors, roles):
         name, data = ffi.new("char[]", role.name.encode()), ffi.from_buffer(role.data)
-        kept += [name, data, role.data]
+        label = ffi.new("char[]", getattr(role.tensor, "name", role.name).encode()[:95])
+        kept += [name, label, data, role.data]
+        tensor.name = label
         tensor.role, tensor.block, tensor.expert, tensor.type, tensor.mapped = name, role.block, role.expert, role.tensor.type.id, mapped and role.mapped
         tensor.n_cols, tensor.n_rows, tensor.data = role.n_cols, role.n_rows, data
     return tensors, kept

@@ -7,12 +7,14 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from types import SimpleNamespace
 
 import numpy as np
 
-from .._native import ffi, lib
+from .._native import check, ffi, lib, pointer
 from ..errors import FormatError, printable
 from ..files.gguf import GGUF, Tensor
+from ..files.types import type_info
 from .config import Config
 from .layers import Block
 from .rope import TENSORS as ROPE_TENSORS
@@ -143,6 +145,8 @@ def _roles_in(file: GGUF, config: Config, number: int, block: Block, layer: int,
         yield from _cut_experts(file, tensor, number, block)
     elif (match := ONE_EXPERT.fullmatch(name)) and "ffn_up_exps" in roles:
         yield _role(f"{match[1]}_exps", number, tensor, expert=int(match[2]))
+    elif name == "attn_kv_b" and "attn_k_b" in roles:
+        yield from _split_kv_b(file, tensor, number, block)
     elif _knows(roles, role := block.role(name)):
         yield _role(role, number, tensor)
 
@@ -194,6 +198,28 @@ def _gather(file: GGUF, tensor: Tensor, block: int, tail: str, parts: dict[str, 
     rows = tensor.data.reshape(n_rows, -1)
     for name, which in parts.items():
         yield Role(name, block, tensor, len(which), n_cols, rows[which].ravel(), mapped=False)
+
+
+def _split_kv_b(file: GGUF, tensor: Tensor, number: int, block: Block) -> Iterator[Role]:
+    """Each head's rows for keys and for values in one tensor, as first files have it. Those for keys turn round: the library
+    multiplies queries with them. As float32."""
+    nope = block.k_dim - block.rope_dim
+    n_rows, n_cols = _extent(tensor)
+    if (n_rows, n_cols) != (expected := (block.n_heads * (nope + block.v_dim), block.kv_rank)):
+        raise _misfit(file, tensor, f"expected {expected[0]} rows of {expected[1]} values, found {n_rows} of {n_cols}")
+    heads = dequantize(tensor).reshape(block.n_heads, nope + block.v_dim, n_cols)
+    float32 = SimpleNamespace(name=tensor.name, type=type_info(0))
+    for name, values in (("attn_k_b", heads[:, :nope].transpose(0, 2, 1)), ("attn_v_b", heads[:, nope:])):
+        yield Role(name, number, float32, values.shape[0] * values.shape[1], values.shape[2],
+                   np.ascontiguousarray(values).reshape(-1).view(np.uint8), mapped=False)
+
+
+def dequantize(tensor: Tensor) -> np.ndarray:
+    """The values of a tensor, float32 (n_rows, n_cols)."""
+    n_rows, n_cols = _extent(tensor)
+    values = np.empty((n_rows, n_cols), np.float32)
+    check(lib.bmc_dequantize(tensor.type.id, ffi.from_buffer(tensor.data), values.size, pointer(values)))
+    return values
 
 
 def _cut_experts(file: GGUF, tensor: Tensor, number: int, block: Block) -> Iterator[Role]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ..errors import FormatError
 from ..files.gguf import GGUF
 from . import deepseek, encoders, gemma, hybrids, llama, mixtures, older, phi, qwen  # noqa: F401  they register their architectures
-from .layers import RMS, Attention, Block
+from .layers import RMS, Attention, Block, Mla
 from .parts import REGISTRY, Architecture, Reader
 from .rope import Table
 
@@ -44,9 +44,9 @@ class Config:
         return [(i, block) for i, layer in enumerate(self.layers) for block in layer]
 
     @property
-    def attention(self) -> Attention | None:
+    def attention(self) -> Attention | Mla | None:
         """The first attention block: what `show` tells of heads."""
-        return next((block for _, block in self.blocks if isinstance(block, Attention)), None)
+        return next((block for _, block in self.blocks if isinstance(block, (Attention, Mla))), None)
 
     def _of_attention(self, name: str) -> int:
         return getattr(self.attention, name) if self.attention else 0

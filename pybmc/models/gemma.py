@@ -42,7 +42,7 @@ def gemma4(k, i):
     source = _shared_rows(k, i, window > 0)
     head_dim = k.count("attention.key_length_swa" if window else "attention.key_length", k.dim // k.count("attention.head_count", layer=i), high=1024)
     table = rope_table(k, head_dim, window, swa_base=10000.0, swa_scaling=False)
-    mixer = attention(k, i, **POST, window=window, table=table, attn_scale=1.0, v_norm=1, source=source)
+    mixer = attention(k, i, **POST, window=window, table=table, attn_scale=1.0, v_norm=1, source=source, values_are_keys=True)
     if k.in_layer(i, "ffn_gate_inp"):
         blocks = (mixer, *beside(dense(k, i, act=GELU, post="post_ffw_norm_1"),
                                  experts(k, i, act=GELU, norm="pre_ffw_norm_2", post="post_ffw_norm_2", sum_norm="post_ffw_norm", route=SCALED)))

@@ -12,7 +12,7 @@ from ..files.gguf import GGUF
 # Keys that change nothing of what is computed here, or only name what the tensors say too.
 HARMLESS = {
     "vocab_size", "block_count", "rope.dimension_sections", "rope.dimension_count_swa", "rope.scaling.finetuned", "pooling_type",
-    "attention.causal", "tensor_data_layout", "expert_count", "nextn_predict_layers", "interleave_moe_layer_step", "expert_shared_count", "moe_every_n_layers", "decoder_start_token_id",
+    "attention.causal", "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "tensor_data_layout", "expert_count", "nextn_predict_layers", "interleave_moe_layer_step", "expert_shared_count", "moe_every_n_layers", "decoder_start_token_id",
     "classifier.output_labels", "attention.clamp_kqv", "use_parallel_residual",
 }
 

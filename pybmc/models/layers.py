@@ -123,17 +123,24 @@ class PerLayer(Block):
 class Mla(Block):
     kind = "MLA"
     n_heads: int
-    k_dim: int                          # of a query: without rope, and with it
+    k_dim: int                          # of a query, rope included
     v_dim: int
     attn_scale: float
     q_rank: int
     kv_rank: int
+    rope_dim: int
     rope_style: int = PAIRS
     rope: int = 0
-    row_values: int = 0
+    n_kv_heads: int = 1
 
-    def __post_init__(self):
-        self.row_values = 2 * self.kv_rank
+    @property
+    def q_dim(self) -> int:
+        return self.n_heads * self.k_dim
+
+    @property
+    def row_values(self) -> int:
+        """Values that a token adds to the cache: [c | r] as keys, c as values."""
+        return 2 * self.kv_rank + self.rope_dim
 
 
 @dataclass(kw_only=True)

@@ -126,11 +126,11 @@ def rope_table(k: Reader, head_dim: int, window: int = 0, swa_base: float | None
 
 def attention(k: Reader, i: int, *, qk_norm: bool = False, bias: bool = False, norm: str | None = "attn_norm", post: str | None = None,
               out_norm: str | None = None, window: int = 0, rope: bool = True, table: int | None = None, gate: int = NO_GATE, attn_scale: float | None = None,
-              source: int | None = None, **fields) -> Attention:
+              source: int | None = None, values_are_keys: bool = False, **fields) -> Attention:
     """Attention with grouped heads from the usual keys; fields of Attention go through.
 
     qk_norm, bias: the tensors that must be there. rope=False: the layer's queries and keys do not turn; table: its rope table.
-    source: the layer whose keys and values it reads.
+    source: the layer whose keys and values it reads; values_are_keys: attn_v may be absent.
     """
     n_heads = k.count("attention.head_count", high=4096, layer=i)
     n_kv_heads = k.count("attention.head_count_kv", n_heads, high=n_heads, layer=i)
@@ -143,7 +143,8 @@ def attention(k: Reader, i: int, *, qk_norm: bool = False, bias: bool = False, n
     style = k.spec.rope if rope else NONE
     if style and table is None:
         table = rope_table(k, k_dim, window)
-    needs = (("attn_q_norm", "attn_k_norm") * qk_norm + ("attn_q.bias", "attn_k.bias", "attn_v.bias") * bias + ((norm,) if norm else ())
+    needs = (("attn_q", "attn_output") + ("attn_k",) * (source is None) + ("attn_v",) * (source is None and not values_are_keys)
+             + ("attn_q_norm", "attn_k_norm") * qk_norm + ("attn_q.bias", "attn_k.bias", "attn_v.bias") * bias + ((norm,) if norm else ())
              + ((post,) if post else ()) + ((out_norm,) if out_norm else ()))
     return Attention(n_heads=n_heads, n_kv_heads=n_kv_heads, k_dim=k_dim, v_dim=v_dim, attn_scale=attn_scale or k_dim**-0.5,
                      rope_style=style, rope=table or 0, window=window, gate=gate, source=source, norm=norm, post=post, out_norm=out_norm,
@@ -153,7 +154,7 @@ def attention(k: Reader, i: int, *, qk_norm: bool = False, bias: bool = False, n
 def dense(k: Reader, i: int, *, act: int = SILU, gated: bool = True, norm: str | None = "ffn_norm", post: str | None = None,
           out_norm: str | None = None, needs: tuple[str, ...] = (), **fields) -> Dense:
     """A feed-forward of feed_forward_length; gated: with a matrix of gates."""
-    needs += (("ffn_gate",) * gated + ((norm,) if norm else ()) + ((post,) if post else ()) + ((out_norm,) if out_norm else ()))
+    needs += (("ffn_up", "ffn_down") + ("ffn_gate",) * gated + ((norm,) if norm else ()) + ((post,) if post else ()) + ((out_norm,) if out_norm else ()))
     return Dense(hidden_dim=k.count("feed_forward_length", high=1 << 22, layer=i), act=act, gated=gated, norm=norm, post=post,
                  out_norm=out_norm, needs=needs, **fields)
 

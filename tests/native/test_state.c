@@ -225,6 +225,37 @@ static void test_many_snapshots(void) {
     end(s);
 }
 
+/* A fork has the text and the snapshots of its parent, whose later tokens are nothing to it, and the other way round. */
+static void test_a_fork_goes_its_own_way(void) {
+    uint64_t state = 6;
+    struct sequence *s = begin(), *fork = begin();
+    CHECK(states_copy(&fork->states, &s->states) == 0 && !fork->states.memory);     /* of one without tokens */
+    write_on(s, &state, 60);
+    write_on(s, &state, 2);
+    CHECK(states_snapshot(&s->states) == 0);
+    const int64_t alone = states_bytes(&s->states);
+    write_on(s, &state, 70);
+    CHECK(states_copy(&fork->states, &s->states) == 0);
+    CHECK(states_bytes(&s->states) < alone && states_bytes(&fork->states) < alone);
+    memcpy(fork->tokens, s->tokens, sizeof s->tokens);
+    memcpy(fork->made, s->made, sizeof s->made);
+    fork->position = s->position;
+    write_on(s, &state, 1);
+    write_on(fork, &state, 3);
+    for (int i = 0; i < 2; i++) {
+        CHECK(states_rewind(&(i ? fork : s)->states, 65) == 60);
+        (i ? fork : s)->position = 60;
+        pass(i ? fork : s, 5);
+        write_on(i ? fork : s, &state, 30);
+        check(i ? fork : s);
+    }
+    end(s);
+    go_back(fork, 61);
+    check(fork);
+    CHECK(states_bytes(&fork->states) == alone);
+    end(fork);
+}
+
 static void test_without_states_there_is_nothing_to_do(void) {
     struct states s;
     states_init(&s, NULL, 0);
@@ -242,6 +273,7 @@ int main(void) {
     test_a_snapshot_brings_its_anchor_back();
     test_a_snapshot_dies_with_its_tokens();
     test_many_snapshots();
+    test_a_fork_goes_its_own_way();
     test_without_states_there_is_nothing_to_do();
     return 0;
 }
