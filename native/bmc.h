@@ -249,6 +249,7 @@ typedef struct bmc_arena_stats {
     int64_t bytes_reserved;
     int64_t row_bytes;              /* K and V of one token, all layers */
     int32_t r;                      /* rows added at a time */
+    int64_t state_bytes;            /* what recurrent blocks keep besides, whatever the length */
 } bmc_arena_stats;
 
 typedef struct bmc_times {
@@ -286,8 +287,8 @@ int         bmc_session_fork(bmc_session *session, int position, bmc_session **f
 int         bmc_session_position(const bmc_session *session);
 const int32_t *bmc_session_tokens(const bmc_session *session);          /* (position,) the tokens of its rows */
 int         bmc_session_sync(bmc_session *session, const int32_t *tokens, int n);      /* keeps the rows that a text begins with; how many */
-int         bmc_session_rewind(bmc_session *session, int position);     /* may evaluate tokens again, where a block keeps a state */
-int         bmc_session_snapshot(bmc_session *session);                 /* going back to this position will need no tokens again */
+int         bmc_session_rewind(bmc_session *session, int position);     /* may evaluate tokens again, where a block keeps a state; if that fails it is farther back */
+int         bmc_session_snapshot(bmc_session *session);                 /* going back to this position will need few tokens again */
 int         bmc_session_reserve(bmc_session *session, int rows);         /* makes room for this many more rows */
 int         bmc_session_stats(const bmc_session *session, bmc_arena_stats *stats);
 void        bmc_session_free(bmc_session *session);

@@ -18,6 +18,8 @@ enum {
     LAG = 16,                       /* tokens that a draft model may lack before it guesses: they share its first pass */
     WIDER = 4,                      /* how many times more of the text it reads, once guessing has earned that */
 };
+_Static_assert((int)GUESSES < (int)LOG_MAX && (int)GUESSES <= (int)LOG_KEPT, "guesses are taken back without evaluating tokens again");
+_Static_assert((int)LAG + (int)GUESSES <= (int)LOG_MAX, "those of a draft model too");
 static const double LATENCY = 3;                /* passes without guesses that a round may take: tokens come evenly */
 static const double STRETCH_WEIGHT = 0.2;       /* of the last stretch in bmc_drafter.stretch */
 static const double HICCUP = 3;                 /* a draft is charged at most this many times its expected time */
@@ -157,8 +159,7 @@ static void follow_text(struct turn *t) {
     int kept = 0, n = t->length - 1 - draft->offset;
     while (kept < n && kept < draft->position && draft->tokens[kept] == in_draft(d, text_token(t, draft->offset + kept)))
         kept++;
-    bmc_session_rewind(draft, kept);
-    if (!kept)
+    if (bmc_session_sync(draft, draft->tokens, kept) < 1)       /* what states cannot be taken back to is read again, as other text is */
         draft->offset = 0;
 }
 
