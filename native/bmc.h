@@ -35,7 +35,7 @@ enum bmc_act {              /* GELU in its tanh form; RELU2: ReLU squared; SWIGL
 enum bmc_rope { BMC_ROPE_NONE = 0, BMC_ROPE_PAIRS = 1, BMC_ROPE_HALVES = 2 };    /* (0,1)(2,3).. or (0,d/2)(1,d/2+1).. */
 enum bmc_want { BMC_WANT_NONE = 0, BMC_WANT_LAST = 1, BMC_WANT_ALL = 2, BMC_WANT_FIRST = 3 };
 enum bmc_step {             /* what a pass spends its time on */
-    BMC_STEP_EMBED, BMC_STEP_NORM, BMC_STEP_QKV, BMC_STEP_STORE, BMC_STEP_ATTENTION, BMC_STEP_ATTN_OUTPUT, BMC_STEP_GATE_UP,
+    BMC_STEP_EMBED, BMC_STEP_NORM, BMC_STEP_QKV, BMC_STEP_STORE, BMC_STEP_ATTENTION, BMC_STEP_STATES, BMC_STEP_ATTN_OUTPUT, BMC_STEP_GATE_UP,
     BMC_STEP_ACTIVATION, BMC_STEP_DOWN, BMC_STEP_HEAD, BMC_STEP_WAIT, BMC_STEPS
 };
 
@@ -255,6 +255,7 @@ typedef struct bmc_arena_stats {
     int64_t bytes_reserved;
     int64_t row_bytes;              /* K and V of one token, all layers */
     int32_t r;                      /* rows added at a time */
+    int64_t state_bytes;            /* what recurrent blocks keep besides, whatever the length */
 } bmc_arena_stats;
 
 typedef struct bmc_times {
@@ -293,8 +294,8 @@ int         bmc_session_fork(bmc_session *session, int position, bmc_session **f
 int         bmc_session_position(const bmc_session *session);
 const int32_t *bmc_session_tokens(const bmc_session *session);          /* (position,) the tokens of its rows */
 int         bmc_session_sync(bmc_session *session, const int32_t *tokens, int n);      /* keeps the rows that a text begins with; how many */
-int         bmc_session_rewind(bmc_session *session, int position);     /* may evaluate tokens again, where a block keeps a state */
-int         bmc_session_snapshot(bmc_session *session);                 /* going back to this position will need no tokens again */
+int         bmc_session_rewind(bmc_session *session, int position);     /* may evaluate tokens again, where a block keeps a state; if that fails it is farther back */
+int         bmc_session_snapshot(bmc_session *session);                 /* going back to this position will need few tokens again */
 int         bmc_session_reserve(bmc_session *session, int rows);         /* makes room for this many more rows */
 int         bmc_session_stats(const bmc_session *session, bmc_arena_stats *stats);
 void        bmc_session_free(bmc_session *session);

@@ -124,8 +124,7 @@ void draft_follow(struct turn *t) {
     int kept = 0, n = t->length - 1 - draft->offset;
     while (kept < n && kept < draft->position && draft->tokens[kept] == text_token(t, draft->offset + kept))
         kept++;
-    bmc_session_rewind(draft, kept);
-    if (!kept)
+    if (bmc_session_sync(draft, draft->tokens, kept) < 1)       /* what states cannot be taken back to is read again, as other text is */
         draft->offset = 0;
 }
 

@@ -124,9 +124,9 @@ struct kernels {
     void (*rope_pairs)(float *x, const float *cos, const float *sin, int n);            /* cos and sin: (n / 2,) */
     void (*rope_halves)(float *x, const float *cos, const float *sin, int n);
 
-    /* y[c] = bias[c] (NULL: 0), then y[c] = fma(weight[i][c], rows[i][c], y[c]) for i = 0 .. k - 1.
-     * weight: (k, n rounded up to 16). y may be one of the rows. */
-    void (*conv)(float *y, const float *const *rows, const float *weight, const float *bias, int k, int n);
+    /* y[c] = bias[c] (NULL: 0), then y[c] = fma(weight[i][c], rows[i][c], y[c]) for i = 0 .. k - 1. y may be one of the rows.
+     * weight: k rows, `stride` floats apart, each readable up to n rounded up to 16. */
+    void (*conv)(float *y, const float *const *rows, const float *weight, size_t stride, const float *bias, int k, int n);
     void (*recur)(const struct recur_job *job);
 
     float (*largest)(const float *x, int n);

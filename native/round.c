@@ -12,6 +12,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+_Static_assert((int)GUESSES <= (int)LOG_KEPT, "guesses are taken back without evaluating tokens again");
+
 /* ---- the target's pass */
 
 static bool stops(const bmc_item *item, int32_t id) {

@@ -170,7 +170,7 @@ int bmc_session_snapshot(bmc_session *s) {
     int status = claim(s);
     if (status)
         return status;
-    status = states_snapshot(&s->states, s->position);
+    status = states_snapshot(&s->states);
     release(s);
     return status;
 }
@@ -222,7 +222,8 @@ int bmc_session_reserve(bmc_session *s, int rows) {
 
 int bmc_session_stats(const bmc_session *s, bmc_arena_stats *stats) {
     const struct arena *a = &s->arenas[s->model->n_streams[ALL_ROWS] ? ALL_ROWS : WINDOWS];
-    *stats = (bmc_arena_stats){ .rows_reserved = a->rows_reserved, .rows_used = s->position, .r = a->config.r, .bytes_reserved = states_bytes(&s->states) };
+    *stats = (bmc_arena_stats){ .rows_reserved = a->rows_reserved, .rows_used = s->position, .r = a->config.r, .bytes_reserved = states_bytes(&s->states),
+                                .state_bytes = (int64_t)(s->states.floats * sizeof(float)) };
     for (int i = 0; i < ARENAS; i++) {
         stats->bytes_reserved += arena_mapped(&s->arenas[i]);
         stats->row_bytes += arena_row_bytes(&s->arenas[i]);

@@ -4,30 +4,46 @@
 #include "error.h"
 #include "memory.h"
 
+#include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
-static size_t rows_floats(const struct state_size *size, int n) { return (size_t)(size->n_before + n) * size->row; }
+struct copy { atomic_int users; float values[]; };
+
+static void drop(struct snapshot *p) {
+    if (p->copy && atomic_fetch_sub(&p->copy->users, 1) == 1)
+        free(p->copy);
+    *p = (struct snapshot){ 0 };
+}
+
+static size_t stream_floats(const struct state_size *size) {
+    return 2 * size->floats + ((size_t)(LOG_MAX + size->n_before) * size->row + 15) / 16 * 16;
+}
+
+static size_t snapshot_floats(const struct states *s) {
+    size_t sum = 0;
+    for (int i = 0; i < s->n; i++)
+        sum += s->sizes[i].floats + (size_t)s->sizes[i].n_before * s->sizes[i].row;
+    return sum;
+}
 
 size_t states_measure(struct state_size *sizes, int n) {
     size_t sum = 0;
     for (int i = 0; i < n; i++) {
         sizes[i].at = sum;
-        sum += 2 * sizes[i].floats + (rows_floats(&sizes[i], LOG_MAX) + 15) / 16 * 16;
+        sum += stream_floats(&sizes[i]);
     }
     return sum;
 }
 
 void states_init(struct states *s, const struct state_size *sizes, int n) {
-    *s = (struct states){ .sizes = sizes, .n = n };
-    const struct state_size *last = sizes + n - 1;
-    s->floats = n ? last->at + 2 * last->floats + (rows_floats(last, LOG_MAX) + 15) / 16 * 16 : 0;
+    *s = (struct states){ .sizes = sizes, .n = n, .floats = n ? sizes[n - 1].at + stream_floats(&sizes[n - 1]) : 0 };
 }
 
 void states_free(struct states *s) {
     memory_unmap(s->memory, s->floats * sizeof(float));
     for (int i = 0; i < SNAPSHOTS; i++)
-        free(s->snapshots[i].values);
+        drop(&s->snapshots[i]);
     memset(s, 0, sizeof *s);
 }
 
@@ -38,124 +54,127 @@ int states_reserve(struct states *s) {
     return s->memory ? 0 : fail(BMC_ENOMEM, "no memory for %.0f MB of states", (double)s->floats * sizeof(float) / 1e6);
 }
 
-static size_t snapshot_floats(const struct states *s) {
-    size_t floats = 0;
-    for (int i = 0; i < s->n; i++)
-        floats += s->sizes[i].floats + rows_floats(&s->sizes[i], 0);
-    return floats;
-}
-
 int64_t states_bytes(const struct states *s) {
     size_t floats = s->memory ? s->floats : 0;
     for (int i = 0; i < SNAPSHOTS; i++)
-        floats += s->snapshots[i].values ? snapshot_floats(s) : 0;
+        floats += s->snapshots[i].copy ? snapshot_floats(s) / (size_t)atomic_load(&s->snapshots[i].copy->users) : 0;
     return (int64_t)(floats * sizeof(float));
 }
 
 struct state_run states_plan(const struct states *s, int start, int n) {
-    struct state_run run = { .start = start, .n = n, .base = s->base, .replay = start < s->current ? start - s->base : -1, .anchor = -1 };
-    if (n > 1 || start + n - s->base > LOG_MAX)
-        run.anchor = n > LOG_MAX ? n - LOG_MAX : 0;
+    const int end = start + n;
+    struct state_run run = { .start = start, .n = n, .base = s->base, .next_base = s->base, .replay = start < s->current };
+    if (n > 1)
+        run.next_base = n > LOG_MAX ? end - LOG_MAX : start;
+    else if (end - s->base > LOG_MAX)
+        run.next_base = end - LOG_KEPT;
     return run;
 }
 
 void states_done(struct states *s, const struct state_run *run) {
-    s->base = state_new_base(run);
+    s->base = run->next_base;
     s->current = run->start + run->n;
 }
 
-void states_shift(const struct states *s, int stream, const struct state_run *run) {
-    const struct state_size *size = &s->sizes[stream];
-    const int base = state_new_base(run), kept = run->start - (base - size->n_before);      /* rows from before the pass that stay */
-    if (base > run->base && kept > 0)
-        memmove(state_row(s, stream, base, base - size->n_before), state_row(s, stream, run->base, base - size->n_before),
-                (size_t)kept * size->row * sizeof(float));
-}
+static void copy_floats(float *to, const float *from, size_t floats) { memcpy(to, from, floats * sizeof *to); }
 
-/* The states at the anchor, from and to a snapshot: of each stream the state and the rows before it. */
-static void copy_snapshot(const struct states *s, float *values, bool restore, int base, int position) {
+/* Each stream's anchor and the rows before it, into values. */
+static void save(const struct states *s, float *values) {
     for (int i = 0; i < s->n; i++) {
         const struct state_size *size = &s->sizes[i];
-        const size_t rows = rows_floats(size, 0);
-        if (restore) {
-            memcpy(state_anchor(s, i), values, size->floats * sizeof *values);
-            memcpy(state_current(s, i), values, size->floats * sizeof *values);
-            memcpy(state_row(s, i, position, position - size->n_before), values + size->floats, rows * sizeof *values);
-        } else {
-            memcpy(values, state_current(s, i), size->floats * sizeof *values);
-            memcpy(values + size->floats, state_row(s, i, base, position - size->n_before), rows * sizeof *values);
-        }
-        values += size->floats + rows;
+        copy_floats(values, state_anchor(s, i), size->floats);
+        values += size->floats;
+        for (int j = -size->n_before; j < 0; j++, values += size->row)
+            copy_floats(values, state_row(s, i, s->base + j), size->row);
     }
 }
 
-int states_copy(struct states *to, const struct states *from) {
-    int status = from->memory ? states_reserve(to) : 0;
-    if (status || !from->memory)
-        return status;
-    memcpy(to->memory, from->memory, from->floats * sizeof(float));
-    to->base = from->base;
-    to->current = from->current;
-    to->clock = from->clock;
-    for (int i = 0; i < SNAPSHOTS; i++) {
-        const struct snapshot *p = &from->snapshots[i];
-        float *values = p->values ? malloc(snapshot_floats(from) * sizeof *values) : NULL;
-        if (values) {                       /* without memory there are fewer of them */
-            memcpy(values, p->values, snapshot_floats(from) * sizeof *values);
-            to->snapshots[i] = (struct snapshot){ p->position, values, p->used };
-        }
+/* And back, as the states at s->base. */
+static void load(const struct states *s, const float *values) {
+    for (int i = 0; i < s->n; i++) {
+        const struct state_size *size = &s->sizes[i];
+        copy_floats(state_anchor(s, i), values, size->floats);
+        copy_floats(state_current(s, i), values, size->floats);
+        values += size->floats;
+        for (int j = -size->n_before; j < 0; j++, values += size->row)
+            copy_floats(state_row(s, i, s->base + j), values, size->row);
     }
-    return 0;
 }
 
 /* The states as they are before the first token. */
-static void clear(struct states *s) {
+static void clear(const struct states *s) {
     for (int i = 0; s->memory && i < s->n; i++) {
         memset(state_current(s, i), 0, 2 * s->sizes[i].floats * sizeof(float));
-        memset(state_row(s, i, 0, -s->sizes[i].n_before), 0, rows_floats(&s->sizes[i], 0) * sizeof(float));
+        memset(state_row(s, i, -s->sizes[i].n_before), 0, (size_t)s->sizes[i].n_before * s->sizes[i].row * sizeof(float));
     }
+}
+
+/* The last snapshot of the first `position` tokens, or NULL. */
+static const struct snapshot *last_snapshot(const struct states *s, int position) {
+    const struct snapshot *last = NULL;
+    for (const struct snapshot *p = s->snapshots; p < s->snapshots + SNAPSHOTS; p++)
+        if (p->copy && p->position <= position && (!last || p->position > last->position))
+            last = p;
+    return last;
 }
 
 int states_rewind(struct states *s, int position) {
-    struct snapshot *best = NULL;
-    if (!s->n || (position >= s->base && position <= s->current))
+    if (!s->n || position >= s->base)           /* no snapshot is beyond base */
         return position;
-    for (int i = 0; i < SNAPSHOTS; i++) {
-        struct snapshot *p = &s->snapshots[i];
-        if (p->values && p->position <= position && (!best || p->position > best->position))
-            best = p;
-    }
-    if (best) {
-        best->used = ++s->clock;
-        copy_snapshot(s, best->values, true, 0, best->position);
-    } else
+    const struct snapshot *last = last_snapshot(s, position);
+    s->base = s->current = last ? last->position : 0;
+    if (last)
+        load(s, last->copy->values);
+    else
         clear(s);
-    s->base = s->current = best ? best->position : 0;
-    for (int i = 0; i < SNAPSHOTS; i++)         /* those of tokens that are gone */
-        if (s->snapshots[i].values && s->snapshots[i].position > position) {
-            free(s->snapshots[i].values);
-            s->snapshots[i] = (struct snapshot){ 0 };
-        }
+    for (struct snapshot *p = s->snapshots; p < s->snapshots + SNAPSHOTS; p++)
+        if (p->position > position)             /* of tokens that are gone */
+            drop(p);
     return s->base;
 }
 
-int states_snapshot(struct states *s, int position) {
-    struct snapshot *oldest = &s->snapshots[0];
-    const size_t floats = snapshot_floats(s);
-    if (!s->memory || position != s->current || !position)
-        return 0;
-    for (int i = 0; i < SNAPSHOTS; i++) {
-        if (s->snapshots[i].values && s->snapshots[i].position == position) {
-            s->snapshots[i].used = ++s->clock;
-            return 0;
+/* Where the next snapshot goes: a free place, or that of the one without which the fewest tokens would be evaluated again. */
+static struct snapshot *next_snapshot(struct states *s) {
+    struct snapshot *place = NULL;
+    int fewest = 0;
+    for (struct snapshot *p = s->snapshots; p < s->snapshots + SNAPSHOTS; p++) {
+        const struct snapshot *before = last_snapshot(s, p->position - 1);
+        const int tokens = p->position - (before ? before->position : 0);
+        if (!p->copy)
+            return p;
+        if (!place || tokens < fewest) {
+            place = p;
+            fewest = tokens;
         }
-        if (s->snapshots[i].used < oldest->used)
-            oldest = &s->snapshots[i];
     }
-    float *values = oldest->values ? oldest->values : malloc(floats * sizeof *values);
-    if (!values)
-        return fail(BMC_ENOMEM, "no memory for a snapshot of %.0f MB", (double)floats * sizeof *values / 1e6);
-    copy_snapshot(s, values, false, s->base, position);
-    *oldest = (struct snapshot){ position, values, ++s->clock };
+    return place;
+}
+
+int states_snapshot(struct states *s) {
+    const struct snapshot *last = last_snapshot(s, s->base);
+    if (!s->base || (last && last->position == s->base))
+        return 0;
+    struct copy *copy = malloc(sizeof *copy + snapshot_floats(s) * sizeof *copy->values);
+    if (!copy)
+        return fail(BMC_ENOMEM, "no memory for a snapshot of %.0f MB", (double)snapshot_floats(s) * sizeof(float) / 1e6);
+    struct snapshot *place = next_snapshot(s);
+    drop(place);
+    atomic_init(&copy->users, 1);
+    save(s, copy->values);
+    *place = (struct snapshot){ s->base, copy };
+    return 0;
+}
+
+int states_copy(struct states *to, const struct states *from) {
+    const int status = from->memory ? states_reserve(to) : 0;
+    if (status || !from->memory)
+        return status;
+    copy_floats(to->memory, from->memory, from->floats);
+    to->base = from->base;
+    to->current = from->current;
+    memcpy(to->snapshots, from->snapshots, sizeof to->snapshots);
+    for (int i = 0; i < SNAPSHOTS; i++)
+        if (to->snapshots[i].copy)
+            atomic_fetch_add(&to->snapshots[i].copy->users, 1);
     return 0;
 }

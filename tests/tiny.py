@@ -25,6 +25,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2", "gemma3", "phi3")
 
+# Blocks of each layer of those with recurrent ones, Attention, gated attention (Q), gated Delta
+# net, Mamba 2, short Convolution, Feed-forward.
+RECURRENT = {
+    "qwen35": ("DF", "QF", "DF"), "lfm2": ("CF", "AF", "CF"), "granitehybrid": ("MF", "AF", "MF"), "nemotron_h": ("M", "F", "A", "M"),
+    "falcon-h1": ("AMF", "AMF"),
+}
+
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
          "IQ4_NL", "IQ4_XS", "MXFP4", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0",
          "TQ2_0", "NVFP4")
@@ -132,6 +139,7 @@ VOCABULARIES = {
     "gemma3": spm_vocabulary,
     "phi3": spm_vocabulary,
     "spm": spm_vocabulary,
+    **dict.fromkeys(RECURRENT, lambda size: bpe_vocabulary(size, "qwen2")),
 }
 
 
@@ -242,6 +250,68 @@ def _layer(make: _Tensors, arch, i, dim, hidden_dim, n_heads, n_kv_heads, head_d
             make.vector(b + role + ".bias", n)
 
 
+def _recurrent_metadata(arch, dim, hidden_dim, n_kv_heads, head_dim):
+    """What the blocks of RECURRENT add: sizes that vectors do not divide, for Mamba 2, and states of two slices a head."""
+    blocks = RECURRENT[arch]
+    metadata = {f"{arch}.attention.head_count_kv": [n_kv_heads * ("A" in layer or "Q" in layer) for layer in blocks],
+                f"{arch}.attention.key_length": head_dim, f"{arch}.attention.value_length": head_dim}
+    if arch == "lfm2":
+        return metadata | {"lfm2.shortconv.l_cache": 3}
+    delta = arch == "qwen35"
+    metadata |= {f"{arch}.ssm.conv_kernel": 4, f"{arch}.ssm.state_size": 32 if delta else 9, f"{arch}.ssm.time_step_rank": 4,
+                 f"{arch}.ssm.group_count": 1 if arch == "granitehybrid" else 2, f"{arch}.ssm.inner_size": 128 if delta else 96}
+    if delta:
+        metadata |= {"qwen35.full_attention_interval": 2, "qwen35.attention.head_count_kv": n_kv_heads}
+    if arch == "granitehybrid":
+        metadata |= {"granitehybrid.rope.scaling.finetuned": False, "granitehybrid.residual_scale": 0.6}
+    if arch == "nemotron_h":
+        metadata["nemotron_h.feed_forward_length"] = [hidden_dim * (layer == "F") for layer in blocks]
+    return metadata
+
+
+def _recurrent_layer(make: _Tensors, arch, i, dim, hidden_dim, n_heads, n_kv_heads, head_dim, metadata):
+    def size(key):
+        return metadata.get(f"{arch}.ssm.{key}", 0)
+
+    b, blocks = f"blk.{i}.", RECURRENT[arch][i]
+    heads, inner, keys = size("time_step_rank"), size("inner_size"), size("state_size") * size("group_count")
+    make.norm(b + "attn_norm", dim)
+    if "A" in blocks or "Q" in blocks:
+        for role, n_rows in (("attn_q", n_heads * head_dim * (1 + ("Q" in blocks))), ("attn_k", n_kv_heads * head_dim), ("attn_v", n_kv_heads * head_dim)):
+            make.matrix(b + role, n_rows, dim)
+        make.matrix(b + "attn_output", dim, n_heads * head_dim)
+        if arch in ("qwen35", "lfm2"):
+            make.norm(b + "attn_q_norm", head_dim)
+            make.norm(b + "attn_k_norm", head_dim)
+    if "C" in blocks:
+        make.matrix(b + "shortconv.in_proj", 3 * dim, dim)
+        make.matrix(b + "shortconv.conv", dim, 3, type="F32")
+        make.matrix(b + "shortconv.out_proj", dim, dim)
+    if "D" in blocks:
+        for role, n_rows in (("attn_qkv", 2 * keys + inner), ("attn_gate", inner), ("ssm_alpha", heads), ("ssm_beta", heads)):
+            make.matrix(b + role, n_rows, dim)
+        make.norm(b + "ssm_norm", inner // heads)
+    if "M" in blocks:
+        make.matrix(b + "ssm_in", 2 * inner + 2 * keys + heads, dim)
+        make.vector(b + "ssm_conv1d.bias", 2 * keys + inner)
+        make.matrix(b + "ssm_d", heads, 1, type="F32")
+        make.made[b + "ssm_d"] = make.made.pop(b + "ssm_d.weight")
+        if arch != "falcon-h1":
+            make.matrix(b + "ssm_norm", size("group_count"), inner // size("group_count"), type="F32")
+    if "D" in blocks or "M" in blocks:
+        make.matrix(b + "ssm_conv1d", 2 * keys + inner, 4, type="F32")
+        make.matrix(b + "ssm_out", dim, inner)
+        make.vector(b + "ssm_dt.bias", heads)
+        a = -np.exp(make.rng.uniform(-2, 1, (heads, 1))).astype(np.float32)
+        make.made[b + "ssm_a"] = "F32", (a if "M" in blocks else a.ravel()).view(np.uint8)
+    if "F" in blocks:
+        if arch != "nemotron_h":
+            make.norm(b + ("post_attention_norm" if arch == "qwen35" else "ffn_norm"), dim)
+            make.matrix(b + "ffn_gate", hidden_dim, dim)
+        make.matrix(b + "ffn_up", hidden_dim, dim)
+        make.matrix(b + "ffn_down", dim, hidden_dim)
+
+
 # Files
 
 def parts(arch="llama", types="F16", dim=64, hidden_dim=96, n_layers=None, n_heads=4, n_kv_heads=None, head_dim=None,
@@ -252,7 +322,7 @@ def parts(arch="llama", types="F16", dim=64, hidden_dim=96, n_layers=None, n_hea
     everything), tied is True for gpt2 and gemma3. vocab names the vocabulary of another architecture, or "spm".
     rope_factors adds Llama-3's rope_freqs, or phi3's long and short factors.
     """
-    n_layers = n_layers or (7 if arch == "gemma3" else 2)
+    n_layers = n_layers or (7 if arch == "gemma3" else len(RECURRENT.get(arch, "12")))
     n_kv_heads = n_kv_heads or (n_heads if arch == "gpt2" else min(2, n_heads))
     n_rot = head_dim or dim // n_heads
     epsilon = "layer_norm_epsilon" if arch == "gpt2" else "layer_norm_rms_epsilon"
@@ -276,6 +346,8 @@ def parts(arch="llama", types="F16", dim=64, hidden_dim=96, n_layers=None, n_hea
         metadata[f"{arch}.attention.sliding_window"] = window
     if arch == "phi3":
         metadata[f"{arch}.rope.scaling.original_context_length"] = n_ctx
+    if arch in RECURRENT:
+        metadata |= _recurrent_metadata(arch, dim, hidden_dim, n_kv_heads, n_rot)
     metadata |= VOCABULARIES[vocab or arch](vocab_size)
 
     make = _Tensors(np.random.default_rng([seed, *arch.encode()]), types)
@@ -283,8 +355,11 @@ def parts(arch="llama", types="F16", dim=64, hidden_dim=96, n_layers=None, n_hea
     if arch == "gpt2":
         make.matrix("position_embd", n_ctx, dim, dim**-0.5, type="F32")
     for i in range(n_layers):
-        _layer(make, arch, i, dim, hidden_dim, n_heads, n_kv_heads, n_rot)
-    make.norm("output_norm", dim, bias=arch == "gpt2")
+        if arch in RECURRENT:
+            _recurrent_layer(make, arch, i, dim, hidden_dim, n_heads, n_kv_heads, n_rot, metadata)
+        else:
+            _layer(make, arch, i, dim, hidden_dim, n_heads, n_kv_heads, n_rot)
+    make.norm("token_embd_norm" if arch == "lfm2" else "output_norm", dim, bias=arch == "gpt2")
     if not (arch in ("gpt2", "gemma3") if tied is None else tied):
         make.matrix("output", vocab_size, dim, 3 * dim**-0.5)
     for name in ("rope_freqs", "rope_factors_long", "rope_factors_short"):

@@ -275,6 +275,8 @@ class Sequence:
         if self._masks:
             self._masks.accept(ids)
         self._time(seconds, n)
+        if self.reading:
+            self._snapshot()
         found = []
         for i, (id, logprob) in enumerate(zip(ids, logprobs)):
             if id < 0 or logprob != logprob or logprob == -inf:
@@ -298,15 +300,21 @@ class Sequence:
         return tuple((self._top_ids[i * k + j], self._top_logprobs[i * k + j]) for j in range(k))
 
     def take_back(self, unread: int) -> None:
-        """Let the session hold the text without its last token, and without tokens that nobody has read or
+        """Let a session that was given hold the text without its last token, and without tokens that nobody has read or
         that came after a stop string."""
-        if not self._started or self.session.uses != self._uses:
+        if not self._started or self._owned or self.session.uses != self._uses:
             return
         end = len(self.prompt) + max(self._written - unread, 0) - 1
         with suppress(BmcError):
             if self.session.position > end:
                 self.session.rewind(end)
             self._uses = self.session.uses
+
+    def _snapshot(self) -> None:
+        """At ends of prompts and answers: to where other texts will leave this one. A session of our own is closed before that."""
+        if not self._owned:
+            with suppress(BmcError):
+                self.session.snapshot()
 
     def _time(self, seconds: float, n: int) -> None:
         stats, counts = self.stats, self.item.stats
@@ -325,6 +333,7 @@ class Sequence:
         if self._started and not self._owned:
             self.item.n = 0
             self.take_back(0)
+            self._snapshot()
         if self.drafter is not None and self._owned:
             self.drafter.close()
         if self._owned and self.session is not None:
@@ -349,7 +358,7 @@ class Engine:
         self.running: list[Sequence] = []
         self._added = 0
         self._events: list[Event] = []  # tokens that were taken in a step that an interrupt ended
-        self._row_bytes = 0             # of a session
+        self._row_bytes = self._state_bytes = 0         # of a session
         self._prompt_rate = 0.0         # tokens a second of prompts
         self._limits = ffi.new("bmc_limits *")
         self._limits.policy = self.speculation.policy
@@ -416,7 +425,8 @@ class Engine:
             sequence = self.waiting[0]
             try:
                 sequence.start()
-                self._row_bytes = sequence.session.arena_stats().row_bytes
+                stats = sequence.session.arena_stats()
+                self._row_bytes, self._state_bytes = stats.row_bytes, stats.state_bytes
                 self.running.append(sequence)
             except BmcError as error:
                 sequence.error = error
@@ -430,7 +440,7 @@ class Engine:
         def rows(s: Sequence) -> float:
             return min(len(s.prompt) + s.request.max_tokens, s.request.context or self.model.config.n_ctx)
 
-        return self._row_bytes * sum(rows(s) for s in (*self.running, sequence)) <= self.memory
+        return sum(self._row_bytes * rows(s) + self._state_bytes for s in (*self.running, sequence)) <= self.memory
 
     def _round(self) -> float:
         """One call of the library for all running sequences; its seconds."""

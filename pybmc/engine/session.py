@@ -26,13 +26,15 @@ _WANTS = {"none": lib.BMC_WANT_NONE, "last": lib.BMC_WANT_LAST, "all": lib.BMC_W
 
 @dataclass(frozen=True)
 class ArenaStats:
-    """A session's KV arena. row_bytes: keys and values of one token, all layers; r: rows added at a time."""
+    """A session's memory. row_bytes: keys and values of one token, all layers; r: rows added at a time; state_bytes: what
+    recurrent layers keep besides, whatever the length. bytes_reserved includes it, and snapshots."""
 
     rows_reserved: int
     rows_used: int
     bytes_reserved: int
     row_bytes: int
     r: int
+    state_bytes: int
 
 
 class Best(NamedTuple):
@@ -135,6 +137,12 @@ class Session:
         """Forget the rows from `position` on. Raises ArgumentError beyond the position."""
         with self._claimed() as handle:
             check(lib.bmc_session_rewind(handle, checks.whole("position", position)))
+
+    def snapshot(self) -> None:
+        """Keep what recurrent layers know at about this position: to go back here later will need few tokens again. Nothing
+        happens for models without such layers. Raises OutOfMemoryError."""
+        with self._claimed(moves=False) as handle:
+            check(lib.bmc_session_snapshot(handle))
 
     def reserve(self, rows: int) -> None:
         """Make room for `rows` tokens more, so that the next ones do not wait for memory."""

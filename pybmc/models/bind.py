@@ -139,6 +139,8 @@ def _roles_in(file: GGUF, config: Config, number: int, block: Block, layer: int,
     parts = [part for part in FUSED.get(stem, ()) if part in sizes]
     if parts and f"blk.{layer}.{parts[0]}.weight" not in file.tensors and (stem not in roles or _is_fused(block, tensor)):
         yield from _cut(file, tensor, number, dot + tail, {part: sizes[part] for part in parts})
+    elif rows := block.rows(stem):
+        yield from _gather(file, tensor, number, dot + tail, rows)
     elif name == "ffn_gate_up_exps" and "ffn_gate_exps" in roles:
         yield from _cut_experts(file, tensor, number, block)
     elif (match := ONE_EXPERT.fullmatch(name)) and "ffn_up_exps" in roles:
@@ -182,6 +184,20 @@ def _cut(file: GGUF, tensor: Tensor, block: int, tail: str, parts: dict[str, int
         data = tensor.data[start * row_bytes : (start + n) * row_bytes]
         yield Role(name + tail, block, tensor, 1 if bias else n, n if bias else n_cols, data)
         start += n
+
+
+def _gather(file: GGUF, tensor: Tensor, block: int, tail: str, parts: dict[str, np.ndarray]) -> Iterator[Role]:
+    """A tensor whose rows are several roles', in pieces: copies of them."""
+    n_rows, n_cols = _extent(tensor)
+    total = sum(map(len, parts.values()))
+    if tail == ".scale":
+        yield from (_role(name + tail, block, tensor) for name in parts)
+        return
+    if n_rows != total:
+        raise _misfit(file, tensor, f"expected {total} rows, found {n_rows}")
+    rows = tensor.data.reshape(n_rows, -1)
+    for name, which in parts.items():
+        yield Role(name, block, tensor, len(which), n_cols, rows[which].ravel(), mapped=False)
 
 
 def _split_kv_b(file: GGUF, tensor: Tensor, number: int, block: Block) -> Iterator[Role]:

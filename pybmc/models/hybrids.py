@@ -18,6 +18,11 @@ def lfm2(k, i):
     return mixer, feed_forward(k, i, gating=SIGMOID)
 
 
+def _ignore_rope(k):
+    """Files of models without rope have keys of one all the same."""
+    k.used |= {key.removeprefix(f"{k.arch}.") for key in k.file.metadata if key.startswith(f"{k.arch}.rope.")}
+
+
 def mamba2(k, i):
     """A state-space block (arXiv 2405.21060)."""
     n_heads = k.count("ssm.time_step_rank", high=4096)
@@ -28,13 +33,17 @@ def mamba2(k, i):
 
 @architecture("granitehybrid", rope=PAIRS, **GRANITE)
 def granitehybrid(k, i):
-    mixer = granite_attention(k, i, rope=not k.flag("rope.scaling.finetuned", True)) if _has_attention(k, i) else mamba2(k, i)
+    rope = k.flag("rope.scaling.finetuned", True)
+    if not rope:
+        _ignore_rope(k)
+    mixer = granite_attention(k, i, rope=rope) if _has_attention(k, i) else mamba2(k, i)
     return residual(k, mixer, feed_forward(k, i))
 
 
 @architecture("nemotron_h", "nemotron_h_moe")
 def nemotron_h(k, i):
     """One block a layer."""
+    _ignore_rope(k)
     if k.in_layer(i, "ffn_gate_inp"):
         return (experts(k, i, norm="attn_norm", gating=SIGMOID, renorm=False, act=RELU2,
                         latent_dim=k.file.tensors[name].shape[-1] if (name := f"blk.{i}.ffn_latent_down.weight") in k.file.tensors else 0),)

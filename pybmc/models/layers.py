@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import numpy as np
+
 RMS, LAYER = "rms", "layer"
 NONE, PAIRS, HALVES = 0, 1, 2                                           # enum bmc_rope
 SILU, GELU, RELU, RELU2, XIELU, SWIGLU_OAI = range(6)                   # enum bmc_act
@@ -31,6 +33,10 @@ class Block:
 
     def sizes(self) -> dict[str, int]:
         """Rows of the parts of fused tensors, by role."""
+        return {}
+
+    def rows(self, name: str) -> dict[str, np.ndarray]:
+        """Which rows of a tensor of this name are which roles', where they are not in one piece."""
         return {}
 
     def role(self, name: str) -> str:
@@ -146,6 +152,22 @@ class DeltaNet(Block):
     n_heads: int                        # heads of values
     inner_dim: int
     interleaved: int = 0
+
+    def rows(self, name: str) -> dict[str, np.ndarray]:
+        """Files of qwen3next have a group's rows side by side: queries, keys, values and gates in ssm_in, betas and alphas in ssm_ba."""
+        values = self.inner_dim // self.n_groups
+        if name == "ssm_in":
+            q, k, v, gate = self._parts(self.state_dim, self.state_dim, values, values)
+            return {"attn_qkv": np.concatenate([q, k, v]), "attn_gate": gate}
+        if name == "ssm_ba":
+            each = self.n_heads // self.n_groups
+            return dict(zip(("ssm_beta", "ssm_alpha"), self._parts(each, each)))
+        return {}
+
+    def _parts(self, *sizes: int) -> list[np.ndarray]:
+        """Of rows that every group has in parts of these sizes: the rows of each part, of all groups."""
+        rows = np.arange(self.n_groups * sum(sizes)).reshape(self.n_groups, -1)
+        return [part.ravel() for part in np.split(rows, np.cumsum(sizes)[:-1], axis=1)]
 
 
 @dataclass(kw_only=True)

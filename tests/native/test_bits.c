@@ -155,7 +155,7 @@ static void recurrences(const struct kernels *k) {
             const float *rows[5];
             for (int i = 0; i < width; i++)
                 rows[i] = x + (t + i) * N;
-            k->conv(y[t], rows, weight, width % 2 ? bias : NULL, width, N);
+            k->conv(y[t], rows, weight, (N + 15) / 16 * 16, width % 2 ? bias : NULL, width, N);
             k->scale(y[t], 0.1f, N);
         }
         fold(y, sizeof y);

@@ -15,7 +15,7 @@ static void run_conv(const struct kernels *kernels, float *y, const float *rows,
         memcpy(copies[i], rows + i * n, (size_t)n * sizeof *rows);
     }
     float *to = in_place ? copies[k - 1] : out + 1;
-    kernels->conv(to, (const float *const *)copies, weight, bias, k, n);
+    kernels->conv(to, (const float *const *)copies, weight, (size_t)(n + 15) / 16 * 16, bias, k, n);
     memcpy(y, to, (size_t)n * sizeof *y);
     CHECK(out[0] == GUARD && out[n + 1] == GUARD);
     for (int i = 0; i < k; i++)
