@@ -16,17 +16,32 @@ static int64_t round_up(int64_t n, int64_t unit) {
     return (n + unit - 1) / unit * unit;
 }
 
+int64_t arena_streams(struct arena_stream *streams, int n) {
+    int64_t sum = 0, bytes;
+    for (int i = 0; i < n; i++) {
+        streams[i].before = sum;
+        if (streams[i].n_heads < 1 || streams[i].tile_bytes < 1
+            || __builtin_mul_overflow(streams[i].n_heads, streams[i].tile_bytes, &bytes) || __builtin_add_overflow(sum, bytes, &sum))
+            return -1;
+    }
+    return sum;
+}
+
+/* Bytes of one tile of every head. */
+static int64_t column_bytes(const struct arena_config *c) {
+    const struct arena_stream *last = c->streams + c->n_streams - 1;
+    return c->n_streams ? last->before + last->n_heads * last->tile_bytes : 0;
+}
+
 size_t arena_bytes(const struct arena_config *c, int64_t tiles) {
     size_t bytes;
-    if (__builtin_mul_overflow((size_t)c->n_layers * (size_t)c->n_heads, (size_t)c->tile_bytes, &bytes) ||
-        __builtin_mul_overflow(bytes, (size_t)tiles, &bytes) || bytes > SIZE_MAX / 4)
+    if (__builtin_mul_overflow((size_t)column_bytes(c), (size_t)tiles, &bytes) || bytes > SIZE_MAX / 4)
         return 0;
     return bytes;
 }
 
 int arena_no_memory(const struct arena *a, int64_t rows) {
-    const struct arena_config *c = &a->config;
-    double mb = (double)c->n_layers * c->n_heads * (double)c->tile_bytes / TILE_ROWS * (double)rows / 1e6;
+    double mb = (double)column_bytes(&a->config) / TILE_ROWS * (double)rows / 1e6;
     return fail(BMC_ENOMEM, "no memory for %lld rows of keys and values (%.0f MB)", (long long)rows, mb);
 }
 
@@ -39,8 +54,23 @@ int arena_slots(struct arena *a, int64_t n) {
     if (!segments)
         return -1;
     a->segments = segments;
+    atomic_int **users = fails() ? NULL : realloc(a->users, (size_t)n * sizeof *users);
+    if (!users)
+        return -1;
+    memset(users + a->n_slots, 0, (size_t)(n - a->n_slots) * sizeof *users);
+    a->users = users;
     a->n_slots = n;
     return 0;
+}
+
+/* One user of a segment less. */
+static void release(struct arena *a, int64_t i) {
+    atomic_int *users = a->users[i];
+    a->users[i] = NULL;
+    if (users && atomic_fetch_sub(users, 1) > 1)
+        return;
+    free(users);
+    memory_unmap(a->segments[i], a->segment_bytes);
 }
 
 /* Segments until there are n; all of them or none. */
@@ -52,7 +82,7 @@ static int add_segments(struct arena *a, int64_t n) {
         char *segment = fails() ? NULL : memory_map(a->segment_bytes);
         if (!segment) {
             while (a->n_segments > before)
-                memory_unmap(a->segments[--a->n_segments], a->segment_bytes);
+                release(a, --a->n_segments);
             return -1;
         }
         a->segments[a->n_segments++] = segment;
@@ -62,9 +92,8 @@ static int add_segments(struct arena *a, int64_t n) {
 
 int arena_init(struct arena *a, const struct arena_config *config) {
     memset(a, 0, sizeof *a);
-    if (config->n_layers < 1 || config->n_heads < 1 || config->tile_bytes < 1)
-        return fail(BMC_EINVAL, "an arena needs layers, heads and tiles: got %d, %d and %lld bytes", config->n_layers,
-                    config->n_heads, (long long)config->tile_bytes);
+    if (config->n_streams < 0 || (config->n_streams && !config->streams))
+        return fail(BMC_EINVAL, "an arena needs 0 or more streams, not %d", config->n_streams);
     if (config->cap < 1 || config->cap > MAX_ROWS)
         return fail(BMC_EINVAL, "the cap on rows is between 1 and %d, not %lld", MAX_ROWS, (long long)config->cap);
     if (config->r < 1)
@@ -74,17 +103,95 @@ int arena_init(struct arena *a, const struct arena_config *config) {
     c->r = (int)round_up(c->r < c->cap ? c->r : c->cap, TILE_ROWS);
     a->segment_tiles = c->r / TILE_ROWS;
     a->segment_bytes = arena_bytes(c, a->segment_tiles);
-    if (!a->segment_bytes)
+    if (!a->segment_bytes && c->n_streams)
         return arena_no_memory(a, c->r);
     a->segment_bytes = memory_whole(a->segment_bytes);
     return 0;
 }
 
+void arena_clear(struct arena *a) {
+    while (a->n_segments > a->n_dropped)
+        release(a, --a->n_segments);
+    a->n_segments = a->n_dropped = a->rows_reserved = 0;
+}
+
 void arena_free(struct arena *a) {
-    while (a->n_segments > 0)
-        memory_unmap(a->segments[--a->n_segments], a->segment_bytes);
+    arena_clear(a);
     free(a->segments);
+    free(a->users);
     memset(a, 0, sizeof *a);
+}
+
+int arena_own(struct arena *a, int64_t from, int64_t to) {
+    for (int64_t i = from / a->config.r; i * a->config.r < to && i < a->n_segments; i++) {
+        if (i < a->n_dropped || !a->users[i])
+            continue;
+        if (atomic_load(a->users[i]) > 1) {
+            char *segment = fails() ? NULL : memory_map(a->segment_bytes);
+            if (!segment)
+                return arena_no_memory(a, a->config.r);
+            memcpy(segment, a->segments[i], a->segment_bytes);
+            release(a, i);
+            a->segments[i] = segment;
+        }
+    }
+    return 0;
+}
+
+/* A segment of the parent that the child has too. */
+static int share(struct arena *child, struct arena *parent, int64_t i) {
+    if (!parent->users[i]) {
+        atomic_int *users = fails() ? NULL : malloc(sizeof *users);
+        if (!users)
+            return -1;
+        atomic_init(users, 1);
+        parent->users[i] = users;
+    }
+    atomic_fetch_add(parent->users[i], 1);
+    child->segments[i] = parent->segments[i];
+    child->users[i] = parent->users[i];
+    child->n_segments = i + 1;
+    return 0;
+}
+
+int arena_fork(struct arena *child, struct arena *parent, int64_t rows) {
+    const int64_t r = parent->config.r, whole = rows / r, n = (rows + r - 1) / r;
+    if (!parent->config.n_streams)
+        return arena_reserve(child, rows);
+    int failed = arena_slots(child, n);
+    for (int64_t i = 0; i < whole && !failed; i++)
+        if (i < parent->n_dropped) {
+            child->segments[i] = parent->segments[i];
+            child->n_segments = child->n_dropped = i + 1;
+        } else
+            failed = share(child, parent, i);
+    if (!failed && n > whole) {
+        char *segment = fails() ? NULL : memory_map(child->segment_bytes);
+        failed = !segment;
+        if (segment) {
+            memcpy(segment, parent->segments[whole], child->segment_bytes);
+            child->segments[child->n_segments++] = segment;
+        }
+    }
+    child->rows_reserved = child->n_segments * r;
+    if (!failed)
+        return 0;
+    arena_clear(child);
+    return arena_no_memory(child, rows);
+}
+
+void arena_drop(struct arena *a, int64_t rows) {
+    for (; (a->n_dropped + 1) * a->config.r <= rows && a->n_dropped + 1 < a->n_segments; a->n_dropped++) {
+        release(a, a->n_dropped);
+        a->segments[a->n_dropped] = a->segments[a->n_segments - 1];     /* memory that can be pointed to */
+    }
+}
+
+int64_t arena_mapped(const struct arena *a) {
+    int64_t bytes = 0;
+    for (int64_t i = a->n_dropped; i < a->n_segments; i++)
+        bytes += (int64_t)a->segment_bytes / (a->users[i] ? atomic_load(a->users[i]) : 1);
+    return bytes;
 }
 
 int arena_reserve(struct arena *a, int64_t rows) {
@@ -94,14 +201,14 @@ int arena_reserve(struct arena *a, int64_t rows) {
     if (rows <= a->rows_reserved)
         return 0;
     int64_t wanted = round_up(rows, a->config.r);
-    if (add_segments(a, wanted / a->config.r))
+    if (a->config.n_streams && add_segments(a, wanted / a->config.r))
         return arena_no_memory(a, wanted);
     a->rows_reserved = wanted;
     return 0;
 }
 
 int64_t arena_row_bytes(const struct arena *a) {
-    return a->config.n_layers * a->config.n_heads * a->config.tile_bytes / TILE_ROWS;
+    return column_bytes(&a->config) / TILE_ROWS;
 }
 
 int arena_auto_rows(int64_t row_bytes) {

@@ -16,7 +16,7 @@
 
 /* <cffi> What stands between these two marks is read by Python as it is: plain declarations only. */
 
-#define BMC_VERSION 10      /* counts the changes of what follows; bmc_version() tells which one was compiled */
+#define BMC_VERSION 12      /* counts the changes of what follows; bmc_version() tells which one was compiled */
 
 enum bmc_status {
     BMC_OK = 0,
@@ -28,11 +28,14 @@ enum bmc_status {
 };
 
 enum bmc_norm { BMC_NORM_RMS = 0, BMC_NORM_LAYER = 1 };
-enum bmc_act  { BMC_ACT_SILU = 0, BMC_ACT_GELU = 1 };                            /* GELU in its tanh form */
+enum bmc_act {              /* GELU in its tanh form; RELU2: ReLU squared; SWIGLU_OAI: gpt-oss's, clamped */
+    BMC_ACT_SILU = 0, BMC_ACT_GELU = 1, BMC_ACT_RELU, BMC_ACT_RELU2, BMC_ACT_XIELU, BMC_ACT_SWIGLU_OAI,
+    BMC_ACT_SIGMOID, BMC_ACT_SOFTPLUS, BMC_ACTS
+};
 enum bmc_rope { BMC_ROPE_NONE = 0, BMC_ROPE_PAIRS = 1, BMC_ROPE_HALVES = 2 };    /* (0,1)(2,3).. or (0,d/2)(1,d/2+1).. */
-enum bmc_want { BMC_WANT_NONE = 0, BMC_WANT_LAST = 1, BMC_WANT_ALL = 2 };
+enum bmc_want { BMC_WANT_NONE = 0, BMC_WANT_LAST = 1, BMC_WANT_ALL = 2, BMC_WANT_FIRST = 3 };
 enum bmc_step {             /* what a pass spends its time on */
-    BMC_STEP_EMBED, BMC_STEP_NORM, BMC_STEP_QKV, BMC_STEP_STORE, BMC_STEP_ATTENTION, BMC_STEP_ATTN_OUTPUT, BMC_STEP_GATE_UP,
+    BMC_STEP_EMBED, BMC_STEP_NORM, BMC_STEP_QKV, BMC_STEP_STORE, BMC_STEP_ATTENTION, BMC_STEP_STATES, BMC_STEP_ATTN_OUTPUT, BMC_STEP_GATE_UP,
     BMC_STEP_ACTIVATION, BMC_STEP_DOWN, BMC_STEP_HEAD, BMC_STEP_WAIT, BMC_STEPS
 };
 
@@ -49,39 +52,107 @@ typedef struct bmc_type_info {
     int32_t runs;           /* 1: this library computes with it */
 } bmc_type_info;
 
-/* What an architecture is, as numbers. A tensor that is present is used: there are no other flags. */
+/* What a block computes (native/layers/ has a file for each). */
+enum bmc_kind {
+    BMC_ATTENTION, BMC_MLA, BMC_DELTA_NET, BMC_MAMBA2, BMC_SHORT_CONV,      /* mixers: a token sees those before it */
+    BMC_DENSE, BMC_EXPERTS, BMC_PER_LAYER,                                  /* feed-forwards: every token alone */
+    BMC_KINDS
+};
+enum bmc_gating { BMC_GATING_SOFTMAX = 1, BMC_GATING_SIGMOID = 2, BMC_GATING_CHOSEN = 3 };      /* the last: softmax over the chosen only */
+enum bmc_gate {             /* of attention's result */
+    BMC_GATE_NONE,
+    BMC_GATE_QUERY,         /* sigmoid; attn_q has 2 k_dim rows a head, [query | gate] */
+    BMC_GATE_SIGMOID,       /* attn_gate, one for each value */
+    BMC_GATE_SOFTPLUS,      /* attn_gate, one for each value or for each head */
+};
+
+/* A row of the model: x += block(norm(x)). A transformer's layer is two of them, attention and feed-forward. Fields that a kind
+ * does not name are 0. A tensor that is present is used: there are no flags for norms and biases. */
+typedef struct bmc_block {
+    int32_t layer;                  /* the file's number, for messages */
+    int32_t kind;                   /* enum bmc_kind */
+    int32_t beside;                 /* 1: reads what the block before it read; their results are summed */
+    float scale;                    /* the result is multiplied by it before the sum */
+
+    /* attention, MLA */
+    int32_t n_heads, n_kv_heads;
+    int32_t k_dim, v_dim;           /* values of a head's key and value; MLA: of a query, rope included, and of its result */
+    int32_t kv_from;                /* 0, or how many blocks back the one is whose rows are read; then there are no own ones */
+    int32_t rope_style;             /* enum bmc_rope */
+    int32_t rope;                   /* which table */
+    int32_t rope_late;              /* 1: the norms of queries and keys come after the turn */
+    int32_t window;                 /* rows a token sees, itself included; 0 = all. Not causal: half of it to each side */
+    int32_t gate;                   /* enum bmc_gate */
+    int32_t v_norm;                 /* 1: values are normed too, without a weight */
+    int32_t scale_ctx;              /* > 0: queries times 1 + scale_log ln(floor(position / scale_ctx) + 1) */
+    float scale_log;
+    float attn_scale;               /* scores are multiplied by it, usually 1 / sqrt(k_dim) */
+    float attn_softcap;             /* c > 0: score -> c tanh(score / c) */
+    float alibi;                    /* B > 0: scores lose slope * distance, slopes from 2^-B / n_heads on */
+    int32_t q_rank, kv_rank;        /* MLA: of compressed queries (0: not compressed), and of keys and values */
+
+    /* recurrent: delta net, Mamba 2, short convolution */
+    int32_t conv;                   /* inputs that the convolution sees */
+    int32_t state_dim;              /* values of a key */
+    int32_t n_groups;               /* delta net: heads of keys; Mamba 2: groups of B and C */
+    int32_t interleaved;            /* delta net, 1: value head h has key head h % n_groups; 0: h / (n_heads / n_groups) */
+    int32_t inner_dim;              /* n_heads * values of a head */
+
+    /* feed-forwards */
+    int32_t act;                    /* enum bmc_act */
+    int32_t hidden_dim;
+    float act_param[4];
+    int32_t n_experts, n_active;
+    int32_t expert_groups, groups_used;
+    int32_t gating;                 /* enum bmc_gating */
+    int32_t renorm;                 /* 1: weights of the chosen sum to 1 */
+    float expert_scale;             /* and are multiplied by it */
+    int32_t shared_dim;             /* of the expert that is always on; 0 = none */
+    int32_t latent_dim;             /* > 0: experts work on so many values, ffn_latent_down's */
+    int32_t route;                  /* enum bmc_route: what the router reads */
+    int32_t per_layer;              /* PER_LAYER: which of the token's vectors */
+} bmc_block;
+
+enum bmc_route { BMC_ROUTE_NORMED, BMC_ROUTE_LAYER, BMC_ROUTE_SCALED };     /* what experts read; the layer's input; RMS(x) / sqrt(dim) * ffn_gate_inp.scale */
+
+/* A table of rope frequencies. */
+typedef struct bmc_rope_table {
+    int32_t dim;                    /* leading values of a head that turn; even */
+    float mscale;                   /* cos and sin are multiplied by it */
+    const float *freq;              /* (dim / 2,) radians per position */
+} bmc_rope_table;
+
 typedef struct bmc_config {
     int32_t dim;
-    int32_t hidden_dim;
-    int32_t head_dim;
-    int32_t n_layers;
-    int32_t n_heads;
-    int32_t n_kv_heads;
     int32_t vocab_size;
     int32_t n_ctx;                  /* the longest sequence the model was made for */
+    int32_t n_layers;
+    int32_t causal;                 /* 0: every token sees the whole text, which is evaluated at once */
     int32_t norm;                   /* enum bmc_norm */
-    int32_t act;                    /* enum bmc_act */
-    int32_t rope;                   /* enum bmc_rope */
-    int32_t rope_dim;               /* leading values of a head that turn */
     float norm_eps;
     float embedding_scale;          /* 1 = none */
-    float attn_scale;               /* scores are multiplied by it, usually 1/sqrt(head_dim) */
-    float rope_mscale[2];           /* cos and sin are multiplied by it, per rope table */
-    int32_t n_ropes;                /* 0, 1 or 2 tables of rope frequencies */
-    const float *rope_freq[2];      /* (rope_dim / 2,) radians per position */
-    const int32_t *layer_window;    /* (n_layers,) rows a token sees, itself included; 0 = all */
-    const int32_t *layer_rope;      /* (n_layers,) which table */
+    float logit_scale;              /* 1 = none */
+    float logit_softcap;            /* 0 = none */
+    int32_t per_layer_dim;          /* > 0: each token has a vector of so many values for every layer besides its embedding */
+    int32_t long_rope;              /* 1: table 1 is table 0 for long contexts */
+    int32_t n_ropes;
+    const bmc_rope_table *ropes;    /* (n_ropes,) */
+    int32_t n_blocks;
+    const bmc_block *blocks;        /* (n_blocks,) */
 } bmc_config;
 
-/* A tensor of the file, by role ("attn_q", "ffn_down": GGUF's words without "blk.N." and ".weight").
- * layer is -1 outside the layers. data must stay readable and unchanged while the model lives. */
+/* A tensor of the file, by role: GGUF's word without "blk.N." and ".weight", as bmc_role lists them for a kind of block; "norm",
+ * "post_norm", "sum_norm", "out_norm" and "layer_output_scale" in every block. A matrix may come with "ROLE.bias" and "ROLE.scale".
+ * data must stay readable and unchanged while the model lives. */
 typedef struct bmc_tensor {
     const char *role;
-    int32_t layer;
+    const char *name;               /* the file's, for messages; NULL: made of the role */
+    int32_t block;                  /* -1 outside the blocks */
+    int32_t expert;                 /* -1: all of them, or the role has none */
     int32_t type;
     int32_t mapped;                 /* 1: data lies in a file mapping, whose pages can be dropped and read again */
     int64_t n_cols;                 /* values in a row (the file's first dimension) */
-    int64_t n_rows;                 /* 1 for a vector */
+    int64_t n_rows;                 /* 1 for a vector; of all experts together */
     const void *data;
 } bmc_tensor;
 
@@ -110,6 +181,7 @@ typedef struct bmc_span {
     const int32_t *names;           /* (vocab_size,) ids whose noise the sampler takes, for a draft of another vocabulary; or NULL */
     int32_t n_top;                  /* the likeliest ids to tell, before a sampler changes any */
     float *logits;                  /* (wanted tokens, vocab_size), or NULL */
+    float *hidden;                  /* (wanted tokens, dim) what the head reads, after the last norm; or NULL */
     int32_t *next;                  /* (wanted tokens,) the next id: the sampler's, or the best, the lowest of equals; -1: none is allowed; or NULL */
     float *logprob;                 /* (wanted tokens,) its log-probability, before the sampler changes any; or NULL */
     float *lead;                    /* (wanted tokens,) how far its score, logit / temperature + noise, is ahead; or NULL */
@@ -141,6 +213,10 @@ typedef struct bmc_item_stats {     /* sums over rounds */
     double plain_s;                 /* what plain decoding would have taken for its tokens, as far as is known */
 } bmc_item_stats;
 
+/* Called before a pass that verifies n guesses: sets bmc_item.masks, and returns how many of the guesses they allow. It must not use
+ * the item's session. */
+typedef int (*bmc_allow)(void *allow_for, const int32_t *guesses, int n);
+
 /* A sequence in bmc_round. */
 typedef struct bmc_item {
     bmc_session *session;
@@ -156,7 +232,9 @@ typedef struct bmc_item {
     const int32_t *guesses;         /* (n_guesses,) or NULL; not NULL and none: the caller has none */
     const float *confidence;        /* (n_guesses,) 0 to 1, or NULL */
     double guess_s;                 /* seconds that they took */
-    const uint32_t *masks;          /* as in bmc_span, for the last pending token and the guesses; the call ends after one round */
+    const uint32_t *masks;          /* as in bmc_span, for the last pending token and each guess; the call ends after one round; or NULL */
+    bmc_allow allow;                /* makes masks when the guesses are known; NULL: masks stay as they are, and there is no drafter */
+    void *allow_for;                /* its first argument */
     int32_t n_top;                  /* as in bmc_span */
     int32_t wanted;                 /* result: guesses that the caller is asked for; then nothing else has happened */
     int32_t ended;                  /* result: max_tokens, a stop, or no token that can be chosen */
@@ -181,6 +259,7 @@ typedef struct bmc_arena_stats {
     int64_t bytes_reserved;
     int64_t row_bytes;              /* K and V of one token, all layers */
     int32_t r;                      /* rows added at a time */
+    int64_t state_bytes;            /* what recurrent blocks keep besides, whatever the length */
 } bmc_arena_stats;
 
 typedef struct bmc_times {
@@ -197,11 +276,13 @@ int         bmc_cpu_count(void);                             /* cores this proce
 int         bmc_type(int type, bmc_type_info *info);
 int         bmc_dequantize(int type, const void *blocks, int64_t n, float *out);
 
+const char *bmc_role(int kind, int i);                       /* tensors of a kind of block, -1: of the model; NULL after the last */
 /* Binds the tensors and checks them. bmc_model_pack makes the panels, once, before the first session; bmc_model_map leaves
  * the weights where they are and makes panels again in every pass: slower, the same bits, hardly any memory. */
 int         bmc_model_new(const bmc_config *config, const bmc_tensor *tensors, int n_tensors, int n_threads, bmc_model **model);
 int         bmc_model_pack(bmc_model *model);
 int         bmc_model_map(bmc_model *model);
+int         bmc_model_pass(const bmc_model *model);  /* tokens of a pass at most; where not causal, of a text */
 int         bmc_model_coarsen(bmc_model *model);     /* 1: bmc_draft has a coarse head from now on; 0: it would not pay */
 int64_t     bmc_model_packed(const bmc_model *model, int64_t *total);    /* bytes so far; any thread may ask */
 int         bmc_model_profile(bmc_model *model, int on);                 /* 1: take times, from nothing on; 0: no more */
@@ -212,10 +293,13 @@ void        bmc_model_free(bmc_model *model);                            /* once
 /* cap: rows of keys and values at most. r: how many are added at a time, rounded up to 16; 0: what suits the model.
  * rope 1: every layer takes table 1, as a model stretched to long contexts asks. */
 int         bmc_session_new(bmc_model *model, int64_t cap, int r, int rope, bmc_session **session);
+/* A new session with the first tokens of another, whose rows they share as far as whole segments go; neither changes the other. */
+int         bmc_session_fork(bmc_session *session, int position, bmc_session **fork);
 int         bmc_session_position(const bmc_session *session);
 const int32_t *bmc_session_tokens(const bmc_session *session);          /* (position,) the tokens of its rows */
 int         bmc_session_sync(bmc_session *session, const int32_t *tokens, int n);      /* keeps the rows that a text begins with; how many */
-int         bmc_session_rewind(bmc_session *session, int position);
+int         bmc_session_rewind(bmc_session *session, int position);     /* may evaluate tokens again, where a block keeps a state; if that fails it is farther back */
+int         bmc_session_snapshot(bmc_session *session);                 /* going back to this position will need few tokens again */
 int         bmc_session_reserve(bmc_session *session, int rows);         /* makes room for this many more rows */
 int         bmc_session_stats(const bmc_session *session, bmc_arena_stats *stats);
 void        bmc_session_free(bmc_session *session);

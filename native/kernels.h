@@ -6,6 +6,7 @@
 #ifndef KERNELS_H
 #define KERNELS_H
 
+#include "bmc.h"
 #include "types.h"
 
 #include <stddef.h>
@@ -64,12 +65,34 @@ struct attn_job {
     const uint16_t *const *tiles;   /* [CHUNK / TILE] */
     const uint16_t *const *next;    /* the tiles after these, to be fetched meanwhile; NULL: all are in the cache */
     int head_dim;                   /* values in a row of K */
-    int v_dim;                      /* head_dim rounded up to 16 */
+    int v_dim;                      /* values in a row of V, rounded up to 16 */
     int n_rows;                     /* 1 .. ATTN_ROWS */
     const float *const *q;          /* n_rows x (head_dim,), scaled */
     const int *first, *limit;
     float *m, *l;                   /* (n_rows,) running maximum, sum; -inf and 0 at the start */
     float *o;                       /* (n_rows, v_dim) running weighted sum, not divided by l yet; 0 at the start */
+    float softcap;                  /* scores become softcap * tanh(score / softcap); 0: off */
+    const float *slope;             /* (n_rows,) ALiBi, after softcap: fma(-slope, |at - t|, score); NULL: off */
+    const int *at;                  /* (n_rows,) the queries' own rows, relative to the chunk as t is; for slope */
+};
+
+/* A recurrence over n_tok tokens, for 16 values of one head's state s (n_keys, 16). For each token in order:
+ *     s = decay * s
+ *     d = beta * (v - s^T k)              where v is given
+ *     s_i = fma(k_i, d, s_i)              for every key i
+ *     o = s^T q                           where q is given
+ * A dot product is four sums over ascending keys, key i in sum i % 4, each a chain of fma, folded (0 + 1) + (2 + 3).
+ * Tokens in one call or in several give the same bits; k, d and decay of a token update an older s again. */
+struct recur_job {
+    float *s;
+    int n_keys, n_tok;
+    const float *decay;             /* one a token, the factor itself */
+    const float *k;                 /* (n_keys,) a token */
+    const float *q;                 /* likewise; NULL: no output */
+    const float *v, *beta;          /* 16 values and one a token; NULL: d is given */
+    float *d;                       /* 16 values a token: written where v is given, else read */
+    float *o;                       /* 16 values a token */
+    size_t decay_stride, k_stride, q_stride, v_stride, beta_stride, d_stride, o_stride;     /* floats, token to token */
 };
 
 struct kernels {
@@ -80,21 +103,31 @@ struct kernels {
     /* m, l and o go on with what a chunk alone came to, as if attend had seen it next. */
     void (*attend_merge)(float *m, float *l, float *o, float m_chunk, float l_chunk, const float *o_chunk, int v_dim);
     void (*attend_end)(float *out, const float *o, float l, int n);                     /* out = o / l */
-    /* A row's K and V into their slot of a tile; what f16 cannot hold becomes its largest. */
-    void (*store_kv)(uint16_t *tile, int slot, const float *k, const float *v, int head_dim, int v_dim);
+    /* A row's K (k_dim) and V (v_dim) into their slot of a tile; what f16 cannot hold becomes its largest. */
+    void (*store_kv)(uint16_t *tile, int slot, const float *k, const float *v, int k_dim, int v_dim);
 
     /* 8-bit blocks; block i goes to act[i * stride]. */
     void (*quantize)(struct act_block *act, int stride, const float *x, int n_blocks);
 
-    /* y may be x in all of these. */
-    void (*rmsnorm)(float *y, const float *x, const float *weight, int n, float eps);
-    void (*layernorm)(float *y, const float *x, const float *weight, const float *bias, int n, float eps);  /* bias or NULL */
-    void (*silu)(float *y, const float *x, const float *gate, int n);                   /* y = x silu(gate), x NULL: 1 */
-    void (*gelu)(float *y, const float *x, const float *gate, int n);                   /* its tanh form, likewise */
+    /* y may be x in all of these. Norms: weight NULL is 1, bias NULL is 0. */
+    void (*rmsnorm)(float *y, const float *x, const float *weight, const float *bias, int n, float eps);
+    void (*layernorm)(float *y, const float *x, const float *weight, const float *bias, int n, float eps);
+    /* By enum bmc_act: y = x * f(gate), x NULL: f(gate). y may be gate too. param is NULL but for
+     * XIELU: p, n, b, e of f(g) = p g^2 + b g where g > 0, else (expm1(min(g, e)) - g) n + b g.
+     * SWIGLU_OAI: g sigmoid(1.702 g) (u + 1), g = min(gate, 7), u = x within -7 .. 7; x is not NULL. */
+    void (*act[BMC_ACTS])(float *y, const float *x, const float *gate, int n, const float *param);
+    void (*softcap)(float *x, float cap, int n);                                        /* x = cap * tanh(x / cap) */
     void (*add)(float *y, const float *x, int n);
+    void (*mul)(float *y, const float *x, int n);
     void (*scale)(float *y, float s, int n);
+    void (*axpy)(float *y, float a, const float *x, int n);                             /* y = fma(a, x, y) */
     void (*rope_pairs)(float *x, const float *cos, const float *sin, int n);            /* cos and sin: (n / 2,) */
     void (*rope_halves)(float *x, const float *cos, const float *sin, int n);
+
+    /* y[c] = bias[c] (NULL: 0), then y[c] = fma(weight[i][c], rows[i][c], y[c]) for i = 0 .. k - 1. y may be one of the rows.
+     * weight: k rows, `stride` floats apart, each readable up to n rounded up to 16. */
+    void (*conv)(float *y, const float *const *rows, const float *weight, size_t stride, const float *bias, int k, int n);
+    void (*recur)(const struct recur_job *job);
 
     float (*largest)(const float *x, int n);
     uint64_t (*reaching)(const float *x, int n, float least);                           /* bit i: x[i] >= least; n <= 64 */

@@ -1,5 +1,5 @@
 /* Opening: check the settings, bind the tensors to their places, make the panels. */
-#include "model.h"
+#include "pass.h"
 
 #include "cpu.h"
 #include "error.h"
@@ -20,209 +20,48 @@ static int in_range(const char *name, int64_t value, int64_t low, int64_t high) 
                 (long long)value);
 }
 
+static int check_ropes(const bmc_config *c) {
+    for (int i = 0; i < c->n_ropes; i++)
+        if (!c->ropes || !c->ropes[i].freq || in_range("rope.dim", c->ropes[i].dim, 2, 1024) || c->ropes[i].dim % 2)
+            return fail(BMC_EFORMAT, "rope table %d: expected 2 to 1024 values, an even number, and their frequencies", i);
+    return 0;
+}
+
 static int check_config(const bmc_config *c) {
     const struct { const char *name; int64_t value, low, high; } limits[] = {
         { "dim", c->dim, 1, 1 << 20 },
-        { "hidden_dim", c->hidden_dim, 1, 1 << 22 },
-        { "head_dim", c->head_dim, 1, 1024 },
         { "n_layers", c->n_layers, 1, 1024 },
-        { "n_heads", c->n_heads, 1, 4096 },
-        { "n_kv_heads", c->n_kv_heads, 1, c->n_heads },
+        { "n_blocks", c->n_blocks, 1, 4096 },
         { "vocab_size", c->vocab_size, 1, 1 << 24 },
         { "n_ctx", c->n_ctx, 1, 1 << 30 },
+        { "causal", c->causal, 0, 1 },
         { "norm", c->norm, BMC_NORM_RMS, BMC_NORM_LAYER },
-        { "act", c->act, BMC_ACT_SILU, BMC_ACT_GELU },
-        { "rope", c->rope, BMC_ROPE_NONE, BMC_ROPE_HALVES },
-        { "rope_dim", c->rope_dim, 0, c->head_dim },
-        { "n_heads % n_kv_heads", c->n_heads % c->n_kv_heads, 0, 0 },
-        { "n_ropes", c->n_ropes, c->rope != BMC_ROPE_NONE, 2 },
-        { "rope_dim % 2", c->rope_dim % 2, 0, 0 },
+        { "n_ropes", c->n_ropes, c->long_rope ? 2 : 0, 8 },
+        { "per_layer_dim", c->per_layer_dim, 0, 1 << 16 },
     };
     for (size_t i = 0; i < sizeof limits / sizeof *limits; i++)
         if (in_range(limits[i].name, limits[i].value, limits[i].low, limits[i].high))
             return BMC_EFORMAT;
-    for (int i = 0; i < c->n_layers; i++)
-        if (in_range("layer_window", c->layer_window[i], 0, 1 << 30) ||
-            in_range("layer_rope", c->layer_rope[i], 0, c->n_ropes > 1))
-            return BMC_EFORMAT;
-    for (int i = 0; i < c->n_ropes; i++)
-        if (!c->rope_freq[i])
-            return fail(BMC_EINVAL, "rope_freq: table %d is missing", i);
-    return 0;
+    return check_ropes(c);
 }
 
-/* Roles: where a tensor belongs and what shape it has there. */
-
-enum extent { ONE, DIM, HIDDEN, HEAD, Q, KV, VOCAB, CTX };
-
-static int64_t extent(const bmc_model *m, enum extent e) {
-    const bmc_config *c = &m->c;
-    const int64_t values[] = { 1, c->dim, c->hidden_dim, c->head_dim, m->q_dim, m->kv_dim, c->vocab_size, c->n_ctx };
-    return values[e];
-}
-
-struct role { const char *name; size_t offset; enum extent cols, rows; bool required; };
-
-#define IN_LAYER(field) offsetof(struct layer, field)
-#define IN_MODEL(field) offsetof(bmc_model, field)
-
-static const struct role layer_matrices[] = {
-    { "attn_q", IN_LAYER(attn_q), DIM, Q, true },
-    { "attn_k", IN_LAYER(attn_k), DIM, KV, true },
-    { "attn_v", IN_LAYER(attn_v), DIM, KV, true },
-    { "attn_output", IN_LAYER(attn_output), Q, DIM, true },
-    { "ffn_gate", IN_LAYER(ffn_gate), DIM, HIDDEN, false },
-    { "ffn_up", IN_LAYER(ffn_up), DIM, HIDDEN, true },
-    { "ffn_down", IN_LAYER(ffn_down), HIDDEN, DIM, true },
-    { 0 },
-};
-
-static const struct role layer_vectors[] = {
-    { "attn_norm", IN_LAYER(attn_norm), DIM, ONE, false },
-    { "attn_norm.bias", IN_LAYER(attn_norm_bias), DIM, ONE, false },
-    { "attn_q.bias", IN_LAYER(attn_q.bias), Q, ONE, false },
-    { "attn_k.bias", IN_LAYER(attn_k.bias), KV, ONE, false },
-    { "attn_v.bias", IN_LAYER(attn_v.bias), KV, ONE, false },
-    { "attn_output.bias", IN_LAYER(attn_output.bias), DIM, ONE, false },
-    { "attn_q_norm", IN_LAYER(attn_q_norm), HEAD, ONE, false },
-    { "attn_k_norm", IN_LAYER(attn_k_norm), HEAD, ONE, false },
-    { "attn_post_norm", IN_LAYER(attn_post_norm), DIM, ONE, false },
-    { "ffn_norm", IN_LAYER(ffn_norm), DIM, ONE, false },
-    { "ffn_norm.bias", IN_LAYER(ffn_norm_bias), DIM, ONE, false },
-    { "ffn_gate.bias", IN_LAYER(ffn_gate.bias), HIDDEN, ONE, false },
-    { "ffn_up.bias", IN_LAYER(ffn_up.bias), HIDDEN, ONE, false },
-    { "ffn_down.bias", IN_LAYER(ffn_down.bias), DIM, ONE, false },
-    { "ffn_post_norm", IN_LAYER(ffn_post_norm), DIM, ONE, false },
-    { 0 },
-};
-
-static const struct role model_matrices[] = {
-    { "token_embd", IN_MODEL(token_embd), DIM, VOCAB, true },
-    { "position_embd", IN_MODEL(position_embd), DIM, CTX, false },
-    { "output", IN_MODEL(output), DIM, VOCAB, true },
-    { 0 },
-};
-
-static const struct role model_vectors[] = {
-    { "output_norm", IN_MODEL(output_norm), DIM, ONE, true },
-    { "output_norm.bias", IN_MODEL(output_norm_bias), DIM, ONE, false },
-    { "output.bias", IN_MODEL(output.bias), VOCAB, ONE, false },
-    { 0 },
-};
-
-static const struct role *find_role(const struct role *roles, const char *name) {
-    for (; roles->name; roles++)
-        if (!strcmp(roles->name, name))
-            return roles;
-    return NULL;
-}
-
-/* The file's name for it, nearly always. */
-static const char *full_name(const bmc_tensor *t, char text[64]) {
-    const char *end = strchr(t->role, '.') ? "" : ".weight";
-    if (t->layer >= 0)
-        snprintf(text, 64, "blk.%d.%s%s", (int)t->layer, t->role, end);
-    else
-        snprintf(text, 64, "%s%s", t->role, end);
-    return text;
-}
-
-static int check_tensor(const bmc_model *m, const bmc_tensor *t, const struct role *role, bool matrix) {
-    char name[64];
-    const struct type *type = type_find(t->type);
-    int64_t cols = extent(m, role->cols), rows = extent(m, role->rows);
-    full_name(t, name);
-    if (!type || !type->dequantize || (matrix && !panel_runs(t->type)))
-        return fail(BMC_EFORMAT, "%s: pybmc does not compute with type %s", name, type ? type->name : "unknown");
-    if (t->n_cols != cols || t->n_rows != rows)
-        return fail(BMC_EFORMAT, "%s: expected %lld rows of %lld values, found %lld of %lld (%s)", name,
-                    (long long)rows, (long long)cols, (long long)t->n_rows, (long long)t->n_cols, type->name);
-    if (cols % type->block_size)
-        return fail(BMC_EFORMAT, "%s: rows of %lld are not whole blocks of %s (%d)", name, (long long)cols, type->name,
-                    type->block_size);
-    return t->data ? 0 : fail(BMC_EINVAL, "%s: data is NULL", name);
-}
-
-/* Memory that lives as long as the model. */
-static void *own(bmc_model *m, size_t bytes) {
-    void **items = realloc(m->owned.items, ((size_t)m->owned.n + 1) * sizeof *items);
-    if (!items)
-        return NULL;
-    m->owned.items = items;
-    void *item = calloc(1, bytes ? bytes : 1);
-    if (item)
-        items[m->owned.n++] = item;
-    return item;
-}
-
-static int bind_vector(bmc_model *m, const bmc_tensor *t, const float **place) {
-    float *values = own(m, padded((int)t->n_cols) * sizeof *values);
-    if (!values)
-        return fail(BMC_ENOMEM, "no memory for %s", t->role);
-    type_find(t->type)->dequantize(t->data, t->n_cols, values);
-    *place = values;
-    return 0;
-}
-
-static void bind_matrix(const bmc_tensor *t, struct matrix *place) {
-    place->type = t->type;
-    place->mapped = t->mapped;
-    place->n_rows = t->n_rows;
-    place->n_cols = t->n_cols;
-    place->data = t->data;
-}
-
-static int bind(bmc_model *m, const bmc_tensor *t) {
-    char name[64];
-    bool in_layer = t->layer >= 0;
-    if (t->layer < -1 || t->layer >= m->c.n_layers)
-        return fail(BMC_EFORMAT, "%s: the model has %d layers", full_name(t, name), (int)m->c.n_layers);
-    char *base = in_layer ? (char *)&m->layers[t->layer] : (char *)m;
-    const struct role *matrix = find_role(in_layer ? layer_matrices : model_matrices, t->role);
-    const struct role *role = matrix ? matrix : find_role(in_layer ? layer_vectors : model_vectors, t->role);
-    if (!role)
-        return fail(BMC_EFORMAT, "%s: there is no such role", full_name(t, name));
-    int status = check_tensor(m, t, role, matrix);
-    if (status)
+static int check_block(const bmc_model *m, const struct block *b) {
+    const bmc_block *c = &b->c;
+    const struct block *rows = b - c->kv_from;
+    if (!b->kind)
+        return fail(BMC_EFORMAT, "layer %d: there is no kind %d of block", (int)c->layer, (int)c->kind);
+    if (c->beside && (b == m->blocks || (b - 1)->c.beside))
+        return fail(BMC_EFORMAT, "layer %d: at most two blocks stand side by side", (int)c->layer);
+    int status = b->kind->check(m, c);
+    if (status || !c->kv_from)
         return status;
-    if (!matrix)
-        return bind_vector(m, t, (const float **)(void *)(base + role->offset));
-    bind_matrix(t, (struct matrix *)(void *)(base + role->offset));
+    if (c->kv_from < 0 || c->kv_from > b->number || rows->c.kind != c->kind || rows->c.kv_from || rows->c.n_kv_heads != c->n_kv_heads
+        || rows->c.k_dim != c->k_dim || rows->c.v_dim != c->v_dim)
+        return fail(BMC_EFORMAT, "layer %d: it cannot read the keys and values of layer %d", (int)c->layer, c->kv_from <= b->number ? (int)rows->c.layer : -1);
     return 0;
-}
-
-static int check_bound(const char *base, const struct role *roles, int layer, bool matrix) {
-    char name[64];
-    for (; roles->name; roles++) {
-        const void *place = base + roles->offset;
-        bool bound = matrix ? ((const struct matrix *)place)->data != NULL : *(float *const *)place != NULL;
-        if (roles->required && !bound)
-            return fail(BMC_EFORMAT, "%s is missing",
-                        full_name(&(bmc_tensor){ .role = roles->name, .layer = layer }, name));
-    }
-    return 0;
-}
-
-static int check_all_bound(const bmc_model *m) {
-    int status = check_bound((const char *)m, model_matrices, -1, true);
-    if (!status)
-        status = check_bound((const char *)m, model_vectors, -1, false);
-    for (int i = 0; !status && i < m->c.n_layers; i++)
-        status = check_bound((const char *)&m->layers[i], layer_matrices, i, true);
-    return status;
 }
 
 /* Panels. */
-
-static void each_matrix(bmc_model *m, void (*fn)(struct matrix *, void *), void *arg) {
-    for (int i = 0; i < m->c.n_layers; i++)
-        for (const struct role *r = layer_matrices; r->name; r++) {
-            struct matrix *matrix = (void *)((char *)&m->layers[i] + r->offset);
-            if (matrix->data)
-                fn(matrix, arg);
-        }
-    fn(&m->output, arg);
-}
 
 static int64_t n_panels(const struct matrix *w) { return (w->n_rows + PANEL_ROWS - 1) / PANEL_ROWS; }
 
@@ -299,13 +138,13 @@ static void measure_room(struct matrix *w, void *bytes) {
 int bmc_model_map(bmc_model *m) {
     if (m->panels || m->rooms)
         return fail(BMC_EINVAL, "bmc_model_map: the model is ready already");
-    each_matrix(m, measure_room, &m->room_bytes);
+    model_each_matrix(m, measure_room, &m->room_bytes);
     m->rooms_bytes = 2 * (size_t)pool_size(m->pool) * m->room_bytes;
     m->rooms = memory_map(m->rooms_bytes);
     if (!m->rooms)
         return fail(BMC_ENOMEM, "no memory for %.0f MB of panels", (double)m->rooms_bytes / 1e6);
     m->panel_bytes = 0;
-    each_matrix(m, measure_file, &m->panel_bytes);
+    model_each_matrix(m, measure_file, &m->panel_bytes);
     atomic_store(&m->packed, (int64_t)m->panel_bytes);
     return 0;
 }
@@ -317,8 +156,8 @@ int bmc_model_pack(bmc_model *m) {
     if (!m->panels)
         return fail(BMC_ENOMEM, "no memory for %.0f MB of weights", (double)m->panel_bytes / 1e6);
     uint8_t *next = m->panels;
-    each_matrix(m, place, &next);
-    each_matrix(m, pack_matrix, m);
+    model_each_matrix(m, place, &next);
+    model_each_matrix(m, pack_matrix, m);
     atomic_store(&m->packed, (int64_t)m->panel_bytes);
     return 0;
 }
@@ -357,6 +196,8 @@ int bmc_model_coarsen(bmc_model *m) {
     return status;
 }
 
+int bmc_model_pass(const bmc_model *m) { return m->pass_max; }
+
 int64_t bmc_model_packed(const bmc_model *m, int64_t *total) {
     if (total)
         *total = (int64_t)m->panel_bytes;
@@ -373,30 +214,56 @@ static void *take(char **next, size_t bytes) {
 
 static size_t largest(size_t a, size_t b) { return a > b ? a : b; }
 
+/* The most that any block needs. */
+static struct need needs(const bmc_model *m) {
+    struct need all = { 0 };
+    for (const struct block *b = m->blocks; b < m->blocks + m->c.n_blocks; b++) {
+        const struct need n = b->kind->need(m, b);
+        all = (struct need){ largest(all.floats, n.floats), largest(all.blocks, n.blocks), largest(all.ids, n.ids), largest(all.scratch, n.scratch) };
+    }
+    return all;
+}
+
+static int most_turns(const bmc_config *c) {
+    int turns = 0;
+    for (int i = 0; i < c->n_ropes; i++)
+        turns = larger(turns, c->ropes[i].dim / 2);
+    return turns;
+}
+
+/* Whether a router reads what a layer reads. */
+static bool keeps_input(const bmc_model *m) {
+    for (int i = 0; i < m->c.n_blocks; i++)
+        if (m->blocks[i].c.kind == BMC_EXPERTS && m->blocks[i].c.route == BMC_ROUTE_LAYER)
+            return true;
+    return false;
+}
+
 /* Lays the buffers out from `memory` on; returns the bytes they take. Called with NULL to learn how many. */
-static size_t lay_out(const bmc_model *m, struct buffers *b, char *memory) {
+static size_t lay_out(const bmc_model *m, struct need need, struct buffers *b, char *memory) {
     const bmc_config *c = &m->c;
     char *next = memory;
-    const size_t row = PASS_MAX * sizeof(float), turns = (size_t)c->rope_dim / 2;
+    const size_t n = (size_t)m->pass_max, row = n * padded(c->dim) * sizeof(float), blocks = (size_t)c->dim / 32 + 1;
     const size_t threads = (size_t)pool_size(m->pool), block = sizeof(struct act_block);
-    size_t heads = largest(64, (size_t)(c->n_heads / c->n_kv_heads));
-    b->x = take(&next, row * padded(c->dim));
-    b->xb = take(&next, row * largest(padded(c->dim), padded(m->q_dim)));
+    b->turns = most_turns(c);
+    b->x = take(&next, row);
+    b->y[0] = take(&next, row);
+    b->y[1] = take(&next, row);
+    b->input = keeps_input(m) ? take(&next, row) : NULL;
+    b->xb = take(&next, row);
     b->own_xb = take(&next, threads * FEW * padded(c->dim) * sizeof(float));
-    b->y = take(&next, row * padded(c->dim));
-    b->q = take(&next, row * padded(m->q_dim));
-    b->k = take(&next, row * padded(m->kv_dim));
-    b->v = take(&next, row * padded(m->kv_dim));
-    b->gate = take(&next, row * padded(c->hidden_dim));
-    b->up = take(&next, row * padded(c->hidden_dim));
-    b->act = take(&next, PASS_MAX * (largest((size_t)c->dim, (size_t)m->q_dim) / 32 + 1) * block);
-    b->own_act = take(&next, threads * FEW * ((size_t)c->dim / 32 + 1) * block);
-    b->hidden_act = take(&next, PASS_MAX * ((size_t)c->hidden_dim / 32 + 1) * block);
-    b->cos = take(&next, 2 * row * turns);
-    b->sin = take(&next, 2 * row * turns);
+    b->act = take(&next, n * blocks * block);
+    b->own_act = take(&next, threads * FEW * blocks * block);
+    b->per_layer = take(&next, n * padded(m->extent[PER_LAYERS]) * sizeof(float));
+    b->work = take(&next, n * need.floats * sizeof(float));
+    b->work_act = take(&next, n * need.blocks * block);
+    b->work_ids = take(&next, n * need.ids * sizeof(int32_t));
+    b->cos = take(&next, (size_t)(c->n_ropes * b->turns) * n * sizeof(float));
+    b->sin = take(&next, (size_t)(c->n_ropes * b->turns) * n * sizeof(float));
     b->rows = take(&next, SAMPLED_MAX * (size_t)c->vocab_size * sizeof(float));
-    b->scratch_stride = largest(heads * (size_t)m->v_dim + 2 * heads, (size_t)PASS_MAX * HEAD_ROWS);
-    b->scratch_stride = largest(b->scratch_stride, (size_t)c->vocab_size * sizeof(struct candidate) / sizeof(float));
+    b->scratch_stride = largest(padded((int64_t)need.scratch), n * HEAD_ROWS);
+    b->scratch_stride = largest(b->scratch_stride, padded((int64_t)(c->vocab_size * sizeof(struct candidate) / sizeof(float))));
+    b->scratch_stride = largest(b->scratch_stride, padded(m->extent[PER_LAYERS]));
     b->scratch = take(&next, threads * b->scratch_stride * sizeof(float));
     b->altered = take(&next, threads * padded(c->vocab_size) * sizeof(float));
     b->pieces_done = take(&next, threads * TASKS_EACH * sizeof *b->pieces_done);
@@ -405,36 +272,76 @@ static size_t lay_out(const bmc_model *m, struct buffers *b, char *memory) {
 }
 
 static int make_buffers(bmc_model *m) {
-    struct buffers *b = m->buffers = own(m, sizeof *b);
+    const struct need need = needs(m);
+    struct buffers *b = model_own(m, sizeof *b);
     if (!b)
         return fail(BMC_ENOMEM, "no memory for a model");
-    b->bytes = memory_whole(lay_out(m, b, NULL));
+    b->bytes = memory_whole(lay_out(m, need, b, NULL));
     b->memory = memory_map(b->bytes);
     if (!b->memory)
         return fail(BMC_ENOMEM, "no memory for %.0f MB of buffers", (double)b->bytes / 1e6);
-    lay_out(m, b, b->memory);
+    lay_out(m, need, b, b->memory);
+    m->buffers = b;
     return 0;
 }
 
-/* The configuration with its arrays copied. */
-static int copy_config(bmc_model *m, const bmc_config *config) {
-    bmc_config *c = &m->c;
-    size_t layers = (size_t)config->n_layers * sizeof(int32_t), turns = (size_t)config->rope_dim / 2 * sizeof(float);
-    int32_t *window = own(m, layers), *rope = own(m, layers);
-    float *freq[2] = { own(m, turns), own(m, turns) };
-    *c = *config;
-    if (!window || !rope || !freq[0] || !freq[1])
+/* The rope tables, copied. */
+static int copy_ropes(bmc_model *m, const bmc_config *config) {
+    bmc_rope_table *ropes = model_own(m, (size_t)config->n_ropes * sizeof *ropes);
+    if (!ropes)
         return fail(BMC_ENOMEM, "no memory for a model");
-    c->layer_window = memcpy(window, config->layer_window, layers);
-    c->layer_rope = memcpy(rope, config->layer_rope, layers);
-    for (int i = 0; i < 2; i++) {
-        if (config->rope_freq[i])
-            memcpy(freq[i], config->rope_freq[i], turns);
-        c->rope_freq[i] = freq[i];
+    for (int i = 0; i < config->n_ropes; i++) {
+        size_t bytes = (size_t)config->ropes[i].dim / 2 * sizeof(float);
+        float *freq = model_own(m, bytes);
+        if (!freq)
+            return fail(BMC_ENOMEM, "no memory for a model");
+        ropes[i] = config->ropes[i];
+        ropes[i].freq = memcpy(freq, config->ropes[i].freq, bytes);
     }
-    m->q_dim = c->n_heads * c->head_dim;
-    m->kv_dim = c->n_kv_heads * c->head_dim;
-    m->v_dim = (int)padded(c->head_dim);
+    m->c.ropes = ropes;
+    return 0;
+}
+
+void add_rows(bmc_model *m, struct block *b, int n_heads, int k_dim, int v_dim) {
+    b->rows = b->c.window && m->c.causal ? WINDOWS : ALL_ROWS;
+    b->stream = m->n_streams[b->rows]++;
+    m->streams[b->rows][b->stream] = (struct arena_stream){
+        .n_heads = n_heads, .tile_bytes = (int64_t)TILE * (int64_t)((size_t)k_dim + padded(v_dim)) * (int64_t)sizeof(uint16_t),
+    };
+    if (b->rows == WINDOWS)
+        m->window = larger(m->window, b->c.window);
+}
+
+/* Blocks, and the streams of those that keep something of the tokens before. */
+static int make_blocks(bmc_model *m, const bmc_config *config) {
+    const size_t n = (size_t)config->n_blocks;
+    m->c = *config;
+    m->blocks = model_own(m, (n + 1) * sizeof *m->blocks);
+    for (int i = 0; i < ARENAS; i++)
+        m->streams[i] = model_own(m, n * sizeof *m->streams[i]);
+    m->state_sizes = model_own(m, n * sizeof *m->state_sizes);
+    if (!m->blocks || !m->streams[ALL_ROWS] || !m->streams[WINDOWS] || !m->state_sizes || copy_ropes(m, config))
+        return fail(BMC_ENOMEM, "no memory for %zu blocks", n);
+    m->c.blocks = NULL;
+    m->last_mixer = -1;
+    for (int i = 0; i < config->n_blocks; i++) {
+        struct block *b = &m->blocks[i];
+        b->c = config->blocks[i];
+        b->kind = kind_find(b->c.kind);
+        b->number = i;
+        b->stream = -1;
+        if (check_block(m, b))
+            return BMC_EFORMAT;
+        if (b->kind->mixes)
+            m->last_mixer = i;
+    }
+    model_extents(m);
+    for (int i = 0; i < config->n_blocks; i++)
+        if (m->blocks[i].kind->stream)
+            m->blocks[i].kind->stream(m, &m->blocks[i]);
+    for (int i = 0; i < ARENAS; i++)
+        m->row_bytes[i] = arena_streams(m->streams[i], m->n_streams[i]) / TILE;
+    states_measure(m->state_sizes, m->n_states);
     return 0;
 }
 
@@ -442,26 +349,22 @@ static int build(bmc_model *m, const bmc_config *config, const bmc_tensor *tenso
     const struct kernels *kernels = kernels_find();
     int status = kernels ? check_config(config) : BMC_EINVAL;
     if (!status)
-        status = copy_config(m, config);
+        status = make_blocks(m, config);
     if (status)
         return status;
     m->k = *kernels;
-    m->layers = own(m, (size_t)config->n_layers * sizeof *m->layers);
+    m->pass_max = m->c.causal ? PASS_MAX : smaller(m->c.n_ctx, WHOLE_MAX);
     m->pool = pool_new(n_threads);
-    if (!m->layers || !m->pool)
-        return fail(BMC_ENOMEM, "no memory for %d layers and %d threads", (int)config->n_layers, n_threads);
-    for (int i = 0; i < config->n_layers; i++) {
-        m->layers[i].window = config->layer_window[i];
-        m->layers[i].rope = config->layer_rope[i];
-    }
+    if (!m->pool)
+        return fail(BMC_ENOMEM, "no memory for %d threads", n_threads);
     for (int i = 0; !status && i < n_tensors; i++)
-        status = bind(m, &tensors[i]);
+        status = model_bind(m, &tensors[i]);
     if (!status)
-        status = check_all_bound(m);
+        status = model_check_bound(m);
     if (!status)
         status = make_buffers(m);
     if (!status)
-        each_matrix(m, measure, &m->panel_bytes);
+        model_each_matrix(m, measure, &m->panel_bytes);
     m->panel_bytes = memory_whole(m->panel_bytes);
     return status;
 }

@@ -1,4 +1,4 @@
-/* A model as the forward pass sees it: settings, weights in panels, and the buffers of a pass. */
+/* A model as the forward pass sees it: blocks with their weights, and the buffers of a pass. */
 #ifndef MODEL_H
 #define MODEL_H
 
@@ -7,6 +7,7 @@
 #include "fork.h"
 #include "kernels.h"
 #include "profile.h"
+#include "state.h"
 #include "threads.h"
 
 #include <pthread.h>
@@ -14,7 +15,7 @@
 #include <stdbool.h>
 
 /* A weight matrix (n_rows, n_cols). data is the file's; codes and scales are its panels, NULL where they are made anew in
- * every pass. */
+ * every pass. A matrix whose data is NULL is one that the model does not have. */
 struct matrix {
     int type;
     bool mapped;                    /* data's pages can be given back */
@@ -23,24 +24,81 @@ struct matrix {
     uint8_t *codes, *scales;
     size_t code_stride, scale_stride;
     const float *bias;              /* (n_rows,) or NULL */
+    float factor;                   /* of the product, before the bias; 0 = none */
 };
 
-/* A tensor that is NULL (a matrix whose data is NULL) is a step that this model does not take. */
-struct layer {
-    const float *attn_norm, *attn_norm_bias;
-    struct matrix attn_q, attn_k, attn_v, attn_output;
-    const float *attn_q_norm, *attn_k_norm;             /* (head_dim,) each head's own norm */
-    const float *attn_post_norm;                        /* before the residual sum */
-    const float *ffn_norm, *ffn_norm_bias;
-    struct matrix ffn_gate, ffn_up, ffn_down;
-    const float *ffn_post_norm;
-    int window;                     /* rows a token sees, itself included; 0 = all */
-    int rope;                       /* which table of frequencies */
+/* One for each expert, or NULL. */
+struct matrices { struct matrix *of; };
+
+/* A small array as floats; v NULL: the model does not have it. */
+struct vector { const float *v; int n_rows, n_cols; };
+
+struct attention {
+    struct matrix q, k, v, output, gate;
+    struct matrix q_a, q_b, kv_a;                       /* MLA */
+    struct matrices k_b, v_b;                           /* of each head */
+    struct vector q_norm, k_norm;                       /* (k_dim,), (n_heads, k_dim) or, of all heads together, (n_heads k_dim,) */
+    struct vector q_norm_bias, k_norm_bias;
+    struct vector q_a_norm, kv_a_norm;
+    struct vector sinks;                                /* (n_heads,) one more score of each head, without a value */
 };
 
-/* Tokens in one pass over the weights, and of them those whose next is sampled; logits at a time; tasks that keep a
- * thread busy to the end; floats for the sums of chunks whose task is cut; panels made at a time where none are kept. */
-enum { PASS_MAX = 512, SAMPLED_MAX = 64, HEAD_ROWS = 256, TASKS_EACH = 8, PART_FLOATS = 4 << 20, ROOM_PANELS = 16 };
+struct recurrent {
+    struct matrix qkv, gate, alpha, beta, in, out;      /* delta net: the first four and out; others: in and out */
+    struct vector conv, conv_bias;                      /* (conv, channels): transposed when it is bound */
+    struct vector dt_bias, a, d, norm;
+};
+
+struct dense { struct matrix gate, up, down; };
+
+struct experts {
+    struct matrix router;
+    struct vector router_scale, choice_bias;            /* (dim,) with BMC_ROUTE_SCALED; (n_experts,) added for the choice only */
+    struct matrices gate, up, down;
+    struct dense shared;
+    struct matrix shared_gate;                          /* (1, dim) */
+    struct matrix latent_down, latent_up;
+};
+
+struct per_layer { struct matrix gate, proj; };
+
+/* Sizes that shapes are made of; each block has its own. */
+enum extent {
+    ONE, DIM, K_DIM, V_DIM, HEADS, Q, QUERY, K, V, O, GATE, VOCAB, CTX, PER_LAYER_DIM, PER_LAYERS,
+    Q_RANK, KV_RANK, KV_A, NOPE, K_B, V_B,
+    CONV, CHANNELS, STATE, INNER, GROUPS, IN, GROUP_DIM,
+    HIDDEN, EXPERTS, EXPERT_IN, SHARED, LATENT, EXTENTS
+};
+
+struct block {
+    bmc_block c;
+    const struct kind *kind;
+    int number;
+    int64_t extent[EXTENTS];
+    struct vector norm, norm_bias, post_norm, post_norm_bias;
+    struct vector sum_norm;                             /* of the sum of blocks side by side */
+    struct vector out_norm, out_norm_bias;              /* x becomes its norm after the sum */
+    struct vector out_scale;                            /* (1,) x is multiplied by it at the end */
+    int rows;                                           /* which arena its rows are in: ALL_ROWS or WINDOWS */
+    int stream;                                         /* there, or of the states; -1: none */
+    union {
+        struct attention attention;
+        struct recurrent recurrent;
+        struct dense dense;
+        struct experts experts;
+        struct per_layer per_layer;
+    };
+};
+
+/* Tokens in one pass over the weights, of a model that is not causal and of others; of them those whose next is sampled; logits
+ * at a time; tasks that keep a thread busy to the end; floats for the sums of chunks whose task is cut; panels made at a time
+ * where none are kept. */
+enum { WHOLE_MAX = 8192, PASS_MAX = 512, SAMPLED_MAX = 64, HEAD_ROWS = 256, TASKS_EACH = 8, PART_FLOATS = 4 << 20, ROOM_PANELS = 16 };
+
+/* Keys and values of blocks that see all rows, and of those that see a window: of the latter, rows that are WINDOW_SPARE behind
+ * the window are given back. */
+enum { ALL_ROWS, WINDOWS, ARENAS };
+enum { WINDOW_SPARE = 1024 };
 
 /* Weights of a head that a coarse one is worth its memory for: from here on it is read from memory for each token. */
 enum { COARSE_LEAST = 1 << 24 };
@@ -53,13 +111,23 @@ struct bmc_model {
     struct forkable forkable;
     atomic_int n_users;             /* its owner and its sessions: the last one to go frees it */
 
+    int64_t extent[EXTENTS];
     struct matrix token_embd;       /* rows are read from the file, one a token */
-    struct matrix position_embd;
-    const float *output_norm, *output_norm_bias;
+    struct matrix position_embd, token_types;
+    struct matrix per_layer_embd, per_layer_proj;
+    struct vector per_layer_norm;
+    struct vector embd_norm, embd_norm_bias;
+    struct vector output_norm, output_norm_bias;
     struct matrix output;
     struct matrix coarse;           /* the same in two bits a weight, for drafts; codes NULL: there is none */
-    struct layer *layers;           /* (n_layers,) */
-    int q_dim, kv_dim, v_dim;       /* heads * head_dim; KV heads * head_dim; head_dim rounded up to 16 */
+    struct block *blocks;           /* (c.n_blocks,) */
+    int last_mixer;                 /* after its rows are stored only tokens that are asked for go on */
+    int pass_max;                   /* tokens in one pass */
+    int n_streams[ARENAS], n_states;
+    struct arena_stream *streams[ARENAS];
+    int window;                     /* the largest of blocks that do not see everything */
+    struct state_size *state_sizes;
+    int64_t row_bytes[ARENAS];      /* keys and values of one token */
 
     void *panels;                   /* all panels, in huge pages */
     size_t panel_bytes;             /* of the file's rows, where there are none */
@@ -75,7 +143,9 @@ struct bmc_model {
 
 struct bmc_session {
     bmc_model *model;
-    struct arena arena;
+    struct arena arenas[ARENAS];
+    int64_t cap;                    /* rows at most */
+    struct states states;
     int position;                   /* rows in use */
     int32_t *tokens;                /* (n_tokens,) the first `position` of them are those of the rows */
     int n_tokens;
@@ -84,58 +154,15 @@ struct bmc_session {
     atomic_flag busy;
 };
 
-/* What one pass works on; (n, d) are n rows of d floats, row strides rounded up to 16. */
-enum { FEW = 8 };                   /* tokens that every thread norms for itself: sooner done than waited for */
-
-struct buffers {
-    float *x;                       /* (PASS_MAX, dim) the residual stream */
-    float *xb;                      /* (PASS_MAX, max(dim, q_dim)) normed, or attention's result */
-    float *own_xb;                  /* (threads, FEW, dim) normed by each thread for itself */
-    float *y;                       /* (PASS_MAX, dim) what a post norm reads */
-    float *q, *k, *v;               /* (PASS_MAX, q_dim), (.., kv_dim), (.., kv_dim) */
-    float *gate, *up;               /* (PASS_MAX, hidden_dim) */
-    struct act_block *act;          /* xb in 8 bits: tiles of columns */
-    struct act_block *own_act;      /* (threads, FEW * dim / 32) own_xb in 8 bits */
-    struct act_block *hidden_act;   /* up in 8 bits */
-    float *cos, *sin;               /* (2, PASS_MAX, rope_dim / 2) */
-    float *rows;                    /* (SAMPLED_MAX, vocab_size) logits that are sampled from and not asked for */
-    float *altered;                 /* (threads, vocab_size) logits with bias, penalties and mask */
-    float *scratch;                 /* (threads, scratch_stride) */
-    size_t scratch_stride;
-    float *parts;                   /* sums of chunks that wait to be merged */
-    atomic_int *pieces_done;        /* (threads * TASKS_EACH,) of each task */
-    void *memory;
-    size_t bytes;
-};
-
-/* What is left of HEAD_ROWS logits: the largest and its id; seen, what the head that ran takes it for (a coarse one errs, and then
- * the true logit is looked up); and the sum of e^(logit - seen) over what that head saw. */
-struct best { float logit, seen, sum; int32_t id; };
-
-/* One pass: up to PASS_MAX tokens of any sessions. */
-struct pass {
-    bmc_model *model;
-    int n_tok;
-    int n_out;                      /* tokens whose logits are wanted */
-    bool coarse;                    /* only the best id is: chosen among the few that the coarse head likes best */
-    bmc_session *session[PASS_MAX];
-    int32_t token[PASS_MAX], pos[PASS_MAX];
-    int32_t last[PASS_MAX];         /* as in bmc_span */
-    int32_t out[PASS_MAX];          /* (n_out,) which tokens */
-    float *logits[PASS_MAX];        /* (n_out,) where to, or NULL */
-    int n_sampled;                  /* of them, those with a row of the buffers */
-    const bmc_span *out_span[PASS_MAX];     /* (n_out,) whose results */
-    int out_row[PASS_MAX];                  /* (n_out,) and which row of them */
-    const uint32_t *mask[PASS_MAX];         /* (n_out,) allowed ids, or NULL */
-    struct best *best;              /* (n_out, parts of HEAD_ROWS) */
-    float *given;                   /* (n_out,) logits of the ids in bmc_span.given */
-};
-
-void forward(struct pass *pass);
+int model_bind(bmc_model *m, const bmc_tensor *t);
+int model_check_bound(const bmc_model *m);
+void model_each_matrix(bmc_model *m, void (*fn)(struct matrix *, void *), void *arg);      /* those with panels */
+void model_extents(bmc_model *m);
+void *model_own(bmc_model *m, size_t bytes);    /* zeroed memory that lives as long as the model; NULL */
+void model_release(bmc_model *model);           /* one user less */
 
 /* bmc_eval; coarse: the best ids of wanted rows are looked for with the coarse head, where the model has one. */
 int evaluate(const bmc_span *spans, int n_spans, bool coarse);
-void model_release(bmc_model *model);       /* one user less */
 
 static inline int head_parts(const bmc_model *m) { return (m->c.vocab_size + HEAD_ROWS - 1) / HEAD_ROWS; }
 
@@ -145,6 +172,9 @@ static inline size_t file_row_bytes(const struct matrix *w) {
 }
 
 /* A buffer's row stride in floats. */
-static inline size_t padded(int n) { return ((size_t)n + 15) / 16 * 16; }
+static inline size_t padded(int64_t n) { return ((size_t)n + 15) / 16 * 16; }
+
+static inline int smaller(int a, int b) { return a < b ? a : b; }
+static inline int larger(int a, int b) { return a > b ? a : b; }
 
 #endif

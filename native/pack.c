@@ -1,26 +1,11 @@
 #include "pack.h"
 
 #include "panels.h"
-#include "types.h"
+#include "split.h"
 
 #include <math.h>
 
-/* What a block of a file says, before it is spread over a panel. */
-struct split {
-    uint8_t codes[256];     /* unsigned, one a byte */
-    uint8_t scales[16];     /* K types: per 32 or 16 columns */
-    uint8_t mins[16];
-    uint16_t d, m;          /* f16; m is what code 0 stands for, so that w = d*scale*code + m*min */
-};
-
 static uint16_t negative(uint16_t f16) { return f16 ^ 0x8000; }
-
-static void nibbles(uint8_t *codes, const uint8_t *qs, int n) {    /* low nibbles first, then high ones */
-    for (int j = 0; j < n; j++) {
-        codes[j] = qs[j] & 15;
-        codes[j + n] = qs[j] >> 4;
-    }
-}
 
 static void fifth_bits(uint8_t *codes, const uint8_t qh[4]) {
     for (int j = 0; j < 32; j++)
@@ -30,20 +15,20 @@ static void fifth_bits(uint8_t *codes, const uint8_t qh[4]) {
 static void split_q4_0(const void *block, struct split *s) {
     const block_q4_0 *b = block;
     s->d = b->scale;
-    nibbles(s->codes, b->qs, 16);
+    split_nibbles(s->codes, b->qs, 16);
 }
 
 static void split_q4_1(const void *block, struct split *s) {
     const block_q4_1 *b = block;
     s->d = b->scale;
     s->m = b->min;
-    nibbles(s->codes, b->qs, 16);
+    split_nibbles(s->codes, b->qs, 16);
 }
 
 static void split_q5_0(const void *block, struct split *s) {
     const block_q5_0 *b = block;
     s->d = b->scale;
-    nibbles(s->codes, b->qs, 16);
+    split_nibbles(s->codes, b->qs, 16);
     fifth_bits(s->codes, b->qh);
 }
 
@@ -51,7 +36,7 @@ static void split_q5_1(const void *block, struct split *s) {
     const block_q5_1 *b = block;
     s->d = b->scale;
     s->m = b->min;
-    nibbles(s->codes, b->qs, 16);
+    split_nibbles(s->codes, b->qs, 16);
     fifth_bits(s->codes, b->qh);
 }
 
@@ -65,13 +50,13 @@ static void split_q8_0(const void *block, struct split *s) {
 static void split_iq4_nl(const void *block, struct split *s) {
     const block_iq4_nl *b = block;
     s->d = b->scale;
-    nibbles(s->codes, b->qs, 16);
+    split_nibbles(s->codes, b->qs, 16);
 }
 
 static void split_mxfp4(const void *block, struct split *s) {
     const block_mxfp4 *b = block;
     s->scales[0] = b->exponent;
-    nibbles(s->codes, b->qs, 16);
+    split_nibbles(s->codes, b->qs, 16);
 }
 
 /* A positive float to f16, within its normal numbers; halves away from zero. */
@@ -100,27 +85,19 @@ static void split_coarse(const void *block, struct split *s) {
     }
 }
 
-/* Two bits of 256 weights: half h, plane p, then 32 columns. */
-static void bit_pairs(uint8_t *codes, const uint8_t qs[64]) {
-    for (int h = 0; h < 2; h++)
-        for (int p = 0; p < 4; p++)
-            for (int j = 0; j < 32; j++)
-                codes[128 * h + 32 * p + j] = qs[32 * h + j] >> 2 * p & 3;
-}
-
 static void split_q2_k(const void *block, struct split *s) {
     const block_q2_k *b = block;
     s->d = b->scale;
     s->m = negative(b->min);
     memcpy(s->scales, b->scales, 16);
-    bit_pairs(s->codes, b->qs);
+    split_pairs(s->codes, b->qs);
 }
 
 static void split_q3_k(const void *block, struct split *s) {
     const block_q3_k *b = block;
     s->d = b->scale;
     q3_k_scales(b->scales, (int8_t *)s->scales);
-    bit_pairs(s->codes, b->qs);
+    split_pairs(s->codes, b->qs);
     for (int i = 0; i < 8; i++)
         for (int j = 0; j < 32; j++)
             s->codes[32 * i + j] |= (uint8_t)((b->hmask[j] >> i & 1) << 2);
@@ -132,7 +109,7 @@ static void split_q4_k(const void *block, struct split *s) {
     s->m = negative(b->min);
     q4_k_scales(b->scales, s->scales, s->mins);
     for (int i = 0; i < 4; i++)
-        nibbles(s->codes + 64 * i, b->qs + 32 * i, 32);
+        split_nibbles(s->codes + 64 * i, b->qs + 32 * i, 32);
 }
 
 static void split_q5_k(const void *block, struct split *s) {
@@ -141,7 +118,7 @@ static void split_q5_k(const void *block, struct split *s) {
     s->m = negative(b->min);
     q4_k_scales(b->scales, s->scales, s->mins);
     for (int i = 0; i < 4; i++)
-        nibbles(s->codes + 64 * i, b->qs + 32 * i, 32);
+        split_nibbles(s->codes + 64 * i, b->qs + 32 * i, 32);
     for (int i = 0; i < 8; i++)
         for (int j = 0; j < 32; j++)
             s->codes[32 * i + j] |= (uint8_t)((b->qh[j] >> i & 1) << 4);
@@ -152,7 +129,7 @@ static void split_q6_k(const void *block, struct split *s) {
     s->d = b->scale;
     memcpy(s->scales, b->scales, 16);
     for (int h = 0; h < 2; h++) {
-        nibbles(s->codes + 128 * h, b->ql + 64 * h, 64);
+        split_nibbles(s->codes + 128 * h, b->ql + 64 * h, 64);
         for (int p = 0; p < 4; p++)
             for (int j = 0; j < 32; j++)
                 s->codes[128 * h + 32 * p + j] |= (uint8_t)((b->qh[32 * h + j] >> 2 * p & 3) << 4);
@@ -164,7 +141,15 @@ static void split_iq4_xs(const void *block, struct split *s) {
     s->d = b->scale;
     iq4_xs_scales(b, (int8_t *)s->scales);
     for (int i = 0; i < 8; i++)
-        nibbles(s->codes + 32 * i, b->qs + 16 * i, 16);
+        split_nibbles(s->codes + 32 * i, b->qs + 16 * i, 16);
+}
+
+static void split_nvfp4(const void *block, struct split *s) {
+    const block_nvfp4 *b = block;
+    for (int i = 0; i < 4; i++) {
+        s->scales[i] = nvfp4_scale(b->scales[i]);
+        split_nibbles(s->codes + 16 * i, b->qs + 8 * i, 8);
+    }
 }
 
 /* Four columns of one row, a byte each. */
@@ -222,6 +207,11 @@ static inline void put_u3(uint8_t *out, const uint8_t *codes) {
     put(out + 128, bit_plane(codes, 2));
 }
 
+static inline void put_u1(uint8_t *out, const uint8_t *codes) { put(out, bit_plane(codes, 0)); }
+static inline void put_iq1(uint8_t *out, const uint8_t *codes) { put_u3(out, codes); }
+static inline void put_iq2(uint8_t *out, const uint8_t *codes) { put_u3(out, codes); }
+static inline void put_iq3_xxs(uint8_t *out, const uint8_t *codes) { put_u4(out, codes); }
+static inline void put_iq3_s(uint8_t *out, const uint8_t *codes) { put_u4(out, codes); }
 static inline void put_nl4(uint8_t *out, const uint8_t *codes) { put_u4(out, codes); }
 static inline void put_fp4(uint8_t *out, const uint8_t *codes) { put_u4(out, codes); }
 
@@ -247,8 +237,20 @@ static inline void scales_k16(uint8_t *out, int row, const struct split *s, int 
     out[row] = s->scales[2 * b];
     out[16 + row] = s->scales[2 * b + 1];
 }
-static inline void scales_km16(uint8_t *out, int row, const struct split *s, int b) { scales_k16(out, row, s, b); }
 
+#define scales_km16 scales_k16
+#define scales_e4m3 scales_k16
+#define scales_one scales_none
+#define scales_s32 scales_k32
+#define scales_q32 scales_k32
+#define scales_q16 scales_k32
+#define scales_b32 scales_k32
+#define head_one head_d
+#define head_s32 head_d
+#define head_q32 head_d
+#define head_q16 head_d
+#define head_b32 head_d
+#define head_e4m3 head_none
 #define head_e8 head_none
 #define head_k head_dm
 #define head_k16 head_d
@@ -258,7 +260,6 @@ static inline void scales_km16(uint8_t *out, int row, const struct split *s, int
 #define head_km16 head_dm
 
 struct layout { int super, code_bytes, head_bytes, scale_bytes; };
-typedef void split_fn(const void *block, struct split *s);
 typedef void put_fn(uint8_t *out, const uint8_t *codes);
 typedef void head_fn(uint8_t *out, int row, const struct split *s);
 typedef void scales_fn(uint8_t *out, int row, const struct split *s, int b);

@@ -7,7 +7,8 @@
 
 static const char *const names[BMC_STEPS] = {
     [BMC_STEP_EMBED] = "embedding", [BMC_STEP_NORM] = "norms, quantizing", [BMC_STEP_QKV] = "q, k, v",
-    [BMC_STEP_STORE] = "rope, storing", [BMC_STEP_ATTENTION] = "attention", [BMC_STEP_ATTN_OUTPUT] = "attention's output",
+    [BMC_STEP_STORE] = "rope, storing", [BMC_STEP_ATTENTION] = "attention", [BMC_STEP_STATES] = "states",
+    [BMC_STEP_ATTN_OUTPUT] = "attention's output",
     [BMC_STEP_GATE_UP] = "gate, up", [BMC_STEP_ACTIVATION] = "activation", [BMC_STEP_DOWN] = "down",
     [BMC_STEP_HEAD] = "head", [BMC_STEP_WAIT] = "waiting",
 };

@@ -1,6 +1,6 @@
 /* Sessions, and the way from spans to passes. */
 #include "error.h"
-#include "model.h"
+#include "pass.h"
 #include "sample.h"
 
 #include <math.h>
@@ -13,6 +13,10 @@ static int claim(bmc_session *s) {
     return fail(BMC_EBUSY, "this session is in use by another thread");
 }
 
+static int evaluate_claimed(const bmc_span *spans, int n_spans, bool coarse);
+static int go_back(bmc_session *s, int position);
+static int reserve(bmc_session *s, int rows);
+
 static void release(bmc_session *s) { atomic_flag_clear_explicit(&s->busy, memory_order_release); }
 
 static int check_session(const bmc_model *m, int64_t cap, int r, int rope) {
@@ -22,48 +26,133 @@ static int check_session(const bmc_model *m, int64_t cap, int r, int rope) {
         return fail(BMC_EINVAL, "context: expected 1 to %d, found %lld", 1 << 30, (long long)cap);
     if (r < 0)
         return fail(BMC_EINVAL, "rows: expected 0 or more at a time, found %d", r);
-    if (rope < 0 || rope > (m->c.n_ropes > 1))
-        return fail(BMC_EINVAL, "rope: the model has %d tables, number %d is asked for", (int)m->c.n_ropes, rope);
+    if (rope < 0 || rope > m->c.long_rope)
+        return fail(BMC_EINVAL, "rope: the model has %d tables for long contexts, number %d is asked for", (int)m->c.long_rope, rope);
     if (m->position_embd.data && cap > m->c.n_ctx)
         return fail(BMC_EINVAL, "context: the model has %d learned positions, %lld are asked for", (int)m->c.n_ctx,
                     (long long)cap);
     return 0;
 }
 
+static int init_arenas(bmc_session *s, int r) {
+    const bmc_model *m = s->model;
+    for (int i = 0; i < ARENAS; i++) {
+        const struct arena_config config = {
+            .streams = m->streams[i], .n_streams = m->n_streams[i], .cap = s->cap, .r = r ? r : arena_auto_rows(m->row_bytes[i]),
+        };
+        int status = arena_init(&s->arenas[i], &config);
+        if (status)
+            return status;
+    }
+    return 0;
+}
+
+/* An empty session of a model, which is one of its users from now on. */
+static bmc_session *make_session(bmc_model *m, int64_t cap, int rope) {
+    bmc_session *s = calloc(1, sizeof *s);
+    if (!s) {
+        fail(BMC_ENOMEM, "no memory for a session");
+        return NULL;
+    }
+    states_init(&s->states, m->state_sizes, m->n_states);
+    s->model = m;
+    s->cap = cap;
+    s->rope = rope;
+    atomic_fetch_add(&m->n_users, 1);
+    return s;
+}
+
 int bmc_session_new(bmc_model *m, int64_t cap, int r, int rope, bmc_session **session) {
     int status = check_session(m, cap, r, rope);
     if (status)
         return status;
-    bmc_session *s = calloc(1, sizeof *s);
+    bmc_session *s = make_session(m, cap, rope);
     if (!s)
-        return fail(BMC_ENOMEM, "no memory for a session");
-    int64_t tile_bytes = (int64_t)TILE * (m->c.head_dim + m->v_dim) * (int64_t)sizeof(uint16_t);
-    struct arena_config config = {
-        .n_layers = m->c.n_layers, .n_heads = m->c.n_kv_heads, .tile_bytes = tile_bytes, .cap = cap,
-        .r = r ? r : arena_auto_rows(tile_bytes / TILE * m->c.n_kv_heads * m->c.n_layers),
-    };
-    status = arena_init(&s->arena, &config);
-    if (status) {
-        free(s);
+        return BMC_ENOMEM;
+    status = init_arenas(s, r);
+    if (status)
+        bmc_session_free(s);
+    else
+        *session = s;
+    return status;
+}
+
+/* What the child of a fork has in common with its parent, up to `position`. */
+static int copy_session(bmc_session *s, bmc_session *parent, int position) {
+    int status = init_arenas(s, parent->arenas[ALL_ROWS].config.r);
+    for (int i = 0; !status && i < ARENAS; i++)
+        status = arena_fork(&s->arenas[i], &parent->arenas[i], parent->position);
+    if (!status)
+        status = states_copy(&s->states, &parent->states);
+    s->tokens = malloc((size_t)larger(parent->position, 1) * sizeof *s->tokens);
+    if (!status && !s->tokens)
+        status = fail(BMC_ENOMEM, "no memory for %d tokens", parent->position);
+    if (status)
         return status;
+    if (parent->position)
+        memcpy(s->tokens, parent->tokens, (size_t)parent->position * sizeof *s->tokens);
+    s->n_tokens = larger(parent->position, 1);
+    s->position = parent->position;
+    s->offset = parent->offset;
+    return go_back(s, position);
+}
+
+int bmc_session_fork(bmc_session *parent, int position, bmc_session **session) {
+    int status = parent && session ? claim(parent) : fail(BMC_EINVAL, "bmc_session_fork: needs a session");
+    if (status)
+        return status;
+    if (position < 0 || position > parent->position)
+        status = fail(BMC_EINVAL, "fork: expected 0 to %d, found %d", parent->position, position);
+    bmc_session *s = status ? NULL : make_session(parent->model, parent->cap, parent->rope);
+    if (s && !atomic_flag_test_and_set(&s->busy)) {
+        status = copy_session(s, parent, position);
+        release(s);
+        if (status)
+            bmc_session_free(s);
+        else
+            *session = s;
     }
-    s->model = m;
-    s->rope = rope;
-    atomic_fetch_add(&m->n_users, 1);
-    *session = s;
-    return 0;
+    release(parent);
+    return status ? status : s ? 0 : BMC_ENOMEM;
 }
 
 void bmc_session_free(bmc_session *s) {
     if (!s || claim(s))             /* in use: by a thread of the parent of a forked process, which left it half changed */
         return;
-    arena_free(&s->arena);
+    for (int i = 0; i < ARENAS; i++)
+        arena_free(&s->arenas[i]);
+    states_free(&s->states);
     free(s->tokens);
     model_release(s->model);
     free(s);
 }
 
 int bmc_session_position(const bmc_session *s) { return s->position; }
+
+/* How far back a session gets towards a position without evaluating tokens again: states may have to go farther, and where rows of
+ * windows are gone it starts anew. */
+static int reach(bmc_session *s, int position) {
+    struct arena *windows = &s->arenas[WINDOWS];
+    int reached = states_rewind(&s->states, position);
+    if (windows->n_dropped && reached + 1 - s->model->window < windows->n_dropped * windows->config.r) {
+        arena_clear(windows);
+        reached = states_rewind(&s->states, 0);
+    }
+    s->position = reached;
+    return reached;
+}
+
+/* Back to a position that is within the text. */
+static int go_back(bmc_session *s, int position) {
+    int reached = reach(s, position), status = 0;
+    if (reached < position) {
+        const bmc_span again = { .session = s, .tokens = s->tokens + reached, .n_tok = position - reached, .want = BMC_WANT_NONE };
+        status = reserve(s, again.n_tok);
+        if (!status)
+            status = evaluate_claimed(&again, 1, false);
+    }
+    return status;
+}
 
 int bmc_session_rewind(bmc_session *s, int position) {
     int status = claim(s);
@@ -72,7 +161,16 @@ int bmc_session_rewind(bmc_session *s, int position) {
     if (position < 0 || position > s->position)
         status = fail(BMC_EINVAL, "rewind: expected 0 to %d, found %d", s->position, position);
     else
-        s->position = position;
+        status = go_back(s, position);
+    release(s);
+    return status;
+}
+
+int bmc_session_snapshot(bmc_session *s) {
+    int status = claim(s);
+    if (status)
+        return status;
+    status = states_snapshot(&s->states);
     release(s);
     return status;
 }
@@ -88,7 +186,7 @@ int bmc_session_sync(bmc_session *s, const int32_t *tokens, int n) {
     while (!status && kept < n && kept < s->position && tokens[kept] == s->tokens[kept])
         kept++;
     if (!status)
-        s->position = kept;
+        kept = reach(s, kept);
     release(s);
     return status ? status : kept;
 }
@@ -96,7 +194,12 @@ int bmc_session_sync(bmc_session *s, const int32_t *tokens, int n) {
 /* Room for more rows and their tokens. */
 static int reserve(bmc_session *s, int rows) {
     int64_t n = (int64_t)s->position + rows;
-    int status = arena_reserve(&s->arena, n);
+    int status = states_reserve(&s->states);
+    for (int i = 0; !status && i < ARENAS; i++) {
+        status = arena_reserve(&s->arenas[i], n);
+        if (!status)
+            status = arena_own(&s->arenas[i], s->position, n);
+    }
     if (status || n <= s->n_tokens)
         return status;
     int64_t wanted = n > 2 * (int64_t)s->n_tokens ? n : 2 * (int64_t)s->n_tokens;
@@ -118,11 +221,13 @@ int bmc_session_reserve(bmc_session *s, int rows) {
 }
 
 int bmc_session_stats(const bmc_session *s, bmc_arena_stats *stats) {
-    const struct arena *a = &s->arena;
-    *stats = (bmc_arena_stats){
-        .rows_reserved = a->rows_reserved, .rows_used = s->position, .r = a->config.r,
-        .bytes_reserved = a->n_segments * (int64_t)a->segment_bytes, .row_bytes = arena_row_bytes(a),
-    };
+    const struct arena *a = &s->arenas[s->model->n_streams[ALL_ROWS] ? ALL_ROWS : WINDOWS];
+    *stats = (bmc_arena_stats){ .rows_reserved = a->rows_reserved, .rows_used = s->position, .r = a->config.r, .bytes_reserved = states_bytes(&s->states),
+                                .state_bytes = (int64_t)(s->states.floats * sizeof(float)) };
+    for (int i = 0; i < ARENAS; i++) {
+        stats->bytes_reserved += arena_mapped(&s->arenas[i]);
+        stats->row_bytes += arena_row_bytes(&s->arenas[i]);
+    }
     return 0;
 }
 
@@ -133,17 +238,23 @@ static int check_span(const bmc_span *span, const bmc_model *m) {
         return fail(BMC_EINVAL, "the sessions of one call belong to different models");
     if (span->n_tok < 1)
         return fail(BMC_EINVAL, "a span needs at least one token, found %d", (int)span->n_tok);
-    if (span->want < BMC_WANT_NONE || span->want > BMC_WANT_ALL)
-        return fail(BMC_EINVAL, "want: expected 0 to 2, found %d", (int)span->want);
+    if (span->want < BMC_WANT_NONE || span->want > BMC_WANT_FIRST)
+        return fail(BMC_EINVAL, "want: expected 0 to 3, found %d", (int)span->want);
     if (span->last < 0)
         return fail(BMC_EINVAL, "last: expected 0 or more rows, found %d", (int)span->last);
     if (span->sampler && sampler_check(span->sampler, m->c.vocab_size))
         return BMC_EINVAL;
     if (span->n_top < 0 || span->n_top > m->c.vocab_size || (span->n_top && (!span->top_ids || !span->top_logprobs)))
         return fail(BMC_EINVAL, "n_top: expected 0 to %d and room for the results, found %d", (int)m->c.vocab_size, (int)span->n_top);
+    if (!m->c.causal && (span->session->position || span->n_tok > m->pass_max))
+        return fail(BMC_EINVAL, "this model reads a text as a whole: expected 1 to %d tokens in an empty session, found %d", m->pass_max, (int)span->n_tok);
+    if (!m->c.causal && (span->sampler || span->mask || span->n_top))
+        return fail(BMC_EINVAL, "this model reads a text as a whole: no tokens are chosen after it");
+    if (!m->output.data && (span->logits || span->next || span->logprob || span->n_top || span->given))
+        return fail(BMC_EINVAL, "this model has no logits, only hidden states");
     if (span->given && !span->given_logprob)
         return fail(BMC_EINVAL, "given: the log-probabilities of these ids need room");
-    int n_wanted = span->want == BMC_WANT_ALL ? span->n_tok : span->want == BMC_WANT_LAST;
+    const int n_wanted = span->want == BMC_WANT_ALL ? span->n_tok : span->want != BMC_WANT_NONE;
     for (int i = 0; span->given && i < n_wanted; i++)
         if (span->given[i] < 0 || span->given[i] >= m->c.vocab_size)
             return fail(BMC_EINVAL, "given: token ids are 0 to %d, found %d", (int)m->c.vocab_size - 1, (int)span->given[i]);
@@ -173,93 +284,123 @@ static int claim_all(const bmc_span *spans, int n) {
 }
 
 static bool wanted(const bmc_span *span, int i) {
-    return span->want == BMC_WANT_ALL || (span->want == BMC_WANT_LAST && i == span->n_tok - 1);
+    return span->want == BMC_WANT_ALL || (span->want == BMC_WANT_LAST && i == span->n_tok - 1)
+           || (span->want == BMC_WANT_FIRST && i == 0);
+}
+
+/* What the choice among logits needs beyond the best of them. */
+static bool needs_all(const bmc_span *span, const uint32_t *mask) { return span->sampler || mask || span->n_top; }
+
+static void push_wanted(struct pass *p, const bmc_span *span, int i) {
+    const size_t row = span->want == BMC_WANT_ALL ? (size_t)i : 0, n = (size_t)p->model->c.vocab_size;
+    struct wanted *out = &p->out[p->n_out++];
+    *out = (struct wanted){ .span = span, .tok = p->n_tok, .row = (int)row };
+    out->mask = span->mask ? span->mask + row * ((n + 31) / 32) : NULL;
+    if (span->logits)
+        out->logits = span->logits + row * n;
+    else if (needs_all(span, out->mask))
+        out->logits = p->model->buffers->rows + (size_t)p->n_sampled++ * n;
+    p->headless &= !span->logits && !span->next && !span->logprob && !span->n_top && !span->given;
 }
 
 static void push(struct pass *p, const bmc_span *span, int i) {
-    p->session[p->n_tok] = span->session;
-    p->token[p->n_tok] = span->tokens[i];
-    p->pos[p->n_tok] = span->session->position + i;
-    p->last[p->n_tok] = span->last;
-    if (wanted(span, i)) {
-        int row = span->want == BMC_WANT_ALL ? i : 0;
-        size_t n = (size_t)p->model->c.vocab_size;
-        p->out[p->n_out] = p->n_tok;
-        const uint32_t *mask = span->mask ? span->mask + (size_t)row * ((n + 31) / 32) : NULL;
-        bool whole = span->sampler || mask || span->n_top;          /* the choice needs all logits */
-        p->out_span[p->n_out] = span;
-        p->out_row[p->n_out] = row;
-        p->mask[p->n_out] = mask;
-        p->logits[p->n_out++] = span->logits ? span->logits + (size_t)row * n
-                              : whole ? p->model->buffers->rows + (size_t)p->n_sampled++ * n : NULL;
-    }
+    const int pos = span->session->position + i;
+    p->at[p->n_tok] = (struct place){
+        .session = span->session, .token = span->tokens[i], .pos = pos, .last = span->last,
+        .end = p->model->c.causal ? pos + 1 : span->n_tok,
+    };
+    if (wanted(span, i))
+        push_wanted(p, span, i);
     p->n_tok++;
 }
 
-/* Passes of up to PASS_MAX tokens, SAMPLED_MAX of them with a sampler, over all spans, one after the other. */
+/* Sequences of a pass whose blocks keep states: neighbours of the same session. */
+static void plan_runs(struct pass *p) {
+    p->n_runs = 0;
+    for (int t = 0, n; p->model->n_states && t < p->n_tok; t += n) {
+        const struct place *at = &p->at[t];
+        for (n = 1; t + n < p->n_tok && at[n].session == at->session; n++)
+            ;
+        p->runs[p->n_runs++] = (struct run){ at->session, t, states_plan(&at->session->states, at->pos, n) };
+    }
+}
+
+static void run_pass(struct pass *p) {
+    plan_runs(p);
+    forward(p);
+    for (int i = 0; i < p->n_runs; i++)
+        states_done(&p->runs[i].session->states, &p->runs[i].states);
+    p->n_tok = p->n_out = p->n_sampled = 0;
+    p->headless = true;
+}
+
+/* Passes of up to pass_max tokens, SAMPLED_MAX of them with a sampler, over all spans, one after the other. A model that is not
+ * causal gets whole texts. */
 static void run_passes(struct pass *p, const bmc_span *spans, int n) {
-    for (int s = 0; s < n; s++)
+    for (int s = 0; s < n; s++) {
+        if (!p->model->c.causal && p->n_tok + spans[s].n_tok > p->model->pass_max)
+            run_pass(p);
         for (int i = 0; i < spans[s].n_tok; i++) {
             push(p, &spans[s], i);
-            if (p->n_tok == PASS_MAX || p->n_sampled == SAMPLED_MAX || (s == n - 1 && i == spans[s].n_tok - 1)) {
-                forward(p);
-                p->n_tok = p->n_out = p->n_sampled = 0;
-            }
+            if (p->n_tok == p->model->pass_max || p->n_sampled == SAMPLED_MAX || (s == n - 1 && i == spans[s].n_tok - 1))
+                run_pass(p);
         }
-    for (int s = 0; s < n; s++)
-        spans[s].session->position += spans[s].n_tok;
+    }
+    for (int s = 0; s < n; s++) {
+        bmc_session *session = spans[s].session;
+        session->position += spans[s].n_tok;
+        if (p->model->window)
+            arena_drop(&session->arenas[WINDOWS], session->position - p->model->window - WINDOW_SPARE);
+    }
 }
 
 /* What a pass notes down, made for one call. */
 static struct pass *make_pass(bmc_model *m, int n_tok) {
-    size_t outs = (size_t)(n_tok < PASS_MAX ? n_tok : PASS_MAX), parts = (size_t)head_parts(m);
-    struct pass *p = malloc(sizeof *p);
-    struct best *best = malloc(outs * parts * sizeof *best);
-    float *given = malloc(outs * sizeof *given);
-    if (p && best && given) {
-        p->model = m;
-        p->best = best;
-        p->given = given;
-        p->n_tok = p->n_out = p->n_sampled = 0;
-        return p;
+    const size_t n = (size_t)smaller(n_tok, m->pass_max), parts = m->output.data ? (size_t)head_parts(m) : 0;
+    const size_t bytes = n * (sizeof(struct place) + sizeof(struct wanted) + sizeof(struct run) + parts * sizeof(struct best) + sizeof(float));
+    struct pass *p = malloc(sizeof *p + bytes + 64);
+    if (!p) {
+        fail(BMC_ENOMEM, "no memory for a pass over %d tokens", n_tok);
+        return NULL;
     }
-    free(p);
-    free(best);
-    free(given);
-    fail(BMC_ENOMEM, "no memory for a pass over %d tokens", n_tok);
-    return NULL;
+    *p = (struct pass){ .model = m, .headless = true };
+    p->at = (struct place *)(void *)(p + 1);
+    p->out = (struct wanted *)(void *)(p->at + n);
+    p->runs = (struct run *)(void *)(p->out + n);
+    p->best = (struct best *)(void *)(p->runs + n);
+    p->given = (float *)(void *)(p->best + n * parts);
+    return p;
 }
 
-static void free_pass(struct pass *p) {
-    if (p) {
-        free(p->best);
-        free(p->given);
-    }
+/* Spans whose sessions are claimed and have room. */
+static int evaluate_claimed(const bmc_span *spans, int n_spans, bool coarse) {
+    bmc_model *m = spans[0].session->model;
+    int64_t start = nanoseconds();
+    int n_tok = 0;
+    for (int i = 0; i < n_spans && n_tok < m->pass_max; i++)
+        n_tok += smaller(spans[i].n_tok, m->pass_max);
+    struct pass *p = make_pass(m, n_tok);
+    if (!p)
+        return BMC_ENOMEM;
+    pthread_mutex_lock(&m->lock);
+    p->coarse = coarse && m->coarse.codes;
+    run_passes(p, spans, n_spans);
+    m->profile.calls += m->profile.laps ? nanoseconds() - start : 0;
+    pthread_mutex_unlock(&m->lock);
     free(p);
+    return 0;
 }
 
 int evaluate(const bmc_span *spans, int n_spans, bool coarse) {
     if (!spans || n_spans < 1)
         return fail(BMC_EINVAL, "bmc_eval: needs at least one span");
-    int64_t start = nanoseconds();
-    int status = claim_all(spans, n_spans), n_tok = 0;
+    int status = claim_all(spans, n_spans);
     if (status)
         return status;
-    bmc_model *m = spans[0].session->model;
-    for (int i = 0; i < n_spans && n_tok < PASS_MAX; i++)
-        n_tok += spans[i].n_tok < PASS_MAX ? spans[i].n_tok : PASS_MAX;
-    struct pass *p = make_pass(m, n_tok);
-    if (p) {
-        pthread_mutex_lock(&m->lock);
-        p->coarse = coarse && m->coarse.codes;
-        run_passes(p, spans, n_spans);
-        m->profile.calls += m->profile.laps ? nanoseconds() - start : 0;
-        pthread_mutex_unlock(&m->lock);
-    }
-    free_pass(p);
+    status = evaluate_claimed(spans, n_spans, coarse);
     for (int i = 0; i < n_spans; i++)
         release(spans[i].session);
-    return p ? 0 : BMC_ENOMEM;
+    return status;
 }
 
 int bmc_eval(const bmc_span *spans, int n_spans) { return evaluate(spans, n_spans, false); }

@@ -1,5 +1,7 @@
 #include "types.h"
 
+#include "split.h"
+
 const int8_t iq4_values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 const int8_t mxfp4_values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
@@ -172,6 +174,75 @@ static void dequantize_iq4_xs(const void *blocks, int64_t n, float *out) {
     }
 }
 
+/* w = d * (step * code - 1) */
+static inline void plain_codes(const void *blocks, int64_t n, float *out, split_fn *split, int block_size,
+                               size_t bytes, int step) {
+    struct split s;
+    for (const char *b = blocks; n > 0; n -= block_size, out += block_size, b += bytes) {
+        split(b, &s);
+        float scale = f16_to_f32(s.d);
+        for (int j = 0; j < block_size; j++)
+            out[j] = scale * (float)(step * s.codes[j] - 1);
+    }
+}
+
+#define PLAIN_CODES(name, block_size, step) \
+    static void dequantize_##name(const void *blocks, int64_t n, float *out) { \
+        plain_codes(blocks, n, out, split_##name, block_size, sizeof(block_##name), step); \
+    }
+PLAIN_CODES(q1_0, 128, 2)
+PLAIN_CODES(q2_0, 64, 1)
+PLAIN_CODES(tq1_0, 256, 1)
+PLAIN_CODES(tq2_0, 256, 1)
+
+/* w = d * unit * (s + 1/2) * values[code], s per 16 or 32 weights */
+static inline void grid_codes(const void *blocks, int64_t n, float *out, split_fn *split, size_t bytes, int per,
+                              float unit, const float *values) {
+    struct split s;
+    for (const char *b = blocks; n > 0; n -= 256, out += 256, b += bytes) {
+        split(b, &s);
+        for (int g = 0; g < 16; g++) {
+            int sc = per == 32 ? s.scales[g / 2] : s.scales[g / 2] >> g % 2 * 4 & 15;
+            float scale = f16_to_f32(s.d) * unit * ((float)sc + 0.5f);
+            for (int j = 16 * g; j < 16 * g + 16; j++)
+                out[j] = scale * values[s.codes[j]];
+        }
+    }
+}
+
+#define GRID_CODES(name, per, unit, ...) \
+    static void dequantize_##name(const void *blocks, int64_t n, float *out) { \
+        static const float values[16] = { __VA_ARGS__ }; \
+        grid_codes(blocks, n, out, split_##name, sizeof(block_##name), per, unit, values); \
+    }
+#define IQ2_VALUES 8, 25, 43, 0, -8, -25, -43
+GRID_CODES(iq1_m,   16, 2, -0.875f, 0.125f, 1.125f, 0, -1.125f, -0.125f, 0.875f)
+GRID_CODES(iq2_xxs, 32, 0.25f, IQ2_VALUES)
+GRID_CODES(iq2_xs,  16, 0.25f, IQ2_VALUES)
+GRID_CODES(iq2_s,   16, 0.25f, IQ2_VALUES)
+GRID_CODES(iq3_xxs, 32, 0.5f, 4, 12, 20, 28, 36, 44, 52, 62, -4, -12, -20, -28, -36, -44, -52, -62)
+GRID_CODES(iq3_s,   32, 2, 1, 3, 5, 7, 9, 11, 13, 15, -1, -3, -5, -7, -9, -11, -13, -15)
+
+static void dequantize_iq1_s(const void *blocks, int64_t n, float *out) {
+    struct split s;
+    for (const block_iq1_s *b = blocks; n > 0; n -= 256, out += 256, b++) {
+        split_iq1_s(b, &s);
+        for (int j = 0; j < 256; j++) {
+            int scale = (int8_t)s.scales[j / 32], size = scale < 0 ? -scale : scale;
+            float shift = scale < 0 ? -0.125f : 0.125f;
+            out[j] = f16_to_f32(s.d) * (float)size * ((float)(s.codes[j] - 1) + shift);
+        }
+    }
+}
+
+static void dequantize_nvfp4(const void *blocks, int64_t n, float *out) {
+    for (const block_nvfp4 *b = blocks; n > 0; n -= 64, out += 64, b++)
+        for (int j = 0; j < 64; j++) {
+            int g = j / 16, q = b->qs[8 * g + j % 8] >> j % 16 / 8 * 4 & 15;
+            out[j] = e4m3_half(nvfp4_scale(b->scales[g])) * (float)mxfp4_values[q];
+        }
+}
+
 const struct type types[N_TYPES] = {
     [TYPE_F32]     = {"f32",       1, 4,                    dequantize_f32},
     [TYPE_F16]     = {"f16",       1, 2,                    dequantize_f16},
@@ -189,25 +260,26 @@ const struct type types[N_TYPES] = {
     [TYPE_Q5_K]    = {"q5_K",    256, sizeof(block_q5_k),   dequantize_q5_k},
     [TYPE_Q6_K]    = {"q6_K",    256, sizeof(block_q6_k),   dequantize_q6_k},
     [TYPE_IQ4_XS]  = {"iq4_xs",  256, sizeof(block_iq4_xs), dequantize_iq4_xs},
+    [TYPE_IQ1_S]   = {"iq1_s",    256, sizeof(block_iq1_s),   dequantize_iq1_s},
+    [TYPE_IQ1_M]   = {"iq1_m",    256, sizeof(block_iq1_m),   dequantize_iq1_m},
+    [TYPE_IQ2_XXS] = {"iq2_xxs",  256, sizeof(block_iq2_xxs), dequantize_iq2_xxs},
+    [TYPE_IQ2_XS]  = {"iq2_xs",   256, sizeof(block_iq2_xs),  dequantize_iq2_xs},
+    [TYPE_IQ2_S]   = {"iq2_s",    256, sizeof(block_iq2_s),   dequantize_iq2_s},
+    [TYPE_IQ3_XXS] = {"iq3_xxs",  256, sizeof(block_iq3_xxs), dequantize_iq3_xxs},
+    [TYPE_IQ3_S]   = {"iq3_s",    256, sizeof(block_iq3_s),   dequantize_iq3_s},
+    [TYPE_TQ1_0]   = {"tq1_0",    256, sizeof(block_tq1_0),   dequantize_tq1_0},
+    [TYPE_TQ2_0]   = {"tq2_0",    256, sizeof(block_tq2_0),   dequantize_tq2_0},
+    [TYPE_Q1_0]    = {"q1_0",     128, sizeof(block_q1_0),    dequantize_q1_0},
+    [TYPE_Q2_0]    = {"q2_0",      64, sizeof(block_q2_0),    dequantize_q2_0},
+    [TYPE_NVFP4]   = {"nvfp4",     64, sizeof(block_nvfp4),   dequantize_nvfp4},
 
     [TYPE_Q8_1]    = {"q8_1",     32,  40, NULL},
     [TYPE_Q8_K]    = {"q8_K",    256, 292, NULL},
-    [TYPE_IQ2_XXS] = {"iq2_xxs", 256,  66, NULL},
-    [TYPE_IQ2_XS]  = {"iq2_xs",  256,  74, NULL},
-    [TYPE_IQ3_XXS] = {"iq3_xxs", 256,  98, NULL},
-    [TYPE_IQ1_S]   = {"iq1_s",   256,  50, NULL},
-    [TYPE_IQ3_S]   = {"iq3_s",   256, 110, NULL},
-    [TYPE_IQ2_S]   = {"iq2_s",   256,  82, NULL},
-    [TYPE_IQ1_M]   = {"iq1_m",   256,  56, NULL},
     [TYPE_I8]      = {"i8",        1,   1, NULL},
     [TYPE_I16]     = {"i16",       1,   2, NULL},
     [TYPE_I32]     = {"i32",       1,   4, NULL},
     [TYPE_I64]     = {"i64",       1,   8, NULL},
     [TYPE_F64]     = {"f64",       1,   8, NULL},
-    [TYPE_TQ1_0]   = {"tq1_0",   256,  54, NULL},
-    [TYPE_TQ2_0]   = {"tq2_0",   256,  66, NULL},
-    [TYPE_NVFP4]   = {"nvfp4",    64,  36, NULL},
-    [TYPE_Q1_0]    = {"q1_0",    128,  18, NULL},
 };
 
 const struct type *type_find(int number) {

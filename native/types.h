@@ -14,7 +14,7 @@ enum {                          /* ggml's numbers, as files carry them; a number
     TYPE_Q8_K = 15, TYPE_IQ2_XXS = 16, TYPE_IQ2_XS = 17, TYPE_IQ3_XXS = 18, TYPE_IQ1_S = 19,
     TYPE_IQ4_NL = 20, TYPE_IQ3_S = 21, TYPE_IQ2_S = 22, TYPE_IQ4_XS = 23, TYPE_I8 = 24, TYPE_I16 = 25,
     TYPE_I32 = 26, TYPE_I64 = 27, TYPE_F64 = 28, TYPE_IQ1_M = 29, TYPE_BF16 = 30, TYPE_TQ1_0 = 34,
-    TYPE_TQ2_0 = 35, TYPE_MXFP4 = 39, TYPE_NVFP4 = 40, TYPE_Q1_0 = 41,
+    TYPE_TQ2_0 = 35, TYPE_MXFP4 = 39, TYPE_NVFP4 = 40, TYPE_Q1_0 = 41, TYPE_Q2_0 = 42,
     N_TYPES,
     TYPE_COARSE = N_TYPES,      /* ours, in no file: what block_coarse says */
     N_PANEL_TYPES
@@ -115,6 +115,80 @@ _Static_assert(sizeof(block_q6_k) == 210, "Q6_K is 210 bytes on disk");
 typedef struct { uint16_t scale, scales_h; uint8_t scales_l[4]; uint8_t qs[128]; } block_iq4_xs;
 _Static_assert(sizeof(block_iq4_xs) == 136, "IQ4_XS is 136 bytes on disk");
 
+/* Types of up to three bits. */
+
+/* Q1_0: w = scale * (bit j of qs ? 1 : -1)
+ *   | scale f16 | qs[0] .. qs[15] |  */
+typedef struct { uint16_t scale; uint8_t qs[16]; } block_q1_0;
+_Static_assert(sizeof(block_q1_0) == 18, "Q1_0 is 18 bytes on disk");
+
+/* Q2_0: w = scale * (q - 1)
+ *   | scale f16 | qs[0] .. qs[15] |  w[4i] is bits 0-1 of qs[i], w[4i + 1] bits 2-3 and so on  */
+typedef struct { uint16_t scale; uint8_t qs[16]; } block_q2_0;
+_Static_assert(sizeof(block_q2_0) == 18, "Q2_0 is 18 bytes on disk");
+
+/* TQ2_0: w = scale * (q - 1)
+ *   | qs[0] .. qs[63] | scale f16 |  qs as in Q2_K  */
+typedef struct { uint8_t qs[64]; uint16_t scale; } block_tq2_0;
+_Static_assert(sizeof(block_tq2_0) == 66, "TQ2_0 is 66 bytes on disk");
+
+/* TQ1_0: w = scale * (t - 1)
+ *   | qs[0] .. qs[47] | qh[0] .. qh[3] | scale f16 |
+ *   a byte is 256 times the fraction 0.t0 t1 t2 t3 t4 of base 3 (of qh: four digits), rounded up. Digit i of qs[j]
+ *   is w[32i + j], of qs[32 + j] w[160 + 16i + j], of qh[j] w[240 + 4i + j].  */
+typedef struct { uint8_t qs[48]; uint8_t qh[4]; uint16_t scale; } block_tq1_0;
+_Static_assert(sizeof(block_tq1_0) == 54, "TQ1_0 is 54 bytes on disk");
+
+/* The IQ types of up to three bits: an index of a grid (grids.h) stands for 8 levels (IQ3: 4), and s is a scale of
+ * four bits (IQ1: three). IQ2 and IQ3 have a sign bit for each weight, 1 where it is negative. "7 signs" are those of
+ * eight weights: an even number of the eight is set, so that the last one is left out. */
+
+/* IQ2_XXS: w = scale / 4 * (s + 1/2) * (8, 25 or 43, with its sign)
+ *   | scale f16 | 8 times, for 32 weights: qs[0] .. qs[3], indices | signs u32: 4 times 7 signs, then s |  */
+typedef struct { uint16_t scale; struct { uint8_t qs[4]; uint32_t signs; } groups[8]; } block_iq2_xxs;
+_Static_assert(sizeof(block_iq2_xxs) == 66, "IQ2_XXS is 66 bytes on disk");
+
+/* IQ2_XS: as IQ2_XXS, s per 16 weights
+ *   | scale f16 | qs u16 [32]: index of 9 bits, then 7 signs | scales[0] .. scales[7]: two s, the low nibble first |  */
+typedef struct { uint16_t scale, qs[32]; uint8_t scales[8]; } block_iq2_xs;
+_Static_assert(sizeof(block_iq2_xs) == 74, "IQ2_XS is 74 bytes on disk");
+
+/* IQ2_S: as IQ2_XS
+ *   | scale f16 | qs[0] .. qs[31] | signs[0] .. signs[31] | qh[0] .. qh[7] | scales[0] .. scales[7] |
+ *   the two high bits of index i are bits 2 (i % 4) and up of qh[i / 4]  */
+typedef struct { uint16_t scale; uint8_t qs[32], signs[32], qh[8], scales[8]; } block_iq2_s;
+_Static_assert(sizeof(block_iq2_s) == 82, "IQ2_S is 82 bytes on disk");
+
+/* IQ3_XXS: w = scale / 2 * (s + 1/2) * (4, 12, 20, 28, 36, 44, 52 or 62, with its sign)
+ *   | scale f16 | qs[0] .. qs[63] | signs u32 [8]: 4 times 7 signs, then s |  */
+typedef struct { uint16_t scale; uint8_t qs[64]; uint32_t signs[8]; } block_iq3_xxs;
+_Static_assert(sizeof(block_iq3_xxs) == 98, "IQ3_XXS is 98 bytes on disk");
+
+/* IQ3_S: w = scale * (2s + 1) * (1, 3, 5 .. 15, with its sign)
+ *   | scale f16 | qs[0] .. qs[63] | qh[0] .. qh[7] | signs[0] .. signs[31] | scales[0] .. scales[3] |
+ *   bit j % 8 of qh[j / 8] is the highest of index j; scales: an s per 32 weights, the low nibble first  */
+typedef struct { uint16_t scale; uint8_t qs[64], qh[8], signs[32], scales[4]; } block_iq3_s;
+_Static_assert(sizeof(block_iq3_s) == 110, "IQ3_S is 110 bytes on disk");
+
+/* IQ1_S: w = scale * (2s + 1) * (level - 1 + shift)
+ *   | scale f16 | qs[0] .. qs[31] | qh u16 [8] |
+ *   qh, for 32 weights: 4 times the three high bits of an index, then s, then 0 where shift is 1/8, 1 where -1/8  */
+typedef struct { uint16_t scale; uint8_t qs[32]; uint16_t qh[8]; } block_iq1_s;
+_Static_assert(sizeof(block_iq1_s) == 50, "IQ1_S is 50 bytes on disk");
+
+/* IQ1_M: as IQ1_S, the shift per 8 weights and s per 16
+ *   | qs[0] .. qs[31] | qh[0] .. qh[15] | scales u16 [4] |
+ *   each nibble of qh: three high bits of an index, then the bit of the shift
+ *   scales: four s, then four bits of the scale f16, the lowest first  */
+typedef struct { uint8_t qs[32], qh[16]; uint16_t scales[4]; } block_iq1_m;
+_Static_assert(sizeof(block_iq1_m) == 56, "IQ1_M is 56 bytes on disk");
+
+/* NVFP4: w = scales[j / 16] / 2 * mxfp4_values[q], 64 a block
+ *   | scales[0] .. scales[3], unsigned E4M3 | qs[0] .. qs[31] |
+ *   each 16 weights take 8 bytes of qs: low nibbles hold w[0..7], high ones w[8..15]  */
+typedef struct { uint8_t scales[4], qs[32]; } block_nvfp4;
+_Static_assert(sizeof(block_nvfp4) == 36, "NVFP4 is 36 bytes on disk");
+
 #pragma pack(pop)
 
 extern const int8_t iq4_values[16];         /* ascending, denser near zero */
@@ -170,6 +244,12 @@ static inline uint16_t f32_to_bf16(float f) {
 static inline float e8m0_half(uint8_t exponent) {
     return f32_from_bits(exponent < 2 ? 0x00200000u << exponent : (uint32_t)(exponent - 1) << 23);
 }
+
+/* Half of an unsigned e4m3 scale, to go with mxfp4_values. As an f16 its bits stand for 2^8 times less. */
+static inline float e4m3_half(uint8_t x) { return f16_to_f32((uint16_t)(x << 7)) * 128; }
+
+/* A file's scale as e4m3_half takes it: NaN counts as 0, and bit 7 is ignored. */
+static inline uint8_t nvfp4_scale(uint8_t x) { return x == 0x7f ? 0 : x & 0x7f; }
 
 /* Group j < 4 has its 6 bits in one byte; group j >= 4 has 4 in the last bytes and 2 on top of group j - 4. */
 static inline void q4_k_scales(const uint8_t packed[12], uint8_t scales[8], uint8_t mins[8]) {

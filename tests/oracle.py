@@ -168,6 +168,9 @@ class Oracle:
         return q, k, v
 
     def attention(self, x, layer):
+        return self.linear(self.attend(x, layer), f"blk.{layer}.attn_output")
+
+    def attend(self, x, layer):
         b = f"blk.{layer}"
         q, k, v = self.qkv(x, b)
         q, k = self.turn(q, layer), self.turn(k, layer)
@@ -178,7 +181,7 @@ class Oracle:
             kv = head // (self.n_heads // self.n_kv)
             scores = np.where(seen, q[:, head] @ k[:, kv].T / math.sqrt(self.head_dim), -np.inf)
             out[:, head] = softmax(scores) @ v[:, kv]
-        return self.linear(out.reshape(len(x), -1), f"{b}.attn_output")
+        return out.reshape(len(x), -1)
 
     def feed_forward(self, x, layer):
         b = f"blk.{layer}"

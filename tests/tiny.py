@@ -25,8 +25,21 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2", "gemma3", "phi3")
 
+# Blocks of each layer of those with recurrent ones, Attention, gated attention (Q), gated Delta
+# net, Mamba 2, short Convolution, Feed-forward.
+RECURRENT = {
+    "qwen35": ("DF", "QF", "DF"), "lfm2": ("CF", "AF", "CF"), "granitehybrid": ("MF", "AF", "MF"), "nemotron_h": ("M", "F", "A", "M"),
+    "falcon-h1": ("AMF", "AMF"),
+}
+
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
-         "IQ4_NL", "IQ4_XS", "MXFP4")
+         "IQ4_NL", "IQ4_XS", "MXFP4", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0",
+         "TQ2_0", "NVFP4")
+OWN_TYPES = ("Q1_0", "Q2_0")        # that the gguf package does not decode
+NUMBERS = {quant.name: int(quant) for quant in GGMLQuantizationType} | {"Q2_0": 42}
+GGML_QUANT_SIZES.setdefault(NUMBERS["Q2_0"], (64, 18))
+
+SMALL = dict(dim=32, hidden_dim=32, n_heads=2, n_layers=1, n_ctx=64, vocab_size=300, vocab="llama")
 
 TEXT = """\
 Once upon a time there was a small grey mouse who lived under the floor of a mill. Every night she listened to the
@@ -126,6 +139,7 @@ VOCABULARIES = {
     "gemma3": spm_vocabulary,
     "phi3": spm_vocabulary,
     "spm": spm_vocabulary,
+    **dict.fromkeys(RECURRENT, lambda size: bpe_vocabulary(size, "qwen2")),
 }
 
 
@@ -134,16 +148,18 @@ VOCABULARIES = {
 def fitting(type: str, n_cols: int) -> str:
     """The type, or what llama.cpp's quantizer takes instead where its blocks do not divide n_cols."""
     smaller = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
-    while n_cols % GGML_QUANT_SIZES[GGMLQuantizationType[type]][0]:
+    while n_cols % GGML_QUANT_SIZES[NUMBERS[type]][0]:
         type = smaller.get(type, "F16")
     return type
 
 
-# Types that the gguf package does not write: where their f16 fields stand, and min in units of scale, so that the
-# mean of random blocks is zero.
+# Types that the gguf package does not write: where a block's f16 scale and min stand, and min in units of scale, so
+# that the mean of random blocks is zero. _put_scale is used where the scale is no f16 in one piece.
 RANDOM_BLOCKS = {
     "Q2_K": (80, 82, 1.5), "Q3_K": (108, None, 0), "Q4_K": (0, 2, 7.5), "Q5_K": (0, 2, 15.5), "Q6_K": (208, None, 0),
-    "IQ4_NL": (0, None, 0), "IQ4_XS": (0, None, 0),
+    "IQ4_NL": (0, None, 0), "IQ4_XS": (0, None, 0), "IQ1_S": (0, None, 0), "IQ1_M": (49, None, 0),
+    "IQ2_XXS": (0, None, 0), "IQ2_XS": (0, None, 0), "IQ2_S": (0, None, 0), "IQ3_XXS": (0, None, 0),
+    "IQ3_S": (0, None, 0), "NVFP4": (0, None, 0), "Q1_0": (0, None, 0), "Q2_0": (0, None, 0),
 }
 
 
@@ -152,21 +168,32 @@ def _put_f16(blocks, at, values):
         blocks[:, at:at + 2] = np.asarray(values, np.float16).reshape(-1, 1).view(np.uint8)
 
 
+def _put_scale(type, blocks, values):
+    if type == "NVFP4":
+        blocks[:, :4] = gguf.quants.NVFP4.fp32_to_ue4m3(np.repeat(values, 4)).reshape(-1, 4)
+    elif type == "IQ1_M":                   # four bits of the f16 in the highest of every second byte
+        nibbles = np.asarray(values, np.float16).view(np.uint16).reshape(-1, 1) >> np.arange(0, 16, 4) & 15
+        blocks[:, 49::2] = blocks[:, 49::2] & 15 | nibbles << 4
+    else:
+        _put_f16(blocks, RANDOM_BLOCKS[type][0], values)
+
+
 def random_tensor(rng, type: str, n_rows: int, n_cols: int, std: float) -> np.ndarray:
     """Weights of the given spread: (n_rows, bytes of a row) uint8."""
-    quant = GGMLQuantizationType[type]
     if type not in RANDOM_BLOCKS:
         weights = rng.standard_normal((n_rows, n_cols), np.float32) * np.float32(std)
-        return np.ascontiguousarray(gguf.quants.quantize(weights, quant)).view(np.uint8)
-    block_size, type_size = GGML_QUANT_SIZES[quant]
+        return np.ascontiguousarray(gguf.quants.quantize(weights, GGMLQuantizationType[type])).view(np.uint8)
+    block_size, type_size = GGML_QUANT_SIZES[NUMBERS[type]]
     n_blocks = n_rows * n_cols // block_size
-    scale_at, min_at, min_per_scale = RANDOM_BLOCKS[type]
+    _, min_at, min_per_scale = RANDOM_BLOCKS[type]
     blocks = rng.integers(0, 256, (n_blocks, type_size), np.uint8)
-    _put_f16(blocks, scale_at, np.ones(n_blocks))
+    _put_scale(type, blocks, np.ones(n_blocks))
     _put_f16(blocks, min_at, np.full(n_blocks, min_per_scale))
-    unit = gguf.quants.dequantize(blocks, quant).std()
+    unit = values(type, blocks).std()
     scales = std / unit * rng.uniform(0.7, 1.3, n_blocks)
-    _put_f16(blocks, scale_at, scales)
+    if type == "Q2_0":                      # its codes, -1 to 2, lean to one side
+        scales *= rng.choice([-1, 1], n_blocks)
+    _put_scale(type, blocks, scales)
     _put_f16(blocks, min_at, scales * min_per_scale)
     return blocks.reshape(n_rows, -1)
 
@@ -223,6 +250,68 @@ def _layer(make: _Tensors, arch, i, dim, hidden_dim, n_heads, n_kv_heads, head_d
             make.vector(b + role + ".bias", n)
 
 
+def _recurrent_metadata(arch, dim, hidden_dim, n_kv_heads, head_dim):
+    """What the blocks of RECURRENT add: sizes that vectors do not divide, for Mamba 2, and states of two slices a head."""
+    blocks = RECURRENT[arch]
+    metadata = {f"{arch}.attention.head_count_kv": [n_kv_heads * ("A" in layer or "Q" in layer) for layer in blocks],
+                f"{arch}.attention.key_length": head_dim, f"{arch}.attention.value_length": head_dim}
+    if arch == "lfm2":
+        return metadata | {"lfm2.shortconv.l_cache": 3}
+    delta = arch == "qwen35"
+    metadata |= {f"{arch}.ssm.conv_kernel": 4, f"{arch}.ssm.state_size": 32 if delta else 9, f"{arch}.ssm.time_step_rank": 4,
+                 f"{arch}.ssm.group_count": 1 if arch == "granitehybrid" else 2, f"{arch}.ssm.inner_size": 128 if delta else 96}
+    if delta:
+        metadata |= {"qwen35.full_attention_interval": 2, "qwen35.attention.head_count_kv": n_kv_heads}
+    if arch == "granitehybrid":
+        metadata |= {"granitehybrid.rope.scaling.finetuned": False, "granitehybrid.residual_scale": 0.6}
+    if arch == "nemotron_h":
+        metadata["nemotron_h.feed_forward_length"] = [hidden_dim * (layer == "F") for layer in blocks]
+    return metadata
+
+
+def _recurrent_layer(make: _Tensors, arch, i, dim, hidden_dim, n_heads, n_kv_heads, head_dim, metadata):
+    def size(key):
+        return metadata.get(f"{arch}.ssm.{key}", 0)
+
+    b, blocks = f"blk.{i}.", RECURRENT[arch][i]
+    heads, inner, keys = size("time_step_rank"), size("inner_size"), size("state_size") * size("group_count")
+    make.norm(b + "attn_norm", dim)
+    if "A" in blocks or "Q" in blocks:
+        for role, n_rows in (("attn_q", n_heads * head_dim * (1 + ("Q" in blocks))), ("attn_k", n_kv_heads * head_dim), ("attn_v", n_kv_heads * head_dim)):
+            make.matrix(b + role, n_rows, dim)
+        make.matrix(b + "attn_output", dim, n_heads * head_dim)
+        if arch in ("qwen35", "lfm2"):
+            make.norm(b + "attn_q_norm", head_dim)
+            make.norm(b + "attn_k_norm", head_dim)
+    if "C" in blocks:
+        make.matrix(b + "shortconv.in_proj", 3 * dim, dim)
+        make.matrix(b + "shortconv.conv", dim, 3, type="F32")
+        make.matrix(b + "shortconv.out_proj", dim, dim)
+    if "D" in blocks:
+        for role, n_rows in (("attn_qkv", 2 * keys + inner), ("attn_gate", inner), ("ssm_alpha", heads), ("ssm_beta", heads)):
+            make.matrix(b + role, n_rows, dim)
+        make.norm(b + "ssm_norm", inner // heads)
+    if "M" in blocks:
+        make.matrix(b + "ssm_in", 2 * inner + 2 * keys + heads, dim)
+        make.vector(b + "ssm_conv1d.bias", 2 * keys + inner)
+        make.matrix(b + "ssm_d", heads, 1, type="F32")
+        make.made[b + "ssm_d"] = make.made.pop(b + "ssm_d.weight")
+        if arch != "falcon-h1":
+            make.matrix(b + "ssm_norm", size("group_count"), inner // size("group_count"), type="F32")
+    if "D" in blocks or "M" in blocks:
+        make.matrix(b + "ssm_conv1d", 2 * keys + inner, 4, type="F32")
+        make.matrix(b + "ssm_out", dim, inner)
+        make.vector(b + "ssm_dt.bias", heads)
+        a = -np.exp(make.rng.uniform(-2, 1, (heads, 1))).astype(np.float32)
+        make.made[b + "ssm_a"] = "F32", (a if "M" in blocks else a.ravel()).view(np.uint8)
+    if "F" in blocks:
+        if arch != "nemotron_h":
+            make.norm(b + ("post_attention_norm" if arch == "qwen35" else "ffn_norm"), dim)
+            make.matrix(b + "ffn_gate", hidden_dim, dim)
+        make.matrix(b + "ffn_up", hidden_dim, dim)
+        make.matrix(b + "ffn_down", dim, hidden_dim)
+
+
 # Files
 
 def parts(arch="llama", types="F16", dim=64, hidden_dim=96, n_layers=None, n_heads=4, n_kv_heads=None, head_dim=None,
@@ -233,7 +322,7 @@ def parts(arch="llama", types="F16", dim=64, hidden_dim=96, n_layers=None, n_hea
     everything), tied is True for gpt2 and gemma3. vocab names the vocabulary of another architecture, or "spm".
     rope_factors adds Llama-3's rope_freqs, or phi3's long and short factors.
     """
-    n_layers = n_layers or (7 if arch == "gemma3" else 2)
+    n_layers = n_layers or (7 if arch == "gemma3" else len(RECURRENT.get(arch, "12")))
     n_kv_heads = n_kv_heads or (n_heads if arch == "gpt2" else min(2, n_heads))
     n_rot = head_dim or dim // n_heads
     epsilon = "layer_norm_epsilon" if arch == "gpt2" else "layer_norm_rms_epsilon"
@@ -257,6 +346,8 @@ def parts(arch="llama", types="F16", dim=64, hidden_dim=96, n_layers=None, n_hea
         metadata[f"{arch}.attention.sliding_window"] = window
     if arch == "phi3":
         metadata[f"{arch}.rope.scaling.original_context_length"] = n_ctx
+    if arch in RECURRENT:
+        metadata |= _recurrent_metadata(arch, dim, hidden_dim, n_kv_heads, n_rot)
     metadata |= VOCABULARIES[vocab or arch](vocab_size)
 
     make = _Tensors(np.random.default_rng([seed, *arch.encode()]), types)
@@ -264,8 +355,11 @@ def parts(arch="llama", types="F16", dim=64, hidden_dim=96, n_layers=None, n_hea
     if arch == "gpt2":
         make.matrix("position_embd", n_ctx, dim, dim**-0.5, type="F32")
     for i in range(n_layers):
-        _layer(make, arch, i, dim, hidden_dim, n_heads, n_kv_heads, n_rot)
-    make.norm("output_norm", dim, bias=arch == "gpt2")
+        if arch in RECURRENT:
+            _recurrent_layer(make, arch, i, dim, hidden_dim, n_heads, n_kv_heads, n_rot, metadata)
+        else:
+            _layer(make, arch, i, dim, hidden_dim, n_heads, n_kv_heads, n_rot)
+    make.norm("token_embd_norm" if arch == "lfm2" else "output_norm", dim, bias=arch == "gpt2")
     if not (arch in ("gpt2", "gemma3") if tied is None else tied):
         make.matrix("output", vocab_size, dim, 3 * dim**-0.5)
     for name in ("rope_freqs", "rope_factors_long", "rope_factors_short"):
@@ -284,7 +378,7 @@ def save(path, metadata: dict, tensors: dict) -> Path:
         if value is not None and key != "general.architecture":
             kinds[type(value)](key, value)
     for name, (kind, rows) in tensors.items():
-        writer.add_tensor(name, rows, raw_dtype=GGMLQuantizationType[kind])
+        writer.add_tensor(name, rows, raw_dtype=NUMBERS[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -294,7 +388,18 @@ def save(path, metadata: dict, tensors: dict) -> Path:
 
 def values(type: str, rows: np.ndarray) -> np.ndarray:
     """What a tensor of parts() holds, as float32."""
+    if type in OWN_TYPES:
+        return _own_values(type, rows)
     return gguf.quants.dequantize(rows, GGMLQuantizationType[type])
+
+
+def _own_values(type, rows):
+    """Blocks of 18 bytes: a scale, then numbers of one bit or two, from the lowest bits up."""
+    blocks, bits = rows.reshape(-1, 18), 1 if type == "Q1_0" else 2
+    codes = blocks[:, 2:, None] >> np.arange(0, 8, bits, dtype=np.uint8) & (1 << bits) - 1
+    codes = codes.reshape(len(blocks), -1).astype(np.float32)
+    scales = np.ascontiguousarray(blocks[:, :2]).view(np.float16).astype(np.float32)
+    return (scales * ((2 * codes if type == "Q1_0" else codes) - 1)).reshape(*rows.shape[:-1], -1)
 
 
 @lru_cache
@@ -302,6 +407,21 @@ def folder() -> Path:
     path = Path(tempfile.mkdtemp(prefix="pybmc-tiny-"))
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return path
+
+
+def shuffled(path, order: list[int], **shape) -> Path:
+    """A copy of a llama model whose token i is the original's order[i]."""
+    metadata, tensors = parts("llama", **shape)
+    for key in ("tokens", "token_type"):
+        values = metadata[f"tokenizer.ggml.{key}"]
+        metadata[f"tokenizer.ggml.{key}"] = [values[i] for i in order]
+    for key in ("bos", "eos", "eot"):
+        key = f"tokenizer.ggml.{key}_token_id"
+        metadata[key] = order.index(metadata[key])
+    for name in ("token_embd.weight", "output.weight"):
+        kind, rows = tensors[name]
+        tensors[name] = kind, np.ascontiguousarray(rows[order])
+    return save(path, metadata, tensors)
 
 
 @lru_cache(maxsize=None)

@@ -39,7 +39,7 @@ except ImportError:
 from pybmc.cli.options import read_text
 from pybmc.errors import BmcError
 from pybmc.files.gguf import GGUF
-from pybmc.models.arch import read_config
+from pybmc.models.config import read_config
 
 from .distance import distance, perplexity
 from .versus import OURS, TEXT, THEIRS, default_threads, engine_of

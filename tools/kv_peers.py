@@ -19,7 +19,7 @@ import numpy as np
 
 from pybmc.cli.options import Counts
 from pybmc.files.gguf import GGUF
-from pybmc.models.arch import read_config
+from pybmc.models.config import read_config
 
 from .versus import Engine, cpu_model, default_threads, paired, warm
 

@@ -120,7 +120,7 @@ class Block:
     """Where a type keeps its scale, and the standard deviation of its values at scale 1 with random codes."""
 
     unit: float
-    scale: int                  # offset of the f16 scale in a block
+    scale: object               # offset of the f16 scale in a block, or a function that sets all blocks' scales
     minimum: int = -1           # offset of the f16 minimum, where the type has one ..
     centre: float = 0.0         # .. which is set to this many scales, so that the mean is 0
     fix: object = None          # called with the (n_blocks, type_size) bytes: repeat scales as minima ..
@@ -156,6 +156,33 @@ def rms(low, high):
 IQ4 = float(np.sqrt(np.mean(np.square(gguf.quants.IQ4_NL.kvalues, dtype=np.float64))))
 MXFP4_RMS = float(np.sqrt(np.mean(np.square(gguf.quants.MXFP4.kvalues, dtype=np.float64))))
 
+TERNARY = (171 / 256) ** 0.5        # a digit of a random byte is 0 in 86 cases of 256, 1 in 85 and 2 in 85
+
+
+def odd_rms(n):
+    """Of the first n odd numbers, equally likely."""
+    return ((4 * n * n - 1) / 3) ** 0.5
+
+
+def grid_rms(type_name):
+    """Of the levels of a random index; those of IQ1 are shifted by 1/8, up or down."""
+    kind = getattr(gguf.quants, type_name)
+    kind.init_grid()
+    shift = kind.delta if type_name.startswith("IQ1") else 0
+    return float(np.sqrt(np.mean(np.square(kind.grid, dtype=np.float64)) + shift**2))
+
+
+def iq1_m_scales(raw, values):
+    """Four bits of the f16 in the highest of each of the last four words."""
+    nibbles = values.astype("<f2").view(np.uint16).reshape(-1, 1) >> np.arange(0, 16, 4) & 15
+    raw[:, 49::2] = raw[:, 49::2] & 15 | nibbles << 4
+
+
+def nvfp4_scales(raw, values):
+    """The same for each 16; E4M3 has no sign."""
+    raw[:, :4] = gguf.quants.NVFP4.fp32_to_ue4m3(np.abs(values))[:, None]
+
+
 BLOCKS = {
     "Q8_0":   Block(rms(-127, 127), 0, fix=q8_without_128),
     "Q4_0":   Block(rms(-8, 7), 0),
@@ -169,6 +196,17 @@ BLOCKS = {
     "Q6_K":   Block(rms(-32, 31) * rms(-128, 127), 208),
     "IQ4_NL": Block(IQ4, 0),
     "IQ4_XS": Block(IQ4 * rms(-32, 31), 0),
+    "IQ1_S":  Block(grid_rms("IQ1_S") * odd_rms(8), 0),
+    "IQ1_M":  Block(grid_rms("IQ1_M") * odd_rms(8), iq1_m_scales),
+    "IQ2_XXS": Block(grid_rms("IQ2_XXS") * odd_rms(16) / 8, 0),
+    "IQ2_XS": Block(grid_rms("IQ2_XS") * odd_rms(16) / 8, 0),
+    "IQ2_S":  Block(grid_rms("IQ2_S") * odd_rms(16) / 8, 0),
+    "IQ3_XXS": Block(grid_rms("IQ3_XXS") * odd_rms(16) / 4, 0),
+    "IQ3_S":  Block(grid_rms("IQ3_S") * odd_rms(16), 0),
+    "TQ1_0":  Block(TERNARY, 52),
+    "TQ2_0":  Block(rms(-1, 2), 64),
+    "Q1_0":   Block(1.0, 0),
+    "NVFP4":  Block(MXFP4_RMS / 2, nvfp4_scales),
 }
 FLOATS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 
@@ -188,7 +226,10 @@ def random_blocks(type_name, n_blocks, std, rng):
         scale *= rng.choice(np.float32([-1, 1]), n_blocks)        # codes such as -8..7 lean to one side
     else:
         set_f16(raw, block.minimum, scale * np.float32(block.centre))
-    set_f16(raw, block.scale, scale)
+    if callable(block.scale):
+        block.scale(raw, scale)
+    else:
+        set_f16(raw, block.scale, scale)
     return raw
 
 

@@ -16,7 +16,10 @@ from pybmc._native import check, lib
 from pybmc.engine.model import Model, _bound_roles
 from pybmc.errors import ArgumentError
 from pybmc.files.types import type_info
-from pybmc.models import arch
+from pybmc.models.bind import Role
+from pybmc.models.config import Config
+from pybmc.models.layers import HALVES, Attention, Dense
+from pybmc.models.rope import Table, plain
 
 DIM, VOCAB = 256, 256
 WEIGHT_BYTES = 48 << 20
@@ -60,19 +63,18 @@ class SyntheticModel(Model):
         check(lib.bmc_model_pack(self._handle))
 
 
-def _config(shape: Shape) -> arch.Config:
+def _config(shape: Shape) -> Config:
     block, block_bytes = type_info(Q4_0).block_size, type_info(Q4_0).type_size
     around_attention = DIM * 2 * shape.head_dim * (shape.n_heads + shape.n_kv_heads)
     weights = WEIGHT_BYTES * block // block_bytes // shape.n_layers - around_attention
     hidden_dim = max(block, weights // (3 * DIM) // block * block)
-    half = shape.head_dim // 2
-    return arch.Config(
-        "llama", DIM, hidden_dim, shape.head_dim, shape.n_layers, shape.n_heads, shape.n_kv_heads, VOCAB, N_CTX, 1e-5,
-        shape.head_dim, 1e4, [0] * shape.n_layers, rope_mscale=[1.0], layer_rope=[0] * shape.n_layers,
-        rope_freq=[(1e4 ** (-np.arange(half) / half)).astype(np.float32)])
+    layer = (Attention(n_heads=shape.n_heads, n_kv_heads=shape.n_kv_heads, k_dim=shape.head_dim, v_dim=shape.head_dim,
+                       attn_scale=shape.head_dim**-0.5, rope_style=HALVES, norm="attn_norm"),
+             Dense(hidden_dim=hidden_dim, norm="ffn_norm"))
+    return Config("llama", DIM, shape.n_layers, VOCAB, N_CTX, 1e-5, [layer] * shape.n_layers, [Table(plain(1e4, shape.head_dim))])
 
 
-def _roles(c: arch.Config) -> list[arch.Role]:
+def _roles(c: Config) -> list[Role]:
     """Every layer has the same weights: what they are changes no time."""
     rng = np.random.default_rng(0)
 
@@ -84,14 +86,15 @@ def _roles(c: arch.Config) -> list[arch.Role]:
     def ones():
         return type_info(F32), 1, DIM, np.ones(DIM, np.float32).view(np.uint8)
 
-    def role(name: str, layer: int, made):
+    def role(name: str, number: int, made):
         kind, n_rows, n_cols, data = made
-        return arch.Role(name, layer, SimpleNamespace(type=kind), n_rows, n_cols, data)
+        return Role(name, number, SimpleNamespace(type=kind), n_rows, n_cols, data)
 
-    of_a_layer = {"attn_norm": ones(), "ffn_norm": ones(), "attn_q": matrix(c.q_dim, DIM),
-                  "attn_k": matrix(c.kv_dim, DIM), "attn_v": matrix(c.kv_dim, DIM), "attn_output": matrix(DIM, c.q_dim),
-                  "ffn_gate": matrix(c.hidden_dim, DIM), "ffn_up": matrix(c.hidden_dim, DIM),
-                  "ffn_down": matrix(DIM, c.hidden_dim)}
+    kv_dim = c.n_kv_heads * c.head_dim
+    of_a_layer = ({"norm": ones(), "attn_q": matrix(c.q_dim, DIM), "attn_k": matrix(kv_dim, DIM), "attn_v": matrix(kv_dim, DIM),
+                   "attn_output": matrix(DIM, c.q_dim)},
+                  {"norm": ones(), "ffn_gate": matrix(c.hidden_dim, DIM), "ffn_up": matrix(c.hidden_dim, DIM),
+                   "ffn_down": matrix(DIM, c.hidden_dim)})
     of_all = {"token_embd": matrix(VOCAB, DIM), "output_norm": ones(), "output": matrix(VOCAB, DIM)}
-    return [role(name, layer, made) for layer in range(c.n_layers) for name, made in of_a_layer.items()] + \
+    return [role(name, number, made) for number in range(len(c.blocks)) for name, made in of_a_layer[number % 2].items()] + \
         [role(name, -1, made) for name, made in of_all.items()]

@@ -6,7 +6,7 @@
 INLINE int lane(int t) { return t < 0 ? 0 : t > 16 ? 16 : t; }
 
 /* The next chunk is fetched meanwhile, line by line at an even pace, in the order of memory as far as it goes: a burst would
- * hold up what is read now, and K and V of a tile are too short for the processor to foresee what follows. One half of the
+ * delay the current reads, and K and V of a tile are too short for the hardware prefetcher. One half of the
  * chunk goes with the keys of this one, the other with its values; i counts a tile's columns. To the second level, since
  * the first is smaller than a chunk. */
 INLINE void fetch(const struct attn_job *j, int half, int tile, int i) {
@@ -72,10 +72,28 @@ INLINE void join(float *m, float *l, float m_chunk, float l_chunk, float *keep, 
     *l = *l * *keep + l_chunk * *gain;
 }
 
+/* A row's scores: softcap * tanh(score / softcap), then ALiBi's slope times the distance is taken off. */
+static void bend(const struct attn_job *j, int row, int begin, int end, float *s) {
+    static const float lanes[16] = { 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15 };
+    const f32x16 cap = f_set(j->softcap);
+    for (int t = begin * TILE; t < end * TILE; t += TILE) {
+        f32x16 v = f_load(s + t);
+        if (j->softcap > 0)
+            v = f_mul(cap, f_tanh(f_div(v, cap)));
+        if (j->slope) {
+            f32x16 distance = f_abs(f_sub(f_set((float)(j->at[row] - t)), f_load(lanes)));
+            v = f_fma(f_set(-j->slope[row]), distance, v);
+        }
+        f_store(s + t, v);
+    }
+}
+
 /* Scores of a row become weights e^(s - their maximum), exactly 0 where it does not look. */
 INLINE void weigh(const struct attn_job *j, int row, int begin, int end, float *s, float *keep, float *gain) {
     int first = j->first[row], limit = j->limit[row];
     f32x16 top = f_set(-INFINITY), sum = f_zero();
+    if (j->softcap > 0 || j->slope)
+        bend(j, row, begin, end, s);
     for (int t = begin * TILE; t < end * TILE; t += TILE) {
         f32x16 v = f_load(s + t);
         if (t < first || t + TILE > limit) {
@@ -139,7 +157,7 @@ INLINE void gather(const struct attn_job *j, int row, const int R, int d, const 
             mix(j->o + (size_t)(row + r) * (size_t)j->v_dim + d + 16 * i, acc[r][i], keep[r], gain[r]);
 }
 
-/* The same in all lanes, for as many rows as leave registers for 16: tile by tile, each read as it lies in one go, where
+/* The same in all lanes, for as many rows as leave registers for 16: tile by tile, each read once in memory order, where
  * lanes by lanes would read half lines of a chunk that the first cache cannot hold. sums: (R, v_dim), between tiles. */
 INLINE void gather_tiles(const struct attn_job *j, int row, const int R, int from, int to, float *sums, float s[][CHUNK],
                          const float *keep, const float *gain) {
@@ -197,7 +215,7 @@ static void widen_values(const struct attn_job *j, int d, int begin, int end, fl
     }
 }
 
-/* Rows go in groups whose sums fill the registers. Where there are several and floats are dear to make (WIDEN), the tile's
+/* Rows go in groups whose sums fill the registers. Where there are several and conversion is expensive (WIDEN), the tile's
  * keys, or 16 lanes of the chunk's values, become floats once for all of them: `wide`, in the first cache. */
 static void attend(const struct attn_job *job) {
     float s[ATTN_ROWS][CHUNK], keep[ATTN_ROWS], gain[ATTN_ROWS], memory[CHUNK * 16];
@@ -251,14 +269,15 @@ static void attend_end(float *out, const float *o, float l, int n) {
 
 INLINE f32x16 within_f16(f32x16 x) { return f_min(f_max(x, f_set(-65504.0f)), f_set(65504.0f)); }
 
-static void store_kv(uint16_t *tile, int slot, const float *k, const float *v, int head_dim, int v_dim) {
-    uint16_t column[16], *row = tile + head_dim * TILE + slot * v_dim;
-    EACH_16(head_dim) {
+static void store_kv(uint16_t *tile, int slot, const float *k, const float *v, int k_dim, int v_dim) {
+    uint16_t column[16], *row = tile + k_dim * TILE + slot * ((v_dim + 15) / 16 * 16);
+    EACH_16(k_dim) {
         f_store_f16(column, within_f16(f_load_n(k + i, m)));
         for (int d = 0; d < m; d++)
             tile[(i + d) * TILE + slot] = column[d];
-        f_store_f16(row + i, within_f16(f_load_n(v + i, m)));
     }
+    EACH_16(v_dim)
+        f_store_f16(row + i, within_f16(f_load_n(v + i, m)));
 }
 
 void ISA(attn)(struct kernels *k) {

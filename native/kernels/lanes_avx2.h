@@ -68,6 +68,11 @@ INLINE __m256 e8m0_ymm(const uint8_t *p) {
     return _mm256_castsi256_ps(_mm256_blendv_epi8(normal, tiny, _mm256_cmpgt_epi32(_mm256_set1_epi32(2), e)));
 }
 INLINE f32x16 f_load_e8m0_half(const uint8_t *p) { return (f32x16){ e8m0_ymm(p), e8m0_ymm(p + 8) }; }
+INLINE __m256 e4m3_ymm(const uint8_t *p) {
+    __m128i f16 = _mm_slli_epi16(_mm_cvtepu8_epi16(_mm_loadl_epi64((const void *)p)), 7);
+    return _mm256_mul_ps(_mm256_cvtph_ps(f16), _mm256_set1_ps(128));
+}
+INLINE f32x16 f_load_e4m3_half(const uint8_t *p) { return (f32x16){ e4m3_ymm(p), e4m3_ymm(p + 8) }; }
 INLINE void f_store(float *p, f32x16 a) { _mm256_storeu_ps(p, a.lo); _mm256_storeu_ps(p + 8, a.hi); }
 INLINE void f_store_n(float *p, f32x16 a, int n) {
     if (n >= 16) {
@@ -172,7 +177,7 @@ INLINE __m256i spread(const int8_t *a) { return _mm256_set1_epi32(*(const int32_
 #define NOW(a, b) __asm__ volatile("" : "+x"(a), "+x"(b))
 
 /* Products of 8 bits come as pairs summed in 16. With |a| <= 127 several units of narrow weights fit before they
- * overflow: 8 units of 4 bits (8*2*15*127 = 30480), 4 of 5, 2 of 6. Eight bits do not fit even once: they all have
+ * overflow: 8 units of 4 bits (8*2*15*127 = 30480), 4 of 5, 2 of 6, 1 of 7. Eight bits do not fit even once: they all have
  * zero == 128, so w - 128 is multiplied, its sign moved to the activation, and nothing is left to subtract. */
 INLINE void dots_narrow(i32x16 *t, const int C, codes_fn *codes, const uint8_t *p, int g0, int n, const struct act_block *a,
                         const int run) {
@@ -235,11 +240,11 @@ INLINE void dots_signed(i32x16 *t, const int C, codes_fn *codes, const uint8_t *
 INLINE void i_dots(i32x16 *t, const int C, codes_fn *codes, const uint8_t *p, const int part, const struct act_block *a, int zero,
                    int bits) {
     const int n = part == WHOLE ? 8 : 4, g0 = part == SECOND ? 4 : 0;
-    if (bits > 6) {
+    if (bits > 7) {
         dots_signed(t, C, codes, p, g0, n, a);
         return;
     }
-    dots_narrow(t, C, codes, p, g0, n, a, bits <= 4 ? n : bits == 5 ? 4 : 2);
+    dots_narrow(t, C, codes, p, g0, n, a, bits <= 4 ? n : bits == 5 ? 4 : bits == 6 ? 2 : 1);
     UNROLL(4)
     for (int c = 0; zero && c < C; c++) {       /* loaded as a float, or gcc shifts it before it is spread: slower */
         __m256i neg = _mm256_castps_si256(_mm256_broadcast_ss((const float *)(const void *)&a[c].neg_sum[part]));

@@ -47,6 +47,10 @@ INLINE f32x16 f_load_e8m0_half(const uint8_t *p) {
     __m512i tiny = _mm512_sllv_epi32(_mm512_set1_epi32(0x200000), e);
     return _mm512_castsi512_ps(_mm512_mask_blend_epi32(_mm512_cmplt_epi32_mask(e, _mm512_set1_epi32(2)), normal, tiny));
 }
+INLINE f32x16 f_load_e4m3_half(const uint8_t *p) {
+    __m256i f16 = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const void *)p)), 7);
+    return _mm512_mul_ps(_mm512_cvtph_ps(f16), _mm512_set1_ps(128));
+}
 INLINE void f_store(float *p, f32x16 a) { _mm512_storeu_ps(p, a); }
 INLINE void f_store_n(float *p, f32x16 a, int n) {
     if (n >= 16)

@@ -85,6 +85,13 @@ INLINE f32x16 f_load_e8m0_half(const uint8_t *p) {
     u32x16 e = widen_u8(vld1q_u8(p));
     return Q1(f32x16, e8m0_quarter, e);
 }
+INLINE float32x4_t e4m3_quarter(float16x4_t x) { return vmulq_n_f32(vcvt_f32_f16(x), 128); }
+INLINE f32x16 f_load_e4m3_half(const uint8_t *p) {
+    float16x8_t lo = vreinterpretq_f16_u16(vshll_n_u8(vld1_u8(p), 7));
+    float16x8_t hi = vreinterpretq_f16_u16(vshll_n_u8(vld1_u8(p + 8), 7));
+    return (f32x16){ e4m3_quarter(vget_low_f16(lo)), e4m3_quarter(vget_high_f16(lo)),
+                     e4m3_quarter(vget_low_f16(hi)), e4m3_quarter(vget_high_f16(hi)) };
+}
 INLINE void f_store(float *p, f32x16 a) {
     vst1q_f32(p, a.q0);
     vst1q_f32(p + 4, a.q1);

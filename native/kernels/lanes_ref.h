@@ -43,6 +43,7 @@ INLINE f32x16 f_load_u8(const uint8_t *p) { EACH((float)p[i]); }
 INLINE f32x16 f_load_i8(const int8_t *p) { EACH((float)p[i]); }
 INLINE f32x16 f_load_u4(const uint8_t *p, int shift) { EACH((float)(p[i] >> shift & 15)); }      /* one nibble of each byte */
 INLINE f32x16 f_load_e8m0_half(const uint8_t *p) { EACH(e8m0_half(p[i])); }
+INLINE f32x16 f_load_e4m3_half(const uint8_t *p) { EACH(e4m3_half(p[i])); }
 INLINE void f_store(float *p, f32x16 a) { memcpy(p, a.v, sizeof a); }
 INLINE void f_store_n(float *p, f32x16 a, int n) { memcpy(p, a.v, (size_t)n * sizeof(float)); }
 INLINE void f_store_f16(uint16_t *p, f32x16 a) { for (int i = 0; i < 16; i++) p[i] = f32_to_f16(a.v[i]); }

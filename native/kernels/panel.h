@@ -37,6 +37,32 @@ INLINE u8x64 codes_fp4(const uint8_t *p, int g) {
     return u_lookup(values, codes_u4(p, g));
 }
 
+INLINE u8x64 codes_u1(const uint8_t *p, int g) {
+    u8x64 plane = u_load(p);
+    return g ? u_shr(plane, g - 1, 2) : u_shl(plane, 1, 2);
+}
+
+/* Codes that no file gives stand for zero. */
+INLINE u8x64 codes_iq1(const uint8_t *p, int g) {      /* 8 (level - 1 + shift) + 16 */
+    static const uint8_t values[16] = { 9, 17, 25, 16, 7, 15, 23, 16 };
+    return u_lookup(values, codes_u3(p, g));
+}
+
+INLINE u8x64 codes_iq2(const uint8_t *p, int g) {      /* + 64 */
+    static const uint8_t values[16] = { 72, 89, 107, 64, 56, 39, 21, 64 };
+    return u_lookup(values, codes_u3(p, g));
+}
+
+INLINE u8x64 codes_iq3_xxs(const uint8_t *p, int g) {  /* half of a level, + 32 */
+    static const uint8_t values[16] = { 34, 38, 42, 46, 50, 54, 58, 63, 30, 26, 22, 18, 14, 10, 6, 1 };
+    return u_lookup(values, codes_u4(p, g));
+}
+
+INLINE u8x64 codes_iq3_s(const uint8_t *p, int g) {    /* twice a level, + 32 */
+    static const uint8_t values[16] = { 34, 38, 42, 46, 50, 54, 58, 62, 30, 26, 22, 18, 14, 10, 6, 2 };
+    return u_lookup(values, codes_u4(p, g));
+}
+
 /* Each fills s from p (this block of 32) and the head of the superblock. */
 INLINE void d_scales(struct scales *s, const uint8_t *head, const uint8_t *p) {
     (void)head;
@@ -72,6 +98,41 @@ INLINE void k16_scales(struct scales *s, const uint8_t *head, const uint8_t *p) 
 
 INLINE void k32_scales(struct scales *s, const uint8_t *head, const uint8_t *p) {
     s->scale[0] = f_mul(head_f16(head, 0), f_load_i8((const int8_t *)p));
+}
+
+/* unit * d * (s + 1/2) */
+INLINE f32x16 half_more(const uint8_t *head, float unit, f32x16 s) {
+    return f_mul(f_mul(head_f16(head, 0), f_set(unit)), f_add(s, f_set(0.5f)));
+}
+
+INLINE void s32_scales(struct scales *s, const uint8_t *head, const uint8_t *p) {
+    s->scale[0] = half_more(head, 1, f_load_u8(p));
+}
+
+INLINE void q32_scales(struct scales *s, const uint8_t *head, const uint8_t *p) {
+    s->scale[0] = half_more(head, 0.25f, f_load_u8(p));
+}
+
+INLINE void q16_scales(struct scales *s, const uint8_t *head, const uint8_t *p) {
+    for (int h = 0; h < 2; h++)
+        s->scale[h] = half_more(head, 0.25f, f_load_u4(p, 4 * h));
+}
+
+INLINE void b32_scales(struct scales *s, const uint8_t *head, const uint8_t *p) {
+    f32x16 sc = f_load_i8((const int8_t *)p);
+    s->scale[0] = f_mul(head_f16(head, 0), f_abs(sc));
+    s->min[0] = f_mul(f_mul(head_f16(head, 0), f_set(0.125f)), sc);
+}
+
+INLINE void one_scales(struct scales *s, const uint8_t *head, const uint8_t *p) {
+    (void)p;
+    s->scale[0] = head_f16(head, 0);
+}
+
+INLINE void e4m3_scales(struct scales *s, const uint8_t *head, const uint8_t *p) {
+    (void)head;
+    for (int h = 0; h < 2; h++)
+        s->scale[h] = f_load_e4m3_half(p + 16 * h);
 }
 
 INLINE void km16_scales(struct scales *s, const uint8_t *head, const uint8_t *p) {

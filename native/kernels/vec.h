@@ -1,4 +1,5 @@
-/* Rows of floats: norms, activations, quantization. Written in lanes, compiled once per ISA. */
+/* Rows of floats: norms, activations, quantization, convolutions, recurrences. Written in lanes, compiled once
+ * per ISA. */
 
 static void quantize(struct act_block *act, int stride, const float *x, int n_blocks) {
     for (int b = 0; b < n_blocks; b++, x += 32, act += stride) {
@@ -9,15 +10,23 @@ static void quantize(struct act_block *act, int stride, const float *x, int n_bl
     }
 }
 
-static void rmsnorm(float *y, const float *x, const float *weight, int n, float eps) {
+/* y = (x - mean) * by * weight + bias; weight or bias NULL: without it. */
+INLINE void normalize(float *y, const float *x, f32x16 mean, float by, const float *weight, const float *bias,
+                      int n) {
+    EACH_16(n) {
+        f32x16 v = f_mul(f_sub(f_load_n(x + i, m), mean), f_set(by));
+        v = weight ? f_mul(v, f_load_n(weight + i, m)) : v;
+        f_store_n(y + i, bias ? f_add(v, f_load_n(bias + i, m)) : v, m);
+    }
+}
+
+static void rmsnorm(float *y, const float *x, const float *weight, const float *bias, int n, float eps) {
     f32x16 sum = f_zero();
     EACH_16(n) {
         f32x16 v = f_load_n(x + i, m);
         sum = f_fma(v, v, sum);
     }
-    f32x16 scale = f_set(1.0f / sqrtf(f_sum(sum) / (float)n + eps));
-    EACH_16(n)
-        f_store_n(y + i, f_mul(f_mul(f_load_n(x + i, m), scale), f_load_n(weight + i, m)), m);
+    normalize(y, x, f_zero(), 1.0f / sqrtf(f_sum(sum) / (float)n + eps), weight, bias, n);
 }
 
 static void layernorm(float *y, const float *x, const float *weight, const float *bias, int n, float eps) {
@@ -29,33 +38,87 @@ static void layernorm(float *y, const float *x, const float *weight, const float
         f32x16 v = f_keep(f_sub(f_load_n(x + i, m), mean), 0.0f, 0, m);
         square = f_fma(v, v, square);
     }
-    f32x16 scale = f_set(1.0f / sqrtf(f_sum(square) / (float)n + eps));
-    EACH_16(n) {
-        f32x16 v = f_mul(f_mul(f_sub(f_load_n(x + i, m), mean), scale), f_load_n(weight + i, m));
-        f_store_n(y + i, bias ? f_add(v, f_load_n(bias + i, m)) : v, m);
-    }
+    normalize(y, x, mean, 1.0f / sqrtf(f_sum(square) / (float)n + eps), weight, bias, n);
 }
 
-/* y = x * g * sigmoid(u) */
-INLINE f32x16 gated(const float *x, int m, f32x16 g, f32x16 u) {
-    f32x16 v = f_div(g, f_add(f_set(1.0f), f_exp(f_sub(f_zero(), u))));
-    return x ? f_mul(f_load_n(x, m), v) : v;
-}
+/* Activations. Each is f(gate) in lanes, and the loop below makes a kernel of it. */
 
-static void silu(float *y, const float *x, const float *gate, int n) {
+typedef f32x16 act_fn(f32x16 g, const float *param);
+
+INLINE void activate(float *y, const float *x, const float *gate, int n, const float *param, act_fn *f) {
     EACH_16(n) {
-        f32x16 g = f_load_n(gate + i, m);
-        f_store_n(y + i, gated(x ? x + i : NULL, m, g, g), m);
+        f32x16 v = f(f_load_n(gate + i, m), param);
+        f_store_n(y + i, x ? f_mul(f_load_n(x + i, m), v) : v, m);
     }
 }
+#define ACT(name)                                                                                       \
+    static void name(float *y, const float *x, const float *gate, int n, const float *param) {          \
+        activate(y, x, gate, n, param, of_##name);                                                      \
+    }
+
+/* g * sigmoid(u) */
+INLINE f32x16 gated(f32x16 g, f32x16 u) { return f_div(g, f_add(f_set(1.0f), f_exp(f_sub(f_zero(), u)))); }
+
+INLINE f32x16 of_silu(f32x16 g, const float *param) {
+    (void)param;
+    return gated(g, g);
+}
+ACT(silu)
 
 /* 0.5 g (1 + tanh(u)) = g sigmoid(2u), u = sqrt(2/pi) (g + 0.044715 g^3) */
-static void gelu(float *y, const float *x, const float *gate, int n) {
+INLINE f32x16 of_gelu(f32x16 g, const float *param) {
+    (void)param;
+    f32x16 cubic = f_mul(g, f_fma(f_mul(g, g), f_set(0.044715f), f_set(1.0f)));
+    return gated(g, f_mul(cubic, f_set(1.5957691216f)));
+}
+ACT(gelu)
+
+INLINE f32x16 of_relu(f32x16 g, const float *param) {
+    (void)param;
+    return f_max(f_zero(), g);
+}
+ACT(relu)
+
+INLINE f32x16 of_relu2(f32x16 g, const float *param) {
+    f32x16 v = of_relu(g, param);
+    return f_mul(v, v);
+}
+ACT(relu2)
+
+/* p g^2 + b g where g > 0, else (expm1(min(g, e)) - g) n + b g */
+INLINE f32x16 of_xielu(f32x16 g, const float *param) {
+    f32x16 up = f_max(f_zero(), g), low = f_sub(f_expm1(f_min(f_set(param[3]), g)), g);
+    f32x16 v = f_fma(f_mul(f_set(param[0]), up), up, f_mul(f_set(param[2]), g));
+    return f_add(v, f_zero_below(f_mul(low, f_set(param[1])), f_sub(f_zero(), g), 0.0f));
+}
+ACT(xielu)
+
+INLINE f32x16 of_sigmoid(f32x16 g, const float *param) {
+    (void)param;
+    return f_sigmoid(g);
+}
+ACT(sigmoid)
+
+/* log(1 + e^g) = max(g, 0) + log(1 + e^-|g|) */
+INLINE f32x16 of_softplus(f32x16 g, const float *param) {
+    (void)param;
+    return f_add(f_max(f_zero(), g), f_log1p(f_exp(f_sub(f_zero(), f_abs(g)))));
+}
+ACT(softplus)
+
+static void swiglu_oai(float *y, const float *x, const float *gate, int n, const float *param) {
+    const f32x16 most = f_set(7.0f);
+    (void)param;
     EACH_16(n) {
-        f32x16 g = f_load_n(gate + i, m);
-        f32x16 cubic = f_mul(g, f_fma(f_mul(g, g), f_set(0.044715f), f_set(1.0f)));
-        f_store_n(y + i, gated(x ? x + i : NULL, m, g, f_mul(cubic, f_set(1.5957691216f))), m);
+        f32x16 g = f_min(most, f_load_n(gate + i, m));
+        f32x16 u = f_min(most, f_max(f_set(-7.0f), f_load_n(x + i, m)));
+        f_store_n(y + i, f_mul(gated(g, f_mul(f_set(1.702f), g)), f_add(u, f_set(1.0f))), m);
     }
+}
+
+static void softcap(float *x, float cap, int n) {
+    EACH_16(n)
+        f_store_n(x + i, f_mul(f_set(cap), f_tanh(f_div(f_load_n(x + i, m), f_set(cap)))), m);
 }
 
 static float largest(const float *x, int n) {
@@ -89,6 +152,16 @@ static void scale(float *y, float s, int n) {
         f_store_n(y + i, f_mul(f_load_n(y + i, m), f_set(s)), m);
 }
 
+static void mul(float *y, const float *x, int n) {
+    EACH_16(n)
+        f_store_n(y + i, f_mul(f_load_n(y + i, m), f_load_n(x + i, m)), m);
+}
+
+static void axpy(float *y, float a, const float *x, int n) {
+    EACH_16(n)
+        f_store_n(y + i, f_fma(f_set(a), f_load_n(x + i, m), f_load_n(y + i, m)), m);
+}
+
 static void rope_pairs(float *x, const float *cos, const float *sin, int n) {
     for (int i = 0; i < n / 2; i++) {
         float a = x[2 * i], b = x[2 * i + 1];
@@ -106,17 +179,81 @@ static void rope_halves(float *x, const float *cos, const float *sin, int n) {
     }
 }
 
+static void conv(float *y, const float *const *rows, const float *weight, size_t stride, const float *bias, int k, int n) {
+    EACH_16(n) {
+        f32x16 sum = bias ? f_load_n(bias + i, m) : f_zero();
+        for (int j = 0; j < k; j++)
+            sum = f_fma(f_load(weight + (size_t)j * stride + i), f_load_n(rows[j] + i, m), sum);
+        f_store_n(y + i, sum, m);
+    }
+}
+
+/* A recurrence's state, key by key. */
+
+/* Key i: v = decay * s; with k it is fma(k, d, v), and stored. Returns fma(x, v, sum), or sum where x is NULL. */
+INLINE f32x16 visit_key(float *s, int i, f32x16 decay, const float *k, f32x16 d, const float *x, f32x16 sum) {
+    f32x16 v = f_mul(decay, f_load(s + i * 16));
+    if (k) {
+        v = f_fma(f_set(k[i]), d, v);
+        f_store(s + i * 16, v);
+    }
+    return x ? f_fma(f_set(x[i]), v, sum) : sum;
+}
+
+/* All keys: with k an update of s, then s^T x; without it (decay s)^T x, and s stays as it is. */
+INLINE f32x16 sweep(float *s, int n, f32x16 decay, const float *k, f32x16 d, const float *x) {
+    f32x16 sum[4] = { f_zero(), f_zero(), f_zero(), f_zero() };
+    int i = 0;
+    for (; i + 4 <= n; i += 4)
+        UNROLL(4)
+        for (int c = 0; c < 4; c++)
+            sum[c] = visit_key(s, i + c, decay, k, d, x, sum[c]);
+    UNROLL(4)
+    for (int c = 0; c < 3; c++)
+        if (i + c < n)
+            sum[c] = visit_key(s, i + c, decay, k, d, x, sum[c]);
+    return f_add(f_add(sum[0], sum[1]), f_add(sum[2], sum[3]));
+}
+
+static void recur(const struct recur_job *job) {
+    const struct recur_job j = *job;
+    for (size_t t = 0; t < (size_t)j.n_tok; t++) {
+        const float *k = j.k + t * j.k_stride;
+        float *d = j.d + t * j.d_stride;
+        f32x16 decay = f_set(j.decay[t * j.decay_stride]);
+        if (j.v) {
+            f32x16 known = sweep(j.s, j.n_keys, decay, NULL, decay, k);
+            f_store(d, f_mul(f_set(j.beta[t * j.beta_stride]), f_sub(f_load(j.v + t * j.v_stride), known)));
+        }
+        if (j.q)
+            f_store(j.o + t * j.o_stride, sweep(j.s, j.n_keys, decay, k, f_load(d), j.q + t * j.q_stride));
+        else
+            sweep(j.s, j.n_keys, decay, k, f_load(d), NULL);
+    }
+}
+
 void ISA(vec)(struct kernels *k) {
     k->quantize = quantize;
     k->rmsnorm = rmsnorm;
     k->layernorm = layernorm;
-    k->silu = silu;
-    k->gelu = gelu;
+    k->act[BMC_ACT_SILU] = silu;
+    k->act[BMC_ACT_GELU] = gelu;
+    k->act[BMC_ACT_RELU] = relu;
+    k->act[BMC_ACT_RELU2] = relu2;
+    k->act[BMC_ACT_XIELU] = xielu;
+    k->act[BMC_ACT_SWIGLU_OAI] = swiglu_oai;
+    k->act[BMC_ACT_SIGMOID] = sigmoid;
+    k->act[BMC_ACT_SOFTPLUS] = softplus;
+    k->softcap = softcap;
     k->largest = largest;
     k->reaching = reaching;
     k->sum_exp = sum_exp;
     k->add = add;
     k->scale = scale;
+    k->mul = mul;
+    k->axpy = axpy;
     k->rope_pairs = rope_pairs;
     k->rope_halves = rope_halves;
+    k->conv = conv;
+    k->recur = recur;
 }

@@ -51,15 +51,17 @@ static int grow_chunk(const struct growth *g) {
 static void copy_rows(const struct growth *g, char *to, int64_t to_tiles) {
     const struct arena *a = g->arena;
     const struct arena_config *c = &a->config;
-    size_t copied = (size_t)(tiles_of(g->rows_used) * c->tile_bytes);
-    size_t new_bytes = (size_t)(to_tiles * c->tile_bytes);
-    for (int64_t run = 0; run < (int64_t)c->n_layers * c->n_heads; run++, to += new_bytes) {
-        touch(g, to, new_bytes);
-        double began = seconds();
-        memcpy(to, a->segments[0] + run * a->segment_tiles * c->tile_bytes, copied);
-        g->cost->copy += seconds() - began;
-    }
-    g->cost->bytes_copied += c->n_layers * c->n_heads * (int64_t)copied;
+    int64_t used = tiles_of(g->rows_used);
+    for (int stream = 0; stream < c->n_streams; stream++)
+        for (int head = 0; head < c->streams[stream].n_heads; head++) {
+            size_t new_bytes = (size_t)(to_tiles * c->streams[stream].tile_bytes), copied = (size_t)(used * c->streams[stream].tile_bytes);
+            touch(g, to, new_bytes);
+            double began = seconds();
+            memcpy(to, arena_tile(a, stream, head, 0), copied);
+            g->cost->copy += seconds() - began;
+            g->cost->bytes_copied += (int64_t)copied;
+            to += new_bytes;
+        }
 }
 
 static int grow_copy(const struct growth *g) {
@@ -161,5 +163,5 @@ int arena_grow(struct arena *a, int growth, int64_t rows, int64_t rows_used, boo
 int bmc_session_grow(bmc_session *s, int growth, int64_t rows, int touched, bmc_growth_cost *cost) {
     if (!cost)
         return fail(BMC_EINVAL, "bmc_session_grow: cost is NULL");
-    return arena_grow(&s->arena, growth, rows, s->position, touched, cost);
+    return arena_grow(&s->arenas[ALL_ROWS], growth, rows, s->position, touched, cost);
 }

@@ -2,7 +2,7 @@
 #include "bmc_lab.h"
 #include "clock.h"
 #include "error.h"
-#include "model.h"
+#include "pass.h"
 
 #include <math.h>
 #include <string.h>
@@ -12,20 +12,19 @@ void bmc_fail_allocation(int n) { arena_fail_in = n; }
 /* Tiles of noise: f16 numbers from -1 to 1, from somewhere in a table. */
 static void fill_tiles(const struct arena *a, int64_t from, int64_t to) {
     enum { NOISE = 4096 };
-    const int64_t n = a->config.tile_bytes / (int64_t)sizeof(uint16_t);
     uint16_t noise[2 * NOISE];
     uint32_t bits = 1;
     for (int i = 0; i < 2 * NOISE; i++) {
         bits = bits * 1664525 + 1013904223;
         noise[i] = (uint16_t)((bits >> 16 & 0x8000) | (bits >> 18) % 0x3c00);
     }
-    for (int layer = 0; layer < a->config.n_layers; layer++)
-        for (int head = 0; head < a->config.n_heads; head++)
-            for (int64_t tile = from; tile < to; tile++) {
-                uint16_t *values = arena_tile(a, layer, head, tile);
+    for (int stream = 0; stream < a->config.n_streams; stream++)
+        for (int head = 0; head < a->config.streams[stream].n_heads; head++)
+            for (int64_t tile = from, n = a->config.streams[stream].tile_bytes / (int64_t)sizeof(uint16_t); tile < to; tile++) {
+                uint16_t *values = arena_tile(a, stream, head, tile);
                 for (int64_t i = 0, part; i < n; i += part) {
                     part = n - i < NOISE ? n - i : NOISE;
-                    memcpy(values + i, noise + (tile * 31 + head * 7 + layer) % NOISE, (size_t)part * sizeof *values);
+                    memcpy(values + i, noise + (tile * 31 + head * 7 + stream) % NOISE, (size_t)part * sizeof *values);
                 }
             }
 }
@@ -34,7 +33,7 @@ int bmc_session_fill(bmc_session *s, int rows) {
     int status = bmc_session_reserve(s, rows);
     if (status || !rows)
         return status;
-    fill_tiles(&s->arena, s->position / TILE, ((int64_t)s->position + rows + TILE - 1) / TILE);
+    fill_tiles(&s->arenas[ALL_ROWS], s->position / TILE, ((int64_t)s->position + rows + TILE - 1) / TILE);
     memset(s->tokens + s->position, 0, (size_t)rows * sizeof *s->tokens);
     s->position += rows;
     return 0;
@@ -44,42 +43,38 @@ int bmc_session_fill(bmc_session *s, int rows) {
 
 struct unused {
     const bmc_session *session;
-    int n_rows;                         /* queries that share a KV head */
+    int n_tok;
     atomic_int_fast64_t pairs;          /* of a query and a row */
 };
 
-static int smaller(int a, int b) { return a < b ? a : b; }
-
 /* Of up to ATTN_ROWS queries on the unused rows of one chunk, [from, to). */
-static void attend_part(struct unused *u, int layer, int head, int from, int to, int row, int n_rows,
-                        float *sums) {
+static void attend_part(struct unused *u, const struct block *b, int head, int from, int to, int row, int n_rows, float *sums) {
     const bmc_model *m = u->session->model;
     const uint16_t *tiles[CHUNK / TILE];
     const float *q[ATTN_ROWS];
-    int first[ATTN_ROWS] = { 0 }, limit[ATTN_ROWS], D = m->c.head_dim, group = m->c.n_heads / m->c.n_kv_heads;
-    float *max = sums + (size_t)n_rows * (size_t)m->v_dim, *sum = max + n_rows;
-    memset(sums, 0, (size_t)n_rows * ((size_t)m->v_dim + 2) * sizeof *sums);
+    int first[ATTN_ROWS] = { 0 }, limit[ATTN_ROWS], D = b->c.k_dim, group = b->c.n_heads / b->c.n_kv_heads, pad = (int)padded(b->c.v_dim);
+    float *max = sums + (size_t)n_rows * (size_t)pad, *sum = max + n_rows;
+    memset(sums, 0, (size_t)n_rows * ((size_t)pad + 2) * sizeof *sums);
     for (int i = 0; from + i * TILE < to; i++)
-        tiles[i] = arena_tile(&u->session->arena, layer, head, from / TILE + i);
+        tiles[i] = tile_of(u->session, b, head, from / TILE + i);
     for (int i = 0; i < n_rows; i++) {
-        q[i] = m->buffers->q + (size_t)((row + i) / group) * padded(m->q_dim)
-               + (head * group + (row + i) % group) * D;
+        q[i] = m->buffers->work + (size_t)((row + i) / group) * padded(b->extent[QUERY]) + (head * group + (row + i) % group) * D;
         limit[i] = to - from;
         max[i] = -INFINITY;
     }
-    m->k.attend(&(struct attn_job){ .tiles = tiles, .head_dim = D, .v_dim = m->v_dim, .n_rows = n_rows, .q = q,
+    m->k.attend(&(struct attn_job){ .tiles = tiles, .head_dim = D, .v_dim = pad, .n_rows = n_rows, .q = q,
                                     .first = first, .limit = limit, .m = max, .l = sum, .o = sums });
     atomic_fetch_add(&u->pairs, (int64_t)n_rows * (to - from));
 }
 
-/* A layer's head on all unused tiles. The last tile in use was visited by the pass itself. */
-static void attend_head(struct unused *u, int layer, int head, float *sums) {
-    int reserved = (int)u->session->arena.rows_reserved;
+/* A block's head on all unused tiles. The last tile in use was visited by the pass itself. */
+static void attend_head(struct unused *u, const struct block *b, int head, float *sums) {
+    int reserved = (int)u->session->arenas[ALL_ROWS].rows_reserved, n_rows = u->n_tok * (b->c.n_heads / b->c.n_kv_heads);
     for (int at = (u->session->position + TILE - 1) / TILE * TILE, end; at < reserved; at = end) {
         end = smaller((at / CHUNK + 1) * CHUNK, reserved);
-        for (int row = 0, n; row < u->n_rows; row += n) {
-            n = smaller(u->n_rows - row, ATTN_ROWS);
-            attend_part(u, layer, head, at, end, row, n, sums);
+        for (int row = 0, n; row < n_rows; row += n) {
+            n = smaller(n_rows - row, ATTN_ROWS);
+            attend_part(u, b, head, at, end, row, n, sums);
         }
     }
 }
@@ -88,17 +83,18 @@ static void attend_share(void *arg, int thread) {
     struct unused *u = arg;
     const bmc_model *m = u->session->model;
     float *sums = m->buffers->scratch + (size_t)thread * m->buffers->scratch_stride;
-    int64_t from, to, n_heads = m->c.n_kv_heads;
-    while (pool_take(m->pool, thread, m->c.n_layers * n_heads, &from, &to))
-        for (; from < to; from++)
-            attend_head(u, (int)(from / n_heads), (int)(from % n_heads), sums);
+    int n = 0;
+    for (const struct block *b = m->blocks; b < m->blocks + m->c.n_blocks; b++)
+        for (int head = 0; b->c.kind == BMC_ATTENTION && b->stream >= 0 && b->rows == ALL_ROWS && head < b->c.n_kv_heads; head++)
+            if (n++ % pool_size(m->pool) == thread)
+                attend_head(u, b, head, sums);
 }
 
 int64_t bmc_session_attend_unused(bmc_session *s, int n_tok, double *spent) {
     if (n_tok < 1 || n_tok > PASS_MAX || !spent)
         return fail(BMC_EINVAL, "bmc_session_attend_unused: expected 1 to %d tokens, found %d", PASS_MAX, n_tok);
     bmc_model *m = s->model;
-    struct unused u = { .session = s, .n_rows = n_tok * (m->c.n_heads / m->c.n_kv_heads) };
+    struct unused u = { .session = s, .n_tok = n_tok };
     pthread_mutex_lock(&m->lock);
     double began = seconds();
     pool_run(m->pool, attend_share, &u);

@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import click
@@ -44,11 +44,11 @@ class Bias(click.ParamType):
     def convert(self, value, param, ctx):
         if isinstance(value, tuple):
             return value
-        id, sign, number = re.fullmatch(r"(\d*)([+-]?)(.*)", value, re.DOTALL).groups()
-        try:
-            return int(id), float((sign or "x") + number)
-        except ValueError:
-            self.fail(f"{value!r}: expected a token id, + or -, and a number, as in 15043-inf", param, ctx)
+        parts = re.fullmatch(r"(\d+)([+-].+)", value)
+        with suppress(ValueError):
+            if parts:
+                return int(parts[1]), float(parts[2])
+        self.fail(f"{value!r}: expected a token id, + or -, and a number, as in 15043-inf", param, ctx)
 
 
 class Text(click.ParamType):
@@ -65,7 +65,7 @@ class Text(click.ParamType):
 
 
 class File(click.Path):
-    """A file's name; an empty one (a variable that is not set) is a mistake."""
+    """A file's name; an empty one (a variable that is not set) is a mistake. The name of a model may be the hub's."""
 
     def convert(self, value, param, ctx):
         if not value:
@@ -118,8 +118,9 @@ class Variables(click.ParamType):
 
 
 model_argument = click.argument("model", required=False, type=File())
-model_option = click.option("-m", "--model", "model_option", metavar="FILE", type=File(),
-                            help="The model, if it is not given as an argument.")
+model_option = click.option("-m", "--model", "model_option", metavar="MODEL", type=File(),
+                            help="The model, if it is not given as an argument: a GGUF file, or a name that pybmc list "
+                                 "shows, such as user/repo:Q4_K_M.")
 
 
 def keep_flag(ctx, param, value):
@@ -167,7 +168,7 @@ SAMPLING = ("seed", "temperature", "top_k", "top_p", "min_p", "repeat_penalty", 
             "repeat_last_n", "logit_bias")
 
 draft_options = options(
-    click.option("--draft", "-md", "--model-draft", "draft", type=File(), metavar="FILE",
+    click.option("--draft", "-md", "--model-draft", "draft", type=File(), metavar="MODEL",
                  help="A small model that guesses ahead, best with the same vocabulary. The answer is the same, sooner. "
                       "The bundled model has one by default."),
     click.option("--draft-max", type=click.IntRange(0), default=16, show_default=True, metavar="N",
@@ -195,6 +196,30 @@ text_options = options(
     click.option("-p", "--prompt", type=Text(), help="The text; - reads it from stdin."),
     click.option("-f", "--file", "prompt_file", type=File(), metavar="FILE",
                  help="Read it from a file; - is stdin."))
+
+
+SECTIONS = {                            # of the help of chat and generate
+    "Model": ("model_option", "context", "threads", "no_repack", "rows", "kv_type"),
+    "Text": ("prompt", "prompt_file", "system", "as_chat", "prefill", "no_bos", "chat_template", "chat_template_kwargs", "think"),
+    "End": ("max_tokens", "stop", "ignore_eos"),
+    "Sampling": SAMPLING,
+    "Speculation": ("draft", "draft_max", "draft_min", "spec", "tint"),
+    "Output": ("thoughts", "as_json"),
+}
+
+
+class Sectioned(click.Command):
+    """A command whose help lists its options by section."""
+
+    def format_options(self, ctx, formatter):
+        rows: dict[str, list] = {section: [] for section in (*SECTIONS, "Other")}
+        for param in [param for param in self.get_params(ctx) if isinstance(param, click.Option)]:
+            section = next((section for section, names in SECTIONS.items() if param.name in names), "Other")
+            rows[section] += filter(None, [param.get_help_record(ctx)])
+        for section, found in rows.items():
+            if found:
+                with formatter.section(section):
+                    formatter.write_dl(found)
 
 
 def sampling_settings(flags: dict) -> dict:
@@ -235,14 +260,21 @@ def find_model(argument, option=None) -> Path:
     if argument and option:
         raise click.UsageError(f"two models are given: {argument} and -m {option}")
     if argument or option:
-        return Path(argument or option)
+        return find(argument or option)
     from .. import demo_model
     return demo_model()
 
 
+def find(name: str) -> Path:
+    """The file of a model: a path, or a name of the hub."""
+    from ..hub.store import find
+
+    return find(name)
+
+
 def need_model(argument, option=None) -> Path:
     if not argument and not option:
-        raise click.UsageError("no model is given: name a GGUF file")
+        raise click.UsageError("no model is given: name a GGUF file, or a model that pybmc list shows")
     return find_model(argument, option)
 
 
@@ -275,8 +307,8 @@ def decoded(data: bytes, name) -> str:
 
 
 @contextmanager
-def opened(path: Path, threads):
-    """The model, loaded behind a progress bar, and the seconds it took."""
+def opened(path: Path, threads, writes: bool = True):
+    """The model, loaded behind a progress bar, and the seconds it took. writes: an encoder is refused."""
     from ..engine.model import Model
 
     started = time.perf_counter()
@@ -284,6 +316,8 @@ def opened(path: Path, threads):
         repack = not click.get_current_context().meta["no_repack"]
         model = Model(path, threads=threads, progress=update, repack=repack)
     with model:
+        if writes:
+            model.check_writes()
         yield model, time.perf_counter() - started
 
 
@@ -302,7 +336,7 @@ def with_draft(flags: dict, bundled: bool, threads):
     if path is None or settings["spec"] in ("ngram", "self", "off"):
         yield settings | {"draft": None}
         return
-    with opened(Path(path), threads) as (draft, _):
+    with opened(find(path), threads) as (draft, _):
         yield settings | {"draft": draft}
 
 
@@ -311,5 +345,5 @@ def print_json(value: dict) -> None:
 
 
 def rounded(value, digits: int = 6):
-    """Floats with so many significant digits."""
+    """Floats with this many significant digits."""
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value

@@ -111,6 +111,7 @@ def go_to(session, tokens: np.ndarray, depth: int) -> None:
     session.rewind(min(session.position, depth))
     if session.position < depth:
         session.eval(tokens[session.position:depth], logits="none")
+        session.snapshot()
 
 
 def measure(session, kind: str, tokens: np.ndarray) -> float:

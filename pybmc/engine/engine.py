@@ -20,10 +20,13 @@ from .. import checks
 from .._native import check, ffi, lib
 from ..errors import ArgumentError, BmcError, BusyError, ContextFullError, OutOfMemoryError
 from ..spec.speculation import Drafter, Speculation
+from .model import Model
 from .prefixes import Kept, Prefixes
 from .sampler import Sampler, check_bias
 from .schedule import Turns
+from .schema import Masks, Schema
 from .score import Score, Scorer
+from .session import Session
 from .text import Ending, NoText, StopStrings, Token
 
 ROOM = 128                              # tokens that one call of the library may give a sequence
@@ -42,10 +45,11 @@ class Request:
     session: continue in this one, and keep it: what the prompt has in common with its tokens is not evaluated again.
     stop: strings that end the text; stop_ids: ids that do. top: how many of the likeliest ids each token tells. priority: of
     two that wait, the one with the higher goes first. client: whose request it is; clients get equal shares. context caps a
-    new session's rows. progress is called with (done, total) while the prompt is read. reuse: rows of an earlier request with
-    the same beginning may serve this one. score: None, or how many of the likeliest ids to tell for each token of the prompt,
-    with the log-probability of the token itself (Sequence.scores). hint: ids that the text may repeat, as an earlier version of
-    it: what is guessed by them changes the time, never the text. A drafter that is kept with a session does without.
+    new session's rows. schema: what the text has to follow, a Schema of its own. progress is called with (done, total) while the
+    prompt is read. reuse: rows of an earlier request with the same beginning may serve this one. score: None, or how many of the
+    likeliest ids to tell for each token of the prompt, with the log-probability of the token itself (Sequence.scores). hint: ids
+    that the text may repeat, as an earlier version of it: what is guessed by them changes the time, never the text. A drafter
+    that is kept with a session does without.
     """
 
     tokens: Tokens[int]
@@ -53,11 +57,12 @@ class Request:
     sampler: Sampler = Sampler()
     stop: Tokens[str] = ()
     stop_ids: frozenset[int] = frozenset()
-    session: object = None
+    session: Session | None = None
     top: int = 0
     priority: int = 0
     context: int | None = None
     speculate: bool = True
+    schema: Schema | None = None
     progress: Callable[[int, int], None] | None = None
     client: Hashable = None
     reuse: bool = True
@@ -65,7 +70,7 @@ class Request:
     hint: Tokens[int] = ()
 
 
-def checked(request: Request, model) -> Request:
+def checked(request: Request, model: Model) -> Request:
     """The request with plain values. Raises an ArgumentError for one that the model cannot serve."""
     size = model.config.vocab_size
     tokens = checks.ids("tokens", request.tokens, size)
@@ -74,6 +79,8 @@ def checked(request: Request, model) -> Request:
     if not isinstance(request.sampler, Sampler):
         checks.refuse("sampler", "a Sampler", request.sampler)
     check_bias(request.sampler.logit_bias, size)
+    if request.schema is not None and not isinstance(request.schema, Schema):
+        checks.refuse("schema", "an object with mask(), accept() and forced()", request.schema)
     if request.session is not None and getattr(request.session, "model", None) is not model:
         checks.refuse("session", "a session of the same model", request.session)
     if request.max_tokens != inf:
@@ -143,8 +150,10 @@ class Sequence:
         self.text = list(self.prompt)   # and the tokens given
         self.scores: list[Score] = []
         self.stats = Stats(prompt_tokens=len(self.prompt))
-        self.session, self._owned = request.session, request.session is None
+        self._owned = request.session is None
+        self.session: Session = request.session         # type: ignore[assignment]      # None until start()
         self.drafter: Drafter | None = None
+        self._masks: Masks | None = None
         self.done = self.started = False
         self.reading = True             # its text, until the next token comes
         self.error: BmcError | None = None
@@ -155,7 +164,7 @@ class Sequence:
     # ---- the life of a sequence
 
     def start(self) -> None:
-        """Take a session, and keep what it holds of the text. Whoever wrote in that session before is ended."""
+        """Take a session, and keep what it holds of the text. A sequence that wrote there before is ended."""
         request = self.request
         if self.session is None:
             self.session = self.engine.session_for(self)
@@ -203,6 +212,9 @@ class Sequence:
         item.stops, item.n_stops = self._stops, len(self.request.stop_ids)
         if not self.request.sampler.greedy:
             item.sampler = self.request.sampler.native
+        if self.request.schema is not None:
+            size = self.engine.model.config.vocab_size
+            self._masks = Masks(self.request.schema, item, size, self.request.stop_ids)
 
     def lose(self, why: str) -> None:
         """End it, since its session is not its own any more."""
@@ -258,11 +270,13 @@ class Sequence:
     def ask(self, piece: int, most: float = ROOM) -> int:
         """Prepare the item for a step that gives `most` tokens at most; how many tokens of the text it reads, `piece` at most."""
         item = self.item
-        item.guesses, item.n_guesses = ffi.NULL, 0
+        item.guesses, item.confidence, item.n_guesses, item.guess_s = ffi.NULL, ffi.NULL, 0, 0.0
         item.drafter = self.drafter.native if self.drafter else ffi.NULL
         item.max_tokens = int(min(ROOM, most, self._limit - self._written))
         if not self.reading:
             item.pending, item.n_pending, item.choose = self._last, 1, 1
+            if self._masks:
+                self._guess(self._masks.forced())
             return 0
         at = self.session.position
         n = min(piece, len(self.text) - at)
@@ -276,11 +290,18 @@ class Sequence:
         """Guesses through text, where the library asks for some."""
         text = [*self.session.tokens, self._last[0]]
         started = time.perf_counter()
+        assert self.drafter is not None
         ids, sure = self.drafter.propose(text, self.item.wanted)
-        self._guesses, self._sure = ffi.new("int32_t[]", ids or 1), ffi.new("float[]", sure or 1)
-        self.item.guesses, self.item.n_guesses, self.item.confidence = self._guesses, len(ids), self._sure
+        self._guess(ids)
+        self._sure = ffi.new("float[]", sure or 1)
+        self.item.guesses, self.item.confidence = self._guesses, self._sure
         self.item.guess_s = time.perf_counter() - started
         self.item.drafter = self.drafter.native
+
+    def _guess(self, ids: list[int]) -> None:
+        """Guesses for the next round; without any the library makes its own."""
+        self._guesses = ffi.new("int32_t[]", ids or 1)
+        self.item.guesses, self.item.n_guesses = self._guesses if ids else ffi.NULL, len(ids)
 
     def take(self, seconds: float) -> list[Token]:
         """The tokens that a round gave; also those of a call after which an interrupt came."""
@@ -306,14 +327,19 @@ class Sequence:
     def _tokens_of(self, n: int, seconds: float) -> list[Token]:
         ids, logprobs, drafted = (ffi.unpack(array, n) for array in (self._ids, self._logprobs, self._drafted))
         self._last[0] = ids[-1]
+        if self._masks:
+            self._masks.accept(ids)
         self._time(seconds)
+        if self.reading:
+            self._snapshot()
         self.reading = False
         found = []
         for i, (id, logprob) in enumerate(zip(ids, logprobs)):
             if id < 0 or logprob != logprob or logprob == -inf:
                 self.done = True
-                self.error = BmcError(f"no token can be chosen at position {len(self.prompt) + self._written}: "
-                                      "its logits are not numbers, or all tokens are banned")
+                self.error = (self._masks and self._masks.error()) or BmcError(
+                    f"no token can be chosen at position {len(self.prompt) + self._written}: "
+                    "its logits are not numbers, or all tokens are banned")
                 break
             token = self._ending.token(id, logprob, bool(drafted[i]), self._top(i), SOURCES[drafted[i]])
             self._written += 1
@@ -331,7 +357,7 @@ class Sequence:
         return tuple((self._top_ids[i * k + j], self._top_logprobs[i * k + j]) for j in range(k))
 
     def take_back(self, unread: int) -> None:
-        """Let the session hold the text without its last token, and without tokens that nobody has read or
+        """Let a session that was given hold the text without its last token, and without tokens that nobody has read or
         that came after a stop string."""
         if not self.started or self.session is None or self.session.uses != self._uses:
             return
@@ -340,6 +366,11 @@ class Sequence:
             if self.session.position > end:
                 self.session.rewind(end)
             self._uses = self.session.uses
+
+    def _snapshot(self) -> None:
+        """At ends of prompts and answers: to where other texts will leave this one."""
+        with suppress(BmcError):
+            self.session.snapshot()
 
     def _time(self, seconds: float) -> None:
         stats, counts = self.stats, self.item.stats
@@ -358,6 +389,7 @@ class Sequence:
         if self.started and (keep or not self._owned):
             self.item.n = 0
             self.take_back(0)
+            self._snapshot()
         self._close_drafter()
         if not self._owned or self.session is None:
             return
@@ -383,9 +415,9 @@ class Engine:
     add() and cancel() may be called between steps; one thread at a time uses an engine.
     """
 
-    def __init__(self, model, draft=None, spec: str = "auto", draft_max: int = 16, draft_min: int = 0, parallel: int = 8,
-                 memory: float | None = None, speculation: Speculation | None = None, keep: bool = False,
-                 pass_seconds: float = PASS_SECONDS):
+    def __init__(self, model: Model, draft: Model | None = None, spec: str = "auto", draft_max: int = 16,
+                 draft_min: int = 0, parallel: int = 8, memory: float | None = None,
+                 speculation: Speculation | None = None, keep: bool = False, pass_seconds: float = PASS_SECONDS):
         if parallel < 1:
             raise ArgumentError(f"parallel is {parallel}; expected 1 or more")
         if keep and memory is None:
@@ -437,7 +469,7 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     # ---- steps
@@ -631,9 +663,9 @@ class Engine:
         """Who guesses for a sequence: in a session that was given, the one who did so before."""
         session = sequence.session
         if sequence._owned:
-            return self.speculation.drafter(session, sequence.request.hint)
+            return self.speculation.drafter(sequence.request.hint)
         if session.drafter is None or session.drafter.made is not self.speculation:
-            session.drafter = self.speculation.drafter(session)
+            session.drafter = self.speculation.drafter()
         return session.drafter
 
 
@@ -643,9 +675,10 @@ class Room:
     def __init__(self, model, memory: float, parallel: int):
         with model.session() as session:
             stats = session.arena_stats()
-        self.rows = memory // stats.row_bytes
+        self.states = -(-stats.state_bytes // max(stats.row_bytes, 1))
+        self.rows = memory // max(stats.row_bytes, 1)
         self.grain = stats.r if 4 * parallel * stats.r <= self.rows else FINE
 
     def held(self, n: float) -> float:
         """Rows that a session of n rows takes."""
-        return n if n == inf else -(-n // self.grain) * self.grain
+        return n if n == inf else self.states + -(-n // self.grain) * self.grain

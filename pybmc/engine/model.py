@@ -17,20 +17,18 @@ import numpy as np
 
 from .. import checks
 from .._native import check, ffi, last_error, lib, owned, pointer
-from ..errors import ClosedError, FormatError, OutOfMemoryError
+from ..errors import ArgumentError, ClosedError, FormatError, OutOfMemoryError
 from ..files.gguf import GGUF
-from ..models import arch
+from ..models.bind import Role, bind
+from ..models.config import Config, read_config
+from ..models.layers import RMS
 from ..tokenizers import Tokenizer
+from .embed import Pooler, embed
 from .session import Session
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]       # called with what is done and how much there is
-
-_NORMS = {arch.RMS: lib.BMC_NORM_RMS, arch.LAYER: lib.BMC_NORM_LAYER}
-_ACTS = {arch.SILU: lib.BMC_ACT_SILU, arch.GELU: lib.BMC_ACT_GELU}
-_ROPES = {arch.NONE: lib.BMC_ROPE_NONE, arch.PAIRS: lib.BMC_ROPE_PAIRS, arch.HALVES: lib.BMC_ROPE_HALVES}
-
 
 @dataclass
 class Profile:
@@ -57,7 +55,7 @@ class Model:
         self._begin(threads)
         self._file = GGUF(path)
         try:
-            self.config = arch.read_config(self._file)
+            self.config = read_config(self._file)
             self._handle = _bound(self._file, self.config, self.threads)
             if repack:
                 self._pack(progress)
@@ -132,6 +130,36 @@ class Model:
         """The file's Tokenizer; None if the file has no vocabulary."""
         return Tokenizer(self._file) if "tokenizer.ggml.model" in self._file.metadata else None
 
+    def embed(self, inputs, normalize: bool = True, pooling: str | None = None, dimensions: int | None = None,
+              progress: Progress | None = None) -> np.ndarray | list[np.ndarray]:
+        """The embedding of each text, float32 (n, values).
+
+        inputs: a text, or a list of texts or of lists of token ids. Texts get the tokens that the file puts around
+        them. normalize: to length 1. pooling: how the vectors of a text's tokens become one: "mean", "first", "last",
+        "rank" (the scores of a reranker, which are not normalized) or "none" (all of them: a list of arrays, a vector
+        for each token); None: the file's, else the mean. dimensions: the first values only, of models trained for
+        that. progress is called with the tokens done and those in all.
+
+        A vector does not depend on the texts beside it. Raises ArgumentError for a text that is too long or has no
+        tokens.
+        """
+        return embed(self, inputs, normalize, pooling, dimensions, progress)
+
+    @property
+    def pass_tokens(self) -> int:
+        """The most tokens that one pass takes; an encoder reads a text in one pass."""
+        return lib.bmc_model_pass(self._live())
+
+    @cached_property
+    def pooler(self) -> Pooler:
+        return Pooler(self.config)
+
+    def check_writes(self) -> None:
+        """Raise ArgumentError for an encoder: it has no next tokens."""
+        if not self.config.causal:
+            raise ArgumentError(f"{self.path} is an encoder ({self.config.arch}): it writes no text, "
+                                "it gives embeddings (pybmc embed)")
+
     def session(self, context: int | None = None, rows: int | str = "auto", kv_type: str = "f16") -> Session:
         """A new, empty sequence.
 
@@ -171,17 +199,17 @@ class Model:
         return f"<pybmc.Model {self.path} {self.config.arch}, {self.threads} threads>"
 
 
-def check_model(file: GGUF, config: arch.Config) -> None:
+def check_model(file: GGUF, config: Config) -> None:
     """Raise the FormatError that loading would: every tensor is bound and its shape checked, none is packed."""
     _bound(file, config, 1)
 
 
-def _bound(file: GGUF, config: arch.Config, threads: int):
+def _bound(file: GGUF, config: Config, threads: int):
     """A C model whose tensors are bound."""
-    return _bound_roles(file.path, config, arch.bind(file, config), threads)
+    return _bound_roles(file.path, config, bind(file, config), threads)
 
 
-def _bound_roles(path, config: arch.Config, roles: list[arch.Role], threads: int, mapped: bool = True):
+def _bound_roles(path, config: Config, roles: list[Role], threads: int, mapped: bool = True):
     """The same from roles; mapped: their data lies in a file mapping, whose pages may be dropped."""
     settings, tensors, kept = _settings(config), *_tensors(roles, mapped)
     handle = ffi.new("bmc_model **")
@@ -211,28 +239,36 @@ def _note_threads(threads: int, cores: int) -> None:
 class _settings:
     """A Config as the C struct, with the arrays it points to."""
 
-    def __init__(self, config: arch.Config):
-        spec = config.spec
-        self.kept = [np.asarray(config.windows, np.int32), np.asarray(config.layer_rope or [0] * config.n_layers, np.int32),
-                     *(np.asarray(table, np.float32) for table in config.rope_freq)]
+    def __init__(self, config: Config):
         self.pointer = c = ffi.new("bmc_config *")
-        for name in ("dim", "hidden_dim", "head_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "n_ctx", "rope_dim", "norm_eps"):
+        for name in ("dim", "vocab_size", "n_ctx", "n_layers", "causal", "norm_eps", "embedding_scale", "logit_scale", "logit_softcap",
+                     "per_layer_dim", "long_rope"):
             setattr(c, name, getattr(config, name))
-        c.norm, c.act, c.rope = _NORMS[spec.norm], _ACTS[spec.act], _ROPES[spec.rope]
-        c.embedding_scale, c.attn_scale = spec.embedding_scale(config), spec.attn_scale(config)
-        c.layer_window, c.layer_rope = pointer(self.kept[0]), pointer(self.kept[1])
-        c.n_ropes = len(config.rope_freq)
-        for i, mscale in enumerate(config.rope_mscale):
-            c.rope_mscale[i] = mscale
-            c.rope_freq[i] = pointer(self.kept[2 + i])
+        c.norm = lib.BMC_NORM_RMS if config.norm == RMS else lib.BMC_NORM_LAYER
+        freqs = [np.asarray(table.freq, np.float32) for table in config.ropes]
+        c.n_ropes, ropes = len(freqs), ffi.new("bmc_rope_table[]", max(len(freqs), 1))
+        for row, table, freq in zip(ropes, config.ropes, freqs):
+            row.dim, row.mscale, row.freq = table.dim, table.mscale, pointer(freq)
+        blocks = ffi.new("bmc_block[]", len(config.blocks))
+        for row, (layer, block) in zip(blocks, config.blocks):
+            row.layer, row.kind = layer, getattr(lib, f"BMC_{block.kind}")
+            for name in _BLOCK_FIELDS & vars(block).keys():
+                setattr(row, name, getattr(block, name))
+        c.ropes, c.n_blocks, c.blocks = ropes, len(blocks), blocks
+        self.kept = [freqs, ropes, blocks]
 
 
-def _tensors(roles: list[arch.Role], mapped: bool):
+_BLOCK_FIELDS = frozenset(name for name, _ in ffi.typeof("bmc_block").fields)
+
+
+def _tensors(roles: list[Role], mapped: bool):
     """The roles as a C array, and what must stay alive while the model lives."""
     tensors, kept = ffi.new("bmc_tensor[]", len(roles)), []
     for tensor, role in zip(tensors, roles):
         name, data = ffi.new("char[]", role.name.encode()), ffi.from_buffer(role.data)
-        kept += [name, data, role.data]
-        tensor.role, tensor.layer, tensor.type, tensor.mapped = name, role.layer, role.tensor.type.id, mapped
+        label = ffi.new("char[]", getattr(role.tensor, "name", role.name).encode()[:95])
+        kept += [name, label, data, role.data]
+        tensor.name = label
+        tensor.role, tensor.block, tensor.expert, tensor.type, tensor.mapped = name, role.block, role.expert, role.tensor.type.id, mapped and role.mapped
         tensor.n_cols, tensor.n_rows, tensor.data = role.n_cols, role.n_rows, data
     return tensors, kept

@@ -53,7 +53,7 @@ _MAX_DEPTH = 4                          # arrays of arrays
 _MAX_DIMS = 4
 _ALIGNMENTS = [1 << n for n in range(3, 31)]
 
-_SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
+SPLIT_NAME = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf", re.DOTALL)
 
 # What begins a file that is taken for GGUF. Text is compared in lower case, without white space before it.
 _OTHERS = {
@@ -115,8 +115,12 @@ class GGUF:
     mmap.
     """
 
+    def _file(self, path: Path) -> File:
+        """One file, opened. A subclass whose files are elsewhere opens another kind."""
+        return File(path)
+
     def __init__(self, path, vocabulary_only: bool = False):
-        self._files: list[_File] = []
+        self._files: list[File] = []
         self.metadata: dict[str, object] = {}
         self.tensors: dict[str, Tensor] = {}
         self.ends: list[Tensor] = []                            # of each part, the tensor at its end
@@ -132,12 +136,12 @@ class GGUF:
         self.alignment = self._files[0].alignment
 
     def _open(self, path: Path, vocabulary_only: bool) -> None:
-        given = _File(path)
+        given = self._file(path)
         self._files = [given]
         paths = _part_paths(given)
         if vocabulary_only:
             del paths[1:]                                       # the first part has all of the metadata
-        self._files = [given if part == path else _File(part) for part in paths]
+        self._files = [given if part == path else self._file(part) for part in paths]
         if given not in self._files:
             given.close()
         self.metadata = self._files[0].metadata
@@ -189,12 +193,12 @@ def _checked_path(path) -> Path:
     return Path(text)
 
 
-def _part_paths(given: _File) -> list[Path]:
+def _part_paths(given: File) -> list[Path]:
     """Where the parts of a file are, the first one first."""
     count = given.metadata.get("split.count", 1)
     if not isinstance(count, int) or count <= 1:
         return [given.path]
-    match = _SPLIT_NAME.fullmatch(given.path.name)
+    match = SPLIT_NAME.fullmatch(given.path.name)
     if match is None:
         raise given.error(
             f"part of a file split in {count}: expected a name such as name-00001-of-{count:05d}.gguf"
@@ -212,7 +216,7 @@ def _part_paths(given: _File) -> list[Path]:
     return paths
 
 
-class _File:
+class File:
     """One file: its mapping, its metadata, and a cursor that checks before it moves."""
 
     def __init__(self, path: Path):
@@ -479,7 +483,7 @@ def _other_kind(beginning: bytes) -> str | None:
     return next((kind for start, kind in _OTHER_TEXTS.items() if text.startswith(start)), None)
 
 
-def _map(path: Path) -> tuple[mmap.mmap | bytes, int]:
+def _map(path: Path) -> tuple[mmap.mmap, int]:
     """The bytes of a regular file and their number. Waits for nothing: a pipe is refused, not read."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

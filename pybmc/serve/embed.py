@@ -5,22 +5,19 @@ from __future__ import annotations
 import numpy as np
 
 from ..errors import BmcError, ContextFullError
-from .errors import Refused, refusal
+from .errors import refusal
 from .service import Service
 
 
 async def vectors(service: Service, texts: list[str], truncate: bool = False) -> tuple[np.ndarray, int]:
     """float32 (len(texts), dim), and how many tokens were read. truncate: what is too long is cut; else it is refused."""
-    if not hasattr(service.model, "embed"):
-        raise Refused(501, "disabled", "embeddings are not supported by this build")
     ids = await service.in_pool(lambda: [service.tokenizer.encode(text) for text in texts])
     for i, tokens in enumerate(ids):
         if len(tokens) > service.context and not truncate:
             raise refusal(ContextFullError(f"text {i} has {len(tokens)} tokens; expected at most {service.context}"))
     ids = [tokens[:service.context] for tokens in ids]
-    pooling = {"pooling": service.settings.pooling} if service.settings.pooling else {}
     try:
-        found = await service.worker.call(lambda: service.model.embed(ids, **pooling))
+        found = await service.worker.call(lambda: service.model.embed(ids, normalize=False, pooling=service.settings.pooling))
     except BmcError as error:
         raise refusal(error) from None
     return np.asarray(found, np.float32), sum(map(len, ids))

@@ -105,7 +105,7 @@ class Service:
         """What the model can do here, in Ollama's words."""
         thinks = self.template.reads("enable_thinking") or "<think>" in self.template.source
         known = {"completion": True, "thinking": thinks, "insert": self.fill is not None,
-                 "embedding": hasattr(self.model, "embed")}
+                 "embedding": self.model.config.pooling.kind != "none"}
         return [name for name, has in known.items() if has]
 
 

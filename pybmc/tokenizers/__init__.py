@@ -10,17 +10,22 @@ from ..errors import ArgumentError, FormatError, printable
 from ..files.gguf import GGUF
 from .bpe import Bpe
 from .spm import Spm
+from .unigram import Unigram
+from .wordpiece import WordPiece
 
 __all__ = ["StreamDecoder", "Tokenizer"]
 
-_KINDS = {"gpt2": Bpe, "gemma4": Bpe, "llama": Spm}         # by tokenizer.ggml.model
+_KINDS = {                              # by tokenizer.ggml.model
+    "gpt2": Bpe, "gemma4": Bpe, "whitespace": Bpe, "llama": Spm, "t5": Unigram, "bert": WordPiece,
+}
 
 
 class Tokenizer:
     """The vocabulary of a GGUF file: a path (no weights are needed or read) or an opened GGUF.
 
     Ids equal llama.cpp's. Two differences are meant: ordinary text never becomes a control token, and decode
-    gives back the text as it was, without tidying the spaces before punctuation.
+    gives back the text as it was, without tidying the spaces before punctuation. What WordPiece ("bert") and
+    Unigram ("t5") drop from a text before they cut it (case, accents, spaces) does not come back.
     """
 
     def __init__(self, source):
@@ -43,9 +48,11 @@ class Tokenizer:
         self.bos_id: int | None = self.vocab.bos_id
         self.eos_id: int | None = self.vocab.eos_id
         self.eot_id: int | None = self.vocab.eot_id
+        self.sep_id: int | None = self.vocab.sep_id
         self.stop_ids: frozenset[int] = self.vocab.stop_ids             # each ends what a model has to say
         self.add_bos: bool = self.vocab.add_bos
         self.add_eos: bool = self.vocab.add_eos
+        self.add_sep: bool = self.vocab.add_sep
         self.chat_template: str | None = self.vocab.get("tokenizer.chat_template", str)
         self._pieces: dict[int, bytes] = {}
 
@@ -53,7 +60,8 @@ class Tokenizer:
         """Ids of a text. bos: begin and end it as the file asks; special: control tokens in it count."""
         ids = [self.bos_id] if bos and self.add_bos else []
         ids += self.encode_parts(self.vocab.split(_checked(text), special))
-        return ids + [self.eos_id] if bos and self.add_eos else ids
+        ids += [self.eos_id] if bos and self.add_eos else []
+        return ids + [self.sep_id] if bos and self.add_sep else ids
 
     def encode_parts(self, parts: Iterable[str | int]) -> list[int]:
         """Ids of ordinary texts with special tokens, given as ids, between them."""
@@ -68,8 +76,8 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], special: bool = False, continued: bool = False) -> str:
         """The text of some ids. special shows control tokens. Bytes that are not UTF-8 become U+FFFD.
 
-        SentencePiece puts a space before a text's first word; it is taken off again, unless the text is the
-        continuation of another one.
+        SentencePiece and WordPiece put a space before a text's first word; it is taken off again, unless the text
+        is the continuation of another one.
         """
         stream = StreamDecoder(self, special, continued)
         ids = checks.ids("ids", ids)

@@ -1,4 +1,4 @@
-"""Byte-pair vocabularies (tokenizer.ggml.model "gpt2") through the tokenizers package.
+"""Byte-pair vocabularies (tokenizer.ggml.model "gpt2", "gemma4", "whitespace") by the tokenizers package.
 
 A byte-level token is spelled in printable characters, one for each byte: the Latin-1 characters that print
 are themselves, the other 68 bytes are U+0100 and up (GPT-2's encoder.json).
@@ -25,6 +25,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 BYTES = _byte_alphabet()
 CHARS = {byte: char for char, byte in BYTES.items()}
+_MISSING = "\0missing"                  # stands for bytes without a token; no vocabulary has it
 
 
 class Bpe:
@@ -38,6 +39,11 @@ class Bpe:
         self.pre = _find_pre(name, source)
         ids = {} if raw or name in ("glm4", "chatglm-bpe") else {"bos": 11, "eos": 11}
         self.vocab = Vocabulary(metadata, source, ids, self.pre.add_bos)
+        if self.pre.always_bos:
+            self.vocab.need(bos=self.vocab.bos_id)
+            self.vocab.add_bos = True
+        lower = self.vocab.get("tokenizer.ggml.normalizer.lowercase", bool, False)
+        self._lower = self.pre.drops_space and lower
         self._tokenizer = self._build()
 
     def _build(self):
@@ -47,6 +53,9 @@ class Bpe:
         words = dict(self.vocab.ids)
         for id in self.vocab.reserved:          # ordinary text is never control
             del words[self.vocab.text(id)]
+        self._complete = all(self._spelling(byte) in words for byte in range(256))
+        if not self._complete:          # a byte without a token is dropped, but its neighbours stay apart
+            words[_MISSING] = self.vocab.size
         # the package panics where a merge makes a long unknown token
         if not all(map(words.__contains__, map("".join, merges))):
             merges = self._known(merges, words)
@@ -61,7 +70,7 @@ class Bpe:
         from tokenizers.models import BPE
 
         return BPE(vocab=words, merges=merges, ignore_merges=self.pre.ignore_merges,
-                   byte_fallback=not self.pre.byte_level)
+                   byte_fallback=not self.pre.byte_level, unk_token=None if self._complete else _MISSING)
 
     def _known(self, merges: list[tuple], words: dict[str, int]) -> list[tuple]:
         known = [merge for merge in merges if len(merge) == 2 and words.keys() >= {*merge, "".join(merge)}]
@@ -70,9 +79,12 @@ class Bpe:
         return known
 
     def encode(self, text: str) -> list[int]:
-        if not self.pre.byte_level:
+        if self._lower:
+            text = "".join(char.lower()[0] for char in text)
+        if not self.pre.byte_level and not self.pre.drops_space:
             text = text.replace(" ", "▁")
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        return ids if self._complete else [id for id in ids if id < self.vocab.size]
 
     def piece(self, id: int) -> bytes:
         """The bytes a token stands for. A character outside the byte alphabet stands for itself."""
@@ -90,7 +102,10 @@ class Bpe:
 
     def byte(self, byte: int) -> int | None:
         """The token of a single byte."""
-        return self.vocab.ids.get(CHARS[byte] if self.pre.byte_level else f"<0x{byte:02X}>")
+        return self.vocab.ids.get(self._spelling(byte))
+
+    def _spelling(self, byte: int) -> str:
+        return CHARS[byte] if self.pre.byte_level else f"<0x{byte:02X}>"
 
 
 def _hex_byte(token: str) -> bytes:
@@ -111,6 +126,8 @@ def _pre_tokenizer(pre: Pre):
     from tokenizers import Regex, pre_tokenizers
 
     steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in pre.patterns]
+    if pre.drops_space:
+        steps.append(pre_tokenizers.Split(Regex(r"[\s&&[^\x1C-\x1F]]+"), "removed"))
     if pre.byte_level:
         steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
     return pre_tokenizers.Sequence(steps)

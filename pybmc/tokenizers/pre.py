@@ -19,7 +19,9 @@ class Pre:
     patterns: tuple[str, ...]
     ignore_merges: bool = False     # a word that is a token stays whole, whatever the merges say
     add_bos: bool = False           # unless tokenizer.ggml.add_bos_token says otherwise
+    always_bos: bool = False        # whatever tokenizer.ggml.add_bos_token says
     byte_level: bool = True         # False: words are UTF-8, U+2581 for spaces, <0xNN> tokens for the rest
+    drops_space: bool = False       # white space only separates words
 
 
 def _chars(*spans: str) -> str:
@@ -114,7 +116,9 @@ _KINDS = {
     "seed-coder": Pre((rf"{_SHORT}|{_WORD}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|{_SPACES}",)),
     "exaone-moe":
         Pre((rf"{_SHORT}|{_PHRASE}|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]?|{_ONE_LINE}",)),
-    "gemma4 granite-embed-multi-311m sarvam-moe": Pre((_LINES,), byte_level=False),
+    "gemma4 granite-embed-multi-311m": Pre((_LINES,), always_bos=True, byte_level=False),
+    "sarvam-moe": Pre((_LINES,), byte_level=False),
+    "whitespace": Pre((), byte_level=False, drops_space=True),
 }
 
 PRE = {name: pre for names, pre in _KINDS.items() for name in names.split()}

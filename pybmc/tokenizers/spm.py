@@ -14,7 +14,7 @@ from .bpe import _hex_byte
 from .vocab import BYTE, CONTROL, NORMAL, UNKNOWN, Vocabulary
 
 _SPACE = "▁"
-_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 class Spm:
@@ -35,7 +35,7 @@ class Spm:
         for id in [id for id, text in enumerate(texts) if b"\0" in text]:
             texts[id], kinds[id] = f"[NUL_{id}]".encode(), CONTROL
         has_bytes = bool((kinds == BYTE).any())
-        model = _pieces(texts, self._scores(), kinds)
+        model = _pieces(texts, self.vocab.scores(), kinds)
         # the package insists on one; ids beyond the vocabulary are dropped again
         if not (kinds == UNKNOWN).any():
             model += _pieces(
@@ -63,20 +63,10 @@ class Spm:
             unknown = unknown[1:]
         kinds[unknown] = CONTROL
         kinds[~np.isin(kinds, (UNKNOWN, CONTROL))] = NORMAL
-        ids = [self.vocab.ids.get(text) for text in _BYTES]
+        ids = [self.vocab.ids.get(text) for text in BYTE_TOKENS]
         if None not in ids and NORMAL in kinds[ids]:
             kinds[ids] = self.vocab.types[ids] = BYTE
         return kinds
-
-    def _scores(self) -> np.ndarray:
-        scores = self.vocab.numbers("scores", "fiu")
-        if scores is None:
-            return np.zeros(self.vocab.size, np.float32)
-        if np.isnan(scores).any():
-            raise self.vocab.error(
-                f"tokenizer.ggml.scores: value {int(np.isnan(scores).argmax())} is not a number"
-            )
-        return scores.astype(np.float32)
 
     def encode(self, text: str) -> list[int]:
         ids = self._processor.encode(text)
@@ -88,14 +78,19 @@ class Spm:
 
     def piece(self, id: int) -> bytes:
         """The bytes a token stands for."""
-        token, kind = self.vocab.tokens[id], self.vocab.types[id]
-        if kind == BYTE:
-            return _hex_byte(token)
-        return token.encode() if kind in (CONTROL, UNKNOWN) else token.replace(_SPACE, " ").encode()
+        return spelled(self.vocab, id)
 
     def byte(self, byte: int) -> int | None:
         """The token of a single byte."""
-        return self.vocab.ids.get(_BYTES[byte])
+        return self.vocab.ids.get(BYTE_TOKENS[byte])
+
+
+def spelled(vocab: Vocabulary, id: int) -> bytes:
+    """The bytes of a token where U+2581 is a space and <0x0A> a byte."""
+    token, kind = vocab.tokens[id], vocab.types[id]
+    if kind == BYTE:
+        return _hex_byte(token)
+    return token.encode() if kind in (CONTROL, UNKNOWN) else token.replace(_SPACE, " ").encode()
 
 
 # -- protobuf, as far as it goes:

@@ -88,11 +88,16 @@ _SPACE = " \t\n\v\f\r"
 
 class Vocabulary:
     """tokens as the file spells them, their types int32 (size,), and the ids that matter: bos_id, eos_id,
-    eot_id (or None), stop_ids.
+    eot_id, sep_id (or None), stop_ids.
     """
 
     def __init__(
-        self, metadata: dict[str, object], source: str, default_ids: dict[str, int], default_add_bos: bool
+        self,
+        metadata: dict[str, object],
+        source: str,
+        default_ids: dict[str, int],
+        default_add_bos: bool,
+        default_add_eos: bool = False,
     ):
         self.metadata = metadata
         self.source = source
@@ -104,12 +109,14 @@ class Vocabulary:
         self.ids = self._index()
         named = {
             name: self._id(name, default_ids.get(name))
-            for name in ("bos", "eos", "eot", "eom", "unknown", *_FILL_IN)
+            for name in ("bos", "eos", "eot", "eom", "unknown", "seperator", *_FILL_IN)    # GGUF's spelling
         }
         self.bos_id, self.eos_id, self.unknown_id = named["bos"], named["eos"], named["unknown"]
+        self.sep_id = named["seperator"]
         self.eot_id = self._known_by_text(named["eot"], _END_OF_TURN)
         self.add_bos = self._adds("bos", self.bos_id, default_add_bos)
-        self.add_eos = self._adds("eos", self.eos_id, False)
+        self.add_eos = self._adds("eos", self.eos_id, default_add_eos)
+        self.add_sep = False                    # WordPiece: sep_id ends a text
         self._mark_controls()
         self.stop_ids = self._stops(named)
         self._by_start: dict[bool, dict[str, list[str]]] = {}
@@ -148,6 +155,22 @@ class Vocabulary:
         if len(values) < self.size:
             raise self.error(f"{key}: expected {self.size} values, one for each token, found {len(values)}")
         return values[:self.size]
+
+    def scores(self) -> np.ndarray:
+        """float32 (size,); 0 where the file has none."""
+        scores = self.numbers("scores", "fiu")
+        if scores is None:
+            return np.zeros(self.size, np.float32)
+        if np.isnan(scores).any():
+            raise self.error(f"tokenizer.ggml.scores: value {int(np.isnan(scores).argmax())} is not a number")
+        return scores.astype(np.float32)
+
+    def need(self, **ids: int | None) -> None:
+        """Tokens that an algorithm cannot do without, by the names of their keys."""
+        for name, id in ids.items():
+            if id is None:
+                key = f"tokenizer.ggml.{name}_token_id"
+                raise self.error(f"{key}: expected one of {self.size} tokens, found none")
 
     def _types(self) -> np.ndarray:
         types = self.numbers("token_type", "iu")
@@ -293,7 +316,8 @@ class Vocabulary:
         """
         name = str(self.metadata.get("general.name", "")).lower()
         pre = self.get("tokenizer.ggml.pre", str)
-        if pre in ("jina-v2-de", "jina-v2-es", "jina-v2-code"):
+        arch = self.metadata.get("general.architecture")
+        if pre in ("jina-v2-de", "jina-v2-es", "jina-v2-code") or arch in ("nomic-bert-moe", "jina-bert-v3"):
             return token == "<mask>", False
         if "phi-3" in name or "phi3" in name:
             return False, token not in ("<unk>", "<s>", "<|endoftext|>")

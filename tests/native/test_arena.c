@@ -10,9 +10,16 @@
 
 enum { LAYERS = 3, HEADS = 2, SLICE = 8, CAP = 700 };      /* a slice is one row of one layer and head */
 
-static const struct arena_config SMALL = {
-    .n_layers = LAYERS, .n_heads = HEADS, .tile_bytes = TILE_ROWS * SLICE, .cap = CAP,
-};
+/* As many streams, all alike; `size` says how large they are together, -1: too large. */
+static struct arena_stream streams[1 << 12];
+static int64_t size;
+
+static struct arena_config config_of(int layers, int heads, int64_t bytes, int64_t rows, int r) {
+    for (int i = 0; i < layers; i++)
+        streams[i] = (struct arena_stream){ .n_heads = heads, .tile_bytes = bytes };
+    size = arena_streams(streams, layers);
+    return (struct arena_config){ .streams = streams, .n_streams = layers, .cap = rows, .r = r };
+}
 
 static const struct way { int growth, r, touch; } WAYS[] = {
     { BMC_GROW_CHUNK, 1, 0 }, { BMC_GROW_CHUNK, 48, 1 }, { BMC_GROW_CHUNK, 9999, 0 }, { BMC_GROW_COPY, 1, 0 },
@@ -25,8 +32,7 @@ static const struct way { int growth, r, touch; } WAYS[] = {
 enum { N_WAYS = sizeof WAYS / sizeof *WAYS };
 
 static void init(struct arena *a, struct way way) {
-    struct arena_config c = SMALL;
-    c.r = way.r;
+    struct arena_config c = config_of(LAYERS, HEADS, TILE_ROWS * SLICE, CAP, way.r);
     CHECK(!arena_init(a, &c));
 }
 
@@ -140,6 +146,65 @@ static void every_allocation_may_fail(int r) {
     CHECK(k > 2);
 }
 
+/* Arenas that fork, grow, go back and write: each keeps its own rows, and memory is given back with the last user. */
+static void forks_keep_their_rows(void) {
+    enum { ARENAS = 6 };
+    static char truth[ARENAS][CAP];
+    for (int round = 0; round < 30; round++) {
+        uint64_t state = 99 + (uint64_t)round;
+        struct arena a[ARENAS] = { 0 };
+        int64_t length[ARENAS] = { 0 };
+        struct way way = { BMC_GROW_CHUNK, round % 2 ? 16 : 48, 0 };
+        for (int i = 0; i < ARENAS; i++)
+            init(&a[i], way);
+        for (int step = 0; step < 200; step++) {
+            int i = (int)random_below(&state, ARENAS), j = (int)random_below(&state, ARENAS);
+            int64_t n = random_below(&state, 60);
+            if (random_below(&state, 4) == 0 && i != j) {
+                arena_clear(&a[j]);
+                CHECK(!arena_fork(&a[j], &a[i], length[i]));
+                memcpy(truth[j], truth[i], (size_t)length[i]);
+                length[j] = length[i];
+            } else if (random_below(&state, 3) == 0)
+                length[i] -= random_below(&state, length[i] + 1);
+            else if (length[i] + n <= CAP) {
+                CHECK(!arena_reserve(&a[i], length[i] + n) && !arena_own(&a[i], length[i], length[i] + n));
+                for (int64_t row = length[i]; row < length[i] + n; row++) {
+                    truth[i][row] = (char)random_below(&state, 256);
+                    for (int l = 0; l < LAYERS; l++)
+                        *slice(&a[i], l, 1, row) = truth[i][row];
+                }
+                length[i] += n;
+            }
+            for (int k = 0; k < ARENAS; k++)
+                for (int64_t row = 0; row < length[k]; row++)
+                    CHECK(*slice(&a[k], LAYERS - 1, 1, row) == truth[k][row]);
+        }
+        for (int i = 0; i < ARENAS; i++)
+            arena_free(&a[i]);
+    }
+}
+
+/* Rows that are dropped are gone, those behind them stay, and a fork has what is left. */
+static void dropped_rows_are_given_back(void) {
+    struct arena a, fork;
+    uint64_t state = 4;
+    int64_t length = 0;
+    struct way way = { BMC_GROW_CHUNK, 16, 0 };
+    init(&a, way);
+    init(&fork, way);
+    append(&a, way, &length, 200, &state);
+    int64_t before = arena_mapped(&a);
+    arena_drop(&a, 100);
+    CHECK(a.n_dropped == 6 && arena_mapped(&a) == before - 6 * (int64_t)a.segment_bytes);
+    CHECK(!arena_fork(&fork, &a, 190) && fork.n_dropped == 6);
+    for (int64_t row = 96; row < 190; row++)
+        for (int l = 0; l < LAYERS; l++)
+            CHECK(!memcmp(plain[row][l][1], slice(&a, l, 1, row), SLICE) && !memcmp(plain[row][l][1], slice(&fork, l, 1, row), SLICE));
+    arena_free(&a);
+    arena_free(&fork);
+}
+
 static void full_means_full(void) {
     struct arena a;
     init(&a, (struct way){ BMC_GROW_CHUNK, 48, 0 });
@@ -199,18 +264,22 @@ static void others_copy_nothing(void) {
 }
 
 static void absurd_sizes_are_refused(void) {
-#define CONFIG(layers, heads, bytes, rows, step) \
-    { .n_layers = layers, .n_heads = heads, .tile_bytes = bytes, .cap = rows, .r = step }
-    static const struct arena_config BAD[] = {
-        CONFIG(0, 1, 64, 16, 1), CONFIG(1, 0, 64, 16, 1), CONFIG(1, 1, 0, 16, 1), CONFIG(1, 1, 64, 0, 1),
-        CONFIG(1, 1, 64, 1LL << 40, 1), CONFIG(1, 1, 64, 16, 0), CONFIG(1, 1, 64, 16, -5),
+    const struct arena_config bad[] = {
+        config_of(1, 1, 64, 0, 1), config_of(1, 1, 64, 1LL << 40, 1), config_of(1, 1, 64, 16, 0), config_of(1, 1, 64, 16, -5),
+        { .n_streams = -1, .cap = 16, .r = 16 }, { .n_streams = 1, .cap = 16, .r = 16 },
     };
     struct arena a;
-    for (size_t i = 0; i < sizeof BAD / sizeof *BAD; i++)
-        CHECK(arena_init(&a, &BAD[i]) == BMC_EINVAL);
-    struct arena_config huge = CONFIG(1 << 30, 1 << 30, INT64_MAX / 2, MAX_ROWS, MAX_ROWS);
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        CHECK(arena_init(&a, &bad[i]) == BMC_EINVAL);
+    config_of(1, 0, 64, 16, 1);
+    CHECK(size == -1);
+    config_of(1, 1, 0, 16, 1);
+    CHECK(size == -1);
+    config_of(4, 1 << 30, INT64_MAX / 2, MAX_ROWS, MAX_ROWS);
+    CHECK(size == -1);
+    struct arena_config huge = config_of(1, 1, INT64_MAX / 2, MAX_ROWS, MAX_ROWS);
     CHECK(arena_init(&a, &huge) == BMC_ENOMEM);
-    struct arena_config large = CONFIG(1 << 12, 1 << 12, 1 << 16, MAX_ROWS, 16);
+    struct arena_config large = config_of(1 << 12, 1 << 12, 1 << 16, MAX_ROWS, 16);
     for (int growth = BMC_GROW_COPY; growth <= BMC_GROW_RESERVE; growth++) {
         CHECK(!arena_init(&a, &large));
         CHECK(arena_grow(&a, growth, MAX_ROWS, 0, false, &cost) == BMC_ENOMEM && a.rows_reserved == 0);
@@ -224,7 +293,7 @@ static void absurd_sizes_are_refused(void) {
 
 /* Address space for a terabyte; two segments of it become memory. */
 static void reserve_costs_what_is_used(void) {
-    struct arena_config config = CONFIG(16, 8, 4096 * TILE_ROWS, 1 << 21, 64);
+    struct arena_config config = config_of(16, 8, 4096 * TILE_ROWS, 1 << 21, 64);
     struct arena a;
     CHECK(!arena_init(&a, &config));
     CHECK(!arena_grow(&a, BMC_GROW_RESERVE, 65, 0, false, &cost));
@@ -237,7 +306,7 @@ static void reserve_costs_what_is_used(void) {
 
 /* Pages move, whole huge ones to addresses that keep them whole; what they hold does not change. */
 static void remapped_pages_keep_their_rows(void) {
-    struct arena_config config = CONFIG(2, 2, 4096 * TILE_ROWS, 4096, 64);
+    struct arena_config config = config_of(2, 2, 4096 * TILE_ROWS, 4096, 64);
     struct arena a;
     CHECK(!arena_init(&a, &config));
     for (int64_t row = 0; row < 4096 && space_moves(); row += 64) {
@@ -262,6 +331,8 @@ int main(void) {
         random_lives(WAYS[i]);
     every_allocation_may_fail(1);
     every_allocation_may_fail(48);
+    forks_keep_their_rows();
+    dropped_rows_are_given_back();
     full_means_full();
     other_growths_set_the_cap();
     copies_are_counted();

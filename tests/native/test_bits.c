@@ -60,8 +60,8 @@ static void panels(const struct kernels *k, int type) {
     }
 }
 
-/* Chunks in a row, and each alone and merged after, give the same. */
-static void attention(const struct kernels *k, int head_dim) {
+/* Chunks in a row, and each alone and merged after, give the same. softcap: 0, or with ALiBi too. */
+static void attention(const struct kernels *k, int head_dim, float softcap) {
     enum { MOST = 256, CHUNKS = 2 };
     static uint16_t cache[CHUNKS * CHUNK / TILE][2 * TILE * MOST];
     static float q[ATTN_ROWS * MOST], o[ATTN_ROWS * MOST], alone[ATTN_ROWS * MOST], merged[ATTN_ROWS * MOST], row[2 * MOST];
@@ -76,21 +76,25 @@ static void attention(const struct kernels *k, int head_dim) {
         for (int chunk = 0; chunk < CHUNKS; chunk++) {
             const uint16_t *tiles[CHUNK / TILE];
             const float *rows[ATTN_ROWS];
-            int first[ATTN_ROWS], limit[ATTN_ROWS];
+            int first[ATTN_ROWS], limit[ATTN_ROWS], own[ATTN_ROWS];
+            float slope[ATTN_ROWS];
             for (int i = 0; i < CHUNK / TILE; i++)
                 tiles[i] = cache[chunk * (CHUNK / TILE) + i];
             for (int t = 0; t < CHUNK; t++) {
                 numbers(row, 2 * head_dim, random_below(&state, 50) ? 1.0f : 1e5f * (float)(t % 2));
-                k->store_kv(cache[chunk * (CHUNK / TILE) + t / TILE], t % TILE, row, row + head_dim, head_dim, v_dim);
+                k->store_kv(cache[chunk * (CHUNK / TILE) + t / TILE], t % TILE, row, row + head_dim, head_dim, head_dim);
             }
             for (int i = 0; i < n; i++) {
                 rows[i] = q + i * head_dim;
                 first[i] = (int)random_below(&state, 100);
                 limit[i] = CHUNK - (int)random_below(&state, 100);
+                own[i] = 2 * CHUNK - chunk * CHUNK - i;
+                slope[i] = 1.0f / (float)(8 + i);
             }
             float alone_m[ATTN_ROWS], alone_l[ATTN_ROWS] = { 0 };
             struct attn_job job = { .tiles = tiles, .head_dim = head_dim, .v_dim = v_dim, .n_rows = n, .q = rows,
-                                    .first = first, .limit = limit, .m = m, .l = l, .o = o };
+                                    .first = first, .limit = limit, .m = m, .l = l, .o = o, .softcap = softcap,
+                                    .slope = softcap > 0 ? slope : NULL, .at = own };
             k->attend(&job);
             memset(alone, 0, sizeof alone);
             for (int i = 0; i < n; i++)
@@ -113,6 +117,7 @@ static void attention(const struct kernels *k, int head_dim) {
 
 static void rows(const struct kernels *k) {
     enum { N = 333 };
+    static const float xielu[] = { 0.8f, 1.3f, 0.5f, -1e-6f };
     float x[N], a[N], b[N], y[N];
     struct act_block act[N / 32] = { 0 };
     for (int size = 1; size < 100; size += 7) {
@@ -120,16 +125,46 @@ static void rows(const struct kernels *k) {
         numbers(a, N, 2);
         numbers(b, N, (float)size);
         k->quantize(act, 1, x, N / 32), fold(act, sizeof act);
-        k->rmsnorm(y, x, a, N, 1e-5f), fold(y, sizeof y);
+        k->rmsnorm(y, x, a, NULL, N, 1e-5f), fold(y, sizeof y);
+        k->rmsnorm(y, x, NULL, b, N, 1e-5f), fold(y, sizeof y);
         k->layernorm(y, x, a, b, N, 1e-5f), fold(y, sizeof y);
-        k->silu(y, a, x, N), fold(y, sizeof y);
-        k->gelu(y, a, x, N), fold(y, sizeof y);
+        for (int f = 0; f < BMC_ACTS; f++)
+            k->act[f](y, a, x, N, xielu), fold(y, sizeof y);
         k->add(y, x, N), fold(y, sizeof y);
         k->scale(y, a[0], N), fold(y, sizeof y);
+        k->mul(y, x, N), fold(y, sizeof y);
+        k->axpy(y, a[1], x, N), fold(y, sizeof y);
+        k->softcap(y, 30, N), fold(y, sizeof y);
         y[0] = k->largest(x, N);
         y[1] = k->sum_exp(x, y[0], N);
         k->rope_pairs(y, a, b, N - 1), fold(y, sizeof y);
         k->rope_halves(y, a, b, N - 1), fold(y, sizeof y);
+    }
+}
+
+/* Convolutions of 1 to 5 rows, then their results as keys, values and queries of a recurrence. */
+static void recurrences(const struct kernels *k) {
+    enum { TOKENS = 9, N = 150, STRIDE = 160 };
+    float x[(TOKENS + 4) * N], weight[5 * STRIDE], bias[N], y[TOKENS][N], s[N * 16], d[TOKENS * 16], o[TOKENS * 16];
+    for (int width = 1; width <= 5; width++) {
+        numbers(x, (TOKENS + 4) * N, 1);
+        numbers(weight, 5 * STRIDE, 0.5f);
+        numbers(bias, N, 0.1f);
+        numbers(s, N * 16, 1);
+        for (int t = 0; t < TOKENS; t++) {
+            const float *rows[5];
+            for (int i = 0; i < width; i++)
+                rows[i] = x + (t + i) * N;
+            k->conv(y[t], rows, weight, (N + 15) / 16 * 16, width % 2 ? bias : NULL, width, N);
+            k->scale(y[t], 0.1f, N);
+        }
+        fold(y, sizeof y);
+        k->recur(&(struct recur_job){
+            .s = s, .n_keys = N - 30 + width, .n_tok = TOKENS, .decay = x, .k = y[0], .q = y[0] + 20, .v = x + 1,
+            .beta = x + 17, .d = d, .o = o, .decay_stride = N, .k_stride = N, .q_stride = N, .v_stride = N,
+            .beta_stride = N, .d_stride = 16, .o_stride = 16,
+        });
+        fold(s, sizeof s), fold(d, sizeof d), fold(o, sizeof o);
     }
 }
 
@@ -140,12 +175,16 @@ static void every_kernel(const struct kernels *k) {
             panels(k, type);
             line(k, at++, types[type].name);
         }
-    attention(k, 128);
+    attention(k, 128, 0);
     line(k, at++, "attend 128");
-    attention(k, 80);
+    attention(k, 80, 0);
     line(k, at++, "attend 80");
+    attention(k, 32, 20);
+    line(k, at++, "softcap");
     rows(k);
     line(k, at++, "rows");
+    recurrences(k);
+    line(k, at++, "recur");
 }
 
 int main(void) {

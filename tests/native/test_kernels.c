@@ -1,10 +1,10 @@
-/* Every kernel of every ISA this CPU has: the bits of the reference, and the values of plain double arithmetic.
+/* Panels, 8-bit blocks and attention, on every ISA this CPU has: the bits of the reference, and the values of plain
+ * double arithmetic.
  *
  * Tolerances are worst cases of float32 rounding, in units of 2^-24 times the sum of magnitudes; each is shown to
  * fail for zeros and for a small error in the input. Buffers are as large as kernels may use, for the sanitizer. */
 #include "bmc.h"
-#include "check.h"
-#include "cpu.h"
+#include "isas.h"
 #include "pack.h"
 #include "panels.h"
 #include "types.h"
@@ -13,52 +13,6 @@
 #include <math.h>
 #include <stddef.h>
 #include <string.h>
-
-static const double ROUNDING = 0x1p-24;
-static const float GUARD = -7.25e33f;
-
-static struct kernels isas[4];      /* the reference first */
-static int n_isas;
-
-static void load_isas(void) {
-    while (kernels_at(n_isas, &isas[n_isas]))
-        printf(" %s", isas[n_isas++].name);
-    printf("\n");
-    CHECK(n_isas && !strcmp(isas[0].name, "ref"));
-}
-
-static uint64_t state = 88172645463325252u;
-
-static double uniform(double low, double high) {
-    return low + (high - low) * (double)(random_bits(&state) >> 11) * 0x1p-53;
-}
-
-/* About normal. */
-static float noise(void) {
-    return (float)(uniform(-1, 1) + uniform(-1, 1) + uniform(-1, 1));
-}
-
-static void *get_memory(size_t bytes) {
-    void *p = malloc(bytes ? bytes : 1);
-    CHECK(p);
-    return p;
-}
-
-static float *noises(int n) {
-    float *x = get_memory((size_t)n * sizeof *x);
-    for (int i = 0; i < n; i++)
-        x[i] = noise();
-    return x;
-}
-
-static float *guards(size_t n) {
-    float *x = get_memory(n * sizeof *x);
-    for (size_t i = 0; i < n; i++)
-        x[i] = GUARD;
-    return x;
-}
-
-static int same(const float *a, const float *b, size_t n) { return !memcmp(a, b, n * sizeof *a); }
 
 /* Panels. */
 
@@ -73,11 +27,26 @@ static void f16_fields(int type, int at[2]) {
     case TYPE_Q4_K: at[1] = offsetof(block_q4_k, min); break;
     case TYPE_Q5_K: at[1] = offsetof(block_q5_k, min); break;
     case TYPE_Q6_K: at[0] = offsetof(block_q6_k, scale); break;
-    case TYPE_MXFP4: at[0] = -1; break;
+    case TYPE_TQ1_0: at[0] = offsetof(block_tq1_0, scale); break;
+    case TYPE_TQ2_0: at[0] = offsetof(block_tq2_0, scale); break;
+    case TYPE_MXFP4: case TYPE_NVFP4: case TYPE_IQ1_M: at[0] = -1; break;
     }
 }
 
-/* Any codes and small scales; the f16 are of both signs, zero and subnormal now and then. */
+/* IQ1_M's f16, four bits in the last of each four scales. */
+static void set_iq1_m(uint8_t *block, uint16_t f16) {
+    for (int i = 0; i < 4; i++) {
+        uint8_t *last = block + offsetof(block_iq1_m, scales) + 2 * i + 1;
+        *last = (uint8_t)((*last & 15) | (f16 >> 4 * i & 15) << 4);
+    }
+}
+
+/* Of both signs, zero and subnormal now and then. */
+static uint16_t random_f16(void) {
+    return f32_to_f16(random_below(&state, 16) ? noise() : random_below(&state, 2) ? 3e-6f : 0.0f);
+}
+
+/* Any codes and small scales. */
 static void random_block(int type, uint8_t *block) {
     int at[2];
     for (int i = 0; i < types[type].type_size; i++)
@@ -85,9 +54,11 @@ static void random_block(int type, uint8_t *block) {
     f16_fields(type, at);
     for (int i = 0; i < 2; i++)
         if (at[i] >= 0) {
-            uint16_t h = f32_to_f16(random_below(&state, 16) ? noise() : random_below(&state, 2) ? 3e-6f : 0.0f);
+            uint16_t h = random_f16();
             memcpy(block + at[i], &h, 2);
         }
+    if (type == TYPE_IQ1_M)
+        set_iq1_m(block, random_f16());
     if (type == TYPE_MXFP4)
         block[0] = (uint8_t)(random_below(&state, 16) ? 120 + random_below(&state, 10) : random_below(&state, 3));
 }
@@ -292,7 +263,7 @@ static void every_panel(void) {
             panels_of_type(type);
             n++;
         }
-    CHECK(n == 16);
+    CHECK(n == 28);
 }
 
 /* Coarse weights: the bits of the reference on every ISA, and the error of the best four equidistant levels for a normal
@@ -343,6 +314,8 @@ static void extreme_codes(void) {
                 if (type == TYPE_MXFP4 && !byte)
                     p.file[i] = 127;
             }
+            for (size_t i = 0; i < 16 * p.row_bytes && type == TYPE_IQ1_M; i += sizeof(block_iq1_m))
+                set_iq1_m(p.file + i, f32_to_f16(noise()));
             for (int i = 0; i < TILE_COLS * 256; i++)
                 p.x[i] = pattern & 2 ? -1.0f : i % 2 ? 1.0f : -1.0f;
             isas[0].quantize(p.act, 1, p.x, TILE_COLS * 8);
@@ -356,6 +329,27 @@ static void extreme_codes(void) {
                     check_tile(&isas[i], &p, 0, 1, 0, n, 0, 0);
             free_product(&p);
         }
+    }
+}
+
+/* Panels of equal bytes, so that every unit has the same code, those that no file gives too; activations at their
+ * limits. */
+static void equal_codes(void) {
+    for (int type = 0; type < N_TYPES; type++) {
+        if (!panel_runs(type) || !panel_quantized(type))
+            continue;
+        struct product p = new_product(type, 16, 256);
+        for (int i = 0; i < TILE_COLS * 256; i++)
+            p.x[i] = i / 256 % 2 ? 1.0f : -1.0f;
+        isas[0].quantize(p.act, 1, p.x, TILE_COLS * 8);
+        for (int byte = 0; byte < 256; byte += 17) {
+            memset(p.codes, byte, p.size.codes);
+            run_reference(&p, p.ref);
+            for (int i = 0; i < n_isas; i++)
+                for (int n = 1; n <= TILE_COLS; n += 5)
+                    check_tile(&isas[i], &p, 0, 1, 0, n, 0, 0);
+        }
+        free_product(&p);
     }
 }
 
@@ -410,189 +404,6 @@ static void quantize_blocks(void) {
     free(x), free(act), free(first);
 }
 
-typedef void row_fn(const struct kernels *k, float *y, const float *x, const float *a, const float *b, int n);
-
-/* Every ISA gives the bits of the reference, in place too, and writes n values. Leaves them in y. */
-static void check_row(row_fn *fn, float *y, const float *x, const float *a, const float *b, int n, int in_place) {
-    for (int i = 0; i < n_isas; i++) {
-        float *out = guards((size_t)n + 2), *exact_size = get_memory((size_t)n * sizeof *y);
-        fn(&isas[i], out + 1, x, a, b, n);
-        CHECK(out[0] == GUARD && out[n + 1] == GUARD);
-        if (i == 0)
-            memcpy(y, out + 1, (size_t)n * sizeof *y);
-        CHECK(same(out + 1, y, (size_t)n));
-        memcpy(exact_size, x, (size_t)n * sizeof *y);
-        if (in_place) {
-            fn(&isas[i], exact_size, exact_size, a, b, n);
-            CHECK(same(exact_size, y, (size_t)n));
-        }
-        free(out), free(exact_size);
-    }
-}
-
-static void do_rmsnorm(const struct kernels *k, float *y, const float *x, const float *a, const float *b, int n) {
-    (void)b;
-    k->rmsnorm(y, x, a, n, 1e-5f);
-}
-static void do_layernorm(const struct kernels *k, float *y, const float *x, const float *a, const float *b, int n) {
-    k->layernorm(y, x, a, b, n, 1e-5f);
-}
-static void do_silu(const struct kernels *k, float *y, const float *x, const float *a, const float *b, int n) {
-    (void)b;
-    k->silu(y, a, x, n);
-}
-static void do_gelu(const struct kernels *k, float *y, const float *x, const float *a, const float *b, int n) {
-    (void)b;
-    k->gelu(y, a, x, n);
-}
-static void do_add(const struct kernels *k, float *y, const float *x, const float *a, const float *b, int n) {
-    (void)b;
-    if (y != x)
-        memcpy(y, x, (size_t)n * sizeof *y);
-    k->add(y, a, n);
-}
-static void do_scale(const struct kernels *k, float *y, const float *x, const float *a, const float *b, int n) {
-    (void)a, (void)b;
-    if (y != x)
-        memcpy(y, x, (size_t)n * sizeof *y);
-    k->scale(y, 1.7f, n);
-}
-
-/* Against mean and deviation in double. n roundings of the largest value move the mean, and with it the deviation. */
-static void norms(void) {
-    for (int s = 0; s < N_SIZES; s++) {
-        int n = sizes[s];
-        float *x = noises(n), *w = noises(n), *b = noises(n), *y = get_memory((size_t)n * sizeof *y);
-        for (int kind = 0; kind < 3; kind++) {          /* rms, layer, layer without bias */
-            double mean = 0, square = 0, shift = kind ? 3.0 : 0.0, most = 0;
-            for (int i = 0; i < n; i++)
-                x[i] += (float)shift, mean += kind ? (double)x[i] / n : 0, most = fmax(most, fabs((double)x[i]));
-            for (int i = 0; i < n; i++)
-                square += ((double)x[i] - mean) * ((double)x[i] - mean) / n;
-            check_row(kind ? do_layernorm : do_rmsnorm, y, x, w, kind == 1 ? b : NULL, n, 1);
-            for (int i = 0; i < n; i++) {
-                double scale = 1 / sqrt(square + (double)1e-5f), bias = kind == 1 ? (double)b[i] : 0;
-                double normed = ((double)x[i] - mean) * scale, right = normed * (double)w[i] + bias;
-                double size = (most * scale * (1 + fabs(normed)) + fabs(normed)) * fabs((double)w[i]) + fabs(bias);
-                double slack = (n + 8) * ROUNDING * size;
-                CHECK(fabs((double)y[i] - right) <= slack && slack < 0.05);
-            }
-        }
-        free(x), free(w), free(b), free(y);
-    }
-}
-
-static double sigmoid(double x) { return 1 / (1 + exp(-x)); }
-
-/* Within 12 ulp of libm, over all that a gate may be; zero stays zero and large values do not overflow. */
-static void activations(void) {
-    enum { N = 3000 };
-    float *x = get_memory(N * sizeof *x), *up = noises(N), *y = get_memory(N * sizeof *y);
-    for (int i = 0; i < N; i++)
-        x[i] = i < 2000 ? (float)(i - 1000) / 10 : i < 2900 ? noise() * 4 : ldexpf(noise(), i - 2990);
-    x[0] = 0, x[1] = -0.0f, x[2] = 1e30f, x[3] = -1e30f, x[4] = 1e12f;
-    for (int kind = 0; kind < 4; kind++) {
-        float *mul = kind & 1 ? up : NULL;
-        check_row(kind & 2 ? do_gelu : do_silu, y, x, mul, NULL, N, !mul);
-        for (int i = 0; i < N; i++) {
-            double g = (double)x[i], u = kind & 2 ? 2 * 0.7978845608028654 * (g + 0.044715 * g * g * g) : g;
-            double by = mul ? (double)mul[i] : 1, right = g * sigmoid(u) * by;
-            double slack = ROUNDING * (24 + (kind & 2 ? 8 * fabs(u) : 0)) * fabs(right);    /* u's rounding counts |u| times */
-            double cut = fabs(g * by) * (u < -86 ? exp(-86) : 2e-38);
-            CHECK(fabs((double)y[i] - right) <= slack + cut + 1e-37);
-        }
-    }
-    for (int s = 0; s < N_SIZES; s++) {
-        check_row(do_silu, y, x, up, NULL, sizes[s], 0);
-        check_row(do_gelu, y, x, NULL, NULL, sizes[s], 1);
-    }
-    free(x), free(up), free(y);
-}
-
-static void sums_and_scales(void) {
-    for (int s = 0; s < N_SIZES; s++) {
-        int n = sizes[s];
-        float *x = noises(n), *a = noises(n), *y = get_memory((size_t)n * sizeof *y);
-        check_row(do_add, y, x, a, NULL, n, 1);
-        for (int i = 0; i < n; i++)
-            CHECK(y[i] == x[i] + a[i]);
-        check_row(do_scale, y, x, NULL, NULL, n, 1);
-        for (int i = 0; i < n; i++)
-            CHECK(y[i] == x[i] * 1.7f);
-        free(x), free(a), free(y);
-    }
-}
-
-/* e^x alone, as a sum of one: within 1.3e-7 of libm, and an error of the exponent's size where it is not cut to 0. */
-static void exponentials(void) {
-    for (int isa = 0; isa < n_isas; isa++)
-        for (int i = 0; i <= 8800; i++) {
-            float x = -(float)i / 100, ours = isas[isa].sum_exp(&x, 0, 1);
-            double right = exp((double)x);
-            CHECK(x < -87 ? ours == 0 : fabs((double)ours - right) <= fmin(1.3e-7, (4 - 1.5 * (double)x) * ROUNDING * right));
-        }
-}
-
-/* Of a row of logits, ties and -inf among them. */
-static void best_of_a_row(void) {
-    for (int s = 0; s < N_SIZES; s++) {
-        int n = sizes[s];
-        float *x = noises(n), sum = 0;
-        x[n / 2] = n > 3 ? -INFINITY : x[n / 2];
-        x[n - 1] = x[0];
-        double top = -INFINITY, right = 0;
-        for (int i = 0; i < n; i++)
-            x[i] *= 10, top = fmax(top, (double)x[i]);
-        for (int i = 0; i < n; i++)
-            right += exp((double)x[i] - top);
-        for (int i = 0; i < n_isas; i++) {
-            CHECK(isas[i].largest(x, n) == (float)top);
-            float ours = isas[i].sum_exp(x, (float)top, n);
-            CHECK(fabs((double)ours - right) <= (n + 60) * ROUNDING * right);       /* x - top is up to 60 */
-            sum = i ? sum : ours;
-            CHECK(ours == sum);
-            for (int at = 0; at < n; at += 64) {
-                int some = n - at < 64 ? n - at : 64;
-                for (int j = 0; j < some; j += 7) {
-                    uint64_t found = isas[i].reaching(x + at, some, x[at + j]);
-                    for (int k = 0; k < 64; k++)
-                        CHECK((found >> k & 1) == (k < some && x[at + k] >= x[at + j]));
-                }
-            }
-        }
-        free(x);
-    }
-}
-
-static void rope(void) {
-    static const int dims[] = { 2, 4, 10, 32, 48, 64, 80, 96, 128, 256 };
-    for (size_t s = 0; s < sizeof dims / sizeof *dims; s++) {
-        int n = dims[s];
-        float *x = noises(n), *cs = get_memory((size_t)n * sizeof *cs), *first = get_memory((size_t)n * sizeof *first);
-        for (int i = 0; i < n / 2; i++)
-            cs[i] = (float)cos(0.1 + i), cs[n / 2 + i] = (float)sin(0.1 + i);
-        for (int halves = 0; halves < 2; halves++)
-            for (int isa = 0; isa < n_isas; isa++) {
-                float *y = guards((size_t)n + 2);
-                memcpy(y + 1, x, (size_t)n * sizeof *y);
-                (halves ? isas[isa].rope_halves : isas[isa].rope_pairs)(y + 1, cs, cs + n / 2, n);
-                CHECK(y[0] == GUARD && y[n + 1] == GUARD);
-                for (int i = 0; i < n / 2; i++) {
-                    int a = halves ? i : 2 * i, b = halves ? i + n / 2 : 2 * i + 1;
-                    double c = (double)cs[i], d = (double)cs[n / 2 + i];
-                    double slack = 3 * ROUNDING * (fabs((double)x[a]) + fabs((double)x[b]));
-                    CHECK(fabs((double)y[1 + a] - ((double)x[a] * c - (double)x[b] * d)) <= slack);
-                    CHECK(fabs((double)y[1 + b] - ((double)x[a] * d + (double)x[b] * c)) <= slack);
-                }
-                if (isa == 0)
-                    memcpy(first, y + 1, (size_t)n * sizeof *y);
-                CHECK(same(y + 1, first, (size_t)n));
-                free(y);
-            }
-        free(x), free(cs), free(first);
-    }
-}
-
 /* Attention. */
 
 enum { CHUNKS = 3, TOKENS = CHUNKS * CHUNK };
@@ -604,14 +415,17 @@ struct cache {
     float *k, *v;               /* (TOKENS, head_dim) as f16 has them */
     float *q;                   /* (ATTN_ROWS, head_dim) */
     int first[ATTN_ROWS], limit[ATTN_ROWS];     /* absolute */
+    float softcap, sink;        /* 0 and -inf: off */
+    float slope[ATTN_ROWS];     /* all 0: off */
+    int at[ATTN_ROWS];          /* absolute */
 };
 
 static void store(const struct kernels *kernels, struct cache *c, int token, const float *k, const float *v) {
-    kernels->store_kv(c->tiles[token / TILE], token % TILE, k, v, c->head_dim, c->v_dim);
+    kernels->store_kv(c->tiles[token / TILE], token % TILE, k, v, c->head_dim, c->head_dim);
 }
 
 static struct cache new_cache(int head_dim, int n_rows, int from, int to) {
-    struct cache c = { .head_dim = head_dim, .v_dim = (head_dim + 15) / 16 * 16, .n_rows = n_rows };
+    struct cache c = { .head_dim = head_dim, .v_dim = (head_dim + 15) / 16 * 16, .n_rows = n_rows, .sink = -INFINITY };
     size_t tile = (size_t)(TILE * (c.head_dim + c.v_dim));
     c.k = noises(TOKENS * head_dim);
     c.v = noises(TOKENS * head_dim);
@@ -651,13 +465,14 @@ static int smaller(int a, int b) { return a < b ? a : b; }
 /* Rows row .. row + n over all chunks, `group` at a time where they see something; out: (n, head_dim). */
 static void attend(const struct kernels *k, const struct cache *c, int row, int n, int group, float *out) {
     float *o = calloc((size_t)(n * c->v_dim), sizeof *o), m[ATTN_ROWS], l[ATTN_ROWS] = { 0 };
+    int alibi = c->slope[0] > 0;
     CHECK(o);
     for (int i = 0; i < n; i++)
         m[i] = -INFINITY;
     for (int chunk = 0; chunk < TOKENS; chunk += CHUNK)
         for (int at = 0, taken; at < n; at += taken ? taken : 1) {
             const float *q[ATTN_ROWS];
-            int first[ATTN_ROWS], limit[ATTN_ROWS];
+            int first[ATTN_ROWS], limit[ATTN_ROWS], own[ATTN_ROWS];
             for (taken = 0; taken < group && at + taken < n; taken++) {
                 int i = row + at + taken;
                 if (c->limit[i] <= chunk || c->first[i] >= chunk + CHUNK)
@@ -665,16 +480,22 @@ static void attend(const struct kernels *k, const struct cache *c, int row, int 
                 q[taken] = c->q + i * c->head_dim;
                 first[taken] = c->first[i] > chunk ? c->first[i] - chunk : 0;
                 limit[taken] = smaller(c->limit[i] - chunk, CHUNK);
+                own[taken] = c->at[i] - chunk;
             }
             if (taken)
                 k->attend(&(struct attn_job){
                     .tiles = (const uint16_t *const *)c->tiles + chunk / TILE,
                     .head_dim = c->head_dim, .v_dim = c->v_dim, .n_rows = taken, .q = q, .first = first, .limit = limit, .m = m + at, .l = l + at, .o = o + at * c->v_dim,
+                    .softcap = c->softcap, .slope = alibi ? c->slope + row + at : NULL, .at = alibi ? own : NULL,
                 });
         }
-    for (int i = 0; i < n; i++)
+    float *nothing = calloc((size_t)c->v_dim, sizeof *nothing);     /* a sink: a chunk of one token without a value */
+    CHECK(nothing);
+    for (int i = 0; i < n; i++) {
+        k->attend_merge(&m[i], &l[i], o + i * c->v_dim, c->sink, 1, nothing, c->v_dim);
         k->attend_end(out + i * c->head_dim, o + i * c->v_dim, l[i], c->head_dim);
-    free(o);
+    }
+    free(o), free(nothing);
 }
 
 static double score(const struct cache *c, int row, int t, double *size) {
@@ -685,16 +506,21 @@ static double score(const struct cache *c, int row, int t, double *size) {
         s += product;
         *size += fabs(product);
     }
-    return s;
+    if (c->softcap > 0)
+        s = (double)c->softcap * tanh(s / (double)c->softcap);
+    double bias = (double)c->slope[row] * abs(c->at[row] - t);
+    *size += fabs(bias) / c->head_dim;                  /* one rounding, not head_dim */
+    return s - bias;
 }
 
 /* A score is off by head_dim roundings of its size, and so is its weight, relatively; every sum adds one a token. */
 static double naive(const struct cache *c, int row, double *out) {
-    double top = -INFINITY, total = 0, most = 0, size;
+    double top = (double)c->sink, total, most = 0, size;
     for (int t = c->first[row]; t < c->limit[row]; t++)
         top = fmax(top, score(c, row, t, &size)), most = fmax(most, size);
     for (int d = 0; d < c->head_dim; d++)
         out[d] = 0;
+    total = exp((double)c->sink - top);
     for (int t = c->first[row]; t < c->limit[row]; t++) {
         double p = exp(score(c, row, t, &size) - top);
         total += p;
@@ -717,30 +543,37 @@ static int near(const struct cache *c, int row, const float *out) {
 
 static int noticed;         /* wrong masks; a token of little weight may escape */
 
-static void check_attention(int head_dim, int n_rows, int from, int to) {
-    struct cache c = new_cache(head_dim, n_rows, from, to);
+/* Every ISA and every grouping of rows gives `first`, and that is near what doubles give. */
+static void check_cache(const struct cache *c, float *first) {
+    int n_rows = c->n_rows, head_dim = c->head_dim;
     size_t n = (size_t)(n_rows * head_dim);
-    float *first = get_memory(n * sizeof *first), *out = get_memory(n * sizeof *out);
+    float *out = get_memory(n * sizeof *out);
     for (int i = 0; i < n_isas; i++) {
-        attend(&isas[i], &c, 0, n_rows, 1, out);
+        attend(&isas[i], c, 0, n_rows, 1, out);
         if (i == 0)
             memcpy(first, out, n * sizeof *out);
         CHECK(same(out, first, n));
         for (int group = 2; group <= n_rows; group += n_rows > 4 && group == 2 ? n_rows - 2 : 1) {
-            attend(&isas[i], &c, 0, n_rows, group, out);
+            attend(&isas[i], c, 0, n_rows, group, out);
             CHECK(same(out, first, n));
         }
-        attend(&isas[i], &c, n_rows - 1, 1, 1, out);
+        attend(&isas[i], c, n_rows - 1, 1, 1, out);
         CHECK(same(out, first + n - head_dim, (size_t)head_dim));
     }
     for (int row = 0; row < n_rows; row++)
-        CHECK(near(&c, row, first + row * head_dim));
+        CHECK(near(c, row, first + row * head_dim));
     memset(out, 0, n * sizeof *out);
-    CHECK(!near(&c, 0, out));
+    CHECK(!near(c, 0, out));
+    free(out);
+}
+
+static void check_attention(int head_dim, int n_rows, int from, int to) {
+    struct cache c = new_cache(head_dim, n_rows, from, to);
+    float *out = get_memory((size_t)(n_rows * head_dim) * sizeof *out);
+    check_cache(&c, out);
     c.limit[0]--;                                       /* one token less is seen */
-    noticed += c.limit[0] > c.first[0] && !near(&c, 0, first);
-    c.limit[0]++;
-    free(first), free(out);
+    noticed += c.limit[0] > c.first[0] && !near(&c, 0, out);
+    free(out);
     free_cache(&c);
 }
 
@@ -764,6 +597,40 @@ static void attention(void) {
     for (int tile = 0; tile < CHUNK; tile += TILE)      /* one tile, anywhere */
         check_attention(32, 4, tile, tile + TILE);
     CHECK(noticed > 100);
+}
+
+/* With a softcap, ALiBi and a sink, alone and together; without one of them the result is mostly a different one.
+ * Queries stand before, among and after the rows they see. */
+static void attention_with_extras(void) {
+    int told[3] = { 0 };
+    for (int round = 0; round < 48; round++) {
+        int kind = 1 + round % 7, n_rows = 1 + round % ATTN_ROWS, head_dim = 16 * (1 + round % 5);
+        int from = round % 3 ? round * 5 : 0, n_seen = 3 + round * (round % 2 ? 1 : 11) % (TOKENS - 300);
+        struct cache c = new_cache(head_dim, n_rows, from, from + n_seen);
+        float *out = get_memory((size_t)(n_rows * head_dim) * sizeof *out);
+        if (kind & 1)
+            c.softcap = round % 2 ? 1.5f : 0.4f;
+        for (int i = 0; i < n_rows && kind & 2; i++) {
+            c.slope[i] = ldexpf(1, -2 - i % 4);
+            c.at[i] = c.first[i] - 20 + (int)random_below(&state, c.limit[i] - c.first[i] + 40);
+        }
+        if (kind & 4)
+            c.sink = (float)(2 + round % 3 * 2);
+        check_cache(&c, out);
+        struct cache others[] = { c, c, c };            /* each without one of the three */
+        others[0].softcap = 0;
+        memset(others[1].slope, 0, sizeof c.slope);
+        others[2].sink = -INFINITY;
+        for (int i = 0; i < 3; i++) {
+            int differs = !near(&others[i], 0, out);
+            CHECK(!differs || kind >> i & 1);
+            told[i] += differs;
+        }
+        free(out);
+        free_cache(&c);
+    }
+    for (int i = 0; i < 3; i++)
+        CHECK(told[i] > 20);
 }
 
 /* Scores so large that only the best token counts, or all alike. */
@@ -801,7 +668,7 @@ static void stores_one_slot(void) {
             float *k = noises(dim), *v = noises(dim);
             k[1] = 1e6f, v[2] = -INFINITY, v[3] = 3e-6f;
             memset(tile, 0x5a, (size_t)n * sizeof *tile);
-            isas[isa].store_kv(tile, slot, k, v, dim, v_dim);
+            isas[isa].store_kv(tile, slot, k, v, dim, dim);
             for (int i = 0; i < n; i++) {
                 int at = i - dim * TILE, mine = i < dim * TILE ? i % TILE == slot : at / v_dim == slot;
                 if (!mine)
@@ -821,14 +688,10 @@ int main(void) {
     every_panel();
     coarse_panels();
     extreme_codes();
+    equal_codes();
     quantize_blocks();
-    norms();
-    activations();
-    sums_and_scales();
-    exponentials();
-    best_of_a_row();
-    rope();
     attention();
+    attention_with_extras();
     attention_at_the_edges();
     stores_one_slot();
     return 0;

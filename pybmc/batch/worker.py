@@ -1,0 +1,104 @@
+"""Answers to lines, from one engine."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from ..chat.generate import encode_prompt
+from ..chat.template import template_of
+from ..engine.engine import Engine, Request, Sequence
+from ..engine.generate import checked_wishes
+from ..engine.sampler import Sampler
+from ..engine.text import Token
+from ..errors import BmcError
+from .lines import Line, failure, parsed
+
+AHEAD = 16                              # lines that are begun before the oldest is done, for each that is written at a time
+
+
+@dataclass
+class _Job:
+    line: Line
+    asked: dict
+    seed: int
+    tokens: list[Token] = field(default_factory=list)
+
+    def answer(self, sequence: Sequence) -> dict:
+        if sequence.error:
+            return failure(self.line, sequence.error)
+        stats = sequence.stats
+        return {"index": self.line.number, **({"id": self.asked["id"]} if "id" in self.asked else {}), "key": self.line.key,
+                "text": "".join(token.text for token in self.tokens),
+                "finish_reason": self.tokens[-1].finish_reason if self.tokens else "length", "seed": self.seed,
+                "prompt_tokens": stats.prompt_tokens, "completion_tokens": stats.predicted_tokens}
+
+
+class Worker:
+    """A model and an engine that answer lines. settings: a line's, unless it has its own. context: a cap on each one's rows.
+
+    seed: of a line without one; None gives each a new one.
+    """
+
+    def __init__(self, model, settings: dict, parallel: int = 8, context: int | None = None, **drafting):
+        self.model, self.settings, self.context = model, settings, context
+        self.engine = Engine(model, parallel=parallel, **drafting)
+        self._template = None
+
+    def answers(self, lines: Iterable[Line]) -> Iterator[dict]:
+        """An answer for each line, in their order. One that fails is an answer with an error."""
+        lines, running = iter(lines), {}
+        begun, ready = [], {}           # numbers in order, answers by number
+        more = True
+        while more or begun:
+            while more and len(running) < 2 * self.engine.parallel and len(begun) < AHEAD * self.engine.parallel:
+                line = next(lines, None)
+                more = line is not None
+                if more:
+                    begun.append(line.number)
+                    self._begin(line, running, ready)
+            self._step(running, ready)
+            while begun and begun[0] in ready:
+                yield ready.pop(begun.pop(0))
+
+    def _begin(self, line: Line, running: dict, ready: dict) -> None:
+        try:
+            asked = parsed(line, tuple(Sampler.__dataclass_fields__))
+            request = self._request(asked)
+            running[self.engine.add(request)] = _Job(line, asked, request.sampler.seed)
+        except (BmcError, OSError) as error:
+            ready[line.number] = failure(line, error)
+
+    def _request(self, asked: dict) -> Request:
+        wishes = {**self.settings, **asked}
+        settings = {name: wishes[name] for name in Sampler.__dataclass_fields__ if name in wishes}
+        if settings.get("seed") is None:
+            settings["seed"] = int.from_bytes(os.urandom(4), "little") if settings.get("temperature") else 0
+        fields = checked_wishes(self.model, wishes.get("max_tokens"), wishes.get("stop"), None, settings)
+        return Request(self._encode(asked), context=self.context, **fields)
+
+    def _encode(self, asked: dict) -> list[int]:
+        tokenizer = self.model.tokenizer
+        if "prompt" in asked:
+            return encode_prompt(tokenizer, asked["prompt"], None, asked.get("chat_template_kwargs"))
+        if self._template is None:
+            self._template = template_of(None, tokenizer)
+        return encode_prompt(tokenizer, asked["messages"], self._template, asked.get("chat_template_kwargs"))
+
+    def _step(self, running: dict, ready: dict) -> None:
+        if running:
+            for sequence, token in self.engine.step():
+                running[sequence].tokens.append(token)
+            for sequence in [sequence for sequence in running if sequence.done]:
+                job = running.pop(sequence)
+                ready[job.line.number] = job.answer(sequence)
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.close()
