@@ -242,6 +242,17 @@ def test_guesses_change_nothing(arch):
             assert all(sequence.stats.draft_n_accepted == sequence.stats.draft_n for sequence in sequences)
 
 
+def test_a_draft_model_follows_a_text_that_changes():
+    """Its states go back too: in the second text, which begins as the first, it is right again."""
+    model = load("qwen35", 2)
+    with model.session() as session, Engine(model, speculation=Speculation(model, model, "draft", fixed=5)) as engine:
+        for prompt in (text(90, 5).tolist(), text(90, 5).tolist()[:60] + [1, 2, 3], [7, 8, 9] * 5):
+            sequence = engine.add(Request(prompt, 40, session=session))
+            while not sequence.done:
+                engine.step()
+            assert sequence.stats.draft_n_accepted == sequence.stats.draft_n > 20
+
+
 @archs
 def test_it_is_proven(arch):
     found = list(prove(load(arch), ["abc abc abc"], 24, load(arch, 1, 1)))
