@@ -81,18 +81,17 @@ int bmc_session_new(bmc_model *m, int64_t cap, int r, int rope, bmc_session **se
 static int copy_session(bmc_session *s, bmc_session *parent, int position) {
     int status = init_arenas(s, parent->arenas[ALL_ROWS].config.r);
     for (int i = 0; !status && i < ARENAS; i++)
-        status = arena_fork(&s->arenas[i], &parent->arenas[i], parent->position);
+        status = arena_fork(&s->arenas[i], &parent->arenas[i], position);
     if (!status)
         status = states_copy(&s->states, &parent->states);
-    s->tokens = malloc((size_t)larger(parent->position, 1) * sizeof *s->tokens);
+    s->n_tokens = larger(position, 1);
+    s->tokens = malloc((size_t)s->n_tokens * sizeof *s->tokens);
     if (!status && !s->tokens)
-        status = fail(BMC_ENOMEM, "no memory for %d tokens", parent->position);
+        status = fail(BMC_ENOMEM, "no memory for %d tokens", position);
     if (status)
         return status;
-    if (parent->position)
-        memcpy(s->tokens, parent->tokens, (size_t)parent->position * sizeof *s->tokens);
-    s->n_tokens = larger(parent->position, 1);
-    s->position = parent->position;
+    if (position)
+        memcpy(s->tokens, parent->tokens, (size_t)position * sizeof *s->tokens);
     s->offset = parent->offset;
     return go_back(s, position);
 }
@@ -129,17 +128,38 @@ void bmc_session_free(bmc_session *s) {
 
 int bmc_session_position(const bmc_session *s) { return s->position; }
 
+/* Whether rows are gone that windows reach back to from a position. */
+static bool lacks_rows(const bmc_session *s, int position) {
+    const struct arena *windows = &s->arenas[WINDOWS];
+    return windows->n_dropped && position + 1 - s->model->window < windows->n_dropped * windows->config.r;
+}
+
 /* How far back a session gets towards a position without evaluating tokens again: states may have to go farther, and where rows of
  * windows are gone it starts anew. */
+static int nearest(const bmc_session *s, int position) {
+    const int found = states_nearest(&s->states, position);
+    return lacks_rows(s, found) ? 0 : found;
+}
+
 static int reach(bmc_session *s, int position) {
-    struct arena *windows = &s->arenas[WINDOWS];
-    int reached = states_rewind(&s->states, position);
-    if (windows->n_dropped && reached + 1 - s->model->window < windows->n_dropped * windows->config.r) {
-        arena_clear(windows);
-        reached = states_rewind(&s->states, 0);
-    }
+    const int reached = nearest(s, position);
+    if (lacks_rows(s, reached))
+        arena_clear(&s->arenas[WINDOWS]);
+    states_rewind(&s->states, reached);
     s->position = reached;
     return reached;
+}
+
+int bmc_session_nearest(bmc_session *s, int position) {
+    int status = claim(s);
+    if (status)
+        return status;
+    if (position < 0 || position > s->position)
+        status = fail(BMC_EINVAL, "nearest: expected 0 to %d, found %d", s->position, position);
+    else
+        status = nearest(s, position);
+    release(s);
+    return status;
 }
 
 /* Back to a position that is within the text. */

@@ -56,6 +56,9 @@ int states_reserve(struct states *s);                           /* memory for th
 struct state_run states_plan(const struct states *s, int start, int n);
 void states_done(struct states *s, const struct state_run *run);
 
+/* How far back towards `position` the states get without evaluating tokens again. */
+int states_nearest(const struct states *s, int position);
+
 /* Takes the states back to `position`, or to an earlier one, from where the tokens have to be evaluated again; which one. */
 int states_rewind(struct states *s, int position);
 

@@ -108,15 +108,18 @@ def test_rows_of_an_ended_request_serve_the_next_one_that_begins_alike(model):
         assert other.stats.reused_tokens == fresh.stats.reused_tokens == 0
 
 
-def test_a_session_is_not_taken_for_less_than_it_holds(model):
+def test_a_session_is_taken_only_where_it_holds_nothing_else(model):
     kept = Prefixes()
     with model.session() as session:
         session.eval(list(range(100)), "none")
         kept.give(session)
-        assert kept.match([*range(10), 5], session.context) is None
-        assert kept.match(list(range(60)), session.context).session is session
-        assert kept.match(list(range(60)), 77) is None
-        assert kept.take(kept.match(list(range(60)), session.context)) is session and not kept.rows
+        texts = [np.array(text, np.int32) for text in ([*range(60), 5], [*range(100), 5], [5])]
+        part, whole, none = (kept.match(text, session.context) for text in texts)
+        assert (part.n, part.whole, whole.n, whole.whole, none) == (60, False, 100, True, None)
+        assert kept.match(texts[0], 77) is None
+        with kept.take(part) as fork:
+            assert fork.tokens == list(range(60)) and kept.rows == 100
+        assert kept.take(whole) is session and not kept.rows and not kept.bytes
 
 
 def test_kept_rows_make_way_the_least_recently_used_first(model):
@@ -128,7 +131,7 @@ def test_kept_rows_make_way_the_least_recently_used_first(model):
         engine.add(Request([4] * 60, 2))
         finish(engine)
         held = [int(kept.tokens[0]) for kept in engine.prefixes._kept]
-        assert held[-1] == 4 and 1 not in held and engine.prefixes.rows <= engine.rows
+        assert held[-1] == 4 and 1 not in held and engine.used <= engine.memory
 
 
 def test_cancelled_and_failed_requests_keep_nothing(model, short_calls):
@@ -165,7 +168,7 @@ def test_the_youngest_is_put_aside_and_its_text_stays_the_same(model, short_call
         for _ in busy(engine):
             for sequence, token in engine.step():
                 found.setdefault(sequence, []).append(token)
-            assert sum(s.session.position for s in engine.running) + engine.prefixes.rows <= engine.rows
+            assert engine.used <= engine.memory
         assert [outcome(found[s]) for s in sequences] == expected and engine.put_aside > 0
         assert [s.stats.predicted_tokens for s in sequences] == [len(tokens) for tokens in expected]
 
@@ -263,4 +266,4 @@ def test_sessions_grow_finely_only_where_memory_is_narrow(model):
     with model.session() as session:
         usual = session.arena_stats().r
     assert Room(model, 100 * row, 2).grain == FINE and Room(model, 8 * usual * row, 2).grain == usual
-    assert [Room(model, 100 * row, 2).held(n) for n in (0, 1, 16, 17)] == [0, 16, 16, 32]
+    assert [Room(model, 100 * row, 2).whole(n) for n in (0, 1, 16, 17)] == [0, 16, 16, 32]

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -89,7 +90,8 @@ def encode(model, text) -> list[int]:
 
 def groups(texts: list[list[int]], most: int) -> Iterator[list[int]]:
     """Numbers of texts that share a pass: up to `most` tokens, or a longer text alone. The shortest come first."""
-    group, size = [], 0
+    group: list[int] = []
+    size = 0
     for i in sorted(range(len(texts)), key=lambda i: len(texts[i])):
         if group and size + len(texts[i]) > most:
             yield group
@@ -100,7 +102,7 @@ def groups(texts: list[list[int]], most: int) -> Iterator[list[int]]:
         yield group
 
 
-def evaluate(model, texts: list[list[int]], wants: str) -> list[np.ndarray]:
+def evaluate(model, texts: list[list[int]], wants: str) -> list[Any]:
     """Vectors after the last norm, as Session.eval names them."""
     with ExitStack() as sessions:
         return eval_batch([(sessions.enter_context(model.session(rows=len(ids))), ids, wants)

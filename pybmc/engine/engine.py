@@ -16,12 +16,14 @@ from math import inf
 from typing import NamedTuple
 from weakref import ref
 
+import numpy as np
+
 from .. import checks
 from .._native import check, ffi, lib
 from ..errors import ArgumentError, BmcError, BusyError, ContextFullError, OutOfMemoryError
 from ..spec.speculation import Drafter, Speculation
 from .model import Model
-from .prefixes import Kept, Prefixes
+from .prefixes import Match, Prefixes, common
 from .sampler import Sampler, check_bias
 from .schedule import Turns
 from .schema import Masks, Schema
@@ -35,7 +37,7 @@ ANSWER = 256                            # tokens of an answer that admission kee
 CALL_SECONDS = 0.016                    # rounds that are one call: so long, so that tokens come evenly
 PASS_SECONDS, PASS_SECONDS_ALONE = 0.1, 0.25        # what a pass with pieces of prompts may take: while others write, and otherwise
 SOURCES = (None, None, "ngram", "draft", "self")    # by bmc_item.drafted
-PIECE = 64                              # tokens of the first piece, while nothing is known of costs
+PIECE, LEAST = 64, 16                   # tokens of the first piece, while nothing is known of costs; and of the smallest
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,9 @@ class Sequence:
         self.engine, self.request, self.number = engine, request, number
         self.prompt = list(request.tokens)
         self.text = list(self.prompt)   # and the tokens given
+        self.ids = np.array(self.prompt, np.int32)      # the text that start() begins with
+        self.marks: set[int] = set()    # positions where other texts leave this one: reading stops there for them
+        self.awaits: Sequence | None = None             # who reads the beginning of its text
         self.scores: list[Score] = []
         self.stats = Stats(prompt_tokens=len(self.prompt))
         self._owned = request.session is None
@@ -165,13 +170,13 @@ class Sequence:
 
     def start(self) -> None:
         """Take a session, and keep what it holds of the text. A sequence that wrote there before is ended."""
-        request = self.request
+        request, self.awaits = self.request, None
         if self.session is None:
             self.session = self.engine.session_for(self)
         session, context = self.session, self.session.context
         if len(self.prompt) > context:
             raise ContextFullError(f"the prompt has {len(self.prompt)} tokens, the context has room for {context}")
-        kept = session.sync(self.text[:-1] if request.score is None or self._written else [])
+        kept = session.sync([] if self.unscored else self.text[:-1])
         before = session.writer() if session.writer else None
         if before not in (None, self):
             before.lose("another one began in its session")
@@ -195,10 +200,13 @@ class Sequence:
         self._make_item()
 
     def put_aside(self) -> None:
-        """Give up the rows. The text stays, and start() reads it again: what comes after is the same."""
+        """Give up the session. The text stays, and start() reads what is gone of it again: what comes after is the same."""
         self._close_drafter()
-        self.session.close()
-        self.session = None
+        self.engine.prefixes.give(self.session)
+        self.session = None             # type: ignore[assignment]      # until start()
+        self.ids = np.array(self.text, np.int32)
+        if self.unscored:
+            self.scores.clear()
 
     def _make_item(self) -> None:
         n, top = int(min(ROOM, max(1, self._limit))), self.request.top
@@ -254,6 +262,16 @@ class Sequence:
         return min(self.request.max_tokens, self.context - len(self.prompt) + 1) - self._written
 
     @property
+    def wanted(self) -> float:
+        """Rows for the beginning of its answer; all of it where the session was given, which is never taken away."""
+        return len(self.text) + (min(self.left, ANSWER) if self._owned else self.left)
+
+    @property
+    def certain(self) -> float:
+        """Rows that it will need: those of the text so far; of all of it where the session was given."""
+        return len(self.text) + (0 if self._owned else self.left)
+
+    @property
     def context(self) -> int:
         return (self.request.session or self.request).context or self.engine.model.config.n_ctx
 
@@ -279,7 +297,7 @@ class Sequence:
                 self._guess(self._masks.forced())
             return 0
         at = self.session.position
-        n = min(piece, len(self.text) - at)
+        n = min([piece, len(self.text) - at, *(mark - at for mark in self.marks if mark > at)])
         item.pending, item.n_pending = self._tokens + at, n
         item.choose = at + n == len(self.text) and self._limit > 0
         if item.choose:                 # the first token comes with the text before it, without guesses
@@ -308,6 +326,8 @@ class Sequence:
         item = self.item
         if self.reading:
             self._note_progress()
+            if self.session.position in self.marks:
+                self._snapshot()
         n, item.n = item.n, 0
         if self.drafter:
             self.drafter.note_failure()
@@ -330,7 +350,7 @@ class Sequence:
         if self._masks:
             self._masks.accept(ids)
         self._time(seconds)
-        if self.reading:
+        if self.reading and (self.engine.keep or not self._owned):
             self._snapshot()
         self.reading = False
         found = []
@@ -368,7 +388,9 @@ class Sequence:
             self._uses = self.session.uses
 
     def _snapshot(self) -> None:
-        """At ends of prompts and answers: to where other texts will leave this one."""
+        """At ends of prompts and answers, and at marks: to where other texts will leave this one."""
+        if self._owned and not self.engine.has_room_for_snapshot():
+            return
         with suppress(BmcError):
             self.session.snapshot()
 
@@ -395,9 +417,10 @@ class Sequence:
             return
         if keep and not self.error:
             self.engine.prefixes.give(self.session)
-            self.session = None
+            self.session = None         # type: ignore[assignment]      # nobody asks for it any more
         else:
             self.session.close()
+            self.engine.prefixes.recount()
 
     def _close_drafter(self) -> None:
         if self.drafter is not None and self._owned:
@@ -408,11 +431,12 @@ class Sequence:
 class Engine:
     """Requests of one model, `parallel` of them at a time, the others waiting.
 
-    draft, spec, draft_max and draft_min are Speculation's. memory: bytes that rows may take together, None for no bound. A
-    request that does not fit beside the others waits; where rows run out later, the youngest is put aside and reads its text
-    again when there is room; one that does not fit alone ends with an OutOfMemoryError. keep: rows of finished requests stay
-    for requests that begin alike, as far as the memory goes. pass_seconds: how long a pass may take while somebody writes.
-    add() and cancel() may be called between steps; one thread at a time uses an engine.
+    draft, spec, draft_max and draft_min are Speculation's. memory: bytes that sessions may take together, None for no bound. A
+    request that does not fit beside the others waits; where memory runs out later, the youngest is put aside and reads what it
+    lost of its text again when there is room; one that does not fit alone ends with an OutOfMemoryError. Requests that begin
+    alike share the rows of their beginning: it is read once, and the others wait for that. keep: rows of finished requests
+    stay for such requests, as far as the memory goes. pass_seconds: how long a pass may take while somebody writes. add() and
+    cancel() may be called between steps; one thread at a time uses an engine.
     """
 
     def __init__(self, model: Model, draft: Model | None = None, spec: str = "auto", draft_max: int = 16,
@@ -498,26 +522,36 @@ class Engine:
             self._end(self.running, sequence, self.keep)
 
     def _end(self, queue: list[Sequence], sequence: Sequence, keep: bool = False) -> None:
+        sequence.finish(keep)
         queue.remove(sequence)
         self._turns.leave(sequence.request.client)
-        sequence.finish(keep)
 
     def _order(self, sequences: list[Sequence]) -> list[Sequence]:
         """Who is admitted first, and whose prompt is read first."""
         now = time.perf_counter()
-        return sorted(sequences, key=lambda s: (-s.request.priority, *self._turns.key(
-            s.request.client, len(s.text), now - s.since, s.number)))
+
+        def key(s: Sequence) -> tuple:
+            return -s.request.priority, *self._turns.key(s.request.client, len(s.text), now - s.since, s.number)
+
+        keys = {sequence: key(sequence) for sequence in sequences}
+        for sequence in self.waiting:           # who is waited for goes first in the place of those that wait
+            if sequence.awaits in keys:
+                keys[sequence.awaits] = min(keys[sequence.awaits], key(sequence))
+        return sorted(sequences, key=keys.__getitem__)
 
     def _admit(self) -> None:
-        while self.waiting and len(self.running) < self.parallel:
-            sequence = self._order(self.waiting)[0]
+        for sequence in self._order(self.waiting):
+            if len(self.running) == self.parallel:
+                break
+            if self._waits(sequence):
+                continue
             fits = self._fits(sequence)
             if not fits and self.running:
                 break
             try:
-                if not fits and self._room.held(len(sequence.text) + 1) > self.rows:
+                if self._room and not fits and len(sequence.text) >= self._room.most:
                     n = len(sequence.text)
-                    raise OutOfMemoryError(f"{n} tokens do not fit the memory, which has room for {self.rows:.0f}")
+                    raise OutOfMemoryError(f"{n} tokens do not fit the memory, which has room for {self._room.most}")
                 sequence.start()
                 self.running.append(sequence)
                 self.waiting.remove(sequence)
@@ -525,68 +559,121 @@ class Engine:
                 sequence.error = error
                 self._end(self.waiting, sequence)
 
-    def session_for(self, sequence: Sequence):
-        """A session for a sequence that brings none: the one that holds most of its beginning, or a new one."""
-        kept = self._match(sequence)
-        if kept is not None:
-            return self.prefixes.take(kept)
-        return self.model.session(sequence.request.context, rows=self._room.grain if self._room else "auto")
+    # ---- texts that begin alike
 
-    def _match(self, sequence: Sequence) -> Kept | None:
-        """The kept session that it would take."""
-        request = sequence.request
-        if sequence.session is not None or not request.reuse or request.score is not None:
+    def session_for(self, sequence: Sequence) -> Session:
+        """A session for a sequence that brings none: with most of its text, or a new one."""
+        match = self._match(sequence)
+        sequence.marks.add(self._parting(sequence))
+        if match is not None:
+            with suppress(OutOfMemoryError):
+                return self.prefixes.take(match)
+        session = self.model.session(sequence.request.context, rows=self._room.grain if self._room else "auto")
+        session.reserve(0)
+        return session
+
+    def _match(self, sequence: Sequence) -> Match | None:
+        """The session in which it finds most of its text."""
+        if not self._may_share(sequence):
             return None
-        return self.prefixes.match(sequence.text[:-1], sequence.context)
+        tokens, context = sequence.ids[:-1], sequence.context
+        best = self.prefixes.match(tokens, context)
+        for other in self._like(sequence):
+            n = common(tokens, other.ids)
+            found = other.session.nearest(min(n, other.session.position)) if n > (best.n if best else 0) else 0
+            if found > (best.n if best else 0):
+                best = Match(other.session, found)
+        return best
 
-    # ---- memory, in rows
+    def _parting(self, sequence: Sequence) -> int:
+        """Where its text becomes another than those that are known: others may part there too."""
+        if not self._may_share(sequence):
+            return 0
+        tokens = sequence.ids[:-1]
+        return max([self.prefixes.common(tokens), *(common(tokens, s.ids) for s in self._like(sequence))])
+
+    def _may_share(self, sequence: Sequence) -> bool:
+        return sequence.session is None and sequence.request.reuse and not sequence.unscored
+
+    def _like(self, sequence: Sequence) -> list[Sequence]:
+        """Running sequences with such a session as it would take."""
+        return [s for s in self.running if s.owned and s.context == sequence.context]
+
+    def _waits(self, sequence: Sequence) -> bool:
+        """Whether a running sequence is about to read the beginning of its text. Fewer tokens than the smallest piece are not
+        worth a pass."""
+        before, sequence.awaits = sequence.awaits, None
+        if not self._may_share(sequence):
+            return False
+        tokens = sequence.ids[:-1]
+        found = [(common(tokens, s.ids), s) for s in self._like(sequence) if s.reading]
+        n, first = max(found, key=lambda pair: pair[0], default=(0, None))
+        least = 1 if first is before else LEAST
+        if first is None or n < first.session.position + least:
+            return False
+        match = self._match(sequence)
+        if match is not None and n < match.n + least:
+            return False
+        first.marks.add(n)
+        sequence.awaits = first
+        return True
+
+    # ---- memory
 
     @property
-    def rows(self) -> float:
-        """Rows that the memory has room for."""
-        return self._room.rows if self._room else inf
-
-    def _committed(self, s: Sequence) -> float:
-        """Rows that a running sequence has, or is certain to need: a session that was given is never taken away."""
-        return max(s.session.rows, self._room.held(len(s.text) + (0 if s.owned else s.left)))
+    def used(self) -> float:
+        """Bytes that all sessions take."""
+        return self.prefixes.bytes + sum(s.session.arena_stats().bytes_reserved for s in self.running)
 
     def _fits(self, sequence: Sequence) -> bool:
-        """Whether there are rows for its text and the beginning of its answer; kept rows make way."""
+        """Whether there is memory for its text and the beginning of its answer; kept rows make way."""
         if self._room is None:
             return True
-        def wanted(s: Sequence) -> float:
-            return self._room.held(len(s.text) + (min(s.left, ANSWER) if s.owned else s.left))
-
-        needs = sum(max(wanted(s), self._committed(s)) for s in self.running) + wanted(sequence)
         match = self._match(sequence)
-        while needs + self.prefixes.rows - (match.rows if match else 0) > self.rows and self.prefixes.evict(match):
-            pass
-        return needs <= self.rows
+        grows = sum(self._room.growth(s, s.wanted) for s in self.running)
+        while self.used + grows + self._room.first_growth(sequence, match) > self._room.memory:
+            if self.prefixes.evict(match.kept if match else None):
+                continue
+            if match is None or match.kept is None or match.whole:
+                return False
+            self.prefixes.evict()
+            match = self._match(sequence)
+        return True
 
     def _make_room(self) -> Callable[[Sequence], float]:
-        """Rows that a sequence may add to its text in the next call. Kept rows make way, then the youngest sequences."""
+        """Tokens that a sequence may add to its text in the next call. Kept rows make way, then the youngest sequences."""
         room = self._room
         while room is not None:
             owned = [s for s in self.running if s.owned]
-            free = self.rows - self.prefixes.rows - sum(map(self._committed, self.running))
-            if free >= sum(room.held(len(s.text) + min(ROOM, s.left)) - self._committed(s) for s in owned):
+            free = room.memory - self.used - sum(room.growth(s, s.certain) for s in self.running)
+            if free >= sum(room.growth(s, len(s.text) + min(ROOM, s.left)) - room.growth(s, s.certain) for s in owned):
                 break
             if self.prefixes.evict():
                 continue
             if not owned:                       # sessions that were given may be larger than the memory
                 break
-            share = free // len(owned) // room.grain * room.grain
-            if all(self._committed(s) + share > len(s.text) for s in owned):
-                return lambda s: self._committed(s) + share - len(s.text) if s.owned else ROOM
+            share = room.rows(free / len(owned))
+            if all(room.held(s) + share > len(s.text) for s in owned):
+                return lambda s: room.held(s) + share - len(s.text) if s.owned else ROOM
             self._drop_youngest(owned)
         return lambda s: ROOM
+
+    def has_room_for_snapshot(self) -> bool:
+        """Whether a session may keep a copy of its states; kept rows make way."""
+        room = self._room
+        if room and room.state_bytes:
+            while self.used + room.snapshot_bytes > room.memory:
+                if not self.prefixes.evict():
+                    return False
+        return True
 
     def _drop_youngest(self, owned: list[Sequence]) -> None:
         """Put the youngest sequence aside; end it where it is alone."""
         sequence = max(owned, key=lambda s: s.number)
         if len(self.running) == 1:
             n = len(sequence.text)
-            sequence.error = OutOfMemoryError(f"{n} tokens fill the memory, which has room for {self.rows:.0f}")
+            room = f", which has room for {self._room.most}" if self._room else ""
+            sequence.error = OutOfMemoryError(f"{n} tokens fill the memory{room}")
             self._end(self.running, sequence)
             return
         self.running.remove(sequence)
@@ -601,6 +688,7 @@ class Engine:
         owned = [s for s in self.running if s.owned]
         if owned:
             self._drop_youngest(owned)
+            self.prefixes.evict()
         return bool(owned)
 
     # ---- one call of the library
@@ -648,7 +736,7 @@ class Engine:
                 if not sequence.claim(claims):
                     continue
                 at = len(sequence.scores)
-                sequence.scores += self._scorer(sequence.item.session, sequence.text[at:at + n + 1], sequence.request.score)
+                sequence.scores += self._scorer(sequence.item.session, sequence.text[at:at + n + 1], sequence.request.score or 0)
             self._turns.charge(sequence.request.client, read=n)
             read += n
         return read
@@ -657,12 +745,12 @@ class Engine:
         """Tokens of prompts in the next pass."""
         if not self._prompt_rate:
             return PIECE
-        return max(16, int(self._prompt_rate * (self._pass_seconds if writing else PASS_SECONDS_ALONE)) // 16 * 16)
+        return max(LEAST, int(self._prompt_rate * (self._pass_seconds if writing else PASS_SECONDS_ALONE)) // LEAST * LEAST)
 
     def _drafter(self, sequence: Sequence) -> Drafter:
         """Who guesses for a sequence: in a session that was given, the one who did so before."""
         session = sequence.session
-        if sequence._owned:
+        if sequence.owned:
             return self.speculation.drafter(sequence.request.hint)
         if session.drafter is None or session.drafter.made is not self.speculation:
             session.drafter = self.speculation.drafter()
@@ -670,15 +758,48 @@ class Engine:
 
 
 class Room:
-    """A bound on memory, in rows. Sessions grow by `grain` rows: as the library likes it, or finely where the bound is narrow."""
+    """A bound on memory. Sessions grow by `grain` rows: as the library likes it, or finely where the bound is narrow. snapshot_bytes:
+    of a copy of a session's states, which are there twice and with a log."""
 
-    def __init__(self, model, memory: float, parallel: int):
+    def __init__(self, model: Model, memory: float, parallel: int):
         with model.session() as session:
             stats = session.arena_stats()
-        self.states = -(-stats.state_bytes // max(stats.row_bytes, 1))
-        self.rows = memory // max(stats.row_bytes, 1)
-        self.grain = stats.r if 4 * parallel * stats.r <= self.rows else FINE
+        self.memory, self.state_bytes, self.snapshot_bytes = memory, stats.state_bytes, stats.state_bytes / 2
+        usual = stats.r * stats.row_bytes + stats.state_bytes
+        self.grain = stats.r if 4 * parallel * usual <= memory else FINE
+        with model.session(rows=self.grain) as session:
+            session.reserve(1)
+            self.grain_bytes = session.arena_stats().bytes_reserved - stats.state_bytes
 
-    def held(self, n: float) -> float:
+    @property
+    def most(self) -> int:
+        """Tokens that one session has room for."""
+        return max(self.rows(self.memory - self.state_bytes), 0)
+
+    def rows(self, size: float) -> int:
+        """Rows by which sessions can grow in so many bytes."""
+        return int(size // max(self.grain_bytes, 1)) * self.grain
+
+    def whole(self, n: float) -> float:
         """Rows that a session of n rows takes."""
-        return n if n == inf else self.states + -(-n // self.grain) * self.grain
+        return -(-n // self.grain) * self.grain
+
+    def bytes(self, n: float, held: float = 0) -> float:
+        """What they take, where it does not have `held` of them."""
+        return max(self.whole(n) - held, 0) / self.grain * self.grain_bytes
+
+    def held(self, s: Sequence) -> float:
+        """Rows that a running sequence's text has, or will have."""
+        return max(s.session.rows, self.whole(len(s.text)))
+
+    def growth(self, s: Sequence, n: float) -> float:
+        """Bytes that a running sequence takes more once it has n rows."""
+        return self.bytes(n, s.session.rows)
+
+    def first_growth(self, s: Sequence, match: Match | None) -> float:
+        """Bytes that one takes more which starts with a match."""
+        if s.session is not None:
+            return self.growth(s, s.wanted) + s.session.arena_stats().bytes_reserved
+        if match is not None and match.whole:
+            return self.bytes(s.wanted, match.session.rows)
+        return self.bytes(s.wanted, match.n // self.grain * self.grain if match else 0) + self.state_bytes

@@ -68,10 +68,10 @@ class Offsets:
 def text_logprobs(tokenizer, entries: Iterable[tuple], n_top: int, offsets: Offsets) -> dict:
     """The shape of the older completions. entries: (id, its log-probability, the likeliest ids with theirs); the first token of
     a prompt has None."""
-    found: dict = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    found: dict[str, list] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for id, logprob, top in entries:
         name, value = spelled(tokenizer, id), None if logprob is None else finite(logprob)
-        likeliest = {spelled(tokenizer, other): finite(its) for other, its in top[:n_top]}
+        likeliest: dict[str, float | None] = {spelled(tokenizer, other): finite(its) for other, its in top[:n_top]}
         likeliest |= {name: value} if n_top else {}
         for key, its in (("tokens", name), ("token_logprobs", value), ("text_offset", offsets.next(id)),
                          ("top_logprobs", None if logprob is None else likeliest)):
@@ -350,7 +350,7 @@ class TextAnswer:
         """Those of the tokens that were not told yet."""
         if self.n_top is None:
             return None
-        entries = [(token.id, token.logprob, token.top) for token in choice.shown]
+        entries: list[tuple] = [(token.id, token.logprob, token.top) for token in choice.shown]
         if self.echo:
             ids = self._prompt(choice)[1]
             entries = [(ids[0], None, ()), *((id, *score) for id, score in zip(ids[1:], choice.scores)), *entries]

@@ -181,7 +181,7 @@ class Visit:
     # ---- answers
 
     def _cors(self) -> dict[str, str]:
-        if not self.trusted:
+        if not self.trusted or self.origin is None:
             return {}
         return {"Access-Control-Allow-Origin": self.origin, "Vary": "Origin",
                 "Access-Control-Expose-Headers": "x-request-id, x-pybmc-seed"}

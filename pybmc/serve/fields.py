@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from math import inf, isfinite
-from typing import NoReturn
+from typing import NoReturn, overload
 
 from .. import checks
 from ..errors import ArgumentError
@@ -105,6 +105,10 @@ class Fields(dict):
     def flag(self, name: str, default: bool = False) -> bool:
         return self._of(bool, name, default, "true or false")
 
+    @overload
+    def text(self, name: str) -> str | None: ...
+    @overload
+    def text(self, name: str, default: str) -> str: ...
     def text(self, name: str, default: str | None = None) -> str | None:
         return self._of(str, name, default, "a text")
 

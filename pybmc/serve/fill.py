@@ -21,7 +21,8 @@ def fill_tokens(tokenizer) -> FillTokens | None:
     """A vocabulary's; None where it has not all three."""
     vocab = tokenizer.vocab
     found = [_named(vocab, f"tokenizer.ggml.{key}_token_id", names) for key, names in NAMES.items()]
-    return None if None in found else FillTokens(*found)
+    ids = [id for id in found if id is not None]
+    return FillTokens(*ids) if len(ids) == len(NAMES) else None
 
 
 def _named(vocab, key: str, names: tuple[str, ...]) -> int | None:

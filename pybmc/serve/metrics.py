@@ -7,6 +7,7 @@ import time
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
+from ..engine.engine import Stats
 from .answers import Update
 
 SECONDS = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60)
@@ -39,9 +40,8 @@ class Metrics:
     def clock(self, started: float) -> Clock:
         return Clock(self, started)
 
-    def ended(self, update: Update) -> None:
+    def ended(self, stats: Stats) -> None:
         """An answer is whole."""
-        stats = update.stats
         read = stats.prompt_tokens - stats.reused_tokens
         self.read.labels("read").inc(read)
         self.read.labels("cached").inc(stats.reused_tokens)
@@ -109,4 +109,4 @@ class Clock:
             if token.by:
                 self._metrics.accepted.labels(token.by).inc()
         if update.done and update.stats:
-            self._metrics.ended(update)
+            self._metrics.ended(update.stats)

@@ -120,7 +120,6 @@ def native_task(service: Service, fields: Fields, client, prompts):
 async def completion(request: Request) -> Response:
     service, fields = service_of(request), await fields_of(request)
 
-
     def make():
         return native_task(service, fields, client_of(request), text_prompts(service, fields))
 

@@ -14,7 +14,6 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from .. import __version__
-from ..engine.text import Token
 from .answers import Choice, Update, chat_logprob, usage_of
 from .embed import normalized, vectors
 from .errors import Refused, invalid, no_model
@@ -87,7 +86,9 @@ class Answer:
         return {"model": self.name, "created_at": now(), **message, "done": done}
 
     def _logprobs(self) -> dict:
-        shown: list[Token] = self.choice.shown if self.n_top is not None else []
+        if self.n_top is None:
+            return {}
+        shown = self.choice.shown
         new, self._told = shown[self._told:], len(shown)
         return {"logprobs": [chat_logprob(self.service.tokenizer, token, self.n_top) for token in new]} if new else {}
 
@@ -237,7 +238,8 @@ def details(service: Service) -> dict:
     family, n = service.model.config.arch, sum(int(np.prod(t.shape)) for t in file.tensors.values())
     found = {"format": "gguf", "family": family, "families": [family],
              "parameter_size": f"{n / 1e9:.1f}B" if n >= 5e8 else f"{n / 1e6:.2f}M"}
-    kind = FILE_TYPES.get(metadata.get("general.file_type", -1))
+    number = metadata.get("general.file_type")
+    kind = FILE_TYPES.get(number) if isinstance(number, int) else None
     return found | ({"quantization_level": kind} if kind else {})
 
 

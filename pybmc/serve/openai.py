@@ -73,7 +73,7 @@ def text_task(service: Service, fields: Fields, client):
     if "suffix" in fields and fields["suffix"] != "":
         if echo or not isinstance(fields.get("prompt"), str):
             raise unsupported("suffix", "with echo, or with prompts that are not one text, is not supported here")
-        prompts = [gap_prompt(service, fields["prompt"], fields.text("suffix"), "suffix")]
+        prompts = [gap_prompt(service, fields["prompt"], fields.text("suffix", ""), "suffix")]
     else:
         prompts = text_prompts(service, fields)
     base = template_request(service, fields, client, most_tokens(service, fields, ("max_tokens",), 16))

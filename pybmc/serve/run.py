@@ -18,7 +18,7 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .app import make_app
-from .door import Policy
+from .door import Door, Policy
 from .http import BODY_SECONDS
 from .service import Service
 
@@ -32,20 +32,20 @@ class Place:
     host: str = "127.0.0.1"
     port: int = 8080
     unix: str | None = None
-    socket: socket.socket | None = field(default=None, repr=False)
+    listener: socket.socket | None = field(default=None, repr=False)
 
     def bind(self) -> socket.socket:
         """Raises an OSError that names the place."""
         try:
-            self.socket = self._bound()
+            self.listener = self._bound()
         except OSError as error:
             place = str(self.unix or f"{self.host}:{self.port}")
             raise OSError(error.errno, error.strerror or str(error), place) from None
-        return self.socket
+        return self.listener
 
     def _bound(self) -> socket.socket:
         if self.unix:
-            return self._bound_path()
+            return self._bound_path(self.unix)
         family, kind, proto, _, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind, proto)
         with _closing_on_error(found):
@@ -54,19 +54,19 @@ class Place:
             found.listen(CONNECTIONS)
         return found
 
-    def _bound_path(self) -> socket.socket:
+    def _bound_path(self, path: str) -> socket.socket:
         """The path of a server that has gone is taken over; one of a server that answers is not."""
         found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with _closing_on_error(found):
             with contextlib.suppress(FileNotFoundError, ConnectionRefusedError), socket.socket(socket.AF_UNIX) as other:
-                other.connect(self.unix)
+                other.connect(path)
                 raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
             with contextlib.suppress(FileNotFoundError):
-                if not stat.S_ISSOCK(os.lstat(self.unix).st_mode):
+                if not stat.S_ISSOCK(os.lstat(path).st_mode):
                     raise OSError(errno.EEXIST, os.strerror(errno.EEXIST))
-                os.unlink(self.unix)
-            found.bind(self.unix)
-            os.chmod(self.unix, 0o600)
+                os.unlink(path)
+            found.bind(path)
+            os.chmod(path, 0o600)
         return found
 
     @property
@@ -74,7 +74,7 @@ class Place:
         if self.unix:
             return f"unix:{self.unix}"
         host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.socket.getsockname()[1] if self.socket else self.port}"
+        return f"http://{host}:{self.listener.getsockname()[1] if self.listener else self.port}"
 
 
 @contextlib.contextmanager
@@ -119,9 +119,9 @@ class Protocol(H11Protocol):
 class Server(uvicorn.Server):
     """uvicorn's, which sleeps while nothing happens, and ends in two steps: answers get `grace` seconds, then an error."""
 
-    def __init__(self, config: uvicorn.Config, grace: float):
+    def __init__(self, config: uvicorn.Config, door: Door, grace: float):
         super().__init__(config)
-        self.grace, self.exit = grace, asyncio.Event()
+        self.door, self.grace, self.exit = door, grace, asyncio.Event()
 
     async def main_loop(self) -> None:
         await self.exit.wait()
@@ -146,7 +146,7 @@ class Server(uvicorn.Server):
         self.force_exit = self.should_exit
         self.should_exit = True
         self.exit.set()
-        service = self.config.app.service
+        service = self.door.service
         if service is None:
             return
         service.closing = True
@@ -166,7 +166,7 @@ async def serve(place: Place, policy: Policy, load: Callable[[], Service], ready
         server_header=False, date_header=False, limit_concurrency=CONNECTIONS, timeout_keep_alive=KEEP_ALIVE,
         h11_max_incomplete_event_size=HEADER_BYTES, timeout_graceful_shutdown=int(grace) + 3)
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-    server = Server(config, grace)
+    server = Server(config, door, grace)
     started(server)
     loading = asyncio.ensure_future(_in_thread(load))
 
@@ -181,7 +181,7 @@ async def serve(place: Place, policy: Policy, load: Callable[[], Service], ready
 
     loading.add_done_callback(loaded)
     try:
-        await server.serve(sockets=[place.socket])
+        await server.serve(sockets=[place.listener or place.bind()])
     finally:
         if door.service is not None:
             door.service.close()

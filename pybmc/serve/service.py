@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from .. import __version__
 from ..chat.template import ChatTemplate
@@ -40,11 +41,11 @@ class Settings:
     memory: float | None = None
     pass_seconds: float = 0.1
     pooling: str | None = None
-    sampling: Mapping[str, object] = field(default_factory=dict)
+    sampling: Mapping[str, Any] = field(default_factory=dict)
     spec: str = "auto"
     draft_max: int = 16
     draft_min: int = 0
-    chat_template: object = None
+    chat_template: str | None = None
     strict_model: bool = False
     log_texts: str | None = None
 

@@ -221,7 +221,7 @@ class Worker:
 
     def _post(self) -> None:
         """Hand the loop what is new."""
-        if not self._updates:
+        if not self._updates or self._loop is None:
             return
         bundle = defaultdict(list)
         for (run, _), update in self._updates.items():
