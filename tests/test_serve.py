@@ -7,11 +7,13 @@ import numpy as np
 import numpy_sampling
 import pytest
 import tiny
+import tiny_encoders
 from serving import Gate, events, httpx, read_to, served, until
 
 import pybmc
 from pybmc.serve import http
 from pybmc.serve.fields import parse
+from pybmc.serve.service import Service
 
 HELLO = [{"role": "user", "content": "Once upon a time"}]
 
@@ -352,6 +354,53 @@ def test_embeddings_are_the_models(model):
         assert cut.status_code == 200
         native = server.post("/embedding", {"content": texts}).json()
         assert np.allclose([entry["embedding"][0] for entry in native], rows, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    with pybmc.Model(tiny_encoders.model("bert", n_ctx=512), threads=1) as model:
+        yield model
+
+
+def test_an_encoder_is_served_alone(encoder):
+    with served(encoder) as server:
+        texts = ["the mouse", "a mill"]
+        found = server.post("/v1/embeddings", {"input": texts}).json()
+        assert np.allclose([entry["embedding"] for entry in found["data"]], encoder.embed(texts), atol=1e-6)
+        assert server.service.capabilities == ["embedding"] and server.client.get("/v1/models").status_code == 200
+        name = server.service.name
+        for path, body in (("/v1/chat/completions", {"messages": HELLO}), ("/v1/completions", {"prompt": "a"}),
+                           ("/api/chat", {"model": name, "messages": HELLO}), ("/api/generate", {"model": name, "prompt": "a"}),
+                           ("/completion", {"prompt": "a"}), ("/infill", {}), ("/apply-template", {"messages": HELLO})):
+            response = server.post(path, body)
+            assert response.status_code == 400 and "is an encoder: it writes no text" in response.text
+        for path in ("/props", "/slots", "/metrics", "/tokenizer_info", "/api/tags"):
+            assert server.client.get(path).status_code == 200
+        assert server.post("/tokenize", {"content": "the mill"}).json()["tokens"]
+
+
+def test_long_texts_of_an_encoder_are_refused_or_cut(encoder):
+    with served(encoder, names=["e"]) as server:
+        response = server.post("/v1/embeddings", {"input": ["a", "a" * 600]})
+        assert response.status_code == 400 and response.json()["error"]["code"] == "context_length_exceeded"
+        assert "text 2 of 2 has 602 tokens, the model takes up to 512" in response.text
+        rows = server.post("/api/embed", {"model": "e", "input": "a" * 600, "truncate": True}).json()["embeddings"]
+        assert np.allclose(rows, encoder.embed("a" * 510), atol=1e-6)          # with [CLS] and [SEP]
+
+
+def test_the_pooling_of_a_server(encoder):
+    with served(encoder, pooling="first") as server:
+        rows = [entry["embedding"] for entry in server.post("/v1/embeddings", {"input": "the mill"}).json()["data"]]
+        assert np.allclose(rows, encoder.embed("the mill", pooling="first"), atol=1e-6)
+        assert not np.allclose(rows, encoder.embed("the mill"), atol=1e-3)
+    with served(encoder, pooling="rank") as server:
+        response = server.post("/v1/embeddings", {"input": "the mill"})
+        assert response.status_code == 400 and "is a reranker" in response.text
+
+
+def test_a_draft_model_of_an_encoder_is_refused(encoder, model):
+    with pytest.raises(pybmc.ArgumentError, match="writes no text"):
+        Service(encoder, model)
 
 
 # ---- models and names

@@ -34,11 +34,15 @@ def ids(n, seed=0):
     return np.random.default_rng(seed).integers(0, SIZE, n).tolist()
 
 
-def cost(model, rows):
-    """Bytes of a session of so many rows that grows finely."""
-    with model.session(1 << 20, rows=16) as session:
+def costs(model, rows):
+    """Bytes of a session of so many rows that grows finely, and of its states."""
+    with model.session(max(rows, 600), rows=16) as session:
         session.reserve(rows)
-        return session.arena_stats().bytes_reserved
+        return session.arena_stats().bytes_reserved, session.arena_stats().state_bytes
+
+
+def cost(model, rows):
+    return costs(model, rows)[0]
 
 
 def slow(engine):
@@ -71,12 +75,13 @@ def test_company_that_begins_alike_changes_nothing(arch, monkeypatch):
     """Forks of running and of kept sessions, several answers, sequences put aside and cancelled, in all orders."""
     monkeypatch.setattr("pybmc.engine.engine.ANSWER", 8)        # so that memory gets short later
     model, shared, aside = load(arch), 0, 0
-    for seed in range(6):
+    for seed in range(10):
         rng = random.Random(seed)
         requests = [Request(prompt, rng.randint(1, 50), Sampler(temperature=rng.choice([0, 0.8]), seed=i),
                             priority=rng.choice([0, 0, 1]), score=rng.choice([None] * 9 + [0]), reuse=rng.random() < 0.9)
                     for prompt in tree(rng, 7) for i in range(rng.choice([1, 1, 3]))]
-        memory = cost(model, rng.choice([300, 400])) * rng.choice([1, 2, 3])
+        rows, states = costs(model, rng.choice([300, 400, 900]))
+        memory = rows + rng.choice([1, 2, 3]) * states
         with Engine(model, spec=rng.choice(["off", "ngram"]), parallel=rng.choice([2, 3, 5]), memory=memory,
                     keep=rng.random() < 0.7) as engine:
             if rng.random() < 0.7:
@@ -100,7 +105,7 @@ def test_company_that_begins_alike_changes_nothing(arch, monkeypatch):
                 assert not sequence.error and outcome(tokens) == expected[:None if whole else len(tokens)]
             shared += sum(s.stats.reused_tokens for s in found)
             aside += engine.put_aside
-    assert shared > 200 and aside
+    assert shared > 200 and (aside or arch == "qwen35")
 
 
 # ---- who shares, and who waits

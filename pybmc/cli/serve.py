@@ -82,7 +82,7 @@ work_options = options(
                       "Default: half of what is free once the model is loaded."),
     click.option("--pass-ms", type=click.FloatRange(1), default=100, show_default=True, metavar="MS",
                  help="How long a pass that reads prompts may take while answers are written."),
-    click.option("--pooling", type=click.Choice(["mean", "last", "cls"]),
+    click.option("--pooling", type=click.Choice(["mean", "first", "last"]),
                  help="How embeddings are made; default: as the file says."),
     click.option("--chat-template", type=TemplateSource(),
                  help="How messages are written, instead of the model's own template."))
@@ -139,7 +139,7 @@ def serve(model, model_option, host, port, unix, key_file, insecure, grace, no_p
         started = time.perf_counter()
         with context.scope(cleanup=False):
             drafting = models.enter_context(with_draft(flags, not (model or model_option), threads))
-            loaded, _ = models.enter_context(opened(path, threads))
+            loaded, _ = models.enter_context(opened(path, threads, writes=False))
         made = replace(settings, **{name: drafting[name] for name in ("spec", "draft_max", "draft_min")})
         services.append(Service(loaded, drafting["draft"], made, time.perf_counter() - started))
         return services[0]

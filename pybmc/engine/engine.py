@@ -74,6 +74,7 @@ class Request:
 
 def checked(request: Request, model: Model) -> Request:
     """The request with plain values. Raises an ArgumentError for one that the model cannot serve."""
+    model.check_writes()
     size = model.config.vocab_size
     tokens = checks.ids("tokens", request.tokens, size)
     if not tokens:

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..errors import BmcError, ContextFullError
-from .errors import refusal
+from ..engine.embed import PASS, encode_inputs, groups, pooling_kind
+from ..errors import BmcError
+from .errors import Refused, refusal
 from .service import Service
 
 
 async def vectors(service: Service, texts: list[str], truncate: bool = False) -> tuple[np.ndarray, int]:
-    """float32 (len(texts), dim), and how many tokens were read. truncate: what is too long is cut; else it is refused."""
-    ids = await service.in_pool(lambda: [service.tokenizer.encode(text) for text in texts])
-    for i, tokens in enumerate(ids):
-        if len(tokens) > service.context and not truncate:
-            raise refusal(ContextFullError(f"text {i} has {len(tokens)} tokens; expected at most {service.context}"))
-    ids = [tokens[:service.context] for tokens in ids]
+    """float32 (len(texts), dim), and how many tokens were read. truncate: what is too long is cut; else it is refused. The
+    engine makes steps between passes."""
+    model, pooling = service.model, service.settings.pooling
+    if pooling_kind(model, pooling) == "rank":
+        raise Refused(400, "unsupported_model", f"{service.name} is a reranker: it gives scores, not embeddings")
+    found: dict[int, np.ndarray] = {}
     try:
-        found = await service.worker.call(lambda: service.model.embed(ids, normalize=False, pooling=service.settings.pooling))
+        ids = await service.in_pool(lambda: encode_inputs(model, texts, service.context, truncate))
+        for group in groups(ids, min(PASS, model.pass_tokens)):
+            rows = await service.worker.call(lambda: model.embed([ids[i] for i in group], normalize=False, pooling=pooling))
+            found |= zip(group, rows)
     except BmcError as error:
         raise refusal(error) from None
-    return np.asarray(found, np.float32), sum(map(len, ids))
+    return np.stack([found[i] for i in range(len(ids))]), sum(map(len, ids))
 
 
 def normalized(rows: np.ndarray, dimensions: int | None = None) -> np.ndarray:

@@ -63,6 +63,14 @@ def service_of(request: HttpRequest) -> Service:
     return request.scope["pybmc.service"]
 
 
+def writer_of(request: HttpRequest) -> Service:
+    """The service, where its model writes text."""
+    service = service_of(request)
+    if not service.writes:
+        raise Refused(400, "unsupported_model", f"{service.name} is an encoder: it writes no text; /v1/embeddings gives its vectors")
+    return service
+
+
 def client_of(request: HttpRequest) -> Hashable:
     """Whose request it is: of an API key, else of an address."""
     return request.scope.get("pybmc.client")

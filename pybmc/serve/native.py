@@ -17,7 +17,7 @@ from .answers import Choice, Update, one_logprob, timings_of, usage_of
 from .embed import normalized, vectors
 from .errors import Refused, invalid, unsupported
 from .fields import Fields
-from .http import Json, Sse, client_of, fields_of, in_pool, respond, service_of
+from .http import Json, Sse, client_of, fields_of, in_pool, respond, service_of, writer_of
 from .service import Service
 from .tasks import (
     SAMPLING,
@@ -118,7 +118,7 @@ def native_task(service: Service, fields: Fields, client, prompts):
 
 
 async def completion(request: Request) -> Response:
-    service, fields = service_of(request), await fields_of(request)
+    service, fields = writer_of(request), await fields_of(request)
 
     def make():
         return native_task(service, fields, client_of(request), text_prompts(service, fields))
@@ -128,7 +128,7 @@ async def completion(request: Request) -> Response:
 
 
 async def infill(request: Request) -> Response:
-    service, fields = service_of(request), await fields_of(request)
+    service, fields = writer_of(request), await fields_of(request)
     fields.refuse(("input_extra",))
 
     def make():
@@ -184,7 +184,7 @@ async def detokenize(request: Request) -> Response:
 
 
 async def apply_template(request: Request) -> Response:
-    service, fields = service_of(request), await fields_of(request)
+    service, fields = writer_of(request), await fields_of(request)
 
     def write() -> str:
         refuse_common(fields)

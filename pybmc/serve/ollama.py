@@ -18,7 +18,7 @@ from .answers import Choice, Update, chat_logprob, usage_of
 from .embed import normalized, vectors
 from .errors import Refused, invalid, no_model
 from .fields import Fields
-from .http import Json, Lines, client_of, fields_of, in_pool, respond, service_of
+from .http import Json, Lines, client_of, fields_of, in_pool, respond, service_of, writer_of
 from .service import Service
 from .tasks import chat_prompt, gap_prompt, refuse_common, task_of, template_request, text_prompts
 
@@ -134,7 +134,7 @@ def refuse_format(fields: Fields) -> None:
 
 
 async def chat(request: Request) -> Response:
-    service, fields = service_of(request), await fields_of(request)
+    service, fields = writer_of(request), await fields_of(request)
     name = named(service, fields)
     if not fields.listed("messages"):
         return loaded(service, name, {"message": {"role": "assistant", "content": ""}})
@@ -156,7 +156,7 @@ def chat_task(service: Service, fields: Fields, client, name: str):
 
 
 async def generate(request: Request) -> Response:
-    service, fields = service_of(request), await fields_of(request)
+    service, fields = writer_of(request), await fields_of(request)
     name = named(service, fields)
     if not fields.text("prompt") and not fields.get("context"):
         return loaded(service, name, {"response": ""})

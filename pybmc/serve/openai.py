@@ -14,7 +14,7 @@ from .answers import ChatAnswer, Head, TextAnswer, new_id
 from .embed import normalized, vectors
 from .errors import invalid, no_model, unsupported
 from .fields import Fields
-from .http import Json, Sse, client_of, fields_of, in_pool, respond, service_of
+from .http import Json, Sse, client_of, fields_of, in_pool, respond, service_of, writer_of
 from .service import Service
 from .tasks import chat_prompt, gap_prompt, prediction_of, refuse_common, task_of, template_request, text_prompts
 
@@ -34,7 +34,7 @@ def most_tokens(service: Service, fields: Fields, names, default: float) -> floa
 
 
 async def chat(request: Request) -> Response:
-    service, fields = service_of(request), await fields_of(request)
+    service, fields = writer_of(request), await fields_of(request)
     task, answer = await in_pool(request, chat_task, service, fields, client_of(request))
     return await respond(request, task, answer, Sse() if fields.flag("stream") else None)
 
@@ -60,7 +60,7 @@ def chat_task(service: Service, fields: Fields, client):
 
 
 async def completions(request: Request) -> Response:
-    service, fields = service_of(request), await fields_of(request)
+    service, fields = writer_of(request), await fields_of(request)
     task, answer = await in_pool(request, text_task, service, fields, client_of(request))
     return await respond(request, task, answer, Sse() if fields.flag("stream") else None)
 

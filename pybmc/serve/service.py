@@ -61,7 +61,8 @@ class Service:
         given = self.settings
         self.tokenizer, self.load_seconds, self.created = model.tokenizer, load_seconds, int(time.time())
         self.names = list(given.names) or [Path(model.path).name.removesuffix(".gguf")]
-        self.context = given.context or model.config.n_ctx
+        self.writes = model.config.causal
+        self.context = given.context or (model.config.n_ctx if self.writes else model.pass_tokens)
         self.template = ChatTemplate(given.chat_template, self.tokenizer)
         self.fill = fill_tokens(self.tokenizer)
         self.digest = digest(model)
@@ -69,7 +70,9 @@ class Service:
         self.metrics = Metrics(self)
         self.closing = self.closed = False
         memory = given.memory if given.memory is not None else free_memory() / 2
-        self.speculation = Speculation(model, draft, given.spec, given.draft_max, given.draft_min)
+        if draft is not None and not self.writes:
+            raise ArgumentError(f"{model.path} is an encoder: it writes no text, so a draft model has nothing to guess")
+        self.speculation = Speculation(model, draft, given.spec if self.writes else "off", given.draft_max, given.draft_min)
         self.worker = Worker(Engine(model, parallel=given.parallel, memory=memory, keep=True,
                                     speculation=self.speculation, pass_seconds=given.pass_seconds), given.queue)
         self._pool = ThreadPoolExecutor(THREADS, "pybmc-text")
@@ -104,6 +107,8 @@ class Service:
     @cached_property
     def capabilities(self) -> list[str]:
         """What the model can do here, in Ollama's words."""
+        if not self.writes:
+            return ["embedding"]
         thinks = self.template.reads("enable_thinking") or "<think>" in self.template.source
         known = {"completion": True, "thinking": thinks, "insert": self.fill is not None,
                  "embedding": self.model.config.pooling.kind != "none"}

@@ -42,7 +42,7 @@ class Speculation:
             raise ArgumentError("spec is 'draft', but there is no draft")
         most, least = checks.draft_bounds(most, least)
         for one in (model, draft):
-            if one is not None:
+            if one is not None and spec != "off":
                 one.check_writes()
         self.model, self.spec = model, spec if most else "off"
         self.most, self.least, self.fixed = min(most, WIDEST), min(least, WIDEST), min(fixed, WIDEST)
