@@ -228,6 +228,22 @@ def test_who_was_put_aside_finds_what_is_left():
         assert [outcome(found[s]) for s in sequences] == [outcome(alone(load(), s.request)) for s in sequences]
 
 
+def test_another_one_may_take_what_was_put_aside():
+    with keeping(load(), 600) as engine:
+        first, second = engine.add(Request(ids(30), 100)), engine.add(Request(ids(30, 1), 60))
+        found = {first: [], second: []}
+        for _ in range(10):
+            for sequence, token in engine.step():
+                found[sequence].append(token)
+        assert engine._drop_youngest([second]) is None and second in engine.waiting
+        third = engine.add(Request([*second.text, 7], 5, priority=1))
+        for sequence, tokens in finish(engine).items():
+            found.setdefault(sequence, []).extend(tokens)
+        assert third.stats.reused_tokens == len(third.prompt) - 2
+        for sequence, tokens in found.items():
+            assert not sequence.error and outcome(tokens) == outcome(alone(load(), sequence.request))
+
+
 def test_a_kept_session_makes_way_for_its_own_fork():
     """Where most of it is in the way."""
     model = load()
@@ -270,6 +286,17 @@ def test_snapshots_stay_in_the_memory():
                 for _ in busy(engine):
                     engine.step()
                     assert engine.used <= memory
+
+
+def test_what_fits_without_snapshots_is_written_to_its_end():
+    """Though snapshots were taken while there was room, more than was thought of."""
+    model = load("qwen35")
+    with Engine(model, spec="off", memory=cost(model, 416), keep=True) as engine:
+        engine._room.snapshot_bytes = 0
+        for i in range(4):
+            sequence = engine.add(Request([*ids(100), *ids(100, i + 1)], 200))
+            assert outcome(finish(engine)[sequence]) == outcome(alone(model, sequence.request))
+        assert engine.put_aside
 
 
 def test_rows_behind_a_window_are_read_again():

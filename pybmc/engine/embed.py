@@ -68,8 +68,8 @@ class TooLongError(ArgumentError, ContextFullError):
 
 
 def encode_inputs(model, inputs, context: int | None = None, truncate: bool = False) -> list[list[int]]:
-    """Token ids of each text, with the tokens that the file puts around it; ids stay as they are. context: fewer tokens than
-    the model takes. truncate: texts that are too long are cut, else they are a TooLongError."""
+    """Token ids of each text, with the tokens that the file puts around it; ids stay as they are. context: fewer
+    tokens than the model takes. truncate: texts that are too long are cut, else they are a TooLongError."""
     if isinstance(inputs, (bytes, bytearray, Mapping)) or not isinstance(inputs, Iterable):
         checks.refuse("inputs", "texts or lists of token ids", inputs)
     texts = [encode(model, text) for text in ([inputs] if isinstance(inputs, str) else inputs)]
@@ -81,7 +81,8 @@ def encode_inputs(model, inputs, context: int | None = None, truncate: bool = Fa
         if not ids:
             raise ArgumentError(f"inputs: text {i + 1} of {len(texts)} has no tokens")
         if len(ids) > most:
-            raise TooLongError(f"inputs: text {i + 1} of {len(texts)} has {len(ids)} tokens, the model takes up to {most}")
+            raise TooLongError(f"inputs: text {i + 1} of {len(texts)} has {len(ids)} tokens, "
+                               f"the model takes up to {most}")
     return texts
 
 

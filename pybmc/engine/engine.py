@@ -154,6 +154,7 @@ class Sequence:
         self.ids = np.array(self.prompt, np.int32)      # the text that start() begins with
         self.marks: set[int] = set()    # positions where other texts leave this one: reading stops there for them
         self.awaits: Sequence | None = None             # who reads the beginning of its text
+        self.bare = False               # it shares nothing and keeps no snapshots: memory is too short for them
         self.scores: list[Score] = []
         self.stats = Stats(prompt_tokens=len(self.prompt))
         self._owned = request.session is None
@@ -201,7 +202,8 @@ class Sequence:
         self._make_item()
 
     def put_aside(self) -> None:
-        """Give up the session. The text stays, and start() reads what is gone of it again: what comes after is the same."""
+        """Give up the session. The text stays, and start() reads what is gone of it again: what comes after is the
+        same."""
         self._close_drafter()
         self.engine.prefixes.give(self.session)
         self.session = None             # type: ignore[assignment]      # until start()
@@ -390,7 +392,7 @@ class Sequence:
 
     def _snapshot(self) -> None:
         """At ends of prompts and answers, and at marks: to where other texts will leave this one."""
-        if self._owned and not self.engine.has_room_for_snapshot():
+        if self._owned and (self.bare or not self.engine.has_room_for_snapshot()):
             return
         with suppress(BmcError):
             self.session.snapshot()
@@ -570,7 +572,8 @@ class Engine:
             with suppress(OutOfMemoryError):
                 return self.prefixes.take(match)
         session = self.model.session(sequence.request.context, rows=self._room.grain if self._room else "auto")
-        session.reserve(0)
+        with suppress(OutOfMemoryError):        # the round says so
+            session.reserve(0)                  # its states
         return session
 
     def _match(self, sequence: Sequence) -> Match | None:
@@ -594,15 +597,15 @@ class Engine:
         return max([self.prefixes.common(tokens), *(common(tokens, s.ids) for s in self._like(sequence))])
 
     def _may_share(self, sequence: Sequence) -> bool:
-        return sequence.session is None and sequence.request.reuse and not sequence.unscored
+        return sequence.session is None and sequence.request.reuse and not sequence.unscored and not sequence.bare
 
     def _like(self, sequence: Sequence) -> list[Sequence]:
         """Running sequences with such a session as it would take."""
         return [s for s in self.running if s.owned and s.context == sequence.context]
 
     def _waits(self, sequence: Sequence) -> bool:
-        """Whether a running sequence is about to read the beginning of its text. Fewer tokens than the smallest piece are not
-        worth a pass."""
+        """Whether a running sequence is about to read the beginning of its text. Fewer tokens than the smallest
+        piece are not worth a pass."""
         before, sequence.awaits = sequence.awaits, None
         if not self._may_share(sequence):
             return False
@@ -669,14 +672,15 @@ class Engine:
         return True
 
     def _drop_youngest(self, owned: list[Sequence]) -> None:
-        """Put the youngest sequence aside; end it where it is alone."""
-        sequence = max(owned, key=lambda s: s.number)
-        if len(self.running) == 1:
+        """Put the youngest sequence aside. One that is alone begins anew without snapshots; then it ends."""
+        sequence, alone = max(owned, key=lambda s: s.number), len(self.running) == 1
+        if alone and (sequence.bare or not (self._room and self._room.state_bytes)):
             n = len(sequence.text)
             room = f", which has room for {self._room.most}" if self._room else ""
             sequence.error = OutOfMemoryError(f"{n} tokens fill the memory{room}")
             self._end(self.running, sequence)
             return
+        sequence.bare = alone
         self.running.remove(sequence)
         sequence.put_aside()
         self.put_aside += 1
@@ -737,7 +741,8 @@ class Engine:
                 if not sequence.claim(claims):
                     continue
                 at = len(sequence.scores)
-                sequence.scores += self._scorer(sequence.item.session, sequence.text[at:at + n + 1], sequence.request.score or 0)
+                text, n_top = sequence.text[at:at + n + 1], sequence.request.score or 0
+                sequence.scores += self._scorer(sequence.item.session, text, n_top)
             self._turns.charge(sequence.request.client, read=n)
             read += n
         return read
@@ -746,7 +751,8 @@ class Engine:
         """Tokens of prompts in the next pass."""
         if not self._prompt_rate:
             return PIECE
-        return max(LEAST, int(self._prompt_rate * (self._pass_seconds if writing else PASS_SECONDS_ALONE)) // LEAST * LEAST)
+        seconds = self._pass_seconds if writing else PASS_SECONDS_ALONE
+        return max(LEAST, int(self._prompt_rate * seconds) // LEAST * LEAST)
 
     def _drafter(self, sequence: Sequence) -> Drafter:
         """Who guesses for a sequence: in a session that was given, the one who did so before."""
@@ -759,8 +765,8 @@ class Engine:
 
 
 class Room:
-    """A bound on memory. Sessions grow by `grain` rows: as the library likes it, or finely where the bound is narrow. snapshot_bytes:
-    of a copy of a session's states, which are there twice and with a log."""
+    """A bound on memory. Sessions grow by `grain` rows: as the library likes it, or finely where the bound is
+    narrow. snapshot_bytes: of a copy of a session's states, which are there twice and with a log."""
 
     def __init__(self, model: Model, memory: float, parallel: int):
         with model.session() as session:

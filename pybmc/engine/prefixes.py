@@ -33,8 +33,8 @@ def order(tokens: np.ndarray) -> bytes:
 
 
 class Match(NamedTuple):
-    """A session that holds the beginning of a text. n: tokens that need not be read again; kept: None where a sequence writes in
-    the session."""
+    """A session that holds the beginning of a text. n: tokens that need not be read again; kept: None where a
+    sequence writes in the session."""
 
     session: Session
     n: int
@@ -89,7 +89,8 @@ class Prefixes:
         return bisect_left(self._sorted, order(tokens), key=lambda kept: kept.order)
 
     @staticmethod
-    def _best(neighbours: Iterator[Kept], tokens: np.ndarray, context: int, best: Match | None) -> Match | None:
+    def _best(neighbours: Iterator[Kept], tokens: np.ndarray, context: int,
+              best: Match | None) -> Match | None:
         """neighbours: those that begin alike the longest come first."""
         for kept in neighbours:
             n = common(kept.tokens, tokens)
@@ -101,8 +102,8 @@ class Prefixes:
         return best
 
     def take(self, match: Match) -> Session:
-        """A session of the caller's own with the first tokens that match() found: the kept one where it holds nothing else, or
-        a fork. Raises OutOfMemoryError."""
+        """A session of the caller's own with the first tokens that match() found: the kept one where it holds
+        nothing else, or a fork. Raises OutOfMemoryError."""
         self.recount()
         if match.kept and match.whole:
             self._remove(match.kept)
@@ -112,7 +113,8 @@ class Prefixes:
         return match.session.fork(match.n)
 
     def give(self, session: Session) -> None:
-        """Keep a session."""
+        """Keep a session, which is nobody's from now on."""
+        session.writer = None
         if not session.position:
             session.close()
             return

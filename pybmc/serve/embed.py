@@ -11,8 +11,8 @@ from .service import Service
 
 
 async def vectors(service: Service, texts: list[str], truncate: bool = False) -> tuple[np.ndarray, int]:
-    """float32 (len(texts), dim), and how many tokens were read. truncate: what is too long is cut; else it is refused. The
-    engine makes steps between passes."""
+    """float32 (len(texts), dim), and how many tokens were read. truncate: what is too long is cut; else it is
+    refused. The engine makes steps between passes."""
     model, pooling = service.model, service.settings.pooling
     if pooling_kind(model, pooling) == "rank":
         raise Refused(400, "unsupported_model", f"{service.name} is a reranker: it gives scores, not embeddings")
@@ -20,8 +20,8 @@ async def vectors(service: Service, texts: list[str], truncate: bool = False) ->
     try:
         ids = await service.in_pool(lambda: encode_inputs(model, texts, service.context, truncate))
         for group in groups(ids, min(PASS, model.pass_tokens)):
-            rows = await service.worker.call(lambda: model.embed([ids[i] for i in group], normalize=False, pooling=pooling))
-            found |= zip(group, rows)
+            some = [ids[i] for i in group]
+            found |= zip(group, await service.worker.call(lambda: model.embed(some, False, pooling)))
     except BmcError as error:
         raise refusal(error) from None
     return np.stack([found[i] for i in range(len(ids))]), sum(map(len, ids))

@@ -67,7 +67,8 @@ def writer_of(request: HttpRequest) -> Service:
     """The service, where its model writes text."""
     service = service_of(request)
     if not service.writes:
-        raise Refused(400, "unsupported_model", f"{service.name} is an encoder: it writes no text; /v1/embeddings gives its vectors")
+        raise Refused(400, "unsupported_model",
+                      f"{service.name} is an encoder: it writes no text; /v1/embeddings gives its vectors")
     return service
 
 
