@@ -166,12 +166,13 @@ struct gate_up {
 int gate_up_groups(const struct gate_up *job);              /* in how many parts it can be done */
 void gate_up(const struct pass *p, const struct gate_up *job, int from, int to, int thread);
 
-/* Rows of W [32 * group * from, ..) times tokens, into `part` (n, GROUP_ROWS): for those who add them up themselves. */
+/* Groups [from, to) of rows of W times tokens, into `part` (n, (to - from) GROUP_ROWS): for those who add them up themselves. */
 enum { GROUP = 4, GROUP_ROWS = GROUP * 16 };
 int n_groups(const struct matrix *w);
-int multiply_group(const struct pass *p, const struct matrix *w, struct tokens in, int group, float *part, int thread);    /* how many rows */
+int stretch(const struct matrix *w, int n_tok, int groups);       /* how many are best done at a time */
+void multiply_groups(const struct pass *p, const struct matrix *w, struct tokens in, int from, int to, float *part, int thread);
 
-/* Columns from..of a matrix's logits: head.c's own view. */
+/* Panels [from, to) of a matrix, and one tile of tokens times them: for the head, which looks at logits while they are cached. */
 struct matrix slice(const struct pass *p, const struct matrix *w, int from, int to, int thread, int room);
 void project(const struct pass *p, const struct product *r, const struct matrix *part, int row, int tile);
 int tile_width(int n_tok);
