@@ -5,7 +5,7 @@
 # make asan, tsan      the native tests under AddressSanitizer and UBSan, those of threads under ThreadSanitizer
 # make test-x86        the native tests on an emulated x86-64 CPU without AVX-512, where there is qemu-x86_64
 # make test-arm        the native tests as arm64 programs on qemu-aarch64, and their bits against this machine's
-# make test-python     the Python tests, and those of numbers again with each lower PYBMC_CPU
+# make test-python     ruff, mypy, the Python tests, and those of numbers again with each lower PYBMC_CPU
 # make venv    .venv with pybmc (editable) and what its tests need
 # make install pip install into PYTHON            make clean   remove what was built
 #
@@ -139,6 +139,7 @@ needs = command -v $(1) >/dev/null || { echo "make $@: skipped, there is no $(1)
 # The reference kernels are slow: their run leaves out the tests marked "long".
 test-python: $(LIBRARY) venv
 	@failed=0; $(VENV)/bin/ruff check pybmc tools tests examples setup.py || failed=1; \
+	$(VENV)/bin/mypy || failed=1; \
 	$(PYTEST) tests || failed=1; \
 	for level in $$($(VENV)/bin/python -c 'import pybmc._native as n; print(*n.cpu_levels()[:-1])'); do \
 	    echo "PYBMC_CPU=$$level"; \

@@ -16,7 +16,7 @@
 
 /* <cffi> What stands between these two marks is read by Python as it is: plain declarations only. */
 
-#define BMC_VERSION 10      /* counts the changes of what follows; bmc_version() tells which one was compiled */
+#define BMC_VERSION 11      /* counts the changes of what follows; bmc_version() tells which one was compiled */
 
 enum bmc_status {
     BMC_OK = 0,
@@ -33,7 +33,7 @@ enum bmc_act {              /* GELU in its tanh form; RELU2: ReLU squared; SWIGL
     BMC_ACT_SIGMOID, BMC_ACT_SOFTPLUS, BMC_ACTS
 };
 enum bmc_rope { BMC_ROPE_NONE = 0, BMC_ROPE_PAIRS = 1, BMC_ROPE_HALVES = 2 };    /* (0,1)(2,3).. or (0,d/2)(1,d/2+1).. */
-enum bmc_want { BMC_WANT_NONE = 0, BMC_WANT_LAST = 1, BMC_WANT_ALL = 2 };
+enum bmc_want { BMC_WANT_NONE = 0, BMC_WANT_LAST = 1, BMC_WANT_ALL = 2, BMC_WANT_FIRST = 3 };
 enum bmc_step {             /* what a pass spends its time on */
     BMC_STEP_EMBED, BMC_STEP_NORM, BMC_STEP_QKV, BMC_STEP_STORE, BMC_STEP_ATTENTION, BMC_STEP_STATES, BMC_STEP_ATTN_OUTPUT, BMC_STEP_GATE_UP,
     BMC_STEP_ACTIVATION, BMC_STEP_DOWN, BMC_STEP_HEAD, BMC_STEP_WAIT, BMC_STEPS
@@ -209,6 +209,10 @@ typedef struct bmc_item_stats {     /* sums over rounds */
     double plain_s;                 /* what plain decoding would have taken for its tokens, as far as is known */
 } bmc_item_stats;
 
+/* Called before a pass that verifies n guesses: sets bmc_item.masks, and returns how many of the guesses they allow. It must not use
+ * the item's session. */
+typedef int (*bmc_allow)(void *allow_for, const int32_t *guesses, int n);
+
 /* A sequence in bmc_round. */
 typedef struct bmc_item {
     bmc_session *session;
@@ -224,7 +228,9 @@ typedef struct bmc_item {
     const int32_t *guesses;         /* (n_guesses,) or NULL; not NULL and none: the caller has none */
     const float *confidence;        /* (n_guesses,) 0 to 1, or NULL */
     double guess_s;                 /* seconds that they took */
-    const uint32_t *masks;          /* as in bmc_span, for the last pending token and the guesses; the call ends after one round */
+    const uint32_t *masks;          /* as in bmc_span, for the last pending token and each guess; the call ends after one round; or NULL */
+    bmc_allow allow;                /* makes masks when the guesses are known; NULL: masks stay as they are, and there is no drafter */
+    void *allow_for;                /* its first argument */
     int32_t n_top;                  /* as in bmc_span */
     int32_t wanted;                 /* result: guesses that the caller is asked for; then nothing else has happened */
     int32_t ended;                  /* result: max_tokens, a stop, or no token that can be chosen */
@@ -272,6 +278,7 @@ const char *bmc_role(int kind, int i);                       /* tensors of a kin
 int         bmc_model_new(const bmc_config *config, const bmc_tensor *tensors, int n_tensors, int n_threads, bmc_model **model);
 int         bmc_model_pack(bmc_model *model);
 int         bmc_model_map(bmc_model *model);
+int         bmc_model_pass(const bmc_model *model);  /* tokens of a pass at most; where not causal, of a text */
 int         bmc_model_coarsen(bmc_model *model);     /* 1: bmc_draft has a coarse head from now on; 0: it would not pay */
 int64_t     bmc_model_packed(const bmc_model *model, int64_t *total);    /* bytes so far; any thread may ask */
 int         bmc_model_profile(bmc_model *model, int on);                 /* 1: take times, from nothing on; 0: no more */

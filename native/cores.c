@@ -27,7 +27,7 @@ static bool first_line(char *text, int size, const char *folder, const char *nam
     return found;
 }
 
-/* What one group grants: cgroup v2 says "max 100000" or "150000 100000", v1 has a file for each number, in which
+/* The quota of one group: cgroup v2 says "max 100000" or "150000 100000", v1 has a file for each number, in which
  * -1 is no limit. */
 static double group_quota(const char *folder) {
     char text[64], period_text[64];

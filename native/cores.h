@@ -4,7 +4,7 @@
 
 int cpu_count(void);        /* affinity and cgroup quota, at least 1 */
 
-/* Cores' worth of time that the control groups of a process grant: the least on the way from its own group to the
+/* CPU quota of a process in cores: the least on the way from its own group to the
  * root, or infinity. groups is the path of /proc/self/cgroup, mount where the groups are mounted. */
 double cpu_quota(const char *groups, const char *mount);
 

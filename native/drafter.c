@@ -10,10 +10,7 @@
 #include <string.h>
 
 static const double NOT_KNOWN = 1e-2;           /* seconds of a pass before one was seen */
-enum {
-    FIRST_WINDOW = 32,                          /* tokens of a text that a draft model reads before its first guess */
-    FIRST_STRETCH = 128,                        /* tokens that it is taken to be asked for in a row: they share what reading costs */
-};
+static const int FIRST_WINDOW = 32;             /* tokens of a text that a draft model reads before its first guess */
 
 /* What buckets of confidence promise before anything was seen. Two models' best tokens are the same more often than the draft
  * model is sure; a match of many tokens goes on more often than one of two. */
@@ -46,11 +43,9 @@ int bmc_policy_new(double target_seconds, double draft_seconds, bmc_policy **pol
     }
     cost_init(&p->target, target_seconds > 0 ? target_seconds : NOT_KNOWN);
     cost_init(&p->draft, draft_seconds > 0 ? draft_seconds : NOT_KNOWN);
-    init_given(&p->of[NOBODY]);
     init_given(&p->of[GIVEN]);
     init_ngrams(&p->of[NGRAMS]);
     init_model(&p->of[MODEL]);
-    init_model(&p->of[SELF]);
     *policy = p;
     return 0;
 }
@@ -139,7 +134,6 @@ int bmc_drafter_new(const bmc_drafter_options *options, int n_vocab, bmc_drafter
     d->o = *options;
     d->o.to_draft = d->o.to_target = NULL;
     d->window = FIRST_WINDOW;
-    d->stretch = FIRST_STRETCH;
     if (!!options->to_draft != !!options->to_target)
         status = fail(BMC_EINVAL, "bmc_drafter_new: expected ids both ways, or none");
     if (!status && options->ngrams && !(d->ngrams = ngrams_new()))

@@ -13,7 +13,7 @@ size_t memory_whole(size_t bytes) {
     return huge - bytes < bytes / 8 ? huge : round_up(bytes, (size_t)sysconf(_SC_PAGESIZE));
 }
 
-/* Memory that does not get what is advised is as good, only slower. */
+/* If the system does not follow the advice the memory is only slower. */
 static void advise_huge_pages(void *memory, size_t bytes) {
 #ifdef MADV_HUGEPAGE
     madvise(memory, bytes, MADV_HUGEPAGE);

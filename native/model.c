@@ -196,6 +196,8 @@ int bmc_model_coarsen(bmc_model *m) {
     return status;
 }
 
+int bmc_model_pass(const bmc_model *m) { return m->pass_max; }
+
 int64_t bmc_model_packed(const bmc_model *m, int64_t *total) {
     if (total)
         *total = (int64_t)m->panel_bytes;

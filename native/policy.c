@@ -10,11 +10,13 @@ enum { DENSE = 17 };                    /* up to here every width is a knot */
 
 /* Standard deviations of logarithms. */
 static const double NOISE = 0.08;                               /* of a single pass */
-static const double SPEED = 0.3, SPEED_WALK = 0.02;             /* what all widths share: between runs, from pass to pass */
-static const double SHAPE = 0.12, SHAPE_WALK = 0.004;           /* what an octave of width costs more */
+static const double SPEED_WALK = 0.02;                          /* of what all widths share, from pass to pass */
+static const double SHAPE = 0.12;                               /* of what an octave of width costs more */
 static const double ODD = 2.5;          /* deviations beyond which a pass counts less: the machine did something else meanwhile */
 static const int STREAK = 3;            /* odd passes in a row that may be accidents */
 static const double PER_TOKEN = 0.05;   /* what a token more costs where nothing is known, in passes of one */
+
+static const double UNKNOWN = 10;       /* deviation of a speed of which nothing is known */
 
 static void widen(struct pass_cost *c, double speed, double shape) {
     for (int i = 0; i < KNOTS; i++)
@@ -34,7 +36,7 @@ void cost_init(struct pass_cost *c, double one) {
     memset(c, 0, sizeof *c);
     for (int i = 0; i < KNOTS; i++)
         c->log[i] = log(one * (1 + PER_TOKEN * (KNOT[i] - 1)));
-    widen(c, 10, SHAPE);
+    widen(c, UNKNOWN, SHAPE);
     find_seconds(c);
 }
 
@@ -71,7 +73,7 @@ void cost_observe(struct pass_cost *c, double width, double seconds) {
         if (again || !odd_again(c, surprise / sqrt(variance)))
             break;
         c->streak = 0;                  /* another machine, or another speed of it */
-        widen(c, SPEED, SHAPE);
+        widen(c, UNKNOWN, SHAPE);
     }
     variance = fmax(variance, surprise * surprise / (ODD * ODD));
     for (int i = 0; i < KNOTS; i++) {
@@ -79,7 +81,7 @@ void cost_observe(struct pass_cost *c, double width, double seconds) {
         for (int j = 0; j < KNOTS; j++)
             c->covariance[i][j] -= common[i] * common[j] / variance;
     }
-    widen(c, SPEED_WALK, SHAPE_WALK);
+    widen(c, SPEED_WALK, 0);
     find_seconds(c);
     c->known = true;
 }
@@ -92,7 +94,7 @@ double cost_at(const struct pass_cost *c, double width) {
 
 void cost_recall(struct pass_cost *c) {
     memset(c->covariance, 0, sizeof c->covariance);
-    widen(c, SPEED, SHAPE);
+    widen(c, UNKNOWN, SHAPE);
     find_seconds(c);
     c->known = true;
 }
@@ -122,13 +124,6 @@ void acceptance_learn(struct acceptance *a, float confidence, bool came_true) {
     a->seen[i] = FADE * a->seen[i] + 1;
 }
 
-/* A chance, corrected by how observed outcomes compare with expected ones: its odds are multiplied by the odds ratio of
- * `hits` to `expected` out of `seen` guesses. `weight` is added to all counts, so that few outcomes change little. */
-static double with_odds(double chance, double hits, double expected, double seen, double weight) {
-    double odds = (hits + weight) / (seen - hits + weight) * (seen - expected + weight) / (expected + weight);
-    return chance * odds / (1 - chance * (1 - odds));
-}
-
 void recent_learn(struct recent *r, double expected, bool came_true) {
     r->hits = FADE * r->hits + came_true;
     r->expected = FADE * r->expected + expected;
@@ -137,19 +132,18 @@ void recent_learn(struct recent *r, double expected, bool came_true) {
 
 double recent_mean(const struct recent *r, double mean) { return (r->hits + PRIOR * mean) / (r->seen + PRIOR); }
 
-double recent_adjust(const struct recent *r, double chance) { return with_odds(chance, r->hits, r->expected, r->seen, PRIOR / 2); }
+/* The odds of a chance are multiplied by the odds ratio of `hits` to `expected` out of `seen` guesses. What is added to all
+ * counts lets few outcomes change little. */
+double recent_adjust(const struct recent *r, double chance) {
+    const double w = PRIOR / 2;
+    double odds = (r->hits + w) / (r->seen - r->hits + w) * (r->seen - r->expected + w) / (r->expected + w);
+    return chance * odds / (1 - chance * (1 - odds));
+}
 
-/* Where a bucket has seen little its prior counts, with the odds by which all buckets together surpass theirs. */
+/* Where a bucket has seen little its prior counts. */
 double acceptance_at(const struct acceptance *a, float confidence) {
-    double hits = 0, seen = 0, expected = 0;
-    for (int i = 0; i < a->n_classes; i++) {
-        hits += a->hits[i];
-        seen += a->seen[i];
-        expected += a->seen[i] * a->prior[i];
-    }
     int i = bucket(a, confidence);
-    double prior = with_odds(a->prior[i], hits, expected, seen, PRIOR);
-    return (a->hits[i] + PRIOR * prior) / (a->seen[i] + PRIOR);
+    return (a->hits[i] + PRIOR * a->prior[i]) / (a->seen[i] + PRIOR);
 }
 
 double acceptance_mean(const struct acceptance *a) {

@@ -11,8 +11,8 @@
 enum { KNOTS = 28 };
 
 /* Seconds of a pass by its width in tokens: a Kalman filter over their logarithms at KNOTS widths. What all widths share,
- * the machine's speed and the depth of the text, may change within a few passes; by how much a wider pass costs more
- * changes slowly, as a random walk over the octaves of width, so that a width that was never seen follows its neighbours. */
+ * the machine's speed and the depth of the text, may change from pass to pass; by how much a wider pass costs more is taken for
+ * a random walk over the octaves of width, so that a width that was never seen follows its neighbours. */
 struct pass_cost {
     double log[KNOTS];
     double covariance[KNOTS][KNOTS];

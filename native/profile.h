@@ -14,7 +14,7 @@ struct laps {
 
 struct profile {
     int64_t calls, n_passes;            /* nanoseconds in calls of the library, passes in them */
-    struct laps *laps;                  /* (threads,), NULL: nobody asked */
+    struct laps *laps;                  /* (threads,), NULL: off */
 };
 
 /* What passed since the last lap was spent on `step`. */

@@ -6,7 +6,7 @@
 #include "policy.h"
 
 enum { GUESSES = 32 };                  /* of one sequence in a pass, at most */
-enum source { NOBODY = 0, GIVEN = 1, NGRAMS = 2, MODEL = 3, SELF = 4, N_SOURCES = 5 };
+enum source { GIVEN = 0, NGRAMS = 1, MODEL = 2, N_SOURCES = 3 };      /* MODEL: also the target itself with less attention */
 
 struct bmc_policy {
     struct pass_cost target, draft;     /* draft: of the draft model, or of the target with a window */
@@ -20,8 +20,6 @@ struct bmc_drafter {
     struct budget budget;               /* of the draft model; repetitions cost nothing to look for */
     int window;                         /* tokens from the end of the text that the draft model reads before it guesses */
     bool reading;                       /* it has begun to read them */
-    int run;                            /* tokens since repetitions were last right .. */
-    double stretch;                     /* .. and how many that are between two times, on average */
     bool failed;                        /* the draft model is not asked any more */
 };
 

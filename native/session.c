@@ -238,8 +238,8 @@ static int check_span(const bmc_span *span, const bmc_model *m) {
         return fail(BMC_EINVAL, "the sessions of one call belong to different models");
     if (span->n_tok < 1)
         return fail(BMC_EINVAL, "a span needs at least one token, found %d", (int)span->n_tok);
-    if (span->want < BMC_WANT_NONE || span->want > BMC_WANT_ALL)
-        return fail(BMC_EINVAL, "want: expected 0 to 2, found %d", (int)span->want);
+    if (span->want < BMC_WANT_NONE || span->want > BMC_WANT_FIRST)
+        return fail(BMC_EINVAL, "want: expected 0 to 3, found %d", (int)span->want);
     if (span->last < 0)
         return fail(BMC_EINVAL, "last: expected 0 or more rows, found %d", (int)span->last);
     if (span->sampler && sampler_check(span->sampler, m->c.vocab_size))
@@ -248,6 +248,8 @@ static int check_span(const bmc_span *span, const bmc_model *m) {
         return fail(BMC_EINVAL, "n_top: expected 0 to %d and room for the results, found %d", (int)m->c.vocab_size, (int)span->n_top);
     if (!m->c.causal && (span->session->position || span->n_tok > m->pass_max))
         return fail(BMC_EINVAL, "this model reads a text as a whole: expected 1 to %d tokens in an empty session, found %d", m->pass_max, (int)span->n_tok);
+    if (!m->c.causal && (span->sampler || span->mask || span->n_top))
+        return fail(BMC_EINVAL, "this model reads a text as a whole: no tokens are chosen after it");
     if (!m->output.data && (span->logits || span->next || span->logprob || span->n_top))
         return fail(BMC_EINVAL, "this model has no logits, only hidden states");
     for (int i = 0; i < span->n_tok; i++)
@@ -276,7 +278,8 @@ static int claim_all(const bmc_span *spans, int n) {
 }
 
 static bool wanted(const bmc_span *span, int i) {
-    return span->want == BMC_WANT_ALL || (span->want == BMC_WANT_LAST && i == span->n_tok - 1);
+    return span->want == BMC_WANT_ALL || (span->want == BMC_WANT_LAST && i == span->n_tok - 1)
+           || (span->want == BMC_WANT_FIRST && i == 0);
 }
 
 /* What the choice among logits needs beyond the best of them. */

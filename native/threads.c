@@ -16,10 +16,10 @@
 #define pause_cpu() ((void)0)
 #endif
 
-/* How often a thread looks before it sleeps. Inside a run about 50 us: then the core is free for whoever is waited for,
- * which matters as soon as the machine has other things to do than ours. Between runs about 2 ms: tokens are shown and the next call
- * is prepared in that time, waking up takes longer than a barrier of a small model, and a core that slept is slow at first.
- * With more threads than cores, a thread that spins occupies the core that the thread it waits for needs: it sleeps at once. */
+/* How often a waiting thread polls before it sleeps. Within a run about 50 us: on a busy machine the thread it waits for may need
+ * this core. Between runs about 2 ms: that covers showing tokens and preparing the next call, and waking up takes longer than a
+ * barrier of a small model, on a core that has slowed down. With more threads than cores a spinning thread occupies the core that
+ * the other one needs, so it sleeps at once. */
 enum { PATIENCE = 1500, IDLE_PATIENCE = 60000 };
 
 struct pool {
@@ -69,7 +69,7 @@ static void await(struct pool *p, atomic_uint *value, unsigned old, int patience
     pthread_mutex_unlock(&p->lock);
 }
 
-/* Counts *value up; whoever waits for that goes on. */
+/* Increments *value and wakes the threads that wait for it. */
 static void announce(struct pool *p, atomic_uint *value) {
     atomic_fetch_add(value, 1);
     if (!atomic_load(&p->asleep))
@@ -105,7 +105,7 @@ static bool start_worker(struct pool *p, int thread) {
 
 /* Workers for threads 1 to wanted - 1; n is how many threads there are then. */
 static void start_workers(struct pool *p, int wanted) {
-    sigset_t all, before;                       /* signals are the caller's business */
+    sigset_t all, before;                       /* the caller's thread handles signals */
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     for (p->n = 1; p->n < wanted && start_worker(p, p->n); p->n++)
@@ -176,8 +176,8 @@ void pool_share(const struct pool *p, int thread, int64_t n, int64_t unit, int64
         *from = *to;
 }
 
-/* Half of what is left of a thread's own part of n things. What is counted in an earlier step is as good as nothing: a step ends
- * with a barrier or with its run. */
+/* Half of what is left of a thread's own share of n things. A count from an earlier step is ignored: steps are separated by a
+ * barrier or by the end of the run. */
 static bool take_of(struct pool *p, int thread, uint64_t step, int64_t n, int64_t *from, int64_t *to) {
     atomic_uint_fast64_t *taken = &p->own[thread].taken;
     uint_fast64_t seen = atomic_load_explicit(taken, memory_order_relaxed);

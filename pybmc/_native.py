@@ -7,6 +7,7 @@ import sys
 from functools import partial
 from itertools import count, takewhile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from cffi import FFI
@@ -27,7 +28,8 @@ def _header() -> Path:
 
 def _declarations(path: Path) -> str:
     """What stands in a header between its marks."""
-    return re.search(r"/\* <cffi>.*?\*/(.*)/\* </cffi> \*/", path.read_text(), re.DOTALL).group(1)
+    _, marked = re.split(r"/\* <cffi>.*?\*/", path.read_text(), flags=re.DOTALL)
+    return marked.partition("/* </cffi> */")[0]
 
 
 def declare(path: Path) -> None:
@@ -50,7 +52,8 @@ def _load(ffi: FFI):
     return lib
 
 
-ffi, _declared = FFI(), set()
+ffi = FFI()
+_declared: set[Path] = set()
 declare(_header())
 lib = _load(ffi)
 
@@ -77,7 +80,7 @@ def check(status: int) -> int:
 
 def owned(handle, free: str, kept=None):
     """A handle that is freed, and after it what it needs, when nobody uses it: a close() leaves a call beside it whole."""
-    freeing = partial(getattr(lib, free))           # no function of Python's: an interrupt would be raised in it, and lost
+    freeing: Any = partial(getattr(lib, free))      # no function of Python's: an interrupt would be raised in it, and lost
     freeing.kept = lib, kept                        # lib: at exit it would go first
     return ffi.gc(handle, freeing)
 
@@ -114,7 +117,8 @@ def pointer(array: np.ndarray):
 
 
 _CTYPES = {np.dtype(name).char: ffi.typeof(f"{ctype}[]") for name, ctype in
-           (("f4", "float"), ("f8", "double"), ("i4", "int32_t"), ("i8", "int64_t"), ("u1", "uint8_t"), ("u2", "uint16_t"))}
+           (("f4", "float"), ("f8", "double"), ("i4", "int32_t"), ("i8", "int64_t"), ("u1", "uint8_t"), ("u2", "uint16_t"),
+            ("u4", "uint32_t"))}
 
 
 def _spell(shape) -> str:

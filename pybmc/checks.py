@@ -22,9 +22,9 @@ def refuse(name: str, expected: str, found) -> NoReturn:
 def whole(name: str, value, low: float = 0, high: float = INT32_MAX) -> int:
     """A whole number from low to high. numpy's integers and 5.0 are whole numbers, True is none."""
     number = _index(value)
-    if number is None or not low <= number <= high:
-        refuse(name, f"a whole number{_range(low, high)}", value)
-    return number
+    if number is not None and low <= number <= high:
+        return number
+    refuse(name, f"a whole number{_range(low, high)}", value)
 
 
 def number(name: str, value, low: float = -inf, high: float = inf, infinite: bool = False) -> float:
@@ -34,7 +34,7 @@ def number(name: str, value, low: float = -inf, high: float = inf, infinite: boo
         try:
             real = float(value)
         except OverflowError:
-            real = inf if value > 0 else -inf
+            real = inf if value > 0 else -inf      # type: ignore[operator]
     if real is None or isnan(real) or not low <= real <= high or (abs(real) == inf and not infinite):
         refuse(name, f"a number{_range(low, high)}", value)
     return real
@@ -89,14 +89,18 @@ def _index(value) -> int | None:
     try:
         return operator.index(value)
     except TypeError:
-        return int(value) if isinstance(value, Real) and abs(value) < inf and value == int(value) else None
+        if not isinstance(value, Real):
+            return None
+        return int(value) if abs(value) < inf and value == int(value) else None     # type: ignore[operator, call-overload]
 
 
 def _id(name: str, value) -> int:
     try:
-        return operator.index(None if isinstance(value, bool) else value)
+        if not isinstance(value, bool):
+            return operator.index(value)
     except TypeError:
-        refuse(name, "whole numbers as token ids", value)
+        pass
+    refuse(name, "whole numbers as token ids", value)
 
 
 def _items(name: str, expected: str, value) -> list:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 import tiny
 
 import pybmc
-from pybmc.cli import options, run
+from pybmc.cli import cli, options, run
 from pybmc.cli.terminal import sentence
 
 TEXT = tiny.TEXT
@@ -115,6 +116,17 @@ def test_the_help_names_every_chat_template(capsys):
     run(["chat", "--help"])
     words = set(capsys.readouterr().out.replace(",", " ").replace("(", " ").replace(")", " ").split())
     assert set(NAMED) <= words
+
+
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_the_help_lists_options_by_section(command, capsys):
+    run([command, "--help"])
+    help = capsys.readouterr().out
+    sections = re.findall(r"^(\w+):\n((?:  .*\n?)+)", help, re.MULTILINE)
+    assert [name for name, _ in sections][:6] == ["Model", "Text", "End", "Sampling", "Speculation", "Output"]
+    assert re.findall("^  (?=-)", dict(sections)["Other"], re.MULTILINE) == ["  "], "an option without a section"
+    options = {option for param in cli.commands[command].params for option in param.opts if option[0] == "-"}
+    assert options <= set(re.split(r"[\s,]+", help))
 
 
 @pytest.mark.parametrize("args, says", [
@@ -409,7 +421,7 @@ def test_help_loads_nothing_heavy(args):
             "assert foreign == {'click', 'pybmc'}, foreign\n"
             "print(*foreign, *(name for name in new if name.startswith('pybmc.')), file=sys.stderr)")
     done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=True)
-    own = {"options", "batch", "files", "hub", "measure", "proof", "talk", "terminal"}
+    own = {"options", "batch", "files", "hub", "measure", "proof", "talk", "terminal", "vectors"}
     assert set(done.stderr.split()) <= {"click", "pybmc", "pybmc._lazy", "pybmc.errors", "pybmc.chat", "pybmc.chat.reasoning",
                                         "pybmc.cli", *(f"pybmc.cli.{name}" for name in own)}
 

@@ -5,6 +5,7 @@ import random
 from contextlib import ExitStack
 from dataclasses import replace
 
+import engines
 import numpy as np
 import numpy_sampling
 import pytest
@@ -27,23 +28,6 @@ def model():
         yield model
 
 
-def shuffled(path):
-    """A model whose token i is token order[i] of the others."""
-    metadata, tensors = tiny.parts("llama", n_ctx=CONTEXT, types="Q4_0")
-    order = list(range(metadata["llama.vocab_size"]))
-    random.Random(1).shuffle(order)
-    for key in ("tokens", "token_type"):
-        values = metadata[f"tokenizer.ggml.{key}"]
-        metadata[f"tokenizer.ggml.{key}"] = [values[i] for i in order]
-    for key in ("bos", "eos", "eot"):
-        key = f"tokenizer.ggml.{key}_token_id"
-        metadata[key] = order.index(metadata[key])
-    for name in ("token_embd.weight", "output.weight"):
-        kind, rows = tensors[name]
-        tensors[name] = kind, np.ascontiguousarray(rows[order])
-    return tiny.save(path, metadata, tensors)
-
-
 @pytest.fixture(scope="module")
 def drafts(tmp_path_factory):
     """Always right, mostly right, a stranger, one with a short context, three with other vocabularies."""
@@ -53,7 +37,8 @@ def drafts(tmp_path_factory):
         "stranger": tiny.model("llama", n_ctx=CONTEXT, n_layers=1, seed=1),
         "short": tiny.model("llama", n_ctx=96, types="Q4_0"),
         "padded": tiny.model("llama", n_ctx=CONTEXT, vocab_size=440),
-        "shuffled": shuffled(tmp_path_factory.mktemp("e") / "shuffled.gguf"),
+        "shuffled": tiny.shuffled(tmp_path_factory.mktemp("e") / "shuffled.gguf",
+                                  random.Random(1).sample(range(401), 401), n_ctx=CONTEXT, types="Q4_0"),
         "text": tiny.model("phi3", n_ctx=CONTEXT, vocab_size=900),
     }
     with ExitStack() as stack:
@@ -83,9 +68,8 @@ def busy(engine):
 def finish(engine):
     """Step until nobody is left; the tokens of each sequence."""
     found = {}
-    for _ in busy(engine):
-        for sequence, token in engine.step():
-            found.setdefault(sequence, []).append(token)
+    for sequence, token in engines.events(engine):
+        found.setdefault(sequence, []).append(token)
     return found
 
 

@@ -267,7 +267,7 @@ def test_arguments_are_checked(model):
     with ready(model) as session, model.session() as other, pybmc.Model(model.path, threads=1) as twin, \
             twin.session() as foreign:
         made = Speculation(model, spec="ngram")
-        drafter = made.drafter(session)
+        drafter = made.drafter()
         good = {"session": session, "pending": PROMPT[-1:], "max_tokens": 4}
         for wrong, message in (
                 ({"pending": []}, "at least one token"), ({"max_tokens": 0}, "1 or more tokens, found 0"),

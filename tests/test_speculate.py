@@ -6,7 +6,7 @@ import os
 import random
 from types import SimpleNamespace
 
-import numpy as np
+import engines
 import pytest
 import tiny
 
@@ -33,14 +33,7 @@ def stranger():
 
 
 def write(model, tokens, n, speculation=None, **settings):
-    """What an engine writes, without who guessed it, and its Stats."""
-    made = speculation or Speculation(model, spec="off")
-    with Engine(model, speculation=made) as engine:
-        sequence, found = engine.add(Request(tokens, n, Sampler(**settings))), []
-        while not sequence.done:
-            found += [token._replace(from_draft=False) for _, token in engine.step()]
-        assert not sequence.error
-        return found, sequence.stats
+    return engines.write(model, Request(tokens, n, Sampler(**settings)), speculation)
 
 
 # ---- vocabularies ------------------------------------------------------------------------------------------
@@ -85,27 +78,12 @@ def test_padded_vocabularies_work_together(sizes, settings):
         assert found == write(model, text, 60, **settings)[0] and stats.draft_n > 0
 
 
-def shuffled(path, order):
-    """A copy of a model whose token i is the original's order[i]."""
-    metadata, tensors = tiny.parts("llama")
-    for key in ("tokens", "token_type"):
-        values = metadata[f"tokenizer.ggml.{key}"]
-        metadata[f"tokenizer.ggml.{key}"] = [values[i] for i in order]
-    for key in ("bos", "eos", "eot"):
-        key = f"tokenizer.ggml.{key}_token_id"
-        metadata[key] = order.index(metadata[key])
-    for name in ("token_embd.weight", "output.weight"):
-        kind, rows = tensors[name]
-        tensors[name] = kind, np.ascontiguousarray(rows[order])
-    return tiny.save(path, metadata, tensors)
-
-
 @pytest.mark.parametrize("settings", [{}, {"temperature": 0.8, "seed": 3, "top_p": 1.0},
                                       {"temperature": 0.8, "logit_bias": {5: 3.0}}], ids=repr)
 def test_ids_are_mapped_where_vocabularies_overlap(model, tmp_path, settings):
     order = list(range(401))
     random.Random(1).shuffle(order)
-    with pybmc.Model(shuffled(tmp_path / "shuffled.gguf", order), threads=1) as draft:
+    with pybmc.Model(tiny.shuffled(tmp_path / "shuffled.gguf", order), threads=1) as draft:
         assert check_pair(model, draft).to_target.tolist() == order
         found, stats = write(model, [5, 6, 7], 60, Speculation(model, draft, "draft", fixed=4), **settings)
         assert found == write(model, [5, 6, 7], 60, **settings)[0]
@@ -248,7 +226,7 @@ def test_a_record_is_for_the_same_files_threads_and_machine(tmp_path, kept):
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"key": 1}', "\xff", "[" * 100000, "RECORD:3",
                                   'RECORD:{"a": 1}', "RECORD:[]", "RECORD:[1, 2]", "RECORD:[null]",
-                                  f"RECORD:{[1e300] * 296}", f"RECORD:{[-1.0] * 296}"])
+                                  f"RECORD:{[1e300] * 200}", f"RECORD:{[-1.0] * 200}"])
 def test_a_broken_record_is_no_record(model, stranger, kept, text):
     write(model, [1, 2, 3], 20, Speculation(model, stranger))
     [path] = kept.iterdir()

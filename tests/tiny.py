@@ -39,6 +39,8 @@ OWN_TYPES = ("Q1_0", "Q2_0")        # that the gguf package does not decode
 NUMBERS = {quant.name: int(quant) for quant in GGMLQuantizationType} | {"Q2_0": 42}
 GGML_QUANT_SIZES.setdefault(NUMBERS["Q2_0"], (64, 18))
 
+SMALL = dict(dim=32, hidden_dim=32, n_heads=2, n_layers=1, n_ctx=64, vocab_size=300, vocab="llama")
+
 TEXT = """\
 Once upon a time there was a small grey mouse who lived under the floor of a mill. Every night she listened to the
 great wheel, and every morning she counted the grains that the miller had dropped. "One for the winter," she said,
@@ -405,6 +407,21 @@ def folder() -> Path:
     path = Path(tempfile.mkdtemp(prefix="pybmc-tiny-"))
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     return path
+
+
+def shuffled(path, order: list[int], **shape) -> Path:
+    """A copy of a llama model whose token i is the original's order[i]."""
+    metadata, tensors = parts("llama", **shape)
+    for key in ("tokens", "token_type"):
+        values = metadata[f"tokenizer.ggml.{key}"]
+        metadata[f"tokenizer.ggml.{key}"] = [values[i] for i in order]
+    for key in ("bos", "eos", "eot"):
+        key = f"tokenizer.ggml.{key}_token_id"
+        metadata[key] = order.index(metadata[key])
+    for name in ("token_embd.weight", "output.weight"):
+        kind, rows = tensors[name]
+        tensors[name] = kind, np.ascontiguousarray(rows[order])
+    return save(path, metadata, tensors)
 
 
 @lru_cache(maxsize=None)

@@ -6,7 +6,7 @@
 INLINE int lane(int t) { return t < 0 ? 0 : t > 16 ? 16 : t; }
 
 /* The next chunk is fetched meanwhile, line by line at an even pace, in the order of memory as far as it goes: a burst would
- * hold up what is read now, and K and V of a tile are too short for the processor to foresee what follows. One half of the
+ * delay the current reads, and K and V of a tile are too short for the hardware prefetcher. One half of the
  * chunk goes with the keys of this one, the other with its values; i counts a tile's columns. To the second level, since
  * the first is smaller than a chunk. */
 INLINE void fetch(const struct attn_job *j, int half, int tile, int i) {
@@ -157,7 +157,7 @@ INLINE void gather(const struct attn_job *j, int row, const int R, int d, const 
             mix(j->o + (size_t)(row + r) * (size_t)j->v_dim + d + 16 * i, acc[r][i], keep[r], gain[r]);
 }
 
-/* The same in all lanes, for as many rows as leave registers for 16: tile by tile, each read as it lies in one go, where
+/* The same in all lanes, for as many rows as leave registers for 16: tile by tile, each read once in memory order, where
  * lanes by lanes would read half lines of a chunk that the first cache cannot hold. sums: (R, v_dim), between tiles. */
 INLINE void gather_tiles(const struct attn_job *j, int row, const int R, int from, int to, float *sums, float s[][CHUNK],
                          const float *keep, const float *gain) {
@@ -215,7 +215,7 @@ static void widen_values(const struct attn_job *j, int d, int begin, int end, fl
     }
 }
 
-/* Rows go in groups whose sums fill the registers. Where there are several and floats are dear to make (WIDEN), the tile's
+/* Rows go in groups whose sums fill the registers. Where there are several and conversion is expensive (WIDEN), the tile's
  * keys, or 16 lanes of the chunk's values, become floats once for all of them: `wide`, in the first cache. */
 static void attend(const struct attn_job *job) {
     float s[ATTN_ROWS][CHUNK], keep[ATTN_ROWS], gain[ATTN_ROWS], memory[CHUNK * 16];

@@ -1,4 +1,4 @@
-/* Functions that vanish into their callers and loops that vanish into straight code: sums live in registers only so. */
+/* Functions that are always inlined and loops that are always unrolled: otherwise sums would not stay in registers. */
 #ifndef INLINE_H
 #define INLINE_H
 

@@ -1,7 +1,7 @@
 /* Experiments and probes, in the same library as bmc.h and no part of its promises: other ways in which a
  * session's rows grow, rows of noise, what memory and arithmetic allow here, and an allocation that fails
- * on request. The product calls nothing of this. A session that is given to these functions serves no
- * other thread meanwhile. */
+ * on request. The library itself calls none of it. While one of these functions runs, no other thread
+ * may use the session. */
 #ifndef BMC_LAB_H
 #define BMC_LAB_H
 

@@ -36,7 +36,7 @@ INLINE uint64_t read_lines(const char *memory, int64_t bytes, const bool ahead) 
     return sum[0] + sum[1] + sum[2] + sum[3] + sum[4] + sum[5] + sum[6] + sum[7];
 }
 
-/* Asking for lines ahead helps some cores and slows others: every other run does without. */
+/* Prefetching helps some cores and slows others: every other run does without. */
 static void read_share(void *arg, int thread) {
     struct roof *roof = arg;
     int64_t from, to;

@@ -5,9 +5,13 @@ import os
 import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from typing import Any
 
 from ..engine import Stats, Token
+from ..engine.model import Model
+from ..engine.session import Session
 from ..errors import ArgumentError, ContextFullError, FormatError
+from ..tokenizers import Tokenizer
 from .generate import generate
 from .template import checked_variables, template_of
 
@@ -19,8 +23,8 @@ class Conversation:
     generate(), max_tokens among them.
     """
 
-    def __init__(self, model, session, system: str | None = None, *, chat_template=None,
-                 chat_template_kwargs: Mapping | None = None, **settings):
+    def __init__(self, model: Model, session: Session, system: str | None = None, *, chat_template: Any = None,
+                 chat_template_kwargs: Mapping | None = None, **settings: Any):
         self.model, self.session, self.settings = model, session, settings
         self.template = template_of(chat_template, model.tokenizer)
         self.variables = checked_variables(chat_template_kwargs or {})
@@ -63,7 +67,7 @@ class Conversation:
         """Forget everything but the system message."""
         self.messages = [m for m in self.messages if m["role"] == "system"]
 
-    def _answer(self, before: list[dict], progress) -> Iterator[Token]:
+    def _answer(self, before: list[dict], progress: Callable[[int, int], None] | None) -> Iterator[Token]:
         """before: the messages to go back to if nothing gets said."""
         text, said, stream = [], [], None
         try:
@@ -146,7 +150,7 @@ def saved_messages(path: str | os.PathLike) -> list[dict]:
         raise FormatError(f"{os.fspath(path)} is not a saved conversation") from None
 
 
-def _role(role) -> str:
+def _role(role: object) -> str:
     if role not in ("system", "user", "assistant"):
         raise ValueError(f"expected system, user or assistant, found {role!r:.100}")
     return role
@@ -160,7 +164,7 @@ def whole_characters(text: str) -> str:
 
 
 def replace_file(path: str, data: bytes) -> None:
-    """Write a file beside, then rename it: whoever reads sees the old file or the new one, whole."""
+    """Write a file beside, then rename it: a reader sees the whole old file or the whole new one."""
     beside = os.path.join(os.path.dirname(path), f".pybmc-{os.getpid()}.tmp")
     with suppress(FileNotFoundError):
         os.unlink(beside)
@@ -178,7 +182,7 @@ def replace_file(path: str, data: bytes) -> None:
         raise
 
 
-def resume(tokenizer, held: Sequence[int], ids: list[int]) -> list[int]:
+def resume(tokenizer: Tokenizer, held: Sequence[int], ids: list[int]) -> list[int]:
     """ids, but beginning with the tokens that a session holds, where these spell the same.
 
     A model may write a word in other tokens than the tokenizer does. What it wrote stays as it was evaluated.
@@ -192,6 +196,6 @@ def resume(tokenizer, held: Sequence[int], ids: list[int]) -> list[int]:
     return [*held, *ids[n:]] if same else ids
 
 
-def _spelled(tokenizer, id: int) -> bytes:
+def _spelled(tokenizer: Tokenizer, id: int) -> bytes:
     """A token's bytes; a control token's are unlike any text's."""
     return b"\xff%d\xff" % id if tokenizer.is_control(id) else tokenizer.piece(id)

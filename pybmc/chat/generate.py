@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from os import PathLike
+from typing import Any
 
 from .. import checks
 from ..engine.engine import Engine, Request
 from ..engine.generate import Batch, Generation, checked_wishes, encode_text, filled, speculation_of
+from ..engine.model import Model
 from ..engine.sampler import Sampler
+from ..engine.session import Session
 from ..errors import ArgumentError, ContextFullError
+from ..spec import Speculation
+from ..tokenizers import Tokenizer
 from .template import checked_variables, template_of
 
+Prompt = str | Iterable[int] | Iterable[Mapping]
+Draft = Model | Speculation | str | PathLike | None
 
-def generate(model, prompt, max_tokens: int | None = 256, *, session=None, draft=None, spec: str = "auto",
-             draft_max: int = 16, draft_min: int = 0, stop: str | Sequence[str] | None = (),
-             stop_tokens: int | Iterable[int] | None = None, chat_template=None,
-             chat_template_kwargs: Mapping | None = None, progress: Callable[[int, int], None] | None = None,
-             **settings) -> Generation:
+
+def generate(model: Model, prompt: Prompt, max_tokens: int | None = 256, *, session: Session | None = None,
+             draft: Draft = None, spec: str = "auto", draft_max: int = 16, draft_min: int = 0,
+             stop: str | Sequence[str] | None = (), stop_tokens: int | Iterable[int] | None = None,
+             chat_template: Any = None, chat_template_kwargs: Mapping | None = None,
+             progress: Callable[[int, int], None] | None = None, **settings: Any) -> Generation:
     """Continue a prompt: an iterator of Token.
 
     prompt     a text, a list of token ids, or a list of chat messages ({"role": .., "content": ..}). Where the
@@ -40,7 +49,7 @@ def generate(model, prompt, max_tokens: int | None = 256, *, session=None, draft
     The last Token tells why it was the last (finish_reason). The same prompt, settings and seed give the same text. A
     text that begins with the vocabulary's BOS gets no second one. Wrong arguments raise ArgumentError at once.
     """
-    checks.settings(settings, Sampler.__dataclass_fields__, ("max_tokens", *generate.__kwdefaults__))
+    checks.settings(settings, Sampler.__dataclass_fields__, ("max_tokens", *(generate.__kwdefaults__ or ())))
     wishes = checked_wishes(model, max_tokens, stop, stop_tokens, settings)
     if session is not None and getattr(session, "model", None) is not model:
         checks.refuse("session", "a session of the same model", session)
@@ -50,17 +59,18 @@ def generate(model, prompt, max_tokens: int | None = 256, *, session=None, draft
     return Generation(Engine(model, parallel=1, speculation=speculation), request)
 
 
-def generate_batch(model, prompts: Iterable, max_tokens: int | None = 256, *, draft=None, spec: str = "auto",
-                   draft_max: int = 16, draft_min: int = 0, parallel: int = 8, context: int | None = None,
-                   stop: str | Sequence[str] | None = (), stop_tokens: int | Iterable[int] | None = None,
-                   chat_template=None, chat_template_kwargs=None, **settings) -> Batch:
+def generate_batch(model: Model, prompts: Iterable[Prompt], max_tokens: int | None = 256, *, draft: Draft = None,
+                   spec: str = "auto", draft_max: int = 16, draft_min: int = 0, parallel: int = 8,
+                   context: int | None = None, stop: str | Sequence[str] | None = (),
+                   stop_tokens: int | Iterable[int] | None = None, chat_template: Any = None,
+                   chat_template_kwargs: Mapping | None = None, **settings: Any) -> Batch:
     """Continue many prompts together: an iterator of (number of the prompt, Token), as tokens come.
 
     Prompts and settings are those of generate(), and so is each prompt's text. parallel: how many are written at a
     time; context: a cap on each one's rows. There are fewer guesses the more prompts share a pass: the next one goes to
     the prompt where it is likeliest to come true.
     """
-    checks.settings(settings, Sampler.__dataclass_fields__, ("max_tokens", *generate_batch.__kwdefaults__))
+    checks.settings(settings, Sampler.__dataclass_fields__, ("max_tokens", *(generate_batch.__kwdefaults__ or ())))
     wishes = checked_wishes(model, max_tokens, stop, stop_tokens, settings)
     parallel = checks.whole("parallel", parallel, 1)
     context = None if context is None else checks.whole("context", context, 1)
@@ -76,14 +86,14 @@ def generate_batch(model, prompts: Iterable, max_tokens: int | None = 256, *, dr
     return Batch(engine, [engine.add(Request(text, context=context, **wishes)) for text in texts])
 
 
-def encode_prompt(tokenizer, prompt, chat_template=None, variables: Mapping | None = None) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, chat_template: Any = None, variables: Mapping | None = None) -> list[int]:
     """Token ids of a prompt: a text, in which control tokens count, a list of ids, or a list of chat messages.
 
     chat_template and variables are for messages, as in generate().
     """
     if isinstance(prompt, (bytes, bytearray, Mapping)) or not isinstance(prompt, Iterable):
         checks.refuse("prompt", "a text, a list of token ids or a list of messages", prompt)
-    items = prompt if isinstance(prompt, str) else list(prompt)
+    items: Any = prompt if isinstance(prompt, str) else list(prompt)
     if items and isinstance(items[0], Mapping):
         return filled(template_of(chat_template, tokenizer).encode(items, **checked_variables(variables or {})))
     if chat_template is not None or variables:

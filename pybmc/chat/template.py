@@ -87,7 +87,7 @@ class ChatTemplate:
         for part in parts:
             ids += self._ordinary(part) if isinstance(part, str) else [part]
         bos = self._tokenizer.bos_id
-        return [bos] + ids if self._tokenizer.add_bos and ids[:1] != [bos] else ids
+        return [bos, *ids] if bos is not None and self._tokenizer.add_bos and ids[:1] != [bos] else ids
 
     # -- writing
 
@@ -116,13 +116,13 @@ class ChatTemplate:
         """The text of the first form of the messages that the template takes."""
         from .sandbox import Refusal
 
-        refused = None
+        refusals: list[Refusal] = []
         for form in self._forms(messages, others):
             try:
                 return self._run(form, add_generation_prompt, others)
             except Refusal as refusal:
-                refused = refused or refusal
-        raise refused
+                refusals.append(refusal)
+        raise refusals[0]
 
     def _forms(self, messages: list[dict], others: Mapping) -> Iterator[list[dict]]:
         """The messages as they are, and if that is refused, as other clients would send them."""
@@ -143,13 +143,13 @@ class ChatTemplate:
             message | {"role": own(message["role"])} if message["role"] in ROLES else message
             for message in messages
         ]
-        given = self._special | {
+        given: dict[str, object] = self._special | {
             "raise_exception": _raise_exception,
             "strftime_now": _strftime_now,
             "tools": None,
             "documents": None,
         }
-        given |= others | {"messages": messages, "add_generation_prompt": add_generation_prompt}
+        given |= {**others, "messages": messages, "add_generation_prompt": add_generation_prompt}
         return self._template.render(given)
 
     # -- what the template takes, found out by trying

@@ -6,7 +6,7 @@ import sys
 import click
 
 from .. import __version__
-from . import batch, files, hub, measure, proof, talk
+from . import batch, files, hub, measure, proof, talk, vectors
 from .terminal import ReaderLeft, note, sentence
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
@@ -28,8 +28,8 @@ def cli():
     """
 
 
-for command in (talk.chat, talk.generate, files.show, files.tokenize, measure.bench, measure.perplexity, proof.prove,
-                batch.batch, hub.pull, hub.list_models, hub.rm):
+for command in (talk.chat, talk.generate, vectors.embed, files.show, files.tokenize, measure.bench, measure.perplexity,
+                proof.prove, batch.batch, hub.pull, hub.list_models, hub.rm):
     cli.add_command(command)
 
 

@@ -4,22 +4,14 @@ import json
 
 import click
 
-from .options import (
-    json_option,
-    model_argument,
-    model_option,
-    need_model,
-    print_json,
-    read_text,
-    text_options,
-)
+from . import options
 from .terminal import write
 
 
 @click.command()
-@model_argument
-@model_option
-@json_option
+@options.model_argument
+@options.model_option
+@options.json_option
 def show(model, model_option, as_json):
     """What a file is: architecture, types, sizes, template, and whether it runs.
 
@@ -29,36 +21,36 @@ def show(model, model_option, as_json):
     from ..show import describe, lines
 
     try:
-        info = describe(need_model(model, model_option))
+        info = describe(options.need_model(model, model_option))
     except NotHere:
         from ..hub.transfer import look
 
         info = look(model or model_option)
     if as_json:
-        print_json(info)
+        options.print_json(info)
     else:
         write("".join(f"{label:14}{text}\n" for label, text in lines(info)))
 
 
 @click.command()
-@model_argument
-@model_option
-@text_options
+@options.model_argument
+@options.model_option
+@options.text_options
 @click.option("--no-bos", is_flag=True, help="Leave out the tokens that the model wants around a text.")
 @click.option("--special/--no-special", default=False, show_default=True,
               help="Let control tokens in the text count.")
-@json_option
+@options.json_option
 def tokenize(model, model_option, prompt, prompt_file, no_bos, special, as_json):
     """Token ids and pieces of a text (-p, -f, or stdin). A vocabulary without weights is enough."""
     from ..tokenizers import Tokenizer
 
-    path = need_model(model, model_option)
-    text = read_text(prompt, prompt_file)
+    path = options.need_model(model, model_option)
+    text = options.read_text(prompt, prompt_file)
     tokenizer = Tokenizer(path)
     ids = tokenizer.encode(text, bos=not no_bos, special=special)
     pieces = [tokenizer.piece(id) for id in ids]
     if as_json:
-        print_json({"tokens": ids, "pieces": [spelled(piece) for piece in pieces]})
+        options.print_json({"tokens": ids, "pieces": [spelled(piece) for piece in pieces]})
     else:
         shown = [json.dumps(spelled(piece), ensure_ascii=False) for piece in pieces]
         write("".join(f"{id:>7}  {piece}\n" for id, piece in zip(ids, shown)))

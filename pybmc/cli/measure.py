@@ -5,46 +5,33 @@ import sys
 import click
 
 from ..errors import ArgumentError
-from .options import (
-    Counts,
-    File,
-    arena_options,
-    find_model,
-    json_option,
-    model_argument,
-    model_option,
-    opened,
-    print_json,
-    read_text,
-    rounded,
-    threads_option,
-)
+from . import options
 from .terminal import is_terminal, progress, write
 
 
 @click.command()
-@model_argument
-@model_option
-@click.option("-p", "--n-prompt", "prompts", type=Counts(), default="512", show_default=True,
+@options.model_argument
+@options.model_option
+@click.option("-p", "--n-prompt", "prompts", type=options.Counts(), default="512", show_default=True,
               help="Prompt lengths.")
-@click.option("-n", "--n-gen", "generated", type=Counts(), default="64", show_default=True,
+@click.option("-n", "--n-gen", "generated", type=options.Counts(), default="64", show_default=True,
               help="Lengths to generate.")
-@click.option("-b", "--widths", type=Counts(), default="1,2,4,8,16", show_default=True,
+@click.option("-b", "--widths", type=options.Counts(), default="1,2,4,8,16", show_default=True,
               help="Tokens in a verification pass: logits for all of them, then a rewind.")
-@click.option("-d", "--depths", type=Counts(), default="0", show_default=True,
+@click.option("-d", "--depths", type=options.Counts(), default="0", show_default=True,
               help="Tokens held before the test.")
 @click.option("-r", "--reps", type=click.IntRange(1), default=5, show_default=True, metavar="N",
               help="Repetitions of each test.")
 @click.option("--breakdown", is_flag=True, help="Tell what the time of each test is spent on.")
-@threads_option
-@arena_options
-@json_option
+@options.threads_option
+@options.arena_options
+@options.json_option
 def bench(model, model_option, prompts, generated, widths, depths, reps, breakdown, threads, rows, kv_type, as_json):
     """Measure prompts, generation and verification; without MODEL the bundled model. An empty list skips a test."""
     from ..engine import bench as benches
 
     run = benches.breakdown if breakdown else benches.bench
-    with opened(find_model(model, model_option), threads) as (loaded, _):
+    with options.opened(options.find_model(model, model_option), threads) as (loaded, _):
         try:
             results = run(loaded, prompts, generated, widths, depths, reps, rows)
         except ArgumentError as error:
@@ -56,7 +43,7 @@ def bench(model, model_option, prompts, generated, widths, depths, reps, breakdo
 
 def print_json_lines(results) -> None:
     for result in results:
-        print_json({name: {k: rounded(v) for k, v in value.items()} if isinstance(value, dict) else rounded(value)
+        options.print_json({name: {k: options.rounded(v) for k, v in value.items()} if isinstance(value, dict) else options.rounded(value)
                     for name, value in vars(result).items()})
 
 
@@ -105,24 +92,24 @@ def test_name(r) -> str:
 
 
 @click.command()
-@model_argument
-@model_option
-@click.option("-f", "--file", "text_file", required=True, type=File(), metavar="FILE",
+@options.model_argument
+@options.model_option
+@click.option("-f", "--file", "text_file", required=True, type=options.File(), metavar="FILE",
               help="The text; - is stdin.")
 @click.option("-c", "--ctx-size", "window", type=click.IntRange(4), default=512, show_default=True, metavar="N",
               help="Tokens in a window; the second half of each is scored.")
 @click.option("--no-bos", is_flag=True, help="No BOS token at the beginning of a window.")
-@threads_option
-@json_option
+@options.threads_option
+@options.json_option
 def perplexity(model, model_option, text_file, window, no_bos, threads, as_json):
     """How well a model foretells a text, counted as llama.cpp counts it; without MODEL the bundled model."""
     from ..engine.perplexity import perplexity as measure
 
-    text = read_text(None, text_file)
-    with opened(find_model(model, model_option), threads) as (loaded, _), progress("perplexity") as update:
+    text = options.read_text(None, text_file)
+    with options.opened(options.find_model(model, model_option), threads) as (loaded, _), progress("perplexity") as update:
         found = measure(loaded, text, window, update, not no_bos)
     if as_json:
-        print_json(vars(found))
+        options.print_json(vars(found))
     else:
         write(f"perplexity {found.ppl:.4f} +/- {found.stderr:.4f} over {found.tokens} tokens, "
               f"{found.bits_per_byte:.4f} bits a byte\n")

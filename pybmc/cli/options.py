@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import click
@@ -44,11 +44,11 @@ class Bias(click.ParamType):
     def convert(self, value, param, ctx):
         if isinstance(value, tuple):
             return value
-        id, sign, number = re.fullmatch(r"(\d*)([+-]?)(.*)", value, re.DOTALL).groups()
-        try:
-            return int(id), float((sign or "x") + number)
-        except ValueError:
-            self.fail(f"{value!r}: expected a token id, + or -, and a number, as in 15043-inf", param, ctx)
+        parts = re.fullmatch(r"(\d+)([+-].+)", value)
+        with suppress(ValueError):
+            if parts:
+                return int(parts[1]), float(parts[2])
+        self.fail(f"{value!r}: expected a token id, + or -, and a number, as in 15043-inf", param, ctx)
 
 
 class Text(click.ParamType):
@@ -198,6 +198,30 @@ text_options = options(
                  help="Read it from a file; - is stdin."))
 
 
+SECTIONS = {                            # of the help of chat and generate
+    "Model": ("model_option", "context", "threads", "no_repack", "rows", "kv_type"),
+    "Text": ("prompt", "prompt_file", "system", "as_chat", "prefill", "no_bos", "chat_template", "chat_template_kwargs", "think"),
+    "End": ("max_tokens", "stop", "ignore_eos"),
+    "Sampling": SAMPLING,
+    "Speculation": ("draft", "draft_max", "draft_min", "spec", "tint"),
+    "Output": ("thoughts", "as_json"),
+}
+
+
+class Sectioned(click.Command):
+    """A command whose help lists its options by section."""
+
+    def format_options(self, ctx, formatter):
+        rows: dict[str, list] = {section: [] for section in (*SECTIONS, "Other")}
+        for param in [param for param in self.get_params(ctx) if isinstance(param, click.Option)]:
+            section = next((section for section, names in SECTIONS.items() if param.name in names), "Other")
+            rows[section] += filter(None, [param.get_help_record(ctx)])
+        for section, found in rows.items():
+            if found:
+                with formatter.section(section):
+                    formatter.write_dl(found)
+
+
 def sampling_settings(flags: dict) -> dict:
     """The Sampler's settings among the flags, checked; a seed of -1 becomes a new one."""
     from ..engine.sampler import Sampler
@@ -283,8 +307,8 @@ def decoded(data: bytes, name) -> str:
 
 
 @contextmanager
-def opened(path: Path, threads):
-    """The model, loaded behind a progress bar, and the seconds it took."""
+def opened(path: Path, threads, writes: bool = True):
+    """The model, loaded behind a progress bar, and the seconds it took. writes: an encoder is refused."""
     from ..engine.model import Model
 
     started = time.perf_counter()
@@ -292,6 +316,8 @@ def opened(path: Path, threads):
         repack = not click.get_current_context().meta["no_repack"]
         model = Model(path, threads=threads, progress=update, repack=repack)
     with model:
+        if writes:
+            model.check_writes()
         yield model, time.perf_counter() - started
 
 
@@ -319,5 +345,5 @@ def print_json(value: dict) -> None:
 
 
 def rounded(value, digits: int = 6):
-    """Floats with so many significant digits."""
+    """Floats with this many significant digits."""
     return float(f"{value:.{digits}g}") if isinstance(value, float) else value

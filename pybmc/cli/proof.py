@@ -4,38 +4,26 @@ from dataclasses import asdict
 
 import click
 
-from .options import (
-    File,
-    Text,
-    find_model,
-    json_option,
-    model_argument,
-    model_option,
-    opened,
-    print_json,
-    read_text,
-    threads_option,
-    with_draft,
-)
+from . import options
 from .terminal import write
 
 EXIT_UNPROVEN = 3
 
 
 @click.command()
-@model_argument
-@model_option
-@click.option("--draft", "-md", "--model-draft", "draft", type=File(), metavar="MODEL",
+@options.model_argument
+@options.model_option
+@click.option("--draft", "-md", "--model-draft", "draft", type=options.File(), metavar="MODEL",
               help="A draft model, whose drafts are compared too.")
-@click.option("-p", "--prompt", type=Text(), help="The text to go on with, instead of a few of its own.")
-@click.option("-f", "--file", "prompt_file", type=File(), metavar="FILE", help="Read it from a file.")
+@click.option("-p", "--prompt", type=options.Text(), help="The text to go on with, instead of a few of its own.")
+@click.option("-f", "--file", "prompt_file", type=options.File(), metavar="FILE", help="Read it from a file.")
 @click.option("-n", "--n-predict", "max_tokens", type=click.IntRange(2), default=64, show_default=True, metavar="N",
               help="Tokens to write after each text.")
 @click.option("--temp", "temperatures", type=float, multiple=True, default=(0.0, 0.8), show_default=True, metavar="T",
               help="Temperature; repeatable.")
 @click.option("-s", "--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the choices.")
-@threads_option
-@json_option
+@options.threads_option
+@options.json_option
 def prove(model, model_option, draft, prompt, prompt_file, max_tokens, temperatures, seed, threads, as_json):
     """Show that drafting changes nothing: decode plain and speculatively, and compare tokens and logits bit by bit.
 
@@ -45,15 +33,15 @@ def prove(model, model_option, draft, prompt, prompt_file, max_tokens, temperatu
     from ..engine.prove import PROMPTS
     from ..engine.prove import prove as run
 
-    texts = PROMPTS if prompt is None and prompt_file is None else [read_text(prompt, prompt_file)]
+    texts = PROMPTS if prompt is None and prompt_file is None else [options.read_text(prompt, prompt_file)]
     flags = {"draft": draft, "draft_max": 16, "draft_min": 0, "spec": "auto"}
     results = []
-    with with_draft(flags, not (model or model_option), threads) as drafting, \
-            opened(find_model(model, model_option), threads) as (loaded, _):
+    with options.with_draft(flags, not (model or model_option), threads) as drafting, \
+            options.opened(options.find_model(model, model_option), threads) as (loaded, _):
         for found in run(loaded, texts, max_tokens, drafting["draft"], temperatures, seed):
             results.append(found)
             if as_json:
-                print_json(asdict(found) | {"equal": found.difference is None})
+                options.print_json(asdict(found) | {"equal": found.difference is None})
             else:
                 write(compared(found) + "\n")
     differ = [found for found in results if found.difference]

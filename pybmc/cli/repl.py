@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from ..cache import user_folder
 from ..chat.conversation import Conversation, whole_characters
@@ -171,7 +172,7 @@ class Repl:
             return self.thoughts
         if name == "think":
             think = self.talk.variables.get("enable_thinking")
-            return {True: "on", False: "off"}.get(think, "as the template has it")
+            return "as the template has it" if think is None else "on" if think else "off"
         value = self.talk.settings.get(SETTINGS[name])
         return -1 if name == "n" and value is None else value
 
@@ -236,8 +237,9 @@ def changed(settings: dict, name: str, value: str) -> dict:
         raise ArgumentError(f"{name} is a {'whole ' * (name in WHOLE)}number, not {value!r}") from None
     if name == "n":
         return {"max_tokens": None if number < 0 else number}
-    Sampler(**{SETTINGS[name]: number})
-    return {SETTINGS[name]: number}
+    setting: dict[str, Any] = {SETTINGS[name]: number}
+    Sampler(**setting)
+    return setting
 
 
 # ---- input -------------------------------------------------------------------------------------------------

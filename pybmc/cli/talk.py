@@ -5,44 +5,23 @@ import sys
 import click
 
 from ..chat.reasoning import is_open
-from .options import (
-    Text,
-    arena_options,
-    context_option,
-    draft_options,
-    find_model,
-    json_option,
-    model_argument,
-    model_option,
-    opened,
-    print_json,
-    read_text,
-    rounded,
-    sampling_options,
-    sampling_settings,
-    template_of_model,
-    template_options,
-    template_variables,
-    text_options,
-    threads_option,
-    with_draft,
-)
+from . import options
 from .terminal import Voice, is_terminal, note, progress, write
 
 
-@click.command()
-@model_argument
-@model_option
-@click.option("-sys", "--system-prompt", "system", type=Text(),
+@click.command(cls=options.Sectioned)
+@options.model_argument
+@options.model_option
+@click.option("-sys", "--system-prompt", "system", type=options.Text(),
               help="What the model is told before everything else.")
 @click.option("-n", "--n-predict", "max_tokens", type=int, default=-1, show_default=True, metavar="N",
               help="At most N tokens an answer; -1: until the model ends.")
-@template_options
-@sampling_options
-@draft_options
-@context_option
-@threads_option
-@arena_options
+@options.template_options
+@options.sampling_options
+@options.draft_options
+@options.context_option
+@options.threads_option
+@options.arena_options
 def chat(model, model_option, system, max_tokens, chat_template, thoughts, context, threads, rows, kv_type, tint,
          **flags):
     """Talk with a model; without MODEL the bundled one answers.
@@ -54,38 +33,38 @@ def chat(model, model_option, system, max_tokens, chat_template, thoughts, conte
     from ..chat.conversation import Conversation
     from .repl import Repl
 
-    settings = sampling_settings(flags) | {"max_tokens": None if max_tokens < 0 else max_tokens}
-    variables = template_variables(flags)
-    with with_draft(flags, not (model or model_option), threads) as drafting, \
-            opened(find_model(model, model_option), threads) as (loaded, _), \
+    settings = options.sampling_settings(flags) | {"max_tokens": None if max_tokens < 0 else max_tokens}
+    variables = options.template_variables(flags)
+    with options.with_draft(flags, not (model or model_option), threads) as drafting, \
+            options.opened(options.find_model(model, model_option), threads) as (loaded, _), \
             loaded.session(context=context, rows=rows, kv_type=kv_type) as session:
-        written = template_of_model(loaded, chat_template, variables)
+        written = options.template_of_model(loaded, chat_template, variables)
         talk = Conversation(loaded, session, system, **written, **settings, **drafting)
         return Repl(talk, tint=tint, thoughts=thoughts).run()
 
 
-@click.command()
-@model_argument
-@model_option
-@text_options
+@click.command(cls=options.Sectioned)
+@options.model_argument
+@options.model_option
+@options.text_options
 @click.option("-n", "--n-predict", "max_tokens", type=int, default=256, show_default=True, metavar="N",
               help="At most N tokens; -1: until the model ends or the context is full.")
 @click.option("--chat/--raw", "as_chat", default=None,
               help="Send the text as a message in the model's chat template, or as it is. "
                    "Without MODEL --chat, else --raw.")
-@click.option("-sys", "--system-prompt", "system", type=Text(),
+@click.option("-sys", "--system-prompt", "system", type=options.Text(),
               help="With --chat: what the model is told first.")
-@click.option("--prefill", type=Text(), help="With --chat: how the answer begins; what follows it is printed.")
-@template_options
-@click.option("-r", "--stop", type=Text(), multiple=True, help="End before this text; repeatable.")
+@click.option("--prefill", type=options.Text(), help="With --chat: how the answer begins; what follows it is printed.")
+@options.template_options
+@click.option("-r", "--stop", type=options.Text(), multiple=True, help="End before this text; repeatable.")
 @click.option("--ignore-eos", is_flag=True, help="Go on where the model would end.")
 @click.option("--no-bos", is_flag=True, help="With --raw: no BOS token before the text.")
-@sampling_options
-@draft_options
-@context_option
-@threads_option
-@arena_options
-@json_option
+@options.sampling_options
+@options.draft_options
+@options.context_option
+@options.threads_option
+@options.arena_options
+@options.json_option
 def generate(model, model_option, prompt, prompt_file, max_tokens, as_chat, system, prefill, chat_template, thoughts,
              stop, ignore_eos, no_bos, context, threads, rows, kv_type, as_json, tint, **flags):
     """Continue a text (-p, -f, or stdin) and print what follows it; `run` is the same.
@@ -96,9 +75,9 @@ def generate(model, model_option, prompt, prompt_file, max_tokens, as_chat, syst
     from ..chat.generate import generate as start
     from .report import summary
 
-    settings = sampling_settings(flags)
-    variables = template_variables(flags)
-    text = read_text(prompt, prompt_file)
+    settings = options.sampling_settings(flags)
+    variables = options.template_variables(flags)
+    text = options.read_text(prompt, prompt_file)
     as_chat = as_chat if as_chat is not None else not (model or model_option)
     for flag, given in (("-sys", system), ("--prefill", prefill), ("--chat-template", chat_template),
                         ("--chat-template-kwargs and --think", variables)):
@@ -108,17 +87,18 @@ def generate(model, model_option, prompt, prompt_file, max_tokens, as_chat, syst
         raise click.UsageError("--no-bos needs --raw: a chat template says itself what begins a text")
     if as_chat and not text:
         raise click.UsageError("the message is empty")
+    prompt = text
     if as_chat:
-        text = [{"role": role, "content": content}
+        prompt = [{"role": role, "content": content}
                 for role, content in (("system", system), ("user", text), ("assistant", prefill))
                 if content or role == "user"]
-    with with_draft(flags, not (model or model_option), threads) as drafting, \
-            opened(find_model(model, model_option), threads) as (loaded, load_s), \
+    with options.with_draft(flags, not (model or model_option), threads) as drafting, \
+            options.opened(options.find_model(model, model_option), threads) as (loaded, load_s), \
             loaded.session(context=context, rows=rows, kv_type=kv_type) as session, progress("prompt") as update:
         if no_bos and loaded.tokenizer:
-            text = loaded.tokenizer.encode(text, bos=False, special=True)
-        written = template_of_model(loaded, chat_template, variables)
-        answer = start(loaded, text, None if max_tokens < 0 else max_tokens, session=session, stop=stop,
+            prompt = loaded.tokenizer.encode(text, bos=False, special=True)
+        written = options.template_of_model(loaded, chat_template, variables)
+        answer = start(loaded, prompt, None if max_tokens < 0 else max_tokens, session=session, stop=stop,
                        stop_tokens=() if ignore_eos else None, progress=update,
                        **written, **settings, **drafting)
         voice = Voice(thoughts, is_open(loaded.tokenizer, answer.prompt), tint)
@@ -132,7 +112,7 @@ def generate(model, model_option, prompt, prompt_file, max_tokens, as_chat, syst
             voice.end()
         arena = session.arena_stats()
     if as_json:
-        print_json(generation_json(answer, tokens, load_s))
+        options.print_json(generation_json(answer, tokens, load_s))
     else:
         write("\n")
         if is_terminal(sys.stderr):
@@ -147,4 +127,4 @@ def generation_json(answer, tokens, load_s: float) -> dict:
     return {"text": "".join(t.text for t in tokens), "tokens": [t.id for t in tokens],
             "prompt_tokens": stats.prompt_tokens,
             "finish_reason": tokens[-1].finish_reason if tokens else "length",
-            "timings": {name: rounded(value) for name, value in timings.items()}}
+            "timings": {name: options.rounded(value) for name, value in timings.items()}}

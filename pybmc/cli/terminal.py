@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from contextlib import contextmanager
+from typing import Any
 
 from ..chat.reasoning import Reasoning
 from ..errors import BmcError
@@ -106,7 +107,8 @@ def progress(label: str):
 
 class _Bar:
     def __init__(self, label: str):
-        self.label, self.started, self.bar, self.task = label, time.perf_counter(), None, None
+        self.label, self.started = label, time.perf_counter()
+        self.bar: Any = None
 
     def update(self, done: float, total: float) -> None:
         if done >= total:

@@ -3,7 +3,7 @@
 from .._lazy import lazy
 
 _HOMES = dict.fromkeys(("Engine", "Event", "Request", "Sequence", "Stats"), "engine") | \
-    dict.fromkeys(("Ending", "StopStrings", "Token"), "text")
+    {"Schema": "schema"} | dict.fromkeys(("Ending", "StopStrings", "Token"), "text")
 
 __all__ = [*_HOMES]
 __getattr__, __dir__ = lazy(__name__, _HOMES)

@@ -20,7 +20,10 @@ from .. import checks
 from .._native import check, ffi, lib
 from ..errors import ArgumentError, BmcError, BusyError, ContextFullError
 from ..spec.speculation import Drafter, Speculation
+from .model import Model
 from .sampler import Sampler, check_bias
+from .schema import Masks, Schema
+from .session import Session
 from .text import Ending, NoText, StopStrings, Token
 
 ROOM = 128                              # tokens that one call of the library may give a sequence
@@ -35,8 +38,8 @@ class Request:
 
     session: continue in this one, and keep it: what the prompt has in common with its tokens is not evaluated again.
     stop: strings that end the text; stop_ids: ids that do. top: how many of the likeliest ids each token tells. priority: of
-    two that wait, the one with the higher goes first. context caps a new session's rows. progress is called with (done,
-    total) while the prompt is read.
+    two that wait, the one with the higher goes first. context caps a new session's rows. schema: what the text has to follow,
+    a Schema of its own. progress is called with (done, total) while the prompt is read.
     """
 
     tokens: Tokens[int]
@@ -44,15 +47,16 @@ class Request:
     sampler: Sampler = Sampler()
     stop: Tokens[str] = ()
     stop_ids: frozenset[int] = frozenset()
-    session: object = None
+    session: Session | None = None
     top: int = 0
     priority: int = 0
     context: int | None = None
     speculate: bool = True
+    schema: Schema | None = None
     progress: Callable[[int, int], None] | None = None
 
 
-def checked(request: Request, model) -> Request:
+def checked(request: Request, model: Model) -> Request:
     """The request with plain values. Raises an ArgumentError for one that the model cannot serve."""
     size = model.config.vocab_size
     tokens = checks.ids("tokens", request.tokens, size)
@@ -61,6 +65,8 @@ def checked(request: Request, model) -> Request:
     if not isinstance(request.sampler, Sampler):
         checks.refuse("sampler", "a Sampler", request.sampler)
     check_bias(request.sampler.logit_bias, size)
+    if request.schema is not None and not isinstance(request.schema, Schema):
+        checks.refuse("schema", "an object with mask(), accept() and forced()", request.schema)
     if request.session is not None and getattr(request.session, "model", None) is not model:
         checks.refuse("session", "a session of the same model", request.session)
     if request.max_tokens != inf:
@@ -124,8 +130,10 @@ class Sequence:
         self.engine, self.request, self.number = engine, request, number
         self.prompt = list(request.tokens)
         self.stats = Stats(prompt_tokens=len(self.prompt))
-        self.session, self._owned = request.session, request.session is None
+        self._owned = request.session is None
+        self.session: Session = request.session         # type: ignore[assignment]      # None until start()
         self.drafter: Drafter | None = None
+        self._masks: Masks | None = None
         self.done = self._started = False
         self.error: BmcError | None = None
         self.lost = ""                  # why the session is not its own any more
@@ -135,7 +143,7 @@ class Sequence:
     # ---- the life of a sequence
 
     def start(self) -> None:
-        """Take a session, and keep what it holds of the prompt. Whoever wrote in that session before is ended."""
+        """Take a session, and keep what it holds of the prompt. A sequence that wrote there before is ended."""
         request = self.request
         if self.session is None:
             self.session = self.engine.model.session(request.context)
@@ -172,6 +180,9 @@ class Sequence:
         item.stops, item.n_stops = self._stops, len(self.request.stop_ids)
         if not self.request.sampler.greedy:
             item.sampler = self.request.sampler.native
+        if self.request.schema is not None:
+            size = self.engine.model.config.vocab_size
+            self._masks = Masks(self.request.schema, item, size, self.request.stop_ids)
 
     def lose(self, why: str) -> None:
         """End it, since its session is not its own any more."""
@@ -208,11 +219,13 @@ class Sequence:
     def ask(self, piece: int) -> int:
         """Prepare the item for a step; how many tokens of the prompt it reads, `piece` at most."""
         item = self.item
-        item.guesses, item.n_guesses = ffi.NULL, 0
+        item.guesses, item.confidence, item.n_guesses, item.guess_s = ffi.NULL, ffi.NULL, 0, 0.0
         item.drafter = self.drafter.native if self.drafter else ffi.NULL
         item.max_tokens = int(min(ROOM, self._limit - self._written))
         if not self.reading:
             item.pending, item.n_pending, item.choose = self._last, 1, 1
+            if self._masks:
+                self._guess(self._masks.forced())
             return 0
         at = self.session.position
         n = min(piece, len(self.prompt) - at)
@@ -226,11 +239,18 @@ class Sequence:
         """Guesses through text, where the library asks for some."""
         text = [*self.session.tokens, self._last[0]]
         started = time.perf_counter()
+        assert self.drafter is not None
         ids, sure = self.drafter.propose(text, self.item.wanted)
-        self._guesses, self._sure = ffi.new("int32_t[]", ids or 1), ffi.new("float[]", sure or 1)
-        self.item.guesses, self.item.n_guesses, self.item.confidence = self._guesses, len(ids), self._sure
+        self._guess(ids)
+        self._sure = ffi.new("float[]", sure or 1)
+        self.item.guesses, self.item.confidence = self._guesses, self._sure
         self.item.guess_s = time.perf_counter() - started
         self.item.drafter = self.drafter.native
+
+    def _guess(self, ids: list[int]) -> None:
+        """Guesses for the next round; without any the library makes its own."""
+        self._guesses = ffi.new("int32_t[]", ids or 1)
+        self.item.guesses, self.item.n_guesses = self._guesses if ids else ffi.NULL, len(ids)
 
     def take(self, seconds: float) -> list[Token]:
         """The tokens that a round gave; also those of a call after which an interrupt came."""
@@ -252,6 +272,8 @@ class Sequence:
     def _tokens_of(self, n: int, seconds: float) -> list[Token]:
         ids, logprobs, drafted = (ffi.unpack(array, n) for array in (self._ids, self._logprobs, self._drafted))
         self._last[0] = ids[-1]
+        if self._masks:
+            self._masks.accept(ids)
         self._time(seconds, n)
         if self.reading:
             self._snapshot()
@@ -259,8 +281,9 @@ class Sequence:
         for i, (id, logprob) in enumerate(zip(ids, logprobs)):
             if id < 0 or logprob != logprob or logprob == -inf:
                 self.done = True
-                self.error = BmcError(f"no token can be chosen at position {len(self.prompt) + self._written}: "
-                                      "its logits are not numbers, or all tokens are banned")
+                self.error = (self._masks and self._masks.error()) or BmcError(
+                    f"no token can be chosen at position {len(self.prompt) + self._written}: "
+                    "its logits are not numbers, or all tokens are banned")
                 break
             token = self._ending.token(id, logprob, bool(drafted[i]), self._top(i))
             self._written += 1
@@ -324,8 +347,9 @@ class Engine:
     together, None for no bound. add() and cancel() may be called between steps; one thread at a time uses an engine.
     """
 
-    def __init__(self, model, draft=None, spec: str = "auto", draft_max: int = 16, draft_min: int = 0, parallel: int = 8,
-                 memory: float | None = None, speculation: Speculation | None = None):
+    def __init__(self, model: Model, draft: Model | None = None, spec: str = "auto", draft_max: int = 16,
+                 draft_min: int = 0, parallel: int = 8, memory: float | None = None,
+                 speculation: Speculation | None = None):
         if parallel < 1:
             raise ArgumentError(f"parallel is {parallel}; expected 1 or more")
         self.model, self.parallel, self.memory = model, parallel, memory
@@ -369,7 +393,7 @@ class Engine:
     def __enter__(self) -> Engine:
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
     # ---- steps
@@ -456,7 +480,7 @@ class Engine:
         """Who guesses for a sequence: in a session that was given, the one who did so before."""
         session = sequence.session
         if sequence._owned:
-            return self.speculation.drafter(session)
+            return self.speculation.drafter()
         if session.drafter is None or session.drafter.made is not self.speculation:
-            session.drafter = self.speculation.drafter(session)
+            session.drafter = self.speculation.drafter()
         return session.drafter

@@ -8,13 +8,17 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from math import inf
 from numbers import Integral
+from os import PathLike
+from typing import Any
 
 from .. import checks
 from ..errors import ArgumentError, BusyError
 from ..spec.speculation import Speculation
-from .engine import Engine, Request, Stats
+from ..tokenizers import Tokenizer
+from .engine import Engine, Request, Sequence, Stats
 from .model import Model
 from .sampler import Sampler, check_bias
+from .session import Session
 from .text import Token
 
 log = logging.getLogger(__name__)
@@ -30,7 +34,8 @@ class Generation(Iterator[Token]):
 
     def __init__(self, engine: Engine, request: Request):
         self.prompt = list(request.tokens)
-        self._engine, self._ready, self._lock = engine, deque(), threading.Lock()
+        self._engine, self._lock = engine, threading.Lock()
+        self._ready: deque[Token] = deque()
         self._sequence = engine.add(request)
 
     @property
@@ -68,7 +73,7 @@ class Generation(Iterator[Token]):
         finally:
             self._lock.release()
 
-    def __del__(self):
+    def __del__(self) -> None:
         if getattr(self, "_sequence", None) is not None and not (self._sequence.done and not self._ready):
             self.close()
 
@@ -76,8 +81,9 @@ class Generation(Iterator[Token]):
 class Batch(Iterator[tuple[int, Token]]):
     """An iterator of (number of the prompt, Token). stats: each prompt's Stats. close() ends all."""
 
-    def __init__(self, engine: Engine, sequences: list):
-        self._engine, self._sequences, self._ready = engine, sequences, deque()
+    def __init__(self, engine: Engine, sequences: list[Sequence]):
+        self._engine, self._sequences = engine, sequences
+        self._ready: deque[tuple[int, Token]] = deque()
 
     @property
     def stats(self) -> dict[int, Stats]:
@@ -100,7 +106,7 @@ class Batch(Iterator[tuple[int, Token]]):
 # ---- arguments ---------------------------------------------------------------------------------------------
 
 
-def checked_wishes(model, max_tokens, stop, stop_tokens, settings: Mapping) -> dict:
+def checked_wishes(model: Model, max_tokens: Any, stop: Any, stop_tokens: Any, settings: Mapping) -> dict:
     """The fields of a Request that generate() and generate_batch() have in common, checked."""
     if not hasattr(model, "tokenizer"):
         checks.refuse("model", "a Model", model)
@@ -113,14 +119,14 @@ def checked_wishes(model, max_tokens, stop, stop_tokens, settings: Mapping) -> d
             "stop_ids": stop_ids(model.tokenizer, stop_tokens, size)}
 
 
-def stop_ids(tokenizer, stop_tokens, size: int) -> frozenset[int]:
+def stop_ids(tokenizer: Tokenizer, stop_tokens: Any, size: int) -> frozenset[int]:
     if stop_tokens is None:
         return tokenizer.stop_ids
     one = isinstance(stop_tokens, Integral) and not isinstance(stop_tokens, bool)
     return frozenset(checks.ids("stop_tokens", [stop_tokens] if one else stop_tokens, size))
 
 
-def encode_text(tokenizer, prompt: str | list) -> list[int]:
+def encode_text(tokenizer: Tokenizer, prompt: str | list) -> list[int]:
     """Token ids of a text, in which control tokens count, or of a list of ids."""
     if isinstance(prompt, str):
         return filled(one_bos(tokenizer, tokenizer.encode(prompt, special=True)))
@@ -133,7 +139,7 @@ def filled(tokens: list[int]) -> list[int]:
     return tokens
 
 
-def one_bos(tokenizer, tokens: list[int]) -> list[int]:
+def one_bos(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:
     """The tokens of a text without a second BOS: a text copied from a model card may begin with it."""
     bos = tokenizer.bos_id
     if not tokenizer.add_bos or bos is None or tokens[:2] != [bos, bos]:
@@ -143,7 +149,7 @@ def one_bos(tokenizer, tokens: list[int]) -> list[int]:
     return tokens[1:]
 
 
-def speculation_of(session, model, draft, spec: str, most: int, least: int) -> Speculation:
+def speculation_of(session: Session | None, model: Model, draft: Any, spec: str, most: int, least: int) -> Speculation:
     """The Speculation of these wishes, the same for all texts of a model: what was learned serves the next one. draft: a
     Model, the path of one, a Speculation, or None."""
     if isinstance(draft, Speculation):
@@ -168,7 +174,7 @@ def speculation_of(session, model, draft, spec: str, most: int, least: int) -> S
     return made
 
 
-def opened(model, path) -> Model:
+def opened(model: Model, path: str | PathLike) -> Model:
     """The draft model of a path, opened once for a model."""
     known = model.drafts.get(str(path))
     if known is None or known.closed:
@@ -176,5 +182,5 @@ def opened(model, path) -> Model:
     return known
 
 
-def is_path(draft) -> bool:
+def is_path(draft: object) -> bool:
     return isinstance(draft, str) or hasattr(draft, "__fspath__")

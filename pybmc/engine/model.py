@@ -17,12 +17,13 @@ import numpy as np
 
 from .. import checks
 from .._native import check, ffi, last_error, lib, owned, pointer
-from ..errors import ClosedError, FormatError, OutOfMemoryError
+from ..errors import ArgumentError, ClosedError, FormatError, OutOfMemoryError
 from ..files.gguf import GGUF
 from ..models.bind import Role, bind
 from ..models.config import Config, read_config
 from ..models.layers import RMS
 from ..tokenizers import Tokenizer
+from .embed import Pooler, embed
 from .session import Session
 
 log = logging.getLogger(__name__)
@@ -128,6 +129,36 @@ class Model:
     def tokenizer(self):
         """The file's Tokenizer; None if the file has no vocabulary."""
         return Tokenizer(self._file) if "tokenizer.ggml.model" in self._file.metadata else None
+
+    def embed(self, inputs, normalize: bool = True, pooling: str | None = None, dimensions: int | None = None,
+              progress: Progress | None = None) -> np.ndarray | list[np.ndarray]:
+        """The embedding of each text, float32 (n, values).
+
+        inputs: a text, or a list of texts or of lists of token ids. Texts get the tokens that the file puts around
+        them. normalize: to length 1. pooling: how the vectors of a text's tokens become one: "mean", "first", "last",
+        "rank" (the scores of a reranker, which are not normalized) or "none" (all of them: a list of arrays, a vector
+        for each token); None: the file's, else the mean. dimensions: the first values only, of models trained for
+        that. progress is called with the tokens done and those in all.
+
+        A vector does not depend on the texts beside it. Raises ArgumentError for a text that is too long or has no
+        tokens.
+        """
+        return embed(self, inputs, normalize, pooling, dimensions, progress)
+
+    @property
+    def pass_tokens(self) -> int:
+        """The most tokens that one pass takes; an encoder reads a text in one pass."""
+        return lib.bmc_model_pass(self._live())
+
+    @cached_property
+    def pooler(self) -> Pooler:
+        return Pooler(self.config)
+
+    def check_writes(self) -> None:
+        """Raise ArgumentError for an encoder: it has no next tokens."""
+        if not self.config.causal:
+            raise ArgumentError(f"{self.path} is an encoder ({self.config.arch}): it writes no text, "
+                                "it gives embeddings (pybmc embed)")
 
     def session(self, context: int | None = None, rows: int | str = "auto", kv_type: str = "f16") -> Session:
         """A new, empty sequence.

@@ -14,7 +14,7 @@ PIECE = 64                              # tokens whose logits are held at once
 
 @dataclass(frozen=True)
 class Perplexity:
-    """ppl and its standard error, over so many scored tokens; bits_per_byte does not depend on the vocabulary."""
+    """ppl and its standard error, over n scored tokens; bits_per_byte does not depend on the vocabulary."""
 
     ppl: float
     stderr: float
@@ -29,6 +29,7 @@ def perplexity(model, text: str, window: int = 512,
     it. Tokens after the last whole window are left out.
     """
     window = checks.whole("window", window, 4)
+    model.check_writes()
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ArgumentError(f"{model.path} has no vocabulary: there are no tokens to score")
@@ -46,10 +47,10 @@ def perplexity(model, text: str, window: int = 512,
             n_bytes += sum(len(tokenizer.piece(int(t))) for t in part[window // 2 + 1:])
             if progress:
                 progress(i + 1, n_windows)
-    losses = np.concatenate(losses)
-    mean, n = losses.mean(), len(losses)
-    ppl = math.exp(mean)
-    return Perplexity(ppl, ppl * math.sqrt(losses.var() / max(n - 1, 1)), n, losses.sum() / math.log(2) / n_bytes)
+    all_losses = np.concatenate(losses)
+    n = len(all_losses)
+    ppl = math.exp(all_losses.mean())
+    return Perplexity(ppl, ppl * math.sqrt(all_losses.var() / max(n - 1, 1)), n, all_losses.sum() / math.log(2) / n_bytes)
 
 
 def window_losses(session, tokens: np.ndarray) -> np.ndarray:

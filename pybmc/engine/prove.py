@@ -31,7 +31,7 @@ PROMPTS = (
 )
 
 
-KINDS = {                               # of guesses -> Speculation's settings; the last ones need a draft model
+KINDS: dict[str, dict | None] = {       # of guesses -> Speculation's settings; the last ones need a draft model
     "rehearsed": None, "repetitions": {"spec": "ngram", "fixed": 7}, "draft": {"spec": "draft"}, "draft of 5": {"spec": "draft", "fixed": 5},
 }
 
@@ -96,11 +96,11 @@ def decode(model, tokens, max_tokens: int, sampler: Sampler, draft, settings: di
 
 def compare(model, text, n_prompt: int, plain, facts, kind: str, i: int, sampler: Sampler, draft) -> Comparison:
     """Decode with guesses of a kind. Where the passes are known they run again for their logits."""
-    rows, passes = 0, []
-    if KINDS[kind] is None:
+    rows, passes, settings = 0, [], KINDS[kind]
+    if settings is None:
         guessed, stats, passes = rehearse(model, text, n_prompt, sampler, i)
     else:
-        guessed, stats = decode(model, text[:n_prompt], len(plain), sampler, draft, KINDS[kind])
+        guessed, stats = decode(model, text[:n_prompt], len(plain), sampler, draft, settings)
     difference = first_difference(plain, guessed, n_prompt)
     if difference is None:
         rows, difference = replay(model, text, passes, facts)
@@ -112,7 +112,9 @@ def compare(model, text, n_prompt: int, plain, facts, kind: str, i: int, sampler
 def rehearse(model, text: Sequence[int], n_prompt: int, sampler: Sampler, seed: int):
     """Decode with guesses of every length: the answer that is known, with a mistake now and then. Tokens, Stats, and the
     passes as (position, tokens)."""
-    rng, size, found, passes, stats = random.Random(seed), model.config.vocab_size, [], [], Stats()
+    rng, size, stats = random.Random(seed), model.config.vocab_size, Stats()
+    found: list[Token] = []
+    passes: list[tuple[int, list[int]]] = []
     with model.session() as session:
         decoder = model.tokenizer.stream()
         ending = Ending(decoder, len(text) - n_prompt, inf, StopStrings(), frozenset())
@@ -133,11 +135,11 @@ def rehearse(model, text: Sequence[int], n_prompt: int, sampler: Sampler, seed: 
 
 
 def digest(row: np.ndarray) -> bytes:
-    return blake2b(np.ascontiguousarray(row), digest_size=16).digest()
+    return blake2b(row.tobytes(), digest_size=16).digest()
 
 
 def digests(model, text: Sequence[int], n_prompt: int) -> dict[int, bytes]:
-    """Of the logits after so many tokens of a text: each token evaluated by itself."""
+    """Number of tokens -> digest of the logits after them, each token evaluated by itself."""
     session, found = model.session(), {}
     try:
         found[n_prompt] = digest(session.eval(text[:n_prompt]))

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from math import inf
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -68,9 +69,9 @@ class Sampler:
     seed: int = 0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         given = {f.name: f.default if (value := getattr(self, f.name)) is None else value for f in fields(self)}
-        plain = {name: checks.number(name, given[name], *bounds) for name, bounds in REALS.items()}
+        plain: dict[str, Any] = {name: checks.number(name, given[name], *bounds) for name, bounds in REALS.items()}
         plain |= {name: checks.whole(name, given[name], *bounds) for name, bounds in WHOLES.items()}
         plain |= {"top_k": max(plain["top_k"], 0), "logit_bias": checked_bias(self.logit_bias)}
         if plain["repeat_penalty"] == 0:
@@ -85,7 +86,7 @@ class Sampler:
         return (self.temperature == 0 or self.top_k == 1) and not penalizes and not self.logit_bias
 
     @cached_property
-    def native(self):
+    def native(self) -> Any:
         """The bmc_sampler of these settings."""
         made = ffi.new("bmc_sampler *")
         made.temperature, made.top_p, made.min_p = self.temperature, self.top_p, self.min_p

@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,7 +20,8 @@ from .sampler import Sampler
 log = logging.getLogger(__name__)
 
 _WANTS = {"none": lib.BMC_WANT_NONE, "last": lib.BMC_WANT_LAST, "all": lib.BMC_WANT_ALL,
-          "argmax": lib.BMC_WANT_ALL, "best": lib.BMC_WANT_ALL}
+          "argmax": lib.BMC_WANT_ALL, "best": lib.BMC_WANT_ALL,
+          "hidden": lib.BMC_WANT_ALL, "first hidden": lib.BMC_WANT_FIRST, "last hidden": lib.BMC_WANT_LAST}
 
 
 @dataclass(frozen=True)
@@ -46,10 +47,8 @@ class Best(NamedTuple):
 class Session:
     """One sequence: its rows of keys and values, and its position. Made by Model.session."""
 
-    def __init__(self, model, context: int | None, rows: int | str, kv_type: str):
+    def __init__(self, model: Any, context: int | None, rows: int | str, kv_type: str):
         self._handle = ffi.NULL
-        self._user: dict[str, tuple] = {}   # "thread": (process, thread) that is using the session
-        self.uses = 0                       # calls that moved rows on or back
         checks.choice("kv_type", kv_type, ("f16",))
         config = model.config
         r = _rows_at_a_time(rows)
@@ -58,16 +57,40 @@ class Session:
         model_handle = model._live()
         handle = ffi.new("bmc_session **")
         check(lib.bmc_session_new(model_handle, cap, r, int(long_factors), handle))
-        self._handle = owned(handle[0], "bmc_session_free", model_handle)
-        self.model = model
-        self.context = cap
-        self.writer = self.drafter = self.speculation = None        # the engine's: who writes here, and who guesses
+        self._begin(model, cap, owned(handle[0], "bmc_session_free", model_handle))
         if cap > config.n_ctx and not model._long:
             model._long = True
             log.warning("a context of %d tokens is more than the %d that %s was trained for; text beyond gets worse",
                         cap, config.n_ctx, model.path)
+
+    def _begin(self, model: Any, cap: int, handle: Any) -> None:
+        self._handle = handle
+        self._user: dict[str, tuple] = {}   # "thread": (process, thread) that is using the session
+        self.uses = 0                       # calls that moved rows on or back
+        self.model = model
+        self.context = cap
+        self.writer: Any = None             # the engine's: who writes here ..
+        self.drafter: Any = None            # .. and who guesses
+        self.speculation: Any = None
         with model._locks[os.getpid()]:
             model._sessions.add(self)
+
+    def fork(self, position: int | None = None) -> Session:
+        """A new session with the first `position` tokens of this one (all of them by default). They share the memory of those
+        rows, and neither changes the other. Raises ArgumentError, OutOfMemoryError."""
+        with self._claimed(moves=False) as handle:
+            at = lib.bmc_session_position(handle) if position is None else checks.whole("position", position)
+            fork = ffi.new("bmc_session **")
+            check(lib.bmc_session_fork(handle, at, fork))
+            other = Session.__new__(Session)
+            other._begin(self.model, self.context, owned(fork[0], "bmc_session_free", self.model._live()))
+        return other
+
+    def snapshot(self) -> None:
+        """Remember the state of recurrent blocks here, so that going back to this position reads no tokens again. A session keeps
+        the eight that were used last; models without such blocks need none. Raises OutOfMemoryError."""
+        with self._claimed(moves=False) as handle:
+            check(lib.bmc_session_snapshot(handle))
 
     @property
     def position(self) -> int:
@@ -97,8 +120,10 @@ class Session:
         """Evaluate tokens after the ones before.
 
         logits: "last" gives float32 (vocab_size,) of the last token, "all" (len(tokens), vocab_size), "argmax" the best
-        next id of each token, int32 (len(tokens),), "best" those with their log-probabilities (Best), "none" None. What
-        the numbers are does not depend on how tokens are cut into calls. sampler: "argmax" and "best" are what it chooses,
+        next id of each token, int32 (len(tokens),), "best" those with their log-probabilities (Best), "none" None. "hidden"
+        gives what the head would read, after the last norm, float32 (len(tokens), dim); "first hidden" and "last
+        hidden" that of one token, (dim,). An encoder gives nothing else, and reads a text in one call, in an empty
+        session. What the numbers are does not depend on how tokens are cut into calls. sampler: "argmax" and "best" are what it chooses,
         and the model's log-probabilities of that. last: 0, or how many last rows attention sees, besides the first 256. Raises
         ArgumentError, ContextFullError beyond the cap, OutOfMemoryError; then nothing has changed.
         """
@@ -138,13 +163,13 @@ class Session:
             with suppress(ClosedError), self._claimed(moves=False):
                 self._handle = ffi.NULL
 
-    def _live(self):
+    def _live(self) -> Any:
         if self._handle == ffi.NULL:
             raise ClosedError("this session is closed")
         return self._handle
 
     @contextmanager
-    def _claimed(self, moves: bool = True):
+    def _claimed(self, moves: bool = True) -> Iterator[Any]:
         """One thread at a time. A thread that an interrupt threw out too early to say so may come back: with a lock
         in this place, Ctrl-C could leave the session locked for good. moves: the call moves rows on or back."""
         me = _me()
@@ -162,7 +187,7 @@ class Session:
     def __enter__(self) -> Session:
         return self
 
-    def __exit__(self, *exc) -> None:
+    def __exit__(self, *exc: object) -> None:
         self.close()
 
 
@@ -188,20 +213,24 @@ def eval_batch(parts: Sequence[tuple]) -> list[np.ndarray | Best | None]:
     return [result for result, _ in filled]
 
 
-def _fill(span, handle, session: Session, tokens, want: str, last: int = 0, sampler: Sampler | None = None) -> tuple:
+def _fill(span: Any, handle: Any, session: Session, tokens: Any, want: str, last: int = 0, sampler: Sampler | None = None) -> tuple:
     """A span of a claimed session. Returns where its results go, and what has to live as long as the call."""
     checks.choice("logits", want, _WANTS)
     ids, position = _ids(tokens), session.position
     room = want if position + len(ids) <= session.context else "none"       # too long: the library says so
     span.session, span.tokens, span.n_tok, span.want = handle, pointer(ids), len(ids), _WANTS[want]
     span.last, span.sampler = checks.whole("last", last), _native(sampler)
-    result = None
+    result: Any = None
     if room == "best":
         result = Best(np.empty(len(ids), np.int32), np.empty(len(ids), np.float32))
         span.next, span.logprob = pointer(result.ids), pointer(result.logprobs)
     elif room == "argmax":
         result = np.empty(len(ids), np.int32)
         span.next = pointer(result)
+    elif room.endswith("hidden"):
+        dim = session.model.config.dim
+        result = np.empty((len(ids), dim) if room == "hidden" else dim, np.float32)
+        span.hidden = pointer(result)
     elif room != "none":
         vocab_size = session.model.config.vocab_size
         result = np.empty(vocab_size if want == "last" else (len(ids), vocab_size), np.float32)
@@ -209,7 +238,7 @@ def _fill(span, handle, session: Session, tokens, want: str, last: int = 0, samp
     return result, ids
 
 
-def _native(sampler: Sampler | None):
+def _native(sampler: Sampler | None) -> Any:
     if sampler is not None and not isinstance(sampler, Sampler):
         checks.refuse("sampler", "a Sampler or None", sampler)
     return ffi.NULL if sampler is None else sampler.native
@@ -220,7 +249,7 @@ def _me() -> tuple[int, int]:
     return os.getpid(), threading.get_ident()
 
 
-def _ids(tokens) -> np.ndarray:
+def _ids(tokens: Any) -> np.ndarray:
     if type(tokens) is list and len(tokens) < 64 and set(map(type, tokens)) == {int}:
         with suppress(OverflowError):           # as_array says what is wrong
             return np.array(tokens, np.int32)

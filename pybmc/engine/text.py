@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from ..errors import ArgumentError
+from ..tokenizers import Tokenizer
 
 
 class Token(NamedTuple):
@@ -35,7 +36,7 @@ class StopStrings:
     as if it was not there.
     """
 
-    def __init__(self, strings: Iterable[str] = (), tokenizer=None):
+    def __init__(self, strings: Iterable[str] = (), tokenizer: Tokenizer | None = None):
         self.strings = [strings] if isinstance(strings, str) else list(strings)
         for string in self.strings:
             if not isinstance(string, str) or not string:
@@ -101,6 +102,13 @@ def _visible(chars: list[tuple[str, bool]]) -> str:
     return "".join(char for char, hidden in chars if not hidden)
 
 
+class Decoder(Protocol):
+    """Ids to text, as far as it is certain: a tokenizer's stream()."""
+
+    def push(self, id: int) -> str: ...
+    def flush(self) -> str: ...
+
+
 class NoText:
     """In place of a tokenizer's stream() for a model without a vocabulary."""
 
@@ -118,11 +126,11 @@ class Ending:
     end a text as well.
     """
 
-    def __init__(self, decoder, max_tokens: float, room: float, stop_strings: StopStrings, stop_ids: frozenset[int]):
+    def __init__(self, decoder: Decoder, max_tokens: float, room: float, stop_strings: StopStrings, stop_ids: frozenset[int]):
         self.left, self.room = max_tokens, room
         self.decoder, self.stop_strings, self.stop_ids = decoder, stop_strings, stop_ids
 
-    def token(self, id: int, logprob: float, from_draft: bool = False, top=()) -> Token:
+    def token(self, id: int, logprob: float, from_draft: bool = False, top: tuple[tuple[int, float], ...] = ()) -> Token:
         self.left, self.room = self.left - 1, self.room - 1
         ends, stop_strings = id in self.stop_ids, self.stop_strings
         name = stop_strings.names.get(id)

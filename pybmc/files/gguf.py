@@ -483,7 +483,7 @@ def _other_kind(beginning: bytes) -> str | None:
     return next((kind for start, kind in _OTHER_TEXTS.items() if text.startswith(start)), None)
 
 
-def _map(path: Path) -> tuple[mmap.mmap | bytes, int]:
+def _map(path: Path) -> tuple[mmap.mmap, int]:
     """The bytes of a regular file and their number. Waits for nothing: a pipe is refused, not read."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

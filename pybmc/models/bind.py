@@ -17,10 +17,10 @@ from ..files.gguf import GGUF, Tensor
 from ..files.types import type_info
 from .config import Config
 from .layers import Block
+from .pooling import TENSORS as AFTER_THE_PASS
 from .rope import TENSORS as ROPE_TENSORS
 
 IGNORED = ("attn_rot_embd", "attn.rotary_emb.inv_freq")         # tables that some converters left behind
-POOLING = ("dense_2", "dense_3", "cls", "cls.output")           # what comes after the pass: engine/embed.py
 SUFFIXES = ("weight", "bias", "scale")
 LAST = "layer_output_scale"            # belongs to the end of a layer
 COMMON = ("norm", "post_norm", "sum_norm", "out_norm", LAST)
@@ -109,7 +109,7 @@ def _knows(roles: frozenset[str], name: str) -> bool:
 
 def _roles(file: GGUF, config: Config, by_layer: dict, tensor: Tensor) -> Iterator[Role]:
     layer, name = _split(tensor)
-    if name in IGNORED or name.partition(".")[0] in ROPE_TENSORS or (layer is None and name in POOLING):
+    if name in IGNORED or name.partition(".")[0] in ROPE_TENSORS or (layer is None and name in AFTER_THE_PASS):
         return
     total = config.n_layers + file.metadata.get(f"{config.arch}.nextn_predict_layers", 0)
     if layer is not None and layer >= config.n_layers:

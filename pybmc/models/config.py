@@ -10,6 +10,7 @@ from ..files.gguf import GGUF
 from . import deepseek, encoders, gemma, hybrids, llama, mixtures, older, phi, qwen  # noqa: F401  they register their architectures
 from .layers import RMS, Attention, Block, Mla
 from .parts import REGISTRY, Architecture, Reader
+from .pooling import Pooling, read_pooling
 from .rope import Table
 
 
@@ -33,6 +34,7 @@ class Config:
     logit_scale: float = 1.0
     logit_softcap: float = 0.0
     per_layer_dim: int = 0
+    pooling: Pooling = Pooling()
 
     @property
     def spec(self) -> Architecture:
@@ -96,6 +98,7 @@ def read_config(file: GGUF) -> Config:
         embedding_scale=k.spec.embedding_scale(k), logit_scale=k.spec.logit_scale(k),
         logit_softcap=k.number("final_logit_softcapping", k.spec.logit_softcap),
         per_layer_dim=k.count("embedding_length_per_layer_input", 0, low=0, high=1 << 16),
+        pooling=read_pooling(k),
     )
     config.ropes, config.long_rope = k.tables, k.long
     config.original_ctx = k.count("rope.scaling.original_context_length", k.n_ctx) if k.long else 0

@@ -21,7 +21,8 @@ def gemma2(k, i):
             dense(k, i, act=GELU, post="post_ffw_norm"))
 
 
-@architecture("gemma3", "gemma-embedding", embedding_scale=sqrt_dim)
+@architecture("gemma3", embedding_scale=sqrt_dim)
+@architecture("gemma-embedding", embedding_scale=sqrt_dim, causal=False)
 def gemma3(k, i):
     """The 27B divides scores by sqrt(dim / heads), the others by sqrt(head_dim)."""
     window, n_heads = k.window(i, 6), k.count("attention.head_count")

@@ -36,6 +36,7 @@ class Architecture:
     logit_softcap: float = 0.0          # where the key final_logit_softcapping is absent
     names: dict[str, str] = field(default_factory=dict)     # the file's names of tensors outside the layers for roles
     needs: tuple[str, ...] = ("output_norm",)
+    score: str = ""                     # pooling "rank": "first" (token, cls, tanh, cls.output) or "last" (cls.output, softmax)
     golden: str = ""                    # the golden file that holds it, where its name is another
 
 

@@ -16,7 +16,7 @@ def qwen2moe(k, i):
     return attention(k, i, bias=True), experts(k, i, renorm=False)
 
 
-@architecture("qwen3", "qwen3vl", golden="qwen3vl")
+@architecture("qwen3", "qwen3vl", golden="qwen3vl", score="last")
 def qwen3(k, i):
     return attention(k, i, qk_norm=True), dense(k, i)
 

@@ -7,8 +7,12 @@ always cut anew. A cut that the target would not have made costs acceptance and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import exp, isfinite
+from typing import Any
+
+from ..tokenizers import Tokenizer
+from .interfaces import Session
 
 TAIL = 8                                # tokens that are cut anew when a text grows
 WINDOW = 64                             # tokens from the end of a text that the draft model reads at first
@@ -21,7 +25,8 @@ class TextDrafter:
     tokens that follow, with their log-probabilities.
     """
 
-    def __init__(self, target, draft, session, plain):
+    def __init__(self, target: Tokenizer, draft: Tokenizer, session: Session,
+                 plain: Callable[[Session, list[int], int], tuple[list[int], list[float]]]):
         self.ours, self.theirs, self.session, self._plain = target, draft, session, plain
         self._seen: list[int] = []      # the text as far as it is known, in the target's tokens ..
         self._text: list[int] = []      # .. and in the draft's, but for
@@ -42,7 +47,7 @@ class TextDrafter:
         if list(text[:n]) != self._seen or not n:
             first = max(0, len(text) - WINDOW)
             self._seen, self._text, self._half = list(text[:first]), [], b""
-            if not first and self.theirs.add_bos:
+            if not first and self.theirs.add_bos and self.theirs.bos_id is not None:
                 self._text = [self.theirs.bos_id]
         self._cut(text)
 
@@ -87,8 +92,8 @@ class TextDrafter:
             end = at + len(self.ours.piece(token))
             sure.append(min((p for p, a, b in zip(probs, [0, *ends], ends) if a < end and b > at), default=0.0))
             at = end
-        if stop < len(ids) and ids[stop] in self.theirs.stop_ids and self.ours.stop_ids:
-            last = self.ours.eot_id if self.ours.eot_id is not None else self.ours.eos_id
+        last = self.ours.eot_id if self.ours.eot_id is not None else self.ours.eos_id
+        if stop < len(ids) and ids[stop] in self.theirs.stop_ids and last is not None:
             found, sure = [*found, last], [*sure, probs[stop]]
         return found[:k], sure[:k]
 
@@ -108,10 +113,11 @@ def complete(data: bytes) -> int:
     return len(data)
 
 
-def cut_anew(tokenizer, ids: Sequence[int], new: bytes) -> tuple[int, list[int]]:
+def cut_anew(tokenizer: Tokenizer, ids: Sequence[int], new: bytes) -> tuple[int, list[int]]:
     """(start, tokens): ids[:start] and these tokens are ids with `new` after them. start lies a few tokens back, at the
     beginning of a character, of a word if the vocabulary puts a space before a text, and after any control token."""
-    spaced, start = tokenizer._codec.space_prefix, len(ids)
+    codec: Any = tokenizer._codec
+    spaced, start = codec.space_prefix, len(ids)
     while start > 0 and not tokenizer.is_control(ids[start - 1]):
         start -= 1
         first = tokenizer.piece(ids[start])[:1]
@@ -124,7 +130,7 @@ def cut_anew(tokenizer, ids: Sequence[int], new: bytes) -> tuple[int, list[int]]
     return start, tokenizer.encode(text, bos=False)
 
 
-def continuation(tokenizer, ids: Sequence[int], new: bytes) -> list[int]:
+def continuation(tokenizer: Tokenizer, ids: Sequence[int], new: bytes) -> list[int]:
     """Tokens for `new` after ids, which stay as they are: cut together with the last of them where that leaves them whole."""
     start, cut = cut_anew(tokenizer, ids, new)
     old = len(b"".join(tokenizer.piece(id) for id in ids[start:]))

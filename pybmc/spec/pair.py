@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import ArgumentError
+from ..tokenizers import Tokenizer
+from .interfaces import Model
 
 
 class PairError(ArgumentError):
@@ -25,7 +27,7 @@ SHARED = 0.8                            # of either vocabulary, for ids to be ma
 TEXT = "text"                           # the link of a pair without a vocabulary in common
 
 
-def connect(target, draft) -> Overlap | str | None:
+def connect(target: Model, draft: Model) -> Overlap | str | None:
     """What check_pair() finds, or TEXT if the vocabularies are too different: then guesses go through text.
 
     Raises a PairError if there is no vocabulary to compare.
@@ -39,7 +41,7 @@ def connect(target, draft) -> Overlap | str | None:
         return TEXT
 
 
-def check_pair(target, draft) -> Overlap | None:
+def check_pair(target: Model, draft: Model) -> Overlap | None:
     """None if both vocabularies have the same bytes under the same ids; how ids correspond, if most tokens are in both.
 
     Sizes may differ: vocabularies are padded. What only one of them has is never proposed, or not understood. Raises a
@@ -61,10 +63,10 @@ def check_pair(target, draft) -> Overlap | None:
     return None
 
 
-def overlap(ours, theirs, n_logits: int) -> tuple[Overlap, int]:
+def overlap(ours: Tokenizer, theirs: Tokenizer, n_logits: int) -> tuple[Overlap, int]:
     """Tokens with the same bytes, control tokens with the same name; and how many there are. n_logits: ids the draft
     knows."""
-    def spelled(tokenizer, id):
+    def spelled(tokenizer: Tokenizer, id: int) -> tuple[bytes, bool]:
         return tokenizer.piece(id), tokenizer.is_control(id)
 
     ids = {spelled(theirs, id): id for id in range(theirs.vocab_size - 1, -1, -1)}
@@ -76,7 +78,7 @@ def overlap(ours, theirs, n_logits: int) -> tuple[Overlap, int]:
     return Overlap([max(other, 0) for other in found], to_target), int((to_target >= 0).sum())
 
 
-def first_difference(ours, theirs) -> int | None:
+def first_difference(ours: Tokenizer, theirs: Tokenizer) -> int | None:
     """The first id whose bytes differ, among those that both have."""
     n = min(ours.vocab_size, theirs.vocab_size)
     spelled, others = getattr(ours, "tokens", None), getattr(theirs, "tokens", None)

@@ -7,13 +7,15 @@ import os
 import threading
 from collections import defaultdict
 from contextlib import suppress
+from typing import Any
 
 from .. import checks
 from .._native import check, ffi, last_error, lib, owned
 from ..errors import ArgumentError, BmcError, OutOfMemoryError
 from . import store
 from .bridge import TextDrafter
-from .pair import TEXT, PairError, connect
+from .interfaces import Model, Session
+from .pair import TEXT, Overlap, PairError, connect
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +23,7 @@ SPECS = ("auto", "draft", "ngram", "self", "off")
 WIDEST = 32                             # guesses in a pass, at most
 SELF_WINDOW = 512                       # last rows that the model's own drafts see, besides the first 256
 BYTES_A_SECOND = 3e10                   # that a first guess at a pass's time goes by
-NGRAMS, MODEL, SELF = 2, 3, 4           # numbers of sources in native/round.h
+NGRAMS, MODEL = 1, 2                    # numbers of sources in native/round.h
 
 
 class Speculation:
@@ -33,15 +35,18 @@ class Speculation:
     A draft whose vocabulary cannot be compared is left out with a warning. Raises ArgumentError.
     """
 
-    def __init__(self, model, draft=None, spec: str = "auto", most: int = 16, least: int = 0, fixed: int = 0):
+    def __init__(self, model: Model, draft: Model | None = None, spec: str = "auto", most: int = 16, least: int = 0, fixed: int = 0):
         checks.choice("spec", spec, SPECS)
         if spec == "draft" and draft is None:
             raise ArgumentError("spec is 'draft', but there is no draft")
         most, least = checks.draft_bounds(most, least)
+        for one in (model, draft):
+            if one is not None:
+                one.check_writes()
         self.model, self.spec = model, spec if most else "off"
         self.most, self.least, self.fixed = min(most, WIDEST), min(least, WIDEST), min(fixed, WIDEST)
         self.draft = draft if self.spec in ("auto", "draft") else None
-        self.locks = defaultdict(threading.Lock)        # of a process: one call of the library at a time learns
+        self.locks: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)        # of a process: one call of the library at a time learns
         self.link = self._connect()
         self._key = store.identity(model, self.draft)
         if self.draft is not None:
@@ -49,14 +54,15 @@ class Speculation:
                 self.draft.coarsen()
         self.policy = self._policy()
 
-    def _connect(self):
+    def _connect(self) -> Overlap | str | None:
         try:
             return connect(self.model, self.draft) if self.draft is not None else None
         except PairError as error:
             log.warning("%s; decoding goes on without it", error)
             self.draft = None
+            return None
 
-    def _policy(self):
+    def _policy(self) -> Any:
         policy = ffi.new("bmc_policy **")
         of_target = self.model.packed_bytes / BYTES_A_SECOND
         of_draft = of_target if self.spec == "self" else seconds_of_guess(self.draft) if self.draft is not None else 0.0
@@ -71,9 +77,9 @@ class Speculation:
     def off(self) -> bool:
         return self.spec == "off"
 
-    def drafter(self, session) -> Drafter:
+    def drafter(self) -> Drafter:
         """For one sequence of the model."""
-        return Drafter(self, session)
+        return Drafter(self)
 
     def save(self) -> None:
         """Keep what was learned for the next run."""
@@ -85,7 +91,7 @@ class Speculation:
             store.save(self._key, ffi.unpack(record, n))
 
     def seconds(self, width: float, of_draft: bool = False) -> float:
-        """Of a pass of so many tokens; 0 where it is not known."""
+        """Of a pass of `width` tokens; 0 if unknown."""
         return lib.bmc_policy_seconds(self.policy, of_draft, width)
 
     def chance(self, source: int, confidence: float = -1.0) -> float:
@@ -93,7 +99,7 @@ class Speculation:
         return lib.bmc_policy_chance(self.policy, source, confidence)
 
 
-def seconds_of_guess(model) -> float:
+def seconds_of_guess(model: Model) -> float:
     """Of a guess of a draft model, measured now."""
     seconds = ffi.new("double *")
     with model.session(context=16) as session, session._claimed() as handle:
@@ -104,27 +110,32 @@ def seconds_of_guess(model) -> float:
 class Drafter:
     """Who guesses for one sequence. native is a bmc_drafter; bridge a TextDrafter where the draft model's vocabulary is another."""
 
-    def __init__(self, made: Speculation, session):
-        self.made, self.bridge, self._session, self._kept, self._noted = made, None, None, [], False
+    def __init__(self, made: Speculation):
+        self.made, self._noted = made, False
+        self.bridge: TextDrafter | None = None
+        self._session: Session | None = None
+        self._kept: list = []           # what options point to
         self._options = options = ffi.new("bmc_drafter_options *")
         options.most, options.least, options.fixed = made.most, made.least, made.fixed
         options.ngrams = made.spec in ("auto", "ngram")
         options.self_window = SELF_WINDOW if made.spec == "self" else 0
         if made.draft is not None:
-            self._session = made.draft.session()
+            self._session = session = made.draft.session()
             if made.link == TEXT:
                 options.external = 1
-                self.bridge = TextDrafter(made.model.tokenizer, made.draft.tokenizer, self._session, plain)
+                ours, theirs = made.model.tokenizer, made.draft.tokenizer
+                assert ours and theirs          # connect() has compared them
+                self.bridge = TextDrafter(ours, theirs, session, plain)
             else:
-                options.draft = handle = self._session._live()
+                options.draft = handle = session._live()
                 self._kept = [handle]
-                if made.link:
+                if isinstance(made.link, Overlap):
                     tables = made.link.to_draft, made.link.to_target.tolist()
                     self._kept += [ffi.new("int32_t[]", ids) for ids in tables]
                     options.to_draft, options.to_target = self._kept[1:]
         self.native = self._make()
 
-    def _make(self):
+    def _make(self) -> Any:
         handle = ffi.new("bmc_drafter **")
         check(lib.bmc_drafter_new(self._options, self.made.model.config.vocab_size, handle))
         return owned(handle[0], "bmc_drafter_free", self._kept)
@@ -140,6 +151,7 @@ class Drafter:
 
     def propose(self, text: list[int], k: int) -> tuple[list[int], list[float]]:
         """Guesses through text, and how sure they are; none if the draft model fails, which ends its use."""
+        assert self.bridge is not None
         try:
             return self.bridge.propose(text, k)
         except BmcError as error:
@@ -153,7 +165,7 @@ class Drafter:
             self._session.close()
 
 
-def verify(session, pending: list[int], guesses: list[int], max_tokens: int, sampler=None,
+def verify(session: Session, pending: list[int], guesses: list[int], max_tokens: int, sampler: Any = None,
            n_rounds: int = 1) -> tuple[list[int], list[float], list[bool]]:
     """Rounds of one sequence without a policy: evaluate the pending tokens and the guesses, all of which are checked in the
     first round. What they gave: ids, log-probabilities, and whether each was guessed."""
@@ -170,7 +182,7 @@ def verify(session, pending: list[int], guesses: list[int], max_tokens: int, sam
     return ffi.unpack(ids, item.n), ffi.unpack(logprobs, item.n), list(map(bool, ffi.unpack(drafted, item.n)))
 
 
-def plain(session, tokens: list[int], k: int) -> tuple[list[int], list[float]]:
+def plain(session: Session, tokens: list[int], k: int) -> tuple[list[int], list[float]]:
     """Evaluate tokens, then the k likeliest next ones, one by one; them and their log-probabilities."""
     first, logprob, _ = verify(session, tokens, [], 1)
     if k == 1:

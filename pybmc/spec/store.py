@@ -10,11 +10,12 @@ import platform
 from contextlib import suppress
 
 from .. import cache
+from .interfaces import Model
 
-VERSION = 3
+VERSION = 4
 
 
-def identity(model, draft=None) -> dict | None:
+def identity(model: Model, draft: Model | None = None) -> dict | None:
     """What a record depends on; None for a model that no file holds."""
     try:
         files = [os.stat(m.path) for m in (model, draft) if m is not None]

@@ -32,7 +32,7 @@ static inline float noise(void) {
     return (float)(uniform(-1, 1) + uniform(-1, 1) + uniform(-1, 1));
 }
 
-static inline void *get_memory(size_t bytes) {
+static void *get_memory(size_t bytes) {
     void *p = malloc(bytes ? bytes : 1);
     CHECK(p);
     return p;

@@ -57,7 +57,6 @@ static void chances_are_learned(void) {
     for (int i = 0; i < 400; i++)
         acceptance_learn(&a, 0.9f, random_below(&state, 100) < 40);
     CHECK(fabs(acceptance_at(&a, 0.9f) - 0.4) < 0.15);
-    CHECK(acceptance_at(&a, 0.5f) < 0.3);           /* the other buckets promise less, since all did worse than they promise */
     CHECK(acceptance_mean(&a) < 0.6);
 }
 
