@@ -19,7 +19,7 @@ import tiny
 
 import pybmc
 from pybmc import Engine, Request, Sampler
-from pybmc._native import check, cpu_levels, ffi, lib
+from pybmc._native import cpu_levels
 from pybmc.chat.conversation import Conversation
 from pybmc.engine.prove import prove
 from pybmc.errors import FormatError, OutOfMemoryError
@@ -181,21 +181,12 @@ def test_sync_keeps_what_needs_no_other_tokens(arch):
 
 @archs
 def test_a_fork_has_the_states(arch):
-    handle = ffi.new("bmc_session **")
     with load(arch).session() as session:
         session.eval(text()[:100], logits="none")
         session.eval(text()[100:103], logits="none")
-        before = session.arena_stats().bytes_reserved
         for position in (103, 101, 20):
-            check(lib.bmc_session_fork(session._handle, position, handle))
-            row = np.empty((1, SIZE), np.float32)
-            token = ffi.new("int32_t *", int(text()[position]))
-            logits = ffi.from_buffer("float[]", row)
-            span = ffi.new("bmc_span *", {"session": handle[0], "tokens": token, "n_tok": 1, "want": 1, "logits": logits})
-            check(lib.bmc_eval(span, 1))
-            assert_same(row, truth(arch)[position:position + 1])
-            lib.bmc_session_free(handle[0])
-        assert session.arena_stats().bytes_reserved == before
+            with session.fork(position) as fork:
+                assert_same(fork.eval(text()[position:position + 9], logits="all"), truth(arch)[position:position + 9])
         assert_same(session.eval(text()[103:110], logits="all"), truth(arch)[103:110])
 
 
