@@ -1,7 +1,7 @@
 """Recurrent layers: gated delta nets, Mamba 2, short convolutions.
 
-The logits of a text in one pass on one thread are the truth. Cut otherwise, beside other sequences, on other threads and
-instruction sets, after any number of rewinds and with any guesses, they have the same bits.
+The logits of a text in one pass on one thread are the truth. Cut otherwise, beside other sequences, on other threads
+and instruction sets, after any number of rewinds and with any guesses, they have the same bits.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ import tiny
 
 import pybmc
 from pybmc import Engine, Request, Sampler
-from pybmc._native import check, cpu_levels, ffi, lib
+from pybmc._native import cpu_levels
 from pybmc.chat.conversation import Conversation
 from pybmc.engine.prove import prove
 from pybmc.errors import FormatError, OutOfMemoryError
@@ -93,8 +93,8 @@ def digests():
 @lru_cache(maxsize=None)
 def run_on(level):
     here = Path(__file__).parent
-    result = subprocess.run([sys.executable, "-c", "import test_recurrent; print(test_recurrent.digests())"], capture_output=True,
-                            text=True, timeout=120,
+    result = subprocess.run([sys.executable, "-c", "import test_recurrent; print(test_recurrent.digests())"],
+                            capture_output=True, text=True, timeout=120,
                             env=os.environ | {"PYBMC_CPU": level, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"})
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
@@ -111,7 +111,8 @@ def test_sequences_side_by_side(arch):
     model = load(arch, 2)
     sessions = [model.session() for _ in range(5)]
     for _ in range(12):
-        parts = [(i, sessions[i].position, rng.choice([1, 1, 2, 7, 30])) for i in rng.sample(range(5), rng.randint(1, 5))]
+        taking = rng.sample(range(5), rng.randint(1, 5))
+        parts = [(i, sessions[i].position, rng.choice([1, 1, 2, 7, 30])) for i in taking]
         results = pybmc.eval_batch([(sessions[i], text(LONG, i)[at:at + n], "all") for i, at, n in parts])
         for (i, at, n), ours in zip(parts, results):
             assert_same(ours, truth(arch, LONG, i)[at:at + n])
@@ -180,20 +181,12 @@ def test_sync_keeps_what_needs_no_other_tokens(arch):
 
 @archs
 def test_a_fork_has_the_states(arch):
-    handle = ffi.new("bmc_session **")
     with load(arch).session() as session:
         session.eval(text()[:100], logits="none")
         session.eval(text()[100:103], logits="none")
-        before = session.arena_stats().bytes_reserved
         for position in (103, 101, 20):
-            check(lib.bmc_session_fork(session._handle, position, handle))
-            row = np.empty((1, SIZE), np.float32)
-            token = ffi.new("int32_t *", int(text()[position]))
-            span = ffi.new("bmc_span *", {"session": handle[0], "tokens": token, "n_tok": 1, "want": 1, "logits": ffi.from_buffer("float[]", row)})
-            check(lib.bmc_eval(span, 1))
-            assert_same(row, truth(arch)[position:position + 1])
-            lib.bmc_session_free(handle[0])
-        assert session.arena_stats().bytes_reserved == before
+            with session.fork(position) as fork:
+                assert_same(fork.eval(text()[position:position + 9], logits="all"), truth(arch)[position:position + 9])
         assert_same(session.eval(text()[103:110], logits="all"), truth(arch)[103:110])
 
 
@@ -227,13 +220,14 @@ def written(model, requests, **settings):
 
 @archs
 def test_guesses_change_nothing(arch):
-    """Of repetitions, of a draft model of the same kind, of one that is always right and of the model itself; three at a time."""
+    """Of repetitions, of a draft model of the same kind, of one that is always right, of the model itself; three at a
+    time."""
     model, other = load(arch, 2), load(arch, 2, 1)
     requests = [Request(text(20, 3).tolist(), 70), Request([5, 6, 7] * 8, 70),
                 Request(text(60, 4).tolist(), 70, Sampler(temperature=0.9, seed=3))]
     right, _ = written(model, requests, spec="off")
-    for settings in ({"spec": "ngram", "fixed": 7}, {"draft": other, "spec": "draft", "fixed": 5}, {"draft": model, "spec": "draft", "fixed": 16},
-                     {"spec": "self", "fixed": 9}):
+    for settings in ({"spec": "ngram", "fixed": 7}, {"draft": other, "spec": "draft", "fixed": 5},
+                     {"draft": model, "spec": "draft", "fixed": 16}, {"spec": "self", "fixed": 9}):
         ours, sequences = written(model, requests, **settings)
         assert ours == right
         if settings["spec"] != "ngram":
@@ -245,7 +239,8 @@ def test_guesses_change_nothing(arch):
 def test_a_draft_model_follows_a_text_that_changes():
     """Its states go back too: in the second text, which begins as the first, it is right again."""
     model = load("qwen35", 2)
-    with model.session() as session, Engine(model, speculation=Speculation(model, model, "draft", fixed=5)) as engine:
+    speculation = Speculation(model, model, "draft", fixed=5)
+    with model.session() as session, Engine(model, speculation=speculation) as engine:
         for prompt in (text(90, 5).tolist(), text(90, 5).tolist()[:60] + [1, 2, 3], [7, 8, 9] * 5):
             sequence = engine.add(Request(prompt, 40, session=session))
             while not sequence.done:
@@ -323,7 +318,8 @@ def test_memory_that_sessions_may_take_includes_states():
 def test_rows_of_first_files_of_qwen3next():
     """Two groups of one key head and two value heads each; a row's number says what it is."""
     block = DeltaNet(conv=4, state_dim=2, n_groups=2, n_heads=4, inner_dim=8)
-    assert {name: rows.tolist() for name, rows in block.rows("ssm_ba").items()} == {"ssm_beta": [0, 1, 4, 5], "ssm_alpha": [2, 3, 6, 7]}
+    found = {name: rows.tolist() for name, rows in block.rows("ssm_ba").items()}
+    assert found == {"ssm_beta": [0, 1, 4, 5], "ssm_alpha": [2, 3, 6, 7]}
     rows = block.rows("ssm_in")
     assert rows["attn_qkv"].tolist() == [0, 1, 12, 13, 2, 3, 14, 15, 4, 5, 6, 7, 16, 17, 18, 19]
     assert rows["attn_gate"].tolist() == [8, 9, 10, 11, 20, 21, 22, 23] and block.rows("ssm_out") == {}
@@ -337,8 +333,11 @@ def test_alphas_and_betas_in_one_matrix(tmp_path):
         rows = [part[2 * group:2 * group + 2] for group in range(2) for part in (beta, alpha)]
         tensors[f"blk.{layer}.ssm_ba.weight"] = kind, np.concatenate(rows)
     path = tiny.save(tmp_path / "ba.gguf", metadata, tensors)
-    with pybmc.Model(path, threads=1) as model, model.session() as ours, pybmc.Model(tiny.model("qwen35"), threads=1).session() as right:
-        assert_same(ours.eval(text()[:30], logits="all"), right.eval(text()[:30], logits="all"))
+    results = []
+    for file in (path, tiny.model("qwen35")):
+        with pybmc.Model(file, threads=1) as model, model.session() as session:
+            results.append(session.eval(text()[:30], logits="all"))
+    assert_same(*results)
 
 
 def without(name):
@@ -368,7 +367,7 @@ def renamed(name, other, n):
     ("qwen35", key("qwen35.ssm.conv_kernel", 5), r"ssm_conv1d.*expected 256 rows of 5 values, found 256 of 4"),
     ("qwen35", key("qwen35.ssm.state_size", 0), "ssm.state_size: expected 1 to 1024, found 0"),
     ("qwen35", renamed("blk.0.ssm_alpha.weight", "blk.0.ssm_ba.weight", 3), "ssm_ba.weight: expected 8 rows, found 3"),
-    ("granitehybrid", rows("blk.0.ssm_in.weight", 200), r"blk.0.ssm_in.weight: expected 214 rows of 64 values, found 200 of 64"),
+    ("granitehybrid", rows("blk.0.ssm_in.weight", 200), "ssm_in.weight: expected 214 rows of 64 values, found 200 of"),
     ("nemotron_h", without("blk.0.ssm_dt.bias"), "blk.0.ssm_dt.bias is missing"),
     ("nemotron_h", key("nemotron_h.ssm.time_step_rank", 5), "cannot share"),
     ("lfm2", without("blk.0.shortconv.conv.weight"), "blk.0.shortconv.conv.* is missing"),

@@ -86,12 +86,6 @@ class Session:
             other._begin(self.model, self.context, owned(fork[0], "bmc_session_free", self.model._live()))
         return other
 
-    def snapshot(self) -> None:
-        """Remember the state of recurrent blocks here, so that going back to this position reads no tokens again. A session keeps
-        the eight that were used last; models without such blocks need none. Raises OutOfMemoryError."""
-        with self._claimed(moves=False) as handle:
-            check(lib.bmc_session_snapshot(handle))
-
     @property
     def position(self) -> int:
         """Rows in use: the tokens evaluated so far, less those rewound."""
@@ -139,8 +133,9 @@ class Session:
             check(lib.bmc_session_rewind(handle, checks.whole("position", position)))
 
     def snapshot(self) -> None:
-        """Keep what recurrent layers know at about this position: to go back here later will need few tokens again. Nothing
-        happens for models without such layers. Raises OutOfMemoryError."""
+        """Keep the states of recurrent blocks as they are about here: to go back to this position will need at most 48 tokens
+        again. Of more than eight those stay that save the most tokens. Models without such blocks need none. Raises
+        OutOfMemoryError."""
         with self._claimed(moves=False) as handle:
             check(lib.bmc_session_snapshot(handle))
 
