@@ -4,8 +4,12 @@ Its logits are those of a float64 oracle; guesses change no text; and guesses th
 each token of the head meets the right hidden state whatever happened to the session.
 """
 
+import math
+import re
+from dataclasses import replace
 from functools import lru_cache
 
+import gguf
 import numpy as np
 import pytest
 import recurrent_oracle
@@ -17,6 +21,8 @@ from places import SHARED
 import pybmc
 from pybmc import ArgumentError, Engine, Request, Sampler
 from pybmc._native import check, ffi, lib, pointer
+from pybmc.cli import run
+from pybmc.cli.report import why
 from pybmc.engine.prove import prove
 from pybmc.errors import OutOfMemoryError
 from pybmc.files.gguf import GGUF
@@ -26,6 +32,7 @@ from pybmc.show import describe, lines
 from pybmc.spec.speculation import Speculation
 
 SIZE = 401
+KNOTS = 28              # of native/policy.h: widths whose costs a policy keeps
 KEPT = 512              # HIDDEN_KEPT of native/model.h: tokens whose hidden states a session keeps
 
 
@@ -68,7 +75,7 @@ def load(arch="qwen35", threads=2, **shape):
 def clairvoyant(reads):
     """Tokens follow one another in a cycle, whatever came before. The head knows the cycle by what it `reads`: the token before, or
     the hidden state alone, its own where it guesses on."""
-    dim, metadata, tensors = KEPT, *parts("qwen3", 0, dim=512, n_heads=2, head_dim=16, hidden_dim=32, n_layers=1, types="F32")
+    dim, metadata, tensors = 512, *parts("qwen3", 0, dim=512, n_heads=2, head_dim=16, hidden_dim=32, n_layers=1, types="F32")
     after = np.random.default_rng(2).permutation(SIZE)                  # of the cycle that this makes, the token after each
     follows = np.empty(SIZE, int)
     follows[after] = np.roll(after, -1)
@@ -214,6 +221,40 @@ def test_the_text_is_plain_decodings(arch, settings):
         assert all(sequence.stats.draft_n > 60 for sequence in sequences)
 
 
+@pytest.mark.parametrize("name, layer", [("glm4moe", None), ("qwen35moe", 3), ("qwen3next", 3), ("deepseek2", 2)])
+def test_heads_with_experts_and_with_compressed_rows(tmp_path, name, layer):
+    """Golden files; where one has no head, a layer of its own becomes one."""
+    file = SHARED / "golden-breadth" / f"{name}.F16.gguf"
+    if not file.is_file():
+        pytest.skip("needs ../shared")
+    if layer is not None:
+        file = tiny.save(tmp_path / "head.gguf", *with_a_layer_as_head(file, layer))
+    with pybmc.Model(file, threads=2) as model:
+        tokens = [id % 290 for id in text(40)]
+        found, stats = write(model, Request(tokens, 40), Speculation(model, spec="mtp", fixed=4))
+        assert found == write(model, Request(tokens, 40))[0] and stats.draft_n > 40
+        hidden = hidden_states(model, tokens)
+        with model.head.session() as whole, model.head.session() as parts:
+            [(right, _)] = evaluate((whole, tokens[1:], hidden[:-1]))
+            for at in range(0, 39, 13):
+                [(ours, _)] = evaluate((parts, tokens[1 + at:14 + at], hidden[at:13 + at]))
+                assert (ours == right[at:13 + at]).all()
+
+
+def with_a_layer_as_head(file, layer):
+    """Metadata and tensors of a file, whose layer is there again as a head."""
+    reader, rng = gguf.GGUFReader(file), np.random.default_rng(1)
+    metadata = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    tensors = {t.name: (t.tensor_type.name, t.data.view(np.uint8)) for t in reader.tensors}
+    arch = metadata["general.architecture"]
+    n, dim = metadata[f"{arch}.block_count"], metadata[f"{arch}.embedding_length"]
+    metadata |= {f"{arch}.block_count": n + 1, f"{arch}.nextn_predict_layers": 1}
+    tensors |= {name.replace(f"blk.{layer}.", f"blk.{n}."): tensor for name, tensor in tensors.items() if name.startswith(f"blk.{layer}.")}
+    tensors |= {f"blk.{n}.nextn.{name}.weight": float32(np.ones(dim)) for name in ("enorm", "hnorm")}
+    tensors[f"blk.{n}.nextn.eh_proj.weight"] = float32(rng.standard_normal((dim, 2 * dim)) * dim**-0.5)
+    return metadata, tensors
+
+
 @pytest.mark.parametrize("reads", ["token", "state"])
 @pytest.mark.parametrize("fixed", [1, 4, 32])
 @pytest.mark.parametrize("n", [1, 2, 30, KEPT - 1, KEPT, KEPT + 1, 900])
@@ -222,6 +263,26 @@ def test_guesses_that_are_right_come_true(reads, fixed, n):
     found, stats = write(model, Request(text(n), 80), Speculation(model, spec="mtp", most=32, fixed=fixed))
     assert found == write(model, Request(text(n), 80))[0]
     assert stats.draft_n_accepted == stats.draft_n >= 79 - stats.rounds > 0
+
+
+@pytest.mark.parametrize("n, least", [(5, 100), (60, 150), (700, KEPT)])
+def test_the_head_reads_more_of_the_text_as_its_guesses_pay(monkeypatch, n, least):
+    """Every round believes that the head takes a ten-thousandth of the model's time: guesses are made from the last 32 tokens on, and
+    then from all whose hidden states are kept."""
+    monkeypatch.setattr(pybmc.engine.engine, "CALL_SECONDS", 0.0)           # a round a step
+    model, request = clairvoyant("state"), Request(text(n), 200)
+    made = Speculation(model, spec="mtp")
+    costs = ffi.new("double[]", lib.bmc_policy_save(made.policy, ffi.NULL, 0))
+    with model.session() as session, Engine(model, speculation=made) as engine:
+        sequence, found = engine.add(replace(request, session=session)), []
+        while not sequence.done:
+            lib.bmc_policy_save(made.policy, costs, len(costs))
+            costs[0:KNOTS], costs[KNOTS:2 * KNOTS] = [0.0] * KNOTS, [math.log(1e-4)] * KNOTS
+            check(lib.bmc_policy_load(made.policy, costs, len(costs)))
+            found += [token._replace(from_draft=False) for _, token in engine.step()]
+        assert session.drafter._session.position > least
+    assert found == write(model, request)[0]
+    assert sequence.stats.draft_n_accepted == sequence.stats.draft_n > 150
 
 
 def test_choices_of_a_sampler_are_guessed_with_its_noise():
@@ -424,3 +485,22 @@ def test_layers_beyond_the_first_are_left_out(tmp_path):
     with pybmc.Model(tiny.save(tmp_path / "two.gguf", metadata, tensors), threads=1) as model:
         assert model.head.config.first_layer == 2
         assert {role.tensor.name[:5] for role in bind_head(model._file, model.head.config) if role.block >= 0} == {"blk.2"}
+
+
+def test_why_names_the_head():
+    made = Speculation(clairvoyant("state"), spec="mtp", fixed=2)
+    _, stats = write(made.model, Request([1, 2], 20), made)
+    assert any(line.startswith("draft head: ") for line in why(stats, made))
+
+
+def test_the_command_line(capsys):
+    def output(*args):
+        status = run(list(map(str, args)))
+        return status, *capsys.readouterr()
+
+    assert re.search(r"draft head +yes", output("show", path("qwen35"))[1])
+    words = ("-p", "one two", "-n", "20", "--temp", "0", "--spec")
+    found, plain = (output("generate", path("qwen35"), *words, spec) for spec in ("mtp", "off"))
+    assert found == plain and found[0] == 0 and found[1]
+    status, out, said = output("generate", tiny.model("llama"), *words, "mtp")
+    assert status == 1 and out == "" and said.count("\n") == 1 and "has no draft head" in said
