@@ -13,12 +13,15 @@ struct place {
     int32_t token, pos;
     int32_t last;                   /* as in bmc_span */
     int32_t end;                    /* rows that it sees: up to itself, or the whole text */
+    const float *before;            /* as in bmc_span */
 };
 
-/* A token whose results are wanted. */
+/* A token whose results are wanted, or whose hidden state is kept. */
 struct wanted {
     const bmc_span *span;
     int tok, row;                   /* which token of the pass, which row of the span's results */
+    bool chooses;                   /* the head runs for it */
+    float *hidden, *kept;           /* where its hidden state goes, or NULL: the span's row, the session's */
     float *logits;                  /* where to, or NULL */
     const uint32_t *mask;           /* allowed ids, or NULL */
 };
@@ -33,9 +36,9 @@ struct run { bmc_session *session; int first; struct state_run states; };
 struct pass {
     bmc_model *model;
     int n_tok, n_out;
-    int n_sampled;                  /* of those that are wanted, with a row of the buffers */
+    int n_choosing;                 /* of those that are wanted, for which the head runs */
+    int n_sampled;                  /* .. with a row of the buffers */
     bool coarse;                    /* only the best ids are wanted: chosen among the few that the coarse head likes best */
-    bool headless;                  /* nobody wants more than hidden states */
     struct place *at;               /* (n_tok,) */
     struct wanted *out;             /* (n_out,) */
     struct run *runs;               /* (n_runs,) */
@@ -212,6 +215,7 @@ void keep_wanted(struct pass *p, const struct block *b, const struct rows *more,
 void per_layer_inputs(struct pass *p, int thread);
 
 /* The head: head.c. */
+void give_hidden(const struct pass *p, struct tokens in, int thread);       /* hidden states to whom they are for */
 void head(struct pass *p, struct tokens in, int thread);
 
 #endif
