@@ -298,6 +298,11 @@ FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6
              "IQ4_XS": "IQ4_NL"}
 
 
+# roles that stay in floats
+FLOAT_ROLES = ("ffn_gate_inp", "ffn_gate_inp_shexp", "ssm_conv1d", "ssm_norm", "shortconv.conv", "position_embd",
+               "token_types")
+
+
 @dataclass(frozen=True)
 class Place:
     """What a mix may ask about a tensor."""
@@ -314,6 +319,8 @@ class Place:
 
 def tensor_type(file_type, role, n_cols, place, is_output=False):
     """The type name of a matrix; is_output also for an embedding that serves as the output."""
+    if role in FLOAT_ROLES:
+        return "F32"
     if file_type.startswith("pure-"):
         usual, rules = file_type[5:], {}
     else:
