@@ -258,10 +258,11 @@ static int check_roles(const bmc_model *m, const char *base, const struct block 
     char name[96];
     for (; roles->name; roles++) {
         const bool bound = is_bound(base, b, roles);
-        if (roles->required && !bound)
-            return fail(BMC_EFORMAT, "%s is missing", full_name(m, &(bmc_tensor){ .role = roles->name, .block = b ? b->number : -1 }, name));
-        if (roles->form == MATRICES && !bound && ((const struct matrices *)(const void *)(base + roles->offset))->of)
-            return fail(BMC_EFORMAT, "%s: not all experts are there", full_name(m, &(bmc_tensor){ .role = roles->name, .block = b->number }, name));
+        const struct bmc_tensor shown = { .role = roles->name, .block = b ? b->number : -1 };
+        if (!bound && roles->form == MATRICES && ((const struct matrices *)(const void *)(base + roles->offset))->of)
+            return fail(BMC_EFORMAT, "%s: not all experts are there", full_name(m, &shown, name));
+        if (!bound && roles->required)
+            return fail(BMC_EFORMAT, "%s is missing", full_name(m, &shown, name));
     }
     return 0;
 }
