@@ -191,6 +191,8 @@ typedef struct bmc_span {
     float *lead;                    /* (wanted tokens,) how far its score, logit / temperature + noise, is ahead; or NULL */
     int32_t *top_ids;               /* (wanted tokens, n_top) */
     float *top_logprobs;            /* (wanted tokens, n_top) descending */
+    const int32_t *given;           /* (wanted tokens,) ids that follow in a text that is known already; or NULL */
+    float *given_logprob;           /* (wanted tokens,) their log-probabilities */
 } bmc_span;
 
 /* Who guesses how one sequence's text goes on, for bmc_round: the text itself, where its last tokens were there before, and one
@@ -202,6 +204,8 @@ typedef struct bmc_drafter_options {
     int32_t self_window;            /* > 0: the target drafts for itself; attention then sees the first 256 rows and this many last ones */
     int32_t external;               /* 1: the caller has a draft model that it asks where bmc_item.wanted says so */
     int32_t ngrams;                 /* 1: repetitions in the text */
+    const int32_t *hint;            /* (n_hint,) tokens that the text may repeat though they are not in it; or NULL */
+    int32_t n_hint;
     int32_t most, least;            /* guesses in a pass: at most; fewer are not made */
     int32_t fixed;                  /* as many in every round, all of them checked, for proofs; 0: as many as pay */
 } bmc_drafter_options;
@@ -241,7 +245,7 @@ typedef struct bmc_item {
     int32_t n;                      /* result: tokens given */
     int32_t *ids;                   /* (max_tokens,) */
     float *logprobs;                /* (max_tokens,) */
-    uint8_t *drafted;               /* (max_tokens,) 1: it was guessed */
+    uint8_t *drafted;               /* (max_tokens,) 0, or who guessed it: 1 the caller, 2 repetitions, 3 the draft model, 4 the model itself */
     int32_t *top_ids;               /* (max_tokens, n_top) */
     float *top_logprobs;            /* (max_tokens, n_top) */
     bmc_item_stats stats;
@@ -299,6 +303,7 @@ int         bmc_session_position(const bmc_session *session);
 const int32_t *bmc_session_tokens(const bmc_session *session);          /* (position,) the tokens of its rows */
 int         bmc_session_sync(bmc_session *session, const int32_t *tokens, int n);      /* keeps the rows that a text begins with; how many */
 int         bmc_session_rewind(bmc_session *session, int position);     /* may evaluate tokens again, where a block keeps a state; if that fails it is farther back */
+int         bmc_session_nearest(bmc_session *session, int position);    /* up to there, the last one to which that evaluates none */
 int         bmc_session_snapshot(bmc_session *session);                 /* going back to this position will need few tokens again */
 int         bmc_session_reserve(bmc_session *session, int rows);         /* makes room for this many more rows */
 int         bmc_session_keep_hidden(bmc_session *session);             /* from now on, those of its last tokens, for a draft head */

@@ -132,12 +132,14 @@ int bmc_drafter_new(const bmc_drafter_options *options, int n_vocab, bmc_drafter
     if (!d)
         return fail(BMC_ENOMEM, "no memory for a drafter");
     d->o = *options;
-    d->o.to_draft = d->o.to_target = NULL;
+    d->o.to_draft = d->o.to_target = d->o.hint = NULL;
     d->window = FIRST_WINDOW;
     if (!!options->to_draft != !!options->to_target)
         status = fail(BMC_EINVAL, "bmc_drafter_new: expected ids both ways, or none");
     if (!status && options->ngrams && !(d->ngrams = ngrams_new()))
         status = BMC_ENOMEM;
+    if (!status && d->ngrams && options->n_hint > 0)
+        status = ngrams_hint(d->ngrams, options->hint, options->n_hint);
     if (!status && options->draft && options->to_draft)
         status = copy_vocabulary(d, options, n_vocab);
     if (!status && options->draft && options->draft->model->target && !(d->hidden = malloc((size_t)options->draft->model->c.dim * sizeof *d->hidden)))

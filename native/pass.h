@@ -44,6 +44,7 @@ struct pass {
     struct run *runs;               /* (n_runs,) */
     int n_runs;
     struct best *best;              /* (n_out, parts of HEAD_ROWS) */
+    float *given;                   /* (n_out,) logits of the ids in bmc_span.given */
 };
 
 /* What one pass works on; (n, d) are n rows of d floats, row strides rounded up to 16. */

@@ -34,6 +34,12 @@ static void learn(const struct group *g, struct turn *t, const int32_t *ids, int
     }
 }
 
+/* Who made a turn's guesses, as bmc_item.drafted tells it. */
+static uint8_t guesser(const struct turn *t) {
+    bool self = t->source == MODEL && t->drafter && t->drafter->o.self_window;
+    return self ? 4 : (uint8_t)(t->source + 1);
+}
+
 /* What the round cost a turn, and gave it, against plain decoding. Passes count as what they usually take: how long this very
  * one took says more about the machine's other work. */
 static void account(const struct group *g, struct turn *t, int given, int all_checked) {
@@ -61,7 +67,7 @@ static void settle(const struct group *g, struct turn *t, int all_checked, doubl
         bmc_session_rewind(draft, smaller(known, draft->position));
     }
     for (int i = 0; i < given; i++)
-        item->drafted[item->n + i] = i < accepted;
+        item->drafted[item->n + i] = i < accepted ? guesser(t) : 0;
     item->stats.rounds++;
     item->stats.checked += t->checked;
     item->stats.accepted += accepted;

@@ -81,18 +81,17 @@ int bmc_session_new(bmc_model *m, int64_t cap, int r, int rope, bmc_session **se
 static int copy_session(bmc_session *s, bmc_session *parent, int position) {
     int status = init_arenas(s, parent->arenas[ALL_ROWS].config.r);
     for (int i = 0; !status && i < ARENAS; i++)
-        status = arena_fork(&s->arenas[i], &parent->arenas[i], parent->position);
+        status = arena_fork(&s->arenas[i], &parent->arenas[i], position);
     if (!status)
         status = states_copy(&s->states, &parent->states);
-    s->tokens = malloc((size_t)larger(parent->position, 1) * sizeof *s->tokens);
+    s->n_tokens = larger(position, 1);
+    s->tokens = malloc((size_t)s->n_tokens * sizeof *s->tokens);
     if (!status && !s->tokens)
-        status = fail(BMC_ENOMEM, "no memory for %d tokens", parent->position);
+        status = fail(BMC_ENOMEM, "no memory for %d tokens", position);
     if (status)
         return status;
-    if (parent->position)
-        memcpy(s->tokens, parent->tokens, (size_t)parent->position * sizeof *s->tokens);
-    s->n_tokens = larger(parent->position, 1);
-    s->position = parent->position;
+    if (position)
+        memcpy(s->tokens, parent->tokens, (size_t)position * sizeof *s->tokens);
     s->offset = parent->offset;
     return go_back(s, position);
 }
@@ -130,17 +129,38 @@ void bmc_session_free(bmc_session *s) {
 
 int bmc_session_position(const bmc_session *s) { return s->position; }
 
+/* Whether rows are gone that windows reach back to from a position. */
+static bool lacks_rows(const bmc_session *s, int position) {
+    const struct arena *windows = &s->arenas[WINDOWS];
+    return windows->n_dropped && position + 1 - s->model->window < windows->n_dropped * windows->config.r;
+}
+
 /* How far back a session gets towards a position without evaluating tokens again: states may have to go farther, and where rows of
  * windows are gone it starts anew. */
+static int nearest(const bmc_session *s, int position) {
+    const int found = states_nearest(&s->states, position);
+    return lacks_rows(s, found) ? 0 : found;
+}
+
 static int reach(bmc_session *s, int position) {
-    struct arena *windows = &s->arenas[WINDOWS];
-    int reached = states_rewind(&s->states, position);
-    if (windows->n_dropped && reached + 1 - s->model->window < windows->n_dropped * windows->config.r) {
-        arena_clear(windows);
-        reached = states_rewind(&s->states, 0);
-    }
+    const int reached = nearest(s, position);
+    if (lacks_rows(s, reached))
+        arena_clear(&s->arenas[WINDOWS]);
+    states_rewind(&s->states, reached);
     s->position = reached;
     return reached;
+}
+
+int bmc_session_nearest(bmc_session *s, int position) {
+    int status = claim(s);
+    if (status)
+        return status;
+    if (position < 0 || position > s->position)
+        status = fail(BMC_EINVAL, "nearest: expected 0 to %d, found %d", s->position, position);
+    else
+        status = nearest(s, position);
+    release(s);
+    return status;
 }
 
 /* Back to a position that is within the text. */
@@ -279,8 +299,14 @@ static int check_span(const bmc_span *span, const bmc_model *m) {
         return fail(BMC_EINVAL, "this model reads a text as a whole: expected 1 to %d tokens in an empty session, found %d", m->pass_max, (int)span->n_tok);
     if (!m->c.causal && (span->sampler || span->mask || span->n_top))
         return fail(BMC_EINVAL, "this model reads a text as a whole: no tokens are chosen after it");
-    if (!m->output.data && (span->logits || span->next || span->logprob || span->n_top))
+    if (!m->output.data && (span->logits || span->next || span->logprob || span->n_top || span->given))
         return fail(BMC_EINVAL, "this model has no logits, only hidden states");
+    if (span->given && !span->given_logprob)
+        return fail(BMC_EINVAL, "given: the log-probabilities of these ids need room");
+    const int n_wanted = span->want == BMC_WANT_ALL ? span->n_tok : span->want != BMC_WANT_NONE;
+    for (int i = 0; span->given && i < n_wanted; i++)
+        if (span->given[i] < 0 || span->given[i] >= m->c.vocab_size)
+            return fail(BMC_EINVAL, "given: token ids are 0 to %d, found %d", (int)m->c.vocab_size - 1, (int)span->given[i]);
     for (int i = 0; i < span->n_tok; i++)
         if (span->tokens[i] < 0 || span->tokens[i] >= m->c.vocab_size)
             return fail(BMC_EINVAL, "token ids are 0 to %d, found %d", (int)m->c.vocab_size - 1, (int)span->tokens[i]);
@@ -318,7 +344,7 @@ static void push_wanted(struct pass *p, const bmc_span *span, int i, struct want
     const size_t row = span->want == BMC_WANT_ALL ? (size_t)i : 0, n = (size_t)p->model->c.vocab_size;
     out->row = (int)row;
     out->hidden = span->hidden ? span->hidden + row * (size_t)p->model->c.dim : NULL;
-    out->chooses = span->logits || span->next || span->logprob || span->n_top;
+    out->chooses = span->logits || span->next || span->logprob || span->n_top || span->given;
     p->n_choosing += out->chooses;
     out->mask = span->mask ? span->mask + row * ((n + 31) / 32) : NULL;
     if (span->logits)
@@ -386,7 +412,7 @@ static void run_passes(struct pass *p, const bmc_span *spans, int n) {
 /* What a pass notes down, made for one call. */
 static struct pass *make_pass(bmc_model *m, int n_tok) {
     const size_t n = (size_t)smaller(n_tok, m->pass_max), parts = m->output.data ? (size_t)head_parts(m) : 0;
-    const size_t bytes = n * (sizeof(struct place) + sizeof(struct wanted) + sizeof(struct run) + parts * sizeof(struct best));
+    const size_t bytes = n * (sizeof(struct place) + sizeof(struct wanted) + sizeof(struct run) + parts * sizeof(struct best) + sizeof(float));
     struct pass *p = malloc(sizeof *p + bytes + 64);
     if (!p) {
         fail(BMC_ENOMEM, "no memory for a pass over %d tokens", n_tok);
@@ -397,6 +423,7 @@ static struct pass *make_pass(bmc_model *m, int n_tok) {
     p->out = (struct wanted *)(void *)(p->at + n);
     p->runs = (struct run *)(void *)(p->out + n);
     p->best = (struct best *)(void *)(p->runs + n);
+    p->given = (float *)(void *)(p->best + n * parts);
     return p;
 }
 

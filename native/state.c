@@ -123,6 +123,11 @@ static const struct snapshot *last_snapshot(const struct states *s, int position
     return last;
 }
 
+int states_nearest(const struct states *s, int position) {
+    const struct snapshot *last = last_snapshot(s, position);
+    return !s->n || position >= s->base ? position : last ? last->position : 0;
+}
+
 int states_rewind(struct states *s, int position) {
     if (!s->n || position >= s->base)           /* no snapshot is beyond base */
         return position;

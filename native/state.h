@@ -58,7 +58,10 @@ int states_reserve(struct states *s);                           /* memory for th
 struct state_run states_plan(const struct states *s, int start, int n);
 void states_done(struct states *s, const struct state_run *run);
 
-/* Takes the states back to `position`, or to an earlier one, from where tokens have to be evaluated again. */
+/* How far back towards `position` the states get without evaluating tokens again. */
+int states_nearest(const struct states *s, int position);
+
+/* Takes the states back to `position`, or to an earlier one, from where tokens have to be evaluated again; which one. */
 int states_rewind(struct states *s, int position);
 
 /* Keeps a copy of the anchors: to come back to where the states are will need few tokens. 0 or BMC_ENOMEM. */

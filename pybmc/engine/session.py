@@ -86,6 +86,12 @@ class Session:
             other._begin(self.model, self.context, owned(fork[0], "bmc_session_free", self.model._live()))
         return other
 
+    def nearest(self, position: int) -> int:
+        """The last position up to this one to which rewind() and fork() go without reading tokens again: this one, but for
+        recurrent layers, which need a snapshot, and for windows, whose rows may be gone."""
+        with self._claimed(moves=False) as handle:
+            return check(lib.bmc_session_nearest(handle, checks.whole("position", position)))
+
     @property
     def position(self) -> int:
         """Rows in use: the tokens evaluated so far, less those rewound."""

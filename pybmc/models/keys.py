@@ -81,7 +81,6 @@ class Keys:
     def check_all_used(self) -> None:
         """Raise FormatError for a key that nothing here has read: what it asks for would be missing."""
         for name, value in self.file.metadata.items():
-            prefix, _, key = name.partition(".")
-            if name.startswith(f"{self.arch}.") and (key := name[len(self.arch) + 1:]) not in self.used | HARMLESS:
+            if name.startswith(f"{self.arch}.") and name[len(self.arch) + 1:] not in self.used | HARMLESS:
                 raise FormatError(f"{self.file.path}: pybmc does not know the key {name} ({value!r:.40}); "
                                   "the answer could be wrong without it")

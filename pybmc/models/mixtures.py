@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .layers import CHOSEN, GATE_SIGMOID, GATE_SOFTPLUS, RELU, SIGMOID, SWIGLU_OAI, LAYER_INPUT
+from .layers import CHOSEN, GATE_SIGMOID, GATE_SOFTPLUS, LAYER_INPUT, RELU, SIGMOID, SWIGLU_OAI
 from .parts import architecture, attention, experts, feed_forward, rope_table, sqrt_dim
 
 

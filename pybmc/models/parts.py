@@ -19,7 +19,7 @@ from ..errors import FormatError
 from ..files.gguf import GGUF
 from . import rope
 from .keys import Keys
-from .layers import (GATE_IN_QUERY, HALVES, NO_GATE, NONE, RMS, SILU, SOFTMAX, Attention, Block, Dense, Experts)
+from .layers import GATE_IN_QUERY, HALVES, NO_GATE, NONE, RMS, SILU, SOFTMAX, Attention, Block, Dense, Experts
 
 
 @dataclass(frozen=True)

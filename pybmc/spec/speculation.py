@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 from collections import defaultdict
+from collections.abc import Sequence as Tokens
 from contextlib import suppress
 from typing import Any
 
@@ -44,7 +45,7 @@ class Speculation:
             raise ArgumentError(f"spec is 'mtp', but {model.path} has no draft head")
         most, least = checks.draft_bounds(most, least)
         for one in (model, draft):
-            if one is not None:
+            if one is not None and spec != "off":
                 one.check_writes()
         self.model, self.spec = model, spec if most else "off"
         self.most, self.least, self.fixed = min(most, WIDEST), min(least, WIDEST), min(fixed, WIDEST)
@@ -81,12 +82,13 @@ class Speculation:
     def off(self) -> bool:
         return self.spec == "off"
 
-    def drafter(self, session: Session | None = None) -> Drafter:
-        """For one sequence of the model, in this session. Without one a draft head makes no guesses."""
+    def drafter(self, session: Session | None = None, hint: Tokens[int] = ()) -> Drafter:
+        """For one sequence of the model, in this session: without one a draft head makes no guesses. hint: ids that its text may
+        repeat though they are not in it."""
         if self.head and session is not None:
             with suppress(OutOfMemoryError):            # decoding goes on without the draft head
                 session.keep_hidden()
-        return Drafter(self)
+        return Drafter(self, hint)
 
     def save(self) -> None:
         """Keep what was learned for the next run."""
@@ -117,7 +119,7 @@ def seconds_of_guess(model: Model) -> float:
 class Drafter:
     """Who guesses for one sequence. native is a bmc_drafter; bridge a TextDrafter where the draft model's vocabulary is another."""
 
-    def __init__(self, made: Speculation):
+    def __init__(self, made: Speculation, hint: Tokens[int] = ()):
         self.made, self._noted = made, False
         self.bridge: TextDrafter | None = None
         self._session: Session | None = None
@@ -125,6 +127,8 @@ class Drafter:
         self._options = options = ffi.new("bmc_drafter_options *")
         options.most, options.least, options.fixed = made.most, made.least, made.fixed
         options.ngrams = made.spec in ("auto", "ngram")
+        self._hint = ffi.new("int32_t[]", list(hint))
+        options.hint, options.n_hint = self._hint, len(self._hint)
         options.self_window = SELF_WINDOW if made.spec == "self" else 0
         if made.draft is not None:
             self._session = session = made.draft.session()
