@@ -34,6 +34,7 @@ from ..files.gguf import GGUF
 from ..serve import answers
 from ..serve.answers import ChatAnswer, Choice, TextAnswer, Update, new_id
 from ..serve.fill import fill_prompt, fill_tokens
+from ..spec.speculation import Speculation
 from ..tokenizers import Tokenizer
 from . import arguments
 from .arguments import RANDOM_SEEDS
@@ -100,16 +101,22 @@ class Llama:
             with GGUF(self.model_path, vocabulary_only=True) as file:
                 self._metadata, self._tokenizer = file.metadata, Tokenizer(file)
             return
-        draft, spec = draft_of(self.draft_model)
+        self._draft = draft_of(self.draft_model)
         self._model = model = Model(self.model_path, threads=n_threads or None)
         try:
             self._metadata, self._tokenizer = model.metadata, model.tokenizer
             if self._tokenizer is None:
                 raise ArgumentError(f"{self.model_path} has no vocabulary: expected one to write text with")
-            self._speculation = speculation_of(None, model, draft, spec, 16, 0)
+            if self.draft_model is not None:
+                self._speculation  # noqa: B018   what is wrong with it shows here
         except BaseException:
             model.close()
             raise
+
+    @cached_property
+    def _speculation(self) -> Speculation:
+        """Who guesses. Models that only give embeddings have none."""
+        return speculation_of(None, self._live, *self._draft, 16, 0)
 
     @classmethod
     def from_pretrained(cls, repo_id, filename, additional_files=None, local_dir=None, local_dir_use_symlinks="auto",
@@ -457,10 +464,12 @@ class Llama:
             raise ArgumentError(f"text: expected UTF-8, found byte {text[error.start]:#04x} at {error.start}") from None
 
     def detokenize(self, tokens: Sequence[int], prev_tokens: Sequence[int] | None = None, special: bool = False) -> bytes:
-        """The bytes of some ids. special shows control tokens. Where the ids begin with BOS, a first space is left out."""
+        """The bytes of some ids. special shows control tokens. Where the ids begin with BOS, the space that SentencePiece puts
+        before a text is left out."""
         ids, silent = checks.ids("tokens", tokens, self.n_vocab()), frozenset() if special else self._tokenizer.vocab.silent
         found = b"".join(self._tokenizer.piece(id) for id in ids if id not in silent)
-        return found[1:] if ids and ids[0] == self._tokenizer.bos_id and found.startswith(b" ") else found
+        begins = self._tokenizer._codec.space_prefix and ids[:1] == [self._tokenizer.bos_id]
+        return found.removeprefix(b" ") if begins else found
 
     def n_ctx(self) -> int:
         """The most tokens of a text."""
