@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import inf
 
 import numpy as np
@@ -184,7 +184,7 @@ class Llama:
         if not isinstance(prompt, (str, list, tuple, np.ndarray)):
             checks.refuse("prompt", "a text or a list of token ids", prompt)
         if not suffix:
-            tokens = encode_text(self._tokenizer, prompt)
+            tokens = encode_text(self._tokenizer, prompt if isinstance(prompt, str) else list(prompt))
             return (prompt if isinstance(prompt, str) else self._tokenizer.decode(tokens)), tokens
         marks = fill_tokens(self._tokenizer)
         if marks is None:
@@ -220,16 +220,16 @@ class Llama:
             pass
         return answer.whole()
 
-    def _chunks(self, updates: Iterator[Update], answer) -> Iterator[dict]:
+    def _chunks(self, updates: Generator[Update, None, None], answer) -> Iterator[dict]:
         with closing(updates):
             yield from answer.begin()
             for update in updates:
                 yield from answer.take(update)
-                if update.done and self.verbose:
+                if update.done and update.stats and self.verbose:
                     note(update.stats)
             yield from answer.last()
 
-    def _written(self, request: Request) -> Iterator[Update]:
+    def _written(self, request: Request) -> Generator[Update, None, None]:
         """What an engine writes, a token at a time."""
         with self._lent(request.tokens) as session:
             engine = Engine(self._live, parallel=1, speculation=self._speculation)
@@ -244,7 +244,7 @@ class Llama:
                 if not is_closed(session):
                     self._hold(session.tokens)
 
-    def _one_by_one(self, request: Request, processors, criteria) -> Iterator[Update]:
+    def _one_by_one(self, request: Request, processors, criteria) -> Generator[Update, None, None]:
         """The same with functions that see the logits of each token."""
         scores: Sequence = ()
         if request.score is not None:
@@ -520,11 +520,8 @@ class Llama:
     def __exit__(self, *exc) -> None:
         self.close()
 
-    def __getstate__(self) -> dict:
-        return self._given
-
-    def __setstate__(self, state: dict) -> None:
-        self.__init__(**state)
+    def __reduce__(self):
+        return partial(type(self), **self._given), ()
 
     def __repr__(self) -> str:
         return f"<pybmc.Llama {self.model_path}>"
@@ -544,10 +541,10 @@ def draft_of(draft_model) -> tuple[object, str]:
     return draft_model, "auto"
 
 
-def sent_through(chosen: Generator, vocab_size: int) -> Generator[int, Sequence[int] | None, None]:
+def sent_through(chosen: Generator[tuple, Sequence[int] | None, None], vocab_size: int) -> Generator[int, Sequence[int] | None, None]:
     """The ids alone; what is sent is checked and passed on."""
     with closing(chosen):
-        more = None
+        more: Sequence[int] | None = None
         while True:
             try:
                 id, _ = chosen.send(more)
@@ -562,7 +559,7 @@ def read(session: Session, text: list[int], n: int) -> np.ndarray:
     end = len(text) - n
     for start in range(session.sync(text[:end]), end, PIECE):
         session.eval(text[start:min(start + PIECE, end)], "none")
-    return session.eval(text[end:], "all")
+    return np.asarray(session.eval(text[end:], "all"))
 
 
 def choose(sampler: Sampler, processors: Callable | None, text: list[int], logits: np.ndarray) -> int:
