@@ -1,9 +1,9 @@
-"""Code for llama-cpp-python's class, with this import in place of `from llama_cpp import Llama`: python examples/llama_class.py [MODEL.gguf]"""
+"""Code for llama-cpp-python's class, with another import: python examples/llama_class.py [MODEL.gguf]"""
 
 import sys
 
 import pybmc
-from pybmc import Llama
+from pybmc import Llama  # before: from llama_cpp import Llama
 
 path = sys.argv[1] if len(sys.argv) > 1 else pybmc.demo_model()
 llm = Llama(model_path=str(path), n_gpu_layers=0, seed=1, verbose=False)

@@ -18,6 +18,7 @@ from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from math import inf
+from typing import Any
 
 import numpy as np
 
@@ -439,15 +440,15 @@ class Llama:
     def embed(self, input, normalize=False, truncate=True, return_count=False):
         """The embedding of a text as a list of numbers, or a list of them; return_count: and how many tokens were read.
         truncate: what is longer than the context is cut, else refused."""
-        if not hasattr(self._live, "embed"):
+        model: Any = self._live
+        if not hasattr(model, "embed"):
             raise BmcError("embeddings are not supported by this build")
         ids = [self._tokenizer.encode(text) for text in checks.strings("input", input)]
         if not truncate:
             for tokens in ids:
                 self._check_room(tokens)
         ids = [tokens[:self.n_ctx()] for tokens in ids]
-        pooling = arguments.POOLINGS[self._pooling]
-        found = self._live.embed(ids, normalize=normalize, **({"pooling": pooling} if pooling else {})) if ids else []
+        found = model.embed(ids, normalize=normalize, pooling=arguments.POOLINGS[self._pooling]) if ids else []
         rows = [row.tolist() for row in found]
         output = rows[0] if isinstance(input, str) else rows
         return (output, sum(map(len, ids))) if return_count else output
@@ -468,8 +469,8 @@ class Llama:
         before a text is left out."""
         ids, silent = checks.ids("tokens", tokens, self.n_vocab()), frozenset() if special else self._tokenizer.vocab.silent
         found = b"".join(self._tokenizer.piece(id) for id in ids if id not in silent)
-        begins = self._tokenizer._codec.space_prefix and ids[:1] == [self._tokenizer.bos_id]
-        return found.removeprefix(b" ") if begins else found
+        codec: Any = self._tokenizer._codec
+        return found.removeprefix(b" ") if codec.space_prefix and ids[:1] == [self._tokenizer.bos_id] else found
 
     def n_ctx(self) -> int:
         """The most tokens of a text."""
