@@ -480,7 +480,7 @@ class Engine:
         """Who guesses for a sequence: in a session that was given, the one who did so before."""
         session = sequence.session
         if sequence._owned:
-            return self.speculation.drafter()
+            return self.speculation.drafter(session)
         if session.drafter is None or session.drafter.made is not self.speculation:
-            session.drafter = self.speculation.drafter()
+            session.drafter = self.speculation.drafter(session)
         return session.drafter

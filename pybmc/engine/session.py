@@ -139,6 +139,11 @@ class Session:
         with self._claimed(moves=False) as handle:
             check(lib.bmc_session_snapshot(handle))
 
+    def keep_hidden(self) -> None:
+        """Keep the hidden states of the last tokens from now on, for a draft head. Raises OutOfMemoryError."""
+        with self._claimed(moves=False) as handle:
+            check(lib.bmc_session_keep_hidden(handle))
+
     def reserve(self, rows: int) -> None:
         """Make room for `rows` tokens more, so that the next ones do not wait for memory."""
         with self._claimed(moves=False) as handle:
