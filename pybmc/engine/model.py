@@ -33,7 +33,8 @@ Progress = Callable[[int, int], None]       # called with what is done and how m
 @dataclass
 class Profile:
     """Where the time of a `with model.profile()` went, in seconds: all of it, in calls of the library, and in the steps
-    of its passes, which together make up the passes (the mean of the threads, whose waiting is a step too)."""
+    of its passes, which together make up the passes (the mean of the threads, whose waiting is a step too). Steps that
+    took no time, as those of blocks that the model does not have, are left out."""
 
     wall_s: float = 0.0
     calls_s: float = 0.0
@@ -136,7 +137,7 @@ class Model:
             check(lib.bmc_model_times(handle, times))
             check(lib.bmc_model_profile(handle, 0))
             profile.calls_s, profile.passes = times.calls, times.n_passes
-            profile.steps = {ffi.string(lib.bmc_step_name(i)).decode(): s for i, s in enumerate(times.steps)}
+            profile.steps = {ffi.string(lib.bmc_step_name(i)).decode(): s for i, s in enumerate(times.steps) if s}
 
     @cached_property
     def tokenizer(self):
