@@ -139,9 +139,9 @@ typedef struct bmc_config {
     const bmc_rope_table *ropes;    /* (n_ropes,) */
     int32_t n_blocks;
     const bmc_block *blocks;        /* (n_blocks,) */
-    bmc_model *target;              /* NULL, or this is a draft head: a token's x is nextn.eh_proj [norm(its embedding); norm(the target's hidden
-                                       state of the token before)], and its logits are of the token after. It takes the target's output
-                                       matrix where it has none of its own */
+    bmc_model *target;              /* NULL, or this is its draft head: a token's x is nextn.eh_proj [norm(its embedding);
+                                       norm(the target's hidden state of the token before)]. Without an output matrix of
+                                       its own it takes the target's */
 } bmc_config;
 
 /* A tensor of the file, by role: GGUF's word without "blk.N." and ".weight", as bmc_role lists them for a kind of block; "norm",

@@ -65,11 +65,11 @@ static int check_block(const bmc_model *m, const struct block *b) {
 static int check_head(const bmc_model *m) {
     const bmc_config *c = &m->c, *t = &m->target->c;
     const char *missing = !m->eh_proj.data ? "eh_proj" : !m->enorm.v ? "enorm" : !m->hnorm.v ? "hnorm" : NULL;
-    if (c->dim != t->dim || c->vocab_size != t->vocab_size || !c->causal || m->target->target)
-        return fail(BMC_EFORMAT, "draft head: expected %d values and %d tokens as the model has, found %d and %d", t->dim, t->vocab_size, c->dim,
-                    c->vocab_size);
-    if (m->n_states || m->n_streams[WINDOWS])
-        return fail(BMC_EFORMAT, "draft head: expected attention to all rows");
+    if (c->dim != t->dim || c->vocab_size != t->vocab_size)
+        return fail(BMC_EFORMAT, "draft head: expected %d values and %d tokens as the model has, found %d and %d", t->dim,
+                    t->vocab_size, c->dim, c->vocab_size);
+    if (!c->causal || m->target->target || m->n_states || m->n_streams[WINDOWS])
+        return fail(BMC_EFORMAT, "draft head: expected a layer of a model that writes text, with attention to all rows");
     return missing ? fail(BMC_EFORMAT, "draft head: nextn.%s is missing", missing) : 0;
 }
 
