@@ -60,7 +60,7 @@ class Metrics:
         for name, help, value in (
                 ("pybmc_waiting", "Requests that wait", waiting),
                 ("pybmc_running", "Sequences that are read or written", len(running)),
-                ("pybmc_rows", "Rows of keys and values, those of ended sequences included", rows),
+                ("pybmc_rows", "Rows of keys and values, those of ended sequences included; shared ones count each time", rows),
                 ("pybmc_kept_rows", "Rows of ended sequences", kept.rows),
                 ("llamacpp:requests_processing", "Requests in work", len(running)),
                 ("llamacpp:requests_deferred", "Requests that wait", waiting),

@@ -107,7 +107,8 @@ static void pass(struct sequence *s, int n) {
 }
 
 static void go_back(struct sequence *s, int position) {
-    const int reached = states_rewind(&s->states, position);
+    const int nearest = states_nearest(&s->states, position), reached = states_rewind(&s->states, position);
+    CHECK(nearest == reached);
     CHECK(reached >= 0 && reached <= position);
     s->position = reached;
     if (reached < position)
