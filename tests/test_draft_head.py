@@ -215,7 +215,7 @@ def test_the_text_is_plain_decodings(arch, settings):
     with Engine(model, speculation=Speculation(model, **settings)) as engine:
         sequences, given = list(map(engine.add, requests)), {}
         for sequence, token in events(engine):
-            given.setdefault(sequence.number, []).append(token._replace(from_draft=False))
+            given.setdefault(sequence.number, []).append(token._replace(from_draft=False, by=None))
     assert [given[i] for i in range(3)] == [write(model, request)[0] for request in requests]
     if "fixed" in settings:
         assert all(sequence.stats.draft_n > 60 for sequence in sequences)
@@ -279,7 +279,7 @@ def test_the_head_reads_more_of_the_text_as_its_guesses_pay(monkeypatch, n, leas
             lib.bmc_policy_save(made.policy, costs, len(costs))
             costs[0:KNOTS], costs[KNOTS:2 * KNOTS] = [0.0] * KNOTS, [math.log(1e-4)] * KNOTS
             check(lib.bmc_policy_load(made.policy, costs, len(costs)))
-            found += [token._replace(from_draft=False) for _, token in engine.step()]
+            found += [token._replace(from_draft=False, by=None) for _, token in engine.step()]
         assert session.drafter._session.position > least
     assert found == write(model, request)[0]
     assert sequence.stats.draft_n_accepted == sequence.stats.draft_n > 150
