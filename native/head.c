@@ -166,26 +166,27 @@ static void choose(const struct pass *p, int thread) {
     }
 }
 
-/* Hidden states that are asked for. */
-static void copy_hidden(const struct pass *p, struct tokens in, int thread) {
-    const int dim = p->model->c.dim;
+void give_hidden(const struct pass *p, struct tokens in, int thread) {
+    const size_t dim = (size_t)p->model->c.dim;
     int64_t from, to;
     share(p, thread, p->n_out, &from, &to);
-    for (int64_t i = from; i < to; i++)
-        if (p->out[i].span->hidden)
-            memcpy(p->out[i].span->hidden + (size_t)p->out[i].row * (size_t)dim, in.x + (size_t)i * padded(dim), (size_t)dim * sizeof(float));
+    for (int64_t i = from; i < to; i++) {
+        const float *x = in.x + (size_t)i * padded((int64_t)dim);
+        if (p->out[i].hidden)
+            memcpy(p->out[i].hidden, x, dim * sizeof *x);
+        if (p->out[i].kept)
+            memcpy(p->out[i].kept, x, dim * sizeof *x);
+    }
+    note(p, thread, BMC_STEP_HEAD);
 }
 
 void head(struct pass *p, struct tokens in, int thread) {
-    copy_hidden(p, in, thread);
-    if (!p->headless) {
-        logits(p, in, thread);
+    logits(p, in, thread);
+    barrier(p, thread, BMC_STEP_HEAD);
+    if (p->coarse) {
+        rescore(p, in, thread);
         barrier(p, thread, BMC_STEP_HEAD);
-        if (p->coarse) {
-            rescore(p, in, thread);
-            barrier(p, thread, BMC_STEP_HEAD);
-        }
-        choose(p, thread);
     }
+    choose(p, thread);
     note(p, thread, BMC_STEP_HEAD);
 }

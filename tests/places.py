@@ -15,11 +15,8 @@ def _by_name(pattern: str, *folders: Path) -> dict[str, Path]:
 
 
 # NAME.gguf beside its NAME.npz
-_models = _by_name("*.gguf", HERE / "golden", SHARED / "golden")
+_models = _by_name("*.gguf", HERE / "golden", SHARED / "golden", SHARED / "golden-breadth")
 GOLDEN = [path for path in _models.values() if path.with_suffix(".npz").is_file()]
-
-# Types of one to four bits, in pairs of files as GOLDEN
-LOW_BIT = sorted((SHARED / "golden-breadth").glob("low-bit.pure-*.gguf"))
 
 # "llama-spm" -> ggml-vocab-llama-spm.gguf.xz, beside its .inp and .out
 _packed = _by_name("ggml-vocab-*.gguf.xz", HERE / "vocab", SHARED / "data" / "vocab")

@@ -21,6 +21,8 @@ from statistics import NormalDist
 import gguf
 import numpy as np
 
+from . import synth_shapes
+from .synth_shapes import Mixed, norm
 from .synth_vocab import VOCABS, add_vocabulary
 
 # ---- models ------------------------------------------------------------------------------------------------
@@ -82,7 +84,7 @@ MODELS = {
     "gemma-3-1b":     Shape("gemma3", 1152, 26, 4, 1, 6912, "gemma", 32768, 256, True, 1e6, eps=1e-6),
     "phi-3-mini":     Shape("phi3", 3072, 32, 32, 32, 8192, "phi3", 4096),
     "tiny":           Shape("llama", 256, 2, 4, 2, 512, "tiny", 2048, tied=True),
-}
+} | {name: make() for name, make in synth_shapes.MODELS.items()}
 
 
 def layer_tensors(s):
@@ -291,11 +293,17 @@ MIXES = {
     "IQ4_XS": ("IQ4_XS", {"attn_v": lambda m: "Q5_K" if m.gqa >= 4 else "IQ4_XS",
                           "ffn_down": lambda m: "Q5_K" if m.layer < m.n_layers // 8 else "IQ4_XS"}),
     "MXFP4":  ("MXFP4", {"token_embd": "Q8_0", "output": "Q8_0"}),
+    "MXFP4_MOE": ("Q8_0", {f"ffn_{name}_exps": "MXFP4" for name in ("gate", "up", "down")}),
 } | {name: (name, {}) for name in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q6_K")}
 
 # when a row is no multiple of 256
 FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
              "IQ4_XS": "IQ4_NL"}
+
+
+# roles that stay in floats
+FLOAT_ROLES = ("ffn_gate_inp", "ffn_gate_inp_shexp", "ssm_conv1d", "ssm_norm", "shortconv.conv", "position_embd",
+               "token_types")
 
 
 @dataclass(frozen=True)
@@ -314,18 +322,28 @@ class Place:
 
 def tensor_type(file_type, role, n_cols, place, is_output=False):
     """The type name of a matrix; is_output also for an embedding that serves as the output."""
+    if role in FLOAT_ROLES:
+        return "F32"
     if file_type.startswith("pure-"):
         usual, rules = file_type[5:], {}
     else:
         usual, rules = MIXES[file_type]
         if is_output and usual not in FLOATS and usual not in ("Q8_0", "MXFP4"):
             return "Q6_K" if n_cols % 256 == 0 else "Q8_0"
-    choice = rules.get("attn_v" if role == "attn_qkv" else role, usual)
+    plain = role.removesuffix("_exps").removesuffix("_shexp")
+    choice = rules.get(role, rules.get("attn_v" if role == "attn_qkv" else plain, usual))
     choice = choice(place) if callable(choice) else choice
     return choice if n_cols % 256 == 0 else FALLBACKS.get(choice, choice)
 
 
 # ---- the file ----------------------------------------------------------------------------------------------
+
+
+def add_keys(writer, shape):
+    """The metadata of a model whose layers differ."""
+    kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+    for key, value in shape.keys(shape).items():
+        kinds[type(value)](f"{shape.arch}.{key}", value)
 
 
 def add_metadata(writer, name, shape, file_type):
@@ -334,6 +352,9 @@ def add_metadata(writer, name, shape, file_type):
     mostly = mostly.get(file_type, f"MOSTLY_{file_type}")
     writer.add_file_type(getattr(gguf.LlamaFileType, mostly, gguf.LlamaFileType.GUESSED))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    if isinstance(shape, Mixed):
+        add_keys(writer, shape)
+        return
     writer.add_context_length(shape.n_ctx)
     writer.add_embedding_length(shape.dim)
     writer.add_block_count(shape.n_layers)
@@ -382,6 +403,11 @@ def tensors(shape, file_type, seed=0, whole=0):
         return name, "F32", (n,), lambda: np.full(n, value, np.float32)
 
     yield matrix("token_embd", shape.dim, vocab_size, gain=3.0, is_output=shape.tied)
+    if isinstance(shape, Mixed):
+        yield from mixed_tensors(shape, file_type, seed, n_layers, vocab_size)
+        if not shape.tied:
+            yield matrix("output", shape.dim, vocab_size, gain=3.0, is_output=True)
+        return
     if shape.arch == "gpt2":
         yield matrix("position_embd", shape.dim, shape.n_ctx, kind="F32")
     if shape.rope_factor:
@@ -397,6 +423,31 @@ def tensors(shape, file_type, seed=0, whole=0):
         yield vector("output_norm.bias", shape.dim, 0.0)
     if not shape.tied:
         yield matrix("output", shape.dim, vocab_size, gain=3.0, is_output=True)
+
+
+INTO_THE_STREAM = ("attn_output", "ffn_down", "ffn_down_exps", "ffn_down_shexp", "ssm_out", "shortconv.out_proj")
+
+
+def mixed_tensors(shape, file_type, seed, n_layers, vocab_size):
+    """Those of a model whose layers differ, but for the embedding and the output."""
+    def tensor(weight, layer):
+        role = weight.name.removesuffix(".weight")
+        name = f"blk.{layer}.{weight.name}" if layer >= 0 else weight.name
+        if weight.fill is not None:
+            return name, "F32", weight.dims, lambda: np.full(weight.dims[::-1], weight.fill, np.float32)
+        n_cols, n_rows = weight.dims[0], int(np.prod(weight.dims[1:]))
+        kind = tensor_type(file_type, role, n_cols, Place(layer, n_layers, shape.n_heads // shape.n_kv_heads))
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        std = ((2 * n_layers) ** -0.5 if role in INTO_THE_STREAM else 1.0) * n_cols**-0.5
+        return name, kind, weight.dims, lambda: random_matrix(kind, n_cols, n_rows, std, rng)
+
+    for weight in shape.outside(shape, vocab_size):
+        yield tensor(weight, -1)
+    for layer in range(shape.n_layers):
+        for weight in shape.layer(shape, layer):
+            yield tensor(weight, layer)
+    for weight in norm("output_norm", shape.dim) if shape.final_norm is None else shape.final_norm:
+        yield tensor(weight, -1)
 
 
 def write(path, shape, file_type, name="model", seed=0, whole=0):
@@ -491,7 +542,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", choices=sorted(MODELS), metavar="MODEL", help=", ".join(MODELS))
     parser.add_argument("--type", default="Q4_K_M", help=f"{', '.join(MIXES)}; pure-TYPE: no mix")
-    parser.add_argument("--layers", type=int, help="this many layers instead of the model's own")
+    parser.add_argument("--layers", type=int, help="only so many of the model's first layers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pair", type=float, metavar="SHARE",
                         help="also write OUTPUT-draft.gguf, a draft whose best token is the model's so often (0.85)")
@@ -501,9 +552,13 @@ def main():
     if args.type.removeprefix("pure-") not in MIXES.keys() | BLOCKS.keys():
         parser.error(f"unknown type {args.type}; there are {', '.join(MIXES)} and pure-TYPE")
     shape = MODELS[args.model]
+    if args.layers and not 0 < args.layers <= shape.n_layers:
+        parser.error(f"--layers: expected 1 to {shape.n_layers}, found {args.layers}")
     shape = replace(shape, n_layers=args.layers or shape.n_layers)
     path = args.output or Path(f"{args.model}-{args.type}.gguf")
     if args.pair is not None:
+        if isinstance(shape, Mixed):
+            parser.error(f"there are no pairs of {args.model}: its layers differ")
         if not 0 < args.pair < 1 or not 0 < args.draft_layers < shape.n_layers:
             parser.error("a pair needs an agreement between 0 and 1, and a draft with fewer layers than the model")
         draft = path.with_name(f"{path.stem}-draft.gguf")

@@ -16,6 +16,7 @@ LLAMA3 = ("{{ bos_token }}{% for m in messages %}{{ '<|start_header_id|>' + m['r
 LLAMA3_SPECIAL = ("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>",
                   "<|reserved_special_token_1|>", "<|finetune_right_pad_id|>", "<|reserved_special_token_2|>",
                   "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>")
+BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 CHATML_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 
@@ -40,10 +41,18 @@ VOCABS = {
     "smollm": Vocab("gpt2", "smollm", 49152, CHATML_SPECIAL, 17, "<|im_start|>", "<|im_end|>", False, CHATML),
     "gpt2":   Vocab("gpt2", "gpt-2", 50257, ("<|endoftext|>",), 1, "<|endoftext|>", "<|endoftext|>"),
     "tiny":   Vocab("gpt2", "gpt-2", 1024, CHATML_SPECIAL, 3, "<|endoftext|>", "<|im_end|>", False, CHATML),
+    "o200k":  Vocab("gpt2", "gpt-4o", 201088, ("<|startoftext|>", "<|return|>", "<|endoftext|>"), 1090, "<|startoftext|>", "<|return|>"),
+    "qwen3.5": Vocab("gpt2", "qwen2", 248320, CHATML_SPECIAL, 293, "<|endoftext|>", "<|im_end|>", False, CHATML),
+    "lfm2":   Vocab("gpt2", "lfm2", 65536, ("<|startoftext|>", "<|im_start|>", "<|im_end|>"), 1000, "<|startoftext|>", "<|im_end|>", True, CHATML),
+    "granite": Vocab("gpt2", "dbrx", 100352, CHATML_SPECIAL, 96, "<|endoftext|>", "<|endoftext|>"),
+    "nemotron": Vocab("gpt2", "tekken", 131072, ("<s>", "</s>", "<|im_end|>"), 1000, "<s>", "<|im_end|>", True),
+    "deepseek": Vocab("gpt2", "deepseek-llm", 102400, ("<|begin|>", "<|end|>"), 400, "<|begin|>", "<|end|>", True),
     "llama2": Vocab("llama", "default", 32000, (), 0, "<s>", "</s>", True),
     "phi3":   Vocab("llama", "default", 32064, ("<|endoftext|>", "<|end|>"), 64, "<s>", "<|endoftext|>",
                     True),
     "gemma":  Vocab("llama", "default", 262144, (), 0, "<bos>", "<eos>", True),
+    "bert":   Vocab("bert", "jina-v2-en", 30522, BERT_SPECIAL, len(BERT_SPECIAL), "[CLS]", "[SEP]", True),
+    "tiny-bert": Vocab("bert", "jina-v2-en", 1024, BERT_SPECIAL, len(BERT_SPECIAL), "[CLS]", "[SEP]", True),
 }
 LETTERS = "etaoinshrdlucmfwypvbgkqjxz"
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
@@ -102,12 +111,25 @@ def spm_vocabulary(vocab):
     return tokens, types, scores.tolist()
 
 
+def wordpiece_vocabulary(vocab):
+    """(tokens, types): characters in both places, and words"""
+    single = [chr(c) for c in range(33, 127) if not chr(c).isupper()]
+    first = ["\u2581" + c for c in single if c not in LETTERS]
+    tokens = [*vocab.special, *single, *first, *strings(vocab.size - len(vocab.special) - len(single) - len(first), "\u2581")]
+    return tokens, [CONTROL] * len(vocab.special) + [NORMAL] * (vocab.size - len(vocab.special))
+
+
 def add_vocabulary(writer, vocab):
     writer.add_tokenizer_model(vocab.model)
     writer.add_tokenizer_pre(vocab.pre)
     if vocab.model == "gpt2":
         tokens, types, merges = bpe_vocabulary(vocab)
         writer.add_token_merges(merges)
+    elif vocab.model == "bert":
+        tokens, types = wordpiece_vocabulary(vocab)
+        writer.add_token_type_count(2)
+        for name, text in (("unk", "[UNK]"), ("sep", "[SEP]"), ("pad", "[PAD]"), ("mask", "[MASK]")):
+            getattr(writer, f"add_{name}_token_id")(tokens.index(text))
     else:
         tokens, types, scores = spm_vocabulary(vocab)
         writer.add_token_scores(scores)

@@ -758,9 +758,9 @@ class Engine:
         """Who guesses for a sequence: in a session that was given, the one who did so before."""
         session = sequence.session
         if sequence.owned:
-            return self.speculation.drafter(sequence.request.hint)
+            return self.speculation.drafter(session, sequence.request.hint)
         if session.drafter is None or session.drafter.made is not self.speculation:
-            session.drafter = self.speculation.drafter()
+            session.drafter = self.speculation.drafter(session)
         return session.drafter
 
 

@@ -92,12 +92,6 @@ class Session:
         with self._claimed(moves=False) as handle:
             return check(lib.bmc_session_nearest(handle, checks.whole("position", position)))
 
-    def snapshot(self) -> None:
-        """Remember the state of recurrent blocks here, so that going back to this position reads no tokens again. A session keeps
-        the eight that were used last; models without such blocks need none. Raises OutOfMemoryError."""
-        with self._claimed(moves=False) as handle:
-            check(lib.bmc_session_snapshot(handle))
-
     @property
     def position(self) -> int:
         """Rows in use: the tokens evaluated so far, less those rewound."""
@@ -143,6 +137,18 @@ class Session:
         """Forget the rows from `position` on. Raises ArgumentError beyond the position."""
         with self._claimed() as handle:
             check(lib.bmc_session_rewind(handle, checks.whole("position", position)))
+
+    def snapshot(self) -> None:
+        """Keep the states of recurrent blocks as they are about here: to go back to this position will need at most 48 tokens
+        again. Of more than eight those stay that save the most tokens. Models without such blocks need none. Raises
+        OutOfMemoryError."""
+        with self._claimed(moves=False) as handle:
+            check(lib.bmc_session_snapshot(handle))
+
+    def keep_hidden(self) -> None:
+        """Keep the hidden states of the last tokens from now on, for a draft head. Raises OutOfMemoryError."""
+        with self._claimed(moves=False) as handle:
+            check(lib.bmc_session_keep_hidden(handle))
 
     def reserve(self, rows: int) -> None:
         """Make room for `rows` tokens more, so that the next ones do not wait for memory."""

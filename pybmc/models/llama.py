@@ -85,7 +85,7 @@ def minicpm(k, i):
 @architecture("olmo2")
 def olmo2(k, i):
     window = k.window(i, 4)
-    table = rope_table(k, k.dim // k.count("attention.head_count"), window, swa_scaling=False)
+    table = rope_table(k, k.count("attention.key_length", k.dim // k.count("attention.head_count")), window, swa_scaling=False)
     return (attention(k, i, norm=None, post="post_attention_norm", qk_norm=True, window=window, table=table),
             dense(k, i, norm=None, post="post_ffw_norm"))
 

@@ -94,7 +94,7 @@ class Reader(Keys):
         pattern = self.file.metadata.get(f"{self.arch}.attention.sliding_window_pattern")
         if isinstance(pattern, np.ndarray):
             self.used.add("attention.sliding_window_pattern")
-            if len(pattern) < self.n_layers:
+            if len(pattern) < max(self.n_layers, i + 1):
                 raise self.error("attention.sliding_window_pattern", f"{self.n_layers} flags", len(pattern))
             return rows if pattern[i] else 0
         every = self.count("attention.sliding_window_pattern", period, low=0)
