@@ -6,6 +6,7 @@ from functools import lru_cache
 
 import numpy as np
 import pytest
+import test_draft_head
 import tiny
 from test_engine import alone, busy, finish, outcome
 
@@ -22,6 +23,8 @@ RECURRENT = ("qwen35", "lfm2")
 
 @lru_cache(maxsize=None)
 def load(arch="llama"):
+    if arch == "draft head":
+        return test_draft_head.load()
     return pybmc.Model(tiny.model(arch, n_ctx=600), threads=1)
 
 
@@ -38,6 +41,8 @@ def costs(model, rows):
     """Bytes of a session of so many rows that grows finely, and of its states."""
     with model.session(max(rows, 600), rows=16) as session:
         session.reserve(rows)
+        if model.head:
+            session.keep_hidden()
         return session.arena_stats().bytes_reserved, session.arena_stats().state_bytes
 
 
@@ -70,19 +75,19 @@ def tree(rng, n):
     return found
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma3", *RECURRENT])
+@pytest.mark.parametrize("arch", ["llama", "gemma3", *RECURRENT, "draft head"])
 def test_company_that_begins_alike_changes_nothing(arch, monkeypatch):
     """Forks of running and of kept sessions, several answers, sequences put aside and cancelled, in all orders."""
     monkeypatch.setattr("pybmc.engine.engine.ANSWER", 8)        # so that memory gets short later
     model, shared, aside = load(arch), 0, 0
-    for seed in range(10):
+    for seed in range(3 if arch == "draft head" else 10):
         rng = random.Random(seed)
         requests = [Request(prompt, rng.randint(1, 50), Sampler(temperature=rng.choice([0, 0.8]), seed=i),
                             priority=rng.choice([0, 0, 1]), score=rng.choice([None] * 9 + [0]), reuse=rng.random() < 0.9)
                     for prompt in tree(rng, 7) for i in range(rng.choice([1, 1, 3]))]
         rows, states = costs(model, rng.choice([300, 400, 900]))
         memory = rows + rng.choice([1, 2, 3]) * states
-        with Engine(model, spec=rng.choice(["off", "ngram"]), parallel=rng.choice([2, 3, 5]), memory=memory,
+        with Engine(model, spec=rng.choice(["auto", "mtp"] if model.head else ["off", "ngram"]), parallel=rng.choice([2, 3, 5]), memory=memory,
                     keep=rng.random() < 0.7) as engine:
             if rng.random() < 0.7:
                 slow(engine)
@@ -105,7 +110,7 @@ def test_company_that_begins_alike_changes_nothing(arch, monkeypatch):
                 assert not sequence.error and outcome(tokens) == expected[:None if whole else len(tokens)]
             shared += sum(s.stats.reused_tokens for s in found)
             aside += engine.put_aside
-    assert shared > 200 and (aside or arch == "qwen35")
+    assert shared > 200 and (aside or arch in ("qwen35", "draft head"))
 
 
 # ---- who shares, and who waits
@@ -292,7 +297,7 @@ def test_what_fits_without_snapshots_is_written_to_its_end():
     """Though snapshots were taken while there was room, more than was thought of."""
     model = load("qwen35")
     with Engine(model, spec="off", memory=cost(model, 416), keep=True) as engine:
-        engine._room.snapshot_bytes = 0
+        engine._room.snapshot_bytes = 1
         for i in range(4):
             sequence = engine.add(Request([*ids(100), *ids(100, i + 1)], 200))
             assert outcome(finish(engine)[sequence]) == outcome(alone(model, sequence.request))

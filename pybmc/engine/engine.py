@@ -454,7 +454,7 @@ class Engine:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.prefixes = Prefixes()
-        self._room = None if memory is None else Room(model, memory, parallel)
+        self._room = None if memory is None else Room(model, memory, parallel, bool(self.speculation.head))
         self.put_aside = 0              # how often sequences were
         self._pass_seconds = pass_seconds
         self._turns = Turns()
@@ -665,7 +665,7 @@ class Engine:
     def has_room_for_snapshot(self) -> bool:
         """Whether a session may keep a copy of its states; kept rows make way."""
         room = self._room
-        if room and room.state_bytes:
+        if room and room.snapshot_bytes:
             while self.used + room.snapshot_bytes > room.memory:
                 if not self.prefixes.evict():
                     return False
@@ -674,7 +674,7 @@ class Engine:
     def _drop_youngest(self, owned: list[Sequence]) -> None:
         """Put the youngest sequence aside. One that is alone begins anew without snapshots; then it ends."""
         sequence, alone = max(owned, key=lambda s: s.number), len(self.running) == 1
-        if alone and (sequence.bare or not (self._room and self._room.state_bytes)):
+        if alone and (sequence.bare or not (self._room and self._room.snapshot_bytes)):
             n = len(sequence.text)
             room = f", which has room for {self._room.most}" if self._room else ""
             sequence.error = OutOfMemoryError(f"{n} tokens fill the memory{room}")
@@ -766,22 +766,27 @@ class Engine:
 
 class Room:
     """A bound on memory. Sessions grow by `grain` rows: as the library likes it, or finely where the bound is
-    narrow. snapshot_bytes: of a copy of a session's states, which are there twice and with a log."""
+    narrow. head: they keep hidden states for a draft head. fixed_bytes: of a session without rows; snapshot_bytes:
+    of a copy of its states, which are there twice and with a log."""
 
-    def __init__(self, model: Model, memory: float, parallel: int):
+    def __init__(self, model: Model, memory: float, parallel: int, head: bool = False):
         with model.session() as session:
             stats = session.arena_stats()
-        self.memory, self.state_bytes, self.snapshot_bytes = memory, stats.state_bytes, stats.state_bytes / 2
+        self.memory, self.snapshot_bytes = memory, stats.state_bytes / 2
         usual = stats.r * stats.row_bytes + stats.state_bytes
         self.grain = stats.r if 4 * parallel * usual <= memory else FINE
         with model.session(rows=self.grain) as session:
+            session.reserve(0)
+            if head:
+                session.keep_hidden()
+            self.fixed_bytes = session.arena_stats().bytes_reserved
             session.reserve(1)
-            self.grain_bytes = session.arena_stats().bytes_reserved - stats.state_bytes
+            self.grain_bytes = session.arena_stats().bytes_reserved - self.fixed_bytes
 
     @property
     def most(self) -> int:
         """Tokens that one session has room for."""
-        return max(self.rows(self.memory - self.state_bytes), 0)
+        return max(self.rows(self.memory - self.fixed_bytes), 0)
 
     def rows(self, size: float) -> int:
         """Rows by which sessions can grow in so many bytes."""
@@ -809,4 +814,4 @@ class Room:
             return self.growth(s, s.wanted) + s.session.arena_stats().bytes_reserved
         if match is not None and match.whole:
             return self.bytes(s.wanted, match.session.rows)
-        return self.bytes(s.wanted, match.n // self.grain * self.grain if match else 0) + self.state_bytes
+        return self.bytes(s.wanted, match.n // self.grain * self.grain if match else 0) + self.fixed_bytes
