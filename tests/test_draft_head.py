@@ -15,6 +15,7 @@ import pytest
 import recurrent_oracle
 import tiny
 from engines import events, write
+from numpy_sampling import choose
 from oracle import Oracle, read, weights
 from places import SHARED
 
@@ -293,11 +294,21 @@ def test_choices_of_a_sampler_are_guessed_with_its_noise():
     assert stats.draft_n_accepted == stats.draft_n > 50
 
 
-@pytest.mark.parametrize("n", [40, KEPT + 100])
+@lru_cache(maxsize=None)
+def attentive():
+    """A model whose head goes by what its attention reads, more than by the token itself."""
+    metadata, tensors = parts("qwen3", types="F32")
+    name = "blk.2.attn_output.weight"
+    tensors[name] = float32(40 * tiny.values(*tensors[name]))
+    return pybmc.Model(tiny.save(tiny.folder() / "attentive.gguf", metadata, tensors), threads=2)
+
+
+@pytest.mark.parametrize("n", [3, 40, KEPT + 100])
 def test_guesses_are_those_of_a_head_that_has_read_all_it_can(n):
     """A round's guesses, made here by the head alone: from every hidden state that is kept, and then from its own."""
-    model, allowed, k = load("qwen35"), [5, 6, 7], 3
-    request = Request(text(n), 90, Sampler(logit_bias={id: 1000.0 for id in allowed}))
+    model, k = attentive(), 3
+    sampler = Sampler(temperature=3.0, seed=2, top_k=0, top_p=1.0, min_p=0.0, logit_bias={id: 1000.0 for id in range(5, 9)})
+    request = Request(text(n), 90, sampler)
     with Engine(model, speculation=Speculation(model, spec="mtp", fixed=k)) as engine:
         engine.add(request)
         written = [token for _, token in events(engine)]
@@ -310,7 +321,7 @@ def test_guesses_are_those_of_a_head_that_has_read_all_it_can(n):
             guesses, rows, pending = [], hidden[first:at - 1], tokens[first + 1:at]
             while len(guesses) < min(k, len(tokens) - at - 1):
                 [(logits, states)] = evaluate((session, pending, rows))
-                guesses.append(allowed[int(np.argmax(logits[-1, allowed]))])
+                guesses.append(choose(sampler, logits[-1], at + len(guesses), tokens[:at] + guesses))
                 pending, rows = guesses[-1:], states[-1:]
             good = next((i for i, id in enumerate(guesses) if id != tokens[at + i]), len(guesses))
             flags += [True] * good + [False]
