@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .layers import CHOSEN, GATE_SIGMOID, GATE_SOFTPLUS, RELU, SIGMOID, SWIGLU_OAI, LAYER_INPUT
+from .layers import CHOSEN, GATE_SIGMOID, GATE_SOFTPLUS, LAYER_INPUT, RELU, SIGMOID, SWIGLU_OAI
 from .parts import architecture, attention, experts, feed_forward, rope_table, sqrt_dim
 
 
@@ -22,7 +22,7 @@ def afmoe(k, i):
 @architecture("laguna")
 def laguna(k, i):
     window = k.window(i, 4, dense_first=True)
-    table = rope_table(k, k.count("attention.key_length", k.dim // k.count("attention.head_count", layer=i)), window, swa_scaling=False)
+    table = rope_table(k, k.head_dim(i), window, swa_scaling=False)
     return (attention(k, i, qk_norm=True, gate=GATE_SOFTPLUS, window=window, table=table),
             feed_forward(k, i, gating=SIGMOID, renorm=False))
 
@@ -39,7 +39,7 @@ def smallthinker(k, i):
 @architecture("mellum")
 def mellum(k, i):
     window = k.window(i, 4)
-    table = rope_table(k, k.count("attention.key_length", k.dim // k.count("attention.head_count")), window, swa_scaling=False)
+    table = rope_table(k, k.head_dim(), window, swa_scaling=False)
     return attention(k, i, qk_norm=True, window=window, table=table), experts(k, i)
 
 

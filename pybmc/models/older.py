@@ -48,6 +48,7 @@ def falcon(k, i):
 
 @architecture("stablelm", norm=LAYER)
 def stablelm(k, i):
+    k.flag("use_parallel_residual")                     # the second norm tells the same
     if k.in_layer(i, "ffn_norm.weight"):
         return attention(k, i), dense(k, i)
     return beside(attention(k, i), dense(k, i, norm="attn_norm"))
