@@ -153,17 +153,18 @@ def glm4moe(k, i):
     return attention(k, i, bias=True), feed_forward(k, i, norm="post_attention_norm", gating=SIGMOID, renorm=False)
 
 
-@architecture("bailingmoe2", "dots1")
+@architecture("bailingmoe2")
+@architecture("dots1", golden="")
 def bailingmoe2(k, i):
     return attention(k, i, qk_norm=True), feed_forward(k, i, renorm=False)
 
 
-@architecture("minimax-m2")
+@architecture("minimax-m2", golden="")
 def minimax_m2(k, i):
     return attention(k, i, qk_norm=True), experts(k, i, gating=SIGMOID)
 
 
-@architecture("hy-v3", rope=HALVES)
+@architecture("hy-v3", rope=HALVES, golden="")
 def hy_v3(k, i):
     return attention(k, i, qk_norm=True), feed_forward(k, i, gating=SIGMOID, renorm=False)
 

@@ -37,17 +37,18 @@ class Architecture:
     names: dict[str, str] = field(default_factory=dict)     # the file's names of tensors outside the layers for roles
     needs: tuple[str, ...] = ("output_norm",)
     score: str = ""                     # pooling "rank": "first" (token, cls, tanh, cls.output) or "last" (cls.output, softmax)
-    golden: str = ""                    # the golden file that holds it, where its name is another
+    golden: str = ""                    # the golden file that holds it: NAME.TYPE.gguf; "": there is none
 
 
 REGISTRY: dict[str, Architecture] = {}
 
 
 def architecture(*names: str, **settings):
-    """Register a layer's function for architectures of these names."""
+    """Register a layer's function for architectures of these names, each held by a golden file of its name unless `golden` says
+    otherwise."""
     def register(layer):
         for name in names:
-            REGISTRY[name] = Architecture(name, layer, **settings)
+            REGISTRY[name] = Architecture(name, layer, **{"golden": name} | settings)
         return layer
     return register
 
