@@ -133,9 +133,8 @@ def _roles(file: GGUF, config: Config, by_layer: dict, tensor: Tensor) -> Iterat
     layer, name = _split(tensor)
     if name in IGNORED or name.partition(".")[0] in ROPE_TENSORS or (layer is None and name in AFTER_THE_PASS):
         return
-    total = config.n_layers + file.metadata.get(f"{config.arch}.nextn_predict_layers", 0)
     if layer is not None and layer >= config.n_layers:
-        if layer < total:
+        if layer < config.n_layers + config.n_predicting:
             return                      # blocks that predict further
         raise _misfit(file, tensor, f"the model has {config.n_layers} layers")
     found = False

@@ -37,6 +37,7 @@ class Config:
     pooling: Pooling = Pooling()
     first_layer: int = 0                # the file's number of the first of layers
     head: Config | None = None          # of the file's draft head, a model of one layer
+    n_predicting: int = 0               # layers of the file after n_layers, which predict further and are left out
 
     @property
     def spec(self) -> Architecture:
@@ -92,7 +93,7 @@ def read_config(file: GGUF) -> Config:
     eps = "attention.layer_norm_rms_epsilon" if k.spec.norm == RMS else "attention.layer_norm_epsilon"
     other = "attention.layer_norm_epsilon" if k.spec.norm == RMS else "attention.layer_norm_rms_epsilon"
     config = Config(
-        arch=name, dim=k.dim, n_layers=k.n_layers, n_ctx=k.n_ctx, norm=k.spec.norm,
+        arch=name, dim=k.dim, n_layers=k.n_layers, n_predicting=k.n_predicting, n_ctx=k.n_ctx, norm=k.spec.norm,
         vocab_size=math.prod(file.tensors["token_embd.weight"].shape[1:]),
         norm_eps=k.number(eps, k.find(other), high=1.0),
         layers=[tuple(k.spec.layer(k, i)) for i in range(k.n_layers)],

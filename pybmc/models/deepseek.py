@@ -13,7 +13,9 @@ from .parts import architecture, feed_forward, rope_dim
 def deepseek2(k, i):
     """YaRN leaves cos and sin as they are; scores are multiplied by the square of its magnitude instead."""
     n_heads = k.count("attention.head_count", high=4096, layer=i)
-    k.count("attention.head_count_kv", n_heads)
+    n_kv_heads = k.count("attention.head_count_kv", n_heads, layer=i)
+    if n_kv_heads not in (1, n_heads):
+        raise k.error("attention.head_count_kv", f"1 or {n_heads}", n_kv_heads)
     k_dim = k.count("attention.key_length_mla", k.count("attention.key_length", high=1024), high=1024)
     v_dim = k.count("attention.value_length_mla", k.count("attention.value_length", high=1024), high=1024)
     turned = rope_dim(k, k_dim)

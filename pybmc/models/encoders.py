@@ -37,5 +37,5 @@ def nomic_bert_moe(k, i):
 @architecture("modern-bert", rope=HALVES, **ENCODER)
 def modern_bert(k, i):
     window = k.window(i, 3, dense_first=True)
-    table = rope_table(k, k.count("attention.key_length", k.dim // k.count("attention.head_count")), window, swa_base=10000.0, swa_scaling=False)
+    table = rope_table(k, k.head_dim(), window, swa_base=10000.0, swa_scaling=False)
     return (attention(k, i, norm="attn_norm" if i else None, window=window, table=table), dense(k, i, act=GELU))

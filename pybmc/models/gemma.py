@@ -26,7 +26,7 @@ def gemma2(k, i):
 def gemma3(k, i):
     """The 27B divides scores by sqrt(dim / heads), the others by sqrt(head_dim)."""
     window, n_heads = k.window(i, 6), k.count("attention.head_count")
-    table = rope_table(k, k.count("attention.key_length", k.dim // n_heads), window, swa_base=10000.0, swa_scaling=False)
+    table = rope_table(k, k.head_dim(), window, swa_base=10000.0, swa_scaling=False)
     return (attention(k, i, **POST, qk_norm=True, window=window, table=table, attn_scale=(k.dim / n_heads) ** -0.5 if k.n_layers == 62 else None),
             dense(k, i, act=GELU, post="post_ffw_norm"))
 
@@ -41,7 +41,7 @@ def _shared_rows(k, i, windowed):
 def gemma4(k, i):
     window = k.window(i, 0)
     source = _shared_rows(k, i, window > 0)
-    head_dim = k.count("attention.key_length_swa" if window else "attention.key_length", k.dim // k.count("attention.head_count", layer=i), high=1024)
+    head_dim = k.count("attention.key_length_swa", k.head_dim(i), high=1024) if window else k.head_dim(i)
     table = rope_table(k, head_dim, window, swa_base=10000.0, swa_scaling=False)
     mixer = attention(k, i, **POST, window=window, table=table, attn_scale=1.0, v_norm=1, source=source, values_are_keys=True)
     if k.in_layer(i, "ffn_gate_inp"):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from .layers import PAIRS, RELU2, SIGMOID, Mamba2, ShortConv
-from .llama import GRANITE, granite_attention, residual
-from .parts import architecture, attention, beside, dense, experts, feed_forward
+from .llama import GRANITE, granite_attention, has_rope, residual
+from .parts import architecture, attention, beside, dense, experts, feed_forward, ignore_rope
 
 
 def _has_attention(k, i):
@@ -18,11 +18,6 @@ def lfm2(k, i):
     return mixer, feed_forward(k, i, gating=SIGMOID)
 
 
-def _ignore_rope(k):
-    """Files of models without rope have keys of one all the same."""
-    k.used |= {key.removeprefix(f"{k.arch}.") for key in k.file.metadata if key.startswith(f"{k.arch}.rope.")}
-
-
 def mamba2(k, i):
     """A state-space block (arXiv 2405.21060)."""
     n_heads = k.count("ssm.time_step_rank", high=4096)
@@ -33,9 +28,7 @@ def mamba2(k, i):
 
 @architecture("granitehybrid", rope=PAIRS, **GRANITE)
 def granitehybrid(k, i):
-    rope = k.flag("rope.scaling.finetuned", True)
-    if not rope:
-        _ignore_rope(k)
+    rope = has_rope(k)
     mixer = granite_attention(k, i, rope=rope) if _has_attention(k, i) else mamba2(k, i)
     return residual(k, mixer, feed_forward(k, i))
 
@@ -43,7 +36,7 @@ def granitehybrid(k, i):
 @architecture("nemotron_h", "nemotron_h_moe")
 def nemotron_h(k, i):
     """One block a layer."""
-    _ignore_rope(k)
+    ignore_rope(k)
     if k.in_layer(i, "ffn_gate_inp"):
         return (experts(k, i, norm="attn_norm", gating=SIGMOID, renorm=False, act=RELU2,
                         latent_dim=k.file.tensors[name].shape[-1] if (name := f"blk.{i}.ffn_latent_down.weight") in k.file.tensors else 0),)

@@ -9,16 +9,25 @@ import numpy as np
 from ..errors import FormatError
 from ..files.gguf import GGUF
 
-# Keys that change nothing of what is computed here, or only name what the tensors say too.
+# Keys that change nothing of what is computed, whatever their value: sizes that tensors have too, positions of images (text has
+# the same ones in all sections; glm4 reads the key), and how a model was made.
 HARMLESS = {
-    "vocab_size", "block_count", "rope.dimension_sections", "rope.dimension_count_swa", "rope.scaling.finetuned", "pooling_type",
-    "attention.causal", "rope.scaling.yarn_ext_factor", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "tensor_data_layout", "expert_count", "nextn_predict_layers", "interleave_moe_layer_step", "expert_shared_count", "moe_every_n_layers", "decoder_start_token_id",
-    "classifier.output_labels", "attention.clamp_kqv", "use_parallel_residual",
+    "vocab_size", "rope.dimension_sections", "rope.scaling.finetuned", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
+    "tensor_data_layout", "classifier.output_labels",
+}
+
+# Keys that change nothing where an architecture does not read them, if they have this value.
+NEUTRAL = {
+    "attention.clamp_kqv": 0, "attention.max_alibi_bias": 0, "attention.sliding_window": 0, "attn_logit_softcapping": 0,
+    "embedding_scale": 1, "residual_scale": 1, "logit_scale": 1, "attention.temperature_scale": 0,
+    "expert_count": 0, "expert_used_count": 0, "expert_feed_forward_length": 0, "expert_shared_count": 0,
+    "expert_shared_feed_forward_length": 0, "leading_dense_block_count": 0,
 }
 
 
 class Keys:
-    """The keys `<arch>.*` of a file. A name is given without the architecture; layer picks from an array of one per layer."""
+    """The keys `<arch>.*` of a file. A name is given without the architecture; layer picks from an array of one per layer, those
+    that predict further included."""
 
     def __init__(self, file: GGUF, arch: str):
         self.file, self.arch = file, arch
@@ -28,16 +37,17 @@ class Keys:
         return FormatError(f"{self.file.path}: {self.arch}.{key}: expected {expected}, found {found}")
 
     def find(self, key: str, layer: int | None = None):
-        """The value of a key, None where the file has none. Raises FormatError for an array that is too short."""
+        """The value of a key, None where the file has none. Raises FormatError for an array that is not one number for each layer."""
         self.used.add(key)
         value = self.file.metadata.get(f"{self.arch}.{key}")
-        if isinstance(value, np.ndarray) and layer is not None:
-            if layer >= len(value):
-                raise self.error(key, f"a number for each layer, {layer} among them", f"{len(value)} numbers")
+        if not isinstance(value, np.ndarray):
+            return value
+        n_layers = self.file.metadata.get(f"{self.arch}.block_count")
+        if not isinstance(n_layers, int) or len(value) != n_layers:
+            raise self.error(key, f"one number, or one for each of {n_layers!r:.20} layers", f"{len(value)}")
+        if layer is not None:
             return value[layer].item()
-        if isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
-            return value[0].item()
-        return value
+        return value[0].item() if (value == value[0]).all() else value
 
     def text(self, key: str, default: str) -> str:
         value = self.find(key)
@@ -81,6 +91,11 @@ class Keys:
     def check_all_used(self) -> None:
         """Raise FormatError for a key that nothing here has read: what it asks for would be missing."""
         for name, value in self.file.metadata.items():
-            if name.startswith(f"{self.arch}.") and name[len(self.arch) + 1:] not in self.used | HARMLESS:
+            key = name[len(self.arch) + 1:]
+            if not name.startswith(f"{self.arch}.") or key in self.used | HARMLESS:
+                continue
+            if key not in NEUTRAL:
                 raise FormatError(f"{self.file.path}: pybmc does not know the key {name} ({value!r:.40}); "
                                   "the answer could be wrong without it")
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or value != NEUTRAL[key]:
+                raise self.error(key, f"{NEUTRAL[key]}, as pybmc knows of no other for {self.arch}", f"{value!r:.60}")

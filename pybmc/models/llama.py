@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from .layers import HALVES, LAYER, PAIRS, RELU2, SIGMOID, XIELU
-from .parts import architecture, attention, dense, experts, feed_forward, rope_table
+from .parts import architecture, attention, dense, experts, feed_forward, ignore_rope, rope_table
 
 
 @architecture("llama", rope=PAIRS)
@@ -39,7 +39,7 @@ def apertus(k, i):
 @architecture("mistral3", rope=PAIRS)
 def mistral3(k, i):
     log = k.number("rope.scaling.yarn_log_multiplier", 0.0, high=1e3)
-    table = rope_table(k, k.count("attention.key_length", k.dim // k.count("attention.head_count")),
+    table = rope_table(k, k.head_dim(),
                        magnitude=lambda f: (1 + 0.1 * math.log(f)) / (1 + 0.1 * log * math.log(f)) if log else 1 + 0.1 * math.log(f))
     scale = k.number("attention.temperature_scale", 0.0, high=1e3)
     ctx = k.count("rope.scaling.original_context_length", k.n_ctx) if scale else 0
@@ -53,6 +53,10 @@ def ernie4_5(k, i):
 
 @architecture("ernie4_5-moe", rope=PAIRS)
 def ernie4_5_moe(k, i):
+    """Experts in every layer whose number is a multiple of interleave_moe_layer_step, counted from 1."""
+    step = k.count("interleave_moe_layer_step", 1)
+    if k.in_layer(i, "ffn_gate_inp") and (i + 1) % step:
+        raise k.error("interleave_moe_layer_step", f"a divisor of {i + 1}, as there is blk.{i}.ffn_gate_inp.weight", step)
     return attention(k, i), feed_forward(k, i)
 
 
@@ -60,6 +64,14 @@ def residual(k, *blocks):
     """Blocks whose results are multiplied before the sum."""
     scale = k.number("residual_scale", 1.0, above=0.0)
     return tuple(replace(block, scale=scale) for block in blocks)
+
+
+def has_rope(k):
+    """Files of models without rope say so, and have keys of one all the same."""
+    if rope := k.flag("rope.scaling.finetuned", True):
+        return rope
+    ignore_rope(k)
+    return False
 
 
 def granite_attention(k, i, **fields):
@@ -72,7 +84,11 @@ GRANITE = {"embedding_scale": lambda k: k.number("embedding_scale", 1.0, above=0
 
 @architecture("granite", "granitemoe", rope=PAIRS, **GRANITE)
 def granite(k, i):
-    return residual(k, granite_attention(k, i), feed_forward(k, i))
+    """rope.scaling.finetuned false: without rope."""
+    rope = has_rope(k)
+    if not rope and k.arch == "granitemoe":
+        raise k.error("rope.scaling.finetuned", "true", "false")
+    return residual(k, granite_attention(k, i, rope=rope), feed_forward(k, i))
 
 
 @architecture("minicpm", rope=PAIRS, embedding_scale=lambda k: k.number("embedding_scale", 12.0, above=0.0),
@@ -85,7 +101,7 @@ def minicpm(k, i):
 @architecture("olmo2")
 def olmo2(k, i):
     window = k.window(i, 4)
-    table = rope_table(k, k.count("attention.key_length", k.dim // k.count("attention.head_count")), window, swa_scaling=False)
+    table = rope_table(k, k.head_dim(), window, swa_scaling=False)
     return (attention(k, i, norm=None, post="post_attention_norm", qk_norm=True, window=window, table=table),
             dense(k, i, norm=None, post="post_ffw_norm"))
 
@@ -103,7 +119,7 @@ def exaone4(k, i):
 
 
 def _hunyuan(k, i):
-    head_dim = k.count("attention.key_length", k.dim // k.count("attention.head_count"))
+    head_dim = k.head_dim()
     alpha = k.number("rope.scaling.alpha", 0.0, high=1e6)
     factor = alpha ** (head_dim / (head_dim - 2)) if alpha else 1.0
     return attention(k, i, qk_norm=True, rope_late=1, table=rope_table(k, head_dim, base_factor=factor))
@@ -126,7 +142,10 @@ def seed_oss(k, i):
 
 @architecture("glm4", rope=PAIRS)
 def glm4(k, i):
-    return attention(k, i, post="post_attention_norm"), dense(k, i, post="post_ffw_norm")
+    """Those that read images too, whose positions have sections, turn halves in place of pairs."""
+    sections = k.sections()
+    mixer = attention(k, i, post="post_attention_norm")
+    return replace(mixer, rope_style=HALVES if any(sections) else PAIRS), dense(k, i, post="post_ffw_norm")
 
 
 @architecture("glm4moe")
@@ -134,17 +153,18 @@ def glm4moe(k, i):
     return attention(k, i, bias=True), feed_forward(k, i, norm="post_attention_norm", gating=SIGMOID, renorm=False)
 
 
-@architecture("bailingmoe2", "dots1")
+@architecture("bailingmoe2")
+@architecture("dots1", golden="")
 def bailingmoe2(k, i):
     return attention(k, i, qk_norm=True), feed_forward(k, i, renorm=False)
 
 
-@architecture("minimax-m2")
+@architecture("minimax-m2", golden="")
 def minimax_m2(k, i):
     return attention(k, i, qk_norm=True), experts(k, i, gating=SIGMOID)
 
 
-@architecture("hy-v3", rope=HALVES)
+@architecture("hy-v3", rope=HALVES, golden="")
 def hy_v3(k, i):
     return attention(k, i, qk_norm=True), feed_forward(k, i, gating=SIGMOID, renorm=False)
 

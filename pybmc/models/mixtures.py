@@ -22,7 +22,7 @@ def afmoe(k, i):
 @architecture("laguna")
 def laguna(k, i):
     window = k.window(i, 4, dense_first=True)
-    table = rope_table(k, k.count("attention.key_length", k.dim // k.count("attention.head_count", layer=i)), window, swa_scaling=False)
+    table = rope_table(k, k.head_dim(i), window, swa_scaling=False)
     return (attention(k, i, qk_norm=True, gate=GATE_SOFTPLUS, window=window, table=table),
             feed_forward(k, i, gating=SIGMOID, renorm=False))
 
@@ -36,14 +36,14 @@ def smallthinker(k, i):
             experts(k, i, act=RELU, route=LAYER_INPUT))
 
 
-@architecture("mellum")
+@architecture("mellum", golden="")
 def mellum(k, i):
     window = k.window(i, 4)
-    table = rope_table(k, k.count("attention.key_length", k.dim // k.count("attention.head_count")), window, swa_scaling=False)
+    table = rope_table(k, k.head_dim(), window, swa_scaling=False)
     return attention(k, i, qk_norm=True, window=window, table=table), experts(k, i)
 
 
-@architecture("maple")
+@architecture("maple", golden="")
 def maple(k, i):
     window = k.window(i, 4)
     return attention(k, i, qk_norm=True, window=window, rope=window > 0), experts(k, i)

@@ -27,7 +27,7 @@ def bloom(k, i):
     return attention(k, i, alibi=8.0), dense(k, i, act=GELU, gated=False)
 
 
-@architecture("mpt", norm=LAYER, rope=NONE)
+@architecture("mpt", norm=LAYER, rope=NONE, golden="")
 def mpt(k, i):
     return attention(k, i, alibi=k.number("attention.max_alibi_bias", 0.0, high=1e3)), dense(k, i, act=GELU, gated=False)
 
@@ -48,6 +48,7 @@ def falcon(k, i):
 
 @architecture("stablelm", norm=LAYER)
 def stablelm(k, i):
+    k.flag("use_parallel_residual")                     # the second norm tells the same
     if k.in_layer(i, "ffn_norm.weight"):
         return attention(k, i), dense(k, i)
     return beside(attention(k, i), dense(k, i, norm="attn_norm"))

@@ -37,17 +37,18 @@ class Architecture:
     names: dict[str, str] = field(default_factory=dict)     # the file's names of tensors outside the layers for roles
     needs: tuple[str, ...] = ("output_norm",)
     score: str = ""                     # pooling "rank": "first" (token, cls, tanh, cls.output) or "last" (cls.output, softmax)
-    golden: str = ""                    # the golden file that holds it, where its name is another
+    golden: str = ""                    # the golden file that holds it: NAME.TYPE.gguf; "": there is none
 
 
 REGISTRY: dict[str, Architecture] = {}
 
 
 def architecture(*names: str, **settings):
-    """Register a layer's function for architectures of these names."""
+    """Register a layer's function for architectures of these names, each held by a golden file of its name unless `golden` says
+    otherwise."""
     def register(layer):
         for name in names:
-            REGISTRY[name] = Architecture(name, layer, **settings)
+            REGISTRY[name] = Architecture(name, layer, **{"golden": name} | settings)
         return layer
     return register
 
@@ -59,7 +60,8 @@ class Reader(Keys):
         super().__init__(file, arch)
         self.spec = REGISTRY[arch]
         self.dim = self.count("embedding_length", high=1 << 20)
-        self.n_layers = self.count("block_count", high=1024) - self.count("nextn_predict_layers", 0, low=0, high=1023)
+        self.n_predicting = self.count("nextn_predict_layers", 0, low=0, high=1023)     # the last layers, which predict further
+        self.n_layers = self.count("block_count", high=1024) - self.n_predicting
         self.n_ctx = self.count("context_length")
         self.tables: list[rope.Table] = []
         self.long = False               # table 1 is table 0 for long contexts
@@ -73,11 +75,15 @@ class Reader(Keys):
         return self.has(f"blk.{i}.{name}")
 
     def file_number(self, key: str, i: int) -> float:
-        """A number of the file as a whole, one for all layers or an array of one each."""
+        """A number of the file as a whole, from -100 to 100: one for all layers, or an array of one for each."""
         value = self.file.metadata.get(key)
-        value = value[i].item() if isinstance(value, np.ndarray) and i < len(value) else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise FormatError(f"{self.file.path}: {key}: expected a number for layer {i}, found {value!r:.60}")
+        if isinstance(value, np.ndarray):
+            if len(value) != self.n_layers + self.n_predicting:
+                raise FormatError(f"{self.file.path}: {key}: expected one number, or one for each of "
+                                  f"{self.n_layers + self.n_predicting} layers, found {len(value)}")
+            value = value[i].item()
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not -100 <= value <= 100:
+            raise FormatError(f"{self.file.path}: {key}: expected a number from -100 to 100 for layer {i}, found {value!r:.60}")
         return float(value)
 
     def table(self, table: rope.Table) -> int:
@@ -88,23 +94,40 @@ class Reader(Keys):
         self.tables.append(table)
         return len(self.tables) - 1
 
+    def head_dim(self, i: int = 0) -> int:
+        """Values of a key of layer i."""
+        return self.count("attention.key_length", self.dim // self.count("attention.head_count", high=4096, layer=i), high=1024)
+
+    def sections(self) -> list[int]:
+        """Parts of a position; in text they are all the same."""
+        self.used.add("rope.dimension_sections")
+        value = self.file.metadata.get(f"{self.arch}.rope.dimension_sections", [])
+        if not isinstance(value, (list, np.ndarray)) or not all(isinstance(n, (int, np.integer)) for n in value):
+            raise self.error("rope.dimension_sections", "whole numbers", f"{value!r:.60}")
+        return list(value)
+
     def window(self, i: int, period: int | None, dense_first: bool = False, default: int = 0) -> int:
         """Rows that layer i sees, 0 for all: attention.sliding_window by its pattern, flags or a period (the last or first is full)."""
         rows = self.count("attention.sliding_window", default, low=0)
         pattern = self.file.metadata.get(f"{self.arch}.attention.sliding_window_pattern")
         if isinstance(pattern, np.ndarray):
             self.used.add("attention.sliding_window_pattern")
-            if len(pattern) < max(self.n_layers, i + 1):
-                raise self.error("attention.sliding_window_pattern", f"{self.n_layers} flags", len(pattern))
+            if len(pattern) != self.n_layers + self.n_predicting:
+                raise self.error("attention.sliding_window_pattern", f"{self.n_layers + self.n_predicting} flags", len(pattern))
             return rows if pattern[i] else 0
         every = self.count("attention.sliding_window_pattern", period, low=0)
         return rows if every and (i % every > 0 if dense_first else i % every < every - 1) else 0
 
 
+def ignore_rope(k: Reader) -> None:
+    """For models without rope, whose files have keys of one all the same."""
+    k.used |= {key.removeprefix(f"{k.arch}.") for key in k.file.metadata if key.startswith(f"{k.arch}.rope.")}
+
+
 def rope_dim(k: Reader, head_dim: int, swa: bool = False) -> int:
     dim = k.count("rope.dimension_count", head_dim, low=2, high=1024)
-    if swa:
-        dim = k.count("rope.dimension_count_swa", dim, low=2, high=1024)
+    of_windows = k.count("rope.dimension_count_swa", dim, low=2, high=1024)
+    dim = of_windows if swa else dim
     if dim % 2 or dim > head_dim:
         raise k.error("rope.dimension_count", f"an even number up to {head_dim}", dim)
     return dim
@@ -137,7 +160,7 @@ def attention(k: Reader, i: int, *, qk_norm: bool = False, bias: bool = False, n
     n_kv_heads = k.count("attention.head_count_kv", n_heads, high=n_heads, layer=i)
     if n_heads % n_kv_heads:
         raise k.error("attention.head_count_kv", f"a divisor of {n_heads} heads", n_kv_heads)
-    k_dim = k.count("attention.key_length", k.dim // n_heads, high=1024)
+    k_dim = k.head_dim(i)
     v_dim = k.count("attention.value_length", k_dim if k.find("attention.key_length") else k.dim // n_heads, high=1024)
     if window:
         k_dim, v_dim = k.count("attention.key_length_swa", k_dim, high=1024), k.count("attention.value_length_swa", v_dim, high=1024)
@@ -165,12 +188,8 @@ def experts(k: Reader, i: int, *, gating: int = SOFTMAX, renorm: bool = True, no
     """Experts as the keys say; gating and renorm: where the keys are absent."""
     n_experts, hidden = k.count("expert_count", high=4096), k.count("feed_forward_length", 0, low=0, high=1 << 22, layer=i)
     hidden = k.count("expert_feed_forward_length", hidden or None, high=1 << 22, layer=i)
-    shared = (k.count("expert_shared_feed_forward_length", 0, low=0, high=1 << 22, layer=i)
-              or hidden * k.count("expert_shared_count", 0, low=0, high=4096))
-    if not k.in_layer(i, "ffn_up_shexp"):
-        shared = 0
-    elif not shared:
-        shared = k.file.tensors[f"blk.{i}.ffn_up_shexp.weight"].shape[-1]
+    shared = _shared_dim(k, i, hidden)
+    needs += ("ffn_up_shexp", "ffn_down_shexp") if shared else ()
     return Experts(n_experts=n_experts, n_active=k.count("expert_used_count", high=n_experts, layer=i), hidden_dim=hidden, shared_dim=shared,
                    gating=k.count("expert_gating_func", 0, low=0, high=3) or gating, renorm=int(k.flag("expert_weights_norm") or renorm),
                    expert_scale=k.number("expert_weights_scale", 0.0, high=1e6) or 1.0,
@@ -178,10 +197,26 @@ def experts(k: Reader, i: int, *, gating: int = SOFTMAX, renorm: bool = True, no
                    norm=norm, post=post, needs=needs + ((norm,) if norm else ()) + ((post,) if post else ()), **fields)
 
 
+def _shared_dim(k: Reader, i: int, hidden: int) -> int:
+    """Values of the expert that is always on: as the keys say, which have to agree with the tensors; without any, the tensor's."""
+    stated = {key: k.count(key, -1, low=0, high=1 << 22, layer=i) if k.find(key) is not None else -1
+              for key in ("expert_shared_feed_forward_length", "expert_shared_count")}
+    width, count = stated.values()
+    tensor = k.file.tensors.get(f"blk.{i}.ffn_up_shexp.weight")
+    if tensor is not None and width < 1 > count:
+        for key in (key for key, n in stated.items() if n == 0):
+            raise k.error(key, f"at least 1, as there is {tensor.name}", 0)
+        return tensor.shape[-1]
+    return width if width > 0 else max(0, count) * hidden
+
+
 def feed_forward(k: Reader, i: int, dense_fields: dict | None = None, **fields) -> Block:
     """Experts where the layer has a router, an ordinary feed-forward elsewhere (the leading dense layers)."""
-    k.count("leading_dense_block_count", 0, low=0)
-    if k.in_layer(i, "ffn_gate_inp"):
+    routed, lead = k.in_layer(i, "ffn_gate_inp"), k.count("leading_dense_block_count", 0, low=0)
+    if lead and routed == (i < lead):
+        raise k.error("leading_dense_block_count", f"{'at most' if routed else 'more than'} {i}, as blk.{i}.ffn_gate_inp.weight is "
+                      f"{'there' if routed else 'missing'}", lead)
+    if routed:
         return experts(k, i, **fields)
     common = {name: fields[name] for name in ("norm", "post", "act") if name in fields}
     return dense(k, i, **common | (dense_fields or {}))
@@ -197,5 +232,5 @@ def sqrt_dim(k: Reader) -> float:
     return math.sqrt(k.dim)
 
 
-__all__ = ["GATE_IN_QUERY", "REGISTRY", "Architecture", "Reader", "architecture", "attention", "beside", "dense", "experts", "feed_forward",
+__all__ = ["GATE_IN_QUERY", "REGISTRY", "Architecture", "Reader", "architecture", "attention", "beside", "dense", "experts", "feed_forward", "ignore_rope",
            "rope_dim", "rope_table", "sqrt_dim"]

@@ -16,12 +16,12 @@ def qwen2moe(k, i):
     return attention(k, i, bias=True), experts(k, i, renorm=False)
 
 
-@architecture("qwen3", "qwen3vl", golden="qwen3vl", score="last")
+@architecture("qwen3", "qwen3vl", score="last")
 def qwen3(k, i):
     return attention(k, i, qk_norm=True), dense(k, i)
 
 
-@architecture("qwen3moe", "qwen3vlmoe", golden="qwen3moe")
+@architecture("qwen3moe", "qwen3vlmoe")
 def qwen3moe(k, i):
     return attention(k, i, qk_norm=True), experts(k, i)
 

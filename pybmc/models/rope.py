@@ -65,6 +65,8 @@ def _scaled(keys: Keys, dim: int, base: float, n_ctx: int, magnitude) -> tuple[n
     kind = keys.text("rope.scaling.type", "linear" if linear else "none")
     factor = _scale(keys, "rope.scaling.factor", linear) or 1.0
     mscale = keys.number("rope.scaling.attn_factor", 1.0, high=1e3, above=0.0)
+    if kind != "yarn" and keys.number("rope.scaling.yarn_ext_factor", 0.0, high=1.0):
+        raise keys.error("rope.scaling.yarn_ext_factor", f"0 with scaling {kind}", keys.find("rope.scaling.yarn_ext_factor"))
     if kind in ("none", "longrope"):
         return freq, mscale
     if kind == "linear":
@@ -76,8 +78,9 @@ def _scaled(keys: Keys, dim: int, base: float, n_ctx: int, magnitude) -> tuple[n
                  for name, beta in (("fast", 32.0), ("slow", 1.0)))
     low, high = max(0.0, math.floor(low)), min(dim - 1.0, math.ceil(high))
     ramp = 1.0 - np.clip((np.arange(dim // 2) - low) / max(0.001, high - low), 0.0, 1.0)
-    mix = ramp * keys.number("rope.scaling.yarn_ext_factor", 1.0, high=1.0)
-    return freq / factor * (1.0 - mix) + freq * mix, mscale * (magnitude or _yarn_magnitude)(factor)
+    share = keys.number("rope.scaling.yarn_ext_factor", 1.0, high=1.0)
+    mix = ramp * share
+    return freq / factor * (1.0 - mix) + freq * mix, mscale * ((magnitude or _yarn_magnitude)(factor) if share else 1.0)
 
 
 def _yarn_magnitude(factor: float) -> float:
