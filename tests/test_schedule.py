@@ -194,6 +194,16 @@ def test_a_session_that_was_given_is_never_taken_away(model, short_calls):
         assert given.stats.predicted_tokens == 40 and waits.stats.predicted_tokens == 5 and large.position == 41
 
 
+def test_a_session_that_is_closed_ends_its_sequence_alone(model, short_calls):
+    with bounded(model, 600) as engine:
+        session = model.session()
+        given, other = engine.add(Request([1, 2], 40, session=session)), engine.add(Request([3], 5))
+        engine.step()
+        session.close()
+        finish(engine)
+        assert isinstance(given.error, pybmc.ClosedError) and other.stats.predicted_tokens == 5
+
+
 def test_relieve_gives_kept_rows_back_first(model, short_calls):
     with bounded(model, 1000) as engine:
         engine.add(Request([7] * 20, 2))

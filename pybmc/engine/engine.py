@@ -20,7 +20,7 @@ import numpy as np
 
 from .. import checks
 from .._native import check, ffi, lib
-from ..errors import ArgumentError, BmcError, BusyError, ContextFullError, OutOfMemoryError
+from ..errors import ArgumentError, BmcError, BusyError, ClosedError, ContextFullError, OutOfMemoryError
 from ..spec.speculation import Drafter, Speculation
 from .model import Model
 from .prefixes import Match, Prefixes, common
@@ -234,6 +234,10 @@ class Sequence:
             self.done, self.error = True, BusyError(self.lost)
 
     def check_session(self) -> None:
+        try:
+            self.session._live()
+        except ClosedError as error:
+            self.done, self.error = True, error
         if self.session.uses != self._uses:
             self.lose("the session was used by other calls meanwhile")
 
@@ -680,7 +684,7 @@ class Engine:
             sequence.error = OutOfMemoryError(f"{n} tokens fill the memory{room}")
             self._end(self.running, sequence)
             return
-        sequence.bare = alone
+        sequence.bare |= alone
         self.running.remove(sequence)
         sequence.put_aside()
         self.put_aside += 1
