@@ -165,7 +165,10 @@ int arena_fork(struct arena *child, struct arena *parent, int64_t rows) {
             child->n_segments = child->n_dropped = i + 1;
         } else
             failed = share(child, parent, i);
-    if (!failed && n > whole) {
+    if (!failed && n > whole && whole < parent->n_dropped) {
+        child->segments[whole] = parent->segments[whole];
+        child->n_segments = child->n_dropped = n;
+    } else if (!failed && n > whole) {
         char *segment = fails() ? NULL : memory_map(child->segment_bytes);
         failed = !segment;
         if (segment) {

@@ -21,6 +21,9 @@ static const struct role model_roles[] = {
     { "output_norm", IN_MODEL(output_norm), VECTOR, ONE, DIM, false, 0 },
     { "output_norm.bias", IN_MODEL(output_norm_bias), VECTOR, ONE, DIM, false, 0 },
     { "output", IN_MODEL(output), MATRIX, VOCAB, DIM, false, 0 },
+    { "nextn.eh_proj", IN_MODEL(eh_proj), MATRIX, DIM, TWO_DIM, false, 0 },
+    { "nextn.enorm", IN_MODEL(enorm), VECTOR, ONE, DIM, false, 0 },
+    { "nextn.hnorm", IN_MODEL(hnorm), VECTOR, ONE, DIM, false, 0 },
     { 0 },
 };
 
@@ -58,6 +61,7 @@ void model_extents(bmc_model *m) {
     int64_t *e = m->extent;
     e[ONE] = 1;
     e[DIM] = c->dim;
+    e[TWO_DIM] = 2 * (int64_t)c->dim;
     e[VOCAB] = c->vocab_size;
     e[CTX] = c->n_ctx;
     e[PER_LAYER_DIM] = c->per_layer_dim;
@@ -278,7 +282,7 @@ int model_check_bound(const bmc_model *m) {
 }
 
 void model_each_matrix(bmc_model *m, void (*fn)(struct matrix *, void *), void *arg) {
-    struct matrix *own[] = { &m->per_layer_proj, &m->output };
+    struct matrix *own[] = { &m->per_layer_proj, &m->eh_proj, &m->output };
     for (int i = 0; i < m->c.n_blocks; i++)
         for (const struct role *r = m->blocks[i].kind->roles, *before = NULL; r->name; before = r++) {
             void *place = (char *)&m->blocks[i] + r->offset;

@@ -16,7 +16,7 @@
 
 /* <cffi> What stands between these two marks is read by Python as it is: plain declarations only. */
 
-#define BMC_VERSION 11      /* counts the changes of what follows; bmc_version() tells which one was compiled */
+#define BMC_VERSION 12      /* counts the changes of what follows; bmc_version() tells which one was compiled */
 
 enum bmc_status {
     BMC_OK = 0,
@@ -139,6 +139,9 @@ typedef struct bmc_config {
     const bmc_rope_table *ropes;    /* (n_ropes,) */
     int32_t n_blocks;
     const bmc_block *blocks;        /* (n_blocks,) */
+    bmc_model *target;              /* NULL, or this is its draft head: a token's x is nextn.eh_proj [norm(its embedding);
+                                       norm(the target's hidden state of the token before)]. Without an output matrix of
+                                       its own it takes the target's */
 } bmc_config;
 
 /* A tensor of the file, by role: GGUF's word without "blk.N." and ".weight", as bmc_role lists them for a kind of block; "norm",
@@ -179,6 +182,7 @@ typedef struct bmc_span {
     const bmc_sampler *sampler;     /* chooses the next ids */
     const uint32_t *mask;           /* (wanted tokens, (vocab_size + 31) / 32) bits of the ids that may be chosen, or NULL */
     const int32_t *names;           /* (vocab_size,) ids whose noise the sampler takes, for a draft of another vocabulary; or NULL */
+    const float *const *before;     /* (n_tok,) for a draft head: the hidden state (dim,) of the token before each; else NULL */
     int32_t n_top;                  /* the likeliest ids to tell, before a sampler changes any */
     float *logits;                  /* (wanted tokens, vocab_size), or NULL */
     float *hidden;                  /* (wanted tokens, dim) what the head reads, after the last norm; or NULL */
@@ -187,17 +191,21 @@ typedef struct bmc_span {
     float *lead;                    /* (wanted tokens,) how far its score, logit / temperature + noise, is ahead; or NULL */
     int32_t *top_ids;               /* (wanted tokens, n_top) */
     float *top_logprobs;            /* (wanted tokens, n_top) descending */
+    const int32_t *given;           /* (wanted tokens,) ids that follow in a text that is known already; or NULL */
+    float *given_logprob;           /* (wanted tokens,) their log-probabilities */
 } bmc_span;
 
 /* Who guesses how one sequence's text goes on, for bmc_round: the text itself, where its last tokens were there before, and one
  * of a draft model, the model itself with less attention, and the caller. */
 typedef struct bmc_drafter_options {
-    bmc_session *draft;             /* a draft model's, for this sequence alone; or NULL */
+    bmc_session *draft;             /* a draft model's or a draft head's, for this sequence alone; or NULL */
     const int32_t *to_draft;        /* (the target's vocab_size,) the draft's id for each of the target's, where they differ; or NULL */
     const int32_t *to_target;       /* (the draft's vocab_size,) and back; -1: the target does not have it */
     int32_t self_window;            /* > 0: the target drafts for itself; attention then sees the first 256 rows and this many last ones */
     int32_t external;               /* 1: the caller has a draft model that it asks where bmc_item.wanted says so */
     int32_t ngrams;                 /* 1: repetitions in the text */
+    const int32_t *hint;            /* (n_hint,) tokens that the text may repeat though they are not in it; or NULL */
+    int32_t n_hint;
     int32_t most, least;            /* guesses in a pass: at most; fewer are not made */
     int32_t fixed;                  /* as many in every round, all of them checked, for proofs; 0: as many as pay */
 } bmc_drafter_options;
@@ -237,7 +245,7 @@ typedef struct bmc_item {
     int32_t n;                      /* result: tokens given */
     int32_t *ids;                   /* (max_tokens,) */
     float *logprobs;                /* (max_tokens,) */
-    uint8_t *drafted;               /* (max_tokens,) 1: it was guessed */
+    uint8_t *drafted;               /* (max_tokens,) 0, or who guessed it: 1 the caller, 2 repetitions, 3 the draft model, 4 the model itself */
     int32_t *top_ids;               /* (max_tokens, n_top) */
     float *top_logprobs;            /* (max_tokens, n_top) */
     bmc_item_stats stats;
@@ -295,8 +303,10 @@ int         bmc_session_position(const bmc_session *session);
 const int32_t *bmc_session_tokens(const bmc_session *session);          /* (position,) the tokens of its rows */
 int         bmc_session_sync(bmc_session *session, const int32_t *tokens, int n);      /* keeps the rows that a text begins with; how many */
 int         bmc_session_rewind(bmc_session *session, int position);     /* may evaluate tokens again, where a block keeps a state; if that fails it is farther back */
+int         bmc_session_nearest(bmc_session *session, int position);    /* up to there, the last one to which that evaluates none */
 int         bmc_session_snapshot(bmc_session *session);                 /* going back to this position will need few tokens again */
 int         bmc_session_reserve(bmc_session *session, int rows);         /* makes room for this many more rows */
+int         bmc_session_keep_hidden(bmc_session *session);             /* from now on, those of its last tokens, for a draft head */
 int         bmc_session_stats(const bmc_session *session, bmc_arena_stats *stats);
 void        bmc_session_free(bmc_session *session);
 

@@ -132,14 +132,18 @@ int bmc_drafter_new(const bmc_drafter_options *options, int n_vocab, bmc_drafter
     if (!d)
         return fail(BMC_ENOMEM, "no memory for a drafter");
     d->o = *options;
-    d->o.to_draft = d->o.to_target = NULL;
+    d->o.to_draft = d->o.to_target = d->o.hint = NULL;
     d->window = FIRST_WINDOW;
     if (!!options->to_draft != !!options->to_target)
         status = fail(BMC_EINVAL, "bmc_drafter_new: expected ids both ways, or none");
     if (!status && options->ngrams && !(d->ngrams = ngrams_new()))
         status = BMC_ENOMEM;
+    if (!status && d->ngrams && options->n_hint > 0)
+        status = ngrams_hint(d->ngrams, options->hint, options->n_hint);
     if (!status && options->draft && options->to_draft)
         status = copy_vocabulary(d, options, n_vocab);
+    if (!status && options->draft && options->draft->model->target && !(d->hidden = malloc((size_t)options->draft->model->c.dim * sizeof *d->hidden)))
+        status = fail(BMC_ENOMEM, "no memory for a drafter");
     if (status)
         bmc_drafter_free(d);
     else
@@ -151,17 +155,19 @@ void bmc_drafter_free(bmc_drafter *d) {
     if (!d)
         return;
     ngrams_free(d->ngrams);
+    free(d->hidden);
     free((void *)d->o.to_draft);
     free((void *)d->o.to_target);
     free(d);
 }
 
-int bmc_draft_seconds(bmc_session *draft, double *seconds) {
+/* Seconds of a guess; hidden: of a draft head, the state before it. */
+static int time_guess(bmc_session *draft, const float *hidden, double *seconds) {
     int32_t token = 0, next;
     float logprob;
-    bmc_span span = { .session = draft, .tokens = &token, .n_tok = 1, .want = BMC_WANT_LAST, .next = &next, .logprob = &logprob };
-    if (!draft || !seconds)
-        return fail(BMC_EINVAL, "bmc_draft_seconds: needs a session and room for the result");
+    const bmc_span span = {
+        .session = draft, .tokens = &token, .n_tok = 1, .want = BMC_WANT_LAST, .before = hidden ? &hidden : NULL, .next = &next, .logprob = &logprob,
+    };
     *seconds = INFINITY;
     for (int i = 0; i < 4; i++) {                   /* the first ones touch the model's memory */
         int64_t start = nanoseconds();
@@ -171,6 +177,15 @@ int bmc_draft_seconds(bmc_session *draft, double *seconds) {
         *seconds = fmin(*seconds, 1e-9 * (double)(nanoseconds() - start));
     }
     return bmc_session_rewind(draft, draft->position - 4);
+}
+
+int bmc_draft_seconds(bmc_session *draft, double *seconds) {
+    if (!draft || !seconds)
+        return fail(BMC_EINVAL, "bmc_draft_seconds: needs a session and room for the result");
+    float *zeros = draft->model->target ? calloc((size_t)draft->model->c.dim, sizeof *zeros) : NULL;
+    int status = draft->model->target && !zeros ? fail(BMC_ENOMEM, "no memory for a hidden state") : time_guess(draft, zeros, seconds);
+    free(zeros);
+    return status;
 }
 
 int bmc_drafter_failed(const bmc_drafter *d) { return d->failed; }

@@ -50,6 +50,26 @@ static void embed(const struct pass *p, int thread) {
     barrier(p, thread, BMC_STEP_EMBED);
 }
 
+/* A draft head's x: eh_proj [norm(embedding); norm(hidden state of the token before)]. */
+static void join_hidden(const struct pass *p, int thread) {
+    const bmc_model *m = p->model;
+    const struct buffers *b = m->buffers;
+    const int dim = m->c.dim;
+    const struct tokens joined = { .x = b->work, .act = b->work_act, .n = p->n_tok };
+    int64_t from, to;
+    share(p, thread, p->n_tok, &from, &to);
+    for (int64_t t = from; t < to; t++) {
+        float *row = joined.x + (size_t)t * padded(2 * dim);
+        norm_row(m, row, b->x + (size_t)t * padded(dim), m->enorm, (struct vector){ 0 }, dim);
+        norm_row(m, row + dim, p->at[t].before, m->hnorm, (struct vector){ 0 }, dim);
+        quantize(p, joined, 2 * dim, (int)t, 0, 2 * dim / 32);
+    }
+    barrier(p, thread, BMC_STEP_EMBED);
+    const struct product r = product(&m->eh_proj, joined, b->x);
+    multiply(p, &r, 1, thread);
+    barrier(p, thread, BMC_STEP_EMBED);
+}
+
 /* Where a block's result goes: to x, if it is added to it as it is, or to a row of its own. */
 static bool direct(const struct block *b) {
     return !b->c.beside && !(b + 1)->c.beside && !b->post_norm.v && !b->out_norm.v && !b->out_scale.v && b->c.scale == 1.0f;
@@ -147,11 +167,28 @@ void keep_wanted(struct pass *p, const struct block *b, const struct rows *more,
     barrier(p, thread, BMC_STEP_STORE);
 }
 
+/* Of tokens whose hidden states are given, only those for which the head runs go on. */
+static void keep_choosing(struct pass *p, int thread) {
+    const struct rows x = { p->model->buffers->x, padded(p->model->c.dim) };
+    pool_barrier(p->model->pool);
+    for (int i = 0, n = 0; thread == 0 && i < p->n_out; i++)
+        if (p->out[i].chooses) {
+            move_row(x, n, i);
+            p->at[n] = p->at[i];
+            p->out[n++] = p->out[i];
+        }
+    if (thread == 0)
+        p->n_tok = p->n_out = p->n_choosing;
+    barrier(p, thread, BMC_STEP_HEAD);
+}
+
 static void run(void *arg, int thread) {
     struct pass *p = arg;
     const bmc_model *m = p->model;
     const struct block *waits = NULL;                       /* the block whose result is not in x yet */
     embed(p, thread);
+    if (m->target)
+        join_hidden(p, thread);
     per_layer_inputs(p, thread);
     for (const struct block *b = m->blocks; b < m->blocks + m->c.n_blocks; b++) {
         const struct tokens in = normed(p, b->c.beside ? NULL : waits, b->norm, b->norm_bias, m->buffers->input && b->kind->mixes, thread);
@@ -162,7 +199,15 @@ static void run(void *arg, int thread) {
             return;
         waits = direct(b) ? NULL : b;
     }
-    head(p, normed(p, waits, m->output_norm, m->output_norm_bias, false, thread), thread);
+    struct tokens in = normed(p, waits, m->output_norm, m->output_norm_bias, false, thread);
+    give_hidden(p, in, thread);
+    if (!p->n_choosing)
+        return;
+    if (p->n_choosing < p->n_out) {
+        keep_choosing(p, thread);
+        in = normed(p, NULL, m->output_norm, m->output_norm_bias, false, thread);
+    }
+    head(p, in, thread);
 }
 
 /* Times begin and end with the pass: a thread that comes late or is done early has waited. */

@@ -20,10 +20,17 @@ static int room(const struct turn *t) {
     return few || !item->choose || t->n_pending > 1 ? 0 : most;
 }
 
+/* The first token of the text that the draft model could read: a draft head needs the hidden state before. */
+static int earliest(const struct turn *t) { return t->drafter->hidden ? t->item->session->hidden.from + 1 : 0; }
+
 /* Whether a draft model, or the target with less attention, can be asked. */
 static bool has_draft(const struct turn *t) {
     const bmc_drafter *d = t->drafter;
-    return d && !d->failed && (d->o.draft || d->o.self_window) && room(t) > 0;
+    if (!d || d->failed || room(t) < 1)
+        return false;
+    if (d->hidden && (!t->item->session->hidden.rows || earliest(t) >= t->length))
+        return false;
+    return d->o.draft || d->o.self_window;
 }
 
 /* ---- what a round gives by its guesses */
@@ -125,24 +132,32 @@ void draft_follow(struct turn *t) {
     while (kept < n && kept < draft->position && draft->tokens[kept] == text_token(t, draft->offset + kept))
         kept++;
     if (bmc_session_sync(draft, draft->tokens, kept) < 1)       /* what states cannot be taken back to is read again, as other text is */
-        draft->offset = 0;
+        draft->offset = earliest(t);
 }
 
-/* Let the draft model begin anew with the last tokens of the text, its window at most. */
-static void restart(struct turn *t) {
+/* Let the draft model begin anew with the last tokens of the text, `most` of them. */
+static void restart(struct turn *t, int most) {
     bmc_session *draft = t->drafter->o.draft;
-    int most = smaller(t->drafter->window, (int)draft->cap / 2);
     bmc_session_rewind(draft, 0);
-    draft->offset = larger(0, t->length - most);
+    draft->offset = larger(earliest(t), t->length - smaller(most, (int)draft->cap / 2));
+}
+
+/* The next n tokens that the draft model lacks of the text, and for a draft head the hidden states before them. */
+static void read_from(const struct turn *t, int n, int32_t *tokens, const float **before) {
+    const int first = t->length - lag(t);
+    for (int i = 0; i < n; i++) {
+        tokens[i] = text_token(t, first + i);
+        before[i] = t->drafter->hidden ? hidden_row(t->item->session, first + i - 1) : NULL;
+    }
 }
 
 /* The draft model evaluates the next n tokens that it lacks of the text, PASS_MAX at most. */
 static int read_text(struct group *g, struct turn *t, int n) {
     bmc_session *draft = t->drafter->o.draft;
     int32_t tokens[PASS_MAX];
-    for (int i = 0; i < n; i++)
-        tokens[i] = text_token(t, draft->offset + draft->position + i);
-    bmc_span span = { .session = draft, .tokens = tokens, .n_tok = n, .want = BMC_WANT_NONE };
+    const float *before[PASS_MAX];
+    read_from(t, n, tokens, before);
+    bmc_span span = { .session = draft, .tokens = tokens, .n_tok = n, .want = BMC_WANT_NONE, .before = t->drafter->hidden ? before : NULL };
     int64_t start = nanoseconds();
     int status = bmc_eval(&span, 1);
     double seconds = seconds_since(start);
@@ -166,19 +181,22 @@ static void widen_window(const struct group *g, struct turn *t) {
     bmc_drafter *d = t->drafter;
     const bmc_session *draft = d->o.draft;
     int wanted = smaller(d->window * WIDER, t->length);
-    if (draft->offset == 0 || wanted > (int)draft->cap / 2)
+    if (draft->offset <= earliest(t) || wanted > (int)draft->cap / 2)
         return;
     if (!budget_allows(&d->budget, 2 * cost_at(&g->policy->draft, wanted), false))
         return;
     d->window *= WIDER;
     d->reading = true;
-    restart(t);
+    restart(t, d->window);
 }
+
+/* Whether what the draft model has to read next is not there any more. */
+static bool forgotten(const struct turn *t) { return t->length - lag(t) < earliest(t); }
 
 /* Whether the draft model's session has to begin anew: it would read more than its window, or is full. */
 static bool out_of_reach(const struct turn *t) {
     const bmc_session *draft = t->drafter->o.draft;
-    return lag(t) > larger(t->drafter->window, LAG) || t->length - draft->offset + GUESSES > draft->cap;
+    return forgotten(t) || lag(t) > larger(t->drafter->window, LAG) || t->length - draft->offset + GUESSES > draft->cap;
 }
 
 /* ---- how many guesses to ask a draft model for */
@@ -257,7 +275,7 @@ static int prepare_draft(struct group *g, struct turn *t) {
     if (!choose_draft(g, t, catch_up))
         return 0;
     if (restarts)
-        restart(t);
+        restart(t, d->window);
     if (!behind) {
         begin_draft(t);
         return 0;
@@ -274,6 +292,8 @@ static int prepare_fixed(struct group *g, struct turn *t) {
     if (!has_draft(t) || (t->item->n_guesses && t->item->n == 0))
         return 0;
     int status = 0;
+    if (forgotten(t))
+        restart(t, HIDDEN_KEPT);
     while (!status && lag(t) > LAG)
         status = read_text(g, t, smaller(lag(t) - 1, PASS_MAX));
     if (!status) {
@@ -299,12 +319,16 @@ static const bmc_sampler *draft_sampler(struct turn *t) {
 static bmc_span draft_span(struct turn *t) {
     bmc_drafter *d = t->drafter;
     int n = t->n ? 1 : lag(t);
-    for (int i = 0; i < n; i++)
-        t->lacking[i] = t->n ? in_draft(d, t->guesses[t->n - 1]) : text_token(t, t->length - n + i);
+    if (t->n) {
+        t->lacking[0] = in_draft(d, t->guesses[t->n - 1]);
+        t->before[0] = d->hidden;
+    } else
+        read_from(t, n, t->lacking, t->before);
     t->lead = INFINITY;
     return (bmc_span){
         .session = d->o.self_window ? t->item->session : d->o.draft, .tokens = t->lacking, .n_tok = n, .want = BMC_WANT_LAST,
-        .last = d->o.self_window, .sampler = draft_sampler(t), .names = d->o.to_target, .next = &t->next, .logprob = &t->logprob,
+        .last = d->o.self_window, .sampler = draft_sampler(t), .names = d->o.to_target,
+        .before = d->hidden ? t->before : NULL, .hidden = d->hidden, .next = &t->next, .logprob = &t->logprob,
         .lead = &t->lead,
     };
 }

@@ -27,6 +27,7 @@ struct turn {
     double spent, charged;          /* seconds of the draft model for this item, and what they usually are */
     bmc_sampler sampler;            /* the item's, as the draft model can use it */
     int32_t lacking[LAG + 1];       /* what the draft model evaluates .. */
+    const float *before[LAG + 1];   /* a draft head: with these hidden states .. */
     int32_t next;                   /* .. and what it says comes next: as in bmc_span */
     float logprob, lead;
 };

@@ -26,7 +26,7 @@ static struct best best_of(const bmc_model *m, const float *logits, int n, int f
 
 static bool chooses(const struct pass *p, int64_t i) {
     const bmc_span *span = p->out[i].span;
-    return span->next || span->logprob || span->n_top;
+    return span->next || span->logprob || span->n_top || span->given;
 }
 
 /* Logits of the wanted tokens, HEAD_ROWS of the vocabulary at a time: copied where they are asked for, or only the best
@@ -48,6 +48,9 @@ static void logits(const struct pass *p, struct tokens in, int thread) {
             finish(m, own, rows);
             if (p->out[i].logits)
                 memcpy(p->out[i].logits + row, own, (size_t)rows * sizeof *own);
+            const int32_t *given = p->out[i].span->given ? p->out[i].span->given + p->out[i].row : NULL;
+            if (given && *given >= row && *given < row + rows)
+                p->given[i] = own[*given - row];
             if (chooses(p, i))
                 p->best[(int64_t)i * head_parts(m) + from] = best_of(m, own, rows, row);
         }
@@ -154,6 +157,8 @@ static void choose(const struct pass *p, int thread) {
             span->next[row] = id;
         if (span->logprob)
             span->logprob[row] = (float)logprob;
+        if (span->given)
+            span->given_logprob[row] = (float)((double)p->given[i] - best.logit - log(sum));
         if (span->n_top)
             likeliest(&m->k, p->out[i].logits, m->c.vocab_size, span->n_top, log_sum, span->top_ids + (size_t)row * (size_t)span->n_top,
                       span->top_logprobs + (size_t)row * (size_t)span->n_top,
@@ -161,26 +166,27 @@ static void choose(const struct pass *p, int thread) {
     }
 }
 
-/* Hidden states that are asked for. */
-static void copy_hidden(const struct pass *p, struct tokens in, int thread) {
-    const int dim = p->model->c.dim;
+void give_hidden(const struct pass *p, struct tokens in, int thread) {
+    const size_t dim = (size_t)p->model->c.dim;
     int64_t from, to;
     share(p, thread, p->n_out, &from, &to);
-    for (int64_t i = from; i < to; i++)
-        if (p->out[i].span->hidden)
-            memcpy(p->out[i].span->hidden + (size_t)p->out[i].row * (size_t)dim, in.x + (size_t)i * padded(dim), (size_t)dim * sizeof(float));
+    for (int64_t i = from; i < to; i++) {
+        const float *x = in.x + (size_t)i * padded((int64_t)dim);
+        if (p->out[i].hidden)
+            memcpy(p->out[i].hidden, x, dim * sizeof *x);
+        if (p->out[i].kept)
+            memcpy(p->out[i].kept, x, dim * sizeof *x);
+    }
+    note(p, thread, BMC_STEP_HEAD);
 }
 
 void head(struct pass *p, struct tokens in, int thread) {
-    copy_hidden(p, in, thread);
-    if (!p->headless) {
-        logits(p, in, thread);
+    logits(p, in, thread);
+    barrier(p, thread, BMC_STEP_HEAD);
+    if (p->coarse) {
+        rescore(p, in, thread);
         barrier(p, thread, BMC_STEP_HEAD);
-        if (p->coarse) {
-            rescore(p, in, thread);
-            barrier(p, thread, BMC_STEP_HEAD);
-        }
-        choose(p, thread);
     }
+    choose(p, thread);
     note(p, thread, BMC_STEP_HEAD);
 }

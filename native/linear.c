@@ -99,7 +99,7 @@ void project(const struct pass *p, const struct product *r, const struct matrix 
 int n_groups(const struct matrix *w) { return (int)((w->n_rows + GROUP_ROWS - 1) / GROUP_ROWS); }
 
 /* How many groups are done at a time: a lone tile streams through all of them. */
-static int stretch(const struct matrix *w, int n_tok, int groups) {
+int stretch(const struct matrix *w, int n_tok, int groups) {
     return n_tiles(n_tok) > 1 || !w->codes || w->factor != 0 ? 1 : groups;
 }
 
@@ -128,12 +128,11 @@ void multiply(const struct pass *p, const struct product *list, int n, int threa
 
 void multiply_alone(const struct pass *p, const struct product *r, int thread) { project_groups(p, r, 0, n_groups(r->w), thread); }
 
-int multiply_group(const struct pass *p, const struct matrix *w, struct tokens in, int group, float *part, int thread) {
-    const struct product r = { w, in, part, GROUP_ROWS, false };
-    const struct matrix rows = slice(p, w, group * GROUP, smaller((group + 1) * GROUP, n_panels(w->n_rows)), thread, 0);
+void multiply_groups(const struct pass *p, const struct matrix *w, struct tokens in, int from, int to, float *part, int thread) {
+    const struct product r = { w, in, part, (size_t)(to - from) * GROUP_ROWS, false };
+    const struct matrix rows = slice(p, w, from * GROUP, smaller(to * GROUP, n_panels(w->n_rows)), thread, 0);
     for (int tile = 0; tile < n_tiles(in.n); tile++)
         project(p, &r, &rows, 0, tile);
-    return (int)rows.n_rows;
 }
 
 int gate_up_groups(const struct gate_up *job) { return n_groups(job->up); }

@@ -61,6 +61,18 @@ static int check_block(const bmc_model *m, const struct block *b) {
     return 0;
 }
 
+/* A draft head is the target's in shape, and needs nothing but rows of what it has read: they can be taken back to any position. */
+static int check_head(const bmc_model *m) {
+    const bmc_config *c = &m->c, *t = &m->target->c;
+    const char *missing = !m->eh_proj.data ? "eh_proj" : !m->enorm.v ? "enorm" : !m->hnorm.v ? "hnorm" : NULL;
+    if (c->dim != t->dim || c->vocab_size != t->vocab_size)
+        return fail(BMC_EFORMAT, "draft head: expected %d values and %d tokens as the model has, found %d and %d", t->dim,
+                    t->vocab_size, c->dim, c->vocab_size);
+    if (!c->causal || m->target->target || m->n_states || m->n_streams[WINDOWS])
+        return fail(BMC_EFORMAT, "draft head: expected a layer of a model that writes text, with attention to all rows");
+    return missing ? fail(BMC_EFORMAT, "draft head: nextn.%s is missing", missing) : 0;
+}
+
 /* Panels. */
 
 static int64_t n_panels(const struct matrix *w) { return (w->n_rows + PANEL_ROWS - 1) / PANEL_ROWS; }
@@ -135,9 +147,18 @@ static void measure_room(struct matrix *w, void *bytes) {
     *(size_t *)bytes = room > *(size_t *)bytes ? room : *(size_t *)bytes;
 }
 
+/* What a draft head takes of its target, once its own panels are made or left out. */
+static void share_output(bmc_model *m) {
+    if (m->target && !m->output.data)
+        m->output = m->target->output;
+}
+
 int bmc_model_map(bmc_model *m) {
     if (m->panels || m->rooms)
         return fail(BMC_EINVAL, "bmc_model_map: the model is ready already");
+    if (m->target && !m->target->rooms && !m->target->panels)
+        return fail(BMC_EINVAL, "bmc_model_map: the model of this draft head is not ready");
+    share_output(m);
     model_each_matrix(m, measure_room, &m->room_bytes);
     m->rooms_bytes = 2 * (size_t)pool_size(m->pool) * m->room_bytes;
     m->rooms = memory_map(m->rooms_bytes);
@@ -152,12 +173,15 @@ int bmc_model_map(bmc_model *m) {
 int bmc_model_pack(bmc_model *m) {
     if (m->panels || m->rooms)
         return fail(BMC_EINVAL, "bmc_model_pack: done already");
+    if (m->target && !m->target->panels)
+        return fail(BMC_EINVAL, "bmc_model_pack: the model of this draft head has no panels");
     m->panels = memory_map(m->panel_bytes);
     if (!m->panels)
         return fail(BMC_ENOMEM, "no memory for %.0f MB of weights", (double)m->panel_bytes / 1e6);
     uint8_t *next = m->panels;
     model_each_matrix(m, place, &next);
     model_each_matrix(m, pack_matrix, m);
+    share_output(m);
     atomic_store(&m->packed, (int64_t)m->panel_bytes);
     return 0;
 }
@@ -189,9 +213,18 @@ static int coarsen(bmc_model *m) {
     return m->coarse.codes ? 1 : fail(BMC_ENOMEM, "no memory for %.0f MB of a coarse head", (double)m->coarse_bytes / 1e6);
 }
 
+/* The target's coarse head, where a draft head has its output matrix. */
+static int share_coarse(bmc_model *m) {
+    int status = bmc_model_coarsen(m->target);
+    if (status == 1)
+        m->coarse = m->target->coarse;
+    return status;
+}
+
 int bmc_model_coarsen(bmc_model *m) {
     pthread_mutex_lock(&m->lock);
-    int status = m->coarse.codes ? 1 : coarse_pays(m) ? coarsen(m) : 0;
+    const bool shares = m->target && m->output.data == m->target->output.data;
+    int status = m->coarse.codes ? 1 : shares ? share_coarse(m) : coarse_pays(m) ? coarsen(m) : 0;
     pthread_mutex_unlock(&m->lock);
     return status;
 }
@@ -217,6 +250,8 @@ static size_t largest(size_t a, size_t b) { return a > b ? a : b; }
 /* The most that any block needs. */
 static struct need needs(const bmc_model *m) {
     struct need all = { 0 };
+    if (m->target)
+        all = (struct need){ .floats = padded(2 * m->c.dim), .blocks = (size_t)m->c.dim / 16 + 1 };
     for (const struct block *b = m->blocks; b < m->blocks + m->c.n_blocks; b++) {
         const struct need n = b->kind->need(m, b);
         all = (struct need){ largest(all.floats, n.floats), largest(all.blocks, n.blocks), largest(all.ids, n.ids), largest(all.scratch, n.scratch) };
@@ -361,6 +396,8 @@ static int build(bmc_model *m, const bmc_config *config, const bmc_tensor *tenso
         status = model_bind(m, &tensors[i]);
     if (!status)
         status = model_check_bound(m);
+    if (!status && m->target)
+        status = check_head(m);
     if (!status)
         status = make_buffers(m);
     if (!status)
@@ -387,6 +424,9 @@ int bmc_model_new(const bmc_config *config, const bmc_tensor *tensors, int n_ten
     pthread_mutex_init(&m->lock, NULL);
     atomic_init(&m->n_users, 1);
     m->forkable.renew = renew;
+    m->target = config->target;
+    if (m->target)
+        atomic_fetch_add(&m->target->n_users, 1);
     fork_hold();
     fork_add(&m->forkable);
     fork_release();
@@ -420,5 +460,7 @@ void model_release(bmc_model *m) {
     free(m->owned.items);
     free(m->profile.laps);
     pthread_mutex_destroy(&m->lock);
+    if (m->target)
+        model_release(m->target);
     free(m);
 }

@@ -64,7 +64,7 @@ struct per_layer { struct matrix gate, proj; };
 
 /* Sizes that shapes are made of; each block has its own. */
 enum extent {
-    ONE, DIM, K_DIM, V_DIM, HEADS, Q, QUERY, K, V, O, GATE, VOCAB, CTX, PER_LAYER_DIM, PER_LAYERS,
+    ONE, DIM, TWO_DIM, K_DIM, V_DIM, HEADS, Q, QUERY, K, V, O, GATE, VOCAB, CTX, PER_LAYER_DIM, PER_LAYERS,
     Q_RANK, KV_RANK, KV_A, NOPE, K_B, V_B,
     CONV, CHANNELS, STATE, INNER, GROUPS, IN, GROUP_DIM,
     HIDDEN, EXPERTS, EXPERT_IN, SHARED, LATENT, EXTENTS
@@ -119,6 +119,9 @@ struct bmc_model {
     struct vector embd_norm, embd_norm_bias;
     struct vector output_norm, output_norm_bias;
     struct matrix output;
+    bmc_model *target;              /* NULL, or this is its draft head, and one of its users */
+    struct matrix eh_proj;
+    struct vector enorm, hnorm;
     struct matrix coarse;           /* the same in two bits a weight, for drafts; codes NULL: there is none */
     struct block *blocks;           /* (c.n_blocks,) */
     int last_mixer;                 /* after its rows are stored only tokens that are asked for go on */
@@ -141,6 +144,9 @@ struct bmc_model {
     struct profile profile;
 };
 
+/* Tokens whose hidden states a session keeps for a draft head. */
+enum { HIDDEN_KEPT = 512 };
+
 struct bmc_session {
     bmc_model *model;
     struct arena arenas[ARENAS];
@@ -151,6 +157,10 @@ struct bmc_session {
     int n_tokens;
     int offset;                     /* tokens of the text before the first row: a draft model may read the end of a text only */
     int rope;                       /* 1: table 1 for every layer */
+    struct {
+        float *rows;                /* (HIDDEN_KEPT, dim) the state of position p is row p % HIDDEN_KEPT; NULL: none are kept */
+        int from;                   /* those of positions from .. position - 1 are there */
+    } hidden;
     atomic_flag busy;
 };
 
@@ -173,6 +183,10 @@ static inline size_t file_row_bytes(const struct matrix *w) {
 
 /* A buffer's row stride in floats. */
 static inline size_t padded(int64_t n) { return ((size_t)n + 15) / 16 * 16; }
+
+static inline float *hidden_row(const bmc_session *s, int position) {
+    return s->hidden.rows + (size_t)(position % HIDDEN_KEPT) * padded(s->model->c.dim);
+}
 
 static inline int smaller(int a, int b) { return a < b ? a : b; }
 static inline int larger(int a, int b) { return a > b ? a : b; }

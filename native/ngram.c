@@ -23,6 +23,7 @@ struct slot { int32_t first, second, end; };        /* end 0: empty */
 struct ngrams {
     int32_t *text, *before;         /* before[i]: where the pair that ends at i (tokens before it: i) ended before, or 0 */
     int n, room;
+    int hint;                       /* tokens at its beginning that are not the text's */
     struct slot *slots;             /* open addressing; n_slots is a power of two, at least twice room */
     size_t n_slots;
 };
@@ -62,7 +63,7 @@ static int grow(struct ngrams *g, int n) {
     free(g->text);
     free(g->before);
     free(g->slots);
-    *g = (struct ngrams){ text, before, g->n, room, slots, n_slots };
+    *g = (struct ngrams){ text, before, g->n, room, g->hint, slots, n_slots };
     before[0] = 0;
     if (g->n)
         before[1] = 0;
@@ -87,10 +88,13 @@ void ngrams_free(struct ngrams *g) {
     free(g);
 }
 
+/* Back to the hint. */
 static void clear(struct ngrams *g) {
-    g->n = 0;
+    g->n = g->hint;
     if (g->slots)
         memset(g->slots, 0, g->n_slots * sizeof *g->slots);
+    for (int end = 2; end <= g->n; end++)
+        index_pair(g, end);
 }
 
 int ngrams_add(struct ngrams *g, const int32_t *tokens, int n) {
@@ -105,14 +109,22 @@ int ngrams_add(struct ngrams *g, const int32_t *tokens, int n) {
     return 0;
 }
 
+int ngrams_hint(struct ngrams *g, const int32_t *tokens, int n) {
+    int status = ngrams_add(g, tokens, n);
+    g->hint = g->n;
+    return status;
+}
+
 int ngrams_follow(struct ngrams *g, const int32_t *tokens, int n, int32_t last) {
-    int known = g->n < n ? g->n : n;
-    bool begins = !known || !memcmp(g->text, tokens, (size_t)known * sizeof *tokens);
-    if (begins && g->n == n + 1 && g->text[n] == last)
+    int held = g->n - g->hint, known = held < n ? held : n;
+    bool begins = !known || !memcmp(g->text + g->hint, tokens, (size_t)known * sizeof *tokens);
+    if (begins && held == n + 1 && g->text[g->hint + n] == last)
         return 0;
-    if (!begins || g->n > n)
+    if (!begins || held > n) {
         clear(g);
-    int status = g->n < n ? ngrams_add(g, tokens + g->n, n - g->n) : 0;
+        held = 0;
+    }
+    int status = held < n ? ngrams_add(g, tokens + held, n - held) : 0;
     return status ? status : ngrams_add(g, &last, 1);
 }
 

@@ -10,6 +10,9 @@ struct ngrams *ngrams_new(void);                /* of an empty text; NULL: no me
 void ngrams_free(struct ngrams *g);
 int ngrams_add(struct ngrams *g, const int32_t *tokens, int n);         /* 0 or BMC_ENOMEM, then nothing was added */
 
+/* Tokens that stand before the text, of an empty index: the text may repeat them. 0 or BMC_ENOMEM. */
+int ngrams_hint(struct ngrams *g, const int32_t *tokens, int n);
+
 /* Becomes the index of n tokens and one more. What it knows of their beginning is kept. 0 or BMC_ENOMEM. */
 int ngrams_follow(struct ngrams *g, const int32_t *tokens, int n, int32_t last);
 

@@ -13,12 +13,15 @@ struct place {
     int32_t token, pos;
     int32_t last;                   /* as in bmc_span */
     int32_t end;                    /* rows that it sees: up to itself, or the whole text */
+    const float *before;            /* as in bmc_span */
 };
 
-/* A token whose results are wanted. */
+/* A token whose results are wanted, or whose hidden state is kept. */
 struct wanted {
     const bmc_span *span;
     int tok, row;                   /* which token of the pass, which row of the span's results */
+    bool chooses;                   /* the head runs for it */
+    float *hidden, *kept;           /* where its hidden state goes, or NULL: the span's row, the session's */
     float *logits;                  /* where to, or NULL */
     const uint32_t *mask;           /* allowed ids, or NULL */
 };
@@ -33,14 +36,15 @@ struct run { bmc_session *session; int first; struct state_run states; };
 struct pass {
     bmc_model *model;
     int n_tok, n_out;
-    int n_sampled;                  /* of those that are wanted, with a row of the buffers */
+    int n_choosing;                 /* of those that are wanted, for which the head runs */
+    int n_sampled;                  /* .. with a row of the buffers */
     bool coarse;                    /* only the best ids are wanted: chosen among the few that the coarse head likes best */
-    bool headless;                  /* nobody wants more than hidden states */
     struct place *at;               /* (n_tok,) */
     struct wanted *out;             /* (n_out,) */
     struct run *runs;               /* (n_runs,) */
     int n_runs;
     struct best *best;              /* (n_out, parts of HEAD_ROWS) */
+    float *given;                   /* (n_out,) logits of the ids in bmc_span.given */
 };
 
 /* What one pass works on; (n, d) are n rows of d floats, row strides rounded up to 16. */
@@ -166,12 +170,13 @@ struct gate_up {
 int gate_up_groups(const struct gate_up *job);              /* in how many parts it can be done */
 void gate_up(const struct pass *p, const struct gate_up *job, int from, int to, int thread);
 
-/* Rows of W [32 * group * from, ..) times tokens, into `part` (n, GROUP_ROWS): for those who add them up themselves. */
+/* Groups [from, to) of rows of W times tokens, into `part` (n, (to - from) GROUP_ROWS): for those who add them up themselves. */
 enum { GROUP = 4, GROUP_ROWS = GROUP * 16 };
 int n_groups(const struct matrix *w);
-int multiply_group(const struct pass *p, const struct matrix *w, struct tokens in, int group, float *part, int thread);    /* how many rows */
+int stretch(const struct matrix *w, int n_tok, int groups);       /* how many are best done at a time */
+void multiply_groups(const struct pass *p, const struct matrix *w, struct tokens in, int from, int to, float *part, int thread);
 
-/* Columns from..of a matrix's logits: head.c's own view. */
+/* Panels [from, to) of a matrix, and one tile of tokens times them: for the head, which looks at logits while they are cached. */
 struct matrix slice(const struct pass *p, const struct matrix *w, int from, int to, int thread, int room);
 void project(const struct pass *p, const struct product *r, const struct matrix *part, int row, int tile);
 int tile_width(int n_tok);
@@ -211,6 +216,7 @@ void keep_wanted(struct pass *p, const struct block *b, const struct rows *more,
 void per_layer_inputs(struct pass *p, int thread);
 
 /* The head: head.c. */
+void give_hidden(const struct pass *p, struct tokens in, int thread);       /* hidden states to whom they are for */
 void head(struct pass *p, struct tokens in, int thread);
 
 #endif

@@ -34,6 +34,12 @@ static void learn(const struct group *g, struct turn *t, const int32_t *ids, int
     }
 }
 
+/* Who made a turn's guesses, as bmc_item.drafted tells it. */
+static uint8_t guesser(const struct turn *t) {
+    bool self = t->source == MODEL && t->drafter && t->drafter->o.self_window;
+    return self ? 4 : (uint8_t)(t->source + 1);
+}
+
 /* What the round cost a turn, and gave it, against plain decoding. Passes count as what they usually take: how long this very
  * one took says more about the machine's other work. */
 static void account(const struct group *g, struct turn *t, int given, int all_checked) {
@@ -56,10 +62,12 @@ static void settle(const struct group *g, struct turn *t, int all_checked, doubl
     bmc_session_rewind(s, s->position - (t->checked - accepted));
     if (draft && drafted(t)) {
         int known = t->length - draft->offset;                      /* rows of the text before the guesses */
-        bmc_session_rewind(draft, smaller(known + accepted, draft->position));
+        if (!t->drafter->hidden)                                    /* a draft head reads those that came true with the target's states */
+            known += accepted;
+        bmc_session_rewind(draft, smaller(known, draft->position));
     }
     for (int i = 0; i < given; i++)
-        item->drafted[item->n + i] = i < accepted;
+        item->drafted[item->n + i] = i < accepted ? guesser(t) : 0;
     item->stats.rounds++;
     item->stats.checked += t->checked;
     item->stats.accepted += accepted;
@@ -168,6 +176,8 @@ static int check_items(bmc_item *const *items, int n, const bmc_limits *limits) 
             return fail(BMC_EINVAL, "bmc_round: this model reads a text as a whole and writes none");
         if (item->drafter && !limits->policy)
             return fail(BMC_EINVAL, "bmc_round: item %d has a drafter, and there is no policy", i);
+        if (item->drafter && item->drafter->hidden && item->drafter->o.draft->model->target != item->session->model)
+            return fail(BMC_EINVAL, "bmc_round: item %d has the draft head of another model", i);
         if (item->choose && (item->max_tokens < 1 || !item->ids || !item->logprobs || !item->drafted))
             return fail(BMC_EINVAL, "bmc_round: item %d: expected room for 1 or more tokens, found %d", i, (int)item->max_tokens);
         if (item->masks && item->drafter && !item->allow)

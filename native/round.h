@@ -16,6 +16,7 @@ struct bmc_policy {
 struct bmc_drafter {
     bmc_drafter_options o;              /* to_draft and to_target are copies of its own */
     struct ngrams *ngrams;              /* or NULL */
+    float *hidden;                      /* (dim,) a draft head's own, after its last guess; or NULL */
     struct recent recent[N_SOURCES];        /* of this text's guesses */
     struct budget budget;               /* of the draft model; repetitions cost nothing to look for */
     int window;                         /* tokens from the end of the text that the draft model reads before it guesses */

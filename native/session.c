@@ -81,18 +81,17 @@ int bmc_session_new(bmc_model *m, int64_t cap, int r, int rope, bmc_session **se
 static int copy_session(bmc_session *s, bmc_session *parent, int position) {
     int status = init_arenas(s, parent->arenas[ALL_ROWS].config.r);
     for (int i = 0; !status && i < ARENAS; i++)
-        status = arena_fork(&s->arenas[i], &parent->arenas[i], parent->position);
+        status = arena_fork(&s->arenas[i], &parent->arenas[i], position);
     if (!status)
         status = states_copy(&s->states, &parent->states);
-    s->tokens = malloc((size_t)larger(parent->position, 1) * sizeof *s->tokens);
+    s->n_tokens = larger(position, 1);
+    s->tokens = malloc((size_t)s->n_tokens * sizeof *s->tokens);
     if (!status && !s->tokens)
-        status = fail(BMC_ENOMEM, "no memory for %d tokens", parent->position);
+        status = fail(BMC_ENOMEM, "no memory for %d tokens", position);
     if (status)
         return status;
-    if (parent->position)
-        memcpy(s->tokens, parent->tokens, (size_t)parent->position * sizeof *s->tokens);
-    s->n_tokens = larger(parent->position, 1);
-    s->position = parent->position;
+    if (position)
+        memcpy(s->tokens, parent->tokens, (size_t)position * sizeof *s->tokens);
     s->offset = parent->offset;
     return go_back(s, position);
 }
@@ -123,23 +122,45 @@ void bmc_session_free(bmc_session *s) {
         arena_free(&s->arenas[i]);
     states_free(&s->states);
     free(s->tokens);
+    free(s->hidden.rows);
     model_release(s->model);
     free(s);
 }
 
 int bmc_session_position(const bmc_session *s) { return s->position; }
 
+/* Whether rows are gone that windows reach back to from a position. */
+static bool lacks_rows(const bmc_session *s, int position) {
+    const struct arena *windows = &s->arenas[WINDOWS];
+    return windows->n_dropped && position + 1 - s->model->window < windows->n_dropped * windows->config.r;
+}
+
 /* How far back a session gets towards a position without evaluating tokens again: states may have to go farther, and where rows of
  * windows are gone it starts anew. */
+static int nearest(const bmc_session *s, int position) {
+    const int found = states_nearest(&s->states, position);
+    return lacks_rows(s, found) ? 0 : found;
+}
+
 static int reach(bmc_session *s, int position) {
-    struct arena *windows = &s->arenas[WINDOWS];
-    int reached = states_rewind(&s->states, position);
-    if (windows->n_dropped && reached + 1 - s->model->window < windows->n_dropped * windows->config.r) {
-        arena_clear(windows);
-        reached = states_rewind(&s->states, 0);
-    }
+    const int reached = nearest(s, position);
+    if (lacks_rows(s, reached))
+        arena_clear(&s->arenas[WINDOWS]);
+    states_rewind(&s->states, reached);
     s->position = reached;
     return reached;
+}
+
+int bmc_session_nearest(bmc_session *s, int position) {
+    int status = claim(s);
+    if (status)
+        return status;
+    if (position < 0 || position > s->position)
+        status = fail(BMC_EINVAL, "nearest: expected 0 to %d, found %d", s->position, position);
+    else
+        status = nearest(s, position);
+    release(s);
+    return status;
 }
 
 /* Back to a position that is within the text. */
@@ -220,10 +241,35 @@ int bmc_session_reserve(bmc_session *s, int rows) {
     return status;
 }
 
+int bmc_session_keep_hidden(bmc_session *s) {
+    const bmc_model *m = s->model;
+    int status = claim(s);
+    if (status)
+        return status;
+    if (!m->c.causal || m->target)
+        status = fail(BMC_EINVAL, "hidden states are kept for a draft head only: expected a model that writes text");
+    else if (!s->hidden.rows) {
+        s->hidden.rows = malloc(HIDDEN_KEPT * padded(m->c.dim) * sizeof *s->hidden.rows);
+        s->hidden.from = s->position;
+        if (!s->hidden.rows)
+            status = fail(BMC_ENOMEM, "no memory for hidden states of %d tokens", HIDDEN_KEPT);
+    }
+    release(s);
+    return status;
+}
+
+/* Which hidden states are there after n tokens more. */
+static void note_hidden(bmc_session *s, int n) {
+    const int from = smaller(s->hidden.from, s->position);
+    s->hidden.from = larger(from, s->position + n - HIDDEN_KEPT);
+}
+
 int bmc_session_stats(const bmc_session *s, bmc_arena_stats *stats) {
     const struct arena *a = &s->arenas[s->model->n_streams[ALL_ROWS] ? ALL_ROWS : WINDOWS];
     *stats = (bmc_arena_stats){ .rows_reserved = a->rows_reserved, .rows_used = s->position, .r = a->config.r, .bytes_reserved = states_bytes(&s->states),
                                 .state_bytes = (int64_t)(s->states.floats * sizeof(float)) };
+    if (s->hidden.rows)
+        stats->bytes_reserved += (int64_t)(HIDDEN_KEPT * padded(s->model->c.dim) * sizeof(float));
     for (int i = 0; i < ARENAS; i++) {
         stats->bytes_reserved += arena_mapped(&s->arenas[i]);
         stats->row_bytes += arena_row_bytes(&s->arenas[i]);
@@ -242,6 +288,9 @@ static int check_span(const bmc_span *span, const bmc_model *m) {
         return fail(BMC_EINVAL, "want: expected 0 to 3, found %d", (int)span->want);
     if (span->last < 0)
         return fail(BMC_EINVAL, "last: expected 0 or more rows, found %d", (int)span->last);
+    if (!span->before != !m->target)
+        return fail(BMC_EINVAL, m->target ? "this model is a draft head: its tokens come with the hidden states before them"
+                                          : "hidden states come with tokens of a draft head only");
     if (span->sampler && sampler_check(span->sampler, m->c.vocab_size))
         return BMC_EINVAL;
     if (span->n_top < 0 || span->n_top > m->c.vocab_size || (span->n_top && (!span->top_ids || !span->top_logprobs)))
@@ -250,8 +299,14 @@ static int check_span(const bmc_span *span, const bmc_model *m) {
         return fail(BMC_EINVAL, "this model reads a text as a whole: expected 1 to %d tokens in an empty session, found %d", m->pass_max, (int)span->n_tok);
     if (!m->c.causal && (span->sampler || span->mask || span->n_top))
         return fail(BMC_EINVAL, "this model reads a text as a whole: no tokens are chosen after it");
-    if (!m->output.data && (span->logits || span->next || span->logprob || span->n_top))
+    if (!m->output.data && (span->logits || span->next || span->logprob || span->n_top || span->given))
         return fail(BMC_EINVAL, "this model has no logits, only hidden states");
+    if (span->given && !span->given_logprob)
+        return fail(BMC_EINVAL, "given: the log-probabilities of these ids need room");
+    const int n_wanted = span->want == BMC_WANT_ALL ? span->n_tok : span->want != BMC_WANT_NONE;
+    for (int i = 0; span->given && i < n_wanted; i++)
+        if (span->given[i] < 0 || span->given[i] >= m->c.vocab_size)
+            return fail(BMC_EINVAL, "given: token ids are 0 to %d, found %d", (int)m->c.vocab_size - 1, (int)span->given[i]);
     for (int i = 0; i < span->n_tok; i++)
         if (span->tokens[i] < 0 || span->tokens[i] >= m->c.vocab_size)
             return fail(BMC_EINVAL, "token ids are 0 to %d, found %d", (int)m->c.vocab_size - 1, (int)span->tokens[i]);
@@ -285,26 +340,32 @@ static bool wanted(const bmc_span *span, int i) {
 /* What the choice among logits needs beyond the best of them. */
 static bool needs_all(const bmc_span *span, const uint32_t *mask) { return span->sampler || mask || span->n_top; }
 
-static void push_wanted(struct pass *p, const bmc_span *span, int i) {
+static void push_wanted(struct pass *p, const bmc_span *span, int i, struct wanted *out) {
     const size_t row = span->want == BMC_WANT_ALL ? (size_t)i : 0, n = (size_t)p->model->c.vocab_size;
-    struct wanted *out = &p->out[p->n_out++];
-    *out = (struct wanted){ .span = span, .tok = p->n_tok, .row = (int)row };
+    out->row = (int)row;
+    out->hidden = span->hidden ? span->hidden + row * (size_t)p->model->c.dim : NULL;
+    out->chooses = span->logits || span->next || span->logprob || span->n_top || span->given;
+    p->n_choosing += out->chooses;
     out->mask = span->mask ? span->mask + row * ((n + 31) / 32) : NULL;
     if (span->logits)
         out->logits = span->logits + row * n;
-    else if (needs_all(span, out->mask))
+    else if (out->chooses && needs_all(span, out->mask))
         out->logits = p->model->buffers->rows + (size_t)p->n_sampled++ * n;
-    p->headless &= !span->logits && !span->next && !span->logprob && !span->n_top;
 }
 
 static void push(struct pass *p, const bmc_span *span, int i) {
     const int pos = span->session->position + i;
     p->at[p->n_tok] = (struct place){
         .session = span->session, .token = span->tokens[i], .pos = pos, .last = span->last,
-        .end = p->model->c.causal ? pos + 1 : span->n_tok,
+        .end = p->model->c.causal ? pos + 1 : span->n_tok, .before = span->before ? span->before[i] : NULL,
     };
-    if (wanted(span, i))
-        push_wanted(p, span, i);
+    const bool kept = span->session->hidden.rows && i >= span->n_tok - HIDDEN_KEPT;
+    if (kept || wanted(span, i)) {
+        struct wanted *out = &p->out[p->n_out++];
+        *out = (struct wanted){ .span = span, .tok = p->n_tok, .kept = kept ? hidden_row(span->session, pos) : NULL };
+        if (wanted(span, i))
+            push_wanted(p, span, i, out);
+    }
     p->n_tok++;
 }
 
@@ -324,8 +385,7 @@ static void run_pass(struct pass *p) {
     forward(p);
     for (int i = 0; i < p->n_runs; i++)
         states_done(&p->runs[i].session->states, &p->runs[i].states);
-    p->n_tok = p->n_out = p->n_sampled = 0;
-    p->headless = true;
+    p->n_tok = p->n_out = p->n_choosing = p->n_sampled = 0;
 }
 
 /* Passes of up to pass_max tokens, SAMPLED_MAX of them with a sampler, over all spans, one after the other. A model that is not
@@ -342,6 +402,7 @@ static void run_passes(struct pass *p, const bmc_span *spans, int n) {
     }
     for (int s = 0; s < n; s++) {
         bmc_session *session = spans[s].session;
+        note_hidden(session, spans[s].n_tok);
         session->position += spans[s].n_tok;
         if (p->model->window)
             arena_drop(&session->arenas[WINDOWS], session->position - p->model->window - WINDOW_SPARE);
@@ -351,17 +412,18 @@ static void run_passes(struct pass *p, const bmc_span *spans, int n) {
 /* What a pass notes down, made for one call. */
 static struct pass *make_pass(bmc_model *m, int n_tok) {
     const size_t n = (size_t)smaller(n_tok, m->pass_max), parts = m->output.data ? (size_t)head_parts(m) : 0;
-    const size_t bytes = n * (sizeof(struct place) + sizeof(struct wanted) + sizeof(struct run) + parts * sizeof(struct best));
+    const size_t bytes = n * (sizeof(struct place) + sizeof(struct wanted) + sizeof(struct run) + parts * sizeof(struct best) + sizeof(float));
     struct pass *p = malloc(sizeof *p + bytes + 64);
     if (!p) {
         fail(BMC_ENOMEM, "no memory for a pass over %d tokens", n_tok);
         return NULL;
     }
-    *p = (struct pass){ .model = m, .headless = true };
+    *p = (struct pass){ .model = m };
     p->at = (struct place *)(void *)(p + 1);
     p->out = (struct wanted *)(void *)(p->at + n);
     p->runs = (struct run *)(void *)(p->out + n);
     p->best = (struct best *)(void *)(p->runs + n);
+    p->given = (float *)(void *)(p->best + n * parts);
     return p;
 }
 

@@ -8,6 +8,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+/* Of each stream the anchor and the rows before it, never changed. */
 struct copy { atomic_int users; float values[]; };
 
 static void drop(struct snapshot *p) {
@@ -37,7 +38,8 @@ size_t states_measure(struct state_size *sizes, int n) {
 }
 
 void states_init(struct states *s, const struct state_size *sizes, int n) {
-    *s = (struct states){ .sizes = sizes, .n = n, .floats = n ? sizes[n - 1].at + stream_floats(&sizes[n - 1]) : 0 };
+    *s = (struct states){ .sizes = sizes, .n = n };
+    s->floats = n ? sizes[n - 1].at + stream_floats(&sizes[n - 1]) : 0;
 }
 
 void states_free(struct states *s) {
@@ -47,23 +49,26 @@ void states_free(struct states *s) {
     memset(s, 0, sizeof *s);
 }
 
+static double megabytes(size_t floats) { return (double)floats * sizeof(float) / 1e6; }
+
 int states_reserve(struct states *s) {
     if (!s->n || s->memory)
         return 0;
     s->memory = memory_map(s->floats * sizeof(float));
-    return s->memory ? 0 : fail(BMC_ENOMEM, "no memory for %.0f MB of states", (double)s->floats * sizeof(float) / 1e6);
+    return s->memory ? 0 : fail(BMC_ENOMEM, "no memory for %.0f MB of states", megabytes(s->floats));
 }
 
 int64_t states_bytes(const struct states *s) {
     size_t floats = s->memory ? s->floats : 0;
-    for (int i = 0; i < SNAPSHOTS; i++)
-        floats += s->snapshots[i].copy ? snapshot_floats(s) / (size_t)atomic_load(&s->snapshots[i].copy->users) : 0;
+    for (const struct snapshot *p = s->snapshots; p < s->snapshots + SNAPSHOTS; p++)
+        floats += p->copy ? snapshot_floats(s) / (size_t)atomic_load(&p->copy->users) : 0;
     return (int64_t)(floats * sizeof(float));
 }
 
 struct state_run states_plan(const struct states *s, int start, int n) {
     const int end = start + n;
-    struct state_run run = { .start = start, .n = n, .base = s->base, .next_base = s->base, .replay = start < s->current };
+    struct state_run run = { .start = start, .n = n, .base = s->base, .next_base = s->base };
+    run.replay = start < s->current;
     if (n > 1)
         run.next_base = n > LOG_MAX ? end - LOG_MAX : start;
     else if (end - s->base > LOG_MAX)
@@ -76,9 +81,8 @@ void states_done(struct states *s, const struct state_run *run) {
     s->current = run->start + run->n;
 }
 
-static void copy_floats(float *to, const float *from, size_t floats) { memcpy(to, from, floats * sizeof *to); }
+static void copy_floats(float *to, const float *from, size_t n) { memcpy(to, from, n * sizeof *to); }
 
-/* Each stream's anchor and the rows before it, into values. */
 static void save(const struct states *s, float *values) {
     for (int i = 0; i < s->n; i++) {
         const struct state_size *size = &s->sizes[i];
@@ -104,8 +108,9 @@ static void load(const struct states *s, const float *values) {
 /* The states as they are before the first token. */
 static void clear(const struct states *s) {
     for (int i = 0; s->memory && i < s->n; i++) {
-        memset(state_current(s, i), 0, 2 * s->sizes[i].floats * sizeof(float));
-        memset(state_row(s, i, -s->sizes[i].n_before), 0, (size_t)s->sizes[i].n_before * s->sizes[i].row * sizeof(float));
+        const struct state_size *size = &s->sizes[i];
+        memset(state_current(s, i), 0, 2 * size->floats * sizeof(float));
+        memset(state_row(s, i, -size->n_before), 0, (size_t)size->n_before * size->row * sizeof(float));
     }
 }
 
@@ -116,6 +121,11 @@ static const struct snapshot *last_snapshot(const struct states *s, int position
         if (p->copy && p->position <= position && (!last || p->position > last->position))
             last = p;
     return last;
+}
+
+int states_nearest(const struct states *s, int position) {
+    const struct snapshot *last = last_snapshot(s, position);
+    return !s->n || position >= s->base ? position : last ? last->position : 0;
 }
 
 int states_rewind(struct states *s, int position) {
@@ -133,7 +143,7 @@ int states_rewind(struct states *s, int position) {
     return s->base;
 }
 
-/* Where the next snapshot goes: a free place, or that of the one without which the fewest tokens would be evaluated again. */
+/* Where the next snapshot goes: a free place, or that of the one whose loss costs the fewest tokens. */
 static struct snapshot *next_snapshot(struct states *s) {
     struct snapshot *place = NULL;
     int fewest = 0;
@@ -156,7 +166,7 @@ int states_snapshot(struct states *s) {
         return 0;
     struct copy *copy = malloc(sizeof *copy + snapshot_floats(s) * sizeof *copy->values);
     if (!copy)
-        return fail(BMC_ENOMEM, "no memory for a snapshot of %.0f MB", (double)snapshot_floats(s) * sizeof(float) / 1e6);
+        return fail(BMC_ENOMEM, "no memory for a snapshot of %.0f MB", megabytes(snapshot_floats(s)));
     struct snapshot *place = next_snapshot(s);
     drop(place);
     atomic_init(&copy->users, 1);

@@ -1,13 +1,15 @@
 /* States: what recurrent blocks keep of a sequence, of a fixed size whatever its length.
  *
- * A state cannot be cut back by position as rows can. So a session has each state twice: `current`, after all its tokens, and
- * `anchor`, after the first `base` of them, and a log of what the tokens from `base` on did to it (up to LOG_MAX). To go back to a
- * position within the log is to take the anchor and do the first tokens of the log again: the same arithmetic on the same numbers.
- * A pass over several tokens sets the anchor to where it begins, as its guesses may be taken back; a single token only adds to
- * the log, and where that is full the anchor moves to LOG_KEPT tokens before the end. Farther back there are snapshots of anchors.
+ * A state cannot be cut back by position as rows can. So a session has each state twice: `current`, after
+ * all its tokens, and `anchor`, after the first `base` of them, and a log of what the tokens from `base` on
+ * did to it (up to LOG_MAX). To go back to a position within the log is to take the anchor and do the first
+ * tokens of the log again: the same arithmetic on the same numbers. A pass over several tokens sets the
+ * anchor to where it begins, as its guesses may be taken back. A single token only adds to the log; where
+ * that is full, the anchor moves on to LOG_KEPT tokens before the end. Farther back there are snapshots of
+ * anchors.
  *
- * A block's stream holds, one after the other: the current state, the anchor, and a ring of log rows, one for each token from
- * n_before before `base` on: the inputs of its convolution and what it did to the state. */
+ * A block's stream holds, one after the other: the current state, the anchor, and a ring of log rows, one
+ * for each token from n_before before `base` on: the inputs of its convolution and what it did to the state. */
 #ifndef STATE_H
 #define STATE_H
 
@@ -21,7 +23,7 @@ enum { LOG_MAX = 48, LOG_KEPT = 32, SNAPSHOTS = 8 };
 struct state_size {
     size_t floats;                  /* of a state */
     size_t row;                     /* floats of a token's row in the log */
-    int n_before;                   /* rows before the anchor that are kept: what a convolution looks back to */
+    int n_before;                   /* rows kept before the anchor: what a convolution looks back to */
     size_t at;                      /* floats of the streams before it: states_measure counts them */
 };
 
@@ -29,11 +31,11 @@ struct state_size {
 struct state_run {
     int start, n;
     int base, next_base;            /* position of the anchor, before the pass and after it */
-    bool replay;                    /* the current state is beyond `start`: begin with the anchor and the log */
+    bool replay;                    /* the current state is beyond `start`: begin with anchor and log */
 };
 
-struct copy;
-struct snapshot { int position; struct copy *copy; };             /* forks share copies */
+struct copy;                        /* shared by forks */
+struct snapshot { int position; struct copy *copy; };
 
 struct states {
     const struct state_size *sizes; /* (n,) */
@@ -56,27 +58,45 @@ int states_reserve(struct states *s);                           /* memory for th
 struct state_run states_plan(const struct states *s, int start, int n);
 void states_done(struct states *s, const struct state_run *run);
 
-/* Takes the states back to `position`, or to an earlier one, from where the tokens have to be evaluated again; which one. */
+/* How far back towards `position` the states get without evaluating tokens again. */
+int states_nearest(const struct states *s, int position);
+
+/* Takes the states back to `position`, or to an earlier one, from where tokens have to be evaluated again; which one. */
 int states_rewind(struct states *s, int position);
 
-/* Keeps a copy of the anchors: to go back to `base` or a little beyond will need few tokens. 0 or BMC_ENOMEM. */
+/* Keeps a copy of the anchors: to come back to where the states are will need few tokens. 0 or BMC_ENOMEM. */
 int states_snapshot(struct states *s);
-int states_copy(struct states *to, const struct states *from);  /* to: of the same sizes, empty; 0 or BMC_ENOMEM */
+
+/* to: empty, of the same sizes. 0 or BMC_ENOMEM. */
+int states_copy(struct states *to, const struct states *from);
+
 int64_t states_bytes(const struct states *s);
 
-static inline float *state_current(const struct states *s, int stream) { return s->memory + s->sizes[stream].at; }
-static inline float *state_anchor(const struct states *s, int stream) { return state_current(s, stream) + s->sizes[stream].floats; }
+static inline float *state_current(const struct states *s, int stream) {
+    return s->memory + s->sizes[stream].at;
+}
 
-/* How many of the n rows from `position` on lie side by side. */
-static inline int state_rows(const struct states *s, int stream, int position, int n) {
-    const int ring = LOG_MAX + s->sizes[stream].n_before, left = ring - (position + s->sizes[stream].n_before) % ring;
-    return n < left ? n : left;
+static inline float *state_anchor(const struct states *s, int stream) {
+    return state_current(s, stream) + s->sizes[stream].floats;
+}
+
+static inline int state_ring(const struct state_size *size) { return LOG_MAX + size->n_before; }
+
+static inline int state_place(const struct state_size *size, int position) {
+    return (position + size->n_before) % state_ring(size);
 }
 
 /* The row of the token at `position`, which is base - n_before or later. */
 static inline float *state_row(const struct states *s, int stream, int position) {
     const struct state_size *size = &s->sizes[stream];
-    return state_anchor(s, stream) + size->floats + (size_t)((position + size->n_before) % (LOG_MAX + size->n_before)) * size->row;
+    return state_anchor(s, stream) + size->floats + (size_t)state_place(size, position) * size->row;
+}
+
+/* How many of the n rows from `position` on lie side by side. */
+static inline int state_rows(const struct states *s, int stream, int position, int n) {
+    const struct state_size *size = &s->sizes[stream];
+    const int left = state_ring(size) - state_place(size, position);
+    return n < left ? n : left;
 }
 
 /* Of the tokens of a run, the first one whose row is kept. */

@@ -33,6 +33,8 @@ _HOMES = {
     "Engine": "engine.engine",
     "Request": "engine.engine",
     "Speculation": "spec",
+    **dict.fromkeys(("Llama", "LlamaGrammar", "LlamaPromptLookupDecoding", "LlamaRAMCache", "LogitsProcessorList",
+                     "StoppingCriteriaList"), "llama"),
 }
 
 __all__ = [*_HOMES, "demo_model", "ArgumentError", "BmcError", "BusyError", "ClosedError", "ContextFullError",

@@ -53,8 +53,8 @@ def _types(file: GGUF) -> dict:
 
 def _verdict(file: GGUF) -> dict:
     """Shape, memory, and whether pybmc runs it; why_not is the sentence that loading it would fail with."""
-    facts = dict.fromkeys(("layers", "blocks", "experts", "dim", "hidden_dim", "heads", "kv_heads", "head_dim", "kv_bytes_per_token",
-                           "memory_bytes", "memory_context", "causal", "pooling"))
+    facts = dict.fromkeys(("layers", "blocks", "experts", "dim", "hidden_dim", "heads", "kv_heads", "head_dim",
+                           "kv_bytes_per_token", "memory_bytes", "memory_context", "causal", "pooling", "draft_head"))
     try:
         config = read_config(file)
         rows = min(config.n_ctx, ROWS_SHOWN)
@@ -66,7 +66,7 @@ def _verdict(file: GGUF) -> dict:
                   "kv_bytes_per_token": config.kv_row_bytes,
                   "memory_bytes": weights + rows * config.kv_row_bytes, "memory_context": rows,
                   "causal": config.causal, "pooling": config.pooling.kind}
-        check_model(file, config)
+        facts["draft_head"] = check_model(file, config)
     except FormatError as error:
         return facts | {"runs": False, "why_not": str(error).removeprefix(f"{file.path}: ")}
     return facts | {"runs": True, "why_not": None}
@@ -94,6 +94,8 @@ def lines(info: dict) -> list[tuple[str, str]]:
     if info["kv_bytes_per_token"]:
         out.append(("KV cache", f"{size(info['kv_bytes_per_token'])} a token"))
         out.append(("memory", f"about {size(info['memory_bytes'])} with {info['memory_context']} tokens of context"))
+    if info["draft_head"]:
+        out.append(("draft head", "yes"))
     if info["causal"] is False or info["pooling"] not in (None, "none"):
         kind = {"none": "none, the mean is taken"}.get(info["pooling"], info["pooling"])
         out.append(("embeddings", f"pooling {kind}" + "; an encoder, which writes no text" * (not info["causal"])))

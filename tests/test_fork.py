@@ -60,6 +60,39 @@ def test_a_fork_costs_no_memory_for_what_is_shared():
         assert session.arena_stats().bytes_reserved == alone
 
 
+def test_a_fork_takes_no_more_than_its_rows():
+    with pybmc.Model(tiny.model("llama"), threads=1) as model, model.session(rows=16) as session:
+        session.eval(tokens(320))
+        with session.fork(33) as fork:
+            assert fork.rows == 48 and fork.tokens == session.tokens[:33]
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma3", "qwen35"])
+def test_going_back_to_the_nearest_position_reads_no_tokens(arch):
+    """What nearest() tells is where sync() gets to: by rows, by snapshots and logs of states, by windows."""
+    with pybmc.Model(tiny.model(arch, n_ctx=4096), threads=1) as model, model.session(rows=16) as session:
+        text = tokens(2600)
+        for start in range(0, len(text), 200):
+            session.eval(text[start:start + 200], "none")
+            if start == 1000:
+                session.snapshot()
+        found = {n: session.nearest(n) for n in (0, 1, 900, 1180, 1300, 2590, 2600)}
+        assert found[2600] == 2600 and all(at <= n for n, at in found.items())
+        if arch == "llama":
+            assert all(at == n for n, at in found.items())
+        elif arch == "gemma3":
+            assert found[900] == 0 and found[2590] == 2590
+        else:
+            assert found[900] == 0 and found[1180] == found[1300] == 1200 - 48 and found[2590] == 2590
+        for n, at in found.items():
+            with session.fork(at) as fork:
+                assert fork.position == at and np.array_equal(fork.eval([7]), fresh(model, [*text[:at], 7]))
+            with session.fork() as fork:
+                assert fork.sync(text[:n]) == at
+        with pytest.raises(pybmc.ArgumentError, match="nearest: expected 0 to 2600, found 2601"):
+            session.nearest(2601)
+
+
 def test_a_fork_outlives_its_parent_and_stays_in_its_cap():
     with pybmc.Model(tiny.model("llama"), threads=1) as model:
         session, text = model.session(context=40), tokens(30)

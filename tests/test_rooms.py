@@ -7,7 +7,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "pybmc"
 FLOORS = (
-    {"errors", "cache", "_lazy"}, {"_native", "checks"}, {"files"}, {"tokenizers"}, {"models"}, {"spec"}, {"engine"}, {"chat", "show"}, {"hub"}, {"batch"}, {"cli"},
+    {"errors", "cache", "_lazy"}, {"_native", "checks"}, {"files"}, {"tokenizers"}, {"models"}, {"spec"}, {"engine"}, {"chat", "show"},
+    {"hub"}, {"batch"}, {"serve"}, {"cli", "llama"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem not in ("__init__", "__main__"))

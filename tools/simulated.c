@@ -155,7 +155,8 @@ static void read_prompt(struct member *m, bmc_limits *limits) {
         item->pending = tokens + at;
         item->n_pending = m->task->prompt - 1 - at < 256 ? m->task->prompt - 1 - at : 256;
         item->drafter = m->drafter;
-        bmc_round(&item, 1, limits);
+        if (bmc_round(&item, 1, limits) < 0)
+            abort();
     }
     m->last = tokens[m->task->prompt - 1];
     item->pending = &m->last;
@@ -171,7 +172,8 @@ static int step(const struct task *task, bmc_limits *limits, struct outcome *out
         items[i]->max_tokens = task->n - members[i].given < 64 ? task->n - members[i].given : 64;
     }
     double before = now;
-    bmc_round(items, task->parallel, limits);
+    if (bmc_round(items, task->parallel, limits) < 0)
+        abort();
     out->longest_gap = fmax(out->longest_gap, (now - before) / on_curve(task->target, task->parallel));
     for (int i = 0; i < task->parallel; i++) {
         struct member *m = &members[i];
@@ -196,6 +198,7 @@ __attribute__((visibility("default"))) struct outcome simulate(const struct task
     struct outcome out = { 0 };
     bmc_limits limits = { .n_rounds = 1 };
     target_model.c.vocab_size = draft_model.c.vocab_size = 1 << 16;
+    target_model.c.causal = draft_model.c.causal = 1;
     now = 0;
     bmc_policy_new(task->target[0] * 0.7, task->draft[0], &limits.policy);
     int begun = 0, tokens = 0;

@@ -1,5 +1,5 @@
-/* The gated delta net (arXiv 2412.06464): a state of each head maps keys to values. A token takes it to decay * S, corrects by beta
- * what that says of its key, and reads it with its query. */
+/* The gated delta net (arXiv 2412.06464): a head's state S maps keys to values. A token makes it decay * S,
+ * corrects by beta what that says of its key, and reads it with its query. */
 #include "recurrent.h"
 
 #include <math.h>
@@ -26,17 +26,18 @@ static void key(const bmc_model *m, const struct block *b, float *x, bool query)
 }
 
 static void value(const bmc_model *m, const struct block *b, const struct work *w, int t, int h) {
-    float *beta = w->beta + (size_t)t * padded(b->c.n_heads) + h;
+    float *beta = row_of(w->beta, w->beta_stride, t) + h;
     m->k.act[BMC_ACT_SIGMOID](beta, NULL, beta, 1, NULL);
     decay(m, b, w, t, h);
 }
 
+/* norm(o) silu(gate) */
 static void finish(const bmc_model *m, const struct block *b, const struct work *w, int t, int h) {
     const int v_dim = (int)b->extent[V_DIM];
-    const float *o = w->o + ((size_t)t * (size_t)b->c.n_heads + (size_t)h) * padded(v_dim), *gate = w->gate + (size_t)t * w->gate_stride + (size_t)(h * v_dim);
-    float *y = w->out + (size_t)t * padded(b->c.inner_dim) + (size_t)(h * v_dim);
+    const float *o = row_of(w->o, w->values, t) + (size_t)h * padded(v_dim);
+    float *y = row_of(w->out, padded(b->c.inner_dim), t) + h * v_dim;
     m->k.rmsnorm(y, o, b->recurrent.norm.v, NULL, v_dim, m->c.norm_eps);
-    m->k.act[BMC_ACT_SILU](y, y, gate, v_dim, NULL);
+    m->k.act[BMC_ACT_SILU](y, y, row_of(w->gate, w->gate_stride, t) + h * v_dim, v_dim, NULL);
 }
 
 static void run(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread) {
@@ -45,7 +46,8 @@ static void run(struct pass *p, const struct block *b, struct tokens in, struct 
     struct work w;
     recurrent_work(p->model, b, &w);
     const struct product list[] = {
-        { .w = &r->qkv, .in = in, .y = w.row, .y_stride = w.stride }, { .w = &r->alpha, .in = in, .y = w.row + w.decay, .y_stride = w.stride },
+        { .w = &r->qkv, .in = in, .y = w.row, .y_stride = w.stride },
+        { .w = &r->alpha, .in = in, .y = w.row + w.decay, .y_stride = w.stride },
         product(&r->gate, in, w.gate), product(&r->beta, in, w.beta),
     };
     multiply(p, list, 4, thread);
@@ -53,4 +55,6 @@ static void run(struct pass *p, const struct block *b, struct tokens in, struct 
     recurrent_run(p, b, &delta, &w, out, thread);
 }
 
-const struct kind delta_net_kind = { "delta net", roles, recurrent_check, recurrent_measure, recurrent_need, true, NULL, recurrent_stream, run };
+const struct kind delta_net_kind = {
+    "delta net", roles, recurrent_check, recurrent_measure, recurrent_need, true, NULL, recurrent_stream, run,
+};

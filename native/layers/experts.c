@@ -297,28 +297,38 @@ static void gate_up_all(struct pass *p, const struct block *b, const struct work
     barrier(p, thread, BMC_STEP_ACTIVATION);
 }
 
-/* y += weight * down(hidden), experts ascending, by groups of rows. */
+/* The most tokens that an expert has. */
+static int most_tokens(const struct block *b, const struct work *w) {
+    int most = 0;
+    for (int e = 0; e < b->c.n_experts; e++)
+        most = larger(most, w->first[e + 1] - w->first[e]);
+    return most;
+}
+
+/* y += weight * down(hidden), experts ascending, for groups [from, to) of rows. */
+static void down_groups(struct pass *p, const struct block *b, const struct work *w, struct tokens in, struct sink out, int from, int to, int thread) {
+    const struct matrix *down = b->experts.down.of;
+    const size_t stride = padded(b->extent[EXPERT_IN]), row = (size_t)from * GROUP_ROWS, wide = (size_t)(to - from) * GROUP_ROWS;
+    const int rows = smaller((int)wide, (int)(down->n_rows - (int64_t)row));
+    float *part = scratch_of(p, thread);
+    for (int t = 0; !out.add && t < in.n; t++)
+        memset(out.y + (size_t)t * stride + row, 0, (size_t)rows * sizeof *out.y);
+    for (int e = 0; e < b->c.n_experts; e++) {
+        if (w->first[e + 1] == w->first[e])
+            continue;
+        multiply_groups(p, &down[e], job_of(b, w, in, e).hidden, from, to, part, thread);
+        for (int i = w->first[e]; i < w->first[e + 1]; i++)
+            p->model->k.axpy(out.y + (size_t)w->list[i].tok * stride + row, w->list[i].weight, part + (size_t)(i - w->first[e]) * wide, rows);
+    }
+}
+
 static void down_all(struct pass *p, const struct block *b, const struct work *w, struct tokens in, struct sink out, int thread) {
     const struct matrix *down = b->experts.down.of;
-    const size_t stride = padded(b->extent[EXPERT_IN]);
-    float *part = scratch_of(p, thread);
+    const int most = most_tokens(b, w), room = larger(1, p->model->pass_max / most);        /* groups whose results fit */
     int64_t from, to;
     while (pool_take(p->model->pool, thread, n_groups(down), &from, &to))
-        for (; from < to; from++) {
-            const size_t row = (size_t)from * GROUP_ROWS, rows = (size_t)smaller(GROUP_ROWS, (int)(down->n_rows - (int64_t)row));
-            for (int t = 0; !out.add && t < in.n; t++)
-                memset(out.y + (size_t)t * stride + row, 0, rows * sizeof *out.y);
-            for (int e = 0; e < b->c.n_experts; e++) {
-                const int n = w->first[e + 1] - w->first[e];
-                if (!n)
-                    continue;
-                multiply_group(p, &down[e], job_of(b, w, in, e).hidden, (int)from, part, thread);
-                for (int i = 0; i < n; i++) {
-                    const struct pick *pick = &w->list[w->first[e] + i];
-                    p->model->k.axpy(out.y + (size_t)pick->tok * stride + row, pick->weight, part + i * GROUP_ROWS, (int)rows);
-                }
-            }
-        }
+        for (int step = smaller(room, stretch(down, most, (int)(to - from))); from < to; from += step)
+            down_groups(p, b, w, in, out, (int)from, smaller((int)from + step, (int)to), thread);
 }
 
 /* The expert that is always on, on top of what the others came to. */

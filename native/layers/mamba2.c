@@ -1,4 +1,5 @@
-/* Mamba 2 (arXiv 2405.21060): a state of each head decays and takes in dt x by the keys B, and is read with the queries C. */
+/* Mamba 2 (arXiv 2405.21060): a head's state decays, takes in dt x by the key B, and is read with the query
+ * C. */
 #include "recurrent.h"
 
 static const struct role roles[] = {
@@ -15,23 +16,22 @@ static const struct role roles[] = {
 
 /* d = dt x */
 static void value(const bmc_model *m, const struct block *b, const struct work *w, int t, int h) {
-    const size_t v_dim = padded(b->extent[V_DIM]), heads = (size_t)b->c.n_heads;
-    float *d = w->row + (size_t)t * w->stride + w->d + (size_t)h * v_dim;
-    memcpy(d, w->v + ((size_t)t * heads + (size_t)h) * v_dim, v_dim * sizeof *d);
-    m->k.scale(d, decay(m, b, w, t, h), (int)v_dim);
+    const size_t n = padded(b->extent[V_DIM]);
+    float *d = row_of(w->row, w->stride, t) + w->d + (size_t)h * n;
+    memcpy(d, row_of(w->v, w->values, t) + (size_t)h * n, n * sizeof *d);
+    m->k.scale(d, decay(m, b, w, t, h), (int)n);
 }
 
 /* norm((o + D x) silu(gate)) */
 static void finish(const bmc_model *m, const struct block *b, const struct work *w, int t, int g) {
     const int v_dim = (int)b->extent[V_DIM], heads = b->c.n_heads / b->c.n_groups, size = heads * v_dim;
-    float *y = w->out + (size_t)t * padded(b->c.inner_dim) + (size_t)(g * size);
+    float *out = row_of(w->out, padded(b->c.inner_dim), t), *y = out + g * size;
     for (int h = g * heads; h < (g + 1) * heads; h++) {
-        const size_t at = ((size_t)t * (size_t)b->c.n_heads + (size_t)h) * padded(v_dim);
-        float *head = y + (h - g * heads) * v_dim;
-        memcpy(head, w->o + at, (size_t)v_dim * sizeof *head);
-        m->k.axpy(head, b->recurrent.d.v[h], w->v + at, v_dim);
+        const size_t at = (size_t)h * padded(v_dim);
+        memcpy(out + h * v_dim, row_of(w->o, w->values, t) + at, (size_t)v_dim * sizeof *out);
+        m->k.axpy(out + h * v_dim, b->recurrent.d.v[h], row_of(w->v, w->values, t) + at, v_dim);
     }
-    m->k.act[BMC_ACT_SILU](y, y, w->gate + (size_t)t * w->gate_stride + (size_t)(g * size), size, NULL);
+    m->k.act[BMC_ACT_SILU](y, y, row_of(w->gate, w->gate_stride, t) + g * size, size, NULL);
     if (b->recurrent.norm.v)
         m->k.rmsnorm(y, y, b->recurrent.norm.v + g * size, NULL, size, m->c.norm_eps);
 }
@@ -46,4 +46,6 @@ static void run(struct pass *p, const struct block *b, struct tokens in, struct 
     recurrent_run(p, b, &mamba2, &w, out, thread);
 }
 
-const struct kind mamba2_kind = { "Mamba 2", roles, recurrent_check, recurrent_measure, recurrent_need, true, NULL, recurrent_stream, run };
+const struct kind mamba2_kind = {
+    "Mamba 2", roles, recurrent_check, recurrent_measure, recurrent_need, true, NULL, recurrent_stream, run,
+};

@@ -1,4 +1,5 @@
-/* LFM2's short convolution: out(c * conv(b * x)), where b, c and x are linear in the input. Its log alone is its state. */
+/* LFM2's short convolution: out(c * conv(b * x)), with b, c and x linear in the input. It has a log, and no
+ * state. */
 #include "recurrent.h"
 
 #include "../error.h"
@@ -12,7 +13,10 @@ static const struct role roles[] = {
 
 static int check(const bmc_model *m, const bmc_block *c) {
     (void)m;
-    return c->conv >= 1 && c->conv <= 64 ? 0 : fail(BMC_EFORMAT, "layer %d: expected a convolution over 1 to 64 tokens, found %d", c->layer, c->conv);
+    if (c->conv < 1 || c->conv > 64)
+        return fail(BMC_EFORMAT, "layer %d: expected a convolution over 1 to 64 tokens, found %d", c->layer,
+                    c->conv);
+    return 0;
 }
 
 static void measure(const bmc_model *m, const bmc_block *c, int64_t *e) {
@@ -24,16 +28,17 @@ static void measure(const bmc_model *m, const bmc_block *c, int64_t *e) {
 
 static void stream(bmc_model *m, struct block *b) {
     b->stream = m->n_states++;
-    m->state_sizes[b->stream] = (struct state_size){ .row = padded(b->extent[DIM]), .n_before = b->c.conv - 1 };
+    m->state_sizes[b->stream] = (struct state_size){ .row = padded(m->c.dim), .n_before = b->c.conv - 1 };
 }
 
 static struct need need(const bmc_model *m, const struct block *b) {
-    (void)m;
-    return (struct need){ .floats = padded(b->extent[IN]) + padded(b->extent[DIM]), .blocks = (size_t)b->extent[DIM] / 32 + 1 };
+    const size_t dim = (size_t)m->c.dim;
+    return (struct need){ .floats = padded(b->extent[IN]) + padded(m->c.dim), .blocks = dim / 32 + 1 };
 }
 
 /* A thread's channels, of all tokens: b x stands in the place of b. */
-static void mix(const struct pass *p, const struct block *b, const struct work *w, struct tokens out, int thread) {
+static void mix(const struct pass *p, const struct block *b, const struct work *w, struct tokens out,
+                int thread) {
     const bmc_model *m = p->model;
     const int dim = m->c.dim;
     const struct run *run = p->runs;
@@ -41,7 +46,7 @@ static void mix(const struct pass *p, const struct block *b, const struct work *
     share(p, thread, (dim + 31) / 32, &from, &to);
     const int first = 32 * (int)from, n = smaller(32 * (int)to, dim) - first;
     for (int t = 0; t < p->n_tok && n > 0; t++) {
-        float *row = w->row + (size_t)t * w->stride + first, *y = out.x + (size_t)t * padded(dim) + first;
+        float *row = row_of(w->row, w->stride, t) + first, *y = row_of(out.x, padded(dim), t) + first;
         run = run_of(run, t);
         m->k.mul(row, row + 2 * dim, n);
         convolve(p, b, w, run, t, first, n, y);
@@ -53,8 +58,11 @@ static void mix(const struct pass *p, const struct block *b, const struct work *
 static void run(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread) {
     const struct buffers *buffers = p->model->buffers;
     const struct work w = { .row = buffers->work, .stride = padded(b->extent[IN]) };
-    const struct tokens mixed = { .x = buffers->work + (size_t)p->model->pass_max * w.stride, .act = buffers->work_act, .n = p->n_tok };
-    const struct product all = product(&b->recurrent.in, in, w.row), output = product_into(&b->recurrent.out, mixed, out);
+    const struct tokens mixed = {
+        .x = row_of(w.row, w.stride, p->model->pass_max), .act = buffers->work_act, .n = p->n_tok,
+    };
+    const struct product all = product(&b->recurrent.in, in, w.row);
+    const struct product output = product_into(&b->recurrent.out, mixed, out);
     multiply(p, &all, 1, thread);
     barrier(p, thread, BMC_STEP_QKV);
     mix(p, b, &w, mixed, thread);
@@ -63,4 +71,6 @@ static void run(struct pass *p, const struct block *b, struct tokens in, struct 
     multiply(p, &output, 1, thread);
 }
 
-const struct kind short_conv_kind = { "short convolution", roles, check, measure, need, true, NULL, stream, run };
+const struct kind short_conv_kind = {
+    "short convolution", roles, check, measure, need, true, NULL, stream, run,
+};

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from ..chat.generate import encode_prompt
-from ..chat.template import template_of
+from ..chat.template import ChatTemplate, template_of
 from ..engine.engine import Engine, Request, Sequence
 from ..engine.generate import checked_wishes
 from ..engine.sampler import Sampler
@@ -44,18 +44,20 @@ class Worker:
     def __init__(self, model, settings: dict, parallel: int = 8, context: int | None = None, **drafting):
         self.model, self.settings, self.context = model, settings, context
         self.engine = Engine(model, parallel=parallel, **drafting)
-        self._template = None
+        self._template: ChatTemplate | None = None
 
     def answers(self, lines: Iterable[Line]) -> Iterator[dict]:
         """An answer for each line, in their order. One that fails is an answer with an error."""
-        lines, running = iter(lines), {}
-        begun, ready = [], {}           # numbers in order, answers by number
+        lines = iter(lines)
+        running: dict[Sequence, _Job] = {}
+        begun: list[int] = []           # numbers in order
+        ready: dict[int, dict] = {}     # answers by number
         more = True
         while more or begun:
             while more and len(running) < 2 * self.engine.parallel and len(begun) < AHEAD * self.engine.parallel:
                 line = next(lines, None)
                 more = line is not None
-                if more:
+                if line is not None:
                     begun.append(line.number)
                     self._begin(line, running, ready)
             self._step(running, ready)

@@ -35,8 +35,9 @@ def generate(model: Model, prompt: Prompt, max_tokens: int | None = 256, *, sess
                again. Without one a new session is used and closed. A generation in it ends the one before
     draft      a smaller model that guesses ahead, best with the same vocabulary: a Model or a path. The text is the same
                as without it, at any temperature; only the time differs
-    spec       who guesses: "auto" (repetitions in the text, and the draft model if there is one), "draft", "ngram"
-               (repetitions alone), "self" (the model itself with less attention: in long texts) or "off"
+    spec       who guesses: "auto" (repetitions in the text, and the draft model if there is one, else the draft head if the
+               model's file has one), "draft", "mtp" (the draft head), "ngram" (repetitions alone), "self" (the model itself
+               with less attention: in long texts) or "off"
     draft_max, draft_min  bounds of the guesses in a pass; how many pay is found out while decoding
     stop       strings that end the text and are not part of it; they may name control tokens; None: none
     stop_tokens ids that end the text, or one id; None: the vocabulary's end-of-text and end-of-turn tokens, (): none

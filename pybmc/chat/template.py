@@ -34,7 +34,7 @@ _SPECIAL = {                            # what templates call a token, and how G
     "unk_token": "unknown", "sep_token": "seperator", "pad_token": "padding", "cls_token": "cls",
     "mask_token": "mask", "eot_token": "eot", "eom_token": "eom",
 }
-_RESERVED = ("messages", "add_generation_prompt")
+_RESERVED = ("messages", "add_generation_prompt", "continue_final_message")
 _WIDE_TIME = re.compile(r"%[^A-Za-z%]*\d{2}")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _PROBE, _OTHER_PROBE = "zqpybmca", "zqpybmcb"           # words to look for in what a template writes
@@ -52,7 +52,7 @@ class ChatTemplate:
     before the user message that follows it, and neighbours of one role become one message.
 
     Where the last message is the assistant's, the text ends with its content, so that a model continues it; with
-    add_generation_prompt=False it is closed like any other.
+    add_generation_prompt=False it is closed like any other, and with continue_final_message=False a new one begins behind it.
     """
 
     def __init__(self, template: str | None, tokenizer: Tokenizer):
@@ -75,13 +75,15 @@ class ChatTemplate:
         """Whether the template looks at a variable."""
         return name in self._template.variables
 
-    def render(self, messages: Sequence[Mapping], add_generation_prompt: bool = True, **others) -> str:
+    def render(self, messages: Sequence[Mapping], add_generation_prompt: bool = True, continue_final_message: bool = True,
+               **others) -> str:
         """The conversation as one text, for people to read. others: what else the template takes (tools)."""
-        return str.__str__(self._written(messages, add_generation_prompt, others))
+        return str.__str__(self._written(messages, add_generation_prompt, continue_final_message, others))
 
-    def encode(self, messages: Sequence[Mapping], add_generation_prompt: bool = True, **others) -> list[int]:
+    def encode(self, messages: Sequence[Mapping], add_generation_prompt: bool = True, continue_final_message: bool = True,
+               **others) -> list[int]:
         """The conversation's ids, BOS first where the vocabulary wants it. Messages add no control tokens."""
-        text = self._written(messages, add_generation_prompt, others)
+        text = self._written(messages, add_generation_prompt, continue_final_message, others)
         parts = self._tokenizer.vocab.split(str.__str__(text), True, own_of(text), self._guarded)
         ids: list[int] = []
         for part in parts:
@@ -91,9 +93,9 @@ class ChatTemplate:
 
     # -- writing
 
-    def _written(self, messages: Sequence[Mapping], add_generation_prompt: bool, others: Mapping) -> Traced:
+    def _written(self, messages: Sequence[Mapping], add_generation_prompt: bool, continued: bool, others: Mapping) -> Traced:
         messages, others = _checked(messages), checked_variables(others)
-        if add_generation_prompt and _is_begun(messages):
+        if add_generation_prompt and continued and _is_begun(messages):
             return self._continued(messages, others)
         return self._fitted(messages, add_generation_prompt, others)
 

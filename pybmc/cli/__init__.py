@@ -6,7 +6,7 @@ import sys
 import click
 
 from .. import __version__
-from . import batch, files, hub, measure, proof, talk, vectors
+from . import batch, files, hub, measure, proof, serve, talk, vectors
 from .terminal import ReaderLeft, note, sentence
 
 EXIT_FAILED, EXIT_INTERRUPTED = 1, 130
@@ -28,7 +28,7 @@ def cli():
     """
 
 
-for command in (talk.chat, talk.generate, vectors.embed, files.show, files.tokenize, measure.bench, measure.perplexity,
+for command in (talk.chat, talk.generate, serve.serve, vectors.embed, files.show, files.tokenize, measure.bench, measure.perplexity,
                 proof.prove, batch.batch, hub.pull, hub.list_models, hub.rm):
     cli.add_command(command)
 

@@ -175,9 +175,10 @@ draft_options = options(
                  help="At most N tokens guessed at a time; how many pay is found out."),
     click.option("--draft-min", type=click.IntRange(0), default=0, show_default=True, metavar="N",
                  help="Guess at least N tokens or none."),
-    click.option("--spec", type=click.Choice(["auto", "draft", "ngram", "self", "off"]), default="auto", show_default=True,
-                 help="Who guesses: the draft model, repetitions in the text (ngram), both (auto, with a draft), or in long texts the "
-                      "model itself with less attention (self)."),
+    click.option("--spec", type=click.Choice(["auto", "draft", "mtp", "ngram", "self", "off"]), default="auto", show_default=True,
+                 help="Who guesses: the draft model, the draft head in the model's file (mtp), repetitions in the text (ngram), "
+                      "repetitions and the draft model or head that there is (auto), or in long texts the model itself with less "
+                      "attention (self)."),
     click.option("--tint", is_flag=True, help="Colour the tokens that were guessed, on a terminal."))
 
 template_options = options(
@@ -333,7 +334,7 @@ def with_draft(flags: dict, bundled: bool, threads):
         path = demo_model(draft=True)
     if path is None and settings["spec"] == "draft":
         raise click.UsageError("--spec draft needs --draft FILE")
-    if path is None or settings["spec"] in ("ngram", "self", "off"):
+    if path is None or settings["spec"] not in ("auto", "draft"):
         yield settings | {"draft": None}
         return
     with opened(find(path), threads) as (draft, _):

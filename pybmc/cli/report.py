@@ -45,6 +45,10 @@ def split(stats) -> str:
     return f"{stats.predicted_s:.3f} s: " + ", ".join(f"{name} {t / whole:.0%}" for name, t in spent.items())
 
 
+def drafter(speculation) -> str:
+    return "draft head" if speculation.head else "draft model"
+
+
 def costs(speculation) -> list[str]:
     """What passes cost by their width."""
     one = speculation.seconds(1)
@@ -53,14 +57,14 @@ def costs(speculation) -> list[str]:
     widths = ", ".join(f"{n}: {speculation.seconds(n) / one:.2f}" for n in (2, 4, 8, 16))
     lines = [f"one token takes {one * 1e3:.2f} ms; a pass of more tokens, compared with that: {widths}"]
     draft = speculation.seconds(1, of_draft=True)
-    return lines + [f"a guess of the draft model takes {draft * 1e3:.2f} ms"] * bool(draft and speculation.draft)
+    return lines + [f"a guess of the {drafter(speculation)} takes {draft * 1e3:.2f} ms"] * bool(draft and speculation.draft)
 
 
 def sources(speculation) -> list[str]:
     """How often guesses come true."""
     lines = []
     if speculation.draft:
-        lines.append(f"draft model: {speculation.chance(MODEL):.0%} of its guesses come true")
+        lines.append(f"{drafter(speculation)}: {speculation.chance(MODEL):.0%} of its guesses come true")
     if speculation.spec in ("auto", "ngram"):
         chances = " ".join(f"{speculation.chance(NGRAMS, n):.0%}" for n in (2, 3, 4, 6, 8, 12, 16, 24))
         lines.append(f"repetitions: after matches of 2 3 4 6 8 12 16 24 tokens {chances} come true")

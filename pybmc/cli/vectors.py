@@ -61,7 +61,7 @@ def embed(args, model_option, text_file, pooling, dimensions, normalize, form, o
     with open(output, "wb") if output else nullcontext() as file:
         with opened(path, threads, writes=False) as (loaded, _), progress("embedding") as update:
             found = loaded.embed(texts, normalize, pooling, dimensions, update)
-        if form == "npy":
+        if form == "npy" and file is not None:
             np.save(file, found)
             return
         for i, vectors in enumerate(found):

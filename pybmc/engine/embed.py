@@ -7,11 +7,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
 from .. import checks
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ContextFullError
 from ..files.types import dequantize
 from ..models.pooling import DENSE, KINDS, Linear
 from .session import eval_batch
@@ -62,19 +63,35 @@ def _note_mean(path: str) -> None:
                 path)
 
 
-def encode_inputs(model, inputs) -> list[list[int]]:
-    """Token ids of each text, with the tokens that the file puts around it; ids stay as they are."""
+class TooLongError(ArgumentError, ContextFullError):
+    """A text has more tokens than the model takes."""
+
+
+def encode_inputs(model, inputs, context: int | None = None, truncate: bool = False) -> list[list[int]]:
+    """Token ids of each text, with the tokens that the file puts around it; ids stay as they are. context: fewer
+    tokens than the model takes. truncate: texts that are too long are cut, else they are a TooLongError."""
     if isinstance(inputs, (bytes, bytearray, Mapping)) or not isinstance(inputs, Iterable):
         checks.refuse("inputs", "texts or lists of token ids", inputs)
     texts = [encode(model, text) for text in ([inputs] if isinstance(inputs, str) else inputs)]
     most = model.config.n_ctx if model.config.causal else model.pass_tokens
+    most = min(most, context or most)
+    if truncate:
+        texts = [cut(model, ids, most) for ids in texts]
     for i, ids in enumerate(texts):
         if not ids:
             raise ArgumentError(f"inputs: text {i + 1} of {len(texts)} has no tokens")
         if len(ids) > most:
-            raise ArgumentError(f"inputs: text {i + 1} of {len(texts)} has {len(ids)} tokens, "
-                                f"{model.path} takes up to {most}")
+            raise TooLongError(f"inputs: text {i + 1} of {len(texts)} has {len(ids)} tokens, "
+                               f"the model takes up to {most}")
     return texts
+
+
+def cut(model, ids: list[int], most: int) -> list[int]:
+    """The first tokens of a text, and the one that the vocabulary puts at its end."""
+    if len(ids) <= most:
+        return ids
+    ends = model.tokenizer is not None and (model.tokenizer.add_eos or model.tokenizer.add_sep)
+    return [*ids[:most - 1], ids[-1]] if ends else ids[:most]
 
 
 def encode(model, text) -> list[int]:
@@ -89,7 +106,8 @@ def encode(model, text) -> list[int]:
 
 def groups(texts: list[list[int]], most: int) -> Iterator[list[int]]:
     """Numbers of texts that share a pass: up to `most` tokens, or a longer text alone. The shortest come first."""
-    group, size = [], 0
+    group: list[int] = []
+    size = 0
     for i in sorted(range(len(texts)), key=lambda i: len(texts[i])):
         if group and size + len(texts[i]) > most:
             yield group
@@ -100,7 +118,7 @@ def groups(texts: list[list[int]], most: int) -> Iterator[list[int]]:
         yield group
 
 
-def evaluate(model, texts: list[list[int]], wants: str) -> list[np.ndarray]:
+def evaluate(model, texts: list[list[int]], wants: str) -> list[Any]:
     """Vectors after the last norm, as Session.eval names them."""
     with ExitStack() as sessions:
         return eval_batch([(sessions.enter_context(model.session(rows=len(ids))), ids, wants)

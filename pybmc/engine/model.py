@@ -19,7 +19,7 @@ from .. import checks
 from .._native import check, ffi, last_error, lib, owned, pointer
 from ..errors import ArgumentError, ClosedError, FormatError, OutOfMemoryError
 from ..files.gguf import GGUF
-from ..models.bind import Role, bind
+from ..models.bind import Role, bind, bind_head
 from ..models.config import Config, read_config
 from ..models.layers import RMS
 from ..tokenizers import Tokenizer
@@ -33,7 +33,8 @@ Progress = Callable[[int, int], None]       # called with what is done and how m
 @dataclass
 class Profile:
     """Where the time of a `with model.profile()` went, in seconds: all of it, in calls of the library, and in the steps
-    of its passes, which together make up the passes (the mean of the threads, whose waiting is a step too)."""
+    of its passes, which together make up the passes (the mean of the threads, whose waiting is a step too). Steps that
+    took no time, as those of blocks that the model does not have, are left out."""
 
     wall_s: float = 0.0
     calls_s: float = 0.0
@@ -57,10 +58,7 @@ class Model:
         try:
             self.config = read_config(self._file)
             self._handle = _bound(self._file, self.config, self.threads)
-            if repack:
-                self._pack(progress)
-            elif lib.bmc_model_map(self._handle):
-                raise OutOfMemoryError(last_error())
+            self._ready(repack, progress)
         except BaseException:
             self.close()
             raise
@@ -73,6 +71,13 @@ class Model:
         self._locks = defaultdict(threading.Lock)       # process id -> lock of _sessions; a forked one needs its own
         self._long = False                              # a context beyond the training was noted
         self.threads = _thread_count(threads)
+
+    def _ready(self, repack: bool, progress: Progress | None = None) -> None:
+        self._repack = repack
+        if repack:
+            self._pack(progress)
+        elif lib.bmc_model_map(self._handle):
+            raise OutOfMemoryError(last_error())
 
     def _pack(self, progress: Progress | None) -> None:
         """The panels are made beside the tokenizer; a vocabulary that is broken shows here too."""
@@ -105,6 +110,15 @@ class Model:
         lib.bmc_model_packed(self._live(), total)
         return total[0]
 
+    @cached_property
+    def head(self) -> Model | None:
+        """The file's draft head, made when it is first asked for: a model that guesses for this one. None without one that works."""
+        try:
+            return Head(self) if self.config.head else None
+        except (FormatError, OutOfMemoryError) as error:
+            log.warning("the draft head is not used: %s", error)
+            return None
+
     def coarsen(self) -> bool:
         """Give the head a coarse copy of two bits a weight, with which draft() chooses the few ids that the head itself
         decides among. Once; drafting does it. False where that would not save much. Raises OutOfMemoryError."""
@@ -123,7 +137,7 @@ class Model:
             check(lib.bmc_model_times(handle, times))
             check(lib.bmc_model_profile(handle, 0))
             profile.calls_s, profile.passes = times.calls, times.n_passes
-            profile.steps = {ffi.string(lib.bmc_step_name(i)).decode(): s for i, s in enumerate(times.steps)}
+            profile.steps = {ffi.string(lib.bmc_step_name(i)).decode(): s for i, s in enumerate(times.steps) if s}
 
     @cached_property
     def tokenizer(self):
@@ -175,9 +189,14 @@ class Model:
             sessions = list(self._sessions)
         for session in sessions:
             session.close()
+        if head := self.__dict__.pop("head", None):
+            head.close()
         self.speculations.clear()
         self.drafts.clear()
         self._handle = ffi.NULL
+        self._close_file()
+
+    def _close_file(self) -> None:
         self._file.close()
 
     @property
@@ -199,9 +218,27 @@ class Model:
         return f"<pybmc.Model {self.path} {self.config.arch}, {self.threads} threads>"
 
 
-def check_model(file: GGUF, config: Config) -> None:
-    """Raise the FormatError that loading would: every tensor is bound and its shape checked, none is packed."""
-    _bound(file, config, 1)
+class Head(Model):
+    """The draft head of a model's file. Its tokens come with the model's hidden states, so only the library's rounds use it."""
+
+    def __init__(self, model: Model):
+        self._begin(model.threads)
+        self._file, self.config, self.tokenizer = model._file, model.config.head, model.tokenizer
+        self._handle = _bound_head(self._file, self.config, self.threads, model._live())
+        self._ready(model._repack)
+
+    def _close_file(self) -> None:
+        pass                            # it is the model's
+
+
+def check_model(file: GGUF, config: Config) -> bool:
+    """Raise the FormatError that loading would: every tensor is bound and its shape checked, none is packed. Whether there is a
+    draft head that works."""
+    handle = _bound(file, config, 1)
+    try:
+        return config.head is not None and bool(_bound_head(file, config.head, 1, handle))
+    except FormatError:
+        return False
 
 
 def _bound(file: GGUF, config: Config, threads: int):
@@ -209,15 +246,21 @@ def _bound(file: GGUF, config: Config, threads: int):
     return _bound_roles(file.path, config, bind(file, config), threads)
 
 
-def _bound_roles(path, config: Config, roles: list[Role], threads: int, mapped: bool = True):
+def _bound_head(file: GGUF, config: Config, threads: int, target):
+    """The same for the draft head of a C model."""
+    return _bound_roles(file.path, config, bind_head(file, config), threads, target=target)
+
+
+def _bound_roles(path, config: Config, roles: list[Role], threads: int, mapped: bool = True, target=ffi.NULL):
     """The same from roles; mapped: their data lies in a file mapping, whose pages may be dropped."""
     settings, tensors, kept = _settings(config), *_tensors(roles, mapped)
+    settings.pointer.target = target
     handle = ffi.new("bmc_model **")
     try:
         check(lib.bmc_model_new(settings.pointer, tensors, len(tensors), threads, handle))
     except FormatError as error:
         raise FormatError(f"{path}: {error}") from None
-    return owned(handle[0], "bmc_model_free", kept)
+    return owned(handle[0], "bmc_model_free", [kept, target])
 
 
 def _thread_count(threads: int | None) -> int:

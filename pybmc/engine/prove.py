@@ -31,8 +31,9 @@ PROMPTS = (
 )
 
 
-KINDS: dict[str, dict | None] = {       # of guesses -> Speculation's settings; the last ones need a draft model
+KINDS: dict[str, dict | None] = {       # of guesses -> Speculation's settings; some need a draft model, or a draft head in the file
     "rehearsed": None, "repetitions": {"spec": "ngram", "fixed": 7}, "draft": {"spec": "draft"}, "draft of 5": {"spec": "draft", "fixed": 5},
+    "head": {"spec": "mtp"}, "head of 5": {"spec": "mtp", "fixed": 5},
 }
 
 
@@ -71,7 +72,7 @@ def prove(model, prompts: Sequence = PROMPTS, max_tokens: int = 64, draft=None,
     """Compare each prompt at each temperature. Raises PairError if the draft does not go with the model."""
     if draft is not None:
         connect(model, draft)
-    kinds = [kind for kind in KINDS if draft is not None or "draft" not in kind]
+    kinds = [kind for kind in KINDS if (draft is not None or "draft" not in kind) and (model.head is not None or "head" not in kind)]
     for i, prompt in enumerate(prompts):
         tokens = encode_text(model.tokenizer, prompt)
         for temperature in temperatures:

@@ -86,11 +86,11 @@ class Session:
             other._begin(self.model, self.context, owned(fork[0], "bmc_session_free", self.model._live()))
         return other
 
-    def snapshot(self) -> None:
-        """Remember the state of recurrent blocks here, so that going back to this position reads no tokens again. A session keeps
-        the eight that were used last; models without such blocks need none. Raises OutOfMemoryError."""
+    def nearest(self, position: int) -> int:
+        """The last position up to this one to which rewind() and fork() go without reading tokens again: this one, but for
+        recurrent layers, which need a snapshot, and for windows, whose rows may be gone."""
         with self._claimed(moves=False) as handle:
-            check(lib.bmc_session_snapshot(handle))
+            return check(lib.bmc_session_nearest(handle, checks.whole("position", position)))
 
     @property
     def position(self) -> int:
@@ -139,10 +139,16 @@ class Session:
             check(lib.bmc_session_rewind(handle, checks.whole("position", position)))
 
     def snapshot(self) -> None:
-        """Keep what recurrent layers know at about this position: to go back here later will need few tokens again. Nothing
-        happens for models without such layers. Raises OutOfMemoryError."""
+        """Keep the states of recurrent blocks as they are about here: to go back to this position will need at most 48 tokens
+        again. Of more than eight those stay that save the most tokens. Models without such blocks need none. Raises
+        OutOfMemoryError."""
         with self._claimed(moves=False) as handle:
             check(lib.bmc_session_snapshot(handle))
+
+    def keep_hidden(self) -> None:
+        """Keep the hidden states of the last tokens from now on, for a draft head. Raises OutOfMemoryError."""
+        with self._claimed(moves=False) as handle:
+            check(lib.bmc_session_keep_hidden(handle))
 
     def reserve(self, rows: int) -> None:
         """Make room for `rows` tokens more, so that the next ones do not wait for memory."""

@@ -14,7 +14,7 @@ class Token(NamedTuple):
 
     logprob is the model's own, before settings; top holds the likeliest (id, logprob) where they were asked for.
     finish_reason is set on the last token: "stop" (the model ended, or a stop string was found), "length" (max_tokens) or
-    "context" (no room for more).
+    "context" (no room for more). by: who guessed it: "draft" (a model or a head), "ngram" or "self".
     """
 
     id: int
@@ -23,6 +23,7 @@ class Token(NamedTuple):
     from_draft: bool = False
     finish_reason: str | None = None
     top: tuple[tuple[int, float], ...] = ()
+    by: str | None = None
 
 
 class StopStrings:
@@ -130,7 +131,8 @@ class Ending:
         self.left, self.room = max_tokens, room
         self.decoder, self.stop_strings, self.stop_ids = decoder, stop_strings, stop_ids
 
-    def token(self, id: int, logprob: float, from_draft: bool = False, top: tuple[tuple[int, float], ...] = ()) -> Token:
+    def token(self, id: int, logprob: float, from_draft: bool = False, top: tuple[tuple[int, float], ...] = (),
+              by: str | None = None) -> Token:
         self.left, self.room = self.left - 1, self.room - 1
         ends, stop_strings = id in self.stop_ids, self.stop_strings
         name = stop_strings.names.get(id)
@@ -147,4 +149,4 @@ class Ending:
             reason = "context"
         if reason and not stop_strings.found:
             text += stop_strings.push(self.decoder.flush()) + stop_strings.flush()
-        return Token(id, text, logprob, from_draft, reason, top)
+        return Token(id, text, logprob, from_draft, reason, top, by)

@@ -133,6 +133,7 @@ def _search(name: names.Name) -> Found:
                 raise
         if found is not None and found.facts["runs"]:
             break
+    assert found is not None            # else the last one has raised
     return found
 
 
@@ -226,7 +227,7 @@ def _fetch(found: Found, part: Remote) -> Path:
     _check_headers(hub.get_hf_file_metadata(hub.hf_hub_url(found.repo, part.file, revision=found.revision)), part)
     path = Path(hub.hf_hub_download(found.repo, part.file, revision=found.revision,
                                     cache_dir=store.cache_folder()))
-    checked = part.sum and cache.path_of("sums", _identity(path, part.sum))
+    checked = cache.path_of("sums", _identity(path, part.sum)) if part.sum else None
     if part.sum and not (checked and checked.is_file()):
         _check_sum(path, found, part)
         cache.replace(checked, part.sum)

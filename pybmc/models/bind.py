@@ -15,7 +15,7 @@ from .._native import check, ffi, lib, pointer
 from ..errors import FormatError, printable
 from ..files.gguf import GGUF, Tensor
 from ..files.types import type_info
-from .config import Config
+from .config import NEXTN, Config
 from .layers import Block
 from .pooling import TENSORS as AFTER_THE_PASS
 from .rope import TENSORS as ROPE_TENSORS
@@ -25,6 +25,8 @@ SUFFIXES = ("weight", "bias", "scale")
 LAST = "layer_output_scale"            # belongs to the end of a layer
 COMMON = ("norm", "post_norm", "sum_norm", "out_norm", LAST)
 FUSED = {"attn_qkv": ("attn_q", "attn_k", "attn_v"), "ffn_up": ("ffn_gate", "ffn_up")}
+HEAD = {"nextn.embed_tokens": "token_embd", "nextn.shared_head_norm": "output_norm", "nextn.shared_head_head": "output",
+        **{f"nextn.{name}": f"nextn.{name}" for name in NEXTN}}         # a draft head's tensors outside its blocks
 ONE_EXPERT = re.compile(r"(ffn_(?:gate|up|down))\.(\d{1,4})")
 
 
@@ -64,6 +66,26 @@ def bind(file: GGUF, config: Config) -> list[Role]:
         roles.append(Role("output", -1, embedding.tensor, embedding.n_rows, embedding.n_cols, embedding.data))
     _check_needs(file, config, have)
     _check_end(file)
+    return roles
+
+
+def bind_head(file: GGUF, config: Config) -> list[Role]:
+    """The same for a file's draft head; config: its own. Embedding and last norm are the model's where it has none, and the library
+    gives it the model's output matrix."""
+    blocks, roles = list(enumerate(block for _, block in config.blocks)), []
+    for tensor in file.tensors.values():
+        layer, name = _split(tensor)
+        if layer == config.first_layer:
+            found = [_role(HEAD[name], -1, tensor)] if name in HEAD else list(_block_roles(file, blocks, layer, name, tensor))
+            if not found:
+                raise _misfit(file, tensor, f"pybmc does not know this tensor of a draft head of {config.arch}")
+            roles += found
+    have = {(role.block, role.name) for role in roles}
+    for name in {"token_embd", "output_norm"} - {name for block, name in have if block < 0}:
+        if tensor := file.tensors.get(f"{name}.weight"):
+            roles.append(_role(name, -1, tensor))
+            have.add((-1, name))
+    _check_needs(file, config, have)
     return roles
 
 
@@ -121,17 +143,21 @@ def _roles(file: GGUF, config: Config, by_layer: dict, tensor: Tensor) -> Iterat
         if _knows(roles_of(None), role):
             found = True
             yield _first_row(_role(role, -1, tensor)) if role == "token_types" else _role(role, -1, tensor)
-    blocks = by_layer.get(layer, [])
-    for number, block in blocks[-1:] if name == LAST else blocks:
-        for role in _roles_in(file, config, number, block, layer, name, tensor):
-            found = True
-            yield role
+    for role in _block_roles(file, by_layer.get(layer, []), layer, name, tensor):
+        found = True
+        yield role
     if not found:
         raise _misfit(file, tensor, f"pybmc does not know this tensor of {config.arch}; "
                                     "the answer would be wrong without it")
 
 
-def _roles_in(file: GGUF, config: Config, number: int, block: Block, layer: int, name: str, tensor: Tensor) -> Iterator[Role]:
+def _block_roles(file: GGUF, blocks: list[tuple[int, Block]], layer: int | None, name: str, tensor: Tensor) -> Iterator[Role]:
+    """What a tensor is to the blocks of its layer."""
+    for number, block in blocks[-1:] if name == LAST else blocks:
+        yield from _roles_in(file, number, block, layer, name, tensor)
+
+
+def _roles_in(file: GGUF, number: int, block: Block, layer: int | None, name: str, tensor: Tensor) -> Iterator[Role]:
     """What a tensor of the layer is to one of its blocks; nothing where it is another's."""
     roles, sizes = roles_of(block.kind), block.sizes()
     stem, dot, tail = name.partition(".")

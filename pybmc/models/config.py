@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ..errors import FormatError
 from ..files.gguf import GGUF
 from . import deepseek, encoders, gemma, hybrids, llama, mixtures, older, phi, qwen  # noqa: F401  they register their architectures
-from .layers import RMS, Attention, Block, Mla
+from .layers import RMS, Attention, Block, Dense, Experts, Mla
 from .parts import REGISTRY, Architecture, Reader
 from .pooling import Pooling, read_pooling
 from .rope import Table
@@ -35,6 +35,8 @@ class Config:
     logit_softcap: float = 0.0
     per_layer_dim: int = 0
     pooling: Pooling = Pooling()
+    first_layer: int = 0                # the file's number of the first of layers
+    head: Config | None = None          # of the file's draft head, a model of one layer
     n_predicting: int = 0               # layers of the file after n_layers, which predict further and are left out
 
     @property
@@ -44,7 +46,7 @@ class Config:
     @property
     def blocks(self) -> list[tuple[int, Block]]:
         """Every block with its layer's number, in the order of the pass."""
-        return [(i, block) for i, layer in enumerate(self.layers) for block in layer]
+        return [(i, block) for i, layer in enumerate(self.layers, self.first_layer) for block in layer]
 
     @property
     def attention(self) -> Attention | Mla | None:
@@ -104,9 +106,34 @@ def read_config(file: GGUF) -> Config:
     config.ropes, config.long_rope = k.tables, k.long
     config.original_ctx = k.count("rope.scaling.original_context_length", k.n_ctx) if k.long else 0
     _find_sources(k, config)
+    config.head = _read_head(k, config)
     _check_vocabulary(file, config)
     k.check_all_used()
     return config
+
+
+NEXTN = ("eh_proj", "enorm", "hnorm")   # tensors that a draft head has besides those of a layer
+
+
+def _read_head(k: Reader, config: Config) -> Config | None:
+    """The layer that predicts one token further. None where the file has none, although the key counts it, or one that does not
+    work as a draft head: its rows have to be all that it keeps of a text."""
+    i = config.n_layers
+    if not config.causal or config.per_layer_dim or not all(k.in_layer(i, f"nextn.{name}") for name in NEXTN):
+        return None
+    try:
+        layer = k.spec.layer(k, i)
+    except FormatError:
+        return None
+    if not isinstance(layer[0], (Attention, Mla)) or not all(map(_keeps_all_rows, layer)):
+        return None
+    return replace(config, layers=[layer], n_layers=1, first_layer=i, pooling=Pooling())
+
+
+def _keeps_all_rows(block: Block) -> bool:
+    if isinstance(block, Attention):
+        return not block.window and block.source is None
+    return isinstance(block, (Mla, Dense, Experts))
 
 
 def _find_sources(k: Reader, config: Config) -> None:

@@ -35,6 +35,8 @@ def delta_net(k, i, interleaved):
 
 
 def _is_recurrent(k, i):
+    if i >= k.n_layers:                 # a draft head
+        return False
     flags = k.file.metadata.get(f"{k.arch}.attention.recurrent_layers")
     if flags is not None:
         return bool(k.find("attention.recurrent_layers", i))

@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 from collections import defaultdict
+from collections.abc import Sequence as Tokens
 from contextlib import suppress
 from typing import Any
 
@@ -19,7 +20,7 @@ from .pair import TEXT, Overlap, PairError, connect
 
 log = logging.getLogger(__name__)
 
-SPECS = ("auto", "draft", "ngram", "self", "off")
+SPECS = ("auto", "draft", "mtp", "ngram", "self", "off")
 WIDEST = 32                             # guesses in a pass, at most
 SELF_WINDOW = 512                       # last rows that the model's own drafts see, besides the first 256
 BYTES_A_SECOND = 3e10                   # that a first guess at a pass's time goes by
@@ -29,8 +30,9 @@ NGRAMS, MODEL = 1, 2                    # numbers of sources in native/round.h
 class Speculation:
     """Who guesses for the sequences of a model, and what was learned of costs and of guesses; shared by all of them.
 
-    draft: a smaller Model, or None. spec: who guesses: "draft", "ngram" (repetitions in the text), "auto" (repetitions, and
-    the draft model if there is one), "self" (the model itself with less attention: in long texts) or "off". most and least
+    draft: a smaller Model, or None. spec: who guesses: "draft", "mtp" (the draft head in the model's file), "ngram" (repetitions in
+    the text), "auto" (repetitions, and the draft model if there is one, else the draft head if the file has one), "self" (the model
+    itself with less attention: in long texts) or "off". most and least
     bound the guesses in a pass; fixed is how many there are in every pass, for proofs and comparisons: 0 means as many as pay.
     A draft whose vocabulary cannot be compared is left out with a warning. Raises ArgumentError.
     """
@@ -39,13 +41,16 @@ class Speculation:
         checks.choice("spec", spec, SPECS)
         if spec == "draft" and draft is None:
             raise ArgumentError("spec is 'draft', but there is no draft")
+        if spec == "mtp" and model.head is None:
+            raise ArgumentError(f"spec is 'mtp', but {model.path} has no draft head")
         most, least = checks.draft_bounds(most, least)
         for one in (model, draft):
-            if one is not None:
+            if one is not None and spec != "off":
                 one.check_writes()
         self.model, self.spec = model, spec if most else "off"
         self.most, self.least, self.fixed = min(most, WIDEST), min(least, WIDEST), min(fixed, WIDEST)
-        self.draft = draft if self.spec in ("auto", "draft") else None
+        self.head = self.spec == "mtp" or (self.spec == "auto" and draft is None and model.head is not None)
+        self.draft = model.head if self.head else draft if self.spec in ("auto", "draft") else None
         self.locks: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)        # of a process: one call of the library at a time learns
         self.link = self._connect()
         self._key = store.identity(model, self.draft)
@@ -56,7 +61,7 @@ class Speculation:
 
     def _connect(self) -> Overlap | str | None:
         try:
-            return connect(self.model, self.draft) if self.draft is not None else None
+            return connect(self.model, self.draft) if self.draft is not None and not self.head else None
         except PairError as error:
             log.warning("%s; decoding goes on without it", error)
             self.draft = None
@@ -77,9 +82,13 @@ class Speculation:
     def off(self) -> bool:
         return self.spec == "off"
 
-    def drafter(self) -> Drafter:
-        """For one sequence of the model."""
-        return Drafter(self)
+    def drafter(self, session: Session | None = None, hint: Tokens[int] = ()) -> Drafter:
+        """For one sequence of the model, in this session: without one a draft head makes no guesses. hint: ids that its text may
+        repeat though they are not in it."""
+        if self.head and session is not None:
+            with suppress(OutOfMemoryError):            # decoding goes on without the draft head
+                session.keep_hidden()
+        return Drafter(self, hint)
 
     def save(self) -> None:
         """Keep what was learned for the next run."""
@@ -110,7 +119,7 @@ def seconds_of_guess(model: Model) -> float:
 class Drafter:
     """Who guesses for one sequence. native is a bmc_drafter; bridge a TextDrafter where the draft model's vocabulary is another."""
 
-    def __init__(self, made: Speculation):
+    def __init__(self, made: Speculation, hint: Tokens[int] = ()):
         self.made, self._noted = made, False
         self.bridge: TextDrafter | None = None
         self._session: Session | None = None
@@ -118,6 +127,8 @@ class Drafter:
         self._options = options = ffi.new("bmc_drafter_options *")
         options.most, options.least, options.fixed = made.most, made.least, made.fixed
         options.ngrams = made.spec in ("auto", "ngram")
+        self._hint = ffi.new("int32_t[]", list(hint))
+        options.hint, options.n_hint = self._hint, len(self._hint)
         options.self_window = SELF_WINDOW if made.spec == "self" else 0
         if made.draft is not None:
             self._session = session = made.draft.session()

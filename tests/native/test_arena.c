@@ -201,8 +201,11 @@ static void dropped_rows_are_given_back(void) {
     for (int64_t row = 96; row < 190; row++)
         for (int l = 0; l < LAYERS; l++)
             CHECK(!memcmp(plain[row][l][1], slice(&a, l, 1, row), SLICE) && !memcmp(plain[row][l][1], slice(&fork, l, 1, row), SLICE));
-    arena_free(&a);
     arena_free(&fork);
+    init(&fork, way);
+    CHECK(!arena_fork(&fork, &a, 90) && fork.n_dropped == 6 && fork.n_segments == 6 && !arena_mapped(&fork));
+    arena_free(&fork);
+    arena_free(&a);
 }
 
 static void full_means_full(void) {

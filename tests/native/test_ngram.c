@@ -102,10 +102,12 @@ static void it_grows(void) {
     ngrams_free(NULL);
 }
 
-/* Whatever it knew before: the same text, a beginning of it, one that goes on, another one. */
-static void it_follows_any_text(void) {
+/* Whatever it knew before: the same text, a beginning of it, one that goes on, another one. A hint stands before all of them. */
+static void it_follows_any_text(int n_hint) {
+    static const int32_t hint[] = { 3, 1, 2, 0, 3, 2, 1 };
     uint64_t state = 9;
     struct ngrams *g = ngrams_new();
+    CHECK(ngrams_hint(g, hint, n_hint) == 0);
     int32_t text[N], ids[2][K];
     double lengths[2][K];
     int n = 0;
@@ -115,6 +117,7 @@ static void it_follows_any_text(void) {
             text[n++] = (int32_t)random_below(&state, 4);
         text[n] = (int32_t)random_below(&state, 4);
         struct ngrams *fresh = ngrams_new();
+        CHECK(ngrams_add(fresh, hint, n_hint) == 0);
         CHECK(ngrams_follow(g, text, n, text[n]) == 0 && ngrams_add(fresh, text, n + 1) == 0);
         int found = ngrams_propose(g, K, ids[0], lengths[0]);
         CHECK(found == ngrams_propose(fresh, K, ids[1], lengths[1]));
@@ -131,6 +134,7 @@ int main(void) {
     matches_are_those_found_by_searching();
     it_comes_back_to_an_edited_copy();
     it_grows();
-    it_follows_any_text();
+    it_follows_any_text(0);
+    it_follows_any_text(7);
     return 0;
 }

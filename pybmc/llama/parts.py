@@ -1,0 +1,72 @@
+"""What is handed to a Llama: lists of functions, a drafter without a model, and grammars."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NoReturn
+
+import numpy as np
+
+from .. import checks
+from ..errors import ArgumentError, BmcError
+
+
+class LogitsProcessorList(list):
+    """Functions of the ids so far, int32 (n,), and the logits, float32 (vocab_size,): each gives new logits."""
+
+    def __call__(self, input_ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
+        for processor in self:
+            found = np.asarray(processor(input_ids, scores), np.float32)
+            if found.shape != scores.shape:
+                raise ArgumentError(f"logits_processor: expected logits {scores.shape}, found {found.shape}")
+            scores = found
+        return scores
+
+
+class StoppingCriteriaList(list):
+    """Functions of the ids so far and of the logits behind them; the text ends where one of them is true."""
+
+    def __call__(self, input_ids: np.ndarray, logits: np.ndarray) -> bool:
+        return any([bool(criterion(input_ids, logits)) for criterion in self])
+
+
+def functions(name: str, value, kind: type):
+    """A list of functions, one function, or None, as a list of a kind; None for none at all."""
+    if value is None or isinstance(value, kind):
+        return value or None
+    found = [value] if callable(value) else value
+    if not isinstance(found, (list, tuple)) or not all(map(callable, found)):
+        checks.refuse(name, "a function or a list of functions", value)
+    return kind(found) or None
+
+
+@dataclass(frozen=True)
+class LlamaPromptLookupDecoding:
+    """As a draft_model: repetitions in the text are guessed. How long they are and how many tokens are guessed is found
+    out while decoding, whatever the values here."""
+
+    max_ngram_size: int = 2
+    num_pred_tokens: int = 10
+
+
+class LlamaGrammar:
+    """Grammars are not there yet: making one raises a BmcError."""
+
+    def __init__(self, *args, **kwargs):
+        refuse_grammar()
+
+    @classmethod
+    def from_string(cls, grammar: str, verbose: bool = True) -> LlamaGrammar:
+        refuse_grammar()
+
+    @classmethod
+    def from_file(cls, file, verbose: bool = True) -> LlamaGrammar:
+        refuse_grammar()
+
+    @classmethod
+    def from_json_schema(cls, json_schema: str, verbose: bool = True) -> LlamaGrammar:
+        refuse_grammar()
+
+
+def refuse_grammar() -> NoReturn:
+    raise BmcError("grammars are not supported here yet: they come with schemas")

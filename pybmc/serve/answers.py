@@ -1,0 +1,361 @@
+"""Answers as OpenAI's clients read them: dicts and chunks, made of tokens. Nothing here knows of HTTP."""
+
+from __future__ import annotations
+
+import secrets
+import string
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from math import isfinite
+
+from ..chat.reasoning import CLOSES, OPENS, Reasoning
+from ..engine.engine import Stats
+from ..engine.score import Score
+from ..engine.text import Token
+from .errors import Refused
+
+NEVER = -9999.0                         # a log-probability that JSON cannot hold
+_ALPHABET = string.ascii_letters + string.digits
+
+
+def new_id(prefix: str) -> str:
+    return prefix + "".join(secrets.choice(_ALPHABET) for _ in range(24))
+
+
+def reason(token: Token | None) -> str:
+    """Why an answer ended, by its last token; without one there was nothing to write."""
+    return "stop" if token is not None and token.finish_reason == "stop" else "length"
+
+
+# ---- tokens and their log-probabilities --------------------------------------------------------------------
+
+
+def spelled(tokenizer, id: int) -> str:
+    """A token as text; one that is a part of a character as its bytes."""
+    piece = tokenizer.piece(id)
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in piece)
+
+
+def finite(logprob: float) -> float:
+    return logprob if isfinite(logprob) else NEVER
+
+
+def one_logprob(tokenizer, id: int, logprob: float) -> dict:
+    return {"token": spelled(tokenizer, id), "logprob": finite(logprob), "bytes": list(tokenizer.piece(id))}
+
+
+def chat_logprob(tokenizer, token: Token, n_top: int) -> dict:
+    top = [one_logprob(tokenizer, id, logprob) for id, logprob in token.top[:n_top]]
+    return one_logprob(tokenizer, token.id, token.logprob) | {"top_logprobs": top}
+
+
+class Offsets:
+    """Where in a text its tokens begin, as they come."""
+
+    def __init__(self, tokenizer):
+        self._stream, self._at = tokenizer.stream(), 0
+
+    def next(self, id: int) -> int:
+        at = self._at
+        self._at += len(self._stream.push(id))
+        return at
+
+
+def text_logprobs(tokenizer, entries: Iterable[tuple], n_top: int, offsets: Offsets) -> dict:
+    """The shape of the older completions. entries: (id, its log-probability, the likeliest ids with theirs); the first token of
+    a prompt has None."""
+    found: dict[str, list] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for id, logprob, top in entries:
+        name, value = spelled(tokenizer, id), None if logprob is None else finite(logprob)
+        likeliest: dict[str, float | None] = {spelled(tokenizer, other): finite(its) for other, its in top[:n_top]}
+        likeliest |= {name: value} if n_top else {}
+        for key, its in (("tokens", name), ("token_logprobs", value), ("text_offset", offsets.next(id)),
+                         ("top_logprobs", None if logprob is None else likeliest)):
+            found[key].append(its)
+    return found
+
+
+# ---- one answer as it grows --------------------------------------------------------------------------------
+
+
+class Split:
+    """Cuts a streamed answer into what is thought and what is said, without the tags and the white space around a thought."""
+
+    def __init__(self, inside: bool = False, begun: str = ""):
+        self._reasoning, self._held, self._begun = Reasoning(inside), "", False
+        self.push(begun)
+
+    def push(self, text: str) -> list[tuple[str, str]]:
+        """(kind, text) of what has become certain; kind is "reasoning" or "content"."""
+        return self._named(self._reasoning.push(text))
+
+    def flush(self) -> list[tuple[str, str]]:
+        return self._named(self._reasoning.flush())
+
+    def _named(self, pieces: list[tuple[str, bool]]) -> list[tuple[str, str]]:
+        named = [("reasoning", self._thought(text)) if is_thought else ("content", text) for text, is_thought in pieces]
+        return [(kind, text) for kind, text in named if text]
+
+    def _thought(self, text: str) -> str:
+        """What of a piece of a thought is neither tag nor white space around it."""
+        self._held += text
+        if not self._begun:
+            self._held = self._held.lstrip().removeprefix(OPENS).lstrip()
+            self._begun = bool(self._held)
+        said = self._held.split(CLOSES)[0].rstrip()
+        self._held = self._held[len(said):]
+        return said
+
+
+@dataclass
+class Update:
+    """What is new of one answer. progress: tokens read, and of how many. scores: of the prompt's tokens, once they are known.
+    At the end done is set, and error where it failed."""
+
+    index: int
+    tokens: list[Token] = field(default_factory=list)
+    stats: Stats | None = None
+    progress: tuple[int, int] | None = None
+    done: bool = False
+    error: Refused | None = None
+    stop_string: str | None = None
+    scores: Sequence[Score] = ()
+
+
+@dataclass
+class Piece:
+    """Text of an answer that came with one token. kind: "content" or "reasoning". by: who guessed the token."""
+
+    kind: str
+    text: str
+    by: str | None = None
+
+
+@dataclass
+class Choice:
+    """One of the answers to a request."""
+
+    index: int
+    split: Split | None = None          # None: all is content
+    stops: frozenset[int] = frozenset()     # ids whose tokens are no text
+    texts: dict[str, str] = field(default_factory=lambda: {"content": "", "reasoning": ""})
+    tokens: list[Token] = field(default_factory=list)
+    scores: Sequence[Score] = ()
+    stats: Stats = field(default_factory=Stats)
+    reasoning_tokens: int = 0
+    finish_reason: str | None = None
+    stop_string: str | None = None
+
+    def take(self, update: Update) -> list[Piece]:
+        """The text that comes with an update."""
+        pieces: list[Piece] = []
+        self.stats, self.scores = update.stats or self.stats, update.scores or self.scores
+        for token in update.tokens:
+            self.tokens.append(token)
+            found = self._cut(token.text)
+            if token.finish_reason:
+                found += self._flush()
+            self.reasoning_tokens += any(kind == "reasoning" for kind, _ in found)
+            pieces += [Piece(kind, text, token.by) for kind, text in found]
+        for piece in pieces:
+            self.texts[piece.kind] += piece.text
+        if update.done:
+            self.finish_reason = reason(self.tokens[-1] if self.tokens else None)
+            self.stop_string = update.stop_string
+        return pieces
+
+    def _cut(self, text: str) -> list[tuple[str, str]]:
+        if self.split is None:
+            return [("content", text)] if text else []
+        return self.split.push(text)
+
+    def _flush(self) -> list[tuple[str, str]]:
+        return self.split.flush() if self.split else []
+
+    @property
+    def shown(self) -> list[Token]:
+        """Its tokens without the one that only ended it."""
+        return [token for token in self.tokens if token.id not in self.stops]
+
+
+# ---- counts ------------------------------------------------------------------------------------------------
+
+
+def usage_of(choices: Sequence[Choice], n: int = 1, predicted: bool = False) -> dict:
+    """What a request took; the prompts count once, whatever the number n of answers to each is. predicted: it brought a
+    text that the answer may repeat."""
+    prompts = choices[::n]
+    read, written = sum(c.stats.prompt_tokens for c in prompts), sum(c.stats.predicted_tokens for c in choices)
+    details = {"reasoning_tokens": sum(c.reasoning_tokens for c in choices)}
+    if predicted:
+        details |= {"accepted_prediction_tokens": sum(token.by == "ngram" for c in choices for token in c.tokens),
+                    "rejected_prediction_tokens": sum(c.stats.draft_n - c.stats.draft_n_accepted for c in choices)}
+    return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written,
+            "prompt_tokens_details": {"cached_tokens": sum(c.stats.reused_tokens for c in prompts)},
+            "completion_tokens_details": details}
+
+
+def timings_of(stats: Stats) -> dict:
+    """Times and rates under llama-server's names, and the rate that plain decoding would have had."""
+    def per_token(seconds: float, n: int) -> float:
+        return 1e3 * seconds / n if n > 0 else 0.0
+
+    read, written = stats.prompt_tokens - stats.reused_tokens, stats.predicted_tokens
+    return {"cache_n": stats.reused_tokens, "prompt_n": read, "prompt_ms": 1e3 * stats.prompt_s,
+            "prompt_per_token_ms": per_token(stats.prompt_s, read), "prompt_per_second": stats.prompt_tok_s,
+            "predicted_n": written, "predicted_ms": 1e3 * stats.predicted_s,
+            "predicted_per_token_ms": per_token(stats.predicted_s, written - 1),
+            "predicted_per_second": stats.predicted_tok_s, "draft_n": stats.draft_n,
+            "draft_n_accepted": stats.draft_n_accepted, "plain_per_second": stats.plain_tok_s}
+
+
+# ---- chat --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Head:
+    """What an answer and all its chunks begin with."""
+
+    id: str
+    model: str
+    system_fingerprint: str
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def dict(self, object: str) -> dict:
+        return {"id": self.id, "object": object, "created": self.created, "model": self.model,
+                "system_fingerprint": self.system_fingerprint}
+
+
+class ChatAnswer:
+    """The answers to a chat request. begin(), take() and last() give chunks to stream; whole() gives the answer.
+
+    n_top: None, or how many likeliest ids each token's log-probability comes with. per_token: chunks tell timings and
+    who guessed. predicted: as in usage_of.
+    """
+
+    def __init__(self, head: Head, tokenizer, choices: list[Choice], n_top: int | None = None, usage: bool = False,
+                 per_token: bool = False, predicted: bool = False):
+        self.head, self.tokenizer, self.choices, self.n_top = head, tokenizer, choices, n_top
+        self._usage, self._per_token, self._predicted = usage, per_token, predicted
+        self._told = [0] * len(choices)         # tokens whose log-probabilities have gone out
+
+    def begin(self) -> list[dict]:
+        return [self._chunk(choice, {"role": "assistant", "content": ""}) for choice in self.choices]
+
+    def take(self, update: Update) -> list[dict]:
+        choice, chunks = self.choices[update.index], []
+        pieces = choice.take(update)
+        if update.progress:
+            done, total = update.progress
+            told = {"total": total, "cache": choice.stats.reused_tokens, "processed": done}
+            chunks.append(self._chunk(choice, {}) | {"prompt_progress": told})
+        for kind, name in (("reasoning", "reasoning_content"), ("content", "content")):
+            its = [piece for piece in pieces if piece.kind == kind]
+            if its:
+                text = "".join(piece.text for piece in its)
+                chunks.append(self._chunk(choice, {name: text}, self._new_logprobs(choice))
+                              | (self._per_token_extras(choice, its) if self._per_token else {}))
+        if update.done:
+            chunks.append(self._chunk(choice, {}, self._new_logprobs(choice), choice.finish_reason)
+                          | {"timings": timings_of(choice.stats)})
+        return chunks
+
+    def _per_token_extras(self, choice: Choice, pieces: list[Piece]) -> dict:
+        return {"timings": timings_of(choice.stats),
+                "pybmc": {"pieces": [{"text": piece.text, "by": piece.by} for piece in pieces]}}
+
+    def last(self) -> list[dict]:
+        """What follows when all answers have ended."""
+        return [self.head.dict("chat.completion.chunk") | {"choices": [], "usage": self.usage()}] if self._usage else []
+
+    def usage(self) -> dict:
+        return usage_of(self.choices, len(self.choices), self._predicted)
+
+    def whole(self) -> dict:
+        choices = [{"index": choice.index, "message": self._message(choice), "logprobs": self._logprobs(choice.shown),
+                    "finish_reason": choice.finish_reason} for choice in self.choices]
+        return self.head.dict("chat.completion") | {"choices": choices, "usage": self.usage(),
+                                                    "timings": timings_of(self.choices[0].stats)}
+
+    def _message(self, choice: Choice) -> dict:
+        thought = {"reasoning_content": choice.texts["reasoning"]} if choice.texts["reasoning"] else {}
+        return {"role": "assistant", "content": choice.texts["content"], "refusal": None} | thought
+
+    def _chunk(self, choice: Choice, delta: dict, logprobs: dict | None = None,
+               finish_reason: str | None = None) -> dict:
+        entry = {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        return self.head.dict("chat.completion.chunk") | {"choices": [entry]} | ({"usage": None} if self._usage else {})
+
+    def _logprobs(self, tokens: Sequence[Token]) -> dict | None:
+        if self.n_top is None:
+            return None
+        return {"content": [chat_logprob(self.tokenizer, token, self.n_top) for token in tokens], "refusal": None}
+
+    def _new_logprobs(self, choice: Choice) -> dict | None:
+        shown = choice.shown if self.n_top is not None else []
+        new, self._told[choice.index] = shown[self._told[choice.index]:], len(shown)
+        return self._logprobs(new) if new else None
+
+
+# ---- completions -------------------------------------------------------------------------------------------
+
+
+class TextAnswer:
+    """The answers to a completion request, n to each prompt. prompts: (text, ids) of each; echo: the text comes first."""
+
+    def __init__(self, head: Head, tokenizer, choices: list[Choice], prompts: list[tuple[str, list[int]]],
+                 n_top: int | None = None, usage: bool = False, echo: bool = False):
+        self.head, self.tokenizer, self.choices, self.prompts, self.n_top = head, tokenizer, choices, prompts, n_top
+        self.n, self.echo, self._usage = len(choices) // len(prompts), echo, usage
+        self._told = [0] * len(choices)         # tokens whose log-probabilities have gone out
+        self._offsets = [Offsets(tokenizer) for _ in choices]
+
+    def begin(self) -> list[dict]:
+        """A prompt whose log-probabilities are told comes with them, when it is read."""
+        return [self._chunk(c, self._prompt(c)[0]) for c in self.choices if self.echo and self.n_top is None]
+
+    def take(self, update: Update) -> list[dict]:
+        choice, first = self.choices[update.index], not self._told[update.index]
+        text = "".join(piece.text for piece in choice.take(update))
+        if not text and not update.done:
+            return []
+        logprobs = self._logprobs(choice, self._told[choice.index], self._offsets[choice.index])
+        if logprobs:
+            self._told[choice.index] += len(logprobs["tokens"])
+            text = self._prompt(choice)[0] * (self.echo and first) + text
+        chunk = self._chunk(choice, text, logprobs, choice.finish_reason)
+        return [chunk | {"timings": timings_of(choice.stats)} if update.done else chunk]
+
+    def last(self) -> list[dict]:
+        return [self.head.dict("text_completion") | {"choices": [], "usage": self.usage()}] if self._usage else []
+
+    def usage(self) -> dict:
+        return usage_of(self.choices, self.n)
+
+    def whole(self) -> dict:
+        choices = [{"index": choice.index, "text": self._prompt(choice)[0] * self.echo + choice.texts["content"],
+                    "logprobs": self._logprobs(choice, 0, Offsets(self.tokenizer)),
+                    "finish_reason": choice.finish_reason} for choice in self.choices]
+        return self.head.dict("text_completion") | {"choices": choices, "usage": self.usage(),
+                                                    "timings": timings_of(self.choices[0].stats)}
+
+    def _prompt(self, choice: Choice) -> tuple[str, list[int]]:
+        return self.prompts[choice.index // self.n]
+
+    def _logprobs(self, choice: Choice, told: int, offsets: Offsets) -> dict | None:
+        """Those of the tokens that were not told yet."""
+        if self.n_top is None:
+            return None
+        entries: list[tuple] = [(token.id, token.logprob, token.top) for token in choice.shown]
+        if self.echo:
+            ids = self._prompt(choice)[1]
+            entries = [(ids[0], None, ()), *((id, *score) for id, score in zip(ids[1:], choice.scores)), *entries]
+        return text_logprobs(self.tokenizer, entries[told:], self.n_top, offsets)
+
+    def _chunk(self, choice: Choice, text: str, logprobs: dict | None = None, finish_reason: str | None = None) -> dict:
+        entry = {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+        return self.head.dict("text_completion") | {"choices": [entry]} | ({"usage": None} if self._usage else {})

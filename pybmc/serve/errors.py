@@ -1,0 +1,65 @@
+"""What a request may be refused with: a status, a code and a sentence; and how each family of routes writes it."""
+
+from __future__ import annotations
+
+from ..errors import ArgumentError, BmcError, ContextFullError, FormatError, OutOfMemoryError
+
+TYPES = {
+    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+    405: "invalid_request_error", 408: "timeout_error", 413: "invalid_request_error", 429: "rate_limit_error",
+    500: "server_error", 501: "not_supported_error", 503: "unavailable_error",
+}
+
+
+class Refused(Exception):
+    """A request, or the rest of an answer, is refused. param: the field that is to blame. headers: more of the answer's."""
+
+    def __init__(self, status: int, code: str | None, message: str, param: str | None = None,
+                 headers: dict | None = None):
+        super().__init__(message)
+        self.status, self.code, self.message, self.param, self.headers = status, code, message, param, headers or {}
+
+    @property
+    def type(self) -> str:
+        return TYPES[self.status]
+
+
+def invalid(param: str, message: str) -> Refused:
+    """A value that is not what it has to be."""
+    return Refused(400, "invalid_value", message, param)
+
+
+def no_model(name: str, names) -> Refused:
+    return Refused(404, "model_not_found", f"model '{name:.80}' not found; expected {', '.join(names)}", "model")
+
+
+def unsupported(param: str, why: str = "is not supported here") -> Refused:
+    return Refused(400, "unsupported_parameter", f"{param} {why}", param)
+
+
+def refusal(error: BmcError, fields=()) -> Refused:
+    """What an error of the library means for a request; fields: its names, one of which may be to blame."""
+    message = str(error)
+    if isinstance(error, OutOfMemoryError):
+        return Refused(503, "out_of_memory", message, headers={"Retry-After": "5"})
+    if isinstance(error, ContextFullError):
+        return Refused(400, "context_length_exceeded", message)
+    if isinstance(error, ArgumentError):
+        words = message.replace(":", " ").split()
+        return Refused(400, "invalid_value", message, words[0] if words and words[0] in fields else None)
+    if isinstance(error, FormatError):
+        return Refused(400, "template_error", message)
+    return Refused(500, "internal", "internal error")
+
+
+def openai_error(refused: Refused) -> dict:
+    return {"error": {"message": refused.message, "type": refused.type, "param": refused.param, "code": refused.code}}
+
+
+def ollama_error(refused: Refused) -> dict:
+    return {"error": refused.message}
+
+
+def error_body(path: str, refused: Refused) -> dict:
+    """The body of an error, as clients of a path expect it."""
+    return ollama_error(refused) if path.startswith("/api/") else openai_error(refused)

@@ -1,0 +1,226 @@
+"""From ASGI to fields, and from answers back: bodies with limits, answers whole or as streams, clients that leave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Hashable
+from contextlib import suppress
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
+from ..errors import BmcError
+from .errors import Refused, error_body, refusal
+from .fields import Fields, parse
+from .service import Service
+from .tasks import Task
+from .worker import Gone, Run
+
+BODY_SECONDS = 30.0
+SILENCE = 10.0                          # seconds until a stream tells that it is alive
+
+
+def dump(value) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+class Json(Response):
+    media_type = "application/json"
+
+    def render(self, content) -> bytes:
+        return dump(content)
+
+
+class Sse:
+    """Server-sent events, as OpenAI's clients read them."""
+
+    media_type, ping = "text/event-stream", b": ping\n\n"
+
+    def __init__(self, done: bytes = b"data: [DONE]\n\n"):
+        self.done = done
+
+    @staticmethod
+    def encode(chunk: dict) -> bytes:
+        return b"data: " + dump(chunk) + b"\n\n"
+
+
+class Lines:
+    """A JSON object a line, as Ollama's clients read them."""
+
+    media_type, ping, done = "application/x-ndjson", b"", b""
+
+    @staticmethod
+    def encode(chunk: dict) -> bytes:
+        return dump(chunk) + b"\n"
+
+
+# ---- requests ----------------------------------------------------------------------------------------------
+
+
+def service_of(request: HttpRequest) -> Service:
+    return request.scope["pybmc.service"]
+
+
+def writer_of(request: HttpRequest) -> Service:
+    """The service, where its model writes text."""
+    service = service_of(request)
+    if not service.writes:
+        raise Refused(400, "unsupported_model",
+                      f"{service.name} is an encoder: it writes no text; /v1/embeddings gives its vectors")
+    return service
+
+
+def client_of(request: HttpRequest) -> Hashable:
+    """Whose request it is: of an API key, else of an address."""
+    return request.scope.get("pybmc.client")
+
+
+async def fields_of(request: HttpRequest) -> Fields:
+    """The object in the body, whatever its type is said to be."""
+    return parse(await body_of(request))
+
+
+async def body_of(request: HttpRequest) -> bytes:
+    most = request.scope["pybmc.max_body"]
+    try:
+        return await asyncio.wait_for(_read(request, most), BODY_SECONDS)
+    except asyncio.TimeoutError:
+        raise Refused(408, "body_too_slow", f"the body did not arrive within {BODY_SECONDS:g} seconds",
+                      headers={"Connection": "close"}) from None
+
+
+async def _read(request: HttpRequest, most: int) -> bytes:
+    told = request.headers.get("content-length", "")
+    announced, read, parts, more = int(told) if told.isdecimal() else 0, 0, [], True
+    while more and max(announced, read) <= most:
+        message = await request.receive()
+        if message["type"] == "http.disconnect":
+            raise Gone
+        parts.append(message.get("body", b""))
+        read, more = read + len(parts[-1]), message.get("more_body", False)
+    if max(announced, read) > most:
+        found = max(announced, read)
+        raise Refused(413, "body_too_large", f"the body has {found} bytes or more; expected at most {most}",
+                      headers={"Connection": "close"})
+    return b"".join(parts)
+
+
+# ---- answers -----------------------------------------------------------------------------------------------
+
+
+async def respond(request: HttpRequest, task: Task, answer, wire=None) -> Response:
+    """Let the engine write, and answer: whole, or as a stream on a wire. A client that leaves ends it, at once."""
+    service = service_of(request)
+    run = service.submit(task.requests)
+    going = Going(request, service, run, task, answer)
+    try:
+        first = await run.next(service.settings.queue_seconds)
+        if first is None:
+            raise Refused(503, "queue_timeout", f"the request waited for {service.settings.queue_seconds:g} seconds",
+                          headers={"Retry-After": "5"})
+        if wire:
+            return Stream(going, first, wire)
+        going.take(first)
+        while going.left:
+            going.take(await run.next())
+    except Gone:
+        service.metrics.cancelled.inc()
+        going.close()
+        raise
+    except BaseException:
+        going.close()
+        raise
+    going.close()
+    return Json(answer.whole(), headers=going.headers)
+
+
+class Going:
+    """An answer on its way: the run, and who watches whether the client is still there."""
+
+    def __init__(self, request: HttpRequest, service: Service, run: Run, task: Task, answer):
+        self.request, self.service, self.run, self.task, self.answer = request, service, run, task, answer
+        self.left = len(task.requests)
+        self.headers = {"x-pybmc-seed": str(task.seed), "Cache-Control": "no-store"}
+        self._clock = service.metrics.clock(run.started)
+        self._watcher = asyncio.ensure_future(self._watch())
+
+    async def _watch(self) -> None:
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass
+        self.run.leave()
+
+    def take(self, update) -> list[dict]:
+        self._clock.note(update)
+        self.left -= update.done
+        chunks = self.answer.take(update)
+        if not self.left:
+            self._note_end()
+        return chunks
+
+    def _note_end(self) -> None:
+        usage, choices = self.answer.usage(), self.answer.choices
+        self.request.scope["pybmc.counts"] = usage["prompt_tokens"], usage["completion_tokens"]
+        if self.service.settings.log_texts:
+            told = {"id": self.request.scope["pybmc.id"], "path": self.request.url.path,
+                    "prompts": [text for text, _ in self.task.prompts], "answers": [choice.texts for choice in choices]}
+            with suppress(OSError), open(self.service.settings.log_texts, "ab", 0, opener=_private) as file:
+                file.write(dump(told) + b"\n")
+
+    def close(self) -> None:
+        self._watcher.cancel()
+        self.run.close()
+
+
+def _private(path: str, flags: int) -> int:
+    """Open a file that, where it is new, only its owner may read."""
+    return os.open(path, flags, 0o600)
+
+
+class Stream(Response):
+    """A stream of an answer's chunks; what goes wrong later is its last event."""
+
+    def __init__(self, going: Going, first, wire):
+        self.going, self.first, self.wire = going, first, wire
+        headers = going.headers | {"X-Accel-Buffering": "no", "Content-Type": wire.media_type}
+        self.coded = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+
+    async def __call__(self, scope, receive, send) -> None:
+        async def put(data: bytes, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": data, "more_body": more})
+
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": self.coded})
+            async for data in self._events():
+                await put(data)
+            await put(self.wire.done, more=False)
+        except Gone:
+            self.going.service.metrics.cancelled.inc()
+        except Refused as refused:
+            await put(self.wire.encode(error_body(scope["path"], refused)), more=False)
+        finally:
+            self.going.close()
+
+    async def _events(self):
+        going, answer = self.going, self.going.answer
+        for chunk in answer.begin() + going.take(self.first):
+            yield self.wire.encode(chunk)
+        while going.left:
+            update = await going.run.next(SILENCE)
+            if update is None:
+                yield self.wire.ping
+                continue
+            chunks = going.take(update)
+            if chunks:
+                yield b"".join(map(self.wire.encode, chunks))
+        for chunk in answer.last():
+            yield self.wire.encode(chunk)
+
+
+async def in_pool(request: HttpRequest, function, *args):
+    """Work of the pool, whose errors are the request's."""
+    try:
+        return await service_of(request).in_pool(function, *args)
+    except BmcError as error:
+        raise refusal(error) from None

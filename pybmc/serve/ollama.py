@@ -1,0 +1,303 @@
+"""Ollama's routes, under /api."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import datetime, timezone
+from math import inf
+
+import numpy as np
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from .. import __version__
+from .answers import Choice, Update, chat_logprob, usage_of
+from .embed import normalized, vectors
+from .errors import Refused, invalid, no_model
+from .fields import Fields
+from .http import Json, Lines, client_of, fields_of, in_pool, respond, service_of, writer_of
+from .service import Service
+from .tasks import chat_prompt, gap_prompt, refuse_common, task_of, template_request, text_prompts
+
+VERSION = "0.12.0"                      # the level of Ollama's API: editors parse it
+FILE_TYPES = {                          # of GGUF's general.file_type
+    0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 7: "Q8_0", 8: "Q5_0", 9: "Q5_1", 10: "Q2_K", 11: "Q3_K_S",
+    12: "Q3_K_M", 13: "Q3_K_L", 14: "Q4_K_S", 15: "Q4_K_M", 16: "Q5_K_S", 17: "Q5_K_M", 18: "Q6_K", 25: "IQ4_NL",
+    30: "IQ4_XS", 32: "BF16",
+}
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat().replace("+00:00", "Z")
+
+
+def tagged(name: str) -> str:
+    return name if ":" in name else f"{name}:latest"
+
+
+def named(service: Service, fields: Fields) -> str:
+    """The model that is asked for, as the client calls it."""
+    name = fields.text("model") or fields.text("name")
+    if not name:
+        raise invalid("model", "model is missing")
+    if tagged(name) not in map(tagged, service.names):
+        raise no_model(name, map(tagged, service.names))
+    return name
+
+
+class Answer:
+    """Lines of one answer. message: what a line says of a text and of a thought."""
+
+    def __init__(self, service: Service, name: str, choices: list[Choice], message: Callable[[str, str], dict],
+                 n_top: int | None):
+        self.service, self.name, self.choices, self._message, self.n_top = service, name, choices, message, n_top
+        self.started = time.perf_counter()
+        self._told = 0
+
+    @property
+    def choice(self) -> Choice:
+        return self.choices[0]
+
+    def begin(self) -> list[dict]:
+        return []
+
+    def take(self, update: Update) -> list[dict]:
+        lines = []
+        for piece in self.choice.take(update):
+            text, thought = (piece.text, "") if piece.kind == "content" else ("", piece.text)
+            lines.append(self._line(self._message(text, thought)) | self._logprobs())
+        return lines
+
+    def last(self) -> list[dict]:
+        return [self._line(self._message("", ""), True) | self._logprobs() | self._end()]
+
+    def whole(self) -> dict:
+        self._told = 0
+        texts = self.choice.texts
+        return self._line(self._message(texts["content"], texts["reasoning"]), True) | self._logprobs() | self._end()
+
+    def usage(self) -> dict:
+        return usage_of(self.choices)
+
+    def _line(self, message: dict, done: bool = False) -> dict:
+        return {"model": self.name, "created_at": now(), **message, "done": done}
+
+    def _logprobs(self) -> dict:
+        if self.n_top is None:
+            return {}
+        shown = self.choice.shown
+        new, self._told = shown[self._told:], len(shown)
+        return {"logprobs": [chat_logprob(self.service.tokenizer, token, self.n_top) for token in new]} if new else {}
+
+    def _end(self) -> dict:
+        stats = self.choice.stats
+        return {"done_reason": self.choice.finish_reason} | durations(
+            time.perf_counter() - self.started, self.service.load_seconds, stats.prompt_tokens, stats.prompt_s,
+            stats.predicted_tokens, stats.predicted_s)
+
+
+def durations(total: float, load: float, read: int, reading: float, written: int, writing: float) -> dict:
+    def nanoseconds(seconds: float) -> int:
+        return max(1, int(1e9 * seconds))
+
+    return {"total_duration": nanoseconds(total), "load_duration": nanoseconds(load), "prompt_eval_count": read,
+            "prompt_eval_duration": nanoseconds(reading), "eval_count": written, "eval_duration": nanoseconds(writing)}
+
+
+def loaded(service: Service, name: str, message: dict) -> Json:
+    """The answer to a request that only loads a model."""
+    return Json({"model": name, "created_at": now(), **message, "done": True, "done_reason": "load"})
+
+
+def base_request(service: Service, fields: Fields, client):
+    options = fields.object("options")
+    most = options.whole("num_predict", -1, -2)
+    n_top = fields.whole("top_logprobs", 0, 0, 20) if fields.flag("logprobs") else None
+    base = template_request(service, options, client, service.settings.max_tokens if most < 0 else most)
+    return replace(base, top=n_top or 0), n_top
+
+
+def thinking(fields: Fields) -> dict:
+    """What `think` says to a chat template: a switch or an effort."""
+    think = fields.get("think")
+    if isinstance(think, str):
+        return {"reasoning_effort": think, "enable_thinking": think != "none"}
+    return {} if think is None else {"enable_thinking": fields.flag("think")}
+
+
+def refuse_format(fields: Fields) -> None:
+    refuse_common(fields)
+    fields.refuse(("format",))
+
+
+async def chat(request: Request) -> Response:
+    service, fields = writer_of(request), await fields_of(request)
+    name = named(service, fields)
+    if not fields.listed("messages"):
+        return loaded(service, name, {"message": {"role": "assistant", "content": ""}})
+    task, answer = await in_pool(request, chat_task, service, fields, client_of(request), name)
+    return await respond(request, task, answer, Lines() if fields.flag("stream", True) else None)
+
+
+def chat_task(service: Service, fields: Fields, client, name: str):
+    refuse_format(fields)
+    fields.flag("stream")
+    base, n_top = base_request(service, fields, client)
+    ids, begun = chat_prompt(service, fields, thinking(fields))
+    task = task_of(service, base, [("", ids)], reasoning=True, begun=begun)
+
+    def message(text: str, thought: str) -> dict:
+        return {"message": {"role": "assistant", "content": text} | ({"thinking": thought} if thought else {})}
+
+    return task, Answer(service, name, task.choices(service), message, n_top)
+
+
+async def generate(request: Request) -> Response:
+    service, fields = writer_of(request), await fields_of(request)
+    name = named(service, fields)
+    if not fields.text("prompt") and not fields.get("context"):
+        return loaded(service, name, {"response": ""})
+    task, answer = await in_pool(request, generate_task, service, fields, client_of(request), name)
+    return await respond(request, task, answer, Lines() if fields.flag("stream", True) else None)
+
+
+class GenerateAnswer(Answer):
+    """Its end also has the ids so far, for the next request's context."""
+
+    prompt: list[int] = []
+
+    def _end(self) -> dict:
+        return super()._end() | {"context": [*self.prompt, *(token.id for token in self.choice.shown)]}
+
+
+def generate_task(service: Service, fields: Fields, client, name: str):
+    refuse_format(fields)
+    fields.flag("stream")
+    fields.refuse(("template",))
+    base, n_top = base_request(service, fields, client)
+    raw = fields.flag("raw")
+    ids = generate_prompt(service, fields, raw)
+    task = task_of(service, base, [(fields.text("prompt", ""), ids)], reasoning=not raw)
+
+    def message(text: str, thought: str) -> dict:
+        return {"response": text} | ({"thinking": thought} if thought else {})
+
+    answer = GenerateAnswer(service, name, task.choices(service), message, n_top)
+    answer.prompt = ids
+    return task, answer
+
+
+def generate_prompt(service: Service, fields: Fields, raw: bool) -> list[int]:
+    """The prompt behind its context, through the chat template unless it is raw."""
+    text, context = fields.text("prompt", ""), fields.listed("context")
+    if fields.text("suffix"):
+        return gap_prompt(service, text, fields["suffix"], "suffix")[1]
+    if raw:
+        ids = text_prompts(service, fields)[0][1]
+    else:
+        given = (("system", fields.text("system")), ("user", text))
+        messages = [{"role": role, "content": content} for role, content in given if content]
+        ids, _ = chat_prompt(service, Fields({"messages": messages}), thinking(fields))
+    if context:
+        before = text_prompts(service, Fields({"context": context}), "context")[0][1]
+        ids = [*before, *(ids[1:] if ids[:1] == [service.tokenizer.bos_id] else ids)]
+    return ids
+
+
+# ---- embeddings --------------------------------------------------------------------------------------------
+
+
+async def embed(request: Request) -> Response:
+    service, fields = service_of(request), await fields_of(request)
+    name, started = named(service, fields), time.perf_counter()
+    texts = [fields["input"]] if isinstance(fields.get("input"), str) else fields.listed("input")
+    if not all(isinstance(text, str) for text in texts):
+        raise invalid("input", "input has something else than texts; expected a text or a list of texts")
+    found, n = await vectors(service, texts, fields.flag("truncate")) if texts else (np.zeros((0, 1)), 0)
+    rows = normalized(found, fields.whole("dimensions", None, 1)).tolist()
+    seconds = time.perf_counter() - started
+    return Json({"model": name, "embeddings": rows} | durations(seconds, service.load_seconds, n, seconds, 0, 0))
+
+
+async def embedding(request: Request) -> Response:
+    service, fields = service_of(request), await fields_of(request)
+    named(service, fields)
+    text = fields.text("prompt", "")
+    rows = normalized((await vectors(service, [text]))[0]).tolist() if text else [[]]
+    return Json({"embedding": rows[0]})
+
+
+# ---- the model ---------------------------------------------------------------------------------------------
+
+
+def details(service: Service) -> dict:
+    metadata, file = service.model.metadata, service.model._file
+    family, n = service.model.config.arch, sum(int(np.prod(t.shape)) for t in file.tensors.values())
+    found = {"format": "gguf", "family": family, "families": [family],
+             "parameter_size": f"{n / 1e9:.1f}B" if n >= 5e8 else f"{n / 1e6:.2f}M"}
+    number = metadata.get("general.file_type")
+    kind = FILE_TYPES.get(number) if isinstance(number, int) else None
+    return found | ({"quantization_level": kind} if kind else {})
+
+
+def listed(service: Service, name: str) -> dict:
+    modified = datetime.fromtimestamp(service.created, timezone.utc).isoformat().replace("+00:00", "Z")
+    return {"name": tagged(name), "model": tagged(name), "modified_at": modified, "size": service.model._file.size,
+            "digest": service.digest, "details": details(service), "capabilities": service.capabilities}
+
+
+async def tags(request: Request) -> Response:
+    service = service_of(request)
+    return Json({"models": [listed(service, name) for name in service.names]})
+
+
+async def running(request: Request) -> Response:
+    service = service_of(request)
+    return Json({"models": [listed(service, name) | {"expires_at": "9999-12-31T23:59:59Z", "size_vram": 0,
+                                                     "context_length": service.context} for name in service.names]})
+
+
+async def show(request: Request) -> Response:
+    service, fields = service_of(request), await fields_of(request)
+    named(service, fields)
+    verbose = fields.flag("verbose")
+    info = {key: plain(value) for key, value in service.model.metadata.items()
+            if key != "tokenizer.chat_template" and (verbose or not isinstance(value, (list, np.ndarray)))}
+    return Json({"details": details(service), "model_info": info, "template": service.template.source,
+                 "capabilities": service.capabilities, "modified_at": listed(service, service.name)["modified_at"]})
+
+
+def plain(value):
+    """A value of a file's metadata as JSON has it."""
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not -inf < value < inf else value
+
+
+async def version(request: Request) -> Response:
+    return Json({"version": VERSION, "pybmc": __version__})
+
+
+COMMANDS = {"pull": "pybmc pull NAME", "delete": "pybmc rm NAME", "create": "pybmc serve FILE",
+            "copy": "pybmc serve FILE --alias NAME", "push": "", "blobs": ""}
+
+
+async def disabled(request: Request) -> Response:
+    name = request.url.path.split("/")[2]
+    how = f"; on the command line {COMMANDS[name]} does it" if COMMANDS[name] else ""
+    raise Refused(403, "disabled", f"/api/{name} is disabled: this server serves one model{how}")
+
+
+ROUTES = [
+    Route("/api/chat", chat, methods=["POST"]), Route("/api/generate", generate, methods=["POST"]),
+    Route("/api/embed", embed, methods=["POST"]), Route("/api/embeddings", embedding, methods=["POST"]),
+    Route("/api/show", show, methods=["POST"]), Route("/api/tags", tags), Route("/api/ps", running),
+    Route("/api/version", version),
+    *(Route(f"/api/{name}", disabled, methods=["POST", "DELETE"]) for name in COMMANDS if name != "blobs"),
+    Route("/api/blobs/{digest}", disabled, methods=["GET", "POST"]),
+]

@@ -1,0 +1,135 @@
+"""OpenAI's routes: chat, completions, embeddings and models."""
+
+from __future__ import annotations
+
+import base64
+from dataclasses import replace
+
+import numpy as np
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from .answers import ChatAnswer, Head, TextAnswer, new_id
+from .embed import normalized, vectors
+from .errors import invalid, no_model, unsupported
+from .fields import Fields
+from .http import Json, Sse, client_of, fields_of, in_pool, respond, service_of, writer_of
+from .service import Service
+from .tasks import chat_prompt, gap_prompt, prediction_of, refuse_common, task_of, template_request, text_prompts
+
+
+def check_model(service: Service, fields: Fields) -> None:
+    name = fields.text("model")
+    if service.settings.strict_model and name is not None and name not in service.names:
+        raise no_model(name, service.names)
+
+
+def head(service: Service, prefix: str) -> Head:
+    return Head(new_id(prefix), service.name, service.fingerprint)
+
+
+def most_tokens(service: Service, fields: Fields, names, default: float) -> float:
+    return next((fields.whole(name) for name in names if name in fields), default)
+
+
+async def chat(request: Request) -> Response:
+    service, fields = writer_of(request), await fields_of(request)
+    task, answer = await in_pool(request, chat_task, service, fields, client_of(request))
+    return await respond(request, task, answer, Sse() if fields.flag("stream") else None)
+
+
+def chat_task(service: Service, fields: Fields, client):
+    """The task of a chat request, and its answer."""
+    check_model(service, fields)
+    refuse_common(fields)
+    fields.flag("stream")
+    n_top = fields.whole("top_logprobs", 0, 0, 20) if fields.flag("logprobs") else None
+    if n_top is None and fields.get("top_logprobs"):
+        raise invalid("top_logprobs", "top_logprobs is given without logprobs; expected logprobs to be true")
+    most = most_tokens(service, fields, ("max_completion_tokens", "max_tokens"), service.settings.max_tokens)
+    base = replace(template_request(service, fields, client, most), top=n_top or 0,
+                   hint=prediction_of(service, fields),
+                   progress=(lambda done, total: None) if fields.flag("return_progress") else None)
+    usage, n = fields.object("stream_options").flag("include_usage"), fields.whole("n", 1, 1, 16)
+    ids, begun = chat_prompt(service, fields)
+    shown = fields.choice("reasoning_format", ("none", "auto", "deepseek", "deepseek-legacy"), "auto") != "none"
+    task = task_of(service, base, [("", ids)], n, reasoning=shown, begun=begun)
+    return task, ChatAnswer(head(service, "chatcmpl-"), service.tokenizer, task.choices(service), n_top, usage,
+                            fields.flag("timings_per_token"), "prediction" in fields)
+
+
+async def completions(request: Request) -> Response:
+    service, fields = writer_of(request), await fields_of(request)
+    task, answer = await in_pool(request, text_task, service, fields, client_of(request))
+    return await respond(request, task, answer, Sse() if fields.flag("stream") else None)
+
+
+def text_task(service: Service, fields: Fields, client):
+    check_model(service, fields)
+    refuse_common(fields)
+    fields.flag("stream")
+    n_top, echo = fields.whole("logprobs", None, 0, 20), fields.flag("echo")
+    if "suffix" in fields and fields["suffix"] != "":
+        if echo or not isinstance(fields.get("prompt"), str):
+            raise unsupported("suffix", "with echo, or with prompts that are not one text, is not supported here")
+        prompts = [gap_prompt(service, fields["prompt"], fields.text("suffix", ""), "suffix")]
+    else:
+        prompts = text_prompts(service, fields)
+    base = template_request(service, fields, client, most_tokens(service, fields, ("max_tokens",), 16))
+    base = replace(base, top=n_top or 0, score=n_top if echo else None)
+    task = task_of(service, base, prompts, fields.whole("n", 1, 1, 16))
+    return task, TextAnswer(head(service, "cmpl-"), service.tokenizer, task.choices(service), prompts, n_top,
+                            fields.object("stream_options").flag("include_usage"), echo)
+
+
+async def embeddings(request: Request) -> Response:
+    service, fields = service_of(request), await fields_of(request)
+    check_model(service, fields)
+    given = fields.get("input")
+    texts = [given] if isinstance(given, str) else given
+    if isinstance(texts, list) and texts and not isinstance(texts[0], str):
+        raise invalid("input", "input is a list of token ids; expected text, since the ids may be of another vocabulary. "
+                      "LangChain sends text with check_embedding_ctx_length=False")
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
+        raise invalid("input", "expected input to be a text or a list of texts, none of them empty")
+    if len(texts) > 2048:
+        raise invalid("input", f"input has {len(texts)} texts; expected at most 2048")
+    encoding = fields.choice("encoding_format", ("float", "base64"), "float")
+    found, n = await vectors(service, texts)
+    found = normalized(found, fields.whole("dimensions", None, 1, found.shape[1]))
+    write = coded if encoding == "base64" else np.ndarray.tolist
+    return Json({"object": "list", "model": service.name, "usage": {"prompt_tokens": n, "total_tokens": n},
+                 "data": [{"object": "embedding", "index": i, "embedding": write(row)} for i, row in enumerate(found)]})
+
+
+def coded(row: np.ndarray) -> str:
+    return base64.b64encode(row.astype("<f4").tobytes()).decode()
+
+
+def described(service: Service, name: str) -> dict:
+    config, file = service.model.config, service.model._file
+    meta = {"n_vocab": service.tokenizer.vocab_size, "n_ctx_train": config.n_ctx, "n_ctx": service.context,
+            "n_embd": config.dim, "n_params": sum(int(np.prod(t.shape)) for t in file.tensors.values()), "size": file.size}
+    return {"id": name, "object": "model", "created": service.created, "owned_by": "pybmc", "meta": meta}
+
+
+async def models(request: Request) -> Response:
+    service = service_of(request)
+    return Json({"object": "list", "data": [described(service, name) for name in service.names]})
+
+
+async def one_model(request: Request) -> Response:
+    service, name = service_of(request), request.path_params["id"]
+    if name not in service.names:
+        raise no_model(name, service.names)
+    return Json(described(service, name))
+
+
+ROUTES = [
+    *(Route(prefix + "/chat/completions", chat, methods=["POST"]) for prefix in ("/v1", "")),
+    Route("/v1/completions", completions, methods=["POST"]),
+    *(Route(prefix + "/embeddings", embeddings, methods=["POST"]) for prefix in ("/v1", "")),
+    *(Route(prefix + "/models", models) for prefix in ("/v1", "")),
+    *(Route(prefix + "/models/{id:path}", one_model) for prefix in ("/v1", "")),
+]

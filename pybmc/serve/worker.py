@@ -1,0 +1,236 @@
+"""The engine's thread, and the way from the event loop to it and back.
+
+The thread owns the engine. Calls reach it through one queue; after each step it hands the loop one bundle of updates.
+Without requests it sleeps in the queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from queue import Empty, SimpleQueue
+
+from ..engine.engine import Engine, Request
+from ..errors import BmcError, OutOfMemoryError
+from .answers import Update
+from .errors import Refused, refusal
+
+log = logging.getLogger(__name__)
+
+
+class Gone(Exception):
+    """The client has closed the connection."""
+
+
+class Run:
+    """The requests of one client's request, on their way through the engine. Belongs to the event loop."""
+
+    def __init__(self, worker: Worker, requests: list[Request]):
+        self.worker, self.requests = worker, requests
+        self.closed = False
+        self.left = len(requests)
+        self.started = time.perf_counter()
+        self._updates: asyncio.Queue[Update | None] = asyncio.Queue()
+
+    def deliver(self, updates: list[Update]) -> None:
+        if self.closed:
+            return
+        self.worker.waiting.discard(self)
+        for update in updates:
+            self.left -= update.done
+            self._updates.put_nowait(update)
+        if not self.left:
+            self.worker.runs.discard(self)
+
+    def leave(self) -> None:
+        """The client has gone: next() raises Gone."""
+        self._updates.put_nowait(None)
+
+    async def next(self, seconds: float | None = None) -> Update | None:
+        """The next update; None where none comes within some seconds. Raises Gone, or the Refused that ended a sequence."""
+        try:
+            update = await asyncio.wait_for(self._updates.get(), seconds)
+        except asyncio.TimeoutError:
+            return None
+        if update is None:
+            raise Gone
+        if update.error:
+            raise update.error
+        return update
+
+    def close(self) -> None:
+        """Cancel what still runs; its rows are free before the next pass. Twice is fine."""
+        if not self.closed:
+            self.closed = True
+            self.worker.forget(self)
+
+    def fail(self, refused: Refused) -> None:
+        """End it with an error."""
+        self._updates.put_nowait(Update(0, error=refused))
+
+
+class Worker:
+    """Owns an engine in a thread of its own. queue: how many requests may wait."""
+
+    def __init__(self, engine: Engine, queue: int = 64):
+        self.engine, self.queue = engine, queue
+        self.waiting: set[Run] = set()          # the loop's: runs of which nothing was admitted yet ..
+        self.runs: set[Run] = set()             # .. and all that have not ended
+        self.busy_seconds, self.steps = 0.0, 0
+        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._sequences: dict = {}              # the thread's: sequence -> (run, index)
+        self._updates: dict = {}                # .. (run, index) -> what is new
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._work, name="pybmc-engine", daemon=True)
+        self._thread.start()
+
+    # ---- called by the event loop
+
+    def submit(self, requests: list[Request]) -> Run:
+        """Queue requests. Raises Refused where too many wait."""
+        if len(self.waiting) >= self.queue:
+            n = len(self.waiting)
+            raise Refused(429, "queue_full", f"{n} requests wait already; expected at most {self.queue}",
+                          headers={"Retry-After": "1"})
+        self._loop = asyncio.get_running_loop()
+        run = Run(self, requests)
+        self.waiting.add(run)
+        self.runs.add(run)
+        self._calls.put(lambda: self._add(run))
+        return run
+
+    def forget(self, run: Run) -> None:
+        self.waiting.discard(run)
+        self.runs.discard(run)
+        if run.left:
+            self._calls.put(lambda: self._cancel(run))
+
+    async def call(self, function: Callable[[], object]):
+        """The result of a function that the engine's thread runs between two steps."""
+        loop = asyncio.get_running_loop()
+        result = loop.create_future()
+
+        def settle(set_it, value):
+            if not result.done():
+                set_it(value)
+
+        def call():
+            try:
+                value, set_it = function(), result.set_result
+            except Exception as error:
+                value, set_it = error, result.set_exception
+            with suppress(RuntimeError):        # the loop is closed
+                loop.call_soon_threadsafe(settle, set_it, value)
+
+        self._calls.put(call)
+        return await result
+
+    def close(self) -> None:
+        """End the thread; the engine is closed in it."""
+        self._calls.put(None)
+        self._thread.join()
+
+    # ---- the thread
+
+    def _work(self) -> None:
+        with self.engine:
+            while self._listen():
+                if self.engine.waiting or self.engine.running:
+                    self._step()
+                self._post()
+
+    def _listen(self) -> bool:
+        """Make the calls that wait; without requests wait for one. False: it is over."""
+        idle = not (self.engine.waiting or self.engine.running)
+        with suppress(Empty):
+            while True:
+                call = self._calls.get(block=idle)
+                if call is None:
+                    return False
+                call()
+                idle = False
+        return True
+
+    def _add(self, run: Run) -> None:
+        for index, request in enumerate(run.requests):
+            if request.progress:
+                request = replace(request, progress=self._progress(run, index))
+            try:
+                self._sequences[self.engine.add(request)] = run, index
+            except BmcError as error:
+                self._update(run, index).error = refusal(error)
+
+    def _progress(self, run: Run, index: int) -> Callable[[int, int], None]:
+        def note(done: int, total: int) -> None:
+            self._update(run, index).progress = done, total
+        return note
+
+    def _cancel(self, run: Run) -> None:
+        for sequence in [s for s, (its, _) in self._sequences.items() if its is run]:
+            self.engine.cancel(sequence)
+            del self._sequences[sequence]
+
+    def _update(self, run: Run, index: int) -> Update:
+        return self._updates.setdefault((run, index), Update(index))
+
+    def _step(self) -> None:
+        started, before = time.perf_counter(), {s for s in self._sequences if s.started}
+        try:
+            events = self.engine.step()
+        except OutOfMemoryError:
+            events = []
+            if not self.engine.relieve():
+                self._fail_all()
+        except Exception:
+            log.exception("a step of the engine failed")
+            self._fail_all()
+            return
+        for sequence, token in events:
+            if sequence in self._sequences:
+                self._update(*self._sequences[sequence]).tokens.append(token)
+        for sequence, (run, index) in list(self._sequences.items()):
+            if sequence.started and sequence not in before:
+                self._update(run, index)
+            if sequence.done:
+                self._end(sequence)
+            elif (run, index) in self._updates:
+                self._update(run, index).stats = copy.copy(sequence.stats)
+                self._update(run, index).scores = [] if sequence.unscored else sequence.scores
+        self.busy_seconds += time.perf_counter() - started
+        self.steps += 1
+
+    def _end(self, sequence) -> None:
+        run, index = self._sequences.pop(sequence)
+        update = self._update(run, index)
+        update.done, update.stats = True, sequence.stats
+        update.stop_string, update.scores = sequence.stop_string, sequence.scores
+        update.error = refusal(sequence.error) if sequence.error else None
+
+    def _fail_all(self) -> None:
+        for sequence in list(self._sequences):
+            self.engine.cancel(sequence)
+            run, index = self._sequences.pop(sequence)
+            self._update(run, index).error = Refused(500, "internal", "internal error")
+
+    def _post(self) -> None:
+        """Hand the loop what is new."""
+        if not self._updates or self._loop is None:
+            return
+        bundle = defaultdict(list)
+        for (run, _), update in self._updates.items():
+            bundle[run].append(update)
+        self._updates = {}
+        with suppress(RuntimeError):            # the loop is closed
+            self._loop.call_soon_threadsafe(_deliver, dict(bundle))
+
+
+def _deliver(bundle: dict[Run, list[Update]]) -> None:
+    for run, updates in bundle.items():
+        run.deliver(updates)

@@ -1,0 +1,103 @@
+"""The command: its flags, its ready line, signals and exit statuses."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+import tiny
+from serving import httpx
+
+from pybmc.cli import run
+
+
+def start(*args, **env):
+    return subprocess.Popen([sys.executable, "-m", "pybmc", "serve", *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env=os.environ | env)
+
+
+def test_a_server_from_start_to_end():
+    """A ready line, flags by variables, an answer, one line of log, and status 0 after SIGTERM."""
+    server = start(tiny.model("llama"), "--json", "--alias", "mine", "-t", "1", PYBMC_PORT="0", PYBMC_SEED="7", PYBMC_MAX_TOKENS="5",
+                   PYBMC_API_KEY="one two", PYBMC_TEMP="0.5")
+    try:
+        ready = json.loads(server.stdout.readline())
+        assert ready["model"] == "mine" and ready["pid"] == server.pid
+        with httpx.Client(base_url=ready["url"], timeout=20, headers={"x-api-key": "two"}) as client:
+            assert client.get("/props").json()["default_generation_settings"]["params"]["temperature"] == 0.5
+            found = client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": "a"}]})
+            assert found.json()["usage"]["completion_tokens"] <= 5 and found.headers["x-pybmc-seed"] == "7"
+        server.send_signal(signal.SIGTERM)
+        out, log = server.communicate(timeout=20)
+        assert server.returncode == 0 and not out and "POST /v1/chat/completions 200" in log
+    finally:
+        server.kill()
+
+
+def test_ctrl_c_ends_a_server_on_a_unix_socket(tmp_path):
+    path = tmp_path / "socket"
+    server = start(tiny.model("llama"), "--unix", path, "-t", "1")
+    try:
+        assert server.stdout.readline().endswith(f" at unix:{path}\n")
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost") as client:
+            assert client.get("/health").json() == {"status": "ok"}
+        server.send_signal(signal.SIGINT)
+        assert server.wait(20) == 0 and not path.exists()
+    finally:
+        server.kill()
+        server.communicate()
+
+
+def status(capfd, *args):
+    found = run(["serve", *map(str, args)])
+    return found, capfd.readouterr().err
+
+
+def test_a_port_that_is_taken_is_status_1(capfd):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert status(capfd, tiny.model("llama"), "--port", port) == (1, f"pybmc: 127.0.0.1:{port}: Address already in use\n")
+
+
+def test_a_file_that_is_no_model_is_status_1(capfd, tmp_path):
+    (tmp_path / "x.gguf").write_bytes(b"nothing")
+    found, told = status(capfd, tmp_path / "x.gguf", "--port", 0)
+    assert found == 1 and "x.gguf" in told and "Traceback" not in told
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--host", "0.0.0.0"], "--api-key"), (["--host", "example.org"], "--api-key"), (["--api-key", ""], "empty"),
+    (["--port", "70000"], "70000"), (["--memory", "much"], "8G"), (["--temp", "-1"], "temperature"), (["--parallel", "0"], "parallel"),
+    (["--draft-min", "9", "--draft-max", "3"], "draft-min"), (["--tint"], "tint"),
+])
+def test_wrong_flags_are_status_2(capfd, args, words):
+    found, told = status(capfd, tiny.model("llama"), "--port", 0, *args)
+    assert found == 2 and words in told
+
+
+def test_keys_come_from_a_file(capfd, tmp_path):
+    from pybmc.cli.serve import read_keys
+
+    (tmp_path / "keys").write_text("one\n\n two \n")
+    assert read_keys(tmp_path / "keys") == ["one", "two"]
+    (tmp_path / "empty").write_text("\n")
+    assert status(capfd, tiny.model("llama"), "--api-key-file", tmp_path / "empty")[0] == 2
+    assert status(capfd, tiny.model("llama"), "--api-key-file", tmp_path / "none")[0] == 1
+
+
+@pytest.mark.parametrize("missing", ["starlette", "uvicorn", "prometheus_client"])
+def test_a_missing_package_is_one_sentence(missing):
+    code = f"import sys; sys.modules[{missing!r}] = None\nfrom pybmc.cli import main; main(['serve', {str(tiny.model('llama'))!r}])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("pybmc: pybmc serve needs more packages: pip install 'pybmc[serve]'")
+    assert done.stderr.count("\n") == 1 and missing in done.stderr
+
+
+@pytest.mark.parametrize("text, size", [("8G", 8e9), ("512Mi", 512 << 20), ("1.5 gb", 1.5e9), ("100", 100), ("64kib", 64 << 10)])
+def test_sizes(text, size):
+    from pybmc.cli.serve import Size
+
+    assert Size().convert(text, None, None) == size
