@@ -1,6 +1,7 @@
 """What a GGUF file is, without loading it: shape, types, sizes, and whether it runs here."""
 
 import math
+from collections import Counter
 
 from .engine.model import check_model
 from .errors import FormatError, printable
@@ -52,13 +53,15 @@ def _types(file: GGUF) -> dict:
 
 def _verdict(file: GGUF) -> dict:
     """Shape, memory, and whether pybmc runs it; why_not is the sentence that loading it would fail with."""
-    facts = dict.fromkeys(("layers", "dim", "hidden_dim", "heads", "kv_heads", "head_dim", "kv_bytes_per_token",
-                           "memory_bytes", "memory_context", "causal", "pooling", "draft_head"))
+    facts = dict.fromkeys(("layers", "blocks", "experts", "dim", "hidden_dim", "heads", "kv_heads", "head_dim",
+                           "kv_bytes_per_token", "memory_bytes", "memory_context", "causal", "pooling", "draft_head"))
     try:
         config = read_config(file)
         rows = min(config.n_ctx, ROWS_SHOWN)
         weights = sum(t.nbytes for t in file.tensors.values())
-        facts |= {"layers": config.n_layers, "dim": config.dim, "hidden_dim": config.hidden_dim,
+        experts = next((block for _, block in config.blocks if block.kind == "EXPERTS"), None)
+        facts |= {"layers": config.n_layers, "blocks": dict(Counter(block.kind.lower().replace("_", " ") for _, block in config.blocks)),
+                  "experts": [experts.n_active, experts.n_experts] if experts else None, "dim": config.dim, "hidden_dim": config.hidden_dim,
                   "heads": config.n_heads, "kv_heads": config.n_kv_heads, "head_dim": config.head_dim,
                   "kv_bytes_per_token": config.kv_row_bytes,
                   "memory_bytes": weights + rows * config.kv_row_bytes, "memory_context": rows,
@@ -79,6 +82,9 @@ def lines(info: dict) -> list[tuple[str, str]]:
     if info["layers"]:
         out.append(("shape", f"{info['layers']} layers of {info['dim']}, feed-forward {info['hidden_dim']}, "
                              f"{info['heads']} heads and {info['kv_heads']} KV heads of {info['head_dim']}"))
+    if info["blocks"]:
+        active = " ({} of {} for a token)".format(*info["experts"]) if info["experts"] else ""
+        out.append(("blocks", ", ".join(f"{n} {kind}" for kind, n in info["blocks"].items()) + active))
     out.append(("types", ", ".join(f"{name} {entry['share']:.1%}" for name, entry in info["types"].items()) or "-"))
     tokenizer = info["tokenizer"]
     kind = " ".join(str(t) for t in (tokenizer["model"], tokenizer["pre"]) if t) or "none"

@@ -270,6 +270,13 @@ def test_a_tensor_for_each_expert(tmp_path):
         pybmc.Model(tiny.save(tmp_path / "c.gguf", metadata, tensors))
 
 
+def test_the_bias_of_the_choice_by_its_name_without_a_suffix(tmp_path):
+    metadata, tensors = model_parts(more={"exp_probs_b.bias": (N,)})
+    right = evaluate(tiny.save(tmp_path / "a.gguf", metadata, tensors), text(20))
+    renamed = {name.replace("exp_probs_b.bias", "exp_probs_b"): value for name, value in tensors.items()}
+    assert (evaluate(tiny.save(tmp_path / "b.gguf", metadata, renamed), text(20)) == right).all()
+
+
 @lru_cache(maxsize=None)
 def unbalanced(types, how):
     """A file in which every token takes the same experts ("same"), or each expert has few tokens, or one, or none."""

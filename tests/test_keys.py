@@ -13,7 +13,7 @@ import pybmc
 from pybmc.files.gguf import GGUF
 from pybmc.models.config import read_config
 from pybmc.models.keys import HARMLESS, NEUTRAL
-from pybmc.show import describe
+from pybmc.show import describe, lines
 
 TOKENS = np.arange(5, 45, dtype=np.int32)
 
@@ -140,6 +140,14 @@ def test_keys_that_change_how_heads_turn(arch, keys, style, tmp_path):
     with GGUF(path) as file:
         assert {block.rope_style for _, block in read_config(file).blocks if block.kind == "ATTENTION"} == {style}
     assert np.isfinite(logits(path)).all()
+
+
+@pytest.mark.parametrize("name, line", [
+    ("MLA", "3 mla, 1 dense, 2 experts (2 of 6 for a token)"), ("norms after", "2 attention, 2 dense"),
+    ("latent experts", "1 mamba2, 2 experts, 1 attention (2 of 6 for a token)"), ("lfm2", "2 short conv, 3 dense, 1 attention"),
+])
+def test_show_tells_the_blocks(name, line):
+    assert ("blocks", line) in lines(describe(tiny_kinds.model(name)))
 
 
 HOSTILE = (0, 1, -1, 3, 48, 2**31 - 1, 2**32 - 1, 2**62, 0.5, 1e30, -1.0, float("nan"), float("inf"), True, "word", np.array([], np.int32))

@@ -15,7 +15,7 @@ MODELS = {
     "glm4moe": "GLM 4.5 to 4.7", "gpt-oss": "gpt-oss", "gpt2": "GPT-2", "gptneox": "Pythia, GPT-NeoX", "granite": "Granite 3 and 4",
     "granitehybrid": "Granite 4 hybrids", "granitemoe": "Granite 3 MoE", "hunyuan-dense": "Hunyuan", "hunyuan-moe": "Hunyuan A13B",
     "hy-v3": "HY 3", "internlm2": "InternLM 2 and 3", "jina-bert-v2": "Jina Embeddings 2", "laguna": "Laguna", "lfm2": "LFM2",
-    "lfm2moe": "LFM2 A1B", "llama": "Llama 1 to 3, Mistral, Mixtral, TinyLlama, SmolLM 1 and 2, Yi", "maple": "Maple",
+    "lfm2moe": "LFM2 A1B", "llama": "Llama 1 to 3, Mistral, Mixtral, TinyLlama, SmolLM 1 and 2, Yi",
     "mellum": "Mellum 2", "minicpm": "MiniCPM", "minimax-m2": "MiniMax M2", "mistral3": "Ministral 3", "modern-bert": "ModernBERT",
     "mpt": "MPT", "nemotron": "Nemotron 4", "nemotron_h": "Nemotron Nano 2", "nemotron_h_moe": "Nemotron 3 Nano",
     "nomic-bert": "Nomic Embed", "nomic-bert-moe": "Nomic Embed 2", "olmo2": "OLMo 2 and 3", "olmoe": "OLMoE", "phi2": "Phi 1.5 and 2",

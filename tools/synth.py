@@ -1,6 +1,7 @@
 """Write a GGUF with a real model's shape, vocabulary size and quantization mix, and random weights.
 
     python -m tools.synth llama-3.2-1b --type Q4_K_M -o l1b.gguf
+    python -m tools.synth gpt-oss-20b --layers 6 --type MXFP4_MOE -o oss.gguf      its first layers only
 
     python -m tools.synth llama-3.2-1b --pair 0.85 -o l1b.gguf          also writes l1b-draft.gguf
 

@@ -7,7 +7,7 @@ be made tiny.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 
@@ -35,7 +35,6 @@ class Mixed:
     tied: bool = False
     outside: Callable[[Mixed, int], list[Weight]] = lambda m, vocab_size: []
     final_norm: tuple[Weight, ...] | None = None
-    sizes: dict = field(default_factory=dict)
 
 
 # ---- parts of a layer --------------------------------------------------------------------------------------

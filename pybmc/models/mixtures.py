@@ -41,10 +41,3 @@ def mellum(k, i):
     window = k.window(i, 4)
     table = rope_table(k, k.head_dim(), window, swa_scaling=False)
     return attention(k, i, qk_norm=True, window=window, table=table), experts(k, i)
-
-
-@architecture("maple", golden="")
-def maple(k, i):
-    window = k.window(i, 4)
-    return attention(k, i, qk_norm=True, window=window, rope=window > 0), experts(k, i)
-

@@ -194,7 +194,7 @@ def experts(k: Reader, i: int, *, gating: int = SOFTMAX, renorm: bool = True, no
                    gating=k.count("expert_gating_func", 0, low=0, high=3) or gating, renorm=int(k.flag("expert_weights_norm") or renorm),
                    expert_scale=k.number("expert_weights_scale", 0.0, high=1e6) or 1.0,
                    expert_groups=k.count("expert_group_count", 0, low=0, high=4096), groups_used=k.count("expert_group_used_count", 0, low=0, high=4096),
-                   norm=norm, post=post, needs=needs + ((norm,) if norm else ()) + ((post,) if post else ()), **fields)
+                   names={"exp_probs_b": "exp_probs_b.bias"}, norm=norm, post=post, needs=needs + ((norm,) if norm else ()) + ((post,) if post else ()), **fields)
 
 
 def _shared_dim(k: Reader, i: int, hidden: int) -> int:
