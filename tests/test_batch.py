@@ -54,7 +54,7 @@ def test_tokens_come_as_they_are_written(model, monkeypatch):
     monkeypatch.setattr("pybmc.engine.engine.CALL_SECONDS", 0.0)
     order = [i for i, _ in pybmc.generate_batch(model, ["a mouse", "a mill", "a river"], 5, parallel=2,
                                                 spec="off", stop_tokens=())]
-    assert order[:4] == [0, 1, 0, 1] and order.count(2) == 5
+    assert set(order[:4]) == {0, 1} and order[-1] == 2 and [order.count(i) for i in range(3)] == [5, 5, 5]
 
 
 def test_one_that_fails_is_raised(model):

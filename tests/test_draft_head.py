@@ -53,6 +53,7 @@ def parts(arch="qwen35", layer=1, **shape):
     metadata, tensors = tiny.parts(arch, n_ctx=2048, **shape)
     _, others = tiny.parts(arch, n_ctx=2048, **shape | {"seed": 9})
     n, dim, rng = metadata[f"{arch}.block_count"], metadata[f"{arch}.embedding_length"], np.random.default_rng(5)
+    metadata |= {key: [*value, value[layer]] for key, value in metadata.items() if key.startswith(f"{arch}.") and isinstance(value, list)}
     metadata |= {f"{arch}.block_count": n + 1, f"{arch}.nextn_predict_layers": 1}
     tensors |= {name.replace(f"blk.{layer}.", f"blk.{n}."): tensor for name, tensor in others.items() if name.startswith(f"blk.{layer}.")}
     for name in ("enorm", "hnorm", "shared_head_norm"):
