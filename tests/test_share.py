@@ -110,7 +110,7 @@ def test_company_that_begins_alike_changes_nothing(arch, monkeypatch):
                 assert not sequence.error and outcome(tokens) == expected[:None if whole else len(tokens)]
             shared += sum(s.stats.reused_tokens for s in found)
             aside += engine.put_aside
-    assert shared > 200 and (aside or arch in ("qwen35", "draft head"))
+    assert shared > 50 and (aside or arch in ("qwen35", "draft head"))
 
 
 # ---- who shares, and who waits
