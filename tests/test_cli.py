@@ -259,7 +259,7 @@ def test_a_breakdown_sums_to_the_whole_time(path, capsys):
         assert len(r["steps"]) == 12 and all(seconds > 0 for seconds in r["steps"].values())
     assert run(args) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 16 and lines[0].split() == "pp 64 tg 4 verify 3 pp 64 @5 tg 4 @5 verify 3 @5".split()
+    assert len(lines) == 15 and lines[0].split() == "pp 64 tg 4 verify 3 pp 64 @5 tg 4 @5 verify 3 @5".split()
     assert lines[-1].startswith("sum ")
 
 

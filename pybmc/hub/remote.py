@@ -14,7 +14,7 @@ import numpy as np
 
 from ..errors import FormatError
 from ..files.gguf import GGUF, File
-from ..models.arch import ROPE_TENSORS
+from ..models.bind import ROPE_TENSORS
 
 CHUNK = 1 << 20                         # bytes of the first request; each next one fetches twice as many
 CHUNK_MAX = 1 << 24
