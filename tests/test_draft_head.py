@@ -250,6 +250,7 @@ def with_a_layer_as_head(file, layer):
     tensors = {t.name: (t.tensor_type.name, t.data.view(np.uint8)) for t in reader.tensors}
     arch = metadata["general.architecture"]
     n, dim = metadata[f"{arch}.block_count"], metadata[f"{arch}.embedding_length"]
+    metadata |= {key: [*value, value[layer]] for key, value in metadata.items() if key.startswith(f"{arch}.") and isinstance(value, list)}
     metadata |= {f"{arch}.block_count": n + 1, f"{arch}.nextn_predict_layers": 1}
     tensors |= {name.replace(f"blk.{layer}.", f"blk.{n}."): tensor for name, tensor in tensors.items() if name.startswith(f"blk.{layer}.")}
     tensors |= {f"blk.{n}.nextn.{name}.weight": float32(np.ones(dim)) for name in ("enorm", "hnorm")}

@@ -87,9 +87,9 @@ def flags(*values):
     ("MLA", {"attention__key_length_mla": 8}, "rope.dimension_count: expected an even number up to 8"),
     ("experts", {"expert_used_count": 7}, "expert_used_count: expected 1 to 6, found 7"), ("experts", {"expert_count": 5}, "expected 5 rows of 64"),
     ("experts", {"expert_shared_count": 1}, "blk.0.ffn_up_shexp.weight is missing"), ("experts", {"expert_weights_scale": -1.0}, "expert_weights_scale"),
-    ("sinks", {"attention__sliding_window_pattern": flags(True)}, "sliding_window_pattern: expected 2 flags, found 1"),
-    ("sinks", {"attention__sliding_window_pattern": flags(True, False, True)}, "sliding_window_pattern: expected 2 flags, found 3"),
-    ("gates of heads", {"attention__head_count": [4, 4, 4]}, "head_count: expected one number, or one for each of 4 layers, found 3"),
+    ("sinks", {"attention__sliding_window_pattern": flags(True)}, "sliding_window_pattern: expected one for each of 2 layers, found 1"),
+    ("sinks", {"attention__sliding_window_pattern": flags(True, False, True)}, "sliding_window_pattern: expected one for each of 2 layers, found 3"),
+    ("gates of heads", {"attention__head_count": [4, 4, 4]}, "head_count: expected one for each of 4 layers, found 3"),
     ("gates of heads", {"attention__head_count": [2, 4, 4, 4, 4]}, "one for each of 4 layers, found 5"),
     ("gates of heads", {"attention__head_count": [2, 4, 0, 4]}, "head_count: expected 1 to 4096, found 0"),
     ("gates of heads", {"attention__head_count": [2, 4, 3, 4]}, "head_count_kv: expected a divisor of 3 heads, found 2"),
@@ -103,8 +103,8 @@ def flags(*values):
     ("blocks side by side", {"expert_count": 8}, "expert_count: expected 0, as pybmc knows of no other for cohere2, found 8"),
     ("norms after", {"rope__scaling__yarn_ext_factor": 1.0}, "yarn_ext_factor: expected 0 with scaling none, found 1.0"),
     ("norms after", {"nextn_predict_layers": np.array([1, 0])}, "nextn_predict_layers: expected one whole number"),
-    ("norms after", {"block_count": np.array([2, 2])}, "block_count: expected one number"), ("norms after", {"nextn_predict_layers": 2}, "block_count"),
-    ("latent experts", {"feed_forward_length": [0, 32, 0]}, "feed_forward_length: expected one number, or one for each of 4 layers, found 3"),
+    ("norms after", {"block_count": np.array([2, 2])}, "block_count: expected one for each"), ("norms after", {"nextn_predict_layers": 2}, "block_count"),
+    ("latent experts", {"feed_forward_length": [0, 32, 0]}, "feed_forward_length: expected one for each of 4 layers, found 3"),
 ])
 def test_values_that_cannot_be_meant(name, keys, message, tmp_path):
     refuse(changed(tmp_path, name, **keys), message)

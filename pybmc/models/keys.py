@@ -42,12 +42,18 @@ class Keys:
         value = self.file.metadata.get(f"{self.arch}.{key}")
         if not isinstance(value, np.ndarray):
             return value
-        n_layers = self.file.metadata.get(f"{self.arch}.block_count")
-        if not isinstance(n_layers, int) or len(value) != n_layers:
-            raise self.error(key, f"one number, or one for each of {n_layers!r:.20} layers", f"{len(value)}")
+        self.check_length(key, value, layer)
         if layer is not None:
             return value[layer].item()
         return value[0].item() if (value == value[0]).all() else value
+
+    def check_length(self, key: str, value: np.ndarray, layer: int | None) -> None:
+        """Raise FormatError for an array that does not have one element for each layer; those that predict further may have none."""
+        total, after = (self.file.metadata.get(f"{self.arch}.{name}", 0) for name in ("block_count", "nextn_predict_layers"))
+        after = after if isinstance(after, int) else 0
+        right = [n for n in (total, total - after) if n > (layer or 0)] if isinstance(total, int) else []
+        if len(value) not in right:
+            raise self.error(key, f"one for each of {total!r:.20} layers", len(value))
 
     def text(self, key: str, default: str) -> str:
         value = self.find(key)

@@ -112,8 +112,7 @@ class Reader(Keys):
         pattern = self.file.metadata.get(f"{self.arch}.attention.sliding_window_pattern")
         if isinstance(pattern, np.ndarray):
             self.used.add("attention.sliding_window_pattern")
-            if len(pattern) != self.n_layers + self.n_predicting:
-                raise self.error("attention.sliding_window_pattern", f"{self.n_layers + self.n_predicting} flags", len(pattern))
+            self.check_length("attention.sliding_window_pattern", pattern, i)
             return rows if pattern[i] else 0
         every = self.count("attention.sliding_window_pattern", period, low=0)
         return rows if every and (i % every > 0 if dense_first else i % every < every - 1) else 0
