@@ -8,6 +8,7 @@ from .errors import FormatError, printable
 from .files.gguf import GGUF
 from .models.bind import IGNORED, ROPE_TENSORS
 from .models.config import read_config
+from .models.layers import Experts
 
 ROWS_SHOWN = 4096                       # tokens of context that the estimate of memory includes
 
@@ -59,7 +60,7 @@ def _verdict(file: GGUF) -> dict:
         config = read_config(file)
         rows = min(config.n_ctx, ROWS_SHOWN)
         weights = sum(t.nbytes for t in file.tensors.values())
-        experts = next((block for _, block in config.blocks if block.kind == "EXPERTS"), None)
+        experts = next((block for _, block in config.blocks if isinstance(block, Experts)), None)
         facts |= {"layers": config.n_layers, "blocks": dict(Counter(block.kind.lower().replace("_", " ") for _, block in config.blocks)),
                   "experts": [experts.n_active, experts.n_experts] if experts else None, "dim": config.dim, "hidden_dim": config.hidden_dim,
                   "heads": config.n_heads, "kv_heads": config.n_kv_heads, "head_dim": config.head_dim,
