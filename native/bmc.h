@@ -108,7 +108,7 @@ typedef struct bmc_block {
     int32_t renorm;                 /* 1: weights of the chosen sum to 1 */
     float expert_scale;             /* and are multiplied by it */
     int32_t shared_dim;             /* of the expert that is always on; 0 = none */
-    int32_t latent_dim;             /* > 0: experts work on so many values, ffn_latent_down's */
+    int32_t latent_dim;             /* values that experts read and give, between ffn_latent_down and ffn_latent_up; 0: dim */
     int32_t route;                  /* enum bmc_route: what the router reads */
     int32_t per_layer;              /* PER_LAYER: which of the token's vectors */
 } bmc_block;
@@ -133,7 +133,7 @@ typedef struct bmc_config {
     float embedding_scale;          /* 1 = none */
     float logit_scale;              /* 1 = none */
     float logit_softcap;            /* 0 = none */
-    int32_t per_layer_dim;          /* > 0: each token has a vector of so many values for every layer besides its embedding */
+    int32_t per_layer_dim;          /* size of the vectors that each token has for every layer, besides its embedding; 0: there are none */
     int32_t long_rope;              /* 1: table 1 is table 0 for long contexts */
     int32_t n_ropes;
     const bmc_rope_table *ropes;    /* (n_ropes,) */

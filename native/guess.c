@@ -142,7 +142,7 @@ static void restart(struct turn *t, int most) {
     draft->offset = larger(earliest(t), t->length - smaller(most, (int)draft->cap / 2));
 }
 
-/* The next n tokens that the draft model lacks of the text, and for a draft head the hidden states before them. */
+/* The next n tokens of the text that the draft model has not read; for a draft head also the hidden states before them. */
 static void read_from(const struct turn *t, int n, int32_t *tokens, const float **before) {
     const int first = t->length - lag(t);
     for (int i = 0; i < n; i++) {
@@ -151,7 +151,7 @@ static void read_from(const struct turn *t, int n, int32_t *tokens, const float 
     }
 }
 
-/* The draft model evaluates the next n tokens that it lacks of the text, PASS_MAX at most. */
+/* The draft model reads the next n tokens of the text, PASS_MAX at most. */
 static int read_text(struct group *g, struct turn *t, int n) {
     bmc_session *draft = t->drafter->o.draft;
     int32_t tokens[PASS_MAX];
@@ -261,8 +261,8 @@ static void begin_draft(struct turn *t) {
     t->drafting = true;
 }
 
-/* Whether and how the draft model takes part in a turn, whose repetitions are known: it guesses, or it reads a piece of what it
- * lacks of the text. Once that has begun it goes on until it knows the text. */
+/* Whether and how the draft model takes part in a turn, whose repetitions are known: it guesses, or it reads a piece of the
+ * text. Once it has begun to read, it goes on to the end of the text before it guesses. */
 static int prepare_draft(struct group *g, struct turn *t) {
     bmc_drafter *d = t->drafter;
     if (d->o.draft && !d->reading)

@@ -47,7 +47,7 @@ static inline bool drafted(const struct turn *t) { return t->source == MODEL; }
 
 static inline double seconds_since(int64_t start) { return 1e-9 * (double)(nanoseconds() - start); }
 
-double pass_seconds(const struct group *g, int guesses);    /* of the target's pass with so many guesses in all */
+double pass_seconds(const struct group *g, int guesses);    /* of the target's pass, with this number of guesses in all */
 void draft_follow(struct turn *t);                          /* the draft model forgets what is not the text's any more */
 void measure_base(struct group *g);
 int wanted_guesses(const struct group *g, struct turn *t);  /* how many to ask the caller for, who has a draft model */

@@ -38,7 +38,7 @@ def ids(n, seed=0):
 
 
 def costs(model, rows):
-    """Bytes of a session of so many rows that grows finely, and of its states."""
+    """Bytes of a session of this many rows that grows finely, and of its states."""
     with model.session(max(rows, 600), rows=16) as session:
         session.reserve(rows)
         if model.head:

@@ -57,7 +57,7 @@ def growth_cost(growth: Growth, machine: Machine, s: float, used: int, old: int,
 
 def predict(growth: Growth, machine: Machine, s: float, attention: tuple[float, float], prompt: int, generated: int,
             cap: int, width: int = 1, tau: float = 1.0) -> Cost:
-    """Seconds a token of generating so many after a prompt, without the weights; the cache's start is among them.
+    """Seconds a token of generating tokens after a prompt, without the weights; the cache's start is among them.
 
     attention: seconds of a pass of this width over no rows, and over each row. Passes take `width` rows and leave tau.
     """

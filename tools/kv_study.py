@@ -150,7 +150,7 @@ def measure(model, s: Setting, whole: bool = False, reference: Callable[[], floa
 
 
 def warm_up(model, rows: int) -> None:
-    """Touch the pages that so many rows are going to take. In a virtual machine those that nobody has touched for a
+    """Touch the pages that the next rows are going to take. In a virtual machine those that nobody has touched for a
     few seconds may be the host's again: getting one back costs 20 times what a page costs otherwise."""
     with GrowingSession(model, Growth("max"), rows):
         pass

@@ -543,7 +543,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", choices=sorted(MODELS), metavar="MODEL", help=", ".join(MODELS))
     parser.add_argument("--type", default="Q4_K_M", help=f"{', '.join(MIXES)}; pure-TYPE: no mix")
-    parser.add_argument("--layers", type=int, help="only so many of the model's first layers")
+    parser.add_argument("--layers", type=int, help="write only the first LAYERS layers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pair", type=float, metavar="SHARE",
                         help="also write OUTPUT-draft.gguf, a draft whose best token is the model's so often (0.85)")

@@ -170,10 +170,10 @@ INLINE u8x64 u_lookup(const uint8_t table[16], u8x64 a) {
 
 INLINE __m256i spread(const int8_t *a) { return _mm256_set1_epi32(*(const int32_t *)(const void *)a); }
 
-/* sum += products, words of 16 or 32 bits. In so many words, or gcc collects all products of a block before it adds the first
- * two. */
+/* sum += products, words of 16 or 32 bits. In assembly, since gcc otherwise computes all products of a block before it
+ * adds the first two. */
 #define ADD(bits, sum, products) __asm__("vpadd" bits " %1, %0, %0" : "+x"(sum) : "x"(products))
-/* Here, and in registers: or gcc decodes ahead, puts what it has no registers for aside and reads it for each column. */
+/* Keeps both in registers at this point: otherwise gcc decodes ahead, spills, and reloads for each column. */
 #define NOW(a, b) __asm__ volatile("" : "+x"(a), "+x"(b))
 
 /* Products of 8 bits come as pairs summed in 16. With |a| <= 127 several units of narrow weights fit before they

@@ -18,7 +18,7 @@
 #define COLS_MAX 2          /* sums a panel kernel keeps */
 #define TOGETHER 1          /* tokens that i_dots takes */
 #define ROWS_MAX 2          /* queries an attention kernel keeps */
-#define EACH_SIZE(X) X(1, 4, 4) X(2, 2, 1)      /* with so many queries: tiles of keys, vectors of values at a time */
+#define EACH_SIZE(X) X(1, 4, 4) X(2, 2, 1)      /* number of queries; then tiles of keys and vectors of values at a time */
 #define WIDEN 1
 #define FLOAT_COLS_MAX 1
 #define FLOAT_PANELS(C) 4

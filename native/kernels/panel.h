@@ -211,7 +211,7 @@ INLINE void ask_ahead(const uint8_t *p, const int C, int slower) {
             struct scales sc; \
             for (int line = 0; line < f.code_bytes; line += 64) \
                 ask_ahead(p + line, C, 1); \
-            ask_ahead(s, C, 8);             /* scales are so many times fewer bytes */ \
+            ask_ahead(s, C, 8);             /* scales take about an eighth of the codes' bytes */ \
             scales(&sc, head, s); \
             work \
         } \

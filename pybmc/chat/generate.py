@@ -30,7 +30,7 @@ def generate(model: Model, prompt: Prompt, max_tokens: int | None = 256, *, sess
 
     prompt     a text, a list of token ids, or a list of chat messages ({"role": .., "content": ..}). Where the
                last message is the assistant's, its content is continued
-    max_tokens at most so many tokens; None: until the model ends or the context is full
+    max_tokens at most this many tokens; None: until the model ends or the context is full
     session    evaluate in this session, and keep it: what the prompt has in common with its tokens is not evaluated
                again. Without one a new session is used and closed. A generation in it ends the one before
     draft      a smaller model that guesses ahead, best with the same vocabulary: a Model or a path. The text is the same

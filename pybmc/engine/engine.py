@@ -157,7 +157,7 @@ class Sequence:
         self.bare = False               # it shares nothing and keeps no snapshots: memory is too short for them
         self.scores: list[Score] = []
         self.stats = Stats(prompt_tokens=len(self.prompt))
-        self._owned = request.session is None
+        self.owned = request.session is None            # the session is the engine's, not the caller's
         self.session: Session = request.session         # type: ignore[assignment]      # None until start()
         self.drafter: Drafter | None = None
         self._masks: Masks | None = None
@@ -243,7 +243,7 @@ class Sequence:
 
     def check_unread(self) -> None:
         """Raise where tokens that nobody has read yet are not the text of the session any more."""
-        if not self._owned:
+        if not self.owned:
             self.session._live()
             self.check_session()
             if self.lost:
@@ -259,11 +259,6 @@ class Sequence:
         return not self.done
 
     @property
-    def owned(self) -> bool:
-        """Whether the session is the engine's, not the caller's."""
-        return self._owned
-
-    @property
     def left(self) -> float:
         """Tokens that may still come."""
         return min(self.request.max_tokens, self.context - len(self.prompt) + 1) - self._written
@@ -271,12 +266,12 @@ class Sequence:
     @property
     def wanted(self) -> float:
         """Rows for the beginning of its answer; all of it where the session was given, which is never taken away."""
-        return len(self.text) + (min(self.left, ANSWER) if self._owned else self.left)
+        return len(self.text) + (min(self.left, ANSWER) if self.owned else self.left)
 
     @property
     def certain(self) -> float:
         """Rows that it will need: those of the text so far; of all of it where the session was given."""
-        return len(self.text) + (0 if self._owned else self.left)
+        return len(self.text) + (0 if self.owned else self.left)
 
     @property
     def context(self) -> int:
@@ -357,7 +352,7 @@ class Sequence:
         if self._masks:
             self._masks.accept(ids)
         self._time(seconds)
-        if self.reading and (self.engine.keep or not self._owned):
+        if self.reading and (self.engine.keep or not self.owned):
             self._snapshot()
         self.reading = False
         found = []
@@ -396,7 +391,7 @@ class Sequence:
 
     def _snapshot(self) -> None:
         """At ends of prompts and answers, and at marks: to where other texts will leave this one."""
-        if self._owned and (self.bare or not self.engine.has_room_for_snapshot()):
+        if self.owned and (self.bare or not self.engine.has_room_for_snapshot()):
             return
         with suppress(BmcError):
             self.session.snapshot()
@@ -415,12 +410,12 @@ class Sequence:
     def finish(self, keep: bool = False) -> None:
         """Let go of what the sequence used; a session that was given stays. keep: the engine may use the rows again."""
         self.done = True
-        if self.started and (keep or not self._owned):
+        if self.started and (keep or not self.owned):
             self.item.n = 0
             self.take_back(0)
             self._snapshot()
         self._close_drafter()
-        if not self._owned or self.session is None:
+        if not self.owned or self.session is None:
             return
         if keep and not self.error:
             self.engine.prefixes.give(self.session)
@@ -430,7 +425,7 @@ class Sequence:
             self.engine.prefixes.recount()
 
     def _close_drafter(self) -> None:
-        if self.drafter is not None and self._owned:
+        if self.drafter is not None and self.owned:
             self.drafter.close()
             self.drafter = None
 
@@ -793,7 +788,7 @@ class Room:
         return max(self.rows(self.memory - self.fixed_bytes), 0)
 
     def rows(self, size: float) -> int:
-        """Rows by which sessions can grow in so many bytes."""
+        """Rows by which sessions can grow within this number of bytes."""
         return int(size // max(self.grain_bytes, 1)) * self.grain
 
     def whole(self, n: float) -> float:
