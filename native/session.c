@@ -79,9 +79,12 @@ int bmc_session_new(bmc_model *m, int64_t cap, int r, int rope, bmc_session **se
 
 /* What the child of a fork has in common with its parent, up to `position`. */
 static int copy_session(bmc_session *s, bmc_session *parent, int position) {
-    int status = init_arenas(s, parent->arenas[ALL_ROWS].config.r);
-    for (int i = 0; !status && i < ARENAS; i++)
-        status = arena_fork(&s->arenas[i], &parent->arenas[i], position);
+    int status = 0;
+    for (int i = 0; !status && i < ARENAS; i++) {
+        status = arena_init(&s->arenas[i], &parent->arenas[i].config);
+        if (!status)
+            status = arena_fork(&s->arenas[i], &parent->arenas[i], position);
+    }
     if (!status)
         status = states_copy(&s->states, &parent->states);
     s->n_tokens = larger(position, 1);
@@ -388,11 +391,18 @@ static void run_pass(struct pass *p) {
     p->n_tok = p->n_out = p->n_choosing = p->n_sampled = 0;
 }
 
-/* Passes of up to pass_max tokens, SAMPLED_MAX of them with a sampler, over all spans, one after the other. A model that is not
- * causal gets whole texts. */
+/* Whether a span that has to stay whole would be cut by the end of a pass. The text of a model that is not causal is read at once,
+ * and guesses are in one pass since states can be taken back to where the last pass began. */
+static bool would_split(const struct pass *p, const bmc_span *span) {
+    const bool whole = !p->model->c.causal || (span->want == BMC_WANT_ALL && span->n_tok <= LOG_MAX);
+    const int sampled = !span->logits && needs_all(span, span->mask) ? span->n_tok : 0;
+    return whole && (p->n_tok + span->n_tok > p->model->pass_max || p->n_sampled + sampled > SAMPLED_MAX);
+}
+
+/* Passes of up to pass_max tokens, SAMPLED_MAX of them with a sampler, over all spans, one after the other. */
 static void run_passes(struct pass *p, const bmc_span *spans, int n) {
     for (int s = 0; s < n; s++) {
-        if (!p->model->c.causal && p->n_tok + spans[s].n_tok > p->model->pass_max)
+        if (p->n_tok && would_split(p, &spans[s]))
             run_pass(p);
         for (int i = 0; i < spans[s].n_tok; i++) {
             push(p, &spans[s], i);

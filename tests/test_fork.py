@@ -48,6 +48,16 @@ def test_forks_read_what_their_own_text_says(arch, rows):
             assert np.array_equal(session.eval([7]), fresh(model, [*text, 7]))
 
 
+def test_forks_where_windows_grow_by_other_rows_than_the_rest():
+    """Rows of windows and the others have segments of their own size, as the library chooses them."""
+    with pybmc.Model(tiny.model("gemma3", n_heads=4, n_kv_heads=4, head_dim=256, n_ctx=2048), threads=2) as model, model.session() as session:
+        text = tokens(700)
+        session.eval(text)
+        for position in (700, 300, 15):
+            with session.fork(position) as fork:
+                assert np.array_equal(fork.eval([9]), fresh(model, [*text[:position], 9]))
+
+
 def test_a_fork_costs_no_memory_for_what_is_shared():
     with pybmc.Model(tiny.model("llama"), threads=1) as model, model.session(rows=16) as session:
         session.eval(tokens(320))

@@ -42,6 +42,16 @@ def test_tokens_one_by_one_and_back(arch):
             assert_same(session.eval(text()[at:at + 1])[None], truth(arch)[at:at + 1])
 
 
+def test_guesses_of_many_sequences_can_all_be_taken_back():
+    """72 rows with a sampler are more than one pass has room for: a sequence's own stay in one, however many there are."""
+    model, sampler = load("qwen35"), pybmc.Sampler(temperature=0.7)
+    sessions = [model.session() for _ in range(8)]
+    for session in sessions:
+        session.eval(text(20), "none")
+    pybmc.eval_batch([(session, text(9, seed=i), "argmax", 0, sampler) for i, session in enumerate(sessions)])
+    assert [session.nearest(21) for session in sessions] == [21] * 8
+
+
 @archs
 def test_sync_keeps_what_needs_no_other_tokens(arch):
     """Without a snapshot a text that differs early is read anew; with one, from a little before the snapshot."""
