@@ -5,6 +5,7 @@
 #include "../error.h"
 #include "../pass.h"
 
+#include <float.h>
 #include <math.h>
 
 static const struct role roles[] = {
@@ -114,7 +115,7 @@ static void rate(const struct block *b, float *p, float *choice) {
         for (int e = 0; e < c->n_experts; e++)
             p[e] = (float)(1 / (1 + exp(-(double)p[e])));
     for (int e = 0; e < c->n_experts; e++)
-        choice[e] = b->experts.choice_bias.v ? p[e] + b->experts.choice_bias.v[e] : p[e];
+        choice[e] = fmaxf(b->experts.choice_bias.v ? p[e] + b->experts.choice_bias.v[e] : p[e], -FLT_MAX);     /* NaN is last, and chosen once */
 }
 
 /* Leaves only the experts of the groups whose two best come to most. */
