@@ -47,7 +47,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self, body):
         hub, path = self.server, unquote(self.path.partition("?")[0])
-        hub.log.append([self.command, path, self.headers.get("Range"), 0])
+        self.entry = [self.command, path, self.headers.get("Range"), 0]
+        hub.log.append(self.entry)
         if hub.status:
             return self.give(hub.status, b"no", {}, body)
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?", path):
@@ -107,5 +108,5 @@ class Handler(BaseHTTPRequestHandler):
             except OSError:             # the client has left
                 self.close_connection = True
                 return
-            hub.log[-1][3] += len(data[start:start + step])
+            self.entry[3] += len(data[start:start + step])
             time.sleep(hub.pace)
