@@ -31,7 +31,7 @@ _HOMES = {
     "generate": "chat.generate",
     "generate_batch": "chat.generate",
     "Engine": "engine.engine",
-    "Request": "engine.engine",
+    "Request": "engine.request",
     "Speculation": "spec",
     **dict.fromkeys(("Llama", "LlamaGrammar", "LlamaPromptLookupDecoding", "LlamaRAMCache", "LogitsProcessorList",
                      "StoppingCriteriaList"), "llama"),

@@ -270,7 +270,7 @@ def test_the_library_checks_given_ids(model):
 
 
 def test_sessions_grow_finely_only_where_memory_is_narrow(model):
-    from pybmc.engine.engine import FINE, Room
+    from pybmc.engine.memory import FINE, Room
 
     row = model.config.kv_row_bytes
     with model.session() as session:

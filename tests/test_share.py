@@ -78,7 +78,7 @@ def tree(rng, n):
 @pytest.mark.parametrize("arch", ["llama", "gemma3", *RECURRENT, "draft head"])
 def test_company_that_begins_alike_changes_nothing(arch, monkeypatch):
     """Forks of running and of kept sessions, several answers, sequences put aside and cancelled, in all orders."""
-    monkeypatch.setattr("pybmc.engine.engine.ANSWER", 8)        # so that memory gets short later
+    monkeypatch.setattr("pybmc.engine.sequence.ANSWER", 8)        # so that memory gets short later
     model, shared, aside = load(arch), 0, 0
     for seed in range(3 if arch == "draft head" else 10):
         rng = random.Random(seed)

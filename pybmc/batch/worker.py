@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 
 from ..chat.generate import encode_prompt
 from ..chat.template import ChatTemplate, template_of
-from ..engine.engine import Engine, Request, Sequence
+from ..engine.engine import Engine
 from ..engine.generate import checked_wishes
+from ..engine.request import Request
 from ..engine.sampler import Sampler
+from ..engine.sequence import Sequence
 from ..engine.text import Token
 from ..errors import BmcError
 from .lines import Line, failure, parsed

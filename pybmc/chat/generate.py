@@ -7,9 +7,10 @@ from os import PathLike
 from typing import Any
 
 from .. import checks
-from ..engine.engine import Engine, Request
+from ..engine.engine import Engine
 from ..engine.generate import Batch, Generation, checked_wishes, encode_text, filled, speculation_of
 from ..engine.model import Model
+from ..engine.request import Request
 from ..engine.sampler import Sampler
 from ..engine.session import Session
 from ..errors import ArgumentError, ContextFullError

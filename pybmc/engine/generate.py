@@ -15,9 +15,11 @@ from .. import checks
 from ..errors import ArgumentError, BusyError
 from ..spec.speculation import Speculation
 from ..tokenizers import Tokenizer
-from .engine import Engine, Request, Sequence, Stats
+from .engine import Engine
 from .model import Model
+from .request import Request, Stats
 from .sampler import Sampler, check_bias
+from .sequence import Sequence
 from .session import Session
 from .text import Token
 

@@ -18,8 +18,9 @@ import numpy as np
 
 from ..spec.pair import connect
 from ..spec.speculation import Speculation, verify
-from .engine import Engine, Request, Stats
+from .engine import Engine
 from .generate import encode_text
+from .request import Request, Stats
 from .sampler import Sampler
 from .text import Ending, StopStrings, Token
 

@@ -24,9 +24,10 @@ import numpy as np
 
 from .. import checks
 from ..chat.template import ChatTemplate
-from ..engine.engine import Engine, Request, Stats, checked
+from ..engine.engine import Engine
 from ..engine.generate import Generation, encode_text, filled, speculation_of
 from ..engine.model import Model
+from ..engine.request import Request, Stats, checked
 from ..engine.sampler import Sampler
 from ..engine.session import Session
 from ..engine.text import Ending, StopStrings

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from math import isfinite
 
 from ..chat.reasoning import CLOSES, OPENS, Reasoning
-from ..engine.engine import Stats
+from ..engine.request import Stats
 from ..engine.score import Score
 from ..engine.text import Token
 from .errors import Refused

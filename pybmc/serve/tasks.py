@@ -10,8 +10,8 @@ from math import inf
 
 from ..chat.reasoning import is_open
 from ..chat.template import checked_variables
-from ..engine.engine import Request
 from ..engine.generate import encode_text
+from ..engine.request import Request
 from ..engine.sampler import Sampler
 from ..errors import ArgumentError, BmcError
 from .answers import Choice, Split

@@ -17,7 +17,8 @@ from contextlib import suppress
 from dataclasses import replace
 from queue import Empty, SimpleQueue
 
-from ..engine.engine import Engine, Request
+from ..engine.engine import Engine
+from ..engine.request import Request
 from ..errors import BmcError, OutOfMemoryError
 from .answers import Update
 from .errors import Refused, refusal
