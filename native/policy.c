@@ -170,9 +170,13 @@ static const double GRANT = 4, BANK = 16;       /* plain tokens: what a sequence
 static const double SHARE = 0.01;               /* of all time */
 
 void budget_pass_time(struct budget *b, double seconds, double one) {
-    b->balance = fmin(b->balance + (b->begun ? 0 : GRANT * one) + SHARE * seconds, BANK * one);
+    if (!b->begun) {
+        b->balance += GRANT * one;
+        b->probes_left += one;
+        b->begun = true;
+    }
+    b->balance = fmin(b->balance + SHARE * seconds, BANK * one);
     b->probes_left += SHARE * seconds;
-    b->begun = true;
 }
 
 void budget_enter(struct budget *b, double gained, double one, bool probe) {

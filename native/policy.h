@@ -53,7 +53,8 @@ double recent_mean(const struct recent *r, double mean);                        
 /* ---- how much may be lost */
 
 /* In seconds. A sequence begins with a grant; a share of all its time and what guessing gains are added; what it loses
- * against plain decoding is taken off. */
+ * against plain decoding is taken off. Probes have a part of it: one plain token at first, so that what a draft model's guesses
+ * cost is measured early, and the share of all time. */
 struct budget {
     double balance;
     double probes_left;                 /* loss allowed for probes: guesses that are not expected to pay */

@@ -89,6 +89,15 @@ static void losses_are_bounded(void) {
     CHECK(lost <= one * (4 + 0.0101 * 20000) && lost > 0.5 * one * 0.01 * 20000);
 }
 
+/* What a guess costs is known once one was made: the first probe does not wait. */
+static void the_first_probe_is_granted(void) {
+    struct budget b = { 0 };
+    budget_pass_time(&b, 0.03, 0.03);
+    CHECK(budget_allows(&b, 0.03, true));
+    budget_enter(&b, -0.03, 0.03, true);
+    CHECK(!budget_allows(&b, 0.03, true) && budget_allows(&b, 0.03, false));
+}
+
 int main(void) {
     costs_are_found();
     speed_is_shared();
@@ -96,5 +105,6 @@ int main(void) {
     chances_are_learned();
     a_text_has_its_own_chances();
     losses_are_bounded();
+    the_first_probe_is_granted();
     return 0;
 }
