@@ -146,6 +146,13 @@ double acceptance_at(const struct acceptance *a, float confidence) {
     return (a->hits[i] + PRIOR * a->prior[i]) / (a->seen[i] + PRIOR);
 }
 
+bool acceptance_known(const struct acceptance *a) {
+    double seen = 0;
+    for (int i = 0; i < a->n_classes; i++)
+        seen += a->seen[i];
+    return seen > PRIOR;
+}
+
 double acceptance_mean(const struct acceptance *a) {
     double hits = FIRST_MEAN * PRIOR, seen = PRIOR;
     for (int i = 0; i < a->n_classes; i++) {
@@ -170,13 +177,9 @@ static const double GRANT = 4, BANK = 16;       /* plain tokens: what a sequence
 static const double SHARE = 0.01;               /* of all time */
 
 void budget_pass_time(struct budget *b, double seconds, double one) {
-    if (!b->begun) {
-        b->balance += GRANT * one;
-        b->probes_left += one;
-        b->begun = true;
-    }
-    b->balance = fmin(b->balance + SHARE * seconds, BANK * one);
+    b->balance = fmin(b->balance + (b->begun ? 0 : GRANT * one) + SHARE * seconds, BANK * one);
     b->probes_left += SHARE * seconds;
+    b->begun = true;
 }
 
 void budget_enter(struct budget *b, double gained, double one, bool probe) {
