@@ -15,6 +15,7 @@ import pybmc
 from pybmc.chat import preread
 from pybmc.chat.conversation import CUT, Conversation, lasting
 from pybmc.chat.preread import POWER_SECONDS, QUIET_SECONDS, Power, Preread, Reader, on_battery
+from pybmc.cli import cli
 from pybmc.cli.repl import begun, lines
 from pybmc.engine.prefixes import common
 from tools.preread_bench import main
@@ -396,6 +397,15 @@ def test_it_reads_while_a_line_is_asked_for_and_at_no_other_time(talk, monkeypat
     parts.append("before")
     assert next(read) == "two" and threads() == []
     assert list(read) == [] and threads() == [] and seen == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("flags, terminal, reads", [([], True, True), (["--no-preread"], True, False), ([], False, False)])
+def test_it_reads_at_a_terminal_unless_a_flag_forbids_it(monkeypatch, flags, terminal, reads):
+    given = []
+    monkeypatch.setattr("pybmc.cli.repl.is_terminal", lambda stream: terminal)
+    monkeypatch.setattr("pybmc.cli.repl.lines", lambda terminal, ahead, parts: given.append(ahead) or iter(()))
+    run = CliRunner().invoke(cli, ["chat", str(tiny.model("llama")), *flags])
+    assert run.exit_code == 0 and [ahead is not None for ahead in given] == [reads], run.output
 
 
 def test_the_line_editor_tells_what_is_typed(monkeypatch):
