@@ -19,6 +19,7 @@ from .embed import normalized, vectors
 from .errors import Refused, invalid, no_model
 from .fields import Fields
 from .http import Json, Lines, client_of, fields_of, in_pool, respond, service_of, writer_of
+from .pull import pull
 from .service import Service
 from .tasks import chat_prompt, gap_prompt, refuse_common, task_of, template_request, text_prompts
 
@@ -283,7 +284,7 @@ async def version(request: Request) -> Response:
     return Json({"version": VERSION, "pybmc": __version__})
 
 
-COMMANDS = {"pull": "pybmc pull NAME", "delete": "pybmc rm NAME", "create": "pybmc serve FILE",
+COMMANDS = {"delete": "pybmc rm NAME", "create": "pybmc serve FILE",
             "copy": "pybmc serve FILE --alias NAME", "push": "", "blobs": ""}
 
 
@@ -297,7 +298,7 @@ ROUTES = [
     Route("/api/chat", chat, methods=["POST"]), Route("/api/generate", generate, methods=["POST"]),
     Route("/api/embed", embed, methods=["POST"]), Route("/api/embeddings", embedding, methods=["POST"]),
     Route("/api/show", show, methods=["POST"]), Route("/api/tags", tags), Route("/api/ps", running),
-    Route("/api/version", version),
+    Route("/api/version", version), Route("/api/pull", pull, methods=["POST"]),
     *(Route(f"/api/{name}", disabled, methods=["POST", "DELETE"]) for name in COMMANDS if name != "blobs"),
     Route("/api/blobs/{digest}", disabled, methods=["GET", "POST"]),
 ]

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..chat.template import ChatTemplate
@@ -23,6 +23,9 @@ from .errors import Refused
 from .fill import fill_tokens
 from .metrics import Metrics
 from .worker import Run, Worker
+
+if TYPE_CHECKING:
+    from .pull import Pull
 
 THREADS = 2                             # of the pool for tokenizing and templates
 
@@ -69,6 +72,7 @@ class Service:
         self.fingerprint = f"b{__version__}-{self.digest[:12]}"
         self.metrics = Metrics(self)
         self.closing = self.closed = False
+        self.pulling: Pull | None = None                # a model on its way from the hub
         memory = given.memory if given.memory is not None else free_memory() / 2
         if draft is not None and not self.writes:
             raise ArgumentError(f"{model.path} is an encoder: it writes no text, so a draft model has nothing to guess")
@@ -93,8 +97,11 @@ class Service:
     def stop(self) -> None:
         """End all answers with an error."""
         self.closing = True
+        over = Refused(503, "shutting_down", "the server is shutting down")
         for run in list(self.worker.runs):
-            run.fail(Refused(503, "shutting_down", "the server is shutting down"))
+            run.fail(over)
+        if self.pulling:
+            self.pulling.fail(over)
 
     def close(self) -> None:
         """Twice is fine."""
