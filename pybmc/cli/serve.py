@@ -125,6 +125,7 @@ def serve(model, model_option, host, port, unix, key_file, insecure, grace, no_p
         raise BmcError(MISSING % error.name) from None
     import asyncio
 
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")            # a text at a time needs none of its threads
     if flags["allow_pull"] and not find_spec("huggingface_hub"):
         raise BmcError("--allow-pull needs huggingface-hub: pip install 'pybmc[hub]'")
     keys = [*flags.pop("keys"), *(read_keys(key_file) if key_file else [])]

@@ -217,7 +217,7 @@ async def embed(request: Request) -> Response:
     texts = [fields["input"]] if isinstance(fields.get("input"), str) else fields.listed("input")
     if not all(isinstance(text, str) for text in texts):
         raise invalid("input", "input has something else than texts; expected a text or a list of texts")
-    found, n = await vectors(service, texts, fields.flag("truncate")) if texts else (np.zeros((0, 1)), 0)
+    found, n = await vectors(request, texts, fields.flag("truncate")) if texts else (np.zeros((0, 1)), 0)
     rows = normalized(found, fields.whole("dimensions", None, 1)).tolist()
     seconds = time.perf_counter() - started
     return Json({"model": name, "embeddings": rows} | durations(seconds, service.load_seconds, n, seconds, 0, 0))
@@ -227,7 +227,7 @@ async def embedding(request: Request) -> Response:
     service, fields = service_of(request), await fields_of(request)
     named(service, fields)
     text = fields.text("prompt", "")
-    rows = normalized((await vectors(service, [text]))[0]).tolist() if text else [[]]
+    rows = normalized((await vectors(request, [text]))[0]).tolist() if text else [[]]
     return Json({"embedding": rows[0]})
 
 

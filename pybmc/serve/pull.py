@@ -15,7 +15,7 @@ from ..errors import BmcError
 from ..hub import names, transfer
 from .errors import Refused, error_body, invalid
 from .fields import Fields
-from .http import Json, Lines, fields_of, service_of
+from .http import Json, Lines, departure, fields_of, service_of
 from .service import Service
 from .worker import Gone
 
@@ -118,8 +118,7 @@ class PullAnswer(Response):
         self._watcher = asyncio.ensure_future(self._watch())
 
     async def _watch(self) -> None:
-        while (await self._request.receive())["type"] != "http.disconnect":
-            pass
+        await departure(self._request)
         self._pull.leave()
 
     async def whole(self) -> Json:

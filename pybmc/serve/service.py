@@ -27,7 +27,8 @@ from .worker import Run, Worker
 if TYPE_CHECKING:
     from .pull import Pull
 
-THREADS = 2                             # of the pool for tokenizing and templates
+THREADS = 2                             # that tokenize and write templates ..
+LARGE = 64 << 10                        # .. of bodies up to so many bytes. Larger ones take turns: they cost seconds and memory
 
 
 @dataclass
@@ -79,15 +80,16 @@ class Service:
         self.speculation = Speculation(model, draft, given.spec if self.writes else "off", given.draft_max, given.draft_min)
         self.worker = Worker(Engine(model, parallel=given.parallel, memory=memory, keep=True,
                                     speculation=self.speculation, pass_seconds=given.pass_seconds), given.queue)
-        self._pool = ThreadPoolExecutor(THREADS, "pybmc-text")
+        self._small, self._large = (ThreadPoolExecutor(n, "pybmc-text") for n in (THREADS, 1))
 
     @property
     def name(self) -> str:
         return self.names[0]
 
-    async def in_pool(self, function: Callable, *args):
-        """The result of work that would hold up the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+    async def in_pool(self, size: int, function: Callable, *args):
+        """The result of work on so many bytes of text, which would hold up the event loop."""
+        pool = self._large if size > LARGE else self._small
+        return await asyncio.get_running_loop().run_in_executor(pool, function, *args)
 
     def submit(self, requests: list) -> Run:
         if self.closing:
@@ -108,7 +110,8 @@ class Service:
         if not self.closed:
             self.closing = True
             self.worker.close()
-            self._pool.shutdown()
+            for pool in (self._small, self._large):
+                pool.shutdown(cancel_futures=True)
             self.closed = True
 
     @cached_property
