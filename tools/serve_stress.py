@@ -10,9 +10,10 @@ by closing, resetting or half closing the connection. Then so many hostile clien
 slow, huge, deep or no UTF-8, half requests, wrong hosts, broken chunks, pipelined garbage and more, while an honest client asks the same
 question again and again.
 
-Afterwards nothing may wait or run, rows of ended sequences must fit the memory, the process may have no more files and threads than
-before and at most --grown-mb more memory, no answer may be a 500, and the honest client must have got the same text each time. The exit
-status is 1 where one of these fails. Of a URL, the process is looked at where --pid names it (Linux).
+After each part nothing may wait or run, no rows may be held but those that are kept for other requests, and the process may have no more
+files than before, and hardly more memory: --grown-mb, and after hostile clients what their bodies may take at a time, 8 MB each. No answer
+may be a 500, and the honest client must have got the same text each time. The exit status is 1 where one of these fails. Of a URL, the
+process is looked at where --pid names it (Linux).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -50,6 +51,7 @@ ENOUGH = 16 << 20                       # bytes of a body that is too large
 PATIENCE = 3.0                          # seconds that a hostile client waits for an answer
 EXPECTED = {100, 200, 204, 400, 403, 404, 405, 408, 411, 413, 414, 422, 429, 431, 501, 503}
 MEMORY = "32M"                          # of the server that is started here
+MAX_BODY = 8 << 20                      # bytes that a hostile client's body may have
 
 
 class State(NamedTuple):
@@ -283,7 +285,11 @@ class Attacks:
 
 
 async def ask_honestly(server: Server) -> str:
-    status, body = await server.ask("POST", "/v1/completions", HONEST)
+    """The answer, after another try where too many wait."""
+    status, body = 429, b""
+    while status == 429:
+        status, body = await server.ask("POST", "/v1/completions", HONEST)
+        await asyncio.sleep(0.2 * (status == 429))
     return json.loads(body)["choices"][0]["text"] if status == 200 else f"(status {status})"
 
 
@@ -305,9 +311,9 @@ async def honest(server: Server, hostile: asyncio.Future, times: list[float]) ->
 class Bounds:
     """What a process may have more afterwards."""
 
+    bytes: int
     files: int = 2                      # the connection that asks, and one that closes
-    threads: int = 0
-    bytes: int = 32 << 20
+    threads: int = 3                    # of pools, which begin when they are needed
 
 
 def grown(before: State | None, after: State | None, bounds: Bounds) -> list[str]:
@@ -346,7 +352,7 @@ async def stress(server: Server, n_leave: int, n_hostile: int, seconds: float, s
     hostile = asyncio.gather(*(attacks.run(server, seconds, random.Random(rng.random())) for _ in range(n_hostile)))
     answers = await honest(server, hostile, times)
     await hostile
-    more, last = await checked(server, after, bounds)
+    more, last = await checked(server, after, replace(bounds, bytes=bounds.bytes + n_hostile * MAX_BODY))
     tell(f"{attacks.total.total()} attacks (statuses {counted(attacks.total)}); {shown(last)} after")
     tell(f"{len(answers)} honest answers meanwhile, in {statistics.median(times):.2f} s at the median, {max(times):.2f} s at most")
     others = [answer for answer in [*answers, await ask_honestly(server)] if answer != truth]
@@ -395,7 +401,7 @@ def at(url: str, pid: int | None) -> Server:
 @click.option("-t", "--threads", type=click.IntRange(1), default=2, show_default=True, metavar="N", help="Of the server started here.")
 @click.option("--seed", type=int, default=0, show_default=True)
 def main(target, pid, n_leave, n_hostile, seconds, grown_mb, threads, seed):
-    bounds = Bounds(bytes=grown_mb << 20)
+    bounds = Bounds(grown_mb << 20)
     try:
         if "://" in target:
             wrong = asyncio.run(stress(at(target, pid), n_leave, n_hostile, seconds, seed, bounds))
