@@ -27,6 +27,7 @@ import statistics
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
@@ -371,7 +372,8 @@ def shown(state: State | None) -> str:
 def started(model: str, threads: int):
     """A server of a model, in a process of its own."""
     command = [sys.executable, "-m", "pybmc", "serve", model, "--json", "--port", "0", "--memory", MEMORY, "-t", str(threads)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    log = tempfile.TemporaryFile("w+", errors="replace")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
     try:
         line = process.stdout.readline()
         if not line:
@@ -379,9 +381,13 @@ def started(model: str, threads: int):
         yield at(json.loads(line)["url"], process.pid)
         if process.poll() is not None:
             raise click.ClickException(f"the server ended with status {process.returncode}")
+        log.seek(0)
+        if told := re.search(r"^(?:\w+\.)*\w*(?:Error|Exception)\b.*|.*internal error.*", log.read(), re.MULTILINE):
+            raise click.ClickException(f"the server's log: {told[0]:.200}")
     finally:
         process.terminate()
         process.wait(30)
+        log.close()
 
 
 def at(url: str, pid: int | None) -> Server:
