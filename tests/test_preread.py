@@ -312,10 +312,10 @@ def test_enter_waits_for_one_pass_at_most(talk):
     with Preread(reader) as ahead:
         ahead.note(MESSAGE * 10)
         wait_until(lambda: passes)
-        stop = threading.Timer(0.05, entered.set)
-        stop.start()
-    stop.join()
+        free = threading.Thread(target=lambda: (wait_until(lambda: ahead._stopping), entered.set()))
+        free.start()
     assert len(passes) == 1 and threads() == []
+    free.join()
 
 
 @pytest.mark.parametrize("error", [pybmc.OutOfMemoryError("full"), pybmc.ContextFullError("full"), MemoryError(), ValueError("odd")])

@@ -45,7 +45,6 @@ def hub(its_hub, monkeypatch, tmp_path, server):
     its_hub.use(monkeypatch, tmp_path, {REPO: {FILE: tiny.model("llama").read_bytes()}})
     monkeypatch.setattr(pull, "EVERY", 0.0)
     yield its_hub
-    its_hub.pace = 0.0
     until(lambda: server.service.pulling is None)
 
 
@@ -120,44 +119,60 @@ def test_other_failures_tell_no_path(server, hub, monkeypatch, error, status, wo
     assert words in lines(server.post("/api/pull", {"model": NAME}))[-1]["error"]
 
 
-def begun(server, hub):
-    """A pull that is on its way, its bytes slow to come."""
-    hub.pace = 0.02
-    connection = server.begin("/api/pull", {"model": NAME})
-    until(lambda: any("resolve" in path and method == "GET" for method, path, *_ in hub.log))
-    return connection
+@pytest.fixture
+def held(monkeypatch):
+    """The first bytes come, and no more before somebody ends the pull. Its notes."""
+    note, notes = pull.Pull._note, []
+
+    def wait(self, part, done):
+        notes.append(done)
+        until(lambda: self._left)
+        note(self, part, done)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1 << 10)
+        patch.setattr(pull.Pull, "_note", wait)
+        yield notes
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_who_leaves_ends_it_and_what_came_is_kept_for_the_next_time(server, hub, stream, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1 << 10)
-    hub.pace, notes = 0.02, []
-    tell = pull.Pull._tell
-    monkeypatch.setattr(pull.Pull, "_tell", lambda self, line: notes.append(line) or tell(self, line))
+def test_who_leaves_ends_it(server, hub, held, stream):
     connection = server.begin("/api/pull", {"model": NAME, "stream": stream})
-    until(lambda: notes)
+    until(lambda: held)
     connection.close()
     until(lambda: server.service.pulling is None)
-    assert not here() and notes[-1].get("completed", 0) < len(hub.files[REPO][FILE])
-    hub.pace = 0.0
-    assert lines(server.post("/api/pull", {"model": NAME}))[-1] == {"status": "success"} and here()
+    assert held == [1 << 10] and not here()
 
 
-def test_one_model_is_pulled_at_a_time_while_others_are_served(server, hub):
-    connection = begun(server, hub)
+def test_one_model_is_pulled_at_a_time_while_others_are_served(server, hub, held):
+    connection = server.begin("/api/pull", {"model": NAME})
+    until(lambda: held)
     response = server.post("/api/pull", {"model": "user/other"})
     assert response.status_code == 429 and NAME in response.json()["error"] and "retry-after" in response.headers
     assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 2}).status_code == 200
     connection.close()
 
 
-def test_the_end_of_the_server_ends_a_pull(model, hub):
+def test_after_a_pull_that_was_ended_the_next_one_is_whole(server, hub, monkeypatch):
+    data, tell = hub.files[REPO][FILE], pull.Pull._tell
+
+    def leave(self, line):
+        tell(self, line)
+        self._left = self._left or line.get("completed", 0) > len(data) // 2
+
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1 << 10)
+        patch.setattr(pull.Pull, "_tell", leave)
+        assert "waits" in lines(server.post("/api/pull", {"model": NAME}))[-1]["error"] and not here()
+    assert lines(server.post("/api/pull", {"model": NAME}))[-1] == {"status": "success"} and here()
+
+
+def test_the_end_of_the_server_ends_a_pull(model, hub, held):
     with served(model, Policy(pull=True), grace=0.0) as server:
-        hub.pace = 0.05
         answers = []
         client = threading.Thread(target=lambda: answers.append(server.post("/api/pull", {"model": NAME})))
         client.start()
-        until(lambda: server.service.pulling)
+        until(lambda: held)
         server.stop()
         client.join(20)
         assert "shutting down" in lines(answers[0])[-1]["error"]

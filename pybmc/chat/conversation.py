@@ -18,7 +18,8 @@ from ..tokenizers import Tokenizer
 from .generate import generate
 from .template import checked_variables, template_of
 
-CUT = 8                                 # characters: of a text without spaces, the last 8 to 15 are not certain
+CUT = 8                                 # characters: of a word that is longer, the last 8 to 15 are not certain
+
 
 class Conversation:
     """Messages and the session that holds them. ask() and again() stream an answer and remember it.
@@ -97,14 +98,14 @@ class Conversation:
     def coming(self, text: str = "") -> list[int]:
         """Ids that the prompt of the next turn begins with. text: its message, as far as it is typed."""
         part = lasting(text)
-        # what both have in common lasts: a letter follows, or a digit; within a word, what is typed already
-        variants = part + "a", text if part and not part[-1].isspace() else part + "1"
+        within = part and not part[-1].isspace()        # a long word
+        variants = part + "a", text if within else part + "1"       # what both prompts begin with lasts
         one, other = (self._fitted([*self.messages, {"role": "user", "content": content}])[0] for content in variants)
         return one[:common(np.array(one), np.array(other))]
 
     def _prompt(self) -> list[int]:
         """Ids of the whole conversation, after dropping its oldest turns if it leaves no room for an answer."""
-        n = len(self.messages)
+        self.dropped, n = 0, len(self.messages)
         ids, self.messages = self._fitted(self.messages)
         self.dropped = n - len(self.messages)
         return ids
@@ -150,8 +151,8 @@ def without_oldest(messages: list[dict]) -> list[dict]:
 
 
 def lasting(text: str) -> str:
-    """The part of a message being typed whose tokens hardly depend on what follows: all but the last word. Where no spaces part words,
-    it grows by CUT characters at a time."""
+    """The part of a message being typed whose tokens hardly depend on what follows: all but the last word, and in
+    texts without spaces all but the last characters."""
     at = next((i for i in range(len(text), 0, -1) if text[i - 1].isspace()), 0)
     return text[:at + max((len(text) - at) // CUT - 1, 0) * CUT]
 

@@ -1,7 +1,7 @@
 """Reading ahead: while the user types, a thread reads into the session what the next prompt is certain to begin with.
 
-The next turn keeps of that what its prompt begins with, as it does with everything that the session holds: a wrong guess costs time,
-and no text depends on it.
+The next turn keeps of that what its prompt begins with, as it does with all that a session holds: a wrong guess costs
+time, and no text depends on it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SUPPLIES = Path("/sys/class/power_supply")
 
 
 class Preread:
-    """While it is entered, it reads ahead in a thread. note() tells what is typed so far. Errors end it until it is entered again."""
+    """Entered, it reads ahead in a thread. note() tells what is typed so far. An error ends it until it is entered again."""
 
     def __init__(self, reader: Reader):
         self._reader = reader
@@ -138,12 +138,13 @@ class Power:
 def on_battery(folder: Path = SUPPLIES) -> bool:
     """Whether a battery discharges and no other supply is on. Batteries of mice and the like do not count."""
     try:
-        supplies = [{name: read(supply / name) for name in ("type", "scope", "online", "status")} for supply in folder.iterdir()]
+        supplies = [{name: read(path / name) for name in ("type", "scope", "online", "status")} for path in folder.iterdir()]
     except OSError:
         return False
     if any(supply["type"] != "Battery" and supply["online"] not in ("", "0") for supply in supplies):
         return False
-    return any(supply["type"] == "Battery" and supply["scope"] != "Device" and supply["status"] == "Discharging" for supply in supplies)
+    batteries = [supply for supply in supplies if supply["type"] == "Battery" and supply["scope"] != "Device"]
+    return any(battery["status"] == "Discharging" for battery in batteries)
 
 
 def read(path: Path) -> str:

@@ -51,8 +51,8 @@ class Block(str):
 class Repl:
     """run() talks until the input ends or /exit. COMMANDS names the commands; do_NAME runs one.
 
-    tint: show which tokens were drafted; thoughts: "show" or "hide" what a model thinks before it answers; preread: at a terminal,
-    read ahead while the user types.
+    tint: show which tokens were drafted; thoughts: "show" or "hide" what a model thinks before it answers; preread:
+    at a terminal, read ahead while the user types.
     """
 
     def __init__(self, conversation: Conversation, messages: Iterator[str] | None = None, tint: bool = False,
@@ -251,8 +251,8 @@ def changed(settings: dict, name: str, value: str) -> dict:
 
 
 def joined(read: Iterator[str], parts: list[str] | None = None) -> Iterator[str]:
-    """Messages out of lines: a backslash at the end goes on in the next, \"\"\" opens and closes a Block. parts: an empty list, to hold
-    the lines of a message that goes on."""
+    """Messages out of lines: a backslash at the end goes on in the next, \"\"\" opens and closes a Block. parts: an empty
+    list, to hold the lines of a message that goes on."""
     parts = [] if parts is None else parts
     in_block, kind = False, str
     for line in read:
@@ -296,8 +296,8 @@ def begun(parts: Sequence[str], line: str) -> str:
 def lines(terminal: bool, preread: Preread | None = None, parts: Sequence[str] = ()) -> Iterator[str]:
     """Lines of stdin; at a terminal with editing and a history, and Ctrl-C only clears the line.
 
-    Bytes that are not text are U+FFFD. At a terminal a paste is one line, with ends of lines in it. parts: lines that the next one
-    goes on from, for preread.
+    Bytes that are not text are U+FFFD. At a terminal a paste is one line, with ends of lines in it. preread is told
+    what is typed after the lines in parts.
     """
     def typed(line: str) -> None:
         if preread:

@@ -13,8 +13,8 @@ from .service import Service
 
 
 async def vectors(request: Request, texts: list[str], truncate: bool = False) -> tuple[np.ndarray, int]:
-    """float32 (len(texts), dim), and how many tokens were read. truncate: what is too long is cut; else it is refused. A client that
-    leaves ends it after the pass."""
+    """float32 (len(texts), dim), and how many tokens were read. truncate: what is too long is cut; else it is
+    refused. A client that leaves ends it after the pass."""
     service = service_of(request)
     if pooling_kind(service.model, service.settings.pooling) == "rank":
         raise Refused(400, "unsupported_model", f"{service.name} is a reranker: it gives scores, not embeddings")

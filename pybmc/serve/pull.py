@@ -76,7 +76,8 @@ class Pull:
             return
         self._told = time.monotonic()
         digest = f"sha256:{part.sum}" if part.sum else part.file
-        self._tell({"status": f"pulling {(part.sum or part.file)[:12]}", "digest": digest, "total": part.bytes, "completed": done})
+        status = f"pulling {(part.sum or part.file)[:12]}"
+        self._tell({"status": status, "digest": digest, "total": part.bytes, "completed": done})
         if done >= part.bytes and part.sum:
             self._tell({"status": "verifying sha256 digest"})
 
@@ -87,7 +88,8 @@ class Pull:
 
 async def pull(request: Request) -> Response:
     if not request.scope["pybmc.pull"]:
-        raise Refused(403, "disabled", "/api/pull is disabled: --allow-pull allows it; on the command line pybmc pull NAME does it")
+        raise Refused(403, "disabled", "/api/pull is disabled: --allow-pull allows it; on the command line pybmc pull NAME "
+                                       "does it")
     service, fields = service_of(request), await fields_of(request)
     name, stream = hub_name(fields), fields.flag("stream", True)
     if service.closing:

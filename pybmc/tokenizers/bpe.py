@@ -25,7 +25,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 BYTES = _byte_alphabet()
 CHARS = {byte: char for char, byte in BYTES.items()}
-LONG = 1 << 14                          # characters: encode() keeps other Python threads waiting, a batch does not, but wants threads of its own
+LONG = 1 << 14                          # characters: encode() stops all Python threads; a batch does not, and begins threads
 _MISSING = "\0missing"                  # stands for bytes without a token; no vocabulary has it
 
 
