@@ -46,6 +46,9 @@ class Hub(ThreadingHTTPServer):
         monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         monkeypatch.setattr("huggingface_hub.file_download.time", SimpleNamespace(sleep=lambda seconds: None))
 
+    def handle_error(self, request, client_address):
+        """Clients may leave in the middle."""
+
     def close(self):
         self.shutdown()
         self.server_close()
