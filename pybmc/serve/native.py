@@ -141,12 +141,12 @@ async def infill(request: Request) -> Response:
 
 
 async def embedding(request: Request) -> Response:
-    service, fields = service_of(request), await fields_of(request)
+    fields = await fields_of(request)
     given = fields.get("content", fields.get("input"))
     texts = [given] if isinstance(given, str) else given
     if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
         raise invalid("content", "expected content to be a text or a list of texts, none of them empty")
-    rows = normalized((await vectors(service, texts))[0]).tolist()
+    rows = normalized((await vectors(request, texts))[0]).tolist()
     return Json([{"index": i, "embedding": [row]} for i, row in enumerate(rows)])
 
 
@@ -159,12 +159,15 @@ async def tokenize(request: Request) -> Response:
     text = fields.text("prompt") if remote else fields.text("content", "")
     bos = fields.flag("add_special_tokens", True) if remote else fields.flag("add_special")
     special = remote or fields.flag("parse_special", True)
-    ids = await in_pool(request, lambda: service.tokenizer.encode(text, bos=bos, special=special))
-    if remote:
-        return Json({"tokens": ids, "count": len(ids), "max_model_len": service.context})
-    if not fields.flag("with_pieces"):
-        return Json({"tokens": ids})
-    return Json({"tokens": [{"id": id, "piece": piece(service, id)} for id in ids]})
+    with_pieces = fields.flag("with_pieces")
+
+    def encode() -> dict:
+        ids = service.tokenizer.encode(text, bos=bos, special=special)
+        if remote:
+            return {"tokens": ids, "count": len(ids), "max_model_len": service.context}
+        return {"tokens": [{"id": id, "piece": piece(service, id)} for id in ids] if with_pieces else ids}
+
+    return Json(await in_pool(request, encode))
 
 
 def piece(service: Service, id: int) -> str | list[int]:
