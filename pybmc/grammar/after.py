@@ -46,9 +46,8 @@ class After:
             return self._inner.mask(tokens[place.since:])
         if place.kind == "free":
             return self._free(place.seen)
-        begins = self._begins(place)
-        self._row[:] = self._inner.mask(())
-        for id in begins:
+        self._row[:] = 0 if self._is_opening(place) else self._inner.mask(())
+        for id in self._begins(place):
             self._row[id // 32] |= np.uint32(1 << id % 32)
         return self._row
 
@@ -70,7 +69,7 @@ class After:
         piece = self._piece(token)
         if place.kind == "free":
             return self._search(place.seen + piece)
-        if token not in self._begins(place):
+        if token not in self._begins(place) and not self._is_opening(place):
             return Place("inner", b"", at)
         if place.kind == "gap":
             return Place("gap", place.seen + piece)
@@ -87,6 +86,11 @@ class After:
     def _piece(self, token: int) -> bytes:
         pieces = self._vocabulary.pieces
         return pieces[token] if token < len(pieces) else b""
+
+    @staticmethod
+    def _is_opening(place: Place) -> bool:
+        """Whether the mark that begins the free text has begun, so that it goes on."""
+        return place.kind == "opening" and bool(place.seen)
 
     def _begins(self, place: Place) -> frozenset[int]:
         """Tokens that keep a text out of the grammar: those of the opening, or of the gap."""

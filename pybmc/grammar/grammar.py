@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from .. import checks
 from ..engine.model import Model
-from ..errors import SchemaError, UnsupportedSchemaError
+from ..errors import ArgumentError, SchemaError
 from .after import After
-from .state import State, first_line
+from .state import State
 from .vocabulary import Vocabulary, llguidance, vocabulary_of
 
 SIZE, DEPTH = 256 * 1024, 64            # bytes of a schema or grammar, and how deep a schema is nested
@@ -26,10 +27,8 @@ class Grammar:
 
     def __init__(self, vocabulary: Vocabulary, source: str):
         self.vocabulary = vocabulary
-        self._matcher = llguidance().LLMatcher(vocabulary.native, source, log_level=0)
-        if self._matcher.is_error():
-            raise UnsupportedSchemaError(first_line(self._matcher.get_error()))
-        self.ignored: tuple[str, ...] = tuple(self._matcher.get_grammar_warnings())
+        self._matcher, warnings = vocabulary.compile(source)
+        self.ignored = tuple(dict.fromkeys(word for warning in warnings for word in _ignored(warning)))
 
     @classmethod
     def json(cls, schema: Mapping | str | bool, model: Model, strict: bool = False) -> Grammar:
@@ -79,6 +78,28 @@ class Grammar:
         if not given[0]:
             checks.refuse("mark", "a text that is not empty", mark)
         return After(given[0], self.start(), given[1], given[2], ends)
+
+
+def grammar_of(model: Model, schema: Any = None, grammar: Any = None) -> Grammar | None:
+    """What callers ask for: a JSON schema, or the text of a grammar, or one that is compiled. None: neither."""
+    if schema is not None and grammar is not None:
+        raise ArgumentError("schema and grammar: expected one of them, found both")
+    for given in (schema, grammar):
+        if isinstance(given, Grammar):
+            if given.vocabulary is not vocabulary_of(model):
+                checks.refuse("grammar", "a grammar of the same model", given)
+            return given
+    if schema is not None:
+        return Grammar.json(schema, model)
+    return None if grammar is None else Grammar.text(grammar, model)
+
+
+def _ignored(warning: str) -> list[str]:
+    """The keywords that a warning of llguidance is about."""
+    quoted = re.findall(r'"([^"]*)"', warning)
+    if warning.startswith("Unknown format: "):
+        return ["format=" + warning.removeprefix("Unknown format: ")]
+    return quoted or [warning.split()[0]]
 
 
 def _schema(schema: Any, strict: bool) -> str:

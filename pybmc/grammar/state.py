@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import BmcError
-from .vocabulary import Vocabulary
+from .vocabulary import Vocabulary, first_line
 
 
 class State:
@@ -22,7 +22,7 @@ class State:
 
     def mask(self, tokens: Sequence[int]) -> np.ndarray:
         """The ids that may follow; the array is the same in each call."""
-        if self._ended:
+        if self._ended or not self._vocabulary.stops.isdisjoint(tokens):        # nothing else follows an end
             self._row[:] = 0
             for id in self._vocabulary.ends:
                 self._row[id // 32] |= np.uint32(1 << id % 32)
@@ -33,7 +33,7 @@ class State:
         return self._row
 
     def accept(self, token: int) -> None:
-        if self._ended or token in self._vocabulary.ends:
+        if self._ended or token in self._vocabulary.stops:
             self._ended = True
         elif self._ahead and self._ahead[0] == token:
             del self._ahead[0]
@@ -74,8 +74,3 @@ class State:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise BmcError(f"the grammar cannot be followed further: {first_line(self._matcher.get_error())}")
-
-
-def first_line(text: str) -> str:
-    """What llguidance says, without the state of its parser."""
-    return next((line.strip() for line in text.splitlines() if line.strip()), "unknown error")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from ..engine.model import Model
-from ..errors import ArgumentError, BmcError
+from ..errors import ArgumentError, BmcError, UnsupportedSchemaError
 from ..tokenizers import Tokenizer
 
+COMPILED = 64                           # grammars of a vocabulary that are kept
 GUARD = "\2"                            # keeps SentencePiece from putting a space before a text: a byte that no token joins
 
 
@@ -19,11 +21,20 @@ class Vocabulary:
     def __init__(self, tokenizer: Tokenizer, size: int, source: str):
         if not tokenizer.stop_ids:
             raise ArgumentError(f"{source} has no token that ends a text: no grammar could end one")
-        self.tokenizer, self.size, self.ends = tokenizer, size, sorted(tokenizer.stop_ids)
+        self.tokenizer, self.size = tokenizer, size
+        self.stops, self.ends = tokenizer.stop_ids, sorted(tokenizer.stop_ids)
         self.pieces = [tokenizer.piece(id) for id in range(min(size, tokenizer.vocab_size))]
         usual = (id for id in (tokenizer.eot_id, tokenizer.eos_id) if id in tokenizer.stop_ids)
         self.end: int = next(usual, self.ends[0])       # the one that ends most texts
         self.native = llguidance().LLTokenizer(_Tokens(self), n_vocab=size, eos_token=self.ends)
+        self.compile = lru_cache(COMPILED)(self._compile)
+
+    def _compile(self, source: str) -> tuple[Any, tuple[str, ...]]:
+        """A matcher at its beginning, and llguidance's warnings."""
+        matcher = llguidance().LLMatcher(self.native, source, log_level=0)
+        if matcher.is_error():
+            raise UnsupportedSchemaError(first_line(matcher.get_error()))
+        return matcher, tuple(matcher.get_grammar_warnings())
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text that continues another one."""
@@ -49,6 +60,11 @@ class _Tokens:
 
     def __call__(self, text: str) -> list[int]:
         return self._encode(text)
+
+
+def first_line(text: str) -> str:
+    """What llguidance says, without the state of its parser."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "unknown error")
 
 
 def llguidance() -> Any:
