@@ -1,6 +1,7 @@
 """Grammars compiled for a vocabulary: their states, guesses that are taken back, and texts that follow them."""
 
 import json
+import lzma
 import os
 import re
 from functools import lru_cache
@@ -11,6 +12,7 @@ import pytest
 import test_draft_head
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import VOCABULARIES
 
 import pybmc
 from pybmc import ArgumentError, Engine, Request
@@ -18,10 +20,12 @@ from pybmc.engine import Schema
 from pybmc.engine.sampler import Sampler
 from pybmc.errors import SchemaError, UnsupportedSchemaError
 from pybmc.grammar import Grammar
+from pybmc.grammar.vocabulary import Vocabulary
 from pybmc.spec.speculation import Speculation
+from pybmc.tokenizers import Tokenizer
 from tools.schemas import draw, fits
 
-pytest.importorskip("llguidance", reason="schemas need llguidance")
+LLMatcher = pytest.importorskip("llguidance", reason="schemas need llguidance").LLMatcher
 
 PERSON = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
           "required": ["name", "age"], "additionalProperties": False}
@@ -108,6 +112,28 @@ def test_ends_are_allowed_exactly_where_the_grammar_accepts(model):
     assert ends <= allowed(state.mask(()))
     state.accept(min(ends))
     assert allowed(state.mask(())) == ends
+
+
+@pytest.mark.parametrize("name", [name for name in VOCABULARIES if name != "wordpiece"])      # which writes no text
+def test_forced_tokens_are_those_of_the_tokenizer(name, tmp_path):
+    """The text that has to follow is cut as it would be in a longer text; what more text could change is left out."""
+    (tmp_path / "vocabulary.gguf").write_bytes(lzma.decompress(VOCABULARIES[name].read_bytes()))
+    tokenizer = Tokenizer(tmp_path / "vocabulary.gguf")
+    grammar = Grammar(Vocabulary(tokenizer, tokenizer.vocab_size, name), LLMatcher.grammar_from_regex('\\{"name of  the\\n größe":"[a-z]+"'))
+    text = '{"name of  the\n größe":"'
+    for more in ("abc", "the", "z"):
+        state = grammar.start()
+        whole = grammar.vocabulary.encode(text + more)
+        found = state.forced()
+        assert found == whole[:len(found)]
+        spelled = b"".join(map(tokenizer.piece, found))
+        assert text.encode().startswith(spelled) and len(spelled) > 0.5 * len(text)
+
+
+def test_a_tokenizer_that_changes_the_text_forces_nothing(model, monkeypatch):
+    monkeypatch.setattr(Vocabulary, "encode", lambda self, text: model.tokenizer.encode(text.upper(), bos=False))
+    state = Grammar(Vocabulary(model.tokenizer, model.config.vocab_size, "altered"), LLMatcher.grammar_from_regex("abc def")).start()
+    assert state.forced() == [] and allowed(state.mask(()))
 
 
 # ---- a grammar behind a mark -------------------------------------------------------------------------------

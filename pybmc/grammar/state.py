@@ -47,6 +47,7 @@ class State:
             return []
         self._read(())
         found = self._matcher.compute_ff_tokens()
+        found = found[:self._matcher.validate_tokens(found)]    # a tokenizer may change what it cuts
         self._read(found)
         ends = self._matcher.is_stopped()
         self._check()

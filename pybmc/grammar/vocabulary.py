@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -81,6 +82,7 @@ def llguidance() -> Any:
     return llguidance
 
 
+_reading = Lock()                       # one thread reads a vocabulary, and others wait for it
 _known: WeakKeyDictionary[Tokenizer, Vocabulary] = WeakKeyDictionary()
 
 
@@ -89,7 +91,8 @@ def vocabulary_of(model: Model) -> Vocabulary:
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ArgumentError(f"{model.path} has no vocabulary: it cannot follow a grammar")
-    found = _known.get(tokenizer)
-    if found is None:
-        found = _known[tokenizer] = Vocabulary(tokenizer, model.config.vocab_size, model.path)
-    return found
+    with _reading:
+        found = _known.get(tokenizer)
+        if found is None:
+            found = _known[tokenizer] = Vocabulary(tokenizer, model.config.vocab_size, model.path)
+        return found
