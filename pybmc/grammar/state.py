@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import UnsupportedSchemaError
-from .vocabulary import Vocabulary, sentence
+from .compiler import sentence
+from .vocabulary import Vocabulary
 
 
 class State:
