@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_grammar import demo
 
 from pybmc.errors import SchemaError, UnsupportedSchemaError
-from pybmc.grammar import Grammar
+from pybmc.grammar import Grammar, lexemes
 from pybmc.grammar.gbnf import Chars, Either, Name, Repeat, Sequence, parse
 from pybmc.grammar.lexemes import lark_of
 
@@ -150,6 +150,12 @@ def test_large_grammars_are_refused():
     chain = "\n".join(f'r{i} ::= r{i + 1} "x"' for i in range(990))
     with pytest.raises(SchemaError, match="nested too deeply|too large"):
         Grammar.gbnf('root ::= ("(" root ")")? r0\n' + chain + '\nr990 ::= "y"', demo())
+
+
+def test_what_takes_too_long_is_given_up(monkeypatch):
+    monkeypatch.setattr(lexemes, "SECONDS", -1.0)
+    with pytest.raises(UnsupportedSchemaError, match="seconds"):
+        Grammar.gbnf('root ::= "(" root ")" | "too long"', demo())
 
 
 def test_what_is_regular_stays_whole():
