@@ -111,7 +111,7 @@ def drawn(rng):
     return "\n".join(f"{name} ::= {node(3)}" for name in names)
 
 
-@settings(max_examples=int(os.environ.get("PYBMC_GRAMMARS", "60")))
+@settings(max_examples=int(os.environ.get("PYBMC_GRAMMARS", "40")))
 @given(st.integers(0, 10 ** 9))
 def test_texts_are_accepted_where_some_way_to_read_them_exists(seed):
     """All texts of up to three letters, and longer ones, against a slow reading of the same rules."""

@@ -123,7 +123,8 @@ def read_prompt(tokenizer: Tokenizer, prompt: Prompt, chat_template: Any = None,
     items: Any = prompt if isinstance(prompt, str) else list(prompt)
     if items and isinstance(items[0], Mapping):
         template = template_of(chat_template, tokenizer)
-        return filled(template.encode(items, **checked_variables(variables or {}))), template.thinks
+        thinks = template.thinks and items[-1].get("role") != "assistant"
+        return filled(template.encode(items, **checked_variables(variables or {}))), thinks
     if chat_template is not None or variables:
         raise ArgumentError("a chat template needs messages: expected mappings with role and content")
     return encode_text(tokenizer, items), False
