@@ -65,3 +65,8 @@ class Reasoning:
 def is_open(tokenizer, prompt: list[int]) -> bool:
     """Whether a prompt ends with the beginning of a thought."""
     return tokenizer.decode(prompt[-32:], special=True).rstrip().endswith(OPENS)
+
+
+def is_closed(tokenizer, prompt: list[int]) -> bool:
+    """Whether a prompt ends with a thought, which may be empty: the answer begins without one."""
+    return tokenizer.decode(prompt[-32:], special=True).rstrip().endswith(CLOSES)
