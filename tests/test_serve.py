@@ -239,14 +239,15 @@ def test_thoughts_are_told_apart(thinker):
                                     ["<think>\nhm so\n</think>\n\nYes"]])
 @pytest.mark.parametrize("inside", [False, True])
 def test_split_leaves_tags_and_space_out(pieces, inside):
-    from pybmc.serve.answers import Split
+    from pybmc.chat.events import Content, Thought
+    from pybmc.chat.reader import Split
 
     split = Split(inside)
     if inside:
         pieces = ["\n", "hm so", "\n</think>", "\n\nYes"]
     found = [piece for text in pieces for piece in split.push(text)] + split.flush()
-    assert "".join(text for kind, text in found if kind == "reasoning") == "hm so"
-    assert "".join(text for kind, text in found if kind == "content") == "Yes"
+    assert "".join(event.text for event in found if isinstance(event, Thought)) == "hm so"
+    assert "".join(event.text for event in found if isinstance(event, Content)) == "Yes"
 
 
 def test_what_a_template_refuses_is_told_in_its_words(thinker):

@@ -209,7 +209,7 @@ class Llama:
         return Head(new_id(prefix), self.model_path if model is None else model, "")
 
     def _choice(self) -> Choice:
-        return Choice(0, None, self._tokenizer.stop_ids | {STOPPED})
+        return Choice(0, stops=self._tokenizer.stop_ids | {STOPPED})
 
     def _answer(self, request: Request, given: Mapping, answer) -> dict | Iterator[dict]:
         processors = functions("logits_processor", given["logits_processor"], LogitsProcessorList)

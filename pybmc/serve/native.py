@@ -11,6 +11,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from .. import __version__
+from ..chat.events import Content
 from ..engine.sampler import Sampler
 from ..engine.text import Token
 from .answers import Choice, Update, one_logprob, timings_of, usage_of
@@ -46,7 +47,7 @@ class NativeAnswer:
 
     def take(self, update: Update) -> list[dict]:
         choice = self.choices[update.index]
-        text = "".join(piece.text for piece in choice.take(update))
+        text = "".join(event.text for event in choice.take(update) if isinstance(event, Content))
         chunks = []
         if text:
             new = self._new(choice)
@@ -61,7 +62,7 @@ class NativeAnswer:
         return []
 
     def whole(self):
-        found = [self._final(choice, choice.texts["content"], choice.shown) for choice in self.choices]
+        found = [self._final(choice, choice.content, choice.shown) for choice in self.choices]
         return found if len(found) > 1 else found[0]
 
     def usage(self) -> dict:
@@ -93,7 +94,7 @@ class NativeAnswer:
         found = {"index": choice.index, "content": text, "tokens": self._told_ids(tokens), "id_slot": -1, "stop": True,
                  "model": self.service.name, "tokens_predicted": stats.predicted_tokens, "tokens_evaluated": stats.prompt_tokens,
                  "generation_settings": self._settings(), "prompt": prompt,
-                 "has_new_line": "\n" in choice.texts["content"], "truncated": False, "stop_type": kind,
+                 "has_new_line": "\n" in choice.content, "truncated": False, "stop_type": kind,
                  "stopping_word": choice.stop_string or "",
                  "tokens_cached": len(ids) + max(stats.predicted_tokens - 1, 0),
                  "timings": timings_of(stats)} | self._probabilities(tokens)

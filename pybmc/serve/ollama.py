@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from .. import __version__
+from ..chat.events import Content, Thought
 from .answers import Choice, Update, chat_logprob, usage_of
 from .embed import normalized, vectors
 from .errors import Refused, invalid, no_model
@@ -66,9 +67,10 @@ class Answer:
 
     def take(self, update: Update) -> list[dict]:
         lines = []
-        for piece in self.choice.take(update):
-            text, thought = (piece.text, "") if piece.kind == "content" else ("", piece.text)
-            lines.append(self._line(self._message(text, thought)) | self._logprobs())
+        for event in self.choice.take(update):
+            if isinstance(event, (Content, Thought)):
+                text, thought = (event.text, "") if isinstance(event, Content) else ("", event.text)
+                lines.append(self._line(self._message(text, thought)) | self._logprobs())
         return lines
 
     def last(self) -> list[dict]:
@@ -76,8 +78,8 @@ class Answer:
 
     def whole(self) -> dict:
         self._told = 0
-        texts = self.choice.texts
-        return self._line(self._message(texts["content"], texts["reasoning"]), True) | self._logprobs() | self._end()
+        message = self._message(self.choice.content, self.choice.reasoning)
+        return self._line(message, True) | self._logprobs() | self._end()
 
     def usage(self) -> dict:
         return usage_of(self.choices)

@@ -8,13 +8,15 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from math import inf
 
+from ..chat.events import Reader
+from ..chat.reader import Plain, Split
 from ..chat.reasoning import is_open
 from ..chat.template import checked_variables
 from ..engine.generate import encode_text
 from ..engine.request import Request
 from ..engine.sampler import Sampler
 from ..errors import ArgumentError, BmcError
-from .answers import Choice, Split
+from .answers import Choice
 from .errors import Refused, invalid, refusal, unsupported
 from .fields import Fields
 from .fill import fill_prompt
@@ -45,10 +47,10 @@ class Task:
     stops: frozenset[int] = field(default_factory=frozenset)
 
     def choices(self, service: Service) -> list[Choice]:
-        return [Choice(i, self._split(service, request), self.stops) for i, request in enumerate(self.requests)]
+        return [Choice(i, self._reader(service, request), self.stops) for i, request in enumerate(self.requests)]
 
-    def _split(self, service: Service, request: Request) -> Split | None:
-        return Split(is_open(service.tokenizer, list(request.tokens)), self.begun) if self.reasoning else None
+    def _reader(self, service: Service, request: Request) -> Reader:
+        return Split(is_open(service.tokenizer, list(request.tokens)), self.begun) if self.reasoning else Plain()
 
 
 def refuse_common(fields: Fields) -> None:
