@@ -32,6 +32,7 @@ _HOMES = {
     "generate_batch": "chat.generate",
     "Engine": "engine.engine",
     "Request": "engine.request",
+    "Grammar": "grammar",
     "Speculation": "spec",
     **dict.fromkeys(("Llama", "LlamaGrammar", "LlamaPromptLookupDecoding", "LlamaRAMCache", "LogitsProcessorList",
                      "StoppingCriteriaList"), "llama"),

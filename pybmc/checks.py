@@ -15,8 +15,13 @@ from .errors import ArgumentError, printable
 INT32_MAX = (1 << 31) - 1
 
 
+def shown(found) -> str:
+    """A value in a message."""
+    return printable(repr(found), 60)
+
+
 def refuse(name: str, expected: str, found) -> NoReturn:
-    raise ArgumentError(f"{name}: expected {expected}, found {printable(repr(found), 60)}")
+    raise ArgumentError(f"{name}: expected {expected}, found {shown(found)}")
 
 
 def whole(name: str, value, low: float = 0, high: float = INT32_MAX) -> int:

@@ -13,6 +13,14 @@ class ArgumentError(BmcError, ValueError):
     """An argument is out of range or of the wrong kind."""
 
 
+class SchemaError(ArgumentError):
+    """A schema or a grammar is not what it should be."""
+
+
+class UnsupportedSchemaError(SchemaError):
+    """A schema or a grammar asks for what the engine of grammars refuses."""
+
+
 class ContextFullError(BmcError, ValueError):
     """The session's cap on rows would be passed."""
 

@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "pybmc"
 FLOORS = (
-    {"errors", "cache", "_lazy"}, {"_native", "checks"}, {"files"}, {"tokenizers"}, {"models"}, {"spec"}, {"engine"}, {"chat", "show"},
+    {"errors", "cache", "_lazy"}, {"_native", "checks"}, {"files"}, {"tokenizers"}, {"models"}, {"spec"}, {"engine"}, {"chat", "grammar", "show"},
     {"hub"}, {"batch"}, {"serve"}, {"cli", "llama"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}

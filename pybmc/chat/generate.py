@@ -14,8 +14,10 @@ from ..engine.request import Request
 from ..engine.sampler import Sampler
 from ..engine.session import Session
 from ..errors import ArgumentError, ContextFullError
+from ..grammar.grammar import Grammar, grammar_of
 from ..spec import Speculation
 from ..tokenizers import Tokenizer
+from .schema import schema_of
 from .template import checked_variables, template_of
 
 Prompt = str | Iterable[int] | Iterable[Mapping]
@@ -26,6 +28,7 @@ def generate(model: Model, prompt: Prompt, max_tokens: int | None = 256, *, sess
              draft: Draft = None, spec: str = "auto", draft_max: int = 16, draft_min: int = 0,
              stop: str | Sequence[str] | None = (), stop_tokens: int | Iterable[int] | None = None,
              chat_template: Any = None, chat_template_kwargs: Mapping | None = None,
+             schema: Mapping | str | bool | None = None, grammar: Grammar | str | None = None,
              progress: Callable[[int, int], None] | None = None, **settings: Any) -> Generation:
     """Continue a prompt: an iterator of Token.
 
@@ -45,6 +48,9 @@ def generate(model: Model, prompt: Prompt, max_tokens: int | None = 256, *, sess
     chat_template  how messages are written: a name such as "chatml", a Jinja source, a file, or a
                pybmc.chat.template.ChatTemplate; None: the model's own
     chat_template_kwargs  more variables for the template, such as {"enable_thinking": False}
+    schema     the text is compact JSON of this JSON schema: a mapping, its text, or true for any JSON
+    grammar    the text follows this grammar: GBNF with a rule `root`, Lark with a rule `start` after %llguidance, or a
+               pybmc.Grammar. A thought of a model that thinks comes before and is free. The end of the grammar ends the text
     progress   called with (done, total) while a prompt is evaluated
     settings   those of pybmc.Sampler: temperature, seed, top_k, top_p, min_p, repeat_penalty, ...; None: default
 
@@ -55,9 +61,11 @@ def generate(model: Model, prompt: Prompt, max_tokens: int | None = 256, *, sess
     wishes = checked_wishes(model, max_tokens, stop, stop_tokens, settings)
     if session is not None and getattr(session, "model", None) is not model:
         checks.refuse("session", "a session of the same model", session)
-    tokens = encode_prompt(model.tokenizer, prompt, chat_template, chat_template_kwargs)
+    compiled = grammar_of(model, schema, grammar)
+    tokens, thinks = read_prompt(model.tokenizer, prompt, chat_template, chat_template_kwargs)
     speculation = speculation_of(session, model, draft, spec, draft_max, draft_min)
-    request = Request(tokens, session=session, progress=progress, **wishes)
+    request = Request(tokens, session=session, progress=progress,
+                      **wishes | followed(compiled, model, tokens, thinks, wishes))
     return Generation(Engine(model, parallel=1, speculation=speculation), request)
 
 
@@ -65,7 +73,8 @@ def generate_batch(model: Model, prompts: Iterable[Prompt], max_tokens: int | No
                    spec: str = "auto", draft_max: int = 16, draft_min: int = 0, parallel: int = 8,
                    context: int | None = None, stop: str | Sequence[str] | None = (),
                    stop_tokens: int | Iterable[int] | None = None, chat_template: Any = None,
-                   chat_template_kwargs: Mapping | None = None, **settings: Any) -> Batch:
+                   chat_template_kwargs: Mapping | None = None, schema: Mapping | str | bool | None = None,
+                   grammar: Grammar | str | None = None, **settings: Any) -> Batch:
     """Continue many prompts together: an iterator of (number of the prompt, Token), as tokens come.
 
     Prompts and settings are those of generate(), and so is each prompt's text. parallel: how many are written at a
@@ -78,18 +87,34 @@ def generate_batch(model: Model, prompts: Iterable[Prompt], max_tokens: int | No
     context = None if context is None else checks.whole("context", context, 1)
     if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
         checks.refuse("prompts", "a list of prompts", prompts)
-    texts = [encode_prompt(model.tokenizer, prompt, chat_template, chat_template_kwargs) for prompt in prompts]
+    compiled = grammar_of(model, schema, grammar)
+    texts = [read_prompt(model.tokenizer, prompt, chat_template, chat_template_kwargs) for prompt in prompts]
     room = context or model.config.n_ctx
-    for text in texts:
+    for text, _ in texts:
         if len(text) > room:
             raise ContextFullError(f"the prompt has {len(text)} tokens, the context has room for {room}")
     speculation = speculation_of(None, model, draft, spec, draft_max, draft_min)
     engine = Engine(model, parallel=parallel, speculation=speculation)
-    return Batch(engine, [engine.add(Request(text, context=context, **wishes)) for text in texts])
+    return Batch(engine, [engine.add(Request(text, context=context, **wishes | followed(compiled, model, text, thinks, wishes)))
+                          for text, thinks in texts])
+
+
+def followed(grammar: Grammar | None, model: Model, tokens: list[int], thinks: bool, wishes: Mapping) -> dict:
+    """The fields of a request whose answer follows a grammar; its end ends the text, whatever else does."""
+    if grammar is None:
+        return {}
+    return {"schema": schema_of(grammar, model.tokenizer, tokens, thinks), "stop_ids": wishes["stop_ids"] | model.tokenizer.stop_ids}
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, chat_template: Any = None, variables: Mapping | None = None) -> list[int]:
-    """Token ids of a prompt: a text, in which control tokens count, a list of ids, or a list of chat messages.
+    """Token ids of a prompt, as in read_prompt()."""
+    return read_prompt(tokenizer, prompt, chat_template, variables)[0]
+
+
+def read_prompt(tokenizer: Tokenizer, prompt: Prompt, chat_template: Any = None,
+                variables: Mapping | None = None) -> tuple[list[int], bool]:
+    """Token ids of a prompt: a text, in which control tokens count, a list of ids, or a list of chat messages. And whether the
+    answer may begin with a thought.
 
     chat_template and variables are for messages, as in generate().
     """
@@ -97,7 +122,8 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, chat_template: Any = Non
         checks.refuse("prompt", "a text, a list of token ids or a list of messages", prompt)
     items: Any = prompt if isinstance(prompt, str) else list(prompt)
     if items and isinstance(items[0], Mapping):
-        return filled(template_of(chat_template, tokenizer).encode(items, **checked_variables(variables or {})))
+        template = template_of(chat_template, tokenizer)
+        return filled(template.encode(items, **checked_variables(variables or {}))), template.thinks
     if chat_template is not None or variables:
         raise ArgumentError("a chat template needs messages: expected mappings with role and content")
-    return encode_text(tokenizer, items)
+    return encode_text(tokenizer, items), False

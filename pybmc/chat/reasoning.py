@@ -81,3 +81,8 @@ class Reasoning:
 def is_open(tokenizer, prompt: list[int], marks: Marks = THINK) -> bool:
     """Whether a prompt ends with the beginning of a thought."""
     return tokenizer.decode(prompt[-32:], special=True).rstrip().endswith(marks.opens)
+
+
+def is_closed(tokenizer, prompt: list[int], marks: Marks = THINK) -> bool:
+    """Whether a prompt ends with a thought, which may be empty: the answer begins without one."""
+    return tokenizer.decode(prompt[-32:], special=True).rstrip().endswith(marks.closes)

@@ -16,6 +16,7 @@ from itertools import count
 from ..errors import ArgumentError
 from ..tokenizers import Tokenizer
 from .origin import Traced, own, own_of
+from .reasoning import Marks, marks_of
 from .templates import CHATML, LLAMA2, source_of
 
 __all__ = ["CHATML", "LLAMA2", "ChatTemplate", "checked_variables", "template_of"]
@@ -74,6 +75,16 @@ class ChatTemplate:
     def reads(self, name: str) -> bool:
         """Whether the template looks at a variable."""
         return name in self._template.variables
+
+    @property
+    def thinks(self) -> bool:
+        """Whether its model may think before it answers."""
+        return self.reads("enable_thinking") or self.marks.opens in self.source
+
+    @cached_property
+    def marks(self) -> Marks:
+        """What a thought of its model stands between."""
+        return marks_of(self.source)
 
     def render(self, messages: Sequence[Mapping], add_generation_prompt: bool = True, continue_final_message: bool = True,
                **others) -> str:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 CALL_TOKENS = 128                       # that one call of the library may give a sequence
 ANSWER = 256                            # tokens of an answer that admission keeps rows for
-SOURCES = (None, None, "ngram", "draft", "self")    # by bmc_item.drafted
+SOURCES = (None, "schema", "ngram", "draft", "self")        # by bmc_item.drafted
 
 
 class Event(NamedTuple):

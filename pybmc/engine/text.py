@@ -14,7 +14,8 @@ class Token(NamedTuple):
 
     logprob is the model's own, before settings; top holds the likeliest (id, logprob) where they were asked for.
     finish_reason is set on the last token: "stop" (the model ended, or a stop string was found), "length" (max_tokens) or
-    "context" (no room for more). by: who guessed it: "draft" (a model or a head), "ngram" or "self".
+    "context" (no room for more). by: who guessed it: "draft" (a model or a head), "ngram",
+    "self" or "schema" (a token that the schema forces).
     """
 
     id: int

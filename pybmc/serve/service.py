@@ -109,8 +109,7 @@ class Service:
         """What the model can do here, in Ollama's words."""
         if not self.writes:
             return ["embedding"]
-        thinks = self.template.reads("enable_thinking") or "<think>" in self.template.source
-        known = {"completion": True, "thinking": thinks, "insert": self.fill is not None,
+        known = {"completion": True, "thinking": self.template.thinks, "insert": self.fill is not None,
                  "embedding": self.model.config.pooling.kind != "none"}
         return [name for name, has in known.items() if has]
 

@@ -53,6 +53,7 @@ class Tokenizer:
         self.add_bos: bool = self.vocab.add_bos
         self.add_eos: bool = self.vocab.add_eos
         self.add_sep: bool = self.vocab.add_sep
+        self.space_prefix: bool = self._codec.space_prefix              # a text begins with a space that is not its own
         self.chat_template: str | None = self.vocab.get("tokenizer.chat_template", str)
         self._pieces: dict[int, bytes] = {}
 

@@ -1,0 +1,130 @@
+"""Texts in which a grammar begins behind a mark: a thought's end, the beginning of a call of a tool."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+
+from .state import State
+from .vocabulary import Vocabulary
+
+ALL = np.uint32(0xFFFFFFFF)
+
+
+class Place(NamedTuple):
+    """Where a text is. kind: "opening" (the mark that begins the free text may still come), "free", "gap" (behind the mark,
+    where some white space may stand) or "inner". seen: bytes of the mark, or of the gap. since: tokens before the grammar's first."""
+
+    kind: str
+    seen: bytes
+    since: int = 0
+
+
+class After:
+    """A pybmc.engine.Schema: the text is free until a mark, in whichever tokens it is spelled, and follows a grammar from
+    there on.
+
+    inner: the grammar's state. opens: bytes that the free text has to begin with; without them the grammar counts from the
+    beginning. gap: white space that may stand between the mark and the grammar's text, of which it is no part. ends: whether the
+    text may end before the mark.
+    """
+
+    def __init__(self, mark: bytes, inner: State, opens: bytes = b"", gap: bytes = b"", ends: bool = True):
+        self._mark, self._inner, self._opens, self._gap, self._ends = mark, inner, opens, gap, ends
+        self._vocabulary = inner._vocabulary
+        self._place = Place("opening", b"") if opens else Place("free", b"")
+        self._row = np.empty((self._vocabulary.size + 31) // 32, np.uint32)
+
+    def mask(self, tokens: Sequence[int]) -> np.ndarray | None:
+        place = self._place
+        for i, token in enumerate(tokens):
+            place = self._next(place, token, i)
+        if place.kind == "inner":
+            return self._inner.mask(tokens[place.since:])
+        if place.kind == "free":
+            return self._free(place.seen)
+        self._row[:] = 0 if self._is_opening(place) else self._inner.mask(())
+        for id in self._begins(place):
+            self._row[id // 32] |= np.uint32(1 << id % 32)
+        return self._row
+
+    def accept(self, token: int) -> None:
+        place = self._next(self._place, token, 0)
+        if place.kind == "inner":
+            self._inner.accept(token)
+        self._place = place._replace(since=0)
+
+    def forced(self) -> Sequence[int]:
+        return self._inner.forced() if self._place.kind == "inner" else []
+
+    # ---- places
+
+    def _next(self, place: Place, token: int, at: int) -> Place:
+        """The place behind a token, which is the at-th of those that are read ahead."""
+        if place.kind == "inner":
+            return place
+        piece = self._piece(token)
+        if place.kind == "free":
+            return self._search(place.seen + piece)
+        if token not in self._begins(place) and not self._is_opening(place):
+            return Place("inner", b"", at)
+        if place.kind == "gap":
+            return Place("gap", place.seen + piece)
+        seen = place.seen + piece
+        return Place("opening", seen) if len(seen) < len(self._opens) else self._search(seen[len(self._opens):])
+
+    def _search(self, text: bytes) -> Place:
+        found = text.find(self._mark)
+        if found >= 0:
+            return Place("gap", text[found + len(self._mark):])
+        n = next((n for n in range(min(len(self._mark) - 1, len(text)), 0, -1) if text.endswith(self._mark[:n])), 0)
+        return Place("free", text[len(text) - n:])
+
+    def _piece(self, token: int) -> bytes:
+        pieces = self._vocabulary.pieces
+        return pieces[token] if token < len(pieces) else b""
+
+    @staticmethod
+    def _is_opening(place: Place) -> bool:
+        """Whether the mark that begins the free text has begun, so that it goes on."""
+        return place.kind == "opening" and bool(place.seen)
+
+    def _begins(self, place: Place) -> frozenset[int]:
+        """Tokens that keep a text out of the grammar: those of the opening, or of the gap."""
+        if place.kind == "gap":
+            return _spelling(self._vocabulary, self._gap[len(place.seen):])
+        return _spelling(self._vocabulary, self._opens[len(place.seen):])
+
+    def _free(self, seen: bytes) -> np.ndarray | None:
+        """All ids, but those that would pass the mark, and end tokens where the text has to reach it."""
+        banned = _passing(self._vocabulary, self._mark, seen, self._gap)
+        if not self._ends:
+            banned = banned.union(self._vocabulary.ends)
+        if not banned:
+            return None
+        self._row[:] = ALL
+        for id in banned:
+            self._row[id // 32] &= ~np.uint32(1 << id % 32)
+        return self._row
+
+
+@lru_cache(maxsize=256)
+def _spelling(vocabulary: Vocabulary, text: bytes) -> frozenset[int]:
+    """Tokens with which a text begins."""
+    return frozenset(id for id, piece in enumerate(vocabulary.pieces) if piece and text.startswith(piece))
+
+
+@lru_cache(maxsize=256)
+def _passing(vocabulary: Vocabulary, mark: bytes, seen: bytes, gap: bytes) -> frozenset[int]:
+    """Tokens that, behind a part of the mark, end it and go on with something else than the gap."""
+    tails = [mark[n:] for n in range(1, len(seen) + 1) if seen.endswith(mark[:n])]
+    return frozenset(id for id, piece in enumerate(vocabulary.pieces)
+                     if (mark in piece or any(piece.startswith(tail) for tail in tails))
+                     and not gap.startswith(_behind(seen + piece, mark)))
+
+
+def _behind(text: bytes, mark: bytes) -> bytes:
+    return text[text.find(mark) + len(mark):]

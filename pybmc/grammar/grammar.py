@@ -1,0 +1,150 @@
+"""Grammar: a JSON schema, a grammar or a regular expression, compiled for a model."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from .. import checks
+from ..engine.model import Model
+from ..errors import ArgumentError, SchemaError
+from .after import After
+from .state import State
+from .vocabulary import Vocabulary, llguidance, vocabulary_of
+
+SIZE, DEPTH = 256 * 1024, 64            # bytes of a schema or grammar, and how deep a schema is nested
+LARK = "%llguidance"                    # a grammar that begins so is Lark, as llguidance reads it; others are GBNF
+
+
+class Grammar:
+    """What a text has to follow, compiled for a model's vocabulary. It does not change: start() gives a state for a text.
+
+    ignored: keywords of a schema that have no effect. Raises SchemaError for what is no schema or grammar,
+    UnsupportedSchemaError with llguidance's words for what it refuses.
+    """
+
+    def __init__(self, vocabulary: Vocabulary, source: str):
+        self.vocabulary = vocabulary
+        self._matcher, warnings = vocabulary.compile(source)
+        self.ignored = tuple(dict.fromkeys(word for warning in warnings for word in _ignored(warning)))
+
+    @classmethod
+    def json(cls, schema: Mapping | str | bool, model: Model, strict: bool = False) -> Grammar:
+        """Compact JSON of a schema: an object, its text, or true for any JSON. strict: refuse keywords that would be ignored."""
+        return cls(vocabulary_of(model), _schema(schema, strict))
+
+    @classmethod
+    def json_object(cls, model: Model) -> Grammar:
+        """Any JSON object."""
+        return cls.json({"type": "object"}, model)
+
+    @classmethod
+    def lark(cls, text: str, model: Model) -> Grammar:
+        """llguidance's form of Lark: its rule `start` is the text."""
+        return cls(vocabulary_of(model), llguidance().LLMatcher.grammar_from_lark(_checked("grammar", text)))
+
+    @classmethod
+    def gbnf(cls, text: str, model: Model) -> Grammar:
+        """llama.cpp's grammars: the rule `root` is the text."""
+        from llguidance.gbnf_to_lark import gbnf_to_lark
+
+        vocabulary = vocabulary_of(model)
+        try:
+            lark = gbnf_to_lark(_checked("grammar", text))
+        except Exception as error:
+            raise SchemaError(f"grammar: {error}") from None
+        return cls(vocabulary, llguidance().LLMatcher.grammar_from_lark(lark))
+
+    @classmethod
+    def text(cls, text: str, model: Model) -> Grammar:
+        """GBNF, or Lark after %llguidance."""
+        lark = isinstance(text, str) and text.lstrip().startswith(LARK)
+        return cls.lark(text, model) if lark else cls.gbnf(text, model)
+
+    @classmethod
+    def regex(cls, pattern: str, model: Model) -> Grammar:
+        """The whole text matches a regular expression, in the syntax of Rust's regex."""
+        return cls(vocabulary_of(model), llguidance().LLMatcher.grammar_from_regex(_checked("pattern", pattern)))
+
+    def start(self) -> State:
+        """The state of a new text."""
+        return State(self.vocabulary, self._matcher.deep_copy())
+
+    def after(self, mark: str | bytes, opens: str | bytes = b"", gap: str | bytes = b"", ends: bool = True) -> After:
+        """The state of a new text that is free until a mark and follows the grammar behind it. opens, gap, ends: After's."""
+        given = [text.encode() if isinstance(text, str) else text for text in (mark, opens, gap)]
+        if not given[0]:
+            checks.refuse("mark", "a text that is not empty", mark)
+        return After(given[0], self.start(), given[1], given[2], ends)
+
+
+def grammar_of(model: Model, schema: Any = None, grammar: Any = None) -> Grammar | None:
+    """What callers ask for: a JSON schema, or the text of a grammar, or one that is compiled. None: neither."""
+    if schema is not None and grammar is not None:
+        raise ArgumentError("schema and grammar: expected one of them, found both")
+    for given in (schema, grammar):
+        if isinstance(given, Grammar):
+            if given.vocabulary is not vocabulary_of(model):
+                checks.refuse("grammar", "a grammar of the same model", given)
+            return given
+    if schema is not None:
+        return Grammar.json(schema, model)
+    return None if grammar is None else Grammar.text(grammar, model)
+
+
+def _ignored(warning: str) -> list[str]:
+    """The keywords that a warning of llguidance is about."""
+    quoted = re.findall(r'"([^"]*)"', warning)
+    if warning.startswith("Unknown format: "):
+        return ["format=" + warning.removeprefix("Unknown format: ")]
+    return quoted or [warning.split()[0]]
+
+
+def _schema(schema: Any, strict: bool) -> str:
+    """llguidance's grammar of a schema."""
+    value = _parsed(schema) if isinstance(schema, str) else dict(schema) if isinstance(schema, Mapping) else schema
+    if value is True:
+        value = {}
+    if not isinstance(value, dict):
+        raise SchemaError(f"schema: expected an object, found {checks.shown(value)}")
+    _check_depth(value)
+    options = {"whitespace_flexible": False, "lenient": not strict}
+    try:
+        text = json.dumps(value, allow_nan=False)
+        _check_size("schema", text)
+        return llguidance().LLMatcher.grammar_from_json_schema(text, overrides=options)
+    except (ValueError, TypeError) as error:
+        raise SchemaError(f"schema: {error}") from None
+
+
+def _parsed(text: str) -> Any:
+    _check_size("schema", text)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SchemaError(f"schema: expected JSON: {error}") from None
+
+
+def _check_depth(value: Any) -> None:
+    level, depth = [value], 0
+    while level:
+        depth += 1
+        if depth > DEPTH + 1:
+            raise SchemaError(f"schema: expected at most {DEPTH} levels, found more")
+        level = [inner for item in level if isinstance(item, (dict, list, tuple))
+                 for inner in (item.values() if isinstance(item, dict) else item)]
+
+
+def _check_size(name: str, text: str) -> None:
+    n = len(text.encode("utf-8", "replace"))
+    if n > SIZE:
+        raise SchemaError(f"{name}: expected at most {SIZE} bytes, found {n}")
+
+
+def _checked(name: str, text: str) -> str:
+    if not isinstance(text, str) or not text.strip():
+        checks.refuse(name, "a text that is not empty", text)
+    _check_size(name, text)
+    return text
