@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 
 from .events import CallArguments, CallBegin, Content, Event, Thought
-from .feed import Feed, Steps, space, until, value, word
+from .feed import WHITE, Feed, Steps, space, until, value, word
 
 CALL, FUNCTION, PARAMETER = "<tool_call>", "<function=", "<parameter="
 HARMONY_ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|start|>", "<|channel|>")
@@ -37,17 +37,22 @@ class Calls:
 def tagged(feed: Feed, calls: Calls) -> Steps:
     """Hermes and Qwen: a JSON object in <tool_call>, or tags in tags."""
     while True:
-        _, mark = yield from until(feed, (CALL,), Content, trim=True)
+        before, mark = yield from until(feed, (CALL,), Content, trim=True)
         if not mark:
             return
         feed.begin()
         first = yield from after_space(feed, "{", FUNCTION)
         one = {"{": call_object, FUNCTION: call_tags}.get(first)
         if not one or not (yield from one(feed, calls)):
-            yield Content(mark + "".join(feed.taken))
+            yield Content(white_end(before) + mark + "".join(feed.taken))
             continue
         yield from after_space(feed, "</tool_call>")
         yield from space(feed)
+
+
+def white_end(text: str) -> str:
+    """The white space at the end of a text."""
+    return text[len(text.rstrip(WHITE)):]
 
 
 def after_space(feed: Feed, *words: str) -> Steps:
@@ -70,7 +75,7 @@ def call_object(feed: Feed, calls: Calls) -> Steps:
             name = string((yield from value(feed)))
             if name not in calls.tools:
                 return False
-            yield calls.begin(name)
+            yield calls.begin(str(name))
             begun = True
         elif key in ("arguments", "parameters"):
             given = yield from arguments(feed, calls if begun else None)
@@ -191,13 +196,13 @@ def bare(feed: Feed, calls: Calls) -> Steps:
 def mistral(feed: Feed, calls: Calls) -> Steps:
     """[TOOL_CALLS][{..}, ..] or [TOOL_CALLS]name[ARGS]{..}[TOOL_CALLS].."""
     while True:
-        _, mark = yield from until(feed, ("[TOOL_CALLS]",), Content, trim=True)
+        before, mark = yield from until(feed, ("[TOOL_CALLS]",), Content, trim=True)
         if not mark:
             return
         feed.begin()
         listed = yield from after_space(feed, "[")
         if not (yield from (call_list if listed else named_call)(feed, calls)):
-            yield Content(mark + "".join(feed.taken))
+            yield Content(white_end(before) + mark + "".join(feed.taken))
             continue
         yield from space(feed)
 

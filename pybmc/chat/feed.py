@@ -86,7 +86,7 @@ def word(feed: Feed, *words: str) -> Steps:
 
 def until(feed: Feed, marks: Sequence[str], make: Callable[[str], Event] | None = None, trim: bool = False) -> Steps:
     """Take text up to the first of some marks, and the mark. Returns (text, mark); the mark is "" at the end of the text. make:
-    yield the pieces as events instead, and return no text. trim: white space before a mark is left out."""
+    yield the pieces as events. trim: white space before a mark is part of no piece."""
     parts: list[str] = []
     while True:
         at, mark = min(((at, m) for m in marks if (at := feed.text.find(m)) >= 0), default=(-1, ""))
@@ -96,10 +96,10 @@ def until(feed: Feed, marks: Sequence[str], make: Callable[[str], Event] | None 
         text = feed.take(shown)
         if make and text:
             yield make(text)
-        parts.append("" if make else text)
-        if mark:
-            feed.take(end - shown + len(mark))
+        parts.append(text)
         if mark or feed.ended:
+            parts.append(feed.take(end - shown))
+            feed.take(len(mark))
             return "".join(parts), mark
         yield MORE
 

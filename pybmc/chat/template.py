@@ -59,7 +59,7 @@ class ChatTemplate:
     def __init__(self, template: str | None, tokenizer: Tokenizer):
         from .sandbox import Template  # here: jinja2 takes 40 ms to import
 
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self.source = (
             template
             or tokenizer.chat_template
@@ -95,12 +95,12 @@ class ChatTemplate:
                **others) -> list[int]:
         """The conversation's ids, BOS first where the vocabulary wants it. Messages add no control tokens."""
         text = self._written(messages, add_generation_prompt, continue_final_message, others)
-        parts = self._tokenizer.vocab.split(str.__str__(text), True, own_of(text), self._guarded)
+        parts = self.tokenizer.vocab.split(str.__str__(text), True, own_of(text), self._guarded)
         ids: list[int] = []
         for part in parts:
             ids += self._ordinary(part) if isinstance(part, str) else [part]
-        bos = self._tokenizer.bos_id
-        return [bos, *ids] if bos is not None and self._tokenizer.add_bos and ids[:1] != [bos] else ids
+        bos = self.tokenizer.bos_id
+        return [bos, *ids] if bos is not None and self.tokenizer.add_bos and ids[:1] != [bos] else ids
 
     # -- writing
 
@@ -218,7 +218,7 @@ class ChatTemplate:
 
     def _find_marks(self) -> frozenset[int]:
         """The user-defined tokens that no message may spell: what the template puts between messages."""
-        vocab = self._tokenizer.vocab
+        vocab = self.tokenizer.vocab
         names = {id: vocab.tokens[id].strip() for id in vocab.user_defined}
         return frozenset(
             id for id, name in names.items()
@@ -227,14 +227,14 @@ class ChatTemplate:
 
     def _ordinary(self, text: str) -> list[int]:
         """Ids of a text in which control tokens are only text."""
-        ids = self._tokenizer.encode_parts([text])
+        ids = self.tokenizer.encode_parts([text])
         if self._marks.isdisjoint(ids):
             return ids
         return [byte for id in ids for byte in (self._spell(id) if id in self._marks else [id])]
 
     def _spell(self, id: int) -> list[int]:
         """A token's text in single bytes, for vocabularies whose merges make a control token out of text."""
-        ids = [self._tokenizer.byte_id(byte) for byte in self._tokenizer.piece(id)]
+        ids = [self.tokenizer.byte_id(byte) for byte in self.tokenizer.piece(id)]
         return [byte for byte in ids if byte is not None and byte not in self._marks]
 
 

@@ -1,0 +1,175 @@
+"""Grammars of calls: what an answer follows so that a call's arguments fit the schema of its tool. Lark, as llguidance reads it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+
+from ..tokenizers import Tokenizer
+from .calls import is_raw
+from .tools import Format, Tool, Tools
+
+# A model writes arguments as chat templates show them to it: with a space behind commas and colons.
+JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+SIMPLE = {"type", "properties", "required", "additionalProperties", "title", "description", "$defs", "definitions", "$schema"}
+ANY = "(?s:.*)"
+
+
+class Rules:
+    """Rules of a grammar, one a line. final: the rule of an answer that is no call, where it has to follow a schema."""
+
+    def __init__(self, tokenizer: Tokenizer, tools: Tools, final: Mapping | None = None):
+        self.tokenizer, self.tools = tokenizer, tools
+        self.lines: list[str] = []
+        self.final = "" if final is None or tools.forced else self.json(final)
+
+    @property
+    def whole(self) -> bool:
+        """Whether the grammar is that of the whole answer."""
+        return self.tools.forced or bool(self.final)
+
+    def add(self, name: str, body: str) -> str:
+        self.lines.append(f"{name}: {body}")
+        return name
+
+    def new(self, body: str, kind: str = "r") -> str:
+        return self.add(f"{kind}{len(self.lines)}", body)
+
+    def mark(self, text: str) -> str:
+        """A token that is no text, or the text itself where the vocabulary has no such token."""
+        id = self.tokenizer.vocab.ids.get(text)
+        return quoted(text) if id is None or id not in self.tokenizer.vocab.silent else f"<[{id}]>"
+
+    def json(self, schema: Mapping, strict: bool = False) -> str:
+        options = JSON | {"lenient": not strict}
+        return self.new("%json " + json.dumps({**schema, "x-guidance": options}))
+
+    def arguments(self, tool: Tool) -> str:
+        return self.json(tool.parameters, tool.strict)
+
+    def any_of(self, bodies) -> str:
+        return self.new(" | ".join(bodies))
+
+    def objects(self, key: str) -> str:
+        """{"name": .., key: {..}} of each tool."""
+        return self.any_of(f'{quoted(object_head(tool.name, key))} {self.arguments(tool)} "}}"' for tool in self.tools.callable)
+
+
+def quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+def pattern(text: str) -> str:
+    """A text as a regular expression in Lark."""
+    return re.escape(text).replace("/", r"\/")
+
+
+def object_head(name: str, key: str) -> str:
+    return f'{{"name": "{name}", "{key}": '
+
+
+def grammar_text(row: Format, tools: Tools, tokenizer: Tokenizer, final: Mapping | None = None) -> str:
+    """The grammar of an answer; where a call may but need not come, that of what follows the format's mark, if it has one.
+    final: the schema of an answer without a call."""
+    rules = Rules(tokenizer, tools, final)
+    start = KINDS[row.kind](rules, row.parallel and tools.parallel)
+    return "\n".join(["start: " + start, *rules.lines, ""])
+
+
+def marked(rules: Rules, mark: str, body: str, between: str = "", several: bool = False) -> str:
+    """Calls that each begin with a mark, without that of the first one where the answer is free up to it."""
+    more = f"({between} {rules.mark(mark)} {body})*" if several else ""
+    if not rules.whole:
+        return f"{body} {more}"
+    return f"{rules.mark(mark)} {body} {more}" + f" | {rules.final}" * bool(rules.final)
+
+
+def object_rules(rules: Rules, several: bool) -> str:
+    body = rules.new(f'"\\n" {rules.objects("arguments")} "\\n</tool_call>"')
+    return marked(rules, "<tool_call>", body, '"\\n"', several)
+
+
+def tags_rules(rules: Rules, several: bool) -> str:
+    inner = rules.any_of(_tags(rules, tool) for tool in rules.tools.callable)
+    return marked(rules, "<tool_call>", rules.new(f'"\\n" {inner} "\\n</tool_call>"'), '"\\n"', several)
+
+
+def _tags(rules: Rules, tool: Tool) -> str:
+    """<function=..> with a tag for each parameter, in the schema's order; JSON where a schema does not name them."""
+    schema, properties = tool.parameters, tool.parameters.get("properties", {})
+    simple = schema.keys() <= SIMPLE and not isinstance(schema.get("additionalProperties"), Mapping)
+    fits = isinstance(properties, Mapping) and all(isinstance(p, Mapping) and not set(k) & set("<>\n") and k for k, p in properties.items())
+    required = schema.get("required", [])
+    if not simple or not fits or not properties.keys() >= set(required):
+        return f'{quoted(object_head(tool.name, "arguments"))} {rules.arguments(tool)} "}}"'
+    shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    parts = []
+    for key, given in properties.items():
+        value = _value(rules, given if is_raw(given) else {**shared, **given}, tool.strict)
+        part = f'{quoted(f"<parameter={key}>" + chr(10))} {value} "\\n"'
+        parts.append(part if key in required else f"({part})?")
+    return " ".join([quoted(f"<function={tool.name}>\n"), *parts, '"</function>"'])
+
+
+def _value(rules: Rules, schema: Mapping, strict: bool) -> str:
+    if not is_raw(schema):
+        return rules.json(schema, strict) + ' "\\n</parameter>"'
+    known = [schema["const"]] if "const" in schema else schema.get("enum")
+    if known:
+        return rules.any_of(quoted(text) for text in known) + ' "\\n</parameter>"'
+    name = f"raw{len(rules.lines)}"
+    rules.add(name + "[lazy]", rf"/{ANY}<\/parameter>/")
+    return name
+
+
+def named_rules(rules: Rules, several: bool) -> str:
+    args = rules.mark("[ARGS]")
+    body = rules.any_of(f"{quoted(tool.name)} {args} {rules.arguments(tool)}" for tool in rules.tools.callable)
+    return marked(rules, "[TOOL_CALLS]", body, several=several)
+
+
+def list_rules(rules: Rules, several: bool) -> str:
+    one = rules.objects("arguments")
+    more = f'(", " {one})*' if several else ""
+    return marked(rules, "[TOOL_CALLS]", rules.new(f'"[" {one} {more} "]"'))
+
+
+def bare_rules(key: str) -> Callable[[Rules, bool], str]:
+    """An object is the whole answer; text that does not begin like one is free."""
+    def made(rules: Rules, several: bool) -> str:
+        if rules.whole:
+            one = rules.objects(key)
+            return one + f' ("\\n" {one})*' * several + f" | {rules.final}" * bool(rules.final)
+        heads = []
+        for tool in rules.tools.callable:
+            head = rules.new(rf'/\s*\{{\s*"name"\s*:\s*"{pattern(tool.name)}"\s*,\s*"{key}"\s*:\s*/', "HEAD")
+            heads.append(f"{head} {rules.arguments(tool)} TAIL")
+        names = "|".join(pattern(tool.name) for tool in rules.tools.tools)
+        rules.add("TAIL", r"/\s*\}/")
+        rules.add("OTHER", rf'/{ANY}/ & ~/\s*\{{\s*"name"\s*:\s*"({names})"{ANY}/')
+        one = rules.any_of(heads)
+        calls = rules.new(f"{one} ({one})*" if several else one)
+        tag = rules.mark("<|python_tag|>")
+        tagged = f" | OTHER? {tag} {calls}" if tag.startswith("<[") else ""
+        return rules.new(f"OTHER | {calls}{tagged}")
+    return made
+
+
+def harmony_rules(rules: Rules, _: bool) -> str:
+    """Thoughts and preambles in their channels, then the final message or a call."""
+    channel, message, end, start, constrain = (
+        rules.mark(f"<|{name}|>") for name in ("channel", "message", "end", "start", "constrain"))
+    rules.add("TEXT", f"/{ANY}/")
+    call = rules.any_of(
+        f'({channel} {quoted(f"commentary to=functions.{tool.name}")} | {quoted(f" to=functions.{tool.name}")} {channel} "commentary") '
+        f'(" " {constrain} "json" | " json")? {message} {rules.arguments(tool)}' for tool in rules.tools.callable)
+    free = f'({channel} ("analysis" | "commentary") {message} TEXT {end} {start} "assistant")*'
+    final = "" if rules.tools.forced else f' | {channel} "final" {message} {rules.final or "TEXT"}'
+    return f"{free} ({call}{final})"
+
+
+KINDS: dict[str, Callable[[Rules, bool], str]] = {
+    "object": object_rules, "tags": tags_rules, "named": named_rules, "list": list_rules,
+    "llama": bare_rules("parameters"), "bare": bare_rules("arguments"), "harmony": harmony_rules,
+}
