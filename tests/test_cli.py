@@ -64,6 +64,34 @@ def test_a_seed_names_a_text(path, capsys):
     assert texts[0] == texts[1] != texts[2]
 
 
+GRAMMAR, YES = 'root ::= "yes" | "no"', ("yes\n", "no\n")
+SCHEMA, ONE = '{"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": false}', ('{"a":1}\n', '{"a":2}\n')
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+@pytest.mark.parametrize("flag, text, allowed", [
+    ("--grammar", GRAMMAR, YES), ("--grammar-file", GRAMMAR, YES), ("-j", SCHEMA, ONE), ("-jf", SCHEMA, ONE)])
+def test_answers_follow_a_schema_or_a_grammar(path, pipe, capsys, tmp_path, command, flag, text, allowed):
+    pytest.importorskip("llguidance", reason="grammars need llguidance")
+    (tmp_path / "form").write_text(text)
+    pipe(b"Once upon")
+    given = str(tmp_path / "form") if flag in ("--grammar-file", "-jf") else text
+    assert run([command, path, "-n", "30", "-t", "1", "--temp", "2", flag, given]) == 0
+    assert capsys.readouterr().out in allowed
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+@pytest.mark.parametrize("flags, status, word", [
+    (["--grammar", "x"], 1, "grammar"), (["-j", "x"], 1, "schema"), (["-j", "{}", "--grammar", GRAMMAR], 2, "-j and --grammar"),
+    (["-jf", "/nonexistent"], 1, "nonexistent"), (["-j", '{"type": "wurst"}'], 1, "wurst")])
+def test_bad_forms_are_one_sentence(path, pipe, capsys, command, flags, status, word):
+    pytest.importorskip("llguidance", reason="grammars need llguidance")
+    pipe(b"Once upon")
+    assert run([command, path, "-t", "1", *flags]) == status
+    out, err = capsys.readouterr()
+    assert out == "" and word in err and (status == 2 or err.count("\n") == 1)
+
+
 def test_the_prompt_comes_from_a_flag_a_file_or_stdin(path, pipe, capsys, tmp_path):
     (tmp_path / "prompt.txt").write_text("Once upon")
     outs = []
@@ -123,7 +151,7 @@ def test_the_help_lists_options_by_section(command, capsys):
     run([command, "--help"])
     help = capsys.readouterr().out
     sections = re.findall(r"^(\w+):\n((?:  .*\n?)+)", help, re.MULTILINE)
-    assert [name for name, _ in sections][:6] == ["Model", "Text", "End", "Sampling", "Speculation", "Output"]
+    assert [name for name, _ in sections][:7] == ["Model", "Text", "Form", "End", "Sampling", "Speculation", "Output"]
     assert re.findall("^  (?=-)", dict(sections)["Other"], re.MULTILINE) == ["  "], "an option without a section"
     options = {option for param in cli.commands[command].params for option in param.opts if option[0] == "-"}
     assert options <= set(re.split(r"[\s,]+", help))

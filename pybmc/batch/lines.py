@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 from .. import checks
 from ..errors import ArgumentError, BmcError, printable
+from ..grammar.asked import FIELDS
 
-ALSO = ("id", "prompt", "messages", "max_tokens", "stop", "chat_template_kwargs")       # fields beside a Sampler's settings
+ALSO = ("id", "prompt", "messages", "max_tokens", "stop", "chat_template_kwargs", *FIELDS)       # fields beside a Sampler's settings
 
 
 class Line(NamedTuple):

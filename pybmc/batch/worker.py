@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from ..chat.generate import encode_prompt
+from ..chat.generate import read_prompt
+from ..chat.schema import schema_of
 from ..chat.template import ChatTemplate, template_of
 from ..engine.engine import Engine
 from ..engine.generate import checked_wishes
@@ -15,6 +16,7 @@ from ..engine.sampler import Sampler
 from ..engine.sequence import Sequence
 from ..engine.text import Token
 from ..errors import BmcError
+from ..grammar.asked import grammar_asked
 from .lines import Line, failure, parsed
 
 AHEAD = 16                              # lines that are begun before the oldest is done, for each that is written at a time
@@ -80,15 +82,18 @@ class Worker:
         if settings.get("seed") is None:
             settings["seed"] = int.from_bytes(os.urandom(4), "little") if settings.get("temperature") else 0
         fields = checked_wishes(self.model, wishes.get("max_tokens"), wishes.get("stop"), None, settings)
-        return Request(self._encode(asked), context=self.context, **fields)
+        tokens, thinks = self._read(asked)
+        schema = schema_of(grammar_asked(asked, self.model), self.model.tokenizer, tokens, thinks)
+        return Request(tokens, context=self.context, schema=schema, **fields)
 
-    def _encode(self, asked: dict) -> list[int]:
+    def _read(self, asked: dict) -> tuple[list[int], bool]:
+        """Ids of the prompt, and whether the answer may begin with a thought."""
         tokenizer = self.model.tokenizer
         if "prompt" in asked:
-            return encode_prompt(tokenizer, asked["prompt"], None, asked.get("chat_template_kwargs"))
+            return read_prompt(tokenizer, asked["prompt"], None, asked.get("chat_template_kwargs"))
         if self._template is None:
             self._template = template_of(None, tokenizer)
-        return encode_prompt(tokenizer, asked["messages"], self._template, asked.get("chat_template_kwargs"))
+        return read_prompt(tokenizer, asked["messages"], self._template, asked.get("chat_template_kwargs"))
 
     def _step(self, running: dict, ready: dict) -> None:
         if running:

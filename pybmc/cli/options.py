@@ -193,6 +193,14 @@ template_options = options(
                  help="Print what stands between <think> and </think> at the beginning of an answer, or leave it "
                       "out; generate --json always has it."))
 
+form_options = options(
+    click.option("-j", "--json-schema", type=Text(), metavar="JSON",
+                 help="The answer is compact JSON of this schema; {} is any JSON. A thought before it is free."),
+    click.option("-jf", "--json-schema-file", type=File(), metavar="FILE", help="The same, from a file."),
+    click.option("--grammar", type=Text(), metavar="TEXT",
+                 help="The answer follows this grammar: GBNF with a rule root, or Lark with a rule start after %llguidance."),
+    click.option("--grammar-file", type=File(), metavar="FILE", help="The same, from a file."))
+
 text_options = options(
     click.option("-p", "--prompt", type=Text(), help="The text; - reads it from stdin."),
     click.option("-f", "--file", "prompt_file", type=File(), metavar="FILE",
@@ -202,6 +210,7 @@ text_options = options(
 SECTIONS = {                            # of the help of chat and generate
     "Model": ("model_option", "context", "threads", "no_repack", "rows", "kv_type"),
     "Text": ("prompt", "prompt_file", "system", "as_chat", "prefill", "no_bos", "chat_template", "chat_template_kwargs", "think"),
+    "Form": ("json_schema", "json_schema_file", "grammar", "grammar_file"),
     "End": ("max_tokens", "stop", "ignore_eos"),
     "Sampling": SAMPLING,
     "Speculation": ("draft", "draft_max", "draft_min", "spec", "tint"),
@@ -236,6 +245,18 @@ def sampling_settings(flags: dict) -> dict:
     except ArgumentError as error:
         raise click.UsageError(str(error)) from None
     return settings
+
+
+FORMS = {"json_schema": ("schema", "-j"), "json_schema_file": ("schema", "-jf"), "grammar": ("grammar", "--grammar"),
+         "grammar_file": ("grammar", "--grammar-file")}         # by flag: the argument of generate(), and how the flag is spelled
+
+
+def form_settings(flags: dict) -> dict:
+    """What the answer has to follow, as an argument of generate()."""
+    given = [(name, value) for name in FORMS if (value := flags.pop(name)) is not None]
+    if len(given) > 1:
+        raise click.UsageError(f"{' and '.join(FORMS[name][1] for name, _ in given)} are both given")
+    return {FORMS[name][0]: decoded(Path(value).read_bytes(), value) if name.endswith("_file") else value for name, value in given}
 
 
 def template_variables(flags: dict) -> dict:

@@ -17,6 +17,7 @@ from .terminal import Voice, is_terminal, note, progress, write
 @click.option("-n", "--n-predict", "max_tokens", type=int, default=-1, show_default=True, metavar="N",
               help="At most N tokens an answer; -1: until the model ends.")
 @options.template_options
+@options.form_options
 @options.sampling_options
 @options.draft_options
 @options.context_option
@@ -31,15 +32,17 @@ def chat(model, model_option, system, max_tokens, chat_template, thoughts, conte
     an answer, Ctrl-D the chat. From a pipe each line is a message.
     """
     from ..chat.conversation import Conversation
+    from ..grammar.grammar import grammar_of
     from .repl import Repl
 
     settings = options.sampling_settings(flags) | {"max_tokens": None if max_tokens < 0 else max_tokens}
+    form = options.form_settings(flags)
     variables = options.template_variables(flags)
     with options.with_draft(flags, not (model or model_option), threads) as drafting, \
             options.opened(options.find_model(model, model_option), threads) as (loaded, _), \
             loaded.session(context=context, rows=rows, kv_type=kv_type) as session:
         written = options.template_of_model(loaded, chat_template, variables)
-        talk = Conversation(loaded, session, system, **written, **settings, **drafting)
+        talk = Conversation(loaded, session, system, **written, **settings, **drafting, grammar=grammar_of(loaded, **form))
         return Repl(talk, tint=tint, thoughts=thoughts).run()
 
 
@@ -59,6 +62,7 @@ def chat(model, model_option, system, max_tokens, chat_template, thoughts, conte
 @click.option("-r", "--stop", type=options.Text(), multiple=True, help="End before this text; repeatable.")
 @click.option("--ignore-eos", is_flag=True, help="Go on where the model would end.")
 @click.option("--no-bos", is_flag=True, help="With --raw: no BOS token before the text.")
+@options.form_options
 @options.sampling_options
 @options.draft_options
 @options.context_option
@@ -75,7 +79,7 @@ def generate(model, model_option, prompt, prompt_file, max_tokens, as_chat, syst
     from ..chat.generate import generate as start
     from .report import summary
 
-    settings = options.sampling_settings(flags)
+    settings, form = options.sampling_settings(flags), options.form_settings(flags)
     variables = options.template_variables(flags)
     text = options.read_text(prompt, prompt_file)
     as_chat = as_chat if as_chat is not None else not (model or model_option)
@@ -100,7 +104,7 @@ def generate(model, model_option, prompt, prompt_file, max_tokens, as_chat, syst
         written = options.template_of_model(loaded, chat_template, variables)
         answer = start(loaded, prompt, None if max_tokens < 0 else max_tokens, session=session, stop=stop,
                        stop_tokens=() if ignore_eos else None, progress=update,
-                       **written, **settings, **drafting)
+                       **written, **settings, **drafting, **form)
         voice = Voice(thoughts, is_open(loaded.tokenizer, answer.prompt), tint)
         voice.reasoning.push(prefill or "")
         tokens = []

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from .. import checks
 from ..engine.model import Model
-from ..errors import ArgumentError, SchemaError
+from ..errors import ArgumentError, SchemaError, printable
 from .after import After
 from .state import State
 from .vocabulary import Vocabulary, llguidance, vocabulary_of
+
+log = logging.getLogger(__name__)
 
 SIZE, DEPTH = 256 * 1024, 64            # bytes of a schema or grammar, and how deep a schema is nested
 LARK = "%llguidance"                    # a grammar that begins so is Lark, as llguidance reads it; others are GBNF
@@ -68,6 +71,11 @@ class Grammar:
         """The whole text matches a regular expression, in the syntax of Rust's regex."""
         return cls(vocabulary_of(model), llguidance().LLMatcher.grammar_from_regex(_checked("pattern", pattern)))
 
+    def note_ignored(self) -> None:
+        """Log what of the schema has no effect."""
+        if self.ignored:
+            log.warning("without effect in the schema: %s", printable(", ".join(self.ignored)))
+
     def start(self) -> State:
         """The state of a new text."""
         return State(self.vocabulary, self._matcher.deep_copy())
@@ -89,9 +97,11 @@ def grammar_of(model: Model, schema: Any = None, grammar: Any = None) -> Grammar
             if given.vocabulary is not vocabulary_of(model):
                 checks.refuse("grammar", "a grammar of the same model", given)
             return given
-    if schema is not None:
-        return Grammar.json(schema, model)
-    return None if grammar is None else Grammar.text(grammar, model)
+    if schema is None:
+        return None if grammar is None else Grammar.text(grammar, model)
+    found = Grammar.json(schema, model)
+    found.note_ignored()
+    return found
 
 
 def _ignored(warning: str) -> list[str]:

@@ -8,9 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 from .. import checks
 from ..chat.templates import source_of
+from ..engine.model import Model
 from ..engine.sampler import Sampler
 from ..errors import ArgumentError
-from .parts import refuse_grammar
+from ..grammar.asked import asked
+from ..grammar.grammar import Grammar
+from .parts import LlamaGrammar
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +41,6 @@ def refuse_changes(given: Mapping, defaults: Mapping) -> None:
     for name in UNCHANGED:
         if name in given and given[name] not in (None, defaults[name]):
             checks.refuse(name, f"{defaults[name]!r}, since nothing else is supported", given[name])
-    if given.get("grammar") is not None:
-        refuse_grammar()
 
 
 def note_without_effect(given: Mapping, defaults: Mapping, level: int) -> None:
@@ -68,16 +69,27 @@ def source_of_format(chat_format: str | None, metadata: Mapping) -> str | None:
 
 
 def refuse_tools(given: Mapping) -> None:
-    """Raise an ArgumentError where a chat asks for tools or a format: it gets what it asks for, or nothing."""
+    """Raise an ArgumentError where a chat asks for tools: it gets what it asks for, or nothing."""
     for name in ("tools", "functions"):
         if given[name]:
             raise ArgumentError(f"{name}: tools are not supported here")
     for name in ("tool_choice", "function_call"):
         if given[name] not in (None, "none", "auto"):
             raise ArgumentError(f"{name}: tools are not supported here")
-    asked = given["response_format"]
-    if asked is not None and not (isinstance(asked, Mapping) and asked.get("type") == "text"):
-        checks.refuse("response_format", "the type text, until schemas are there", asked)
+
+
+def grammar_of(given: Mapping, model: Model) -> Grammar | None:
+    """What an answer has to follow: a call's grammar, or its response_format."""
+    grammar, wish = given["grammar"], asked({"response_format": given.get("response_format")})
+    if grammar is not None and not isinstance(grammar, LlamaGrammar):
+        checks.refuse("grammar", "a LlamaGrammar", grammar)
+    if grammar is not None and wish:
+        raise ArgumentError("grammar: expected one of grammar and response_format, found both")
+    made = grammar or wish
+    found = made.compiled(model) if made else None
+    if found:
+        found.note_ignored()
+    return found
 
 
 def check_messages(messages: Sequence) -> None:

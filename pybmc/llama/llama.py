@@ -23,12 +23,14 @@ from typing import Any
 import numpy as np
 
 from .. import checks
+from ..chat.schema import schema_of
 from ..chat.template import ChatTemplate
 from ..engine.engine import Engine
 from ..engine.generate import Generation, encode_text, filled, speculation_of
 from ..engine.model import Model
 from ..engine.request import Request, Stats, checked
 from ..engine.sampler import Sampler
+from ..engine.schema import Schema
 from ..engine.session import Session
 from ..engine.text import Ending, StopStrings
 from ..errors import ArgumentError, BmcError, ContextFullError
@@ -201,8 +203,9 @@ class Llama:
         self._check_room(tokens)
         most = given["max_tokens"]
         most = inf if most is None else checks.whole("max_tokens", most, -inf, inf)
+        schema = schema_of(arguments.grammar_of(given, self._live), self._tokenizer, tokens)
         request = Request(tokens, inf if most <= 0 else most, self._sampler(given, given["seed"]), given["stop"] or (),
-                          self._tokenizer.stop_ids)
+                          self._tokenizer.stop_ids, schema=schema)
         return checked(request, self._live)
 
     def _head(self, prefix: str, model: str | None) -> Head:
@@ -250,12 +253,12 @@ class Llama:
         """The same with functions that see the logits of each token."""
         scores: Sequence = ()
         if request.score is not None:
-            for update in self._written(replace(request, max_tokens=1, top=0)):
+            for update in self._written(replace(request, max_tokens=1, top=0, schema=None)):
                 scores = update.scores
         stats, started, tokenizer = Stats(len(request.tokens)), time.perf_counter(), self._tokenizer
         ending = Ending(tokenizer.stream(), request.max_tokens, self.n_ctx() - len(request.tokens) + 1,
                         StopStrings(request.stop, tokenizer), request.stop_ids | {STOPPED})
-        chosen = self._chosen(list(request.tokens), request.sampler, processors, criteria, stats)
+        chosen = self._chosen(list(request.tokens), request.sampler, processors, criteria, stats, request.schema)
         with closing(chosen):
             for id, logits in chosen:
                 logprobs = log_softmax(logits)
@@ -280,11 +283,12 @@ class Llama:
         text = ([] if reset else list(self._text)) + filled(checks.ids("tokens", tokens, self.n_vocab()))
         self._check_room(text)
         chosen = self._chosen(text, self._sampler(given), functions("logits_processor", logits_processor, LogitsProcessorList),
-                              functions("stopping_criteria", stopping_criteria, StoppingCriteriaList), Stats())
+                              functions("stopping_criteria", stopping_criteria, StoppingCriteriaList), Stats(),
+                              schema_of(arguments.grammar_of(given, self._live), self._tokenizer, text))
         return sent_through(chosen, self.n_vocab())
 
-    def _chosen(self, text: list[int], sampler: Sampler, processors, criteria,
-                stats: Stats) -> Generator[tuple[int, np.ndarray], Sequence[int] | None, None]:
+    def _chosen(self, text: list[int], sampler: Sampler, processors, criteria, stats: Stats,
+                schema: Schema | None = None) -> Generator[tuple[int, np.ndarray], Sequence[int] | None, None]:
         """Ids that follow a text, with the logits they were chosen from; what is sent follows the last id. It ends where a
         stopping criterion is true."""
         with self._lent(text) as session:
@@ -294,9 +298,13 @@ class Llama:
                 self._hold(list(text), logits[None])
                 if criteria and criteria(np.array(text, np.intc), logits):
                     return
-                id = choose(sampler, processors, text, logits)
+                id = choose(sampler, processors, text, logits, schema)
                 more = yield id, logits
-                text += [id, *(more or ())]
+                new = [id, *(more or ())]
+                text += new
+                if schema is not None:
+                    for token in new:
+                        schema.accept(token)
                 self._check_room(text)
 
     def eval(self, tokens: Sequence[int]) -> None:
@@ -315,6 +323,8 @@ class Llama:
         """The id that follows the text so far, or its token number idx."""
         given = dict(locals())
         arguments.refuse_changes(given, CALL_DEFAULTS)
+        if grammar is not None:
+            checks.refuse("grammar", "None, since one token does not tell where in it the text is; generate() takes one", grammar)
         with self._lock:
             if not self._text:
                 raise ArgumentError("there is no text yet to continue: expected eval() before sample()")
@@ -564,9 +574,13 @@ def read(session: Session, text: list[int], n: int) -> np.ndarray:
     return np.asarray(session.eval(text[end:], "all"))
 
 
-def choose(sampler: Sampler, processors: Callable | None, text: list[int], logits: np.ndarray) -> int:
+def choose(sampler: Sampler, processors: Callable | None, text: list[int], logits: np.ndarray, schema: Schema | None = None) -> int:
     if processors:
         logits = processors(np.array(text, np.intc), logits.copy())
+    mask = None if schema is None else schema.mask(())
+    if mask is not None:
+        allowed = np.unpackbits(mask.view(np.uint8), count=len(logits), bitorder="little")
+        logits = np.where(allowed, logits, np.float32(-inf))
     return sampler.sample(logits, len(text), text)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NoReturn
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
 
 import numpy as np
 
 from .. import checks
-from ..errors import ArgumentError, BmcError
+from ..engine.model import Model
+from ..errors import ArgumentError
+from ..grammar.grammar import Grammar
 
 
 class LogitsProcessorList(list):
@@ -49,24 +52,30 @@ class LlamaPromptLookupDecoding:
     num_pred_tokens: int = 10
 
 
+@dataclass(frozen=True)
 class LlamaGrammar:
-    """Grammars are not there yet: making one raises a BmcError."""
+    """A grammar's text, or that of a JSON schema. A Llama compiles it when it is used, and keeps what it compiled."""
 
-    def __init__(self, *args, **kwargs):
-        refuse_grammar()
+    _grammar: str = field(kw_only=True)
+    _is_schema: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        name = "json_schema" if self._is_schema else "grammar"
+        if not isinstance(self._grammar, str) or not self._grammar.strip():
+            checks.refuse(name, "a text that is not empty", self._grammar)
 
     @classmethod
     def from_string(cls, grammar: str, verbose: bool = True) -> LlamaGrammar:
-        refuse_grammar()
+        """GBNF with a rule `root`, or Lark with a rule `start` after %llguidance."""
+        return cls(_grammar=grammar)
 
     @classmethod
-    def from_file(cls, file, verbose: bool = True) -> LlamaGrammar:
-        refuse_grammar()
+    def from_file(cls, file: str | PathLike, verbose: bool = True) -> LlamaGrammar:
+        return cls.from_string(Path(file).read_text("utf-8"))
 
     @classmethod
     def from_json_schema(cls, json_schema: str, verbose: bool = True) -> LlamaGrammar:
-        refuse_grammar()
+        return cls(_grammar=json_schema, _is_schema=True)
 
-
-def refuse_grammar() -> NoReturn:
-    raise BmcError("grammars are not supported here yet: they come with schemas")
+    def compiled(self, model: Model) -> Grammar:
+        return Grammar.json(self._grammar, model) if self._is_schema else Grammar.text(self._grammar, model)

@@ -184,7 +184,7 @@ class Visit:
         if not self.trusted or self.origin is None:
             return {}
         return {"Access-Control-Allow-Origin": self.origin, "Vary": "Origin",
-                "Access-Control-Expose-Headers": "x-request-id, x-pybmc-seed"}
+                "Access-Control-Expose-Headers": "x-request-id, x-pybmc-seed, x-pybmc-schema-ignored"}
 
     def _preflight(self) -> dict[str, str]:
         asked = self.request.headers.get("access-control-request-headers", "")

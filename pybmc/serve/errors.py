@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from ..errors import ArgumentError, BmcError, ContextFullError, FormatError, OutOfMemoryError
+from ..errors import (
+    ArgumentError,
+    BmcError,
+    ContextFullError,
+    FormatError,
+    OutOfMemoryError,
+    SchemaError,
+    UnsupportedSchemaError,
+)
 
 TYPES = {
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
@@ -44,6 +52,8 @@ def refusal(error: BmcError, fields=()) -> Refused:
         return Refused(503, "out_of_memory", message, headers={"Retry-After": "5"})
     if isinstance(error, ContextFullError):
         return Refused(400, "context_length_exceeded", message)
+    if isinstance(error, SchemaError):
+        return Refused(400, "unsupported_schema" if isinstance(error, UnsupportedSchemaError) else "invalid_schema", message)
     if isinstance(error, ArgumentError):
         words = message.replace(":", " ").split()
         return Refused(400, "invalid_value", message, words[0] if words and words[0] in fields else None)

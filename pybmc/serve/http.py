@@ -11,7 +11,7 @@ from contextlib import suppress
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from ..errors import BmcError
+from ..errors import BmcError, printable
 from .errors import Refused, error_body, refusal
 from .fields import Fields, parse
 from .service import Service
@@ -19,6 +19,7 @@ from .tasks import Task
 from .worker import Gone, Run
 
 BODY_SECONDS = 30.0
+HEADER = 1000                           # characters of a header
 SILENCE = 10.0                          # seconds until a stream tells that it is alive
 
 
@@ -143,6 +144,8 @@ class Going:
         self.request, self.service, self.run, self.task, self.answer = request, service, run, task, answer
         self.left = len(task.requests)
         self.headers = {"x-pybmc-seed": str(task.seed), "Cache-Control": "no-store"}
+        if task.ignored:
+            self.headers["x-pybmc-schema-ignored"] = printable(", ".join(map(ascii_only, task.ignored)), HEADER)
         self._clock = service.metrics.clock(run.started)
         self._watcher = asyncio.ensure_future(self._watch())
 
@@ -171,6 +174,10 @@ class Going:
     def close(self) -> None:
         self._watcher.cancel()
         self.run.close()
+
+
+def ascii_only(text: str) -> str:
+    return text.encode("ascii", "replace").decode()
 
 
 def _private(path: str, flags: int) -> int:

@@ -24,6 +24,7 @@ from .tasks import (
     SAMPLING,
     Task,
     gap_prompt,
+    grammar_of,
     messages_of,
     refuse_common,
     task_of,
@@ -114,7 +115,7 @@ def native_task(service: Service, fields: Fields, client, prompts):
     only = fields.listed("response_fields")
     if not all(isinstance(name, str) for name in only):
         raise invalid("response_fields", "response_fields has something else than names")
-    task = task_of(service, base, prompts)
+    task = task_of(service, base, prompts, grammar=grammar_of(service, fields))
     return task, NativeAnswer(service, task.choices(service), task, n_top, (fields.flag("return_tokens"), only))
 
 

@@ -15,13 +15,14 @@ from starlette.routing import Route
 
 from .. import __version__
 from ..chat.events import Content, Thought
+from ..grammar.asked import OLLAMA
 from .answers import Choice, Update, chat_logprob, usage_of
 from .embed import normalized, vectors
 from .errors import Refused, invalid, no_model
 from .fields import Fields
 from .http import Json, Lines, client_of, fields_of, in_pool, respond, service_of, writer_of
 from .service import Service
-from .tasks import chat_prompt, gap_prompt, refuse_common, task_of, template_request, text_prompts
+from .tasks import chat_prompt, gap_prompt, grammar_of, refuse_common, task_of, template_request, text_prompts
 
 VERSION = "0.12.0"                      # the level of Ollama's API: editors parse it
 FILE_TYPES = {                          # of GGUF's general.file_type
@@ -130,11 +131,6 @@ def thinking(fields: Fields) -> dict:
     return {} if think is None else {"enable_thinking": fields.flag("think")}
 
 
-def refuse_format(fields: Fields) -> None:
-    refuse_common(fields)
-    fields.refuse(("format",))
-
-
 async def chat(request: Request) -> Response:
     service, fields = writer_of(request), await fields_of(request)
     name = named(service, fields)
@@ -145,11 +141,12 @@ async def chat(request: Request) -> Response:
 
 
 def chat_task(service: Service, fields: Fields, client, name: str):
-    refuse_format(fields)
+    refuse_common(fields)
     fields.flag("stream")
     base, n_top = base_request(service, fields, client)
     ids, begun = chat_prompt(service, fields, thinking(fields))
-    task = task_of(service, base, [("", ids)], reasoning=True, begun=begun)
+    task = task_of(service, base, [("", ids)], 1, grammar_of(service, fields, OLLAMA), service.template.thinks and not begun,
+                   reasoning=True, begun=begun)
 
     def message(text: str, thought: str) -> dict:
         return {"message": {"role": "assistant", "content": text} | ({"thinking": thought} if thought else {})}
@@ -176,13 +173,14 @@ class GenerateAnswer(Answer):
 
 
 def generate_task(service: Service, fields: Fields, client, name: str):
-    refuse_format(fields)
+    refuse_common(fields)
     fields.flag("stream")
     fields.refuse(("template",))
     base, n_top = base_request(service, fields, client)
     raw = fields.flag("raw")
     ids = generate_prompt(service, fields, raw)
-    task = task_of(service, base, [(fields.text("prompt", ""), ids)], reasoning=not raw)
+    task = task_of(service, base, [(fields.text("prompt", ""), ids)], 1, grammar_of(service, fields, OLLAMA),
+                   service.template.thinks and not raw, reasoning=not raw)
 
     def message(text: str, thought: str) -> dict:
         return {"response": text} | ({"thinking": thought} if thought else {})

@@ -16,7 +16,16 @@ from .errors import invalid, no_model, unsupported
 from .fields import Fields
 from .http import Json, Sse, client_of, fields_of, in_pool, respond, service_of, writer_of
 from .service import Service
-from .tasks import chat_prompt, gap_prompt, prediction_of, refuse_common, task_of, template_request, text_prompts
+from .tasks import (
+    chat_prompt,
+    gap_prompt,
+    grammar_of,
+    prediction_of,
+    refuse_common,
+    task_of,
+    template_request,
+    text_prompts,
+)
 
 
 def check_model(service: Service, fields: Fields) -> None:
@@ -54,7 +63,8 @@ def chat_task(service: Service, fields: Fields, client):
     usage, n = fields.object("stream_options").flag("include_usage"), fields.whole("n", 1, 1, 16)
     ids, begun = chat_prompt(service, fields)
     shown = fields.choice("reasoning_format", ("none", "auto", "deepseek", "deepseek-legacy"), "auto") != "none"
-    task = task_of(service, base, [("", ids)], n, reasoning=shown, begun=begun)
+    task = task_of(service, base, [("", ids)], n, grammar_of(service, fields), service.template.thinks and not begun,
+                   reasoning=shown, begun=begun)
     return task, ChatAnswer(head(service, "chatcmpl-"), service.tokenizer, task.choices(service), n_top, usage,
                             fields.flag("timings_per_token"), "prediction" in fields)
 
@@ -78,7 +88,7 @@ def text_task(service: Service, fields: Fields, client):
         prompts = text_prompts(service, fields)
     base = template_request(service, fields, client, most_tokens(service, fields, ("max_tokens",), 16))
     base = replace(base, top=n_top or 0, score=n_top if echo else None)
-    task = task_of(service, base, prompts, fields.whole("n", 1, 1, 16))
+    task = task_of(service, base, prompts, fields.whole("n", 1, 1, 16), grammar_of(service, fields))
     return task, TextAnswer(head(service, "cmpl-"), service.tokenizer, task.choices(service), prompts, n_top,
                             fields.object("stream_options").flag("include_usage"), echo)
 

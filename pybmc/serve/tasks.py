@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Hashable, Mapping
+import re
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 
 from ..chat.events import Reader
 from ..chat.reader import Plain, Split
 from ..chat.reasoning import is_open
+from ..chat.schema import schema_of
 from ..chat.template import checked_variables
 from ..engine.generate import encode_text
 from ..engine.request import Request
 from ..engine.sampler import Sampler
-from ..errors import ArgumentError, BmcError
+from ..errors import ArgumentError, BmcError, SchemaError
+from ..grammar.asked import FIELDS, asked
+from ..grammar.grammar import Grammar
 from .answers import Choice
 from .errors import Refused, invalid, refusal, unsupported
 from .fields import Fields
@@ -29,7 +33,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presenc
 BOUNDS = {"temperature": (0, 100), "repeat_penalty": (0.01, 100), "presence_penalty": (-100, 100),
           "frequency_penalty": (-100, 100)}
 REFUSED = ("images", "audio", "files", "web_search_options", "background", "previous_response_id", "conversation",
-           "tools", "functions", "json_schema", "grammar", "session")
+           "tools", "functions", "session")
 TEXT_PARTS = ("text", "input_text", "output_text")
 MORE_OF_MESSAGES = ("name", "tool_call_id", "tool_name", "reasoning_content", "thinking")     # that templates may read
 
@@ -44,6 +48,7 @@ class Task:
     prompts: list[tuple[str, list[int]]]        # text and ids of each
     reasoning: bool = False                     # thoughts are told apart
     begun: str = ""                             # the answer's beginning, which the prompt ends with
+    ignored: tuple[str, ...] = ()               # keywords of its schema without effect
     stops: frozenset[int] = field(default_factory=frozenset)
 
     def choices(self, service: Service) -> list[Choice]:
@@ -59,8 +64,6 @@ def refuse_common(fields: Fields) -> None:
     for name in ("tool_choice", "function_call"):
         if fields.get(name, "auto") not in ("auto", "none"):
             raise unsupported(name)
-    if fields.object("response_format").get("type", "text") != "text":
-        raise unsupported("response_format", "of another type than text is not supported here")
     if set(fields.listed("modalities")) - {"text"}:
         raise unsupported("modalities", "beyond text are not supported here")
     if "best_of" in fields and fields.whole("best_of") > fields.whole("n", 1):
@@ -146,8 +149,26 @@ def template_request(service: Service, fields: Fields, client: Hashable, max_tok
                    reuse=fields.flag("cache_prompt", True))
 
 
-def task_of(service: Service, base: Request, prompts: list[tuple[str, list[int]]], n: int = 1, **more) -> Task:
-    """n answers to each prompt: the i-th samples with seed + i."""
+def grammar_of(service: Service, fields: Fields, names: Sequence[str] = FIELDS) -> Grammar | None:
+    """What the answers have to follow. names: of the fields that may say so."""
+    try:
+        wish = asked(fields, names)
+    except ArgumentError as error:
+        raise Refused(400, "invalid_value", str(error), re.split("[.:]", str(error))[0]) from None
+    if wish is None:
+        return None
+    try:
+        return wish.compiled(service.model)
+    except SchemaError as error:
+        refused = refusal(error)
+        raise Refused(400, refused.code, refused.message, wish.field) from None
+    except BmcError as error:
+        raise unsupported(wish.field, f"is not supported here: {error}") from None
+
+
+def task_of(service: Service, base: Request, prompts: list[tuple[str, list[int]]], n: int = 1, grammar: Grammar | None = None,
+            thinks: bool = False, **more) -> Task:
+    """n answers to each prompt: the i-th samples with seed + i. thinks: the model may begin with a thought, before a grammar."""
     if n * len(prompts) > ANSWERS:
         raise invalid("n", f"n is {n} and there are {len(prompts)} prompts; expected at most {ANSWERS} answers")
     for _, ids in prompts:
@@ -155,8 +176,10 @@ def task_of(service: Service, base: Request, prompts: list[tuple[str, list[int]]
             raise Refused(400, "context_length_exceeded", f"the prompt has {len(ids)} tokens; "
                           f"expected at most {service.context}, the length of the context")
     samplers = [replace(base.sampler, seed=base.sampler.seed + i) for i in range(n)]
-    requests = [replace(base, tokens=ids, sampler=sampler) for _, ids in prompts for sampler in samplers]
-    return Task(requests, n, base.sampler.seed, prompts, stops=service.tokenizer.stop_ids, **more)
+    requests = [replace(base, tokens=ids, sampler=sampler, schema=schema_of(grammar, service.tokenizer, ids, thinks))
+                for _, ids in prompts for sampler in samplers]
+    return Task(requests, n, base.sampler.seed, prompts, stops=service.tokenizer.stop_ids,
+                ignored=grammar.ignored if grammar else (), **more)
 
 
 # ---- prompts -----------------------------------------------------------------------------------------------
