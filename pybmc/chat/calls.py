@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import re
+import secrets
+import string as letters
 from collections.abc import Callable, Mapping
 
 from .events import CallArguments, CallBegin, Content, Event, Thought
@@ -15,6 +17,13 @@ from .feed import WHITE, Feed, Steps, space, until, value, word
 CALL, FUNCTION, PARAMETER = "<tool_call>", "<function=", "<parameter="
 HARMONY_ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|start|>", "<|channel|>")
 LITERALS = {"True": "true", "False": "false", "None": "null"}       # as some models write them
+
+
+_ALPHABET = letters.ascii_letters + letters.digits
+
+
+def new_id(prefix: str) -> str:
+    return prefix + "".join(secrets.choice(_ALPHABET) for _ in range(24))
 
 
 class Calls:

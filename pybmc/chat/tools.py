@@ -135,6 +135,39 @@ class Format:
         return found and not any(sign in template for sign in self.others)
 
 
+def with_calls(messages: Sequence[Mapping]) -> list[dict]:
+    """Messages as templates know them: arguments of calls as objects, and no older names of the same."""
+    return [_with_calls(dict(message), f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def _with_calls(message: dict, where: str) -> dict:
+    given = message.pop("tool_calls", None) or []
+    old = message.pop("function_call", None)
+    given = [{"type": "function", "function": old}] if old and not given else given
+    if not isinstance(given, (list, tuple)):
+        checks.refuse(f"{where}.tool_calls", "a list of calls", given)
+    calls = [_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(given)]
+    if message.get("role") == "function":
+        message["role"] = "tool"
+    thought = message.get("reasoning_content") or message.get("thinking")
+    if thought:
+        message |= {"reasoning_content": thought, "thinking": thought}
+    return message | ({"tool_calls": calls} if calls else {})
+
+
+def _call(call: object, where: str) -> dict:
+    """An earlier call of a tool; arguments that are a JSON object become one."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        checks.refuse(where, "a call of a function with a name", call)
+    arguments = function.get("arguments")
+    try:
+        parsed = json.loads(arguments) if isinstance(arguments, str) and arguments else arguments
+    except (ValueError, RecursionError):
+        parsed = arguments
+    return {**call, "type": "function", "function": {**function, "arguments": {} if parsed in (None, "") else parsed}}
+
+
 def one_by_one(messages: list[dict]) -> list[dict]:
     """Each message with one call at most, and its result behind it, for templates that take no more."""
     found: list[dict] = []
@@ -177,7 +210,7 @@ def short_ids(messages: list[dict]) -> list[dict]:
 def as_texts(messages: list[dict]) -> list[dict]:
     """Calls and results as plain messages, for templates that know of none."""
     found: list[dict] = []
-    names: dict[object, str] = {}
+    names: dict[object, str] = {}       # of functions, by ids of calls
     for message in messages:
         calls = message.get("tool_calls") or []
         names |= {call.get("id"): call["function"]["name"] for call in calls}
@@ -223,6 +256,16 @@ PROMPT = """\
 You may call functions. These are their names, what they do, and the JSON schemas of their arguments, one a line:
 {tools}
 To call one, answer with nothing but a JSON object: {{"name": "its name", "arguments": {{..}}}}"""
+
+
+def written(row: Format, messages: Sequence[Mapping], tools: Tools | None) -> tuple[list[dict], dict]:
+    """Messages and further variables as the chat template takes them."""
+    found = row.history(with_calls(messages))
+    if tools is None:
+        return found, {}
+    if row.prompts:
+        return found, {"tools": [tool.given for tool in tools.tools]}
+    return with_prompt(found, tools.tools), {}
 
 
 def with_prompt(messages: list[dict], tools: Iterable[Tool]) -> list[dict]:

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import secrets
-import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..engine.generate import filled
 from ..engine.model import Model
 from ..engine.schema import Schema
+from ..errors import ArgumentError
+from ..grammar.asked import Asked
 from ..grammar.grammar import Grammar
 from ..tokenizers import Tokenizer
 from .budget import Budget
-from .calls import Calls
+from .calls import Calls, new_id
 from .events import Content, Event, Reader, Thought
 from .feed import Parser
 from .reader import Both, Plain, Split
@@ -21,21 +21,16 @@ from .reasoning import Marks, is_open
 from .schema import behind_thought
 from .template import ChatTemplate
 from .toolgrammar import grammar_text
-from .tools import Format, Tools, format_of, with_prompt
+from .tools import Format, Tools, format_of, written
 
 START, FINAL = "<|start|>assistant", "<|channel|>final<|message|>"     # Harmony: an answer begins, its content begins
 ANALYSIS = Marks("<|channel|>analysis<|message|>", "<|end|>")
-_ALPHABET = string.ascii_letters + string.digits
-
-
-def new_id(prefix: str) -> str:
-    return prefix + "".join(secrets.choice(_ALPHABET) for _ in range(24))
 
 
 @dataclass
 class Turn:
     """What is asked, and what it comes to. split: thoughts are told apart from content. budget: tokens that a thought may have;
-    None: any number. schema, grammar: what an answer without calls follows: a JSON schema, and the same compiled, or any grammar.
+    None: any number. wish: what an answer that is no call follows.
 
     tokens: the prompt's ids. begun: the beginning of the answer that it ends with. shown: control tokens that readers read.
     """
@@ -48,17 +43,12 @@ class Turn:
     split: bool = True
     budget: int | None = None
     continued: bool = True
-    grammar: Grammar | None = None
-    schema_of_answer: Mapping | None = None
+    wish: Asked | None = None
 
     def __post_init__(self) -> None:
         self.format: Format = format_of(self.template)
-        messages = self.format.history([dict(message) for message in self.messages])
-        given = dict(self.variables)
-        if self.tools and self.format.prompts:
-            given["tools"] = [tool.given for tool in self.tools.tools]
-        elif self.tools:
-            messages = with_prompt(messages, self.tools.tools)
+        messages, more = written(self.format, self.messages, self.tools)
+        given = {**self.variables, **more}
         self.tokens = filled(self.template.encode(messages, continue_final_message=self.continued, **given))
         last = self.messages[-1]
         content = last.get("content") if self.continued and last["role"] == "assistant" else ""
@@ -66,11 +56,16 @@ class Turn:
         ids = self._tokenizer.vocab.ids
         names = {*self.format.shown, *self.template.marks}
         self.shown = frozenset(ids[name] for name in names if name in ids) & self._tokenizer.vocab.silent
-        self._compiled = self.grammar if self.tools is None else self._calls_grammar(self.tools)
+        self._compiled = self._grammar()
 
     @property
     def _tokenizer(self) -> Tokenizer:
         return self.template.tokenizer
+
+    @property
+    def _thinks(self) -> bool:
+        """Whether the answer may begin with a thought."""
+        return self.template.thinks and not self.begun
 
     @property
     def _is_harmony(self) -> bool:
@@ -83,12 +78,21 @@ class Turn:
 
     # ---- what it follows
 
-    def _calls_grammar(self, tools: Tools) -> Grammar:
-        return Grammar.lark(grammar_text(self.format, tools, self._tokenizer, self.schema_of_answer), self.model)
+    def _grammar(self) -> Grammar | None:
+        if self.tools is None:
+            return self.wish.compiled(self.model) if self.wish else None
+        if self.wish and self.wish.kind != "schema":
+            raise ArgumentError(f"{self.wish.field}: expected no tools beside a grammar; a JSON schema may have some")
+        return Grammar.lark(grammar_text(self.format, self.tools, self._tokenizer, self._final), self.model)
+
+    @property
+    def _final(self) -> Mapping | None:
+        """The schema of an answer that is no call."""
+        return None if self.wish is None else {} if self.wish.value is True else self.wish.value
 
     def schema(self) -> Schema | None:
         """The state of a new answer, or None where it is free."""
-        inner = self._calls() if self.tools else self._answer()
+        inner = self._calls(self.tools, self._compiled) if self.tools and self._compiled else self._answer()
         if self.budget is None:
             return inner
         marks = ANALYSIS if self._is_harmony else self.template.marks
@@ -96,20 +100,19 @@ class Turn:
         inside = is_open(self._tokenizer, self.tokens, marks)
         return Budget(self._tokenizer, self.model.config.vocab_size, self.budget, marks, end, inside, self._is_harmony, inner)
 
-    def _calls(self) -> Schema:
-        assert self._compiled is not None and self.tools is not None
-        free = bool(self.format.mark) and not self.tools.forced and self.schema_of_answer is None
-        state = self._compiled.after(self.format.mark) if free else self._compiled.start()
+    def _calls(self, tools: Tools, compiled: Grammar) -> Schema:
+        free = bool(self.format.mark) and not tools.forced and self.wish is None
+        state = compiled.after(self.format.mark) if free else compiled.start()
         if self._is_harmony:
             return state
-        return behind_thought(state, self._tokenizer, self.tokens, self.template.thinks, self.template.marks, ends=free)
+        return behind_thought(state, self._tokenizer, self.tokens, self._thinks, self.template.marks, ends=free)
 
     def _answer(self) -> Schema | None:
         if self._compiled is None:
             return None
         if self._is_harmony and not self._tail().endswith(FINAL):
             return self._compiled.after(FINAL, ends=False)
-        return behind_thought(self._compiled.start(), self._tokenizer, self.tokens, self.template.thinks, self.template.marks)
+        return behind_thought(self._compiled.start(), self._tokenizer, self.tokens, self._thinks, self.template.marks)
 
     # ---- who reads it
 

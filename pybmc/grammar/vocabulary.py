@@ -7,7 +7,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from ..engine.model import Model
-from ..errors import ArgumentError, BmcError, UnsupportedSchemaError
+from ..errors import ArgumentError, NeedsPackageError, UnsupportedSchemaError
 from ..tokenizers import Tokenizer
 
 COMPILED = 64                           # grammars of a vocabulary that are kept
@@ -72,7 +72,7 @@ def llguidance() -> Any:
     try:
         import llguidance
     except ImportError:
-        raise BmcError("schemas and grammars need llguidance, which is not installed: pip install 'pybmc[schema]'") from None
+        raise NeedsPackageError("schemas and grammars need llguidance, which is not installed: pip install 'pybmc[schema]'") from None
     return llguidance
 
 

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from .. import checks
+from ..chat.calls import new_id
 from ..chat.schema import schema_of
 from ..chat.template import ChatTemplate
 from ..engine.engine import Engine
@@ -36,7 +37,7 @@ from ..engine.text import Ending, StopStrings
 from ..errors import ArgumentError, BmcError, ContextFullError
 from ..files.gguf import GGUF
 from ..serve import answers
-from ..serve.answers import ChatAnswer, Choice, TextAnswer, Update, new_id
+from ..serve.answers import ChatAnswer, Choice, TextAnswer, Update
 from ..serve.fill import fill_prompt, fill_tokens
 from ..spec.speculation import Speculation
 from ..tokenizers import Tokenizer

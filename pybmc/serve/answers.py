@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
-import string
+import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,11 +17,6 @@ from ..engine.text import Token
 from .errors import Refused
 
 NEVER = -9999.0                         # a log-probability that JSON cannot hold
-_ALPHABET = string.ascii_letters + string.digits
-
-
-def new_id(prefix: str) -> str:
-    return prefix + "".join(secrets.choice(_ALPHABET) for _ in range(24))
 
 
 def reason(token: Token | None) -> str:
@@ -106,6 +100,13 @@ class Call:
     id: str
     name: str
     arguments: str = ""
+
+    def object(self) -> dict | None:
+        """The arguments; None where the answer was cut within them."""
+        try:
+            return json.loads(self.arguments)
+        except ValueError:
+            return None
 
 
 @dataclass
@@ -226,8 +227,9 @@ class Head:
                 "system_fingerprint": self.system_fingerprint}
 
 
-def deltas(events: Iterable[Event]) -> Iterator[tuple[dict, list[Event]]]:
-    """OpenAI's deltas of some events, each with the events that it tells; neighbours of one kind share one."""
+def deltas(events: Iterable[Event], functions: bool = False) -> Iterator[tuple[dict, list[Event]]]:
+    """OpenAI's deltas of some events, each with the events that it tells; neighbours of one kind share one. functions: the first
+    call is told under its older name, and no other."""
     for _, its in groupby(events, lambda event: (type(event), getattr(event, "index", 0))):
         found = list(its)
         text = "".join(getattr(event, "text", "") for event in found)
@@ -236,6 +238,10 @@ def deltas(events: Iterable[Event]) -> Iterator[tuple[dict, list[Event]]]:
                 yield {"content": text}, found
             case Thought():
                 yield {"reasoning_content": text}, found
+            case CallBegin(index, _, name) if functions:
+                yield from [({"function_call": {"name": name, "arguments": ""}}, found)] * (index == 0)
+            case CallArguments(index) if functions:
+                yield from [({"function_call": {"arguments": text}}, found)] * (index == 0)
             case CallBegin(index, id, name):
                 yield {"tool_calls": [{"index": index} | told_call(id, name, "")]}, found
             case CallArguments(index):
@@ -250,13 +256,13 @@ class ChatAnswer:
     """The answers to a chat request. begin(), take() and last() give chunks to stream; whole() gives the answer.
 
     n_top: None, or how many likeliest ids each token's log-probability comes with. per_token: chunks tell timings and
-    who guessed. predicted: as in usage_of.
+    who guessed. predicted: as in usage_of. functions: calls go by the older name.
     """
 
     def __init__(self, head: Head, tokenizer, choices: list[Choice], n_top: int | None = None, usage: bool = False,
-                 per_token: bool = False, predicted: bool = False):
+                 per_token: bool = False, predicted: bool = False, functions: bool = False):
         self.head, self.tokenizer, self.choices, self.n_top = head, tokenizer, choices, n_top
-        self._usage, self._per_token, self._predicted = usage, per_token, predicted
+        self._usage, self._per_token, self._predicted, self._functions = usage, per_token, predicted, functions
         self._told = [0] * len(choices)         # tokens whose log-probabilities have gone out
 
     def begin(self) -> list[dict]:
@@ -269,11 +275,11 @@ class ChatAnswer:
             done, total = update.progress
             told = {"total": total, "cache": choice.stats.reused_tokens, "processed": done}
             chunks.append(self._chunk(choice, {}) | {"prompt_progress": told})
-        for delta, its in deltas(events):
+        for delta, its in deltas(events, self._functions):
             chunks.append(self._chunk(choice, delta, self._new_logprobs(choice))
                           | (self._per_token_extras(choice, its) if self._per_token else {}))
         if update.done:
-            chunks.append(self._chunk(choice, {}, self._new_logprobs(choice), choice.finish_reason)
+            chunks.append(self._chunk(choice, {}, self._new_logprobs(choice), self._reason(choice))
                           | {"timings": timings_of(choice.stats)})
         return chunks
 
@@ -290,15 +296,21 @@ class ChatAnswer:
 
     def whole(self) -> dict:
         choices = [{"index": choice.index, "message": self._message(choice), "logprobs": self._logprobs(choice.shown),
-                    "finish_reason": choice.finish_reason} for choice in self.choices]
+                    "finish_reason": self._reason(choice)} for choice in self.choices]
         return self.head.dict("chat.completion") | {"choices": choices, "usage": self.usage(),
                                                     "timings": timings_of(self.choices[0].stats)}
 
     def _message(self, choice: Choice) -> dict:
         found: dict = {"role": "assistant", "content": choice.content or (None if choice.calls else ""), "refusal": None}
         found |= {"reasoning_content": choice.reasoning} if choice.reasoning else {}
+        if self._functions and choice.calls:
+            call = choice.calls[0]
+            return found | {"function_call": {"name": call.name, "arguments": call.arguments}}
         calls = [told_call(call.id, call.name, call.arguments) for call in choice.calls]
         return found | ({"tool_calls": calls} if calls else {})
+
+    def _reason(self, choice: Choice) -> str | None:
+        return "function_call" if self._functions and choice.finish_reason == "tool_calls" else choice.finish_reason
 
     def _chunk(self, choice: Choice, delta: dict, logprobs: dict | None = None,
                finish_reason: str | None = None) -> dict:

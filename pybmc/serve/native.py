@@ -12,8 +12,10 @@ from starlette.routing import Route
 
 from .. import __version__
 from ..chat.events import Content
+from ..chat.tools import format_of, written
 from ..engine.sampler import Sampler
 from ..engine.text import Token
+from ..errors import ArgumentError
 from .answers import Choice, Update, one_logprob, timings_of, usage_of
 from .embed import normalized, vectors
 from .errors import Refused, invalid, unsupported
@@ -23,13 +25,15 @@ from .service import Service
 from .tasks import (
     SAMPLING,
     Task,
+    blamed,
     gap_prompt,
     grammar_of,
     messages_of,
     refuse_common,
-    task_of,
     template_request,
     text_prompts,
+    text_task_of,
+    tools_asked,
     variables_of,
 )
 
@@ -115,8 +119,8 @@ def native_task(service: Service, fields: Fields, client, prompts):
     only = fields.listed("response_fields")
     if not all(isinstance(name, str) for name in only):
         raise invalid("response_fields", "response_fields has something else than names")
-    task = task_of(service, base, prompts, grammar=grammar_of(service, fields))
-    return task, NativeAnswer(service, task.choices(service), task, n_top, (fields.flag("return_tokens"), only))
+    task = text_task_of(service, base, prompts, grammar=grammar_of(service, fields))
+    return task, NativeAnswer(service, task.choices(), task, n_top, (fields.flag("return_tokens"), only))
 
 
 async def completion(request: Request) -> Response:
@@ -191,7 +195,11 @@ async def apply_template(request: Request) -> Response:
     def write() -> str:
         refuse_common(fields)
         continued = fields.flag("continue_final_message", True)
-        return service.template.render(messages_of(fields), continue_final_message=continued, **variables_of(fields))
+        try:
+            messages, more = written(format_of(service.template), messages_of(fields), tools_asked(fields))
+        except ArgumentError as error:
+            raise blamed(error) from None
+        return service.template.render(messages, continue_final_message=continued, **variables_of(fields) | more)
 
     return Json({"prompt": await in_pool(request, write)})
 
