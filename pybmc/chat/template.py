@@ -15,7 +15,7 @@ from itertools import count
 
 from ..errors import ArgumentError
 from ..tokenizers import Tokenizer
-from .origin import Traced, own, own_of
+from .origin import Traced, own, own_of, said
 from .reasoning import Marks, marks_of
 from .templates import CHATML, LLAMA2, source_of
 
@@ -29,7 +29,9 @@ _ROLE = re.compile(r"\w[\w .-]{0,63}")
 # User-defined tokens that are marks between messages: those of these forms ..
 _MARK = re.compile(r"<\|.+\|>|<｜.+｜>|\[/?[A-Z_]+\]|<(start|end)_of_\w+>|</?s>", re.DOTALL)
 # .. and what else stands in brackets in the template, but for the tags that models write in their answers.
-_BRACKETED = re.compile(r"(?!</?(?:think|tool_call)>)(?:<[^<>]+>|\[[^\[\]]+\])")
+_TAG = re.compile(r"</?(?:think|tool_call)>")
+_BRACKETED = re.compile(rf"(?!{_TAG.pattern})(?:<[^<>]+>|\[[^\[\]]+\])")
+_OWN = bytes([0, 1, 0, *range(3, 256)])                 # of origin.py's bytes: what is the template's own
 
 _SPECIAL = {                            # what templates call a token, and how GGUF spells the key of its id
     "unk_token": "unknown", "sep_token": "seperator", "pad_token": "padding", "cls_token": "cls",
@@ -71,6 +73,7 @@ class ChatTemplate:
         # No text of a message gives one of the marks, nor, by its name, a token such as <unk>.
         self._marks = tokenizer.vocab.control | self._find_marks()
         self._guarded = self._marks | tokenizer.vocab.silent
+        self._tags = self._find_tags() - self._marks
 
     def reads(self, name: str) -> bool:
         """Whether the template looks at a variable."""
@@ -95,7 +98,10 @@ class ChatTemplate:
                **others) -> list[int]:
         """The conversation's ids, BOS first where the vocabulary wants it. Messages add no control tokens."""
         text = self._written(messages, add_generation_prompt, continue_final_message, others)
-        parts = self.tokenizer.vocab.split(str.__str__(text), True, own_of(text), self._guarded)
+        known = own_of(text)
+        own = known.translate(_OWN)
+        masks = dict.fromkeys(self._guarded, own) | dict.fromkeys(self._tags, known)
+        parts = self.tokenizer.vocab.split(str.__str__(text), True, masks.get)
         ids: list[int] = []
         for part in parts:
             ids += self._ordinary(part) if isinstance(part, str) else [part]
@@ -151,11 +157,7 @@ class ChatTemplate:
                     yield form
 
     def _run(self, messages: list[dict], add_generation_prompt: bool, others: Mapping) -> Traced:
-        # the template gets copies, and roles that it may build control tokens of
-        messages = [
-            message | {"role": own(message["role"])} if message["role"] in ROLES else message
-            for message in messages
-        ]
+        messages = [_known(message) for message in messages]
         given: dict[str, object] = self._special | {
             "raise_exception": _raise_exception,
             "strftime_now": _strftime_now,
@@ -224,6 +226,12 @@ class ChatTemplate:
             id for id, name in names.items()
             if _MARK.fullmatch(name) or _BRACKETED.fullmatch(name) and name in self.source
         )
+
+    def _find_tags(self) -> frozenset[int]:
+        """The user-defined tokens that only the template and the assistant's messages may spell: what models write around
+        thoughts and calls."""
+        vocab = self.tokenizer.vocab
+        return frozenset(id for id in vocab.user_defined if _TAG.fullmatch(vocab.tokens[id].strip()))
 
     def _ordinary(self, text: str) -> list[int]:
         """Ids of a text in which control tokens are only text."""
@@ -295,6 +303,21 @@ def _checked(messages: Sequence[Mapping]) -> list[dict]:
             )
         checked.append(message)
     return checked
+
+
+def _known(message: dict) -> dict:
+    """A message as the template gets it: with a role that it may build control tokens of, and with what the assistant wrote
+    marked as such."""
+    if message["role"] not in ROLES:
+        return message
+    texts = {key: _said(message[key]) for key in ("content", "reasoning_content", "thinking") if key in message}
+    return message | (texts if message["role"] == "assistant" else {}) | {"role": own(message["role"])}
+
+
+def _said(content):
+    if isinstance(content, list):
+        return [part | {"text": said(part["text"])} if isinstance(part.get("text"), str) else part for part in content]
+    return said(content) if isinstance(content, str) else content
 
 
 def _is_parts(content) -> bool:
