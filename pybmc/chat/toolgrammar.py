@@ -12,6 +12,7 @@ from .tools import Format, Tool, Tools
 
 # A model writes arguments as chat templates show them to it: with a space behind commas and colons.
 JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+COMPACT = {"whitespace_flexible": False}
 SIMPLE = {"type", "properties", "required", "additionalProperties", "title", "description", "$defs", "definitions", "$schema"}
 ANY = "(?s:.*)"
 
@@ -22,7 +23,7 @@ class Rules:
     def __init__(self, tokenizer: Tokenizer, tools: Tools, final: Mapping | None = None):
         self.tokenizer, self.tools = tokenizer, tools
         self.lines: list[str] = []
-        self.final = "" if final is None or tools.forced else self.json(final)
+        self.final = "" if final is None or tools.forced else self.json(final, form=COMPACT)
 
     @property
     def whole(self) -> bool:
@@ -41,8 +42,8 @@ class Rules:
         id = self.tokenizer.vocab.ids.get(text)
         return quoted(text) if id is None or id not in self.tokenizer.vocab.silent else f"<[{id}]>"
 
-    def json(self, schema: Mapping, strict: bool = False) -> str:
-        options = JSON | {"lenient": not strict}
+    def json(self, schema: Mapping, strict: bool = False, form: Mapping = JSON) -> str:
+        options = {**form, "lenient": not strict}
         return self.new("%json " + json.dumps({**schema, "x-guidance": options}))
 
     def arguments(self, tool: Tool) -> str:
