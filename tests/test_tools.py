@@ -245,7 +245,8 @@ def test_a_call_or_an_answer_of_a_schema(models):
     for name in CALLS:
         made = turn(models, name, wish=wish)
         final = "<|channel|>final<|message|>" * (name == "harmony") + '{"n":3}'
-        for text in (final, CALLS[name][0]):
+        call = CALLS[name][0]
+        for text in (final, call if name not in ("llama3", "plain") else call.replace(": ", ":").replace(", ", ",")):
             assert follow(made, text) == (text, True)
         assert follow(made, final.replace("3", '"3"'))[1] is False
     with pytest.raises(ArgumentError, match="grammar: expected no tools"):

@@ -18,11 +18,13 @@ ANY = "(?s:.*)"
 
 
 class Rules:
-    """Rules of a grammar, one a line. final: the rule of an answer that is no call, where it has to follow a schema."""
+    """Rules of a grammar, one a line. final: the rule of an answer that is no call, where it has to follow a schema. apart: calls are
+    written in the same pieces as such an answer, so that both are possible as long as they begin alike."""
 
     def __init__(self, tokenizer: Tokenizer, tools: Tools, final: Mapping | None = None):
         self.tokenizer, self.tools = tokenizer, tools
         self.lines: list[str] = []
+        self.apart = False
         self.final = "" if final is None or tools.forced else self.json(final, form=COMPACT)
 
     @property
@@ -43,7 +45,7 @@ class Rules:
         return quoted(text) if id is None or id not in self.tokenizer.vocab.silent else f"<[{id}]>"
 
     def json(self, schema: Mapping, strict: bool = False, form: Mapping = JSON) -> str:
-        options = {**form, "lenient": not strict}
+        options = {**(COMPACT if self.apart else form), "lenient": not strict}
         return self.new("%json " + json.dumps({**schema, "x-guidance": options}))
 
     def arguments(self, tool: Tool) -> str:
@@ -54,7 +56,13 @@ class Rules:
 
     def objects(self, key: str) -> str:
         """{"name": .., key: {..}} of each tool."""
-        return self.any_of(f'{quoted(object_head(tool.name, key))} {self.arguments(tool)} "}}"' for tool in self.tools.callable)
+        return self.any_of(f'{self.head(tool.name, key)} {self.arguments(tool)} "}}"' for tool in self.tools.callable)
+
+    def head(self, name: str, key: str) -> str:
+        """The beginning of an object, in one piece; beside an answer that is JSON as well, in the pieces of that."""
+        if not self.apart:
+            return quoted(object_head(name, key))
+        return " ".join(map(quoted, ("{", '"name"', ":", f'"{name}"', ",", f'"{key}"', ":")))
 
 
 def quoted(text: str) -> str:
@@ -140,6 +148,7 @@ def bare_rules(key: str) -> Callable[[Rules, bool], str]:
     """An object is the whole answer; text that does not begin like one is free."""
     def made(rules: Rules, several: bool) -> str:
         if rules.whole:
+            rules.apart = bool(rules.final)
             one = rules.objects(key)
             return one + f' ("\\n" {one})*' * several + f" | {rules.final}" * bool(rules.final)
         heads = []
