@@ -1,16 +1,25 @@
 """Grammars compiled for a vocabulary: their states, guesses that are taken back, and texts that follow them."""
 
 import json
+import os
 import re
+from functools import lru_cache
 
+import engines
 import numpy as np
 import pytest
+import test_draft_head
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import pybmc
 from pybmc import ArgumentError, Engine, Request
 from pybmc.engine import Schema
+from pybmc.engine.sampler import Sampler
 from pybmc.errors import SchemaError, UnsupportedSchemaError
 from pybmc.grammar import Grammar
+from pybmc.spec.speculation import Speculation
+from tools.schemas import draw, fits
 
 pytest.importorskip("llguidance", reason="schemas need llguidance")
 
@@ -18,10 +27,14 @@ PERSON = {"type": "object", "properties": {"name": {"type": "string", "maxLength
           "required": ["name", "age"], "additionalProperties": False}
 
 
+@lru_cache(maxsize=None)
+def demo():
+    return pybmc.Model(pybmc.demo_model(), threads=1)
+
+
 @pytest.fixture(scope="module")
 def model():
-    with pybmc.Model(pybmc.demo_model(), threads=1) as model:
-        yield model
+    return demo()
 
 
 def allowed(mask):
@@ -32,15 +45,23 @@ def ids(model, text):
     return model.tokenizer.encode(text, bos=False)
 
 
-def write(model, schema, n=60, prompt="Once upon a time", **engine):
+def write_with_stats(model, schema, n=80, sampler=None, **engine):
     with Engine(model, **engine) as made:
-        sequence = made.add(Request(model.tokenizer.encode(prompt), n, schema=schema, stop_ids=model.tokenizer.stop_ids))
-        tokens = []
-        while not sequence.done:
-            tokens += [token for _, token in made.step()]
+        prompt = model.tokenizer.encode("Once upon a time")
+        sequence = made.add(Request(prompt, n, sampler or Sampler(), schema=schema, stop_ids=model.tokenizer.stop_ids))
+        tokens = [token for _, token in engines.events(made)]
         if sequence.error:
             raise sequence.error
-        return tokens
+        return tokens, sequence.stats
+
+
+def write(*args, **more):
+    return write_with_stats(*args, **more)[0]
+
+
+def unforced(schema):
+    schema.forced = lambda: []
+    return schema
 
 
 def text_of(tokens):
@@ -145,11 +166,96 @@ def test_a_text_that_does_not_open_begins_with_the_grammar(model):
 
 # ---- texts -------------------------------------------------------------------------------------------------
 
+FORMS = [
+    PERSON, {"enum": ["a long string that is forced once it has begun", "another"]}, {"type": "array", "items": {"type": "boolean"}, "maxItems": 5},
+    {"type": "object", "properties": {"first name": {"type": "string", "maxLength": 12}, "kind": {"enum": ["miller", "king"]}, "rooms": {
+        "type": "array", "items": {"type": "integer", "minimum": 1, "maximum": 30}, "minItems": 2, "maxItems": 3}},
+     "required": ["first name", "kind", "rooms"], "additionalProperties": False}]
+SAMPLERS = [Sampler(), Sampler(temperature=1.2, seed=3, repeat_penalty=1.1)]
 
-@pytest.mark.parametrize("spec", ["off", "ngram"])
-def test_texts_are_json_of_their_schema(model, spec):
-    found = json.loads(text_of(write(model, Grammar.json(PERSON, model).start(), spec=spec)))
-    assert set(found) == {"name", "age"} and len(found["name"]) <= 8 and 0 <= found["age"] <= 99
+
+def requests(model, n=80):
+    """Schemas from the first token, and behind a word that the model writes soon."""
+    ends = model.tokenizer.stop_ids
+    for form in FORMS:
+        grammar = Grammar.json(form, model)
+        for sampler in SAMPLERS:
+            for start in (grammar.start, lambda grammar=grammar: grammar.after(" the", gap="\n")):
+                yield lambda start=start, sampler=sampler: Request(model.tokenizer.encode("Once upon a time"), n, sampler, schema=start(), stop_ids=ends)
+
+
+def one_by_one(model, request):
+    """Its tokens where nothing is forced or guessed."""
+    unforced(request.schema)
+    return engines.write(model, request)[0]
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    return [one_by_one(model, make()) for make in requests(model)]
+
+
+def test_texts_are_json_of_their_schema(model, expected):
+    for i, (make, tokens) in enumerate(zip(requests(model), expected)):
+        text = text_of(tokens)
+        text = text.partition(" the")[2].lstrip("\n") if i % 2 else text
+        assert tokens[-1].finish_reason == "stop" and fits(json.loads(text), FORMS[i // 4]), text
+
+
+@pytest.mark.parametrize("spec, fixed", [("off", 0), ("ngram", 0), ("ngram", 4), ("self", 3), ("draft", 0), ("draft", 5)])
+def test_guesses_and_forced_tokens_change_nothing(model, expected, spec, fixed):
+    with pybmc.Model(pybmc.demo_model(draft=True), threads=1) as draft:
+        made = Speculation(model, draft if spec == "draft" else None, spec, fixed=fixed)
+        for make, tokens in zip(requests(model), expected):
+            assert engines.write(model, make(), made)[0] == tokens
+
+
+def test_a_draft_head_changes_nothing():
+    model = test_draft_head.load()
+    for grammar in (Grammar.json({"enum": ["abcab", "abcbc", "bc"]}, model), Grammar.regex("(ab|c){3,9}d", model)):
+        make = lambda: Request([1, 2, 3], 30, SAMPLERS[1], schema=grammar.start(), stop_ids=model.tokenizer.stop_ids)       # noqa: B023
+        for fixed in (0, 3):
+            assert engines.write(model, make(), Speculation(model, spec="mtp", fixed=fixed))[0] == one_by_one(model, make())
+
+
+@pytest.mark.parametrize("room", [None, 200])
+def test_company_and_short_memory_change_nothing(model, expected, room, monkeypatch):
+    monkeypatch.setattr("pybmc.engine.sequence.ANSWER", 1)      # all are admitted, and some are put aside later
+    with model.session(rows=16) as session:
+        session.reserve(room or 1)
+        memory = session.arena_stats().bytes_reserved if room else None
+    with Engine(model, spec="ngram", parallel=5, memory=memory) as engine:
+        found = {engine.add(make()): [] for make in requests(model)}
+        for sequence, token in engines.events(engine):
+            found[sequence].append(token._replace(from_draft=False, by=None))
+        assert not any(sequence.error for sequence in found) and list(found.values()) == expected
+        assert bool(engine.put_aside) == bool(room)
+
+
+def test_forced_tokens_share_passes(model):
+    grammar = Grammar.json(FORMS[3], model)
+    tokens, stats = write_with_stats(model, grammar.start(), spec="off")
+    slow, plain = write_with_stats(model, unforced(grammar.start()), spec="off")
+    assert [t.id for t in tokens] == [t.id for t in slow] and stats.rounds < 0.7 * plain.rounds
+    assert {t.by for t in tokens} == {None, "schema"} and {t.by for t in slow} == {None}
+    assert stats.draft_n_accepted > 0.8 * stats.draft_n
+
+
+@settings(max_examples=int(os.environ.get("PYBMC_SCHEMAS", "60")))
+@given(st.randoms(use_true_random=False))
+def test_random_schemas_are_followed(rng):
+    """PYBMC_SCHEMAS: how many; 1200 at night."""
+    schema = draw(rng)
+    model = demo()
+    grammar = Grammar.json(schema, model, strict=True)
+    assert grammar.ignored == ()
+    tokens = write(model, grammar.start(), 300, sampler=Sampler(temperature=1.0, seed=rng.randrange(1000)), spec="ngram")
+    text, replay = text_of(tokens), grammar.start()
+    for token in tokens:
+        assert token.id in allowed(replay.mask(()))
+        replay.accept(token.id)
+    assert tokens[-1].finish_reason == "length" or fits(json.loads(text), schema), (schema, text)
+    assert not re.search(r"\s", re.sub(r'"(\\.|[^"\\])*"', "", text)) or tokens[-1].finish_reason == "length", text       # compact
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------

@@ -106,10 +106,13 @@ def grammar_of(model: Model, schema: Any = None, grammar: Any = None) -> Grammar
 
 def _ignored(warning: str) -> list[str]:
     """The keywords that a warning of llguidance is about."""
-    quoted = re.findall(r'"([^"]*)"', warning)
-    if warning.startswith("Unknown format: "):
-        return ["format=" + warning.removeprefix("Unknown format: ")]
-    return quoted or [warning.split()[0]]
+    kind, _, rest = warning.partition(": ")
+    if kind == "Unimplemented keys":
+        return re.findall(r'"([^"]*)"', rest)
+    if kind == "Unknown format":
+        return [f"format={rest}"]
+    first = warning.split()[0]
+    return ["minProperties", "maxProperties"] if first == "min/maxProperties" else [first]
 
 
 def _schema(schema: Any, strict: bool) -> str:

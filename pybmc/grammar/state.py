@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import UnsupportedSchemaError
-from .vocabulary import Vocabulary, first_line
+from .vocabulary import Vocabulary, sentence
 
 
 class State:
@@ -73,4 +73,4 @@ class State:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise UnsupportedSchemaError(f"the grammar cannot be followed further: {first_line(self._matcher.get_error())}")
+            raise UnsupportedSchemaError(f"the grammar cannot be followed further: {sentence(self._matcher.get_error())}")

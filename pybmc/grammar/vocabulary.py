@@ -7,7 +7,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from ..engine.model import Model
-from ..errors import ArgumentError, NeedsPackageError, UnsupportedSchemaError
+from ..errors import ArgumentError, NeedsPackageError, UnsupportedSchemaError, printable
 from ..tokenizers import Tokenizer
 
 COMPILED = 64                           # grammars of a vocabulary that are kept
@@ -32,8 +32,13 @@ class Vocabulary:
     def _compile(self, source: str) -> tuple[Any, tuple[str, ...]]:
         """A matcher at its beginning, and llguidance's warnings."""
         matcher = llguidance().LLMatcher(self.native, source, log_level=0)
+        for step in (matcher.compute_bitmask, matcher.compute_ff_bytes):        # what fails at the first token fails here
+            if not matcher.is_error():
+                step()
+        if matcher.stop_reason() in ("NoExtension", "NoExtensionBias") and not matcher.is_accepting():
+            raise UnsupportedSchemaError("no text fits it")
         if matcher.is_error():
-            raise UnsupportedSchemaError(first_line(matcher.get_error()))
+            raise UnsupportedSchemaError(sentence(matcher.get_error()))
         return matcher, tuple(matcher.get_grammar_warnings())
 
     def encode(self, text: str) -> list[int]:
@@ -62,9 +67,9 @@ class _Tokens:
         return self._encode(text)
 
 
-def first_line(text: str) -> str:
-    """What llguidance says, without the state of its parser."""
-    return next((line.strip() for line in text.splitlines() if line.strip()), "unknown error")
+def sentence(text: str) -> str:
+    """What llguidance says, in one line and without the state of its parser."""
+    return printable(" ".join(text.partition("<state>")[0].split()) or "unknown error", 300)
 
 
 def llguidance() -> Any:
