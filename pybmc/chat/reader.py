@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from ..tokenizers import Tokenizer
+from .calls import Calls, harmony, new_id
 from .events import Content, Event, Reader, Thought
-from .reasoning import THINK, Marks, Reasoning
+from .feed import Parser
+from .reasoning import START, THINK, Marks, Reasoning, is_open
+from .template import ChatTemplate
 
 
 class Plain:
@@ -64,3 +68,64 @@ class Split:
         said = self._held.split(self._marks.closes)[0].rstrip()
         self._held = self._held[len(said):]
         return said
+
+
+class Joined:
+    """Reads thoughts as content, a blank line between the two."""
+
+    def __init__(self, reader: Reader):
+        self._reader = reader
+        self._last: type = Content
+
+    def push(self, text: str) -> list[Event]:
+        return self._joined(self._reader.push(text))
+
+    def flush(self) -> list[Event]:
+        return self._joined(self._reader.flush())
+
+    def _joined(self, events: list[Event]) -> list[Event]:
+        found: list[Event] = []
+        for event in events:
+            if isinstance(event, (Content, Thought)):
+                changed = self._last is Thought and isinstance(event, Content)
+                self._last = type(event)
+                event = Content("\n\n" * changed + event.text)
+            found.append(event)
+        return found
+
+
+class Channels:
+    """Splits an answer in channels into (text, is thought), without the marks; in place of a Reasoning."""
+
+    def __init__(self, tail: str = ""):
+        self._parser, self._thought = Parser(lambda feed: harmony(feed, Calls({}, lambda: new_id("call_")))), False
+        self._parser.push(tail)
+
+    def push(self, text: str) -> list[tuple[str, bool]]:
+        return self._pieces(self._parser.push(text))
+
+    def flush(self) -> list[tuple[str, bool]]:
+        return self._pieces(self._parser.flush())
+
+    def _pieces(self, events: list[Event]) -> list[tuple[str, bool]]:
+        found = []
+        for event in events:
+            if isinstance(event, (Content, Thought)):
+                thought = isinstance(event, Thought)
+                found += [("\n\n", True)] * (self._thought and not thought) + [(event.text, thought)]
+                self._thought = thought
+        return found
+
+
+def splitter_of(template: ChatTemplate | None, tokenizer: Tokenizer, prompt: list[int]) -> Reasoning | Channels:
+    """What splits the answer to a prompt into (text, is thought)."""
+    if template is not None and template.channels:
+        return Channels(channel_tail(tokenizer, prompt))
+    marks = template.marks if template else THINK
+    return Reasoning(is_open(tokenizer, prompt, marks), marks)
+
+
+def channel_tail(tokenizer: Tokenizer, prompt: list[int]) -> str:
+    """What of an answer in channels the prompt ends with."""
+    text = tokenizer.decode(prompt, special=True)
+    return text[text.rfind(START) + len(START):] if START in text else ""

@@ -15,6 +15,10 @@ class Marks(NamedTuple):
 THINK = Marks("<think>", "</think>")
 KNOWN = (THINK, Marks("[THINK]", "[/THINK]"), Marks("<seed:think>", "</seed:think>"), Marks("<|START_THINKING|>", "<|END_THINKING|>"))
 
+START, FINAL = "<|start|>assistant", "<|channel|>final<|message|>"     # Harmony: an answer begins, its content begins
+CHANNELS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|constrain|>")
+ANALYSIS = Marks("<|channel|>analysis<|message|>", "<|end|>")
+
 
 def marks_of(template: str) -> Marks:
     """The marks that the source of a chat template knows."""

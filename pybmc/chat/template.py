@@ -16,7 +16,7 @@ from itertools import count
 from ..errors import ArgumentError
 from ..tokenizers import Tokenizer
 from .origin import Traced, own, own_of, said
-from .reasoning import Marks, marks_of
+from .reasoning import CHANNELS, Marks, marks_of
 from .templates import CHATML, LLAMA2, source_of
 
 __all__ = ["CHATML", "LLAMA2", "ChatTemplate", "checked_variables", "template_of"]
@@ -83,6 +83,17 @@ class ChatTemplate:
     def thinks(self) -> bool:
         """Whether its model may think before it answers."""
         return self.reads("enable_thinking") or self.marks.opens in self.source
+
+    @property
+    def channels(self) -> bool:
+        """Whether answers are messages in channels (Harmony)."""
+        return "<|channel|>" in self.source and "<|message|>" in self.source
+
+    @cached_property
+    def shown(self) -> frozenset[int]:
+        """Control tokens whose names belong to an answer's text, since its reader looks for them."""
+        ids = self.tokenizer.vocab.ids
+        return frozenset(ids[name] for name in (*CHANNELS * self.channels, *self.marks) if name in ids) & self.tokenizer.vocab.silent
 
     @cached_property
     def marks(self) -> Marks:

@@ -49,8 +49,8 @@ def tools_of(tools: Sequence | None, choice: object = None, parallel: bool = Tru
     """The tools of a chat in OpenAI's words, also in the older ones; None where no tool may be called."""
     if tools and functions:
         raise ArgumentError("tools and functions: expected one of them, found both")
-    where, choice_name = ("functions", "function_call") if functions else ("tools", "tool_choice")
-    wanted = function_call if functions and choice is None else choice
+    where = "functions" if functions else "tools"
+    choice_name, wanted = ("function_call", function_call) if choice is None and function_call is not None else ("tool_choice", choice)
     given = [{"type": "function", "function": f} for f in functions or ()] if functions else tools or []
     if not isinstance(given, (list, tuple)) or len(given) > MOST:
         checks.refuse(where, f"a list of at most {MOST} tools", given)
@@ -115,7 +115,7 @@ class Format:
     """A way of writing calls. signs: texts of a chat template that tell it, one of each group; others: texts that tell another.
 
     parse: the parser of calls.py. kind: how its grammar is made (toolgrammar.py). mark: the text with which each call begins;
-    "" where a grammar of the whole answer tells. shown: names of control tokens that the parser reads. parallel: an answer may
+    "" where a grammar of the whole answer tells. shown: names of control tokens that only calls need. parallel: an answer may
     have several calls. prompts: the template shows tools by itself. history: earlier messages as the template takes them.
     """
 
@@ -137,6 +137,9 @@ class Format:
 
 def with_calls(messages: Sequence[Mapping]) -> list[dict]:
     """Messages as templates know them: arguments of calls as objects, and no older names of the same."""
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ArgumentError(f"message {i}: expected a mapping with a role, got {message!r:.100}")
     return [_with_calls(dict(message), f"messages[{i}]") for i, message in enumerate(messages)]
 
 
@@ -233,8 +236,7 @@ def text_of(content: object) -> str:
 
 
 FORMATS = (
-    Format("harmony", (("<|channel|>",), ("<|message|>",)), harmony, "harmony", parallel=False, history=one_by_one,
-           shown=("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|constrain|>")),
+    Format("harmony", (("<|channel|>",), ("<|message|>",)), harmony, "harmony", parallel=False, history=one_by_one),
     Format("qwen-coder", ((CALL,), (FUNCTION,), ("<parameter=",)), tagged, "tags", CALL),
     Format("hermes", ((CALL,), ("arguments",)), tagged, "object", CALL, others=("<arg_key>",)),
     Format("mistral", (("[TOOL_CALLS]",), ("[ARGS]",)), mistral, "named", "[TOOL_CALLS]", history=short_ids,
@@ -249,7 +251,7 @@ PLAIN = Format("plain", (), bare, "bare", prompts=False, history=as_texts)
 def format_of(template) -> Format:
     """The format of a ChatTemplate's model."""
     reads = template.reads("tools")
-    return next((row for row in FORMATS if row.tells(template.source) and (reads or row.name == "harmony")), PLAIN)
+    return next((row for row in FORMATS if row.tells(template.source) and (reads or template.channels)), PLAIN)
 
 
 PROMPT = """\

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -12,19 +13,15 @@ from ..errors import ArgumentError
 from ..grammar.asked import Asked
 from ..grammar.grammar import Grammar
 from ..tokenizers import Tokenizer
-from .budget import Budget
 from .calls import Calls, new_id
-from .events import Content, Event, Reader, Thought
+from .events import Reader
 from .feed import Parser
-from .reader import Both, Plain, Split
-from .reasoning import Marks, is_open
-from .schema import behind_thought
+from .reader import Both, Joined, Plain, Split, channel_tail
+from .reasoning import is_open
+from .schema import answer_schema, behind_thought, limited
 from .template import ChatTemplate
 from .toolgrammar import grammar_text
 from .tools import Format, Tools, format_of, written
-
-START, FINAL = "<|start|>assistant", "<|channel|>final<|message|>"     # Harmony: an answer begins, its content begins
-ANALYSIS = Marks("<|channel|>analysis<|message|>", "<|end|>")
 
 
 @dataclass
@@ -54,8 +51,8 @@ class Turn:
         content = last.get("content") if self.continued and last["role"] == "assistant" else ""
         self.begun = content if isinstance(content, str) else ""
         ids = self._tokenizer.vocab.ids
-        names = {*self.format.shown, *self.template.marks}
-        self.shown = frozenset(ids[name] for name in names if name in ids) & self._tokenizer.vocab.silent
+        calls = frozenset(ids[name] for name in self.format.shown if name in ids and self.tools)
+        self.shown = self.template.shown | calls & self._tokenizer.vocab.silent
         self._compiled = self._grammar()
 
     @property
@@ -63,24 +60,21 @@ class Turn:
         return self.template.tokenizer
 
     @property
-    def _thinks(self) -> bool:
-        """Whether the answer may begin with a thought."""
-        return self.template.thinks and not self.begun
-
-    @property
-    def _is_harmony(self) -> bool:
-        return self.format.kind == "harmony"
-
-    @property
     def ignored(self) -> tuple[str, ...]:
         """Keywords of schemas that have no effect."""
         return self._compiled.ignored if self._compiled else ()
 
+    def note_ignored(self) -> None:
+        """Log what of the schemas has no effect."""
+        if self._compiled:
+            self._compiled.note_ignored()
+
     # ---- what it follows
 
     def _grammar(self) -> Grammar | None:
+        alone = self.wish.compiled(self.model) if self.wish else None          # also beside tools: so errors name it
         if self.tools is None:
-            return self.wish.compiled(self.model) if self.wish else None
+            return alone
         if self.wish and self.wish.kind != "schema":
             raise ArgumentError(f"{self.wish.field}: expected no tools beside a grammar; a JSON schema may have some")
         return Grammar.lark(grammar_text(self.format, self.tools, self._tokenizer, self._final), self.model)
@@ -88,59 +82,41 @@ class Turn:
     @property
     def _final(self) -> Mapping | None:
         """The schema of an answer that is no call."""
-        return None if self.wish is None else {} if self.wish.value is True else self.wish.value
+        if self.wish is None:
+            return None
+        value = json.loads(self.wish.value) if isinstance(self.wish.value, str) else self.wish.value
+        return value if isinstance(value, Mapping) else {}
 
     def schema(self) -> Schema | None:
         """The state of a new answer, or None where it is free."""
-        inner = self._calls(self.tools, self._compiled) if self.tools and self._compiled else self._answer()
-        if self.budget is None:
-            return inner
-        marks = ANALYSIS if self._is_harmony else self.template.marks
-        end = self._tokenizer.encode(marks.closes + START * self._is_harmony, bos=False, special=True)
-        inside = is_open(self._tokenizer, self.tokens, marks)
-        return Budget(self._tokenizer, self.model.config.vocab_size, self.budget, marks, end, inside, self._is_harmony, inner)
+        inner: Schema | None
+        if self.tools and self._compiled:
+            inner = self._calls(self.tools, self._compiled)
+        else:
+            inner = answer_schema(self._compiled, self._tokenizer, self.tokens, self.template, bool(self.begun))
+        return limited(inner, self.model, self.tokens, self.template, self.budget)
 
     def _calls(self, tools: Tools, compiled: Grammar) -> Schema:
         free = bool(self.format.mark) and not tools.forced and self.wish is None
         state = compiled.after(self.format.mark) if free else compiled.start()
-        if self._is_harmony:
+        if self.template.channels:
             return state
-        return behind_thought(state, self._tokenizer, self.tokens, self._thinks, self.template.marks, ends=free)
-
-    def _answer(self) -> Schema | None:
-        if self._compiled is None:
-            return None
-        if self._is_harmony and not self._tail().endswith(FINAL):
-            return self._compiled.after(FINAL, ends=False)
-        return behind_thought(self._compiled.start(), self._tokenizer, self.tokens, self._thinks, self.template.marks)
+        thinks = self.template.thinks and not self.begun
+        return behind_thought(state, self._tokenizer, self.tokens, thinks, self.template.marks, ends=free)
 
     # ---- who reads it
 
     def reader(self, make_id: Callable[[], str] = lambda: new_id("call_")) -> Reader:
-        calls = Calls({tool.name: tool.parameters for tool in self.tools.callable} if self.tools else {}, make_id)
-        parser = Parser(lambda feed: self.format.parse(feed, calls)) if self.tools or self._is_harmony else Plain()
-        if self._is_harmony:
-            parser.push(self._tail())
-            return parser if self.split else Joined(parser)
+        if self.template.channels:
+            parser = self._parser(make_id)
+            parser.push(channel_tail(self._tokenizer, self.tokens))
+            return parser if self.split else Joined(parser) if self.tools else Plain()
+        calls: Reader = self._parser(make_id) if self.tools else Plain()
         if not self.split:
-            return parser
-        thoughts = Split(is_open(self._tokenizer, self.tokens, self.template.marks), self.begun, self.template.marks)
-        return Both(thoughts, parser)
+            return calls
+        marks = self.template.marks
+        return Both(Split(is_open(self._tokenizer, self.tokens, marks), self.begun, marks), calls)
 
-    def _tail(self) -> str:
-        """What of the answer the prompt ends with, in Harmony."""
-        text = self._tokenizer.decode(self.tokens, special=True)
-        return text[text.rfind(START) + len(START):] if START in text else ""
-
-
-class Joined:
-    """Reads thoughts as content."""
-
-    def __init__(self, reader: Reader):
-        self._reader = reader
-
-    def push(self, text: str) -> list[Event]:
-        return [Content(event.text) if isinstance(event, Thought) else event for event in self._reader.push(text)]
-
-    def flush(self) -> list[Event]:
-        return [Content(event.text) if isinstance(event, Thought) else event for event in self._reader.flush()]
+    def _parser(self, make_id: Callable[[], str]) -> Parser:
+        calls = Calls({tool.name: tool.parameters for tool in self.tools.callable} if self.tools else {}, make_id)
+        return Parser(lambda feed: self.format.parse(feed, calls))
