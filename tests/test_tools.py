@@ -4,6 +4,8 @@ import json
 
 import pytest
 import tiny_tools
+from hypothesis import given
+from hypothesis import strategies as st
 
 import pybmc
 from pybmc.chat.events import CallArguments, CallBegin, Content, Thought
@@ -300,3 +302,60 @@ def test_names_of_tools_may_have_signs(models):
             while engine.running or engine.waiting:
                 text += "".join(token.text for _, token in engine.step())
         assert calls_of(read(made, text)) == [("a.b/c:d-e_1", {})]
+
+
+# ---- budgets of thoughts
+
+
+def budget_of(models, name, most, **more):
+    made = turn(models, name, tools=(), budget=most, **more)
+    return made, made.schema(), made.template.tokenizer
+
+
+@pytest.mark.parametrize("name, begin, end", [("opened", "", "</think>"), ("thinking", "<think>", "</think>"), ("thinking", "\n<think>", "</think>"),
+                                              ("harmony", "<|channel|>analysis<|message|>", "<|end|><|start|>assistant")])
+@pytest.mark.parametrize("most", [0, 1, 5])
+def test_the_end_of_a_thought_is_forced(models, name, begin, end, most):
+    _, schema, tokenizer = budget_of(models, name, most)
+    ids, forced = tokenizer.encode(begin + "a b c d e f", bos=False, special=True), tokenizer.encode(end, bos=False, special=True)
+    first = len(tokenizer.encode(begin, bos=False, special=True))
+    for id in ids[:first + most]:
+        assert schema.mask(()) is None and schema.forced() == []
+        schema.accept(id)
+    for i, id in enumerate(forced):
+        assert list(schema.forced()) == forced[i:]
+        allowed = [n for n in range(tokenizer.vocab_size) if schema.mask(())[n // 32] >> (n % 32) & 1]
+        assert allowed == [id]
+        schema.accept(id)
+    assert schema.mask(()) is None
+
+
+def test_a_thought_that_ends_in_time_and_one_that_never_begins(models):
+    _, schema, tokenizer = budget_of(models, "opened", 8)
+    for id in tokenizer.encode("a</think>b c d e f g h i j k l m", bos=False, special=True):
+        assert schema.mask(()) is None
+        schema.accept(id)
+    _, schema, tokenizer = budget_of(models, "thinking", 0)
+    for id in tokenizer.encode("No <think> here, and more", bos=False, special=True):
+        assert schema.mask(()) is None
+        schema.accept(id)
+
+
+@given(st.data())
+def test_guesses_are_masked_as_the_tokens_they_become(models, data):
+    """mask() of tokens that are read ahead gives what it gives once they are accepted."""
+    name = data.draw(st.sampled_from(["opened", "thinking", "harmony"]))
+    most, choice = data.draw(st.integers(0, 6)), data.draw(st.sampled_from([None, "required"]))
+    made = turn(models, name, tools=(PAINT,) if choice else (), choice=choice, budget=most)
+    ahead, plain, size = made.schema(), made.schema(), made.template.tokenizer.vocab_size
+    tokens = []
+    for _ in range(data.draw(st.integers(1, 20))):
+        mask = ahead.mask(tuple(tokens))
+        expected = plain.mask(())
+        assert (mask is None) == (expected is None) and (mask is None or (mask == expected).all())
+        allowed = [id for id in range(size) if expected is None or expected[id // 32] >> (id % 32) & 1]
+        special = [id for id in allowed if id >= size - 20]
+        tokens.append(data.draw(st.sampled_from(special or allowed)))
+        plain.accept(tokens[-1])
+        if tokens[-1] in made.template.tokenizer.stop_ids:
+            break

@@ -82,7 +82,7 @@ class ChatTemplate:
     @property
     def thinks(self) -> bool:
         """Whether its model may think before it answers."""
-        return self.reads("enable_thinking") or self.marks.opens in self.source
+        return self.channels or self.reads("enable_thinking") or self.marks.opens in self.source
 
     @property
     def channels(self) -> bool:

@@ -152,8 +152,9 @@ def wish_of(fields: Fields, names: Sequence[str] = FIELDS) -> Asked | None:
 
 
 def blamed(error: ArgumentError) -> Refused:
-    """A refusal for an error that begins with the name of a field."""
-    return Refused(400, "invalid_value", str(error), re.split("[.:[]", str(error))[0])
+    """A refusal for an error that begins with the name of a field, or with a place in the messages."""
+    place = re.match(r"messages\[[\w.\[\]]+|\w+", str(error))
+    return Refused(400, "invalid_value", str(error), place[0] if place else None)
 
 
 def compiled(field: str, make: Callable):
