@@ -220,6 +220,17 @@ def test_text_may_stand_before_a_call_that_is_not_forced(models, name):
     assert "".join(e.text for e in events if isinstance(e, Content)) == "I will." and len(calls_of(events)) == 1
 
 
+@pytest.mark.parametrize("begin, end", [("```json\n", "\n```"), ("<tools>", "</tools>"), ("", ""), ("\n```", "```")])
+def test_calls_without_the_tag(models, begin, end):
+    """As Qwen's coders write some, where no call is forced."""
+    text = begin + '{\n  "name": "paint",\n  "arguments": {"colour": "red", "coats": 3}\n}' + end
+    made = turn(models, "hermes")
+    assert follow(made, text) == (text, True) and calls_of(read(made, text)) == [("paint", {"colour": "red", "coats": 3})]
+    wrong = text.replace("red", "green")
+    assert follow(made, wrong) != (wrong, True)
+    assert follow(made, begin + '{"name": "Bob", "age": 3}' + end)[1] is True
+
+
 @pytest.mark.parametrize("name", ["hermes", "mistral", "mistral-list"])
 def test_one_call_where_several_are_not_wanted(models, name):
     text = {"hermes": CALLS["hermes"][1], "mistral": CALLS["mistral"][1], "mistral-list": CALLS["mistral-list"][0]}[name]

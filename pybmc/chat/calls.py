@@ -15,6 +15,7 @@ from .events import CallArguments, CallBegin, Content, Event, Thought
 from .feed import WHITE, Feed, Steps, space, until, value, word
 
 CALL, FUNCTION, PARAMETER = "<tool_call>", "<function=", "<parameter="
+FENCES = {"```json": "```", "```": "```", "<tools>": "</tools>"}      # what may stand around an object: its end
 HARMONY_ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|start|>", "<|channel|>")
 LITERALS = {"True": "true", "False": "false", "None": "null"}       # as some models write them
 
@@ -44,7 +45,8 @@ class Calls:
 
 
 def tagged(feed: Feed, calls: Calls) -> Steps:
-    """Hermes and Qwen: a JSON object in <tool_call>, or tags in tags."""
+    """Hermes and Qwen: a JSON object in <tool_call>, or tags in tags. Some forget the tag at the beginning of an answer."""
+    yield from headed(feed, calls)
     while True:
         before, mark = yield from until(feed, (CALL,), Content, trim=True)
         if not mark:
@@ -57,6 +59,26 @@ def tagged(feed: Feed, calls: Calls) -> Steps:
             continue
         yield from after_space(feed, "</tool_call>")
         yield from space(feed)
+
+
+def headed(feed: Feed, calls: Calls) -> Steps:
+    """Objects that name a tool at the beginning of a text, as they are, in a fence of Markdown or in <tools>. Takes nothing else.
+    Returns whether there are any."""
+    found = False
+    while True:
+        feed.begin()
+        if found:
+            yield from after_space(feed, ";", ",")
+        mark = yield from after_space(feed, "{", *FENCES)
+        brace = (yield from after_space(feed, "{")) if mark in FENCES else mark
+        if not brace or not (yield from call_object(feed, calls)):
+            feed.text = "".join(feed.taken) + feed.text
+            if found:
+                yield from space(feed)
+            return found
+        found = True
+        if mark in FENCES:
+            yield from after_space(feed, FENCES[mark])
 
 
 def white_end(text: str) -> str:
@@ -184,22 +206,10 @@ def is_raw(schema: Mapping) -> bool:
 
 def bare(feed: Feed, calls: Calls) -> Steps:
     """Llama 3 and plain JSON: the answer is an object, or <|python_tag|> stands before it."""
-    feed.begin()
-    first = yield from after_space(feed, "{")
-    if not first:
-        feed.text = "".join(feed.taken) + feed.text
+    if not (yield from headed(feed, calls)):
         _, mark = yield from until(feed, ("<|python_tag|>",), Content, trim=True)
-        feed.begin()
-        first = mark and (yield from after_space(feed, "{"))
-    while first:
-        if not (yield from call_object(feed, calls)):
-            break
-        feed.begin()
-        yield from after_space(feed, ";", ",")
-        first = yield from after_space(feed, "{")
-    rest = "".join(feed.taken)
-    if rest.strip():
-        yield Content(rest)
+        if mark:
+            yield from headed(feed, calls)
 
 
 def mistral(feed: Feed, calls: Calls) -> Steps:

@@ -95,13 +95,19 @@ def marked(rules: Rules, mark: str, body: str, between: str = "", several: bool 
 
 
 def object_rules(rules: Rules, several: bool) -> str:
-    body = rules.new(f'"\\n" {rules.objects("arguments")} "\\n</tool_call>"')
-    return marked(rules, "<tool_call>", body, '"\\n"', several)
+    mark = rules.mark("<tool_call>")
+    body = rules.new(f'"\\n" {rules.objects("arguments")} "\\n" {rules.mark("</tool_call>")}')
+    if rules.whole:
+        return marked(rules, "<tool_call>", body, '"\\n"', several)
+    more = f'("\\n" {mark} {body})*' if several else ""
+    if mark.startswith("<["):
+        return headed(rules, "arguments", several, mark, f"{body} {more}")
+    return headed(rules, "arguments", several, "", f"{body} {more}", "<tool_call>")
 
 
 def tags_rules(rules: Rules, several: bool) -> str:
     inner = rules.any_of(_tags(rules, tool) for tool in rules.tools.callable)
-    return marked(rules, "<tool_call>", rules.new(f'"\\n" {inner} "\\n</tool_call>"'), '"\\n"', several)
+    return marked(rules, "<tool_call>", rules.new(f'"\\n" {inner} "\\n" {rules.mark("</tool_call>")}'), '"\\n"', several)
 
 
 def _tags(rules: Rules, tool: Tool) -> str:
@@ -151,19 +157,32 @@ def bare_rules(key: str) -> Callable[[Rules, bool], str]:
             rules.apart = bool(rules.final)
             one = rules.objects(key)
             return one + f' ("\\n" {one})*' * several + f" | {rules.final}" * bool(rules.final)
-        heads = []
-        for tool in rules.tools.callable:
-            head = rules.new(rf'/\s*\{{\s*"name"\s*:\s*"{pattern(tool.name)}"\s*,\s*"{key}"\s*:\s*/', "HEAD")
-            heads.append(f"{head} {rules.arguments(tool)} TAIL")
-        names = "|".join(pattern(tool.name) for tool in rules.tools.tools)
-        rules.add("TAIL", r"/\s*\}/")
-        rules.add("OTHER", rf'/{ANY}/ & ~/\s*\{{\s*"name"\s*:\s*"({names})"{ANY}/')
-        one = rules.any_of(heads)
-        calls = rules.new(f"{one} ({one})*" if several else one)
         tag = rules.mark("<|python_tag|>")
-        tagged = f" | OTHER? {tag} {calls}" if tag.startswith("<[") else ""
-        return rules.new(f"OTHER | {calls}{tagged}")
+        return headed(rules, key, several, tag if tag.startswith("<[") else "", "calls")
     return made
+
+
+def headed(rules: Rules, key: str, several: bool, token: str, behind: str, word: str = "") -> str:
+    """An answer that is free text, or an object at its beginning, as models write it on their own, or ends with calls behind a
+    token or a word."""
+    fence = r"\s*(<tools>\s*|```(json)?\s*)?\{\s*\"name\"\s*:\s*\""
+    heads = []
+    for tool in rules.tools.callable:
+        head = rules.new(rf'/{fence}{pattern(tool.name)}"\s*,\s*"{key}"\s*:\s*/', "HEAD")
+        heads.append(f"{head} {rules.arguments(tool)} TAIL")
+    names = "|".join(pattern(tool.name) for tool in rules.tools.tools)
+    headless = rf'~/{fence}({names})"{ANY}/'
+    rules.add("TAIL", r"/\s*\}\s*(<\/tools>|```)?/")
+    rules.add("OTHER", f"/{ANY}/ & {headless}" + rf" & ~/{ANY}{pattern(word)}{ANY}/" * bool(word))
+    one = rules.any_of(heads)
+    rules.add("calls", f"{one} ({one})*" if several else one)
+    answers = ["OTHER", "calls"]
+    if token:
+        answers.append(f"OTHER? {token} {behind}")
+    if word:
+        rules.add("free[lazy]", f"/{ANY}{pattern(word)}/ & {headless}")
+        answers.append(f"free {behind}")
+    return rules.any_of(answers)
 
 
 def harmony_rules(rules: Rules, _: bool) -> str:

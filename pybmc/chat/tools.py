@@ -237,8 +237,10 @@ def text_of(content: object) -> str:
 
 FORMATS = (
     Format("harmony", (("<|channel|>",), ("<|message|>",)), harmony, "harmony", parallel=False, history=one_by_one),
-    Format("qwen-coder", ((CALL,), (FUNCTION,), ("<parameter=",)), tagged, "tags", CALL),
-    Format("hermes", ((CALL,), ("arguments",)), tagged, "object", CALL, others=("<arg_key>",)),
+    Format("qwen-coder", ((CALL,), (FUNCTION,), ("<parameter=",)), tagged, "tags", CALL,
+           shown=(CALL, "</tool_call>")),
+    Format("hermes", ((CALL,), ("arguments",)), tagged, "object", others=("<arg_key>",),
+           shown=(CALL, "</tool_call>")),
     Format("mistral", (("[TOOL_CALLS]",), ("[ARGS]",)), mistral, "named", "[TOOL_CALLS]", history=short_ids,
            shown=("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")),
     Format("mistral-list", (("[TOOL_CALLS]",),), mistral, "list", "[TOOL_CALLS]", shown=("[TOOL_CALLS]",), history=short_ids),

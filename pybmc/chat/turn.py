@@ -102,7 +102,7 @@ class Turn:
         if self.template.channels:
             return state
         thinks = self.template.thinks and not self.begun
-        return behind_thought(state, self._tokenizer, self.tokens, thinks, self.template.marks, ends=free)
+        return behind_thought(state, self._tokenizer, self.tokens, thinks, self.template.marks, ends=not tools.forced)
 
     # ---- who reads it
 
