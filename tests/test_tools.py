@@ -220,7 +220,7 @@ def test_text_may_stand_before_a_call_that_is_not_forced(models, name):
     assert "".join(e.text for e in events if isinstance(e, Content)) == "I will." and len(calls_of(events)) == 1
 
 
-@pytest.mark.parametrize("begin, end", [("```json\n", "\n```"), ("<tools>", "</tools>"), ("", ""), ("\n```", "```")])
+@pytest.mark.parametrize("begin, end", [("```json\n", "\n```"), ("<tools>", "</tools>"), ("", ""), ("\n```", "```"), ("{", "}")])
 def test_calls_without_the_tag(models, begin, end):
     """As Qwen's coders write some, where no call is forced."""
     text = begin + '{\n  "name": "paint",\n  "arguments": {"colour": "red", "coats": 3}\n}' + end
@@ -262,6 +262,10 @@ def test_a_call_or_an_answer_of_a_schema(models):
         for text in (final, call if name not in ("llama3", "plain") else call.replace(": ", ":").replace(", ", ",")):
             assert follow(made, text) == (text, True)
         assert follow(made, final.replace("3", '"3"'))[1] is False
+    wish = asked({"json_schema": {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"], "additionalProperties": False}})
+    for name in ("hermes", "llama3", "plain"):          # an answer that looks like the beginning of a call
+        made = turn(models, name, wish=wish)
+        assert follow(made, '{"name":"stop"}')[1] is True and [e.text for e in read(made, '{"name":"stop"}')] == ['{"name":"stop"}']
     with pytest.raises(ArgumentError, match="grammar: expected no tools"):
         turn(models, "hermes", wish=asked({"grammar": 'root ::= "a"'}))
 

@@ -16,6 +16,7 @@ from .feed import WHITE, Feed, Steps, space, until, value, word
 
 CALL, FUNCTION, PARAMETER = "<tool_call>", "<function=", "<parameter="
 FENCES = {"```json": "```", "```": "```", "<tools>": "</tools>"}      # what may stand around an object: its end
+BRACES = ("{", "{{")                    # the latter stand in a template of Qwen's, and then in answers
 HARMONY_ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|start|>", "<|channel|>")
 LITERALS = {"True": "true", "False": "false", "None": "null"}       # as some models write them
 
@@ -28,10 +29,11 @@ def new_id(prefix: str) -> str:
 
 
 class Calls:
-    """Numbers the calls of an answer. tools: the parameters of each tool by its name. new_id: makes an id for a call."""
+    """Numbers the calls of an answer. tools: the parameters of each tool by its name. new_id: makes an id for a call. loose: the
+    mark of a call may be missing at the beginning."""
 
-    def __init__(self, tools: Mapping[str, Mapping], new_id: Callable[[], str]):
-        self.tools, self._new_id, self._n = tools, new_id, 0
+    def __init__(self, tools: Mapping[str, Mapping], new_id: Callable[[], str], loose: bool = True):
+        self.tools, self.loose, self._new_id, self._n = tools, loose, new_id, 0
 
     def begin(self, name: str) -> CallBegin:
         self._n += 1
@@ -46,7 +48,8 @@ class Calls:
 
 def tagged(feed: Feed, calls: Calls) -> Steps:
     """Hermes and Qwen: a JSON object in <tool_call>, or tags in tags. Some forget the tag at the beginning of an answer."""
-    yield from headed(feed, calls)
+    if calls.loose:
+        yield from headed(feed, calls)
     while True:
         before, mark = yield from until(feed, (CALL,), Content, trim=True)
         if not mark:
@@ -69,14 +72,16 @@ def headed(feed: Feed, calls: Calls) -> Steps:
         feed.begin()
         if found:
             yield from after_space(feed, ";", ",")
-        mark = yield from after_space(feed, "{", *FENCES)
-        brace = (yield from after_space(feed, "{")) if mark in FENCES else mark
-        if not brace or not (yield from call_object(feed, calls)):
+        mark = yield from after_space(feed, *BRACES, *FENCES)
+        brace = (yield from after_space(feed, *BRACES)) if mark in FENCES else mark
+        if not brace or not (yield from call_object(feed, calls, bare=True)):
             feed.text = "".join(feed.taken) + feed.text
             if found:
                 yield from space(feed)
             return found
         found = True
+        if brace == "{{":
+            yield from after_space(feed, "}")
         if mark in FENCES:
             yield from after_space(feed, FENCES[mark])
 
@@ -92,9 +97,9 @@ def after_space(feed: Feed, *words: str) -> Steps:
     return (yield from word(feed, *words))
 
 
-def call_object(feed: Feed, calls: Calls) -> Steps:
-    """{"name": .., "arguments": {..}}, from behind its brace. Returns whether it was a call."""
-    begun, held = False, "{}"
+def call_object(feed: Feed, calls: Calls, bare: bool = False) -> Steps:
+    """{"name": .., "arguments": {..}}, from behind its brace. bare: without arguments it is no call. Returns whether it was one."""
+    name, begun, held = "", False, ""
     while (char := (yield from after_space(feed, ",", "}"))) != "}":
         if char == ",":
             continue
@@ -102,22 +107,22 @@ def call_object(feed: Feed, calls: Calls) -> Steps:
         if key is None or (yield from after_space(feed, ":")) != ":":
             return begun
         yield from space(feed)
-        if key == "name" and not begun:
-            name = string((yield from value(feed)))
+        if key == "name" and not name:
+            name = string((yield from value(feed))) or ""
             if name not in calls.tools:
                 return False
-            yield calls.begin(str(name))
+        elif key in ("arguments", "parameters") and name and not begun:
             begun = True
-        elif key in ("arguments", "parameters"):
-            given = yield from arguments(feed, calls if begun else None)
-            held = "" if begun else given
+            yield calls.begin(name)
+            yield from arguments(feed, calls)
+        elif key in ("arguments", "parameters") and not begun:
+            held = yield from arguments(feed, None)
         else:
             yield from value(feed)
-        if begun and held != "{}":
-            yield from pieces(calls, held)
-            held = ""
-    if begun and held:
-        yield calls.piece(held)
+    if not begun and name and (held or not bare):
+        yield calls.begin(name)
+        yield calls.piece(held or "{}")
+        return True
     return begun
 
 

@@ -165,14 +165,14 @@ def bare_rules(key: str) -> Callable[[Rules, bool], str]:
 def headed(rules: Rules, key: str, several: bool, token: str, behind: str, word: str = "") -> str:
     """An answer that is free text, or an object at its beginning, as models write it on their own, or ends with calls behind a
     token or a word."""
-    fence = r"\s*(<tools>\s*|```(json)?\s*)?\{\s*\"name\"\s*:\s*\""
+    fence = r"\s*(<tools>\s*|```(json)?\s*)?\{\{?\s*\"name\"\s*:\s*\""
     heads = []
     for tool in rules.tools.callable:
         head = rules.new(rf'/{fence}{pattern(tool.name)}"\s*,\s*"{key}"\s*:\s*/', "HEAD")
         heads.append(f"{head} {rules.arguments(tool)} TAIL")
     names = "|".join(pattern(tool.name) for tool in rules.tools.tools)
     headless = rf'~/{fence}({names})"{ANY}/'
-    rules.add("TAIL", r"/\s*\}\s*(<\/tools>|```)?/")
+    rules.add("TAIL", r"/\s*\}\}?\s*(<\/tools>|```)?/")
     rules.add("OTHER", f"/{ANY}/ & {headless}" + rf" & ~/{ANY}{pattern(word)}{ANY}/" * bool(word))
     one = rules.any_of(heads)
     rules.add("calls", f"{one} ({one})*" if several else one)

@@ -118,5 +118,6 @@ class Turn:
         return Both(Split(is_open(self._tokenizer, self.tokens, marks), self.begun, marks), calls)
 
     def _parser(self, make_id: Callable[[], str]) -> Parser:
-        calls = Calls({tool.name: tool.parameters for tool in self.tools.callable} if self.tools else {}, make_id)
+        known = {tool.name: tool.parameters for tool in self.tools.callable} if self.tools else {}
+        calls = Calls(known, make_id, loose=bool(self.tools and not self.tools.forced and self.wish is None))
         return Parser(lambda feed: self.format.parse(feed, calls))
