@@ -1,8 +1,12 @@
 """Grammars compiled for a vocabulary: their states, guesses that are taken back, and texts that follow them."""
 
+import gc
 import json
+import lzma
 import os
 import re
+import threading
+import weakref
 from functools import lru_cache
 
 import engines
@@ -11,17 +15,20 @@ import pytest
 import test_draft_head
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from places import VOCABULARIES
 
 import pybmc
 from pybmc import ArgumentError, Engine, Request
 from pybmc.engine import Schema
 from pybmc.engine.sampler import Sampler
 from pybmc.errors import SchemaError, UnsupportedSchemaError
-from pybmc.grammar import Grammar
+from pybmc.grammar import Grammar, compiler, vocabulary
+from pybmc.grammar.vocabulary import Vocabulary, continued
 from pybmc.spec.speculation import Speculation
+from pybmc.tokenizers import Tokenizer
 from tools.schemas import draw, fits
 
-pytest.importorskip("llguidance", reason="schemas need llguidance")
+LLMatcher = pytest.importorskip("llguidance", reason="schemas need llguidance").LLMatcher
 
 PERSON = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
           "required": ["name", "age"], "additionalProperties": False}
@@ -108,6 +115,28 @@ def test_ends_are_allowed_exactly_where_the_grammar_accepts(model):
     assert ends <= allowed(state.mask(()))
     state.accept(min(ends))
     assert allowed(state.mask(())) == ends
+
+
+@pytest.mark.parametrize("name", sorted(VOCABULARIES.keys() - {"wordpiece", "unigram"}))      # with which no text is written
+def test_forced_tokens_are_those_of_the_tokenizer(name, tmp_path):
+    """The text that has to follow is cut as it would be in a longer text; what more text could change is left out."""
+    (tmp_path / "vocabulary.gguf").write_bytes(lzma.decompress(VOCABULARIES[name].read_bytes()))
+    tokenizer = Tokenizer(tmp_path / "vocabulary.gguf")
+    grammar = Grammar(Vocabulary(tokenizer, tokenizer.vocab_size, name), LLMatcher.grammar_from_regex('\\{"name of  the\\n größe":"[a-z]+"'))
+    text = '{"name of  the\n größe":"'
+    for more in ("abc", "the", "z"):
+        state = grammar.start()
+        whole = continued(tokenizer, text + more)
+        found = state.forced()
+        assert found == whole[:len(found)]
+        spelled = b"".join(map(tokenizer.piece, found))
+        assert text.encode().startswith(spelled) and len(spelled) > 0.5 * len(text)
+
+
+def test_a_tokenizer_that_changes_the_text_forces_nothing(model, monkeypatch):
+    monkeypatch.setattr(vocabulary, "continued", lambda tokenizer, text: tokenizer.encode(text.upper(), bos=False))
+    state = Grammar(Vocabulary(model.tokenizer, model.config.vocab_size, "altered"), LLMatcher.grammar_from_regex("abc def")).start()
+    assert state.forced() == [] and allowed(state.mask(()))
 
 
 # ---- a grammar behind a mark -------------------------------------------------------------------------------
@@ -284,6 +313,57 @@ def test_deep_schemas_are_refused(model):
         deep = {"items": deep}
     with pytest.raises(SchemaError, match="at most 64 levels"):
         Grammar.json(deep, model)
+
+
+def chain(n, rule, last):
+    return "\n".join(rule.format(i, i + 1) for i in range(n)) + "\n" + last.format(n)
+
+
+def references(n):
+    return {"$ref": "#/$defs/d0", "$defs": {f"d{n}": {"type": "null"}} | {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(n)}}
+
+
+def test_deep_references_do_not_end_the_process(model):
+    """As many as a schema or a grammar may have: recursion as deep as that overflows usual stacks."""
+    schema = references(6000)
+    assert len(json.dumps(schema)) > 0.8 * 256 * 1024
+    assert Grammar.json(schema, model).start().forced()
+    for rules in (chain(900, 'a{}: a{} "x"', 'a{}: "y"'), chain(900, 'A{}: A{} "x"', 'A{}: "y"')):
+        assert Grammar.lark(f"%llguidance {{}}\nstart: {rules[0]}0\n{rules}", model).start().forced()
+    with pytest.raises(SchemaError, match="at most 1000 rules, found 1102"):
+        Grammar.lark("%llguidance {}\nstart: a0\n" + chain(1100, 'a{}: a{} "x"', 'a{}: "y"'), model)
+
+
+def test_what_compiles_too_long_is_given_up(model, monkeypatch):
+    monkeypatch.setattr(compiler, "SECONDS", 0.01)
+    done, release = threading.Event(), threading.Event()
+    with pytest.raises(UnsupportedSchemaError, match="more than 0.01 seconds"):
+        compiler.in_time(lambda: release.wait(20) and done.set())
+    release.set()
+    assert done.wait(20)
+    monkeypatch.setattr(compiler, "SECONDS", 20.0)
+    assert compiler.in_time(lambda: 5) == 5
+    with pytest.raises(ZeroDivisionError):
+        compiler.in_time(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("make", [
+    lambda m: Grammar.regex("a[^\\s\\S]", m), lambda m: Grammar.json({"$ref": "#"}, m),
+    lambda m: Grammar.json({"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(900)}}, m)])
+def test_what_fails_at_the_first_tokens_is_refused_at_once(model, make):
+    with pytest.raises(UnsupportedSchemaError):
+        make(model)
+
+
+def test_a_closed_model_leaves_nothing_behind():
+    with pybmc.Model(pybmc.demo_model(), threads=1) as model:
+        state = Grammar.json(PERSON, model).after("!")
+        state.mask(())
+        known = weakref.ref(vocabulary.vocabulary_of(model))
+        assert Grammar.json(PERSON, model)._matcher is Grammar.json(dict(PERSON), model)._matcher       # compiled once
+    del model, state
+    gc.collect()
+    assert known() is None
 
 
 def test_ignored_keywords_are_listed(model):

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
 from .state import State
-from .vocabulary import Vocabulary
 
 ALL = np.uint32(0xFFFFFFFF)
 
@@ -98,12 +96,12 @@ class After:
     def _begins(self, place: Place) -> frozenset[int]:
         """Tokens that keep a text out of the grammar: those of the opening, or of the gap."""
         if place.kind == "gap":
-            return _spelling(self._vocabulary, self._gap[len(place.seen):])
-        return _spelling(self._vocabulary, self._opens[len(place.seen):])
+            return self._vocabulary.spelling(self._gap[len(place.seen):])
+        return self._vocabulary.spelling(self._opens[len(place.seen):])
 
     def _free(self, seen: bytes) -> np.ndarray | None:
         """All ids, but those that would pass the mark, and end tokens where the text has to reach it."""
-        banned = _passing(self._vocabulary, self._mark, seen, self._gap)
+        banned = self._vocabulary.passing(self._mark, seen, self._gap)
         if not self._ends:
             banned = banned.union(self._vocabulary.ends)
         if not banned:
@@ -112,22 +110,3 @@ class After:
         for id in banned:
             self._row[id // 32] &= ~np.uint32(1 << id % 32)
         return self._row
-
-
-@lru_cache(maxsize=256)
-def _spelling(vocabulary: Vocabulary, text: bytes) -> frozenset[int]:
-    """Tokens with which a text begins."""
-    return frozenset(id for id, piece in enumerate(vocabulary.pieces) if piece and text.startswith(piece))
-
-
-@lru_cache(maxsize=256)
-def _passing(vocabulary: Vocabulary, mark: bytes, seen: bytes, gap: bytes) -> frozenset[int]:
-    """Tokens that, behind a part of the mark, end it and go on with something else than the gap."""
-    tails = [mark[n:] for n in range(1, len(seen) + 1) if seen.endswith(mark[:n])]
-    return frozenset(id for id, piece in enumerate(vocabulary.pieces)
-                     if (mark in piece or any(piece.startswith(tail) for tail in tails))
-                     and not gap.startswith(_behind(seen + piece, mark)))
-
-
-def _behind(text: bytes, mark: bytes) -> bytes:
-    return text[text.find(mark) + len(mark):]

@@ -18,7 +18,11 @@ from .vocabulary import Vocabulary, llguidance, vocabulary_of
 log = logging.getLogger(__name__)
 
 SIZE, DEPTH = 256 * 1024, 64            # bytes of a schema or grammar, and how deep a schema is nested
+RULES = 1000                            # of a grammar: what compiling takes may grow with their square
 LARK = "%llguidance"                    # a grammar that begins so is Lark, as llguidance reads it; others are GBNF
+
+
+_RULE = re.compile(r"^[ \t]*[!?]*[\w-]+(?:\[[^\]\n]*\])?(?:\.-?\d+)?\s*:", re.MULTILINE)
 
 
 class Grammar:
@@ -126,10 +130,13 @@ def _schema(schema: Any, strict: bool) -> str:
     options = {"whitespace_flexible": False, "lenient": not strict}
     try:
         text = json.dumps(value, allow_nan=False)
-        _check_size("schema", text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise SchemaError(f"schema: {printable(str(error))}") from None
+    _check_size("schema", text)
+    try:
         return llguidance().LLMatcher.grammar_from_json_schema(text, overrides=options)
-    except (ValueError, TypeError) as error:
-        raise SchemaError(f"schema: {error}") from None
+    except ValueError as error:
+        raise SchemaError(f"schema: {printable(str(error))}") from None
 
 
 def _parsed(text: str) -> Any:
@@ -160,4 +167,7 @@ def _checked(name: str, text: str) -> str:
     if not isinstance(text, str) or not text.strip():
         checks.refuse(name, "a text that is not empty", text)
     _check_size(name, text)
+    n = len(_RULE.findall(text))
+    if n > RULES:
+        raise SchemaError(f"{name}: expected at most {RULES} rules, found {n}")
     return text

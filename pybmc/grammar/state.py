@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import UnsupportedSchemaError
-from .vocabulary import Vocabulary, sentence
+from .compiler import sentence
+from .vocabulary import Vocabulary
 
 
 class State:
@@ -47,6 +48,7 @@ class State:
             return []
         self._read(())
         found = self._matcher.compute_ff_tokens()
+        found = found[:self._matcher.validate_tokens(found)]    # a tokenizer may change what it cuts
         self._read(found)
         ends = self._matcher.is_stopped()
         self._check()

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from threading import Lock
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from ..engine.model import Model
-from ..errors import ArgumentError, NeedsPackageError, UnsupportedSchemaError, printable
+from ..errors import ArgumentError, NeedsPackageError
 from ..tokenizers import Tokenizer
+from .compiler import compiled
 
 COMPILED = 64                           # grammars of a vocabulary that are kept
+PLACES = 256                            # and sets of tokens about marks
 GUARD = "\2"                            # keeps SentencePiece from putting a space before a text: a byte that no token joins
 
 
@@ -19,57 +22,54 @@ class Vocabulary:
     may have more than its tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer, size: int, source: str):
-        if not tokenizer.stop_ids:
+        self.size = size
+        self.ends = sorted(id for id in tokenizer.stop_ids if id < size)
+        self.stops = frozenset(self.ends)
+        if not self.ends:
             raise ArgumentError(f"{source} has no token that ends a text: no grammar could end one")
-        self.tokenizer, self.size = tokenizer, size
-        self.stops, self.ends = tokenizer.stop_ids, sorted(tokenizer.stop_ids)
         self.pieces = [tokenizer.piece(id) for id in range(min(size, tokenizer.vocab_size))]
-        usual = (id for id in (tokenizer.eot_id, tokenizer.eos_id) if id in tokenizer.stop_ids)
+        usual = (id for id in (tokenizer.eot_id, tokenizer.eos_id) if id in self.stops)
         self.end: int = next(usual, self.ends[0])       # the one that ends most texts
-        self.native = llguidance().LLTokenizer(_Tokens(self), n_vocab=size, eos_token=self.ends)
+        self.native = llguidance().LLTokenizer(_Tokens(tokenizer, self.pieces, self.ends, self.end), n_vocab=size, eos_token=self.ends)
         self.compile = lru_cache(COMPILED)(self._compile)
+        self.spelling, self.passing = lru_cache(PLACES)(self._spelling), lru_cache(PLACES)(self._passing)
 
     def _compile(self, source: str) -> tuple[Any, tuple[str, ...]]:
-        """A matcher at its beginning, and llguidance's warnings."""
-        matcher = llguidance().LLMatcher(self.native, source, log_level=0)
-        for step in (matcher.compute_bitmask, matcher.compute_ff_bytes):        # what fails at the first token fails here
-            if not matcher.is_error():
-                step()
-        if matcher.stop_reason() in ("NoExtension", "NoExtensionBias") and not matcher.is_accepting():
-            raise UnsupportedSchemaError("no text fits it")
-        if matcher.is_error():
-            raise UnsupportedSchemaError(sentence(matcher.get_error()))
-        return matcher, tuple(matcher.get_grammar_warnings())
+        return compiled(llguidance(), self.native, source)
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text that continues another one."""
-        if not self.tokenizer.space_prefix:
-            return self.tokenizer.encode(text, bos=False)
-        guard = self.tokenizer.byte_id(ord(GUARD))
-        ids = self.tokenizer.encode(GUARD + text, bos=False) if guard is not None else []
-        return ids[ids.index(guard) + 1:] if guard in ids else self.native.greedy_tokenize(text)
+    def _spelling(self, text: bytes) -> frozenset[int]:
+        """Tokens with which a text begins."""
+        return frozenset(id for id, piece in enumerate(self.pieces) if piece and text.startswith(piece))
+
+    def _passing(self, mark: bytes, seen: bytes, gap: bytes) -> frozenset[int]:
+        """Tokens that, behind a part of a mark, end it and go on with something else than the beginning of the gap."""
+        tails = tuple(mark[n:] for n in range(1, len(seen) + 1) if seen.endswith(mark[:n]))
+        found = (id for id, piece in enumerate(self.pieces) if mark in piece or piece.startswith(tails))
+        return frozenset(id for id in found if not gap.startswith((seen + self.pieces[id]).partition(mark)[2]))
 
 
 class _Tokens:
-    """The interface that LLTokenizer expects."""
+    """The interface that LLTokenizer expects. It keeps no tokenizer alive, which keeps its Vocabulary."""
 
     is_tokenizer_wrapper = True
 
-    def __init__(self, vocabulary: Vocabulary):
-        tokenizer = vocabulary.tokenizer
-        self.eos_token_id, self.bos_token_id = vocabulary.end, tokenizer.bos_id
-        self.tokens = vocabulary.pieces
-        silent = {*tokenizer.vocab.silent, *vocabulary.ends}
-        self.special_token_ids = sorted(id for id in silent if id < len(self.tokens))
-        self._encode = vocabulary.encode
+    def __init__(self, tokenizer: Tokenizer, pieces: list[bytes], ends: list[int], end: int):
+        self._tokenizer = ref(tokenizer)
+        self.eos_token_id, self.bos_token_id, self.tokens = end, tokenizer.bos_id, pieces
+        self.special_token_ids = sorted(id for id in {*tokenizer.vocab.silent, *ends} if id < len(pieces))
 
     def __call__(self, text: str) -> list[int]:
-        return self._encode(text)
+        tokenizer = self._tokenizer()
+        return [] if tokenizer is None else continued(tokenizer, text)
 
 
-def sentence(text: str) -> str:
-    """What llguidance says, in one line and without the state of its parser."""
-    return printable(" ".join(text.partition("<state>")[0].split()) or "unknown error", 300)
+def continued(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids of a text that continues another one; none where the tokenizer puts a space before each."""
+    if not tokenizer.space_prefix:
+        return tokenizer.encode(text, bos=False)
+    guard = tokenizer.byte_id(ord(GUARD))
+    ids = tokenizer.encode(GUARD + text, bos=False) if guard is not None else []
+    return ids[ids.index(guard) + 1:] if guard in ids else []
 
 
 def llguidance() -> Any:
@@ -81,6 +81,7 @@ def llguidance() -> Any:
     return llguidance
 
 
+_reading = Lock()                       # one thread reads a vocabulary, and others wait for it
 _known: WeakKeyDictionary[Tokenizer, Vocabulary] = WeakKeyDictionary()
 
 
@@ -89,7 +90,8 @@ def vocabulary_of(model: Model) -> Vocabulary:
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ArgumentError(f"{model.path} has no vocabulary: it cannot follow a grammar")
-    found = _known.get(tokenizer)
-    if found is None:
-        found = _known[tokenizer] = Vocabulary(tokenizer, model.config.vocab_size, model.path)
-    return found
+    with _reading:
+        found = _known.get(tokenizer)
+        if found is None:
+            found = _known[tokenizer] = Vocabulary(tokenizer, model.config.vocab_size, model.path)
+        return found
