@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .state import State
+from .vocabulary import Vocabulary
 
 ALL = np.uint32(0xFFFFFFFF)
 
