@@ -5,11 +5,15 @@ import json
 import pytest
 import tiny_tools
 from serving import events, served
-from test_tools import PAINT, STOP, fits
+from test_tools import PAINT, STOP, fits, turn
 
 import pybmc
+from pybmc.chat.conversation import Conversation
+from pybmc.chat.template import ChatTemplate
+from pybmc.cli import run
 from pybmc.engine.engine import Engine
 from pybmc.engine.request import Request
+from pybmc.spec.speculation import Speculation
 
 HELLO = [{"role": "user", "content": "Paint it"}]
 TOOLS = [PAINT, STOP]
@@ -105,14 +109,6 @@ def test_free_answers_are_those_without_a_grammar(servers):
     none = ask(server, tool_choice="none", max_tokens=20, seed=3, logit_bias=None).json()
     alone = ask(server, tools=None, max_tokens=20, seed=3, logit_bias=None).json()
     assert none["choices"][0]["message"] == alone["choices"][0]["message"] and none["usage"]["prompt_tokens"] == alone["usage"]["prompt_tokens"]
-
-
-def test_a_call_that_begins_in_the_middle_is_masked(servers, monkeypatch):
-    """The prompt brings the answer up to the mark; what follows is a call that fits."""
-    server = servers("hermes")
-    begun = [*HELLO, {"role": "assistant", "content": "I will.\n<tool_call>"}]
-    found = ask(server, messages=begun, tool_choice="auto").json()["choices"][0]["message"]
-    assert "tool_calls" not in found or all(fits(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in found["tool_calls"])
 
 
 def test_older_names(servers):
@@ -268,14 +264,58 @@ def test_llama_class(servers):
 
 def test_guesses_do_not_change_a_call():
     with pybmc.Model(tiny_tools.model("opened"), threads=1) as model:
-        from test_tools import turn
         texts = []
         for spec in ("off", "ngram"):
-            from pybmc.chat.template import ChatTemplate
-            from pybmc.spec.speculation import Speculation
             made = turn(lambda _: (model, ChatTemplate(None, model.tokenizer)), "opened", choice="required", budget=30)
             with Engine(model, parallel=1, speculation=Speculation(model, None, spec, 16, 0)) as engine:
                 engine.add(Request(made.tokens, 200, pybmc.Sampler(temperature=0.7, seed=3), stop_ids=model.tokenizer.stop_ids,
                                    schema=made.schema(), shown=made.shown, hint=made.tokens))
                 texts.append("".join(token.text for _ in range(400) if engine.running or engine.waiting for _, token in engine.step()))
         assert texts[0] == texts[1] and "</think>" in texts[0] and "<tool_call>" in texts[0]
+
+
+def test_batch_lines(tmp_path):
+    lines = [{"messages": HELLO, "tools": TOOLS, "tool_choice": "required", "max_tokens": 300},
+             {"messages": HELLO, "tools": TOOLS, "max_tokens": 5}, {"messages": HELLO, "max_tokens": 5}, {"prompt": "x", "tools": TOOLS},
+             {"messages": HELLO, "tools": [{"type": "x"}]}, {"messages": HELLO, "functions": [STOP["function"]], "function_call": {"name": "stop"}},
+             {"messages": [*HELLO, {"role": "assistant", "tool_calls": [{}]}]}]
+    (tmp_path / "in").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run(["batch", str(tmp_path / "in"), str(tmp_path / "out"), "-m", str(tiny_tools.model("hermes")), "-t", "1"]) == 1
+    found = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert all(fits(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in found[0]["tool_calls"])
+    assert found[0]["text"] == "" and found[0]["finish_reason"] == "tool_calls"
+    assert "tool_calls" not in found[1] and found[2]["text"] and "expected messages beside it" in found[3]["error"]
+    assert "tools[0]" in found[4]["error"] and found[5]["tool_calls"][0]["function"]["name"] == "stop" and "tool_calls[0]" in found[6]["error"]
+
+
+@pytest.mark.parametrize("name, closes", [("opened", "</think>"), ("harmony", "<|end|>")])
+def test_generate_limits_a_thought(name, closes):
+    with pybmc.Model(tiny_tools.model(name), threads=1) as model:
+        template = ChatTemplate(None, model.tokenizer)
+        tokens = template.encode(HELLO)
+        if name == "harmony":
+            tokens += model.tokenizer.encode("<|channel|>analysis<|message|>", bos=False, special=True)
+        text = "".join(t.text for t in pybmc.generate(model, tokens, 30, reasoning_budget=5, chat_template=template))
+        assert 0 < text.find(closes) < 60
+        batch = "".join(token.text for _, token in pybmc.generate_batch(model, [HELLO], 30, reasoning_budget=5))
+        assert name == "harmony" or batch == text
+        with pytest.raises(pybmc.ArgumentError, match="reasoning_budget"):
+            pybmc.generate(model, HELLO, 3, reasoning_budget=-1)
+
+
+@pytest.mark.parametrize("thoughts", ["show", "hide"])
+def test_commands_limit_and_hide_thoughts(capsys, thoughts):
+    args = ["generate", str(tiny_tools.model("opened")), "--chat", "-p", "x", "-n", "20", "-t", "1", "--thoughts", thoughts, "--reasoning-budget"]
+    assert run([*args, "4"]) == 0
+    out = capsys.readouterr().out
+    assert ("</think>" in out) == (thoughts == "show") and out.strip()
+    assert run([*args, "-2"]) == 2 and "-2" in capsys.readouterr().err
+
+
+def test_a_conversation_in_channels_keeps_the_content(capsys):
+    with pybmc.Model(tiny_tools.model("harmony"), threads=1) as model, model.session() as session:
+        talk = Conversation(model, session, max_tokens=4)
+        talk.prompt = model.tokenizer.encode("<|start|>assistant", special=True)
+        said = "<|channel|>analysis<|message|>hm<|end|><|start|>assistant<|channel|>final<|message|>Yes."
+        assert talk._message(said) == {"role": "assistant", "content": "Yes."}
+        assert list(talk.ask("Hello")) and talk.messages[-1]["role"] == "assistant" and "<|" not in talk.messages[-1]["content"]
