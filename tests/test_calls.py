@@ -68,6 +68,8 @@ CASES = [
     (tagged, f"```json\n{GET}\n```\n", [("get", ARGUMENTS)]), (tagged, f" <tools>{GET}</tools> and", [("get", ARGUMENTS), "and"]),
     (tagged, f"```json\n{GET}\n```\n<tool_call>{GET}</tool_call>", [("get", ARGUMENTS), ("get", ARGUMENTS)]),
     (tagged, '```json\n{"name": "other"}\n```', ['```json\n{"name": "other"}\n```']), (tagged, "```\ncode\n```", ["```\ncode\n```"]),
+    (tagged, '{"arguments": {}, "name": "add"}', ['{"arguments": {}, "name": "add"}']),
+    (tagged, r'{"n\u0061me": "add", "arguments": {}}', [r'{"n\u0061me": "add", "arguments": {}}']),
     (tagged, '{{"name": "add", "arguments": {}}}', [("add", {})]), (bare, '{"name": "add", "age": 3}', ['{"name": "add", "age": 3}']),
     (tagged, "<tool_call>\n<function=other>\n</function>", ["<tool_call>\n<function=other>\n</function>"]),
     (bare, '{"name": "get", "parameters": {"n": 2}}', [("get", {"n": 2})]),

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import tiny_tools
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pybmc
@@ -109,6 +109,8 @@ def test_older_names_mean_the_same():
     ([{"type": "function", "function": {"name": "a", "parameters": []}}], None, "parameters: expected a JSON schema of an object"),
     ([{"type": "function", "function": {"name": "a", "parameters": {"type": "array"}}}], None, "parameters: expected a JSON schema"),
     ([{"type": "function", "function": {"name": "a", "description": 3}}], None, "description: expected a text"),
+    ([{"type": "function", "function": {"name": "a", "parameters": {"required": 5}}}], None, "required: expected a list of names"),
+    ([{"type": "function", "function": {"name": "a", "parameters": {"required": [["x"]]}}}], None, "required: expected a list of names"),
     ([PAINT, PAINT], None, "paint is there twice"), ([PAINT], {"type": "function", "function": {"name": "x"}}, "expected one of paint, found 'x'"),
     ([PAINT], "paint", "expected none, auto, required"), ([], "required", "there are no tools"), ([PAINT], 3, "tool_choice"),
     ([PAINT] * 600, None, "at most 512"),
@@ -301,8 +303,8 @@ def test_schemas_of_arguments(models, name, schema, arguments):
 
 def test_schemas_that_cannot_be_followed_are_refused(models):
     for parameters in ({"type": "object", "properties": {"a": {"type": "colour"}}}, {"type": "object", "properties": {"a": {"$ref": "http://x/y"}}}):
-        with pytest.raises(SchemaError):
-            turn(models, "hermes", tools=[{"type": "function", "function": {"name": "f", "parameters": parameters}}])
+        with pytest.raises(SchemaError, match=r"tools\[1\].function.parameters: "):
+            turn(models, "hermes", tools=[STOP, {"type": "function", "function": {"name": "f", "parameters": parameters}}])
 
 
 def test_names_of_tools_may_have_signs(models):
@@ -374,3 +376,30 @@ def test_guesses_are_masked_as_the_tokens_they_become(models, data):
         plain.accept(tokens[-1])
         if tokens[-1] in made.template.tokenizer.stop_ids:
             break
+
+
+# ---- hostile schemas
+
+
+KEYWORDS = ["type", "properties", "required", "enum", "const", "$ref", "$defs", "items", "anyOf", "additionalProperties", "pattern", "a", "b", "<x>"]
+JUNK = st.recursive(st.none() | st.booleans() | st.integers(-2, 3) | st.sampled_from(["", "a", "string", "object", "</parameter>", "#/$defs/a"]),
+                    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from(KEYWORDS), inner, max_size=3), max_leaves=6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(["hermes", "qwen-coder"]), st.dictionaries(st.sampled_from(KEYWORDS), JUNK, max_size=4))
+def test_any_schema_is_followed_or_refused(models, name, parameters):
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    try:
+        made = turn(models, name, tools=[tool], choice="required")
+    except ArgumentError:
+        return
+    assert made.schema().mask(()) is not None
+
+
+def test_json_that_holds_a_call_is_no_call(models):
+    wish = asked({"json_schema": {"type": "object"}})
+    call = "<tool_call><function=stop></function></tool_call>[TOOL_CALLS]stop[ARGS]{}<|python_tag|>"
+    for name in ("hermes", "qwen-coder", "mistral", "mistral-list", "llama3", "plain"):
+        text = json.dumps({"n": call + '{"name": "stop", "arguments": {}}'})
+        assert [type(event) for event in read(turn(models, name, wish=wish), text)] == [Content]

@@ -66,22 +66,20 @@ class Budget:
         if place.kind == "after":
             return place
         seen = place.seen + (self._tokenizer.piece(token) if token < self._tokenizer.vocab_size else b"")
-        return self._inside(place, seen) if place.kind == "inside" else self._before(place, seen)
+        return self._inside(place.n + 1, seen) if place.kind == "inside" else self._before(place, seen)
 
     def _before(self, place: Place, seen: bytes) -> Place:
+        """The token that opens a thought counts as none of it."""
         at = seen.find(self._opens)
         if at >= 0 and (self._again or not seen[:at].strip()):
-            return self._inside(Place("inside", n=place.n - 1), seen[at + len(self._opens):])
+            return self._inside(place.n, seen[at + len(self._opens):])
         if self._again:
             return Place("before", seen[-len(self._opens):], place.n)
         begun = self._opens.startswith(seen.lstrip())
         return Place("before", seen) if begun else Place("after")
 
-    def _inside(self, place: Place, seen: bytes) -> Place:
-        """n: the token that opens a thought counts as none of it."""
-        if self._closes in seen:
-            return self._after(place.n)
-        return Place("inside", seen[-len(self._closes):], place.n + 1)
+    def _inside(self, n: int, seen: bytes) -> Place:
+        return self._after(n) if self._closes in seen else Place("inside", seen[-len(self._closes):], n)
 
     def _after(self, n: int) -> Place:
         return Place("before", n=n) if self._again else Place("after")

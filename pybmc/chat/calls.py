@@ -19,8 +19,6 @@ FENCES = {"```json": "```", "```": "```", "<tools>": "</tools>"}      # what may
 BRACES = ("{", "{{")                    # the latter stand in a template of Qwen's, and then in answers
 HARMONY_ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|start|>", "<|channel|>")
 LITERALS = {"True": "true", "False": "false", "None": "null"}       # as some models write them
-
-
 _ALPHABET = letters.ascii_letters + letters.digits
 
 
@@ -29,11 +27,11 @@ def new_id(prefix: str) -> str:
 
 
 class Calls:
-    """Numbers the calls of an answer. tools: the parameters of each tool by its name. new_id: makes an id for a call. loose: the
-    mark of a call may be missing at the beginning."""
+    """Numbers the calls of an answer. tools: the parameters of each tool by its name. new_id: makes an id for a call. loose: an
+    answer may begin with a call without its mark. first: a call is the first thing of an answer, or there is none."""
 
-    def __init__(self, tools: Mapping[str, Mapping], new_id: Callable[[], str], loose: bool = True):
-        self.tools, self.loose, self._new_id, self._n = tools, loose, new_id, 0
+    def __init__(self, tools: Mapping[str, Mapping], new_id: Callable[[], str], loose: bool = True, first: bool = False):
+        self.tools, self.loose, self.first, self._new_id, self._n = tools, loose, first, new_id, 0
 
     def begin(self, name: str) -> CallBegin:
         self._n += 1
@@ -50,6 +48,8 @@ def tagged(feed: Feed, calls: Calls) -> Steps:
     """Hermes and Qwen: a JSON object in <tool_call>, or tags in tags. Some forget the tag at the beginning of an answer."""
     if calls.loose:
         yield from headed(feed, calls)
+    if calls.first and not (yield from begins(feed, CALL)):
+        return
     while True:
         before, mark = yield from until(feed, (CALL,), Content, trim=True)
         if not mark:
@@ -86,6 +86,14 @@ def headed(feed: Feed, calls: Calls) -> Steps:
             yield from after_space(feed, FENCES[mark])
 
 
+def begins(feed: Feed, mark: str) -> Steps:
+    """Whether a text begins with a mark, behind white space. Takes nothing."""
+    feed.begin()
+    found = yield from after_space(feed, mark)
+    feed.text = "".join(feed.taken) + feed.text
+    return bool(found)
+
+
 def white_end(text: str) -> str:
     """The white space at the end of a text."""
     return text[len(text.rstrip(WHITE)):]
@@ -98,18 +106,21 @@ def after_space(feed: Feed, *words: str) -> Steps:
 
 
 def call_object(feed: Feed, calls: Calls, bare: bool = False) -> Steps:
-    """{"name": .., "arguments": {..}}, from behind its brace. bare: without arguments it is no call. Returns whether it was one."""
+    """{"name": .., "arguments": {..}}, from behind its brace. bare: it is a call only where it is written just so. Returns whether
+    it was one."""
     name, begun, held = "", False, ""
     while (char := (yield from after_space(feed, ",", "}"))) != "}":
         if char == ",":
             continue
-        key = string((yield from value(feed))) if feed.text[:1] == '"' else None
-        if key is None or (yield from after_space(feed, ":")) != ":":
+        written = (yield from value(feed)) if feed.text[:1] == '"' else ""
+        key = string(written)
+        if key is None or bare and not name and written != '"name"' or (yield from after_space(feed, ":")) != ":":
             return begun
         yield from space(feed)
         if key == "name" and not name:
-            name = string((yield from value(feed))) or ""
-            if name not in calls.tools:
+            written = yield from value(feed)
+            name = string(written) or ""
+            if name not in calls.tools or bare and written != f'"{name}"':
                 return False
         elif key in ("arguments", "parameters") and name and not begun:
             begun = True
@@ -202,8 +213,16 @@ def is_raw(schema: Mapping) -> bool:
     """Whether a value is a string that is written in tags as it is: any one, or one of some without ends of lines."""
     if schema.get("type") != "string" or schema.keys() - {"type", "title", "description", "default", "examples", "enum", "const"}:
         return False
-    known = [*schema.get("enum", ()), *([schema["const"]] if "const" in schema else ())]
-    return all(isinstance(text, str) and text and not set(text) & set("\n<") for text in known)
+    return schema.keys().isdisjoint({"enum", "const"}) or bool(named(schema))
+
+
+def named(schema: Mapping) -> list[str]:
+    """The strings that a schema names one by one; none where it names others too."""
+    if "enum" in schema and "const" in schema:
+        return []
+    found = schema.get("enum", [schema.get("const")])
+    fits = isinstance(found, list) and all(isinstance(text, str) and text and not set(text) & set("\n<") for text in found)
+    return found if fits else []
 
 
 # ---- without tags ------------------------------------------------------------------------------------------
@@ -211,7 +230,7 @@ def is_raw(schema: Mapping) -> bool:
 
 def bare(feed: Feed, calls: Calls) -> Steps:
     """Llama 3 and plain JSON: the answer is an object, or <|python_tag|> stands before it."""
-    if not (yield from headed(feed, calls)):
+    if not (yield from headed(feed, calls)) and not calls.first:
         _, mark = yield from until(feed, ("<|python_tag|>",), Content, trim=True)
         if mark:
             yield from headed(feed, calls)
@@ -219,6 +238,8 @@ def bare(feed: Feed, calls: Calls) -> Steps:
 
 def mistral(feed: Feed, calls: Calls) -> Steps:
     """[TOOL_CALLS][{..}, ..] or [TOOL_CALLS]name[ARGS]{..}[TOOL_CALLS].."""
+    if calls.first and not (yield from begins(feed, "[TOOL_CALLS]")):
+        return
     while True:
         before, mark = yield from until(feed, ("[TOOL_CALLS]",), Content, trim=True)
         if not mark:
@@ -291,7 +312,8 @@ def message(feed: Feed, calls: Calls, header: str, told: set[type]) -> Steps:
         yield from space(feed)
     elif make in told:
         yield make("\n\n")
-    told |= {make} if isinstance(make, type) else set()
+    if isinstance(make, type):
+        told.add(make)
     _, mark = yield from until(feed, HARMONY_ENDS, make, trim=make == calls.piece)
     if mark in ("<|start|>", "<|channel|>"):
         feed.text = mark + feed.text

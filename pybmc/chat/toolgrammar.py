@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 
 from ..tokenizers import Tokenizer
-from .calls import is_raw
+from .calls import HARMONY_ENDS, is_raw, named
 from .tools import Format, Tool, Tools
 
 # A model writes arguments as chat templates show them to it: with a space behind commas and colons.
@@ -100,9 +100,7 @@ def object_rules(rules: Rules, several: bool) -> str:
     if rules.whole:
         return marked(rules, "<tool_call>", body, '"\\n"', several)
     more = f'("\\n" {mark} {body})*' if several else ""
-    if mark.startswith("<["):
-        return headed(rules, "arguments", several, mark, f"{body} {more}")
-    return headed(rules, "arguments", several, "", f"{body} {more}", "<tool_call>")
+    return headed(rules, "arguments", several, "<tool_call>", f"{body} {more}")
 
 
 def tags_rules(rules: Rules, several: bool) -> str:
@@ -130,7 +128,7 @@ def _tags(rules: Rules, tool: Tool) -> str:
 def _value(rules: Rules, schema: Mapping, strict: bool) -> str:
     if not is_raw(schema):
         return rules.json(schema, strict) + ' "\\n</parameter>"'
-    known = [schema["const"]] if "const" in schema else schema.get("enum")
+    known = named(schema)
     if known:
         return rules.any_of(quoted(text) for text in known) + ' "\\n</parameter>"'
     name = f"raw{len(rules.lines)}"
@@ -140,7 +138,9 @@ def _value(rules: Rules, schema: Mapping, strict: bool) -> str:
 
 def named_rules(rules: Rules, several: bool) -> str:
     args = rules.mark("[ARGS]")
-    body = rules.any_of(f"{quoted(tool.name)} {args} {rules.arguments(tool)}" for tool in rules.tools.callable)
+    rules.add("ID", "/[A-Za-z0-9]{9}/")
+    id = f"({rules.mark('[CALL_ID]')} ID)? " * ("[CALL_ID]" in rules.tokenizer.vocab.ids)
+    body = rules.any_of(f"{quoted(tool.name)} {id}{args} {rules.arguments(tool)}" for tool in rules.tools.callable)
     return marked(rules, "[TOOL_CALLS]", body, several=several)
 
 
@@ -157,14 +157,13 @@ def bare_rules(key: str) -> Callable[[Rules, bool], str]:
             rules.apart = bool(rules.final)
             one = rules.objects(key)
             return one + f' ("\\n" {one})*' * several + f" | {rules.final}" * bool(rules.final)
-        tag = rules.mark("<|python_tag|>")
-        return headed(rules, key, several, tag if tag.startswith("<[") else "", "calls")
+        return headed(rules, key, several, "<|python_tag|>", "calls")
     return made
 
 
-def headed(rules: Rules, key: str, several: bool, token: str, behind: str, word: str = "") -> str:
-    """An answer that is free text, or an object at its beginning, as models write it on their own, or ends with calls behind a
-    token or a word."""
+def headed(rules: Rules, key: str, several: bool, mark: str, behind: str) -> str:
+    """An answer that is free text, or an object at its beginning, as models write it on their own, or text that ends with calls
+    behind a mark."""
     fence = r"\s*(<tools>\s*|```(json)?\s*)?\{\{?\s*\"name\"\s*:\s*\""
     heads = []
     for tool in rules.tools.callable:
@@ -173,23 +172,26 @@ def headed(rules: Rules, key: str, several: bool, token: str, behind: str, word:
     names = "|".join(pattern(tool.name) for tool in rules.tools.tools)
     headless = rf'~/{fence}({names})"{ANY}/'
     rules.add("TAIL", r"/\s*\}\}?\s*(<\/tools>|```)?/")
-    rules.add("OTHER", f"/{ANY}/ & {headless}" + rf" & ~/{ANY}{pattern(word)}{ANY}/" * bool(word))
+    rules.add("OTHER", f"/{ANY}/ & {headless} & {without(mark)}")
     one = rules.any_of(heads)
     rules.add("calls", f"{one} ({one})*" if several else one)
-    answers = ["OTHER", "calls"]
-    if token:
-        answers.append(f"OTHER? {token} {behind}")
-    if word:
-        rules.add("free[lazy]", f"/{ANY}{pattern(word)}/ & {headless}")
-        answers.append(f"free {behind}")
-    return rules.any_of(answers)
+    token = rules.mark(mark)
+    if token.startswith("<["):
+        return rules.new(f"OTHER | calls | OTHER? {token} {behind}")
+    rules.add("free[lazy]", f"/{ANY}{pattern(mark)}/ & {headless}")
+    return rules.new(f"OTHER | calls | free {behind}")
+
+
+def without(*marks: str) -> str:
+    """Any text without some marks, which readers would take for tokens."""
+    return f"~/{ANY}({'|'.join(map(pattern, marks))}){ANY}/"
 
 
 def harmony_rules(rules: Rules, _: bool) -> str:
     """Thoughts and preambles in their channels, then the final message or a call."""
     channel, message, end, start, constrain = (
         rules.mark(f"<|{name}|>") for name in ("channel", "message", "end", "start", "constrain"))
-    rules.add("TEXT", f"/{ANY}/")
+    rules.add("TEXT", f"/{ANY}/ & {without(*HARMONY_ENDS, '<|message|>')}")
     call = rules.any_of(
         f'({channel} {quoted(f"commentary to=functions.{tool.name}")} | {quoted(f" to=functions.{tool.name}")} {channel} "commentary") '
         f'(" " {constrain} "json" | " json")? {message} {rules.arguments(tool)}' for tool in rules.tools.callable)

@@ -59,7 +59,7 @@ def tools_of(tools: Sequence | None, choice: object = None, parallel: bool = Tru
     if len(set(names)) < len(names):
         raise ArgumentError(f"{where}: {next(n for n in names if names.count(n) > 1)} is there twice; expected each name once")
     asked = choice_of(wanted, names, choice_name)
-    return Tools(found, asked, parallel) if found and asked != "none" else None
+    return Tools(found, asked, parallel and not functions) if found and asked != "none" else None
 
 
 def tool_of(given: object, where: str) -> Tool:
@@ -73,6 +73,9 @@ def tool_of(given: object, where: str) -> Tool:
         parameters = {"type": "object", "properties": {}}
     if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
         checks.refuse(f"{where}.function.parameters", "a JSON schema of an object", parameters)
+    required = parameters.get("required") or []
+    if not isinstance(required, list) or not all(isinstance(key, str) for key in required):
+        checks.refuse(f"{where}.function.parameters.required", "a list of names", required)
     if not isinstance(function.get("description") or "", str):
         checks.refuse(f"{where}.function.description", "a text", function["description"])
     shown = {"type": "function", "function": {"name": name, "description": function.get("description") or "", "parameters": parameters}}
@@ -82,6 +85,7 @@ def tool_of(given: object, where: str) -> Tool:
 def closed(parameters: Mapping) -> Mapping:
     """A schema of arguments in which an object has only the properties that it names, unless it says otherwise."""
     opened = parameters.keys() & {"additionalProperties", "patternProperties", "unevaluatedProperties", "$ref", "allOf", "anyOf", "oneOf"}
+    opened |= {key for key in parameters.get("required") or () if key not in (parameters.get("properties") or ())}
     if opened or "properties" not in parameters and parameters.keys() - {"type", "title", "description"}:
         return {"type": "object", **parameters}
     return {"type": "object", "properties": {}, **parameters, "additionalProperties": False}

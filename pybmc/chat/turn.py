@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from ..engine.generate import filled
 from ..engine.model import Model
 from ..engine.schema import Schema
-from ..errors import ArgumentError
+from ..errors import ArgumentError, SchemaError
 from ..grammar.asked import Asked
 from ..grammar.grammar import Grammar
 from ..tokenizers import Tokenizer
@@ -77,7 +77,15 @@ class Turn:
             return alone
         if self.wish and self.wish.kind != "schema":
             raise ArgumentError(f"{self.wish.field}: expected no tools beside a grammar; a JSON schema may have some")
-        return Grammar.lark(grammar_text(self.format, self.tools, self._tokenizer, self._final), self.model)
+        try:
+            return Grammar.lark(grammar_text(self.format, self.tools, self._tokenizer, self._final), self.model)
+        except SchemaError:
+            for i, tool in enumerate(self.tools.tools):         # whose schema it is
+                try:
+                    Grammar.json(tool.parameters, self.model, tool.strict)
+                except SchemaError as error:
+                    raise type(error)(f"tools[{i}].function.parameters: {error}") from None
+            raise
 
     @property
     def _final(self) -> Mapping | None:
@@ -110,7 +118,7 @@ class Turn:
         if self.template.channels:
             parser = self._parser(make_id)
             parser.push(channel_tail(self._tokenizer, self.tokens))
-            return parser if self.split else Joined(parser) if self.tools else Plain()
+            return parser if self.split else Joined(parser)
         calls: Reader = self._parser(make_id) if self.tools else Plain()
         if not self.split:
             return calls
@@ -119,5 +127,6 @@ class Turn:
 
     def _parser(self, make_id: Callable[[], str]) -> Parser:
         known = {tool.name: tool.parameters for tool in self.tools.callable} if self.tools else {}
-        calls = Calls(known, make_id, loose=bool(self.tools and not self.tools.forced and self.wish is None))
+        whole = self.wish is not None or self.tools is not None and self.tools.forced
+        calls = Calls(known, make_id, loose=self.format.kind == "object" and not whole, first=whole)
         return Parser(lambda feed: self.format.parse(feed, calls))
