@@ -111,6 +111,16 @@ def test_free_answers_are_those_without_a_grammar(servers):
     assert none["choices"][0]["message"] == alone["choices"][0]["message"] and none["usage"]["prompt_tokens"] == alone["usage"]["prompt_tokens"]
 
 
+@pytest.mark.parametrize("name, mark", [("hermes", "<tool_call>"), ("qwen-coder", "<tool_call>"), ("mistral", "[TOOL_CALLS]"),
+                                        ("mistral-list", "[TOOL_CALLS]"), ("llama3", "<|python_tag|>")])
+def test_calls_that_are_not_forced_fit_too(servers, name, mark):
+    """A bias makes the model begin a call."""
+    for seed in range(3):
+        found = ask(servers(name), tool_choice="auto", seed=seed, parallel_tool_calls=False, logit_bias=[[mark, 100]]).json()["choices"][0]
+        (call,) = found["message"]["tool_calls"]
+        assert fits(call["function"]["name"], json.loads(call["function"]["arguments"])) and found["finish_reason"] == "tool_calls"
+
+
 def test_older_names(servers):
     server = servers("hermes")
     body = {"messages": HELLO, "functions": [PAINT["function"]], "function_call": {"name": "paint"}, "max_tokens": 200, "seed": 1}

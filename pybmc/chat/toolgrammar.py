@@ -15,6 +15,8 @@ JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": "
 COMPACT = {"whitespace_flexible": False}
 SIMPLE = {"type", "properties", "required", "additionalProperties", "title", "description", "$defs", "definitions", "$schema"}
 ANY = "(?s:.*)"
+WHITE_SPACE = r"[ \t\r\n]"
+SPACE = WHITE_SPACE + "{0,20}"           # in more of it models lose themselves
 
 
 class Rules:
@@ -157,21 +159,21 @@ def bare_rules(key: str) -> Callable[[Rules, bool], str]:
             rules.apart = bool(rules.final)
             one = rules.objects(key)
             return one + f' ("\\n" {one})*' * several + f" | {rules.final}" * bool(rules.final)
-        return headed(rules, key, several, "<|python_tag|>", "calls")
+        one = rules.objects(key)
+        return headed(rules, key, several, "<|python_tag|>", one + f' ("\\n" {one})*' * several)
     return made
 
 
 def headed(rules: Rules, key: str, several: bool, mark: str, behind: str) -> str:
     """An answer that is free text, or an object at its beginning, as models write it on their own, or text that ends with calls
     behind a mark."""
-    fence = r"\s*(<tools>\s*|```(json)?\s*)?\{\{?\s*\"name\"\s*:\s*\""
     heads = []
     for tool in rules.tools.callable:
-        head = rules.new(rf'/{fence}{pattern(tool.name)}"\s*,\s*"{key}"\s*:\s*/', "HEAD")
+        head = rules.new("/" + head_pattern(f'{pattern(tool.name)}"@,@"{key}"@:@', SPACE) + "/", "HEAD")
         heads.append(f"{head} {rules.arguments(tool)} TAIL")
     names = "|".join(pattern(tool.name) for tool in rules.tools.tools)
-    headless = rf'~/{fence}({names})"{ANY}/'
-    rules.add("TAIL", r"/\s*\}\}?\s*(<\/tools>|```)?/")
+    headless = "~/" + head_pattern(f'({names})"', WHITE_SPACE + "*") + ANY + "/"
+    rules.add("TAIL", "/" + r"@\}\}?@(<\/tools>|```)?".replace("@", SPACE) + "/")
     rules.add("OTHER", f"/{ANY}/ & {headless} & {without(mark)}")
     one = rules.any_of(heads)
     rules.add("calls", f"{one} ({one})*" if several else one)
@@ -180,6 +182,11 @@ def headed(rules: Rules, key: str, several: bool, mark: str, behind: str) -> str
         return rules.new(f"OTHER | calls | OTHER? {token} {behind}")
     rules.add("free[lazy]", f"/{ANY}{pattern(mark)}/ & {headless}")
     return rules.new(f"OTHER | calls | free {behind}")
+
+
+def head_pattern(behind: str, space: str) -> str:
+    """How an object that names a tool begins, up to the name and what stands behind; @ is white space."""
+    return (r'@(<tools>@|```(json)?@)?\{\{?@"name"@:@"' + behind).replace("@", space)
 
 
 def without(*marks: str) -> str:
