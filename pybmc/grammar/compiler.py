@@ -30,10 +30,9 @@ def _compiled(llguidance: Any, tokenizer: Any, source: str) -> tuple[Any, tuple[
         forced = probe.compute_ff_tokens()
         probe.consume_tokens(forced[:probe.validate_tokens(forced)])
         probe.compute_bitmask()
-    if probe.stop_reason() in ("NoExtension", "NoExtensionBias") and not probe.is_accepting():
-        raise UnsupportedSchemaError("no text fits it")
     if probe.is_error():
-        raise UnsupportedSchemaError(sentence(probe.get_error()))
+        words = sentence(probe.get_error())
+        raise UnsupportedSchemaError("no text fits it" if words == "NoExtensionBias" else words)
     return matcher, tuple(matcher.get_grammar_warnings())
 
 
