@@ -44,7 +44,8 @@ class _Job:
         reason = self.tokens[-1].finish_reason if self.tokens else "length"
         return {"index": self.line.number, **({"id": self.asked["id"]} if "id" in self.asked else {}), "key": self.line.key,
                 "text": text, **({"tool_calls": calls} if calls else {}),
-                "finish_reason": "tool_calls" if calls and reason == "stop" else reason, "seed": self.seed, "prompt_tokens": stats.prompt_tokens, "completion_tokens": stats.predicted_tokens}
+                "finish_reason": "tool_calls" if calls and reason == "stop" else reason, "seed": self.seed,
+                "prompt_tokens": stats.prompt_tokens, "completion_tokens": stats.predicted_tokens}
 
 
     def _read(self) -> tuple[str, list[dict]]:
@@ -104,7 +105,8 @@ class Worker:
         settings = {name: wishes[name] for name in Sampler.__dataclass_fields__ if name in wishes}
         if settings.get("seed") is None:
             settings["seed"] = int.from_bytes(os.urandom(4), "little") if settings.get("temperature") else 0
-        fields = checked_wishes(self.model, wishes.get("max_tokens"), wishes.get("stop"), None, settings) | {"context": self.context}
+        fields = checked_wishes(self.model, wishes.get("max_tokens"), wishes.get("stop"), None, settings)
+        fields["context"] = self.context
         if "messages" in asked:
             turn = self._turn(asked)
             return Request(turn.tokens, schema=turn.schema(), shown=turn.shown, **fields), turn.reader()
@@ -123,8 +125,9 @@ class Worker:
         tools = tools_of(asked.get("tools"), asked.get("tool_choice"), asked.get("parallel_tool_calls", True) is not False,
                          asked.get("functions"), asked.get("function_call"))
         budget = checks.whole("reasoning_budget", asked.get("reasoning_budget", -1), -1)
-        return Turn(self.model, self._template, asked["messages"], tools, checked_variables(asked.get("chat_template_kwargs") or {}),
-                    split=False, budget=None if budget < 0 else budget, wish=wished(asked))
+        variables = checked_variables(asked.get("chat_template_kwargs") or {})
+        return Turn(self.model, self._template, asked["messages"], tools, variables, split=False,
+                    budget=None if budget < 0 else budget, wish=wished(asked))
 
     def _step(self, running: dict, ready: dict) -> None:
         if running:

@@ -98,8 +98,9 @@ def generate_batch(model: Model, prompts: Iterable[Prompt], max_tokens: int | No
             raise ContextFullError(f"the prompt has {len(text)} tokens, the context has room for {room}")
     speculation = speculation_of(None, model, draft, spec, draft_max, draft_min)
     engine = Engine(model, parallel=parallel, speculation=speculation)
-    return Batch(engine, [engine.add(Request(text, context=context, **wishes | followed(compiled, model, text, template, budget, wishes)))
-                          for text, template in texts])
+    requests = [Request(text, context=context, **wishes | followed(compiled, model, text, template, budget, wishes))
+                for text, template in texts]
+    return Batch(engine, [engine.add(request) for request in requests])
 
 
 def followed(grammar: Grammar | None, model: Model, tokens: list[int], template: ChatTemplate | None, budget: int | None,

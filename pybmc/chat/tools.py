@@ -14,6 +14,7 @@ from .calls import CALL, FUNCTION, bare, harmony, mistral, tagged
 
 NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
 MOST = 512                              # tools of a request
+OPENED = {"additionalProperties", "patternProperties", "unevaluatedProperties", "$ref", "allOf", "anyOf", "oneOf"}
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def tools_of(tools: Sequence | None, choice: object = None, parallel: bool = Tru
     if tools and functions:
         raise ArgumentError("tools and functions: expected one of them, found both")
     where = "functions" if functions else "tools"
-    choice_name, wanted = ("function_call", function_call) if choice is None and function_call is not None else ("tool_choice", choice)
+    older = choice is None and function_call is not None
     given = [{"type": "function", "function": f} for f in functions or ()] if functions else tools or []
     if not isinstance(given, (list, tuple)) or len(given) > MOST:
         checks.refuse(where, f"a list of at most {MOST} tools", given)
@@ -58,14 +59,14 @@ def tools_of(tools: Sequence | None, choice: object = None, parallel: bool = Tru
     names = [tool.name for tool in found]
     if len(set(names)) < len(names):
         raise ArgumentError(f"{where}: {next(n for n in names if names.count(n) > 1)} is there twice; expected each name once")
-    asked = choice_of(wanted, names, choice_name)
+    asked = choice_of(function_call, names, "function_call") if older else choice_of(choice, names, "tool_choice")
     return Tools(found, asked, parallel and not functions) if found and asked != "none" else None
 
 
 def tool_of(given: object, where: str) -> Tool:
-    if not isinstance(given, Mapping) or given.get("type", "function") != "function" or not isinstance(given.get("function"), Mapping):
+    function = given.get("function") if isinstance(given, Mapping) and given.get("type", "function") == "function" else None
+    if not isinstance(function, Mapping):
         checks.refuse(where, "an object with the type function and a function", given)
-    function = given["function"]
     name, parameters = function.get("name"), function.get("parameters")
     if not isinstance(name, str) or not NAME.fullmatch(name):
         checks.refuse(f"{where}.function.name", "1 to 128 letters, digits and signs of _.:/-", name)
@@ -78,13 +79,13 @@ def tool_of(given: object, where: str) -> Tool:
         checks.refuse(f"{where}.function.parameters.required", "a list of names", required)
     if not isinstance(function.get("description") or "", str):
         checks.refuse(f"{where}.function.description", "a text", function["description"])
-    shown = {"type": "function", "function": {"name": name, "description": function.get("description") or "", "parameters": parameters}}
-    return Tool(name, closed(parameters), shown, function.get("strict") is True)
+    shown = {"name": name, "description": function.get("description") or "", "parameters": parameters}
+    return Tool(name, closed(parameters), {"type": "function", "function": shown}, function.get("strict") is True)
 
 
 def closed(parameters: Mapping) -> Mapping:
     """A schema of arguments in which an object has only the properties that it names, unless it says otherwise."""
-    opened = parameters.keys() & {"additionalProperties", "patternProperties", "unevaluatedProperties", "$ref", "allOf", "anyOf", "oneOf"}
+    opened = parameters.keys() & OPENED
     opened |= {key for key in parameters.get("required") or () if key not in (parameters.get("properties") or ())}
     if opened or "properties" not in parameters and parameters.keys() - {"type", "title", "description"}:
         return {"type": "object", **parameters}
