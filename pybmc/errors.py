@@ -21,6 +21,10 @@ class UnsupportedSchemaError(SchemaError):
     """A schema or a grammar asks for what the engine of grammars refuses."""
 
 
+class NeedsPackageError(BmcError):
+    """What is asked for needs a package that is not installed."""
+
+
 class ContextFullError(BmcError, ValueError):
     """The session's cap on rows would be passed."""
 

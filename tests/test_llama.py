@@ -321,7 +321,7 @@ def test_what_is_wrong_with_a_call_is_said_at_once(llm, given, stream):
 
 
 @pytest.mark.parametrize("given", [
-    {"tools": [{"type": "function"}]}, {"functions": [{"name": "f"}]}, {"tool_choice": "required"}, {"function_call": {"name": "f"}},
+    {"tools": [{"type": "function"}]}, {"functions": [{"name": ""}]}, {"tool_choice": "required"}, {"function_call": {"name": "f"}},
     {"response_format": {"type": "yaml"}}, {"response_format": "json"}, {"top_logprobs": 2}, {"messages": []}, {"messages": "Hello"},
     {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, {"messages": [5]}, {"typical_p": 0.5}])
 def test_a_chat_refuses_what_it_does_not_honour(llm, given):

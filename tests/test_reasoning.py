@@ -54,7 +54,7 @@ def test_thoughts_are_shown_or_hidden(capsys, monkeypatch):
     answer = ["<thi", "nk>hm</th", "ink>\n\nHel", "lo"]
     assert spoken(capsys, answer, "show") == ("".join(answer), "")
     assert spoken(capsys, answer, "hide") == ("Hello", "")
-    assert spoken(capsys, ["hm</think>", "Hello"], "hide", True) == ("Hello", "")
+    assert spoken(capsys, ["hm</think>", "Hello"], "hide", Reasoning(True)) == ("Hello", "")
     assert spoken(capsys, answer[:2], "hide") == ("", "(the answer ended within its thoughts, which are hidden)\n")
     monkeypatch.setattr("pybmc.cli.terminal.is_terminal", lambda stream: True)
     monkeypatch.delenv("NO_COLOR", raising=False)

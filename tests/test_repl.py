@@ -184,6 +184,8 @@ def test_bytes_that_are_not_utf_8_are_replaced(talk, monkeypatch, capsys):
 
 
 def test_thinking_is_switched_and_shown_or_hidden(talk, capsys):
+    _, err = play(talk, "/think on", "/think", "/think sometimes", capsys=capsys)
+    assert talk.variables == {"enable_thinking": True} and err.count("think on") == 2 and "not 'sometimes'" in err
     _, err = play(talk, "/set think off", "/set thoughts hide", "/set think maybe", "/set", capsys=capsys)
     assert talk.variables == {"enable_thinking": False} and "think off" in err and "thoughts hide" in err
     assert "does not read enable_thinking" in err and "think is on or off, not 'maybe'" in err

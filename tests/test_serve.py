@@ -22,7 +22,7 @@ def thoughtful(path):
     """A model whose chat template opens a thought, and refuses what is no user's or assistant's."""
     metadata, tensors = tiny.parts("llama", n_ctx=2000)
     metadata["tokenizer.chat_template"] = (
-        "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+        "{% for m in messages %}{% if m.role == 'critic' %}{{ raise_exception('no critics here') }}{% endif %}"
         "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% if enable_thinking is not defined or enable_thinking %}"
         "{{ '<think>\n' }}{% endif %}{% endif %}")
@@ -239,20 +239,21 @@ def test_thoughts_are_told_apart(thinker):
                                     ["<think>\nhm so\n</think>\n\nYes"]])
 @pytest.mark.parametrize("inside", [False, True])
 def test_split_leaves_tags_and_space_out(pieces, inside):
-    from pybmc.serve.answers import Split
+    from pybmc.chat.events import Content, Thought
+    from pybmc.chat.reader import Split
 
     split = Split(inside)
     if inside:
         pieces = ["\n", "hm so", "\n</think>", "\n\nYes"]
     found = [piece for text in pieces for piece in split.push(text)] + split.flush()
-    assert "".join(text for kind, text in found if kind == "reasoning") == "hm so"
-    assert "".join(text for kind, text in found if kind == "content") == "Yes"
+    assert "".join(event.text for event in found if isinstance(event, Thought)) == "hm so"
+    assert "".join(event.text for event in found if isinstance(event, Content)) == "Yes"
 
 
 def test_what_a_template_refuses_is_told_in_its_words(thinker):
-    response = thinker.post("/v1/chat/completions", {"messages": [{"role": "tool", "content": "x"}]})
+    response = thinker.post("/v1/chat/completions", {"messages": [{"role": "critic", "content": "x"}]})
     assert response.status_code == 400 and response.json()["error"]["code"] == "template_error"
-    assert "no tools here" in response.json()["error"]["message"]
+    assert "no critics here" in response.json()["error"]["message"]
 
 
 # ---- completions
@@ -578,7 +579,7 @@ def test_metrics_count(model):
      "messages[0].content[0]"),
     ({"messages": [{"role": "user", "content": "x", "images": ["abc"]}]}, "unsupported_parameter", "messages[0].images"),
     ({"chat_template_kwargs": {"messages": 1}}, "invalid_value", "chat_template_kwargs"),
-    ({"tools": [{"type": "function"}]}, "unsupported_parameter", "tools"), ({"tool_choice": "required"}, "unsupported_parameter", "tool_choice"),
+    ({"tools": [{"type": "function"}]}, "invalid_value", "tools"), ({"tool_choice": "required"}, "invalid_value", "tool_choice"),
     ({"response_format": {"type": "yaml"}}, "invalid_value", "response_format"), ({"response_format": "json"}, "invalid_value", "response_format"),
     ({"grammar": 5}, "invalid_value", "grammar"), ({"json_schema": [1]}, "invalid_value", "json_schema"),
     ({"modalities": ["text", "audio"]}, "unsupported_parameter", "modalities"), ({"audio": {"voice": "x"}}, "unsupported_parameter", "audio"),

@@ -20,7 +20,7 @@ NEEDS = {"openai": "OpenAI(", "ollama": "ollama."}
 
 @pytest.fixture(scope="module")
 def server():
-    with pybmc.Model(tiny.model("llama", n_ctx=500), threads=1) as model, served(model) as server:
+    with pybmc.Model(tiny.model("llama", n_ctx=4000), threads=1) as model, served(model) as server:
         yield server
 
 

@@ -14,7 +14,8 @@ from .. import checks
 from ..errors import ArgumentError, BmcError, printable
 from ..grammar.asked import FIELDS
 
-ALSO = ("id", "prompt", "messages", "max_tokens", "stop", "chat_template_kwargs", *FIELDS)       # fields beside a Sampler's settings
+CHAT = ("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "reasoning_budget")      # beside messages
+ALSO = ("id", "prompt", "messages", "max_tokens", "stop", "chat_template_kwargs", *CHAT, *FIELDS)       # beside a Sampler's settings
 
 
 class Line(NamedTuple):

@@ -5,19 +5,26 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
-from ..chat.generate import read_prompt
+from .. import checks
+from ..chat.events import CallArguments, CallBegin, Content, Reader
+from ..chat.generate import encode_prompt
+from ..chat.reader import Plain
 from ..chat.schema import schema_of
-from ..chat.template import ChatTemplate, template_of
+from ..chat.template import ChatTemplate, checked_variables, template_of
+from ..chat.tools import tools_of
+from ..chat.turn import Turn
 from ..engine.engine import Engine
 from ..engine.generate import checked_wishes
 from ..engine.request import Request
 from ..engine.sampler import Sampler
 from ..engine.sequence import Sequence
 from ..engine.text import Token
-from ..errors import BmcError
+from ..errors import ArgumentError, BmcError
+from ..grammar.asked import asked as wished
 from ..grammar.asked import grammar_asked
-from .lines import Line, failure, parsed
+from .lines import CHAT, Line, failure, parsed
 
 AHEAD = 16                              # lines that are begun before the oldest is done, for each that is written at a time
 
@@ -27,16 +34,33 @@ class _Job:
     line: Line
     asked: dict
     seed: int
+    reader: Reader
     tokens: list[Token] = field(default_factory=list)
 
     def answer(self, sequence: Sequence) -> dict:
         if sequence.error:
             return failure(self.line, sequence.error)
-        stats = sequence.stats
+        stats, text, calls = sequence.stats, *self._read()
+        reason = self.tokens[-1].finish_reason if self.tokens else "length"
         return {"index": self.line.number, **({"id": self.asked["id"]} if "id" in self.asked else {}), "key": self.line.key,
-                "text": "".join(token.text for token in self.tokens),
-                "finish_reason": self.tokens[-1].finish_reason if self.tokens else "length", "seed": self.seed,
+                "text": text, **({"tool_calls": calls} if calls else {}),
+                "finish_reason": "tool_calls" if calls and reason == "stop" else reason, "seed": self.seed,
                 "prompt_tokens": stats.prompt_tokens, "completion_tokens": stats.predicted_tokens}
+
+
+    def _read(self) -> tuple[str, list[dict]]:
+        """The text, and the calls of tools, as OpenAI's answers have them."""
+        text = ""
+        calls: list[dict[str, Any]] = []
+        for event in self.reader.push("".join(token.text for token in self.tokens)) + self.reader.flush():
+            match event:
+                case Content(piece):
+                    text += piece
+                case CallBegin(_, id, name):
+                    calls.append({"id": id, "type": "function", "function": {"name": name, "arguments": ""}})
+                case CallArguments(index, piece):
+                    calls[index]["function"]["arguments"] += piece
+        return text, calls
 
 
 class Worker:
@@ -71,29 +95,39 @@ class Worker:
     def _begin(self, line: Line, running: dict, ready: dict) -> None:
         try:
             asked = parsed(line, tuple(Sampler.__dataclass_fields__))
-            request = self._request(asked)
-            running[self.engine.add(request)] = _Job(line, asked, request.sampler.seed)
+            request, reader = self._request(asked)
+            running[self.engine.add(request)] = _Job(line, asked, request.sampler.seed, reader)
         except (BmcError, OSError) as error:
             ready[line.number] = failure(line, error)
 
-    def _request(self, asked: dict) -> Request:
+    def _request(self, asked: dict) -> tuple[Request, Reader]:
         wishes = {**self.settings, **asked}
         settings = {name: wishes[name] for name in Sampler.__dataclass_fields__ if name in wishes}
         if settings.get("seed") is None:
             settings["seed"] = int.from_bytes(os.urandom(4), "little") if settings.get("temperature") else 0
         fields = checked_wishes(self.model, wishes.get("max_tokens"), wishes.get("stop"), None, settings)
-        tokens, thinks = self._read(asked)
-        schema = schema_of(grammar_asked(asked, self.model), self.model.tokenizer, tokens, thinks)
-        return Request(tokens, context=self.context, schema=schema, **fields)
+        fields["context"] = self.context
+        if "messages" in asked:
+            turn = self._turn(asked)
+            return Request(turn.tokens, schema=turn.schema(), shown=turn.shown, **fields), turn.reader()
+        for name in (*CHAT, "chat_template_kwargs"):
+            if name in asked:
+                raise ArgumentError(f"{name}: expected messages beside it, found a prompt")
+        tokens = encode_prompt(self.model.tokenizer, asked["prompt"])
+        schema = schema_of(grammar_asked(asked, self.model), self.model.tokenizer, tokens)
+        return Request(tokens, schema=schema, **fields), Plain()
 
-    def _read(self, asked: dict) -> tuple[list[int], bool]:
-        """Ids of the prompt, and whether the answer may begin with a thought."""
-        tokenizer = self.model.tokenizer
-        if "prompt" in asked:
-            return read_prompt(tokenizer, asked["prompt"], None, asked.get("chat_template_kwargs"))
+    def _turn(self, asked: dict) -> Turn:
         if self._template is None:
-            self._template = template_of(None, tokenizer)
-        return read_prompt(tokenizer, asked["messages"], self._template, asked.get("chat_template_kwargs"))
+            self._template = template_of(None, self.model.tokenizer)
+        if not isinstance(asked["messages"], list) or not asked["messages"]:
+            checks.refuse("messages", "a list of messages", asked["messages"])
+        tools = tools_of(asked.get("tools"), asked.get("tool_choice"), asked.get("parallel_tool_calls", True) is not False,
+                         asked.get("functions"), asked.get("function_call"))
+        budget = checks.whole("reasoning_budget", asked.get("reasoning_budget", -1), -1)
+        variables = checked_variables(asked.get("chat_template_kwargs") or {})
+        return Turn(self.model, self._template, asked["messages"], tools, variables, split=False,
+                    budget=None if budget < 0 else budget, wish=wished(asked))
 
     def _step(self, running: dict, ready: dict) -> None:
         if running:

@@ -16,6 +16,7 @@ from ..engine.session import Session
 from ..errors import ArgumentError, ContextFullError, FormatError
 from ..tokenizers import Tokenizer
 from .generate import generate
+from .reader import Channels, channel_tail
 from .template import checked_variables, template_of
 
 CUT = 8                                 # characters: of a word that is longer, the last 8 to 15 are not certain
@@ -77,7 +78,8 @@ class Conversation:
         text, said, stream = [], [], None
         try:
             self.prompt = prompt = self._prompt()
-            stream = generate(self.model, prompt, session=self.session, progress=progress, **self.settings)
+            stream = generate(self.model, prompt, session=self.session, progress=progress, chat_template=self.template,
+                              **self.settings)
             for token in stream:
                 said.append(token.id)
                 text.append(token.text)
@@ -87,11 +89,19 @@ class Conversation:
                 stream.close()
                 self.stats = stream.stats
             if said:
-                self.messages.append({"role": "assistant", "content": "".join(text)})
+                self.messages.append(self._message("".join(text)))
                 stops = self.model.tokenizer.stop_ids
                 self._ids = prompt + (said[:-1] if said[-1] in stops else said)
             else:
                 self.messages = before
+
+    def _message(self, text: str) -> dict:
+        """An answer as a message: all of its text, thoughts among it; but of one in channels, what templates want of it."""
+        if not self.template.channels:
+            return {"role": "assistant", "content": text}
+        reader = Channels(channel_tail(self.model.tokenizer, self.prompt))
+        pieces = reader.push(text) + reader.flush()
+        return {"role": "assistant", "content": "".join(piece for piece, thought in pieces if not thought)}
 
     # ---- the prompt
 

@@ -17,8 +17,8 @@ from ..errors import ArgumentError, ContextFullError
 from ..grammar.grammar import Grammar, grammar_of
 from ..spec import Speculation
 from ..tokenizers import Tokenizer
-from .schema import schema_of
-from .template import checked_variables, template_of
+from .schema import answer_schema, limited
+from .template import ChatTemplate, checked_variables, template_of
 
 Prompt = str | Iterable[int] | Iterable[Mapping]
 Draft = Model | Speculation | str | PathLike | None
@@ -28,7 +28,7 @@ def generate(model: Model, prompt: Prompt, max_tokens: int | None = 256, *, sess
              draft: Draft = None, spec: str = "auto", draft_max: int = 16, draft_min: int = 0,
              stop: str | Sequence[str] | None = (), stop_tokens: int | Iterable[int] | None = None,
              chat_template: Any = None, chat_template_kwargs: Mapping | None = None,
-             schema: Mapping | str | bool | None = None, grammar: Grammar | str | None = None,
+             schema: Mapping | str | bool | None = None, grammar: Grammar | str | None = None, reasoning_budget: int | None = None,
              progress: Callable[[int, int], None] | None = None, **settings: Any) -> Generation:
     """Continue a prompt: an iterator of Token.
 
@@ -46,11 +46,12 @@ def generate(model: Model, prompt: Prompt, max_tokens: int | None = 256, *, sess
     stop       strings that end the text and are not part of it; they may name control tokens; None: none
     stop_tokens ids that end the text, or one id; None: the vocabulary's end-of-text and end-of-turn tokens, (): none
     chat_template  how messages are written: a name such as "chatml", a Jinja source, a file, or a
-               pybmc.chat.template.ChatTemplate; None: the model's own
+               pybmc.chat.template.ChatTemplate; None: the model's own. A ChatTemplate may also stand beside ids that it made
     chat_template_kwargs  more variables for the template, such as {"enable_thinking": False}
     schema     the text is compact JSON of this JSON schema: a mapping, its text, or true for any JSON
     grammar    the text follows this grammar: GBNF with a rule `root`, Lark with a rule `start` after %llguidance, or a
                pybmc.Grammar. A thought of a model that thinks comes before and is free. The end of the grammar ends the text
+    reasoning_budget  at most so many tokens of a thought, behind which its end is forced; None: any number
     progress   called with (done, total) while a prompt is evaluated
     settings   those of pybmc.Sampler: temperature, seed, top_k, top_p, min_p, repeat_penalty, ...; None: default
 
@@ -62,10 +63,11 @@ def generate(model: Model, prompt: Prompt, max_tokens: int | None = 256, *, sess
     if session is not None and getattr(session, "model", None) is not model:
         checks.refuse("session", "a session of the same model", session)
     compiled = grammar_of(model, schema, grammar)
-    tokens, thinks = read_prompt(model.tokenizer, prompt, chat_template, chat_template_kwargs)
+    budget = None if reasoning_budget is None else checks.whole("reasoning_budget", reasoning_budget)
+    tokens, template = read_prompt(model.tokenizer, prompt, chat_template, chat_template_kwargs)
     speculation = speculation_of(session, model, draft, spec, draft_max, draft_min)
     request = Request(tokens, session=session, progress=progress,
-                      **wishes | followed(compiled, model, tokens, thinks, wishes))
+                      **wishes | followed(compiled, model, tokens, template, budget, wishes))
     return Generation(Engine(model, parallel=1, speculation=speculation), request)
 
 
@@ -74,7 +76,7 @@ def generate_batch(model: Model, prompts: Iterable[Prompt], max_tokens: int | No
                    context: int | None = None, stop: str | Sequence[str] | None = (),
                    stop_tokens: int | Iterable[int] | None = None, chat_template: Any = None,
                    chat_template_kwargs: Mapping | None = None, schema: Mapping | str | bool | None = None,
-                   grammar: Grammar | str | None = None, **settings: Any) -> Batch:
+                   grammar: Grammar | str | None = None, reasoning_budget: int | None = None, **settings: Any) -> Batch:
     """Continue many prompts together: an iterator of (number of the prompt, Token), as tokens come.
 
     Prompts and settings are those of generate(), and so is each prompt's text. parallel: how many are written at a
@@ -88,6 +90,7 @@ def generate_batch(model: Model, prompts: Iterable[Prompt], max_tokens: int | No
     if isinstance(prompts, (str, bytes, Mapping)) or not isinstance(prompts, Iterable):
         checks.refuse("prompts", "a list of prompts", prompts)
     compiled = grammar_of(model, schema, grammar)
+    budget = None if reasoning_budget is None else checks.whole("reasoning_budget", reasoning_budget)
     texts = [read_prompt(model.tokenizer, prompt, chat_template, chat_template_kwargs) for prompt in prompts]
     room = context or model.config.n_ctx
     for text, _ in texts:
@@ -95,15 +98,19 @@ def generate_batch(model: Model, prompts: Iterable[Prompt], max_tokens: int | No
             raise ContextFullError(f"the prompt has {len(text)} tokens, the context has room for {room}")
     speculation = speculation_of(None, model, draft, spec, draft_max, draft_min)
     engine = Engine(model, parallel=parallel, speculation=speculation)
-    return Batch(engine, [engine.add(Request(text, context=context, **wishes | followed(compiled, model, text, thinks, wishes)))
-                          for text, thinks in texts])
+    requests = [Request(text, context=context, **wishes | followed(compiled, model, text, template, budget, wishes))
+                for text, template in texts]
+    return Batch(engine, [engine.add(request) for request in requests])
 
 
-def followed(grammar: Grammar | None, model: Model, tokens: list[int], thinks: bool, wishes: Mapping) -> dict:
-    """The fields of a request whose answer follows a grammar; its end ends the text, whatever else does."""
-    if grammar is None:
-        return {}
-    return {"schema": schema_of(grammar, model.tokenizer, tokens, thinks), "stop_ids": wishes["stop_ids"] | model.tokenizer.stop_ids}
+def followed(grammar: Grammar | None, model: Model, tokens: list[int], template: ChatTemplate | None, budget: int | None,
+             wishes: Mapping) -> dict:
+    """The fields of a request that tell what its answer follows; the end of a grammar ends the text, whatever else does. template:
+    that of the messages, if the prompt was made of some."""
+    tokenizer = model.tokenizer
+    found = limited(answer_schema(grammar, tokenizer, tokens, template), model, tokens, template, budget)
+    ends = {"stop_ids": wishes["stop_ids"] | tokenizer.stop_ids} if grammar else {}
+    return {"schema": found, "shown": template.shown if template else frozenset()} | ends
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, chat_template: Any = None, variables: Mapping | None = None) -> list[int]:
@@ -112,9 +119,9 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, chat_template: Any = Non
 
 
 def read_prompt(tokenizer: Tokenizer, prompt: Prompt, chat_template: Any = None,
-                variables: Mapping | None = None) -> tuple[list[int], bool]:
-    """Token ids of a prompt: a text, in which control tokens count, a list of ids, or a list of chat messages. And whether the
-    answer may begin with a thought.
+                variables: Mapping | None = None) -> tuple[list[int], ChatTemplate | None]:
+    """Token ids of a prompt: a text, in which control tokens count, a list of ids, or a list of chat messages. And the template
+    that wrote it.
 
     chat_template and variables are for messages, as in generate().
     """
@@ -123,8 +130,9 @@ def read_prompt(tokenizer: Tokenizer, prompt: Prompt, chat_template: Any = None,
     items: Any = prompt if isinstance(prompt, str) else list(prompt)
     if items and isinstance(items[0], Mapping):
         template = template_of(chat_template, tokenizer)
-        thinks = template.thinks and items[-1].get("role") != "assistant"
-        return filled(template.encode(items, **checked_variables(variables or {}))), thinks
+        return filled(template.encode(items, **checked_variables(variables or {}))), template
+    if isinstance(chat_template, ChatTemplate) and not isinstance(items, str) and not variables:
+        return encode_text(tokenizer, items), chat_template
     if chat_template is not None or variables:
         raise ArgumentError("a chat template needs messages: expected mappings with role and content")
-    return encode_text(tokenizer, items), False
+    return encode_text(tokenizer, items), None

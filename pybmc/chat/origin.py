@@ -1,7 +1,8 @@
 """Text that knows where it comes from: which of its characters stand in the template's own source.
 
 A control token counts in a rendered chat only where all of its characters are the template's own, so no message
-can spell one. Messages are plain str, and every operation that is not followed here gives a plain str: its text
+can spell one. Tags that models write around thoughts and calls count where the assistant wrote them, too; in other messages they
+are text. Those are plain str, and every operation that is not followed here gives a plain str: its text
 counts as a message's, and is never control.
 """
 
@@ -13,7 +14,8 @@ from typing import NamedTuple
 
 
 class Traced(str):
-    """A str with a byte for each character: 1 where it is the template's own. Traced(text): none is."""
+    """A str with a byte for each character: 1 where it is the template's own, 2 where the assistant wrote it, else 0. Traced(text):
+    all are 0."""
 
     __slots__ = ("_own",)
 
@@ -154,8 +156,13 @@ def own(text: str) -> Traced:
     return Traced(text, b"\1" * len(text))
 
 
+def said(text: str) -> Traced:
+    """Text of the assistant's message: the model wrote it, or the client says so."""
+    return Traced(text, b"\2" * len(text))
+
+
 def own_of(text: str) -> bytes:
-    """A byte for each character of any str: 1 where it is the template's own."""
+    """The byte of each character of any str."""
     return text._own if isinstance(text, Traced) else bytes(len(text))
 
 

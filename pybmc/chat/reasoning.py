@@ -1,20 +1,41 @@
-"""What a model thinks before it answers: the text from <think> to </think> at the beginning of an answer."""
+"""What a model thinks before it answers: the text between two marks at the beginning of an answer."""
 
 from __future__ import annotations
 
-OPENS, CLOSES = "<think>", "</think>"
+from typing import NamedTuple
+
+
+class Marks(NamedTuple):
+    """What a thought stands between."""
+
+    opens: str
+    closes: str
+
+
+THINK = Marks("<think>", "</think>")
+KNOWN = (THINK, Marks("[THINK]", "[/THINK]"), Marks("<seed:think>", "</seed:think>"),
+         Marks("<|START_THINKING|>", "<|END_THINKING|>"))
+
+START, FINAL = "<|start|>assistant", "<|channel|>final<|message|>"     # Harmony: an answer begins, its content begins
+CHANNELS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|constrain|>")
+ANALYSIS = Marks("<|channel|>analysis<|message|>", "<|end|>")
+
+
+def marks_of(template: str) -> Marks:
+    """The marks that the source of a chat template knows."""
+    return next((marks for marks in KNOWN if marks.closes in template), THINK)
 
 
 class Reasoning:
     """Splits a streamed answer into (text, is thought), the same way however the stream was cut.
 
-    The tags belong to the thought, and so does white space around it: the pieces together are the whole answer.
+    The marks belong to the thought, and so does white space around it: the pieces together are the whole answer.
     inside: the prompt has opened the thought already.
     """
 
-    def __init__(self, inside: bool = False):
+    def __init__(self, inside: bool = False, marks: Marks = THINK):
         self._part = self._thought if inside else self._begin
-        self._held = ""
+        self._held, (self._opens, self._closes) = "", marks
 
     def push(self, text: str) -> list[tuple[str, bool]]:
         """What is certain of the text so far."""
@@ -36,19 +57,19 @@ class Reasoning:
 
     def _begin(self, text: str) -> tuple[str, bool, str]:
         word = text.lstrip()
-        if OPENS.startswith(word[:len(OPENS)]) and len(word) < len(OPENS):
+        if self._opens.startswith(word[:len(self._opens)]) and len(word) < len(self._opens):
             self._held = text
             return "", False, ""
-        self._part = self._thought if word.startswith(OPENS) else self._answer
-        end = len(text) - len(word) + len(OPENS)
+        self._part = self._thought if word.startswith(self._opens) else self._answer
+        end = len(text) - len(word) + len(self._opens)
         return (text[:end], True, text[end:]) if self._part == self._thought else ("", False, text)
 
     def _thought(self, text: str) -> tuple[str, bool, str]:
-        at = text.find(CLOSES)
+        at = text.find(self._closes)
         if at >= 0:
             self._part = self._pause
-            return text[:at + len(CLOSES)], True, text[at + len(CLOSES):]
-        n = next((n for n in range(min(len(CLOSES) - 1, len(text)), 0, -1) if text.endswith(CLOSES[:n])), 0)
+            return text[:at + len(self._closes)], True, text[at + len(self._closes):]
+        n = next((n for n in range(min(len(self._closes) - 1, len(text)), 0, -1) if text.endswith(self._closes[:n])), 0)
         self._held = text[len(text) - n:]
         return text[:len(text) - n], True, ""
 
@@ -62,11 +83,11 @@ class Reasoning:
         return text, False, ""
 
 
-def is_open(tokenizer, prompt: list[int]) -> bool:
+def is_open(tokenizer, prompt: list[int], marks: Marks = THINK) -> bool:
     """Whether a prompt ends with the beginning of a thought."""
-    return tokenizer.decode(prompt[-32:], special=True).rstrip().endswith(OPENS)
+    return tokenizer.decode(prompt[-32:], special=True).rstrip().endswith(marks.opens)
 
 
-def is_closed(tokenizer, prompt: list[int]) -> bool:
+def is_closed(tokenizer, prompt: list[int], marks: Marks = THINK) -> bool:
     """Whether a prompt ends with a thought, which may be empty: the answer begins without one."""
-    return tokenizer.decode(prompt[-32:], special=True).rstrip().endswith(CLOSES)
+    return tokenizer.decode(prompt[-32:], special=True).rstrip().endswith(marks.closes)

@@ -146,7 +146,7 @@ class _Formatter(SandboxedFormatter):
     def format(self, text: str, args, kwargs) -> str:
         plain = self.vformat(text, args, kwargs)
         fields = list(self.parse(text))
-        if 0 in own_of(text) or any("{" in (spec or "") for _, _, spec, _ in fields):
+        if set(own_of(text)) - {1} or any("{" in (spec or "") for _, _, spec, _ in fields):
             return plain
         pieces, place = [], 0
         for literal, name, spec, conversion in fields:

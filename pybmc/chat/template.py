@@ -15,8 +15,8 @@ from itertools import count
 
 from ..errors import ArgumentError
 from ..tokenizers import Tokenizer
-from .origin import Traced, own, own_of
-from .reasoning import OPENS
+from .origin import Traced, own, own_of, said
+from .reasoning import CHANNELS, Marks, marks_of
 from .templates import CHATML, LLAMA2, source_of
 
 __all__ = ["CHATML", "LLAMA2", "ChatTemplate", "checked_variables", "template_of"]
@@ -29,7 +29,9 @@ _ROLE = re.compile(r"\w[\w .-]{0,63}")
 # User-defined tokens that are marks between messages: those of these forms ..
 _MARK = re.compile(r"<\|.+\|>|<｜.+｜>|\[/?[A-Z_]+\]|<(start|end)_of_\w+>|</?s>", re.DOTALL)
 # .. and what else stands in brackets in the template, but for the tags that models write in their answers.
-_BRACKETED = re.compile(r"(?!</?(?:think|tool_call)>)(?:<[^<>]+>|\[[^\[\]]+\])")
+_TAG = re.compile(r"</?(?:think|tool_call)>")
+_BRACKETED = re.compile(rf"(?!{_TAG.pattern})(?:<[^<>]+>|\[[^\[\]]+\])")
+_OWN = bytes([0, 1, 0, *range(3, 256)])                 # of origin.py's bytes: what is the template's own
 
 _SPECIAL = {                            # what templates call a token, and how GGUF spells the key of its id
     "unk_token": "unknown", "sep_token": "seperator", "pad_token": "padding", "cls_token": "cls",
@@ -59,7 +61,7 @@ class ChatTemplate:
     def __init__(self, template: str | None, tokenizer: Tokenizer):
         from .sandbox import Template  # here: jinja2 takes 40 ms to import
 
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self.source = (
             template
             or tokenizer.chat_template
@@ -71,6 +73,7 @@ class ChatTemplate:
         # No text of a message gives one of the marks, nor, by its name, a token such as <unk>.
         self._marks = tokenizer.vocab.control | self._find_marks()
         self._guarded = self._marks | tokenizer.vocab.silent
+        self._tags = self._find_tags() - self._marks
 
     def reads(self, name: str) -> bool:
         """Whether the template looks at a variable."""
@@ -79,7 +82,23 @@ class ChatTemplate:
     @property
     def thinks(self) -> bool:
         """Whether its model may think before it answers."""
-        return self.reads("enable_thinking") or OPENS in self.source
+        return self.channels or self.reads("enable_thinking") or self.marks.opens in self.source
+
+    @property
+    def channels(self) -> bool:
+        """Whether answers are messages in channels (Harmony)."""
+        return "<|channel|>" in self.source and "<|message|>" in self.source
+
+    @cached_property
+    def shown(self) -> frozenset[int]:
+        """Control tokens whose names belong to an answer's text, since its reader looks for them."""
+        vocab, names = self.tokenizer.vocab, [*CHANNELS * self.channels, *self.marks]
+        return frozenset(vocab.ids[name] for name in names if name in vocab.ids) & vocab.silent
+
+    @cached_property
+    def marks(self) -> Marks:
+        """What a thought of its model stands between."""
+        return marks_of(self.source)
 
     def render(self, messages: Sequence[Mapping], add_generation_prompt: bool = True, continue_final_message: bool = True,
                **others) -> str:
@@ -90,12 +109,15 @@ class ChatTemplate:
                **others) -> list[int]:
         """The conversation's ids, BOS first where the vocabulary wants it. Messages add no control tokens."""
         text = self._written(messages, add_generation_prompt, continue_final_message, others)
-        parts = self._tokenizer.vocab.split(str.__str__(text), True, own_of(text), self._guarded)
+        known = own_of(text)
+        own = known.translate(_OWN)
+        masks = dict.fromkeys(self._guarded, own) | dict.fromkeys(self._tags, known)
+        parts = self.tokenizer.vocab.split(str.__str__(text), True, masks.get)
         ids: list[int] = []
         for part in parts:
             ids += self._ordinary(part) if isinstance(part, str) else [part]
-        bos = self._tokenizer.bos_id
-        return [bos, *ids] if bos is not None and self._tokenizer.add_bos and ids[:1] != [bos] else ids
+        bos = self.tokenizer.bos_id
+        return [bos, *ids] if bos is not None and self.tokenizer.add_bos and ids[:1] != [bos] else ids
 
     # -- writing
 
@@ -146,11 +168,7 @@ class ChatTemplate:
                     yield form
 
     def _run(self, messages: list[dict], add_generation_prompt: bool, others: Mapping) -> Traced:
-        # the template gets copies, and roles that it may build control tokens of
-        messages = [
-            message | {"role": own(message["role"])} if message["role"] in ROLES else message
-            for message in messages
-        ]
+        messages = [_known(message) for message in messages]
         given: dict[str, object] = self._special | {
             "raise_exception": _raise_exception,
             "strftime_now": _strftime_now,
@@ -213,23 +231,29 @@ class ChatTemplate:
 
     def _find_marks(self) -> frozenset[int]:
         """The user-defined tokens that no message may spell: what the template puts between messages."""
-        vocab = self._tokenizer.vocab
+        vocab = self.tokenizer.vocab
         names = {id: vocab.tokens[id].strip() for id in vocab.user_defined}
         return frozenset(
             id for id, name in names.items()
             if _MARK.fullmatch(name) or _BRACKETED.fullmatch(name) and name in self.source
         )
 
+    def _find_tags(self) -> frozenset[int]:
+        """The user-defined tokens that only the template and the assistant's messages may spell: what models write around
+        thoughts and calls."""
+        vocab = self.tokenizer.vocab
+        return frozenset(id for id in vocab.user_defined if _TAG.fullmatch(vocab.tokens[id].strip()))
+
     def _ordinary(self, text: str) -> list[int]:
         """Ids of a text in which control tokens are only text."""
-        ids = self._tokenizer.encode_parts([text])
+        ids = self.tokenizer.encode_parts([text])
         if self._marks.isdisjoint(ids):
             return ids
         return [byte for id in ids for byte in (self._spell(id) if id in self._marks else [id])]
 
     def _spell(self, id: int) -> list[int]:
         """A token's text in single bytes, for vocabularies whose merges make a control token out of text."""
-        ids = [self._tokenizer.byte_id(byte) for byte in self._tokenizer.piece(id)]
+        ids = [self.tokenizer.byte_id(byte) for byte in self.tokenizer.piece(id)]
         return [byte for byte in ids if byte is not None and byte not in self._marks]
 
 
@@ -290,6 +314,21 @@ def _checked(messages: Sequence[Mapping]) -> list[dict]:
             )
         checked.append(message)
     return checked
+
+
+def _known(message: dict) -> dict:
+    """A message as the template gets it: with a role that it may build control tokens of, and with what the assistant wrote
+    marked as such."""
+    if message["role"] not in ROLES:
+        return message
+    texts = {key: _said(message[key]) for key in ("content", "reasoning_content", "thinking") if key in message}
+    return message | (texts if message["role"] == "assistant" else {}) | {"role": own(message["role"])}
+
+
+def _said(content):
+    if isinstance(content, list):
+        return [part | {"text": said(part["text"])} if isinstance(part.get("text"), str) else part for part in content]
+    return said(content) if isinstance(content, str) else content
 
 
 def _is_parts(content) -> bool:

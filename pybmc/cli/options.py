@@ -189,6 +189,8 @@ template_options = options(
                  help='More variables for the chat template, as in \'{"reasoning_effort": "low"}\'.'),
     click.option("--think", type=click.Choice(["on", "off"]),
                  help="Whether the model thinks before it answers: enable_thinking for its chat template."),
+    click.option("--reasoning-budget", type=click.IntRange(-1), default=-1, show_default=True, metavar="N",
+                 help="At most N tokens of a thought, behind which its end is forced; -1: any number."),
     click.option("--thoughts", type=click.Choice(["show", "hide"]), default="show", show_default=True,
                  help="Print what stands between <think> and </think> at the beginning of an answer, or leave it "
                       "out; generate --json always has it."))
@@ -209,7 +211,8 @@ text_options = options(
 
 SECTIONS = {                            # of the help of chat and generate
     "Model": ("model_option", "context", "threads", "no_repack", "rows", "kv_type", "no_preread"),
-    "Text": ("prompt", "prompt_file", "system", "as_chat", "prefill", "no_bos", "chat_template", "chat_template_kwargs", "think"),
+    "Text": ("prompt", "prompt_file", "system", "as_chat", "prefill", "no_bos", "chat_template", "chat_template_kwargs", "think",
+             "reasoning_budget"),
     "Form": ("json_schema", "json_schema_file", "grammar", "grammar_file"),
     "End": ("max_tokens", "stop", "ignore_eos"),
     "Sampling": SAMPLING,
@@ -268,7 +271,7 @@ def template_variables(flags: dict) -> dict:
 
 def template_of_model(loaded, source, variables: dict) -> dict:
     """Settings about the chat template; a note where it does not read a variable."""
-    if source is None and not variables:
+    if loaded.tokenizer is None:
         return {}
     from ..chat.template import ChatTemplate
     from .repl import note_unread

@@ -12,7 +12,7 @@ from typing import Any
 from ..cache import user_folder
 from ..chat.conversation import Conversation, whole_characters
 from ..chat.preread import Preread, Reader
-from ..chat.reasoning import is_open
+from ..chat.reader import splitter_of
 from ..engine.sampler import Sampler
 from ..errors import ArgumentError, BmcError
 from . import report
@@ -32,6 +32,7 @@ COMMANDS = {                            # what follows /NAME, and what the comma
     "clear": ("", "forget the conversation, but not the system prompt"),
     "regen": ("", "answer the last message again"),
     "undo": ("", "forget the last message and its answer"),
+    "think": (" on|off", "whether the model thinks before it answers"),
     "set": (" NAME VALUE", "change a setting, such as temp or think; without a value show all"),
     "stats": ("", "speed of the last answer, and memory"),
     "why": ("", "where the time of the last answer went, and what drafting was based on"),
@@ -118,7 +119,7 @@ class Repl:
 
     def voice(self) -> Voice:
         """What prints an answer, once its prompt is known."""
-        return Voice(self.thoughts, is_open(self.talk.model.tokenizer, self.talk.prompt), self.tint)
+        return Voice(self.thoughts, splitter_of(self.talk.template, self.talk.model.tokenizer, self.talk.prompt), self.tint)
 
     def remark(self, reason: str | None) -> None:
         if self.terminal and is_terminal(sys.stderr) and self.talk.stats.predicted_tokens > 1:
@@ -151,6 +152,11 @@ class Repl:
 
     def do_undo(self, _: str) -> None:
         note(f"(forgotten: {self.talk.undo():.60})", dim=True)
+
+    def do_think(self, rest: str) -> None:
+        if rest:
+            self.choose("think", rest)
+        note(f"think {self.shown('think')}", dim=True)
 
     def do_set(self, rest: str) -> None:
         words = rest.split()

@@ -86,7 +86,9 @@ work_options = options(
     click.option("--pooling", type=click.Choice(["mean", "first", "last"]),
                  help="How embeddings are made; default: as the file says."),
     click.option("--chat-template", type=TemplateSource(),
-                 help="How messages are written, instead of the model's own template."))
+                 help="How messages are written, instead of the model's own template."),
+    click.option("--reasoning-budget", type=click.IntRange(-1), default=-1, show_default=True, metavar="N",
+                 help="Tokens that a thought may have where a request names none, behind which its end is forced; -1: any number."))
 server_options = options(
     click.option("--grace", type=click.FloatRange(0), default=5, show_default=True, metavar="S",
                  help="How long running answers may go on after SIGTERM or Ctrl-C."),
@@ -195,7 +197,7 @@ def make_settings(flags: dict):
     if flags["seed"] == -1:
         del sampling["seed"]
     same = ("names", "parallel", "queue", "queue_seconds", "context", "max_tokens", "memory", "pooling", "chat_template",
-            "strict_model", "log_texts")
+            "strict_model", "log_texts", "reasoning_budget")
     return Settings(sampling=sampling, pass_seconds=flags.pop("pass_ms") / 1e3, **{name: flags.pop(name) for name in same})
 
 

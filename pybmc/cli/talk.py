@@ -4,7 +4,6 @@ import sys
 
 import click
 
-from ..chat.reasoning import is_open
 from . import options
 from .terminal import Voice, is_terminal, note, progress, write
 
@@ -24,8 +23,8 @@ from .terminal import Voice, is_terminal, note, progress, write
 @options.threads_option
 @options.arena_options
 @click.option("--no-preread", is_flag=True, help="Read nothing of a message before Enter.")
-def chat(model, model_option, system, max_tokens, chat_template, thoughts, context, threads, rows, kv_type, tint,
-         no_preread, **flags):
+def chat(model, model_option, system, max_tokens, chat_template, thoughts, reasoning_budget, context, threads, rows, kv_type,
+         tint, no_preread, **flags):
     """Talk with a model; without MODEL the bundled one answers.
 
     /help lists what can be typed besides messages. A message goes on over several lines after a backslash at the
@@ -38,6 +37,7 @@ def chat(model, model_option, system, max_tokens, chat_template, thoughts, conte
     from .repl import Repl
 
     settings = options.sampling_settings(flags) | {"max_tokens": None if max_tokens < 0 else max_tokens}
+    settings["reasoning_budget"] = None if reasoning_budget < 0 else reasoning_budget
     form = options.form_settings(flags)
     variables = options.template_variables(flags)
     with options.with_draft(flags, not (model or model_option), threads) as drafting, \
@@ -72,13 +72,14 @@ def chat(model, model_option, system, max_tokens, chat_template, thoughts, conte
 @options.arena_options
 @options.json_option
 def generate(model, model_option, prompt, prompt_file, max_tokens, as_chat, system, prefill, chat_template, thoughts,
-             stop, ignore_eos, no_bos, context, threads, rows, kv_type, as_json, tint, **flags):
+             reasoning_budget, stop, ignore_eos, no_bos, context, threads, rows, kv_type, as_json, tint, **flags):
     """Continue a text (-p, -f, or stdin) and print what follows it; `run` is the same.
 
     In a raw text control tokens such as <|im_start|> count; an empty one is continued from the model's BOS token
     alone. Without MODEL the bundled model answers.
     """
     from ..chat.generate import generate as start
+    from ..chat.reader import splitter_of
     from .report import summary
 
     settings, form = options.sampling_settings(flags), options.form_settings(flags)
@@ -103,11 +104,12 @@ def generate(model, model_option, prompt, prompt_file, max_tokens, as_chat, syst
             loaded.session(context=context, rows=rows, kv_type=kv_type) as session, progress("prompt") as update:
         if no_bos and loaded.tokenizer:
             prompt = loaded.tokenizer.encode(text, bos=False, special=True)
-        written = options.template_of_model(loaded, chat_template, variables)
+        written = options.template_of_model(loaded, chat_template, variables) if as_chat else {}
         answer = start(loaded, prompt, None if max_tokens < 0 else max_tokens, session=session, stop=stop,
                        stop_tokens=() if ignore_eos else None, progress=update,
+                       reasoning_budget=None if reasoning_budget < 0 else reasoning_budget,
                        **written, **settings, **drafting, **form)
-        voice = Voice(thoughts, is_open(loaded.tokenizer, answer.prompt), tint)
+        voice = Voice(thoughts, splitter_of(written.get("chat_template"), loaded.tokenizer, answer.prompt), tint)
         voice.reasoning.push(prefill or "")
         tokens = []
         for token in answer:

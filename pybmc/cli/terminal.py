@@ -70,11 +70,11 @@ def sentence(error: Exception) -> str:
 
 
 class Voice:
-    """Writes an answer's tokens to stdout. thoughts: "show" or "hide" them; inside: the answer begins in one."""
+    """Writes an answer's tokens to stdout. thoughts: "show" or "hide" them; reasoning: what tells them apart."""
 
-    def __init__(self, thoughts: str = "show", inside: bool = False, tint: bool = False):
+    def __init__(self, thoughts: str = "show", reasoning=None, tint: bool = False):
         self.thoughts, self.tint = thoughts, tint
-        self.reasoning = Reasoning(inside)
+        self.reasoning = reasoning or Reasoning()
         self.hidden = self.spoken = False       # whether thoughts were left out, whether anything was written
 
     def say(self, token) -> None:

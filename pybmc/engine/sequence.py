@@ -86,8 +86,9 @@ class Sequence:
     def _begin(self, room: int) -> None:
         """room: tokens that the context has room for."""
         request, tokenizer = self.request, self.engine.model.tokenizer
-        decoder = tokenizer.stream() if tokenizer else NoText()
-        self._ending = Ending(decoder, request.max_tokens, room, StopStrings(request.stop, tokenizer), request.stop_ids)
+        decoder = tokenizer.stream(shown=request.shown) if tokenizer else NoText()
+        stop_strings = StopStrings(request.stop, tokenizer, request.shown)
+        self._ending = Ending(decoder, request.max_tokens, room, stop_strings, request.stop_ids)
         self._limit = min(request.max_tokens, room)
         self._make_item()
 

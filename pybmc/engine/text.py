@@ -33,18 +33,19 @@ class StopStrings:
     The string that is complete first counts, and of those that end together the longest: what comes out does not
     depend on how the text was cut.
 
-    tokenizer: a string may contain names of tokens whose text is not shown, as control tokens. A name that stands in a
-    string is in names, by its id, and is pushed as hidden: it never comes out, and strings without a name are looked for
-    as if it was not there.
+    tokenizer: a string may contain names of tokens whose text is not shown, as control tokens, but for those in shown. A name
+    that stands in a string is in names, by its id, and is pushed as hidden: it never comes out, and strings without a name are
+    looked for as if it was not there.
     """
 
-    def __init__(self, strings: Iterable[str] = (), tokenizer: Tokenizer | None = None):
+    def __init__(self, strings: Iterable[str] = (), tokenizer: Tokenizer | None = None, shown: frozenset[int] = frozenset()):
         self.strings = [strings] if isinstance(strings, str) else list(strings)
         for string in self.strings:
             if not isinstance(string, str) or not string:
                 raise ArgumentError(f"a stop string is {string!r}; expected text that is not empty")
         silent = tokenizer.silent_names() if self.strings and tokenizer else {}
-        self.names = {id: name for id, name in silent.items() if any(name in string for string in self.strings)}
+        self.names = {id: name for id, name in silent.items()
+                      if id not in shown and any(name in string for string in self.strings)}
         self._whole = [string for string in self.strings if any(name in string for name in self.names.values())]
         self._shown = [string for string in self.strings if string not in self._whole]
         self.found: str | None = None

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .state import State
+from .vocabulary import Vocabulary
 
 ALL = np.uint32(0xFFFFFFFF)
 
@@ -31,9 +32,9 @@ class After:
     text may end before the mark.
     """
 
-    def __init__(self, mark: bytes, inner: State, opens: bytes = b"", gap: bytes = b"", ends: bool = True):
+    def __init__(self, mark: bytes, inner: State | After, opens: bytes = b"", gap: bytes = b"", ends: bool = True):
         self._mark, self._inner, self._opens, self._gap, self._ends = mark, inner, opens, gap, ends
-        self._vocabulary = inner._vocabulary
+        self._vocabulary: Vocabulary = inner._vocabulary
         self._place = Place("opening", b"") if opens else Place("free", b"")
         self._row = np.empty((self._vocabulary.size + 31) // 32, np.uint32)
 
@@ -45,7 +46,10 @@ class After:
             return self._inner.mask(tokens[place.since:])
         if place.kind == "free":
             return self._free(place.seen)
-        self._row[:] = 0 if self._is_opening(place) else self._inner.mask(())
+        row = np.uint32(0) if self._is_opening(place) else self._inner.mask(())
+        if row is None:
+            return None
+        self._row[:] = row
         for id in self._begins(place):
             self._row[id // 32] |= np.uint32(1 << id % 32)
         return self._row

@@ -8,7 +8,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 from ..engine.model import Model
-from ..errors import ArgumentError, BmcError
+from ..errors import ArgumentError, NeedsPackageError
 from ..tokenizers import Tokenizer
 from .compiler import compiled
 
@@ -77,7 +77,7 @@ def llguidance() -> Any:
     try:
         import llguidance
     except ImportError:
-        raise BmcError("schemas and grammars need llguidance, which is not installed: pip install 'pybmc[schema]'") from None
+        raise NeedsPackageError("schemas and grammars need llguidance, which is not installed: pip install 'pybmc[schema]'") from None
     return llguidance
 
 

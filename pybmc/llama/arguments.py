@@ -11,7 +11,7 @@ from ..chat.templates import source_of
 from ..engine.model import Model
 from ..engine.sampler import Sampler
 from ..errors import ArgumentError
-from ..grammar.asked import asked
+from ..grammar.asked import Asked, asked
 from ..grammar.grammar import Grammar
 from .parts import LlamaGrammar
 
@@ -68,25 +68,20 @@ def source_of_format(chat_format: str | None, metadata: Mapping) -> str | None:
     return named if isinstance(named, str) else source_of(CHAT_FORMATS.get(chat_format, chat_format))
 
 
-def refuse_tools(given: Mapping) -> None:
-    """Raise an ArgumentError where a chat asks for tools: it gets what it asks for, or nothing."""
-    for name in ("tools", "functions"):
-        if given[name]:
-            raise ArgumentError(f"{name}: tools are not supported here")
-    for name in ("tool_choice", "function_call"):
-        if given[name] not in (None, "none", "auto"):
-            raise ArgumentError(f"{name}: tools are not supported here")
-
-
-def grammar_of(given: Mapping, model: Model) -> Grammar | None:
+def wish_of(given: Mapping) -> Asked | None:
     """What an answer has to follow: a call's grammar, or its response_format."""
     grammar, wish = given["grammar"], asked({"response_format": given.get("response_format")})
     if grammar is not None and not isinstance(grammar, LlamaGrammar):
         checks.refuse("grammar", "a LlamaGrammar", grammar)
     if grammar is not None and wish:
         raise ArgumentError("grammar: expected one of grammar and response_format, found both")
-    made = grammar or wish
-    found = made.compiled(model) if made else None
+    return wish if grammar is None else grammar.asked()
+
+
+def grammar_of(given: Mapping, model: Model) -> Grammar | None:
+    """The same, compiled."""
+    wish = wish_of(given)
+    found = wish.compiled(model) if wish else None
     if found:
         found.note_ignored()
     return found

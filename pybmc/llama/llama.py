@@ -23,8 +23,11 @@ from typing import Any
 import numpy as np
 
 from .. import checks
+from ..chat.calls import new_id
 from ..chat.schema import schema_of
 from ..chat.template import ChatTemplate
+from ..chat.tools import tools_of
+from ..chat.turn import Turn
 from ..engine.engine import Engine
 from ..engine.generate import Generation, encode_text, filled, speculation_of
 from ..engine.model import Model
@@ -36,7 +39,7 @@ from ..engine.text import Ending, StopStrings
 from ..errors import ArgumentError, BmcError, ContextFullError
 from ..files.gguf import GGUF
 from ..serve import answers
-from ..serve.answers import ChatAnswer, Choice, TextAnswer, Update, new_id
+from ..serve.answers import ChatAnswer, Choice, TextAnswer, Update
 from ..serve.fill import fill_prompt, fill_tokens
 from ..spec.speculation import Speculation
 from ..tokenizers import Tokenizer
@@ -165,18 +168,22 @@ class Llama:
         presence_penalty=0.0, frequency_penalty=0.0, repeat_penalty=1.0, tfs_z=1.0, mirostat_mode=0, mirostat_tau=5.0,
         mirostat_eta=0.1, model=None, logits_processor=None, grammar=None, logit_bias=None, logprobs=None, top_logprobs=None,
     ) -> dict | Iterator[dict]:
-        """Answer messages, as the model's chat template or chat_format writes them."""
+        """Answer messages, as the model's chat template or chat_format writes them. Where tools or functions are offered, the
+        arguments of a call fit their schemas."""
         given = dict(locals())
         if self.chat_handler is not None:
             return self.chat_handler(llama=self, **{name: value for name, value in given.items() if name != "self"})
-        arguments.refuse_tools(given)
         arguments.check_messages(messages)
         if top_logprobs is not None and not logprobs:
             checks.refuse("top_logprobs", "logprobs to be true beside it", top_logprobs)
         n_top = checks.whole("top_logprobs", top_logprobs or 0) if logprobs else None
-        tokens = filled(self._template.encode(messages, continue_final_message=False))
-        request = replace(self._request(tokens, given | {"stopping_criteria": None}), top=n_top or 0)
-        answer = ChatAnswer(self._head("chatcmpl-", model), self._tokenizer, [self._choice()], n_top)
+        offered = tools_of(tools, tool_choice, functions=functions, function_call=function_call)
+        turn = Turn(self._live, self._template, messages, offered, split=False, continued=False, wish=arguments.wish_of(given))
+        request = self._request(turn.tokens, given | {"stopping_criteria": None, "grammar": None, "response_format": None})
+        request = replace(request, top=n_top or 0, schema=turn.schema(), shown=turn.shown)
+        turn.note_ignored()
+        choice = replace(self._choice(), reader=turn.reader())
+        answer = ChatAnswer(self._head("chatcmpl-", model), self._tokenizer, [choice], n_top, functions=bool(functions))
         return self._answer(request, given, answer)
 
     @cached_property
@@ -212,7 +219,7 @@ class Llama:
         return Head(new_id(prefix), self.model_path if model is None else model, "")
 
     def _choice(self) -> Choice:
-        return Choice(0, None, self._tokenizer.stop_ids | {STOPPED})
+        return Choice(0, stops=self._tokenizer.stop_ids | {STOPPED})
 
     def _answer(self, request: Request, given: Mapping, answer) -> dict | Iterator[dict]:
         processors = functions("logits_processor", given["logits_processor"], LogitsProcessorList)
@@ -256,8 +263,8 @@ class Llama:
             for update in self._written(replace(request, max_tokens=1, top=0, schema=None)):
                 scores = update.scores
         stats, started, tokenizer = Stats(len(request.tokens)), time.perf_counter(), self._tokenizer
-        ending = Ending(tokenizer.stream(), request.max_tokens, self.n_ctx() - len(request.tokens) + 1,
-                        StopStrings(request.stop, tokenizer), request.stop_ids | {STOPPED})
+        ending = Ending(tokenizer.stream(shown=request.shown), request.max_tokens, self.n_ctx() - len(request.tokens) + 1,
+                        StopStrings(request.stop, tokenizer, request.shown), request.stop_ids | {STOPPED})
         chosen = self._chosen(list(request.tokens), request.sampler, processors, criteria, stats, request.schema)
         with closing(chosen):
             for id, logits in chosen:

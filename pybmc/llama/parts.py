@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from .. import checks
-from ..engine.model import Model
 from ..errors import ArgumentError
-from ..grammar.grammar import Grammar
+from ..grammar.asked import Asked
 
 
 class LogitsProcessorList(list):
@@ -77,5 +76,6 @@ class LlamaGrammar:
     def from_json_schema(cls, json_schema: str, verbose: bool = True) -> LlamaGrammar:
         return cls(_grammar=json_schema, _is_schema=True)
 
-    def compiled(self, model: Model) -> Grammar:
-        return Grammar.json(self._grammar, model) if self._is_schema else Grammar.text(self._grammar, model)
+    def asked(self) -> Asked:
+        """As a request asks for it."""
+        return Asked("grammar", "schema" if self._is_schema else "grammar", self._grammar)

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import secrets
-import string
+import json
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
 from math import isfinite
 
-from ..chat.reasoning import CLOSES, OPENS, Reasoning
+from ..chat.events import CallArguments, CallBegin, Content, End, Event, Reader, Thought
+from ..chat.reader import Plain
 from ..engine.request import Stats
 from ..engine.score import Score
 from ..engine.text import Token
 from .errors import Refused
 
 NEVER = -9999.0                         # a log-probability that JSON cannot hold
-_ALPHABET = string.ascii_letters + string.digits
-
-
-def new_id(prefix: str) -> str:
-    return prefix + "".join(secrets.choice(_ALPHABET) for _ in range(24))
 
 
 def reason(token: Token | None) -> str:
@@ -82,35 +78,6 @@ def text_logprobs(tokenizer, entries: Iterable[tuple], n_top: int, offsets: Offs
 # ---- one answer as it grows --------------------------------------------------------------------------------
 
 
-class Split:
-    """Cuts a streamed answer into what is thought and what is said, without the tags and the white space around a thought."""
-
-    def __init__(self, inside: bool = False, begun: str = ""):
-        self._reasoning, self._held, self._begun = Reasoning(inside), "", False
-        self.push(begun)
-
-    def push(self, text: str) -> list[tuple[str, str]]:
-        """(kind, text) of what has become certain; kind is "reasoning" or "content"."""
-        return self._named(self._reasoning.push(text))
-
-    def flush(self) -> list[tuple[str, str]]:
-        return self._named(self._reasoning.flush())
-
-    def _named(self, pieces: list[tuple[str, bool]]) -> list[tuple[str, str]]:
-        named = [("reasoning", self._thought(text)) if is_thought else ("content", text) for text, is_thought in pieces]
-        return [(kind, text) for kind, text in named if text]
-
-    def _thought(self, text: str) -> str:
-        """What of a piece of a thought is neither tag nor white space around it."""
-        self._held += text
-        if not self._begun:
-            self._held = self._held.lstrip().removeprefix(OPENS).lstrip()
-            self._begun = bool(self._held)
-        said = self._held.split(CLOSES)[0].rstrip()
-        self._held = self._held[len(said):]
-        return said
-
-
 @dataclass
 class Update:
     """What is new of one answer. progress: tokens read, and of how many. scores: of the prompt's tokens, once they are known.
@@ -127,12 +94,19 @@ class Update:
 
 
 @dataclass
-class Piece:
-    """Text of an answer that came with one token. kind: "content" or "reasoning". by: who guessed the token."""
+class Call:
+    """A call of a tool; arguments are a JSON object."""
 
-    kind: str
-    text: str
-    by: str | None = None
+    id: str
+    name: str
+    arguments: str = ""
+
+    def object(self) -> dict | None:
+        """The arguments; None where the answer was cut within them."""
+        try:
+            return json.loads(self.arguments)
+        except ValueError:
+            return None
 
 
 @dataclass
@@ -140,41 +114,64 @@ class Choice:
     """One of the answers to a request."""
 
     index: int
-    split: Split | None = None          # None: all is content
+    reader: Reader = field(default_factory=Plain)
     stops: frozenset[int] = frozenset()     # ids whose tokens are no text
-    texts: dict[str, str] = field(default_factory=lambda: {"content": "", "reasoning": ""})
+    content: str = ""
+    reasoning: str = ""
+    calls: list[Call] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     scores: Sequence[Score] = ()
     stats: Stats = field(default_factory=Stats)
     reasoning_tokens: int = 0
     finish_reason: str | None = None
     stop_string: str | None = None
+    _held: int = 0                          # tokens whose text has not come out yet
 
-    def take(self, update: Update) -> list[Piece]:
-        """The text that comes with an update."""
-        pieces: list[Piece] = []
+    def take(self, update: Update) -> list[Event]:
+        """The events that come with an update."""
+        events: list[Event] = []
         self.stats, self.scores = update.stats or self.stats, update.scores or self.scores
         for token in update.tokens:
             self.tokens.append(token)
-            found = self._cut(token.text)
+            found = self.reader.push(token.text)
             if token.finish_reason:
-                found += self._flush()
-            self.reasoning_tokens += any(kind == "reasoning" for kind, _ in found)
-            pieces += [Piece(kind, text, token.by) for kind, text in found]
-        for piece in pieces:
-            self.texts[piece.kind] += piece.text
+                found += self.reader.flush()
+            self._count(found)
+            events += [event if isinstance(event, (CallBegin, End)) else replace(event, by=token.by) for event in found]
+        for event in events:
+            self._note(event)
         if update.done:
-            self.finish_reason = reason(self.tokens[-1] if self.tokens else None)
+            self.finish_reason = self._reason()
             self.stop_string = update.stop_string
-        return pieces
+            events.append(End(self.finish_reason))
+        return events
 
-    def _cut(self, text: str) -> list[tuple[str, str]]:
-        if self.split is None:
-            return [("content", text)] if text else []
-        return self.split.push(text)
+    def _note(self, event: Event) -> None:
+        match event:
+            case Content(text):
+                self.content += text
+            case Thought(text):
+                self.reasoning += text
+            case CallBegin(_, id, name):
+                self.calls.append(Call(id, name))
+            case CallArguments(index, text):
+                self.calls[index].arguments += text
 
-    def _flush(self) -> list[tuple[str, str]]:
-        return self.split.flush() if self.split else []
+    def _count(self, events: list[Event]) -> None:
+        """Count a token to the reasoning where text of a thought comes with it, or with the next one that has text."""
+        self._held += 1
+        if events:
+            self.reasoning_tokens += self._held * isinstance(events[0], Thought)
+            self._held = 0
+
+    def _reason(self) -> str:
+        ended = reason(self.tokens[-1] if self.tokens else None)
+        return "tool_calls" if self.calls and ended == "stop" else ended
+
+    def told(self) -> dict[str, str]:
+        """Its texts by kind, for a log."""
+        calls = "\n".join(f"{call.name} {call.arguments}" for call in self.calls)
+        return {"content": self.content, "reasoning": self.reasoning} | ({"calls": calls} if calls else {})
 
     @property
     def shown(self) -> list[Token]:
@@ -230,17 +227,42 @@ class Head:
                 "system_fingerprint": self.system_fingerprint}
 
 
+def deltas(events: Iterable[Event], functions: bool = False) -> Iterator[tuple[dict, list[Event]]]:
+    """OpenAI's deltas of some events, each with the events that it tells; neighbours of one kind share one. functions: the first
+    call is told under its older name, and no other."""
+    for _, its in groupby(events, lambda event: (type(event), getattr(event, "index", 0))):
+        found = list(its)
+        text = "".join(getattr(event, "text", "") for event in found)
+        match found[0]:
+            case Content():
+                yield {"content": text}, found
+            case Thought():
+                yield {"reasoning_content": text}, found
+            case CallBegin(index, _, name) if functions:
+                yield from [({"function_call": {"name": name, "arguments": ""}}, found)] * (index == 0)
+            case CallArguments(index) if functions:
+                yield from [({"function_call": {"arguments": text}}, found)] * (index == 0)
+            case CallBegin(index, id, name):
+                yield {"tool_calls": [{"index": index} | told_call(id, name, "")]}, found
+            case CallArguments(index):
+                yield {"tool_calls": [{"index": index, "function": {"arguments": text}}]}, found
+
+
+def told_call(id: str, name: str, arguments: str) -> dict:
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
 class ChatAnswer:
     """The answers to a chat request. begin(), take() and last() give chunks to stream; whole() gives the answer.
 
     n_top: None, or how many likeliest ids each token's log-probability comes with. per_token: chunks tell timings and
-    who guessed. predicted: as in usage_of.
+    who guessed. predicted: as in usage_of. functions: calls go by the older name.
     """
 
     def __init__(self, head: Head, tokenizer, choices: list[Choice], n_top: int | None = None, usage: bool = False,
-                 per_token: bool = False, predicted: bool = False):
+                 per_token: bool = False, predicted: bool = False, functions: bool = False):
         self.head, self.tokenizer, self.choices, self.n_top = head, tokenizer, choices, n_top
-        self._usage, self._per_token, self._predicted = usage, per_token, predicted
+        self._usage, self._per_token, self._predicted, self._functions = usage, per_token, predicted, functions
         self._told = [0] * len(choices)         # tokens whose log-probabilities have gone out
 
     def begin(self) -> list[dict]:
@@ -248,25 +270,22 @@ class ChatAnswer:
 
     def take(self, update: Update) -> list[dict]:
         choice, chunks = self.choices[update.index], []
-        pieces = choice.take(update)
+        events = choice.take(update)
         if update.progress:
             done, total = update.progress
             told = {"total": total, "cache": choice.stats.reused_tokens, "processed": done}
             chunks.append(self._chunk(choice, {}) | {"prompt_progress": told})
-        for kind, name in (("reasoning", "reasoning_content"), ("content", "content")):
-            its = [piece for piece in pieces if piece.kind == kind]
-            if its:
-                text = "".join(piece.text for piece in its)
-                chunks.append(self._chunk(choice, {name: text}, self._new_logprobs(choice))
-                              | (self._per_token_extras(choice, its) if self._per_token else {}))
+        for delta, its in deltas(events, self._functions):
+            chunks.append(self._chunk(choice, delta, self._new_logprobs(choice))
+                          | (self._per_token_extras(choice, its) if self._per_token else {}))
         if update.done:
-            chunks.append(self._chunk(choice, {}, self._new_logprobs(choice), choice.finish_reason)
+            chunks.append(self._chunk(choice, {}, self._new_logprobs(choice), self._reason(choice))
                           | {"timings": timings_of(choice.stats)})
         return chunks
 
-    def _per_token_extras(self, choice: Choice, pieces: list[Piece]) -> dict:
-        return {"timings": timings_of(choice.stats),
-                "pybmc": {"pieces": [{"text": piece.text, "by": piece.by} for piece in pieces]}}
+    def _per_token_extras(self, choice: Choice, events: list[Event]) -> dict:
+        pieces = [{"text": event.text, "by": event.by} for event in events if not isinstance(event, (CallBegin, End))]
+        return {"timings": timings_of(choice.stats), "pybmc": {"pieces": pieces}}
 
     def last(self) -> list[dict]:
         """What follows when all answers have ended."""
@@ -277,13 +296,21 @@ class ChatAnswer:
 
     def whole(self) -> dict:
         choices = [{"index": choice.index, "message": self._message(choice), "logprobs": self._logprobs(choice.shown),
-                    "finish_reason": choice.finish_reason} for choice in self.choices]
+                    "finish_reason": self._reason(choice)} for choice in self.choices]
         return self.head.dict("chat.completion") | {"choices": choices, "usage": self.usage(),
                                                     "timings": timings_of(self.choices[0].stats)}
 
     def _message(self, choice: Choice) -> dict:
-        thought = {"reasoning_content": choice.texts["reasoning"]} if choice.texts["reasoning"] else {}
-        return {"role": "assistant", "content": choice.texts["content"], "refusal": None} | thought
+        found: dict = {"role": "assistant", "content": choice.content or (None if choice.calls else ""), "refusal": None}
+        found |= {"reasoning_content": choice.reasoning} if choice.reasoning else {}
+        if self._functions and choice.calls:
+            call = choice.calls[0]
+            return found | {"function_call": {"name": call.name, "arguments": call.arguments}}
+        calls = [told_call(call.id, call.name, call.arguments) for call in choice.calls]
+        return found | ({"tool_calls": calls} if calls else {})
+
+    def _reason(self, choice: Choice) -> str | None:
+        return "function_call" if self._functions and choice.finish_reason == "tool_calls" else choice.finish_reason
 
     def _chunk(self, choice: Choice, delta: dict, logprobs: dict | None = None,
                finish_reason: str | None = None) -> dict:
@@ -320,7 +347,7 @@ class TextAnswer:
 
     def take(self, update: Update) -> list[dict]:
         choice, first = self.choices[update.index], not self._told[update.index]
-        text = "".join(piece.text for piece in choice.take(update))
+        text = "".join(event.text for event in choice.take(update) if isinstance(event, Content))
         if not text and not update.done:
             return []
         logprobs = self._logprobs(choice, self._told[choice.index], self._offsets[choice.index])
@@ -337,7 +364,7 @@ class TextAnswer:
         return usage_of(self.choices, self.n)
 
     def whole(self) -> dict:
-        choices = [{"index": choice.index, "text": self._prompt(choice)[0] * self.echo + choice.texts["content"],
+        choices = [{"index": choice.index, "text": self._prompt(choice)[0] * self.echo + choice.content,
                     "logprobs": self._logprobs(choice, 0, Offsets(self.tokenizer)),
                     "finish_reason": choice.finish_reason} for choice in self.choices]
         return self.head.dict("text_completion") | {"choices": choices, "usage": self.usage(),

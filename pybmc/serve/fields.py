@@ -102,7 +102,11 @@ class Fields(dict):
             self.bad(name, expected)
         return self.get(name, default)
 
-    def flag(self, name: str, default: bool = False) -> bool:
+    @overload
+    def flag(self, name: str, default: bool = False) -> bool: ...
+    @overload
+    def flag(self, name: str, default: None) -> bool | None: ...
+    def flag(self, name: str, default: bool | None = False) -> bool | None:
         return self._of(bool, name, default, "true or false")
 
     @overload

@@ -167,7 +167,7 @@ class Going:
         self.request.scope["pybmc.counts"] = usage["prompt_tokens"], usage["completion_tokens"]
         if self.service.settings.log_texts:
             told = {"id": self.request.scope["pybmc.id"], "path": self.request.url.path,
-                    "prompts": [text for text, _ in self.task.prompts], "answers": [choice.texts for choice in choices]}
+                    "prompts": [text for text, _ in self.task.prompts], "answers": [choice.told() for choice in choices]}
             with suppress(OSError), open(self.service.settings.log_texts, "ab", 0, opener=_private) as file:
                 file.write(dump(told) + b"\n")
 

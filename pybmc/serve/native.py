@@ -11,8 +11,11 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from .. import __version__
+from ..chat.events import Content
+from ..chat.tools import format_of, written
 from ..engine.sampler import Sampler
 from ..engine.text import Token
+from ..errors import ArgumentError
 from .answers import Choice, Update, one_logprob, timings_of, usage_of
 from .embed import normalized, vectors
 from .errors import Refused, invalid, unsupported
@@ -22,13 +25,15 @@ from .service import Service
 from .tasks import (
     SAMPLING,
     Task,
+    blamed,
     gap_prompt,
     grammar_of,
     messages_of,
     refuse_common,
-    task_of,
     template_request,
     text_prompts,
+    text_task_of,
+    tools_asked,
     variables_of,
 )
 
@@ -47,7 +52,7 @@ class NativeAnswer:
 
     def take(self, update: Update) -> list[dict]:
         choice = self.choices[update.index]
-        text = "".join(piece.text for piece in choice.take(update))
+        text = "".join(event.text for event in choice.take(update) if isinstance(event, Content))
         chunks = []
         if text:
             new = self._new(choice)
@@ -62,7 +67,7 @@ class NativeAnswer:
         return []
 
     def whole(self):
-        found = [self._final(choice, choice.texts["content"], choice.shown) for choice in self.choices]
+        found = [self._final(choice, choice.content, choice.shown) for choice in self.choices]
         return found if len(found) > 1 else found[0]
 
     def usage(self) -> dict:
@@ -94,7 +99,7 @@ class NativeAnswer:
         found = {"index": choice.index, "content": text, "tokens": self._told_ids(tokens), "id_slot": -1, "stop": True,
                  "model": self.service.name, "tokens_predicted": stats.predicted_tokens, "tokens_evaluated": stats.prompt_tokens,
                  "generation_settings": self._settings(), "prompt": prompt,
-                 "has_new_line": "\n" in choice.texts["content"], "truncated": False, "stop_type": kind,
+                 "has_new_line": "\n" in choice.content, "truncated": False, "stop_type": kind,
                  "stopping_word": choice.stop_string or "",
                  "tokens_cached": len(ids) + max(stats.predicted_tokens - 1, 0),
                  "timings": timings_of(stats)} | self._probabilities(tokens)
@@ -114,8 +119,8 @@ def native_task(service: Service, fields: Fields, client, prompts):
     only = fields.listed("response_fields")
     if not all(isinstance(name, str) for name in only):
         raise invalid("response_fields", "response_fields has something else than names")
-    task = task_of(service, base, prompts, grammar=grammar_of(service, fields))
-    return task, NativeAnswer(service, task.choices(service), task, n_top, (fields.flag("return_tokens"), only))
+    task = text_task_of(service, base, prompts, grammar=grammar_of(service, fields))
+    return task, NativeAnswer(service, task.choices(), task, n_top, (fields.flag("return_tokens"), only))
 
 
 async def completion(request: Request) -> Response:
@@ -193,7 +198,11 @@ async def apply_template(request: Request) -> Response:
     def write() -> str:
         refuse_common(fields)
         continued = fields.flag("continue_final_message", True)
-        return service.template.render(messages_of(fields), continue_final_message=continued, **variables_of(fields))
+        try:
+            messages, more = written(format_of(service.template), messages_of(fields), tools_asked(fields))
+        except ArgumentError as error:
+            raise blamed(error) from None
+        return service.template.render(messages, continue_final_message=continued, **variables_of(fields) | more)
 
     return Json({"prompt": await in_pool(request, write)})
 

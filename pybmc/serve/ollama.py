@@ -14,6 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from .. import __version__
+from ..chat.events import CallBegin, Content, End, Thought
 from ..grammar.asked import OLLAMA
 from .answers import Choice, Update, chat_logprob, usage_of
 from .embed import normalized, vectors
@@ -22,7 +23,7 @@ from .fields import Fields
 from .http import Json, Lines, client_of, fields_of, in_pool, respond, service_of, writer_of
 from .pull import pull
 from .service import Service
-from .tasks import chat_prompt, gap_prompt, grammar_of, refuse_common, task_of, template_request, text_prompts
+from .tasks import chat_task_of, gap_prompt, grammar_of, refuse_common, template_request, text_prompts, text_task_of, turn_of
 
 VERSION = "0.12.0"                      # the level of Ollama's API: editors parse it
 FILE_TYPES = {                          # of GGUF's general.file_type
@@ -51,13 +52,13 @@ def named(service: Service, fields: Fields) -> str:
 
 
 class Answer:
-    """Lines of one answer. message: what a line says of a text and of a thought."""
+    """Lines of one answer. message: what a line says of a text, a thought, and calls of tools."""
 
-    def __init__(self, service: Service, name: str, choices: list[Choice], message: Callable[[str, str], dict],
+    def __init__(self, service: Service, name: str, choices: list[Choice], message: Callable[[str, str, list[dict]], dict],
                  n_top: int | None):
         self.service, self.name, self.choices, self._message, self.n_top = service, name, choices, message, n_top
         self.started = time.perf_counter()
-        self._told = 0
+        self._told = self._calls = 0            # tokens and calls that have gone out
 
     @property
     def choice(self) -> Choice:
@@ -68,18 +69,39 @@ class Answer:
 
     def take(self, update: Update) -> list[dict]:
         lines = []
-        for piece in self.choice.take(update):
-            text, thought = (piece.text, "") if piece.kind == "content" else ("", piece.text)
-            lines.append(self._line(self._message(text, thought)) | self._logprobs())
-        return lines
+        for event in self.choice.take(update):
+            match event:
+                case Content(text):
+                    lines.append(self._message(text, "", []))
+                case Thought(text):
+                    lines.append(self._message("", text, []))
+                case CallBegin() | End():
+                    ended = self._ended(all=isinstance(event, End))
+                    lines += [self._message("", "", ended)] * bool(ended)
+        return [self._line(message) | self._logprobs() for message in lines]
+
+    def _ended(self, all: bool) -> list[dict]:
+        """Calls that are complete and have not gone out: a call is told as a whole."""
+        begin, end = self._calls, max(0, len(self.choice.calls) - (not all))
+        self._calls = end
+        return self._told_calls(begin, end)
+
+    def _told_calls(self, begin: int, end: int) -> list[dict]:
+        found = []
+        for index, call in enumerate(self.choice.calls[begin:end], begin):
+            arguments = call.object()
+            if arguments is not None:           # else the answer was cut within it
+                found.append({"id": call.id, "function": {"index": index, "name": call.name, "arguments": arguments}})
+        return found
 
     def last(self) -> list[dict]:
-        return [self._line(self._message("", ""), True) | self._logprobs() | self._end()]
+        return [self._line(self._message("", "", []), True) | self._logprobs() | self._end()]
 
     def whole(self) -> dict:
         self._told = 0
-        texts = self.choice.texts
-        return self._line(self._message(texts["content"], texts["reasoning"]), True) | self._logprobs() | self._end()
+        calls = self._told_calls(0, len(self.choice.calls))
+        message = self._message(self.choice.content, self.choice.reasoning, calls)
+        return self._line(message, True) | self._logprobs() | self._end()
 
     def usage(self) -> dict:
         return usage_of(self.choices)
@@ -96,7 +118,8 @@ class Answer:
 
     def _end(self) -> dict:
         stats = self.choice.stats
-        return {"done_reason": self.choice.finish_reason} | durations(
+        reason = {"tool_calls": "stop"}.get(self.choice.finish_reason or "", self.choice.finish_reason)
+        return {"done_reason": reason} | durations(
             time.perf_counter() - self.started, self.service.load_seconds, stats.prompt_tokens, stats.prompt_s,
             stats.predicted_tokens, stats.predicted_s)
 
@@ -122,14 +145,6 @@ def base_request(service: Service, fields: Fields, client):
     return replace(base, top=n_top or 0), n_top
 
 
-def thinking(fields: Fields) -> dict:
-    """What `think` says to a chat template: a switch or an effort."""
-    think = fields.get("think")
-    if isinstance(think, str):
-        return {"reasoning_effort": think, "enable_thinking": think != "none"}
-    return {} if think is None else {"enable_thinking": fields.flag("think")}
-
-
 async def chat(request: Request) -> Response:
     service, fields = writer_of(request), await fields_of(request)
     name = named(service, fields)
@@ -143,14 +158,13 @@ def chat_task(service: Service, fields: Fields, client, name: str):
     refuse_common(fields)
     fields.flag("stream")
     base, n_top = base_request(service, fields, client)
-    ids, begun = chat_prompt(service, fields, thinking(fields))
-    task = task_of(service, base, [("", ids)], 1, grammar_of(service, fields, OLLAMA), service.template.thinks and not begun,
-                   reasoning=True, begun=begun)
+    task = chat_task_of(service, base, turn_of(service, fields, OLLAMA))
 
-    def message(text: str, thought: str) -> dict:
-        return {"message": {"role": "assistant", "content": text} | ({"thinking": thought} if thought else {})}
+    def message(text: str, thought: str, calls: list[dict]) -> dict:
+        more = ({"thinking": thought} if thought else {}) | ({"tool_calls": calls} if calls else {})
+        return {"message": {"role": "assistant", "content": text} | more}
 
-    return task, Answer(service, name, task.choices(service), message, n_top)
+    return task, Answer(service, name, task.choices(), message, n_top)
 
 
 async def generate(request: Request) -> Response:
@@ -174,36 +188,41 @@ class GenerateAnswer(Answer):
 def generate_task(service: Service, fields: Fields, client, name: str):
     refuse_common(fields)
     fields.flag("stream")
-    fields.refuse(("template",))
+    fields.refuse(("template", "tools"))
     base, n_top = base_request(service, fields, client)
-    raw = fields.flag("raw")
-    ids = generate_prompt(service, fields, raw)
-    task = task_of(service, base, [(fields.text("prompt", ""), ids)], 1, grammar_of(service, fields, OLLAMA),
-                   service.template.thinks and not raw, reasoning=not raw)
+    turn, before = None, context_of(service, fields)
+    if fields.text("suffix"):
+        ids = gap_prompt(service, fields.text("prompt", ""), fields["suffix"], "suffix")[1]
+    elif fields.flag("raw"):
+        ids = text_prompts(service, fields)[0][1]
+    else:
+        turn = turn_of(service, message_of(fields), OLLAMA)
+        ids = turn.tokens
+    if before:
+        ids = [*before, *(ids[1:] if ids[:1] == [service.tokenizer.bos_id] else ids)]
+    if turn:
+        turn.tokens = ids
+        task = chat_task_of(service, base, turn)
+    else:
+        task = text_task_of(service, base, [(fields.text("prompt", ""), ids)], 1, grammar_of(service, fields, OLLAMA))
 
-    def message(text: str, thought: str) -> dict:
+    def message(text: str, thought: str, calls: list[dict]) -> dict:
         return {"response": text} | ({"thinking": thought} if thought else {})
 
-    answer = GenerateAnswer(service, name, task.choices(service), message, n_top)
+    answer = GenerateAnswer(service, name, task.choices(), message, n_top)
     answer.prompt = ids
     return task, answer
 
 
-def generate_prompt(service: Service, fields: Fields, raw: bool) -> list[int]:
-    """The prompt behind its context, through the chat template unless it is raw."""
-    text, context = fields.text("prompt", ""), fields.listed("context")
-    if fields.text("suffix"):
-        return gap_prompt(service, text, fields["suffix"], "suffix")[1]
-    if raw:
-        ids = text_prompts(service, fields)[0][1]
-    else:
-        given = (("system", fields.text("system")), ("user", text))
-        messages = [{"role": role, "content": content} for role, content in given if content]
-        ids, _ = chat_prompt(service, Fields({"messages": messages}), thinking(fields))
-    if context:
-        before = text_prompts(service, Fields({"context": context}), "context")[0][1]
-        ids = [*before, *(ids[1:] if ids[:1] == [service.tokenizer.bos_id] else ids)]
-    return ids
+def message_of(fields: Fields) -> Fields:
+    """The fields of a chat with one message."""
+    given = (("system", fields.text("system")), ("user", fields.text("prompt", "")))
+    return Fields(fields | {"messages": [{"role": role, "content": content} for role, content in given if content]})
+
+
+def context_of(service: Service, fields: Fields) -> list[int]:
+    context = fields.listed("context")
+    return text_prompts(service, Fields({"context": context}), "context")[0][1] if context else []
 
 
 # ---- embeddings --------------------------------------------------------------------------------------------

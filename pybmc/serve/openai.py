@@ -10,21 +10,23 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from .answers import ChatAnswer, Head, TextAnswer, new_id
+from ..chat.calls import new_id
+from .answers import ChatAnswer, Head, TextAnswer
 from .embed import normalized, vectors
 from .errors import invalid, no_model, unsupported
 from .fields import Fields
 from .http import Json, Sse, client_of, fields_of, in_pool, respond, service_of, writer_of
 from .service import Service
 from .tasks import (
-    chat_prompt,
+    chat_task_of,
     gap_prompt,
     grammar_of,
     prediction_of,
     refuse_common,
-    task_of,
     template_request,
     text_prompts,
+    text_task_of,
+    turn_of,
 )
 
 
@@ -61,12 +63,10 @@ def chat_task(service: Service, fields: Fields, client):
                    hint=prediction_of(service, fields),
                    progress=(lambda done, total: None) if fields.flag("return_progress") else None)
     usage, n = fields.object("stream_options").flag("include_usage"), fields.whole("n", 1, 1, 16)
-    ids, begun = chat_prompt(service, fields)
-    shown = fields.choice("reasoning_format", ("none", "auto", "deepseek", "deepseek-legacy"), "auto") != "none"
-    task = task_of(service, base, [("", ids)], n, grammar_of(service, fields), service.template.thinks and not begun,
-                   reasoning=shown, begun=begun)
-    return task, ChatAnswer(head(service, "chatcmpl-"), service.tokenizer, task.choices(service), n_top, usage,
-                            fields.flag("timings_per_token"), "prediction" in fields)
+    split = fields.choice("reasoning_format", ("none", "auto", "deepseek", "deepseek-legacy"), "auto") != "none"
+    task = chat_task_of(service, base, turn_of(service, fields, split=split), n)
+    return task, ChatAnswer(head(service, "chatcmpl-"), service.tokenizer, task.choices(), n_top, usage,
+                            fields.flag("timings_per_token"), "prediction" in fields, bool(fields.get("functions")))
 
 
 async def completions(request: Request) -> Response:
@@ -88,8 +88,8 @@ def text_task(service: Service, fields: Fields, client):
         prompts = text_prompts(service, fields)
     base = template_request(service, fields, client, most_tokens(service, fields, ("max_tokens",), 16))
     base = replace(base, top=n_top or 0, score=n_top if echo else None)
-    task = task_of(service, base, prompts, fields.whole("n", 1, 1, 16), grammar_of(service, fields))
-    return task, TextAnswer(head(service, "cmpl-"), service.tokenizer, task.choices(service), prompts, n_top,
+    task = text_task_of(service, base, prompts, fields.whole("n", 1, 1, 16), grammar_of(service, fields))
+    return task, TextAnswer(head(service, "cmpl-"), service.tokenizer, task.choices(), prompts, n_top,
                             fields.object("stream_options").flag("include_usage"), echo)
 
 

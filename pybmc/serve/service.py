@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..chat.template import ChatTemplate
+from ..chat.tools import format_of
 from ..engine.engine import Engine
 from ..engine.model import Model
 from ..errors import ArgumentError
@@ -52,6 +53,7 @@ class Settings:
     chat_template: str | None = None
     strict_model: bool = False
     log_texts: str | None = None
+    reasoning_budget: int = -1
 
 
 class Service:
@@ -119,7 +121,7 @@ class Service:
         """What the model can do here, in Ollama's words."""
         if not self.writes:
             return ["embedding"]
-        known = {"completion": True, "thinking": self.template.thinks, "insert": self.fill is not None,
+        known = {"completion": True, "tools": format_of(self.template).prompts, "thinking": self.template.thinks, "insert": self.fill is not None,
                  "embedding": self.model.config.pooling.kind != "none"}
         return [name for name, has in known.items() if has]
 

@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf
 
-from ..chat.reasoning import is_open
-from ..chat.schema import schema_of
+from ..chat.events import Reader
+from ..chat.reader import Plain
 from ..chat.template import checked_variables
+from ..chat.tools import Tools, tools_of
+from ..chat.turn import Turn
 from ..engine.generate import encode_text
 from ..engine.request import Request
 from ..engine.sampler import Sampler
-from ..errors import ArgumentError, BmcError, SchemaError
-from ..grammar.asked import FIELDS, asked
+from ..engine.schema import Schema
+from ..errors import ArgumentError, BmcError, NeedsPackageError, SchemaError
+from ..grammar.asked import FIELDS, Asked, asked
 from ..grammar.grammar import Grammar
-from .answers import Choice, Split
+from .answers import Choice
 from .errors import Refused, invalid, refusal, unsupported
 from .fields import Fields
 from .fill import fill_prompt
@@ -31,9 +34,9 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presenc
 BOUNDS = {"temperature": (0, 100), "repeat_penalty": (0.01, 100), "presence_penalty": (-100, 100),
           "frequency_penalty": (-100, 100)}
 REFUSED = ("images", "audio", "files", "web_search_options", "background", "previous_response_id", "conversation",
-           "tools", "functions", "session")
+           "session")
 TEXT_PARTS = ("text", "input_text", "output_text")
-MORE_OF_MESSAGES = ("name", "tool_call_id", "tool_name", "reasoning_content", "thinking")     # that templates may read
+MORE_OF_MESSAGES = ("name", "tool_calls", "function_call", "tool_call_id", "tool_name", "reasoning_content", "thinking")
 
 
 @dataclass
@@ -44,24 +47,17 @@ class Task:
     n: int
     seed: int
     prompts: list[tuple[str, list[int]]]        # text and ids of each
-    reasoning: bool = False                     # thoughts are told apart
-    begun: str = ""                             # the answer's beginning, which the prompt ends with
+    reader: Callable[[], Reader] = Plain        # of each answer
     ignored: tuple[str, ...] = ()               # keywords of its schema without effect
     stops: frozenset[int] = field(default_factory=frozenset)
 
-    def choices(self, service: Service) -> list[Choice]:
-        return [Choice(i, self._split(service, request), self.stops) for i, request in enumerate(self.requests)]
-
-    def _split(self, service: Service, request: Request) -> Split | None:
-        return Split(is_open(service.tokenizer, list(request.tokens)), self.begun) if self.reasoning else None
+    def choices(self) -> list[Choice]:
+        return [Choice(i, self.reader(), self.stops) for i in range(len(self.requests))]
 
 
 def refuse_common(fields: Fields) -> None:
     """Fields that ask for what is not there. Those that ask for nothing are fine."""
     fields.refuse(REFUSED)
-    for name in ("tool_choice", "function_call"):
-        if fields.get(name, "auto") not in ("auto", "none"):
-            raise unsupported(name)
     if set(fields.listed("modalities")) - {"text"}:
         raise unsupported("modalities", "beyond text are not supported here")
     if "best_of" in fields and fields.whole("best_of") > fields.whole("n", 1):
@@ -147,26 +143,51 @@ def template_request(service: Service, fields: Fields, client: Hashable, max_tok
                    reuse=fields.flag("cache_prompt", True))
 
 
-def grammar_of(service: Service, fields: Fields, names: Sequence[str] = FIELDS) -> Grammar | None:
+def wish_of(fields: Fields, names: Sequence[str] = FIELDS) -> Asked | None:
     """What the answers have to follow. names: of the fields that may say so."""
     try:
-        wish = asked(fields, names)
+        return asked(fields, names)
     except ArgumentError as error:
-        raise Refused(400, "invalid_value", str(error), re.split("[.:]", str(error))[0]) from None
-    if wish is None:
-        return None
+        raise blamed(error) from None
+
+
+def blamed(error: ArgumentError) -> Refused:
+    """A refusal for an error that begins with the name of a field, or with a place in the messages."""
+    place = re.match(r"messages\[[\w.\[\]]+|\w+", str(error))
+    return Refused(400, "invalid_value", str(error), place[0] if place else None)
+
+
+def compiled(field: str, make: Callable):
+    """What make() gives, which compiles a grammar that a field asks for."""
     try:
-        return wish.compiled(service.model)
+        return make()
     except SchemaError as error:
         refused = refusal(error)
-        raise Refused(400, refused.code, refused.message, wish.field) from None
-    except BmcError as error:
-        raise unsupported(wish.field, f"is not supported here: {error}") from None
+        raise Refused(400, refused.code, refused.message, field) from None
+    except NeedsPackageError as error:
+        raise unsupported(field, f"is not supported here: {error}") from None
 
 
-def task_of(service: Service, base: Request, prompts: list[tuple[str, list[int]]], n: int = 1, grammar: Grammar | None = None,
-            thinks: bool = False, **more) -> Task:
-    """n answers to each prompt: the i-th samples with seed + i. thinks: the model may begin with a thought, before a grammar."""
+def grammar_of(service: Service, fields: Fields, names: Sequence[str] = FIELDS) -> Grammar | None:
+    wish = wish_of(fields, names)
+    return compiled(wish.field, lambda: wish.compiled(service.model)) if wish else None
+
+
+def text_task_of(service: Service, base: Request, prompts: list[tuple[str, list[int]]], n: int = 1,
+                 grammar: Grammar | None = None) -> Task:
+    """n answers to each prompt that is a text."""
+    return task_of(service, base, prompts, n, grammar.start if grammar else lambda: None, ignored=grammar.ignored if grammar else ())
+
+
+def chat_task_of(service: Service, base: Request, turn: Turn, n: int = 1) -> Task:
+    """n answers to a turn of a chat."""
+    return task_of(service, replace(base, shown=turn.shown), [("", turn.tokens)], n, turn.schema, reader=turn.reader,
+                   ignored=turn.ignored)
+
+
+def task_of(service: Service, base: Request, prompts: list[tuple[str, list[int]]], n: int, schema: Callable[[], Schema | None],
+            **more) -> Task:
+    """n answers to each prompt: the i-th samples with seed + i. schema: makes the state of what an answer follows."""
     if n * len(prompts) > ANSWERS:
         raise invalid("n", f"n is {n} and there are {len(prompts)} prompts; expected at most {ANSWERS} answers")
     for _, ids in prompts:
@@ -174,10 +195,8 @@ def task_of(service: Service, base: Request, prompts: list[tuple[str, list[int]]
             raise Refused(400, "context_length_exceeded", f"the prompt has {len(ids)} tokens; "
                           f"expected at most {service.context}, the length of the context")
     samplers = [replace(base.sampler, seed=base.sampler.seed + i) for i in range(n)]
-    requests = [replace(base, tokens=ids, sampler=sampler, schema=schema_of(grammar, service.tokenizer, ids, thinks))
-                for _, ids in prompts for sampler in samplers]
-    return Task(requests, n, base.sampler.seed, prompts, stops=service.tokenizer.stop_ids,
-                ignored=grammar.ignored if grammar else (), **more)
+    requests = [replace(base, tokens=ids, sampler=sampler, schema=schema()) for _, ids in prompts for sampler in samplers]
+    return Task(requests, n, base.sampler.seed, prompts, stops=service.tokenizer.stop_ids, **more)
 
 
 # ---- prompts -----------------------------------------------------------------------------------------------
@@ -211,33 +230,62 @@ def gap_prompt(service: Service, before: str, behind: str, name: str) -> tuple[s
     return before, fill_prompt(service.tokenizer, service.fill, before, behind)
 
 
-def chat_prompt(service: Service, fields: Fields, variables: Mapping | None = None) -> tuple[list[int], str]:
-    """Ids of a conversation, and the beginning of the answer where it has one."""
-    messages = messages_of(fields)
+def turn_of(service: Service, fields: Fields, names: Sequence[str] = FIELDS, split: bool = True) -> Turn:
+    """The turn of a chat that is asked for. names: of the fields that may say what the answer follows."""
+    messages, tools, wish = messages_of(fields), tools_asked(fields), wish_of(fields, names)
+    variables, budget = variables_of(fields), budget_of(service, fields)
     continued = fields.flag("continue_final_message", True)
-    last = messages[-1]
-    begun = last["content"] if continued and last["role"] == "assistant" else ""
-    ids = service.template.encode(messages, continue_final_message=continued, **variables_of(fields, variables))
-    if not ids:
-        raise invalid("messages", "the prompt that the messages make is empty; expected some text")
-    return ids, begun if isinstance(begun, str) else ""
+    try:
+        return compiled(wish.field if wish else "tools", lambda: Turn(
+            service.model, service.template, messages, tools, variables, split, budget, continued, wish))
+    except ArgumentError as error:
+        raise blamed(error) from None
 
 
-def variables_of(fields: Fields, more: Mapping | None = None) -> dict:
+def tools_asked(fields: Fields) -> Tools | None:
+    try:
+        return tools_of(fields.get("tools"), fields.get("tool_choice"), fields.flag("parallel_tool_calls", True),
+                        fields.get("functions"), fields.get("function_call"))
+    except ArgumentError as error:
+        raise blamed(error) from None
+
+
+def budget_of(service: Service, fields: Fields) -> int | None:
+    """How many tokens a thought may have; None: any number."""
+    given = fields.whole("reasoning_budget", None, -1)
+    if given is None:
+        given = fields.object("thinking").whole("budget_tokens", service.settings.reasoning_budget, -1)
+    return None if given == -1 else given
+
+
+def variables_of(fields: Fields) -> dict:
     """What the chat template is given besides the messages."""
     given = dict(fields.object("chat_template_kwargs"))
     try:
         given = checked_variables(given)
     except BmcError as error:
         raise invalid("chat_template_kwargs", str(error)) from None
-    effort = fields.text("reasoning_effort")
-    if effort is not None:
-        given = {"reasoning_effort": effort} | ({"enable_thinking": False} if effort == "none" else {}) | given
-    return given | dict(more or {})
+    return reasoning_of(fields) | given
+
+
+def reasoning_of(fields: Fields) -> dict:
+    """What the fields about thinking say to a chat template: whether to, and with which effort."""
+    think = fields.get("think")
+    effort = think if isinstance(think, str) else fields.text("reasoning_effort")
+    if not isinstance(think, (str, bool, type(None))):
+        fields.bad("think", "true, false or an effort")
+    switch = think if isinstance(think, bool) else fields.flag("enable_thinking", None)
+    kind = fields.object("thinking").choice("type", ("enabled", "disabled", "adaptive"))
+    if effort == "none" or kind == "disabled":
+        switch = False
+    elif switch is None and (kind == "enabled" or isinstance(think, str)):
+        switch = True
+    return ({} if effort is None else {"reasoning_effort": effort}) \
+        | ({} if switch is None else {"enable_thinking": switch, "thinking": switch})
 
 
 def messages_of(fields: Fields, name: str = "messages") -> list[dict]:
-    """Messages as chat templates know them: text alone, arguments of calls as objects."""
+    """Messages with text alone."""
     given = fields.listed(name, 4096)
     if not given:
         raise invalid(name, f"{name} is empty; expected at least one message")
@@ -253,9 +301,10 @@ def _message(given, where: str) -> dict:
         raise invalid(f"{where}.role", f"{where} has no role; expected system, user, assistant or tool")
     message.refuse(("images", "audio"))
     told = {name: message[name] for name in MORE_OF_MESSAGES if name in message}
-    calls = [_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(message.listed("tool_calls"))]
-    return {"role": {"developer": "system"}.get(role, role), "content": _content(message, where)} | told \
-        | ({"tool_calls": calls} if calls else {})
+    for i, call in enumerate(message.listed("tool_calls")):
+        if not isinstance(call, dict):
+            raise invalid(f"{where}.tool_calls[{i}]", f"{where}.tool_calls[{i}] is {json.dumps(call)[:40]}; expected a call")
+    return {"role": {"developer": "system"}.get(role, role), "content": _content(message, where)} | told
 
 
 def _content(message: Fields, where: str) -> str | list | None:
@@ -273,17 +322,3 @@ def _content(message: Fields, where: str) -> str | list | None:
             raise Refused(400, "unsupported_parameter",
                           f"{place} is of type {json.dumps(kind)[:40]}; expected text", place)
     return [{"type": "text", "text": part if isinstance(part, str) else part["text"]} for part in content]
-
-
-def _call(call, where: str) -> dict:
-    """An earlier call of a tool; arguments that are JSON become an object."""
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-        raise invalid(where, f"{where} is no call; expected a function with a name")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
-            pass
-    return call | {"function": function | {"arguments": arguments}}

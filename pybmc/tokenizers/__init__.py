@@ -84,9 +84,10 @@ class Tokenizer:
         ids = checks.ids("ids", ids)
         return stream.push(*ids) + stream.flush()
 
-    def stream(self, special: bool = False, continued: bool = True) -> StreamDecoder:
-        """A decoder for ids that come one by one. continued: after a prompt, so that a first space counts."""
-        return StreamDecoder(self, special, continued)
+    def stream(self, special: bool = False, continued: bool = True, shown: frozenset[int] = frozenset()) -> StreamDecoder:
+        """A decoder for ids that come one by one. continued: after a prompt, so that a first space counts. shown: control tokens
+        whose names are part of the text."""
+        return StreamDecoder(self, special, continued, shown)
 
     def piece(self, id: int) -> bytes:
         """The bytes of one token; a control token's are its name."""
@@ -115,9 +116,9 @@ class Tokenizer:
 class StreamDecoder:
     """Ids in, text out: push() gives what is complete, never half a character; flush() what is left."""
 
-    def __init__(self, tokenizer: Tokenizer, special: bool = False, continued: bool = True):
+    def __init__(self, tokenizer: Tokenizer, special: bool = False, continued: bool = True, shown: frozenset[int] = frozenset()):
         self._tokenizer = tokenizer
-        self._silent = frozenset() if special else tokenizer.vocab.silent
+        self._silent = frozenset() if special else tokenizer.vocab.silent - shown
         self._strip = tokenizer._codec.space_prefix and not continued
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -251,24 +251,18 @@ class Vocabulary:
 
     # -- special tokens in a text
 
-    def split(
-        self,
-        text: str,
-        special: bool,
-        own: bytes | None = None,
-        guarded: frozenset[int] = frozenset(),
-    ) -> list[str | int]:
+    def split(self, text: str, special: bool, mask: Callable[[int], bytes | None] = lambda id: None) -> list[str | int]:
         """A text cut at its special tokens: strings and ids. User-defined tokens always count, control tokens
-        with special. own: a byte for each character; a guarded token counts only where all of its own are 1.
+        with special. mask: for an id a byte for each character, or None; a token counts only where none of its own is 0.
         """
         parts: list[slice | int] = [slice(0, len(text))] if text else []
         for token in self._present(text, special):
             id = self.ids[token]
-            mask = own if id in guarded else None
+            allowed = mask(id)
             parts = [
                 piece
                 for part in parts
-                for piece in (self._cut(text, part, token, id, mask) if isinstance(part, slice) else [part])
+                for piece in (self._cut(text, part, token, id, allowed) if isinstance(part, slice) else [part])
             ]
         return [text[part] if isinstance(part, slice) else part for part in parts]
 
