@@ -16,7 +16,7 @@
 
 /* <cffi> What stands between these two marks is read by Python as it is: plain declarations only. */
 
-#define BMC_VERSION 12      /* counts the changes of what follows; bmc_version() tells which one was compiled */
+#define BMC_VERSION 13      /* counts the changes of what follows; bmc_version() tells which one was compiled */
 
 enum bmc_status {
     BMC_OK = 0,
@@ -55,7 +55,8 @@ typedef struct bmc_type_info {
 /* What a block computes (native/layers/ has a file for each). */
 enum bmc_kind {
     BMC_ATTENTION, BMC_MLA, BMC_DELTA_NET, BMC_MAMBA2, BMC_SHORT_CONV,      /* mixers: a token sees those before it */
-    BMC_DENSE, BMC_EXPERTS, BMC_PER_LAYER,                                  /* feed-forwards: every token alone */
+    BMC_DENSE, BMC_EXPERTS, BMC_PER_LAYER, BMC_LAUREL,                      /* feed-forwards: every token alone */
+    BMC_ALTUP_BEGIN, BMC_ALTUP_PREDICT, BMC_ALTUP_CORRECT, BMC_ALTUP_END,   /* between x and its other versions */
     BMC_KINDS
 };
 enum bmc_gating { BMC_GATING_SOFTMAX = 1, BMC_GATING_SIGMOID = 2, BMC_GATING_CHOSEN = 3 };      /* the last: softmax over the chosen only */
@@ -73,6 +74,9 @@ typedef struct bmc_block {
     int32_t kind;                   /* enum bmc_kind */
     int32_t beside;                 /* 1: reads what the block before it read; their results are summed */
     float scale;                    /* the result is multiplied by it before the sum */
+    float sum_scale;                /* x is multiplied by it after the sum */
+    int32_t n_altup;                /* AltUp's blocks, and those with `others`: versions of x */
+    int32_t others;                 /* 1: the result is added to the versions of x but the first, which is x */
 
     /* attention, MLA */
     int32_t n_heads, n_kv_heads;
@@ -102,6 +106,7 @@ typedef struct bmc_block {
     int32_t act;                    /* enum bmc_act */
     int32_t hidden_dim;
     float act_param[4];
+    float sparsity;                 /* > 0: only gates above their mean + sparsity * their standard deviation count, by how much */
     int32_t n_experts, n_active;
     int32_t expert_groups, groups_used;
     int32_t gating;                 /* enum bmc_gating */

@@ -50,6 +50,8 @@ static int check_block(const bmc_model *m, const struct block *b) {
     const struct block *rows = b - c->kv_from;
     if (!b->kind)
         return fail(BMC_EFORMAT, "layer %d: there is no kind %d of block", (int)c->layer, (int)c->kind);
+    if (c->others && (c->kind != BMC_PER_LAYER || c->n_altup < 2 || c->n_altup > 8))
+        return fail(BMC_EFORMAT, "layer %d: only per-layer inputs go to 1 to 7 other versions of x", (int)c->layer);
     if (c->beside && (b == m->blocks || (b - 1)->c.beside))
         return fail(BMC_EFORMAT, "layer %d: at most two blocks stand side by side", (int)c->layer);
     int status = b->kind->check(m, c);
@@ -254,7 +256,8 @@ static struct need needs(const bmc_model *m) {
         all = (struct need){ .floats = padded(2 * m->c.dim), .blocks = (size_t)m->c.dim / 16 + 1 };
     for (const struct block *b = m->blocks; b < m->blocks + m->c.n_blocks; b++) {
         const struct need n = b->kind->need(m, b);
-        all = (struct need){ largest(all.floats, n.floats), largest(all.blocks, n.blocks), largest(all.ids, n.ids), largest(all.scratch, n.scratch) };
+        all = (struct need){ largest(all.floats, n.floats), largest(all.blocks, n.blocks), largest(all.ids, n.ids),
+                             largest(all.kept, n.kept), largest(all.scratch, n.scratch) };
     }
     return all;
 }
@@ -285,6 +288,8 @@ static size_t lay_out(const bmc_model *m, struct need need, struct buffers *b, c
     b->y[0] = take(&next, row);
     b->y[1] = take(&next, row);
     b->input = keeps_input(m) ? take(&next, row) : NULL;
+    b->kept_stride = padded((int64_t)need.kept);
+    b->kept = need.kept ? take(&next, n * b->kept_stride * sizeof(float)) : NULL;
     b->xb = take(&next, row);
     b->own_xb = take(&next, threads * FEW * padded(c->dim) * sizeof(float));
     b->act = take(&next, n * blocks * block);

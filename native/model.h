@@ -60,14 +60,26 @@ struct experts {
     struct matrix latent_down, latent_up;
 };
 
-struct per_layer { struct matrix gate, proj; };
+struct per_layer {
+    struct matrix gate, proj;
+    struct vector scale;                                /* (dim,) x is multiplied by it, where the model has it */
+};
+
+struct laurel { struct matrix l, r; struct vector norm; };
+
+struct altup {
+    struct matrices proj;                               /* (dim, dim) of each version but the first: begin and end */
+    struct matrix router;                               /* (n_altup, dim): prediction and correction */
+    struct vector coef;                                 /* (n_altup^2, n_altup) or (n_altup, n_altup) */
+};
 
 /* Sizes that shapes are made of; each block has its own. */
 enum extent {
     ONE, DIM, TWO_DIM, K_DIM, V_DIM, HEADS, Q, QUERY, K, V, O, GATE, VOCAB, CTX, PER_LAYER_DIM, PER_LAYERS,
     Q_RANK, KV_RANK, KV_A, NOPE, K_B, V_B,
     CONV, CHANNELS, STATE, INNER, GROUPS, IN, GROUP_DIM,
-    HIDDEN, EXPERTS, EXPERT_IN, SHARED, LATENT, EXTENTS
+    HIDDEN, EXPERTS, EXPERT_IN, SHARED, LATENT,
+    VERSIONS, OTHERS, PAIRS, EXTENTS
 };
 
 struct block {
@@ -87,6 +99,8 @@ struct block {
         struct dense dense;
         struct experts experts;
         struct per_layer per_layer;
+        struct laurel laurel;
+        struct altup altup;
     };
 };
 

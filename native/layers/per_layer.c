@@ -1,4 +1,5 @@
-/* Inputs of a layer's own for each token (Gemma 3n and 4): x += norm(proj(gelu(gate x) * p)), p the layer's vector of the token. */
+/* Inputs of a layer's own for each token (Gemma 3n and 4): x += norm(proj(gelu(gate x) * p)), p the layer's vector of the token. Gemma
+ * 3n multiplies what the gate reads by a vector, and adds the result to the other versions of x. */
 #include "../error.h"
 #include "../pass.h"
 
@@ -7,6 +8,7 @@
 static const struct role roles[] = {
     { "inp_gate", IN_BLOCK(per_layer.gate), MATRIX, PER_LAYER_DIM, DIM, true, 0 },
     { "proj", IN_BLOCK(per_layer.proj), MATRIX, DIM, PER_LAYER_DIM, true, 0 },
+    { "altup_correct_scale", IN_BLOCK(per_layer.scale), VECTOR, ONE, DIM, false, 0 },
     { 0 },
 };
 
@@ -20,14 +22,35 @@ static void measure(const bmc_model *m, const bmc_block *c, int64_t *e) { (void)
 
 static struct need need(const bmc_model *m, const struct block *b) {
     (void)b;
-    return (struct need){ .floats = padded(m->c.per_layer_dim), .blocks = (size_t)m->c.per_layer_dim / 32 + 1 };
+    const int dim = b->per_layer.scale.v ? m->c.dim : 0;
+    return (struct need){
+        .floats = padded(m->c.per_layer_dim) + padded(dim), .blocks = (size_t)(m->c.per_layer_dim + dim) / 32 + 2,
+        .kept = b->c.others ? (size_t)(b->c.n_altup * m->c.dim) : 0,
+    };
+}
+
+/* What the gate reads, where it is multiplied first. */
+static struct tokens scaled(const struct pass *p, const struct block *b, struct tokens in, int thread) {
+    const bmc_model *m = p->model;
+    const size_t n = (size_t)m->pass_max, dim = (size_t)m->c.per_layer_dim;
+    const struct tokens y = { m->buffers->work + n * padded((int64_t)dim), m->buffers->work_act + n * (dim / 32 + 1), in.n, 0, 0 };
+    int64_t from, to;
+    share(p, thread, in.n, &from, &to);
+    for (int64_t t = from; t < to; t++) {
+        const size_t row = (size_t)t * padded(m->c.dim);
+        memcpy(y.x + row, in.x + row, (size_t)m->c.dim * sizeof *y.x);
+        m->k.mul(y.x + row, b->per_layer.scale.v, m->c.dim);
+        quantize(p, y, m->c.dim, (int)t, 0, m->c.dim / 32);
+    }
+    barrier(p, thread, BMC_STEP_NORM);
+    return y;
 }
 
 static void run(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread) {
     const bmc_model *m = p->model;
     const int dim = m->c.per_layer_dim;
     const struct tokens gated = { m->buffers->work, m->buffers->work_act, in.n, 0, 0 };
-    const struct product gate = product(&b->per_layer.gate, in, gated.x);
+    const struct product gate = product(&b->per_layer.gate, b->per_layer.scale.v ? scaled(p, b, in, thread) : in, gated.x);
     int64_t from, to;
     multiply(p, &gate, 1, thread);
     barrier(p, thread, BMC_STEP_GATE_UP);

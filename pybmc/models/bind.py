@@ -16,14 +16,14 @@ from ..errors import FormatError, printable
 from ..files.gguf import GGUF, Tensor
 from ..files.types import type_info
 from .config import NEXTN, Config
-from .layers import Block
+from .layers import NORMS, Block
 from .pooling import TENSORS as AFTER_THE_PASS
 from .rope import TENSORS as ROPE_TENSORS
 
 IGNORED = ("attn_rot_embd", "attn.rotary_emb.inv_freq")         # tables that some converters left behind
 SUFFIXES = ("weight", "bias", "scale")
 LAST = "layer_output_scale"            # belongs to the end of a layer
-COMMON = ("norm", "post_norm", "sum_norm", "out_norm", LAST)
+COMMON = (*NORMS, LAST)
 FUSED = {"attn_qkv": ("attn_q", "attn_k", "attn_v"), "ffn_up": ("ffn_gate", "ffn_up")}
 HEAD = {"nextn.embed_tokens": "token_embd", "nextn.shared_head_norm": "output_norm", "nextn.shared_head_head": "output",
         **{f"nextn.{name}": f"nextn.{name}" for name in NEXTN}}         # a draft head's tensors outside its blocks
@@ -96,7 +96,8 @@ def _check_needs(file: GGUF, config: Config, have: set[tuple[int, str]]) -> None
     for number, (layer, block) in enumerate(config.blocks):
         for name in block.needs:
             if (number, block.role(name)) not in have:
-                raise FormatError(f"{file.path}: {_file_name(layer, name)} is missing; {config.arch} needs it")
+                place = None if name in block.outside else layer
+                raise FormatError(f"{file.path}: {_file_name(place, name)} is missing; {config.arch} needs it")
 
 
 def _check_end(file: GGUF) -> None:
@@ -143,10 +144,14 @@ def _roles(file: GGUF, config: Config, by_layer: dict, tensor: Tensor) -> Iterat
         if _knows(roles_of(None), role):
             found = True
             yield _first_row(_role(role, -1, tensor)) if role == "token_types" else _role(role, -1, tensor)
+        for number, (_, block) in enumerate(config.blocks):
+            if name in block.outside:
+                found = True
+                yield _role(name, number, tensor)
     for role in _block_roles(file, by_layer.get(layer, []), layer, name, tensor):
         found = True
         yield role
-    if not found:
+    if not found and not any(name in block.unused for _, block in by_layer.get(layer, [])):
         raise _misfit(file, tensor, f"pybmc does not know this tensor of {config.arch}; "
                                     "the answer would be wrong without it")
 
@@ -172,7 +177,7 @@ def _roles_in(file: GGUF, number: int, block: Block, layer: int | None, name: st
         yield _role(f"{match[1]}_exps", number, tensor, expert=int(match[2]))
     elif name == "attn_kv_b" and "attn_k_b" in roles:
         yield from _split_kv_b(file, tensor, number, block)
-    elif _knows(roles, role := block.role(name)):
+    elif name not in block.unused and _knows(roles, role := block.role(name)):
         yield _role(role, number, tensor)
 
 

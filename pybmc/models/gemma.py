@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from .layers import GELU, SCALED, PerLayer
-from .parts import architecture, attention, beside, dense, experts, rope_table, sqrt_dim
+import math
+
+from .layers import GELU, SCALED, AltUpBegin, AltUpCorrect, AltUpEnd, AltUpPredict, Block, Laurel, PerLayer
+from .parts import Reader, architecture, attention, beside, dense, experts, rope_table, sqrt_dim
 
 POST = {"post": "post_attention_norm"}
 
@@ -31,9 +33,10 @@ def gemma3(k, i):
             dense(k, i, act=GELU, post="post_ffw_norm"))
 
 
-def _shared_rows(k, i, windowed):
-    """The layer whose keys and values layer i reads, of the last ones that have none; None: its own."""
-    n = k.n_layers - k.count("attention.shared_kv_layers", 0, low=0, high=k.n_layers - 1)
+def _shared_rows(k, i, windowed, own=1024):
+    """The layer whose keys and values layer i reads, of the last ones that have none; None: its own. own: how many layers have
+    some where the key is absent."""
+    n = k.n_layers - k.count("attention.shared_kv_layers", max(k.n_layers - own, 0), low=0, high=k.n_layers - 1)
     return None if i < n else n - 2 if windowed else n - 1
 
 
@@ -53,3 +56,55 @@ def gemma4(k, i):
         blocks += (PerLayer(per_layer=i, post="post_norm", needs=("post_norm",)),)
     return blocks
 
+
+SPARSE_LAYERS, SPARSITY = 10, 1.6448533535003662        # where the key is absent: 95% of a normal distribution is below
+
+
+@architecture("gemma3n", embedding_scale=sqrt_dim, logit_softcap=30.0)
+def gemma3n(k, i):
+    """A layer between AltUp's prediction and correction; its inputs of a layer's own go to the other versions of x."""
+    n, window = _versions(k), k.window(i, 5)
+    source = _shared_rows(k, i, window > 0, own=20)
+    table = rope_table(k, k.head_dim(i), window, swa_base=10000.0, swa_scaling=False)
+    mixer = attention(k, i, **POST, qk_norm=True, window=window, table=table, attn_scale=1.0, v_norm=1, source=source)
+    low_rank = Laurel(hidden_dim=_rank(k, i), norm="attn_norm", needs=("laurel_l",), sum_scale=math.sqrt(0.5))
+    blocks: tuple[Block, ...] = (
+        AltUpPredict(n_altup=n, norm="altup_router_norm", needs=("altup_router_norm",)),
+        *beside(mixer, low_rank),
+        dense(k, i, act=GELU, post="post_ffw_norm", sparsity=_sparsity(k, i)),
+        AltUpCorrect(n_altup=n, norm="altup_router_norm"),
+        PerLayer(per_layer=i, post="post_norm", n_altup=n, others=1, needs=("post_norm", "altup_correct_scale")),
+    )
+    if i == 0:
+        blocks = (AltUpBegin(n_altup=n, **_outside("altup_proj")), *blocks)
+    if i == k.n_layers - 1:
+        blocks += (AltUpEnd(n_altup=n, sum_scale=1 / n, **_outside("altup_unembd_proj")),)
+    return blocks
+
+
+def _outside(name: str) -> dict[str, tuple[str, ...]]:
+    """For a block with a tensor of the file outside the layers."""
+    return {"outside": (name,), "needs": (name,)}
+
+
+def _versions(k: Reader) -> int:
+    """How many of x there are; the layers work on the first."""
+    if k.count("altup.active_idx", 0, low=0):
+        raise k.error("altup.active_idx", "0", k.find("altup.active_idx"))
+    k.count("embedding_length_per_layer_input", high=1 << 16)
+    return k.count("altup.num_inputs", 4, low=2, high=8)
+
+
+def _rank(k: Reader, i: int) -> int:
+    tensor = k.file.tensors.get(f"blk.{i}.laurel_l.weight")
+    return tensor.shape[-1] if tensor else 64
+
+
+def _sparsity(k: Reader, i: int) -> float:
+    """By how many standard deviations a gate has to be above the mean of all to count; 0: every gate counts."""
+    found = k.find("activation_sparsity_scale", i)
+    if found is None:
+        return SPARSITY if i < SPARSE_LAYERS else 0.0
+    if isinstance(found, bool) or not isinstance(found, (int, float)) or not (0 < found < 100 or found == -math.inf):
+        raise k.error("activation_sparsity_scale", "a number above 0 up to 100, or -inf for none", f"{found!r:.60}")
+    return max(0.0, float(found))

@@ -167,11 +167,12 @@ def attention(k: Reader, i: int, *, qk_norm: bool = False, bias: bool = False, n
     if style and table is None:
         table = rope_table(k, k_dim, window)
     needs = (("attn_q", "attn_output") + ("attn_k",) * (source is None) + ("attn_v",) * (source is None and not values_are_keys)
-             + ("attn_q_norm", "attn_k_norm") * qk_norm + ("attn_q.bias", "attn_k.bias", "attn_v.bias") * bias + ((norm,) if norm else ())
+             + ("attn_q_norm",) * qk_norm + ("attn_k_norm",) * (qk_norm and source is None) + ("attn_q.bias", "attn_k.bias", "attn_v.bias") * bias + ((norm,) if norm else ())
              + ((post,) if post else ()) + ((out_norm,) if out_norm else ()))
+    unused = () if source is None else ("attn_k", "attn_v", "attn_k_norm")
     return Attention(n_heads=n_heads, n_kv_heads=n_kv_heads, k_dim=k_dim, v_dim=v_dim, attn_scale=attn_scale or k_dim**-0.5,
                      rope_style=style, rope=table or 0, window=window, gate=gate, source=source, norm=norm, post=post, out_norm=out_norm,
-                     needs=needs, **fields)
+                     needs=needs, unused=unused, **fields)
 
 
 def dense(k: Reader, i: int, *, act: int = SILU, gated: bool = True, norm: str | None = "ffn_norm", post: str | None = None,
