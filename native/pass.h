@@ -203,6 +203,7 @@ struct queries {
     const float *q;                 /* (tokens, q_stride) */
     size_t q_stride, q_pitch;       /* floats from head to head */
     int k_dim, v_dim;
+    int shared;                     /* 1: values are the first v_dim of the keys, and rows have keys only */
     struct tokens out;              /* (tokens, n_heads * v_dim) */
     const float *gate;              /* (tokens, gate_stride) or NULL */
     size_t gate_stride, gate_pitch; /* gate_pitch 1: one for each head */

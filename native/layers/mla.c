@@ -2,7 +2,7 @@
  *
  * A token keeps c (kv_rank values) and r (rope values), for all heads. A head's key would be [k_b c | r] and its value v_b c, but k_b
  * moves to the query and v_b behind the sum: scores are (k_b^T q) c + q_r r, and the sum is over c. So heads of queries share
- * one head of keys, [c | r], and of values, c, and the cache is read as with any grouped heads. */
+ * one head of keys, [c | r], whose first values are the values too: they are stored once. */
 #include "../error.h"
 #include "../pass.h"
 
@@ -48,7 +48,7 @@ static const char *missing(const struct block *b) {
     return a->q.data ? NULL : "attn_q";
 }
 
-static void stream(bmc_model *m, struct block *b) { add_rows(m, b, 1, (int)b->extent[KV_A], b->c.kv_rank); }
+static void stream(bmc_model *m, struct block *b) { add_rows(m, b, 1, (int)b->extent[KV_A], 0); }
 
 struct work { float *q_a, *q, *kv, *nope, *query, *sum, *out; };
 
@@ -116,7 +116,7 @@ static void place_rows(struct pass *p, const struct block *b, const struct work 
         const int pos = p->at[t].pos;
         norm_row(m, kv, kv, b->attention.kv_a_norm, (struct vector){ 0 }, rank);
         turn(p, b, kv + rank, (int)t);
-        m->k.store_kv(tile_of(p->at[t].session, b, 0, pos / TILE), pos % TILE, kv, kv, row, rank);
+        m->k.store_kv(tile_of(p->at[t].session, b, 0, pos / TILE), pos % TILE, kv, NULL, row, 0);
     }
     barrier(p, thread, BMC_STEP_STORE);
 }
@@ -150,7 +150,7 @@ static void run(struct pass *p, const struct block *b, struct tokens in, struct 
     multiply_heads(p, b, a->k_b.of, parts, w.query, padded(heads * row), row, thread);
     barrier(p, thread, BMC_STEP_QKV);
     const struct queries q = {
-        .block = b, .rows = b, .k_dim = row, .v_dim = rank, .q = w.query, .q_stride = padded(heads * row), .q_pitch = (size_t)row,
+        .block = b, .rows = b, .k_dim = row, .v_dim = rank, .shared = 1, .q = w.query, .q_stride = padded(heads * row), .q_pitch = (size_t)row,
         .out = { .x = w.sum, .act = act, .n = p->n_tok, .wide = heads * rank },
     };
     attend_all(p, &q, thread);

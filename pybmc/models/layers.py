@@ -174,8 +174,8 @@ class Mla(Block):
 
     @property
     def row_values(self) -> int:
-        """Values that a token adds to the cache: [c | r] as keys, c as values."""
-        return 2 * self.kv_rank + self.rope_dim
+        """Values that a token adds to the cache: [c | r], whose c is the value too."""
+        return self.kv_rank + self.rope_dim
 
 
 @dataclass(kw_only=True)
