@@ -164,6 +164,18 @@ typedef struct bmc_tensor {
     const void *data;
 } bmc_tensor;
 
+enum bmc_packing {
+    BMC_PACKED,             /* all panels are made */
+    BMC_EXPERTS_LATE,       /* those of an expert are made when a token takes it, and those that were used longest ago make way */
+    BMC_IN_FILE,            /* as bmc_model_map leaves it: the other weights alone are too large, or there are no experts */
+};
+
+typedef struct bmc_experts {
+    int64_t n;              /* of all layers */
+    int64_t room, kept;     /* how many can have panels, how many have */
+    int64_t made;           /* how often an expert's panels were made */
+} bmc_experts;
+
 /* How a token is chosen: settings and their meaning are llama.cpp's. NULL in place of one: the largest logit. */
 typedef struct bmc_sampler {
     double temperature;             /* 0: the largest logit */
@@ -291,6 +303,9 @@ const char *bmc_role(int kind, int i);                       /* tensors of a kin
 int         bmc_model_new(const bmc_config *config, const bmc_tensor *tensors, int n_tensors, int n_threads, bmc_model **model);
 int         bmc_model_pack(bmc_model *model);
 int         bmc_model_map(bmc_model *model);
+/* The same with panels of at most so many bytes, if they can do with that. Returns enum bmc_packing. */
+int         bmc_model_pack_within(bmc_model *model, int64_t bytes);
+int         bmc_model_experts(bmc_model *model, bmc_experts *experts);      /* 0: all are packed, or none is; 1: when they are used */
 int         bmc_model_pass(const bmc_model *model);  /* tokens of a pass at most; where not causal, of a text */
 int         bmc_model_coarsen(bmc_model *model);     /* 1: bmc_draft has a coarse head from now on; 0: it would not pay */
 int64_t     bmc_model_packed(const bmc_model *model, int64_t *total);    /* bytes so far; any thread may ask */

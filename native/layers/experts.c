@@ -4,6 +4,7 @@
  * ascending order of their number, whatever else is in the pass: groups of rows of `down` go through all experts in that order. */
 #include "../error.h"
 #include "../pass.h"
+#include "../resident.h"
 
 #include <float.h>
 #include <math.h>
@@ -298,12 +299,15 @@ static void gate_up_all(struct pass *p, const struct block *b, const struct work
     barrier(p, thread, BMC_STEP_ACTIVATION);
 }
 
-/* The most tokens that an expert has. */
-static int most_tokens(const struct block *b, const struct work *w) {
-    int most = 0;
-    for (int e = 0; e < b->c.n_experts; e++)
-        most = larger(most, w->first[e + 1] - w->first[e]);
-    return most;
+/* How many groups of `down` are done at a time: those of all chosen experts in one go where a stretch is, and their results fit. */
+static int down_stretch(const struct pass *p, const struct block *b, const struct work *w) {
+    int groups = n_groups(b->experts.down.of);
+    for (int e = 0; e < b->c.n_experts; e++) {
+        const int n = w->first[e + 1] - w->first[e];
+        if (n)
+            groups = smaller(groups, smaller(larger(1, p->model->pass_max / n), stretch(&b->experts.down.of[e], n, groups)));
+    }
+    return groups;
 }
 
 /* y += weight * down(hidden), experts ascending, for groups [from, to) of rows. */
@@ -324,11 +328,10 @@ static void down_groups(struct pass *p, const struct block *b, const struct work
 }
 
 static void down_all(struct pass *p, const struct block *b, const struct work *w, struct tokens in, struct sink out, int thread) {
-    const struct matrix *down = b->experts.down.of;
-    const int most = most_tokens(b, w), room = larger(1, p->model->pass_max / most);        /* groups whose results fit */
+    const int step = down_stretch(p, b, w);
     int64_t from, to;
-    while (pool_take(p->model->pool, thread, n_groups(down), &from, &to))
-        for (int step = smaller(room, stretch(down, most, (int)(to - from))); from < to; from += step)
+    while (pool_take(p->model->pool, thread, n_groups(b->experts.down.of), &from, &to))
+        for (; from < to; from += step)
             down_groups(p, b, w, in, out, (int)from, smaller((int)from + step, (int)to), thread);
 }
 
@@ -389,6 +392,7 @@ static void run(struct pass *p, const struct block *b, struct tokens in, struct 
     const bool latent = b->experts.latent_down.data;
     lay_out(p->model, b, &w);
     route(p, b, &w, in, thread);
+    residents_want(p, b, w.first, thread);
     if (latent)
         read = to_latent(p, b, &w, in, thread);
     if (in.n > 1)
