@@ -1,7 +1,8 @@
 """What a layer is: one to three blocks, each a row of numbers for the library.
 
-A block is x += block(norm(x)). Fields have the names and meanings of `bmc_block` (native/bmc.h); those that only Python reads
-stand in Block. `norm`, `post`, `sum_norm` and `out_norm` are names of the file's tensors, None for no such norm.
+A block is x += block(norm(x)). Fields have the names and meanings of `bmc_block` (native/bmc.h); those that
+only Python reads stand in Block. `norm`, `post`, `sum_norm` and `out_norm` are names of the file's tensors,
+None for no such norm.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Block:
     names: dict[str, str] = field(default_factory=dict)     # other names of the file for roles
     needs: tuple[str, ...] = ()         # tensors that must be there beyond those that the library asks for
     outside: tuple[str, ...] = ()       # roles that are tensors of the file outside the layers
-    unused: tuple[str, ...] = ()        # roles that it leaves, though the file may have tensors of these names
+    unused: tuple[str, ...] = ()        # roles that it leaves, though the file may have such tensors
     beside: int = 0
     scale: float = 1.0
     sum_scale: float = 1.0
@@ -45,7 +46,7 @@ class Block:
         return {}
 
     def role(self, name: str) -> str:
-        """The role of a tensor of the layer, by its name without "blk.N." and ".weight"; "" where it has none here."""
+        """The role of a tensor of the layer, by its name without "blk.N." and ".weight"; "": none here."""
         stem, dot, tail = name.partition(".")
         norms = dict(zip((self.norm, self.post, self.sum_norm, self.out_norm), NORMS))
         if stem not in norms and stem in NORMS:
@@ -189,7 +190,8 @@ class DeltaNet(Block):
     interleaved: int = 0
 
     def rows(self, name: str) -> dict[str, np.ndarray]:
-        """Files of qwen3next have a group's rows side by side: queries, keys, values and gates in ssm_in, betas and alphas in ssm_ba."""
+        """Files of qwen3next have a group's rows side by side: queries, keys, values and gates in ssm_in,
+        betas and alphas in ssm_ba."""
         values = self.inner_dim // self.n_groups
         if name == "ssm_in":
             q, k, v, gate = self._parts(self.state_dim, self.state_dim, values, values)
