@@ -27,11 +27,15 @@ static struct matrix *part_of(const struct expert *x, int i) {
     return parts[i]->of ? &parts[i]->of[x->e] : NULL;
 }
 
+static int64_t panels_of(const struct matrix *w) { return w ? matrix_panels(w) : 0; }
+
 static size_t whole_lines(size_t bytes) { return (bytes + 63) / 64 * 64; }
 
 static size_t codes_of(const struct matrix *w) { return (size_t)matrix_panels(w) * w->code_stride; }
 
-static size_t bytes_of(const struct matrix *w) { return whole_lines(codes_of(w) + (size_t)matrix_panels(w) * w->scale_stride); }
+static size_t bytes_of(const struct matrix *w) {
+    return whole_lines(codes_of(w) + (size_t)matrix_panels(w) * w->scale_stride);
+}
 
 /* Where an expert's panels are; NULL: nowhere. */
 static void set_place(const struct expert *x, char *place) {
@@ -118,7 +122,9 @@ int bmc_model_experts(bmc_model *m, bmc_experts *experts) {
     if (!r)
         return 0;
     pthread_mutex_lock(&m->lock);
-    *experts = (bmc_experts){ .n = r->n_experts, .room = r->slots.n, .kept = r->slots.n_kept, .made = r->made };
+    *experts = (bmc_experts){
+        .n = r->n_experts, .room = r->slots.n, .kept = r->slots.n_kept, .made = r->made,
+    };
     pthread_mutex_unlock(&m->lock);
     return 1;
 }
@@ -132,7 +138,9 @@ static void find_slots(struct residents *r, const struct block *b, const int32_t
         if (first[e + 1] > first[e])
             slots_use(&r->slots, b->experts.number + e);
     for (int e = 0; e < b->c.n_experts; e++) {
-        const int x = b->experts.number + e, slot = first[e + 1] > first[e] && r->slots.slot_of[x] < 0 ? slots_take(&r->slots, x, &gone) : -1;
+        const int x = b->experts.number + e;
+        const bool missing = first[e + 1] > first[e] && r->slots.slot_of[x] < 0;
+        const int slot = missing ? slots_take(&r->slots, x, &gone) : -1;
         if (slot < 0)
             continue;
         if (gone >= 0)
@@ -147,11 +155,12 @@ static void find_slots(struct residents *r, const struct block *b, const int32_t
 static void make_panels(struct pass *p, const struct residents *r, int thread) {
     int64_t each = 0, from, to, begin = 0;
     for (int i = 0; i < PARTS; i++)
-        each += part_of(&r->experts[r->missing[0]], i) ? matrix_panels(part_of(&r->experts[r->missing[0]], i)) : 0;
+        each += panels_of(part_of(&r->experts[r->missing[0]], i));
     share(p, thread, each * r->n_missing, &from, &to);
     for (int i = 0; i < PARTS * r->n_missing; i++) {
         const struct matrix *w = part_of(&r->experts[r->missing[i / PARTS]], i % PARTS);
-        const int64_t n = w ? matrix_panels(w) : 0, low = from > begin ? from - begin : 0, high = to - begin < n ? to - begin : n;
+        const int64_t n = panels_of(w);
+        const int64_t low = from > begin ? from - begin : 0, high = to - begin < n ? to - begin : n;
         if (low < high)
             model_make_panels(w, low, high);
         begin += n;

@@ -19,8 +19,8 @@ void slots_clear(struct slots *s);                          /* nothing is kept a
 
 void slots_turn(struct slots *s);                           /* from now on, what was used before may go */
 int slots_use(struct slots *s, int thing);                  /* its slot; -1: it is not kept */
-/* A slot for a thing that is not kept: an empty one, or that of the thing used longest ago, *gone (-1: none). -1: every slot's thing
- * was used in this turn. */
+/* A slot for a thing that is not kept: an empty one, or that of the thing used longest ago, *gone (-1: none).
+ * -1: every slot's thing was used in this turn. */
 int slots_take(struct slots *s, int thing, int *gone);
 
 #endif

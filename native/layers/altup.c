@@ -1,8 +1,9 @@
-/* AltUp (arXiv 2301.13310, Gemma 3n): a token has n_altup versions of x. The blocks of a layer work on the first, which is x; before
- * them all versions are predicted from all, and after them each is corrected by what the prediction of x missed.
+/* AltUp (arXiv 2301.13310, Gemma 3n): a token has n_altup versions of x. The blocks of a layer work on the
+ * first, which is x; before them all versions are predicted from all, and after them each is corrected by
+ * what the prediction of x missed.
  *
- * buffers->kept has a row of n_altup vectors for each token: what was predicted for x, and the other versions. dim is a multiple of 32,
- * so that a version begins with a whole block. */
+ * buffers->kept has a row of n_altup vectors for each token: what was predicted for x, and the other
+ * versions. dim is a multiple of 32, so that a version begins with a whole block. */
 #include "../error.h"
 #include "../pass.h"
 
@@ -36,9 +37,11 @@ static const struct role end_roles[] = {
 
 static int check(const bmc_model *m, const bmc_block *c) {
     if (c->n_altup < 2 || c->n_altup > MOST)
-        return fail(BMC_EFORMAT, "layer %d: AltUp: expected 2 to %d versions of x, found %d", c->layer, MOST, c->n_altup);
+        return fail(BMC_EFORMAT, "layer %d: AltUp: expected 2 to %d versions of x, found %d", c->layer, MOST,
+                    c->n_altup);
     if (m->c.dim % 32)
-        return fail(BMC_EFORMAT, "layer %d: AltUp: expected a multiple of 32 values, found %d", c->layer, m->c.dim);
+        return fail(BMC_EFORMAT, "layer %d: AltUp: expected a multiple of 32 values, found %d", c->layer,
+                    m->c.dim);
     return 0;
 }
 
@@ -52,7 +55,10 @@ static void measure(const bmc_model *m, const bmc_block *c, int64_t *e) {
 /* Of the router: its scores, and for each thread all versions and a change. */
 static struct need need(const bmc_model *m, const struct block *b) {
     const size_t dim = (size_t)m->c.dim, n = (size_t)b->c.n_altup;
-    return (struct need){ .floats = larger((int)padded(b->c.n_altup), (int)((n - 1) * dim)), .blocks = n * dim / 32, .scratch = (n + 1) * dim, .kept = n * dim };
+    return (struct need){
+        .floats = larger((int)padded(b->c.n_altup), (int)((n - 1) * dim)), .blocks = n * dim / 32,
+        .scratch = (n + 1) * dim, .kept = n * dim,
+    };
 }
 
 static float *version(const struct pass *p, int64_t t, int i) {
@@ -60,11 +66,14 @@ static float *version(const struct pass *p, int64_t t, int i) {
     return b->kept + (size_t)t * b->kept_stride + (size_t)(i * p->model->c.dim);
 }
 
-static float *x_of(const struct pass *p, int64_t t) { return p->model->buffers->x + (size_t)t * padded(p->model->c.dim); }
+static float *x_of(const struct pass *p, int64_t t) {
+    return p->model->buffers->x + (size_t)t * padded(p->model->c.dim);
+}
 
 void altup_add(const bmc_model *m, int n_altup, const float *y, int64_t t) {
+    float *row = m->buffers->kept + (size_t)t * m->buffers->kept_stride;
     for (int i = 1; i < n_altup; i++)
-        m->k.add(m->buffers->kept + (size_t)t * m->buffers->kept_stride + (size_t)(i * m->c.dim), y, m->c.dim);
+        m->k.add(row + i * m->c.dim, y, m->c.dim);
 }
 
 /* Values [at, at + n) of a token's result. */
@@ -95,8 +104,9 @@ static void begin(struct pass *p, const struct block *b, struct tokens in, struc
     const int others = b->c.n_altup - 1, dim = p->model->c.dim;
     struct product list[MOST];
     int64_t from, to;
+    const size_t stride = p->model->buffers->kept_stride;
     for (int i = 0; i < others; i++)
-        list[i] = (struct product){ &b->altup.proj.of[i], in, version(p, 0, i + 1), p->model->buffers->kept_stride, false };
+        list[i] = (struct product){ &b->altup.proj.of[i], in, version(p, 0, i + 1), stride, false };
     multiply(p, list, others, thread);
     barrier(p, thread, BMC_STEP_EMBED);
     share(p, thread, in.n, &from, &to);
@@ -161,10 +171,12 @@ static void coefficients(const struct pass *p, const struct block *b, int64_t t,
     }
 }
 
-typedef void step(const struct pass *p, const struct block *b, struct sink out, int64_t t, int at, int n, float *scratch);
+typedef void step(const struct pass *p, const struct block *b, struct sink out, int64_t t, int at, int n,
+                  float *scratch);
 
 /* Each value is on its own: what a step does with values [at, at + n) of a token is shared out. */
-static void each_part(struct pass *p, const struct block *b, struct tokens in, struct sink out, step *fn, int thread) {
+static void each_part(struct pass *p, const struct block *b, struct tokens in, struct sink out, step *fn,
+                      int thread) {
     const int64_t blocks = p->model->c.dim / 32;
     int64_t from, to;
     route(p, b, in, thread);
@@ -178,7 +190,8 @@ static void each_part(struct pass *p, const struct block *b, struct tokens in, s
 }
 
 /* Version i += sum of c[i][j] times version j. */
-static void predict_part(const struct pass *p, const struct block *b, struct sink out, int64_t t, int at, int n, float *scratch) {
+static void predict_part(const struct pass *p, const struct block *b, struct sink out, int64_t t, int at,
+                         int n, float *scratch) {
     const struct kernels *k = &p->model->k;
     const int versions = b->c.n_altup;
     float c[MOST * MOST], *change = scratch, *old = scratch + n;
@@ -197,7 +210,8 @@ static void predict_part(const struct pass *p, const struct block *b, struct sin
 }
 
 /* Version i = its prediction + (1 + c[i]) (x - the prediction of x). */
-static void correct_part(const struct pass *p, const struct block *b, struct sink out, int64_t t, int at, int n, float *scratch) {
+static void correct_part(const struct pass *p, const struct block *b, struct sink out, int64_t t, int at,
+                         int n, float *scratch) {
     const struct kernels *k = &p->model->k;
     float c[MOST], *missed = scratch, *change = scratch + n;
     coefficients(p, b, t, c);
@@ -218,7 +232,8 @@ static void correct(struct pass *p, const struct block *b, struct tokens in, str
     each_part(p, b, in, out, correct_part, thread);
 }
 
-const struct kind altup_begin_kind = { "AltUp's begin", begin_roles, check, measure, need, false, NULL, NULL, begin };
-const struct kind altup_predict_kind = { "AltUp's prediction", predict_roles, check, measure, need, false, NULL, NULL, predict };
-const struct kind altup_correct_kind = { "AltUp's correction", correct_roles, check, measure, need, false, NULL, NULL, correct };
-const struct kind altup_end_kind = { "AltUp's end", end_roles, check, measure, need, false, NULL, NULL, end };
+#define KIND(name, roles, run) { name, roles, check, measure, need, false, NULL, NULL, run }
+const struct kind altup_begin_kind = KIND("AltUp's begin", begin_roles, begin);
+const struct kind altup_predict_kind = KIND("AltUp's prediction", predict_roles, predict);
+const struct kind altup_correct_kind = KIND("AltUp's correction", correct_roles, correct);
+const struct kind altup_end_kind = KIND("AltUp's end", end_roles, end);

@@ -14,9 +14,11 @@ static const struct role roles[] = {
 static int check(const bmc_model *m, const bmc_block *c) {
     (void)m;
     if (c->hidden_dim < 1 || c->hidden_dim > 1 << 22 || c->act < 0 || c->act >= BMC_ACTS)
-        return fail(BMC_EFORMAT, "layer %d: feed-forward: expected 1 to %d values, found %d", c->layer, 1 << 22, c->hidden_dim);
+        return fail(BMC_EFORMAT, "layer %d: feed-forward: expected 1 to %d values, found %d", c->layer,
+                    1 << 22, c->hidden_dim);
     if (!(c->sparsity >= 0 && c->sparsity < 1e3f))
-        return fail(BMC_EFORMAT, "layer %d: feed-forward: expected a sparsity from 0 to 1000, found %g", c->layer, (double)c->sparsity);
+        return fail(BMC_EFORMAT, "layer %d: feed-forward: expected a sparsity from 0 to 1000, found %g",
+                    c->layer, (double)c->sparsity);
     return 0;
 }
 
@@ -30,9 +32,12 @@ static struct need need(const bmc_model *m, const struct block *b) {
     return (struct need){ .floats = 2 * padded(b->c.hidden_dim), .blocks = (size_t)b->c.hidden_dim / 32 + 1 };
 }
 
-static const char *missing(const struct block *b) { return b->c.sparsity > 0 && !b->dense.gate.data ? "ffn_gate" : NULL; }
+static const char *missing(const struct block *b) {
+    return b->c.sparsity > 0 && !b->dense.gate.data ? "ffn_gate" : NULL;
+}
 
-/* Gates lose their mean + sparsity * their standard deviation (arXiv 2506.06644), and those below it count nothing. */
+/* Gates lose their mean + sparsity * their standard deviation (arXiv 2506.06644), and those below it count
+ * nothing. */
 static void thin_out(float *gate, int n, float sparsity) {
     double sum[4] = { 0 }, squares[4] = { 0 };
     for (int i = 0; i < n; i++)
@@ -48,7 +53,9 @@ static void thin_out(float *gate, int n, float sparsity) {
 
 /* The first half where a gate depends on all others: the products first, all of them. */
 static void gate_up_sparse(struct pass *p, const struct block *b, const struct gate_up *job, int thread) {
-    const struct product list[] = { product(job->gate, job->in, job->gate_out), product(job->up, job->in, job->hidden.x) };
+    const struct product list[] = {
+        product(job->gate, job->in, job->gate_out), product(job->up, job->in, job->hidden.x),
+    };
     const int n = b->c.hidden_dim;
     int64_t from, to;
     multiply(p, list, 2, thread);
@@ -66,7 +73,9 @@ static void run(struct pass *p, const struct block *b, struct tokens in, struct 
     const struct dense *d = &b->dense;
     const struct buffers *buffers = p->model->buffers;
     float *gate_out = buffers->work, *up = gate_out + (size_t)p->model->pass_max * padded(b->c.hidden_dim);
-    const struct gate_up job = { &d->gate, &d->up, in, gate_out, { up, buffers->work_act, in.n, 0, 0 }, b->c.act, b->c.act_param };
+    const struct gate_up job = {
+        &d->gate, &d->up, in, gate_out, { up, buffers->work_act, in.n, 0, 0 }, b->c.act, b->c.act_param,
+    };
     int64_t from, to;
     if (b->c.sparsity > 0)
         gate_up_sparse(p, b, &job, thread);

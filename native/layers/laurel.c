@@ -12,7 +12,8 @@ static const struct role roles[] = {
 static int check(const bmc_model *m, const bmc_block *c) {
     (void)m;
     if (c->hidden_dim < 1 || c->hidden_dim > 1 << 20)
-        return fail(BMC_EFORMAT, "layer %d: LAuReL: expected a rank of 1 to %d, found %d", c->layer, 1 << 20, c->hidden_dim);
+        return fail(BMC_EFORMAT, "layer %d: LAuReL: expected a rank of 1 to %d, found %d", c->layer, 1 << 20,
+                    c->hidden_dim);
     return 0;
 }
 
@@ -22,7 +23,9 @@ static void measure(const bmc_model *m, const bmc_block *c, int64_t *e) {
 }
 
 static struct need need(const bmc_model *m, const struct block *b) {
-    return (struct need){ .floats = padded(b->c.hidden_dim) + padded(m->c.dim), .blocks = (size_t)b->c.hidden_dim / 32 + 1 };
+    return (struct need){
+        .floats = padded(b->c.hidden_dim) + padded(m->c.dim), .blocks = (size_t)b->c.hidden_dim / 32 + 1,
+    };
 }
 
 static void run(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread) {
