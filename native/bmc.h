@@ -106,7 +106,7 @@ typedef struct bmc_block {
     int32_t act;                    /* enum bmc_act */
     int32_t hidden_dim;
     float act_param[4];
-    float sparsity;                 /* > 0: only gates above their mean + sparsity * their standard deviation count, by how much */
+    float sparsity;                 /* > 0: gates lose their mean + sparsity * their standard deviation, and stop at 0 */
     int32_t n_experts, n_active;
     int32_t expert_groups, groups_used;
     int32_t gating;                 /* enum bmc_gating */
@@ -166,8 +166,8 @@ typedef struct bmc_tensor {
 
 enum bmc_packing {
     BMC_PACKED,             /* all panels are made */
-    BMC_EXPERTS_LATE,       /* those of an expert are made when a token takes it, and those that were used longest ago make way */
-    BMC_IN_FILE,            /* as bmc_model_map leaves it: the other weights alone are too large, or there are no experts */
+    BMC_EXPERTS_LATE,       /* an expert's are made when a token takes it; those used longest ago make way */
+    BMC_IN_FILE,            /* none are, as with bmc_model_map: without experts all is too large, or there are none */
 };
 
 typedef struct bmc_experts {
@@ -305,7 +305,7 @@ int         bmc_model_pack(bmc_model *model);
 int         bmc_model_map(bmc_model *model);
 /* The same with panels of at most so many bytes, if they can do with that. Returns enum bmc_packing. */
 int         bmc_model_pack_within(bmc_model *model, int64_t bytes);
-int         bmc_model_experts(bmc_model *model, bmc_experts *experts);      /* 0: all are packed, or none is; 1: when they are used */
+int         bmc_model_experts(bmc_model *model, bmc_experts *experts);      /* 1; 0 unless BMC_EXPERTS_LATE */
 int         bmc_model_pass(const bmc_model *model);  /* tokens of a pass at most; where not causal, of a text */
 int         bmc_model_coarsen(bmc_model *model);     /* 1: bmc_draft has a coarse head from now on; 0: it would not pay */
 int64_t     bmc_model_packed(const bmc_model *model, int64_t *total);    /* bytes so far; any thread may ask */

@@ -97,19 +97,19 @@ static void place(struct matrix *w, void *next) {
     *p += (bytes_of(w) + 63) / 64 * 64;
 }
 
-/* Panels [from, to) of a matrix into those of another, whose type may be another one; floats: room for PANEL_ROWS rows on their way,
- * or NULL. The file's pages are given back as they are done, a megabyte at a time. */
+/* Panels [from, to) of a matrix into those of another, whose type may be another one; floats: room for PANEL_ROWS
+ * rows on their way, or NULL. The file's pages are given back as they are done, a megabyte at a time. */
 static void make_panels(const struct matrix *w, const struct matrix *out, int64_t from, int64_t to, float *floats) {
-    const size_t file_bytes = file_row_bytes(w), row_bytes = floats ? (size_t)w->n_cols * sizeof *floats : file_bytes;
+    const size_t file_bytes = file_row_bytes(w), cols = (size_t)w->n_cols;
     int64_t kept = from * PANEL_ROWS;
     for (int64_t panel = from; panel < to; panel++) {
         const int64_t row = panel * PANEL_ROWS;
         const int n = w->n_rows - row < PANEL_ROWS ? (int)(w->n_rows - row) : PANEL_ROWS;
         const uint8_t *data = w->data + (size_t)row * file_bytes;
         for (int i = 0; floats && i < n; i++)
-            type_find(w->type)->dequantize(data + (size_t)i * file_bytes, w->n_cols, floats + (size_t)i * (size_t)w->n_cols);
-        pack_panel(out->type, floats ? (const void *)floats : data, row_bytes, n, w->n_cols, out->codes + (size_t)panel * out->code_stride,
-                   out->scales + (size_t)panel * out->scale_stride);
+            type_find(w->type)->dequantize(data + (size_t)i * file_bytes, w->n_cols, floats + (size_t)i * cols);
+        pack_panel(out->type, floats ? (const void *)floats : data, floats ? cols * sizeof *floats : file_bytes, n, w->n_cols,
+                   out->codes + (size_t)panel * out->code_stride, out->scales + (size_t)panel * out->scale_stride);
         const size_t done = (size_t)(row + n - kept) * file_bytes;
         if (w->mapped && (done >= 1 << 20 || panel == to - 1)) {
             memory_give_back(w->data + (size_t)kept * file_bytes, done);
@@ -129,11 +129,12 @@ static void pack_share(void *arg, int thread) {
     const struct matrix *w = p->file;
     const int64_t bytes = (int64_t)(p->panels->code_stride + p->panels->scale_stride);
     const int64_t step = bytes < 1 << 20 ? (1 << 20) / bytes : 1;
+    float *floats = p->floats ? p->floats + (size_t)(thread * PANEL_ROWS) * (size_t)w->n_cols : NULL;
     int64_t from, to;
     pool_share(p->model->pool, thread, matrix_panels(w), 1, &from, &to);
     for (int64_t end; from < to; from = end) {
         end = to - from < step ? to : from + step;
-        make_panels(w, p->panels, from, end, p->floats ? p->floats + (size_t)(thread * PANEL_ROWS) * (size_t)w->n_cols : NULL);
+        make_panels(w, p->panels, from, end, floats);
         if (!p->floats)
             atomic_fetch_add(&p->model->packed, (end - from) * bytes);
     }

@@ -187,7 +187,7 @@ int model_bind(bmc_model *m, const bmc_tensor *t);
 int model_check_bound(const bmc_model *m);
 void model_each_matrix(bmc_model *m, void (*fn)(struct matrix *, void *), void *arg);      /* those with panels */
 void model_extents(bmc_model *m);
-void model_make_panels(const struct matrix *w, int64_t from, int64_t to);          /* its pages of the file are given back */
+void model_make_panels(const struct matrix *w, int64_t from, int64_t to);   /* pages of the file are given back */
 void *model_own(bmc_model *m, size_t bytes);    /* zeroed memory that lives as long as the model; NULL */
 void model_release(bmc_model *model);           /* one user less */
 

@@ -129,6 +129,15 @@ int bmc_model_experts(bmc_model *m, bmc_experts *experts) {
     return 1;
 }
 
+/* The disk reads all that is missing at once, and not page by page as threads come to it. */
+static void expect(const struct expert *x) {
+    for (int i = 0; i < PARTS; i++) {
+        const struct matrix *w = part_of(x, i);
+        if (w && w->mapped)
+            memory_expect(w->data, (size_t)w->n_rows * file_row_bytes(w));
+    }
+}
+
 /* Slots for those that are wanted: first for those that have one, so that no other takes it. */
 static void find_slots(struct residents *r, const struct block *b, const int32_t *first) {
     int gone;
@@ -146,6 +155,7 @@ static void find_slots(struct residents *r, const struct block *b, const int32_t
         if (gone >= 0)
             set_place(&r->experts[gone], NULL);
         set_place(&r->experts[x], r->memory + (size_t)slot * r->slot_bytes);
+        expect(&r->experts[x]);
         r->missing[r->n_missing++] = x;
     }
     r->made += r->n_missing;

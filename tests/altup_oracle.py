@@ -1,4 +1,5 @@
-"""Gemma 3n in plain float64: AltUp, LAuReL, sparse gates, inputs of a layer's own, and layers that read others' keys and values.
+"""Gemma 3n in plain float64: AltUp, LAuReL, sparse gates, inputs of a layer's own, and layers that read
+others' keys and values.
 
 `left_out` names parts that a test leaves out, to see that they matter.
 """
@@ -9,7 +10,8 @@ import numpy as np
 import oracle
 
 SPARSE_LAYERS = 10
-PARTS = ("prediction", "correction", "low rank", "sparsity", "values' norm", "correct scale", "per layer", "lengths", "other versions")
+PARTS = ("prediction", "correction", "low rank", "sparsity", "values' norm", "correct scale", "per layer",
+         "lengths", "other versions")
 
 
 def rms(x):
@@ -27,7 +29,8 @@ class Gemma3n(oracle.Oracle):
         return oracle.gelu(x)
 
     def window(self, layer):
-        return self.key("attention.sliding_window") if self.key("attention.sliding_window_pattern")[layer] else None
+        windowed = self.key("attention.sliding_window_pattern")[layer]
+        return self.key("attention.sliding_window") if windowed else None
 
     def frequencies(self, layer):
         base = 10000.0 if self.window(layer) else self.key("rope.freq_base")
@@ -43,28 +46,33 @@ class Gemma3n(oracle.Oracle):
         q = self.norm(self.linear(x, f"{b}.attn_q").reshape(len(x), -1, self.head_dim), f"{b}.attn_q_norm")
         if self.source(layer) == layer:
             k, v = (self.linear(x, f"{b}.attn_{name}").reshape(len(x), -1, self.head_dim) for name in "kv")
-            v = v if self.left_out == "values' norm" else v / np.sqrt((v**2).mean(-1, keepdims=True) + self.eps)
+            if self.left_out != "values' norm":
+                v = v / np.sqrt((v**2).mean(-1, keepdims=True) + self.eps)
             self.rows[layer] = self.turn(self.norm(k, f"{b}.attn_k_norm"), layer), v
         k, v = self.rows[self.source(layer)]
         distance = np.arange(len(x))[:, None] - np.arange(len(x))
         seen = (distance >= 0) & (distance < (self.window(layer) or len(x)))
-        heads = [oracle.softmax(np.where(seen, q[:, h] @ k[:, h * self.n_kv // self.n_heads].T, -np.inf))
-                 @ v[:, h * self.n_kv // self.n_heads] for h, q in enumerate([self.turn(q, layer)] * self.n_heads)]
-        return np.stack(heads, 1).reshape(len(x), -1)
+        q, out = self.turn(q, layer), np.empty_like(q)
+        for head in range(self.n_heads):
+            kv = head // (self.n_heads // self.n_kv)
+            out[:, head] = oracle.softmax(np.where(seen, q[:, head] @ k[:, kv].T, -np.inf)) @ v[:, kv]
+        return out.reshape(len(x), -1)
 
     def feed_forward(self, x, layer):
         b = f"blk.{layer}"
         gate = self.linear(x, f"{b}.ffn_gate")
         scales = self.key("activation_sparsity_scale")
-        scale = scales[layer] if scales is not None else 1.6448533535003662 if layer < SPARSE_LAYERS else -math.inf
+        usual = 1.6448533535003662 if layer < SPARSE_LAYERS else -math.inf
+        scale = usual if scales is None else scales[layer]
         if scale > 0 and self.left_out != "sparsity":
-            gate = np.maximum(gate - gate.mean(-1, keepdims=True) - scale * gate.std(-1, keepdims=True, ddof=1), 0)
+            least = gate.mean(-1, keepdims=True) + scale * gate.std(-1, keepdims=True, ddof=1)
+            gate = np.maximum(gate - least, 0)
         return self.linear(self.act(gate) * self.linear(x, f"{b}.ffn_up"), f"{b}.ffn_down")
 
     def coefficients(self, x, b, name):
         """(n, rows) of a token."""
-        router = np.tanh(self.norm(x, f"{b}.altup_router_norm") / self.dim @ self.tensors[f"{b}.altup_router.weight"].T)
-        return router @ self.tensors[f"{b}.altup_{name}_coef.weight"].T
+        scores = self.linear(self.norm(x, f"{b}.altup_router_norm") / self.dim, f"{b}.altup_router")
+        return np.tanh(scores) @ self.tensors[f"{b}.altup_{name}_coef.weight"].T
 
     def matrices(self, name):
         return self.tensors[f"{name}.weight"].reshape(self.n - 1, self.dim, self.dim)
@@ -79,7 +87,8 @@ class Gemma3n(oracle.Oracle):
             versions = versions + np.einsum("tij,jtd->itd", c, versions)
         active = versions[0]
         x = self.norm(active, f"{b}.attn_norm")
-        low = self.norm(x @ self.tensors[f"{b}.laurel_l.weight"].T @ self.tensors[f"{b}.laurel_r.weight"].T, f"{b}.laurel_post_norm")
+        low = self.linear(self.linear(x, f"{b}.laurel_l"), f"{b}.laurel_r")
+        low = self.norm(low, f"{b}.laurel_post_norm")
         low = x + (0 if self.left_out == "low rank" else low)
         x = (active + self.norm(self.attention(x, i), f"{b}.post_attention_norm") + low) / math.sqrt(2)
         x = x + self.norm(self.feed_forward(self.norm(x, f"{b}.ffn_norm"), i), f"{b}.post_ffw_norm")
@@ -95,13 +104,14 @@ class Gemma3n(oracle.Oracle):
     def run(self, tokens):
         x = self.tensors["token_embd.weight"][tokens] * math.sqrt(self.dim)
         size = self.key("embedding_length_per_layer_input")
-        own = (self.tensors["per_layer_token_embd.weight"][tokens] * math.sqrt(size)).reshape(len(x), -1, size)
+        own = self.tensors["per_layer_token_embd.weight"][tokens].reshape(len(x), -1, size) * math.sqrt(size)
         made = self.linear(x, "per_layer_model_proj").reshape(len(x), -1, size) / math.sqrt(self.dim)
         inputs = (self.norm(made, "per_layer_proj_norm") + own) / math.sqrt(2)
         versions = np.stack([x, *(self.long_as(x @ w.T, x) for w in self.matrices("altup_proj"))])
         for i in range(self.key("block_count")):
             versions = self.layer(versions, inputs, i)
-        back = [self.long_as(y @ w.T, versions[0]) for y, w in zip(versions[1:], self.matrices("altup_unembd_proj"))]
+        unembed = self.matrices("altup_unembd_proj")
+        back = [self.long_as(y @ w.T, versions[0]) for y, w in zip(versions[1:], unembed)]
         x = (versions[0] + (0 if self.left_out == "other versions" else sum(back))) / self.n
         logits = self.norm(x, "output_norm") @ self.tensors["token_embd.weight"].T
         return 30 * np.tanh(logits / 30)

@@ -16,7 +16,8 @@ import pybmc
 from pybmc.engine import free, model
 
 WORDS = 200
-KINDS = ("experts", "sinks", "experts beside", "MLA", "latent experts", "gates of heads")       # each with experts of another form
+# Each with experts of another form.
+KINDS = ("experts", "sinks", "experts beside", "MLA", "latent experts", "gates of heads")
 
 kinds = pytest.mark.parametrize("name", KINDS)
 
@@ -53,7 +54,8 @@ def evaluate(opened, width, n=WORDS):
 
 
 @kinds
-@pytest.mark.parametrize("slots, width, threads", [(1, 1, 1), (1, 200, 2), (2, 7, 3), (3, 1, 2), (5, 40, 1), (5, 1, 3)])
+@pytest.mark.parametrize("slots, width, threads",
+                         [(1, 1, 1), (1, 200, 2), (2, 7, 3), (3, 1, 2), (5, 40, 1), (5, 1, 3)])
 def test_every_bound_gives_the_same_bits(name, slots, width, threads):
     """One expert at a time, fewer than a token takes, fewer than a pass takes."""
     path, n = tiny_kinds.model(name), 40 if width == 1 else WORDS
@@ -76,7 +78,8 @@ def test_where_all_fit_all_are_packed(name):
 @pytest.mark.parametrize("memory", [0, 5000.0])
 def test_weights_that_do_not_fit_stay_in_the_file(name, memory, caplog):
     """Where the others alone are too large, and where there are no experts."""
-    with caplog.at_level(logging.WARNING), pybmc.Model(tiny_kinds.model(name), threads=2, memory=memory) as opened:
+    path = tiny_kinds.model(name)
+    with caplog.at_level(logging.WARNING), pybmc.Model(path, threads=2, memory=memory) as opened:
         assert opened.experts is None and (evaluate(opened, 50) == truth(name)).all()
     assert "read from the file in every pass" in caplog.text
 
@@ -94,7 +97,8 @@ def test_experts_that_no_token_takes_are_not_read():
 
 @pytest.mark.parametrize("slots, made", [(4, 4), (5, 4), (3, 4 + 19 * 2), (2, 20 * 4)])
 def test_the_ones_used_longest_ago_make_way(slots, made):
-    """Two layers with two experts each, token after token: room for four: nothing is packed twice; for three: one in each layer; for two: all are."""
+    """Two layers with two experts each, token after token. With room for four nothing is packed twice, with
+    room for three one of each layer, with room for two all."""
     path = unbalanced("F16", "same")
     with pybmc.Model(path, threads=1, memory=memory_for(path, slots)) as opened:
         evaluate(opened, 1, 20)
@@ -193,15 +197,17 @@ def test_without_groups_the_system_decides(machine):
 def test_the_narrowest_group_decides(machine):
     write(machine / "cgroup" / "a" / "b", memory__max="max\n", memory__current="100\n")
     assert measured(machine) == 8000 * 1024
-    write(machine / "cgroup" / "a", memory__max="5000\n", memory__current="4000\n", memory__stat="anon 900\nactive_file 30\ninactive_file 70\n")
+    write(machine / "cgroup" / "a", memory__max="5000\n", memory__current="4000\n",
+          memory__stat="anon 900\nactive_file 30\ninactive_file 70\n")
     assert measured(machine) == 1100
-    write(machine / "cgroup", memory__max="600", memory__current="700")             # as a container sees its own group
+    write(machine / "cgroup", memory__max="600", memory__current="700")     # as a container sees its own
     assert measured(machine) == 0
 
 
 def test_first_version_groups(machine):
     write(machine / "proc" / "self", cgroup="5:cpu:/x\n4:memory:/a\n")
-    write(machine / "cgroup" / "memory" / "a", memory__limit_in_bytes="5000", memory__usage_in_bytes="3000", memory__stat="total_inactive_file 5\n")
+    write(machine / "cgroup" / "memory" / "a", memory__limit_in_bytes="5000", memory__usage_in_bytes="3000",
+          memory__stat="total_inactive_file 5\n")
     write(machine / "cgroup" / "memory", memory__limit_in_bytes=str(2**63 - 4096), memory__usage_in_bytes="9")
     assert measured(machine) == 2005
 

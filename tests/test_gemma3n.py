@@ -10,7 +10,7 @@ from places import SHARED
 
 import pybmc
 
-FLOAT = 2e-3            # error over spread: keys and values in f16, and a gate beside the threshold may count or not
+FLOAT = 2e-3        # error over spread: keys and values in f16, and a gate beside the threshold may count or not
 
 
 def made(types="F16"):
@@ -39,9 +39,11 @@ def changed(tmp_path, keys=(), without=(), **tensors):
 
 def test_it_equals_the_oracle_and_each_part_counts(tmp_path):
     metadata, tensors = made()
-    ours, weights = evaluate(tiny.save(tmp_path / "m.gguf", metadata, tensors), text(), 2), oracle.weights(tensors)
+    ours = evaluate(tiny.save(tmp_path / "m.gguf", metadata, tensors), text(), 2)
+    weights = oracle.weights(tensors)
     assert error(ours, altup_oracle.Gemma3n(metadata, weights).run(text())) < FLOAT
-    errors = {part: error(ours, altup_oracle.Gemma3n(metadata, weights, part).run(text())) for part in altup_oracle.PARTS}
+    errors = {part: error(ours, altup_oracle.Gemma3n(metadata, weights, part).run(text()))
+              for part in altup_oracle.PARTS}
     assert {part: e for part, e in errors.items() if e < 5 * FLOAT} == {}
 
 
@@ -59,7 +61,8 @@ def test_the_oracle_equals_the_golden_logits():
         pytest.skip("needs ../shared")
     with np.load(path.with_suffix(".npz")) as file:
         right = altup_oracle.Gemma3n(*oracle.read(path)).run(file["tokens"])
-        assert np.sqrt(((right - file["ref"]) ** 2).mean()) < 5e-3      # llama.cpp takes GELU from a table of f16
+        error = np.sqrt(((right - file["ref"]) ** 2).mean())
+    assert error < 5e-3                 # llama.cpp takes GELU from a table of f16
 
 
 def test_keys_and_values_of_layers_that_read_others_are_not_loaded(tmp_path):
@@ -67,7 +70,8 @@ def test_keys_and_values_of_layers_that_read_others_are_not_loaded(tmp_path):
     metadata, tensors = made()
     right = evaluate(tiny.save(tmp_path / "a.gguf", metadata, tensors), text())
     for i in (3, 4):
-        tensors |= {f"blk.{i}.{name}.weight": tensors[f"blk.0.{name}.weight"] for name in ("attn_k", "attn_v", "attn_k_norm")}
+        tensors |= {f"blk.{i}.{name}.weight": tensors[f"blk.0.{name}.weight"]
+                    for name in ("attn_k", "attn_v", "attn_k_norm")}
     path = tiny.save(tmp_path / "b.gguf", metadata, tensors)
     assert (evaluate(path, text()) == right).all()
     with pybmc.Model(path) as model, pybmc.Model(tmp_path / "a.gguf") as other:
@@ -75,11 +79,14 @@ def test_keys_and_values_of_layers_that_read_others_are_not_loaded(tmp_path):
 
 
 def test_twenty_layers_have_keys_and_values_where_the_key_is_absent(tmp_path):
-    shape = tiny_kinds.simple("gemma3n", tiny_kinds.gemma3n, 22, lambda m: tiny_kinds.gemma3n_keys(m) | {
-        "attention.shared_kv_layers": None, "activation_sparsity_scale": None, "attention.sliding_window_pattern": None}, True, tiny_kinds.gemma3n_outside)
+    absent = dict.fromkeys(("attention.shared_kv_layers", "activation_sparsity_scale",
+                            "attention.sliding_window_pattern"))
+    shape = tiny_kinds.simple("gemma3n", tiny_kinds.gemma3n, 22, lambda m: tiny_kinds.gemma3n_keys(m) | absent,
+                              True, tiny_kinds.gemma3n_outside)
     metadata, tensors = tiny_kinds.parts(shape)
     own = ("attn_k", "attn_v", "attn_k_norm")
-    tensors |= {f"blk.{i}.{name}.weight": tensors[f"blk.0.{name}.weight"] for i in range(3, 20) for name in own}
+    tensors |= {f"blk.{i}.{name}.weight": tensors[f"blk.0.{name}.weight"] for i in range(3, 20)
+                for name in own}
     with pybmc.Model(tiny.save(tmp_path / "m.gguf", metadata, tensors)) as model:
         mixers = [block for _, block in model.config.blocks if block.kind == "ATTENTION"]
         gates = [block.sparsity for _, block in model.config.blocks if block.kind == "DENSE"]
@@ -92,10 +99,13 @@ def test_twenty_layers_have_keys_and_values_where_the_key_is_absent(tmp_path):
     ({"altup.active_idx": 1}, "altup.active_idx: expected 0, found 1"),
     ({"altup.num_inputs": 1}, "altup.num_inputs: expected 2 to 8, found 1"),
     ({"altup.num_inputs": 4}, "expected 192 rows of 64 values, found 128 of 64"),
-    ({"activation_sparsity_scale": [0.5, -1.0, 0.5, 0.5, 0.5]}, "activation_sparsity_scale: expected a number above 0 up to 100, or -inf"),
-    ({"activation_sparsity_scale": [0.5, float("nan"), 0.5, 0.5, 0.5]}, "activation_sparsity_scale: expected a number above 0"),
+    ({"activation_sparsity_scale": [0.5, -1.0, 0.5, 0.5, 0.5]},
+     "activation_sparsity_scale: expected a number above 0 up to 100, or -inf"),
+    ({"activation_sparsity_scale": [0.5, float("nan"), 0.5, 0.5, 0.5]},
+     "activation_sparsity_scale: expected a number above 0"),
     ({"activation_sparsity_scale": [0.5]}, "one for each of 5 layers, found 1"),
-    ({"embedding_length_per_layer_input": 0}, "embedding_length_per_layer_input: expected 1 to 65536, found 0"),
+    ({"embedding_length_per_layer_input": 0},
+     "embedding_length_per_layer_input: expected 1 to 65536, found 0"),
 ])
 def test_keys_out_of_range(keys, message, tmp_path):
     with pytest.raises(pybmc.FormatError, match=message):
@@ -103,8 +113,10 @@ def test_keys_out_of_range(keys, message, tmp_path):
 
 
 @pytest.mark.parametrize("name", [
-    "altup_proj", "altup_unembd_proj", "blk.1.altup_router", "blk.1.altup_router_norm", "blk.2.altup_predict_coef", "blk.2.altup_correct_coef",
-    "blk.0.altup_correct_scale", "blk.3.laurel_l", "blk.3.laurel_r", "blk.3.laurel_post_norm", "blk.3.ffn_gate", "blk.1.attn_k_norm",
+    "altup_proj", "altup_unembd_proj", "blk.1.altup_router", "blk.1.altup_router_norm",
+    "blk.2.altup_predict_coef", "blk.2.altup_correct_coef",
+    "blk.0.altup_correct_scale", "blk.3.laurel_l", "blk.3.laurel_r", "blk.3.laurel_post_norm",
+    "blk.3.ffn_gate", "blk.1.attn_k_norm",
     "blk.4.attn_q_norm", "blk.0.post_norm",
 ])
 def test_a_missing_tensor_is_named(name, tmp_path):

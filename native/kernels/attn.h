@@ -225,7 +225,8 @@ INLINE void transpose_8x8(u16x8 m[8]) {
     }
 }
 
-/* Values [d, d + 16) of a tile's tokens, out of its keys: rows [16 tokens][16 values]. Values beyond the last are the last again. */
+/* Values [d, d + 16) of a tile's tokens, out of its keys: rows [16 tokens][16 values]. Values beyond the last are
+ * the last again. */
 static void turn_keys(const struct attn_job *j, int tile, int d, uint16_t *rows) {
     for (int half = 0; half < 2; half++)
         for (int part = 0; part < 2; part++) {
@@ -233,7 +234,8 @@ static void turn_keys(const struct attn_job *j, int tile, int d, uint16_t *rows)
             UNROLL(8)
             for (int i = 0; i < 8; i++) {
                 int value = d + 8 * half + i;
-                memcpy(&m[i], j->tiles[tile] + (value < j->head_dim ? value : j->head_dim - 1) * TILE + 8 * part, sizeof m[i]);
+                value = value < j->head_dim ? value : j->head_dim - 1;
+                memcpy(&m[i], j->tiles[tile] + value * TILE + 8 * part, sizeof m[i]);
             }
             transpose_8x8(m);
             UNROLL(8)
@@ -268,15 +270,17 @@ static void widen_values(const struct attn_job *j, int d, int begin, int end, fl
 }
 
 /* Rows go in groups whose sums fill the registers. Where there are several and conversion is expensive (WIDEN), the tile's
- * keys, or 16 lanes of the chunk's values, become floats once for all of them: `wide`, in the first cache. So do values that are
- * part of the keys, in any case: a tile of keys has tokens side by side, and a sum of values takes those of one token. Turning 16 x 16 of
- * them over is 96 shuffles of 8 values beside 16 multiplications of 16 for each query, and a row of c + r values is read from memory
- * instead of one of 2 c + r. */
+ * keys, or 16 lanes of the chunk's values, become floats once for all of them: `wide`, in the first cache.
+ *
+ * Shared values always do. A tile of keys has tokens side by side, and a sum of values takes those of one token, so
+ * each 16 x 16 of them are turned over: 96 shuffles of 8 values, beside 16 multiplications of 16 values for each
+ * query, of which a head of shared values has many. And a row is read from memory once, not twice. */
 static void attend(const struct attn_job *job) {
     float s[ATTN_ROWS][CHUNK], keep[ATTN_ROWS], gain[ATTN_ROWS], memory[CHUNK * 16];
     struct attn_job j = *job;
     int n_groups = (j.n_rows + ROWS_MAX - 1) / ROWS_MAX, from = CHUNK, to = 0;
-    float *wide = WIDEN && n_groups > 1 && j.head_dim <= CHUNK ? memory : NULL, *wide_values = j.shared ? memory : wide;
+    float *wide = WIDEN && n_groups > 1 && j.head_dim <= CHUNK ? memory : NULL;
+    float *values = j.shared ? memory : wide;
     j.next = j.next ? j.next : j.tiles;
     for (int r = 0; r < j.n_rows; r++) {
         from = j.first[r] < from ? j.first[r] : from;
@@ -295,12 +299,12 @@ static void attend(const struct attn_job *job) {
     }
     for (int r = 0; r < j.n_rows; r++)
         weigh(&j, r, begin, end, s[r], &keep[r], &gain[r]);
-    for (int d = 0; d < j.v_dim; d = wide_values ? d + 16 : j.v_dim) {
-        if (wide_values)
-            widen_values(&j, d, begin, end, wide_values);
+    for (int d = 0; d < j.v_dim; d = values ? d + 16 : j.v_dim) {
+        if (values)
+            widen_values(&j, d, begin, end, values);
         for (int row = 0, left = n_groups, n; row < j.n_rows; row += n, left--) {
             n = (j.n_rows - row) / left;
-#define CASE(R, T, D) case R: gather_lanes(&j, row, R, d, D, from, to, wide_values, memory, s + row, keep + row, gain + row); break;
+#define CASE(R, T, D) case R: gather_lanes(&j, row, R, d, D, from, to, values, memory, s + row, keep + row, gain + row); break;
             switch (n) { EACH_SIZE(CASE) }
 #undef CASE
         }

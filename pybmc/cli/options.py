@@ -150,8 +150,8 @@ threads_option = options(
     click.option("--no-repack", is_flag=True, expose_value=False, callback=keep_flag,
                  help="Leave the weights in the file: much slower, hardly any memory."),
     click.option("--weights-memory", type=Size(), expose_value=False, callback=keep_flag,
-                 help="Memory for the weights, as in 12G; by default what is free. Experts that do not fit are read from the file "
-                      "when a text needs them."))
+                 help="Memory for the weights, as in 12G; by default what is free. Experts that do not fit are read "
+                      "from the file when a text needs them."))
 context_option = click.option("-c", "--ctx-size", "context", type=click.IntRange(1), metavar="N",
                               help="Cap on the context, in tokens; by default what the model was trained for. "
                                    "More works, and is noted. Memory follows use.")
@@ -334,7 +334,8 @@ def opened(path: Path, threads, writes: bool = True):
     started = time.perf_counter()
     with progress(f"loading {path.name}") as update:
         flags = click.get_current_context().meta
-        model = Model(path, threads=threads, progress=update, repack=not flags["no_repack"], memory=flags["weights_memory"])
+        model = Model(path, threads=threads, progress=update, repack=not flags["no_repack"],
+                      memory=flags["weights_memory"])
     with model:
         if writes:
             model.check_writes()

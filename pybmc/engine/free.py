@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-# Of a control group: its limit, what it has, and how its memory.stat calls pages of files, which make way; v2 and v1.
+# Of a control group, v2 and v1: its limit, what it has, and how its memory.stat calls pages of files, which
+# make way.
 GROUPS = (("", "memory.max", "memory.current", ("active_file", "inactive_file")),
-          ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", ("total_active_file", "total_inactive_file")))
+          ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes",
+           ("total_active_file", "total_inactive_file")))
 
 
 def free_memory() -> float:
@@ -17,7 +19,8 @@ def free_memory() -> float:
 
 
 def known_free_memory(proc: str = "/proc", mount: str = "/sys/fs/cgroup") -> float | None:
-    """Bytes that the system and each control group above this process could give; None where the system does not tell."""
+    """Bytes that the system and each control group above this process could give; None where the system does
+    not tell."""
     found = _numbers(Path(proc, "meminfo")).get("MemAvailable:")
     if found is None:
         return None
@@ -27,8 +30,10 @@ def known_free_memory(proc: str = "/proc", mount: str = "/sys/fs/cgroup") -> flo
 def _of_groups(groups: Path, mount: Path) -> list[float]:
     """What each group has left. In a container the paths may be the host's: then only the root is there."""
     paths = [line.partition(":")[2].partition(":")[2] for line in _text(groups).splitlines()]
-    folders = {folder for path in ["/", *paths] for at in [Path(path.lstrip("/"))] for folder in (at, *at.parents)}
-    found = [_left(mount / kind / folder, limit, used, files) for folder in folders for kind, limit, used, files in GROUPS]
+    folders = {folder for path in ["/", *paths] for at in [Path(path.lstrip("/"))]
+               for folder in (at, *at.parents)}
+    found = [_left(mount / kind / folder, limit, used, files)
+             for folder in folders for kind, limit, used, files in GROUPS]
     return [left for left in found if left is not None]
 
 

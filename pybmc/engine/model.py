@@ -35,8 +35,8 @@ WEIGHTS = 0.9                               # of the free memory, at most: sessi
 
 @dataclass(frozen=True)
 class ExpertMemory:
-    """Experts that are packed when they are used. total: of all layers; room: how many can be packed at a time; kept: how many
-    are; made: how often one was packed."""
+    """Experts that are packed when they are used. total: of all layers; room: how many can be packed at a time;
+    kept: how many are; made: how often one was packed."""
 
     total: int
     room: int
@@ -62,9 +62,9 @@ class Model:
     threads: None for all cores that this process may use. progress is called with bytes packed and bytes in all.
     repack=False leaves the weights in the file and lays them out again at every pass: much slower, the same bits, and
     no memory but the pages of the file that the system can spare.
-    memory: bytes that packed weights may take; None for what is free. Where that is not enough for all, an expert is packed when
-    a token first takes it, and those used longest ago make way; experts that no text needs are not read. Without experts, or
-    where the other weights alone are too large, it is as with repack=False. The bits are the same.
+    memory: bytes that packed weights may take; None for what is free. Where that is not enough for all, an expert is
+    packed when a token first takes it, and those used longest ago make way; experts that no text needs are not read.
+    Without experts, or where the other weights alone are too large, it is as with repack=False. The bits are the same.
     Raises FormatError if the file is not a model that pybmc runs, OSError if it cannot be opened, OutOfMemoryError.
     """
 
@@ -109,7 +109,11 @@ class Model:
         """The panels are made beside the tokenizer; a vocabulary that is broken shows here too."""
         status: list[tuple[int, str]] = []
         needed, room = self.packed_bytes, self._room()
-        worker = threading.Thread(target=lambda: status.append((lib.bmc_model_pack_within(self._handle, room), last_error())))
+
+        def pack() -> None:
+            status.append((lib.bmc_model_pack_within(self._handle, room), last_error()))
+
+        worker = threading.Thread(target=pack)
         worker.start()
         try:
             self.tokenizer  # noqa: B018
@@ -123,7 +127,8 @@ class Model:
         if self._packing < 0:
             raise OutOfMemoryError(error)
         if self._packing != lib.BMC_PACKED:
-            log.warning("%s: packed, the weights take %.3g GB, and there is room for %.3g GB: %s", self.path, needed / 1e9, room / 1e9,
+            log.warning("%s: packed, the weights take %.3g GB, and there is room for %.3g GB: %s", self.path,
+                        needed / 1e9, room / 1e9,
                         "experts are packed when they are used" if self._packing == lib.BMC_EXPERTS_LATE
                         else "they are read from the file in every pass, which is much slower")
 
