@@ -13,6 +13,7 @@ import tiny_kinds
 from test_experts import model_parts, text, unbalanced
 
 import pybmc
+from pybmc.cli import run
 from pybmc.engine import free, model
 
 WORDS = 200
@@ -218,3 +219,19 @@ def test_by_default_the_free_memory_is_the_bound(monkeypatch):
         monkeypatch.setattr(model, "known_free_memory", lambda free_bytes=free_bytes: free_bytes)
         with pybmc.Model(tiny_kinds.model("experts"), threads=1) as opened:
             assert (opened.experts is None) == packed
+
+
+# The command line
+
+
+def test_the_flag_says_the_same(capsys):
+    path, said = tiny_kinds.model("experts"), []
+    for flags in ([], ["--weights-memory", str(total_bytes(path) - 1)], ["--weights-memory", "1k"]):
+        assert run(["generate", str(path), "-p", "Once", "-n", "8", "--temp", "0", *flags]) == 0
+        said.append(capsys.readouterr().out)
+    assert said[0] == said[1] == said[2] != ""
+
+
+def test_a_size_that_is_none(capsys):
+    assert run(["generate", str(tiny_kinds.model("experts")), "-p", "x", "--weights-memory", "much"]) == 2
+    assert "'much' is no size: expected a number and a unit, as in 8G or 512Mi" in capsys.readouterr().err
