@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import tiny
 import tiny_kinds
+from engines import write
 from test_experts import model_parts, text, unbalanced
 
 import pybmc
 from pybmc.cli import run
 from pybmc.engine import free, model
+from pybmc.spec.speculation import Speculation
 
 WORDS = 200
 # Each with experts of another form.
@@ -161,6 +163,34 @@ def test_experts_of_a_kind_each_with_a_type_of_its_own(tmp_path):
             assert opened.experts and (evaluate(opened, 9) == right).all()
 
 
+def with_a_head():
+    """The last layer of "experts" once more, as a draft head."""
+    metadata, tensors = tiny_kinds.parts("experts")
+    arch, rng = metadata["general.architecture"], np.random.default_rng(5)
+    n, dim = metadata[f"{arch}.block_count"], metadata[f"{arch}.embedding_length"]
+    metadata |= {f"{arch}.block_count": n + 1, f"{arch}.nextn_predict_layers": 1}
+    tensors |= {name.replace(f"blk.{n - 1}.", f"blk.{n}."): value for name, value in tensors.items()
+                if name.startswith(f"blk.{n - 1}.")}
+    made = {"enorm": (dim,), "hnorm": (dim,), "eh_proj": (dim, 2 * dim)}
+    for name, shape in made.items():
+        values = (rng.standard_normal(shape) / 8 + (len(shape) == 1)).astype(np.float32)
+        tensors[f"blk.{n}.nextn.{name}.weight"] = "F32", values.view(np.uint8)
+    return metadata, tensors
+
+
+@pytest.mark.parametrize("part", [0.9, 0.1])
+def test_a_draft_head_takes_its_part_of_the_memory(part, tmp_path):
+    path, request = tiny.save(tmp_path / "m.gguf", *with_a_head()), pybmc.Request(text(30).tolist(), 30)
+    with pybmc.Model(path, threads=2) as packed:
+        total, right = packed.packed_bytes, write(packed, request)[0]
+    with pybmc.Model(path, threads=2, memory=part * total) as opened:
+        found, stats = write(opened, request, Speculation(opened, spec="mtp", fixed=4))
+        assert found == right and stats.draft_n > 20
+        late = opened.experts is not None
+        assert late == (part > 0.5) and (opened.head.experts is not None) == late
+        assert not late or 0 < opened.head.experts.made
+
+
 @pytest.mark.parametrize("memory", [-1, float("nan"), "8G", True])
 def test_memory_out_of_range(memory):
     with pytest.raises(pybmc.ArgumentError, match="memory: expected a number from 0 up"):
@@ -170,7 +200,7 @@ def test_memory_out_of_range(memory):
 # What is free
 
 
-def write(folder, **files):
+def fill(folder, **files):
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         (folder / name.replace("__", ".")).write_text(content)
@@ -178,8 +208,8 @@ def write(folder, **files):
 
 @pytest.fixture
 def machine(tmp_path):
-    write(tmp_path / "proc", meminfo="MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
-    write(tmp_path / "proc" / "self", cgroup="0::/a/b\n")
+    fill(tmp_path / "proc", meminfo="MemTotal: 9000 kB\nMemAvailable:    8000 kB\n")
+    fill(tmp_path / "proc" / "self", cgroup="0::/a/b\n")
     return tmp_path
 
 
@@ -196,20 +226,20 @@ def test_without_groups_the_system_decides(machine):
 
 
 def test_the_narrowest_group_decides(machine):
-    write(machine / "cgroup" / "a" / "b", memory__max="max\n", memory__current="100\n")
+    fill(machine / "cgroup" / "a" / "b", memory__max="max\n", memory__current="100\n")
     assert measured(machine) == 8000 * 1024
-    write(machine / "cgroup" / "a", memory__max="5000\n", memory__current="4000\n",
-          memory__stat="anon 900\nactive_file 30\ninactive_file 70\n")
+    fill(machine / "cgroup" / "a", memory__max="5000\n", memory__current="4000\n",
+         memory__stat="anon 900\nactive_file 30\ninactive_file 70\n")
     assert measured(machine) == 1100
-    write(machine / "cgroup", memory__max="600", memory__current="700")     # as a container sees its own
+    fill(machine / "cgroup", memory__max="600", memory__current="700")     # as a container sees its own
     assert measured(machine) == 0
 
 
 def test_first_version_groups(machine):
-    write(machine / "proc" / "self", cgroup="5:cpu:/x\n4:memory:/a\n")
-    write(machine / "cgroup" / "memory" / "a", memory__limit_in_bytes="5000", memory__usage_in_bytes="3000",
-          memory__stat="total_inactive_file 5\n")
-    write(machine / "cgroup" / "memory", memory__limit_in_bytes=str(2**63 - 4096), memory__usage_in_bytes="9")
+    fill(machine / "proc" / "self", cgroup="5:cpu:/x\n4:memory:/a\n")
+    fill(machine / "cgroup" / "memory" / "a", memory__limit_in_bytes="5000", memory__usage_in_bytes="3000",
+         memory__stat="total_inactive_file 5\n")
+    fill(machine / "cgroup" / "memory", memory__limit_in_bytes=str(2**63 - 4096), memory__usage_in_bytes="9")
     assert measured(machine) == 2005
 
 
