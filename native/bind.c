@@ -44,6 +44,8 @@ const struct kind *kind_find(int kind) {
     static const struct kind *const kinds[BMC_KINDS] = {
         [BMC_ATTENTION] = &attention_kind, [BMC_MLA] = &mla_kind, [BMC_DELTA_NET] = &delta_net_kind, [BMC_MAMBA2] = &mamba2_kind,
         [BMC_SHORT_CONV] = &short_conv_kind, [BMC_DENSE] = &dense_kind, [BMC_EXPERTS] = &experts_kind, [BMC_PER_LAYER] = &per_layer_kind,
+        [BMC_LAUREL] = &laurel_kind, [BMC_ALTUP_BEGIN] = &altup_begin_kind, [BMC_ALTUP_PREDICT] = &altup_predict_kind,
+        [BMC_ALTUP_CORRECT] = &altup_correct_kind, [BMC_ALTUP_END] = &altup_end_kind,
     };
     return kind >= 0 && kind < BMC_KINDS ? kinds[kind] : NULL;
 }

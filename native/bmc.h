@@ -16,7 +16,7 @@
 
 /* <cffi> What stands between these two marks is read by Python as it is: plain declarations only. */
 
-#define BMC_VERSION 12      /* counts the changes of what follows; bmc_version() tells which one was compiled */
+#define BMC_VERSION 13      /* counts the changes of what follows; bmc_version() tells which one was compiled */
 
 enum bmc_status {
     BMC_OK = 0,
@@ -55,7 +55,8 @@ typedef struct bmc_type_info {
 /* What a block computes (native/layers/ has a file for each). */
 enum bmc_kind {
     BMC_ATTENTION, BMC_MLA, BMC_DELTA_NET, BMC_MAMBA2, BMC_SHORT_CONV,      /* mixers: a token sees those before it */
-    BMC_DENSE, BMC_EXPERTS, BMC_PER_LAYER,                                  /* feed-forwards: every token alone */
+    BMC_DENSE, BMC_EXPERTS, BMC_PER_LAYER, BMC_LAUREL,                      /* feed-forwards: every token alone */
+    BMC_ALTUP_BEGIN, BMC_ALTUP_PREDICT, BMC_ALTUP_CORRECT, BMC_ALTUP_END,   /* between x and its other versions */
     BMC_KINDS
 };
 enum bmc_gating { BMC_GATING_SOFTMAX = 1, BMC_GATING_SIGMOID = 2, BMC_GATING_CHOSEN = 3 };      /* the last: softmax over the chosen only */
@@ -73,6 +74,9 @@ typedef struct bmc_block {
     int32_t kind;                   /* enum bmc_kind */
     int32_t beside;                 /* 1: reads what the block before it read; their results are summed */
     float scale;                    /* the result is multiplied by it before the sum */
+    float sum_scale;                /* x is multiplied by it after the sum */
+    int32_t n_altup;                /* AltUp's blocks, and those with `others`: versions of x */
+    int32_t others;                 /* 1: the result is added to the versions of x but the first, which is x */
 
     /* attention, MLA */
     int32_t n_heads, n_kv_heads;
@@ -102,6 +106,7 @@ typedef struct bmc_block {
     int32_t act;                    /* enum bmc_act */
     int32_t hidden_dim;
     float act_param[4];
+    float sparsity;                 /* > 0: gates lose their mean + sparsity * their standard deviation, and stop at 0 */
     int32_t n_experts, n_active;
     int32_t expert_groups, groups_used;
     int32_t gating;                 /* enum bmc_gating */
@@ -158,6 +163,18 @@ typedef struct bmc_tensor {
     int64_t n_rows;                 /* 1 for a vector; of all experts together */
     const void *data;
 } bmc_tensor;
+
+enum bmc_packing {
+    BMC_PACKED,             /* all panels are made */
+    BMC_EXPERTS_LATE,       /* an expert's are made when a token takes it; those used longest ago make way */
+    BMC_IN_FILE,            /* none are, as with bmc_model_map: without experts all is too large, or there are none */
+};
+
+typedef struct bmc_experts {
+    int64_t n;              /* of all layers */
+    int64_t room, kept;     /* how many can have panels, how many have */
+    int64_t made;           /* how often an expert's panels were made */
+} bmc_experts;
 
 /* How a token is chosen: settings and their meaning are llama.cpp's. NULL in place of one: the largest logit. */
 typedef struct bmc_sampler {
@@ -286,6 +303,9 @@ const char *bmc_role(int kind, int i);                       /* tensors of a kin
 int         bmc_model_new(const bmc_config *config, const bmc_tensor *tensors, int n_tensors, int n_threads, bmc_model **model);
 int         bmc_model_pack(bmc_model *model);
 int         bmc_model_map(bmc_model *model);
+/* The same with panels of at most so many bytes, if they can do with that. Returns enum bmc_packing. */
+int         bmc_model_pack_within(bmc_model *model, int64_t bytes);
+int         bmc_model_experts(bmc_model *model, bmc_experts *experts);      /* 1; 0 unless BMC_EXPERTS_LATE */
 int         bmc_model_pass(const bmc_model *model);  /* tokens of a pass at most; where not causal, of a text */
 int         bmc_model_coarsen(bmc_model *model);     /* 1: bmc_draft has a coarse head from now on; 0: it would not pay */
 int64_t     bmc_model_packed(const bmc_model *model, int64_t *total);    /* bytes so far; any thread may ask */

@@ -72,7 +72,8 @@ static void join_hidden(const struct pass *p, int thread) {
 
 /* Where a block's result goes: to x, if it is added to it as it is, or to a row of its own. */
 static bool direct(const struct block *b) {
-    return !b->c.beside && !(b + 1)->c.beside && !b->post_norm.v && !b->out_norm.v && !b->out_scale.v && b->c.scale == 1.0f;
+    return !b->c.beside && !(b + 1)->c.beside && !b->post_norm.v && !b->out_norm.v && !b->out_scale.v && b->c.scale == 1.0f
+           && b->c.sum_scale == 1.0f && !b->c.others;
 }
 
 static struct sink sink_of(const bmc_model *m, const struct block *b) {
@@ -97,7 +98,12 @@ static void settle(const bmc_model *m, const struct block *last, int64_t t) {
     }
     if (last->sum_norm.v)
         norm_row(m, sum, sum, last->sum_norm, (struct vector){ 0 }, m->c.dim);
-    m->k.add(x, sum, m->c.dim);
+    if (last->c.others)
+        altup_add(m, last->c.n_altup, sum, t);
+    else
+        m->k.add(x, sum, m->c.dim);
+    if (last->c.sum_scale != 1.0f)
+        m->k.scale(x, last->c.sum_scale, m->c.dim);
     if (last->out_norm.v)
         norm_row(m, x, x, last->out_norm, last->out_norm_bias, m->c.dim);
     if (last->out_scale.v)
@@ -155,6 +161,8 @@ void keep_wanted(struct pass *p, const struct block *b, const struct rows *more,
         move_row((struct rows){ buffers->y[1], stride }, i, t);
         if (buffers->input)
             move_row((struct rows){ buffers->input, stride }, i, t);
+        if (buffers->kept)
+            move_row((struct rows){ buffers->kept, buffers->kept_stride }, i, t);
         if (m->c.per_layer_dim)
             move_row((struct rows){ buffers->per_layer, padded(m->extent[PER_LAYERS]) }, i, t);
         for (int j = 0; j < n_more; j++)

@@ -59,13 +59,15 @@ enum { TILE_COLS = 16 };
 /* Attention of n_rows queries of one KV head over one chunk: up to 256 rows of the cache, whose edges are absolute
  * multiples of 256. Row i sees cache rows first[i] <= t < limit[i] (relative to the chunk); at least one.
  * Tile: K as [head_dim][16 tokens] f16, then V as [16 tokens][v_dim] f16; tiles before the smallest first and after
- * the largest limit are not touched. m, l, o carry the running softmax from chunk to chunk, in order. */
+ * the largest limit are not touched. Shared: V is the first v_dim values of K, and a tile has K only. m, l, o carry
+ * the running softmax from chunk to chunk, in order. */
 enum { CHUNK = 256, TILE = 16, ATTN_ROWS = 32 };
 struct attn_job {
     const uint16_t *const *tiles;   /* [CHUNK / TILE] */
     const uint16_t *const *next;    /* the tiles after these, to be fetched meanwhile; NULL: all are in the cache */
     int head_dim;                   /* values in a row of K */
     int v_dim;                      /* values in a row of V, rounded up to 16 */
+    int shared;                     /* 1: they are the first of K's */
     int n_rows;                     /* 1 .. ATTN_ROWS */
     const float *const *q;          /* n_rows x (head_dim,), scaled */
     const int *first, *limit;

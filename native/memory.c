@@ -46,6 +46,11 @@ void memory_unmap(void *memory, size_t bytes) {
         munmap(memory, bytes);
 }
 
+void memory_expect(const void *file, size_t bytes) {
+    uintptr_t from = (uintptr_t)file & -(uintptr_t)sysconf(_SC_PAGESIZE);
+    madvise((void *)from, (uintptr_t)file + bytes - from, MADV_WILLNEED);
+}
+
 void memory_give_back(const void *file, size_t bytes) {
     uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
     uintptr_t from = ((uintptr_t)file + page - 1) & -page, to = ((uintptr_t)file + bytes) & -page;

@@ -11,6 +11,7 @@ void memory_unmap(void *memory, size_t bytes);      /* the same number of bytes;
 
 size_t memory_whole(size_t bytes);                  /* in whole pages; in huge ones where that adds less than an eighth */
 
+void memory_expect(const void *file, size_t bytes);         /* a part of a file mapping that is read soon, all of it */
 void memory_give_back(const void *file, size_t bytes);      /* whole pages of a file mapping that are not needed for now */
 
 #endif

@@ -5,7 +5,7 @@
 #include "error.h"
 #include "memory.h"
 #include "pack.h"
-#include "panels.h"
+#include "resident.h"
 #include "sample.h"
 
 #include <stdio.h>
@@ -50,6 +50,8 @@ static int check_block(const bmc_model *m, const struct block *b) {
     const struct block *rows = b - c->kv_from;
     if (!b->kind)
         return fail(BMC_EFORMAT, "layer %d: there is no kind %d of block", (int)c->layer, (int)c->kind);
+    if (c->others && (c->kind != BMC_PER_LAYER || c->n_altup < 2 || c->n_altup > 8))
+        return fail(BMC_EFORMAT, "layer %d: only per-layer inputs go to 1 to 7 other versions of x", (int)c->layer);
     if (c->beside && (b == m->blocks || (b - 1)->c.beside))
         return fail(BMC_EFORMAT, "layer %d: at most two blocks stand side by side", (int)c->layer);
     int status = b->kind->check(m, c);
@@ -75,67 +77,73 @@ static int check_head(const bmc_model *m) {
 
 /* Panels. */
 
-static int64_t n_panels(const struct matrix *w) { return (w->n_rows + PANEL_ROWS - 1) / PANEL_ROWS; }
+static size_t bytes_of(const struct matrix *w) { return (size_t)matrix_panels(w) * (w->code_stride + w->scale_stride); }
 
 static void measure(struct matrix *w, void *bytes) {
     struct panel_size size = panel_size(w->type, w->n_cols);
     w->code_stride = size.codes;
     w->scale_stride = size.scales;
-    *(size_t *)bytes += (size_t)n_panels(w) * (size.codes + size.scales) + 64;
+    *(size_t *)bytes += bytes_of(w) + 64;
 }
+
+static void measure_early(struct matrix *w, void *bytes) { *(size_t *)bytes += w->late ? 0 : bytes_of(w) + 64; }
 
 static void place(struct matrix *w, void *next) {
     uint8_t **p = next;
-    size_t codes = (size_t)n_panels(w) * w->code_stride, scales = (size_t)n_panels(w) * w->scale_stride;
+    if (w->late)
+        return;
     w->codes = *p;
-    w->scales = w->codes + codes;
-    *p += (codes + scales + 63) / 64 * 64;
+    w->scales = w->codes + (size_t)matrix_panels(w) * w->code_stride;
+    *p += (bytes_of(w) + 63) / 64 * 64;
 }
 
-/* floats: where the panels are of coarse weights, rows on their way, (threads, PANEL_ROWS, n_cols). */
-struct packing { bmc_model *model; const struct matrix *file; struct matrix *panels; float *floats; };
-
-/* Rows of a panel as pack_panel reads them: the file's, or floats made of them. */
-static const void *panel_rows(const struct packing *p, int thread, int64_t row, int n, size_t *row_bytes) {
-    const struct matrix *w = p->file;
-    const uint8_t *data = w->data + (size_t)row * file_row_bytes(w);
-    *row_bytes = file_row_bytes(w);
-    if (!p->floats)
-        return data;
-    float *rows = p->floats + (size_t)(thread * PANEL_ROWS) * (size_t)w->n_cols;
-    for (int i = 0; i < n; i++)
-        type_find(w->type)->dequantize(data + (size_t)i * *row_bytes, w->n_cols, rows + (size_t)i * (size_t)w->n_cols);
-    *row_bytes = (size_t)w->n_cols * sizeof *rows;
-    return rows;
-}
-
-/* This thread's panels; the file's pages are given back as they are done, a megabyte at a time. */
-static void pack_share(void *arg, int thread) {
-    struct packing *p = arg;
-    const struct matrix *w = p->file, *out = p->panels;
-    int64_t from, to, kept;
-    pool_share(p->model->pool, thread, n_panels(w), 1, &from, &to);
-    kept = from * PANEL_ROWS;
+/* Panels [from, to) of a matrix into those of another, whose type may be another one; floats: room for PANEL_ROWS
+ * rows on their way, or NULL. The file's pages are given back as they are done, a megabyte at a time. */
+static void make_panels(const struct matrix *w, const struct matrix *out, int64_t from, int64_t to, float *floats) {
+    const size_t file_bytes = file_row_bytes(w), cols = (size_t)w->n_cols;
+    int64_t kept = from * PANEL_ROWS;
     for (int64_t panel = from; panel < to; panel++) {
-        int64_t row = panel * PANEL_ROWS;
-        int n = w->n_rows - row < PANEL_ROWS ? (int)(w->n_rows - row) : PANEL_ROWS;
-        size_t row_bytes;
-        const void *rows = panel_rows(p, thread, row, n, &row_bytes);
-        pack_panel(out->type, rows, row_bytes, n, w->n_cols, out->codes + (size_t)panel * out->code_stride,
-                   out->scales + (size_t)panel * out->scale_stride);
-        if (!p->floats)
-            atomic_fetch_add(&p->model->packed, (int64_t)(out->code_stride + out->scale_stride));
-        size_t done = (size_t)(row + n - kept) * file_row_bytes(w);
+        const int64_t row = panel * PANEL_ROWS;
+        const int n = w->n_rows - row < PANEL_ROWS ? (int)(w->n_rows - row) : PANEL_ROWS;
+        const uint8_t *data = w->data + (size_t)row * file_bytes;
+        for (int i = 0; floats && i < n; i++)
+            type_find(w->type)->dequantize(data + (size_t)i * file_bytes, w->n_cols, floats + (size_t)i * cols);
+        pack_panel(out->type, floats ? (const void *)floats : data, floats ? cols * sizeof *floats : file_bytes, n, w->n_cols,
+                   out->codes + (size_t)panel * out->code_stride, out->scales + (size_t)panel * out->scale_stride);
+        const size_t done = (size_t)(row + n - kept) * file_bytes;
         if (w->mapped && (done >= 1 << 20 || panel == to - 1)) {
-            memory_give_back(w->data + (size_t)kept * file_row_bytes(w), done);
+            memory_give_back(w->data + (size_t)kept * file_bytes, done);
             kept = row + n;
         }
     }
 }
 
+void model_make_panels(const struct matrix *w, int64_t from, int64_t to) { make_panels(w, w, from, to, NULL); }
+
+/* floats: where the panels are of coarse weights, rows on their way, (threads, PANEL_ROWS, n_cols). */
+struct packing { bmc_model *model; const struct matrix *file; struct matrix *panels; float *floats; };
+
+/* This thread's panels, a megabyte at a time, so that others see how far it is. */
+static void pack_share(void *arg, int thread) {
+    struct packing *p = arg;
+    const struct matrix *w = p->file;
+    const int64_t bytes = (int64_t)(p->panels->code_stride + p->panels->scale_stride);
+    const int64_t step = bytes < 1 << 20 ? (1 << 20) / bytes : 1;
+    float *floats = p->floats ? p->floats + (size_t)(thread * PANEL_ROWS) * (size_t)w->n_cols : NULL;
+    int64_t from, to;
+    pool_share(p->model->pool, thread, matrix_panels(w), 1, &from, &to);
+    for (int64_t end; from < to; from = end) {
+        end = to - from < step ? to : from + step;
+        make_panels(w, p->panels, from, end, floats);
+        if (!p->floats)
+            atomic_fetch_add(&p->model->packed, (end - from) * bytes);
+    }
+}
+
 static void pack_matrix(struct matrix *w, void *model) {
     struct packing p = { model, w, w, NULL };
-    pool_run(p.model->pool, pack_share, &p);
+    if (!w->late)
+        pool_run(p.model->pool, pack_share, &p);
 }
 
 static void measure_file(struct matrix *w, void *bytes) {
@@ -153,37 +161,74 @@ static void share_output(bmc_model *m) {
         m->output = m->target->output;
 }
 
-int bmc_model_map(bmc_model *m) {
-    if (m->panels || m->rooms)
-        return fail(BMC_EINVAL, "bmc_model_map: the model is ready already");
-    if (m->target && !m->target->rooms && !m->target->panels)
-        return fail(BMC_EINVAL, "bmc_model_map: the model of this draft head is not ready");
-    share_output(m);
+/* Where panels are made for a few rows at a time. */
+static int make_rooms(bmc_model *m) {
     model_each_matrix(m, measure_room, &m->room_bytes);
     m->rooms_bytes = 2 * (size_t)pool_size(m->pool) * m->room_bytes;
     m->rooms = memory_map(m->rooms_bytes);
-    if (!m->rooms)
-        return fail(BMC_ENOMEM, "no memory for %.0f MB of panels", (double)m->rooms_bytes / 1e6);
+    return m->rooms ? 0 : fail(BMC_ENOMEM, "no memory for %.0f MB of panels", (double)m->rooms_bytes / 1e6);
+}
+
+static int check_unready(const bmc_model *m, const char *who) {
+    if (m->panels || m->rooms)
+        return fail(BMC_EINVAL, "%s: the model is ready already", who);
+    if (m->target && !m->target->rooms && !m->target->panels)
+        return fail(BMC_EINVAL, "%s: the model of this draft head is not ready", who);
+    return 0;
+}
+
+int bmc_model_map(bmc_model *m) {
+    int status = check_unready(m, "bmc_model_map");
+    if (status)
+        return status;
+    share_output(m);
+    status = make_rooms(m);
+    if (status)
+        return status;
     m->panel_bytes = 0;
     model_each_matrix(m, measure_file, &m->panel_bytes);
     atomic_store(&m->packed, (int64_t)m->panel_bytes);
     return 0;
 }
 
-int bmc_model_pack(bmc_model *m) {
-    if (m->panels || m->rooms)
-        return fail(BMC_EINVAL, "bmc_model_pack: done already");
-    if (m->target && !m->target->panels)
-        return fail(BMC_EINVAL, "bmc_model_pack: the model of this draft head has no panels");
-    m->panels = memory_map(m->panel_bytes);
+/* Panels of all matrices that are not late. */
+static int pack(bmc_model *m) {
+    model_each_matrix(m, measure_early, &m->early_bytes);
+    m->early_bytes = memory_whole(m->early_bytes);
+    m->panels = memory_map(m->early_bytes);
     if (!m->panels)
-        return fail(BMC_ENOMEM, "no memory for %.0f MB of weights", (double)m->panel_bytes / 1e6);
+        return fail(BMC_ENOMEM, "no memory for %.0f MB of weights", (double)m->early_bytes / 1e6);
     uint8_t *next = m->panels;
     model_each_matrix(m, place, &next);
     model_each_matrix(m, pack_matrix, m);
     share_output(m);
     atomic_store(&m->packed, (int64_t)m->panel_bytes);
     return 0;
+}
+
+int bmc_model_pack(bmc_model *m) {
+    int status = check_unready(m, "bmc_model_pack");
+    return status ? status : pack(m);
+}
+
+int bmc_model_pack_within(bmc_model *m, int64_t bytes) {
+    int status = check_unready(m, "bmc_model_pack_within");
+    if (status)
+        return status;
+    if (bytes >= (int64_t)m->panel_bytes)
+        return pack(m);
+    size_t slot = residents_mark(m), early = 0;
+    model_each_matrix(m, measure_early, &early);
+    if (!slot || bytes < (int64_t)(memory_whole(early) + slot)) {
+        status = bmc_model_map(m);
+        return status ? status : BMC_IN_FILE;
+    }
+    status = residents_open(m, slot, (size_t)bytes - memory_whole(early));
+    if (!status)
+        status = make_rooms(m);
+    if (!status)
+        status = pack(m);
+    return status ? status : BMC_EXPERTS_LATE;
 }
 
 /* Whether reading two bits a weight, and a few rows in full, saves a third of the bytes at least, and many of them. */
@@ -254,7 +299,8 @@ static struct need needs(const bmc_model *m) {
         all = (struct need){ .floats = padded(2 * m->c.dim), .blocks = (size_t)m->c.dim / 16 + 1 };
     for (const struct block *b = m->blocks; b < m->blocks + m->c.n_blocks; b++) {
         const struct need n = b->kind->need(m, b);
-        all = (struct need){ largest(all.floats, n.floats), largest(all.blocks, n.blocks), largest(all.ids, n.ids), largest(all.scratch, n.scratch) };
+        all = (struct need){ largest(all.floats, n.floats), largest(all.blocks, n.blocks), largest(all.ids, n.ids),
+                             largest(all.kept, n.kept), largest(all.scratch, n.scratch) };
     }
     return all;
 }
@@ -285,6 +331,8 @@ static size_t lay_out(const bmc_model *m, struct need need, struct buffers *b, c
     b->y[0] = take(&next, row);
     b->y[1] = take(&next, row);
     b->input = keeps_input(m) ? take(&next, row) : NULL;
+    b->kept_stride = padded((int64_t)need.kept);
+    b->kept = need.kept ? take(&next, n * b->kept_stride * sizeof(float)) : NULL;
     b->xb = take(&next, row);
     b->own_xb = take(&next, threads * FEW * padded(c->dim) * sizeof(float));
     b->act = take(&next, n * blocks * block);
@@ -411,6 +459,7 @@ static int build(bmc_model *m, const bmc_config *config, const bmc_tensor *tenso
 static void renew(struct forkable *f) {
     bmc_model *m = (bmc_model *)(void *)((char *)f - offsetof(bmc_model, forkable));
     pthread_mutex_init(&m->lock, NULL);
+    residents_forget(m);
     for (int i = 0; m->buffers && m->buffers->memory && i < pool_size(m->pool) * TASKS_EACH; i++)
         atomic_init(&m->buffers->pieces_done[i], 0);
 }
@@ -450,7 +499,8 @@ void model_release(bmc_model *m) {
     fork_remove(&m->forkable);
     fork_release();
     pool_free(m->pool);
-    memory_unmap(m->panels, m->panel_bytes);
+    memory_unmap(m->panels, m->early_bytes);
+    residents_close(m);
     memory_unmap(m->coarse_panels, m->coarse_bytes);
     memory_unmap(m->rooms, m->rooms_bytes);
     if (m->buffers)

@@ -6,6 +6,7 @@
 #include "bmc.h"
 #include "fork.h"
 #include "kernels.h"
+#include "panels.h"
 #include "profile.h"
 #include "state.h"
 #include "threads.h"
@@ -21,6 +22,7 @@ struct matrix {
     bool mapped;                    /* data's pages can be given back */
     int64_t n_rows, n_cols;
     const uint8_t *data;
+    bool late;                      /* its panels are made in a pass that reads them: resident.h */
     uint8_t *codes, *scales;
     size_t code_stride, scale_stride;
     const float *bias;              /* (n_rows,) or NULL */
@@ -55,19 +57,32 @@ struct experts {
     struct matrix router;
     struct vector router_scale, choice_bias;            /* (dim,) with BMC_ROUTE_SCALED; (n_experts,) added for the choice only */
     struct matrices gate, up, down;
+    int number;                                         /* of the first, counted over all blocks */
     struct dense shared;
     struct matrix shared_gate;                          /* (1, dim) */
     struct matrix latent_down, latent_up;
 };
 
-struct per_layer { struct matrix gate, proj; };
+struct per_layer {
+    struct matrix gate, proj;
+    struct vector scale;                                /* (dim,) x is multiplied by it, where the model has it */
+};
+
+struct laurel { struct matrix l, r; struct vector norm; };
+
+struct altup {
+    struct matrices proj;                               /* (dim, dim) of each version but the first: begin and end */
+    struct matrix router;                               /* (n_altup, dim): prediction and correction */
+    struct vector coef;                                 /* (n_altup^2, n_altup) or (n_altup, n_altup) */
+};
 
 /* Sizes that shapes are made of; each block has its own. */
 enum extent {
     ONE, DIM, TWO_DIM, K_DIM, V_DIM, HEADS, Q, QUERY, K, V, O, GATE, VOCAB, CTX, PER_LAYER_DIM, PER_LAYERS,
     Q_RANK, KV_RANK, KV_A, NOPE, K_B, V_B,
     CONV, CHANNELS, STATE, INNER, GROUPS, IN, GROUP_DIM,
-    HIDDEN, EXPERTS, EXPERT_IN, SHARED, LATENT, EXTENTS
+    HIDDEN, EXPERTS, EXPERT_IN, SHARED, LATENT,
+    VERSIONS, OTHERS, PAIRS, EXTENTS
 };
 
 struct block {
@@ -87,6 +102,8 @@ struct block {
         struct dense dense;
         struct experts experts;
         struct per_layer per_layer;
+        struct laurel laurel;
+        struct altup altup;
     };
 };
 
@@ -132,11 +149,13 @@ struct bmc_model {
     struct state_size *state_sizes;
     int64_t row_bytes[ARENAS];      /* keys and values of one token */
 
-    void *panels;                   /* all panels, in huge pages */
+    void *panels;                   /* all panels but those that are made late, in huge pages */
     size_t panel_bytes;             /* of the file's rows, where there are none */
     void *coarse_panels;
     size_t coarse_bytes;
-    char *rooms;                    /* instead of panels: ROOM_PANELS of a matrix, twice for each thread */
+    size_t early_bytes;             /* mapped for them */
+    struct residents *residents;    /* where late ones are; NULL: there are none */
+    char *rooms;                    /* for matrices without panels: ROOM_PANELS of one, twice for each thread */
     size_t room_bytes, rooms_bytes; /* of one, of all */
     _Atomic int64_t packed;         /* bytes of them that are made */
     struct { void **items; int n; } owned;      /* small arrays: norms, biases, tables */
@@ -168,6 +187,7 @@ int model_bind(bmc_model *m, const bmc_tensor *t);
 int model_check_bound(const bmc_model *m);
 void model_each_matrix(bmc_model *m, void (*fn)(struct matrix *, void *), void *arg);      /* those with panels */
 void model_extents(bmc_model *m);
+void model_make_panels(const struct matrix *w, int64_t from, int64_t to);   /* pages of the file are given back */
 void *model_own(bmc_model *m, size_t bytes);    /* zeroed memory that lives as long as the model; NULL */
 void model_release(bmc_model *model);           /* one user less */
 
@@ -187,6 +207,8 @@ static inline size_t padded(int64_t n) { return ((size_t)n + 15) / 16 * 16; }
 static inline float *hidden_row(const bmc_session *s, int position) {
     return s->hidden.rows + (size_t)(position % HIDDEN_KEPT) * padded(s->model->c.dim);
 }
+
+static inline int64_t matrix_panels(const struct matrix *w) { return (w->n_rows + PANEL_ROWS - 1) / PANEL_ROWS; }
 
 static inline int smaller(int a, int b) { return a < b ? a : b; }
 static inline int larger(int a, int b) { return a > b ? a : b; }

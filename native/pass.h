@@ -54,6 +54,8 @@ struct buffers {
     float *x;                       /* (pass_max, dim) the residual stream */
     float *y[2];                    /* (pass_max, dim) results of blocks that are not added to x as they are */
     float *input;                   /* (pass_max, dim) the input of the layer, for routers that read it; or NULL */
+    float *kept;                    /* (pass_max, kept_stride) what blocks keep of each token for later ones; or NULL */
+    size_t kept_stride;
     float *xb;                      /* (pass_max, dim) normed */
     float *own_xb;                  /* (threads, FEW, dim) normed by each thread for itself */
     struct act_block *act;          /* xb in 8 bits: tiles of columns */
@@ -84,6 +86,7 @@ struct sink { float *y; bool add; };
 /* What a kind of block needs in buffers. */
 struct need {
     size_t floats, blocks, ids;     /* of work, work_act and work_ids, for each token of a pass */
+    size_t kept;                    /* floats for each token, which stay until the end of the pass */
     size_t scratch;                 /* floats, for each thread */
 };
 
@@ -101,6 +104,7 @@ struct kind {
     void (*run)(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread);
 };
 extern const struct kind attention_kind, mla_kind, delta_net_kind, mamba2_kind, short_conv_kind, dense_kind, experts_kind, per_layer_kind;
+extern const struct kind laurel_kind, altup_begin_kind, altup_predict_kind, altup_correct_kind, altup_end_kind;
 const struct kind *kind_find(int kind);         /* NULL */
 
 /* Tensors of a kind. A matrix may come with biases (rows,) and factors, one float, also of each expert. */
@@ -199,6 +203,7 @@ struct queries {
     const float *q;                 /* (tokens, q_stride) */
     size_t q_stride, q_pitch;       /* floats from head to head */
     int k_dim, v_dim;
+    int shared;                     /* 1: values are the first v_dim of the keys, and rows have keys only */
     struct tokens out;              /* (tokens, n_heads * v_dim) */
     const float *gate;              /* (tokens, gate_stride) or NULL */
     size_t gate_stride, gate_pitch; /* gate_pitch 1: one for each head */
@@ -214,6 +219,9 @@ void keep_wanted(struct pass *p, const struct block *b, const struct rows *more,
 
 /* Vectors of every layer for each token, where the model has them: layers/per_layer.c. */
 void per_layer_inputs(struct pass *p, int thread);
+
+/* y is added to the other versions of a token's x: layers/altup.c. */
+void altup_add(const bmc_model *m, int n_altup, const float *y, int64_t t);
 
 /* The head: head.c. */
 void give_hidden(const struct pass *p, struct tokens in, int thread);       /* hidden states to whom they are for */

@@ -255,7 +255,7 @@ def test_both_factors_in_one_pass(tmp_path):
 # The golden folder and its tool
 
 
-@pytest.mark.parametrize("path", [path for path in GOLDEN if not path.stem.startswith("gemma3n")], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
 def test_golden_models(path):
     row = golden.compare(path)
     assert row.holds and row.compared >= 56, row

@@ -112,6 +112,12 @@ def test_a_pass_that_several_long_texts_share(name):
         assert_same(ours, truth(name, LONG, i)[:400])
 
 
+def test_compressed_values_are_kept_once():
+    """c is the first part of the keys [c | r]: 32 and 16 values in each of 3 layers."""
+    with load("MLA").session() as session:
+        assert session.arena_stats().row_bytes == load("MLA").config.kv_row_bytes == 3 * (32 + 16) * 2
+
+
 # Going back and guessing
 
 

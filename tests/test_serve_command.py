@@ -98,6 +98,6 @@ def test_a_missing_package_is_one_sentence(missing):
 
 @pytest.mark.parametrize("text, size", [("8G", 8e9), ("512Mi", 512 << 20), ("1.5 gb", 1.5e9), ("100", 100), ("64kib", 64 << 10)])
 def test_sizes(text, size):
-    from pybmc.cli.serve import Size
+    from pybmc.cli.options import Size
 
     assert Size().convert(text, None, None) == size

@@ -120,6 +120,36 @@ def mla():
                      expert_weights_norm=True, expert_weights_scale=2.5)
 
 
+ALTUP, PER_LAYER, RANK, OWN = 3, 32, 16, 3           # OWN: layers with keys and values of their own
+
+
+def gemma3n(m, i):
+    """The last two layers read others' keys and values; one layer's gates are not sparse."""
+    made = attention(DIM, HEADS, KV_HEADS, HEAD_DIM, qk_norm=True, own=i < OWN)
+    for name in ("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm", "post_norm", "altup_router_norm",
+                 "laurel_post_norm"):
+        made += norm(name, DIM)
+    return [*made, *dense(DIM, HIDDEN), *matrix("laurel_l", DIM, RANK), *matrix("laurel_r", RANK, DIM),
+            *matrix("inp_gate", DIM, PER_LAYER), *matrix("proj", PER_LAYER, DIM), *matrix("altup_router", DIM, ALTUP),
+            *matrix("altup_predict_coef", ALTUP, ALTUP**2), *matrix("altup_correct_coef", ALTUP, ALTUP),
+            Weight("altup_correct_scale.weight", (DIM,), 1.0)]
+
+
+def gemma3n_outside(m, vocab_size):
+    layers = PER_LAYER * m.n_layers
+    return [*matrix("altup_proj", DIM, DIM, ALTUP - 1), *matrix("altup_unembd_proj", DIM, DIM, ALTUP - 1),
+            *matrix("per_layer_token_embd", layers, vocab_size), *matrix("per_layer_model_proj", DIM, layers),
+            *norm("per_layer_proj_norm", PER_LAYER)]
+
+
+def gemma3n_keys(m):
+    sparse = [-np.inf if i == 1 else 0.5 + 0.3 * i for i in range(m.n_layers)]
+    windowed = [i not in (2, 4) for i in range(m.n_layers)]
+    return {"attention.sliding_window": 16, "attention.sliding_window_pattern": windowed,
+            "attention.shared_kv_layers": m.n_layers - OWN, "altup.num_inputs": ALTUP, "altup.active_idx": 0,
+            "embedding_length_per_layer_input": PER_LAYER, "activation_sparsity_scale": sparse}
+
+
 KINDS = {
     "experts": SMALL["qwen3-30b-a3b"], "sinks": SMALL["gpt-oss-20b"], "per-layer inputs": SMALL["gemma-4-e2b"],
     "experts beside": lambda: simple("gemma4", gemma4_experts, 4, gemma4_keys, tied=True), "MLA": mla,
@@ -131,6 +161,7 @@ KINDS = {
     "router first": lambda: simple("smallthinker", smallthinker, 2, expert_keys(6, 2, 32) | {"attention.sliding_window": 16, "expert_gating_func": 1}),
     "ALiBi": lambda: simple("bloom", bloom, 2, BLOOM, outside=lambda m, n: norm("token_embd_norm", DIM, bias=True), layer_norm=True),
     "norms after": lambda: simple("olmo2", olmo2),
+    "AltUp": lambda: simple("gemma3n", gemma3n, 5, gemma3n_keys, True, gemma3n_outside),
 }
 NAMES = [*tiny.RECURRENT, *KINDS]           # every kind of block
 

@@ -11,7 +11,7 @@ MODELS = {
     "bert": "BERT, MiniLM, BGE, mxbai, Arctic Embed, E5", "cohere2": "Command R7B, Command A, Aya", "command-r": "Command R, R+",
     "deepseek2": "DeepSeek V2 to V3.1, R1, Kimi K2, GLM 4.7 Flash", "dots1": "dots.llm1", "ernie4_5": "ERNIE 4.5",
     "ernie4_5-moe": "ERNIE 4.5 A3B", "exaone4": "EXAONE 4", "falcon": "Falcon", "falcon-h1": "Falcon H1", "gemma": "Gemma",
-    "gemma-embedding": "EmbeddingGemma", "gemma2": "Gemma 2", "gemma3": "Gemma 3", "gemma4": "Gemma 4", "glm4": "GLM 4",
+    "gemma-embedding": "EmbeddingGemma", "gemma2": "Gemma 2", "gemma3": "Gemma 3", "gemma3n": "Gemma 3n", "gemma4": "Gemma 4", "glm4": "GLM 4",
     "glm4moe": "GLM 4.5 to 4.7", "gpt-oss": "gpt-oss", "gpt2": "GPT-2", "gptneox": "Pythia, GPT-NeoX", "granite": "Granite 3 and 4",
     "granitehybrid": "Granite 4 hybrids", "granitemoe": "Granite 3 MoE", "hunyuan-dense": "Hunyuan", "hunyuan-moe": "Hunyuan A13B",
     "hy-v3": "HY 3", "internlm2": "InternLM 2 and 3", "jina-bert-v2": "Jina Embeddings 2", "laguna": "Laguna", "lfm2": "LFM2",

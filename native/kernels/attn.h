@@ -205,7 +205,61 @@ static void widen_keys(const struct attn_job *j, int tile, float *wide) {
     }
 }
 
+typedef uint16_t u16x8 __attribute__((vector_size(16)));
+#define LOW_HALVES(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11)
+#define HIGH_HALVES(a, b) __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15)
+
+/* Three perfect shuffles of the rows of an 8 x 8 matrix turn it over. */
+INLINE void transpose_8x8(u16x8 m[8]) {
+    UNROLL(3)
+    for (int round = 0; round < 3; round++) {
+        u16x8 from[8];
+        UNROLL(8)
+        for (int i = 0; i < 8; i++)
+            from[i] = m[i];
+        UNROLL(4)
+        for (int i = 0; i < 4; i++) {
+            m[2 * i] = LOW_HALVES(from[i], from[i + 4]);
+            m[2 * i + 1] = HIGH_HALVES(from[i], from[i + 4]);
+        }
+    }
+}
+
+/* Values [d, d + 16) of a tile's tokens, out of its keys: rows [16 tokens][16 values]. Values beyond the last are
+ * the last again. */
+static void turn_keys(const struct attn_job *j, int tile, int d, uint16_t *rows) {
+    for (int half = 0; half < 2; half++)
+        for (int part = 0; part < 2; part++) {
+            u16x8 m[8];
+            UNROLL(8)
+            for (int i = 0; i < 8; i++) {
+                int value = d + 8 * half + i;
+                value = value < j->head_dim ? value : j->head_dim - 1;
+                memcpy(&m[i], j->tiles[tile] + value * TILE + 8 * part, sizeof m[i]);
+            }
+            transpose_8x8(m);
+            UNROLL(8)
+            for (int i = 0; i < 8; i++)
+                memcpy(rows + (8 * part + i) * 16 + 8 * half, &m[i], sizeof m[i]);
+        }
+}
+
+static void widen_shared(const struct attn_job *j, int d, int begin, int end, float *wide) {
+    uint16_t rows[TILE * 16];
+    for (int tile = begin; tile < end; tile++) {
+        turn_keys(j, tile, d, rows);
+        for (int t = 0; t < TILE; t++) {
+            fetch(j, 1, tile, d + t);
+            f_store(wide + (tile * TILE + t) * 16, f_load_f16(rows + t * 16));
+        }
+    }
+}
+
 static void widen_values(const struct attn_job *j, int d, int begin, int end, float *wide) {
+    if (j->shared) {
+        widen_shared(j, d, begin, end, wide);
+        return;
+    }
     for (int tile = begin; tile < end; tile++) {
         const uint16_t *v = j->tiles[tile] + j->head_dim * TILE + d;
         for (int t = 0; t < TILE; t++) {
@@ -216,12 +270,17 @@ static void widen_values(const struct attn_job *j, int d, int begin, int end, fl
 }
 
 /* Rows go in groups whose sums fill the registers. Where there are several and conversion is expensive (WIDEN), the tile's
- * keys, or 16 lanes of the chunk's values, become floats once for all of them: `wide`, in the first cache. */
+ * keys, or 16 lanes of the chunk's values, become floats once for all of them: `wide`, in the first cache.
+ *
+ * Shared values always do. A tile of keys has tokens side by side, and a sum of values takes those of one token, so
+ * each 16 x 16 of them are turned over: 96 shuffles of 8 values, beside 16 multiplications of 16 values for each
+ * query, of which a head of shared values has many. And a row is read from memory once, not twice. */
 static void attend(const struct attn_job *job) {
     float s[ATTN_ROWS][CHUNK], keep[ATTN_ROWS], gain[ATTN_ROWS], memory[CHUNK * 16];
     struct attn_job j = *job;
     int n_groups = (j.n_rows + ROWS_MAX - 1) / ROWS_MAX, from = CHUNK, to = 0;
     float *wide = WIDEN && n_groups > 1 && j.head_dim <= CHUNK ? memory : NULL;
+    float *values = j.shared ? memory : wide;
     j.next = j.next ? j.next : j.tiles;
     for (int r = 0; r < j.n_rows; r++) {
         from = j.first[r] < from ? j.first[r] : from;
@@ -240,12 +299,12 @@ static void attend(const struct attn_job *job) {
     }
     for (int r = 0; r < j.n_rows; r++)
         weigh(&j, r, begin, end, s[r], &keep[r], &gain[r]);
-    for (int d = 0; d < j.v_dim; d = wide ? d + 16 : j.v_dim) {
-        if (wide)
-            widen_values(&j, d, begin, end, wide);
+    for (int d = 0; d < j.v_dim; d = values ? d + 16 : j.v_dim) {
+        if (values)
+            widen_values(&j, d, begin, end, values);
         for (int row = 0, left = n_groups, n; row < j.n_rows; row += n, left--) {
             n = (j.n_rows - row) / left;
-#define CASE(R, T, D) case R: gather_lanes(&j, row, R, d, D, from, to, wide, memory, s + row, keep + row, gain + row); break;
+#define CASE(R, T, D) case R: gather_lanes(&j, row, R, d, D, from, to, values, memory, s + row, keep + row, gain + row); break;
             switch (n) { EACH_SIZE(CASE) }
 #undef CASE
         }

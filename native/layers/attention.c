@@ -28,14 +28,18 @@ static const struct role roles[] = {
 static int check(const bmc_model *m, const bmc_block *c) {
     const struct bmc_config *g = &m->c;
     if (c->n_heads < 1 || c->n_heads > 4096 || c->n_kv_heads < 1 || c->n_heads % c->n_kv_heads)
-        return fail(BMC_EFORMAT, "layer %d: %d heads cannot share %d heads of keys and values", c->layer, c->n_heads, c->n_kv_heads);
+        return fail(BMC_EFORMAT, "layer %d: %d heads cannot share %d heads of keys and values", c->layer,
+                    c->n_heads, c->n_kv_heads);
     if (c->k_dim < 1 || c->k_dim > 1024 || c->v_dim < 1 || c->v_dim > 1024)
-        return fail(BMC_EFORMAT, "layer %d: expected heads of 1 to 1024 values, found %d and %d", c->layer, c->k_dim, c->v_dim);
+        return fail(BMC_EFORMAT, "layer %d: expected heads of 1 to 1024 values, found %d and %d", c->layer,
+                    c->k_dim, c->v_dim);
     if (c->rope_style < BMC_ROPE_NONE || c->rope_style > BMC_ROPE_HALVES
         || (c->rope_style && (c->rope < 0 || c->rope >= g->n_ropes || g->ropes[c->rope].dim > c->k_dim)))
-        return fail(BMC_EFORMAT, "layer %d: rope: expected one of %d tables of at most %d values", c->layer, g->n_ropes, c->k_dim);
+        return fail(BMC_EFORMAT, "layer %d: rope: expected one of %d tables of at most %d values", c->layer,
+                    g->n_ropes, c->k_dim);
     if (c->window < 0 || c->gate < BMC_GATE_NONE || c->gate > BMC_GATE_SOFTPLUS)
-        return fail(BMC_EFORMAT, "layer %d: window %d and gate %d are out of range", c->layer, c->window, c->gate);
+        return fail(BMC_EFORMAT, "layer %d: window %d and gate %d are out of range", c->layer, c->window,
+                    c->gate);
     return 0;
 }
 
@@ -58,7 +62,8 @@ static const char *missing(const struct block *b) {
         return "attn_k";
     if (!b->c.kv_from && !a->v.data && b->c.v_dim != b->c.k_dim)
         return "attn_v";
-    return (b->c.gate == BMC_GATE_SIGMOID || b->c.gate == BMC_GATE_SOFTPLUS) && !a->gate.data ? "attn_gate" : NULL;
+    const bool gated = b->c.gate == BMC_GATE_SIGMOID || b->c.gate == BMC_GATE_SOFTPLUS;
+    return gated && !a->gate.data ? "attn_gate" : NULL;
 }
 
 /* Rows of keys and values, unless the block reads those of another. */
@@ -86,7 +91,10 @@ static size_t lay_out(const bmc_model *m, const struct block *b, struct work *w)
 
 static struct need need(const bmc_model *m, const struct block *b) {
     struct work w;
-    return (struct need){ .floats = lay_out(m, b, &w), .blocks = (size_t)b->extent[O] / 32 + 1, .scratch = attend_scratch(b, b->c.v_dim) };
+    return (struct need){
+        .floats = lay_out(m, b, &w), .blocks = (size_t)b->extent[O] / 32 + 1,
+        .scratch = attend_scratch(b, b->c.v_dim),
+    };
 }
 
 void turn(const struct pass *p, const struct block *b, float *head, int t) {
@@ -100,7 +108,8 @@ void turn(const struct pass *p, const struct block *b, float *head, int t) {
 }
 
 /* A head's values: its norm and the turn of its position. */
-static void place_head(const struct pass *p, const struct block *b, float *head, int h, struct vector weight, struct vector bias, int t) {
+static void place_head(const struct pass *p, const struct block *b, float *head, int h, struct vector weight,
+                       struct vector bias, int t) {
     if (weight.n_rows > 1)
         weight.v += (size_t)h * (size_t)weight.n_cols;
     if (b->c.rope_late)
@@ -123,7 +132,8 @@ static float query_scale(const struct block *b, int pos) {
 static void place_rows(const struct pass *p, const struct block *b, const struct work *w, int thread) {
     const bmc_model *m = p->model;
     const struct vector none = { 0 };
-    const int K_dim = b->c.k_dim, V_dim = b->c.v_dim, group = b->c.n_heads / b->c.n_kv_heads, pitch = (int)(b->extent[QUERY] / b->c.n_heads);
+    const int K_dim = b->c.k_dim, V_dim = b->c.v_dim, group = b->c.n_heads / b->c.n_kv_heads;
+    const int pitch = (int)(b->extent[QUERY] / b->c.n_heads);
     int64_t from, to;
     share(p, thread, (int64_t)p->n_tok * b->c.n_kv_heads, &from, &to);
     for (int64_t i = from; i < to; i++) {
@@ -135,7 +145,8 @@ static void place_rows(const struct pass *p, const struct block *b, const struct
         }
         if (b->c.kv_from)
             continue;
-        float *k = w->k + (size_t)t * padded(b->extent[K]) + (size_t)(h * K_dim), *v = w->v + (size_t)t * padded(b->extent[V]) + (size_t)(h * V_dim);
+        float *k = w->k + (size_t)t * padded(b->extent[K]) + (size_t)(h * K_dim);
+        float *v = w->v + (size_t)t * padded(b->extent[V]) + (size_t)(h * V_dim);
         if (!b->attention.v.data)               /* values are the keys, before norm and turn */
             memcpy(v, k, (size_t)V_dim * sizeof *v);
         if (b->c.v_norm)
@@ -148,7 +159,8 @@ static void place_rows(const struct pass *p, const struct block *b, const struct
 /* Norms of all heads together, where the model has those: before any is placed. */
 static void norm_whole(const struct pass *p, const struct block *b, const struct work *w, int thread) {
     const struct attention *a = &b->attention;
-    const bool q_whole = a->q_norm.v && a->q_norm.n_cols != b->c.k_dim, k_whole = a->k_norm.v && a->k_norm.n_cols != b->c.k_dim;
+    const bool q_whole = a->q_norm.v && a->q_norm.n_cols != b->c.k_dim;
+    const bool k_whole = a->k_norm.v && a->k_norm.n_cols != b->c.k_dim;
     int64_t from, to;
     if (!q_whole && !k_whole)
         return;
@@ -168,7 +180,8 @@ static struct queries queries(const struct pass *p, const struct block *b, const
     struct queries a = {
         .block = b, .rows = b - b->c.kv_from, .k_dim = b->c.k_dim, .v_dim = b->c.v_dim,
         .q = w->q, .q_stride = padded(b->extent[QUERY]), .q_pitch = (size_t)(b->extent[QUERY] / b->c.n_heads),
-        .out = { w->out, buffers->work_act, p->n_tok, 0, 0 }, .gate_act = b->c.gate == BMC_GATE_SOFTPLUS ? BMC_ACT_SOFTPLUS : BMC_ACT_SIGMOID,
+        .out = { w->out, buffers->work_act, p->n_tok, 0, 0 },
+        .gate_act = b->c.gate == BMC_GATE_SOFTPLUS ? BMC_ACT_SOFTPLUS : BMC_ACT_SIGMOID,
     };
     if (b->c.gate == BMC_GATE_QUERY) {
         a.gate = w->q + b->c.k_dim;
@@ -186,13 +199,17 @@ static void run(struct pass *p, const struct block *b, struct tokens in, struct 
     const struct attention *a = &b->attention;
     struct work w;
     lay_out(p->model, b, &w);
-    const struct product list[] = { product(&a->q, in, w.q), product(&a->k, in, w.k), product(&a->v, in, w.v), product(&a->gate, in, w.gate) };
+    const struct product list[] = {
+        product(&a->q, in, w.q), product(&a->k, in, w.k), product(&a->v, in, w.v),
+        product(&a->gate, in, w.gate),
+    };
     multiply(p, list, 4, thread);
     barrier(p, thread, BMC_STEP_QKV);
     norm_whole(p, b, &w, thread);
     place_rows(p, b, &w, thread);
     barrier(p, thread, BMC_STEP_STORE);
-    const struct rows more[] = { { w.q, padded(b->extent[QUERY]) }, { w.gate, a->gate.data ? padded(a->gate.n_rows) : 0 } };
+    const size_t gate_stride = a->gate.data ? padded(a->gate.n_rows) : 0;
+    const struct rows more[] = { { w.q, padded(b->extent[QUERY]) }, { w.gate, gate_stride } };
     keep_wanted(p, b, more, 2, thread);
     if (!p->n_tok)
         return;

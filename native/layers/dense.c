@@ -2,6 +2,8 @@
 #include "../error.h"
 #include "../pass.h"
 
+#include <math.h>
+
 static const struct role roles[] = {
     { "ffn_gate", IN_BLOCK(dense.gate), MATRIX, HIDDEN, DIM, false, 0 },
     { "ffn_up", IN_BLOCK(dense.up), MATRIX, HIDDEN, DIM, true, 0 },
@@ -12,7 +14,11 @@ static const struct role roles[] = {
 static int check(const bmc_model *m, const bmc_block *c) {
     (void)m;
     if (c->hidden_dim < 1 || c->hidden_dim > 1 << 22 || c->act < 0 || c->act >= BMC_ACTS)
-        return fail(BMC_EFORMAT, "layer %d: feed-forward: expected 1 to %d values, found %d", c->layer, 1 << 22, c->hidden_dim);
+        return fail(BMC_EFORMAT, "layer %d: feed-forward: expected 1 to %d values, found %d", c->layer,
+                    1 << 22, c->hidden_dim);
+    if (!(c->sparsity >= 0 && c->sparsity < 1e3f))
+        return fail(BMC_EFORMAT, "layer %d: feed-forward: expected a sparsity from 0 to 1000, found %g",
+                    c->layer, (double)c->sparsity);
     return 0;
 }
 
@@ -26,17 +32,59 @@ static struct need need(const bmc_model *m, const struct block *b) {
     return (struct need){ .floats = 2 * padded(b->c.hidden_dim), .blocks = (size_t)b->c.hidden_dim / 32 + 1 };
 }
 
+static const char *missing(const struct block *b) {
+    return b->c.sparsity > 0 && !b->dense.gate.data ? "ffn_gate" : NULL;
+}
+
+/* Gates lose their mean + sparsity * their standard deviation (arXiv 2506.06644), and those below it count
+ * nothing. */
+static void thin_out(float *gate, int n, float sparsity) {
+    double sum[4] = { 0 }, squares[4] = { 0 };
+    for (int i = 0; i < n; i++)
+        sum[i % 4] += gate[i];
+    const double mean = (sum[0] + sum[1] + sum[2] + sum[3]) / n;
+    for (int i = 0; i < n; i++)
+        squares[i % 4] += (gate[i] - mean) * (gate[i] - mean);
+    const double deviation = sqrt((squares[0] + squares[1] + squares[2] + squares[3]) / larger(n - 1, 1));
+    const float least = (float)(mean + sparsity * deviation);
+    for (int i = 0; i < n; i++)
+        gate[i] = fmaxf(gate[i] - least, 0.0f);
+}
+
+/* The first half where a gate depends on all others: the products first, all of them. */
+static void gate_up_sparse(struct pass *p, const struct block *b, const struct gate_up *job, int thread) {
+    const struct product list[] = {
+        product(job->gate, job->in, job->gate_out), product(job->up, job->in, job->hidden.x),
+    };
+    const int n = b->c.hidden_dim;
+    int64_t from, to;
+    multiply(p, list, 2, thread);
+    barrier(p, thread, BMC_STEP_GATE_UP);
+    share(p, thread, job->in.n, &from, &to);
+    for (int64_t t = from; t < to; t++) {
+        float *gate = job->gate_out + (size_t)t * padded(n), *up = job->hidden.x + (size_t)t * padded(n);
+        thin_out(gate, n, b->c.sparsity);
+        p->model->k.act[job->act](up, up, gate, n, job->param);
+        quantize(p, job->hidden, n, (int)t, 0, n / 32);
+    }
+}
+
 static void run(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread) {
     const struct dense *d = &b->dense;
     const struct buffers *buffers = p->model->buffers;
     float *gate_out = buffers->work, *up = gate_out + (size_t)p->model->pass_max * padded(b->c.hidden_dim);
-    const struct gate_up job = { &d->gate, &d->up, in, gate_out, { up, buffers->work_act, in.n, 0, 0 }, b->c.act, b->c.act_param };
+    const struct gate_up job = {
+        &d->gate, &d->up, in, gate_out, { up, buffers->work_act, in.n, 0, 0 }, b->c.act, b->c.act_param,
+    };
     int64_t from, to;
-    while (pool_take(p->model->pool, thread, gate_up_groups(&job), &from, &to))
-        gate_up(p, &job, (int)from, (int)to, thread);
+    if (b->c.sparsity > 0)
+        gate_up_sparse(p, b, &job, thread);
+    else
+        while (pool_take(p->model->pool, thread, gate_up_groups(&job), &from, &to))
+            gate_up(p, &job, (int)from, (int)to, thread);
     barrier(p, thread, BMC_STEP_ACTIVATION);
     const struct product down = product_into(&d->down, job.hidden, out);
     multiply(p, &down, 1, thread);
 }
 
-const struct kind dense_kind = { "feed-forward", roles, check, measure, need, false, NULL, NULL, run };
+const struct kind dense_kind = { "feed-forward", roles, check, measure, need, false, missing, NULL, run };

@@ -1,9 +1,11 @@
 /* Experts (arXiv 2101.03961, 2401.06066): a router chooses n_active feed-forwards for each token.
  *
- * Tokens are grouped by expert, so that a pass reads the weights of each chosen expert once. A token's experts are summed in
- * ascending order of their number, whatever else is in the pass: groups of rows of `down` go through all experts in that order. */
+ * Tokens are grouped by expert, so that a pass reads the weights of each chosen expert once. A token's
+ * experts are summed in ascending order of their number, whatever else is in the pass: groups of rows of
+ * `down` go through all experts in that order. */
 #include "../error.h"
 #include "../pass.h"
+#include "../resident.h"
 
 #include <float.h>
 #include <math.h>
@@ -26,15 +28,22 @@ static const struct role roles[] = {
 
 static int check(const bmc_model *m, const bmc_block *c) {
     (void)m;
-    if (c->n_experts < 1 || c->n_experts > 4096 || c->n_active < 1 || c->n_active > c->n_experts || c->n_active > 256)
-        return fail(BMC_EFORMAT, "layer %d: %d of %d experts: expected 1 to 256 of at most 4096", c->layer, c->n_active, c->n_experts);
-    if (c->hidden_dim < 1 || c->hidden_dim > 1 << 22 || c->shared_dim < 0 || c->shared_dim > 1 << 22 || c->latent_dim < 0)
-        return fail(BMC_EFORMAT, "layer %d: experts of %d values, a shared one of %d", c->layer, c->hidden_dim, c->shared_dim);
+    if (c->n_experts < 1 || c->n_experts > 4096 || c->n_active < 1 || c->n_active > c->n_experts
+        || c->n_active > 256)
+        return fail(BMC_EFORMAT, "layer %d: %d of %d experts: expected 1 to 256 of at most 4096", c->layer,
+                    c->n_active, c->n_experts);
+    if (c->hidden_dim < 1 || c->hidden_dim > 1 << 22 || c->shared_dim < 0 || c->shared_dim > 1 << 22
+        || c->latent_dim < 0)
+        return fail(BMC_EFORMAT, "layer %d: experts of %d values, a shared one of %d", c->layer,
+                    c->hidden_dim, c->shared_dim);
     if (c->gating < BMC_GATING_SOFTMAX || c->gating > BMC_GATING_CHOSEN)
-        return fail(BMC_EFORMAT, "layer %d: expert_gating_func: expected 1 to 3, found %d", c->layer, c->gating);
-    if (c->expert_groups > 1 && (c->n_experts % c->expert_groups || c->groups_used < 1 || c->groups_used > c->expert_groups
-                                 || c->n_experts / c->expert_groups * c->groups_used < c->n_active))
-        return fail(BMC_EFORMAT, "layer %d: %d of %d groups of %d experts", c->layer, c->groups_used, c->expert_groups, c->n_experts);
+        return fail(BMC_EFORMAT, "layer %d: expert_gating_func: expected 1 to 3, found %d", c->layer,
+                    c->gating);
+    if (c->expert_groups > 1
+        && (c->n_experts % c->expert_groups || c->groups_used < 1 || c->groups_used > c->expert_groups
+            || c->n_experts / c->expert_groups * c->groups_used < c->n_active))
+        return fail(BMC_EFORMAT, "layer %d: %d of %d groups of %d experts", c->layer, c->groups_used,
+                    c->expert_groups, c->n_experts);
     return 0;
 }
 
@@ -42,7 +51,8 @@ static const char *missing(const struct block *b) {
     const struct dense *d = &b->experts.shared;
     if (d->up.data && !d->down.data)
         return "ffn_down_shexp";
-    return b->c.latent_dim && !(b->experts.latent_down.data && b->experts.latent_up.data) ? "ffn_latent_down" : NULL;
+    const bool latent = b->experts.latent_down.data && b->experts.latent_up.data;
+    return b->c.latent_dim && !latent ? "ffn_latent_down" : NULL;
 }
 
 static void measure(const bmc_model *m, const bmc_block *c, int64_t *e) {
@@ -66,14 +76,17 @@ struct work {
 };
 
 static size_t lay_out(const bmc_model *m, const struct block *b, struct work *w) {
-    const size_t n = (size_t)m->pass_max, active = (size_t)b->c.n_active, hidden = padded(larger(b->c.hidden_dim, b->c.shared_dim));
+    const size_t n = (size_t)m->pass_max, active = (size_t)b->c.n_active;
+    const size_t hidden = padded(larger(b->c.hidden_dim, b->c.shared_dim));
     const struct buffers *buf = m->buffers;
     float *next = buf ? buf->work : NULL, *begin = next;
     struct act_block *act = buf ? buf->work_act : NULL;
     int32_t *ids = buf ? buf->work_ids : NULL;
-    const size_t blocks_in = (size_t)b->extent[EXPERT_IN] / 32, blocks_hidden = (size_t)larger(b->c.hidden_dim, b->c.shared_dim) / 32;
+    const size_t blocks_in = (size_t)b->extent[EXPERT_IN] / 32;
+    const size_t blocks_hidden = (size_t)larger(b->c.hidden_dim, b->c.shared_dim) / 32;
     const struct { float **place; size_t size; } parts[] = {
-        { &w->scores, padded(b->c.n_experts) }, { &w->x, padded(b->extent[DIM]) }, { &w->gate, active * hidden }, { &w->up, active * hidden },
+        { &w->scores, padded(b->c.n_experts) }, { &w->x, padded(b->extent[DIM]) },
+        { &w->gate, active * hidden }, { &w->up, active * hidden },
         { &w->gathered, active * padded(b->extent[EXPERT_IN]) }, { &w->sum, padded(b->extent[EXPERT_IN]) },
     };
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
@@ -91,16 +104,19 @@ static size_t lay_out(const bmc_model *m, const struct block *b, struct work *w)
 
 static struct need need(const bmc_model *m, const struct block *b) {
     struct work w;
-    const size_t active = (size_t)b->c.n_active, widest = (size_t)larger(b->c.hidden_dim, b->c.shared_dim);
+    const size_t active = (size_t)b->c.n_active, blocks_in = (size_t)b->extent[EXPERT_IN] / 32;
+    const size_t widest = (size_t)larger(b->c.hidden_dim, b->c.shared_dim);
     return (struct need){
-        .floats = lay_out(m, b, &w), .blocks = active * ((size_t)b->extent[EXPERT_IN] / 32 + widest / 32) + (size_t)b->extent[EXPERT_IN] / 32 + 1,
-        .ids = 4 * active + (size_t)b->c.n_experts / (size_t)m->pass_max + 2, .scratch = (size_t)m->pass_max * GROUP_ROWS + 2 * (size_t)b->c.n_experts,
+        .floats = lay_out(m, b, &w), .blocks = active * (blocks_in + widest / 32) + blocks_in + 1,
+        .ids = 4 * active + (size_t)b->c.n_experts / (size_t)m->pass_max + 2,
+        .scratch = (size_t)m->pass_max * GROUP_ROWS + 2 * (size_t)b->c.n_experts,
     };
 }
 
 /* Choosing. */
 
-/* What experts' scores are compared by: probabilities (of the chosen ones only where the gating says so), with the bias. */
+/* What experts' scores are compared by: probabilities (of the chosen ones only where the gating says so),
+ * with the bias. NaN is last, and chosen once. */
 static void rate(const struct block *b, float *p, float *choice) {
     const bmc_block *c = &b->c;
     double largest = -INFINITY, sum = 0;
@@ -115,7 +131,7 @@ static void rate(const struct block *b, float *p, float *choice) {
         for (int e = 0; e < c->n_experts; e++)
             p[e] = (float)(1 / (1 + exp(-(double)p[e])));
     for (int e = 0; e < c->n_experts; e++)
-        choice[e] = fmaxf(b->experts.choice_bias.v ? p[e] + b->experts.choice_bias.v[e] : p[e], -FLT_MAX);     /* NaN is last, and chosen once */
+        choice[e] = fmaxf(b->experts.choice_bias.v ? p[e] + b->experts.choice_bias.v[e] : p[e], -FLT_MAX);
 }
 
 /* Leaves only the experts of the groups whose two best come to most. */
@@ -192,7 +208,8 @@ static void sort(const struct block *b, const struct work *w, int n_tok) {
 }
 
 /* What the router reads. */
-static struct tokens router_input(struct pass *p, const struct block *b, const struct work *w, struct tokens in, int thread) {
+static struct tokens router_input(struct pass *p, const struct block *b, const struct work *w,
+                                  struct tokens in, int thread) {
     const bmc_model *m = p->model;
     const size_t stride = padded(m->c.dim);
     int64_t from, to;
@@ -225,7 +242,8 @@ static void route(struct pass *p, const struct block *b, const struct work *w, s
     barrier(p, thread, BMC_STEP_GATE_UP);
     share(p, thread, in.n, &from, &to);
     for (int64_t t = from; t < to; t++)
-        choose(b, w->scores + (size_t)t * padded(b->c.n_experts), scratch_of(p, thread), w->chosen + (size_t)t * (size_t)b->c.n_active);
+        choose(b, w->scores + (size_t)t * padded(b->c.n_experts), scratch_of(p, thread),
+               w->chosen + (size_t)t * (size_t)b->c.n_active);
     barrier(p, thread, BMC_STEP_GATE_UP);
     if (thread == 0)
         sort(b, w, in.n);
@@ -244,7 +262,8 @@ static struct tokens tokens_of(const struct block *b, const struct work *w, stru
 }
 
 /* Columns of the pass's tiles into those of their experts. */
-static void gather(struct pass *p, const struct block *b, const struct work *w, struct tokens in, int thread) {
+static void gather(struct pass *p, const struct block *b, const struct work *w, struct tokens in,
+                   int thread) {
     const int64_t blocks = b->extent[EXPERT_IN] / 32;
     const size_t stride = padded(b->extent[EXPERT_IN]);
     const int wide = tile_width(in.n);
@@ -254,13 +273,15 @@ static void gather(struct pass *p, const struct block *b, const struct work *w, 
         const struct tokens own = tokens_of(b, w, in, e);
         const int width = own.n ? tile_width(own.n) : 1;
         for (int i = larger(0, (int)from - w->first[e]); i < own.n && w->first[e] + i < to; i++) {
-            const int tok = w->list[w->first[e] + i].tok, tile = tok / wide, cols = smaller(in.n - tile * wide, wide);
+            const int tok = w->list[w->first[e] + i].tok;
+            const int tile = tok / wide, cols = smaller(in.n - tile * wide, wide);
             const int to_tile = i / width, to_cols = smaller(own.n - to_tile * width, width);
             const struct act_block *a = in.act + (size_t)tile * (size_t)wide * (size_t)blocks + tok % wide;
             struct act_block *y = own.act + (size_t)to_tile * (size_t)width * (size_t)blocks + i % width;
             for (int64_t k = 0; k < blocks; k++)
                 y[k * to_cols] = a[k * cols];
-            memcpy(own.x + (size_t)i * stride, in.x + (size_t)tok * stride, (size_t)b->extent[EXPERT_IN] * sizeof *own.x);
+            memcpy(own.x + (size_t)i * stride, in.x + (size_t)tok * stride,
+                   (size_t)b->extent[EXPERT_IN] * sizeof *own.x);
         }
     }
     barrier(p, thread, BMC_STEP_NORM);
@@ -273,12 +294,14 @@ static struct gate_up job_of(const struct block *b, const struct work *w, struct
     const struct tokens own = tokens_of(b, w, in, e);
     return (struct gate_up){
         x->gate.of ? &x->gate.of[e] : &none, &x->up.of[e], own, w->gate + first * stride,
-        { w->up + first * stride, w->hidden_act + first * (size_t)(b->c.hidden_dim / 32), own.n, 0, 0 }, b->c.act, b->c.act_param,
+        { w->up + first * stride, w->hidden_act + first * (size_t)(b->c.hidden_dim / 32), own.n, 0, 0 },
+        b->c.act, b->c.act_param,
     };
 }
 
 /* Parts of all chosen experts' first halves, one expert after the other. */
-static void gate_up_all(struct pass *p, const struct block *b, const struct work *w, struct tokens in, int thread) {
+static void gate_up_all(struct pass *p, const struct block *b, const struct work *w, struct tokens in,
+                        int thread) {
     const int each = n_groups(&b->experts.up.of[0]);
     int64_t total = 0, from, to;
     for (int e = 0; e < b->c.n_experts; e++)
@@ -298,18 +321,26 @@ static void gate_up_all(struct pass *p, const struct block *b, const struct work
     barrier(p, thread, BMC_STEP_ACTIVATION);
 }
 
-/* The most tokens that an expert has. */
-static int most_tokens(const struct block *b, const struct work *w) {
-    int most = 0;
-    for (int e = 0; e < b->c.n_experts; e++)
-        most = larger(most, w->first[e + 1] - w->first[e]);
-    return most;
+/* How many groups of `down` are done at a time: all where that is best for each chosen expert, and its
+ * results fit. */
+static int down_stretch(const struct pass *p, const struct block *b, const struct work *w) {
+    int groups = n_groups(b->experts.down.of);
+    for (int e = 0; e < b->c.n_experts; e++) {
+        const int n = w->first[e + 1] - w->first[e];
+        if (n) {
+            groups = smaller(groups, larger(1, p->model->pass_max / n));
+            groups = stretch(&b->experts.down.of[e], n, groups);
+        }
+    }
+    return groups;
 }
 
 /* y += weight * down(hidden), experts ascending, for groups [from, to) of rows. */
-static void down_groups(struct pass *p, const struct block *b, const struct work *w, struct tokens in, struct sink out, int from, int to, int thread) {
+static void down_groups(struct pass *p, const struct block *b, const struct work *w, struct tokens in,
+                        struct sink out, int from, int to, int thread) {
     const struct matrix *down = b->experts.down.of;
-    const size_t stride = padded(b->extent[EXPERT_IN]), row = (size_t)from * GROUP_ROWS, wide = (size_t)(to - from) * GROUP_ROWS;
+    const size_t stride = padded(b->extent[EXPERT_IN]);
+    const size_t row = (size_t)from * GROUP_ROWS, wide = (size_t)(to - from) * GROUP_ROWS;
     const int rows = smaller((int)wide, (int)(down->n_rows - (int64_t)row));
     float *part = scratch_of(p, thread);
     for (int t = 0; !out.add && t < in.n; t++)
@@ -319,23 +350,27 @@ static void down_groups(struct pass *p, const struct block *b, const struct work
             continue;
         multiply_groups(p, &down[e], job_of(b, w, in, e).hidden, from, to, part, thread);
         for (int i = w->first[e]; i < w->first[e + 1]; i++)
-            p->model->k.axpy(out.y + (size_t)w->list[i].tok * stride + row, w->list[i].weight, part + (size_t)(i - w->first[e]) * wide, rows);
+            p->model->k.axpy(out.y + (size_t)w->list[i].tok * stride + row, w->list[i].weight,
+                             part + (size_t)(i - w->first[e]) * wide, rows);
     }
 }
 
-static void down_all(struct pass *p, const struct block *b, const struct work *w, struct tokens in, struct sink out, int thread) {
-    const struct matrix *down = b->experts.down.of;
-    const int most = most_tokens(b, w), room = larger(1, p->model->pass_max / most);        /* groups whose results fit */
+static void down_all(struct pass *p, const struct block *b, const struct work *w, struct tokens in,
+                     struct sink out, int thread) {
+    const int step = down_stretch(p, b, w);
     int64_t from, to;
-    while (pool_take(p->model->pool, thread, n_groups(down), &from, &to))
-        for (int step = smaller(room, stretch(down, most, (int)(to - from))); from < to; from += step)
+    while (pool_take(p->model->pool, thread, n_groups(b->experts.down.of), &from, &to))
+        for (; from < to; from += step)
             down_groups(p, b, w, in, out, (int)from, smaller((int)from + step, (int)to), thread);
 }
 
 /* The expert that is always on, on top of what the others came to. */
-static void shared(struct pass *p, const struct block *b, const struct work *w, struct tokens in, struct sink out, int thread) {
+static void shared(struct pass *p, const struct block *b, const struct work *w, struct tokens in,
+                   struct sink out, int thread) {
     const struct dense *d = &b->experts.shared;
-    const struct gate_up job = { &d->gate, &d->up, in, w->gate, { w->up, w->hidden_act, in.n, 0, 0 }, b->c.act, b->c.act_param };
+    const struct gate_up job = {
+        &d->gate, &d->up, in, w->gate, { w->up, w->hidden_act, in.n, 0, 0 }, b->c.act, b->c.act_param,
+    };
     const struct matrix *gate = &b->experts.shared_gate;
     const struct product switch_on = product(gate, in, w->scores);
     const size_t stride = padded(p->model->c.dim);
@@ -364,7 +399,8 @@ static void shared(struct pass *p, const struct block *b, const struct work *w, 
 }
 
 /* Experts that work on fewer values than the model has: theirs are made, and their sum goes back. */
-static struct tokens to_latent(struct pass *p, const struct block *b, const struct work *w, struct tokens in, int thread) {
+static struct tokens to_latent(struct pass *p, const struct block *b, const struct work *w, struct tokens in,
+                               int thread) {
     const struct tokens latent = { w->sum, w->latent_act, in.n, 0, 0 };
     const struct product down = product(&b->experts.latent_down, in, latent.x);
     multiply(p, &down, 1, thread);
@@ -374,7 +410,8 @@ static struct tokens to_latent(struct pass *p, const struct block *b, const stru
     return latent;
 }
 
-static void from_latent(struct pass *p, const struct block *b, const struct work *w, struct sink out, int n, int thread) {
+static void from_latent(struct pass *p, const struct block *b, const struct work *w, struct sink out, int n,
+                        int thread) {
     const struct tokens sum = { w->x, w->latent_act, n, 0, 0 };
     barrier(p, thread, BMC_STEP_DOWN);
     quantize_rows(p, sum, b->c.latent_dim, thread);
@@ -389,6 +426,7 @@ static void run(struct pass *p, const struct block *b, struct tokens in, struct 
     const bool latent = b->experts.latent_down.data;
     lay_out(p->model, b, &w);
     route(p, b, &w, in, thread);
+    residents_want(p, b, w.first, thread);
     if (latent)
         read = to_latent(p, b, &w, in, thread);
     if (in.n > 1)

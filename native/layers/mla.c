@@ -1,8 +1,9 @@
 /* Attention with compressed keys and values (MLA, arXiv 2405.04434).
  *
- * A token keeps c (kv_rank values) and r (rope values), for all heads. A head's key would be [k_b c | r] and its value v_b c, but k_b
- * moves to the query and v_b behind the sum: scores are (k_b^T q) c + q_r r, and the sum is over c. So heads of queries share
- * one head of keys, [c | r], and of values, c, and the cache is read as with any grouped heads. */
+ * A token keeps c (kv_rank values) and r (rope values), for all heads. A head's key would be [k_b c | r] and
+ * its value v_b c, but k_b moves to the query and v_b behind the sum: scores are (k_b^T q) c + q_r r, and the
+ * sum is over c. So heads of queries share one head of keys, [c | r], whose first values are the values too:
+ * they are stored once. */
 #include "../error.h"
 #include "../pass.h"
 
@@ -22,10 +23,14 @@ static const struct role roles[] = {
 static int turned(const bmc_model *m, const bmc_block *c) { return m->c.ropes[c->rope].dim; }
 
 static int check(const bmc_model *m, const bmc_block *c) {
-    if (c->n_heads < 1 || c->n_heads > 512 || c->n_kv_heads != 1 || c->rope_style == BMC_ROPE_NONE || c->rope < 0 || c->rope >= m->c.n_ropes)
-        return fail(BMC_EFORMAT, "layer %d: compressed attention of %d heads: expected 1 to 512, with rope", c->layer, c->n_heads);
-    if (c->kv_rank < 1 || c->v_dim < 1 || c->v_dim > 1024 || c->q_rank < 0 || c->k_dim <= turned(m, c) || c->kv_rank + turned(m, c) > 1024)
-        return fail(BMC_EFORMAT, "layer %d: compressed keys of %d values, queries of %d, rope of %d: expected at most 1024 together", c->layer,
+    if (c->n_heads < 1 || c->n_heads > 512 || c->n_kv_heads != 1 || c->rope_style == BMC_ROPE_NONE
+        || c->rope < 0 || c->rope >= m->c.n_ropes)
+        return fail(BMC_EFORMAT, "layer %d: compressed attention of %d heads: expected 1 to 512, with rope",
+                    c->layer, c->n_heads);
+    if (c->kv_rank < 1 || c->v_dim < 1 || c->v_dim > 1024 || c->q_rank < 0 || c->k_dim <= turned(m, c)
+        || c->kv_rank + turned(m, c) > 1024)
+        return fail(BMC_EFORMAT, "layer %d: compressed keys of %d values, queries of %d, rope of %d: "
+                                 "expected at most 1024 together", c->layer,
                     c->kv_rank, c->k_dim, turned(m, c));
     return 0;
 }
@@ -43,12 +48,14 @@ static void measure(const bmc_model *m, const bmc_block *c, int64_t *e) {
 
 static const char *missing(const struct block *b) {
     const struct attention *a = &b->attention;
+    if (b->c.q_rank && !a->q_a.data)
+        return "attn_q_a";
     if (b->c.q_rank)
-        return !a->q_a.data ? "attn_q_a" : !a->q_a_norm.v ? "attn_q_a_norm" : !a->q_b.data ? "attn_q_b" : NULL;
+        return !a->q_a_norm.v ? "attn_q_a_norm" : !a->q_b.data ? "attn_q_b" : NULL;
     return a->q.data ? NULL : "attn_q";
 }
 
-static void stream(bmc_model *m, struct block *b) { add_rows(m, b, 1, (int)b->extent[KV_A], b->c.kv_rank); }
+static void stream(bmc_model *m, struct block *b) { add_rows(m, b, 1, (int)b->extent[KV_A], 0); }
 
 struct work { float *q_a, *q, *kv, *nope, *query, *sum, *out; };
 
@@ -57,7 +64,8 @@ static size_t lay_out(const bmc_model *m, const struct block *b, struct work *w)
     const int64_t heads = b->c.n_heads;
     float *next = m->buffers ? m->buffers->work : NULL, *first = next;
     const struct { float **place; int64_t dim; } parts[] = {
-        { &w->q_a, b->c.q_rank }, { &w->q, b->extent[Q] }, { &w->kv, b->extent[KV_A] }, { &w->nope, heads * b->extent[NOPE] },
+        { &w->q_a, b->c.q_rank }, { &w->q, b->extent[Q] }, { &w->kv, b->extent[KV_A] },
+        { &w->nope, heads * b->extent[NOPE] },
         { &w->query, heads * b->extent[KV_A] }, { &w->sum, heads * b->c.kv_rank }, { &w->out, b->extent[O] },
     };
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
@@ -77,10 +85,13 @@ static struct need need(const bmc_model *m, const struct block *b) {
 }
 
 /* q = W x, or W_b norm(W_a x); and [c | r]. */
-static void project_all(struct pass *p, const struct block *b, const struct work *w, struct tokens in, int thread) {
+static void project_all(struct pass *p, const struct block *b, const struct work *w, struct tokens in,
+                        int thread) {
     const struct attention *a = &b->attention;
     const struct tokens low = { .x = w->q_a, .act = p->model->buffers->work_act, .n = in.n };
-    const struct product list[] = { product(&a->q, in, w->q), product(&a->q_a, in, w->q_a), product(&a->kv_a, in, w->kv) };
+    const struct product list[] = {
+        product(&a->q, in, w->q), product(&a->q_a, in, w->q_a), product(&a->kv_a, in, w->kv),
+    };
     int64_t from, to;
     multiply(p, list, 3, thread);
     barrier(p, thread, BMC_STEP_QKV);
@@ -101,7 +112,8 @@ static void project_all(struct pass *p, const struct block *b, const struct work
 /* Each head's query apart: what k_b is for, and what turns; [c | r] goes to the arena. */
 static void place_rows(struct pass *p, const struct block *b, const struct work *w, int thread) {
     const bmc_model *m = p->model;
-    const int heads = b->c.n_heads, nope = (int)b->extent[NOPE], row = (int)b->extent[KV_A], rank = b->c.kv_rank, rope = row - rank;
+    const int heads = b->c.n_heads, nope = (int)b->extent[NOPE];
+    const int row = (int)b->extent[KV_A], rank = b->c.kv_rank, rope = row - rank;
     int64_t from, to;
     share(p, thread, p->n_tok, &from, &to);
     for (int64_t t = from; t < to; t++) {
@@ -109,21 +121,23 @@ static void place_rows(struct pass *p, const struct block *b, const struct work 
             float *q = w->q + (size_t)t * padded(b->extent[Q]) + (size_t)(h * b->c.k_dim);
             turn(p, b, q + nope, (int)t);
             m->k.scale(q, b->c.attn_scale, b->c.k_dim);
-            memcpy(w->nope + (size_t)t * padded(heads * nope) + (size_t)(h * nope), q, (size_t)nope * sizeof *q);
-            memcpy(w->query + (size_t)t * padded(heads * row) + (size_t)(h * row + rank), q + nope, (size_t)rope * sizeof *q);
+            memcpy(w->nope + (size_t)t * padded(heads * nope) + (size_t)(h * nope), q,
+                   (size_t)nope * sizeof *q);
+            memcpy(w->query + (size_t)t * padded(heads * row) + (size_t)(h * row + rank), q + nope,
+                   (size_t)rope * sizeof *q);
         }
         float *kv = w->kv + (size_t)t * padded(row);
         const int pos = p->at[t].pos;
         norm_row(m, kv, kv, b->attention.kv_a_norm, (struct vector){ 0 }, rank);
         turn(p, b, kv + rank, (int)t);
-        m->k.store_kv(tile_of(p->at[t].session, b, 0, pos / TILE), pos % TILE, kv, kv, row, rank);
+        m->k.store_kv(tile_of(p->at[t].session, b, 0, pos / TILE), pos % TILE, kv, NULL, row, 0);
     }
     barrier(p, thread, BMC_STEP_STORE);
 }
 
 /* Each head's matrix times its own part of the rows of `in`, into its own part of the rows of y. */
-static void multiply_heads(struct pass *p, const struct block *b, const struct matrix *of, struct tokens in, float *y, size_t y_stride,
-                           int y_pitch, int thread) {
+static void multiply_heads(struct pass *p, const struct block *b, const struct matrix *of, struct tokens in,
+                           float *y, size_t y_stride, int y_pitch, int thread) {
     struct product list[512];
     for (int h = 0; h < b->c.n_heads; h++) {
         in.from = h * (int)of->n_cols;
@@ -134,7 +148,8 @@ static void multiply_heads(struct pass *p, const struct block *b, const struct m
 
 static void run(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread) {
     const struct attention *a = &b->attention;
-    const int heads = b->c.n_heads, nope = heads * (int)b->extent[NOPE], row = (int)b->extent[KV_A], rank = b->c.kv_rank;
+    const int heads = b->c.n_heads, nope = heads * (int)b->extent[NOPE];
+    const int row = (int)b->extent[KV_A], rank = b->c.kv_rank;
     struct act_block *act = p->model->buffers->work_act;
     struct work w;
     lay_out(p->model, b, &w);
@@ -150,7 +165,8 @@ static void run(struct pass *p, const struct block *b, struct tokens in, struct 
     multiply_heads(p, b, a->k_b.of, parts, w.query, padded(heads * row), row, thread);
     barrier(p, thread, BMC_STEP_QKV);
     const struct queries q = {
-        .block = b, .rows = b, .k_dim = row, .v_dim = rank, .q = w.query, .q_stride = padded(heads * row), .q_pitch = (size_t)row,
+        .block = b, .rows = b, .k_dim = row, .v_dim = rank, .shared = 1,
+        .q = w.query, .q_stride = padded(heads * row), .q_pitch = (size_t)row,
         .out = { .x = w.sum, .act = act, .n = p->n_tok, .wide = heads * rank },
     };
     attend_all(p, &q, thread);
@@ -164,4 +180,6 @@ static void run(struct pass *p, const struct block *b, struct tokens in, struct 
     note(p, thread, BMC_STEP_ATTN_OUTPUT);
 }
 
-const struct kind mla_kind = { "compressed attention", roles, check, measure, need, true, missing, stream, run };
+const struct kind mla_kind = {
+    "compressed attention", roles, check, measure, need, true, missing, stream, run,
+};

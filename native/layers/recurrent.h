@@ -25,8 +25,8 @@ struct work {
 
 static inline float *row_of(float *rows, size_t stride, int t) { return rows + (size_t)t * stride; }
 
-/* What a kind does in its own way. Channels are queries and keys of n_groups, and values of n_heads; after the
- * convolution keys stand in the token's row, queries in q and values in v. */
+/* What a kind does in its own way. Channels are queries and keys of n_groups, and values of n_heads; after
+ * the convolution keys stand in the token's row, queries in q and values in v. */
 struct recurrence {
     enum extent pieces;             /* HEADS or GROUPS: what the result's norm is over */
     /* After the convolution: of keys and queries, or NULL; of values, with decay and d or beta. */

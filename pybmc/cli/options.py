@@ -13,6 +13,8 @@ import click
 from ..errors import ArgumentError, BmcError
 from .terminal import is_terminal, progress, write
 
+UNITS = {"": 1} | {unit + i: base**power for i, base in (("", 1000), ("i", 1024)) for power, unit in enumerate("kmgt", 1)}
+
 
 def options(*decorators):
     def apply(function):
@@ -49,6 +51,20 @@ class Bias(click.ParamType):
             if parts:
                 return int(parts[1]), float(parts[2])
         self.fail(f"{value!r}: expected a token id, + or -, and a number, as in 15043-inf", param, ctx)
+
+
+class Size(click.ParamType):
+    """Bytes, as in 8G or 512Mi."""
+
+    name = "SIZE"
+
+    def convert(self, value, param, ctx):
+        if isinstance(value, (int, float)):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", value.strip().lower())
+        if not found or found[2] not in UNITS:
+            self.fail(f"{value!r} is no size: expected a number and a unit, as in 8G or 512Mi", param, ctx)
+        return int(float(found[1]) * UNITS[found[2]])
 
 
 class Text(click.ParamType):
@@ -132,7 +148,10 @@ threads_option = options(
     click.option("-t", "--threads", type=click.IntRange(1, 512), metavar="N",
                  help="Threads; by default one for each core this process may use."),
     click.option("--no-repack", is_flag=True, expose_value=False, callback=keep_flag,
-                 help="Leave the weights in the file: much slower, hardly any memory."))
+                 help="Leave the weights in the file: much slower, hardly any memory."),
+    click.option("--weights-memory", type=Size(), expose_value=False, callback=keep_flag,
+                 help="Memory for the weights, as in 12G; by default what is free. Experts that do not fit are read "
+                      "from the file when a text needs them."))
 context_option = click.option("-c", "--ctx-size", "context", type=click.IntRange(1), metavar="N",
                               help="Cap on the context, in tokens; by default what the model was trained for. "
                                    "More works, and is noted. Memory follows use.")
@@ -210,7 +229,7 @@ text_options = options(
 
 
 SECTIONS = {                            # of the help of chat and generate
-    "Model": ("model_option", "context", "threads", "no_repack", "rows", "kv_type", "no_preread"),
+    "Model": ("model_option", "context", "threads", "no_repack", "weights_memory", "rows", "kv_type", "no_preread"),
     "Text": ("prompt", "prompt_file", "system", "as_chat", "prefill", "no_bos", "chat_template", "chat_template_kwargs", "think",
              "reasoning_budget"),
     "Form": ("json_schema", "json_schema_file", "grammar", "grammar_file"),
@@ -338,8 +357,9 @@ def opened(path: Path, threads, writes: bool = True):
 
     started = time.perf_counter()
     with progress(f"loading {path.name}") as update:
-        repack = not click.get_current_context().meta["no_repack"]
-        model = Model(path, threads=threads, progress=update, repack=repack)
+        flags = click.get_current_context().meta
+        model = Model(path, threads=threads, progress=update, repack=not flags["no_repack"],
+                      memory=flags["weights_memory"])
     with model:
         if writes:
             model.check_writes()

@@ -2,7 +2,6 @@
 
 import logging
 import os
-import re
 import sys
 import time
 from contextlib import ExitStack, contextmanager
@@ -15,6 +14,7 @@ import click
 from ..errors import BmcError
 from .options import (
     File,
+    Size,
     TemplateSource,
     Text,
     context_option,
@@ -34,22 +34,6 @@ from .options import (
 from .terminal import write
 
 MISSING = "pybmc serve needs more packages: pip install 'pybmc[serve]' (%s is missing)"
-UNITS = {"": 1} | {unit + i: base**power for i, base in (("", 1000), ("i", 1024)) for power, unit in enumerate("kmgt", 1)}
-
-
-class Size(click.ParamType):
-    """Bytes, as in 8G or 512Mi."""
-
-    name = "SIZE"
-
-    def convert(self, value, param, ctx):
-        if isinstance(value, (int, float)):
-            return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", value.strip().lower())
-        if not found or found[2] not in UNITS:
-            self.fail(f"{value!r} is no size: expected a number and a unit, as in 8G or 512Mi", param, ctx)
-        return int(float(found[1]) * UNITS[found[2]])
-
 
 place_options = options(
     click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where to listen."),

@@ -24,11 +24,25 @@ from ..models.config import Config, read_config
 from ..models.layers import RMS
 from ..tokenizers import Tokenizer
 from .embed import Pooler, embed
+from .free import known_free_memory
 from .session import Session
 
 log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]       # called with what is done and how much there is
+WEIGHTS = 0.9                               # of the free memory, at most: sessions and buffers need some too
+
+
+@dataclass(frozen=True)
+class ExpertMemory:
+    """Experts that are packed when they are used. total: of all layers; room: how many can be packed at a time;
+    kept: how many are; made: how often one was packed."""
+
+    total: int
+    room: int
+    kept: int
+    made: int
+
 
 @dataclass
 class Profile:
@@ -48,12 +62,16 @@ class Model:
     threads: None for all cores that this process may use. progress is called with bytes packed and bytes in all.
     repack=False leaves the weights in the file and lays them out again at every pass: much slower, the same bits, and
     no memory but the pages of the file that the system can spare.
+    memory: bytes that packed weights may take; None for what is free. Where that is not enough for all, an expert is
+    packed when a token first takes it, and those used longest ago make way; experts that no text needs are not read.
+    Without experts, or where the other weights alone are too large, it is as with repack=False. The bits are the same.
     Raises FormatError if the file is not a model that pybmc runs, OSError if it cannot be opened, OutOfMemoryError.
     """
 
     def __init__(self, path, threads: int | None = None, progress: Progress | None = None,
-                 repack: bool = True):
+                 repack: bool = True, memory: float | None = None):
         self._begin(threads)
+        self._memory = None if memory is None else checks.number("memory", memory, 0, infinite=True)
         self._file = GGUF(path)
         try:
             self.config = read_config(self._file)
@@ -73,16 +91,29 @@ class Model:
         self.threads = _thread_count(threads)
 
     def _ready(self, repack: bool, progress: Progress | None = None) -> None:
-        self._repack = repack
+        self._packing = lib.BMC_IN_FILE
         if repack:
             self._pack(progress)
         elif lib.bmc_model_map(self._handle):
             raise OutOfMemoryError(last_error())
 
+    def _room(self) -> int:
+        """Bytes that packed weights may take."""
+        room = self._memory
+        if room is None:
+            free = known_free_memory()
+            room = float("inf") if free is None else WEIGHTS * free
+        return int(min(room, 1 << 62))
+
     def _pack(self, progress: Progress | None) -> None:
         """The panels are made beside the tokenizer; a vocabulary that is broken shows here too."""
         status: list[tuple[int, str]] = []
-        worker = threading.Thread(target=lambda: status.append((lib.bmc_model_pack(self._handle), last_error())))
+        needed, room = self.packed_bytes, self._room()
+
+        def pack() -> None:
+            status.append((lib.bmc_model_pack_within(self._handle, room), last_error()))
+
+        worker = threading.Thread(target=pack)
         worker.start()
         try:
             self.tokenizer  # noqa: B018
@@ -92,8 +123,14 @@ class Model:
                 progress(lib.bmc_model_packed(self._handle, total), total[0])
         finally:
             worker.join()
-        if status[0][0] < 0:
-            raise OutOfMemoryError(status[0][1])
+        self._packing, error = status[0]
+        if self._packing < 0:
+            raise OutOfMemoryError(error)
+        if self._packing != lib.BMC_PACKED:
+            log.warning("%s: packed, the weights take %.3g GB, and there is room for %.3g GB: %s", self.path,
+                        needed / 1e9, room / 1e9,
+                        "experts are packed when they are used" if self._packing == lib.BMC_EXPERTS_LATE
+                        else "they are read from the file in every pass, which is much slower")
 
     @property
     def path(self) -> str:
@@ -109,6 +146,13 @@ class Model:
         total = ffi.new("int64_t *")
         lib.bmc_model_packed(self._live(), total)
         return total[0]
+
+    @property
+    def experts(self) -> ExpertMemory | None:
+        """The experts that are packed; None where all are, or none is."""
+        found = ffi.new("bmc_experts *")
+        late = lib.bmc_model_experts(self._live(), found)
+        return ExpertMemory(found.n, found.room, found.kept, found.made) if late else None
 
     @cached_property
     def head(self) -> Model | None:
@@ -225,7 +269,9 @@ class Head(Model):
         self._begin(model.threads)
         self._file, self.config, self.tokenizer = model._file, model.config.head, model.tokenizer
         self._handle = _bound_head(self._file, self.config, self.threads, model._live())
-        self._ready(model._repack)
+        share = self.packed_bytes / model.packed_bytes
+        self._memory = None if model._memory is None else share * model._memory
+        self._ready(model._packing != lib.BMC_IN_FILE)
 
     def _close_file(self) -> None:
         pass                            # it is the model's

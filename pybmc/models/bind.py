@@ -1,4 +1,5 @@
-"""The tensors of a file and their places: which block and role each one fills. The library lists the roles of a kind of block."""
+"""The tensors of a file and their places: which block and role each one fills. The library lists the roles of
+a kind of block."""
 
 from __future__ import annotations
 
@@ -16,23 +17,26 @@ from ..errors import FormatError, printable
 from ..files.gguf import GGUF, Tensor
 from ..files.types import type_info
 from .config import NEXTN, Config
-from .layers import Block
+from .layers import NORMS, Block
 from .pooling import TENSORS as AFTER_THE_PASS
 from .rope import TENSORS as ROPE_TENSORS
 
 IGNORED = ("attn_rot_embd", "attn.rotary_emb.inv_freq")         # tables that some converters left behind
 SUFFIXES = ("weight", "bias", "scale")
 LAST = "layer_output_scale"            # belongs to the end of a layer
-COMMON = ("norm", "post_norm", "sum_norm", "out_norm", LAST)
+COMMON = (*NORMS, LAST)
 FUSED = {"attn_qkv": ("attn_q", "attn_k", "attn_v"), "ffn_up": ("ffn_gate", "ffn_up")}
-HEAD = {"nextn.embed_tokens": "token_embd", "nextn.shared_head_norm": "output_norm", "nextn.shared_head_head": "output",
-        **{f"nextn.{name}": f"nextn.{name}" for name in NEXTN}}         # a draft head's tensors outside its blocks
+# A draft head's tensors outside its blocks.
+HEAD = {"nextn.embed_tokens": "token_embd", "nextn.shared_head_norm": "output_norm",
+        "nextn.shared_head_head": "output",
+        **{f"nextn.{name}": f"nextn.{name}" for name in NEXTN}}
 ONE_EXPERT = re.compile(r"(ffn_(?:gate|up|down))\.(\d{1,4})")
 
 
 @dataclass(frozen=True)
 class Role:
-    """A tensor's place: role, block (-1 outside the blocks), expert (-1: all), its rows and its bytes. tensor.type: its type."""
+    """A tensor's place: role, block (-1 outside the blocks), expert (-1: all), its rows and its bytes.
+    tensor.type: its type."""
 
     name: str
     block: int
@@ -55,7 +59,7 @@ def roles_of(kind: str | None) -> frozenset[str]:
 
 
 def bind(file: GGUF, config: Config) -> list[Role]:
-    """Every tensor's role. Raises FormatError for a tensor that is missing, has no role here, or cannot be cut."""
+    """Every tensor's role. Raises FormatError for one that is missing, has no role here, or cannot be cut."""
     by_layer: dict[int, list[tuple[int, Block]]] = {}
     for number, (layer, block) in enumerate(config.blocks):
         by_layer.setdefault(layer, []).append((number, block))
@@ -70,15 +74,17 @@ def bind(file: GGUF, config: Config) -> list[Role]:
 
 
 def bind_head(file: GGUF, config: Config) -> list[Role]:
-    """The same for a file's draft head; config: its own. Embedding and last norm are the model's where it has none, and the library
-    gives it the model's output matrix."""
+    """The same for a file's draft head; config: its own. Embedding and last norm are the model's where it has
+    none, and the library gives it the model's output matrix."""
     blocks, roles = list(enumerate(block for _, block in config.blocks)), []
     for tensor in file.tensors.values():
         layer, name = _split(tensor)
         if layer == config.first_layer:
-            found = [_role(HEAD[name], -1, tensor)] if name in HEAD else list(_block_roles(file, blocks, layer, name, tensor))
+            found = ([_role(HEAD[name], -1, tensor)] if name in HEAD
+                     else list(_block_roles(file, blocks, layer, name, tensor)))
             if not found:
-                raise _misfit(file, tensor, f"pybmc does not know this tensor of a draft head of {config.arch}")
+                raise _misfit(file, tensor,
+                              f"pybmc does not know this tensor of a draft head of {config.arch}")
             roles += found
     have = {(role.block, role.name) for role in roles}
     for name in {"token_embd", "output_norm"} - {name for block, name in have if block < 0}:
@@ -96,7 +102,8 @@ def _check_needs(file: GGUF, config: Config, have: set[tuple[int, str]]) -> None
     for number, (layer, block) in enumerate(config.blocks):
         for name in block.needs:
             if (number, block.role(name)) not in have:
-                raise FormatError(f"{file.path}: {_file_name(layer, name)} is missing; {config.arch} needs it")
+                missing = _file_name(None if name in block.outside else layer, name)
+                raise FormatError(f"{file.path}: {missing} is missing; {config.arch} needs it")
 
 
 def _check_end(file: GGUF) -> None:
@@ -108,7 +115,8 @@ def _check_end(file: GGUF) -> None:
 
 
 def _file_name(layer: int | None, name: str) -> str:
-    return ("" if layer is None else f"blk.{layer}.") + name + ("" if name.rpartition(".")[2] in SUFFIXES else ".weight")
+    prefix = "" if layer is None else f"blk.{layer}."
+    return prefix + name + ("" if name.rpartition(".")[2] in SUFFIXES else ".weight")
 
 
 def _misfit(file: GGUF, tensor: Tensor, what: str) -> FormatError:
@@ -131,7 +139,9 @@ def _knows(roles: frozenset[str], name: str) -> bool:
 
 def _roles(file: GGUF, config: Config, by_layer: dict, tensor: Tensor) -> Iterator[Role]:
     layer, name = _split(tensor)
-    if name in IGNORED or name.partition(".")[0] in ROPE_TENSORS or (layer is None and name in AFTER_THE_PASS):
+    if name in IGNORED or name.partition(".")[0] in ROPE_TENSORS:
+        return
+    if layer is None and name in AFTER_THE_PASS:
         return
     if layer is not None and layer >= config.n_layers:
         if layer < config.n_layers + config.n_predicting:
@@ -143,26 +153,33 @@ def _roles(file: GGUF, config: Config, by_layer: dict, tensor: Tensor) -> Iterat
         if _knows(roles_of(None), role):
             found = True
             yield _first_row(_role(role, -1, tensor)) if role == "token_types" else _role(role, -1, tensor)
+        for number, (_, block) in enumerate(config.blocks):
+            if name in block.outside:
+                found = True
+                yield _role(name, number, tensor)
     for role in _block_roles(file, by_layer.get(layer, []), layer, name, tensor):
         found = True
         yield role
-    if not found:
+    if not found and not any(name in block.unused for _, block in by_layer.get(layer, [])):
         raise _misfit(file, tensor, f"pybmc does not know this tensor of {config.arch}; "
                                     "the answer would be wrong without it")
 
 
-def _block_roles(file: GGUF, blocks: list[tuple[int, Block]], layer: int | None, name: str, tensor: Tensor) -> Iterator[Role]:
+def _block_roles(file: GGUF, blocks: list[tuple[int, Block]], layer: int | None, name: str,
+                 tensor: Tensor) -> Iterator[Role]:
     """What a tensor is to the blocks of its layer."""
     for number, block in blocks[-1:] if name == LAST else blocks:
         yield from _roles_in(file, number, block, layer, name, tensor)
 
 
-def _roles_in(file: GGUF, number: int, block: Block, layer: int | None, name: str, tensor: Tensor) -> Iterator[Role]:
+def _roles_in(file: GGUF, number: int, block: Block, layer: int | None, name: str,
+              tensor: Tensor) -> Iterator[Role]:
     """What a tensor of the layer is to one of its blocks; nothing where it is another's."""
     roles, sizes = roles_of(block.kind), block.sizes()
     stem, dot, tail = name.partition(".")
     parts = [part for part in FUSED.get(stem, ()) if part in sizes]
-    if parts and f"blk.{layer}.{parts[0]}.weight" not in file.tensors and (stem not in roles or _is_fused(block, tensor)):
+    whole = stem in roles and not _is_fused(block, tensor)
+    if parts and not whole and f"blk.{layer}.{parts[0]}.weight" not in file.tensors:
         yield from _cut(file, tensor, number, dot + tail, {part: sizes[part] for part in parts})
     elif rows := block.rows(stem):
         yield from _gather(file, tensor, number, dot + tail, rows)
@@ -172,7 +189,7 @@ def _roles_in(file: GGUF, number: int, block: Block, layer: int | None, name: st
         yield _role(f"{match[1]}_exps", number, tensor, expert=int(match[2]))
     elif name == "attn_kv_b" and "attn_k_b" in roles:
         yield from _split_kv_b(file, tensor, number, block)
-    elif _knows(roles, role := block.role(name)):
+    elif name not in block.unused and _knows(roles, role := block.role(name)):
         yield _role(role, number, tensor)
 
 
@@ -191,7 +208,8 @@ def _role(name: str, block: int, tensor: Tensor, expert: int = -1) -> Role:
 
 
 def _first_row(role: Role) -> Role:
-    return Role(role.name, role.block, role.tensor, 1, role.n_cols, role.data[: len(role.data) // role.n_rows], role.expert)
+    return Role(role.name, role.block, role.tensor, 1, role.n_cols,
+                role.data[: len(role.data) // role.n_rows], role.expert)
 
 
 def _cut(file: GGUF, tensor: Tensor, block: int, tail: str, parts: dict[str, int]) -> Iterator[Role]:
@@ -203,7 +221,8 @@ def _cut(file: GGUF, tensor: Tensor, block: int, tail: str, parts: dict[str, int
         yield from (_role(name + tail, block, tensor) for name in parts)
         return
     if n_rows != total:
-        raise _misfit(file, tensor, f"expected {total} rows ({' + '.join(map(str, parts.values()))}), found {n_rows}")
+        raise _misfit(file, tensor,
+                      f"expected {total} rows ({' + '.join(map(str, parts.values()))}), found {n_rows}")
     row_bytes, start = tensor.nbytes // total, 0
     for name, n in parts.items():
         data = tensor.data[start * row_bytes : (start + n) * row_bytes]
@@ -211,7 +230,8 @@ def _cut(file: GGUF, tensor: Tensor, block: int, tail: str, parts: dict[str, int
         start += n
 
 
-def _gather(file: GGUF, tensor: Tensor, block: int, tail: str, parts: dict[str, np.ndarray]) -> Iterator[Role]:
+def _gather(file: GGUF, tensor: Tensor, block: int, tail: str,
+            parts: dict[str, np.ndarray]) -> Iterator[Role]:
     """A tensor whose rows are several roles', in pieces: copies of them."""
     n_rows, n_cols = _extent(tensor)
     total = sum(map(len, parts.values()))
@@ -226,12 +246,13 @@ def _gather(file: GGUF, tensor: Tensor, block: int, tail: str, parts: dict[str, 
 
 
 def _split_kv_b(file: GGUF, tensor: Tensor, number: int, block: Block) -> Iterator[Role]:
-    """Each head's rows for keys and for values in one tensor, as first files have it. Those for keys turn round: the library
-    multiplies queries with them. As float32."""
+    """Each head's rows for keys and for values in one tensor, as first files have it. Those for keys turn
+    round: the library multiplies queries with them. As float32."""
     nope = block.k_dim - block.rope_dim
     n_rows, n_cols = _extent(tensor)
     if (n_rows, n_cols) != (expected := (block.n_heads * (nope + block.v_dim), block.kv_rank)):
-        raise _misfit(file, tensor, f"expected {expected[0]} rows of {expected[1]} values, found {n_rows} of {n_cols}")
+        raise _misfit(file, tensor,
+                      f"expected {expected[0]} rows of {expected[1]} values, found {n_rows} of {n_cols}")
     heads = dequantize(tensor).reshape(block.n_heads, nope + block.v_dim, n_cols)
     float32 = SimpleNamespace(name=tensor.name, type=type_info(0))
     for name, values in (("attn_k_b", heads[:, :nope].transpose(0, 2, 1)), ("attn_v_b", heads[:, nope:])):
@@ -257,4 +278,5 @@ def _cut_experts(file: GGUF, tensor: Tensor, number: int, block: Block) -> Itera
     for expert in range(block.n_experts):
         for part, role in enumerate(("ffn_gate_exps", "ffn_up_exps")):
             start = (2 * expert + part) * half
-            yield Role(role, number, tensor, block.hidden_dim, n_cols, tensor.data[start : start + half], expert)
+            yield Role(role, number, tensor, block.hidden_dim, n_cols, tensor.data[start : start + half],
+                       expert)

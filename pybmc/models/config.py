@@ -7,7 +7,9 @@ from dataclasses import dataclass, field, replace
 
 from ..errors import FormatError
 from ..files.gguf import GGUF
-from . import deepseek, encoders, gemma, hybrids, llama, mixtures, older, phi, qwen  # noqa: F401  they register their architectures
+
+# These register their architectures.
+from . import deepseek, encoders, gemma, hybrids, llama, mixtures, older, phi, qwen  # noqa: F401
 from .layers import RMS, Attention, Block, Dense, Experts, Mla
 from .parts import REGISTRY, Architecture, Reader
 from .pooling import Pooling, read_pooling
@@ -37,7 +39,7 @@ class Config:
     pooling: Pooling = Pooling()
     first_layer: int = 0                # the file's number of the first of layers
     head: Config | None = None          # of the file's draft head, a model of one layer
-    n_predicting: int = 0               # layers of the file after n_layers, which predict further and are left out
+    n_predicting: int = 0               # layers of the file after n_layers, which predict further: left out
 
     @property
     def spec(self) -> Architecture:
@@ -83,17 +85,19 @@ class Config:
 
 
 def read_config(file: GGUF) -> Config:
-    """The Config of an opened file. Raises FormatError naming the key, or the architecture and those there are."""
+    """The Config of an opened file. Raises FormatError naming the key, or the architecture."""
     name = file.metadata.get("general.architecture")
     if not isinstance(name, str) or name not in REGISTRY:
-        raise FormatError(f"{file.path}: architecture {name!r:.60} is not supported; supported are {', '.join(sorted(REGISTRY))}")
+        raise FormatError(f"{file.path}: architecture {name!r:.60} is not supported; "
+                          f"supported are {', '.join(sorted(REGISTRY))}")
     if "token_embd.weight" not in file.tensors:
         raise FormatError(f"{file.path}: there are no weights in it (token_embd.weight is missing)")
     k = Reader(file, name)
     eps = "attention.layer_norm_rms_epsilon" if k.spec.norm == RMS else "attention.layer_norm_epsilon"
     other = "attention.layer_norm_epsilon" if k.spec.norm == RMS else "attention.layer_norm_rms_epsilon"
     config = Config(
-        arch=name, dim=k.dim, n_layers=k.n_layers, n_predicting=k.n_predicting, n_ctx=k.n_ctx, norm=k.spec.norm,
+        arch=name, dim=k.dim, n_layers=k.n_layers, n_predicting=k.n_predicting, n_ctx=k.n_ctx,
+        norm=k.spec.norm,
         vocab_size=math.prod(file.tensors["token_embd.weight"].shape[1:]),
         norm_eps=k.number(eps, k.find(other), high=1.0),
         layers=[tuple(k.spec.layer(k, i)) for i in range(k.n_layers)],
@@ -116,8 +120,8 @@ NEXTN = ("eh_proj", "enorm", "hnorm")   # tensors that a draft head has besides 
 
 
 def _read_head(k: Reader, config: Config) -> Config | None:
-    """The layer that predicts one token further. None where the file has none, although the key counts it, or one that does not
-    work as a draft head: its rows have to be all that it keeps of a text."""
+    """The layer that predicts one token further. None where the file has none, although the key counts it, or
+    one that does not work as a draft head: its rows have to be all that it keeps of a text."""
     i = config.n_layers
     if not config.causal or config.per_layer_dim or not all(k.in_layer(i, f"nextn.{name}") for name in NEXTN):
         return None
@@ -139,17 +143,21 @@ def _keeps_all_rows(block: Block) -> bool:
 def _find_sources(k: Reader, config: Config) -> None:
     """How many blocks back the ones are whose keys and values others read."""
     blocks = config.blocks
-    first = {i: number for number, (i, block) in reversed(list(enumerate(blocks))) if isinstance(block, Attention)}
+    first = {i: number for number, (i, block) in reversed(list(enumerate(blocks)))
+             if isinstance(block, Attention)}
     for number, (i, block) in enumerate(blocks):
         if isinstance(block, Attention) and block.source is not None:
             if not 0 <= block.source < i or block.source not in first:
-                raise k.error("attention.shared_kv_layers", f"fewer layers than {config.n_layers - 1}", k.find("attention.shared_kv_layers"))
+                raise k.error("attention.shared_kv_layers", f"fewer layers than {config.n_layers - 1}",
+                              k.find("attention.shared_kv_layers"))
             block.kv_from = number - first[block.source]
 
 
 def _check_vocabulary(file: GGUF, config: Config) -> None:
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     if tokens is not None and not isinstance(tokens, list):
-        raise FormatError(f"{file.path}: tokenizer.ggml.tokens: expected a list of strings, found {tokens!r:.60}")
+        raise FormatError(f"{file.path}: tokenizer.ggml.tokens: expected a list of strings, "
+                          f"found {tokens!r:.60}")
     if tokens is not None and len(tokens) != config.vocab_size:
-        raise FormatError(f"{file.path}: the vocabulary has {len(tokens)} tokens, token_embd.weight {config.vocab_size} rows")
+        raise FormatError(f"{file.path}: the vocabulary has {len(tokens)} tokens, "
+                          f"token_embd.weight {config.vocab_size} rows")

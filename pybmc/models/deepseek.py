@@ -21,9 +21,11 @@ def deepseek2(k, i):
     turned = rope_dim(k, k_dim)
     factor, log = rope.yarn_factor(k), k.number("rope.scaling.yarn_log_multiplier", 0.0, high=1e3)
     magnitude = k.number("rope.scaling.attn_factor", 1.0, above=0.0) * (1 + log * math.log(factor))
-    table = rope.table(k, turned, k.number("rope.freq_base", 10000.0, above=1.0), k.n_ctx, magnitude=lambda f: 1.0)
+    table = rope.table(k, turned, k.number("rope.freq_base", 10000.0, above=1.0), k.n_ctx,
+                       magnitude=lambda f: 1.0)
     table.mscale = 1.0
     mixer = Mla(n_heads=n_heads, k_dim=k_dim, v_dim=v_dim, q_rank=k.count("attention.q_lora_rank", 0, low=0),
-                kv_rank=k.count("attention.kv_lora_rank"), rope_dim=turned, rope=k.table(table), attn_scale=k_dim**-0.5 * magnitude**2,
+                kv_rank=k.count("attention.kv_lora_rank"), rope_dim=turned, rope=k.table(table),
+                attn_scale=k_dim**-0.5 * magnitude**2,
                 norm="attn_norm", needs=("attn_norm", "attn_kv_a_norm", "attn_k_b", "attn_v_b"))
     return mixer, feed_forward(k, i, renorm=False)

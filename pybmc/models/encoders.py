@@ -29,7 +29,8 @@ def nomic_bert(k, i):
 @architecture("nomic-bert-moe", rope=HALVES, **SCORED)
 def nomic_bert_moe(k, i):
     every = k.count("moe_every_n_layers", 0, low=0)
-    feed = (experts(k, i, act=GELU, renorm=False, norm=None, out_norm="layer_output_norm") if every and i % every == 1
+    feed = (experts(k, i, act=GELU, renorm=False, norm=None, out_norm="layer_output_norm")
+            if every and i % every == 1
             else dense(k, i, act=GELU, gated=False, **AFTER_FFN))
     return attention(k, i, **AFTER), feed
 
@@ -38,4 +39,5 @@ def nomic_bert_moe(k, i):
 def modern_bert(k, i):
     window = k.window(i, 3, dense_first=True)
     table = rope_table(k, k.head_dim(), window, swa_base=10000.0, swa_scaling=False)
-    return (attention(k, i, norm="attn_norm" if i else None, window=window, table=table), dense(k, i, act=GELU))
+    return (attention(k, i, norm="attn_norm" if i else None, window=window, table=table),
+            dense(k, i, act=GELU))

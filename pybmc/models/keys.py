@@ -9,16 +9,18 @@ import numpy as np
 from ..errors import FormatError
 from ..files.gguf import GGUF
 
-# Keys that change nothing of what is computed, whatever their value: sizes that tensors have too, positions of images (text has
-# the same ones in all sections; glm4 reads the key), and how a model was made.
+# Keys that change nothing of what is computed, whatever their value: sizes that tensors have too, positions
+# of images (text has the same ones in all sections; glm4 reads the key), and how a model was made.
 HARMLESS = {
-    "vocab_size", "rope.dimension_sections", "rope.scaling.finetuned", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
+    "vocab_size", "rope.dimension_sections", "rope.scaling.finetuned", "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
     "tensor_data_layout", "classifier.output_labels",
 }
 
 # Keys that change nothing where an architecture does not read them, if they have this value.
 NEUTRAL = {
-    "attention.clamp_kqv": 0, "attention.max_alibi_bias": 0, "attention.sliding_window": 0, "attn_logit_softcapping": 0,
+    "attention.clamp_kqv": 0, "attention.max_alibi_bias": 0, "attention.sliding_window": 0,
+    "attn_logit_softcapping": 0,
     "embedding_scale": 1, "residual_scale": 1, "logit_scale": 1, "attention.temperature_scale": 0,
     "expert_count": 0, "expert_used_count": 0, "expert_feed_forward_length": 0, "expert_shared_count": 0,
     "expert_shared_feed_forward_length": 0, "leading_dense_block_count": 0,
@@ -26,8 +28,8 @@ NEUTRAL = {
 
 
 class Keys:
-    """The keys `<arch>.*` of a file. A name is given without the architecture; layer picks from an array of one per layer, those
-    that predict further included."""
+    """The keys `<arch>.*` of a file. A name is given without the architecture; layer picks from an array of
+    one per layer, those that predict further included."""
 
     def __init__(self, file: GGUF, arch: str):
         self.file, self.arch = file, arch
@@ -37,7 +39,8 @@ class Keys:
         return FormatError(f"{self.file.path}: {self.arch}.{key}: expected {expected}, found {found}")
 
     def find(self, key: str, layer: int | None = None):
-        """The value of a key, None where the file has none. Raises FormatError for an array that is not one number for each layer."""
+        """The value of a key, None where the file has none. Raises FormatError for an array that is not one
+        number for each layer."""
         self.used.add(key)
         value = self.file.metadata.get(f"{self.arch}.{key}")
         if not isinstance(value, np.ndarray):
@@ -48,8 +51,10 @@ class Keys:
         return value[0].item() if (value == value[0]).all() else value
 
     def check_length(self, key: str, value: np.ndarray, layer: int | None) -> None:
-        """Raise FormatError for an array that does not have one element for each layer; those that predict further may have none."""
-        total, after = (self.file.metadata.get(f"{self.arch}.{name}", 0) for name in ("block_count", "nextn_predict_layers"))
+        """Raise FormatError for an array that does not have one element for each layer; those that predict
+        further may have none."""
+        total, after = (self.file.metadata.get(f"{self.arch}.{name}", 0)
+                        for name in ("block_count", "nextn_predict_layers"))
         after = after if isinstance(after, int) else 0
         right = [n for n in (total, total - after) if n > (layer or 0)] if isinstance(total, int) else []
         if len(value) not in right:
@@ -67,7 +72,8 @@ class Keys:
             raise self.error(key, "true or false", f"{value!r:.60}")
         return default if value is None else value
 
-    def count(self, key: str, default: int | None = None, low: int = 1, high: int = 1 << 30, layer: int | None = None) -> int:
+    def count(self, key: str, default: int | None = None, low: int = 1, high: int = 1 << 30,
+              layer: int | None = None) -> int:
         """A whole number; without a layer, per-layer arrays have to agree."""
         value = self.find(key, layer)
         if value is None:
@@ -82,7 +88,7 @@ class Keys:
 
     def number(self, key: str, default: float | None = None, low: float = 0.0, high: float = 1e30,
                above: float = -math.inf, layer: int | None = None) -> float:
-        """A number from low to high, and larger than `above`; outside, the model's arithmetic makes no sense."""
+        """A number from low to high, and above `above`; outside, the model's arithmetic makes no sense."""
         value = self.find(key, layer)
         if value is None:
             value = default
@@ -104,4 +110,5 @@ class Keys:
                 raise FormatError(f"{self.file.path}: pybmc does not know the key {name} ({value!r:.40}); "
                                   "the answer could be wrong without it")
             if isinstance(value, bool) or not isinstance(value, (int, float)) or value != NEUTRAL[key]:
-                raise self.error(key, f"{NEUTRAL[key]}, as pybmc knows of no other for {self.arch}", f"{value!r:.60}")
+                raise self.error(key, f"{NEUTRAL[key]}, as pybmc knows of no other for {self.arch}",
+                                 f"{value!r:.60}")

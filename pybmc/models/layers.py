@@ -1,7 +1,8 @@
 """What a layer is: one to three blocks, each a row of numbers for the library.
 
-A block is x += block(norm(x)). Fields have the names and meanings of `bmc_block` (native/bmc.h); those that only Python reads
-stand in Block. `norm`, `post`, `sum_norm` and `out_norm` are names of the file's tensors, None for no such norm.
+A block is x += block(norm(x)). Fields have the names and meanings of `bmc_block` (native/bmc.h); those that
+only Python reads stand in Block. `norm`, `post`, `sum_norm` and `out_norm` are names of the file's tensors,
+None for no such norm.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ NO_GATE, GATE_IN_QUERY, GATE_SIGMOID, GATE_SOFTPLUS = range(4)          # enum b
 SOFTMAX, SIGMOID, CHOSEN = 1, 2, 3                                      # enum bmc_gating
 NORMED, LAYER_INPUT, SCALED = range(3)                                  # enum bmc_route
 
+NORMS = ("norm", "post_norm", "sum_norm", "out_norm")                   # roles in every block
+
 
 @dataclass(kw_only=True)
 class Block:
@@ -28,8 +31,11 @@ class Block:
     out_norm: str | None = None         # of x after the sum
     names: dict[str, str] = field(default_factory=dict)     # other names of the file for roles
     needs: tuple[str, ...] = ()         # tensors that must be there beyond those that the library asks for
+    outside: tuple[str, ...] = ()       # roles that are tensors of the file outside the layers
+    unused: tuple[str, ...] = ()        # roles that it leaves, though the file may have such tensors
     beside: int = 0
     scale: float = 1.0
+    sum_scale: float = 1.0
 
     def sizes(self) -> dict[str, int]:
         """Rows of the parts of fused tensors, by role."""
@@ -40,10 +46,10 @@ class Block:
         return {}
 
     def role(self, name: str) -> str:
-        """The role of a tensor of the layer, by its name without "blk.N." and ".weight"; "" where it has none here."""
+        """The role of a tensor of the layer, by its name without "blk.N." and ".weight"; "": none here."""
         stem, dot, tail = name.partition(".")
-        norms = {self.norm: "norm", self.post: "post_norm", self.sum_norm: "sum_norm", self.out_norm: "out_norm"}
-        if stem not in norms and stem in norms.values():
+        norms = dict(zip((self.norm, self.post, self.sum_norm, self.out_norm), NORMS))
+        if stem not in norms and stem in NORMS:
             return ""                   # a name of the file that is a role's by chance
         return self.names.get(name) or norms.get(stem, stem) + dot + tail
 
@@ -90,6 +96,7 @@ class Dense(Block):
     act: int = SILU
     act_param: tuple[float, ...] = ()
     gated: bool = True
+    sparsity: float = 0.0
 
     def sizes(self) -> dict[str, int]:
         return {"ffn_gate": self.hidden_dim, "ffn_up": self.hidden_dim}
@@ -117,6 +124,35 @@ class PerLayer(Block):
     kind = "PER_LAYER"
     per_layer: int
     act: int = GELU
+    n_altup: int = 0
+    others: int = 0
+
+
+@dataclass(kw_only=True)
+class Laurel(Block):
+    kind = "LAUREL"
+    hidden_dim: int                     # the rank
+
+
+@dataclass(kw_only=True)
+class AltUp(Block):
+    n_altup: int
+
+
+class AltUpBegin(AltUp):
+    kind = "ALTUP_BEGIN"
+
+
+class AltUpPredict(AltUp):
+    kind = "ALTUP_PREDICT"
+
+
+class AltUpCorrect(AltUp):
+    kind = "ALTUP_CORRECT"
+
+
+class AltUpEnd(AltUp):
+    kind = "ALTUP_END"
 
 
 @dataclass(kw_only=True)
@@ -139,8 +175,8 @@ class Mla(Block):
 
     @property
     def row_values(self) -> int:
-        """Values that a token adds to the cache: [c | r] as keys, c as values."""
-        return 2 * self.kv_rank + self.rope_dim
+        """Values that a token adds to the cache: [c | r], whose c is the value too."""
+        return self.kv_rank + self.rope_dim
 
 
 @dataclass(kw_only=True)
@@ -154,7 +190,8 @@ class DeltaNet(Block):
     interleaved: int = 0
 
     def rows(self, name: str) -> dict[str, np.ndarray]:
-        """Files of qwen3next have a group's rows side by side: queries, keys, values and gates in ssm_in, betas and alphas in ssm_ba."""
+        """Files of qwen3next have a group's rows side by side: queries, keys, values and gates in ssm_in,
+        betas and alphas in ssm_ba."""
         values = self.inner_dim // self.n_groups
         if name == "ssm_in":
             q, k, v, gate = self._parts(self.state_dim, self.state_dim, values, values)

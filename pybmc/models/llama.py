@@ -40,7 +40,7 @@ def apertus(k, i):
 def mistral3(k, i):
     log = k.number("rope.scaling.yarn_log_multiplier", 0.0, high=1e3)
     table = rope_table(k, k.head_dim(),
-                       magnitude=lambda f: (1 + 0.1 * math.log(f)) / (1 + 0.1 * log * math.log(f)) if log else 1 + 0.1 * math.log(f))
+                       magnitude=lambda f: (1 + 0.1 * math.log(f)) / (1 + 0.1 * log * math.log(f)))
     scale = k.number("attention.temperature_scale", 0.0, high=1e3)
     ctx = k.count("rope.scaling.original_context_length", k.n_ctx) if scale else 0
     return attention(k, i, table=table, scale_ctx=ctx, scale_log=scale), feed_forward(k, i)
@@ -56,7 +56,8 @@ def ernie4_5_moe(k, i):
     """Experts in every layer whose number is a multiple of interleave_moe_layer_step, counted from 1."""
     step = k.count("interleave_moe_layer_step", 1)
     if k.in_layer(i, "ffn_gate_inp") and (i + 1) % step:
-        raise k.error("interleave_moe_layer_step", f"a divisor of {i + 1}, as there is blk.{i}.ffn_gate_inp.weight", step)
+        raise k.error("interleave_moe_layer_step",
+                      f"a divisor of {i + 1}, as there is blk.{i}.ffn_gate_inp.weight", step)
     return attention(k, i), feed_forward(k, i)
 
 
@@ -114,7 +115,8 @@ def olmoe(k, i):
 @architecture("exaone4")
 def exaone4(k, i):
     window = k.window(i, 4, default=4096) if k.n_layers == 64 else k.window(i, 0)
-    return (attention(k, i, norm=None, post="post_attention_norm", qk_norm=True, window=window, rope=k.n_layers != 64 or window > 0),
+    return (attention(k, i, norm=None, post="post_attention_norm", qk_norm=True, window=window,
+                      rope=k.n_layers != 64 or window > 0),
             dense(k, i, norm=None, post="post_ffw_norm"))
 
 
@@ -150,7 +152,8 @@ def glm4(k, i):
 
 @architecture("glm4moe")
 def glm4moe(k, i):
-    return attention(k, i, bias=True), feed_forward(k, i, norm="post_attention_norm", gating=SIGMOID, renorm=False)
+    return (attention(k, i, bias=True),
+            feed_forward(k, i, norm="post_attention_norm", gating=SIGMOID, renorm=False))
 
 
 @architecture("bailingmoe2")

@@ -15,7 +15,8 @@ def gpt_oss(k, i):
 @architecture("afmoe", embedding_scale=sqrt_dim)
 def afmoe(k, i):
     window = k.window(i, 4)
-    return (attention(k, i, post="post_attention_norm", qk_norm=True, gate=GATE_SIGMOID, window=window, rope=(i + 1) % 4 > 0),
+    return (attention(k, i, post="post_attention_norm", qk_norm=True, gate=GATE_SIGMOID, window=window,
+                      rope=(i + 1) % 4 > 0),
             feed_forward(k, i, post="post_ffw_norm", gating=SIGMOID, renorm=False))
 
 

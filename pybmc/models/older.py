@@ -29,7 +29,8 @@ def bloom(k, i):
 
 @architecture("mpt", norm=LAYER, rope=NONE, golden="")
 def mpt(k, i):
-    return attention(k, i, alibi=k.number("attention.max_alibi_bias", 0.0, high=1e3)), dense(k, i, act=GELU, gated=False)
+    return (attention(k, i, alibi=k.number("attention.max_alibi_bias", 0.0, high=1e3)),
+            dense(k, i, act=GELU, gated=False))
 
 
 @architecture("gptneox", norm=LAYER)
@@ -54,12 +55,14 @@ def stablelm(k, i):
     return beside(attention(k, i), dense(k, i, norm="attn_norm"))
 
 
-@architecture("command-r", norm=LAYER, rope=PAIRS, logit_scale=lambda k: k.number("logit_scale", 1.0, above=0.0))
+@architecture("command-r", norm=LAYER, rope=PAIRS,
+              logit_scale=lambda k: k.number("logit_scale", 1.0, above=0.0))
 def command_r(k, i):
     return beside(attention(k, i), dense(k, i, norm="attn_norm"))
 
 
-@architecture("cohere2", norm=LAYER, rope=PAIRS, logit_scale=lambda k: k.number("logit_scale", 1.0, above=0.0))
+@architecture("cohere2", norm=LAYER, rope=PAIRS,
+              logit_scale=lambda k: k.number("logit_scale", 1.0, above=0.0))
 def cohere2(k, i):
     """Windowed layers turn, full ones do not."""
     window = k.window(i, 4)

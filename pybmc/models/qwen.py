@@ -29,8 +29,10 @@ def qwen3moe(k, i):
 def delta_net(k, i, interleaved):
     """A gated delta net in place of attention (arXiv 2412.06464)."""
     n_heads = k.count("ssm.time_step_rank", high=4096)
-    return DeltaNet(conv=k.count("ssm.conv_kernel", low=2, high=64), state_dim=k.count("ssm.state_size", high=1024), n_heads=n_heads,
-                    n_groups=k.count("ssm.group_count", high=n_heads), inner_dim=k.count("ssm.inner_size", high=1 << 20),
+    return DeltaNet(conv=k.count("ssm.conv_kernel", low=2, high=64),
+                    state_dim=k.count("ssm.state_size", high=1024), n_heads=n_heads,
+                    n_groups=k.count("ssm.group_count", high=n_heads),
+                    inner_dim=k.count("ssm.inner_size", high=1 << 20),
                     interleaved=interleaved, norm="attn_norm", needs=("attn_norm",))
 
 
@@ -45,7 +47,9 @@ def _is_recurrent(k, i):
 
 def _mixer(k, i, interleaved):
     k.count("full_attention_interval", 4)
-    return delta_net(k, i, interleaved) if _is_recurrent(k, i) else attention(k, i, qk_norm=True, gate=GATE_IN_QUERY)
+    if _is_recurrent(k, i):
+        return delta_net(k, i, interleaved)
+    return attention(k, i, qk_norm=True, gate=GATE_IN_QUERY)
 
 
 @architecture("qwen35", "qwen35moe")

@@ -34,7 +34,7 @@ def plain(base: float, dim: int) -> np.ndarray:
 
 
 def table(keys: Keys, dim: int, base: float, n_ctx: int, magnitude=None) -> Table:
-    """The frequencies of `dim` values after none, linear or YaRN scaling (arXiv 2309.00071) and Llama 3's factors.
+    """The frequencies of `dim` values after no, linear or YaRN scaling (arXiv 2309.00071), and Llama 3's.
 
     magnitude: of cos and sin by YaRN's factor; None for 1 + 0.1 ln(factor).
     """
@@ -44,7 +44,7 @@ def table(keys: Keys, dim: int, base: float, n_ctx: int, magnitude=None) -> Tabl
 
 
 def long_tables(keys: Keys, dim: int, base: float, n_ctx: int) -> list[Table] | None:
-    """The two tables of a model with short and long factors (longrope, arXiv 2402.13753); None without them."""
+    """The two tables of a model with short and long factors (longrope, arXiv 2402.13753); None without."""
     factors = [tensor(keys.file, f"rope_factors_{name}", dim // 2) for name in ("short", "long")]
     if factors[0] is None or factors[1] is None:
         return None
@@ -66,7 +66,8 @@ def _scaled(keys: Keys, dim: int, base: float, n_ctx: int, magnitude) -> tuple[n
     factor = _scale(keys, "rope.scaling.factor", linear) or 1.0
     mscale = keys.number("rope.scaling.attn_factor", 1.0, high=1e3, above=0.0)
     if kind != "yarn" and keys.number("rope.scaling.yarn_ext_factor", 0.0, high=1.0):
-        raise keys.error("rope.scaling.yarn_ext_factor", f"0 with scaling {kind}", keys.find("rope.scaling.yarn_ext_factor"))
+        raise keys.error("rope.scaling.yarn_ext_factor", f"0 with scaling {kind}",
+                         keys.find("rope.scaling.yarn_ext_factor"))
     if kind in ("none", "longrope"):
         return freq, mscale
     if kind == "linear":
@@ -74,13 +75,16 @@ def _scaled(keys: Keys, dim: int, base: float, n_ctx: int, magnitude) -> tuple[n
     if kind != "yarn":
         raise keys.error("rope.scaling.type", "none, linear, yarn or longrope", kind)
     trained = keys.count("rope.scaling.original_context_length", n_ctx)
-    low, high = (_turns_dim(dim, base, trained, keys.number(f"rope.scaling.yarn_beta_{name}", beta, 1e-3, 1e6))
+    low, high = (_turns_dim(dim, base, trained,
+                            keys.number(f"rope.scaling.yarn_beta_{name}", beta, 1e-3, 1e6))
                  for name, beta in (("fast", 32.0), ("slow", 1.0)))
     low, high = max(0.0, math.floor(low)), min(dim - 1.0, math.ceil(high))
     ramp = 1.0 - np.clip((np.arange(dim // 2) - low) / max(0.001, high - low), 0.0, 1.0)
     share = keys.number("rope.scaling.yarn_ext_factor", 1.0, high=1.0)
     mix = ramp * share
-    return freq / factor * (1.0 - mix) + freq * mix, mscale * ((magnitude or _yarn_magnitude)(factor) if share else 1.0)
+    if share:
+        mscale *= (magnitude or _yarn_magnitude)(factor)
+    return freq / factor * (1.0 - mix) + freq * mix, mscale
 
 
 def _yarn_magnitude(factor: float) -> float:
@@ -106,7 +110,8 @@ def tensor(file: GGUF, name: str, n: int) -> np.ndarray | None:
     if found is None:
         return None
     if found.type.name != "f32" or found.shape != (n,):
-        raise FormatError(f"{file.path}: {name}.weight: expected f32 ({n},), found {found.type} {found.shape}")
+        raise FormatError(f"{file.path}: {name}.weight: expected f32 ({n},), "
+                          f"found {found.type} {found.shape}")
     factors = found.data.view(np.float32).astype(np.float64)
     if not ((factors >= 1e-3) & (factors <= 1.0001e30)).all():       # NaN is in no range
         raise FormatError(f"{file.path}: {name}.weight: expected factors from 0.001 up to 1e30, "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from .. import __version__
 from ..chat.template import ChatTemplate
 from ..chat.tools import format_of
 from ..engine.engine import Engine
+from ..engine.free import free_memory
 from ..engine.model import Model
 from ..errors import ArgumentError
 from ..spec.speculation import Speculation
@@ -133,14 +133,3 @@ def digest(model: Model) -> str:
         found.update(f"{tensor.name} {tensor.type.name} {tensor.shape}\n".encode())
         found.update(tensor.data[:64].tobytes() + tensor.data[-64:].tobytes())
     return found.hexdigest()
-
-
-def free_memory() -> float:
-    """Bytes that the system could give now."""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024.0 * int(line.split()[1])
-    except OSError:
-        pass
-    return 0.5 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -657,6 +657,60 @@ static void attention_at_the_edges(void) {
     }
 }
 
+/* Values that are the first of the keys give the bits of a cache that has them twice, and nothing beyond a tile of
+ * keys is read. */
+static void check_shared(int head_dim, int v_dim, int n_rows, int n_seen) {
+    const int pad = (v_dim + 15) / 16 * 16, from = (int)random_below(&state, n_seen);
+    const uint16_t *both[CHUNK / TILE], *keys[CHUNK / TILE];
+    const float *q[ATTN_ROWS];
+    float *query = noises(n_rows * head_dim), *k = noises(head_dim), m[2][ATTN_ROWS], l[2][ATTN_ROWS] = { 0 };
+    float *o[2] = { calloc((size_t)(n_rows * pad), sizeof **o), calloc((size_t)(n_rows * pad), sizeof **o) };
+    int first[ATTN_ROWS], limit[ATTN_ROWS];
+    for (int i = 0; i < CHUNK / TILE; i++) {
+        uint16_t *b = get_memory((size_t)(TILE * (head_dim + pad)) * sizeof *b);
+        uint16_t *a = get_memory((size_t)(TILE * head_dim) * sizeof *a);
+        memset(a, 0x7e, (size_t)(TILE * head_dim) * sizeof *a);                 /* NaN */
+        for (int t = 0; t < TILE && i * TILE + t < n_seen; t++) {
+            for (int d = 0; d < head_dim; d++)
+                k[d] = noise();
+            isas[0].store_kv(b, t, k, k, head_dim, v_dim);
+            isas[0].store_kv(a, t, k, NULL, head_dim, 0);
+        }
+        both[i] = b;
+        keys[i] = a;
+    }
+    for (int r = 0; r < n_rows; r++) {
+        q[r] = query + r * head_dim;
+        first[r] = r ? (int)random_below(&state, n_seen) : from;
+        limit[r] = first[r] + 1 + (int)random_below(&state, n_seen - first[r]);
+    }
+    for (int isa = 0; isa < n_isas; isa++) {
+        for (int shared = 0; shared < 2; shared++) {
+            memset(o[shared], 0, (size_t)(n_rows * pad) * sizeof **o);
+            for (int r = 0; r < n_rows; r++) {
+                m[shared][r] = -INFINITY;
+                l[shared][r] = 0;
+            }
+            isas[isa].attend(&(struct attn_job){
+                .tiles = shared ? keys : both, .head_dim = head_dim, .v_dim = pad, .shared = shared,
+                .n_rows = n_rows, .q = q, .first = first, .limit = limit, .m = m[shared], .l = l[shared], .o = o[shared],
+            });
+        }
+        for (int r = 0; r < n_rows; r++)
+            CHECK(same(o[0] + r * pad, o[1] + r * pad, (size_t)v_dim) && m[0][r] == m[1][r] && l[0][r] == l[1][r]);
+    }
+    for (int i = 0; i < CHUNK / TILE; i++)
+        free((void *)both[i]), free((void *)keys[i]);
+    free(query), free(k), free(o[0]), free(o[1]);
+}
+
+static void attention_with_shared_values(void) {
+    static const int dims[][2] = { { 48, 32 }, { 40, 40 }, { 35, 33 }, { 20, 3 }, { 576, 512 } };
+    for (size_t i = 0; i < sizeof dims / sizeof *dims; i++)
+        for (int rows = 1; rows <= ATTN_ROWS; rows += dims[i][0] > 100 ? 7 : 1)
+            check_shared(dims[i][0], dims[i][1], rows, 1 + (int)random_below(&state, CHUNK));
+}
+
 /* store_kv writes one slot of a tile and nothing else, within f16's range. */
 static void stores_one_slot(void) {
     static const int dims[] = { 4, 20, 32, 64, 80, 256 };
@@ -693,6 +747,7 @@ int main(void) {
     attention();
     attention_with_extras();
     attention_at_the_edges();
+    attention_with_shared_values();
     stores_one_slot();
     return 0;
 }
