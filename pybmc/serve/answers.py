@@ -113,13 +113,13 @@ class Split:
 
 @dataclass
 class Update:
-    """What is new of one answer. progress: tokens read, and of how many. scores: of the prompt's tokens, once they are known.
+    """What is new of one answer. progress: tokens read, and of how many, each time. scores: of the prompt's tokens, once they are known.
     At the end done is set, and error where it failed."""
 
     index: int
     tokens: list[Token] = field(default_factory=list)
     stats: Stats | None = None
-    progress: tuple[int, int] | None = None
+    progress: list[tuple[int, int]] = field(default_factory=list)
     done: bool = False
     error: Refused | None = None
     stop_string: str | None = None
@@ -213,6 +213,17 @@ def timings_of(stats: Stats) -> dict:
             "draft_n_accepted": stats.draft_n_accepted, "plain_per_second": stats.plain_tok_s}
 
 
+def usage_chunk(answer) -> dict:
+    """What a stream ends with where usage was asked for; llama-server's clients look for timings there."""
+    return {"choices": [], "usage": answer.usage(), "timings": timings_of(answer.choices[0].stats)}
+
+
+def progress_of(choice: Choice, update: Update) -> list[dict]:
+    """How far the prompt was read, as chunks tell it."""
+    return [{"prompt_progress": {"total": total, "cache": choice.stats.reused_tokens, "processed": done}}
+            for done, total in update.progress]
+
+
 # ---- chat --------------------------------------------------------------------------------------------------
 
 
@@ -249,10 +260,7 @@ class ChatAnswer:
     def take(self, update: Update) -> list[dict]:
         choice, chunks = self.choices[update.index], []
         pieces = choice.take(update)
-        if update.progress:
-            done, total = update.progress
-            told = {"total": total, "cache": choice.stats.reused_tokens, "processed": done}
-            chunks.append(self._chunk(choice, {}) | {"prompt_progress": told})
+        chunks += [self._chunk(choice, {}) | told for told in progress_of(choice, update)]
         for kind, name in (("reasoning", "reasoning_content"), ("content", "content")):
             its = [piece for piece in pieces if piece.kind == kind]
             if its:
@@ -270,7 +278,7 @@ class ChatAnswer:
 
     def last(self) -> list[dict]:
         """What follows when all answers have ended."""
-        return [self.head.dict("chat.completion.chunk") | {"choices": [], "usage": self.usage()}] if self._usage else []
+        return [self.head.dict("chat.completion.chunk") | usage_chunk(self)] if self._usage else []
 
     def usage(self) -> dict:
         return usage_of(self.choices, len(self.choices), self._predicted)
@@ -308,9 +316,9 @@ class TextAnswer:
     """The answers to a completion request, n to each prompt. prompts: (text, ids) of each; echo: the text comes first."""
 
     def __init__(self, head: Head, tokenizer, choices: list[Choice], prompts: list[tuple[str, list[int]]],
-                 n_top: int | None = None, usage: bool = False, echo: bool = False):
+                 n_top: int | None = None, usage: bool = False, echo: bool = False, per_token: bool = False):
         self.head, self.tokenizer, self.choices, self.prompts, self.n_top = head, tokenizer, choices, prompts, n_top
-        self.n, self.echo, self._usage = len(choices) // len(prompts), echo, usage
+        self.n, self.echo, self._usage, self._per_token = len(choices) // len(prompts), echo, usage, per_token
         self._told = [0] * len(choices)         # tokens whose log-probabilities have gone out
         self._offsets = [Offsets(tokenizer) for _ in choices]
 
@@ -321,17 +329,18 @@ class TextAnswer:
     def take(self, update: Update) -> list[dict]:
         choice, first = self.choices[update.index], not self._told[update.index]
         text = "".join(piece.text for piece in choice.take(update))
+        told = [self._chunk(choice, "") | progress for progress in progress_of(choice, update)]
         if not text and not update.done:
-            return []
+            return told
         logprobs = self._logprobs(choice, self._told[choice.index], self._offsets[choice.index])
         if logprobs:
             self._told[choice.index] += len(logprobs["tokens"])
             text = self._prompt(choice)[0] * (self.echo and first) + text
         chunk = self._chunk(choice, text, logprobs, choice.finish_reason)
-        return [chunk | {"timings": timings_of(choice.stats)} if update.done else chunk]
+        return [*told, chunk | {"timings": timings_of(choice.stats)} if update.done or self._per_token else chunk]
 
     def last(self) -> list[dict]:
-        return [self.head.dict("text_completion") | {"choices": [], "usage": self.usage()}] if self._usage else []
+        return [self.head.dict("text_completion") | usage_chunk(self)] if self._usage else []
 
     def usage(self) -> dict:
         return usage_of(self.choices, self.n)

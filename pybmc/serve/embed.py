@@ -10,8 +10,8 @@ from .errors import Refused, refusal
 from .service import Service
 
 
-async def vectors(service: Service, texts: list[str], truncate: bool = False) -> tuple[np.ndarray, int]:
-    """float32 (len(texts), dim), and how many tokens were read. truncate: what is too long is cut; else it is
+async def vectors(service: Service, texts: list, truncate: bool = False) -> tuple[np.ndarray, int]:
+    """Of texts or lists of ids: float32 (len(texts), dim), and how many tokens were read. truncate: what is too long is cut; else it is
     refused. The engine makes steps between passes."""
     model, pooling = service.model, service.settings.pooling
     if pooling_kind(model, pooling) == "rank":
@@ -24,11 +24,22 @@ async def vectors(service: Service, texts: list[str], truncate: bool = False) ->
             found |= zip(group, await service.worker.call(lambda: model.embed(some, False, pooling)))
     except BmcError as error:
         raise refusal(error) from None
-    return np.stack([found[i] for i in range(len(ids))]), sum(map(len, ids))
+    n = sum(map(len, ids))
+    service.metrics.embedded(n)
+    return np.stack([found[i] for i in range(len(ids))]), n
 
 
 def normalized(rows: np.ndarray, dimensions: int | None = None) -> np.ndarray:
     """Rows cut to some dimensions, of length 1 again."""
-    cut = rows[:, :dimensions].astype(np.float64)
-    lengths = np.linalg.norm(cut, axis=1, keepdims=True)
-    return (cut / np.where(lengths > 0, lengths, 1)).astype(np.float32)
+    return scaled(rows[:, :dimensions])
+
+
+def scaled(rows: np.ndarray, norm: int = 2) -> np.ndarray:
+    """Rows of length 1 by a norm, as llama-server numbers them: -1 leaves them as they are, 0 takes the largest value for
+    32760, others are p-norms."""
+    if norm == -1:
+        return rows
+    wide = rows.astype(np.float64)
+    order = norm or np.inf
+    lengths = np.linalg.norm(wide, order, axis=1, keepdims=True) / (1 if norm else 32760)
+    return (wide / np.where(lengths > 0, lengths, 1)).astype(np.float32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from dataclasses import replace
+from math import inf
 
 import numpy as np
 from starlette.requests import Request
@@ -30,7 +31,9 @@ def head(service: Service, prefix: str) -> Head:
 
 
 def most_tokens(service: Service, fields: Fields, names, default: float) -> float:
-    return next((fields.whole(name) for name in names if name in fields), default)
+    """A length by one of its names; -1 is as much as the context has room for."""
+    most = next((fields.whole(name, None, -1) for name in names if name in fields), default)
+    return inf if most == -1 else most
 
 
 async def chat(request: Request) -> Response:
@@ -47,16 +50,26 @@ def chat_task(service: Service, fields: Fields, client):
     n_top = fields.whole("top_logprobs", 0, 0, 20) if fields.flag("logprobs") else None
     if n_top is None and fields.get("top_logprobs"):
         raise invalid("top_logprobs", "top_logprobs is given without logprobs; expected logprobs to be true")
-    most = most_tokens(service, fields, ("max_completion_tokens", "max_tokens"), service.settings.max_tokens)
+    most = most_tokens(service, fields, ("max_completion_tokens", "max_tokens", "n_predict"), service.settings.max_tokens)
     base = replace(template_request(service, fields, client, most), top=n_top or 0,
-                   hint=prediction_of(service, fields),
-                   progress=(lambda done, total: None) if fields.flag("return_progress") else None)
+                   hint=prediction_of(service, fields))
     usage, n = fields.object("stream_options").flag("include_usage"), fields.whole("n", 1, 1, 16)
     ids, begun = chat_prompt(service, fields)
     shown = fields.choice("reasoning_format", ("none", "auto", "deepseek", "deepseek-legacy"), "auto") != "none"
     task = task_of(service, base, [("", ids)], n, reasoning=shown, begun=begun)
     return task, ChatAnswer(head(service, "chatcmpl-"), service.tokenizer, task.choices(service), n_top, usage,
                             fields.flag("timings_per_token"), "prediction" in fields)
+
+
+async def count(request: Request) -> Response:
+    """How many tokens a chat request's prompt has."""
+    service, fields = writer_of(request), await fields_of(request)
+
+    def counted() -> int:
+        refuse_common(fields)
+        return len(chat_prompt(service, fields)[0])
+
+    return Json({"object": "response.input_tokens", "input_tokens": await in_pool(request, counted)})
 
 
 async def completions(request: Request) -> Response:
@@ -76,11 +89,11 @@ def text_task(service: Service, fields: Fields, client):
         prompts = [gap_prompt(service, fields["prompt"], fields.text("suffix", ""), "suffix")]
     else:
         prompts = text_prompts(service, fields)
-    base = template_request(service, fields, client, most_tokens(service, fields, ("max_tokens",), 16))
+    base = template_request(service, fields, client, most_tokens(service, fields, ("max_tokens", "n_predict"), 16))
     base = replace(base, top=n_top or 0, score=n_top if echo else None)
     task = task_of(service, base, prompts, fields.whole("n", 1, 1, 16))
     return task, TextAnswer(head(service, "cmpl-"), service.tokenizer, task.choices(service), prompts, n_top,
-                            fields.object("stream_options").flag("include_usage"), echo)
+                            fields.object("stream_options").flag("include_usage"), echo, fields.flag("timings_per_token"))
 
 
 async def embeddings(request: Request) -> Response:
@@ -128,6 +141,7 @@ async def one_model(request: Request) -> Response:
 
 ROUTES = [
     *(Route(prefix + "/chat/completions", chat, methods=["POST"]) for prefix in ("/v1", "")),
+    *(Route(prefix + "/chat/completions/input_tokens", count, methods=["POST"]) for prefix in ("/v1", "")),
     Route("/v1/completions", completions, methods=["POST"]),
     *(Route(prefix + "/embeddings", embeddings, methods=["POST"]) for prefix in ("/v1", "")),
     *(Route(prefix + "/models", models) for prefix in ("/v1", "")),

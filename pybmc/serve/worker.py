@@ -85,6 +85,7 @@ class Worker:
         self.waiting: set[Run] = set()          # the loop's: runs of which nothing was admitted yet ..
         self.runs: set[Run] = set()             # .. and all that have not ended
         self.busy_seconds, self.steps = 0.0, 0
+        self.sequences = self.called = 0        # sequences over all steps; calls between steps
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._sequences: dict = {}              # the thread's: sequence -> (run, index)
         self._updates: dict = {}                # .. (run, index) -> what is new
@@ -127,6 +128,7 @@ class Worker:
                 value, set_it = function(), result.set_result
             except Exception as error:
                 value, set_it = error, result.set_exception
+            self.called += 1
             with suppress(RuntimeError):        # the loop is closed
                 loop.call_soon_threadsafe(settle, set_it, value)
 
@@ -170,7 +172,7 @@ class Worker:
 
     def _progress(self, run: Run, index: int) -> Callable[[int, int], None]:
         def note(done: int, total: int) -> None:
-            self._update(run, index).progress = done, total
+            self._update(run, index).progress.append((done, total))
         return note
 
     def _cancel(self, run: Run) -> None:
@@ -196,9 +198,11 @@ class Worker:
         for sequence, token in events:
             if sequence in self._sequences:
                 self._update(*self._sequences[sequence]).tokens.append(token)
+        self.sequences += sum(s.started for s in self._sequences)
         for sequence, (run, index) in list(self._sequences.items()):
             if sequence.started and sequence not in before:
-                self._update(run, index)
+                begun = sequence.stats.reused_tokens, len(sequence.prompt)
+                self._update(run, index).progress[:0] = [begun] if sequence.request.progress else []
             if sequence.done:
                 self._end(sequence)
             elif (run, index) in self._updates:
