@@ -93,7 +93,9 @@ def test_streams_tell_ids_timings_and_progress(server):
     assert sum((c["tokens"] for c in chunks), []) == whole["tokens"] and last["stop"] and last["tokens"] == []
     told = [c["prompt_progress"] for c in chunks if "prompt_progress" in c]
     assert told[0]["processed"] == told[0]["cache"] > 0 and told[-1]["processed"] == told[-1]["total"]
-    assert all(c["timings"]["prompt_n"] >= 0 for c in chunks)
+    reading = [c["timings"] for c in chunks if "prompt_progress" in c]
+    assert (reading[0]["prompt_n"], reading[0]["prompt_ms"], told[0]["time_ms"]) == (0, 0, 0) and all("timings" in c for c in chunks)
+    assert reading[-1]["prompt_n"] == told[-1]["total"] - told[-1]["cache"] and reading[-1]["prompt_ms"] == told[-1]["time_ms"] > 0
     fields["max_tokens"] = fields.pop("n_predict")
     *chunks, last = events(server.post("/v1/completions", fields))
     assert "".join(c["choices"][0]["text"] for c in [*chunks, last]) == whole["content"]
@@ -201,6 +203,7 @@ def test_a_prompt_that_is_too_long_is_told_in_numbers(server):
         error = server.post("/completion", {"prompt": "a " * 2000, "stream": stream}).json()["error"]
         assert error["code"] == "context_length_exceeded" and error["n_ctx"] == 600 < error["n_prompt_tokens"]
         assert all(str(error[name]) in error["message"] for name in ("n_ctx", "n_prompt_tokens"))
+        assert "exceeds the available context size" in error["message"]     # what litellm looks for
 
 
 # ---- fill in the middle

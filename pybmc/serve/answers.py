@@ -113,13 +113,13 @@ class Split:
 
 @dataclass
 class Update:
-    """What is new of one answer. progress: tokens read, and of how many, each time. scores: of the prompt's tokens, once they are known.
+    """What is new of one answer. progress: tokens read, of how many, and the seconds since the first, each time. scores: of the prompt's tokens, once they are known.
     At the end done is set, and error where it failed."""
 
     index: int
     tokens: list[Token] = field(default_factory=list)
     stats: Stats | None = None
-    progress: list[tuple[int, int]] = field(default_factory=list)
+    progress: list[tuple[int, int, float]] = field(default_factory=list)
     done: bool = False
     error: Refused | None = None
     stop_string: str | None = None
@@ -218,10 +218,14 @@ def usage_chunk(answer) -> dict:
     return {"choices": [], "usage": answer.usage(), "timings": timings_of(answer.choices[0].stats)}
 
 
-def progress_of(choice: Choice, update: Update) -> list[dict]:
-    """How far the prompt was read, as chunks tell it."""
-    return [{"prompt_progress": {"total": total, "cache": choice.stats.reused_tokens, "processed": done}}
-            for done, total in update.progress]
+def progress_of(choice: Choice, update: Update, per_token: bool = False) -> list[dict]:
+    """How far the prompt was read, as chunks tell it. per_token: with timings."""
+    chunks = []
+    for done, total, seconds in update.progress:
+        told = {"total": total, "cache": choice.stats.reused_tokens, "processed": done, "time_ms": 1e3 * seconds}
+        reading = Stats(done, choice.stats.reused_tokens, seconds)
+        chunks.append({"prompt_progress": told} | ({"timings": timings_of(reading)} if per_token else {}))
+    return chunks
 
 
 # ---- chat --------------------------------------------------------------------------------------------------
@@ -260,7 +264,7 @@ class ChatAnswer:
     def take(self, update: Update) -> list[dict]:
         choice, chunks = self.choices[update.index], []
         pieces = choice.take(update)
-        chunks += [self._chunk(choice, {}) | told for told in progress_of(choice, update)]
+        chunks += [self._chunk(choice, {}) | told for told in progress_of(choice, update, self._per_token)]
         for kind, name in (("reasoning", "reasoning_content"), ("content", "content")):
             its = [piece for piece in pieces if piece.kind == kind]
             if its:
@@ -329,7 +333,7 @@ class TextAnswer:
     def take(self, update: Update) -> list[dict]:
         choice, first = self.choices[update.index], not self._told[update.index]
         text = "".join(piece.text for piece in choice.take(update))
-        told = [self._chunk(choice, "") | progress for progress in progress_of(choice, update)]
+        told = [self._chunk(choice, "") | progress for progress in progress_of(choice, update, self._per_token)]
         if not text and not update.done:
             return told
         logprobs = self._logprobs(choice, self._told[choice.index], self._offsets[choice.index])

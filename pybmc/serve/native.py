@@ -66,7 +66,7 @@ class NativeAnswer:
     def take(self, update: Update) -> list[dict]:
         choice = self.choices[update.index]
         text = "".join(piece.text for piece in choice.take(update))
-        chunks = [self._chunk(choice, "", []) | told for told in progress_of(choice, update)]
+        chunks = [self._chunk(choice, "", []) | told for told in progress_of(choice, update, self.shown.per_token)]
         if text:
             chunks.append(self._chunk(choice, text, self._new(choice)))
         if update.done:

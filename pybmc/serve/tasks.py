@@ -153,8 +153,8 @@ def task_of(service: Service, base: Request, prompts: list[tuple[str, list[int]]
         raise invalid("n", f"n is {n} and there are {len(prompts)} prompts; expected at most {ANSWERS} answers")
     for _, ids in prompts:
         if len(ids) > service.context:
-            raise Refused(400, "context_length_exceeded", f"the prompt has {len(ids)} tokens; "
-                          f"expected at most {service.context}, the length of the context",
+            raise Refused(400, "context_length_exceeded", f"the prompt has {len(ids)} tokens, which "
+                          f"exceeds the available context size of {service.context} tokens",       # clients know these words
                           counts={"n_prompt_tokens": len(ids), "n_ctx": service.context})
     samplers = [replace(base.sampler, seed=base.sampler.seed + i) for i in range(n)]
     requests = [replace(base, tokens=ids, sampler=sampler) for _, ids in prompts for sampler in samplers]

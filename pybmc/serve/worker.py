@@ -38,6 +38,7 @@ class Run:
         self.closed = False
         self.left = len(requests)
         self.started = time.perf_counter()
+        self.reading: dict[int, float] = {}     # the thread's: when the step began in which a prompt's reading did
         self._updates: asyncio.Queue[Update | None] = asyncio.Queue()
 
     def deliver(self, updates: list[Update]) -> None:
@@ -88,6 +89,7 @@ class Worker:
         self.sequences = self.called = 0        # sequences over all steps; calls between steps
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._sequences: dict = {}              # the thread's: sequence -> (run, index)
+        self._step_began = 0.0
         self._updates: dict = {}                # .. (run, index) -> what is new
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._work, name="pybmc-engine", daemon=True)
@@ -172,7 +174,9 @@ class Worker:
 
     def _progress(self, run: Run, index: int) -> Callable[[int, int], None]:
         def note(done: int, total: int) -> None:
-            self._update(run, index).progress.append((done, total))
+            now = time.perf_counter()
+            began = run.reading.setdefault(index, self._step_began)
+            self._update(run, index).progress.append((done, total, now - began))
         return note
 
     def _cancel(self, run: Run) -> None:
@@ -185,6 +189,7 @@ class Worker:
 
     def _step(self) -> None:
         started, before = time.perf_counter(), {s for s in self._sequences if s.started}
+        self._step_began = started
         try:
             events = self.engine.step()
         except OutOfMemoryError:
@@ -202,7 +207,7 @@ class Worker:
         for sequence, (run, index) in list(self._sequences.items()):
             if sequence.started and sequence not in before:
                 begun = sequence.stats.reused_tokens, len(sequence.prompt)
-                self._update(run, index).progress[:0] = [begun] if sequence.request.progress else []
+                self._update(run, index).progress[:0] = [(*begun, 0.0)] if sequence.request.progress else []
             if sequence.done:
                 self._end(sequence)
             elif (run, index) in self._updates:
