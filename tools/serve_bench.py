@@ -18,6 +18,13 @@ to the first token without and with the prefix in the server's cache.
     good/s      requests a second whose times to the first and per token are within --first-ms and --token-ms (goodput)
     errors      requests that failed, and why the first did
 
+\b
+To compare two servers, with 8 users and prompts of 100 to 1,500 tokens, half of them behind the same 600, ask both for the same:
+    python -m tools.serve_bench URL --users 8 --rates 0.1 -n 24 --seconds 100 --prefix 6 --prompt-words 100,1500 --answer-tokens 64,256
+        --system-words 600 --share 0.5 --first-ms 3000 --token-ms 250 --fields '{"logit_bias": {"END": -100}}'
+
+END is the id of the model's end token, which a logit_bias bans in any server; pybmc, vLLM and llama-server also take --ignore-eos.
+
 A line of --file is a JSON object with "messages", or "prompt" for a user's message, and perhaps "max_tokens"; without it prompts are
 drawn from words, about a token each. Tokens are those that the server counts in its usage; of one that gives none, events are counted.
 """
@@ -299,7 +306,8 @@ def prefix_line(found: dict) -> str:
     def pair(values):
         return "p50 %.1f, p99 %.1f" % values if values else "-"
     failed = f"; failed: {next(iter(found['errors']))}" if found["errors"] else ""
-    return (f"to first token of {found['prompt_tokens']:.0f} tokens, ms: prefix new {pair(found['new_ms'])}; "
+    read = f" of {found['prompt_tokens']:.0f} tokens" if found["prompt_tokens"] else ""
+    return (f"to first token{read}, ms: prefix new {pair(found['new_ms'])}; "
             f"prefix known {pair(found['known_ms'])}{failed}")
 
 
