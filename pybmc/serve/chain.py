@@ -22,8 +22,8 @@ def left_out(fields: Fields) -> dict:
     """Settings that leave out the samplers which `samplers` does not name. Refused: another order than ours, and other
     samplers unless they are switched off."""
     for name, (low, high) in OFF.items():
-        if not low <= fields.number(name, low if low > -inf else high) <= high:
-            neutral = low if low > -inf else high
+        neutral = low if low > -inf else high
+        if not low <= fields.number(name, neutral) <= high:
             raise unsupported(name, f"is not supported here; expected {neutral:g}, which switches it off")
     if "samplers" not in fields:
         return {}

@@ -19,13 +19,14 @@ async def vectors(service: Service, texts: list, truncate: bool = False) -> tupl
     found: dict[int, np.ndarray] = {}
     try:
         ids = await service.in_pool(lambda: encode_inputs(model, texts, service.context, truncate))
-        for group in groups(ids, min(PASS, model.pass_tokens)):
+        passes = list(groups(ids, min(PASS, model.pass_tokens)))
+        for group in passes:
             some = [ids[i] for i in group]
             found |= zip(group, await service.worker.call(lambda: model.embed(some, False, pooling)))
     except BmcError as error:
         raise refusal(error) from None
     n = sum(map(len, ids))
-    service.metrics.embedded(n)
+    service.metrics.embedded(n, len(passes))
     return np.stack([found[i] for i in range(len(ids))]), n
 
 

@@ -29,7 +29,8 @@ class Metrics:
         self.between = self._histogram("between_tokens_seconds", "Time between tokens")
         self.registry.register(self)
         self._prompt_seconds = self._predicted_seconds = 0.0
-        self._prompt_tokens = self._predicted_tokens = self._cached_tokens = self._longest = self._checked = 0
+        self._prompt_tokens = self._predicted_tokens = self._cached_tokens = self._embedding_passes = 0
+        self._longest = self._checked = 0       # tokens of a text; passes that verified guesses
 
     def _counter(self, name: str, help: str, labels=()) -> Counter:
         return Counter(f"pybmc_{name}", help, labels, registry=self.registry)
@@ -53,10 +54,10 @@ class Metrics:
         self._checked += sum(n for k, n in stats.lengths.items() if k)
         self._predicted_seconds += stats.predicted_s
 
-    def embedded(self, n: int) -> None:
-        """n tokens were read for embeddings."""
+    def embedded(self, n: int, passes: int) -> None:
+        """n tokens were read for embeddings, in some passes."""
         self.read.labels("read").inc(n)
-        self._prompt_tokens += n
+        self._prompt_tokens, self._embedding_passes = self._prompt_tokens + n, self._embedding_passes + passes
 
     def collect(self):
         """What the engine and its thread count, and llama-server's names for what means the same."""
@@ -85,7 +86,7 @@ class Metrics:
                 ("pybmc_busy_seconds", "Seconds in them", worker.busy_seconds),
                 ("llamacpp:prompt_tokens", "Prompt tokens read", self._prompt_tokens),
                 ("llamacpp:prompt_tokens_cached", "Prompt tokens that were there already", self._cached_tokens),
-                ("llamacpp:n_decode", "Steps of the engine, and passes for embeddings", worker.steps + worker.called),
+                ("llamacpp:n_decode", "Steps of the engine, and passes for embeddings", worker.steps + self._embedding_passes),
                 ("llamacpp:spec_decode_num_draft_tokens", "Guesses that were verified", _value(self.drafted)),
                 ("llamacpp:spec_decode_num_accepted_tokens", "Guesses that came true", _value(self.accepted)),
                 ("llamacpp:spec_decode_num_drafts", "Passes that verified guesses", self._checked),

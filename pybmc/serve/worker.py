@@ -86,7 +86,7 @@ class Worker:
         self.waiting: set[Run] = set()          # the loop's: runs of which nothing was admitted yet ..
         self.runs: set[Run] = set()             # .. and all that have not ended
         self.busy_seconds, self.steps = 0.0, 0
-        self.sequences = self.called = 0        # sequences over all steps; calls between steps
+        self.sequences = 0                      # over all steps
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._sequences: dict = {}              # the thread's: sequence -> (run, index)
         self._step_began = 0.0
@@ -130,7 +130,6 @@ class Worker:
                 value, set_it = function(), result.set_result
             except Exception as error:
                 value, set_it = error, result.set_exception
-            self.called += 1
             with suppress(RuntimeError):        # the loop is closed
                 loop.call_soon_threadsafe(settle, set_it, value)
 
