@@ -113,8 +113,8 @@ class Split:
 
 @dataclass
 class Update:
-    """What is new of one answer. progress: tokens read, of how many, and the seconds since the first, each time. scores: of the prompt's tokens, once they are known.
-    At the end done is set, and error where it failed."""
+    """What is new of one answer. progress: tokens read, of how many, and the seconds since the first, each time. scores: of
+    the prompt's tokens, once they are known. At the end done is set, and error where it failed."""
 
     index: int
     tokens: list[Token] = field(default_factory=list)

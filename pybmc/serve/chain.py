@@ -1,4 +1,4 @@
-"""llama-server's fields about its chain of samplers: those that are not here are refused where they would change a text."""
+"""llama-server's fields about its chain of samplers: those not here are refused where they would change a text."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ from .service import Service
 
 
 async def vectors(service: Service, texts: list, truncate: bool = False) -> tuple[np.ndarray, int]:
-    """Of texts or lists of ids: float32 (len(texts), dim), and how many tokens were read. truncate: what is too long is cut; else it is
-    refused. The engine makes steps between passes."""
+    """Of texts or lists of ids: float32 (len(texts), dim), and how many tokens were read. truncate: what is too long is
+    cut; else it is refused. The engine makes steps between passes."""
     model, pooling = service.model, service.settings.pooling
     if pooling_kind(model, pooling) == "rank":
         raise Refused(400, "unsupported_model", f"{service.name} is a reranker: it gives scores, not embeddings")

@@ -10,7 +10,9 @@ NAMES = {                               # of GGUF's keys, and what such tokens a
     "fim_suf": ("<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>", "<|code_suffix|>"),
     "fim_mid": ("<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>", "▁<MID>", "<|code_middle|>"),
 }
-FILES = {"fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"), "fim_sep": ("<|file_sep|>",)}
+FILES = {
+    "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"), "fim_sep": ("<|file_sep|>",),
+}
 
 
 class FillTokens(NamedTuple):

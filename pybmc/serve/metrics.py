@@ -74,7 +74,8 @@ class Metrics:
                 ("llamacpp:requests_processing", "Requests in work", len(running)),
                 ("llamacpp:requests_deferred", "Requests that wait", waiting),
                 ("llamacpp:n_tokens_max", "Longest text, prompt and answer", self._longest),
-                ("llamacpp:n_busy_slots_per_decode", "Sequences in a step, on average", _rate(worker.sequences, worker.steps)),
+                ("llamacpp:n_busy_slots_per_decode", "Sequences in a step, on average",
+                 _rate(worker.sequences, worker.steps)),
                 ("llamacpp:prompt_tokens_seconds", "Prompt tokens a second",
                  _rate(self._prompt_tokens, self._prompt_seconds)),
                 ("llamacpp:predicted_tokens_seconds", "Written tokens a second",
@@ -86,7 +87,8 @@ class Metrics:
                 ("pybmc_busy_seconds", "Seconds in them", worker.busy_seconds),
                 ("llamacpp:prompt_tokens", "Prompt tokens read", self._prompt_tokens),
                 ("llamacpp:prompt_tokens_cached", "Prompt tokens that were there already", self._cached_tokens),
-                ("llamacpp:n_decode", "Steps of the engine, and passes for embeddings", worker.steps + self._embedding_passes),
+                ("llamacpp:n_decode", "Steps of the engine, and passes for embeddings",
+                 worker.steps + self._embedding_passes),
                 ("llamacpp:spec_decode_num_draft_tokens", "Guesses that were verified", _value(self.drafted)),
                 ("llamacpp:spec_decode_num_accepted_tokens", "Guesses that came true", _value(self.accepted)),
                 ("llamacpp:spec_decode_num_drafts", "Passes that verified guesses", self._checked),
@@ -101,7 +103,8 @@ class Metrics:
 
 def _value(counter: Counter) -> float:
     """A counter's value, over all labels."""
-    return sum(sample.value for metric in counter.collect() for sample in metric.samples if sample.name.endswith("_total"))
+    samples = [sample for metric in counter.collect() for sample in metric.samples]
+    return sum(sample.value for sample in samples if sample.name.endswith("_total"))
 
 
 def _rate(n: float, seconds: float) -> float:

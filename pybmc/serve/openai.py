@@ -50,7 +50,8 @@ def chat_task(service: Service, fields: Fields, client):
     n_top = fields.whole("top_logprobs", 0, 0, 20) if fields.flag("logprobs") else None
     if n_top is None and fields.get("top_logprobs"):
         raise invalid("top_logprobs", "top_logprobs is given without logprobs; expected logprobs to be true")
-    most = most_tokens(service, fields, ("max_completion_tokens", "max_tokens", "n_predict"), service.settings.max_tokens)
+    names = ("max_completion_tokens", "max_tokens", "n_predict")
+    most = most_tokens(service, fields, names, service.settings.max_tokens)
     base = replace(template_request(service, fields, client, most), top=n_top or 0,
                    hint=prediction_of(service, fields))
     usage, n = fields.object("stream_options").flag("include_usage"), fields.whole("n", 1, 1, 16)
@@ -93,7 +94,8 @@ def text_task(service: Service, fields: Fields, client):
     base = replace(base, top=n_top or 0, score=n_top if echo else None)
     task = task_of(service, base, prompts, fields.whole("n", 1, 1, 16))
     return task, TextAnswer(head(service, "cmpl-"), service.tokenizer, task.choices(service), prompts, n_top,
-                            fields.object("stream_options").flag("include_usage"), echo, fields.flag("timings_per_token"))
+                            fields.object("stream_options").flag("include_usage"), echo,
+                            fields.flag("timings_per_token"))
 
 
 async def embeddings(request: Request) -> Response:

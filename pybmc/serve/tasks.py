@@ -73,7 +73,8 @@ def sampler_of(service: Service, fields: Fields) -> Sampler:
     """The request's sampler; its seed is a new one where none is given."""
     for name, bounds in BOUNDS.items():
         fields.number(name, None, *bounds)
-    given = dict(service.settings.sampling) | {name: fields[name] for name in SAMPLING if name in fields} | left_out(fields)
+    given = dict(service.settings.sampling) | {name: fields[name] for name in SAMPLING if name in fields}
+    given |= left_out(fields)
     seed = fields.whole("seed", given.get("seed"), -(1 << 63), (1 << 64) - 1)
     ends = dict.fromkeys(service.tokenizer.stop_ids, -inf) if fields.flag("ignore_eos") else {}
     given |= {"seed": int.from_bytes(os.urandom(4), "little") if seed in (None, -1) else seed,
@@ -153,8 +154,9 @@ def task_of(service: Service, base: Request, prompts: list[tuple[str, list[int]]
         raise invalid("n", f"n is {n} and there are {len(prompts)} prompts; expected at most {ANSWERS} answers")
     for _, ids in prompts:
         if len(ids) > service.context:
-            raise Refused(400, "context_length_exceeded", f"the prompt has {len(ids)} tokens, which "
-                          f"exceeds the available context size of {service.context} tokens",       # clients know these words
+            raise Refused(400, "context_length_exceeded",       # clients look for some of these words
+                          f"the prompt has {len(ids)} tokens, which exceeds the available context size of "
+                          f"{service.context} tokens",
                           counts={"n_prompt_tokens": len(ids), "n_ctx": service.context})
     samplers = [replace(base.sampler, seed=base.sampler.seed + i) for i in range(n)]
     requests = [replace(base, tokens=ids, sampler=sampler) for _, ids in prompts for sampler in samplers]
@@ -212,7 +214,8 @@ def _ids_of(service: Service, prompt: list) -> list:
     return found
 
 
-def gap_prompt(service: Service, before: str, behind: str, name: str, begun: str = "", extra=()) -> tuple[str, list[int]]:
+def gap_prompt(service: Service, before: str, behind: str, name: str, begun: str = "",
+               extra=()) -> tuple[str, list[int]]:
     if service.fill is None:
         raise unsupported(name, "needs a model with fill-in tokens, which this one does not have")
     return before, fill_prompt(service.tokenizer, service.fill, before, behind, begun, extra)
