@@ -226,7 +226,8 @@ static double plan_draft(const struct group *g, struct turn *t, double catch_up)
     t->probe = best <= g->base.tokens / g->base.seconds;
     if (t->probe)
         k = smaller(k, larger(1, d->o.least));
-    while (k > 0 && !budget_allows(&d->budget, catch_up + loss_of(g, k), t->probe))
+    bool first = t == g->turns && !acceptance_known(&g->policy->of[MODEL]);     /* early probes find what guesses cost and give */
+    while (k > 0 && !budget_allows(&d->budget, catch_up + loss_of(g, k), t->probe && !first))
         k = k > d->o.least ? k - 1 : 0;
     t->planned = k;
     return k && !t->probe ? best : 0;

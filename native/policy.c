@@ -146,6 +146,13 @@ double acceptance_at(const struct acceptance *a, float confidence) {
     return (a->hits[i] + PRIOR * a->prior[i]) / (a->seen[i] + PRIOR);
 }
 
+bool acceptance_known(const struct acceptance *a) {
+    double seen = 0;
+    for (int i = 0; i < a->n_classes; i++)
+        seen += a->seen[i];
+    return seen > PRIOR;
+}
+
 double acceptance_mean(const struct acceptance *a) {
     double hits = FIRST_MEAN * PRIOR, seen = PRIOR;
     for (int i = 0; i < a->n_classes; i++) {

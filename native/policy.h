@@ -41,6 +41,7 @@ void acceptance_init(struct acceptance *a, const float *edges, const double *pri
 void acceptance_learn(struct acceptance *a, float confidence, bool came_true);
 double acceptance_at(const struct acceptance *a, float confidence);         /* chance that such a guess comes true */
 double acceptance_mean(const struct acceptance *a);                         /* .. that any does, before it is made */
+bool acceptance_known(const struct acceptance *a);                          /* whether it has seen more than its priors count as */
 void acceptance_recall(struct acceptance *a);                               /* hits and seen are of another run */
 
 /* Texts differ: how often a source's guesses came true in one text, against what was expected of them. */

@@ -6,6 +6,7 @@ import re
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from urllib.parse import unquote
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -31,6 +32,26 @@ class Hub(ThreadingHTTPServer):
 
     def bytes_sent(self) -> int:
         return sum(n for *_, n in self.log)
+
+    def use(self, monkeypatch, folder, files):
+        """Serve these files and nothing else; huggingface_hub and pybmc of this process come here, and keep what they fetch in the folder."""
+        from huggingface_hub import constants
+
+        self.__dict__.update(files=files, sums={}, etags={}, log=[], breaks=0, pace=0.0, status=None, commit=COMMIT, gated=False)
+        for name, value in (("ENDPOINT", self.url), ("HUGGINGFACE_CO_URL_TEMPLATE", self.url + "/{repo_id}/resolve/{revision}/{filename}"),
+                            ("HF_HUB_OFFLINE", False)):
+            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setenv("HF_HUB_CACHE", str(folder / "hub"))
+        monkeypatch.setenv("HF_TOKEN", "")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        monkeypatch.setattr("huggingface_hub.file_download.time", SimpleNamespace(sleep=lambda seconds: None))
+
+    def handle_error(self, request, client_address):
+        """Clients may leave in the middle."""
+
+    def close(self):
+        self.shutdown()
+        self.server_close()
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -42,6 +42,12 @@ def test_guesses_pay_where_they_come_true(simulator, name, gain):
     assert seconds(simulator, name) * gain < seconds(simulator, name, **PLAIN)
 
 
+def test_a_draft_models_first_guess_is_not_priced_out(simulator):
+    """Its wide passes, those that read, cost much: that says little of a guess."""
+    name = "wide draft passes cost"
+    assert seconds(simulator, name, ngrams=False) * 1.3 < seconds(simulator, name, **PLAIN)
+
+
 @pytest.mark.parametrize("name", ["random draft", "random draft, sure of itself", "batch of 8",
                                   "learned elsewhere"])
 def test_losses_are_bounded(simulator, name):

@@ -3,12 +3,14 @@
 import asyncio
 import gc
 import random
+import threading
 
 import pytest
 import tiny
 from serving import Gate, events, httpx, read_to, served, until
 
 import pybmc
+from pybmc.serve.service import LARGE, THREADS
 
 N_CTX = 1500
 
@@ -161,6 +163,69 @@ def test_a_body_that_is_cut_short_leaves_nothing(model):
         assert server.client.get("/health").status_code == 200
         until(lambda: not server.server.server_state.tasks)
         assert not server.service.worker.runs
+
+
+@pytest.mark.parametrize("path, fields", [
+    ("/v1/completions", {"prompt": "a"}), ("/v1/chat/completions", {"messages": LONG["messages"]}), ("/api/chat", {"messages": LONG["messages"]}),
+    ("/tokenize", {"content": "a"}), ("/v1/embeddings", {"input": "a"}),
+])
+def test_a_text_whose_client_has_left_is_not_tokenized(model, path, fields):
+    with served(model, names=["tiny"]) as server:
+        free, entered = threading.Event(), []
+        for _ in range(THREADS):                # nobody is free for it
+            server.loop.call_soon_threadsafe(server.service._small.submit, lambda: (entered.append(1), free.wait(20)))
+        until(lambda: len(entered) == THREADS)
+        queue = server.service._small._work_queue
+        connection = server.begin(path, fields | {"model": "tiny"})
+        until(queue.qsize)
+        work = queue.get()
+        connection.close()
+        until(lambda: not server.server.server_state.tasks)
+        assert work.future.cancelled()
+        free.set()
+        assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 1}).status_code == 200
+
+
+def test_a_client_that_leaves_ends_its_embeddings(model):
+    with served(model) as server:
+        embed, free, passes = model.embed, threading.Event(), []
+
+        def slow(ids, *rest):
+            passes.append(len(ids))
+            free.wait(20)
+            return embed(ids, *rest)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model, "embed", slow)
+            connection = server.begin("/v1/embeddings", {"input": ["a b c " * 60] * 40})
+            until(lambda: passes)
+            connection.close()
+            until(lambda: not server.server.server_state.tasks)
+            free.set()
+            assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 1}).status_code == 200
+            assert len(passes) == 1 and passes[0] < 40
+
+
+def test_small_texts_do_not_wait_for_large_ones(model):
+    with served(model) as server:
+        free, entered = threading.Event(), threading.Event()
+        encode = server.service.tokenizer.encode
+
+        def slow(text, *args, **more):
+            if len(text) > LARGE:
+                entered.set()
+                free.wait(20)
+            return encode(text, *args, **more)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(server.service.tokenizer, "encode", slow)
+            waiting = [server.begin("/v1/completions", {"prompt": "a " * LARGE}) for _ in range(THREADS + 2)]
+            assert entered.wait(20)
+            assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 1}).status_code == 200
+            free.set()
+            for connection in waiting:
+                assert b"context_length_exceeded" in read_to(connection, b"}}")
+                connection.close()
 
 
 def test_a_reader_that_is_slow_gets_everything(model):

@@ -175,8 +175,8 @@ def test_forwarded_headers_are_not_believed(locked):
 def test_log_lines_are_escaped(server, caplog):
     caplog.set_level("INFO")
     server.client.get("/a%0Ab%1b[31m")
-    until(lambda: "GET /a" in caplog.text)          # it is written behind the answer
-    assert r"GET /a\nb\x1b[31m 404" in caplog.text and "\x1b" not in caplog.text
+    until(lambda: r"GET /a\nb\x1b[31m 404" in caplog.text)          # it is written behind the answer
+    assert "\x1b" not in caplog.text
 
 
 def test_what_flags_disable_is_501(model):

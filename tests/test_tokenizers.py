@@ -13,7 +13,7 @@ from raw import Raw
 from pybmc.errors import ArgumentError, FormatError
 from pybmc.files.gguf import GGUF
 from pybmc.tokenizers import Tokenizer
-from pybmc.tokenizers.bpe import BYTES, CHARS, _pre_tokenizer
+from pybmc.tokenizers.bpe import BYTES, CHARS, LONG, _pre_tokenizer
 from pybmc.tokenizers.pre import DEFAULT, PRE
 
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -180,6 +180,21 @@ def test_any_text_comes_back(both, text):
         if tokenizer is both[1] and "\u2581" in text:
             continue                        # SentencePiece's own space: comes back as one
         assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "qwen2"])
+def test_long_texts_have_the_ids_of_short_ones(load, monkeypatch, pre):
+    """.. though another function of the package encodes them."""
+    tokenizer, text = load(bpe(pre)), tiny.TEXT + "".join(TEXTS)
+    ids = tokenizer.encode(text)
+    assert len(text) < LONG
+    monkeypatch.setattr("pybmc.tokenizers.bpe.LONG", 1)
+    assert tokenizer.encode(text) == ids and tokenizer.encode("", bos=False) == []
+    long = "\n".join([text] * (LONG // len(text) + 1))
+    monkeypatch.setattr("pybmc.tokenizers.bpe.LONG", LONG)
+    found = tokenizer.encode(long)
+    monkeypatch.setattr("pybmc.tokenizers.bpe.LONG", len(long) + 1)
+    assert tokenizer.encode(long) == found and tokenizer.decode(tokenizer.encode(long, bos=False)) == long
 
 
 @pytest.mark.parametrize("text", TEXTS)

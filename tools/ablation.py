@@ -30,6 +30,8 @@ SOURCES = ("round", "guess", "policy", "drafter", "ngram", "error")
 CURVES = {
     "1.5B": [.0221, .0238, .0240, .0252, .0427, .083, .16, .30, .58, 1.14],
     "0.5B": [.0086, .0101, .0110, .0116, .0155, .026, .048, .09, .17, .333],
+    "1.5B, AVX-512": [.0149, .0152, .0165, .0233, .0400, .075, .146, .29, .58, 1.15],
+    "0.5B, AVX-512": [.0043, .0049, .0058, .0082, .0155, .030, .058, .115, .23, .45],       # 32 tokens take as long as seven passes of one
     "F16": [.0769, .0774, .0945, .123, .235, .40, .73, 1.4, 2.7, 5.2],     # a CPU that arithmetic soon limits
 }
 
@@ -134,6 +136,7 @@ TASKS = [
     Task("machine changes speed", (0.3,), (0.8,), n=600, slow=2.0),
     Task("passes become slower", (0.3,), (0.8,), n=600, drift=2.5),
     Task("narrow passes pay", (0.3,), (0.85,), target="F16"),
+    Task("wide draft passes cost", (0.2,), (0.9,), prompt=70, target="1.5B, AVX-512", draft="0.5B, AVX-512"),
     Task("batch of 4", (0.3, 0.0), (0.8,), texts=12, parallel=4),
     Task("batch of 8", (0.3, 0.0), (0.8,), texts=24, parallel=8),
     Task("learned elsewhere", (0.2, 0.0), (0.9, 0.9, 0.1, 0.1), texts=6, n=60, recalls=True),

@@ -7,13 +7,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+import numpy as np
+
 from ..engine import Stats, Token
 from ..engine.model import Model
+from ..engine.prefixes import common
 from ..engine.session import Session
 from ..errors import ArgumentError, ContextFullError, FormatError
 from ..tokenizers import Tokenizer
 from .generate import generate
 from .template import checked_variables, template_of
+
+CUT = 8                                 # characters: of a word that is longer, the last 8 to 15 are not certain
 
 
 class Conversation:
@@ -90,27 +95,33 @@ class Conversation:
 
     # ---- the prompt
 
+    def coming(self, text: str = "") -> list[int]:
+        """Ids that the prompt of the next turn begins with. text: its message, as far as it is typed."""
+        part = lasting(text)
+        within = part and not part[-1].isspace()        # a long word
+        variants = part + "a", text if within else part + "1"       # what both prompts begin with lasts
+        one, other = (self._fitted([*self.messages, {"role": "user", "content": content}])[0] for content in variants)
+        return one[:common(np.array(one), np.array(other))]
+
     def _prompt(self) -> list[int]:
         """Ids of the whole conversation, after dropping its oldest turns if it leaves no room for an answer."""
-        self.dropped = 0
-        ids = self.template.encode(self.messages, **self.variables)
-        room = self.session.context
-        if room is None or len(ids) <= room - min(room // 4, 256):
-            return resume(self.model.tokenizer, self._ids, ids)
-        while len(ids) > room // 2 and self._drop_oldest():
-            ids = self.template.encode(self.messages, **self.variables)
-        if len(ids) >= room:
-            raise ContextFullError(f"the message takes {len(ids)} tokens, the context has room for {room}")
+        self.dropped, n = 0, len(self.messages)
+        ids, self.messages = self._fitted(self.messages)
+        self.dropped = n - len(self.messages)
         return ids
 
-    def _drop_oldest(self) -> bool:
-        """Forget the first turn, unless it is the only one."""
-        users = [i for i, m in enumerate(self.messages) if m["role"] == "user"]
-        if len(users) < 2:
-            return False
-        self.dropped += users[1] - users[0]
-        del self.messages[users[0]:users[1]]
-        return True
+    def _fitted(self, messages: list[dict]) -> tuple[list[int], list[dict]]:
+        """Ids of messages, and those of the messages that there is room for."""
+        ids = self.template.encode(messages, **self.variables)
+        room = self.session.context
+        if room is None or len(ids) <= room - min(room // 4, 256):
+            return resume(self.model.tokenizer, self._ids, ids), messages
+        while len(ids) > room // 2 and len(shorter := without_oldest(messages)) < len(messages):
+            messages = shorter
+            ids = self.template.encode(messages, **self.variables)
+        if len(ids) >= room:
+            raise ContextFullError(f"the message takes {len(ids)} tokens, the context has room for {room}")
+        return ids, messages
 
     # ---- files
 
@@ -131,6 +142,19 @@ class Conversation:
         if any(m["role"] == "user" for m in messages):
             self.template.encode(messages, add_generation_prompt=False, **self.variables)
         self.messages = messages
+
+
+def without_oldest(messages: list[dict]) -> list[dict]:
+    """The messages without the first turn, unless it is the only one."""
+    users = [i for i, m in enumerate(messages) if m["role"] == "user"]
+    return messages[:users[0]] + messages[users[1]:] if len(users) > 1 else messages
+
+
+def lasting(text: str) -> str:
+    """The part of a message being typed whose tokens hardly depend on what follows: all but the last word, and in
+    texts without spaces all but the last characters."""
+    at = next((i for i in range(len(text), 0, -1) if text[i - 1].isspace()), 0)
+    return text[:at + max((len(text) - at) // CUT - 1, 0) * CUT]
 
 
 def saved_messages(path: str | os.PathLike) -> list[dict]:

@@ -4,12 +4,14 @@ import os
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from ..cache import user_folder
 from ..chat.conversation import Conversation, whole_characters
+from ..chat.preread import Preread, Reader
 from ..chat.reasoning import is_open
 from ..engine.sampler import Sampler
 from ..errors import ArgumentError, BmcError
@@ -49,14 +51,17 @@ class Block(str):
 class Repl:
     """run() talks until the input ends or /exit. COMMANDS names the commands; do_NAME runs one.
 
-    tint: show which tokens were drafted; thoughts: "show" or "hide" what a model thinks before it answers.
+    tint: show which tokens were drafted; thoughts: "show" or "hide" what a model thinks before it answers; preread:
+    at a terminal, read ahead while the user types.
     """
 
     def __init__(self, conversation: Conversation, messages: Iterator[str] | None = None, tint: bool = False,
-                 thoughts: str = "show"):
+                 thoughts: str = "show", preread: bool = False):
         self.talk, self.tint, self.thoughts = conversation, tint, thoughts
         self.terminal = is_terminal(sys.stdin)
-        self.messages = messages if messages is not None else joined(lines(self.terminal))
+        parts: list[str] = []
+        ahead = Preread(Reader(conversation)) if preread and self.terminal else None
+        self.messages = messages if messages is not None else joined(lines(self.terminal, ahead, parts), parts)
 
     def run(self) -> int:
         """The exit status: 1 where a message from a pipe got no answer."""
@@ -245,9 +250,11 @@ def changed(settings: dict, name: str, value: str) -> dict:
 # ---- input -------------------------------------------------------------------------------------------------
 
 
-def joined(read: Iterator[str]) -> Iterator[str]:
-    """Messages out of lines: a backslash at the end goes on in the next, \"\"\" opens and closes a Block."""
-    parts, in_block, kind = [], False, str
+def joined(read: Iterator[str], parts: list[str] | None = None) -> Iterator[str]:
+    """Messages out of lines: a backslash at the end goes on in the next, \"\"\" opens and closes a Block. parts: an empty
+    list, to hold the lines of a message that goes on."""
+    parts = [] if parts is None else parts
+    in_block, kind = False, str
     for line in read:
         if in_block:
             end = line.rstrip().endswith('"""')
@@ -264,17 +271,38 @@ def joined(read: Iterator[str]) -> Iterator[str]:
         else:
             parts.append(line)
         if not in_block:
-            yield kind("\n".join(parts).strip("\n"))
-            parts, kind = [], str
+            yield taken(parts, kind)
+            kind = str
     if parts:
-        yield kind("\n".join(parts).strip("\n"))
+        yield taken(parts, kind)
 
 
-def lines(terminal: bool) -> Iterator[str]:
+def taken(parts: list[str], kind: type[str]) -> str:
+    """The message that lines make, which empties their list."""
+    message = kind("\n".join(parts).strip("\n"))
+    parts.clear()
+    return message
+
+
+def begun(parts: Sequence[str], line: str) -> str:
+    """The message so far while a line is typed, which follows those in parts; nothing of a command."""
+    if not parts and line.lstrip().startswith('"""'):
+        line = line.lstrip()[3:]
+    elif not parts and is_command(line):
+        return ""
+    return whole_characters("\n".join([*parts, line]).lstrip("\n"))
+
+
+def lines(terminal: bool, preread: Preread | None = None, parts: Sequence[str] = ()) -> Iterator[str]:
     """Lines of stdin; at a terminal with editing and a history, and Ctrl-C only clears the line.
 
-    Bytes that are not text are U+FFFD. At a terminal a paste is one line, with ends of lines in it.
+    Bytes that are not text are U+FFFD. At a terminal a paste is one line, with ends of lines in it. preread is told
+    what is typed after the lines in parts.
     """
+    def typed(line: str) -> None:
+        if preread:
+            preread.note(begun(parts, line))
+
     if sys.stdin is None:
         raise BmcError("standard input is closed")
     if hasattr(sys.stdin, "reconfigure"):
@@ -283,19 +311,23 @@ def lines(terminal: bool) -> Iterator[str]:
         for line in sys.stdin:
             yield line.rstrip("\n")
         return
-    ask = editor()
+    ask = editor(typed)
     while True:
         try:
-            yield whole_characters(ask("> "))
+            with preread or nullcontext():
+                typed("")
+                line = ask("> ")
         except KeyboardInterrupt:
             note("(Ctrl-D leaves)", dim=True)
         except EOFError:
             note("")
             return
+        else:
+            yield whole_characters(line)
 
 
-def editor() -> Callable[[str], str]:
-    """How a line is asked for: prompt_toolkit where it is installed, else what Python has."""
+def editor(typed: Callable[[str], None]) -> Callable[[str], str]:
+    """How a line is asked for: prompt_toolkit where it is installed, which tells what is typed, else what Python has."""
     if is_terminal(sys.stdout):
         try:
             from prompt_toolkit import PromptSession
@@ -304,7 +336,9 @@ def editor() -> Callable[[str], str]:
             pass
         else:
             history = history_file()
-            return PromptSession(history=FileHistory(str(history)) if history else None).prompt
+            session: PromptSession = PromptSession(history=FileHistory(str(history)) if history else None)
+            session.default_buffer.on_text_changed += lambda buffer: typed(buffer.text)
+            return session.prompt
     try:
         import readline  # noqa: F401  (gives input() its editing)
     except ImportError:

@@ -7,6 +7,7 @@ import sys
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import click
@@ -92,6 +93,7 @@ server_options = options(
     click.option("--no-page", is_flag=True, help="No page at /."),
     click.option("--no-slots", is_flag=True, help="No /slots."),
     click.option("--no-metrics", is_flag=True, help="No /metrics."),
+    click.option("--allow-pull", is_flag=True, help="/api/pull may bring models of the hub to this machine."),
     click.option("--log-texts", type=File(), metavar="FILE", help="Append prompts and answers to a file."))
 
 
@@ -123,6 +125,9 @@ def serve(model, model_option, host, port, unix, key_file, insecure, grace, no_p
         raise BmcError(MISSING % error.name) from None
     import asyncio
 
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")            # a text at a time needs none of its threads
+    if flags["allow_pull"] and not find_spec("huggingface_hub"):
+        raise BmcError("--allow-pull needs huggingface-hub: pip install 'pybmc[hub]'")
     keys = [*flags.pop("keys"), *(read_keys(key_file) if key_file else [])]
     if not all(keys):
         raise click.UsageError("an API key is empty")
@@ -179,7 +184,7 @@ def make_policy(flags: dict, keys: list[str], host: str):
     from ..serve.door import Policy
 
     return Policy(keys, [*flags.pop("hosts"), host], flags.pop("origins"), flags.pop("max_body"),
-                  not flags.pop("no_slots"), not flags.pop("no_metrics"))
+                  not flags.pop("no_slots"), not flags.pop("no_metrics"), flags.pop("allow_pull"))
 
 
 def make_settings(flags: dict):

@@ -22,13 +22,15 @@ from .terminal import Voice, is_terminal, note, progress, write
 @options.context_option
 @options.threads_option
 @options.arena_options
+@click.option("--no-preread", is_flag=True, help="Read nothing of a message before Enter.")
 def chat(model, model_option, system, max_tokens, chat_template, thoughts, context, threads, rows, kv_type, tint,
-         **flags):
+         no_preread, **flags):
     """Talk with a model; without MODEL the bundled one answers.
 
     /help lists what can be typed besides messages. A message goes on over several lines after a backslash at the
     end of a line, or between lines of three double quotes; a paste of several lines is one message. Ctrl-C ends
-    an answer, Ctrl-D the chat. From a pipe each line is a message.
+    an answer, Ctrl-D the chat. From a pipe each line is a message. At a terminal the words that are certain are read
+    while you type, unless the machine runs on its battery: the answer is the same, and begins sooner.
     """
     from ..chat.conversation import Conversation
     from .repl import Repl
@@ -40,7 +42,7 @@ def chat(model, model_option, system, max_tokens, chat_template, thoughts, conte
             loaded.session(context=context, rows=rows, kv_type=kv_type) as session:
         written = options.template_of_model(loaded, chat_template, variables)
         talk = Conversation(loaded, session, system, **written, **settings, **drafting)
-        return Repl(talk, tint=tint, thoughts=thoughts).run()
+        return Repl(talk, tint=tint, thoughts=thoughts, preread=not no_preread).run()
 
 
 @click.command(cls=options.Sectioned)

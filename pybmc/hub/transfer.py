@@ -9,7 +9,9 @@ import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from .. import cache
 from ..errors import ArgumentError, BmcError, printable
@@ -60,12 +62,14 @@ class Pulled:
 
 
 def pull(text: str, file: str | None = None, revision: str | None = None,
-         note: Callable[[str], None] = lambda line: None, bars: bool = False) -> Pulled:
+         note: Callable[[str], None] = lambda line: None, bars: bool = False,
+         progress: Callable[[Remote, int], None] | None = None) -> Pulled:
     """Bring user/repo[:QUANT] to the cache, unless it is there, and check what came against the hub's sums.
 
     Without QUANT: Q4_K_M, else Q4_0, else Q8_0, else the smallest that runs. file: this one instead. note is called with
-    lines for people, bars shows huggingface_hub's own on stderr. Raises a HubError or another BmcError, and an OSError
-    where the disk is full.
+    lines for people, bars shows huggingface_hub's own on stderr; progress is called with a part and how many of its bytes
+    are here, and what it raises ends the transfer. Raises a HubError or another BmcError, and an OSError where the disk is
+    full.
     """
     name = wanted(text, file, revision)
     with _told(name):
@@ -77,7 +81,7 @@ def pull(text: str, file: str | None = None, revision: str | None = None,
     note(_said(found))
     _check_room(found)
     with _told(name), _bars(bars):
-        paths = [_fetch(found, part) for part in found.parts]
+        paths = [_fetch(found, part, progress) for part in found.parts]
     return Pulled(found.name, paths[0], found.bytes, found.facts | {"path": str(paths[0])})
 
 
@@ -218,15 +222,16 @@ def _check_room(found: Found) -> None:
     there = next(path for path in (blobs, *blobs.parents) if path.is_dir())
     free = shutil.disk_usage(there).free
     if missing > free:
-        raise HubError(f"{found.name} needs {size(missing)}, the disk of {there} has {size(free)} left")
+        raise HubError(f"{found.name} needs {size(missing)}, the disk of the hub's cache has {size(free)} left")
 
 
-def _fetch(found: Found, part: Remote) -> Path:
+def _fetch(found: Found, part: Remote, progress: Callable[[Remote, int], None] | None = None) -> Path:
     """The file in the cache: fetched unless it is there, and checked once."""
     hub = _hub()
     _check_headers(hub.get_hf_file_metadata(hub.hf_hub_url(found.repo, part.file, revision=found.revision)), part)
-    path = Path(hub.hf_hub_download(found.repo, part.file, revision=found.revision,
-                                    cache_dir=store.cache_folder()))
+    with _counted(part, progress) as counting:
+        path = Path(hub.hf_hub_download(found.repo, part.file, revision=found.revision,
+                                        cache_dir=store.cache_folder(), **counting))
     checked = cache.path_of("sums", _identity(path, part.sum)) if part.sum else None
     if part.sum and not (checked and checked.is_file()):
         _check_sum(path, found, part)
@@ -265,6 +270,39 @@ def _hub():
     except ImportError:
         raise HubError("models are fetched with huggingface-hub, which is not installed: pip install 'pybmc[hub]'") from None
     return huggingface_hub
+
+
+class _Counter:
+    """What huggingface_hub takes for a bar: tells how many bytes are here."""
+
+    def __init__(self, tell: Callable[[int], None], initial: int = 0, **_: object):
+        self._tell, self._n = tell, initial
+
+    def __enter__(self) -> _Counter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, n: int) -> None:
+        self._n += n
+        self._tell(self._n)
+
+
+@contextmanager
+def _counted(part: Remote, progress: Callable[[Remote, int], None] | None):
+    """Arguments of a download that tells its progress, which Xet's threads cannot: it goes over HTTP."""
+    from huggingface_hub import constants
+
+    if progress is None:
+        yield {}
+        return
+    before, constants.HF_HUB_DISABLE_XET = constants.HF_HUB_DISABLE_XET, True
+    counting: dict[str, Any] = {"tqdm_class": partial(_Counter, partial(progress, part))}
+    try:
+        yield counting
+    finally:
+        constants.HF_HUB_DISABLE_XET = before
 
 
 @contextmanager

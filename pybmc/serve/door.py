@@ -39,6 +39,7 @@ class Policy:
     max_body: int = 8 << 20
     slots: bool = True
     metrics: bool = True
+    pull: bool = False
 
 
 # ---- hosts and origins -------------------------------------------------------------------------------------
@@ -111,7 +112,7 @@ class Visit:
         self.path = scope["path"].rstrip("/") or "/"
         self.scope = scope | {
             "path": self.path, "app": door, "pybmc.service": self.service, "pybmc.max_body": self.policy.max_body,
-            "pybmc.slots": self.policy.slots, "pybmc.metrics": self.policy.metrics}
+            "pybmc.slots": self.policy.slots, "pybmc.metrics": self.policy.metrics, "pybmc.pull": self.policy.pull}
         self.request = Request(self.scope, receive)
         told = self.request.headers.get("x-request-id", "")
         self.id = self.scope["pybmc.id"] = told if _REQUEST_ID.fullmatch(told) else secrets.token_hex(8)

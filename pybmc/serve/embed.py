@@ -3,31 +3,38 @@
 from __future__ import annotations
 
 import numpy as np
+from starlette.requests import Request
 
 from ..engine.embed import PASS, encode_inputs, groups, pooling_kind
 from ..errors import BmcError
 from .errors import Refused, refusal
+from .http import in_pool, service_of, while_here
 from .service import Service
 
 
-async def vectors(service: Service, texts: list, truncate: bool = False) -> tuple[np.ndarray, int]:
+async def vectors(request: Request, texts: list, truncate: bool = False) -> tuple[np.ndarray, int]:
     """Of texts or lists of ids: float32 (len(texts), dim), and how many tokens were read. truncate: what is too long is
-    cut; else it is refused. The engine makes steps between passes."""
-    model, pooling = service.model, service.settings.pooling
-    if pooling_kind(model, pooling) == "rank":
+    cut; else it is refused. A client that leaves ends it after the pass."""
+    service = service_of(request)
+    if pooling_kind(service.model, service.settings.pooling) == "rank":
         raise Refused(400, "unsupported_model", f"{service.name} is a reranker: it gives scores, not embeddings")
+    model, context = service.model, service.context
+    ids = await in_pool(request, lambda: encode_inputs(model, texts, context, truncate))
+    return await while_here(request, passes(service, ids)), sum(map(len, ids))
+
+
+async def passes(service: Service, ids: list[list[int]]) -> np.ndarray:
+    """Vectors of texts. The engine makes steps between passes."""
+    model, pooling = service.model, service.settings.pooling
     found: dict[int, np.ndarray] = {}
     try:
-        ids = await service.in_pool(lambda: encode_inputs(model, texts, service.context, truncate))
-        passes = list(groups(ids, min(PASS, model.pass_tokens)))
-        for group in passes:
+        for group in groups(ids, min(PASS, model.pass_tokens)):
             some = [ids[i] for i in group]
             found |= zip(group, await service.worker.call(lambda: model.embed(some, False, pooling)))
+            service.metrics.embedded(sum(map(len, some)))
     except BmcError as error:
         raise refusal(error) from None
-    n = sum(map(len, ids))
-    service.metrics.embedded(n, len(passes))
-    return np.stack([found[i] for i in range(len(ids))]), n
+    return np.stack([found[i] for i in range(len(ids))])
 
 
 def normalized(rows: np.ndarray, dimensions: int | None = None) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Hashable
+from collections.abc import Coroutine, Hashable
 from contextlib import suppress
 
 from starlette.requests import Request as HttpRequest
@@ -104,6 +104,7 @@ async def _read(request: HttpRequest, most: int) -> bytes:
         found = max(announced, read)
         raise Refused(413, "body_too_large", f"the body has {found} bytes or more; expected at most {most}",
                       headers={"Connection": "close"})
+    request.scope["pybmc.read"] = read
     return b"".join(parts)
 
 
@@ -147,8 +148,7 @@ class Going:
         self._watcher = asyncio.ensure_future(self._watch())
 
     async def _watch(self) -> None:
-        while (await self.request.receive())["type"] != "http.disconnect":
-            pass
+        await departure(self.request)
         self.run.leave()
 
     def take(self, update) -> list[dict]:
@@ -221,6 +221,25 @@ class Stream(Response):
 async def in_pool(request: HttpRequest, function, *args):
     """Work of the pool, whose errors are the request's."""
     try:
-        return await service_of(request).in_pool(function, *args)
+        return await while_here(request, service_of(request).in_pool(request.scope["pybmc.read"], function, *args))
     except BmcError as error:
         raise refusal(error) from None
+
+
+async def while_here(request: HttpRequest, work: Coroutine):
+    """The result of some work. A client that leaves before ends it: raises Gone."""
+    task, left = asyncio.ensure_future(work), asyncio.ensure_future(departure(request))
+    try:
+        await asyncio.wait((task, left), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise Gone
+        return task.result()
+    finally:
+        task.cancel()
+        left.cancel()
+
+
+async def departure(request: HttpRequest) -> None:
+    """Wait until the client closes the connection. Only after the body."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

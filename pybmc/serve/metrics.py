@@ -54,10 +54,10 @@ class Metrics:
         self._checked += sum(n for k, n in stats.lengths.items() if k)
         self._predicted_seconds += stats.predicted_s
 
-    def embedded(self, n: int, passes: int) -> None:
-        """n tokens were read for embeddings, in some passes."""
+    def embedded(self, n: int) -> None:
+        """A pass read n tokens for embeddings."""
         self.read.labels("read").inc(n)
-        self._prompt_tokens, self._embedding_passes = self._prompt_tokens + n, self._embedding_passes + passes
+        self._prompt_tokens, self._embedding_passes = self._prompt_tokens + n, self._embedding_passes + 1
 
     def collect(self):
         """What the engine and its thread count, and llama-server's names for what means the same."""

@@ -191,11 +191,11 @@ def _file(chunk: Fields | None, i: int) -> tuple[str, str]:
 
 
 async def embedding(request: Request) -> Response:
-    service, fields = service_of(request), await fields_of(request)
+    fields = await fields_of(request)
     inputs = [plain_prompt(one, "content") for one in several(fields.get("content", fields.get("input")))]
     if not inputs or not all(isinstance(one, (str, list)) and one for one in inputs):
         raise invalid("content", "expected content to be a text, token ids, or a list of either, none of them empty")
-    found, _ = await vectors(service, inputs)
+    found, _ = await vectors(request, inputs)
     rows = scaled(found, fields.whole("embd_normalize", 2, -1, 32)).tolist()
     return Json([{"index": i, "embedding": [row]} for i, row in enumerate(rows)])
 
@@ -209,12 +209,15 @@ async def tokenize(request: Request) -> Response:
     text = fields.text("prompt") if remote else fields.text("content", "")
     bos = fields.flag("add_special_tokens", True) if remote else fields.flag("add_special")
     special = remote or fields.flag("parse_special", True)
-    ids = await in_pool(request, lambda: service.tokenizer.encode(text, bos=bos, special=special))
-    if remote:
-        return Json({"tokens": ids, "count": len(ids), "max_model_len": service.context})
-    if not fields.flag("with_pieces"):
-        return Json({"tokens": ids})
-    return Json({"tokens": [{"id": id, "piece": piece(service, id)} for id in ids]})
+    with_pieces = fields.flag("with_pieces")
+
+    def encode() -> dict:
+        ids = service.tokenizer.encode(text, bos=bos, special=special)
+        if remote:
+            return {"tokens": ids, "count": len(ids), "max_model_len": service.context}
+        return {"tokens": [{"id": id, "piece": piece(service, id)} for id in ids] if with_pieces else ids}
+
+    return Json(await in_pool(request, encode))
 
 
 def piece(service: Service, id: int) -> str | list[int]:

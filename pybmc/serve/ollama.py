@@ -19,6 +19,7 @@ from .embed import normalized, vectors
 from .errors import Refused, invalid, no_model
 from .fields import Fields
 from .http import Json, Lines, client_of, fields_of, in_pool, respond, service_of, writer_of
+from .pull import pull
 from .service import Service
 from .tasks import chat_prompt, gap_prompt, refuse_common, task_of, template_request, text_prompts
 
@@ -216,7 +217,7 @@ async def embed(request: Request) -> Response:
     texts = [fields["input"]] if isinstance(fields.get("input"), str) else fields.listed("input")
     if not all(isinstance(text, str) for text in texts):
         raise invalid("input", "input has something else than texts; expected a text or a list of texts")
-    found, n = await vectors(service, texts, fields.flag("truncate")) if texts else (np.zeros((0, 1)), 0)
+    found, n = await vectors(request, texts, fields.flag("truncate")) if texts else (np.zeros((0, 1)), 0)
     rows = normalized(found, fields.whole("dimensions", None, 1)).tolist()
     seconds = time.perf_counter() - started
     return Json({"model": name, "embeddings": rows} | durations(seconds, service.load_seconds, n, seconds, 0, 0))
@@ -226,7 +227,7 @@ async def embedding(request: Request) -> Response:
     service, fields = service_of(request), await fields_of(request)
     named(service, fields)
     text = fields.text("prompt", "")
-    rows = normalized((await vectors(service, [text]))[0]).tolist() if text else [[]]
+    rows = normalized((await vectors(request, [text]))[0]).tolist() if text else [[]]
     return Json({"embedding": rows[0]})
 
 
@@ -283,7 +284,7 @@ async def version(request: Request) -> Response:
     return Json({"version": VERSION, "pybmc": __version__})
 
 
-COMMANDS = {"pull": "pybmc pull NAME", "delete": "pybmc rm NAME", "create": "pybmc serve FILE",
+COMMANDS = {"delete": "pybmc rm NAME", "create": "pybmc serve FILE",
             "copy": "pybmc serve FILE --alias NAME", "push": "", "blobs": ""}
 
 
@@ -297,7 +298,7 @@ ROUTES = [
     Route("/api/chat", chat, methods=["POST"]), Route("/api/generate", generate, methods=["POST"]),
     Route("/api/embed", embed, methods=["POST"]), Route("/api/embeddings", embedding, methods=["POST"]),
     Route("/api/show", show, methods=["POST"]), Route("/api/tags", tags), Route("/api/ps", running),
-    Route("/api/version", version),
+    Route("/api/version", version), Route("/api/pull", pull, methods=["POST"]),
     *(Route(f"/api/{name}", disabled, methods=["POST", "DELETE"]) for name in COMMANDS if name != "blobs"),
     Route("/api/blobs/{digest}", disabled, methods=["GET", "POST"]),
 ]

@@ -111,7 +111,7 @@ async def embeddings(request: Request) -> Response:
     if len(texts) > 2048:
         raise invalid("input", f"input has {len(texts)} texts; expected at most 2048")
     encoding = fields.choice("encoding_format", ("float", "base64"), "float")
-    found, n = await vectors(service, texts)
+    found, n = await vectors(request, texts)
     found = normalized(found, fields.whole("dimensions", None, 1, found.shape[1]))
     write = coded if encoding == "base64" else np.ndarray.tolist
     return Json({"object": "list", "model": service.name, "usage": {"prompt_tokens": n, "total_tokens": n},

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..chat.template import ChatTemplate
@@ -24,7 +24,11 @@ from .fill import fill_tokens
 from .metrics import Metrics
 from .worker import Run, Worker
 
-THREADS = 2                             # of the pool for tokenizing and templates
+if TYPE_CHECKING:
+    from .pull import Pull
+
+THREADS = 2                             # that tokenize and write templates ..
+LARGE = 64 << 10                        # .. of bodies up to so many bytes. Larger ones take turns: they cost seconds and memory
 
 
 @dataclass
@@ -69,21 +73,23 @@ class Service:
         self.fingerprint = f"b{__version__}-{self.digest[:12]}"
         self.metrics = Metrics(self)
         self.closing = self.closed = False
+        self.pulling: Pull | None = None                # a model on its way from the hub
         memory = given.memory if given.memory is not None else free_memory() / 2
         if draft is not None and not self.writes:
             raise ArgumentError(f"{model.path} is an encoder: it writes no text, so a draft model has nothing to guess")
         self.speculation = Speculation(model, draft, given.spec if self.writes else "off", given.draft_max, given.draft_min)
         self.worker = Worker(Engine(model, parallel=given.parallel, memory=memory, keep=True,
                                     speculation=self.speculation, pass_seconds=given.pass_seconds), given.queue)
-        self._pool = ThreadPoolExecutor(THREADS, "pybmc-text")
+        self._small, self._large = (ThreadPoolExecutor(n, "pybmc-text") for n in (THREADS, 1))
 
     @property
     def name(self) -> str:
         return self.names[0]
 
-    async def in_pool(self, function: Callable, *args):
-        """The result of work that would hold up the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+    async def in_pool(self, size: int, function: Callable, *args):
+        """The result of work on so many bytes of text, which would hold up the event loop."""
+        pool = self._large if size > LARGE else self._small
+        return await asyncio.get_running_loop().run_in_executor(pool, function, *args)
 
     def submit(self, requests: list) -> Run:
         if self.closing:
@@ -93,15 +99,19 @@ class Service:
     def stop(self) -> None:
         """End all answers with an error."""
         self.closing = True
+        over = Refused(503, "shutting_down", "the server is shutting down")
         for run in list(self.worker.runs):
-            run.fail(Refused(503, "shutting_down", "the server is shutting down"))
+            run.fail(over)
+        if self.pulling:
+            self.pulling.fail(over)
 
     def close(self) -> None:
         """Twice is fine."""
         if not self.closed:
             self.closing = True
             self.worker.close()
-            self._pool.shutdown()
+            for pool in (self._small, self._large):
+                pool.shutdown(cancel_futures=True)
             self.closed = True
 
     @cached_property

@@ -25,6 +25,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 BYTES = _byte_alphabet()
 CHARS = {byte: char for char, byte in BYTES.items()}
+LONG = 1 << 14                          # characters: encode() stops all Python threads; a batch does not, and begins threads
 _MISSING = "\0missing"                  # stands for bytes without a token; no vocabulary has it
 
 
@@ -83,7 +84,10 @@ class Bpe:
             text = "".join(char.lower()[0] for char in text)
         if not self.pre.byte_level and not self.pre.drops_space:
             text = text.replace(" ", "▁")
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        if len(text) < LONG:
+            ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        else:
+            ids = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
         return ids if self._complete else [id for id in ids if id < self.vocab.size]
 
     def piece(self, id: int) -> bytes:

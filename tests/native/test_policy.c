@@ -89,6 +89,21 @@ static void losses_are_bounded(void) {
     CHECK(lost <= one * (4 + 0.0101 * 20000) && lost > 0.5 * one * 0.01 * 20000);
 }
 
+static void a_few_guesses_make_a_source_known(void) {
+    const float edges[] = { 0.5f };
+    const double priors[] = { 0.3, 0.8 };
+    struct acceptance a;
+    acceptance_init(&a, edges, priors, 2);
+    CHECK(!acceptance_known(&a));
+    acceptance_learn(&a, 0.9f, true);
+    CHECK(!acceptance_known(&a));
+    for (int i = 0; i < 5; i++)
+        acceptance_learn(&a, 0.1f, false);
+    CHECK(acceptance_known(&a));
+    acceptance_recall(&a);
+    CHECK(acceptance_known(&a));
+}
+
 int main(void) {
     costs_are_found();
     speed_is_shared();
@@ -96,5 +111,6 @@ int main(void) {
     chances_are_learned();
     a_text_has_its_own_chances();
     losses_are_bounded();
+    a_few_guesses_make_a_source_known();
     return 0;
 }

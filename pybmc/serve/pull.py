@@ -1,0 +1,154 @@
+"""POST /api/pull: bring a model of the hub to this machine, for clients of Ollama. One at a time, where --allow-pull is given."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from contextlib import suppress
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ..errors import BmcError
+from ..hub import names, transfer
+from .errors import Refused, error_body, invalid
+from .fields import Fields
+from .http import Json, Lines, departure, fields_of, service_of
+from .service import Service
+from .worker import Gone
+
+log = logging.getLogger(__name__)
+
+EVERY = 0.2                             # seconds between two lines of progress
+
+
+class Pull:
+    """A model on its way, in a thread that hands lines to the event loop. leave() ends it at the next bytes that come."""
+
+    def __init__(self, service: Service, name: str):
+        self.service, self.name = service, name
+        self._left, self._told = False, 0.0
+        self._loop, self._lines = asyncio.get_running_loop(), asyncio.Queue[dict | BaseException]()
+        service.pulling = self
+        threading.Thread(target=self._work, name="pybmc-pull", daemon=True).start()
+
+    async def next(self) -> dict:
+        """The next line. Raises Gone, or the Refused that ended it."""
+        line = await self._lines.get()
+        if isinstance(line, BaseException):
+            raise line
+        return line
+
+    def leave(self) -> None:
+        """The client has gone, or has its answer."""
+        self.fail(Gone())
+
+    def fail(self, error: BaseException) -> None:
+        self._left = True
+        self._lines.put_nowait(error)
+
+    # ---- the thread
+
+    def _work(self) -> None:
+        try:
+            transfer.pull(self.name, progress=self._note)
+            end: dict | BaseException = {"status": "success"}
+        except BmcError as error:
+            end = Refused(404, "model_not_found", str(error), "model")
+        except OSError as error:
+            end = Refused(500, "internal", f"{self.name}: {error.strerror or type(error).__name__}")
+        except Exception as error:
+            log.error("the pull of %s failed", self.name, exc_info=error)
+            end = Refused(500, "internal", "internal error")
+        with suppress(RuntimeError):            # the loop is closed
+            self._loop.call_soon_threadsafe(self._end, end)
+
+    def _end(self, end: dict | BaseException) -> None:
+        self.service.pulling = None
+        self._lines.put_nowait(end)
+
+    def _note(self, part: transfer.Remote, done: int) -> None:
+        if self._left:
+            raise transfer.HubError("nobody waits for it any more")
+        if done < part.bytes and time.monotonic() - self._told < EVERY:
+            return
+        self._told = time.monotonic()
+        digest = f"sha256:{part.sum}" if part.sum else part.file
+        status = f"pulling {(part.sum or part.file)[:12]}"
+        self._tell({"status": status, "digest": digest, "total": part.bytes, "completed": done})
+        if done >= part.bytes and part.sum:
+            self._tell({"status": "verifying sha256 digest"})
+
+    def _tell(self, line: dict) -> None:
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._lines.put_nowait, line)
+
+
+async def pull(request: Request) -> Response:
+    if not request.scope["pybmc.pull"]:
+        raise Refused(403, "disabled", "/api/pull is disabled: --allow-pull allows it; on the command line pybmc pull NAME "
+                                       "does it")
+    service, fields = service_of(request), await fields_of(request)
+    name, stream = hub_name(fields), fields.flag("stream", True)
+    if service.closing:
+        raise Refused(503, "shutting_down", "the server is shutting down")
+    if service.pulling:
+        raise Refused(429, "queue_full", f"{service.pulling.name} is being pulled; expected one model at a time",
+                      headers={"Retry-After": "5"})
+    answer = PullAnswer(request, Pull(service, name))
+    return answer if stream else await answer.whole()
+
+
+def hub_name(fields: Fields) -> str:
+    """The model that is asked for; Ollama's clients may add a tag that the hub does not have."""
+    if fields.flag("insecure"):
+        raise Refused(400, "unsupported_parameter", "insecure is not supported here", "insecure")
+    given = fields.text("model") or fields.text("name") or ""
+    name = given.removesuffix(":latest")
+    if names.parse(name) is None:
+        raise invalid("model", f"model is {given!r:.80}; expected the name of a model on the hub, as in user/repo:Q4_K_M")
+    return name
+
+
+class PullAnswer(Response):
+    """A line a step, as Ollama writes them; or the last one alone."""
+
+    def __init__(self, request: Request, pull: Pull):
+        self._request, self._pull = request, pull
+        self._watcher = asyncio.ensure_future(self._watch())
+
+    async def _watch(self) -> None:
+        await departure(self._request)
+        self._pull.leave()
+
+    async def whole(self) -> Json:
+        try:
+            while (line := await self._pull.next()) != {"status": "success"}:
+                pass
+            return Json(line)
+        finally:
+            self._close()
+
+    async def __call__(self, scope, receive, send) -> None:
+        async def put(line: dict, more: bool = True) -> None:
+            await send({"type": "http.response.body", "body": Lines.encode(line), "more_body": more})
+
+        headers = [(b"content-type", Lines.media_type.encode()), (b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            await put(line := {"status": "pulling manifest"})
+            while line != {"status": "success"}:
+                line = await self._pull.next()
+                await put(line, line != {"status": "success"})
+        except Refused as refused:
+            await put(error_body(scope["path"], refused), more=False)
+        except Gone:
+            pass
+        finally:
+            self._close()
+
+    def _close(self) -> None:
+        self._watcher.cancel()
+        self._pull.leave()
