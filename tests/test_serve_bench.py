@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 pytest.importorskip("httpx", reason="needs httpx")
 from tools import serve_bench  # noqa: E402
-from tools.serve_bench import Limits, Record, arrivals, main, summary  # noqa: E402
+from tools.serve_bench import Limits, Plan, Record, arrivals, drawn, main, summary  # noqa: E402
 
 
 class Stub(ThreadingHTTPServer):
@@ -22,6 +22,8 @@ class Stub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.answers, self.requests, self.lock = [], [], threading.Lock()
+        self.now = self.most = 0            # requests in work, and the most there were
+        self.meet = None                    # a barrier that requests after the first wait at
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
 
@@ -34,12 +36,22 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             server.requests.append((self.path, body, self.headers.get("Authorization")))
             answer = server.answers.pop(0) if server.answers else "ok"
+            server.now += 1
+            server.most, first = max(server.most, server.now), len(server.requests) == 1
+        if server.meet and not first:
+            server.meet.wait(20)
         self.send_response(answer if isinstance(answer, int) else 200)
         self.end_headers()
         if isinstance(answer, int):
+            self.leave()
             return
         lines = answer if isinstance(answer, list) else stream(4, usage=body["max_tokens"])
+        self.leave()
         self.wfile.write("".join(f"{line}\n\n" for line in lines).encode())
+
+    def leave(self):
+        with self.server.lock:
+            self.server.now -= 1
 
 
 def stream(n, usage=None, end=True):
@@ -118,8 +130,46 @@ def test_prompts_come_from_a_file(stub, tmp_path):
     assert twos[0]["messages"][0]["content"] == "s"
 
 
+def test_users_send_the_next_request_when_the_last_is_answered(stub):
+    stub.meet = threading.Barrier(2)
+    done = bench(stub, "--json", "--users", "2", "--rates", "0", "--fields", '{"top_k": 5}', "--ignore-eos")
+    result = json.loads(done.output)
+    assert (result["users"], result["rate"], result["requests"], result["errors"]) == (2, 0, 10, {})
+    assert stub.most == 2 and len(stub.requests) == 11
+    assert all(body["top_k"] == 5 and body["ignore_eos"] for _, body, _ in stub.requests)
+    stub.meet = None
+    both = bench(stub, "--users", "3", "--rates", "500").output.splitlines()
+    assert [line.split("  ")[0] or line.strip().split("  ")[0] for line in both][1:] == ["3 users", "500"]
+
+
+def test_a_plan_sends_nothing_after_its_seconds(stub):
+    for args in (("--users", "2", "--rates", "0"), ("--rates", "0.01",)):
+        done = json.loads(bench(stub, "--json", "--seconds", "1e-3", *args).output)
+        assert done["requests"] < 10 and not done["errors"]
+
+
+def test_prefixes_are_sent_twice_with_another_question(stub):
+    done = bench(stub, "--json", "--prefix", "3", "--rates", "0", "--system-words", "30")
+    found = json.loads(done.output)
+    assert found["prefixes"] == 3 and found["prompt_tokens"] == 7 and found["errors"] == {} and found["new_ms"][0] > 0 < found["known_ms"][0]
+    systems, questions = zip(*((body["messages"][0]["content"], body["messages"][1]["content"]) for _, body, _ in stub.requests[1:]))
+    assert systems[::2] == systems[1::2] and len(set(systems)) == 3 and len(set(questions)) == 6
+    stub.answers = ["ok", "ok", 500]
+    assert bench(stub, "--prefix", "1", "--rates", "0").output.endswith("prefix known -; failed: status 500\n")
+
+
+def test_a_share_of_prompts_has_the_system_prompt_which_counts():
+    bodies = drawn(random.Random(1), 40, (100, 1500), (64, 256), ["s " * 600], 0.5)
+    lengths = [sum(len(message["content"].split()) for message in body["messages"]) for body in bodies]
+    shared = [length for body, length in zip(bodies, lengths) if len(body["messages"]) == 2]
+    assert len(shared) == 20 and min(shared) > 600 and min(lengths) < 600 and 100 <= min(lengths) and max(lengths) <= 1502
+    assert all(64 <= body["max_tokens"] <= 256 for body in bodies)
+
+
 @pytest.mark.parametrize("args, says", [
-    (["--rates", "0"], "above 0"), (["--rates", "a"], "above 0"), (["--prompt-words", "9,3"], "the lower first"),
+    (["--rates", "0"], "nothing to measure"), (["--rates", "0,1"], "above 0"), (["--fields", "[]"], "a JSON object"),
+    (["--share", "2"], "2.0 is not in the range"),
+    (["--rates", "a"], "above 0"), (["--prompt-words", "9,3"], "the lower first"),
     (["--answer-tokens", "1,2,3"], "two counts"), (["-n", "0"], "0 is not in the range"),
 ])
 def test_wrong_options_are_wrong_usage(stub, args, says):
@@ -140,13 +190,14 @@ def test_a_broken_file_and_a_server_that_is_not_there_are_sentences(stub, tmp_pa
 
 def test_sums_of_known_records():
     records = [Record(0.0, [0.1, 0.2, 0.4], 0.4, 5, 4), Record(1.0, [3.5, 3.6], 4.0, 5, 2), Record(2.0, [], 2.5, error="status 500")]
-    result = summary(2.0, records, Limits(2000, 150))
+    plan = Plan([], 2.0)
+    result = summary(plan, records, Limits(2000, 150))
     assert result.seconds == 4.0 and result.tokens == 6 and result.tokens_per_second == 1.5
     assert result.first_ms == pytest.approx((1300, 2476)) and result.token_ms == pytest.approx((100, 100))
     assert result.gap_ms == pytest.approx((100, 198)) and result.errors == {"status 500": 1}
     assert result.good_per_second == 0.25               # the second waited 2500 ms for its first token
-    assert summary(2.0, records, Limits(2600, 99)).good_per_second == 0
-    nothing = summary(1.0, records[2:], Limits(1, 1))
+    assert summary(plan, records, Limits(2600, 99)).good_per_second == 0
+    nothing = summary(plan, records[2:], Limits(1, 1))
     assert nothing.first_ms is None and nothing.tokens_per_second == 0 and "-" in serve_bench.line(nothing)
 
 

@@ -1,8 +1,11 @@
 """The official clients of OpenAI and Ollama against a server."""
 
+import asyncio
+
+import numpy as np
 import pytest
 import tiny
-from serving import served
+from serving import httpx, served
 
 import pybmc
 from pybmc.serve.door import Policy
@@ -33,6 +36,10 @@ def client(server):
 
 def text_of(model, n, **settings):
     return "".join(t.text for t in pybmc.generate(model, HELLO, n, spec="off", temperature=0.8, **settings))
+
+
+def text_of_prompt(model, prompt, n):
+    return "".join(t.text for t in pybmc.generate(model, prompt, n, spec="off", temperature=0))
 
 
 def test_openai_chat(client, model):
@@ -79,6 +86,51 @@ def test_openai_completions(client, model):
     assert scored.choices[0].text == "Once upon" and scored.usage.completion_tokens == 0
 
 
+def test_openai_embeddings_are_the_same_in_base64_and_as_numbers(client, model):
+    """The client asks for base64 where it is not told otherwise."""
+    texts = ["Once upon a time", "the sea"]
+    found, plain = (client.embeddings.create(model="tiny", input=texts, **more) for more in ({}, {"encoding_format": "float"}))
+    assert [one.embedding for one in found.data] == [one.embedding for one in plain.data]
+    assert np.allclose([one.embedding for one in found.data], model.embed(texts), atol=1e-6)
+    assert found.usage.prompt_tokens == sum(len(model.tokenizer.encode(text)) for text in texts)
+
+
+def test_openai_async_streams_beside_each_other(server, model):
+    async def ask(client, seed):
+        stream = await client.chat.completions.create(model="tiny", messages=HELLO, seed=seed, max_tokens=12, stream=True)
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+    async def both():
+        async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="secret", max_retries=0) as client:
+            return await asyncio.gather(ask(client, 1), ask(client, 2))
+
+    assert asyncio.run(both()) == [text_of(model, 12, seed=1), text_of(model, 12, seed=2)]
+
+
+def test_lm_eval_scores_continuations(server, model):
+    """What its local-completions sends and reads: ids of context and continuation, echoed with a log-probability each, and one
+    token more; where all of a continuation's are the likeliest, greedy decoding would have written it."""
+    encode = lambda text: model.tokenizer.encode(text)
+    likely = encode("Once upon a") + model.tokenizer.encode(text_of_prompt(model, "Once upon a", 3), bos=False)
+    pairs = [(len(encode("Once upon a")), likely), (len(encode("the")), encode("the quarter"))]
+    body = {"model": "tiny", "prompt": [ids for _, ids in pairs], "temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
+    found = httpx.post(f"{server.url}/v1/completions", json=body, headers={"Authorization": "Bearer secret"}).json()
+    for choice, (n, ids) in zip(found["choices"], pairs):
+        logprobs = choice["logprobs"]["token_logprobs"][n:-1]
+        tops = choice["logprobs"]["top_logprobs"][n:-1]
+        assert len(logprobs) == len(ids) - n and choice["logprobs"]["token_logprobs"][0] is None
+        with model.session() as session:
+            rows = session.eval(ids[:-1], logits="all")[n - 1:].astype(np.float64)
+        exact = [row[id] - np.log(np.exp(row).sum()) for row, id in zip(rows, ids[n:])]
+        assert np.allclose(logprobs, exact, atol=1e-4)
+        greedy = all(max(top.values()) == logprob for top, logprob in zip(tops, logprobs))
+        assert greedy == all(int(np.argmax(row)) == id for row, id in zip(rows, ids[n:]))
+    info = httpx.get(f"{server.url}/tokenizer_info", headers={"Authorization": "Bearer secret"}).json()
+    remote = httpx.post(f"{server.url}/tokenize", json={"prompt": "Once upon a", "add_special_tokens": False},
+                        headers={"Authorization": "Bearer secret"}).json()
+    assert remote["tokens"] == model.tokenizer.encode("Once upon a", bos=False, special=True) and info["eos_token"]
+
+
 def test_openai_models(client):
     assert [m.id for m in client.models.list()] == ["tiny"] and client.models.retrieve("tiny").owned_by == "pybmc"
     with pytest.raises(openai.NotFoundError):
@@ -93,6 +145,15 @@ def test_openai_errors_are_the_clients_classes(client, server):
         client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": "a " * 2000}])
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="wrong", max_retries=0) as stranger, pytest.raises(openai.AuthenticationError):
         stranger.models.list()
+
+
+def test_ollama_embeds_and_takes_options_that_ask_for_nothing(llama, model):
+    found = llama.embed("tiny", ["Once upon a time", "the sea"])
+    assert np.allclose(found.embeddings, model.embed(["Once upon a time", "the sea"]), atol=1e-6)
+    options = {"seed": 1, "num_predict": 5, "num_ctx": 2048, "num_gpu": 0, "mirostat": 0, "tfs_z": 1.0, "typical_p": 1.0, "num_keep": 5}
+    assert llama.chat("tiny", messages=HELLO, options=options, keep_alive="5m").message.content == text_of(model, 5, seed=1)
+    with pytest.raises(ollama.ResponseError, match="mirostat is not supported here; expected 0"):
+        llama.chat("tiny", messages=HELLO, options=options | {"mirostat": 2})
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Every example of docs/server.md runs against a server."""
+"""Every example of docs/server.md and docs/llama-server.md runs against a server."""
 
 import re
 import shutil
@@ -13,8 +13,9 @@ from serving import served
 import pybmc
 from pybmc.serve import errors
 
-TEXT = (Path(__file__).parents[1] / "docs" / "server.md").read_text("utf-8")
-EXAMPLES = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+DOCS = Path(__file__).parents[1] / "docs"
+TEXT = (DOCS / "server.md").read_text("utf-8")
+EXAMPLES = re.findall(r"^```(\w+)\n(.*?)^```", TEXT + (DOCS / "llama-server.md").read_text("utf-8"), re.DOTALL | re.MULTILINE)
 NEEDS = {"openai": "OpenAI(", "ollama": "ollama."}
 
 

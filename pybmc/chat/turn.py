@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..engine.generate import filled
 from ..engine.model import Model
 from ..engine.schema import Schema
 from ..errors import ArgumentError, SchemaError
@@ -39,16 +38,19 @@ class Turn:
     variables: Mapping = field(default_factory=dict)
     split: bool = True
     budget: int | None = None
-    continued: bool = True
+    add_generation_prompt: bool = True
+    continue_final_message: bool = True
     wish: Asked | None = None
 
     def __post_init__(self) -> None:
         self.format: Format = format_of(self.template)
         messages, more = written(self.format, self.messages, self.tools)
         given = {**self.variables, **more}
-        self.tokens = filled(self.template.encode(messages, continue_final_message=self.continued, **given))
-        last = self.messages[-1]
-        content = last.get("content") if self.continued and last["role"] == "assistant" else ""
+        self.tokens = self.template.encode(messages, self.add_generation_prompt, self.continue_final_message, **given)
+        if not self.tokens:
+            raise ArgumentError("messages: their prompt is empty; expected some text")
+        last, goes_on = self.messages[-1], self.add_generation_prompt and self.continue_final_message
+        content = last.get("content") if goes_on and last["role"] == "assistant" else ""
         self.begun = content if isinstance(content, str) else ""
         ids = self._tokenizer.vocab.ids
         calls = frozenset(ids[name] for name in self.format.shown if name in ids and self.tools)

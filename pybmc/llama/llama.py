@@ -178,7 +178,8 @@ class Llama:
             checks.refuse("top_logprobs", "logprobs to be true beside it", top_logprobs)
         n_top = checks.whole("top_logprobs", top_logprobs or 0) if logprobs else None
         offered = tools_of(tools, tool_choice, functions=functions, function_call=function_call)
-        turn = Turn(self._live, self._template, messages, offered, split=False, continued=False, wish=arguments.wish_of(given))
+        turn = Turn(self._live, self._template, messages, offered, split=False, continue_final_message=False,
+                    wish=arguments.wish_of(given))
         request = self._request(turn.tokens, given | {"stopping_criteria": None, "grammar": None, "response_format": None})
         request = replace(request, top=n_top or 0, schema=turn.schema(), shown=turn.shown)
         turn.note_ignored()

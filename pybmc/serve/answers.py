@@ -80,13 +80,13 @@ def text_logprobs(tokenizer, entries: Iterable[tuple], n_top: int, offsets: Offs
 
 @dataclass
 class Update:
-    """What is new of one answer. progress: tokens read, and of how many. scores: of the prompt's tokens, once they are known.
-    At the end done is set, and error where it failed."""
+    """What is new of one answer. progress: tokens read, of how many, and the seconds since the first, each time. scores: of
+    the prompt's tokens, once they are known. At the end done is set, and error where it failed."""
 
     index: int
     tokens: list[Token] = field(default_factory=list)
     stats: Stats | None = None
-    progress: tuple[int, int] | None = None
+    progress: list[tuple[int, int, float]] = field(default_factory=list)
     done: bool = False
     error: Refused | None = None
     stop_string: str | None = None
@@ -210,6 +210,21 @@ def timings_of(stats: Stats) -> dict:
             "draft_n_accepted": stats.draft_n_accepted, "plain_per_second": stats.plain_tok_s}
 
 
+def usage_chunk(answer) -> dict:
+    """What a stream ends with where usage was asked for; llama-server's clients look for timings there."""
+    return {"choices": [], "usage": answer.usage(), "timings": timings_of(answer.choices[0].stats)}
+
+
+def progress_of(choice: Choice, update: Update, per_token: bool = False) -> list[dict]:
+    """How far the prompt was read, as chunks tell it. per_token: with timings."""
+    chunks = []
+    for done, total, seconds in update.progress:
+        told = {"total": total, "cache": choice.stats.reused_tokens, "processed": done, "time_ms": 1e3 * seconds}
+        reading = Stats(done, choice.stats.reused_tokens, seconds)
+        chunks.append({"prompt_progress": told} | ({"timings": timings_of(reading)} if per_token else {}))
+    return chunks
+
+
 # ---- chat --------------------------------------------------------------------------------------------------
 
 
@@ -271,10 +286,7 @@ class ChatAnswer:
     def take(self, update: Update) -> list[dict]:
         choice, chunks = self.choices[update.index], []
         events = choice.take(update)
-        if update.progress:
-            done, total = update.progress
-            told = {"total": total, "cache": choice.stats.reused_tokens, "processed": done}
-            chunks.append(self._chunk(choice, {}) | {"prompt_progress": told})
+        chunks += [self._chunk(choice, {}) | told for told in progress_of(choice, update, self._per_token)]
         for delta, its in deltas(events, self._functions):
             chunks.append(self._chunk(choice, delta, self._new_logprobs(choice))
                           | (self._per_token_extras(choice, its) if self._per_token else {}))
@@ -289,7 +301,7 @@ class ChatAnswer:
 
     def last(self) -> list[dict]:
         """What follows when all answers have ended."""
-        return [self.head.dict("chat.completion.chunk") | {"choices": [], "usage": self.usage()}] if self._usage else []
+        return [self.head.dict("chat.completion.chunk") | usage_chunk(self)] if self._usage else []
 
     def usage(self) -> dict:
         return usage_of(self.choices, len(self.choices), self._predicted)
@@ -335,9 +347,9 @@ class TextAnswer:
     """The answers to a completion request, n to each prompt. prompts: (text, ids) of each; echo: the text comes first."""
 
     def __init__(self, head: Head, tokenizer, choices: list[Choice], prompts: list[tuple[str, list[int]]],
-                 n_top: int | None = None, usage: bool = False, echo: bool = False):
+                 n_top: int | None = None, usage: bool = False, echo: bool = False, per_token: bool = False):
         self.head, self.tokenizer, self.choices, self.prompts, self.n_top = head, tokenizer, choices, prompts, n_top
-        self.n, self.echo, self._usage = len(choices) // len(prompts), echo, usage
+        self.n, self.echo, self._usage, self._per_token = len(choices) // len(prompts), echo, usage, per_token
         self._told = [0] * len(choices)         # tokens whose log-probabilities have gone out
         self._offsets = [Offsets(tokenizer) for _ in choices]
 
@@ -348,17 +360,18 @@ class TextAnswer:
     def take(self, update: Update) -> list[dict]:
         choice, first = self.choices[update.index], not self._told[update.index]
         text = "".join(event.text for event in choice.take(update) if isinstance(event, Content))
+        told = [self._chunk(choice, "") | progress for progress in progress_of(choice, update, self._per_token)]
         if not text and not update.done:
-            return []
+            return told
         logprobs = self._logprobs(choice, self._told[choice.index], self._offsets[choice.index])
         if logprobs:
             self._told[choice.index] += len(logprobs["tokens"])
             text = self._prompt(choice)[0] * (self.echo and first) + text
         chunk = self._chunk(choice, text, logprobs, choice.finish_reason)
-        return [chunk | {"timings": timings_of(choice.stats)} if update.done else chunk]
+        return [*told, chunk | {"timings": timings_of(choice.stats)} if update.done or self._per_token else chunk]
 
     def last(self) -> list[dict]:
-        return [self.head.dict("text_completion") | {"choices": [], "usage": self.usage()}] if self._usage else []
+        return [self.head.dict("text_completion") | usage_chunk(self)] if self._usage else []
 
     def usage(self) -> dict:
         return usage_of(self.choices, self.n)

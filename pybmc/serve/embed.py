@@ -12,9 +12,9 @@ from .http import in_pool, service_of, while_here
 from .service import Service
 
 
-async def vectors(request: Request, texts: list[str], truncate: bool = False) -> tuple[np.ndarray, int]:
-    """float32 (len(texts), dim), and how many tokens were read. truncate: what is too long is cut; else it is
-    refused. A client that leaves ends it after the pass."""
+async def vectors(request: Request, texts: list, truncate: bool = False) -> tuple[np.ndarray, int]:
+    """Of texts or lists of ids: float32 (len(texts), dim), and how many tokens were read. truncate: what is too long is
+    cut; else it is refused. A client that leaves ends it after the pass."""
     service = service_of(request)
     if pooling_kind(service.model, service.settings.pooling) == "rank":
         raise Refused(400, "unsupported_model", f"{service.name} is a reranker: it gives scores, not embeddings")
@@ -31,6 +31,7 @@ async def passes(service: Service, ids: list[list[int]]) -> np.ndarray:
         for group in groups(ids, min(PASS, model.pass_tokens)):
             some = [ids[i] for i in group]
             found |= zip(group, await service.worker.call(lambda: model.embed(some, False, pooling)))
+            service.metrics.embedded(sum(map(len, some)))
     except BmcError as error:
         raise refusal(error) from None
     return np.stack([found[i] for i in range(len(ids))])
@@ -38,6 +39,15 @@ async def passes(service: Service, ids: list[list[int]]) -> np.ndarray:
 
 def normalized(rows: np.ndarray, dimensions: int | None = None) -> np.ndarray:
     """Rows cut to some dimensions, of length 1 again."""
-    cut = rows[:, :dimensions].astype(np.float64)
-    lengths = np.linalg.norm(cut, axis=1, keepdims=True)
-    return (cut / np.where(lengths > 0, lengths, 1)).astype(np.float32)
+    return scaled(rows[:, :dimensions])
+
+
+def scaled(rows: np.ndarray, norm: int = 2) -> np.ndarray:
+    """Rows of length 1 by a norm, as llama-server numbers them: -1 leaves them as they are, 0 takes the largest value for
+    32760, others are p-norms."""
+    if norm == -1:
+        return rows
+    wide = rows.astype(np.float64)
+    order = norm or np.inf
+    lengths = np.linalg.norm(wide, order, axis=1, keepdims=True) / (1 if norm else 32760)
+    return (wide / np.where(lengths > 0, lengths, 1)).astype(np.float32)

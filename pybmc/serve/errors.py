@@ -20,12 +20,14 @@ TYPES = {
 
 
 class Refused(Exception):
-    """A request, or the rest of an answer, is refused. param: the field that is to blame. headers: more of the answer's."""
+    """A request, or the rest of an answer, is refused. param: the field that is to blame. headers: more of the answer's.
+    counts: the numbers in the message, for programs."""
 
     def __init__(self, status: int, code: str | None, message: str, param: str | None = None,
-                 headers: dict | None = None):
+                 headers: dict | None = None, counts: dict | None = None):
         super().__init__(message)
-        self.status, self.code, self.message, self.param, self.headers = status, code, message, param, headers or {}
+        self.status, self.code, self.message, self.param = status, code, message, param
+        self.headers, self.counts = headers or {}, counts or {}
 
     @property
     def type(self) -> str:
@@ -63,7 +65,8 @@ def refusal(error: BmcError, fields=()) -> Refused:
 
 
 def openai_error(refused: Refused) -> dict:
-    return {"error": {"message": refused.message, "type": refused.type, "param": refused.param, "code": refused.code}}
+    return {"error": {"message": refused.message, "type": refused.type, "param": refused.param, "code": refused.code}
+            | refused.counts}
 
 
 def ollama_error(refused: Refused) -> dict:

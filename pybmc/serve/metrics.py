@@ -29,7 +29,8 @@ class Metrics:
         self.between = self._histogram("between_tokens_seconds", "Time between tokens")
         self.registry.register(self)
         self._prompt_seconds = self._predicted_seconds = 0.0
-        self._prompt_tokens = self._predicted_tokens = 0
+        self._prompt_tokens = self._predicted_tokens = self._cached_tokens = self._embedding_passes = 0
+        self._longest = self._checked = 0       # tokens of a text; passes that verified guesses
 
     def _counter(self, name: str, help: str, labels=()) -> Counter:
         return Counter(f"pybmc_{name}", help, labels, registry=self.registry)
@@ -48,7 +49,15 @@ class Metrics:
         self.drafted.inc(stats.draft_n)
         self._prompt_tokens, self._prompt_seconds = self._prompt_tokens + read, self._prompt_seconds + stats.prompt_s
         self._predicted_tokens += stats.predicted_tokens
+        self._cached_tokens += stats.reused_tokens
+        self._longest = max(self._longest, stats.prompt_tokens + stats.predicted_tokens)
+        self._checked += sum(n for k, n in stats.lengths.items() if k)
         self._predicted_seconds += stats.predicted_s
+
+    def embedded(self, n: int) -> None:
+        """A pass read n tokens for embeddings."""
+        self.read.labels("read").inc(n)
+        self._prompt_tokens, self._embedding_passes = self._prompt_tokens + n, self._embedding_passes + 1
 
     def collect(self):
         """What the engine and its thread count, and llama-server's names for what means the same."""
@@ -64,6 +73,9 @@ class Metrics:
                 ("pybmc_kept_rows", "Rows of ended sequences", kept.rows),
                 ("llamacpp:requests_processing", "Requests in work", len(running)),
                 ("llamacpp:requests_deferred", "Requests that wait", waiting),
+                ("llamacpp:n_tokens_max", "Longest text, prompt and answer", self._longest),
+                ("llamacpp:n_busy_slots_per_decode", "Sequences in a step, on average",
+                 _rate(worker.sequences, worker.steps)),
                 ("llamacpp:prompt_tokens_seconds", "Prompt tokens a second",
                  _rate(self._prompt_tokens, self._prompt_seconds)),
                 ("llamacpp:predicted_tokens_seconds", "Written tokens a second",
@@ -74,6 +86,12 @@ class Metrics:
                 ("pybmc_steps", "Steps of the engine", worker.steps),
                 ("pybmc_busy_seconds", "Seconds in them", worker.busy_seconds),
                 ("llamacpp:prompt_tokens", "Prompt tokens read", self._prompt_tokens),
+                ("llamacpp:prompt_tokens_cached", "Prompt tokens that were there already", self._cached_tokens),
+                ("llamacpp:n_decode", "Steps of the engine, and passes for embeddings",
+                 worker.steps + self._embedding_passes),
+                ("llamacpp:spec_decode_num_draft_tokens", "Guesses that were verified", _value(self.drafted)),
+                ("llamacpp:spec_decode_num_accepted_tokens", "Guesses that came true", _value(self.accepted)),
+                ("llamacpp:spec_decode_num_drafts", "Passes that verified guesses", self._checked),
                 ("llamacpp:prompt_seconds", "Seconds of reading them", self._prompt_seconds),
                 ("llamacpp:tokens_predicted", "Tokens written", self._predicted_tokens),
                 ("llamacpp:tokens_predicted_seconds", "Seconds of writing them", self._predicted_seconds)):
@@ -81,6 +99,12 @@ class Metrics:
 
     def text(self) -> bytes:
         return generate_latest(self.registry)
+
+
+def _value(counter: Counter) -> float:
+    """A counter's value, over all labels."""
+    samples = [sample for metric in counter.collect() for sample in metric.samples]
+    return sum(sample.value for sample in samples if sample.name.endswith("_total"))
 
 
 def _rate(n: float, seconds: float) -> float:

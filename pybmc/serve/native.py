@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import time
-from dataclasses import replace
-from math import inf
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from math import inf, isfinite
+from pathlib import Path
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -16,8 +19,8 @@ from ..chat.tools import format_of, written
 from ..engine.sampler import Sampler
 from ..engine.text import Token
 from ..errors import ArgumentError
-from .answers import Choice, Update, one_logprob, timings_of, usage_of
-from .embed import normalized, vectors
+from .answers import Choice, Update, one_logprob, progress_of, timings_of, usage_of
+from .embed import scaled, vectors
 from .errors import Refused, invalid, unsupported
 from .fields import Fields
 from .http import Json, Sse, client_of, fields_of, in_pool, respond, service_of, writer_of
@@ -29,22 +32,38 @@ from .tasks import (
     gap_prompt,
     grammar_of,
     messages_of,
+    plain_prompt,
     refuse_common,
+    several,
     template_request,
     text_prompts,
     text_task_of,
     tools_asked,
+    turns_of,
     variables_of,
 )
 
+NEW_SEED = (1 << 32) - 1                # what llama-server says of a seed that is a new one each time
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What an answer to /completion tells besides its text. n_top: likeliest ids with each token. settings: how it was
+    asked for. ids: of tokens. only: paths of the only fields of a whole answer, if any are named. per_token: chunks have
+    timings."""
+
+    n_top: int
+    settings: dict
+    ids: bool
+    only: tuple[str, ...]
+    per_token: bool
+
 
 class NativeAnswer:
-    """Answers to /completion, one to each prompt; a list of them where there are several. shows: whether ids are told, and
-    the only fields that are, if any are named."""
+    """Answers to /completion, n to each prompt; a list of them where there are several."""
 
-    def __init__(self, service: Service, choices: list[Choice], task: Task, n_top: int, shows: tuple[bool, list[str]]):
-        self.service, self.choices, self.prompts, self.sampler = service, choices, task.prompts, task.requests[0].sampler
-        self.n_top, (self._ids, self._only) = n_top, shows
+    def __init__(self, service: Service, choices: list[Choice], task: Task, shown: Shown):
+        self.service, self.choices, self.task, self.shown = service, choices, task, shown
         self._told = [0] * len(choices)
 
     def begin(self) -> list[dict]:
@@ -53,12 +72,9 @@ class NativeAnswer:
     def take(self, update: Update) -> list[dict]:
         choice = self.choices[update.index]
         text = "".join(event.text for event in choice.take(update) if isinstance(event, Content))
-        chunks = []
+        chunks = [self._chunk(choice, "", []) | told for told in progress_of(choice, update, self.shown.per_token)]
         if text:
-            new = self._new(choice)
-            chunks.append({"index": choice.index, "content": text, "tokens": self._told_ids(new), "stop": False,
-                           "id_slot": -1, "tokens_predicted": choice.stats.predicted_tokens,
-                           "tokens_evaluated": choice.stats.prompt_tokens} | self._probabilities(new))
+            chunks.append(self._chunk(choice, text, self._new(choice)))
         if update.done:
             chunks.append(self._final(choice, "", []))
         return chunks
@@ -71,56 +87,83 @@ class NativeAnswer:
         return found if len(found) > 1 else found[0]
 
     def usage(self) -> dict:
-        return usage_of(self.choices)
+        return usage_of(self.choices, self.task.n)
+
+    def _chunk(self, choice: Choice, text: str, tokens: list[Token]) -> dict:
+        """A piece of a stream; the ids of its tokens are always there."""
+        timings = {"timings": timings_of(choice.stats)} if self.shown.per_token else {}
+        return {"index": choice.index, "content": text, "tokens": [token.id for token in tokens], "stop": False,
+                "id_slot": -1, "tokens_predicted": choice.stats.predicted_tokens,
+                "tokens_evaluated": choice.stats.prompt_tokens} | self._probabilities(tokens) | timings
 
     def _new(self, choice: Choice) -> list[Token]:
         new, self._told[choice.index] = choice.shown[self._told[choice.index]:], len(choice.shown)
         return new
 
-    def _told_ids(self, tokens: list[Token]) -> list[int]:
-        return [token.id for token in tokens] if self._ids else []
-
     def _probabilities(self, tokens: list[Token]) -> dict:
-        if not self.n_top:
+        n_top, tokenizer = self.shown.n_top, self.service.tokenizer
+        if not n_top or not tokens:
             return {}
-        tokenizer = self.service.tokenizer
 
         def one(id: int, logprob: float) -> dict:
             return {"id": id} | one_logprob(tokenizer, id, logprob)
 
         return {"completion_probabilities": [
-            one(token.id, token.logprob) | {"top_logprobs": [one(id, logprob) for id, logprob in token.top[:self.n_top]]}
+            one(token.id, token.logprob) | {"top_logprobs": [one(id, logprob) for id, logprob in token.top[:n_top]]}
             for token in tokens]}
 
     def _final(self, choice: Choice, text: str, tokens: list[Token]) -> dict:
         stats, last = choice.stats, choice.tokens[-1] if choice.tokens else None
         kind = "word" if choice.stop_string else "eos" if last and last.finish_reason == "stop" else "limit"
-        prompt, ids = self.prompts[choice.index]
-        found = {"index": choice.index, "content": text, "tokens": self._told_ids(tokens), "id_slot": -1, "stop": True,
-                 "model": self.service.name, "tokens_predicted": stats.predicted_tokens, "tokens_evaluated": stats.prompt_tokens,
-                 "generation_settings": self._settings(), "prompt": prompt,
+        ids = self.task.prompts[choice.index // self.task.n][1]
+        found = {"index": choice.index, "content": text, "tokens": [token.id for token in tokens if self.shown.ids],
+                 "id_slot": -1, "stop": True, "model": self.service.name, "tokens_predicted": stats.predicted_tokens,
+                 "tokens_evaluated": stats.prompt_tokens, "generation_settings": self.shown.settings,
+                 "prompt": self.service.tokenizer.decode(ids, special=True),
                  "has_new_line": "\n" in choice.content, "truncated": False, "stop_type": kind,
                  "stopping_word": choice.stop_string or "",
                  "tokens_cached": len(ids) + max(stats.predicted_tokens - 1, 0),
                  "timings": timings_of(stats)} | self._probabilities(tokens)
-        return {name: found[name] for name in self._only if name in found} if self._only else found
+        return picked(found, self.shown.only) if self.shown.only else found
 
-    def _settings(self) -> dict:
-        return {name: getattr(self.sampler, name) for name in ("seed", *SAMPLING)} | {"n_ctx": self.service.context}
+
+def picked(found: dict, paths: Iterable[str]) -> dict:
+    """The fields that some paths name, as in timings/prompt_n, under these paths; what is not there is left out."""
+    values = {}
+    for path in paths:
+        value: Any = found
+        for name in path.split("/"):
+            value = value.get(name) if isinstance(value, dict) else None
+        if value is not None:
+            values[path] = value
+    return values
+
+
+def settings_of(sampler: Sampler, context: int) -> dict:
+    """A sampler's settings under llama-server's names. A bias of null bans a token."""
+    bias = [{"token": id, "bias": finite_or_none(value)} for id, value in sampler.logit_bias.items()]
+    return {name: getattr(sampler, name) for name in ("seed", *SAMPLING)} | {"n_ctx": context, "logit_bias": bias}
+
+
+def finite_or_none(value: float) -> float | None:
+    return value if isfinite(value) else None
 
 
 def native_task(service: Service, fields: Fields, client, prompts):
     refuse_common(fields)
-    fields.flag("stream")
-    most, n_top = fields.whole("n_predict", -1, -1), fields.whole("n_probs", 0, 0, 20)
-    if "n_predict" not in fields:
-        most = fields.whole("max_tokens", -1, -1)
+    most = next((fields.whole(name, -1, -1) for name in ("n_predict", "max_tokens") if name in fields), -1)
+    n_top = fields.whole("n_probs", 0, 0, 20)
     base = replace(template_request(service, fields, client, inf if most < 0 else most), top=n_top)
     only = fields.listed("response_fields")
     if not all(isinstance(name, str) for name in only):
         raise invalid("response_fields", "response_fields has something else than names")
-    task = text_task_of(service, base, prompts, grammar=grammar_of(service, fields))
-    return task, NativeAnswer(service, task.choices(), task, n_top, (fields.flag("return_tokens"), only))
+    settings = settings_of(base.sampler, service.context) | {
+        "n_predict": most, "max_tokens": most, "n_probs": n_top, "stop": list(base.stop),
+        **{name: fields.flag(name) for name in ("stream", "ignore_eos", "timings_per_token", "return_tokens")}}
+    n = fields.whole("n_cmpl", fields.whole("n", 1, 1, 16), 1, 16)
+    task = text_task_of(service, base, prompts, n, grammar_of(service, fields))
+    shown = Shown(n_top, settings, fields.flag("return_tokens"), tuple(only), fields.flag("timings_per_token"))
+    return task, NativeAnswer(service, task.choices(), task, shown)
 
 
 async def completion(request: Request) -> Response:
@@ -135,24 +178,32 @@ async def completion(request: Request) -> Response:
 
 async def infill(request: Request) -> Response:
     service, fields = writer_of(request), await fields_of(request)
-    fields.refuse(("input_extra",))
 
     def make():
-        before = fields.text("input_prefix", "") + fields.text("prompt", "")
-        gap = gap_prompt(service, before, fields.text("input_suffix", ""), "input_suffix")
+        extra = [_file(Fields(chunk, f"input_extra[{i}].") if isinstance(chunk, dict) else None, i)
+                 for i, chunk in enumerate(fields.listed("input_extra", 1024))]
+        gap = gap_prompt(service, fields.text("input_prefix", ""), fields.text("input_suffix", ""), "input_suffix",
+                         fields.text("prompt", ""), extra)
         return native_task(service, fields, client_of(request), [gap])
 
     task, answer = await in_pool(request, make)
     return await respond(request, task, answer, Sse(b"") if fields.flag("stream") else None)
 
 
+def _file(chunk: Fields | None, i: int) -> tuple[str, str]:
+    """Name and text of another file that the filling may need."""
+    if chunk is None or "text" not in chunk:
+        raise invalid(f"input_extra[{i}]", f"input_extra[{i}] has no text; expected an object with text and filename")
+    return chunk.text("filename", "file"), chunk.text("text", "")
+
+
 async def embedding(request: Request) -> Response:
     fields = await fields_of(request)
-    given = fields.get("content", fields.get("input"))
-    texts = [given] if isinstance(given, str) else given
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
-        raise invalid("content", "expected content to be a text or a list of texts, none of them empty")
-    rows = normalized((await vectors(request, texts))[0]).tolist()
+    inputs = [plain_prompt(one, "content") for one in several(fields.get("content", fields.get("input")))]
+    if not inputs or not all(isinstance(one, (str, list)) and one for one in inputs):
+        raise invalid("content", "expected content to be a text, token ids, or a list of either, none of them empty")
+    found, _ = await vectors(request, inputs)
+    rows = scaled(found, fields.whole("embd_normalize", 2, -1, 32)).tolist()
     return Json([{"index": i, "embedding": [row]} for i, row in enumerate(rows)])
 
 
@@ -197,12 +248,13 @@ async def apply_template(request: Request) -> Response:
 
     def write() -> str:
         refuse_common(fields)
-        continued = fields.flag("continue_final_message", True)
+        messages = messages_of(fields)
+        turns = turns_of(fields, messages)
         try:
-            messages, more = written(format_of(service.template), messages_of(fields), tools_asked(fields))
+            messages, more = written(format_of(service.template), messages, tools_asked(fields))
         except ArgumentError as error:
             raise blamed(error) from None
-        return service.template.render(messages, continue_final_message=continued, **variables_of(fields) | more)
+        return service.template.render(messages, **turns, **variables_of(fields) | more)
 
     return Json({"prompt": await in_pool(request, write)})
 
@@ -230,9 +282,11 @@ async def health(request: Request) -> Response:
 async def props(request: Request) -> Response:
     service = service_of(request)
     sampler = Sampler(**{"temperature": 0.8, **service.settings.sampling})
-    params = {name: getattr(sampler, name) for name in SAMPLING}
-    return Json({"default_generation_settings": {"n_ctx": service.context, "params": params},
-                 "total_slots": service.settings.parallel, "model_alias": service.name, "model_path": service.name,
+    seed = service.settings.sampling.get("seed", NEW_SEED)
+    params = settings_of(sampler, service.context) | {"seed": seed, "n_predict": -1, "max_tokens": -1, "stop": []}
+    return Json({"default_generation_settings": {"n_ctx": service.context, "params": params}, "is_sleeping": False,
+                 "total_slots": service.settings.parallel, "model_alias": service.name,
+                 "model_path": Path(service.model.path).name,
                  "chat_template": service.template.source, "bos_token": token_text(service, service.tokenizer.bos_id),
                  "eos_token": token_text(service, service.tokenizer.eos_id), "build_info": f"pybmc {__version__}",
                  "modalities": {"vision": False, "audio": False}})
@@ -248,13 +302,17 @@ async def slots(request: Request) -> Response:
              "seconds": time.perf_counter() - s.since}
             for i, s in enumerate(running)]
     idle = range(len(busy), service.settings.parallel)
+    if not idle and request.query_params.get("fail_on_no_slot"):
+        raise Refused(503, "queue_full", f"all {len(busy)} slots are busy", headers={"Retry-After": "1"})
     return Json(busy + [{"id": i, "is_processing": False, "n_ctx": service.context, "state": "idle"} for i in idle])
 
 
 async def metrics(request: Request) -> Response:
     if not request.scope["pybmc.metrics"]:
         raise Refused(501, "disabled", "/metrics is disabled by --no-metrics")
-    return PlainTextResponse(service_of(request).metrics.text(), media_type="text/plain; version=0.0.4")
+    service = service_of(request)
+    return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4",
+                             headers={"Process-Start-Time-Unix": str(service.created)})
 
 
 async def read_only(request: Request) -> Response:

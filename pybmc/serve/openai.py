@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from dataclasses import replace
+from math import inf
 
 import numpy as np
 from starlette.requests import Request
@@ -41,7 +42,9 @@ def head(service: Service, prefix: str) -> Head:
 
 
 def most_tokens(service: Service, fields: Fields, names, default: float) -> float:
-    return next((fields.whole(name) for name in names if name in fields), default)
+    """A length by one of its names; -1 is as much as the context has room for."""
+    most = next((fields.whole(name, None, -1) for name in names if name in fields), default)
+    return inf if most == -1 else most
 
 
 async def chat(request: Request) -> Response:
@@ -58,15 +61,26 @@ def chat_task(service: Service, fields: Fields, client):
     n_top = fields.whole("top_logprobs", 0, 0, 20) if fields.flag("logprobs") else None
     if n_top is None and fields.get("top_logprobs"):
         raise invalid("top_logprobs", "top_logprobs is given without logprobs; expected logprobs to be true")
-    most = most_tokens(service, fields, ("max_completion_tokens", "max_tokens"), service.settings.max_tokens)
+    names = ("max_completion_tokens", "max_tokens", "n_predict")
+    most = most_tokens(service, fields, names, service.settings.max_tokens)
     base = replace(template_request(service, fields, client, most), top=n_top or 0,
-                   hint=prediction_of(service, fields),
-                   progress=(lambda done, total: None) if fields.flag("return_progress") else None)
+                   hint=prediction_of(service, fields))
     usage, n = fields.object("stream_options").flag("include_usage"), fields.whole("n", 1, 1, 16)
     split = fields.choice("reasoning_format", ("none", "auto", "deepseek", "deepseek-legacy"), "auto") != "none"
     task = chat_task_of(service, base, turn_of(service, fields, split=split), n)
     return task, ChatAnswer(head(service, "chatcmpl-"), service.tokenizer, task.choices(), n_top, usage,
                             fields.flag("timings_per_token"), "prediction" in fields, bool(fields.get("functions")))
+
+
+async def count(request: Request) -> Response:
+    """How many tokens a chat request's prompt has."""
+    service, fields = writer_of(request), await fields_of(request)
+
+    def counted() -> int:
+        refuse_common(fields)
+        return len(turn_of(service, fields).tokens)
+
+    return Json({"object": "response.input_tokens", "input_tokens": await in_pool(request, counted)})
 
 
 async def completions(request: Request) -> Response:
@@ -86,11 +100,12 @@ def text_task(service: Service, fields: Fields, client):
         prompts = [gap_prompt(service, fields["prompt"], fields.text("suffix", ""), "suffix")]
     else:
         prompts = text_prompts(service, fields)
-    base = template_request(service, fields, client, most_tokens(service, fields, ("max_tokens",), 16))
+    base = template_request(service, fields, client, most_tokens(service, fields, ("max_tokens", "n_predict"), 16))
     base = replace(base, top=n_top or 0, score=n_top if echo else None)
     task = text_task_of(service, base, prompts, fields.whole("n", 1, 1, 16), grammar_of(service, fields))
     return task, TextAnswer(head(service, "cmpl-"), service.tokenizer, task.choices(), prompts, n_top,
-                            fields.object("stream_options").flag("include_usage"), echo)
+                            fields.object("stream_options").flag("include_usage"), echo,
+                            fields.flag("timings_per_token"))
 
 
 async def embeddings(request: Request) -> Response:
@@ -138,6 +153,7 @@ async def one_model(request: Request) -> Response:
 
 ROUTES = [
     *(Route(prefix + "/chat/completions", chat, methods=["POST"]) for prefix in ("/v1", "")),
+    *(Route(prefix + "/chat/completions/input_tokens", count, methods=["POST"]) for prefix in ("/v1", "")),
     Route("/v1/completions", completions, methods=["POST"]),
     *(Route(prefix + "/embeddings", embeddings, methods=["POST"]) for prefix in ("/v1", "")),
     *(Route(prefix + "/models", models) for prefix in ("/v1", "")),

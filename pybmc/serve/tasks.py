@@ -22,6 +22,7 @@ from ..errors import ArgumentError, BmcError, NeedsPackageError, SchemaError
 from ..grammar.asked import FIELDS, Asked, asked
 from ..grammar.grammar import Grammar
 from .answers import Choice
+from .chain import left_out
 from .errors import Refused, invalid, refusal, unsupported
 from .fields import Fields
 from .fill import fill_prompt
@@ -34,7 +35,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presenc
 BOUNDS = {"temperature": (0, 100), "repeat_penalty": (0.01, 100), "presence_penalty": (-100, 100),
           "frequency_penalty": (-100, 100)}
 REFUSED = ("images", "audio", "files", "web_search_options", "background", "previous_response_id", "conversation",
-           "session")
+           "session", "lora", "post_sampling_probs", "multimodal_data")
 TEXT_PARTS = ("text", "input_text", "output_text")
 MORE_OF_MESSAGES = ("name", "tool_calls", "function_call", "tool_call_id", "tool_name", "reasoning_content", "thinking")
 
@@ -72,9 +73,11 @@ def sampler_of(service: Service, fields: Fields) -> Sampler:
     for name, bounds in BOUNDS.items():
         fields.number(name, None, *bounds)
     given = dict(service.settings.sampling) | {name: fields[name] for name in SAMPLING if name in fields}
+    given |= left_out(fields)
     seed = fields.whole("seed", given.get("seed"), -(1 << 63), (1 << 64) - 1)
+    ends = dict.fromkeys(service.tokenizer.stop_ids, -inf) if fields.flag("ignore_eos") else {}
     given |= {"seed": int.from_bytes(os.urandom(4), "little") if seed in (None, -1) else seed,
-              "logit_bias": bias_of(service, fields) or given.get("logit_bias", {})}
+              "logit_bias": dict(bias_of(service, fields) or given.get("logit_bias", {})) | ends}
     try:
         return Sampler(**{"temperature": 0.8, **given})
     except ArgumentError as error:
@@ -140,7 +143,8 @@ def template_request(service: Service, fields: Fields, client: Hashable, max_tok
     most, ends = min(max_tokens, service.context + 1), service.tokenizer.stop_ids
     return Request((), most, sampler_of(service, fields), stop, ends,
                    context=service.settings.context, speculate=speculates(service, fields), client=client,
-                   reuse=fields.flag("cache_prompt", True))
+                   reuse=fields.flag("cache_prompt", True),
+                   progress=(lambda done, total: None) if fields.flag("return_progress") else None)
 
 
 def wish_of(fields: Fields, names: Sequence[str] = FIELDS) -> Asked | None:
@@ -192,8 +196,10 @@ def task_of(service: Service, base: Request, prompts: list[tuple[str, list[int]]
         raise invalid("n", f"n is {n} and there are {len(prompts)} prompts; expected at most {ANSWERS} answers")
     for _, ids in prompts:
         if len(ids) > service.context:
-            raise Refused(400, "context_length_exceeded", f"the prompt has {len(ids)} tokens; "
-                          f"expected at most {service.context}, the length of the context")
+            raise Refused(400, "context_length_exceeded",       # clients look for some of these words
+                          f"the prompt has {len(ids)} tokens, which exceeds the available context size of "
+                          f"{service.context} tokens",
+                          counts={"n_prompt_tokens": len(ids), "n_ctx": service.context})
     samplers = [replace(base.sampler, seed=base.sampler.seed + i) for i in range(n)]
     requests = [replace(base, tokens=ids, sampler=sampler, schema=schema()) for _, ids in prompts for sampler in samplers]
     return Task(requests, n, base.sampler.seed, prompts, stops=service.tokenizer.stop_ids, **more)
@@ -203,41 +209,67 @@ def task_of(service: Service, base: Request, prompts: list[tuple[str, list[int]]
 
 
 def text_prompts(service: Service, fields: Fields, name: str = "prompt") -> list[tuple[str, list[int]]]:
-    """A text, ids, or up to 64 of either; with their ids."""
+    """A text, ids, both mixed in a list, llama-server's {"prompt_string": text}, or up to 64 of them; with their ids."""
     given = fields.get(name)
     if given is None:
         raise invalid(name, f"{name} is missing; expected a text, a list of token ids, or a list of either")
-    several = isinstance(given, list) and bool(given) and isinstance(given[0], (str, list))
-    found = given if several else [given]
+    found = several(given)
     if len(found) > ANSWERS:
         raise invalid(name, f"{name} has {len(found)} prompts; expected at most {ANSWERS}")
     return [_text_prompt(service, one, name) for one in found]
 
 
-def _text_prompt(service: Service, prompt, name: str) -> tuple[str, list[int]]:
+def several(given) -> list:
+    """The prompts in a field: a list with a number in it is one of them."""
+    one = not isinstance(given, list) or not given or any(type(item) in (int, float) for item in given)
+    return [given] if one else given
+
+
+def plain_prompt(prompt, name: str):
+    """The text of a prompt that is an object."""
+    if not isinstance(prompt, dict):
+        return prompt
+    parts = Fields(prompt, f"{name}.")
+    parts.refuse(("multimodal_data",))
+    return parts.text("prompt_string")
+
+
+def _text_prompt(service: Service, given, name: str) -> tuple[str, list[int]]:
+    prompt = plain_prompt(given, name)
     if not isinstance(prompt, (str, list)):
-        raise invalid(name, f"{name} has {json.dumps(prompt)[:60]}; expected a text or a list of token ids")
+        raise invalid(name, f"{name} has {json.dumps(given)[:60]}; expected a text or a list of token ids")
     try:
-        ids = encode_text(service.tokenizer, prompt)
+        ids = encode_text(service.tokenizer, _ids_of(service, prompt) if isinstance(prompt, list) else prompt)
     except ArgumentError as error:
         raise Refused(400, "invalid_value", str(error), name) from None
     return prompt if isinstance(prompt, str) else service.tokenizer.decode(ids), ids
 
 
-def gap_prompt(service: Service, before: str, behind: str, name: str) -> tuple[str, list[int]]:
+def _ids_of(service: Service, prompt: list) -> list:
+    """A list of ids with the ids of the texts in it; one at the beginning gets the BOS of a prompt."""
+    found: list = []
+    for part in prompt:
+        if isinstance(part, str):
+            found += service.tokenizer.encode(part, bos=not found, special=True)
+        else:
+            found.append(part)
+    return found
+
+
+def gap_prompt(service: Service, before: str, behind: str, name: str, begun: str = "",
+               extra=()) -> tuple[str, list[int]]:
     if service.fill is None:
         raise unsupported(name, "needs a model with fill-in tokens, which this one does not have")
-    return before, fill_prompt(service.tokenizer, service.fill, before, behind)
+    return before, fill_prompt(service.tokenizer, service.fill, before, behind, begun, extra)
 
 
 def turn_of(service: Service, fields: Fields, names: Sequence[str] = FIELDS, split: bool = True) -> Turn:
     """The turn of a chat that is asked for. names: of the fields that may say what the answer follows."""
     messages, tools, wish = messages_of(fields), tools_asked(fields), wish_of(fields, names)
-    variables, budget = variables_of(fields), budget_of(service, fields)
-    continued = fields.flag("continue_final_message", True)
+    variables, budget, turns = variables_of(fields), budget_of(service, fields), turns_of(fields, messages)
     try:
         return compiled(wish.field if wish else "tools", lambda: Turn(
-            service.model, service.template, messages, tools, variables, split, budget, continued, wish))
+            service.model, service.template, messages, tools, variables, split, budget, wish=wish, **turns))
     except ArgumentError as error:
         raise blamed(error) from None
 
@@ -256,6 +288,16 @@ def budget_of(service: Service, fields: Fields) -> int | None:
     if given is None:
         given = fields.object("thinking").whole("budget_tokens", service.settings.reasoning_budget, -1)
     return None if given == -1 else given
+
+
+def turns_of(fields: Fields, messages: list[dict]) -> dict:
+    """Whether the last message goes on, and whether an answer begins after it."""
+    begins, continued = fields.flag("add_generation_prompt", True), fields.flag("continue_final_message", True)
+    if fields.get("add_generation_prompt") and fields.get("continue_final_message"):
+        raise invalid("continue_final_message",
+                      "add_generation_prompt and continue_final_message are both true; expected one of them at most")
+    goes_on = continued and messages[-1]["role"] == "assistant"
+    return {"add_generation_prompt": begins or goes_on, "continue_final_message": continued}
 
 
 def variables_of(fields: Fields) -> dict:

@@ -38,6 +38,7 @@ class Run:
         self.closed = False
         self.left = len(requests)
         self.started = time.perf_counter()
+        self.reading: dict[int, float] = {}     # the thread's: when the step began in which a prompt's reading did
         self._updates: asyncio.Queue[Update | None] = asyncio.Queue()
 
     def deliver(self, updates: list[Update]) -> None:
@@ -85,8 +86,10 @@ class Worker:
         self.waiting: set[Run] = set()          # the loop's: runs of which nothing was admitted yet ..
         self.runs: set[Run] = set()             # .. and all that have not ended
         self.busy_seconds, self.steps = 0.0, 0
+        self.sequences = 0                      # over all steps
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._sequences: dict = {}              # the thread's: sequence -> (run, index)
+        self._step_began = 0.0
         self._updates: dict = {}                # .. (run, index) -> what is new
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._work, name="pybmc-engine", daemon=True)
@@ -170,7 +173,9 @@ class Worker:
 
     def _progress(self, run: Run, index: int) -> Callable[[int, int], None]:
         def note(done: int, total: int) -> None:
-            self._update(run, index).progress = done, total
+            now = time.perf_counter()
+            began = run.reading.setdefault(index, self._step_began)
+            self._update(run, index).progress.append((done, total, now - began))
         return note
 
     def _cancel(self, run: Run) -> None:
@@ -183,6 +188,7 @@ class Worker:
 
     def _step(self) -> None:
         started, before = time.perf_counter(), {s for s in self._sequences if s.started}
+        self._step_began = started
         try:
             events = self.engine.step()
         except OutOfMemoryError:
@@ -196,9 +202,11 @@ class Worker:
         for sequence, token in events:
             if sequence in self._sequences:
                 self._update(*self._sequences[sequence]).tokens.append(token)
+        self.sequences += sum(s.started for s in self._sequences)
         for sequence, (run, index) in list(self._sequences.items()):
             if sequence.started and sequence not in before:
-                self._update(run, index)
+                begun = sequence.stats.reused_tokens, len(sequence.prompt)
+                self._update(run, index).progress[:0] = [(*begun, 0.0)] if sequence.request.progress else []
             if sequence.done:
                 self._end(sequence)
             elif (run, index) in self._updates:
