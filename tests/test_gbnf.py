@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from test_grammar import demo
 
 from pybmc.errors import SchemaError, UnsupportedSchemaError
-from pybmc.grammar import Grammar
+from pybmc.grammar import Grammar, lexemes
 from pybmc.grammar.gbnf import Chars, Either, Name, Repeat, Sequence, parse
 from pybmc.grammar.lexemes import lark_of
 
@@ -111,7 +111,7 @@ def drawn(rng):
     return "\n".join(f"{name} ::= {node(3)}" for name in names)
 
 
-@settings(max_examples=int(os.environ.get("PYBMC_GRAMMARS", "60")))
+@settings(max_examples=int(os.environ.get("PYBMC_GRAMMARS", "40")))
 @given(st.integers(0, 10 ** 9))
 def test_texts_are_accepted_where_some_way_to_read_them_exists(seed):
     """All texts of up to three letters, and longer ones, against a slow reading of the same rules."""
@@ -150,6 +150,12 @@ def test_large_grammars_are_refused():
     chain = "\n".join(f'r{i} ::= r{i + 1} "x"' for i in range(990))
     with pytest.raises(SchemaError, match="nested too deeply|too large"):
         Grammar.gbnf('root ::= ("(" root ")")? r0\n' + chain + '\nr990 ::= "y"', demo())
+
+
+def test_what_takes_too_long_is_given_up(monkeypatch):
+    monkeypatch.setattr(lexemes, "SECONDS", -1.0)
+    with pytest.raises(UnsupportedSchemaError, match="seconds"):
+        Grammar.gbnf('root ::= "(" root ")" | "too long"', demo())
 
 
 def test_what_is_regular_stays_whole():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -214,7 +215,7 @@ def _united(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return found
 
 
-def _without_surrogates(ranges: list[tuple[int, int]]):
+def _without_surrogates(ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     for first, last in ranges:
         yield from ((a, b) for a, b in ((first, min(last, SURROGATES[0] - 1)), (max(first, SURROGATES[1] + 1), last)) if a <= b)
 

@@ -22,8 +22,6 @@ log = logging.getLogger(__name__)
 SIZE, DEPTH = 256 * 1024, 64            # bytes of a schema or grammar, and how deep a schema is nested
 RULES = 1000                            # of a grammar: what compiling takes may grow with their square
 LARK = "%llguidance"                    # a grammar that begins so is Lark, as llguidance reads it; others are GBNF
-
-
 _RULE = re.compile(r"^[ \t]*[!?]*[\w-]+(?:\[[^\]\n]*\])?(?:\.-?\d+)?\s*:", re.MULTILINE)
 
 
