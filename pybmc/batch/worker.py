@@ -17,6 +17,7 @@ from ..engine.sequence import Sequence
 from ..engine.text import Token
 from ..errors import BmcError
 from ..grammar.asked import grammar_asked
+from ..grammar.grammar import Grammar
 from .lines import Line, failure, parsed
 
 AHEAD = 16                              # lines that are begun before the oldest is done, for each that is written at a time
@@ -27,6 +28,7 @@ class _Job:
     line: Line
     asked: dict
     seed: int
+    ignored: tuple[str, ...]            # keywords of its schema without effect
     tokens: list[Token] = field(default_factory=list)
 
     def answer(self, sequence: Sequence) -> dict:
@@ -36,7 +38,8 @@ class _Job:
         return {"index": self.line.number, **({"id": self.asked["id"]} if "id" in self.asked else {}), "key": self.line.key,
                 "text": "".join(token.text for token in self.tokens),
                 "finish_reason": self.tokens[-1].finish_reason if self.tokens else "length", "seed": self.seed,
-                "prompt_tokens": stats.prompt_tokens, "completion_tokens": stats.predicted_tokens}
+                "prompt_tokens": stats.prompt_tokens, "completion_tokens": stats.predicted_tokens,
+                **({"schema_ignored": list(self.ignored)} if self.ignored else {})}
 
 
 class Worker:
@@ -71,19 +74,20 @@ class Worker:
     def _begin(self, line: Line, running: dict, ready: dict) -> None:
         try:
             asked = parsed(line, tuple(Sampler.__dataclass_fields__))
-            request = self._request(asked)
-            running[self.engine.add(request)] = _Job(line, asked, request.sampler.seed)
+            grammar = grammar_asked(asked, self.model)
+            request = self._request(asked, grammar)
+            running[self.engine.add(request)] = _Job(line, asked, request.sampler.seed, grammar.ignored if grammar else ())
         except (BmcError, OSError) as error:
             ready[line.number] = failure(line, error)
 
-    def _request(self, asked: dict) -> Request:
+    def _request(self, asked: dict, grammar: Grammar | None) -> Request:
         wishes = {**self.settings, **asked}
         settings = {name: wishes[name] for name in Sampler.__dataclass_fields__ if name in wishes}
         if settings.get("seed") is None:
             settings["seed"] = int.from_bytes(os.urandom(4), "little") if settings.get("temperature") else 0
         fields = checked_wishes(self.model, wishes.get("max_tokens"), wishes.get("stop"), None, settings)
         tokens, thinks = self._read(asked)
-        schema = schema_of(grammar_asked(asked, self.model), self.model.tokenizer, tokens, thinks)
+        schema = schema_of(grammar, self.model.tokenizer, tokens, thinks)
         return Request(tokens, context=self.context, schema=schema, **fields)
 
     def _read(self, asked: dict) -> tuple[list[int], bool]:

@@ -103,7 +103,8 @@ def followed(grammar: Grammar | None, model: Model, tokens: list[int], thinks: b
     """The fields of a request whose answer follows a grammar; its end ends the text, whatever else does."""
     if grammar is None:
         return {}
-    return {"schema": schema_of(grammar, model.tokenizer, tokens, thinks), "stop_ids": wishes["stop_ids"] | model.tokenizer.stop_ids}
+    tokenizer = model.tokenizer
+    return {"schema": schema_of(grammar, tokenizer, tokens, thinks), "stop_ids": wishes["stop_ids"] | tokenizer.stop_ids}
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, chat_template: Any = None, variables: Mapping | None = None) -> list[int]:
