@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -65,8 +64,7 @@ class Service:
         self.context = given.context or (model.config.n_ctx if self.writes else model.pass_tokens)
         self.template = ChatTemplate(given.chat_template, self.tokenizer)
         self.fill = fill_tokens(self.tokenizer)
-        self.digest = digest(model)
-        self.fingerprint = f"b{__version__}-{self.digest[:12]}"
+        self.fingerprint = f"b{__version__}-{model.fingerprint[:12]}"
         self.metrics = Metrics(self)
         self.closing = self.closed = False
         memory = given.memory if given.memory is not None else free_memory() / 2
@@ -113,15 +111,6 @@ class Service:
         known = {"completion": True, "thinking": thinks, "insert": self.fill is not None,
                  "embedding": self.model.config.pooling.kind != "none"}
         return [name for name, has in known.items() if has]
-
-
-def digest(model: Model) -> str:
-    """64 hex digits that tell a model from others: of its tensor table and a sample of every tensor."""
-    found = hashlib.sha256()
-    for tensor in model._file.tensors.values():
-        found.update(f"{tensor.name} {tensor.type.name} {tensor.shape}\n".encode())
-        found.update(tensor.data[:64].tobytes() + tensor.data[-64:].tobytes())
-    return found.hexdigest()
 
 
 def free_memory() -> float:
