@@ -126,7 +126,7 @@ def save(session: Session, path: str | os.PathLike, dir_fd: int | None = None) -
     notes = _encoded(session.notes)
     with session._claimed(moves=False) as handle:
         layout = Layout(handle)
-        if session.saved and _append(session, handle, layout, path, dir_fd, notes):
+        if session.saved and _append(session, session.saved, handle, layout, path, dir_fd, notes):
             return
         record = _record(session, handle, 0, frozenset(), notes)
         session.saved = _write_anew(session, handle, layout, path, dir_fd, record)
@@ -156,10 +156,10 @@ def _record(session: Session, handle: Any, kept: int, known: frozenset[int], not
     return Record(session.context, kept, tokens, window, parts, notes)
 
 
-def _append(session: Session, handle: Any, layout: Layout, path: str, dir_fd: int | None, notes: bytes) -> bool:
+def _append(session: Session, saved: Saved, handle: Any, layout: Layout, path: str, dir_fd: int | None, notes: bytes) -> bool:
     """Add what is new to the file that the session was saved to or loaded from. False where that is another one, or was changed
     since, or where most of it would be old."""
-    saved, kept = session.saved, lib.bmc_session_unchanged(handle)
+    kept = lib.bmc_session_unchanged(handle)
     known = frozenset(at for at in saved.snapshots if at <= kept)
     record = _record(session, handle, kept, known, notes)
     whole = _record(session, handle, 0, frozenset(), notes)
@@ -348,10 +348,11 @@ def load(model: Model, path: str | os.PathLike, context: int | None = None, rows
 
 def _records(fd: int, at: int) -> list[Record]:
     """The saves of a file, up to the first one that is cut off or wrong; their parts are not looked at."""
-    records, checksum, size = [], 0, os.fstat(fd).st_size
-    while (record := _read_front(fd, at, size, checksum)) and record.kept <= (records[-1].kept + len(records[-1].tokens) if records else 0):
+    records: list[Record] = []
+    checksum, size, tokens = 0, os.fstat(fd).st_size, 0
+    while (record := _read_front(fd, at, size, checksum)) and record.kept <= tokens:
         records.append(record)
-        at, checksum = record.end, record.checksum
+        at, checksum, tokens = record.end, record.checksum, record.kept + len(record.tokens)
     return records
 
 
