@@ -201,7 +201,7 @@ text_options = options(
 
 SECTIONS = {                            # of the help of chat and generate
     "Model": ("model_option", "context", "threads", "no_repack", "rows", "kv_type"),
-    "Text": ("prompt", "prompt_file", "system", "as_chat", "prefill", "no_bos", "chat_template", "chat_template_kwargs", "think"),
+    "Text": ("prompt", "prompt_file", "session_file", "system", "as_chat", "prefill", "no_bos", "chat_template", "chat_template_kwargs", "think"),
     "End": ("max_tokens", "stop", "ignore_eos"),
     "Sampling": SAMPLING,
     "Speculation": ("draft", "draft_max", "draft_min", "spec", "tint"),

@@ -1,5 +1,6 @@
 """Commands that write text: chat and generate."""
 
+import os
 import sys
 
 import click
@@ -16,13 +17,16 @@ from .terminal import Voice, is_terminal, note, progress, write
               help="What the model is told before everything else.")
 @click.option("-n", "--n-predict", "max_tokens", type=int, default=-1, show_default=True, metavar="N",
               help="At most N tokens an answer; -1: until the model ends.")
+@click.option("--session", "session_file", type=options.File(), metavar="FILE",
+              help="Go on with the conversation that is saved in FILE, if there is one, without reading it again; save it there "
+                   "after each answer.")
 @options.template_options
 @options.sampling_options
 @options.draft_options
 @options.context_option
 @options.threads_option
 @options.arena_options
-def chat(model, model_option, system, max_tokens, chat_template, thoughts, context, threads, rows, kv_type, tint,
+def chat(model, model_option, system, max_tokens, chat_template, thoughts, context, threads, rows, kv_type, tint, session_file,
          **flags):
     """Talk with a model; without MODEL the bundled one answers.
 
@@ -37,10 +41,22 @@ def chat(model, model_option, system, max_tokens, chat_template, thoughts, conte
     variables = options.template_variables(flags)
     with options.with_draft(flags, not (model or model_option), threads) as drafting, \
             options.opened(options.find_model(model, model_option), threads) as (loaded, _), \
-            loaded.session(context=context, rows=rows, kv_type=kv_type) as session:
+            open_session(loaded, session_file, context, rows, kv_type) as session:
         written = options.template_of_model(loaded, chat_template, variables)
         talk = Conversation(loaded, session, system, **written, **settings, **drafting)
-        return Repl(talk, tint=tint, thoughts=thoughts).run()
+        if session.saved:
+            talk.take_up(system)
+            note(f"({len(talk.messages)} messages of {session_file})", dim=True)
+        elif session_file:
+            talk.save_session(session_file)         # a file that cannot be written shows before the first message
+        return Repl(talk, tint=tint, thoughts=thoughts, session_file=session_file).run()
+
+
+def open_session(model, path, context, rows, kv_type):
+    """The session in a file, or a new one where there is none."""
+    if path is None or not os.path.lexists(path):
+        return model.session(context=context, rows=rows, kv_type=kv_type)
+    return model.load_session(path, context=context, rows=rows)
 
 
 @click.command(cls=options.Sectioned)
