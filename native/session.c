@@ -96,6 +96,7 @@ static int copy_session(bmc_session *s, bmc_session *parent, int position) {
     if (position)
         memcpy(s->tokens, parent->tokens, (size_t)position * sizeof *s->tokens);
     s->offset = parent->offset;
+    s->unchanged = parent->unchanged;
     return go_back(s, position);
 }
 

@@ -88,6 +88,7 @@ class Session:
             check(lib.bmc_session_fork(handle, at, fork))
             other = Session.__new__(Session)
             other._begin(self.model, self.context, self.long_factors, owned(fork[0], "bmc_session_free", self.model._live()))
+            other.saved = self.saved
         return other
 
     def nearest(self, position: int) -> int:

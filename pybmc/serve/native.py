@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from math import inf
 
@@ -19,6 +18,7 @@ from .errors import Refused, invalid, unsupported
 from .fields import Fields
 from .http import Json, Sse, client_of, fields_of, in_pool, respond, service_of, writer_of
 from .service import Service
+from .slots import slot_of
 from .tasks import (
     SAMPLING,
     Task,
@@ -113,7 +113,7 @@ def native_task(service: Service, fields: Fields, client, prompts):
     only = fields.listed("response_fields")
     if not all(isinstance(name, str) for name in only):
         raise invalid("response_fields", "response_fields has something else than names")
-    task = task_of(service, base, prompts)
+    task = task_of(service, base, prompts, slot=slot_of(service, fields))
     return task, NativeAnswer(service, task.choices(service), task, n_top, (fields.flag("return_tokens"), only))
 
 
@@ -225,19 +225,6 @@ async def props(request: Request) -> Response:
                  "modalities": {"vision": False, "audio": False}})
 
 
-async def slots(request: Request) -> Response:
-    service = service_of(request)
-    if not request.scope["pybmc.slots"]:
-        raise Refused(501, "disabled", "/slots is disabled by --no-slots")
-    running = list(service.worker.engine.running)
-    busy = [{"id": i, "is_processing": True, "n_ctx": service.context, "state": "reading" if s.reading else "writing",
-             "n_prompt_tokens": len(s.prompt), "n_decoded": s.stats.predicted_tokens,
-             "seconds": time.perf_counter() - s.since}
-            for i, s in enumerate(running)]
-    idle = range(len(busy), service.settings.parallel)
-    return Json(busy + [{"id": i, "is_processing": False, "n_ctx": service.context, "state": "idle"} for i in idle])
-
-
 async def metrics(request: Request) -> Response:
     if not request.scope["pybmc.metrics"]:
         raise Refused(501, "disabled", "/metrics is disabled by --no-metrics")
@@ -251,7 +238,7 @@ async def read_only(request: Request) -> Response:
 ROUTES = [
     Route("/health", health), Route("/v1/health", health),
     Route("/props", props), Route("/props", read_only, methods=["POST"]),
-    Route("/slots", slots), Route("/metrics", metrics), Route("/tokenizer_info", tokenizer_info),
+    Route("/metrics", metrics), Route("/tokenizer_info", tokenizer_info),
     Route("/completion", completion, methods=["POST"]), Route("/completions", completion, methods=["POST"]),
     Route("/infill", infill, methods=["POST"]), Route("/embedding", embedding, methods=["POST"]),
     Route("/tokenize", tokenize, methods=["POST"]), Route("/detokenize", detokenize, methods=["POST"]),

@@ -16,6 +16,7 @@ from .errors import invalid, no_model, unsupported
 from .fields import Fields
 from .http import Json, Sse, client_of, fields_of, in_pool, respond, service_of, writer_of
 from .service import Service
+from .slots import session_of, slot_of
 from .tasks import chat_prompt, gap_prompt, prediction_of, refuse_common, task_of, template_request, text_prompts
 
 
@@ -42,7 +43,7 @@ async def chat(request: Request) -> Response:
 def chat_task(service: Service, fields: Fields, client):
     """The task of a chat request, and its answer."""
     check_model(service, fields)
-    refuse_common(fields)
+    refuse_common(fields, ("session",))
     fields.flag("stream")
     n_top = fields.whole("top_logprobs", 0, 0, 20) if fields.flag("logprobs") else None
     if n_top is None and fields.get("top_logprobs"):
@@ -54,7 +55,8 @@ def chat_task(service: Service, fields: Fields, client):
     usage, n = fields.object("stream_options").flag("include_usage"), fields.whole("n", 1, 1, 16)
     ids, begun = chat_prompt(service, fields)
     shown = fields.choice("reasoning_format", ("none", "auto", "deepseek", "deepseek-legacy"), "auto") != "none"
-    task = task_of(service, base, [("", ids)], n, reasoning=shown, begun=begun)
+    task = task_of(service, base, [("", ids)], n, reasoning=shown, begun=begun, session=session_of(service, fields),
+                   slot=slot_of(service, fields))
     return task, ChatAnswer(head(service, "chatcmpl-"), service.tokenizer, task.choices(service), n_top, usage,
                             fields.flag("timings_per_token"), "prediction" in fields)
 

@@ -21,6 +21,7 @@ from ..spec.speculation import Speculation
 from .errors import Refused
 from .fill import fill_tokens
 from .metrics import Metrics
+from .sessions import Sessions
 from .worker import Run, Worker
 
 THREADS = 2                             # of the pool for tokenizing and templates
@@ -47,6 +48,7 @@ class Settings:
     chat_template: str | None = None
     strict_model: bool = False
     log_texts: str | None = None
+    sessions: str | None = None
 
 
 class Service:
@@ -74,6 +76,9 @@ class Service:
         self.worker = Worker(Engine(model, parallel=given.parallel, memory=memory, keep=True,
                                     speculation=self.speculation, pass_seconds=given.pass_seconds), given.queue)
         self._pool = ThreadPoolExecutor(THREADS, "pybmc-text")
+        self.sessions: Any = None
+        if given.sessions is not None and self.writes:
+            self.sessions = Sessions(given.sessions, model, self.worker, self.context, given.queue_seconds)
 
     @property
     def name(self) -> str:
@@ -83,10 +88,10 @@ class Service:
         """The result of work that would hold up the event loop."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
 
-    def submit(self, requests: list) -> Run:
+    def submit(self, requests: list, slot: int | None = None) -> Run:
         if self.closing:
             raise Refused(503, "shutting_down", "the server is shutting down")
-        return self.worker.submit(requests)
+        return self.worker.submit(requests, slot)
 
     def stop(self) -> None:
         """End all answers with an error."""
@@ -98,6 +103,8 @@ class Service:
         """Twice is fine."""
         if not self.closed:
             self.closing = True
+            if self.sessions:
+                self.sessions.close()
             self.worker.close()
             self._pool.shutdown()
             self.closed = True

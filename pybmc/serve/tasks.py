@@ -43,6 +43,8 @@ class Task:
     reasoning: bool = False                     # thoughts are told apart
     begun: str = ""                             # the answer's beginning, which the prompt ends with
     stops: frozenset[int] = field(default_factory=frozenset)
+    session: str | None = None                  # the name of a saved session that it goes on with
+    slot: int | None = None                     # where it runs, if it is free
 
     def choices(self, service: Service) -> list[Choice]:
         return [Choice(i, self._split(service, request), self.stops) for i, request in enumerate(self.requests)]
@@ -51,9 +53,9 @@ class Task:
         return Split(is_open(service.tokenizer, list(request.tokens)), self.begun) if self.reasoning else None
 
 
-def refuse_common(fields: Fields) -> None:
-    """Fields that ask for what is not there. Those that ask for nothing are fine."""
-    fields.refuse(REFUSED)
+def refuse_common(fields: Fields, but: tuple[str, ...] = ()) -> None:
+    """Fields that ask for what is not there. Those that ask for nothing are fine. but: fields that a route has."""
+    fields.refuse([name for name in REFUSED if name not in but])
     for name in ("tool_choice", "function_call"):
         if fields.get(name, "auto") not in ("auto", "none"):
             raise unsupported(name)
