@@ -1,6 +1,5 @@
 """Saved sessions of a server: by name in requests, and by slots."""
 
-import contextlib
 import os
 import stat
 import threading
@@ -212,10 +211,32 @@ def test_a_session_that_does_not_fit_the_memory_is_read_anew(llama, tmp_path):
     messages = [{"role": "user", "content": "one " * 200}]
     with served(llama, sessions=str(tmp_path)) as server:
         answer, _ = ask(server, messages)
-    size = os.path.getsize(tmp_path / "talk")
-    with served(llama, sessions=str(tmp_path), memory=size * 0.99) as server, contextlib.suppress(AssertionError):
-        assert server.post("/slots/0?action=restore", {"filename": "talk"}).json()["error"]["code"] == "out_of_memory"
+    with served(llama, sessions=str(tmp_path)) as server:
+        server.engine.make_way = lambda size: size != os.path.getsize(tmp_path / "talk")
+        assert errors(server.post("/slots/0?action=restore", {"filename": "talk"})) == (503, "out_of_memory", None)
         assert ask(server, messages) == (answer, 0)
+
+
+def test_kept_rows_make_way_and_lent_ones_count(llama):
+    from engines import events as steps
+
+    from pybmc import Engine, Request
+
+    with Engine(llama, memory=8e6, keep=True, spec="off") as engine:
+        texts = [list(range(10 * i, 10 * i + 40)) for i in range(3)]
+        for text in texts:
+            engine.add(Request(text, 4))
+            list(steps(engine))
+        kept, used = [k.tokens for k in engine.prefixes._kept], engine.used
+        session = engine.lend(kept[1], llama.config.n_ctx)
+        assert session.tokens == kept[1].tolist() and engine.used == used and len(engine.prefixes) == 2
+        assert engine.lend(kept[1], llama.config.n_ctx) is None
+        own = session.arena_stats().bytes_reserved
+        assert engine.make_way(8e6 - own) and len(engine.prefixes) == 0
+        assert not engine.make_way(8e6 - own + 1)
+        engine.give_back(session)
+        assert engine.used == own and engine.forget(kept[1][:5], llama.config.n_ctx) == 0
+        assert engine.forget(kept[1], llama.config.n_ctx) == len(kept[1]) and engine.used == 0
 
 
 # ---- slots -------------------------------------------------------------------------------------------------
