@@ -151,20 +151,22 @@ def test_windows_keep_their_rows_only(tmp_path):
                 assert again.tokens == [*text, 7] and again.nearest(2590) == 2590
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen35"])
-def test_other_kernels_give_the_same_logits(name, tmp_path):
-    with load(name).session() as session:
-        session.eval(tokens(90), "none")
-        session.snapshot()
-        session.eval(tokens(20), "none")
-        session.save(tmp_path / "s")
-        right = session.eval([7])
-    code = ("import sys, pybmc\nwith pybmc.Model(sys.argv[1], threads=1) as model:\n"
-            "    sys.stdout.buffer.write(model.load_session(sys.argv[2]).eval([7]).tobytes())")
+def test_other_kernels_give_the_same_logits(tmp_path):
+    files, right = [], b""
+    for name in ("llama", "qwen35", "MLA"):
+        with load(name).session() as session:
+            session.eval(tokens(90), "none")
+            session.snapshot()
+            session.eval(tokens(20), "none")
+            session.save(tmp_path / name)
+            files += [load(name).path, str(tmp_path / name)]
+            right += session.eval([7]).tobytes()
+    code = ("import sys, pybmc\nfor model, path in zip(sys.argv[1::2], sys.argv[2::2]):\n"
+            "    sys.stdout.buffer.write(pybmc.Model(model, threads=1).load_session(path).eval([7]).tobytes())")
     for level in cpu_levels():
-        done = subprocess.run([sys.executable, "-c", code, load(name).path, tmp_path / "s"], capture_output=True, timeout=60,
-                              env=os.environ | {"PYBMC_CPU": level, "PYTHONPATH": str(Path(__file__).parents[1])}, check=False)
-        assert done.stdout == right.tobytes(), done.stderr.decode()
+        done = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, timeout=120, check=False,
+                              env=os.environ | {"PYBMC_CPU": level, "PYTHONPATH": str(Path(__file__).parents[1])})
+        assert done.stdout == right, done.stderr.decode()
 
 
 # ---- what is written
@@ -331,6 +333,47 @@ def _opening(version, described):
     return data + session_file.CRC.pack(session_file.crc32(data))
 
 
+def forged(path, name, **changes):
+    """A file with one save whose checksums are right, and whatever else is not."""
+    with load(name).session() as session:
+        session.eval(tokens(40), "none")
+        session.save(path)
+        layout = session_file.Layout(session._handle)
+    data = path.read_bytes()
+    with open(path, "rb") as file:
+        start = session_file._read_opening(file.fileno(), path)[1]
+        record = session_file._records(file.fileno(), start)[0]
+    for key, value in changes.items():
+        setattr(record, key, value)
+    body = bytes(max(record.bytes(layout), 0))
+    front = session_file.HEAD.pack(session_file.SAVE, record.context, record.kept, len(record.tokens), record.window, len(record.parts),
+                                   len(record.notes), len(body))
+    front += b"".join(session_file.PART.pack(*part) for part in record.parts) + record.tokens.tobytes() + record.notes
+    path.write_bytes(data[:start] + front + _crc(front) + body + _crc(body))
+
+
+def _crc(data):
+    return session_file.CRC.pack(session_file.crc32(data))
+
+
+@pytest.mark.parametrize("name, changes", [
+    ("llama", {"context": 1 << 31, "tokens": np.array([9999], np.int32)}), ("llama", {"tokens": np.array([-1], np.int32)}),
+    ("llama", {"parts": []}), ("llama", {"parts": [(0, 0, 64)]}), ("llama", {"parts": [(0, 16, 48)]}), ("llama", {"parts": [(7, 0, 0)]}),
+    ("llama", {"parts": [(0, 0, 48), (3, 0, 40)]}), ("llama", {"parts": [(0, 0, 48)] * 2}), ("llama", {"parts": [(0, 48, 0)]}),
+    ("llama", {"window": 5}), ("llama", {"kept": 1}), ("llama", {"notes": b"{"}), ("llama", {"notes": b"[" * 100_000}),
+    ("qwen35", {"parts": [(0, 0, 48)]}), ("qwen35", {"parts": [(0, 0, 48), (3, 0, 39)]}), ("qwen35", {"parts": [(0, 0, 48), (2, 40, 40)]}),
+    ("qwen35", {"parts": [(0, 0, 48), (2, 99, 99), (3, 0, 40)]}), ("gemma3", {"window": 48, "parts": [(0, 0, 48), (1, 48, 48)]}),
+    ("gemma3", {"window": 32, "parts": [(0, 0, 48), (1, 32, 48)]}), ("gemma3", {"parts": [(0, 0, 48)]}),
+])
+def test_a_forged_file_is_one_sentence(name, changes, tmp_path):
+    changes = {key: [session_file.Part(*part) for part in value] if key == "parts" else value for key, value in changes.items()}
+    forged(tmp_path / "s", name, **changes)
+    with pytest.raises(FormatError, match=r"^[^\n]*$"):
+        load(name).load_session(tmp_path / "s")
+    forged(tmp_path / "s", name)
+    assert load(name).load_session(tmp_path / "s").position == 40
+
+
 def test_another_choice_of_rope_factors_is_refused(tmp_path):
     with pybmc.Model(tiny.model("phi3", rope_factors=True), threads=1) as model:
         original = model.config.original_ctx
@@ -470,6 +513,21 @@ def test_an_interrupt_while_it_saves_leaves_the_last_save(tmp_path, monkeypatch)
         assert path.stat().st_size == size
         session.save(path)
         assert_same(model.load_session(path), session)
+
+
+def test_a_draft_head_guesses_on_in_a_loaded_session(tmp_path):
+    import test_draft_head
+
+    path = tiny.save(tmp_path / "head.gguf", *test_draft_head.parts())
+    settings = dict(stop_tokens=(), temperature=0.7, seed=5)
+    with pybmc.Model(path, threads=1) as model:
+        right = [token.id for token in pybmc.generate(model, [1, 2, 3], 60, spec="off", **settings)]
+        session, found = model.session(), [1, 2, 3]
+        for _ in range(3):
+            found += [token.id for token in pybmc.generate(model, found, 20, session=session, spec="mtp", **settings)]
+            session.save(tmp_path / "s")
+            session = model.load_session(tmp_path / "s")
+        assert found[3:] == right
 
 
 # ---- the library refuses what does not fit

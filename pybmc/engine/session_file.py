@@ -112,8 +112,23 @@ class Record:
         head = HEAD.pack(SAVE, self.context, self.kept, len(self.tokens), self.window, len(self.parts), len(self.notes), self.bytes(layout))
         return head + b"".join(PART.pack(*part) for part in self.parts) + self.tokens.astype("<i4").tobytes() + self.notes
 
+    def is_whole(self, layout: Layout) -> bool:
+        """Whether its parts are all that a session needs to go on after its tokens."""
+        end, rows, windows = self.kept + len(self.tokens), lib.BMC_PART_ROWS, lib.BMC_PART_WINDOWS
+        first, last = self.kept // 16 * 16, -(-end // 16) * 16
+        wanted = [Part(kind, start, last) for kind, start in ((rows, first), (windows, max(first, self.window)))
+                  if layout.tile[kind] and len(self.tokens)]
+        found = [part for part in self.parts if part.kind in layout.tile]
+        states = any(part.kind in (lib.BMC_PART_STATES, BOTH) and part.end == end for part in self.parts)
+        return found == wanted and (states or not layout.state or not end)
+
     def bytes(self, layout: Layout) -> int:
+        """Of all parts."""
         return sum(map(layout.size, self.parts))
+
+    def size(self, layout: Layout) -> int:
+        front = HEAD.size + PART.size * len(self.parts) + 4 * len(self.tokens) + len(self.notes)
+        return front + self.bytes(layout) + 2 * CRC.size
 
 
 # ---- saving --------------------------------------------------------------------------------------------------
@@ -163,8 +178,7 @@ def _append(session: Session, saved: Saved, handle: Any, layout: Layout, path: s
     known = frozenset(at for at in saved.snapshots if at <= kept)
     record = _record(session, handle, kept, known, notes)
     whole = _record(session, handle, 0, frozenset(), notes)
-    size = len(record.front(layout)) + record.bytes(layout)
-    if saved.end + size > 2 * (len(whole.front(layout)) + whole.bytes(layout)) + SLACK:
+    if saved.end + record.size(layout) > 2 * whole.size(layout) + SLACK:
         return False
     with suppress(FileNotFoundError), _locked(path, os.O_RDWR, dir_fd) as fd:
         found = os.fstat(fd)
@@ -290,11 +304,21 @@ def _read_opening(fd: int, path: str) -> tuple[dict, int]:
         raise damaged
     version, length = OPENING.unpack(head[len(MAGIC):])
     data = head + os.pread(fd, min(length, 1 << 20) + CRC.size, start)
-    if len(data) == start + length + CRC.size and CRC.pack(crc32(data[:-CRC.size])) == data[-CRC.size:]:
-        if version != VERSION:
-            raise FormatError(f"{path}: expected a session of version {VERSION}, found version {version}")
-        return json.loads(data[start:-CRC.size]), len(data)
-    raise damaged
+    if len(data) < start + length + CRC.size or CRC.pack(crc32(data[:-CRC.size])) != data[-CRC.size:]:
+        raise damaged
+    if version != VERSION:
+        raise FormatError(f"{path}: expected a session of version {VERSION}, found version {version}")
+    found = _decoded(data[start:-CRC.size], path)
+    if not isinstance(found, dict):
+        raise damaged
+    return found, len(data)
+
+
+def _decoded(data: bytes, path: str) -> Any:
+    try:
+        return json.loads(data) if data else None
+    except (ValueError, RecursionError):
+        raise FormatError(f"{path} is a damaged session: there is something else where it should have JSON") from None
 
 
 def _check_model(path: str, found: dict, model: Model) -> None:
@@ -324,6 +348,7 @@ def load(model: Model, path: str | os.PathLike, context: int | None = None, rows
          dir_fd: int | None = None) -> Session:
     """Model.load_session; with dir_fd the path is a name in that folder."""
     model.check_writes()
+    context = None if context is None else checks.whole("context", context, 1, 1 << 30)
     path = os.fspath(path) if dir_fd is not None else os.path.realpath(path)
     with _opened(path, os.O_RDONLY | os.O_NONBLOCK, dir_fd) as fd:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
@@ -333,7 +358,7 @@ def load(model: Model, path: str | os.PathLike, context: int | None = None, rows
         _check_model(path, described, model)
         records = _records(fd, start)
         while records:
-            session = model.session(records[-1].context if context is None else context, rows)
+            session = model.session(context or min(max(records[-1].context, 1), 1 << 30), rows)
             try:
                 n = _fill(session, fd, path, described, records)
             except BaseException:
@@ -372,6 +397,8 @@ def _read_front(fd: int, at: int, size: int, checksum: int) -> Record | None:
         return None
     ids, notes = HEAD.size + n_parts * PART.size, len(front) - n_notes
     parts = [Part(*part) for part in PART.iter_unpack(front[HEAD.size:ids])]
+    if any(not 0 <= part.start <= part.end for part in parts):
+        return None
     tokens = np.frombuffer(front[ids:notes], "<i4").astype(np.int32)
     (checksum,) = CRC.unpack(os.pread(fd, CRC.size, end - CRC.size))
     return Record(context, kept, tokens, window, parts, front[notes:], body, end, checksum)
@@ -388,19 +415,22 @@ def _fill(session: Session, fd: int, path: str, described: dict, records: list[R
                 check(lib.bmc_session_extend(handle, record.kept, pointer(record.tokens), len(record.tokens), record.window))
                 if not _read_parts(fd, handle, layout, record, last=i == len(records) - 1):
                     return i
+                end = lib.bmc_session_position(handle)
+                if lib.bmc_session_nearest(handle, end) != end:
+                    raise ArgumentError(f"rows of windows are missing before {record.window}")
             except ArgumentError as error:
                 raise FormatError(f"{path} is no session that this model can have: {error}") from None
             known = frozenset(at for at in known if at <= record.kept) | _snapshots(record)
         check(lib.bmc_session_mark(handle))
         session.saved = _saved(fd, record, known)
-        session.notes = json.loads(record.notes) if record.notes else None
+        session.notes = _decoded(record.notes, path)
     return len(records)
 
 
 def _read_parts(fd: int, handle: Any, layout: Layout, record: Record, last: bool) -> bool:
     """Import the parts of a save; states that a later one replaces are left out. False where the checksum is not theirs."""
-    if record.bytes(layout) != record.end - record.at - CRC.size:
-        raise ArgumentError(f"expected {record.bytes(layout)} bytes of rows and states, found {record.end - record.at - CRC.size}")
+    if not record.is_whole(layout) or record.bytes(layout) != record.end - record.at - CRC.size:
+        raise ArgumentError(f"its rows and states are not those of {record.kept + len(record.tokens)} tokens")
     buffer, at, checksum = _buffer(record, layout), record.at, 0
     for part in record.parts:
         for piece in layout.pieces(part):

@@ -80,7 +80,7 @@ def text_task(service: Service, fields: Fields, client):
         prompts = text_prompts(service, fields)
     base = template_request(service, fields, client, most_tokens(service, fields, ("max_tokens",), 16))
     base = replace(base, top=n_top or 0, score=n_top if echo else None)
-    task = task_of(service, base, prompts, fields.whole("n", 1, 1, 16))
+    task = task_of(service, base, prompts, fields.whole("n", 1, 1, 16), slot=slot_of(service, fields))
     return task, TextAnswer(head(service, "cmpl-"), service.tokenizer, task.choices(service), prompts, n_top,
                             fields.object("stream_options").flag("include_usage"), echo)
 

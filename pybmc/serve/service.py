@@ -21,7 +21,7 @@ from ..spec.speculation import Speculation
 from .errors import Refused
 from .fill import fill_tokens
 from .metrics import Metrics
-from .sessions import Sessions
+from .sessions import Sessions, open_folder
 from .worker import Run, Worker
 
 THREADS = 2                             # of the pool for tokenizing and templates
@@ -72,13 +72,16 @@ class Service:
         memory = given.memory if given.memory is not None else free_memory() / 2
         if draft is not None and not self.writes:
             raise ArgumentError(f"{model.path} is an encoder: it writes no text, so a draft model has nothing to guess")
+        if given.sessions is not None and not self.writes:
+            raise ArgumentError(f"{model.path} is an encoder: it has no sessions that could be saved")
+        folder = None if given.sessions is None else open_folder(given.sessions)
         self.speculation = Speculation(model, draft, given.spec if self.writes else "off", given.draft_max, given.draft_min)
         self.worker = Worker(Engine(model, parallel=given.parallel, memory=memory, keep=True,
                                     speculation=self.speculation, pass_seconds=given.pass_seconds), given.queue)
         self._pool = ThreadPoolExecutor(THREADS, "pybmc-text")
         self.sessions: Any = None
-        if given.sessions is not None and self.writes:
-            self.sessions = Sessions(given.sessions, model, self.worker, self.context, given.queue_seconds)
+        if folder is not None:
+            self.sessions = Sessions(folder, model, self.worker, self.context, given.queue_seconds)
 
     @property
     def name(self) -> str:

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from weakref import WeakValueDictionary
 
 from .._native import ffi
@@ -29,12 +30,17 @@ def checked_name(name: str, field: str) -> str:
     return name
 
 
-class Sessions:
-    """A folder of saved sessions. seconds: how long a request waits for another one with the same name."""
+def open_folder(path: str) -> int:
+    """A descriptor of a folder, which is made where there is none."""
+    os.makedirs(path, mode=0o700, exist_ok=True)
+    return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
-    def __init__(self, folder: str, model: Model, worker: Worker, context: int, seconds: float):
-        os.makedirs(folder, mode=0o700, exist_ok=True)
-        self._folder = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+class Sessions:
+    """Saved sessions in a folder, whose descriptor it closes. seconds: how long a request waits for another one with the same name."""
+
+    def __init__(self, folder: int, model: Model, worker: Worker, context: int, seconds: float):
+        self._folder = folder
         self.model, self.worker, self.context, self.seconds = model, worker, context, seconds
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._known: WeakValueDictionary[str, Session] = WeakValueDictionary()      # sessions that were saved or read here
@@ -115,7 +121,8 @@ class Lease:
             raise Refused(400, "invalid_session", f"the session {self.name} cannot be read: {error.strerror}", "session") from None
 
     def ended(self, session: Session) -> None:
-        self._loop.call_soon_threadsafe(self._arrive, session)
+        with suppress(RuntimeError):            # the loop is closed
+            self._loop.call_soon_threadsafe(self._arrive, session)
 
     def _arrive(self, session: Session) -> None:
         self._session = session
