@@ -121,8 +121,8 @@ int bmc_session_import(bmc_session *s, const bmc_part *part, const void *bytes, 
 }
 
 static int check_tokens(const bmc_session *s, int from, const int32_t *tokens, int n, int window) {
-    if (from < 0 || from > s->position || n < 0 || (n && !tokens))
-        return fail(BMC_EINVAL, "extend: expected 0 to %d tokens before, found %d", s->position, from);
+    if (from < 0 || from > s->position || n < 0 || n > MAX_ROWS - from || (n && !tokens))
+        return fail(BMC_EINVAL, "extend: expected tokens after 0 to %d others, found %d after %d", s->position, n, from);
     if (window < 0 || window > from + n || window % TILE_ROWS)
         return fail(BMC_EINVAL, "extend: expected rows of windows from 0 to %d, found %d", from + n, window);
     for (int i = 0; i < n; i++)

@@ -6,6 +6,7 @@ import threading
 
 import pytest
 import tiny
+import tiny_encoders
 from serving import Gate, events, served, until
 
 import pybmc
@@ -237,6 +238,17 @@ def test_kept_rows_make_way_and_lent_ones_count(llama):
         engine.give_back(session)
         assert engine.used == own and engine.forget(kept[1][:5], llama.config.n_ctx) == 0
         assert engine.forget(kept[1], llama.config.n_ctx) == len(kept[1]) and engine.used == 0
+
+
+def test_a_folder_that_is_none_ends_the_server(tmp_path, capfd):
+    from pybmc.cli import run
+
+    (tmp_path / "file").touch()
+    for path, model, says in ((tmp_path / "file", tiny.model("llama"), "file"), (tmp_path / "new", tiny_encoders.model("bert"), "is an encoder")):
+        assert run(["serve", str(model), "-t", "1", "--port", "0", "--sessions", str(path)]) == 1
+        out, err = capfd.readouterr()
+        assert not out and says in err and err.count("\n") == 1 and "Traceback" not in err
+    assert os.listdir(tmp_path) == ["file"]
 
 
 # ---- slots -------------------------------------------------------------------------------------------------
