@@ -77,7 +77,7 @@ def saved_thrice(path):
 @names
 def test_a_session_goes_on_as_if_it_had_never_been_saved(name, tmp_path):
     """Saved after each step, in the way of a chat, and loaded each time: with other segments, and beside what the live one gives."""
-    path, steps = tmp_path / "s", ((37, 0), (5, 0), (100, 20), (1, 0), (60, 50), (3, 120))
+    path, steps = tmp_path / "s", ((37, 0), (5, 0), (100, 20), (1, 0), (60, 50), (3, 120), (5, 0))
     with load(name).session(rows=48) as session:
         for i, (n, back) in enumerate(steps):
             session.eval(tokens(n, i), "none")

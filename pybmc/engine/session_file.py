@@ -415,12 +415,12 @@ def _fill(session: Session, fd: int, path: str, described: dict, records: list[R
                 check(lib.bmc_session_extend(handle, record.kept, pointer(record.tokens), len(record.tokens), record.window))
                 if not _read_parts(fd, handle, layout, record, last=i == len(records) - 1):
                     return i
-                end = lib.bmc_session_position(handle)
-                if lib.bmc_session_nearest(handle, end) != end:
-                    raise ArgumentError(f"rows of windows are missing before {record.window}")
             except ArgumentError as error:
                 raise FormatError(f"{path} is no session that this model can have: {error}") from None
             known = frozenset(at for at in known if at <= record.kept) | _snapshots(record)
+        end = lib.bmc_session_position(handle)
+        if check(lib.bmc_session_nearest(handle, end)) != end:
+            raise FormatError(f"{path} is no session that this model can have: rows of windows are missing before {record.window}")
         check(lib.bmc_session_mark(handle))
         session.saved = _saved(fd, record, known)
         session.notes = _decoded(record.notes, path)
