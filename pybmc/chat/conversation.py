@@ -134,23 +134,26 @@ class Conversation:
         self.messages = messages
 
     def save_session(self, path: str | os.PathLike) -> None:
-        """Write the session and the messages to one file: a later conversation goes on where this one ends, and reads nothing again."""
-        held = self.session.tokens
-        after = self._ids[len(held):] if self._ids[:len(held)] == held else None        # such as the last token of an answer
+        """Write the session and the messages to one file: a later conversation goes on where this one ends, and
+        reads nothing again."""
+        held = self.session.tokens              # all but the last token of an answer
+        after = self._ids[len(held):] if self._ids[:len(held)] == held else None
         self.session.notes = {"messages": self.messages, "after": after}
         self.session.save(path)
 
     def take_up(self, system: str | None = None) -> None:
-        """Go on with the conversation of a session that save_session wrote. system: another system message, if any is given. Raises
-        FormatError where the session came with none."""
+        """Go on with the conversation of a session that save_session wrote. system: another system message, if any
+        is given. Raises FormatError where the session came with none."""
         notes = self.session.notes
         try:
             messages, after = checked_messages(notes["messages"]), notes["after"]
-            self._ids = [] if after is None else self.session.tokens + checks.ids("after", after, self.model.config.vocab_size)
+            size = self.model.config.vocab_size
+            self._ids = [] if after is None else self.session.tokens + checks.ids("after", after, size)
         except (ValueError, KeyError, TypeError):
             raise FormatError("there is no conversation in this session") from None
         if system:
-            messages = [{"role": "system", "content": whole_characters(system)}] + [m for m in messages if m["role"] != "system"]
+            messages = [{"role": "system", "content": whole_characters(system)},
+                        *(m for m in messages if m["role"] != "system")]
         self.messages = messages
 
 

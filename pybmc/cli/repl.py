@@ -49,8 +49,8 @@ class Block(str):
 class Repl:
     """run() talks until the input ends or /exit. COMMANDS names the commands; do_NAME runs one.
 
-    tint: show which tokens were drafted; thoughts: "show" or "hide" what a model thinks before it answers. session_file: where the
-    session and the messages are saved, whenever these have changed.
+    tint: show which tokens were drafted; thoughts: "show" or "hide" what a model thinks before it answers.
+    session_file: where the session and the messages are saved, whenever these have changed.
     """
 
     def __init__(self, conversation: Conversation, messages: Iterator[str] | None = None, tint: bool = False,

@@ -18,16 +18,16 @@ from .terminal import Voice, is_terminal, note, progress, write
 @click.option("-n", "--n-predict", "max_tokens", type=int, default=-1, show_default=True, metavar="N",
               help="At most N tokens an answer; -1: until the model ends.")
 @click.option("--session", "session_file", type=options.File(), metavar="FILE",
-              help="Go on with the conversation that is saved in FILE, if there is one, without reading it again; save it there "
-                   "after each answer.")
+              help="Go on with the conversation that is saved in FILE, if there is one, without reading it again; "
+                   "save it there after each answer.")
 @options.template_options
 @options.sampling_options
 @options.draft_options
 @options.context_option
 @options.threads_option
 @options.arena_options
-def chat(model, model_option, system, max_tokens, chat_template, thoughts, context, threads, rows, kv_type, tint, session_file,
-         **flags):
+def chat(model, model_option, system, max_tokens, chat_template, thoughts, context, threads, rows, kv_type, tint,
+         session_file, **flags):
     """Talk with a model; without MODEL the bundled one answers.
 
     /help lists what can be typed besides messages. A message goes on over several lines after a backslash at the

@@ -185,15 +185,17 @@ class Model:
         """
         return Session(self, context, rows, kv_type)
 
-    def load_session(self, path: str | os.PathLike, context: int | None = None, rows: int | str = "auto") -> Session:
-        """The session that Session.save wrote to a file, as it was: the next logits are those that it would have given, on any
-        CPU. Of a file that was cut off or damaged, the last whole save. context: another cap; None for the one it had. Raises
-        OSError, ContextFullError, and FormatError for what is no session of this model."""
+    def load_session(self, path: str | os.PathLike, context: int | None = None,
+                     rows: int | str = "auto") -> Session:
+        """The session that Session.save wrote to a file, as it was: the next logits are those that it would have
+        given, on any CPU. Of a file that was cut off or damaged, the last whole save. context: another cap; None for
+        the one it had. Raises OSError, ContextFullError, and FormatError for what is no session of this model."""
         return load(self, path, context, rows)
 
     @cached_property
     def fingerprint(self) -> str:
-        """64 hex digits that tell a model from others: of its settings, its tensor table and a sample of every tensor."""
+        """64 hex digits that tell a model from others: of its settings, its tensor table and a sample of every
+        tensor."""
         found = hashlib.sha256()
         for name, value in sorted(self.metadata.items()):
             if name.startswith(f"{self.config.arch}."):

@@ -26,8 +26,8 @@ class Request:
     prompt is read. reuse: rows of an earlier request with the same beginning may serve this one. score: None, or how many of the
     likeliest ids to tell for each token of the prompt, with the log-probability of the token itself (Sequence.scores). hint: ids
     that the text may repeat, as an earlier version of it: what is guessed by them changes the time, never the text. A drafter
-    that is kept with a session does without. ended is called with the session of an answer that ended, which the engine lends until
-    Engine.give_back.
+    that is kept with a session does without. ended: called with the session of an answer that ended, which an engine
+    that keeps rows lends until give_back().
     """
 
     tokens: Tokens[int]

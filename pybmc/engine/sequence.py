@@ -308,7 +308,8 @@ class Sequence:
         if not self.owned or self.session is None:
             return
         if keep and not self.error:
-            session, self.session = self.session, None      # type: ignore[assignment]      # nobody asks for it any more
+            session = self.session
+            self.session = None         # type: ignore[assignment]      # nobody asks for it any more
             if self.request.ended:
                 self.engine.lent.add(session)
                 self.request.ended(session)

@@ -46,8 +46,8 @@ class Best(NamedTuple):
 
 
 class Session:
-    """One sequence: its rows of keys and values, and its position. Made by Model.session. notes: a JSON value that save()
-    writes too."""
+    """One sequence: its rows of keys and values, and its position. Made by Model.session. notes: a JSON value that
+    save() writes too."""
 
     def __init__(self, model: Any, context: int | None, rows: int | str, kv_type: str):
         self._handle = ffi.NULL
@@ -151,9 +151,10 @@ class Session:
             check(lib.bmc_session_snapshot(handle))
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the session to a file, for Model.load_session: its tokens, rows and snapshots, and its notes. To the file that it
-        was saved to or loaded from last only what is new is appended; any other one is written beside and renamed. A save that
-        fails or is cut off leaves the one before. Raises OSError, and FormatError where the file is there and no saved session."""
+        """Write the session to a file, for Model.load_session: its tokens, rows and snapshots, and its notes. To the
+        file that it was saved to or loaded from last only what is new is appended; any other one is written beside
+        and renamed. A save that fails or is cut off leaves the one before. Raises OSError, and FormatError where
+        the file is there and no saved session."""
         save(self, path)
 
     def keep_hidden(self) -> None:

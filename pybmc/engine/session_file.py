@@ -1,4 +1,4 @@
-"""Sessions in files. What is new is appended; of a file that was cut or damaged anywhere the last whole save is read.
+"""Sessions in files. What is new is appended; of a file that was cut or damaged the last whole save is read.
 
     MAGIC, version and length u32, JSON about the model, crc32
     one record a save:
@@ -37,7 +37,8 @@ if TYPE_CHECKING:
 
 MAGIC, VERSION = b"pybmc session\n", 1
 OPENING = struct.Struct("<II")                  # version, length
-HEAD = struct.Struct("<4sIIIIIIQ")              # SAVE, context, kept, tokens, first row of windows, parts, length of notes, of all parts
+# SAVE, context, kept, tokens, first row of windows, parts, length of notes; bytes of all parts
+HEAD = struct.Struct("<4sIIIIIIQ")
 SAVE = b"save"
 PART = struct.Struct("<iii")
 CRC = struct.Struct("<I")
@@ -49,7 +50,8 @@ OPEN = os.O_CLOEXEC | os.O_NOFOLLOW
 
 @dataclass(frozen=True)
 class Saved:
-    """A file that holds a session. end: of the last whole save, which ends with `checksum`; size: of all, where more follows."""
+    """A file that holds a session. end: of the last whole save, which ends with `checksum`; size: of the file,
+    where more may follow."""
 
     device: int
     inode: int
@@ -88,14 +90,16 @@ class Layout:
 
     def pieces(self, part: Part) -> Iterator[Part]:
         """A part in parts of about PIECE bytes, as far as it can be cut."""
-        step = max(1, PIECE // max(self.tile[part.kind], 1)) * 16 if part.kind in self.tile else part.end - part.start + 1
+        step = part.end - part.start + 1
+        if part.kind in self.tile:
+            step = max(1, PIECE // max(self.tile[part.kind], 1)) * 16
         for start in range(part.start, max(part.end, part.start + 1), step):
             yield Part(part.kind, start, min(start + step, part.end))
 
 
 @dataclass
 class Record:
-    """A save: `tokens` after the first `kept` ones. at, end: where its parts begin in the file, and where it ends itself."""
+    """A save: `tokens` after the first `kept` ones. at, end: where its parts begin in the file, and where it ends."""
 
     context: int
     kept: int
@@ -109,15 +113,17 @@ class Record:
 
     def front(self, layout: Layout) -> bytes:
         """Everything before the parts, but the checksum."""
-        head = HEAD.pack(SAVE, self.context, self.kept, len(self.tokens), self.window, len(self.parts), len(self.notes), self.bytes(layout))
-        return head + b"".join(PART.pack(*part) for part in self.parts) + self.tokens.astype("<i4").tobytes() + self.notes
+        head = HEAD.pack(SAVE, self.context, self.kept, len(self.tokens), self.window, len(self.parts),
+                         len(self.notes), self.bytes(layout))
+        parts = b"".join(PART.pack(*part) for part in self.parts)
+        return head + parts + self.tokens.astype("<i4").tobytes() + self.notes
 
     def is_whole(self, layout: Layout) -> bool:
         """Whether its parts are all that a session needs to go on after its tokens."""
         end, rows, windows = self.kept + len(self.tokens), lib.BMC_PART_ROWS, lib.BMC_PART_WINDOWS
         first, last = self.kept // 16 * 16, -(-end // 16) * 16
-        wanted = [Part(kind, start, last) for kind, start in ((rows, first), (windows, max(first, self.window)))
-                  if layout.tile[kind] and len(self.tokens)]
+        starts = {rows: first, windows: max(first, self.window)}
+        wanted = [Part(kind, starts[kind], last) for kind in starts if layout.tile[kind] and len(self.tokens)]
         found = [part for part in self.parts if part.kind in layout.tile]
         states = any(part.kind in (lib.BMC_PART_STATES, BOTH) and part.end == end for part in self.parts)
         return found == wanted and (states or not layout.state or not end)
@@ -131,7 +137,7 @@ class Record:
         return front + self.bytes(layout) + 2 * CRC.size
 
 
-# ---- saving --------------------------------------------------------------------------------------------------
+# ---- saving ------------------------------------------------------------------------------------------------
 
 
 def save(session: Session, path: str | os.PathLike, dir_fd: int | None = None) -> None:
@@ -171,9 +177,10 @@ def _record(session: Session, handle: Any, kept: int, known: frozenset[int], not
     return Record(session.context, kept, tokens, window, parts, notes)
 
 
-def _append(session: Session, saved: Saved, handle: Any, layout: Layout, path: str, dir_fd: int | None, notes: bytes) -> bool:
-    """Add what is new to the file that the session was saved to or loaded from. False where that is another one, or was changed
-    since, or where most of it would be old."""
+def _append(session: Session, saved: Saved, handle: Any, layout: Layout, path: str, dir_fd: int | None,
+            notes: bytes) -> bool:
+    """Add what is new to the file that the session was saved to or loaded from. False where that is another one,
+    or was changed since, or where most of it would be old."""
     kept = lib.bmc_session_unchanged(handle)
     known = frozenset(at for at in saved.snapshots if at <= kept)
     record = _record(session, handle, kept, known, notes)
@@ -184,7 +191,8 @@ def _append(session: Session, saved: Saved, handle: Any, layout: Layout, path: s
         found = os.fstat(fd)
         if (found.st_dev, found.st_ino, found.st_size) != (saved.device, saved.inode, saved.size):
             return False
-        if kept == saved.tokens == lib.bmc_session_position(handle) and notes == saved.notes and not _snapshots(record) - known:
+        nothing_new = kept == saved.tokens == lib.bmc_session_position(handle) and not _snapshots(record) - known
+        if nothing_new and notes == saved.notes:
             return True
         try:
             os.ftruncate(fd, saved.end)
@@ -206,11 +214,12 @@ def _snapshots(record: Record) -> frozenset[int]:
 
 def _saved(fd: int, record: Record, known: frozenset[int]) -> Saved:
     found = os.fstat(fd)
-    return Saved(found.st_dev, found.st_ino, found.st_size, record.end, record.checksum, record.kept + len(record.tokens),
-                 known | _snapshots(record), record.notes)
+    return Saved(found.st_dev, found.st_ino, found.st_size, record.end, record.checksum,
+                 record.kept + len(record.tokens), known | _snapshots(record), record.notes)
 
 
-def _write_anew(session: Session, handle: Any, layout: Layout, path: str, dir_fd: int | None, record: Record) -> Saved:
+def _write_anew(session: Session, handle: Any, layout: Layout, path: str, dir_fd: int | None,
+                record: Record) -> Saved:
     """Write a new file beside and rename it."""
     _check_old(path, dir_fd)
     folder, name = os.path.split(path)
@@ -269,7 +278,8 @@ def _write(fd: int, data: bytes | memoryview, at: int) -> int:
 
 def _buffer(record: Record, layout: Layout) -> bytearray:
     """Room for any piece of a record."""
-    return bytearray(max((layout.size(piece) for part in record.parts for piece in layout.pieces(part)), default=0))
+    pieces = (piece for part in record.parts for piece in layout.pieces(part))
+    return bytearray(max(map(layout.size, pieces), default=0))
 
 
 def _native(part: Part) -> Any:
@@ -277,7 +287,7 @@ def _native(part: Part) -> Any:
     return ffi.new("bmc_part *", (kind, part.start, part.end))
 
 
-# ---- the opening ---------------------------------------------------------------------------------------------
+# ---- the opening -------------------------------------------------------------------------------------------
 
 
 def _described(session: Session, layout: Layout) -> dict:
@@ -318,7 +328,7 @@ def _decoded(data: bytes, path: str) -> Any:
     try:
         return json.loads(data) if data else None
     except (ValueError, RecursionError):
-        raise FormatError(f"{path} is a damaged session: there is something else where it should have JSON") from None
+        raise FormatError(f"{path} is a damaged session: expected JSON, found something else") from None
 
 
 def _check_model(path: str, found: dict, model: Model) -> None:
@@ -331,9 +341,11 @@ def _check_model(path: str, found: dict, model: Model) -> None:
 def _check_kind(path: str, found: dict, session: Session, layout: Layout) -> None:
     """Raise FormatError where rows of the same model are others than the session's."""
     wanted = _described(session, layout)
-    for key, what in (("long_factors", "rope factors of long contexts"), ("kv_type", "KV type"), ("layout", "bytes of rows and states")):
+    for key, what in (("long_factors", "rope factors of long contexts"), ("kv_type", "KV type"),
+                      ("layout", "bytes of rows and states")):
+        told = printable(str(found.get(key)), 60)
         if found.get(key) != wanted[key]:
-            raise FormatError(f"{path}: {what}: expected {wanted[key]}, found {printable(str(found.get(key)), 60)}")
+            raise FormatError(f"{path}: {what}: expected {wanted[key]}, found {told}")
 
 
 def _named(described: dict) -> str:
@@ -341,7 +353,7 @@ def _named(described: dict) -> str:
     return f"{name} ({arch}, {digits[:12]})"
 
 
-# ---- loading -------------------------------------------------------------------------------------------------
+# ---- loading -----------------------------------------------------------------------------------------------
 
 
 def load(model: Model, path: str | os.PathLike, context: int | None = None, rows: int | str = "auto",
@@ -407,20 +419,22 @@ def _read_front(fd: int, at: int, size: int, checksum: int) -> Record | None:
 def _fill(session: Session, fd: int, path: str, described: dict, records: list[Record]) -> int:
     """Give a new session what saves hold; how many of them are whole. The session is of use where all are."""
     known: frozenset[int] = frozenset()
+    unfit = f"{path} is no session that this model can have"
     with session._claimed() as handle:
         layout = Layout(handle)
         _check_kind(path, described, session, layout)
         for i, record in enumerate(records):
             try:
-                check(lib.bmc_session_extend(handle, record.kept, pointer(record.tokens), len(record.tokens), record.window))
+                ids, n = pointer(record.tokens), len(record.tokens)
+                check(lib.bmc_session_extend(handle, record.kept, ids, n, record.window))
                 if not _read_parts(fd, handle, layout, record, last=i == len(records) - 1):
                     return i
             except ArgumentError as error:
-                raise FormatError(f"{path} is no session that this model can have: {error}") from None
+                raise FormatError(f"{unfit}: {error}") from None
             known = frozenset(at for at in known if at <= record.kept) | _snapshots(record)
         end = lib.bmc_session_position(handle)
         if check(lib.bmc_session_nearest(handle, end)) != end:
-            raise FormatError(f"{path} is no session that this model can have: rows of windows are missing before {record.window}")
+            raise FormatError(f"{unfit}: rows of windows are missing before {record.window}")
         check(lib.bmc_session_mark(handle))
         session.saved = _saved(fd, record, known)
         session.notes = _decoded(record.notes, path)
@@ -428,7 +442,8 @@ def _fill(session: Session, fd: int, path: str, described: dict, records: list[R
 
 
 def _read_parts(fd: int, handle: Any, layout: Layout, record: Record, last: bool) -> bool:
-    """Import the parts of a save; states that a later one replaces are left out. False where the checksum is not theirs."""
+    """Import the parts of a save; states that a later one replaces are left out. False where the checksum is not
+    theirs."""
     if not record.is_whole(layout) or record.bytes(layout) != record.end - record.at - CRC.size:
         raise ArgumentError(f"its rows and states are not those of {record.kept + len(record.tokens)} tokens")
     buffer, at, checksum = _buffer(record, layout), record.at, 0
@@ -457,7 +472,7 @@ def _read_into(fd: int, view: memoryview, at: int) -> None:
         view = view[n:]
 
 
-# ---- files ---------------------------------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------------------
 
 
 @contextmanager

@@ -162,7 +162,8 @@ async def _lease(service: Service, task: Task) -> Lease | None:
 class Going:
     """An answer on its way: the run, and who watches whether the client is still there."""
 
-    def __init__(self, request: HttpRequest, service: Service, run: Run, task: Task, answer, lease: Lease | None = None):
+    def __init__(self, request: HttpRequest, service: Service, run: Run, task: Task, answer,
+                 lease: Lease | None = None):
         self.request, self.service, self.run, self.task, self.answer = request, service, run, task, answer
         self.left, self.lease = len(task.requests), lease
         self.headers = {"x-pybmc-seed": str(task.seed), "Cache-Control": "no-store"}

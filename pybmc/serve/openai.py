@@ -55,8 +55,8 @@ def chat_task(service: Service, fields: Fields, client):
     usage, n = fields.object("stream_options").flag("include_usage"), fields.whole("n", 1, 1, 16)
     ids, begun = chat_prompt(service, fields)
     shown = fields.choice("reasoning_format", ("none", "auto", "deepseek", "deepseek-legacy"), "auto") != "none"
-    task = task_of(service, base, [("", ids)], n, reasoning=shown, begun=begun, session=session_of(service, fields),
-                   slot=slot_of(service, fields))
+    task = task_of(service, base, [("", ids)], n, reasoning=shown, begun=begun,
+                   session=session_of(service, fields), slot=slot_of(service, fields))
     return task, ChatAnswer(head(service, "chatcmpl-"), service.tokenizer, task.choices(service), n_top, usage,
                             fields.flag("timings_per_token"), "prediction" in fields)
 

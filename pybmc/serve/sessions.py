@@ -1,4 +1,4 @@
-"""Saved sessions in a folder, by name: read from their files for a request, and saved when its answer has ended."""
+"""Saved sessions in a folder, by name: read for a request, and saved when its answer has ended."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 def checked_name(name: str, field: str) -> str:
     if not NAME.fullmatch(name):
-        raise invalid(field, f"{field} is {name!r:.80}; expected a letter or digit, and up to 63 more of them, or of . _ -")
+        raise invalid(field, f"{field} is {name!r:.80}; "
+                      "expected a letter or digit, and up to 63 more of them, or of . _ -")
     return name
 
 
@@ -36,14 +37,24 @@ def open_folder(path: str) -> int:
     return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
+def unreadable(name: str, error: OSError, field: str) -> Refused:
+    return Refused(400, "invalid_session", f"the session {name} cannot be read: {error.strerror}", field)
+
+
+def unsaved(name: str, error: Exception, field: str) -> Refused:
+    why = error.strerror if isinstance(error, OSError) else error
+    return Refused(500, "session_not_saved", f"the session {name} could not be saved: {why}", field)
+
+
 class Sessions:
-    """Saved sessions in a folder, whose descriptor it closes. seconds: how long a request waits for another one with the same name."""
+    """Saved sessions in a folder, whose descriptor it closes. seconds: how long a request waits for another one
+    with the same name."""
 
     def __init__(self, folder: int, model: Model, worker: Worker, context: int, seconds: float):
         self._folder = folder
         self.model, self.worker, self.context, self.seconds = model, worker, context, seconds
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._known: WeakValueDictionary[str, Session] = WeakValueDictionary()      # sessions that were saved or read here
+        self._known: WeakValueDictionary[str, Session] = WeakValueDictionary()      # saved or read here
         self._pool = ThreadPoolExecutor(1, "pybmc-sessions")
 
     def close(self) -> None:
@@ -61,12 +72,14 @@ class Sessions:
         return Lease(self, name, lock)
 
     async def restore(self, name: str, field: str) -> tuple[list[int], int]:
-        """Let the engine have the rows in a file; their tokens, and bytes read. Raises OutOfMemoryError where it has no room."""
+        """Let the engine have the rows in a file; their tokens, and bytes read. Raises OutOfMemoryError where it has
+        no room."""
         engine, size = self.worker.engine, self._stat(name).st_size
         if not await self.worker.call(lambda: engine.make_way(size)):
             raise OutOfMemoryError(f"the session {name} has {size} bytes, for which there is no memory now")
         try:
-            session = await self._in_thread(lambda: load(self.model, name, self.context, engine.grain, self._folder))
+            session = await self._in_thread(
+                lambda: load(self.model, name, self.context, engine.grain, self._folder))
         except FormatError as error:
             raise Refused(400, "invalid_session", str(error), field) from None
         tokens, self._known[name] = session.tokens, session
@@ -86,7 +99,8 @@ class Sessions:
         """Whether the engine has the rows of a file already, as far as they are kept."""
         session, found = self._known.get(name), self._stat(name)
         saved = session.saved if session is not None and session._handle != ffi.NULL else None
-        return saved is not None and (saved.device, saved.inode, saved.size) == (found.st_dev, found.st_ino, found.st_size)
+        its = found.st_dev, found.st_ino, found.st_size
+        return saved is not None and (saved.device, saved.inode, saved.size) == its
 
     def _stat(self, name: str) -> os.stat_result:
         return os.stat(name, dir_fd=self._folder, follow_symlinks=False)
@@ -96,8 +110,8 @@ class Sessions:
 
 
 class Lease:
-    """A name that one request uses. ended() gets the session of its answer, by the engine's thread; close() lets go of the
-    name, once that session is saved."""
+    """A name that one request uses. ended() gets the session of its answer, by the engine's thread; close() lets go
+    of the name, once that session is saved."""
 
     def __init__(self, sessions: Sessions, name: str, lock: asyncio.Lock):
         self.sessions, self.name = sessions, name
@@ -107,7 +121,7 @@ class Lease:
         self._closed = False
 
     async def restore(self) -> None:
-        """Let the engine have what is saved, where it does not have it; no file yet, or no memory for it, is fine."""
+        """Let the engine have what is saved, unless it does; no file yet, or no memory for it, is fine."""
         try:
             if not self.sessions.has(self.name):
                 await self.sessions.restore(self.name, "session")
@@ -118,7 +132,7 @@ class Lease:
         except BmcError as error:
             raise refusal(error) from None
         except OSError as error:
-            raise Refused(400, "invalid_session", f"the session {self.name} cannot be read: {error.strerror}", "session") from None
+            raise unreadable(self.name, error, "session") from None
 
     def ended(self, session: Session) -> None:
         with suppress(RuntimeError):            # the loop is closed
@@ -135,8 +149,7 @@ class Lease:
         try:
             await asyncio.shield(self._saving)
         except (OSError, BmcError) as error:
-            why = error.strerror if isinstance(error, OSError) else str(error)
-            raise Refused(500, "session_not_saved", f"the session {self.name} could not be saved: {why}", "session") from None
+            raise unsaved(self.name, error, "session") from None
 
     def close(self) -> None:
         """Let go of the name, after what the engine and the disk still do for it. Twice is fine."""
@@ -146,7 +159,7 @@ class Lease:
 
     def _settle(self) -> None:
         """The engine has nothing to hand over any more."""
-        if self._saving is None and self._session is not None:     # the client left just when its answer ended
+        if self._saving is None and self._session is not None:     # the client left when its answer ended
             self._saving = asyncio.ensure_future(self.sessions.save(self.name, self._session))
         if self._saving is None:
             self._lock.release()

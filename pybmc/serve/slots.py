@@ -10,25 +10,26 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from ..engine.sequence import Sequence
 from ..errors import BmcError
 from .errors import Refused, invalid, refusal, unsupported
 from .fields import Fields
 from .http import Json, fields_of, service_of
 from .service import Service
-from .sessions import checked_name
+from .sessions import checked_name, unreadable, unsaved
 from .worker import Slot
 
 
 async def slots(request: Request) -> Response:
     service = _enabled(request)
     running = list(service.worker.engine.running)
-    return Json([_described(service, i, slot, slot.sequence in running) for i, slot in enumerate(service.worker.slots)])
+    return Json([{"id": i, "n_ctx": service.context} | _described(slot.sequence if slot.sequence in running else None)
+                 for i, slot in enumerate(service.worker.slots)])
 
 
-def _described(service: Service, i: int, slot: Slot, busy: bool) -> dict:
-    told = {"id": i, "is_processing": busy, "n_ctx": service.context, "state": "idle"}
-    s = slot.sequence
-    if not busy or s is None:
+def _described(s: Sequence | None) -> dict:
+    told = {"is_processing": s is not None, "state": "idle"}
+    if s is None:
         return told
     return told | {"state": "reading" if s.reading else "writing", "n_prompt_tokens": len(s.prompt),
                    "n_decoded": s.stats.predicted_tokens, "seconds": time.perf_counter() - s.since}
@@ -51,7 +52,8 @@ async def change(request: Request) -> Response:
     if slot.sequence in service.worker.engine.running:
         raise Refused(503, "slot_busy", f"the slot {i} serves a request", headers={"Retry-After": "1"})
     try:
-        told = await ACTIONS[action](service, slot, await fields_of(request) if action != "erase" else Fields({}))
+        fields = await fields_of(request) if action != "erase" else Fields({})
+        told = await ACTIONS[action](service, slot, fields)
     except BmcError as error:
         raise refusal(error) from None
     return Json({"id_slot": i} | told)
@@ -72,16 +74,18 @@ async def save(service: Service, slot: Slot, fields: Fields) -> dict:
     name, engine, started = _filename(fields), service.worker.engine, time.perf_counter()
     lease = await service.sessions.lease(name)
     try:
-        session = await service.worker.call(lambda: engine.lend(np.array(slot.text, np.int32), service.context))
+        tokens = np.array(slot.text, np.int32)
+        session = await service.worker.call(lambda: engine.lend(tokens, service.context))
         if session is None:
             raise invalid("id", "the slot holds nothing that could be saved")
         n = session.position
         size = await service.sessions.save(name, session)
     except OSError as error:
-        raise Refused(500, "session_not_saved", f"the session {name} could not be saved: {error.strerror}", "filename") from None
+        raise unsaved(name, error, "filename") from None
     finally:
         lease.close()
-    return {"filename": name, "n_saved": n, "n_written": size, "timings": {"save_ms": 1e3 * (time.perf_counter() - started)}}
+    return {"filename": name, "n_saved": n, "n_written": size,
+            "timings": {"save_ms": 1e3 * (time.perf_counter() - started)}}
 
 
 async def restore(service: Service, slot: Slot, fields: Fields) -> dict:
@@ -90,7 +94,7 @@ async def restore(service: Service, slot: Slot, fields: Fields) -> dict:
     try:
         slot.text, size = await service.sessions.restore(name, "filename")
     except OSError as error:
-        raise Refused(400, "invalid_session", f"the session {name} cannot be read: {error.strerror}", "filename") from None
+        raise unreadable(name, error, "filename") from None
     finally:
         lease.close()
     return {"filename": name, "n_restored": len(slot.text), "n_read": size,
@@ -98,11 +102,13 @@ async def restore(service: Service, slot: Slot, fields: Fields) -> dict:
 
 
 async def erase(service: Service, slot: Slot, fields: Fields) -> dict:
-    engine, (text, slot.text) = service.worker.engine, (slot.text, [])
-    return {"n_erased": await service.worker.call(lambda: engine.forget(np.array(text, np.int32), service.context))}
+    engine, tokens = service.worker.engine, np.array(slot.text, np.int32)
+    slot.text = []
+    return {"n_erased": await service.worker.call(lambda: engine.forget(tokens, service.context))}
 
 
-ACTIONS: dict[str, Callable[[Service, Slot, Fields], Coroutine]] = {"save": save, "restore": restore, "erase": erase}
+Action = Callable[[Service, Slot, Fields], Coroutine]
+ACTIONS: dict[str, Action] = {"save": save, "restore": restore, "erase": erase}
 
 
 def slot_of(service: Service, fields: Fields) -> int | None:
@@ -119,7 +125,7 @@ def session_of(service: Service, fields: Fields) -> str | None:
     if service.sessions is None:
         raise unsupported("session", "needs a server with a folder for sessions: pybmc serve --sessions DIR")
     if fields.whole("n", 1) > 1 or not fields.flag("cache_prompt", True):
-        raise unsupported("session", "with more than one answer, or without cache_prompt, is not supported here")
+        raise unsupported("session", "with several answers, or without cache_prompt, is not supported here")
     return checked_name(name, "session")
 
 

@@ -54,7 +54,7 @@ class Task:
 
 
 def refuse_common(fields: Fields, but: tuple[str, ...] = ()) -> None:
-    """Fields that ask for what is not there. Those that ask for nothing are fine. but: fields that a route has."""
+    """Fields that ask for what is not there. Those that ask for nothing are fine. but: what a route has."""
     fields.refuse([name for name in REFUSED if name not in but])
     for name in ("tool_choice", "function_call"):
         if fields.get(name, "auto") not in ("auto", "none"):
