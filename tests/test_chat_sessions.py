@@ -143,8 +143,8 @@ def test_a_save_that_fails_is_told_and_the_chat_goes_on(tmp_path, capsys, monkey
 def test_a_chat_that_is_ended_while_it_answers_keeps_the_turns_before(tmp_path, sign):
     path = tmp_path / "talk"
     command = [sys.executable, "-m", "pybmc", "chat", str(tiny.model("llama", n_ctx=4000)), "-t", "1", "--session", str(path), "-n", "-1",
-               "-l", "0-inf", "-l", "1-inf", "-l", "2-inf"]
-    with subprocess.Popen([*command[:-7], "5"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+               "-l", "398-inf", "-l", "400-inf"]
+    with subprocess.Popen([*command[:-5], "5"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
         first.communicate("hello\n", timeout=60)
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as second:
         second.stdin.write(b"and then?\n")

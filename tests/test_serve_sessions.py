@@ -12,7 +12,7 @@ from serving import Gate, events, served, until
 import pybmc
 from pybmc.engine import session_file
 
-SETTINGS = {"max_tokens": 8, "seed": 3, "logit_bias": {"0": -100, "1": -100, "2": -100}}
+SETTINGS = {"max_tokens": 8, "seed": 3, "logit_bias": {"398": -100, "400": -100}}
 
 
 @pytest.fixture(scope="module", params=["llama", "qwen35"])
@@ -286,7 +286,7 @@ def test_a_request_runs_in_the_slot_that_it_asks_for(llama, tmp_path):
         assert errors(server.post("/slots/0?action=save", {"filename": "x"})) == (400, "invalid_value", "id")
         assert server.post("/slots/2?action=save", {"filename": "x"}).json()["n_saved"]
         gate = Gate(server)
-        first = server.begin("/completion", {"prompt": "Once", "id_slot": 1, "n_predict": 1000})
+        first = server.begin("/completion", SETTINGS | {"prompt": "Once", "id_slot": 1, "n_predict": 1000})
         until(lambda: server.service.worker.runs)
         gate.let(2)
         until(lambda: [slot["is_processing"] for slot in server.client.get("/slots").json()] == [False, True, False])
