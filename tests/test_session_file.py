@@ -241,6 +241,20 @@ def test_a_file_that_others_changed_is_written_anew(tmp_path):
         assert load("llama").load_session(tmp_path / "other").tokens == session.tokens
 
 
+def test_a_file_with_the_number_and_size_of_the_old_one_is_written_anew(tmp_path):
+    path, other = tmp_path / "s", tmp_path / "other"
+    with load("llama").session() as session, load("llama").session() as stranger:
+        for one, seed, where in ((session, 1, path), (stranger, 2, other)):
+            one.eval(tokens(40, seed), "none")
+            one.save(where)
+        with open(path, "r+b") as file:
+            file.write(other.read_bytes())
+        assert path.stat().st_size == session.saved.size and path.stat().st_ino == session.saved.inode
+        session.eval([1], "none")
+        session.save(path)
+        assert_same(load("llama").load_session(path), session)
+
+
 def test_an_empty_session_and_notes_alone(tmp_path):
     with load("llama").session(context=99) as session:
         session.save(tmp_path / "s")

@@ -188,8 +188,7 @@ def _append(session: Session, saved: Saved, handle: Any, layout: Layout, path: s
     if saved.end + record.size(layout) > 2 * whole.size(layout) + SLACK:
         return False
     with suppress(FileNotFoundError), _locked(path, os.O_RDWR, dir_fd) as fd:
-        found = os.fstat(fd)
-        if (found.st_dev, found.st_ino, found.st_size) != (saved.device, saved.inode, saved.size):
+        if not _is_at(saved, fd):
             return False
         nothing_new = kept == saved.tokens == lib.bmc_session_position(handle) and not _snapshots(record) - known
         if nothing_new and notes == saved.notes:
@@ -206,6 +205,13 @@ def _append(session: Session, saved: Saved, handle: Any, layout: Layout, path: s
         check(lib.bmc_session_mark(handle))
         return True
     return False
+
+
+def _is_at(saved: Saved, fd: int) -> bool:
+    """Whether a file is as it was when the session was saved to it or loaded from it."""
+    found, last = os.fstat(fd), os.pread(fd, CRC.size, saved.end - CRC.size)
+    same = (found.st_dev, found.st_ino, found.st_size) == (saved.device, saved.inode, saved.size)
+    return same and last == CRC.pack(saved.checksum)            # a new file may have the number of an old one
 
 
 def _snapshots(record: Record) -> frozenset[int]:
@@ -249,7 +255,7 @@ def _check_old(path: str, dir_fd: int | None) -> None:
 
 
 def _sync_folder(folder: str, dir_fd: int | None) -> None:
-    with _opened(folder or ".", os.O_RDONLY, dir_fd) as fd:
+    with suppress(OSError), _opened(folder or ".", os.O_RDONLY, dir_fd) as fd:     # not every file system has it
         os.fsync(fd)
 
 
