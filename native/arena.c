@@ -112,7 +112,7 @@ int arena_init(struct arena *a, const struct arena_config *config) {
 void arena_clear(struct arena *a) {
     while (a->n_segments > a->n_dropped)
         release(a, --a->n_segments);
-    a->n_segments = a->n_dropped = a->rows_reserved = 0;
+    a->n_segments = a->n_dropped = a->first = a->rows_reserved = 0;
 }
 
 void arena_free(struct arena *a) {
@@ -177,6 +177,7 @@ int arena_fork(struct arena *child, struct arena *parent, int64_t rows) {
         }
     }
     child->rows_reserved = child->n_segments * r;
+    child->first = parent->first;
     if (!failed)
         return 0;
     arena_clear(child);
@@ -188,6 +189,8 @@ void arena_drop(struct arena *a, int64_t rows) {
         release(a, a->n_dropped);
         a->segments[a->n_dropped] = a->segments[a->n_segments - 1];     /* memory that can be pointed to */
     }
+    if (a->first < a->n_dropped * a->config.r)
+        a->first = a->n_dropped * a->config.r;
 }
 
 int64_t arena_mapped(const struct arena *a) {
@@ -210,8 +213,24 @@ int arena_reserve(struct arena *a, int64_t rows) {
     return 0;
 }
 
+int64_t arena_tile_bytes(const struct arena *a) { return column_bytes(&a->config); }
+
 int64_t arena_row_bytes(const struct arena *a) {
     return column_bytes(&a->config) / TILE_ROWS;
+}
+
+void arena_export(const struct arena *a, int64_t from, int64_t to, char *bytes) {
+    for (int64_t tile = from; tile < to; tile++)
+        for (int i = 0; i < a->config.n_streams; i++)
+            for (int head = 0; head < a->config.streams[i].n_heads; head++, bytes += a->config.streams[i].tile_bytes)
+                memcpy(bytes, arena_tile(a, i, head, tile), (size_t)a->config.streams[i].tile_bytes);
+}
+
+void arena_import(struct arena *a, int64_t from, int64_t to, const char *bytes) {
+    for (int64_t tile = from; tile < to; tile++)
+        for (int i = 0; i < a->config.n_streams; i++)
+            for (int head = 0; head < a->config.streams[i].n_heads; head++, bytes += a->config.streams[i].tile_bytes)
+                memcpy(arena_tile(a, i, head, tile), bytes, (size_t)a->config.streams[i].tile_bytes);
 }
 
 int arena_auto_rows(int64_t row_bytes) {

@@ -39,6 +39,7 @@ struct arena {
     atomic_int **users;             /* (n_segments,) how many arenas share the segment; NULL: it is this one's alone */
     int64_t n_segments, n_slots;
     int64_t n_dropped;              /* the first ones, whose rows nobody will read: only their places are left */
+    int64_t first;                  /* rows before it are gone */
     int64_t segment_tiles;          /* tiles of one head in each segment */
     size_t segment_bytes;           /* mapped for each segment */
     int64_t rows_reserved;
@@ -64,6 +65,10 @@ int arena_own(struct arena *a, int64_t from, int64_t to);
 /* Gives back whole segments of rows below `rows`: nobody will read them. */
 void arena_drop(struct arena *a, int64_t rows);
 void arena_clear(struct arena *a);              /* no rows any more */
+
+/* Tiles [from, to), which are reserved and not dropped, as bytes: a tile after the other, each of all streams and heads. */
+void arena_export(const struct arena *a, int64_t from, int64_t to, char *bytes);
+void arena_import(struct arena *a, int64_t from, int64_t to, const char *bytes);
 int64_t arena_mapped(const struct arena *a);    /* bytes, a shared segment divided among its users */
 
 /* The tile with rows [16 * tile, 16 * tile + 16) of a head; the rows have to be reserved. */
@@ -88,6 +93,7 @@ static inline void *arena_tile(const struct arena *a, int stream, int head, int6
 int arena_auto_rows(int64_t row_bytes);
 
 int64_t arena_row_bytes(const struct arena *a);     /* K and V of one token, all streams */
+int64_t arena_tile_bytes(const struct arena *a);    /* .. of 16 tokens */
 
 /* What native/lab/grow.c needs to make segments in its own way. */
 size_t arena_bytes(const struct arena_config *config, int64_t tiles);   /* 0: more than memory can be */

@@ -274,6 +274,20 @@ typedef struct bmc_limits {
     double seconds;                 /* time limit: no new round starts after it; the first one always runs */
 } bmc_limits;
 
+/* A part of a session besides its tokens, as bytes: the same on every CPU. */
+enum bmc_part_kind {
+    BMC_PART_ROWS,          /* rows [start, end), whole tiles of 16, of the blocks that see all rows .. */
+    BMC_PART_WINDOWS,       /* .. and of those with a window */
+    BMC_PART_SNAPSHOT,      /* states after the first `start` tokens, to go back to; end is the same */
+    BMC_PART_STATES,        /* states after the first `start` tokens, and what those up to `end`, the position, did to them */
+};
+typedef struct bmc_part { int32_t kind, start, end; } bmc_part;
+
+typedef struct bmc_layout {
+    int64_t tile_bytes, window_bytes;       /* of 16 rows; 0: no block has such */
+    int64_t state_bytes, log_bytes;         /* of all states; more for each token from start to end */
+} bmc_layout;
+
 typedef struct bmc_arena_stats {
     int64_t rows_reserved;
     int64_t rows_used;
@@ -329,6 +343,18 @@ int         bmc_session_reserve(bmc_session *session, int rows);         /* make
 int         bmc_session_keep_hidden(bmc_session *session);             /* from now on, those of its last tokens, for a draft head */
 int         bmc_session_stats(const bmc_session *session, bmc_arena_stats *stats);
 void        bmc_session_free(bmc_session *session);
+
+/* Sessions out and in again. bmc_session_parts: rows from a position on, and all states; how many, BMC_PARTS at most. extend: as if n tokens
+ * had been evaluated after the first `from` ones; the parts from there on have to be imported before anything else is asked of the
+ * session, and rows of windows are there from `window` on. Parts of rows may be exported and imported in pieces. */
+enum { BMC_PARTS = 11 };
+int         bmc_session_layout(const bmc_session *session, bmc_layout *layout);
+int         bmc_session_parts(bmc_session *session, int from, bmc_part *parts);
+int         bmc_session_export(bmc_session *session, const bmc_part *part, void *bytes, int64_t n);
+int         bmc_session_extend(bmc_session *session, int from, const int32_t *tokens, int n, int window);
+int         bmc_session_import(bmc_session *session, const bmc_part *part, const void *bytes, int64_t n);
+int         bmc_session_mark(bmc_session *session);                    /* it was saved, or all is imported */
+int         bmc_session_unchanged(const bmc_session *session);         /* tokens, and their rows, that are as they were then */
 
 int         bmc_eval(const bmc_span *spans, int n_spans);
 

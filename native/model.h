@@ -176,6 +176,7 @@ struct bmc_session {
     int n_tokens;
     int offset;                     /* tokens of the text before the first row: a draft model may read the end of a text only */
     int rope;                       /* 1: table 1 for every layer */
+    int unchanged;                  /* rows before it are those of the last bmc_session_mark */
     struct {
         float *rows;                /* (HIDDEN_KEPT, dim) the state of position p is row p % HIDDEN_KEPT; NULL: none are kept */
         int from;                   /* those of positions from .. position - 1 are there */

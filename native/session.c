@@ -2,12 +2,13 @@
 #include "error.h"
 #include "pass.h"
 #include "sample.h"
+#include "session.h"
 
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
 
-static int claim(bmc_session *s) {
+int claim(bmc_session *s) {
     if (!atomic_flag_test_and_set_explicit(&s->busy, memory_order_acquire))
         return 0;
     return fail(BMC_EBUSY, "this session is in use by another thread");
@@ -15,9 +16,8 @@ static int claim(bmc_session *s) {
 
 static int evaluate_claimed(const bmc_span *spans, int n_spans, bool coarse);
 static int go_back(bmc_session *s, int position);
-static int reserve(bmc_session *s, int rows);
 
-static void release(bmc_session *s) { atomic_flag_clear_explicit(&s->busy, memory_order_release); }
+void release(bmc_session *s) { atomic_flag_clear_explicit(&s->busy, memory_order_release); }
 
 static int check_session(const bmc_model *m, int64_t cap, int r, int rope) {
     if (!m || !(m->panels || m->rooms))
@@ -96,6 +96,7 @@ static int copy_session(bmc_session *s, bmc_session *parent, int position) {
     if (position)
         memcpy(s->tokens, parent->tokens, (size_t)position * sizeof *s->tokens);
     s->offset = parent->offset;
+    s->unchanged = parent->unchanged;
     return go_back(s, position);
 }
 
@@ -135,7 +136,7 @@ int bmc_session_position(const bmc_session *s) { return s->position; }
 /* Whether rows are gone that windows reach back to from a position. */
 static bool lacks_rows(const bmc_session *s, int position) {
     const struct arena *windows = &s->arenas[WINDOWS];
-    return windows->n_dropped && position + 1 - s->model->window < windows->n_dropped * windows->config.r;
+    return windows->first && position + 1 - s->model->window < windows->first;
 }
 
 /* How far back a session gets towards a position without evaluating tokens again: states may have to go farther, and where rows of
@@ -151,6 +152,7 @@ static int reach(bmc_session *s, int position) {
         arena_clear(&s->arenas[WINDOWS]);
     states_rewind(&s->states, reached);
     s->position = reached;
+    s->unchanged = smaller(s->unchanged, reached);
     return reached;
 }
 
@@ -216,7 +218,7 @@ int bmc_session_sync(bmc_session *s, const int32_t *tokens, int n) {
 }
 
 /* Room for more rows and their tokens. */
-static int reserve(bmc_session *s, int rows) {
+int reserve(bmc_session *s, int rows) {
     int64_t n = (int64_t)s->position + rows;
     int status = states_reserve(&s->states);
     for (int i = 0; !status && i < ARENAS; i++) {

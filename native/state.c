@@ -21,12 +21,14 @@ static size_t stream_floats(const struct state_size *size) {
     return 2 * size->floats + ((size_t)(LOG_MAX + size->n_before) * size->row + 15) / 16 * 16;
 }
 
-static size_t snapshot_floats(const struct states *s) {
+size_t states_floats(const struct states *s, int n_log) {
     size_t sum = 0;
     for (int i = 0; i < s->n; i++)
-        sum += s->sizes[i].floats + (size_t)s->sizes[i].n_before * s->sizes[i].row;
+        sum += s->sizes[i].floats + (size_t)(s->sizes[i].n_before + n_log) * s->sizes[i].row;
     return sum;
 }
+
+static size_t snapshot_floats(const struct states *s) { return states_floats(s, 0); }
 
 size_t states_measure(struct state_size *sizes, int n) {
     size_t sum = 0;
@@ -83,24 +85,24 @@ void states_done(struct states *s, const struct state_run *run) {
 
 static void copy_floats(float *to, const float *from, size_t n) { memcpy(to, from, n * sizeof *to); }
 
-static void save(const struct states *s, float *values) {
+static void save(const struct states *s, int n_log, float *values) {
     for (int i = 0; i < s->n; i++) {
         const struct state_size *size = &s->sizes[i];
         copy_floats(values, state_anchor(s, i), size->floats);
         values += size->floats;
-        for (int j = -size->n_before; j < 0; j++, values += size->row)
+        for (int j = -size->n_before; j < n_log; j++, values += size->row)
             copy_floats(values, state_row(s, i, s->base + j), size->row);
     }
 }
 
 /* And back, as the states at s->base. */
-static void load(const struct states *s, const float *values) {
+static void load(const struct states *s, int n_log, const float *values) {
     for (int i = 0; i < s->n; i++) {
         const struct state_size *size = &s->sizes[i];
         copy_floats(state_anchor(s, i), values, size->floats);
         copy_floats(state_current(s, i), values, size->floats);
         values += size->floats;
-        for (int j = -size->n_before; j < 0; j++, values += size->row)
+        for (int j = -size->n_before; j < n_log; j++, values += size->row)
             copy_floats(state_row(s, i, s->base + j), values, size->row);
     }
 }
@@ -128,18 +130,22 @@ int states_nearest(const struct states *s, int position) {
     return !s->n || position >= s->base ? position : last ? last->position : 0;
 }
 
+void states_forget(struct states *s, int position) {
+    for (struct snapshot *p = s->snapshots; p < s->snapshots + SNAPSHOTS; p++)
+        if (p->position > position)
+            drop(p);
+}
+
 int states_rewind(struct states *s, int position) {
     if (!s->n || position >= s->base)           /* no snapshot is beyond base */
         return position;
     const struct snapshot *last = last_snapshot(s, position);
     s->base = s->current = last ? last->position : 0;
     if (last)
-        load(s, last->copy->values);
+        load(s, 0, last->copy->values);
     else
         clear(s);
-    for (struct snapshot *p = s->snapshots; p < s->snapshots + SNAPSHOTS; p++)
-        if (p->position > position)             /* of tokens that are gone */
-            drop(p);
+    states_forget(s, position);
     return s->base;
 }
 
@@ -160,18 +166,56 @@ static struct snapshot *next_snapshot(struct states *s) {
     return place;
 }
 
-int states_snapshot(struct states *s) {
-    const struct snapshot *last = last_snapshot(s, s->base);
-    if (!s->base || (last && last->position == s->base))
-        return 0;
+bool states_has_snapshot(const struct states *s, int position) {
+    const struct snapshot *last = last_snapshot(s, position);
+    return last && last->position == position;
+}
+
+/* A new snapshot, whose values are still to come. */
+static struct copy *add_snapshot(struct states *s, int position) {
     struct copy *copy = malloc(sizeof *copy + snapshot_floats(s) * sizeof *copy->values);
     if (!copy)
-        return fail(BMC_ENOMEM, "no memory for a snapshot of %.0f MB", megabytes(snapshot_floats(s)));
-    struct snapshot *place = next_snapshot(s);
-    drop(place);
-    atomic_init(&copy->users, 1);
-    save(s, copy->values);
-    *place = (struct snapshot){ s->base, copy };
+        fail(BMC_ENOMEM, "no memory for a snapshot of %.0f MB", megabytes(snapshot_floats(s)));
+    else {
+        struct snapshot *place = next_snapshot(s);
+        drop(place);
+        atomic_init(&copy->users, 1);
+        *place = (struct snapshot){ position, copy };
+    }
+    return copy;
+}
+
+int states_snapshot(struct states *s) {
+    if (!s->base || states_has_snapshot(s, s->base))
+        return 0;
+    struct copy *copy = add_snapshot(s, s->base);
+    if (!copy)
+        return BMC_ENOMEM;
+    save(s, 0, copy->values);
+    return 0;
+}
+
+bool states_export(const struct states *s, int position, int n_log, float *values) {
+    const struct snapshot *last = last_snapshot(s, position);
+    if (!n_log && last && last->position == position)
+        copy_floats(values, last->copy->values, snapshot_floats(s));
+    else if (s->memory && position == s->base && n_log >= 0 && n_log <= s->current - s->base)
+        save(s, n_log, values);
+    else
+        return false;
+    return true;
+}
+
+int states_import(struct states *s, int position, int n_log, bool as_snapshot, const float *values) {
+    if (as_snapshot) {
+        struct copy *copy = add_snapshot(s, position);
+        if (copy)
+            copy_floats(copy->values, values, snapshot_floats(s));
+        return copy ? 0 : BMC_ENOMEM;
+    }
+    s->base = position;
+    s->current = n_log ? position + n_log + 1 : position;       /* beyond its end: the next pass does the log again */
+    load(s, n_log, values);
     return 0;
 }
 

@@ -115,7 +115,7 @@ def test_clients_are_keys_or_addresses(locked, server):
     seen = []
     for at, headers in ((locked, {"x-api-key": "second-key"}), (server, {})):
         submit = at.service.submit
-        at.service.submit = lambda requests, submit=submit: seen.append(requests[0].client) or submit(requests)
+        at.service.submit = lambda requests, *more, submit=submit: seen.append(requests[0].client) or submit(requests, *more)
         at.post("/v1/completions", {"prompt": "a", "max_tokens": 1}, headers=headers)
         at.service.submit = submit
     assert seen == [1, "127.0.0.1"]
@@ -166,7 +166,7 @@ def test_forwarded_headers_are_not_believed(locked):
     seen = []
     submit = locked.service.submit
     policy, locked.server.config.app.policy = locked.server.config.app.policy, Policy()
-    locked.service.submit = lambda requests: seen.append(requests[0].client) or submit(requests)
+    locked.service.submit = lambda requests, *more: seen.append(requests[0].client) or submit(requests, *more)
     locked.post("/v1/completions", {"prompt": "a", "max_tokens": 1}, headers={"x-forwarded-for": "1.2.3.4", "forwarded": "for=1.2.3.4"})
     locked.server.config.app.policy, locked.service.submit = policy, submit
     assert seen == ["127.0.0.1"]

@@ -11,6 +11,7 @@ from serving import events, served
 import pybmc
 from pybmc.engine.request import Stats
 from pybmc.serve.fill import fill_tokens
+from pybmc.serve.worker import Slot
 
 HELLO = [{"role": "user", "content": "Once upon a time"}]
 SETTINGS = {"temperature": 0.8, "min_p": 0.0}
@@ -276,6 +277,7 @@ def test_slots_can_be_asked_for_a_free_one(server, monkeypatch):
     assert server.client.get("/slots?fail_on_no_slot=1").status_code == 200
     sequence = SimpleNamespace(reading=False, prompt=[1], stats=Stats(), since=0.0)
     monkeypatch.setattr(server.engine, "running", [sequence] * 8)
+    monkeypatch.setattr(server.service.worker, "slots", [Slot(sequence)] * 8)
     response = server.client.get("/slots?fail_on_no_slot=1")
     assert response.status_code == 503 and "8 slots" in response.json()["error"]["message"]
     assert [slot["is_processing"] for slot in server.client.get("/slots").json()] == [True] * 8

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import checks
 from ..engine import Stats, Token
 from ..engine.model import Model
 from ..engine.prefixes import common
@@ -153,6 +154,29 @@ class Conversation:
             self.template.encode(messages, add_generation_prompt=False, **self.variables)
         self.messages = messages
 
+    def save_session(self, path: str | os.PathLike) -> None:
+        """Write the session and the messages to one file: a later conversation goes on where this one ends, and
+        reads nothing again."""
+        held = self.session.tokens              # all but the last token of an answer
+        after = self._ids[len(held):] if self._ids[:len(held)] == held else None
+        self.session.notes = {"messages": self.messages, "after": after}
+        self.session.save(path)
+
+    def take_up(self, system: str | None = None) -> None:
+        """Go on with the conversation of a session that save_session wrote. system: another system message, if any
+        is given. Raises FormatError where the session came with none."""
+        notes = self.session.notes
+        try:
+            messages, after = checked_messages(notes["messages"]), notes["after"]
+            size = self.model.config.vocab_size
+            self._ids = [] if after is None else self.session.tokens + checks.ids("after", after, size)
+        except (ValueError, KeyError, TypeError):
+            raise FormatError("there is no conversation in this session") from None
+        if system:
+            messages = [{"role": "system", "content": whole_characters(system)},
+                        *(m for m in messages if m["role"] != "system")]
+        self.messages = messages
+
 
 def without_oldest(messages: list[dict]) -> list[dict]:
     """The messages without the first turn, unless it is the only one."""
@@ -177,11 +201,16 @@ def saved_messages(path: str | os.PathLike) -> list[dict]:
                 raise ValueError("not JSON")
             file.seek(0)
             messages = json.loads(file.read().decode("utf-8-sig"))["messages"]
-        if not isinstance(messages, list):
-            raise TypeError("messages are no list")
-        return [{"role": _role(m["role"]), "content": whole_characters(m["content"])} for m in messages]
+        return checked_messages(messages)
     except (ValueError, KeyError, TypeError, RecursionError):
         raise FormatError(f"{os.fspath(path)} is not a saved conversation") from None
+
+
+def checked_messages(messages: object) -> list[dict]:
+    """Messages out of a file. Raises ValueError, KeyError or TypeError."""
+    if not isinstance(messages, list):
+        raise TypeError("messages are no list")
+    return [{"role": _role(m["role"]), "content": whole_characters(m["content"])} for m in messages]
 
 
 def _role(role: object) -> str:

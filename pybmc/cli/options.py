@@ -230,8 +230,8 @@ text_options = options(
 
 SECTIONS = {                            # of the help of chat and generate
     "Model": ("model_option", "context", "threads", "no_repack", "weights_memory", "rows", "kv_type", "no_preread"),
-    "Text": ("prompt", "prompt_file", "system", "as_chat", "prefill", "no_bos", "chat_template", "chat_template_kwargs", "think",
-             "reasoning_budget"),
+    "Text": ("prompt", "prompt_file", "session_file", "system", "as_chat", "prefill", "no_bos", "chat_template",
+             "chat_template_kwargs", "think", "reasoning_budget"),
     "Form": ("json_schema", "json_schema_file", "grammar", "grammar_file"),
     "End": ("max_tokens", "stop", "ignore_eos"),
     "Sampling": SAMPLING,

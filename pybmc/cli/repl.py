@@ -53,12 +53,14 @@ class Repl:
     """run() talks until the input ends or /exit. COMMANDS names the commands; do_NAME runs one.
 
     tint: show which tokens were drafted; thoughts: "show" or "hide" what a model thinks before it answers; preread:
-    at a terminal, read ahead while the user types.
+    at a terminal, read ahead while the user types. session_file: where the session and the messages are saved,
+    whenever these have changed.
     """
 
     def __init__(self, conversation: Conversation, messages: Iterator[str] | None = None, tint: bool = False,
-                 thoughts: str = "show", preread: bool = False):
+                 thoughts: str = "show", preread: bool = False, session_file: str | os.PathLike | None = None):
         self.talk, self.tint, self.thoughts = conversation, tint, thoughts
+        self.session_file, self.kept = session_file, list(conversation.messages) if session_file else []
         self.terminal = is_terminal(sys.stdin)
         parts: list[str] = []
         ahead = Preread(Reader(conversation)) if preread and self.terminal else None
@@ -87,6 +89,18 @@ class Repl:
         return int(status)
 
     def handle(self, message: str) -> None:
+        try:
+            self.obey(message)
+        finally:
+            self.keep()
+
+    def keep(self) -> None:
+        """Save what is new of the conversation, also where an answer was interrupted."""
+        if self.session_file is not None and self.talk.messages != self.kept:
+            self.talk.save_session(self.session_file)
+            self.kept = list(self.talk.messages)
+
+    def obey(self, message: str) -> None:
         if not is_command(message):
             self.answer(lambda update: self.talk.ask(str(message), update))
             return

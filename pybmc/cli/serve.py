@@ -69,6 +69,8 @@ work_options = options(
                  help="How long a pass that reads prompts may take while answers are written."),
     click.option("--pooling", type=click.Choice(["mean", "first", "last"]),
                  help="How embeddings are made; default: as the file says."),
+    click.option("--sessions", type=File(), metavar="DIR",
+                 help="A folder of saved sessions, for requests and slots that name one; it is made where there is none."),
     click.option("--chat-template", type=TemplateSource(),
                  help="How messages are written, instead of the model's own template."),
     click.option("--reasoning-budget", type=click.IntRange(-1), default=-1, show_default=True, metavar="N",
@@ -181,7 +183,7 @@ def make_settings(flags: dict):
     if flags["seed"] == -1:
         del sampling["seed"]
     same = ("names", "parallel", "queue", "queue_seconds", "context", "max_tokens", "memory", "pooling", "chat_template",
-            "strict_model", "log_texts", "reasoning_budget")
+            "strict_model", "log_texts", "reasoning_budget", "sessions")
     return Settings(sampling=sampling, pass_seconds=flags.pop("pass_ms") / 1e3, **{name: flags.pop(name) for name in same})
 
 

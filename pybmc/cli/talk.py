@@ -1,5 +1,6 @@
 """Commands that write text: chat and generate."""
 
+import os
 import sys
 
 import click
@@ -15,6 +16,9 @@ from .terminal import Voice, is_terminal, note, progress, write
               help="What the model is told before everything else.")
 @click.option("-n", "--n-predict", "max_tokens", type=int, default=-1, show_default=True, metavar="N",
               help="At most N tokens an answer; -1: until the model ends.")
+@click.option("--session", "session_file", type=options.File(), metavar="FILE",
+              help="Go on with the conversation that is saved in FILE, if there is one, without reading it again; "
+                   "save it there after each answer.")
 @options.template_options
 @options.form_options
 @options.sampling_options
@@ -23,8 +27,8 @@ from .terminal import Voice, is_terminal, note, progress, write
 @options.threads_option
 @options.arena_options
 @click.option("--no-preread", is_flag=True, help="Read nothing of a message before Enter.")
-def chat(model, model_option, system, max_tokens, chat_template, thoughts, reasoning_budget, context, threads, rows, kv_type,
-         tint, no_preread, **flags):
+def chat(model, model_option, system, max_tokens, session_file, chat_template, thoughts, reasoning_budget, context, threads,
+         rows, kv_type, tint, no_preread, **flags):
     """Talk with a model; without MODEL the bundled one answers.
 
     /help lists what can be typed besides messages. A message goes on over several lines after a backslash at the
@@ -42,10 +46,22 @@ def chat(model, model_option, system, max_tokens, chat_template, thoughts, reaso
     variables = options.template_variables(flags)
     with options.with_draft(flags, not (model or model_option), threads) as drafting, \
             options.opened(options.find_model(model, model_option), threads) as (loaded, _), \
-            loaded.session(context=context, rows=rows, kv_type=kv_type) as session:
+            open_session(loaded, session_file, context, rows, kv_type) as session:
         written = options.template_of_model(loaded, chat_template, variables)
         talk = Conversation(loaded, session, system, **written, **settings, **drafting, grammar=grammar_of(loaded, **form))
-        return Repl(talk, tint=tint, thoughts=thoughts, preread=not no_preread).run()
+        if session.saved:
+            talk.take_up(system)
+            note(f"({len(talk.messages)} messages of {session_file})", dim=True)
+        elif session_file:
+            talk.save_session(session_file)         # a file that cannot be written shows before the first message
+        return Repl(talk, tint=tint, thoughts=thoughts, preread=not no_preread, session_file=session_file).run()
+
+
+def open_session(model, path, context, rows, kv_type):
+    """The session in a file, or a new one where there is none."""
+    if path is None or not os.path.lexists(path):
+        return model.session(context=context, rows=rows, kv_type=kv_type)
+    return model.load_session(path, context=context, rows=rows)
 
 
 @click.command(cls=options.Sectioned)

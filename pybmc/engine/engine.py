@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 
+import numpy as np
+
 from .._native import check, ffi, lib
 from ..errors import ArgumentError, BmcError, BusyError, OutOfMemoryError
 from ..spec.speculation import Drafter, Speculation
@@ -51,6 +53,7 @@ class Engine:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.prefixes = Prefixes()
+        self.lent: set[Session] = set()         # kept sessions that others use for a while, as to save them
         self._room = None if memory is None else Room(model, memory, parallel, bool(self.speculation.head))
         self.put_aside = 0              # how often sequences were
         self._pass_seconds = pass_seconds
@@ -168,7 +171,7 @@ class Engine:
         if match is not None:
             with suppress(OutOfMemoryError):
                 return self.prefixes.take(match)
-        session = self.model.session(sequence.request.context, rows=self._room.grain if self._room else "auto")
+        session = self.model.session(sequence.request.context, rows=self.grain)
         with suppress(OutOfMemoryError):        # the round says so
             session.reserve(0)                  # its states
         return session
@@ -224,7 +227,42 @@ class Engine:
     @property
     def used(self) -> float:
         """Bytes that all sessions take."""
-        return self.prefixes.bytes + sum(s.session.arena_stats().bytes_reserved for s in self.running)
+        others = [*self.lent, *(s.session for s in self.running)]
+        return self.prefixes.bytes + sum(session.arena_stats().bytes_reserved for session in others)
+
+    @property
+    def grain(self) -> int | str:
+        """Rows by which its sessions grow."""
+        return self._room.grain if self._room else "auto"
+
+    def make_way(self, size: float) -> bool:
+        """Let kept rows make way for so many bytes. False where there is no room even so."""
+        while self.memory is not None and self.used + size > self.memory:
+            if not self.prefixes.evict():
+                return False
+        return True
+
+    def lend(self, tokens: np.ndarray, context: int) -> Session | None:
+        """A kept session with these tokens, until give_back(); None where none has them all."""
+        match = self.prefixes.match(tokens, context)
+        if match is None or match.n < len(tokens):
+            return None
+        session = self.prefixes.take(match)
+        self.lent.add(session)
+        return session
+
+    def give_back(self, session: Session) -> None:
+        """Keep a session that was lent."""
+        self.lent.discard(session)
+        self.prefixes.give(session)
+
+    def forget(self, tokens: np.ndarray, context: int) -> int:
+        """Close a kept session of these tokens; how many they are, 0 where there is none."""
+        match = self.prefixes.match(tokens, context)
+        if match is None or not match.whole or match.n < len(tokens):
+            return 0
+        self.prefixes.take(match).close()
+        return match.n
 
     def _fits(self, sequence: Sequence) -> bool:
         """Whether there is memory for its text and the beginning of its answer; kept rows make way."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import threading
@@ -26,6 +27,7 @@ from ..tokenizers import Tokenizer
 from .embed import Pooler, embed
 from .free import known_free_memory
 from .session import Session
+from .session_file import load
 
 log = logging.getLogger(__name__)
 
@@ -226,6 +228,26 @@ class Model:
         rows: how many rows of keys and values are added at a time, rounded up to 16; "auto": about 4 MB of them.
         """
         return Session(self, context, rows, kv_type)
+
+    def load_session(self, path: str | os.PathLike, context: int | None = None,
+                     rows: int | str = "auto") -> Session:
+        """The session that Session.save wrote to a file, as it was: the next logits are those that it would have
+        given, on any CPU. Of a file that was cut off or damaged, the last whole save. context: another cap; None for
+        the one it had. Raises OSError, ContextFullError, and FormatError for what is no session of this model."""
+        return load(self, path, context, rows)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """64 hex digits that tell a model from others: of its settings, its tensor table and a sample of every
+        tensor."""
+        found = hashlib.sha256()
+        for name, value in sorted(self.metadata.items()):
+            if name.startswith(f"{self.config.arch}."):
+                found.update(f"{name} {value}\n".encode())
+        for tensor in self._file.tensors.values():
+            found.update(f"{tensor.name} {tensor.type.name} {tensor.shape}\n".encode())
+            found.update(tensor.data[:64].tobytes() + tensor.data[-64:].tobytes())
+        return found.hexdigest()
 
     def close(self) -> None:
         """Free the weights and close every session. Twice is fine. Raises BusyError while one is in use."""

@@ -27,7 +27,7 @@ class Request:
     likeliest ids to tell for each token of the prompt, with the log-probability of the token itself (Sequence.scores). hint: ids
     that the text may repeat, as an earlier version of it: what is guessed by them changes the time, never the text. A drafter
     that is kept with a session does without. shown: ids whose names are part of the text, although they are no text, as control
-    tokens.
+    tokens. ended: called with the session of an answer that ended, which an engine that keeps rows lends until give_back().
     """
 
     tokens: Tokens[int]
@@ -47,6 +47,7 @@ class Request:
     score: int | None = None
     hint: Tokens[int] = ()
     shown: frozenset[int] = frozenset()
+    ended: Callable[[Session], None] | None = None
 
 
 def checked(request: Request, model: Model) -> Request:

@@ -309,8 +309,13 @@ class Sequence:
         if not self.owned or self.session is None:
             return
         if keep and not self.error:
-            self.engine.prefixes.give(self.session)
+            session = self.session
             self.session = None         # type: ignore[assignment]      # nobody asks for it any more
+            if self.request.ended:
+                self.engine.lent.add(session)
+                self.request.ended(session)
+            else:
+                self.engine.prefixes.give(session)
         else:
             self.session.close()
             self.engine.prefixes.recount()

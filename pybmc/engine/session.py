@@ -16,6 +16,7 @@ from .. import checks
 from .._native import as_array, check, ffi, lib, owned, pointer
 from ..errors import ArgumentError, BusyError, ClosedError
 from .sampler import Sampler
+from .session_file import Saved, save
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,8 @@ class Best(NamedTuple):
 
 
 class Session:
-    """One sequence: its rows of keys and values, and its position. Made by Model.session."""
+    """One sequence: its rows of keys and values, and its position. Made by Model.session. notes: a JSON value that
+    save() writes too."""
 
     def __init__(self, model: Any, context: int | None, rows: int | str, kv_type: str):
         self._handle = ffi.NULL
@@ -57,18 +59,20 @@ class Session:
         model_handle = model._live()
         handle = ffi.new("bmc_session **")
         check(lib.bmc_session_new(model_handle, cap, r, int(long_factors), handle))
-        self._begin(model, cap, owned(handle[0], "bmc_session_free", model_handle))
+        self._begin(model, cap, long_factors, owned(handle[0], "bmc_session_free", model_handle))
         if cap > config.n_ctx and not model._long:
             model._long = True
             log.warning("a context of %d tokens is more than the %d that %s was trained for; text beyond gets worse",
                         cap, config.n_ctx, model.path)
 
-    def _begin(self, model: Any, cap: int, handle: Any) -> None:
+    def _begin(self, model: Any, cap: int, long_factors: bool, handle: Any) -> None:
         self._handle = handle
         self._user: dict[str, tuple] = {}   # "thread": (process, thread) that is using the session
         self.uses = 0                       # calls that moved rows on or back
         self.model = model
-        self.context = cap
+        self.context, self.long_factors = cap, long_factors
+        self.notes: Any = None
+        self.saved: Saved | None = None     # the file that holds this session as it was saved or loaded last
         self.writer: Any = None             # the engine's: who writes here ..
         self.drafter: Any = None            # .. and who guesses
         self.speculation: Any = None
@@ -83,7 +87,8 @@ class Session:
             fork = ffi.new("bmc_session **")
             check(lib.bmc_session_fork(handle, at, fork))
             other = Session.__new__(Session)
-            other._begin(self.model, self.context, owned(fork[0], "bmc_session_free", self.model._live()))
+            other._begin(self.model, self.context, self.long_factors, owned(fork[0], "bmc_session_free", self.model._live()))
+            other.saved = self.saved
         return other
 
     def nearest(self, position: int) -> int:
@@ -144,6 +149,13 @@ class Session:
         OutOfMemoryError."""
         with self._claimed(moves=False) as handle:
             check(lib.bmc_session_snapshot(handle))
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the session to a file, for Model.load_session: its tokens, rows and snapshots, and its notes. To the
+        file that it was saved to or loaded from last only what is new is appended; any other one is written beside
+        and renamed. A save that fails or is cut off leaves the one before. Raises OSError, and FormatError where
+        the file is there and no saved session."""
+        save(self, path)
 
     def keep_hidden(self) -> None:
         """Keep the hidden states of the last tokens from now on, for a draft head. Raises OutOfMemoryError."""

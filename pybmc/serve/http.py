@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Coroutine, Hashable
 from contextlib import suppress
+from dataclasses import replace
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
@@ -15,6 +16,7 @@ from ..errors import BmcError, printable
 from .errors import Refused, error_body, refusal
 from .fields import Fields, parse
 from .service import Service
+from .sessions import Lease
 from .tasks import Task
 from .worker import Gone, Run
 
@@ -115,8 +117,14 @@ async def _read(request: HttpRequest, most: int) -> bytes:
 async def respond(request: HttpRequest, task: Task, answer, wire=None) -> Response:
     """Let the engine write, and answer: whole, or as a stream on a wire. A client that leaves ends it, at once."""
     service = service_of(request)
-    run = service.submit(task.requests)
-    going = Going(request, service, run, task, answer)
+    lease = await _lease(service, task)
+    try:
+        run = service.submit(task.requests, task.slot)
+    except BaseException:
+        if lease:
+            lease.close()
+        raise
+    going = Going(request, service, run, task, answer, lease)
     try:
         first = await run.next(service.settings.queue_seconds)
         if first is None:
@@ -127,6 +135,7 @@ async def respond(request: HttpRequest, task: Task, answer, wire=None) -> Respon
         going.take(first)
         while going.left:
             going.take(await run.next())
+        await going.save()
     except Gone:
         service.metrics.cancelled.inc()
         going.close()
@@ -138,12 +147,27 @@ async def respond(request: HttpRequest, task: Task, answer, wire=None) -> Respon
     return Json(answer.whole(), headers=going.headers)
 
 
+async def _lease(service: Service, task: Task) -> Lease | None:
+    """The saved session that a task goes on with, for it alone, and with its rows in memory."""
+    if task.session is None:
+        return None
+    lease = await service.sessions.lease(task.session)
+    try:
+        await lease.restore()
+    except BaseException:
+        lease.close()
+        raise
+    task.requests = [replace(request, ended=lease.ended) for request in task.requests]
+    return lease
+
+
 class Going:
     """An answer on its way: the run, and who watches whether the client is still there."""
 
-    def __init__(self, request: HttpRequest, service: Service, run: Run, task: Task, answer):
+    def __init__(self, request: HttpRequest, service: Service, run: Run, task: Task, answer,
+                 lease: Lease | None = None):
         self.request, self.service, self.run, self.task, self.answer = request, service, run, task, answer
-        self.left = len(task.requests)
+        self.left, self.lease = len(task.requests), lease
         self.headers = {"x-pybmc-seed": str(task.seed), "Cache-Control": "no-store"}
         if task.ignored:
             self.headers["x-pybmc-schema-ignored"] = printable(", ".join(map(ascii_only, task.ignored)), HEADER)
@@ -171,9 +195,16 @@ class Going:
             with suppress(OSError), open(self.service.settings.log_texts, "ab", 0, opener=_private) as file:
                 file.write(dump(told) + b"\n")
 
+    async def save(self) -> None:
+        """Save the session of an answer that has ended."""
+        if self.lease:
+            await self.lease.save()
+
     def close(self) -> None:
         self._watcher.cancel()
         self.run.close()
+        if self.lease:
+            self.lease.close()
 
 
 def ascii_only(text: str) -> str:
@@ -221,6 +252,7 @@ class Stream(Response):
             chunks = going.take(update)
             if chunks:
                 yield b"".join(map(self.wire.encode, chunks))
+        await going.save()
         for chunk in answer.last():
             yield self.wire.encode(chunk)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import inf, isfinite
@@ -25,6 +24,7 @@ from .errors import Refused, invalid, unsupported
 from .fields import Fields
 from .http import Json, Sse, client_of, fields_of, in_pool, respond, service_of, writer_of
 from .service import Service
+from .slots import slot_of
 from .tasks import (
     SAMPLING,
     Task,
@@ -161,7 +161,7 @@ def native_task(service: Service, fields: Fields, client, prompts):
         "n_predict": most, "max_tokens": most, "n_probs": n_top, "stop": list(base.stop),
         **{name: fields.flag(name) for name in ("stream", "ignore_eos", "timings_per_token", "return_tokens")}}
     n = fields.whole("n_cmpl", fields.whole("n", 1, 1, 16), 1, 16)
-    task = text_task_of(service, base, prompts, n, grammar_of(service, fields))
+    task = text_task_of(service, base, prompts, n, grammar_of(service, fields), slot=slot_of(service, fields))
     shown = Shown(n_top, settings, fields.flag("return_tokens"), tuple(only), fields.flag("timings_per_token"))
     return task, NativeAnswer(service, task.choices(), task, shown)
 
@@ -292,21 +292,6 @@ async def props(request: Request) -> Response:
                  "modalities": {"vision": False, "audio": False}})
 
 
-async def slots(request: Request) -> Response:
-    service = service_of(request)
-    if not request.scope["pybmc.slots"]:
-        raise Refused(501, "disabled", "/slots is disabled by --no-slots")
-    running = list(service.worker.engine.running)
-    busy = [{"id": i, "is_processing": True, "n_ctx": service.context, "state": "reading" if s.reading else "writing",
-             "n_prompt_tokens": len(s.prompt), "n_decoded": s.stats.predicted_tokens,
-             "seconds": time.perf_counter() - s.since}
-            for i, s in enumerate(running)]
-    idle = range(len(busy), service.settings.parallel)
-    if not idle and request.query_params.get("fail_on_no_slot"):
-        raise Refused(503, "queue_full", f"all {len(busy)} slots are busy", headers={"Retry-After": "1"})
-    return Json(busy + [{"id": i, "is_processing": False, "n_ctx": service.context, "state": "idle"} for i in idle])
-
-
 async def metrics(request: Request) -> Response:
     if not request.scope["pybmc.metrics"]:
         raise Refused(501, "disabled", "/metrics is disabled by --no-metrics")
@@ -322,7 +307,7 @@ async def read_only(request: Request) -> Response:
 ROUTES = [
     Route("/health", health), Route("/v1/health", health),
     Route("/props", props), Route("/props", read_only, methods=["POST"]),
-    Route("/slots", slots), Route("/metrics", metrics), Route("/tokenizer_info", tokenizer_info),
+    Route("/metrics", metrics), Route("/tokenizer_info", tokenizer_info),
     Route("/completion", completion, methods=["POST"]), Route("/completions", completion, methods=["POST"]),
     Route("/infill", infill, methods=["POST"]), Route("/embedding", embedding, methods=["POST"]),
     Route("/tokenize", tokenize, methods=["POST"]), Route("/detokenize", detokenize, methods=["POST"]),

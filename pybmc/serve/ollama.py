@@ -264,7 +264,7 @@ def details(service: Service) -> dict:
 def listed(service: Service, name: str) -> dict:
     modified = datetime.fromtimestamp(service.created, timezone.utc).isoformat().replace("+00:00", "Z")
     return {"name": tagged(name), "model": tagged(name), "modified_at": modified, "size": service.model._file.size,
-            "digest": service.digest, "details": details(service), "capabilities": service.capabilities}
+            "digest": service.model.fingerprint, "details": details(service), "capabilities": service.capabilities}
 
 
 async def tags(request: Request) -> Response:

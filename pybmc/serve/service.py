@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from ..spec.speculation import Speculation
 from .errors import Refused
 from .fill import fill_tokens
 from .metrics import Metrics
+from .sessions import Sessions, open_folder
 from .worker import Run, Worker
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class Settings:
     strict_model: bool = False
     log_texts: str | None = None
     reasoning_budget: int = -1
+    sessions: str | None = None
 
 
 class Service:
@@ -71,18 +72,23 @@ class Service:
         self.context = given.context or (model.config.n_ctx if self.writes else model.pass_tokens)
         self.template = ChatTemplate(given.chat_template, self.tokenizer)
         self.fill = fill_tokens(self.tokenizer)
-        self.digest = digest(model)
-        self.fingerprint = f"b{__version__}-{self.digest[:12]}"
+        self.fingerprint = f"b{__version__}-{model.fingerprint[:12]}"
         self.metrics = Metrics(self)
         self.closing = self.closed = False
         self.pulling: Pull | None = None                # a model on its way from the hub
         memory = given.memory if given.memory is not None else free_memory() / 2
         if draft is not None and not self.writes:
             raise ArgumentError(f"{model.path} is an encoder: it writes no text, so a draft model has nothing to guess")
+        if given.sessions is not None and not self.writes:
+            raise ArgumentError(f"{model.path} is an encoder: it has no sessions that could be saved")
+        folder = None if given.sessions is None else open_folder(given.sessions)
         self.speculation = Speculation(model, draft, given.spec if self.writes else "off", given.draft_max, given.draft_min)
         self.worker = Worker(Engine(model, parallel=given.parallel, memory=memory, keep=True,
                                     speculation=self.speculation, pass_seconds=given.pass_seconds), given.queue)
         self._small, self._large = (ThreadPoolExecutor(n, "pybmc-text") for n in (THREADS, 1))
+        self.sessions: Any = None
+        if folder is not None:
+            self.sessions = Sessions(folder, model, self.worker, self.context, given.queue_seconds)
 
     @property
     def name(self) -> str:
@@ -93,10 +99,10 @@ class Service:
         pool = self._large if size > LARGE else self._small
         return await asyncio.get_running_loop().run_in_executor(pool, function, *args)
 
-    def submit(self, requests: list) -> Run:
+    def submit(self, requests: list, slot: int | None = None) -> Run:
         if self.closing:
             raise Refused(503, "shutting_down", "the server is shutting down")
-        return self.worker.submit(requests)
+        return self.worker.submit(requests, slot)
 
     def stop(self) -> None:
         """End all answers with an error."""
@@ -111,6 +117,8 @@ class Service:
         """Twice is fine."""
         if not self.closed:
             self.closing = True
+            if self.sessions:
+                self.sessions.close()
             self.worker.close()
             for pool in (self._small, self._large):
                 pool.shutdown(cancel_futures=True)
@@ -126,10 +134,3 @@ class Service:
         return [name for name, has in known.items() if has]
 
 
-def digest(model: Model) -> str:
-    """64 hex digits that tell a model from others: of its tensor table and a sample of every tensor."""
-    found = hashlib.sha256()
-    for tensor in model._file.tensors.values():
-        found.update(f"{tensor.name} {tensor.type.name} {tensor.shape}\n".encode())
-        found.update(tensor.data[:64].tobytes() + tensor.data[-64:].tobytes())
-    return found.hexdigest()

@@ -51,14 +51,16 @@ class Task:
     reader: Callable[[], Reader] = Plain        # of each answer
     ignored: tuple[str, ...] = ()               # keywords of its schema without effect
     stops: frozenset[int] = field(default_factory=frozenset)
+    session: str | None = None                  # the name of a saved session that it goes on with
+    slot: int | None = None                     # where it runs, if it is free
 
     def choices(self) -> list[Choice]:
         return [Choice(i, self.reader(), self.stops) for i in range(len(self.requests))]
 
 
-def refuse_common(fields: Fields) -> None:
-    """Fields that ask for what is not there. Those that ask for nothing are fine."""
-    fields.refuse(REFUSED)
+def refuse_common(fields: Fields, but: tuple[str, ...] = ()) -> None:
+    """Fields that ask for what is not there. Those that ask for nothing are fine. but: what a route has."""
+    fields.refuse([name for name in REFUSED if name not in but])
     if set(fields.listed("modalities")) - {"text"}:
         raise unsupported("modalities", "beyond text are not supported here")
     if "best_of" in fields and fields.whole("best_of") > fields.whole("n", 1):
@@ -178,15 +180,16 @@ def grammar_of(service: Service, fields: Fields, names: Sequence[str] = FIELDS) 
 
 
 def text_task_of(service: Service, base: Request, prompts: list[tuple[str, list[int]]], n: int = 1,
-                 grammar: Grammar | None = None) -> Task:
+                 grammar: Grammar | None = None, **more) -> Task:
     """n answers to each prompt that is a text."""
-    return task_of(service, base, prompts, n, grammar.start if grammar else lambda: None, ignored=grammar.ignored if grammar else ())
+    return task_of(service, base, prompts, n, grammar.start if grammar else lambda: None,
+                   ignored=grammar.ignored if grammar else (), **more)
 
 
-def chat_task_of(service: Service, base: Request, turn: Turn, n: int = 1) -> Task:
+def chat_task_of(service: Service, base: Request, turn: Turn, n: int = 1, **more) -> Task:
     """n answers to a turn of a chat."""
     return task_of(service, replace(base, shown=turn.shown), [("", turn.tokens)], n, turn.schema, reader=turn.reader,
-                   ignored=turn.ignored)
+                   ignored=turn.ignored, **more)
 
 
 def task_of(service: Service, base: Request, prompts: list[tuple[str, list[int]]], n: int, schema: Callable[[], Schema | None],

@@ -14,11 +14,12 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 
 from ..engine.engine import Engine
 from ..engine.request import Request
+from ..engine.sequence import Sequence
 from ..errors import BmcError, OutOfMemoryError
 from .answers import Update
 from .errors import Refused, refusal
@@ -33,8 +34,8 @@ class Gone(Exception):
 class Run:
     """The requests of one client's request, on their way through the engine. Belongs to the event loop."""
 
-    def __init__(self, worker: Worker, requests: list[Request]):
-        self.worker, self.requests = worker, requests
+    def __init__(self, worker: Worker, requests: list[Request], slot: int | None = None):
+        self.worker, self.requests, self.slot = worker, requests, slot
         self.closed = False
         self.left = len(requests)
         self.started = time.perf_counter()
@@ -78,6 +79,14 @@ class Run:
         self._updates.put_nowait(Update(0, error=refused))
 
 
+@dataclass
+class Slot:
+    """Room for a sequence. text: the tokens of the last one, as far as they have rows."""
+
+    sequence: Sequence | None = None
+    text: list[int] = field(default_factory=list)
+
+
 class Worker:
     """Owns an engine in a thread of its own. queue: how many requests may wait."""
 
@@ -87,7 +96,8 @@ class Worker:
         self.runs: set[Run] = set()             # .. and all that have not ended
         self.busy_seconds, self.steps = 0.0, 0
         self.sequences = 0                      # over all steps
-        self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self.slots = [Slot() for _ in range(engine.parallel)]
+        self._calls: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._sequences: dict = {}              # the thread's: sequence -> (run, index)
         self._step_began = 0.0
         self._updates: dict = {}                # .. (run, index) -> what is new
@@ -97,14 +107,14 @@ class Worker:
 
     # ---- called by the event loop
 
-    def submit(self, requests: list[Request]) -> Run:
-        """Queue requests. Raises Refused where too many wait."""
+    def submit(self, requests: list[Request], slot: int | None = None) -> Run:
+        """Queue requests. slot: where they run, if it is free by then. Raises Refused where too many wait."""
         if len(self.waiting) >= self.queue:
             n = len(self.waiting)
             raise Refused(429, "queue_full", f"{n} requests wait already; expected at most {self.queue}",
                           headers={"Retry-After": "1"})
         self._loop = asyncio.get_running_loop()
-        run = Run(self, requests)
+        run = Run(self, requests, slot)
         self.waiting.add(run)
         self.runs.add(run)
         self._calls.put(lambda: self._add(run))
@@ -114,7 +124,11 @@ class Worker:
         self.waiting.discard(run)
         self.runs.discard(run)
         if run.left:
-            self._calls.put(lambda: self._cancel(run))
+            self.post(lambda: self._cancel(run))
+
+    def post(self, function: Callable[[], object]) -> None:
+        """Let the engine's thread run a function between two steps."""
+        self._calls.put(function)
 
     async def call(self, function: Callable[[], object]):
         """The result of a function that the engine's thread runs between two steps."""
@@ -207,6 +221,7 @@ class Worker:
             if sequence.started and sequence not in before:
                 begun = sequence.stats.reused_tokens, len(sequence.prompt)
                 self._update(run, index).progress[:0] = [(*begun, 0.0)] if sequence.request.progress else []
+                self._seat(sequence, run.slot)
             if sequence.done:
                 self._end(sequence)
             elif (run, index) in self._updates:
@@ -215,8 +230,17 @@ class Worker:
         self.busy_seconds += time.perf_counter() - started
         self.steps += 1
 
-    def _end(self, sequence) -> None:
+    def _seat(self, sequence: Sequence, wanted: int | None) -> None:
+        """Give a sequence the slot that it asks for, else the first one that is free."""
+        free = [slot for slot in self.slots if slot.sequence not in self._sequences] or self.slots
+        slot = next((slot for slot in free if wanted is not None and slot is self.slots[wanted]), free[0])
+        slot.sequence, slot.text = sequence, []
+
+    def _end(self, sequence: Sequence) -> None:
         run, index = self._sequences.pop(sequence)
+        for slot in self.slots:
+            if slot.sequence is sequence and not sequence.error:
+                slot.text = sequence.text[:-1] if sequence.stats.predicted_tokens else sequence.text
         update = self._update(run, index)
         update.done, update.stats = True, sequence.stats
         update.stop_string, update.scores = sequence.stop_string, sequence.scores

@@ -196,7 +196,7 @@ static void dropped_rows_are_given_back(void) {
     append(&a, way, &length, 200, &state);
     int64_t before = arena_mapped(&a);
     arena_drop(&a, 100);
-    CHECK(a.n_dropped == 6 && arena_mapped(&a) == before - 6 * (int64_t)a.segment_bytes);
+    CHECK(a.n_dropped == 6 && a.first == 96 && arena_mapped(&a) == before - 6 * (int64_t)a.segment_bytes);
     CHECK(!arena_fork(&fork, &a, 190) && fork.n_dropped == 6);
     for (int64_t row = 96; row < 190; row++)
         for (int l = 0; l < LAYERS; l++)
@@ -206,6 +206,30 @@ static void dropped_rows_are_given_back(void) {
     CHECK(!arena_fork(&fork, &a, 90) && fork.n_dropped == 6 && fork.n_segments == 6 && !arena_mapped(&fork));
     arena_free(&fork);
     arena_free(&a);
+}
+
+/* What one arena exports another one imports, whatever their segments and in whatever pieces. */
+static void rows_move_as_bytes(void) {
+    static char bytes[CAP * LAYERS * HEADS * SLICE];
+    for (int i = 0; i < 3; i++) {
+        struct arena from, to;
+        uint64_t state = 5;
+        int64_t length = 0;
+        struct way way = { BMC_GROW_CHUNK, (int[]){ 16, 48, 9999 }[i], 0 };
+        init(&from, way);
+        init(&to, (struct way){ BMC_GROW_CHUNK, 64, 0 });
+        append(&from, way, &length, 345, &state);
+        CHECK(!arena_reserve(&to, length) && arena_tile_bytes(&to) == TILE_ROWS * LAYERS * HEADS * SLICE);
+        for (int64_t tile = 0, n = 1; tile < tiles(length); tile += n, n = n % 5 + 1) {
+            const int64_t end = tile + n < tiles(length) ? tile + n : tiles(length);
+            arena_export(&from, tile, end, bytes);
+            arena_import(&to, tile, end, bytes);
+        }
+        check_rows(&to, length);
+        check_zero(&to, tiles(length), tiles(to.rows_reserved));
+        arena_free(&from);
+        arena_free(&to);
+    }
 }
 
 static void full_means_full(void) {
@@ -336,6 +360,7 @@ int main(void) {
     every_allocation_may_fail(48);
     forks_keep_their_rows();
     dropped_rows_are_given_back();
+    rows_move_as_bytes();
     full_means_full();
     other_growths_set_the_cap();
     copies_are_counted();

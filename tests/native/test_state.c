@@ -263,6 +263,52 @@ static void test_a_fork_goes_its_own_way(void) {
     end(fork);
 }
 
+/* A sequence with the states of another and its snapshots, by way of plain numbers. */
+static struct sequence *copied(const struct sequence *s, const int *snapshots, int n) {
+    static float values[1 << 16];
+    struct sequence *copy = begin();
+    const int n_log = s->position - s->states.base;
+    CHECK(states_floats(&s->states, n_log) <= sizeof values / sizeof *values && states_reserve(&copy->states) == 0);
+    for (int i = 0; i < n; i++) {
+        CHECK(states_export(&s->states, snapshots[i], 0, values) && states_has_snapshot(&s->states, snapshots[i]));
+        CHECK(states_import(&copy->states, snapshots[i], 0, true, values) == 0);
+    }
+    CHECK(states_export(&s->states, s->states.base, n_log, values));
+    CHECK(states_import(&copy->states, s->states.base, n_log, false, values) == 0);
+    memcpy(copy->tokens, s->tokens, sizeof s->tokens);
+    memcpy(copy->made, s->made, sizeof s->made);
+    copy->position = s->position;
+    return copy;
+}
+
+static void test_states_move_as_numbers(void) {
+    uint64_t state = 8;
+    for (int ones = 0; ones < 60; ones += 3) {
+        struct sequence *s = begin();
+        write_on(s, &state, 70);
+        CHECK(states_snapshot(&s->states) == 0);
+        const int snapshot = s->states.base;
+        write_on(s, &state, 90);
+        for (int i = 0; i < ones; i++)
+            write_on(s, &state, 1);
+        if (ones % 2)
+            go_back(s, s->position - 2);
+        struct sequence *copy = copied(s, &snapshot, 1), *again = copied(copy, &snapshot, 1);
+        CHECK(!states_export(&s->states, snapshot + 1, 0, NULL) && !states_export(&s->states, s->states.base, LOG_MAX + 1, NULL));
+        end(s);
+        write_on(copy, &state, 1 + ones % 4);
+        check(copy);
+        end(copy);
+        go_back(again, 75);
+        write_on(again, &state, 20);
+        check(again);
+        CHECK(states_nearest(&again->states, snapshot) == snapshot);
+        states_forget(&again->states, snapshot - 1);
+        CHECK(!states_has_snapshot(&again->states, snapshot));
+        end(again);
+    }
+}
+
 static void test_without_states_there_is_nothing_to_do(void) {
     struct states s;
     states_init(&s, NULL, 0);
@@ -282,6 +328,7 @@ int main(void) {
     test_a_snapshot_dies_with_its_tokens();
     test_many_snapshots();
     test_a_fork_goes_its_own_way();
+    test_states_move_as_numbers();
     test_without_states_there_is_nothing_to_do();
     return 0;
 }
