@@ -18,12 +18,14 @@ MOST = 512                              # tools of a request
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that a model may call. given: as it was offered; parameters: the JSON schema of its arguments."""
+    """A function that a model may call. given: as it was offered; parameters: the JSON schema of its arguments; place: the field
+    that the schema comes from."""
 
     name: str
     parameters: Mapping
     given: Mapping
     strict: bool = False
+    place: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,31 +57,40 @@ def tools_of(tools: Sequence | None, choice: object = None, parallel: bool = Tru
     if not isinstance(given, (list, tuple)) or len(given) > MOST:
         checks.refuse(where, f"a list of at most {MOST} tools", given)
     found = tuple(tool_of(tool, f"{where}[{i}]") for i, tool in enumerate(given))
+    return offered(found, wanted, parallel and not functions, where, choice_name)
+
+
+def offered(found: tuple[Tool, ...], choice: object, parallel: bool, where: str = "tools", choice_name: str = "tool_choice") -> Tools | None:
+    """Some tools and the choice among them; None where none may be called."""
     names = [tool.name for tool in found]
     if len(set(names)) < len(names):
         raise ArgumentError(f"{where}: {next(n for n in names if names.count(n) > 1)} is there twice; expected each name once")
-    asked = choice_of(wanted, names, choice_name)
-    return Tools(found, asked, parallel and not functions) if found and asked != "none" else None
+    asked = choice_of(choice, names, choice_name)
+    return Tools(found, asked, parallel) if found and asked != "none" else None
 
 
 def tool_of(given: object, where: str) -> Tool:
     if not isinstance(given, Mapping) or given.get("type", "function") != "function" or not isinstance(given.get("function"), Mapping):
         checks.refuse(where, "an object with the type function and a function", given)
-    function = given["function"]
-    name, parameters = function.get("name"), function.get("parameters")
+    return function_tool(given["function"], f"{where}.function")
+
+
+def function_tool(function: Mapping, where: str, schema: str = "parameters") -> Tool:
+    """The tool that a function is. schema: the name of the field with the schema of its arguments."""
+    name, parameters = function.get("name"), function.get(schema)
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        checks.refuse(f"{where}.function.name", "1 to 128 letters, digits and signs of _.:/-", name)
+        checks.refuse(f"{where}.name", "1 to 128 letters, digits and signs of _.:/-", name)
     if parameters is None:
         parameters = {"type": "object", "properties": {}}
     if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
-        checks.refuse(f"{where}.function.parameters", "a JSON schema of an object", parameters)
+        checks.refuse(f"{where}.{schema}", "a JSON schema of an object", parameters)
     required = parameters.get("required") or []
     if not isinstance(required, list) or not all(isinstance(key, str) for key in required):
-        checks.refuse(f"{where}.function.parameters.required", "a list of names", required)
+        checks.refuse(f"{where}.{schema}.required", "a list of names", required)
     if not isinstance(function.get("description") or "", str):
-        checks.refuse(f"{where}.function.description", "a text", function["description"])
+        checks.refuse(f"{where}.description", "a text", function["description"])
     shown = {"type": "function", "function": {"name": name, "description": function.get("description") or "", "parameters": parameters}}
-    return Tool(name, closed(parameters), shown, function.get("strict") is True)
+    return Tool(name, closed(parameters), shown, function.get("strict") is True, f"{where}.{schema}")
 
 
 def closed(parameters: Mapping) -> Mapping:

@@ -24,6 +24,12 @@ from .toolgrammar import grammar_text
 from .tools import Format, Tools, format_of, written
 
 
+def prompt_of(template: ChatTemplate, messages: Sequence[Mapping], tools: Tools | None, variables: Mapping, continued: bool = True) -> list[int]:
+    """The ids of what a chat template makes of messages and tools."""
+    messages, more = written(format_of(template), messages, tools)
+    return filled(template.encode(messages, continue_final_message=continued, **{**variables, **more}))
+
+
 @dataclass
 class Turn:
     """What is asked, and what it comes to. split: thoughts are told apart from content. budget: tokens that a thought may have;
@@ -44,9 +50,7 @@ class Turn:
 
     def __post_init__(self) -> None:
         self.format: Format = format_of(self.template)
-        messages, more = written(self.format, self.messages, self.tools)
-        given = {**self.variables, **more}
-        self.tokens = filled(self.template.encode(messages, continue_final_message=self.continued, **given))
+        self.tokens = prompt_of(self.template, self.messages, self.tools, self.variables, self.continued)
         last = self.messages[-1]
         content = last.get("content") if self.continued and last["role"] == "assistant" else ""
         self.begun = content if isinstance(content, str) else ""
@@ -80,11 +84,11 @@ class Turn:
         try:
             return Grammar.lark(grammar_text(self.format, self.tools, self._tokenizer, self._final), self.model)
         except SchemaError:
-            for i, tool in enumerate(self.tools.tools):         # whose schema it is
+            for tool in self.tools.tools:                       # whose schema it is
                 try:
                     Grammar.json(tool.parameters, self.model, tool.strict)
                 except SchemaError as error:
-                    raise type(error)(f"tools[{i}].function.parameters: {error}") from None
+                    raise type(error)(f"{tool.place}: {error}") from None
             raise
 
     @property
