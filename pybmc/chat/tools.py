@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .. import checks
 from ..errors import ArgumentError
@@ -25,7 +25,7 @@ class Tool:
     parameters: Mapping
     given: Mapping
     strict: bool = False
-    place: str = ""
+    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)

@@ -86,4 +86,5 @@ def _format(value: Any) -> Asked | None:
     return Asked("format", "schema", {"type": "object"} if value == "json" else value)
 
 
-_READERS: Mapping[str, Callable[[Any], Asked | None]] = {"response_format": format_asked, "json_schema": _json_schema, "grammar": _grammar, "format": _format}
+_READERS: Mapping[str, Callable[[Any], Asked | None]] = {
+    "response_format": format_asked, "json_schema": _json_schema, "grammar": _grammar, "format": _format}

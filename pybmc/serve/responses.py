@@ -67,7 +67,7 @@ def described(fields: Fields, tools: tuple[Tool, ...], offer: Tools | None) -> d
     functions = [{"type": "function", **tool.given["function"], "strict": tool.strict} for tool in tools]
     return {"instructions": fields.text("instructions"), "max_output_tokens": fields.get("max_output_tokens"),
             "metadata": fields.object("metadata"), "parallel_tool_calls": fields.flag("parallel_tool_calls", True),
-            "previous_response_id": None, "background": False, "store": False, "truncation": fields.get("truncation", "disabled"),
+            "previous_response_id": None, "background": False, "truncation": fields.get("truncation", "disabled"),
             "reasoning": {"effort": reasoning.get("effort"), "summary": reasoning.text("summary")},
             "text": {"format": text.get("format", {"type": "text"})}, "tools": functions,
             "tool_choice": fields.get("tool_choice", "auto") if offer else "none" if functions else "auto"}
@@ -214,6 +214,8 @@ class ResponseAnswer(BlockAnswer):
         return self._event("response.in_progress", response=self._response("in_progress"))
 
     def failed(self, refused: Refused) -> dict:
+        for block in self.blocks.found[-1:]:
+            block.cut = True
         error = {"code": refused.code, "message": refused.message}
         return self._event("response.failed", response=self._response("failed", self._items()) | {"error": error})
 
