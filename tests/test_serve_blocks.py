@@ -264,6 +264,14 @@ def test_thoughts_may_be_sealed_or_left_out(servers, thinker):
     assert thought and "encrypted_content" not in plain and unsealed(item["encrypted_content"]) == thought
     lost = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": sealed("Which?")}
     assert prompt(thinker, RESPONSES, {"input": [*ITEMS[:2], lost, *ITEMS[3:]]}) == prompt(thinker, RESPONSES, {"input": ITEMS})
+    summed = respond(server, max_output_tokens=10, logit_bias={}, reasoning={"summary": "auto"}).json()["output"][0]
+    assert summed["summary"] == [{"type": "summary_text", "text": thought}] and "content" not in summed
+    found = events(respond(server, max_output_tokens=10, logit_bias={}, reasoning={"summary": "auto"}, stream=True))
+    kinds = [event["type"].removeprefix("response.reasoning_summary_") for event in found if "summary_index" in event]
+    assert (kinds[0], kinds[-2:]) == ("part.added", ["text.done", "part.done"]) and set(kinds[1:-2]) == {"text.delta"}
+    assert "".join(event["delta"] for event in found if event["type"] == "response.reasoning_summary_text.delta") == thought
+    lost = {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "Which?"}]}
+    assert prompt(thinker, RESPONSES, {"input": [*ITEMS[:2], lost, *ITEMS[3:]]}) == prompt(thinker, RESPONSES, {"input": ITEMS})
     hidden = {"type": "enabled", "budget_tokens": 4, "display": "omitted"}
     asked = {"max_tokens": 10, "logit_bias": {}}
     shown, left = message(server, **asked).json()["content"], message(server, thinking=hidden, **asked).json()["content"]
@@ -382,9 +390,9 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
     ({"text": {"format": {"type": "xml"}}}, "invalid_value", "text.format.type"), ({"text": {"format": {"type": "json_schema"}}}, "invalid_value", "text.format.schema"),
     ({"text": {"format": {"type": "json_schema", "schema": {"type": "colour"}}}}, "unsupported_schema", "text.format"),
     ({"tools": [{"type": "function", "name": "f", "parameters": {"properties": {"a": {"type": "x"}}}}]}, "unsupported_schema", "tools"),
-    ({"reasoning": {"effort": 3}}, "invalid_value", "reasoning.effort"), ({"temperature": -1}, "invalid_value", "temperature"), ({"stream": "x"}, "invalid_value", "stream"),
+    ({"reasoning": {"effort": 3}}, "invalid_value", "reasoning.effort"), ({"reasoning": {"summary": "long"}}, "invalid_value", "reasoning.summary"), ({"temperature": -1}, "invalid_value", "temperature"), ({"stream": "x"}, "invalid_value", "stream"),
     ({"truncation": "x"}, "invalid_value", "truncation"), ({"input": "a " * 5000}, "context_length_exceeded", None),
-], ids=range(34))
+], ids=range(35))
 def test_what_responses_refuse(server, fields, code, param):
     response = respond(server, **fields)
     error = response.json()["error"]
@@ -556,8 +564,9 @@ def test_openai_client(servers):
                      "extra_body": {"seed": 1, "reasoning_budget": 4} | BIAS}
             whole = checked(client.responses.create(**given))
             assert whole.output[-1].type == "function_call" and whole.status == "completed"
-            for event in client.responses.create(stream=True, **given):
-                checked(event)
+            for reasoning in ({}, {"summary": "auto"}):
+                for event in client.responses.create(stream=True, reasoning=reasoning, **given):
+                    checked(event)
             with client.responses.stream(**given) as stream:
                 kinds = {event.type for event in stream}
                 final = stream.get_final_response()

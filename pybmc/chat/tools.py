@@ -60,11 +60,13 @@ def tools_of(tools: Sequence | None, choice: object = None, parallel: bool = Tru
     return offered(found, wanted, parallel and not functions, where, choice_name)
 
 
-def offered(found: tuple[Tool, ...], choice: object, parallel: bool, where: str = "tools", choice_name: str = "tool_choice") -> Tools | None:
+def offered(found: tuple[Tool, ...], choice: object, parallel: bool, where: str = "tools",
+            choice_name: str = "tool_choice") -> Tools | None:
     """Some tools and the choice among them; None where none may be called."""
     names = [tool.name for tool in found]
     if len(set(names)) < len(names):
-        raise ArgumentError(f"{where}: {next(n for n in names if names.count(n) > 1)} is there twice; expected each name once")
+        twice = next(n for n in names if names.count(n) > 1)
+        raise ArgumentError(f"{where}: {twice} is there twice; expected each name once")
     asked = choice_of(choice, names, choice_name)
     return Tools(found, asked, parallel) if found and asked != "none" else None
 

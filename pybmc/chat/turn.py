@@ -24,7 +24,8 @@ from .toolgrammar import grammar_text
 from .tools import Format, Tools, format_of, written
 
 
-def prompt_of(template: ChatTemplate, messages: Sequence[Mapping], tools: Tools | None, variables: Mapping, continued: bool = True) -> list[int]:
+def prompt_of(template: ChatTemplate, messages: Sequence[Mapping], tools: Tools | None, variables: Mapping,
+              continued: bool = True) -> list[int]:
     """The ids of what a chat template makes of messages and tools."""
     messages, more = written(format_of(template), messages, tools)
     return filled(template.encode(messages, continue_final_message=continued, **{**variables, **more}))

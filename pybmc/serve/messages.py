@@ -118,7 +118,8 @@ def messages_of(fields: Fields) -> list[dict]:
     given = fields.listed("messages", 4096)
     if not given:
         raise invalid("messages", "messages is empty; expected at least one message")
-    system = [text for text in (block["text"] for block, _ in blocks_of(fields, "system", ("text",))) if not text.startswith(CHANGING)]
+    texts = [block["text"] for block, _ in blocks_of(fields, "system", ("text",))]
+    system = [text for text in texts if not text.startswith(CHANGING)]
     found = [{"role": "system", "content": SPACE.join(system)}] if any(system) else []
     names: dict[str, str] = {}                  # of the functions called, by the ids of the calls
     for i, one in enumerate(given):
@@ -181,7 +182,8 @@ def of_assistant(message: Fields, names: dict[str, str]) -> dict:
             case "tool_use":
                 id, name = needed(block, "id", place), needed(block, "name", place)
                 names[id] = name
-                calls.append({"id": id, "type": "function", "function": {"name": name, "arguments": dict(block.object("input"))}})
+                function = {"name": name, "arguments": dict(block.object("input"))}
+                calls.append({"id": id, "type": "function", "function": function})
     thought = SPACE.join(filter(None, thoughts))
     return {"role": "assistant", "content": "".join(texts) or (None if calls else "")} \
         | ({"reasoning_content": thought} if thought else {}) | ({"tool_calls": calls} if calls else {})
@@ -209,7 +211,8 @@ class MessageAnswer(BlockAnswer):
         chunks, started = super().take(update), self._started
         self._started = True
         usage = self._usage() | {"output_tokens": 0, "output_tokens_details": {"thinking_tokens": 0}}
-        return chunks if started else [{"type": "message_start", "message": self._message([], None) | {"usage": usage}}, *chunks]
+        first = {"type": "message_start", "message": self._message([], None) | {"usage": usage}}
+        return chunks if started else [first, *chunks]
 
     def alive(self) -> dict:
         return {"type": "ping"}
@@ -227,8 +230,8 @@ class MessageAnswer(BlockAnswer):
         return [self._delta(block, {"type": kind, name: text})]
 
     def ended(self, block: Block, text: str) -> list[dict]:
-        signed = [self._delta(block, {"type": "signature_delta", "signature": self._signature(block)})] * (block.kind == "thought")
-        return [*signed, {"type": "content_block_stop", "index": block.index}]
+        signed = self._delta(block, {"type": "signature_delta", "signature": self._signature(block)})
+        return [signed] * (block.kind == "thought") + [{"type": "content_block_stop", "index": block.index}]
 
     def last(self) -> list[dict]:
         delta = {"stop_reason": self._reason(), "stop_sequence": self.choice.stop_string}
@@ -255,7 +258,8 @@ class MessageAnswer(BlockAnswer):
                 id, name = block.call
                 return {"type": "tool_use", "id": id, "name": name, "input": given}
             case "thought":
-                return {"type": "thinking", "thinking": "" if self._hidden else text, "signature": self._signature(block) if text else ""}
+                signature = self._signature(block) if text else ""
+                return {"type": "thinking", "thinking": "" if self._hidden else text, "signature": signature}
         return {"type": "text", "text": text}
 
     def _delta(self, block: Block, delta: dict) -> dict:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from starlette.requests import Request
@@ -54,11 +54,14 @@ def task_of(service: Service, fields: Fields, client):
         offer = offered(*choice_of(fields, tools))
     except ArgumentError as error:
         raise blamed(error) from None
-    effort = fields.object("reasoning").text("effort")
+    reasoning = fields.object("reasoning")
+    effort, summary = reasoning.text("effort"), reasoning.choice("summary", ("auto", "concise", "detailed"))
     variables = variables_of(Fields(fields | ({"reasoning_effort": effort} if effort else {})))
     task = chat_task_of(service, base, turn_from(service, fields, messages, offer, wish, variables))
-    told = described(fields, tools, offer) | {"temperature": base.sampler.temperature, "top_p": base.sampler.top_p, "model": service.name}
-    return task, ResponseAnswer(task.choices(), told, SEALED in include)
+    sampler = base.sampler
+    told = described(fields, tools, offer) | {
+        "model": service.name, "temperature": sampler.temperature, "top_p": sampler.top_p}
+    return task, ResponseAnswer(task.choices(), told, SEALED in include, summary is not None)
 
 
 def described(fields: Fields, tools: tuple[Tool, ...], offer: Tools | None) -> dict:
@@ -68,7 +71,7 @@ def described(fields: Fields, tools: tuple[Tool, ...], offer: Tools | None) -> d
     return {"instructions": fields.text("instructions"), "max_output_tokens": fields.get("max_output_tokens"),
             "metadata": fields.object("metadata"), "parallel_tool_calls": fields.flag("parallel_tool_calls", True),
             "previous_response_id": None, "background": False, "truncation": fields.get("truncation", "disabled"),
-            "reasoning": {"effort": reasoning.get("effort"), "summary": reasoning.text("summary")},
+            "reasoning": {"effort": reasoning.get("effort"), "summary": reasoning.get("summary")},
             "text": {"format": text.get("format", {"type": "text"})}, "tools": functions,
             "tool_choice": fields.get("tool_choice", "auto") if offer else "none" if functions else "auto"}
 
@@ -181,29 +184,36 @@ ITEMS: dict[str, Callable[[Fields, str, list[dict]], None]] = {
 
 
 class Kind(NamedTuple):
-    """How a kind of block is told: the prefix of its id, the name of its events, and of the field with its text; its one part."""
+    """How a kind of block is told: the prefix of its id, the name of its events, the field with its text, its one part, and the
+    name of this part's events and index."""
 
     prefix: str
     event: str
-    field: str
+    field: str = "text"
     part: Callable[[str], dict] | None = None
-    extras: dict = {}
+    part_event: str = "response.content_part"
+    index_name: str = "content_index"
+    extras: Mapping = {}
 
 
 KINDS = {
-    "thought": Kind("rs_", "response.reasoning_text", "text", lambda text: {"type": "reasoning_text", "text": text}),
-    "text": Kind("msg_", "response.output_text", "text",
-                 lambda text: {"type": "output_text", "text": text, "annotations": [], "logprobs": []}, {"logprobs": []}),
+    "thought": Kind("rs_", "response.reasoning_text", part=lambda text: {"type": "reasoning_text", "text": text}),
+    "text": Kind("msg_", "response.output_text", extras={"logprobs": []},
+                 part=lambda text: {"type": "output_text", "text": text, "annotations": [], "logprobs": []}),
     "call": Kind("fc_", "response.function_call_arguments", "arguments"),
 }
+SUMMARY = Kind("rs_", "response.reasoning_summary_text", part=lambda text: {"type": "summary_text", "text": text},
+               part_event="response.reasoning_summary_part", index_name="summary_index")
 
 
 class ResponseAnswer(BlockAnswer):
-    """told: what the response says of its request. seal: thoughts come sealed too."""
+    """told: what the response says of its request. seal: thoughts come sealed too. summary: they are told as their summary, for
+    clients that ask for one."""
 
-    def __init__(self, choices, told: dict, seal: bool = False):
+    def __init__(self, choices, told: dict, seal: bool = False, summary: bool = False):
         super().__init__(choices)
-        self._told, self._seal = told, seal
+        self._told, self._seal, self._summary = told, seal, summary
+        self._kinds = KINDS | ({"thought": SUMMARY} if summary else {})
         self._id, self._created, self._n = new_id("resp_"), int(time.time()), 0
         self._ids: list[str] = []               # of the items
 
@@ -220,20 +230,20 @@ class ResponseAnswer(BlockAnswer):
         return self._event("response.failed", response=self._response("failed", self._items()) | {"error": error})
 
     def begun(self, block: Block, text: str) -> list[dict]:
-        kind = KINDS[block.kind]
+        kind = self._kinds[block.kind]
         self._ids.append(new_id(kind.prefix))
         added = self._event("response.output_item.added", output_index=block.index, item=self._item(block, "in_progress"))
-        return [added] + ([self._at(block, "response.content_part.added", part=kind.part(""))] if kind.part else [])
+        return [added] + ([self._at(block, kind.part_event + ".added", part=kind.part(""))] if kind.part else [])
 
     def grown(self, block: Block, text: str) -> list[dict]:
-        kind = KINDS[block.kind]
+        kind = self._kinds[block.kind]
         return [self._at(block, kind.event + ".delta", delta=text, **kind.extras)]
 
     def ended(self, block: Block, text: str) -> list[dict]:
-        kind = KINDS[block.kind]
+        kind = self._kinds[block.kind]
         told = [self._at(block, kind.event + ".done", **{kind.field: block.text}, **kind.extras)]
         if kind.part:
-            told.append(self._at(block, "response.content_part.done", part=kind.part(block.text)))
+            told.append(self._at(block, kind.part_event + ".done", part=kind.part(block.text)))
         return [*told, self._event("response.output_item.done", output_index=block.index, item=self._item(block))]
 
     def last(self) -> list[dict]:
@@ -253,8 +263,9 @@ class ResponseAnswer(BlockAnswer):
         return {"type": type, "sequence_number": self._n - 1, **fields}
 
     def _at(self, block: Block, type: str, **fields) -> dict:
-        place = {"item_id": self._ids[block.index], "output_index": block.index}
-        return self._event(type, **place | ({"content_index": 0} if KINDS[block.kind].part else {}), **fields)
+        kind = self._kinds[block.kind]
+        place = {"item_id": self._ids[block.index], "output_index": block.index} | ({kind.index_name: 0} if kind.part else {})
+        return self._event(type, **place, **fields)
 
     def _response(self, status: str, output: list[dict] | None = None) -> dict:
         return {"id": self._id, "object": "response", "created_at": self._created, "status": status, "error": None,
@@ -268,18 +279,20 @@ class ResponseAnswer(BlockAnswer):
         if block.kind == "call":
             id, name = block.call
             return found | {"type": "function_call", "call_id": id, "name": name, "arguments": block.text}
-        part = KINDS[block.kind].part
+        part = self._kinds[block.kind].part
         content = [part(block.text)] if part and status is None else []
         if block.kind == "text":
             return found | {"type": "message", "role": "assistant", "content": content}
         seal = {"encrypted_content": sealed(block.text)} if self._seal and status is None else {}
-        return found | {"type": "reasoning", "summary": [], "content": content} | seal
+        told = {"summary": content} if self._summary else {"summary": [], "content": content}
+        return found | {"type": "reasoning"} | told | seal
 
     def _usage(self) -> dict:
         usage = self.usage()
-        return {"input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"], "total_tokens": usage["total_tokens"],
+        return {"input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"],
+                "total_tokens": usage["total_tokens"],
                 "input_tokens_details": {**usage["prompt_tokens_details"], "cache_write_tokens": 0},
-                "output_tokens_details": {"reasoning_tokens": usage["completion_tokens_details"]["reasoning_tokens"]}}
+                "output_tokens_details": usage["completion_tokens_details"]}
 
 
 ROUTES = [Route(prefix + "/responses", responses, methods=["POST"]) for prefix in ("/v1", "")]
