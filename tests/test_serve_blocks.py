@@ -238,6 +238,13 @@ def test_a_text_is_one_message(server):
         == prompt(server, MESSAGES, {"messages": HELLO}) == prompt(server, MESSAGES, {"messages": [{"role": "user", "content": [{"type": "text", "text": "Paint it"}]}]})
 
 
+def test_answers_that_have_begun_go_on(server):
+    begun = [*HELLO, {"role": "assistant", "content": "I will"}]
+    chat = prompt(server, CHAT, {"messages": begun})
+    assert chat.endswith("I will") and prompt(server, MESSAGES, {"messages": begun}) == prompt(server, RESPONSES, {"input": begun}) == chat
+    assert prompt(server, MESSAGES, {"messages": begun, "continue_final_message": False}).endswith("assistant\n")
+
+
 def test_blocks_of_text_have_a_blank_line_between_them(server):
     blocks = [{"type": "text", "text": "<system-reminder>Be kind</system-reminder>"}, {"type": "text", "text": "Hello"}]
     assert "</system-reminder>\n\nHello" in prompt(server, MESSAGES, {"messages": [{"role": "user", "content": blocks}]})
@@ -535,8 +542,38 @@ def test_who_leaves_costs_nothing(model, path, body):
 def test_paths_without_a_version(server):
     for path, body in PATHS:
         assert server.post(path.removeprefix("/v1"), body | {"max_tokens": 1, "max_output_tokens": 1}).status_code == 200
-    error = server.post("/messages", {"messages": []}).json()
-    assert error["type"] == "error"
+    assert server.post("/messages", {"messages": []}).json()["type"] == "error"
+    assert shape_of(server.post("/v1/messages/batches", {}), MESSAGES) == (404, "not_found_error")
+
+
+WHOLE = {
+    RESPONSES: {"input": ITEMS, "tools": FUNCTIONS[:1], "tool_choice": {"type": "function", "name": "paint"}, "instructions": "x", "include": ["x"],
+                "reasoning": {"effort": "low", "summary": "auto"}, "text": {"format": {"type": "json_schema", "schema": {}}}, "metadata": {"a": "b"}},
+    MESSAGES: {"system": [{"type": "text", "text": "x"}], "messages": BLOCKS, "tools": SCHEMAS[:1], "tool_choice": {"type": "tool", "name": "paint"},
+               "thinking": {"type": "enabled", "budget_tokens": 3}, "output_config": {"effort": "low"}, "stop_sequences": ["x"]},
+}
+
+
+def spoiled(value, other):
+    """Copies of a value in each of which one part is another."""
+    yield other
+    for key in value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
+        for one in spoiled(value[key], other):
+            copy = value.copy()
+            copy[key] = one
+            yield copy
+
+
+@pytest.mark.parametrize("path", WHOLE)
+def test_no_value_of_another_type_is_an_internal_error(server, path):
+    most = {RESPONSES: "max_output_tokens", MESSAGES: "max_tokens"}[path]
+    assert server.post(path, WHOLE[path] | {most: 0}).status_code == 200
+    for other in (None, 3, "x", ["x"], {"x": ["y"]}):
+        for body in spoiled(WHOLE[path], other):
+            if isinstance(body, dict) and body != other:
+                response = server.post(path, body | {most: 0})
+                assert response.status_code in (200, 400), (body, response.text)
+                assert response.status_code == 200 or shape_of(response, path) == (400, "invalid_request_error")
 
 
 # ---- the official clients

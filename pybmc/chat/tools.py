@@ -86,6 +86,8 @@ def function_tool(function: Mapping, where: str, schema: str = "parameters") -> 
         parameters = {"type": "object", "properties": {}}
     if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
         checks.refuse(f"{where}.{schema}", "a JSON schema of an object", parameters)
+    if not isinstance(parameters.get("properties") or {}, Mapping):
+        checks.refuse(f"{where}.{schema}.properties", "an object", parameters["properties"])
     required = parameters.get("required") or []
     if not isinstance(required, list) or not all(isinstance(key, str) for key in required):
         checks.refuse(f"{where}.{schema}.required", "a list of names", required)

@@ -18,7 +18,7 @@ TYPES = {
     500: "server_error", 501: "not_supported_error", 503: "unavailable_error",
 }
 ANTHROPIC_TYPES = {500: "api_error", 501: "api_error", 503: "overloaded_error", 413: "request_too_large"}      # where they differ
-MESSAGES = tuple(prefix + path for prefix in ("/v1", "") for path in ("/messages", "/messages/count_tokens"))
+MESSAGES = ("/v1/messages", "/messages")
 
 
 class Refused(Exception):
@@ -78,6 +78,6 @@ def anthropic_error(refused: Refused) -> dict:
 
 def error_body(path: str, refused: Refused) -> dict:
     """The body of an error, as clients of a path expect it."""
-    if path in MESSAGES:
+    if path.startswith(MESSAGES):
         return anthropic_error(refused)
     return ollama_error(refused) if path.startswith("/api/") else openai_error(refused)
