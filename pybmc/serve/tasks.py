@@ -305,6 +305,8 @@ def _message(given, where: str) -> dict:
     if not role:
         raise invalid(f"{where}.role", f"{where} has no role; expected system, user, assistant or tool")
     message.refuse(("images", "audio"))
+    for name in ("reasoning_content", "thinking"):
+        message.text(name)
     told = {name: message[name] for name in MORE_OF_MESSAGES if name in message}
     for i, call in enumerate(message.listed("tool_calls")):
         if not isinstance(call, dict):
