@@ -42,7 +42,7 @@ def servers():
 def ask(server, **fields):
     """Thoughts are kept short, and calls are few, since random models would never end."""
     return server.post("/v1/chat/completions", {"messages": HELLO, "tools": TOOLS, "max_tokens": 300, "reasoning_budget": 4,
-                                                 "logit_bias": [["<|im_end|>", 30], ["]", 30]]} | fields)
+                                                 "logit_bias": [["<|im_end|>", 30], ["<|end|>", 30], ["]", 30]]} | fields)
 
 
 def collected(chunks):
@@ -90,7 +90,7 @@ def test_one_call_at_most_where_no_more_are_wanted(servers):
 
 
 def test_a_call_that_is_cut_ends_by_length(servers):
-    found = ask(servers("hermes"), tool_choice=NAMED, max_tokens=40).json()["choices"][0]
+    found = ask(servers("hermes"), tool_choice=NAMED, max_tokens=10, seed=1).json()["choices"][0]
     assert found["finish_reason"] == "length"
 
 
@@ -285,12 +285,12 @@ def test_guesses_do_not_change_a_call():
 
 
 def test_batch_lines(tmp_path):
-    lines = [{"messages": HELLO, "tools": TOOLS, "tool_choice": "required", "max_tokens": 300},
+    lines = [{"messages": HELLO, "tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 300, "seed": 1},
              {"messages": HELLO, "tools": TOOLS, "max_tokens": 5}, {"messages": HELLO, "max_tokens": 5}, {"prompt": "x", "tools": TOOLS},
              {"messages": HELLO, "tools": [{"type": "x"}]}, {"messages": HELLO, "functions": [STOP["function"]], "function_call": {"name": "stop"}},
              {"messages": [*HELLO, {"role": "assistant", "tool_calls": [{}]}]}]
     (tmp_path / "in").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert run(["batch", str(tmp_path / "in"), str(tmp_path / "out"), "-m", str(tiny_tools.model("hermes")), "-t", "1"]) == 1
+    assert run(["batch", str(tmp_path / "in"), str(tmp_path / "out"), "-m", str(tiny_tools.model("hermes")), "-t", "1", "--temp", "0"]) == 1
     found = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
     assert all(fits(c["function"]["name"], json.loads(c["function"]["arguments"])) for c in found[0]["tool_calls"])
     assert found[0]["text"] == "" and found[0]["finish_reason"] == "tool_calls"
@@ -315,7 +315,7 @@ def test_generate_limits_a_thought(name, closes):
 
 @pytest.mark.parametrize("thoughts", ["show", "hide"])
 def test_commands_limit_and_hide_thoughts(capsys, thoughts):
-    args = ["generate", str(tiny_tools.model("opened")), "--chat", "-p", "x", "-n", "20", "-t", "1", "--thoughts", thoughts, "--reasoning-budget"]
+    args = ["generate", str(tiny_tools.model("opened")), "--chat", "-p", "x", "-n", "20", "-t", "1", "--temp", "0", "--thoughts", thoughts, "--reasoning-budget"]
     assert run([*args, "4"]) == 0
     out = capsys.readouterr().out
     assert ("</think>" in out) == (thoughts == "show") and out.strip()

@@ -73,7 +73,8 @@ class Conversation:
         text, said, stream = [], [], None
         try:
             self.prompt = prompt = self._prompt()
-            stream = generate(self.model, prompt, session=self.session, progress=progress, chat_template=self.template, **self.settings)
+            stream = generate(self.model, prompt, session=self.session, progress=progress, chat_template=self.template,
+                              **self.settings)
             for token in stream:
                 said.append(token.id)
                 text.append(token.text)

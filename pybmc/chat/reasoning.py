@@ -13,7 +13,8 @@ class Marks(NamedTuple):
 
 
 THINK = Marks("<think>", "</think>")
-KNOWN = (THINK, Marks("[THINK]", "[/THINK]"), Marks("<seed:think>", "</seed:think>"), Marks("<|START_THINKING|>", "<|END_THINKING|>"))
+KNOWN = (THINK, Marks("[THINK]", "[/THINK]"), Marks("<seed:think>", "</seed:think>"),
+         Marks("<|START_THINKING|>", "<|END_THINKING|>"))
 
 START, FINAL = "<|start|>assistant", "<|channel|>final<|message|>"     # Harmony: an answer begins, its content begins
 CHANNELS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|constrain|>")

@@ -92,8 +92,8 @@ class ChatTemplate:
     @cached_property
     def shown(self) -> frozenset[int]:
         """Control tokens whose names belong to an answer's text, since its reader looks for them."""
-        ids = self.tokenizer.vocab.ids
-        return frozenset(ids[name] for name in (*CHANNELS * self.channels, *self.marks) if name in ids) & self.tokenizer.vocab.silent
+        vocab, names = self.tokenizer.vocab, [*CHANNELS * self.channels, *self.marks]
+        return frozenset(vocab.ids[name] for name in names if name in vocab.ids) & vocab.silent
 
     @cached_property
     def marks(self) -> Marks:

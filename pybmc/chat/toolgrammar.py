@@ -20,8 +20,8 @@ SPACE = WHITE_SPACE + "{0,20}"           # in more of it models lose themselves
 
 
 class Rules:
-    """Rules of a grammar, one a line. final: the rule of an answer that is no call, where it has to follow a schema. apart: calls are
-    written in the same pieces as such an answer, so that both are possible as long as they begin alike."""
+    """Rules of a grammar, one a line. final: the rule of an answer that is no call, where it has to follow a schema. apart: calls
+    are written in the same pieces as such an answer, so that both are possible as long as they begin alike."""
 
     def __init__(self, tokenizer: Tokenizer, tools: Tools, final: Mapping | None = None):
         self.tokenizer, self.tools = tokenizer, tools
@@ -114,7 +114,8 @@ def _tags(rules: Rules, tool: Tool) -> str:
     """<function=..> with a tag for each parameter, in the schema's order; JSON where a schema does not name them."""
     schema, properties = tool.parameters, tool.parameters.get("properties", {})
     simple = schema.keys() <= SIMPLE and not isinstance(schema.get("additionalProperties"), Mapping)
-    fits = isinstance(properties, Mapping) and all(isinstance(p, Mapping) and not set(k) & set("<>\n") and k for k, p in properties.items())
+    fits = isinstance(properties, Mapping) and all(
+        isinstance(value, Mapping) and key and not set(key) & set("<>\n") for key, value in properties.items())
     required = schema.get("required", [])
     if not simple or not fits or not properties.keys() >= set(required):
         return f'{quoted(object_head(tool.name, "arguments"))} {rules.arguments(tool)} "}}"'
@@ -199,9 +200,12 @@ def harmony_rules(rules: Rules, _: bool) -> str:
     channel, message, end, start, constrain = (
         rules.mark(f"<|{name}|>") for name in ("channel", "message", "end", "start", "constrain"))
     rules.add("TEXT", f"/{ANY}/ & {without(*HARMONY_ENDS, '<|message|>')}")
-    call = rules.any_of(
-        f'({channel} {quoted(f"commentary to=functions.{tool.name}")} | {quoted(f" to=functions.{tool.name}")} {channel} "commentary") '
-        f'(" " {constrain} "json" | " json")? {message} {rules.arguments(tool)}' for tool in rules.tools.callable)
+    calls = []
+    for tool in rules.tools.callable:
+        to = f" to=functions.{tool.name}"
+        header = f'({channel} {quoted("commentary" + to)} | {quoted(to)} {channel} "commentary")'
+        calls.append(f'{header} (" " {constrain} "json" | " json")? {message} {rules.arguments(tool)}')
+    call = rules.any_of(calls)
     free = f'({channel} ("analysis" | "commentary") {message} TEXT {end} {start} "assistant")*'
     final = "" if rules.tools.forced else f' | {channel} "final" {message} {rules.final or "TEXT"}'
     return f"{free} ({call}{final})"

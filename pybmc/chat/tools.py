@@ -14,6 +14,7 @@ from .calls import CALL, FUNCTION, bare, harmony, mistral, tagged
 
 NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
 MOST = 512                              # tools of a request
+OPENED = {"additionalProperties", "patternProperties", "unevaluatedProperties", "$ref", "allOf", "anyOf", "oneOf"}
 
 
 @dataclass(frozen=True)
@@ -52,12 +53,13 @@ def tools_of(tools: Sequence | None, choice: object = None, parallel: bool = Tru
     if tools and functions:
         raise ArgumentError("tools and functions: expected one of them, found both")
     where = "functions" if functions else "tools"
-    choice_name, wanted = ("function_call", function_call) if choice is None and function_call is not None else ("tool_choice", choice)
+    older = choice is None and function_call is not None
     given = [{"type": "function", "function": f} for f in functions or ()] if functions else tools or []
     if not isinstance(given, (list, tuple)) or len(given) > MOST:
         checks.refuse(where, f"a list of at most {MOST} tools", given)
     found = tuple(tool_of(tool, f"{where}[{i}]") for i, tool in enumerate(given))
-    return offered(found, wanted, parallel and not functions, where, choice_name)
+    wanted, named = (function_call, "function_call") if older else (choice, "tool_choice")
+    return offered(found, wanted, parallel and not functions, where, named)
 
 
 def offered(found: tuple[Tool, ...], choice: object, parallel: bool, where: str = "tools",
@@ -72,9 +74,10 @@ def offered(found: tuple[Tool, ...], choice: object, parallel: bool, where: str 
 
 
 def tool_of(given: object, where: str) -> Tool:
-    if not isinstance(given, Mapping) or given.get("type", "function") != "function" or not isinstance(given.get("function"), Mapping):
+    function = given.get("function") if isinstance(given, Mapping) and given.get("type", "function") == "function" else None
+    if not isinstance(function, Mapping):
         checks.refuse(where, "an object with the type function and a function", given)
-    return function_tool(given["function"], f"{where}.function")
+    return function_tool(function, f"{where}.function")
 
 
 def function_tool(function: Mapping, where: str, schema: str = "parameters") -> Tool:
@@ -93,13 +96,14 @@ def function_tool(function: Mapping, where: str, schema: str = "parameters") -> 
         checks.refuse(f"{where}.{schema}.required", "a list of names", required)
     if not isinstance(function.get("description") or "", str):
         checks.refuse(f"{where}.description", "a text", function["description"])
-    shown = {"type": "function", "function": {"name": name, "description": function.get("description") or "", "parameters": parameters}}
-    return Tool(name, closed(parameters), shown, function.get("strict") is True, f"{where}.{schema}")
+    shown = {"name": name, "description": function.get("description") or "", "parameters": parameters}
+    offer = {"type": "function", "function": shown}
+    return Tool(name, closed(parameters), offer, function.get("strict") is True, f"{where}.{schema}")
 
 
 def closed(parameters: Mapping) -> Mapping:
     """A schema of arguments in which an object has only the properties that it names, unless it says otherwise."""
-    opened = parameters.keys() & {"additionalProperties", "patternProperties", "unevaluatedProperties", "$ref", "allOf", "anyOf", "oneOf"}
+    opened = parameters.keys() & OPENED
     opened |= {key for key in parameters.get("required") or () if key not in (parameters.get("properties") or ())}
     if opened or "properties" not in parameters and parameters.keys() - {"type", "title", "description"}:
         return {"type": "object", **parameters}

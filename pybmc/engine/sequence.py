@@ -87,7 +87,8 @@ class Sequence:
         """room: tokens that the context has room for."""
         request, tokenizer = self.request, self.engine.model.tokenizer
         decoder = tokenizer.stream(shown=request.shown) if tokenizer else NoText()
-        self._ending = Ending(decoder, request.max_tokens, room, StopStrings(request.stop, tokenizer, request.shown), request.stop_ids)
+        stop_strings = StopStrings(request.stop, tokenizer, request.shown)
+        self._ending = Ending(decoder, request.max_tokens, room, stop_strings, request.stop_ids)
         self._limit = min(request.max_tokens, room)
         self._make_item()
 

@@ -33,9 +33,9 @@ class StopStrings:
     The string that is complete first counts, and of those that end together the longest: what comes out does not
     depend on how the text was cut.
 
-    tokenizer: a string may contain names of tokens whose text is not shown, as control tokens (but for those in shown). A name that stands in a
-    string is in names, by its id, and is pushed as hidden: it never comes out, and strings without a name are looked for
-    as if it was not there.
+    tokenizer: a string may contain names of tokens whose text is not shown, as control tokens, but for those in shown. A name
+    that stands in a string is in names, by its id, and is pushed as hidden: it never comes out, and strings without a name are
+    looked for as if it was not there.
     """
 
     def __init__(self, strings: Iterable[str] = (), tokenizer: Tokenizer | None = None, shown: frozenset[int] = frozenset()):

@@ -14,8 +14,9 @@ ALL = np.uint32(0xFFFFFFFF)
 
 
 class Place(NamedTuple):
-    """Where a text is. kind: "opening" (the mark that begins the free text may still come), "free", "gap" (behind the mark,
-    where some white space may stand) or "inner". seen: bytes of the mark, or of the gap. since: tokens before the grammar's first."""
+    """Where a text is. kind: "opening" (what opens the free text may still come), "free", "gap" (behind the mark, where some
+    white space may stand) or "inner". seen: the bytes so far of what opens it, of the mark, or of the gap. since: tokens before the
+    grammar's first."""
 
     kind: str
     seen: bytes
@@ -23,12 +24,12 @@ class Place(NamedTuple):
 
 
 class After:
-    """A pybmc.engine.Schema: the text is free until a mark, in whichever tokens it is spelled, and follows a grammar from
-    there on.
+    """A pybmc.engine.Schema: the text is free until a mark, in whichever tokens it is spelled, and follows a grammar
+    from there on.
 
-    inner: the grammar's state. opens: bytes that the free text has to begin with; without them the grammar counts from the
-    beginning. gap: white space that may stand between the mark and the grammar's text, of which it is no part. ends: whether the
-    text may end before the mark.
+    inner: the grammar's state. opens: how the free text begins, if that is told; a text that begins otherwise follows the grammar
+    from its first token. gap: white space that may stand between the mark and the grammar's text, of which it is no part.
+    ends: whether the text may end before the mark.
     """
 
     def __init__(self, mark: bytes, inner: State | After, opens: bytes = b"", gap: bytes = b"", ends: bool = True):
@@ -91,7 +92,7 @@ class After:
 
     @staticmethod
     def _is_opening(place: Place) -> bool:
-        """Whether the mark that begins the free text has begun, so that it goes on."""
+        """Whether what opens the free text has begun, so that it goes on."""
         return place.kind == "opening" and bool(place.seen)
 
     def _begins(self, place: Place) -> frozenset[int]:

@@ -10,7 +10,9 @@ from ..errors import UnsupportedSchemaError, printable
 
 T = TypeVar("T")
 
-STACK = 256 << 20                       # bytes: 26,000 levels, which is what a schema of 256 kB can have, take 100 MB; only those used are taken
+# Bytes of the thread's stack, of which only what is used is taken: the 26,000 levels that a schema of 256 kB may have, by references
+# too, take 100 MB. Usual stacks overflow at 1,500, which ends the process.
+STACK = 256 << 20
 SECONDS = 20.0                          # that a grammar may take
 AT_A_TIME = 4                           # also those that were given up, which end by themselves
 
@@ -30,22 +32,23 @@ def _compiled(llguidance: Any, tokenizer: Any, source: str) -> tuple[Any, tuple[
         forced = probe.compute_ff_tokens()
         probe.consume_tokens(forced[:probe.validate_tokens(forced)])
         probe.compute_bitmask()
-    if probe.stop_reason() in ("NoExtension", "NoExtensionBias") and not probe.is_accepting():
-        raise UnsupportedSchemaError("no text fits it")
     if probe.is_error():
-        raise UnsupportedSchemaError(sentence(probe.get_error()))
+        words = sentence(probe.get_error())
+        raise UnsupportedSchemaError("no text fits it" if words == "NoExtensionBias" else words)
     return matcher, tuple(matcher.get_grammar_warnings())
 
 
 def in_time(work: Callable[[], T]) -> T:
     """The result of work in a thread with a large stack."""
-    result: list[tuple[T | None, BaseException | None]] = []
+    result: list[tuple[T | None, Exception | None]] = []
 
     def run() -> None:
         try:
             result.append((work(), None))
-        except BaseException as error:
+        except Exception as error:
             result.append((None, error))
+        except BaseException as error:          # a panic of llguidance; an interrupt comes to the main thread
+            result.append((None, UnsupportedSchemaError(f"llguidance failed: {sentence(str(error))}")))
         finally:
             _free.release()
 

@@ -12,6 +12,8 @@ from .. import checks
 from ..engine.model import Model
 from ..errors import ArgumentError, SchemaError, printable
 from .after import After
+from .compiler import in_time
+from .lexemes import lark_of
 from .state import State
 from .vocabulary import Vocabulary, llguidance, vocabulary_of
 
@@ -20,8 +22,6 @@ log = logging.getLogger(__name__)
 SIZE, DEPTH = 256 * 1024, 64            # bytes of a schema or grammar, and how deep a schema is nested
 RULES = 1000                            # of a grammar: what compiling takes may grow with their square
 LARK = "%llguidance"                    # a grammar that begins so is Lark, as llguidance reads it; others are GBNF
-
-
 _RULE = re.compile(r"^[ \t]*[!?]*[\w-]+(?:\[[^\]\n]*\])?(?:\.-?\d+)?\s*:", re.MULTILINE)
 
 
@@ -55,14 +55,8 @@ class Grammar:
     @classmethod
     def gbnf(cls, text: str, model: Model) -> Grammar:
         """llama.cpp's grammars: the rule `root` is the text."""
-        from llguidance.gbnf_to_lark import gbnf_to_lark
-
-        vocabulary = vocabulary_of(model)
-        try:
-            lark = gbnf_to_lark(_checked("grammar", text))
-        except Exception as error:
-            raise SchemaError(f"grammar: {error}") from None
-        return cls(vocabulary, llguidance().LLMatcher.grammar_from_lark(lark))
+        lark = in_time(lambda: lark_of(_checked("grammar", text)))
+        return cls(vocabulary_of(model), llguidance().LLMatcher.grammar_from_lark(lark))
 
     @classmethod
     def text(cls, text: str, model: Model) -> Grammar:
