@@ -1,4 +1,4 @@
-"""An answer as blocks, one behind another: thoughts, texts, calls of tools. The Responses and the Messages API tell answers so."""
+"""An answer as blocks, one behind another: thoughts, texts, calls of tools. The Responses and the Messages API tell it so."""
 
 from __future__ import annotations
 
