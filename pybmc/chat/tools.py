@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from .. import checks
 from ..errors import ArgumentError
@@ -19,12 +19,14 @@ OPENED = {"additionalProperties", "patternProperties", "unevaluatedProperties", 
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that a model may call. given: as it was offered; parameters: the JSON schema of its arguments."""
+    """A function that a model may call. given: as it was offered; parameters: the JSON schema of its arguments; place: the field
+    that the schema comes from."""
 
     name: str
     parameters: Mapping
     given: Mapping
     strict: bool = False
+    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
@@ -56,31 +58,47 @@ def tools_of(tools: Sequence | None, choice: object = None, parallel: bool = Tru
     if not isinstance(given, (list, tuple)) or len(given) > MOST:
         checks.refuse(where, f"a list of at most {MOST} tools", given)
     found = tuple(tool_of(tool, f"{where}[{i}]") for i, tool in enumerate(given))
+    wanted, named = (function_call, "function_call") if older else (choice, "tool_choice")
+    return offered(found, wanted, parallel and not functions, where, named)
+
+
+def offered(found: tuple[Tool, ...], choice: object, parallel: bool, where: str = "tools",
+            choice_name: str = "tool_choice") -> Tools | None:
+    """Some tools and the choice among them; None where none may be called."""
     names = [tool.name for tool in found]
     if len(set(names)) < len(names):
-        raise ArgumentError(f"{where}: {next(n for n in names if names.count(n) > 1)} is there twice; expected each name once")
-    asked = choice_of(function_call, names, "function_call") if older else choice_of(choice, names, "tool_choice")
-    return Tools(found, asked, parallel and not functions) if found and asked != "none" else None
+        twice = next(n for n in names if names.count(n) > 1)
+        raise ArgumentError(f"{where}: {twice} is there twice; expected each name once")
+    asked = choice_of(choice, names, choice_name)
+    return Tools(found, asked, parallel) if found and asked != "none" else None
 
 
 def tool_of(given: object, where: str) -> Tool:
     function = given.get("function") if isinstance(given, Mapping) and given.get("type", "function") == "function" else None
     if not isinstance(function, Mapping):
         checks.refuse(where, "an object with the type function and a function", given)
-    name, parameters = function.get("name"), function.get("parameters")
+    return function_tool(function, f"{where}.function")
+
+
+def function_tool(function: Mapping, where: str, schema: str = "parameters") -> Tool:
+    """The tool that a function is. schema: the name of the field with the schema of its arguments."""
+    name, parameters = function.get("name"), function.get(schema)
     if not isinstance(name, str) or not NAME.fullmatch(name):
-        checks.refuse(f"{where}.function.name", "1 to 128 letters, digits and signs of _.:/-", name)
+        checks.refuse(f"{where}.name", "1 to 128 letters, digits and signs of _.:/-", name)
     if parameters is None:
         parameters = {"type": "object", "properties": {}}
     if not isinstance(parameters, Mapping) or parameters.get("type", "object") != "object":
-        checks.refuse(f"{where}.function.parameters", "a JSON schema of an object", parameters)
+        checks.refuse(f"{where}.{schema}", "a JSON schema of an object", parameters)
+    if not isinstance(parameters.get("properties") or {}, Mapping):
+        checks.refuse(f"{where}.{schema}.properties", "an object", parameters["properties"])
     required = parameters.get("required") or []
     if not isinstance(required, list) or not all(isinstance(key, str) for key in required):
-        checks.refuse(f"{where}.function.parameters.required", "a list of names", required)
+        checks.refuse(f"{where}.{schema}.required", "a list of names", required)
     if not isinstance(function.get("description") or "", str):
-        checks.refuse(f"{where}.function.description", "a text", function["description"])
+        checks.refuse(f"{where}.description", "a text", function["description"])
     shown = {"name": name, "description": function.get("description") or "", "parameters": parameters}
-    return Tool(name, closed(parameters), {"type": "function", "function": shown}, function.get("strict") is True)
+    offer = {"type": "function", "function": shown}
+    return Tool(name, closed(parameters), offer, function.get("strict") is True, f"{where}.{schema}")
 
 
 def closed(parameters: Mapping) -> Mapping:

@@ -23,6 +23,16 @@ from .toolgrammar import grammar_text
 from .tools import Format, Tools, format_of, written
 
 
+def prompt_of(template: ChatTemplate, messages: Sequence[Mapping], tools: Tools | None, variables: Mapping,
+              add_generation_prompt: bool = True, continue_final_message: bool = True) -> list[int]:
+    """The ids of what a chat template makes of messages and tools."""
+    messages, more = written(format_of(template), messages, tools)
+    ids = template.encode(messages, add_generation_prompt, continue_final_message, **{**variables, **more})
+    if not ids:
+        raise ArgumentError("messages: their prompt is empty; expected some text")
+    return ids
+
+
 @dataclass
 class Turn:
     """What is asked, and what it comes to. split: thoughts are told apart from content. budget: tokens that a thought may have;
@@ -44,12 +54,9 @@ class Turn:
 
     def __post_init__(self) -> None:
         self.format: Format = format_of(self.template)
-        messages, more = written(self.format, self.messages, self.tools)
-        given = {**self.variables, **more}
-        self.tokens = self.template.encode(messages, self.add_generation_prompt, self.continue_final_message, **given)
-        if not self.tokens:
-            raise ArgumentError("messages: their prompt is empty; expected some text")
-        last, goes_on = self.messages[-1], self.add_generation_prompt and self.continue_final_message
+        turns = {"add_generation_prompt": self.add_generation_prompt, "continue_final_message": self.continue_final_message}
+        self.tokens = prompt_of(self.template, self.messages, self.tools, self.variables, **turns)
+        last, goes_on = self.messages[-1], all(turns.values())
         content = last.get("content") if goes_on and last["role"] == "assistant" else ""
         self.begun = content if isinstance(content, str) else ""
         ids = self._tokenizer.vocab.ids
@@ -82,11 +89,11 @@ class Turn:
         try:
             return Grammar.lark(grammar_text(self.format, self.tools, self._tokenizer, self._final), self.model)
         except SchemaError:
-            for i, tool in enumerate(self.tools.tools):         # whose schema it is
+            for tool in self.tools.tools:                       # whose schema it is
                 try:
                     Grammar.json(tool.parameters, self.model, tool.strict)
                 except SchemaError as error:
-                    raise type(error)(f"tools[{i}].function.parameters: {error}") from None
+                    raise type(error)(f"{tool.place}: {error}") from None
             raise
 
     @property

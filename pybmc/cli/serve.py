@@ -98,7 +98,7 @@ server_options = options(
 @server_options
 @json_option
 def serve(model, model_option, host, port, unix, key_file, insecure, grace, no_page, as_json, threads, **flags):
-    """Serve a model over HTTP, to clients of OpenAI, Ollama and llama-server.
+    """Serve a model over HTTP, to clients of OpenAI, Anthropic, Ollama and llama-server.
 
     Without MODEL the bundled model. Sampling flags are what requests get that name nothing else. Every flag can also be
     set by a variable, as PYBMC_PORT for --port. Ctrl-C ends the server; docs/server.md lists the routes.

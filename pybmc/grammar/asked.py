@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .. import checks
@@ -44,23 +44,24 @@ def grammar_asked(given: Mapping, model: Model) -> Grammar | None:
     return wish.compiled(model) if wish else None
 
 
-def _response_format(value: Any) -> Asked | None:
-    field = "response_format"
+def format_asked(value: Any, field: str = "response_format") -> Asked | None:
+    """What OpenAI's object with a type asks for; None where any text will do."""
     if not isinstance(value, Mapping):
         checks.refuse(field, "an object with a type", value)
     kind = checks.choice(f"{field}.type", value.get("type"), TYPES)
     if kind == "text":
         return None
-    inner = value.get("json_schema", value) if kind == "json_schema" else value
+    wrapped = kind == "json_schema" and (field == "response_format" or "json_schema" in value)
+    inner, place = (value.get("json_schema", value), f"{field}.json_schema") if wrapped else (value, field)
     if not isinstance(inner, Mapping):
-        checks.refuse(f"{field}.json_schema", "an object with a schema", inner)
+        checks.refuse(place, "an object with a schema", inner)
     schema, strict = inner.get("schema"), inner.get("strict")
     if kind == "json_object" and schema is None:
         schema = {"type": "object"}
     if not isinstance(schema, (Mapping, bool)):
-        checks.refuse(f"{field}.json_schema.schema" if kind == "json_schema" else f"{field}.schema", "an object", schema)
+        checks.refuse(f"{place}.schema", "an object", schema)
     if not isinstance(strict, (bool, type(None))):
-        checks.refuse(f"{field}.json_schema.strict", "true or false", strict)
+        checks.refuse(f"{place}.strict", "true or false", strict)
     return Asked(field, "schema", schema, bool(strict))
 
 
@@ -85,4 +86,5 @@ def _format(value: Any) -> Asked | None:
     return Asked("format", "schema", {"type": "object"} if value == "json" else value)
 
 
-_READERS = {"response_format": _response_format, "json_schema": _json_schema, "grammar": _grammar, "format": _format}
+_READERS: Mapping[str, Callable[[Any], Asked | None]] = {
+    "response_format": format_asked, "json_schema": _json_schema, "grammar": _grammar, "format": _format}

@@ -1,1 +1,1 @@
-"""`pybmc serve`: one model for many clients, over the wires of OpenAI, Ollama and llama-server."""
+"""`pybmc serve`: one model for many clients, over the wires of OpenAI, Anthropic, Ollama and llama-server."""

@@ -17,6 +17,8 @@ TYPES = {
     405: "invalid_request_error", 408: "timeout_error", 413: "invalid_request_error", 429: "rate_limit_error",
     500: "server_error", 501: "not_supported_error", 503: "unavailable_error",
 }
+ANTHROPIC_TYPES = {500: "api_error", 501: "api_error", 503: "overloaded_error", 413: "request_too_large"}      # where they differ
+MESSAGES = ("/v1/messages", "/messages")
 
 
 class Refused(Exception):
@@ -73,6 +75,12 @@ def ollama_error(refused: Refused) -> dict:
     return {"error": refused.message}
 
 
+def anthropic_error(refused: Refused) -> dict:
+    return {"type": "error", "error": {"type": ANTHROPIC_TYPES.get(refused.status, refused.type), "message": refused.message}}
+
+
 def error_body(path: str, refused: Refused) -> dict:
     """The body of an error, as clients of a path expect it."""
+    if path.startswith(MESSAGES):
+        return anthropic_error(refused)
     return ollama_error(refused) if path.startswith("/api/") else openai_error(refused)

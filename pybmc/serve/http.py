@@ -39,7 +39,7 @@ class Json(Response):
 class Sse:
     """Server-sent events, as OpenAI's clients read them."""
 
-    media_type, ping = "text/event-stream", b": ping\n\n"
+    media_type = "text/event-stream"
 
     def __init__(self, done: bytes = b"data: [DONE]\n\n"):
         self.done = done
@@ -48,15 +48,48 @@ class Sse:
     def encode(chunk: dict) -> bytes:
         return b"data: " + dump(chunk) + b"\n\n"
 
+    def alive(self) -> bytes:
+        """What is sent after a silence."""
+        return b": ping\n\n"
 
-class Lines:
+    def failed(self, path: str, refused: Refused) -> bytes:
+        """The last event of an answer that failed."""
+        return self.encode(error_body(path, refused))
+
+
+class Named(Sse):
+    """Server-sent events whose names are their types. Clients of these do not count comments, so the answer makes an event
+    that tells that it is alive, and one that tells that it failed."""
+
+    def __init__(self, answer):
+        super().__init__(done=b"")
+        self.answer = answer
+
+    @staticmethod
+    def encode(chunk: dict) -> bytes:
+        return b"event: " + chunk["type"].encode() + b"\n" + Sse.encode(chunk)
+
+    def alive(self) -> bytes:
+        return self.encode(self.answer.alive())
+
+    def failed(self, path: str, refused: Refused) -> bytes:
+        return self.encode(self.answer.failed(refused))
+
+
+class Lines(Sse):
     """A JSON object a line, as Ollama's clients read them."""
 
-    media_type, ping, done = "application/x-ndjson", b"", b""
+    media_type = "application/x-ndjson"
+
+    def __init__(self) -> None:
+        super().__init__(done=b"")
 
     @staticmethod
     def encode(chunk: dict) -> bytes:
         return dump(chunk) + b"\n"
+
+    def alive(self) -> bytes:
+        return b""
 
 
 # ---- requests ----------------------------------------------------------------------------------------------
@@ -236,7 +269,7 @@ class Stream(Response):
         except Gone:
             self.going.service.metrics.cancelled.inc()
         except Refused as refused:
-            await put(self.wire.encode(error_body(scope["path"], refused)), more=False)
+            await put(self.wire.failed(scope["path"], refused), more=False)
         finally:
             self.going.close()
 
@@ -247,7 +280,7 @@ class Stream(Response):
         while going.left:
             update = await going.run.next(SILENCE)
             if update is None:
-                yield self.wire.ping
+                yield self.wire.alive()
                 continue
             chunks = going.take(update)
             if chunks:

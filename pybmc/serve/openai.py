@@ -12,6 +12,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from ..chat.calls import new_id
+from ..chat.turn import prompt_of
 from .answers import ChatAnswer, Head, TextAnswer
 from .embed import normalized, vectors
 from .errors import invalid, no_model, unsupported
@@ -23,12 +24,16 @@ from .tasks import (
     chat_task_of,
     gap_prompt,
     grammar_of,
+    messages_of,
     prediction_of,
     refuse_common,
     template_request,
     text_prompts,
     text_task_of,
+    tools_asked,
     turn_of,
+    turns_of,
+    variables_of,
 )
 
 
@@ -80,7 +85,8 @@ async def count(request: Request) -> Response:
 
     def counted() -> int:
         refuse_common(fields, ("session",))
-        return len(turn_of(service, fields).tokens)
+        messages = messages_of(fields)
+        return len(prompt_of(service.template, messages, tools_asked(fields), variables_of(fields), **turns_of(fields, messages)))
 
     return Json({"object": "response.input_tokens", "input_tokens": await in_pool(request, counted)})
 

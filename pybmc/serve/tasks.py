@@ -131,17 +131,17 @@ def prediction_of(service: Service, fields: Fields) -> list[int]:
         return []
     prediction = fields.object("prediction")
     prediction.choice("type", ("content",))
-    content = _content(prediction, "prediction")
+    content = content_of(prediction, "prediction")
     text = content if isinstance(content, str) else "".join(part["text"] for part in content or ())
     return service.tokenizer.encode(text, bos=False)
 
 
-def template_request(service: Service, fields: Fields, client: Hashable, max_tokens: float) -> Request:
-    """A request with everything but the prompt."""
-    stop = fields.texts("stop", 16)
+def template_request(service: Service, fields: Fields, client: Hashable, max_tokens: float, stops: str = "stop") -> Request:
+    """A request with everything but the prompt. stops: the field with texts that end an answer."""
+    stop = fields.texts(stops, 16)
     if any(len(text) > STOP_CHARACTERS for text in stop):
         longest = max(map(len, stop))
-        raise invalid("stop", f"stop has a text of {longest} characters; expected at most {STOP_CHARACTERS}")
+        raise invalid(stops, f"{stops} has a text of {longest} characters; expected at most {STOP_CHARACTERS}")
     most, ends = min(max_tokens, service.context + 1), service.tokenizer.stop_ids
     return Request((), most, sampler_of(service, fields), stop, ends,
                    context=service.settings.context, speculate=speculates(service, fields), client=client,
@@ -159,7 +159,7 @@ def wish_of(fields: Fields, names: Sequence[str] = FIELDS) -> Asked | None:
 
 def blamed(error: ArgumentError) -> Refused:
     """A refusal for an error that begins with the name of a field, or with a place in the messages."""
-    place = re.match(r"messages\[[\w.\[\]]+|\w+", str(error))
+    place = re.match(r"(?:messages|input)\[[\w.\[\]]+|text\.[\w.]+|\w+", str(error))
     return Refused(400, "invalid_value", str(error), place[0] if place else None)
 
 
@@ -269,7 +269,13 @@ def gap_prompt(service: Service, before: str, behind: str, name: str, begun: str
 def turn_of(service: Service, fields: Fields, names: Sequence[str] = FIELDS, split: bool = True) -> Turn:
     """The turn of a chat that is asked for. names: of the fields that may say what the answer follows."""
     messages, tools, wish = messages_of(fields), tools_asked(fields), wish_of(fields, names)
-    variables, budget, turns = variables_of(fields), budget_of(service, fields), turns_of(fields, messages)
+    return turn_from(service, fields, messages, tools, wish, variables_of(fields), split)
+
+
+def turn_from(service: Service, fields: Fields, messages: list[dict], tools: Tools | None, wish: Asked | None, variables: dict,
+              split: bool = True) -> Turn:
+    """The turn of messages and tools that are read from fields, with what else these say of it."""
+    budget, turns = budget_of(service, fields), turns_of(fields, messages)
     try:
         return compiled(wish.field if wish else "tools", lambda: Turn(
             service.model, service.template, messages, tools, variables, split, budget, wish=wish, **turns))
@@ -345,25 +351,28 @@ def _message(given, where: str) -> dict:
     if not role:
         raise invalid(f"{where}.role", f"{where} has no role; expected system, user, assistant or tool")
     message.refuse(("images", "audio"))
+    for name in ("reasoning_content", "thinking"):
+        message.text(name)
     told = {name: message[name] for name in MORE_OF_MESSAGES if name in message}
     for i, call in enumerate(message.listed("tool_calls")):
         if not isinstance(call, dict):
             raise invalid(f"{where}.tool_calls[{i}]", f"{where}.tool_calls[{i}] is {json.dumps(call)[:40]}; expected a call")
-    return {"role": {"developer": "system"}.get(role, role), "content": _content(message, where)} | told
+    return {"role": {"developer": "system"}.get(role, role), "content": content_of(message, where)} | told
 
 
-def _content(message: Fields, where: str) -> str | list | None:
-    content = message.get("content")
+def content_of(message: Fields, where: str, name: str = "content") -> str | list | None:
+    """A text, or parts of type text. name: of the field; where: the place of what it belongs to."""
+    content = message.get(name)
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
-        message.bad("content", "a text or a list of parts")
+        message.bad(name, "a text or a list of parts")
     for i, part in enumerate(content):
         if isinstance(part, str):
             continue
         if not isinstance(part, dict) or part.get("type") not in TEXT_PARTS or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, dict) else part
-            place = f"{where}.content[{i}]"
+            place = f"{where}.{name}[{i}]"
             raise Refused(400, "unsupported_parameter",
                           f"{place} is of type {json.dumps(kind)[:40]}; expected text", place)
     return [{"type": "text", "text": part if isinstance(part, str) else part["text"]} for part in content]
