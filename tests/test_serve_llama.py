@@ -132,6 +132,23 @@ def test_ignore_eos_bans_the_end_tokens(server, model):
         assert went_on["choices"][0]["finish_reason"] == "length" and went_on["usage"]["completion_tokens"] == 40
 
 
+def test_bans_of_all_that_a_schema_allows_are_the_requests_fault(server):
+    pytest.importorskip("llguidance", reason="schemas need llguidance")
+    for fields in ({"ignore_eos": True}, {"logit_bias": [["x", False]], "grammar": 'root ::= "x"'}):
+        response = server.post("/completion", {"prompt": "Once", "n_predict": 20, "grammar": 'root ::= "no"'} | fields)
+        error = response.json()["error"]
+        assert (response.status_code, error["code"]) == (400, "invalid_value") and "all tokens are banned" in error["message"]
+
+
+def test_answers_that_follow_a_grammar_have_the_other_fields_too(server):
+    pytest.importorskip("llguidance", reason="schemas need llguidance")
+    fields = {"prompt": ["Once", "The sea"], "n_predict": 20, "n_cmpl": 2, "grammar": 'root ::= "yes" | "no"', "samplers": ["top_k"], "id_slot": 0}
+    found = server.post("/completion", fields).json()
+    assert len(found) == 4 and all(one["content"] in ("yes", "no") and one["stop_type"] == "eos" for one in found)
+    chunks = events(server.post("/completion", fields | {"prompt": "Once", "n_cmpl": 1, "stream": True, "return_progress": True}))
+    assert "prompt_progress" in chunks[0] and "".join(chunk["content"] for chunk in chunks) in ("yes", "no")
+
+
 @pytest.mark.parametrize("samplers, settings", [
     (["top_k", "top_p", "infill"], {"min_p": 0, "temperature": 1}), (["penalties", "dry", "temperature"], {"top_k": 0, "top_p": 1}),
     (["penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"], {}),

@@ -11,7 +11,7 @@ from weakref import ref
 import numpy as np
 
 from .._native import ffi
-from ..errors import BmcError, BusyError, ClosedError, ContextFullError
+from ..errors import ArgumentError, BmcError, BusyError, ClosedError, ContextFullError
 from ..spec.speculation import Drafter
 from .request import Request, Stats
 from .schema import Masks
@@ -250,9 +250,7 @@ class Sequence:
         for i, (id, logprob) in enumerate(zip(ids, logprobs)):
             if id < 0 or logprob != logprob or logprob == -inf:
                 self.done = True
-                self.error = (self._masks and self._masks.error()) or BmcError(
-                    f"no token can be chosen at position {len(self.prompt) + self._written}: "
-                    "its logits are not numbers, or all tokens are banned")
+                self.error = (self._masks and self._masks.error()) or self._stuck()
                 break
             token = self._ending.token(id, logprob, bool(drafted[i]), self._top(i), SOURCES[drafted[i]])
             self._written += 1
@@ -264,6 +262,12 @@ class Sequence:
                 self.done = True
                 break
         return found
+
+    def _stuck(self) -> BmcError:
+        """The error where no token is left; the request's own where it bans some."""
+        kind = ArgumentError if -inf in self.request.sampler.logit_bias.values() else BmcError
+        return kind(f"no token can be chosen at position {len(self.prompt) + self._written}: "
+                    "its logits are not numbers, or all tokens are banned")
 
     def _top(self, i: int) -> tuple[tuple[int, float], ...]:
         k = self.request.top
