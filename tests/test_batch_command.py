@@ -47,13 +47,15 @@ def test_lines_follow_their_schemas(path, files):
     schema = {"type": "object", "properties": {"a": {"enum": ["xx", "yy"]}}, "required": ["a"], "additionalProperties": False}
     asked = [{"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}, {"json_schema": schema},
              {"grammar": 'root ::= "yes" | "no"'}, {"response_format": {"type": "text"}}, {"response_format": {"type": "yaml"}},
-             {"json_schema": {"type": "wurst"}}, {"messages": [{"role": "user", "content": "hello"}], "json_schema": schema}]
+             {"json_schema": {"type": "wurst"}}, {"messages": [{"role": "user", "content": "hello"}], "json_schema": schema},
+             {"json_schema": schema | {"if": {}}}]
     names = files(*[({} if "messages" in fields else {"prompt": "Once"}) | {"temperature": 1.5, "max_tokens": 30} | fields for fields in asked])
     assert batch(path, names) == 1
     found = answers(names[1])
     objects = ('{"a":"xx"}', '{"a":"yy"}')
     assert all(found[i]["text"] in objects for i in (0, 1, 6)) and found[2]["text"] in ("yes", "no") and found[3]["text"]
     assert "yaml" in found[4]["error"] and "wurst" in found[5]["error"]
+    assert found[7]["schema_ignored"] == ["if"] and "schema_ignored" not in found[0]
 
 
 def test_each_line_is_what_generate_writes(path, files, capsys):

@@ -20,6 +20,7 @@ from places import VOCABULARIES
 
 import pybmc
 from pybmc import ArgumentError, Engine, Request
+from pybmc.chat.reasoning import Marks
 from pybmc.engine import Schema
 from pybmc.engine.sampler import Sampler
 from pybmc.errors import SchemaError, UnsupportedSchemaError
@@ -281,7 +282,7 @@ def test_company_and_short_memory_change_nothing(model, expected, room, monkeypa
 @pytest.mark.parametrize("draft", [False, True])
 def test_a_grammar_begins_behind_a_thought(model, monkeypatch, draft):
     """The mark is one that this model writes."""
-    monkeypatch.setattr("pybmc.chat.schema.CLOSES", ",")
+    monkeypatch.setattr("pybmc.chat.schema.THINK", Marks("<think>", ","))
     with pybmc.Model(pybmc.demo_model(draft=True), threads=1) as small:
         for seed in range(3):
             text = text_of(pybmc.generate(model, "Once <think>", 200, grammar='root ::= "yes" | "no"', temperature=0.8, seed=seed,

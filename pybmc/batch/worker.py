@@ -35,6 +35,7 @@ class _Job:
     asked: dict
     seed: int
     reader: Reader
+    ignored: tuple[str, ...]            # keywords of its schemas without effect
     tokens: list[Token] = field(default_factory=list)
 
     def answer(self, sequence: Sequence) -> dict:
@@ -45,8 +46,8 @@ class _Job:
         return {"index": self.line.number, **({"id": self.asked["id"]} if "id" in self.asked else {}), "key": self.line.key,
                 "text": text, **({"tool_calls": calls} if calls else {}),
                 "finish_reason": "tool_calls" if calls and reason == "stop" else reason, "seed": self.seed,
-                "prompt_tokens": stats.prompt_tokens, "completion_tokens": stats.predicted_tokens}
-
+                "prompt_tokens": stats.prompt_tokens, "completion_tokens": stats.predicted_tokens,
+                **({"schema_ignored": list(self.ignored)} if self.ignored else {})}
 
     def _read(self) -> tuple[str, list[dict]]:
         """The text, and the calls of tools, as OpenAI's answers have them."""
@@ -95,12 +96,13 @@ class Worker:
     def _begin(self, line: Line, running: dict, ready: dict) -> None:
         try:
             asked = parsed(line, tuple(Sampler.__dataclass_fields__))
-            request, reader = self._request(asked)
-            running[self.engine.add(request)] = _Job(line, asked, request.sampler.seed, reader)
+            request, reader, ignored = self._request(asked)
+            running[self.engine.add(request)] = _Job(line, asked, request.sampler.seed, reader, ignored)
         except (BmcError, OSError) as error:
             ready[line.number] = failure(line, error)
 
-    def _request(self, asked: dict) -> tuple[Request, Reader]:
+    def _request(self, asked: dict) -> tuple[Request, Reader, tuple[str, ...]]:
+        """A line's request, who reads its answer, and keywords of its schemas that have no effect."""
         wishes = {**self.settings, **asked}
         settings = {name: wishes[name] for name in Sampler.__dataclass_fields__ if name in wishes}
         if settings.get("seed") is None:
@@ -109,13 +111,14 @@ class Worker:
         fields["context"] = self.context
         if "messages" in asked:
             turn = self._turn(asked)
-            return Request(turn.tokens, schema=turn.schema(), shown=turn.shown, **fields), turn.reader()
+            return Request(turn.tokens, schema=turn.schema(), shown=turn.shown, **fields), turn.reader(), turn.ignored
         for name in (*CHAT, "chat_template_kwargs"):
             if name in asked:
                 raise ArgumentError(f"{name}: expected messages beside it, found a prompt")
         tokens = encode_prompt(self.model.tokenizer, asked["prompt"])
-        schema = schema_of(grammar_asked(asked, self.model), self.model.tokenizer, tokens)
-        return Request(tokens, schema=schema, **fields), Plain()
+        grammar = grammar_asked(asked, self.model)
+        schema = schema_of(grammar, self.model.tokenizer, tokens)
+        return Request(tokens, schema=schema, **fields), Plain(), grammar.ignored if grammar else ()
 
     def _turn(self, asked: dict) -> Turn:
         if self._template is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
-from typing import Any
+from typing import Any, NamedTuple
 
 from .. import checks
 from ..engine.engine import Engine
@@ -64,10 +64,9 @@ def generate(model: Model, prompt: Prompt, max_tokens: int | None = 256, *, sess
         checks.refuse("session", "a session of the same model", session)
     compiled = grammar_of(model, schema, grammar)
     budget = None if reasoning_budget is None else checks.whole("reasoning_budget", reasoning_budget)
-    tokens, template = read_prompt(model.tokenizer, prompt, chat_template, chat_template_kwargs)
+    read = read_prompt(model.tokenizer, prompt, chat_template, chat_template_kwargs)
     speculation = speculation_of(session, model, draft, spec, draft_max, draft_min)
-    request = Request(tokens, session=session, progress=progress,
-                      **wishes | followed(compiled, model, tokens, template, budget, wishes))
+    request = Request(read.tokens, session=session, progress=progress, **wishes | followed(compiled, model, read, budget, wishes))
     return Generation(Engine(model, parallel=1, speculation=speculation), request)
 
 
@@ -93,35 +92,39 @@ def generate_batch(model: Model, prompts: Iterable[Prompt], max_tokens: int | No
     budget = None if reasoning_budget is None else checks.whole("reasoning_budget", reasoning_budget)
     texts = [read_prompt(model.tokenizer, prompt, chat_template, chat_template_kwargs) for prompt in prompts]
     room = context or model.config.n_ctx
-    for text, _ in texts:
-        if len(text) > room:
-            raise ContextFullError(f"the prompt has {len(text)} tokens, the context has room for {room}")
+    for text in texts:
+        if len(text.tokens) > room:
+            raise ContextFullError(f"the prompt has {len(text.tokens)} tokens, the context has room for {room}")
     speculation = speculation_of(None, model, draft, spec, draft_max, draft_min)
     engine = Engine(model, parallel=parallel, speculation=speculation)
-    requests = [Request(text, context=context, **wishes | followed(compiled, model, text, template, budget, wishes))
-                for text, template in texts]
+    requests = [Request(text.tokens, context=context, **wishes | followed(compiled, model, text, budget, wishes)) for text in texts]
     return Batch(engine, [engine.add(request) for request in requests])
 
 
-def followed(grammar: Grammar | None, model: Model, tokens: list[int], template: ChatTemplate | None, budget: int | None,
-             wishes: Mapping) -> dict:
-    """The fields of a request that tell what its answer follows; the end of a grammar ends the text, whatever else does. template:
-    that of the messages, if the prompt was made of some."""
-    tokenizer = model.tokenizer
-    found = limited(answer_schema(grammar, tokenizer, tokens, template), model, tokens, template, budget)
+class Read(NamedTuple):
+    """A prompt's ids, the template that wrote its messages, and whether it ends with the beginning of the answer."""
+
+    tokens: list[int]
+    template: ChatTemplate | None = None
+    begun: bool = False
+
+
+def followed(grammar: Grammar | None, model: Model, read: Read, budget: int | None, wishes: Mapping) -> dict:
+    """The fields of a request that tell what its answer follows; the end of a grammar ends the text, whatever else does."""
+    tokenizer, (tokens, template, begun) = model.tokenizer, read
+    found = limited(answer_schema(grammar, tokenizer, tokens, template, begun), model, tokens, template, budget)
     ends = {"stop_ids": wishes["stop_ids"] | tokenizer.stop_ids} if grammar else {}
     return {"schema": found, "shown": template.shown if template else frozenset()} | ends
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, chat_template: Any = None, variables: Mapping | None = None) -> list[int]:
     """Token ids of a prompt, as in read_prompt()."""
-    return read_prompt(tokenizer, prompt, chat_template, variables)[0]
+    return read_prompt(tokenizer, prompt, chat_template, variables).tokens
 
 
 def read_prompt(tokenizer: Tokenizer, prompt: Prompt, chat_template: Any = None,
-                variables: Mapping | None = None) -> tuple[list[int], ChatTemplate | None]:
-    """Token ids of a prompt: a text, in which control tokens count, a list of ids, or a list of chat messages. And the template
-    that wrote it.
+                variables: Mapping | None = None) -> Read:
+    """A prompt: a text, in which control tokens count, a list of ids, or a list of chat messages.
 
     chat_template and variables are for messages, as in generate().
     """
@@ -130,9 +133,10 @@ def read_prompt(tokenizer: Tokenizer, prompt: Prompt, chat_template: Any = None,
     items: Any = prompt if isinstance(prompt, str) else list(prompt)
     if items and isinstance(items[0], Mapping):
         template = template_of(chat_template, tokenizer)
-        return filled(template.encode(items, **checked_variables(variables or {}))), template
+        tokens = filled(template.encode(items, **checked_variables(variables or {})))
+        return Read(tokens, template, items[-1].get("role") == "assistant")
     if isinstance(chat_template, ChatTemplate) and not isinstance(items, str) and not variables:
-        return encode_text(tokenizer, items), chat_template
+        return Read(encode_text(tokenizer, items), chat_template)
     if chat_template is not None or variables:
         raise ArgumentError("a chat template needs messages: expected mappings with role and content")
-    return encode_text(tokenizer, items), None
+    return Read(encode_text(tokenizer, items))

@@ -17,7 +17,7 @@ GAP = "\n\n"                            # what models write between a thought an
 
 def schema_of(grammar: Grammar | None, tokenizer: Tokenizer, prompt: list[int], thinks: bool = False) -> Schema | None:
     """A grammar's state in the answer to a prompt. thinks: the model may begin with a thought."""
-    return None if grammar is None else behind_thought(grammar.start(), tokenizer, prompt, thinks)
+    return None if grammar is None else behind_thought(grammar.start(), tokenizer, prompt, thinks, THINK)
 
 
 def answer_schema(grammar: Grammar | None, tokenizer: Tokenizer, prompt: list[int], template: ChatTemplate | None,
@@ -30,7 +30,7 @@ def answer_schema(grammar: Grammar | None, tokenizer: Tokenizer, prompt: list[in
     return behind_thought(grammar.start(), tokenizer, prompt, template.thinks and not begun, template.marks)
 
 
-def behind_thought(inner: State | After, tokenizer: Tokenizer, prompt: list[int], thinks: bool, marks: Marks = THINK,
+def behind_thought(inner: State | After, tokenizer: Tokenizer, prompt: list[int], thinks: bool, marks: Marks,
                    ends: bool = False) -> State | After:
     """A state of the answer to a prompt that begins behind the thought. ends: the text may end within the thought."""
     closes, gap = marks.closes.encode(), GAP.encode()

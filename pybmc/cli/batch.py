@@ -40,9 +40,9 @@ def batch(source, target, model_option, max_tokens, parallel, ray, context, thre
     """Answer each line of a file of JSON objects in the same line of another.
 
     A line has "prompt" (a text as it is, or token ids) or "messages" (for the chat template), and may have "id", which its answer
-    repeats, "max_tokens", "stop", "chat_template_kwargs", "response_format", "json_schema", "grammar" and "tools" as the server takes
-    them, and the settings of sampling by their names in Python, such as "temperature" and "seed"; what it does not have, the options
-    say. A line that fails gets an answer with "error", and the exit status is 1.
+    repeats, "max_tokens", "stop", "chat_template_kwargs", "tools" and one of "response_format", "json_schema" and "grammar" as the
+    server takes them, and the settings of sampling by their names in Python, such as "temperature" and "seed"; what it does not have,
+    the options say. A line that fails gets an answer with "error", and the exit status is 1.
 
     OUT.jsonl grows in the order of IN.jsonl. The same command goes on where an earlier one ended, however that ended.
     """

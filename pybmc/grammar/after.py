@@ -24,12 +24,12 @@ class Place(NamedTuple):
 
 
 class After:
-    """A pybmc.engine.Schema: the text is free until a mark, in whichever tokens it is spelled, and follows a grammar from
-    there on.
+    """A pybmc.engine.Schema: the text is free until a mark, in whichever tokens it is spelled, and follows a grammar
+    from there on.
 
     inner: the grammar's state. opens: how the free text begins, if that is told; a text that begins otherwise follows the grammar
-    from its first token. gap: white space that may stand between the mark and the grammar's text, of which it is no part. ends: whether the
-    text may end before the mark.
+    from its first token. gap: white space that may stand between the mark and the grammar's text, of which it is no part.
+    ends: whether the text may end before the mark.
     """
 
     def __init__(self, mark: bytes, inner: State | After, opens: bytes = b"", gap: bytes = b"", ends: bool = True):

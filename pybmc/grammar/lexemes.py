@@ -1,9 +1,9 @@
 """GBNF to llguidance's Lark.
 
-llguidance reads a text by lexemes: regular expressions, of which the longest match counts. That is fast, and other than GBNF, where each
-way to read a text counts. So what is regular in a grammar becomes a lexeme only where the longest match is the only one that may
-go on: where no character that may follow one of its matches makes a longer one, of itself or of a lexeme that may stand in its place. Other
-expressions become smaller lexemes, down to single characters.
+llguidance reads a text by lexemes: regular expressions, of which the longest match counts. That is fast, and other than
+GBNF, where each way to read a text counts. So what is regular in a grammar becomes a lexeme only where the longest match is
+the only one that may go on: where no character that may follow one of its matches makes a longer one, of itself or of a lexeme
+that may stand in its place. Other expressions become smaller lexemes, down to single characters.
 """
 
 from __future__ import annotations

@@ -30,7 +30,8 @@ class Vocabulary:
         self.pieces = [tokenizer.piece(id) for id in range(min(size, tokenizer.vocab_size))]
         usual = (id for id in (tokenizer.eot_id, tokenizer.eos_id) if id in self.stops)
         self.end: int = next(usual, self.ends[0])       # the one that ends most texts
-        self.native = llguidance().LLTokenizer(_Tokens(tokenizer, self.pieces, self.ends, self.end), n_vocab=size, eos_token=self.ends)
+        tokens = _Tokens(tokenizer, self.pieces, self.ends, self.end)
+        self.native = llguidance().LLTokenizer(tokens, n_vocab=size, eos_token=self.ends)
         self.compile = lru_cache(COMPILED)(self._compile)
         self.spelling, self.passing = lru_cache(PLACES)(self._spelling), lru_cache(PLACES)(self._passing)
 
