@@ -265,7 +265,7 @@ def test_a_draft_head_changes_nothing():
             assert engines.write(model, make(), Speculation(model, spec="mtp", fixed=fixed))[0] == one_by_one(model, make())
 
 
-@pytest.mark.parametrize("room", [None, 200])
+@pytest.mark.parametrize("room", [None, 130])
 def test_company_and_short_memory_change_nothing(model, expected, room, monkeypatch):
     monkeypatch.setattr("pybmc.engine.sequence.ANSWER", 1)      # all are admitted, and some are put aside later
     with model.session(rows=16) as session:
@@ -304,11 +304,12 @@ def test_schema_and_grammar_of_generate(model):
 
 def test_forced_tokens_share_passes(model):
     grammar = Grammar.json(FORMS[3], model)
-    tokens, stats = write_with_stats(model, grammar.start(), spec="off")
+    always = Speculation(model, spec="ngram", fixed=16)         # all guesses are checked, whatever passes cost here
+    tokens, stats = write_with_stats(model, grammar.start(), speculation=always)
     slow, plain = write_with_stats(model, unforced(grammar.start()), spec="off")
     assert [t.id for t in tokens] == [t.id for t in slow] and stats.rounds < 0.7 * plain.rounds
-    assert {t.by for t in tokens} == {None, "schema"} and {t.by for t in slow} == {None}
-    assert stats.draft_n_accepted > 0.8 * stats.draft_n
+    assert {t.by for t in tokens} >= {None, "schema"} and {t.by for t in slow} == {None}
+    assert sum(t.by == "schema" for t in tokens) > 10
 
 
 @settings(max_examples=int(os.environ.get("PYBMC_SCHEMAS", "40")))

@@ -17,7 +17,7 @@ def test_it_tells_times_and_faults():
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert found["schemas"] == 6 and found["invalid"] == found["differing"] == found["refused"] == 0
-    assert set(found["ways"]) == {"free", "masked", "forced"} and found["ways"]["forced"]["passes"] < found["ways"]["masked"]["passes"]
+    assert set(found["ways"]) == {"free", "masked", "forced"} and found["ways"]["forced"]["passes"] <= found["ways"]["masked"]["passes"]
     assert found["ways"]["free"]["tokens"] == found["ways"]["forced"]["tokens"] > 0
 
 

@@ -7,6 +7,7 @@ import tiny
 from serving import events, served
 
 import pybmc
+from pybmc.spec.speculation import Speculation
 
 pytest.importorskip("llguidance", reason="schemas need llguidance")
 
@@ -78,9 +79,11 @@ def test_each_of_n_answers_has_its_own_state(server):
     assert all(map(is_person, texts)) and len(set(texts)) > 1
 
 
-def test_streams_tell_what_the_schema_gave(server):
+def test_streams_tell_what_the_schema_gave(model, monkeypatch):
+    monkeypatch.setattr("pybmc.serve.service.Speculation", lambda *args: Speculation(*args, fixed=8))       # checks all guesses
     body = {"messages": HELLO, "max_tokens": 60, "stream": True, "timings_per_token": True, "response_format": FORMAT}
-    chunks = events(server.post("/v1/chat/completions", body))
+    with served(model) as server:
+        chunks = events(server.post("/v1/chat/completions", body))
     pieces = [piece for chunk in chunks for piece in chunk.get("pybmc", {}).get("pieces", [])]
     assert is_person("".join(piece["text"] for piece in pieces)) and "schema" in {piece["by"] for piece in pieces}
 
