@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from functools import partial
@@ -56,6 +57,8 @@ ffi = FFI()
 _declared: set[Path] = set()
 declare(_header())
 lib = _load(ffi)
+if hasattr(os, "register_at_fork"):     # cffi locks its tables of names: a child must not begin while another thread holds them
+    os.register_at_fork(before=ffi._lock.acquire, after_in_parent=ffi._lock.release, after_in_child=ffi._lock.release)
 
 ERRORS = {
     lib.BMC_EINVAL: ArgumentError,

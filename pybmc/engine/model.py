@@ -37,8 +37,8 @@ WEIGHTS = 0.9                               # of the free memory, at most: sessi
 
 @dataclass(frozen=True)
 class ExpertMemory:
-    """Experts that are packed when they are used. total: of all layers; room: how many can be packed at a time;
-    kept: how many are; made: how often one was packed."""
+    """Experts that are packed when they are used. total: of all layers; room: how many can be packed at a
+    time; kept: how many are; made: how often one was packed."""
 
     total: int
     room: int
@@ -64,9 +64,10 @@ class Model:
     threads: None for all cores that this process may use. progress is called with bytes packed and bytes in all.
     repack=False leaves the weights in the file and lays them out again at every pass: much slower, the same bits, and
     no memory but the pages of the file that the system can spare.
-    memory: bytes that packed weights may take; None for what is free. Where that is not enough for all, an expert is
-    packed when a token first takes it, and those used longest ago make way; experts that no text needs are not read.
-    Without experts, or where the other weights alone are too large, it is as with repack=False. The bits are the same.
+    memory: bytes that packed weights may take; None for what is free. Where that is not enough for all, an
+    expert is packed when a token first takes it, and those used longest ago make way; experts that no text
+    needs are not read. Without experts, or where the other weights alone are too large, it is as with
+    repack=False. The bits are the same.
     Raises FormatError if the file is not a model that pybmc runs, OSError if it cannot be opened, OutOfMemoryError.
     """
 
