@@ -45,6 +45,8 @@ struct pass {
     int n_runs;
     struct best *best;              /* (n_out, parts of HEAD_ROWS) */
     float *given;                   /* (n_out,) logits of the ids in bmc_span.given */
+    const struct machine *machine;  /* where its blocks run now */
+    const struct buffers *buffers;  /* there */
 };
 
 /* What one pass works on; (n, d) are n rows of d floats, row strides rounded up to 16. */
@@ -153,7 +155,7 @@ static inline struct product product_into(const struct matrix *w, struct tokens 
     return (struct product){ w, in, out.y, padded(w->n_rows), out.add };
 }
 
-void multiply(const struct pass *p, const struct product *list, int n, int thread);        /* products side by side; those without weights are left out */
+void multiply(struct pass *p, const struct product *list, int n, int thread);              /* products side by side; those without weights are left out */
 void multiply_alone(const struct pass *p, const struct product *r, int thread);            /* all of it by this thread */
 void quantize(const struct pass *p, struct tokens in, int k, int tok, int from, int to);  /* blocks [from, to) of 32 values of a row */
 void quantize_rows(const struct pass *p, struct tokens in, int k, int thread);            /* all rows, shared out */
@@ -169,6 +171,7 @@ struct gate_up {
 };
 int gate_up_groups(const struct gate_up *job);              /* in how many parts it can be done */
 void gate_up(const struct pass *p, const struct gate_up *job, int from, int to, int thread);
+void gate_up_all(struct pass *p, const struct gate_up *job, int thread);
 
 /* Groups [from, to) of rows of W times tokens, into `part` (n, (to - from) GROUP_ROWS): for those who add them up themselves. */
 enum { GROUP = 4, GROUP_ROWS = GROUP * 16 };
@@ -188,8 +191,10 @@ static inline uint16_t *tile_of(const bmc_session *s, const struct block *b, int
     return arena_tile(&s->arenas[b->rows], b->stream, head, tile);
 }
 
-/* A head's first values turn by the token's position: layers/attention.c. */
-void turn(const struct pass *p, const struct block *b, float *head, int t);
+/* Rows of an attention block in the work buffer: layers/attention.c. */
+struct heads { float *q, *k, *v, *gate, *out; };
+void place_heads(struct pass *p, const struct block *b, const struct heads *w, int thread);
+void turn(const struct pass *p, const struct block *b, float *head, int t);     /* a head's first values, by the token's position */
 
 /* Attention over rows of the cache: attend.c. */
 
@@ -210,13 +215,15 @@ size_t attend_scratch(const struct block *b, int v_dim);    /* floats, for each 
 /* The last block that mixes tokens calls it when its rows are stored; from then on the pass has only tokens that are wanted. Moves
  * their x, y and n_more other rows of floats. */
 struct rows { float *x; size_t stride; };
+void pass_kept(struct pass *p);     /* rows have moved: token i is the one of out[i] */
 void keep_wanted(struct pass *p, const struct block *b, const struct rows *more, int n_more, int thread);
 
 /* Vectors of every layer for each token, where the model has them: layers/per_layer.c. */
 void per_layer_inputs(struct pass *p, int thread);
 
 /* The head: head.c. */
-void give_hidden(const struct pass *p, struct tokens in, int thread);       /* hidden states to whom they are for */
-void head(struct pass *p, struct tokens in, int thread);
+void give_hidden(struct pass *p, struct tokens in, int thread);             /* hidden states to whom they are for */
+void head(struct pass *p, struct tokens in, int thread);                    /* logits where they are asked for, and p->best */
+void choose_ids(const struct pass *p, int thread);                              /* ids and log-probabilities, from these */
 
 #endif
