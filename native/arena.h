@@ -6,8 +6,8 @@
  *
  *   | stream 0: head 0: tile tile .. tile | head 1: tile .. tile | .. | stream 1: .. |
  *
- * and the arena is a list of segments. New memory is zero. It comes from mmap, in huge pages from 2 MB up:
- * with 4 KB pages attention would wait for the TLB. native/lab/grow.c fills the same list in other ways,
+ * and the arena is a list of segments. New memory is zero. On the host it comes from mmap, in huge pages from 2 MB up:
+ * with 4 KB pages attention would wait for the TLB; a GPU has a table of its own (cuda/driver.c). native/lab/grow.c fills the same list in other ways,
  * to measure what they cost. */
 #ifndef ARENA_H
 #define ARENA_H
@@ -26,7 +26,17 @@ struct arena_stream {
     int64_t before;                 /* bytes of one tile of every head of the streams before it: arena_streams counts them */
 };
 
+/* Where segments come from. Addresses are only passed on: they may be a GPU's. */
+struct arena_memory {
+    void *of;                                                               /* the first argument of the functions */
+    size_t (*whole)(void *of, size_t bytes);                                /* rounded up to what it gives at a time */
+    void *(*map)(void *of, size_t bytes);                                   /* zeroed; NULL where there is none left */
+    void (*unmap)(void *of, void *memory, size_t bytes);
+    int (*copy)(void *of, void *to, const void *from, size_t bytes);        /* 0, or -1 */
+};
+
 struct arena_config {
+    const struct arena_memory *memory;      /* NULL: the host's; readable as long as the arena lives */
     const struct arena_stream *streams;     /* (n_streams,) readable as long as the arena lives */
     int n_streams;                  /* 0: there is nothing to keep */
     int64_t cap;                    /* rows at most */

@@ -16,7 +16,7 @@
 
 /* <cffi> What stands between these two marks is read by Python as it is: plain declarations only. */
 
-#define BMC_VERSION 12      /* counts the changes of what follows; bmc_version() tells which one was compiled */
+#define BMC_VERSION 13      /* counts the changes of what follows; bmc_version() tells which one was compiled */
 
 enum bmc_status {
     BMC_OK = 0,
@@ -25,6 +25,7 @@ enum bmc_status {
     BMC_ENOMEM = -3,        /* the system has no memory left */
     BMC_EFULL = -4,         /* the session's cap on rows would be passed */
     BMC_EBUSY = -5,         /* another thread is using this session */
+    BMC_EDEVICE = -6,       /* the GPU, or its driver, is missing or failed */
 };
 
 enum bmc_norm { BMC_NORM_RMS = 0, BMC_NORM_LAYER = 1 };

@@ -164,7 +164,7 @@ static void run(void *arg, int thread) {
 }
 
 /* Times begin and end with the pass: a thread that comes late or is done early has waited. */
-void forward(struct pass *p) {
+int forward(struct pass *p) {
     struct profile *profile = &p->model->profile;
     int n_laps = profile->laps ? pool_size(p->model->pool) : 0;
     for (int i = 0; i < n_laps; i++)
@@ -175,4 +175,5 @@ void forward(struct pass *p) {
     for (int i = 0; i < n_laps; i++)
         lap(&profile->laps[i], BMC_STEP_WAIT);
     profile->n_passes += n_laps > 0;
+    return 0;
 }

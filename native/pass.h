@@ -110,7 +110,7 @@ enum form { VECTOR, MATRIX, MATRICES, TRANSPOSED };
 struct role { const char *name; size_t offset; enum form form; enum extent rows, cols; bool required; enum extent count; };     /* count: of MATRICES, EXPERTS if 0 */
 #define IN_BLOCK(field) offsetof(struct block, field)
 
-void forward(struct pass *pass);
+int forward(struct pass *pass);     /* 0, or the failure of a GPU */
 
 /* Steps. */
 

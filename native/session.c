@@ -383,12 +383,13 @@ static void plan_runs(struct pass *p) {
     }
 }
 
-static void run_pass(struct pass *p) {
+static int run_pass(struct pass *p) {
     plan_runs(p);
-    forward(p);
+    const int status = forward(p);
     for (int i = 0; i < p->n_runs; i++)
         states_done(&p->runs[i].session->states, &p->runs[i].states);
     p->n_tok = p->n_out = p->n_choosing = p->n_sampled = 0;
+    return status;
 }
 
 /* Whether a span that has to stay whole would be cut by the end of a pass. The text of a model that is not causal is read at once,
@@ -400,22 +401,37 @@ static bool would_split(const struct pass *p, const bmc_span *span) {
 }
 
 /* Passes of up to pass_max tokens, SAMPLED_MAX of them with a sampler, over all spans, one after the other. */
-static void run_passes(struct pass *p, const bmc_span *spans, int n) {
-    for (int s = 0; s < n; s++) {
+static int run_passes(struct pass *p, const bmc_span *spans, int n) {
+    int status = 0;
+    for (int s = 0; s < n && !status; s++) {
         if (p->n_tok && would_split(p, &spans[s]))
-            run_pass(p);
-        for (int i = 0; i < spans[s].n_tok; i++) {
+            status = run_pass(p);
+        for (int i = 0; i < spans[s].n_tok && !status; i++) {
             push(p, &spans[s], i);
             if (p->n_tok == p->model->pass_max || p->n_sampled == SAMPLED_MAX || (s == n - 1 && i == spans[s].n_tok - 1))
-                run_pass(p);
+                status = run_pass(p);
         }
     }
+    return status;
+}
+
+/* The sessions after their tokens. */
+static void advance(const bmc_model *m, const bmc_span *spans, int n) {
     for (int s = 0; s < n; s++) {
         bmc_session *session = spans[s].session;
         note_hidden(session, spans[s].n_tok);
         session->position += spans[s].n_tok;
-        if (p->model->window)
-            arena_drop(&session->arenas[WINDOWS], session->position - p->model->window - WINDOW_SPARE);
+        if (m->window)
+            arena_drop(&session->arenas[WINDOWS], session->position - m->window - WINDOW_SPARE);
+    }
+}
+
+/* The sessions as they were, after a pass that failed: states that it changed go back, and hidden states that it overwrote are gone. */
+static void undo(const bmc_span *spans, int n) {
+    for (int s = 0; s < n; s++) {
+        bmc_session *session = spans[s].session;
+        session->hidden.from = session->position;
+        reach(session, session->position);
     }
 }
 
@@ -449,11 +465,15 @@ static int evaluate_claimed(const bmc_span *spans, int n_spans, bool coarse) {
         return BMC_ENOMEM;
     pthread_mutex_lock(&m->lock);
     p->coarse = coarse && m->coarse.codes;
-    run_passes(p, spans, n_spans);
+    const int status = run_passes(p, spans, n_spans);
+    if (status)
+        undo(spans, n_spans);
+    else
+        advance(m, spans, n_spans);
     m->profile.calls += m->profile.laps ? nanoseconds() - start : 0;
     pthread_mutex_unlock(&m->lock);
     free(p);
-    return 0;
+    return status;
 }
 
 int evaluate(const bmc_span *spans, int n_spans, bool coarse) {

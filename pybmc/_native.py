@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from cffi import FFI
 
-from .errors import ArgumentError, BmcError, BusyError, ContextFullError, FormatError, OutOfMemoryError
+from .errors import ArgumentError, BmcError, BusyError, ContextFullError, DeviceError, FormatError, OutOfMemoryError
 
 _HERE = Path(__file__).parent
 _LIBRARY = _HERE / ("libpybmc.dylib" if sys.platform == "darwin" else "libpybmc.so")
@@ -63,6 +63,7 @@ ERRORS = {
     lib.BMC_ENOMEM: OutOfMemoryError,
     lib.BMC_EFULL: ContextFullError,
     lib.BMC_EBUSY: BusyError,
+    lib.BMC_EDEVICE: DeviceError,
 }
 
 
