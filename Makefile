@@ -60,14 +60,14 @@ $(LIBRARY): build/release/library
 	@cp $< $@.new && mv $@.new $@           # a running process keeps the file it has open
 
 $(OUT)/library: $(OBJECTS) $(OUT)/OBJECTS.txt
-	$(COMPILE) -shared $(LDFLAGS) $(OBJECTS) -lm -o $@
+	$(COMPILE) -shared $(LDFLAGS) $(OBJECTS) -lm -ldl -o $@
 
 $(OUT)/%.o: %.c $(OUT)/COMPILE.txt
 	@mkdir -p $(@D)
 	$(COMPILE) $(foreach isa,$(ISAS),$(if $(filter %_$(isa),$*),$(FLAGS_$(isa)))) -MMD -MP -c $< -o $@
 
 $(OUT)/tests/native/%: $(OUT)/tests/native/%.o $(OBJECTS)
-	$(COMPILE) $(LDFLAGS) $^ -lm -o $@
+	$(COMPILE) $(LDFLAGS) $^ -lm -ldl -o $@
 
 # Files that remember a variable: what depends on one is made again when the variable changes.
 $(OUT)/COMPILE.txt $(OUT)/OBJECTS.txt: $(OUT)/%.txt: FORCE

@@ -1,6 +1,7 @@
 /* The forward pass, once, for every architecture, batch and thread: a model is a list of blocks, and each adds to the residual
  * stream x what it makes of norm(x). What attention, feed-forwards and the other kinds do is in layers/. */
 #include "clock.h"
+#include "cuda/cuda.h"
 #include "machine.h"
 
 #include <math.h>
@@ -155,12 +156,34 @@ static void run(void *arg, int thread) {
     if (m->target)
         join_hidden(p, thread);
     per_layer_inputs(p, thread);
-    const struct block *waits = run_blocks(p, m->blocks, m->blocks + m->c.n_blocks, thread);
+    const struct block *waits = run_blocks(p, m->blocks, m->blocks + (m->cuda ? m->cuda->first : m->c.n_blocks), thread);
     if (!p->n_tok)
         return;
+    if (m->cuda) {
+        if (waits)
+            settle_rows(p, waits, thread);
+        return;
+    }
     run_head(p, waits, thread);
     if (p->n_choosing)
         choose_ids(p, thread);
+}
+
+static void choose(void *pass, int thread) { choose_ids(pass, thread); }
+
+/* The blocks that are on a GPU and the head; ids are chosen here. */
+static int run_on_gpu(struct pass *p) {
+    const bmc_model *m = p->model;
+    if (!m->cuda || !p->n_tok)
+        return 0;
+    cuda_begin(p);
+    const struct block *waits = run_blocks(p, m->blocks + m->cuda->first, m->blocks + m->c.n_blocks, 0);
+    if (p->n_tok)
+        run_head(p, waits, 0);
+    const int status = cuda_end(p);
+    if (!status && p->n_tok && p->n_choosing)
+        pool_run(m->pool, choose, p);
+    return status;
 }
 
 /* Times begin and end with the pass: a thread that comes late or is done early has waited. */
@@ -172,8 +195,9 @@ int forward(struct pass *p) {
     p->machine = &cpu_machine;
     p->buffers = p->model->buffers;
     pool_run(p->model->pool, run, p);
+    const int status = run_on_gpu(p);
     for (int i = 0; i < n_laps; i++)
         lap(&profile->laps[i], BMC_STEP_WAIT);
     profile->n_passes += n_laps > 0;
-    return 0;
+    return status;
 }

@@ -195,6 +195,7 @@ static inline uint16_t *tile_of(const bmc_session *s, const struct block *b, int
 struct heads { float *q, *k, *v, *gate, *out; };
 void place_heads(struct pass *p, const struct block *b, const struct heads *w, int thread);
 void turn(const struct pass *p, const struct block *b, float *head, int t);     /* a head's first values, by the token's position */
+float query_scale(const struct block *b, int pos);                              /* what a query is multiplied by */
 
 /* Attention over rows of the cache: attend.c. */
 
@@ -211,12 +212,14 @@ struct queries {
 };
 void attend_all(struct pass *p, const struct queries *a, int thread);
 size_t attend_scratch(const struct block *b, int v_dim);    /* floats, for each thread */
+float attend_slope(const bmc_block *c, int head);           /* ALiBi's */
 
 /* The last block that mixes tokens calls it when its rows are stored; from then on the pass has only tokens that are wanted. Moves
  * their x, y and n_more other rows of floats. */
 struct rows { float *x; size_t stride; };
 void pass_kept(struct pass *p);     /* rows have moved: token i is the one of out[i] */
 void keep_wanted(struct pass *p, const struct block *b, const struct rows *more, int n_more, int thread);
+void settle_rows(struct pass *p, const struct block *waits, int thread);        /* x += what waits for it: steps_cpu.c */
 
 /* Vectors of every layer for each token, where the model has them: layers/per_layer.c. */
 void per_layer_inputs(struct pass *p, int thread);

@@ -1,6 +1,6 @@
 /* Sessions, and the way from spans to passes. */
+#include "cuda/cuda.h"
 #include "error.h"
-#include "pass.h"
 #include "sample.h"
 
 #include <math.h>
@@ -38,7 +38,7 @@ static int init_arenas(bmc_session *s, int r) {
     const bmc_model *m = s->model;
     for (int i = 0; i < ARENAS; i++) {
         const struct arena_config config = {
-            .streams = m->streams[i], .n_streams = m->n_streams[i], .cap = s->cap, .r = r ? r : arena_auto_rows(m->row_bytes[i]),
+            .memory = i >= GPU_ROWS && m->cuda ? &m->cuda->memory : NULL, .streams = m->streams[i], .n_streams = m->n_streams[i], .cap = s->cap, .r = r ? r : arena_auto_rows(m->row_bytes[i]),
         };
         int status = arena_init(&s->arenas[i], &config);
         if (status)
@@ -134,8 +134,12 @@ int bmc_session_position(const bmc_session *s) { return s->position; }
 
 /* Whether rows are gone that windows reach back to from a position. */
 static bool lacks_rows(const bmc_session *s, int position) {
-    const struct arena *windows = &s->arenas[WINDOWS];
-    return windows->n_dropped && position + 1 - s->model->window < windows->n_dropped * windows->config.r;
+    for (int i = WINDOWS; i < ARENAS; i += GPU_WINDOWS - WINDOWS) {
+        const struct arena *a = &s->arenas[i];
+        if (a->n_dropped && position + 1 - s->model->window < a->n_dropped * a->config.r)
+            return true;
+    }
+    return false;
 }
 
 /* How far back a session gets towards a position without evaluating tokens again: states may have to go farther, and where rows of
@@ -147,8 +151,10 @@ static int nearest(const bmc_session *s, int position) {
 
 static int reach(bmc_session *s, int position) {
     const int reached = nearest(s, position);
-    if (lacks_rows(s, reached))
+    if (lacks_rows(s, reached)) {
         arena_clear(&s->arenas[WINDOWS]);
+        arena_clear(&s->arenas[GPU_WINDOWS]);
+    }
     states_rewind(&s->states, reached);
     s->position = reached;
     return reached;
@@ -268,7 +274,11 @@ static void note_hidden(bmc_session *s, int n) {
 }
 
 int bmc_session_stats(const bmc_session *s, bmc_arena_stats *stats) {
-    const struct arena *a = &s->arenas[s->model->n_streams[ALL_ROWS] ? ALL_ROWS : WINDOWS];
+    static const int order[] = { ALL_ROWS, GPU_ROWS, WINDOWS, GPU_WINDOWS };
+    const struct arena *a = &s->arenas[WINDOWS];
+    for (int i = ARENAS - 1; i >= 0; i--)
+        if (s->model->n_streams[order[i]])
+            a = &s->arenas[order[i]];
     *stats = (bmc_arena_stats){ .rows_reserved = a->rows_reserved, .rows_used = s->position, .r = a->config.r, .bytes_reserved = states_bytes(&s->states),
                                 .state_bytes = (int64_t)(s->states.floats * sizeof(float)) };
     if (s->hidden.rows)
@@ -421,8 +431,8 @@ static void advance(const bmc_model *m, const bmc_span *spans, int n) {
         bmc_session *session = spans[s].session;
         note_hidden(session, spans[s].n_tok);
         session->position += spans[s].n_tok;
-        if (m->window)
-            arena_drop(&session->arenas[WINDOWS], session->position - m->window - WINDOW_SPARE);
+        for (int i = WINDOWS; m->window && i < ARENAS; i += GPU_WINDOWS - WINDOWS)
+            arena_drop(&session->arenas[i], session->position - m->window - WINDOW_SPARE);
     }
 }
 

@@ -26,6 +26,14 @@ static void settle(const bmc_model *m, const struct block *last, int64_t t) {
         m->k.scale(x, last->out_scale.v[0], m->c.dim);
 }
 
+void settle_rows(struct pass *p, const struct block *waits, int thread) {
+    int64_t from, to;
+    share(p, thread, p->n_tok, &from, &to);
+    for (int64_t t = from; t < to; t++)
+        settle(p->model, waits, t);
+    barrier(p, thread, BMC_STEP_NORM);
+}
+
 /* norm(x): of few tokens all, by every thread for itself, and otherwise each thread's share. What waits is added to x first, which
  * is no work to do twice. */
 static struct tokens normed(struct pass *p, const struct block *waits, struct vector weight, struct vector bias, bool keep_input, int thread) {

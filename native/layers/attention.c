@@ -108,8 +108,7 @@ static void place_head(const struct pass *p, const struct block *b, float *head,
         turn(p, b, head, t);
 }
 
-/* What a query is multiplied by. */
-static float query_scale(const struct block *b, int pos) {
+float query_scale(const struct block *b, int pos) {
     float scale = b->c.attn_scale;
     if (b->c.scale_ctx > 0)
         scale *= 1 + b->c.scale_log * (float)log((double)(pos / b->c.scale_ctx) + 1);
