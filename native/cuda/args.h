@@ -4,7 +4,7 @@
  *
  *     struct cuda_grid g = norm_grid(&args);
  *     void *list[] = { &args };
- *     cuLaunchKernel(find("norm"), g.x, g.y, g.z, g.threads, 1, 1, 0, stream, list, NULL);
+ *     cuLaunchKernel(find("norm_tokens"), g.x, g.y, g.z, g.threads, 1, 1, 0, stream, list, NULL);
  *
  * Shared memory is static. Blocks of a launch never wait for each other; launches of a stream run in their order. Each
  * result is, bit for bit, that of the CPU's kernels.
@@ -39,7 +39,7 @@ struct cuda_rows {
 /* A normalization: struct vector's values or NULL. */
 struct cuda_weights { const float *weight, *bias; };
 
-/* "norm": what blocks left in y joins x (settle in forward.c), then out = norm(x), floats and 8 bits. */
+/* "norm_tokens": what blocks left in y joins x (settle in forward.c), then out = norm(x), floats and 8 bits. */
 struct cuda_norm {
     int n_tok, dim;
     size_t stride;                  /* of x, y, input and out */
@@ -168,7 +168,7 @@ static inline struct cuda_tile cuda_tile(enum cuda_way way) {
 static inline struct cuda_grid product_grid(enum cuda_way way, const struct cuda_product *a) {
     const struct cuda_tile tile = cuda_tile(way);
     return (struct cuda_grid){ cuda_over(a->n_rows, PANEL_ROWS * tile.panels), cuda_over(product_columns(a), tile.tokens),
-                               a->lists.used ? (unsigned)a->lists.n_slots : 1, way == FLOATS ? 128 : 256 };
+                               a->lists.used ? (unsigned)a->lists.n_slots : 1, way == FLOATS ? 128u : 256u };
 }
 
 /* ---- attention ---- */
