@@ -15,7 +15,7 @@ MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
 .SECONDARY:
 .PHONY: all demo test test-native test-python test-release asan tsan test-x86 test-arm native-tests
-.PHONY: levels venv install clean FORCE
+.PHONY: levels venv install clean fake-driver FORCE
 all:
 
 ifeq ($(MAKELEVEL),0)      # a -j of the command line comes before this one
@@ -77,6 +77,12 @@ $(OUT)/COMPILE.txt $(OUT)/OBJECTS.txt: $(OUT)/%.txt: FORCE
 -include $(OBJECTS:.o=.d) $(TESTS:%.c=$(OUT)/%.d)
 
 # ---- tests ----
+
+# A CUDA driver that runs the kernels on the CPU: tests/cuda/driver.cpp.
+fake-driver: $(OUT)/tests/cuda/driver.so
+$(OUT)/tests/cuda/driver.so: tests/cuda/driver.cpp tests/cuda/grid.h $(wildcard native/cuda/* native/*.h native/kernels/*.h)
+	@mkdir -p $(@D)
+	$(CXX) -std=c++17 -O1 -march=native -ffp-contract=off -fPIC -shared -pthread -Inative $(CXXFLAGS) $< -o $@.new && mv $@.new $@
 
 PROGRAMS := $(TESTS:%.c=$(OUT)/%)
 RUNS := $(TESTS:tests/native/%.c=run-%)

@@ -75,8 +75,14 @@ def last_error() -> str:
 def check(status: int) -> int:
     """Return a count or 0 as it is; raise what a negative status means."""
     if status < 0:
-        raise ERRORS.get(status, BmcError)(last_error())
+        raise_status(status, last_error())
     return status
+
+
+def raise_status(status: int, text: str) -> None:
+    """Raise what a negative status of another thread's call means."""
+    if status < 0:
+        raise ERRORS.get(status, BmcError)(text)
 
 
 def owned(handle, free: str, kept=None):

@@ -269,7 +269,7 @@ static void find_matrix(struct matrix *w, void *visit) {
 
 static int find_kernels(bmc_model *m, struct cuda *c) {
     static const char *const names[CUDA_KERNELS] = {
-        [CUDA_NORM] = "norm", [CUDA_NORM_ROWS] = "norm_rows", [CUDA_QUANTIZE] = "quantize", [CUDA_PLACE] = "place", [CUDA_ATTEND] = "attend",
+        [CUDA_NORM] = "norm_tokens", [CUDA_NORM_ROWS] = "norm_rows", [CUDA_QUANTIZE] = "quantize", [CUDA_PLACE] = "place", [CUDA_ATTEND] = "attend",
         [CUDA_ATTEND_MERGE] = "attend_merge", [CUDA_ACTIVATE] = "activate", [CUDA_KEEP_ROWS] = "keep_rows", [CUDA_BEST] = "best",
     };
     struct visit v = { .m = m, .first = c->first, .cuda = c };
