@@ -61,7 +61,7 @@ class Model:
         self._file = GGUF(path)
         try:
             self.config = read_config(self._file)
-            self._handle = _bound(self._file, self.config, self.threads)
+            self._handle = bound(self._file, self.config, self.threads)
             self._place(gpu, n_gpu_layers)
             self._ready(repack, progress)
         except BaseException:
@@ -248,14 +248,14 @@ class Head(Model):
 def check_model(file: GGUF, config: Config) -> bool:
     """Raise the FormatError that loading would: every tensor is bound and its shape checked, none is packed. Whether there is a
     draft head that works."""
-    handle = _bound(file, config, 1)
+    handle = bound(file, config, 1)
     try:
         return config.head is not None and bool(_bound_head(file, config.head, 1, handle))
     except FormatError:
         return False
 
 
-def _bound(file: GGUF, config: Config, threads: int):
+def bound(file: GGUF, config: Config, threads: int):
     """A C model whose tensors are bound."""
     return _bound_roles(file.path, config, bind(file, config), threads)
 
