@@ -158,7 +158,7 @@ static inline enum cuda_way product_way(int type, const struct cuda_product *a, 
 
 /* Panels and tokens of a block of threads. */
 struct cuda_tile { int panels, tokens; };
-static inline struct cuda_tile cuda_tile(enum cuda_way way) {
+static inline struct cuda_tile product_tile(enum cuda_way way) {
     static const struct cuda_tile tiles[CUDA_WAYS] = {
         { 1, 1 }, { 1, 2 }, { 1, 4 }, { 1, 8 }, { 1, 16 }, { 1, 32 }, { 8, 64 }, { 1, 8 }, { 4, 64 },
     };
@@ -166,7 +166,7 @@ static inline struct cuda_tile cuda_tile(enum cuda_way way) {
 }
 
 static inline struct cuda_grid product_grid(enum cuda_way way, const struct cuda_product *a) {
-    const struct cuda_tile tile = cuda_tile(way);
+    const struct cuda_tile tile = product_tile(way);
     return (struct cuda_grid){ cuda_over(a->n_rows, PANEL_ROWS * tile.panels), cuda_over(product_columns(a), tile.tokens),
                                a->lists.used ? (unsigned)a->lists.n_slots : 1, way == FLOATS ? 128u : 256u };
 }
@@ -289,7 +289,7 @@ static inline struct cuda_grid best_grid(const struct cuda_best_of *a) {
 /* "route": a token's experts, ascending, and their weights, from the router's scores (experts.c: choose). A block a token. */
 struct cuda_route {
     int n_tok, n_experts, n_active;
-    float *scores;                  /* (n_tok, stride): becomes probabilities */
+    const float *scores;            /* (n_tok, stride) */
     size_t stride;
     const float *choice_bias;       /* (n_experts,) or NULL */
     int gating, renorm, groups, groups_used;        /* groups: 0 or 1: none */

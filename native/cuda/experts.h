@@ -113,7 +113,7 @@ DEVICE void choose(const struct cuda_route &a, struct route_room &s) {
 
 KERNEL(route, 256, struct cuda_route, struct route_room) {
     const int t = (int)threadIdx.x, n = a.n_experts;
-    float *scores = a.scores + blockIdx.x * a.stride;
+    const float *scores = a.scores + blockIdx.x * a.stride;
     for (int e = t; e < n; e += (int)blockDim.x)
         s.p[e] = scores[e];
     __syncthreads();

@@ -16,7 +16,7 @@
 /* A kernel of `threads` threads with the arguments `a` and the shared memory `s`; its body follows. */
 #define KERNEL(name, threads, arguments, room) \
     DEVICE void body_##name(const arguments &a, room &s); \
-    extern "C" __global__ void __launch_bounds__(threads) name(const arguments a) { __shared__ room s; body_##name(a, s); } \
+    extern "C" __global__ void __launch_bounds__(threads, 1) name(const arguments a) { __shared__ room s; body_##name(a, s); } \
     DEVICE void body_##name(const arguments &a, room &s)
 #else
 #define DEVICE static inline __attribute__((always_inline))

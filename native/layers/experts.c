@@ -3,6 +3,7 @@
  * Tokens are grouped by expert, so that a pass reads the weights of each chosen expert once. A token's experts are summed in
  * ascending order of their number, whatever else is in the pass: groups of rows of `down` go through all experts in that order. */
 #include "../error.h"
+#include "../exp.h"
 #include "../pass.h"
 
 #include <float.h>
@@ -108,12 +109,12 @@ static void rate(const struct block *b, float *p, float *choice) {
         largest = p[e] > largest ? p[e] : largest;
     if (c->gating == BMC_GATING_SOFTMAX) {
         for (int e = 0; e < c->n_experts; e++)
-            sum += exp(p[e] - largest);
+            sum += exp_exact(p[e] - largest);
         for (int e = 0; e < c->n_experts; e++)
-            p[e] = (float)(exp(p[e] - largest) / sum);
+            p[e] = (float)(exp_exact(p[e] - largest) / sum);
     } else if (c->gating == BMC_GATING_SIGMOID)
         for (int e = 0; e < c->n_experts; e++)
-            p[e] = (float)(1 / (1 + exp(-(double)p[e])));
+            p[e] = (float)(1 / (1 + exp_exact(-(double)p[e])));
     for (int e = 0; e < c->n_experts; e++)
         choice[e] = fmaxf(b->experts.choice_bias.v ? p[e] + b->experts.choice_bias.v[e] : p[e], -FLT_MAX);     /* NaN is last, and chosen once */
 }
@@ -165,9 +166,9 @@ static void choose(const struct block *b, float *p, float *choice, struct pick *
         for (int n = 0; n < c->n_active; n++)
             largest = out[n].weight > largest ? out[n].weight : largest;
         for (int n = 0; n < c->n_active; n++)
-            sum += exp((double)out[n].weight - largest);
+            sum += exp_exact((double)out[n].weight - largest);
         for (int n = 0; n < c->n_active; n++)
-            out[n].weight = (float)(exp((double)out[n].weight - largest) / sum);
+            out[n].weight = (float)(exp_exact((double)out[n].weight - largest) / sum);
     }
     sum = 0;
     for (int n = 0; n < c->n_active; n++)

@@ -1,6 +1,7 @@
 #include "recurrent.h"
 
 #include "../error.h"
+#include "../exp.h"
 
 #include <math.h>
 
@@ -100,7 +101,7 @@ void convolve(const struct pass *p, const struct block *b, const struct work *w,
 float decay(const bmc_model *m, const struct block *b, const struct work *w, int t, int h) {
     float *x = row_of(w->row, w->stride, t) + w->decay + h, dt = *x + b->recurrent.dt_bias.v[h];
     m->k.act[BMC_ACT_SOFTPLUS](&dt, NULL, &dt, 1, NULL);
-    *x = (float)exp((double)(b->recurrent.a.v[h] * dt));
+    *x = (float)exp_exact((double)(b->recurrent.a.v[h] * dt));
     return dt;
 }
 

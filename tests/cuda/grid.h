@@ -173,10 +173,11 @@ static inline void grid_run_block(int n) {
 /* The blocks of a launch may run in any order, so they do. */
 static inline void grid_launch(const grid_kernel *kernel, dim3 size, unsigned threads, const void *args) {
     const unsigned n = size.x * size.y * size.z;
+    const bool backwards = grid.order & 1;
     grid.kernel = kernel, grid.args = args, grid.block_size = { threads, 1, 1 }, grid.size = size;
     grid.shared = malloc(kernel->shared);
     for (volatile unsigned i = 0; i < n; i++) {
-        const unsigned at = grid.order & 1 ? n - 1 - i : i;
+        const unsigned at = backwards ? n - 1 - i : i;
         grid.block = { at % size.x, at / size.x % size.y, at / size.x / size.y };
         grid_run_block((int)threads);
     }
