@@ -85,9 +85,9 @@ int bmc_gpu(int i, bmc_gpu_info *info) {
     void *context;
     if (!cu)
         return BMC_EDEVICE;
+    int status = info ? find_device(cu, i, &device) : cuda_status(0, "counting the GPUs", cu->cuDeviceGetCount(&n));
     if (!info)
-        return cu->cuDeviceGetCount(&n) ? 0 : n;
-    int status = find_device(cu, i, &device);
+        return status ? status : n;
     size_t total = 0, unused = 0;
     *info = (bmc_gpu_info){ 0 };
     if (!status)
@@ -139,24 +139,23 @@ static int load_kernels(struct gpu *g, const char *path) {
     return status;
 }
 
-static int attribute(const struct gpu *g, int number) {
-    int value = 0;
-    return g->cu->cuDeviceGetAttribute(&value, number, g->device) ? 0 : value;
-}
-
 static struct cuda_allocation on_device(const struct gpu *g) { return (struct cuda_allocation){ .type = 1, .location = { 1, g->device } }; }
 
 static int begin_gpu(struct gpu *g, const char *kernels) {
     const struct cuda_allocation kind = on_device(g);
+    int major = 0, maps = 0;
     int status = cuda_status(g->index, "using it", g->cu->cuDevicePrimaryCtxRetain(&g->context, g->device));
     if (!status)
         status = cuda_status(g->index, "using it", g->cu->cuCtxSetCurrent(g->context));
     if (!status)
         status = load_kernels(g, kernels);
-    g->n_sms = attribute(g, ATTRIBUTE_SMS);
-    g->mma = attribute(g, ATTRIBUTE_MAJOR) >= 8;
-    if (!attribute(g, ATTRIBUTE_MAPS) || g->cu->cuMemGetAllocationGranularity(&g->granularity, &kind, 0))
-        g->granularity = 0;
+    if (!status)
+        status = cuda_status(g->index, "asking what it can do", g->cu->cuDeviceGetAttribute(&g->n_sms, ATTRIBUTE_SMS, g->device)
+                                                                    | g->cu->cuDeviceGetAttribute(&major, ATTRIBUTE_MAJOR, g->device)
+                                                                    | g->cu->cuDeviceGetAttribute(&maps, ATTRIBUTE_MAPS, g->device));
+    if (!status && maps)
+        status = cuda_status(g->index, "asking what it can do", g->cu->cuMemGetAllocationGranularity(&g->granularity, &kind, 0));
+    g->mma = major >= 8;
     return status;
 }
 

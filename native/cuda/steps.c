@@ -72,6 +72,8 @@ static void fetch(struct cuda *c, void *to, const void *from, size_t bytes) {
 /* Bytes that go over with the pass; where they will be. There is room: cuda_begin counted. */
 static const void *put(struct cuda *c, const void *data, size_t bytes) {
     const size_t at = (c->host_used + 63) / 64 * 64;
+    if (c->status)
+        return NULL;
     if (at + bytes > c->device_bytes) {
         stop(c, fail(BMC_EDEVICE, "a pass brings more with it than was counted: %zu of %zu bytes", at + bytes, c->device_bytes));
         return NULL;

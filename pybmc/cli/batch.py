@@ -12,11 +12,11 @@ from .options import (
     context_option,
     draft_options,
     find_model,
+    gpu_settings,
     model_option,
     opened,
     sampling_options,
     sampling_settings,
-    gpu_settings,
     threads_option,
     with_draft,
 )

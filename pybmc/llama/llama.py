@@ -95,7 +95,7 @@ class Llama:
         if not os.path.isfile(self.model_path):
             raise ArgumentError(f"model_path: expected a GGUF file, found none at {self.model_path}")
         self._open(vocab_only, n_threads, n_gpu_layers)
-        effective = {"n_gpu_layers"} if self._model is not None and self._model.gpu_layers else set()
+        effective: set[str] = {"n_gpu_layers"} if self._model is not None and self._model.gpu_layers else set()
         arguments.note_without_effect(given, defaults, logging.WARNING if verbose else logging.INFO, effective)
         self._template_source = arguments.source_of_format(chat_format, self._metadata)
 
