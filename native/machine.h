@@ -18,6 +18,7 @@ struct machine {
     void (*gate_up)(struct pass *p, const struct gate_up *job, int thread);
     void (*place)(struct pass *p, const struct block *b, const struct heads *w, int thread);        /* norms and turns; K and V to the arena */
     void (*attend)(struct pass *p, const struct queries *a, int thread);
+    void (*experts)(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread);  /* a whole block of them */
     void (*keep)(struct pass *p, const struct rows *rows, int n, int thread);       /* row p->out[i].tok of each becomes row i */
     void (*give)(struct pass *p, struct tokens in, int thread);                     /* hidden states to whom they are for */
     void (*head)(struct pass *p, struct tokens in, int thread);                     /* logits where they are asked for, and p->best */

@@ -224,6 +224,9 @@ void settle_rows(struct pass *p, const struct block *waits, int thread);        
 /* Vectors of every layer for each token, where the model has them: layers/per_layer.c. */
 void per_layer_inputs(struct pass *p, int thread);
 
+/* A block of experts: layers/experts.c. */
+void run_experts(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread);
+
 /* The head: head.c. */
 void give_hidden(struct pass *p, struct tokens in, int thread);             /* hidden states to whom they are for */
 void head(struct pass *p, struct tokens in, int thread);                    /* logits where they are asked for, and p->best */

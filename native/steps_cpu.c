@@ -83,6 +83,6 @@ static void keep(struct pass *p, const struct rows *rows, int n, int thread) {
 }
 
 const struct machine cpu_machine = {
-    .name = "CPU", .norm = normed, .multiply = multiply, .gate_up = gate_up_all, .place = place_heads, .attend = attend_all, .keep = keep,
+    .name = "CPU", .norm = normed, .multiply = multiply, .gate_up = gate_up_all, .place = place_heads, .attend = attend_all, .experts = run_experts, .keep = keep,
     .give = give_hidden, .head = head, .end = barrier,
 };

@@ -1,4 +1,5 @@
-/* A model's last blocks and its head on a GPU. offload.c puts them there, steps.c runs passes over them. */
+/* A model's last blocks and its head on a GPU. offload.c puts them there; a pass over them is steps, which steps.c makes the launches
+ * of, in a queue, which queue.c runs. */
 #ifndef CUDA_CUDA_H
 #define CUDA_CUDA_H
 
@@ -6,7 +7,8 @@
 #include "driver.h"
 
 enum cuda_kernel {
-    CUDA_NORM, CUDA_NORM_ROWS, CUDA_QUANTIZE, CUDA_PLACE, CUDA_ATTEND, CUDA_ATTEND_MERGE, CUDA_ACTIVATE, CUDA_KEEP_ROWS, CUDA_BEST, CUDA_KERNELS
+    CUDA_NORM, CUDA_NORM_ROWS, CUDA_QUANTIZE, CUDA_PLACE, CUDA_ATTEND, CUDA_ATTEND_MERGE, CUDA_ACTIVATE, CUDA_KEEP_ROWS, CUDA_BEST,
+    CUDA_ROUTE, CUDA_SORT, CUDA_COMBINE, CUDA_SWITCH, CUDA_KERNELS
 };
 
 /* What a pass has queued, in its order: a kernel with its arguments, or a copy within the GPU where there is no function. */
@@ -33,6 +35,7 @@ struct graph {
 };
 
 struct hidden { float *hidden, *kept; };           /* where a token's hidden state goes, or NULL */
+struct expert_factors { const float *gate, *up, *down; };      /* (n_experts,) each, or NULL */
 struct cuda_tasks { int size, n; const struct cuda_task *list; };       /* of up to `size` tokens */
 
 struct cuda {
@@ -51,6 +54,7 @@ struct cuda {
     size_t n_parts;                 /* of the head's logits; 0: there is no head */
     const int32_t *rope_dims;       /* (n_ropes,) */
     const float **slopes;           /* (n_blocks,) of ALiBi, (n_heads,) on the GPU, or NULL */
+    struct expert_factors *factors; /* (n_blocks,) */
 
     char *host, *device;            /* what a pass brings with it: pinned memory, and its copy on the GPU */
     size_t host_bytes, device_bytes, host_used;
@@ -87,5 +91,16 @@ void cuda_drop_queue(struct cuda *c, bool alive);      /* alive: the driver can 
 /* A pass goes on there with the rows of m->buffers->x; cuda_end waits for the results. 0, or the first failure. */
 void cuda_begin(struct pass *p);
 int cuda_end(struct pass *p);
+
+/* The queue. Addresses are the GPU's, but for where results go. */
+void cuda_stop(struct cuda *c, int status);                             /* the first failure counts; what is queued then is dropped */
+void cuda_launch(struct cuda *c, void *function, struct cuda_grid grid, const void *args, size_t bytes);
+void cuda_copy(struct cuda *c, float *to, const float *from, size_t floats);
+void cuda_fetch(struct cuda *c, void *to, const void *from, size_t bytes);
+const void *cuda_put(struct cuda *c, const void *data, size_t bytes);   /* goes over before the queue runs; where it will be */
+void cuda_put_tokens(struct cuda *c, const struct pass *p);             /* those of the pass as it is now */
+struct cuda_tasks cuda_put_tasks(struct cuda *c, const struct pass *p, int size);
+
+size_t cuda_mixture_ids(const bmc_model *m, const struct block *b);     /* of an expert block in buffers.work_ids */
 
 #endif

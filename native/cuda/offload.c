@@ -13,9 +13,20 @@ enum { SENT_AT_ONCE = 16 << 20 };
 
 /* Planning. */
 
+/* Whether all matrices have the same shape in memory: experts are found by their number. */
+static bool alike(const struct matrices *list, int n) {
+    for (int i = 1; list->of && i < n; i++)
+        if (list->of[i].type != list->of->type || !list->of[i].bias != !list->of->bias)
+            return false;
+    return true;
+}
+
 /* Why a block cannot run there; NULL: it can. */
 static const char *cannot(const bmc_model *m, const struct block *b) {
+    const struct experts *x = &b->experts;
     (void)m;
+    if (b->c.kind == BMC_EXPERTS)
+        return alike(&x->gate, b->c.n_experts) && alike(&x->up, b->c.n_experts) && alike(&x->down, b->c.n_experts) ? NULL : "experts of several types";
     return b->c.kind == BMC_ATTENTION || b->c.kind == BMC_DENSE ? NULL : b->kind->name;
 }
 
@@ -63,6 +74,14 @@ static int first_block(const bmc_model *m, int n_layers, char why[128]) {
 /* Matrices of the blocks from `first` on, and the output matrix. */
 struct visit { const bmc_model *m; int first; struct cuda *cuda; size_t bytes; int status; uint8_t *next; char *stage; };
 
+static bool is_expert(const struct block *b, const struct matrix *w) {
+    const struct matrices *const lists[] = { &b->experts.gate, &b->experts.up, &b->experts.down };
+    for (size_t i = 0; b->c.kind == BMC_EXPERTS && i < sizeof lists / sizeof *lists; i++)
+        if (lists[i]->of && w >= lists[i]->of && w < lists[i]->of + b->c.n_experts)
+            return true;
+    return false;
+}
+
 static bool there(const struct visit *v, const struct matrix *w) {
     const bmc_model *m = v->m;
     const char *p = (const char *)w;
@@ -71,7 +90,7 @@ static bool there(const struct visit *v, const struct matrix *w) {
     if (w == &m->per_layer_proj || w == &m->eh_proj)
         return false;
     for (const struct block *b = m->blocks + v->first; b < m->blocks + m->c.n_blocks; b++)
-        if (p >= (const char *)b && p < (const char *)(b + 1))
+        if ((p >= (const char *)b && p < (const char *)(b + 1)) || is_expert(b, w))
             return true;
     return false;
 }
@@ -102,11 +121,17 @@ static size_t lay_out(const bmc_model *m, struct cuda *c, char *memory) {
     struct buffers *b = &c->buffers;
     const size_t n = (size_t)m->pass_max, row = n * padded(m->c.dim) * sizeof(float);
     struct need need = { 0 };
+    size_t ids = 0;
+    bool keeps_input = false;
     char *next = memory;
     c->part_floats = PART_FLOATS;
     for (const struct block *block = m->blocks + c->first; block < m->blocks + m->c.n_blocks; block++) {
         const struct need own = block->kind->need(m, block);
         need = (struct need){ .floats = most(need.floats, own.floats), .blocks = most(need.blocks, own.blocks) };
+        if (block->c.kind == BMC_EXPERTS) {
+            ids = most(ids, cuda_mixture_ids(m, block));
+            keeps_input |= block->c.route == BMC_ROUTE_LAYER;
+        }
         if (block->c.kind == BMC_ATTENTION)
             c->part_floats = most(c->part_floats, n * (size_t)block->c.n_heads * (padded(block->c.v_dim) + 2));
     }
@@ -117,6 +142,8 @@ static size_t lay_out(const bmc_model *m, struct cuda *c, char *memory) {
     b->act = take(&next, n * (size_t)(m->c.dim / 32 + 1) * sizeof *b->act);
     b->work = take(&next, n * need.floats * sizeof *b->work);
     b->work_act = take(&next, n * need.blocks * sizeof *b->work_act);
+    b->work_ids = take(&next, ids * sizeof *b->work_ids);
+    b->input = keeps_input ? take(&next, row) : NULL;
     b->parts = take(&next, c->part_floats * sizeof *b->parts);
     b->rows = take(&next, c->n_parts ? SAMPLED_MAX * padded(m->c.vocab_size) * sizeof *b->rows : 0);
     c->best = take(&next, n * c->n_parts * sizeof *c->best);
@@ -177,6 +204,10 @@ static void each_of_block(struct cuda *c, struct block *b, each_fn *fn, char *ho
 static void each_value(bmc_model *m, struct cuda *c, each_fn *fn, char *host) {
     for (int i = c->first; i < m->c.n_blocks; i++) {
         each_of_block(c, &m->blocks[i], fn, host);
+        const float **const tables[] = { &c->factors[i].gate, &c->factors[i].up, &c->factors[i].down };
+        for (size_t j = 0; j < sizeof tables / sizeof *tables; j++)
+            if (*tables[j])
+                fn(c, tables[j], (size_t)m->blocks[i].c.n_experts, host);
         if (c->slopes[i])
             fn(c, &c->slopes[i], (size_t)m->blocks[i].c.n_heads, host);
     }
@@ -202,11 +233,42 @@ static void move_value(struct cuda *c, const float **place, size_t n, char *host
     c->vectors_used += value_bytes(n);
 }
 
+/* The factors of experts' products; NULL where there are none. */
+static int make_factors(bmc_model *m, const struct matrices *list, int n, const float **table) {
+    float *factors = NULL;
+    for (int i = 0; list->of && i < n; i++) {
+        if (list->of[i].factor != 0 && !factors)
+            factors = model_own(m, (size_t)n * sizeof *factors);
+        if (list->of[i].factor != 0 && !factors)
+            return fail(BMC_ENOMEM, "no memory for a model");
+        if (factors)
+            factors[i] = list->of[i].factor;
+    }
+    *table = factors;
+    return 0;
+}
+
+static int make_expert_tables(bmc_model *m, struct cuda *c) {
+    int status = 0;
+    for (int i = c->first; !status && i < m->c.n_blocks; i++) {
+        const struct block *b = &m->blocks[i];
+        const struct { const struct matrices *list; const float **table; } rows[] = {
+            { &b->experts.gate, &c->factors[i].gate }, { &b->experts.up, &c->factors[i].up }, { &b->experts.down, &c->factors[i].down },
+        };
+        for (size_t j = 0; b->c.kind == BMC_EXPERTS && !status && j < sizeof rows / sizeof *rows; j++)
+            status = make_factors(m, rows[j].list, b->c.n_experts, rows[j].table);
+    }
+    return status;
+}
+
 static int make_tables(bmc_model *m, struct cuda *c) {
     int32_t *dims = model_own(m, (size_t)m->c.n_ropes * sizeof *dims);
     c->slopes = model_own(m, (size_t)m->c.n_blocks * sizeof *c->slopes);
-    if (!dims || !c->slopes)
+    c->factors = model_own(m, (size_t)m->c.n_blocks * sizeof *c->factors);
+    if (!dims || !c->slopes || !c->factors)
         return fail(BMC_ENOMEM, "no memory for a model");
+    if (make_expert_tables(m, c))
+        return BMC_ENOMEM;
     for (int i = 0; i < m->c.n_ropes; i++)
         dims[i] = m->c.ropes[i].dim;
     c->rope_dims = dims;
@@ -271,6 +333,7 @@ static int find_kernels(bmc_model *m, struct cuda *c) {
     static const char *const names[CUDA_KERNELS] = {
         [CUDA_NORM] = "norm_tokens", [CUDA_NORM_ROWS] = "norm_rows", [CUDA_QUANTIZE] = "quantize", [CUDA_PLACE] = "place", [CUDA_ATTEND] = "attend",
         [CUDA_ATTEND_MERGE] = "attend_merge", [CUDA_ACTIVATE] = "activate", [CUDA_KEEP_ROWS] = "keep_rows", [CUDA_BEST] = "best",
+        [CUDA_ROUTE] = "route", [CUDA_SORT] = "sort_experts", [CUDA_COMBINE] = "combine", [CUDA_SWITCH] = "switch_on",
     };
     struct visit v = { .m = m, .first = c->first, .cuda = c };
     for (int i = 0; i < CUDA_KERNELS; i++) {

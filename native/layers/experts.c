@@ -4,7 +4,7 @@
  * ascending order of their number, whatever else is in the pass: groups of rows of `down` go through all experts in that order. */
 #include "../error.h"
 #include "../exp.h"
-#include "../pass.h"
+#include "../machine.h"
 
 #include <float.h>
 #include <math.h>
@@ -383,7 +383,7 @@ static void from_latent(struct pass *p, const struct block *b, const struct work
     multiply(p, &up, 1, thread);
 }
 
-static void run(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread) {
+void run_experts(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread) {
     struct work w;
     struct tokens read = in;
     const bool latent = b->experts.latent_down.data;
@@ -400,5 +400,7 @@ static void run(struct pass *p, const struct block *b, struct tokens in, struct 
     if (b->experts.shared.up.data)
         shared(p, b, &w, in, out, thread);
 }
+
+static void run(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread) { p->machine->experts(p, b, in, out, thread); }
 
 const struct kind experts_kind = { "experts", roles, check, measure, need, false, missing, NULL, run };
