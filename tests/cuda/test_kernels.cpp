@@ -475,7 +475,7 @@ static void routing(void) {
         for (int e = 0; e < 12; e++)
             scores[(size_t)e] = 0.5f;                   /* of equals the first */
         if (mode == 7)
-            for (int e = 0; e < 20; e++)
+            for (int e = 0; e < 10; e++)             /* NaN is never chosen before others */
                 scores[stride + (size_t)e] = NAN;
         const cuda_route a = { n, experts, active, scores.data(), stride, mode & 1 ? bias.data() : NULL, 1 + mode % 3, mode >> 1 & 1,
                                mode >= 8 ? 4 : 0, mode >= 8 ? 2 : 0, mode & 4 ? 2.5f : 1, chosen.data(), weight.data() };
