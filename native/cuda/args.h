@@ -332,4 +332,66 @@ static inline struct cuda_grid switch_grid(const struct cuda_switch *a) {
     return (struct cuda_grid){ (unsigned)a->n_tok, cuda_over(a->dim, 256), 1, 256 };
 }
 
+/* ---- blocks with a state ---- */
+
+/* Neighbouring tokens of a session: struct run with its struct state_run. */
+struct cuda_run {
+    float *memory;                  /* struct states: of all streams */
+    int32_t first, start, n, base, next_base, replay;
+};
+
+/* Delta net and Mamba 2, between the products of the input and of the result (layers/recurrent.c): "recur_prepare", "recur_walk",
+ * "recur_finish", "recur_keep", in this order and with the same arguments. The short convolution: "short_conv", "recur_keep". All
+ * leave floats in out: "quantize" follows. The rows of work are those of layers/recurrent.h: struct work. */
+struct cuda_recur {
+    int n_tok, n_runs;
+    const struct cuda_run *runs;    /* (n_runs,) */
+    const int32_t *run;             /* (n_tok,) which run a token is of */
+    const struct cuda_token *at;
+    size_t state_at, state_floats, state_row;       /* struct state_size */
+    int n_before;
+    float *row;                     /* (n_tok, stride) from the channels on */
+    size_t stride, decay, k, d;
+    float *q, *v, *o;               /* (n_tok, keys), (n_tok, values), (n_tok, values) */
+    size_t keys, values;
+    float *beta, *gate, *out;
+    size_t beta_stride, gate_stride, out_stride;
+    int delta;                      /* 1: delta net, 0: Mamba 2 */
+    int conv, n_heads, n_groups, state_dim, v_dim, interleaved;
+    int dim;                        /* short convolution: channels */
+    const float *weight;            /* (conv, weight_stride) of the convolution */
+    size_t weight_stride;
+    const float *conv_bias, *dt_bias, *decay_rate, *skip, *norm;    /* decay_rate: ssm_a; skip: ssm_d; NULL: none */
+    float eps;
+};
+static inline struct cuda_grid recur_prepare_grid(const struct cuda_recur *a) {
+    return (struct cuda_grid){ (unsigned)a->n_tok, (unsigned)(2 * a->n_groups + a->n_heads), 1, 128 };
+}
+static inline struct cuda_grid recur_walk_grid(const struct cuda_recur *a) {
+    return (struct cuda_grid){ cuda_over((int64_t)a->values, 32), (unsigned)a->n_runs, 1, 32 };
+}
+static inline struct cuda_grid recur_finish_grid(const struct cuda_recur *a) {
+    return (struct cuda_grid){ (unsigned)a->n_tok, (unsigned)(a->delta ? a->n_heads : a->n_groups), 1, 128 };
+}
+static inline struct cuda_grid recur_keep_grid(const struct cuda_recur *a) {
+    return (struct cuda_grid){ cuda_over((int64_t)a->state_row, 256), (unsigned)a->n_runs, 1, 256 };
+}
+static inline struct cuda_grid short_conv_grid(const struct cuda_recur *a) { return (struct cuda_grid){ cuda_over(a->dim, 256), 1, 1, 256 }; }
+
+/* ---- compressed attention ---- */
+
+/* "place_compressed": each head's query [nope | rope] is turned and scaled, nope goes to its own rows, rope behind the head's row
+ * of `query`; the row [c | r] has its norm and its turn, and goes to the tile (layers/mla.c: place_rows). "attend" follows. */
+struct cuda_place_compressed {
+    int n_tok, n_heads, nope, rank, turned;         /* turned: values of rope */
+    const float *q;                 /* (n_tok, q_stride): n_heads x (nope + turned) */
+    float *kv;                      /* (n_tok, kv_stride): rank + turned */
+    float *nopes, *query;           /* (n_tok, ..): n_heads x nope; n_heads x (rank + turned) */
+    size_t q_stride, kv_stride, nopes_stride, query_stride;
+    struct cuda_place at;           /* its tokens, rows, tables of rope, scale, norm (in k_norm) and kind; not its q, k and v */
+};
+static inline struct cuda_grid place_compressed_grid(const struct cuda_place_compressed *a) {
+    return (struct cuda_grid){ (unsigned)a->n_tok, (unsigned)a->n_heads + 1, 1, 32 };
+}
+
 #endif

@@ -313,3 +313,31 @@ KERNEL(attend_merge, 128, struct cuda_attend, struct no_room) {
     if (a.act)
         quantize_row(result_act(a, token, head), a.act_stride, out, a.v_dim);
 }
+
+/* ---- compressed attention ---- */
+
+/* A head's query, or the token's row [c | r]: the norm is of c, the turn of r. */
+KERNEL(place_compressed, 32, struct cuda_place_compressed, struct place_room) {
+    const int t = (int)blockIdx.x, h = (int)blockIdx.y, rows = a.rank + a.turned, slot = a.at.at[t].pos % TILE, pad = (a.rank + 15) / 16 * 16;
+    if (h < a.n_heads) {
+        const int n = a.nope + a.turned;
+        copy_row(s.head, a.q + (size_t)t * a.q_stride + (size_t)(h * n), n);
+        turn(a.at, s.head + a.nope);
+        for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) {
+            const float x = s.head[i] * a.at.scale;
+            if (i < a.nope)
+                a.nopes[(size_t)t * a.nopes_stride + (size_t)(h * a.nope + i)] = x;
+            else
+                a.query[(size_t)t * a.query_stride + (size_t)(h * rows + a.rank + i - a.nope)] = x;
+        }
+        return;
+    }
+    copy_row(s.head, a.kv + (size_t)t * a.kv_stride, rows);
+    norm_row(s.head, s.head, a.at.k_norm, a.rank, a.at.kind, a.at.eps, s.row);
+    turn(a.at, s.head + a.rank);
+    uint16_t *tile = find_tile(a.at.rows[a.at.at[t].session], a.at.before, a.at.tile_bytes, 0, a.at.at[t].pos / TILE);
+    for (int i = (int)threadIdx.x; i < rows; i += (int)blockDim.x)
+        tile[i * TILE + slot] = float_to_half(within_f16(s.head[i]));
+    for (int i = (int)threadIdx.x; i < pad; i += (int)blockDim.x)
+        tile[rows * TILE + slot * pad + i] = float_to_half(i < a.rank ? within_f16(s.head[i]) : 0.0f);
+}

@@ -8,6 +8,7 @@
 #define _Static_assert static_assert
 #include "args.h"
 #include "../exp.h"
+#include "../state.h"
 #include <math.h>
 
 #ifdef __CUDACC__
@@ -77,5 +78,6 @@ DEVICE int half_warp(void) { return (int)threadIdx.x / 16; }
 #include "rows.h"
 #include "attend.h"
 #include "experts.h"
+#include "recurrent.h"
 
 #endif

@@ -18,6 +18,12 @@ void reference_best(const struct cuda_best_of *a);
 void reference_route(const struct cuda_route *a);
 void reference_combine(const struct cuda_combine *a);
 void reference_switch(const struct cuda_switch *a);
+void reference_place_compressed(const struct cuda_place_compressed *a);
+
+/* Where the rows of a block with a state are in `work`, of a pass of up to pass_max tokens, filled in; the floats of work, and of the
+ * states of a session. */
+size_t reference_recur_layout(struct cuda_recur *a, int pass_max, float *work, size_t *state_floats);
+void reference_recur(const struct cuda_recur *a, int pass_max, float *work);
 
 /* n_rows x n_cols of a type's random weights, as panels; the caller frees what codes points to. */
 struct packed { uint8_t *codes, *scales; size_t code_stride, scale_stride; };

@@ -475,7 +475,7 @@ static void routing(void) {
         for (int e = 0; e < 12; e++)
             scores[(size_t)e] = 0.5f;                   /* of equals the first */
         if (mode == 7)
-            for (int e = 0; e < 20; e++)
+            for (int e = 0; e < 10; e++)             /* NaN is never chosen before others */
                 scores[stride + (size_t)e] = NAN;
         const cuda_route a = { n, experts, active, scores.data(), stride, mode & 1 ? bias.data() : NULL, 1 + mode % 3, mode >> 1 & 1,
                                mode >= 8 ? 4 : 0, mode >= 8 ? 2 : 0, mode & 4 ? 2.5f : 1, chosen.data(), weight.data() };
@@ -518,6 +518,86 @@ static void sorting_and_combining(void) {
     check("switch_on", { out(y) }, [&] { reference_switch(&s); }, [&] { launch("switch_on", switch_grid(&s), s); });
 }
 
+/* ---- blocks with a state ---- */
+
+/* Three runs: one token that only joins the log; tokens after a part of the log, which is replayed; more tokens than the log holds. */
+static void recurrent_case(const char *name, cuda_recur a, int number) {
+    enum { RUNS = 3 };
+    static const int n_of[RUNS] = { 1, 3, 50 }, start_of[RUNS] = { 7, 10, 2 }, base_of[RUNS] = { 3, 6, 2 }, replays[RUNS] = { 0, 1, 0 };
+    std::vector<cuda_run> runs;
+    std::vector<int32_t> run;
+    std::vector<cuda_token> at;
+    for (int i = 0; i < RUNS; i++) {
+        const int start = start_of[i], n = n_of[i], end = start + n;
+        runs.push_back({ NULL, (int32_t)run.size(), start, n, base_of[i], n == 1 ? base_of[i] : n > LOG_MAX ? end - LOG_MAX : start, replays[i] });
+        for (int t = 0; t < n; t++) {
+            run.push_back(i);
+            at.push_back({ start + t, start + t + 1, 0, i, 0 });
+        }
+    }
+    if (number % 2)                                     /* the log is full: the anchor moves within the log */
+        runs[0] = { NULL, 0, 51, 1, 3, 20, number % 4 == 1 }, at[0].pos = 51;
+    size_t state_floats;
+    std::vector<float> work = noises(reference_recur_layout(&a, (int)run.size(), NULL, &state_floats), 0.7f);
+    reference_recur_layout(&a, (int)run.size(), work.data(), &state_floats);
+    std::vector<float> states = noises(RUNS * state_floats, 0.5f), weight = noises((size_t)a.conv * a.weight_stride), bias = noises(a.weight_stride), heads = noises(512),
+                       norm = noises(4096);
+    for (int i = 0; i < RUNS; i++)
+        runs[(size_t)i].memory = states.data() + (size_t)i * state_floats;
+    for (int i = 0; i < 128; i++)
+        heads[(size_t)(128 + i)] = -fabsf(heads[(size_t)(128 + i)]);
+    a.n_tok = (int)run.size(), a.n_runs = RUNS, a.runs = runs.data(), a.run = run.data(), a.at = at.data();
+    a.weight = weight.data(), a.conv_bias = number % 2 ? bias.data() : NULL, a.dt_bias = heads.data(), a.decay_rate = heads.data() + 128, a.skip = heads.data() + 256;
+    a.norm = a.delta || number % 2 ? norm.data() : NULL, a.eps = 1e-6f;
+    check(text("%s: case %d", name, number), { out(work), out(states) }, [&] { reference_recur(&a, a.n_tok, work.data()); }, [&] {
+        if (a.dim)
+            launch("short_conv", short_conv_grid(&a), a);
+        else {
+            launch("recur_prepare", recur_prepare_grid(&a), a);
+            launch("recur_walk", recur_walk_grid(&a), a);
+            launch("recur_finish", recur_finish_grid(&a), a);
+        }
+        launch("recur_keep", recur_keep_grid(&a), a);
+    });
+}
+
+static void recurrent_blocks(void) {
+    for (int i = 0; i < 4; i++) {
+        cuda_recur delta = {}, mamba = {}, conv = {};
+        delta.delta = 1, delta.conv = 4, delta.n_heads = 4, delta.n_groups = 2, delta.state_dim = i < 2 ? 32 : 21, delta.v_dim = i == 3 ? 40 : 32, delta.interleaved = i & 1;
+        recurrent_case("delta net", delta, i);
+        mamba.conv = 4, mamba.n_heads = 6, mamba.n_groups = 2, mamba.state_dim = i < 2 ? 16 : 19, mamba.v_dim = i == 3 ? 24 : 32;
+        recurrent_case("Mamba 2", mamba, i);
+        conv.dim = i & 1 ? 300 : 64, conv.conv = 3;
+        recurrent_case("short convolution", conv, i);
+    }
+}
+
+static void placing_compressed(void) {
+    for (int style : { BMC_ROPE_PAIRS, BMC_ROPE_HALVES }) {
+        const int n = 3, heads = 3, nope = 20, turned = 16, rank = 40, rows = rank + turned;
+        const cuda_token at[n] = { { 15, 16, 0, 0, 0 }, { 16, 17, 0, 0, 0 }, { 40, 41, 0, 1, 0 } };
+        const int32_t dims[2] = { turned, turned };
+        std::vector<float> q = noises(n * 112), kv = noises(n * 64), nopes = noises(n * 64), query = noises(n * 176), cos = noises(256), sin = noises(256), w = noises(64);
+        cache kept;
+        new_cache(kept, 2, 64, 1, rows, rank);
+        cuda_place_compressed a = {};
+        a.n_tok = n, a.n_heads = heads, a.nope = nope, a.rank = rank, a.turned = turned, a.q = q.data(), a.kv = kv.data(), a.nopes = nopes.data(), a.query = query.data();
+        a.q_stride = 112, a.kv_stride = 64, a.nopes_stride = 64, a.query_stride = 176;
+        a.at.at = at, a.at.rows = kept.rows.data(), a.at.before = kept.before, a.at.tile_bytes = kept.tile_bytes;
+        a.at.cos = cos.data(), a.at.sin = sin.data(), a.at.turns = 8, a.at.rope_rows = 8, a.at.rope_dims = dims, a.at.rope_style = style;
+        a.at.k_norm = { w.data(), NULL }, a.at.scale = 0.2f, a.at.kind = BMC_NORM_RMS, a.at.eps = 1e-6f;
+        std::vector<output> outs = outputs_of(kept);
+        outs.push_back(out(nopes));
+        outs.push_back(out(query));
+        check(text("place_compressed: style %d", style), outs, [&] {
+            std::vector<float> q_before = q, kv_before = kv;
+            reference_place_compressed(&a);
+            q = q_before, kv = kv_before;
+        }, [&] { launch("place_compressed", place_compressed_grid(&a), a); });
+    }
+}
+
 int main(void) {
     every_product();
     float_products();
@@ -532,6 +612,8 @@ int main(void) {
     attending();
     routing();
     sorting_and_combining();
+    recurrent_blocks();
+    placing_compressed();
     printf("%d kernels, %d checks, %d with other bits\n", grid.n_kernels, n_checks, n_bad);
     return n_bad != 0;
 }
