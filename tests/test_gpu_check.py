@@ -19,7 +19,7 @@ def fake(monkeypatch):
     monkeypatch.setenv("PYBMC_CUDA_KERNELS", str(path))
     monkeypatch.setattr(gpu_check, "TYPES", ("F16", "Q4_K"))
     monkeypatch.setattr(gpu_check, "WIDTHS", (1, 3))
-    monkeypatch.setattr(gpu_check, "SMALL", gpu_check.Shape("llama", 256, 2, 8, 4, 256, "tiny", 256))
+    monkeypatch.setattr(gpu_check, "SMALL", gpu_check.Shape("llama", 256, 2, 8, 4, 256, "tiny", 512))
     return gpu.Fake(path)
 
 

@@ -79,14 +79,14 @@ def passes(model, widths, rows="auto") -> np.ndarray:
         return np.concatenate([session.eval(rng.integers(0, size, n).astype(np.int32), "all" if n <= 64 else "last").reshape(-1, size) for n in widths])
 
 
-def compare(check: Check, part: str, path: Path, widths=WIDTHS, layers=(-1,), rows=("auto",)) -> None:
+def compare(check: Check, part: str, path: Path, layers=(-1,), rows=("auto",)) -> None:
     """One model on both machines. Raises Differs."""
     with pybmc.Model(path) as model:
-        right = passes(model, widths)
+        right = passes(model, WIDTHS)
     for n in layers:
         with check.opened(path, n) as model:
             for r in rows:
-                ours = passes(model, widths, r)
+                ours = passes(model, WIDTHS, r)
                 different = int((ours.view(np.uint32) != right.view(np.uint32)).any(axis=-1).sum())
                 check.tell(part, path.stem, layers=model.gpu_layers, rows_at_a_time=r, logits=len(right), different=different)
                 if different:
