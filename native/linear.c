@@ -21,7 +21,7 @@ void quantize(const struct pass *p, struct tokens in, int k, int tok, int from, 
 }
 
 /* Rows that are not whole blocks only meet float weights. */
-void quantize_rows(const struct pass *p, struct tokens in, int k, int thread) {
+void quantize_rows(struct pass *p, struct tokens in, int k, int thread) {
     int64_t from, to, blocks = k / 32;
     share(p, thread, in.n * blocks, &from, &to);
     while (from < to) {

@@ -158,7 +158,7 @@ static inline struct product product_into(const struct matrix *w, struct tokens 
 void multiply(struct pass *p, const struct product *list, int n, int thread);              /* products side by side; those without weights are left out */
 void multiply_alone(const struct pass *p, const struct product *r, int thread);            /* all of it by this thread */
 void quantize(const struct pass *p, struct tokens in, int k, int tok, int from, int to);  /* blocks [from, to) of 32 values of a row */
-void quantize_rows(const struct pass *p, struct tokens in, int k, int thread);            /* all rows, shared out */
+void quantize_rows(struct pass *p, struct tokens in, int k, int thread);                  /* all rows, shared out */
 
 /* A gated feed-forward's first half: hidden = act(W_gate x) * W_up x, floats in `up` and 8 bits. gate.data NULL: act(W_up x). */
 struct gate_up {
@@ -195,6 +195,11 @@ static inline uint16_t *tile_of(const bmc_session *s, const struct block *b, int
 struct heads { float *q, *k, *v, *gate, *out; };
 void place_heads(struct pass *p, const struct block *b, const struct heads *w, int thread);
 void turn(const struct pass *p, const struct block *b, float *head, int t);     /* a head's first values, by the token's position */
+
+/* Rows of a block of compressed attention: layers/mla.c. */
+struct latents { float *q_a, *q, *kv, *nope, *query, *sum, *out; };
+void place_latents(struct pass *p, const struct block *b, const struct latents *w, int thread);
+
 float query_scale(const struct block *b, int pos);                              /* what a query is multiplied by */
 
 /* Attention over rows of the cache: attend.c. */

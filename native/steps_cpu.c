@@ -68,6 +68,16 @@ static struct tokens normed(struct pass *p, const struct block *waits, struct ve
     return in;
 }
 
+static void norm_rows(struct pass *p, struct tokens in, int n, struct vector weight, int thread) {
+    int64_t from, to;
+    share(p, thread, in.n, &from, &to);
+    for (int64_t t = from; t < to; t++) {
+        float *row = in.x + (size_t)t * padded(n);
+        norm_row(p->model, row, row, weight, (struct vector){ 0 }, n);
+        quantize(p, in, n, (int)t, 0, n / 32);
+    }
+}
+
 static void move_row(struct rows rows, int to, int from) {
     memmove(rows.x + (size_t)to * rows.stride, rows.x + (size_t)from * rows.stride, rows.stride * sizeof *rows.x);
 }
@@ -83,6 +93,6 @@ static void keep(struct pass *p, const struct rows *rows, int n, int thread) {
 }
 
 const struct machine cpu_machine = {
-    .name = "CPU", .norm = normed, .multiply = multiply, .gate_up = gate_up_all, .place = place_heads, .attend = attend_all, .experts = run_experts, .keep = keep,
+    .name = "CPU", .norm = normed, .norm_rows = norm_rows, .quantize = quantize_rows, .multiply = multiply, .gate_up = gate_up_all, .place = place_heads, .compress = place_latents, .attend = attend_all, .experts = run_experts, .keep = keep,
     .give = give_hidden, .head = head, .end = barrier,
 };

@@ -8,7 +8,7 @@
 
 enum cuda_kernel {
     CUDA_NORM, CUDA_NORM_ROWS, CUDA_QUANTIZE, CUDA_PLACE, CUDA_ATTEND, CUDA_ATTEND_MERGE, CUDA_ACTIVATE, CUDA_KEEP_ROWS, CUDA_BEST,
-    CUDA_ROUTE, CUDA_SORT, CUDA_COMBINE, CUDA_SWITCH, CUDA_KERNELS
+    CUDA_ROUTE, CUDA_SORT, CUDA_COMBINE, CUDA_SWITCH, CUDA_COMPRESS, CUDA_KERNELS
 };
 
 /* What a pass has queued, in its order: a kernel with its arguments, or a copy within the GPU where there is no function. */

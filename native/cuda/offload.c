@@ -27,6 +27,8 @@ static const char *cannot(const bmc_model *m, const struct block *b) {
     (void)m;
     if (b->c.kind == BMC_EXPERTS)
         return alike(&x->gate, b->c.n_experts) && alike(&x->up, b->c.n_experts) && alike(&x->down, b->c.n_experts) ? NULL : "experts of several types";
+    if (b->c.kind == BMC_MLA)
+        return alike(&b->attention.k_b, b->c.n_heads) && alike(&b->attention.v_b, b->c.n_heads) ? NULL : "heads of several types";
     return b->c.kind == BMC_ATTENTION || b->c.kind == BMC_DENSE ? NULL : b->kind->name;
 }
 
@@ -74,11 +76,15 @@ static int first_block(const bmc_model *m, int n_layers, char why[128]) {
 /* Matrices of the blocks from `first` on, and the output matrix. */
 struct visit { const bmc_model *m; int first; struct cuda *cuda; size_t bytes; int status; uint8_t *next; char *stage; };
 
-static bool is_expert(const struct block *b, const struct matrix *w) {
-    const struct matrices *const lists[] = { &b->experts.gate, &b->experts.up, &b->experts.down };
-    for (size_t i = 0; b->c.kind == BMC_EXPERTS && i < sizeof lists / sizeof *lists; i++)
-        if (lists[i]->of && w >= lists[i]->of && w < lists[i]->of + b->c.n_experts)
+static int64_t copies_of(const struct block *b, const struct role *r) { return b->extent[r->count ? r->count : EXPERTS]; }
+
+/* Whether it is one of a block's lists of matrices. */
+static bool is_listed(const struct block *b, const struct matrix *w) {
+    for (const struct role *r = b->kind->roles; r->name; r++) {
+        const struct matrix *of = r->form == MATRICES ? ((const struct matrices *)(const void *)((const char *)b + r->offset))->of : NULL;
+        if (of && w >= of && w < of + copies_of(b, r))
             return true;
+    }
     return false;
 }
 
@@ -90,7 +96,7 @@ static bool there(const struct visit *v, const struct matrix *w) {
     if (w == &m->per_layer_proj || w == &m->eh_proj)
         return false;
     for (const struct block *b = m->blocks + v->first; b < m->blocks + m->c.n_blocks; b++)
-        if ((p >= (const char *)b && p < (const char *)(b + 1)) || is_expert(b, w))
+        if ((p >= (const char *)b && p < (const char *)(b + 1)) || is_listed(b, w))
             return true;
     return false;
 }
@@ -132,8 +138,8 @@ static size_t lay_out(const bmc_model *m, struct cuda *c, char *memory) {
             ids = most(ids, cuda_mixture_ids(m, block));
             keeps_input |= block->c.route == BMC_ROUTE_LAYER;
         }
-        if (block->c.kind == BMC_ATTENTION)
-            c->part_floats = most(c->part_floats, n * (size_t)block->c.n_heads * (padded(block->c.v_dim) + 2));
+        if (block->c.kind == BMC_ATTENTION || block->c.kind == BMC_MLA)
+            c->part_floats = most(c->part_floats, n * (size_t)block->c.n_heads * (padded(block->c.kind == BMC_MLA ? block->c.kv_rank : block->c.v_dim) + 2));
     }
     b->x = take(&next, row);
     b->y[0] = take(&next, row);
@@ -178,8 +184,6 @@ static void each_vector(struct cuda *c, struct vector *v, each_fn *fn, char *hos
     if (v->v)
         fn(c, &v->v, (size_t)v->n_rows * (size_t)v->n_cols, host);
 }
-
-static int64_t copies_of(const struct block *b, const struct role *r) { return b->extent[r->count ? r->count : EXPERTS]; }
 
 static void each_of_block(struct cuda *c, struct block *b, each_fn *fn, char *host) {
     struct vector *own[] = { &b->norm, &b->norm_bias, &b->post_norm, &b->post_norm_bias, &b->sum_norm, &b->out_norm, &b->out_norm_bias };
@@ -334,6 +338,7 @@ static int find_kernels(bmc_model *m, struct cuda *c) {
         [CUDA_NORM] = "norm_tokens", [CUDA_NORM_ROWS] = "norm_rows", [CUDA_QUANTIZE] = "quantize", [CUDA_PLACE] = "place", [CUDA_ATTEND] = "attend",
         [CUDA_ATTEND_MERGE] = "attend_merge", [CUDA_ACTIVATE] = "activate", [CUDA_KEEP_ROWS] = "keep_rows", [CUDA_BEST] = "best",
         [CUDA_ROUTE] = "route", [CUDA_SORT] = "sort_experts", [CUDA_COMBINE] = "combine", [CUDA_SWITCH] = "switch_on",
+        [CUDA_COMPRESS] = "place_compressed",
     };
     struct visit v = { .m = m, .first = c->first, .cuda = c };
     for (int i = 0; i < CUDA_KERNELS; i++) {

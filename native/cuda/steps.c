@@ -37,10 +37,11 @@ static struct tokens norm(struct pass *p, const struct block *waits, struct vect
 /* Tokens [first, first + n) of a product. */
 static void multiply_some(struct cuda *c, const struct product *r, int first, int n) {
     const struct matrix *w = r->w;
+    const size_t wide = padded(r->in.wide ? r->in.wide : w->n_cols);
     const struct cuda_product a = {
         .codes = w->codes, .scales = w->scales, .code_stride = w->code_stride, .scale_stride = w->scale_stride,
-        .n_rows = (int)w->n_rows, .k = (int)w->n_cols, .n_tok = n, .act = r->in.act + first, .act_stride = r->in.n,
-        .x = r->in.x + (size_t)first * padded(w->n_cols), .x_stride = padded(w->n_cols), .bias = w->bias, .factor = w->factor,
+        .n_rows = (int)w->n_rows, .k = (int)w->n_cols, .n_tok = n, .act = r->in.act + (size_t)(r->in.from / 32) * (size_t)r->in.n + first,
+        .act_stride = r->in.n, .x = r->in.x + (size_t)first * wide + r->in.from, .x_stride = wide, .bias = w->bias, .factor = w->factor,
         .out = r->y, .out_stride = r->y_stride, .add = r->add,
     };
     const enum cuda_way way = product_way(w->type, &a, c->gpu->mma);
@@ -73,6 +74,26 @@ static void norm_heads(struct pass *p, float *x, int n, struct vector weight, st
         .kind = m->c.norm, .eps = m->c.norm_eps,
     };
     cuda_launch(m->cuda, m->cuda->functions[CUDA_NORM_ROWS], norm_rows_grid(&a), &a, sizeof a);
+}
+
+static void norm_tokens(struct pass *p, struct tokens in, int n, struct vector weight, int thread) {
+    const bmc_model *m = p->model;
+    const struct cuda_norm_rows a = {
+        .n_tok = in.n, .n_parts = 1, .n = n, .x = in.x, .y = in.x, .x_stride = padded(n), .y_stride = padded(n), .norm = { weight.v, NULL }, .scale = 1,
+        .kind = m->c.norm, .eps = m->c.norm_eps, .act = in.act, .act_stride = in.n,
+    };
+    (void)thread;
+    cuda_launch(m->cuda, m->cuda->functions[CUDA_NORM_ROWS], norm_rows_grid(&a), &a, sizeof a);
+}
+
+static void quantize_tokens(struct cuda *c, struct tokens in, int k) {
+    const struct cuda_quantize a = { in.n, k / 32, in.x, padded(k), in.act, in.n };
+    cuda_launch(c, c->functions[CUDA_QUANTIZE], quantize_grid(&a), &a, sizeof a);
+}
+
+static void quantize_step(struct pass *p, struct tokens in, int n, int thread) {
+    (void)thread;
+    quantize_tokens(p->model->cuda, in, n);
 }
 
 static const float *put_scales(struct cuda *c, const struct pass *p, const struct block *b) {
@@ -113,6 +134,26 @@ static void place(struct pass *p, const struct block *b, const struct heads *w, 
         .kind = m->c.norm, .eps = m->c.norm_eps,
     };
     cuda_launch(c, c->functions[CUDA_PLACE], place_grid(&args), &args, sizeof args);
+}
+
+static void compress(struct pass *p, const struct block *b, const struct latents *w, int thread) {
+    const bmc_model *m = p->model;
+    const struct arena_stream *stream = &m->streams[b->rows][b->stream];
+    const int64_t heads = b->c.n_heads;
+    struct cuda *c = m->cuda;
+    const struct cuda_place_compressed a = {
+        .n_tok = p->n_tok, .n_heads = b->c.n_heads, .nope = (int)b->extent[NOPE], .rank = b->c.kv_rank, .turned = (int)b->extent[KV_A] - b->c.kv_rank,
+        .q = w->q, .kv = w->kv, .nopes = w->nope, .query = w->query, .q_stride = padded(b->extent[Q]), .kv_stride = padded(b->extent[KV_A]),
+        .nopes_stride = padded(heads * b->extent[NOPE]), .query_stride = padded(heads * b->extent[KV_A]),
+        .at = {
+            .n_tok = p->n_tok, .at = c->at, .rows = c->rows[b->rows - GPU_ROWS], .before = stream->before, .tile_bytes = stream->tile_bytes,
+            .cos = c->cos, .sin = c->sin, .turns = m->buffers->turns, .rope_rows = c->rope_rows, .rope_dims = c->rope_dims,
+            .rope = b->c.rope, .rope_style = b->c.rope_style, .k_norm = { b->attention.kv_a_norm.v, NULL }, .scale = b->c.attn_scale,
+            .kind = m->c.norm, .eps = m->c.norm_eps,
+        },
+    };
+    (void)thread;
+    cuda_launch(c, c->functions[CUDA_COMPRESS], place_compressed_grid(&a), &a, sizeof a);
 }
 
 /* Few tasks are cut into chunks of rows, so that all multiprocessors have something to do. */
@@ -250,11 +291,6 @@ static struct mixture mixture_of(const struct pass *p, const struct block *b) {
     return w;
 }
 
-static void quantize_tokens(struct cuda *c, struct tokens in, int k) {
-    const struct cuda_quantize a = { in.n, k / 32, in.x, padded(k), in.act, in.n };
-    cuda_launch(c, c->functions[CUDA_QUANTIZE], quantize_grid(&a), &a, sizeof a);
-}
-
 /* What the router reads. */
 static struct tokens router_input(const struct pass *p, const struct block *b, const struct mixture *w, struct tokens in) {
     const bmc_model *m = p->model;
@@ -382,6 +418,6 @@ static void experts(struct pass *p, const struct block *b, struct tokens in, str
 static void end(const struct pass *p, int thread, enum bmc_step step) { (void)p, (void)thread, (void)step; }
 
 const struct machine cuda_machine = {
-    .name = "GPU", .norm = norm, .multiply = multiply_list, .gate_up = gate_up_rows, .place = place, .attend = attend_rows, .keep = keep, .give = give,
+    .name = "GPU", .norm = norm, .norm_rows = norm_tokens, .quantize = quantize_step, .multiply = multiply_list, .gate_up = gate_up_rows, .place = place, .compress = compress, .attend = attend_rows, .keep = keep, .give = give,
     .head = logits, .experts = experts, .end = end,
 };
