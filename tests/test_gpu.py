@@ -19,7 +19,7 @@ from pybmc.engine.gpu import gpus
 from pybmc.engine.prove import ON_GPU, prove
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.gguf"))
-WIDTHS = (1, 2, 5, 8, 17)               # of passes: one of each kind of product kernel, but for the widest
+WIDTHS = (1, 2, 5, 17)                  # of passes: the kinds of product kernels but for the widest
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,7 +50,7 @@ def passes(model, widths=WIDTHS, rows="auto"):
     """Logits of passes of these widths, one after the other, and of a pass whose last token alone is wanted."""
     with model.session(rows=rows) as session:
         found = [session.eval(tokens(n, seed=n), "all") for n in widths]
-        return np.concatenate([*found, session.eval(tokens(40), "last")[None]])
+        return np.concatenate([*found, session.eval(tokens(24), "last")[None]])
 
 
 def bits(rows):
@@ -75,7 +75,7 @@ def test_golden_models_have_the_same_bits(path, caplog):
         assert model.gpu_layers == model.config.n_layers or "go on the GPU: layer" in caplog.text
 
 
-@pytest.mark.parametrize("arch", ["llama", "gemma3", "gpt2", "qwen3"])
+@pytest.mark.parametrize("arch", ["llama", "gemma3"])
 def test_a_split_after_every_layer(arch):
     path = tiny.model(arch, n_layers=3)
     with pybmc.Model(path, threads=2) as model:
@@ -86,8 +86,7 @@ def test_a_split_after_every_layer(arch):
             assert_same(passes(model), right)
 
 
-@pytest.mark.parametrize("order", [0, 1, 12345])
-@pytest.mark.parametrize("major", [6, 9])
+@pytest.mark.parametrize("major, order", [(6, 0), (6, 1), (9, 12345)])
 def test_chips_and_orders_of_threads(order, major, fake):
     """Without 8-bit matrices the narrow kernels take all widths; blocks and threads run in any order."""
     path = tiny.model("llama", types="Q4_K", dim=256, head_dim=32)
@@ -182,7 +181,7 @@ def test_rows_grow_where_they_stand(arch, maps, fake):
     """By memory that is mapped, and by allocations where the GPU cannot map."""
     path = tiny.model(arch)
     with pybmc.Model(path, threads=1) as model:
-        right = passes(model, (1,) * 40, rows=16)
+        right = passes(model, (1,) * 18, rows=16)
     with fake.set(maps=maps), pybmc.Model(path, threads=1, n_gpu_layers=-1) as model:
         passes(model)                       # room for what passes bring with them stays
         before = fake["bytes"]
@@ -192,7 +191,7 @@ def test_rows_grow_where_they_stand(arch, maps, fake):
             session.eval(tokens(40), "none")
             assert fake["bytes"] - before >= 3 * first > 0
         assert fake["bytes"] == before
-        assert_same(passes(model, (1,) * 40, rows=16), right)
+        assert_same(passes(model, (1,) * 18, rows=16), right)
 
 
 def test_no_memory_for_rows_is_no_harm(fake):
@@ -309,12 +308,12 @@ def test_without_a_driver(tmp_path):
 def test_graphs_are_used_until_rows_are_added(fake):
     path = tiny.model("llama")
     with pybmc.Model(path, threads=1) as model, model.session(rows=16) as session:
-        right = np.concatenate([session.eval(tokens(1, i), "all") for i in range(70)])
+        right = np.concatenate([session.eval(tokens(1, i), "all") for i in range(40)])
     with pybmc.Model(path, threads=1, n_gpu_layers=-1) as model, model.session(rows=32) as session:
         graphs, launches = fake["graphs"], fake["graph_launches"]
-        ours = np.concatenate([session.eval(tokens(1, i), "all") for i in range(70)])
-        assert fake["graph_launches"] - launches >= 60
-        assert 1 <= fake["graphs"] - graphs <= 4
+        ours = np.concatenate([session.eval(tokens(1, i), "all") for i in range(40)])
+        assert fake["graph_launches"] - launches >= 34
+        assert 1 <= fake["graphs"] - graphs <= 2
     assert_same(ours, right)
 
 

@@ -9,7 +9,8 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { SENT_AT_ONCE = 16 << 20 };
+/* Bytes of weights on their way; floats at most for sums of chunks that wait to be merged: passes that need more do not cut. */
+enum { SENT_AT_ONCE = 16 << 20, CUT_FLOATS = 16 << 20 };
 
 /* Planning. */
 
@@ -122,6 +123,13 @@ static void *take(char **next, size_t bytes) {
 
 static size_t most(size_t a, size_t b) { return a > b ? a : b; }
 
+/* Room for the sums of a pass that is not cut into chunks, and of one of few tokens over a whole context that is. */
+static size_t part_floats(const bmc_model *m, const bmc_block *b) {
+    const size_t query = (size_t)b->n_heads * (padded(b->kind == BMC_MLA ? b->kv_rank : b->v_dim) + 2);
+    const size_t cut = GRAPH_TOKENS * query * (size_t)((m->c.n_ctx + CHUNK - 1) / CHUNK);
+    return most((size_t)m->pass_max * query, cut < CUT_FLOATS ? cut : CUT_FLOATS);
+}
+
 /* Lays the buffers of a pass out from `memory` on; returns the bytes they take. */
 static size_t lay_out(const bmc_model *m, struct cuda *c, char *memory) {
     struct buffers *b = &c->buffers;
@@ -130,7 +138,7 @@ static size_t lay_out(const bmc_model *m, struct cuda *c, char *memory) {
     size_t ids = 0;
     bool keeps_input = false;
     char *next = memory;
-    c->part_floats = PART_FLOATS;
+    c->part_floats = 0;
     for (const struct block *block = m->blocks + c->first; block < m->blocks + m->c.n_blocks; block++) {
         const struct need own = block->kind->need(m, block);
         need = (struct need){ .floats = most(need.floats, own.floats), .blocks = most(need.blocks, own.blocks) };
@@ -139,7 +147,7 @@ static size_t lay_out(const bmc_model *m, struct cuda *c, char *memory) {
             keeps_input |= block->c.route == BMC_ROUTE_LAYER;
         }
         if (block->c.kind == BMC_ATTENTION || block->c.kind == BMC_MLA)
-            c->part_floats = most(c->part_floats, n * (size_t)block->c.n_heads * (padded(block->c.kind == BMC_MLA ? block->c.kv_rank : block->c.v_dim) + 2));
+            c->part_floats = most(c->part_floats, part_floats(m, &block->c));
     }
     b->x = take(&next, row);
     b->y[0] = take(&next, row);
