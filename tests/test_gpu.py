@@ -12,11 +12,15 @@ import pytest
 import tiny
 import tiny_encoders
 import tiny_kinds
+from test_draft_head import path as head_path
 
 import pybmc
 from pybmc.cli import run
+from pybmc.engine.engine import Engine
 from pybmc.engine.gpu import gpus
+from pybmc.engine.perplexity import perplexity
 from pybmc.engine.prove import ON_GPU, prove
+from pybmc.engine.request import Request
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.gguf"))
 WIDTHS = (1, 2, 5, 17)                  # of passes: the kinds of product kernels but for the widest
@@ -51,6 +55,15 @@ def passes(model, widths=WIDTHS, rows="auto"):
     with model.session(rows=rows) as session:
         found = [session.eval(tokens(n, seed=n), "all") for n in widths]
         return np.concatenate([*found, session.eval(tokens(24), "last")[None]])
+
+
+def write(engine, request):
+    """What an engine writes, and how many guesses were checked."""
+    sequence, found = engine.add(request), []
+    while not sequence.done:
+        found += [token.id for _, token in engine.step()]
+    assert sequence.error is None
+    return found, sequence.stats.draft_n
 
 
 def bits(rows):
@@ -144,6 +157,14 @@ def test_generation_is_the_same_text():
     assert texts[0] == texts[1]
 
 
+def test_perplexity_is_the_same():
+    found = []
+    for layers in (0, 2):
+        with pybmc.Model(tiny.model("llama"), threads=2, n_gpu_layers=layers) as model:
+            found.append(perplexity(model, tiny.TEXT, 40).ppl)
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("arch", ["llama", *tiny_encoders.ARCHITECTURES])
 def test_hidden_states_and_encoders(arch):
     path = tiny.model(arch) if arch == "llama" else tiny_encoders.model(arch)
@@ -153,6 +174,18 @@ def test_hidden_states_and_encoders(arch):
             found.append(model.embed([[5, 6, 7, 8], list(range(20, 60))], pooling="mean"))
             assert model.gpu_layers == -layers * model.config.n_layers
     assert_same(found[1], found[0])
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_draft_head_goes_with_its_model(layers):
+    """Its output matrix is the model's, and its guesses are those of the CPU."""
+    path, texts = head_path("qwen3"), []
+    for n in (0, layers):
+        with pybmc.Model(path, threads=1, n_gpu_layers=n) as model:
+            with Engine(model, speculation=pybmc.Speculation(model, None, spec="mtp", fixed=3), parallel=1) as engine:
+                texts.append(write(engine, Request(tokens(12).tolist(), 16, pybmc.Sampler(temperature=0))))
+            assert model.gpu_layers == n
+    assert texts[0] == texts[1] and texts[0][1] > 0
 
 
 @pytest.mark.parametrize("name", tiny_kinds.NAMES)

@@ -36,7 +36,7 @@ struct graph {
 
 struct hidden { float *hidden, *kept; };           /* where a token's hidden state goes, or NULL */
 struct expert_factors { const float *gate, *up, *down; };      /* (n_experts,) each, or NULL */
-struct cuda_tasks { int size, n; const struct cuda_task *list; };       /* of up to `size` tokens */
+struct cuda_tasks { int n; const struct cuda_task *list; };     /* n 0: not made yet */
 
 struct cuda {
     struct gpu *gpu;
@@ -71,8 +71,8 @@ struct cuda {
     const struct cuda_rows *rows[2];            /* of arenas GPU_ROWS and GPU_WINDOWS */
     int n_chunks[2];
     const float *cos, *sin;
-    int rope_rows, n_tasks, n_began;            /* n_began: tokens that it began with */
-    struct cuda_tasks tasks[4];
+    int rope_rows, n_began;         /* n_began: tokens that it began with */
+    struct cuda_tasks tasks[ATTEND_ROWS + 1];   /* by the most tokens of one */
     bmc_session **sessions;         /* (n_sessions,) of the pass */
     struct hidden *hidden;          /* (n_hidden,) */
     int n_sessions, n_hidden;

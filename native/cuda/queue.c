@@ -102,7 +102,7 @@ void cuda_put_tokens(struct cuda *c, const struct pass *p) {
         list[t] = (struct cuda_token){ at->pos, at->end, at->last, number_of(c, at->session), at->session->rope };
     }
     c->at = cuda_put(c, list, (size_t)p->n_tok * sizeof *list);
-    c->n_tasks = 0;
+    memset(c->tasks, 0, sizeof c->tasks);
     free(list);
 }
 
@@ -143,24 +143,21 @@ static void put_turns(struct cuda *c, const struct pass *p) {
 
 /* Queries side by side of one session, as many as a block of threads takes. */
 struct cuda_tasks cuda_put_tasks(struct cuda *c, const struct pass *p, int size) {
-    for (int i = 0; i < c->n_tasks; i++)
-        if (c->tasks[i].size == size)
-            return c->tasks[i];
+    struct cuda_tasks *made = &c->tasks[size];
+    if (made->n)
+        return *made;
     struct cuda_task *list = malloc((size_t)p->n_tok * sizeof *list);
-    struct cuda_tasks made = { .size = size };
     for (int t = 0, n; list && t < p->n_tok; t += n) {
         for (n = 1; n < size && t + n < p->n_tok && p->at[t + n].session == p->at[t].session; n++)
             ;
-        list[made.n++] = (struct cuda_task){ t, n };
+        list[made->n++] = (struct cuda_task){ t, n };
     }
     if (!list)
         cuda_stop(c, fail(BMC_ENOMEM, "no memory for %d tokens", p->n_tok));
     else
-        made.list = cuda_put(c, list, (size_t)made.n * sizeof *list);
+        made->list = cuda_put(c, list, (size_t)made->n * sizeof *list);
     free(list);
-    if (c->n_tasks < (int)(sizeof c->tasks / sizeof *c->tasks))
-        c->tasks[c->n_tasks++] = made;
-    return made;
+    return *made;
 }
 
 /* The pass. */
@@ -173,7 +170,7 @@ static float *hidden_results(const bmc_model *m) {
 static int make_room(struct cuda *c, const struct pass *p) {
     const bmc_model *m = p->model;
     const size_t scaled = 2 * (size_t)m->c.n_blocks * sizeof(float), turns = 2 * (size_t)(m->c.n_ropes * m->buffers->turns) * sizeof(float);
-    size_t each = 2 * sizeof(struct cuda_token) + 8 * sizeof(struct cuda_task) + 2 * sizeof(int32_t) + 2 * sizeof(struct cuda_rows) + scaled + turns + 4 * 64;
+    size_t each = 2 * sizeof(struct cuda_token) + 2 * (ATTEND_ROWS + 1) * sizeof(struct cuda_task) + 2 * sizeof(int32_t) + 2 * sizeof(struct cuda_rows) + scaled + turns + 4 * 64;
     size_t bytes = (size_t)p->n_tok * each + 64 * (size_t)(m->c.n_blocks + 64);
     for (int i = 0; i < c->n_sessions; i++)
         for (int j = GPU_ROWS; j < ARENAS; j++)
