@@ -63,23 +63,13 @@ int arena_slots(struct arena *a, int64_t n) {
     return 0;
 }
 
-static size_t host_whole(void *of, size_t bytes) { return (void)of, memory_whole(bytes); }
-
-static void *host_map(void *of, size_t bytes) { return (void)of, memory_map(bytes); }
-
-static void host_unmap(void *of, void *memory, size_t bytes) { (void)of, memory_unmap(memory, bytes); }
-
-static int host_copy(void *of, void *to, const void *from, size_t bytes) { return (void)of, memcpy(to, from, bytes), 0; }
-
-static const struct arena_memory host = { NULL, host_whole, host_map, host_unmap, host_copy };
-
 static void unmap(const struct arena *a, char *segment) {
     a->config.memory->unmap(a->config.memory->of, segment, a->segment_bytes);
 }
 
 /* A new segment, zeroed or a copy of another; NULL without memory. */
 static char *new_segment(const struct arena *a, const char *from) {
-    const struct arena_memory *m = a->config.memory;
+    const struct memory *m = a->config.memory;
     char *segment = fails() ? NULL : m->map(m->of, a->segment_bytes);
     if (segment && from && m->copy(m->of, segment, from, a->segment_bytes)) {
         unmap(a, segment);
@@ -126,7 +116,7 @@ int arena_init(struct arena *a, const struct arena_config *config) {
     a->config = *config;
     struct arena_config *c = &a->config;
     if (!c->memory)
-        c->memory = &host;
+        c->memory = &memory_host;
     c->r = (int)round_up(c->r < c->cap ? c->r : c->cap, TILE_ROWS);
     a->segment_tiles = c->r / TILE_ROWS;
     a->segment_bytes = arena_bytes(c, a->segment_tiles);

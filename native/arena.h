@@ -13,6 +13,7 @@
 #define ARENA_H
 
 #include "bmc.h"
+#include "memory.h"
 
 #include <stdatomic.h>
 #include <stddef.h>
@@ -26,17 +27,8 @@ struct arena_stream {
     int64_t before;                 /* bytes of one tile of every head of the streams before it: arena_streams counts them */
 };
 
-/* Where segments come from. Addresses are only passed on: they may be a GPU's. */
-struct arena_memory {
-    void *of;                                                               /* the first argument of the functions */
-    size_t (*whole)(void *of, size_t bytes);                                /* rounded up to what it gives at a time */
-    void *(*map)(void *of, size_t bytes);                                   /* zeroed; NULL where there is none left */
-    void (*unmap)(void *of, void *memory, size_t bytes);
-    int (*copy)(void *of, void *to, const void *from, size_t bytes);        /* 0, or -1 */
-};
-
 struct arena_config {
-    const struct arena_memory *memory;      /* NULL: the host's; readable as long as the arena lives */
+    const struct memory *memory;            /* NULL: the host's; readable as long as the arena lives */
     const struct arena_stream *streams;     /* (n_streams,) readable as long as the arena lives */
     int n_streams;                  /* 0: there is nothing to keep */
     int64_t cap;                    /* rows at most */

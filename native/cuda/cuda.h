@@ -43,7 +43,7 @@ struct cuda {
     void *stream;
     int first;                      /* the first block that runs there; n_blocks: only the head does */
     struct gpu_segments segments;
-    struct arena_memory memory;     /* of sessions' rows */
+    struct memory memory;           /* of sessions' rows and states */
     void *functions[CUDA_KERNELS], *products[CUDA_WAYS][N_PANEL_TYPES];
 
     void *weights, *vectors, *room; /* on the GPU: panels, norms and tables, buffers */

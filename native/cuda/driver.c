@@ -308,6 +308,11 @@ static int copy_segment(void *of, void *to, const void *from, size_t bytes) {
     return cu->cuStreamSynchronize(s->stream) ? -1 : 0;
 }
 
-struct arena_memory gpu_arena_memory(struct gpu_segments *of) {
-    return (struct arena_memory){ of, segment_whole, new_segment, unmap_segment, copy_segment };
+static int zero_segment(void *of, void *memory, size_t bytes) {
+    const struct gpu_segments *s = of;
+    return gpu_enter(s->gpu) || s->gpu->cu->cuMemsetD8Async(cuda_address(memory), 0, bytes, s->stream) ? -1 : 0;
+}
+
+struct memory gpu_memory(struct gpu_segments *of) {
+    return (struct memory){ of, segment_whole, new_segment, unmap_segment, copy_segment, zero_segment };
 }

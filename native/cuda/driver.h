@@ -96,10 +96,10 @@ void *gpu_function(const struct gpu *gpu, const char *name);        /* NULL with
 int gpu_alloc(const struct gpu *gpu, size_t bytes, const char *what, void **memory);
 void gpu_free(const struct gpu *gpu, void *memory);
 
-/* Segments of arenas, which grow where they stand: each is memory mapped to addresses of its own, or where the GPU cannot do that an
+/* Segments of arenas, which grow where they stand, and states: each is memory mapped to addresses of its own, or where the GPU cannot do that an
  * allocation. The stream does the zeroing and copying. */
 struct gpu_segments { const struct gpu *gpu; void *stream; };
-struct arena_memory gpu_arena_memory(struct gpu_segments *of);
+struct memory gpu_memory(struct gpu_segments *of);
 
 static inline uint64_t cuda_address(const void *p) { return (uint64_t)(uintptr_t)p; }
 

@@ -421,7 +421,7 @@ int bmc_model_offload(bmc_model *m, int gpu, const char *kernels, int n_layers) 
         return status;
     }
     c->segments = (struct gpu_segments){ c->gpu, c->stream };
-    c->memory = gpu_arena_memory(&c->segments);
+    c->memory = gpu_memory(&c->segments);
     struct visit v = { .m = m, .first = first };
     model_each_matrix(m, mark, &v);
     c->weight_bytes = v.bytes;
