@@ -59,7 +59,7 @@ COMPILE = $(CC) $(FLAGS) $(CFLAGS)
 
 KERNELS := pybmc/kernels.fatbin
 
-all: $(LIBRARY) $(if $(filter-out 0,$(CUDA)),$(KERNELS))
+all: $(LIBRARY) $(if $(filter 1,$(CUDA)),$(KERNELS))
 
 $(LIBRARY): build/release/library
 	@cp $< $@.new && mv $@.new $@           # a running process keeps the file it has open
@@ -152,10 +152,11 @@ asan:
 CUDA_TEST := $(OUT)/tests/cuda/test_kernels
 CUDA_REFERENCES := $(patsubst %.c,$(OUT)/%.o,$(wildcard tests/cuda/*.c))
 CXX_FLAGS_asan = -DFEW_TYPES
-CXX_FLAGS = $(patsubst -O%,-O1,$(FLAGS_$(VARIANT))) $(CXX_FLAGS_$(VARIANT)) -std=c++17 -ffp-contract=off -pthread -Wall -Wextra -Wno-missing-field-initializers -Inative
+CXX_FLAGS = $(patsubst -O%,-O1,$(FLAGS_$(VARIANT))) $(CXX_FLAGS_$(VARIANT)) -std=c++17 -U_FORTIFY_SOURCE -ffp-contract=off -pthread -Wall -Wextra -Wno-missing-field-initializers -Inative
 
 test-cuda:
-	@$(call needs,$(CXX)) $(MAKE) VARIANT=$(VARIANT) $(CUDA_TEST) && $(CUDA_TEST)
+	@$(call needs,$(CXX)) test "$$(uname)" = Linux || { echo "make $@: skipped, only on Linux"; exit 0; }; \
+	$(MAKE) VARIANT=$(VARIANT) $(CUDA_TEST) && $(CUDA_TEST)
 
 $(CUDA_TEST): $(CUDA_TEST).o $(CUDA_REFERENCES) $(OBJECTS)
 	$(CXX) $(CXX_FLAGS) $(LDFLAGS) $^ -lm -o $@

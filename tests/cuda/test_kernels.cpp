@@ -540,7 +540,7 @@ static void recurrent_case(const char *name, cuda_recur a, int number) {
     size_t state_floats;
     std::vector<float> work = noises(reference_recur_layout(&a, (int)run.size(), NULL, &state_floats), 0.7f);
     reference_recur_layout(&a, (int)run.size(), work.data(), &state_floats);
-    std::vector<float> states = noises(RUNS * state_floats, 0.5f), weight = noises((size_t)a.conv * a.weight_stride), bias = noises(a.weight_stride), heads = noises(512),
+    std::vector<float> states = noises(RUNS * state_floats, 0.5f), weight = noises((size_t)a.conv * a.weight_stride + 16), bias = noises(a.weight_stride), heads = noises(512),
                        norm = noises(4096);
     for (int i = 0; i < RUNS; i++)
         runs[(size_t)i].memory = states.data() + (size_t)i * state_floats;
