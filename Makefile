@@ -83,12 +83,12 @@ $(OUT)/COMPILE.txt $(OUT)/OBJECTS.txt: $(OUT)/%.txt: FORCE
 
 # ---- the GPU's kernels ----
 
-CUDA_SOURCES := $(wildcard native/cuda/*.h native/cuda/*.cu native/kernels/*.h) native/exp.h native/kernels.h native/panels.h native/types.h
+CUDA_SOURCES := $(wildcard native/cuda/*.h native/cuda/*.cu native/kernels/*.h) $(addprefix native/,exp.h kernels.h panels.h state.h types.h bmc.h)
 NVCC ?= $(or $(shell command -v nvcc),$(WHEEL_NVCC))
 WHEEL_NVCC := build/nvcc/bin/nvcc
 # -fmad=false: a product and a sum are only one operation where fmaf says so.
 NVCC_FLAGS = -std=c++17 -fmad=false -Inative
-CUDA_TARGETS = -gencode arch=compute_75,code=compute_75 -gencode arch=compute_80,code=[sm_80,compute_80] -gencode arch=compute_90,code=sm_90
+CUDA_TARGETS = -gencode arch=compute_75,code=compute_75 -gencode 'arch=compute_80,code=[sm_80,compute_80]' -gencode arch=compute_90,code=sm_90
 
 $(KERNELS): $(CUDA_SOURCES) $(filter $(WHEEL_NVCC),$(NVCC))
 	$(NVCC) $(NVCC_FLAGS) $(CUDA_TARGETS) --threads 0 -compress-mode=size -fatbin native/cuda/kernels.cu -o $@

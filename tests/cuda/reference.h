@@ -5,8 +5,6 @@
 
 #include "cuda/args.h"
 
-#include <stdbool.h>
-
 void reference_norm(const struct cuda_norm *a);
 void reference_norm_rows(const struct cuda_norm_rows *a);
 void reference_quantize(const struct cuda_quantize *a);
