@@ -159,7 +159,7 @@ test-cuda:
 	$(MAKE) VARIANT=$(VARIANT) $(CUDA_TEST) && $(CUDA_TEST)
 
 $(CUDA_TEST): $(CUDA_TEST).o $(CUDA_REFERENCES) $(OBJECTS)
-	$(CXX) $(CXX_FLAGS) $(LDFLAGS) $^ -lm -o $@
+	$(CXX) $(CXX_FLAGS) $(LDFLAGS) $^ -lm -ldl -o $@
 
 $(CUDA_TEST).o: tests/cuda/test_kernels.cpp $(CUDA_SOURCES) $(wildcard tests/cuda/*.h)
 	@mkdir -p $(@D)

@@ -1,7 +1,6 @@
 """The build hook: make compiles the library, the package carries it.
 
-Editable installs use pybmc/libpybmc.so of the checkout and native/bmc.h; wheels get copies of both in pybmc/, and with CUDA=1 in the
-environment the GPU's kernels too.
+Editable installs use pybmc/libpybmc.so of the checkout and native/bmc.h; wheels get copies of both in pybmc/.
 """
 
 import os
@@ -41,8 +40,7 @@ class BuildNative(Command):
 
     def get_output_mapping_all(self):
         package = Path(self.build_lib, "pybmc")
-        names = [LIBRARY, *(["kernels.fatbin"] if os.environ.get("CUDA") == "1" else [])]
-        return [*((f"pybmc/{name}", str(package / name)) for name in names), ("native/bmc.h", str(package / "bmc.h"))]
+        return [(f"pybmc/{LIBRARY}", str(package / LIBRARY)), ("native/bmc.h", str(package / "bmc.h"))]
 
     def get_outputs(self):
         return [] if self.editable_mode else [target for _, target in self.get_output_mapping_all()]
@@ -51,7 +49,7 @@ class BuildNative(Command):
         return {}
 
     def get_source_files(self):
-        return ["Makefile", *(str(path) for path in Path("native").rglob("*.*") if path.suffix in (".c", ".h", ".cu"))]
+        return ["Makefile", *map(str, Path("native").rglob("*.[ch]"))]
 
 
 class Build(build):
