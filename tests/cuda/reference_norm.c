@@ -28,7 +28,8 @@ void reference_norm(const struct cuda_norm *a) {
         if (a->input)
             memcpy(a->input + row, a->x + row, a->stride * sizeof(float));
         if (a->norm.weight)
-            norm_row(&m, a->out + row, a->x + row, vector(a->norm.weight, 1, a->dim), vector(a->norm.bias, 1, a->dim), a->dim);
+            norm_row(&m, a->out + row, a->x + row, vector(a->norm.weight, 1, a->dim),
+                     vector(a->norm.bias, 1, a->dim), a->dim);
         else
             memcpy(a->out + row, a->x + row, (size_t)a->dim * sizeof(float));
         if (a->act)
