@@ -59,7 +59,7 @@ COMPILE = $(CC) $(FLAGS) $(CFLAGS)
 
 KERNELS := pybmc/kernels.fatbin
 
-all: $(LIBRARY) $(if $(filter-out 0,$(CUDA)),$(KERNELS))
+all: $(LIBRARY) $(if $(filter 1,$(CUDA)),$(KERNELS))
 
 $(LIBRARY): build/release/library
 	@cp $< $@.new && mv $@.new $@           # a running process keeps the file it has open
@@ -83,12 +83,12 @@ $(OUT)/COMPILE.txt $(OUT)/OBJECTS.txt: $(OUT)/%.txt: FORCE
 
 # ---- the GPU's kernels ----
 
-CUDA_SOURCES := $(wildcard native/cuda/*.h native/cuda/*.cu native/kernels/*.h) native/exp.h native/kernels.h native/panels.h native/types.h
+CUDA_SOURCES := $(wildcard native/cuda/*.h native/cuda/*.cu native/kernels/*.h) $(addprefix native/,exp.h kernels.h panels.h state.h types.h bmc.h)
 NVCC ?= $(or $(shell command -v nvcc),$(WHEEL_NVCC))
 WHEEL_NVCC := build/nvcc/bin/nvcc
 # -fmad=false: a product and a sum are only one operation where fmaf says so.
 NVCC_FLAGS = -std=c++17 -fmad=false -Inative
-CUDA_TARGETS = -gencode arch=compute_75,code=compute_75 -gencode arch=compute_80,code=[sm_80,compute_80] -gencode arch=compute_90,code=sm_90
+CUDA_TARGETS = -gencode arch=compute_75,code=compute_75 -gencode 'arch=compute_80,code=[sm_80,compute_80]' -gencode arch=compute_90,code=sm_90
 
 $(KERNELS): $(CUDA_SOURCES) $(filter $(WHEEL_NVCC),$(NVCC))
 	$(NVCC) $(NVCC_FLAGS) $(CUDA_TARGETS) --threads 0 -compress-mode=size -fatbin native/cuda/kernels.cu -o $@
@@ -158,13 +158,14 @@ asan:
 CUDA_TEST := $(OUT)/tests/cuda/test_kernels
 CUDA_REFERENCES := $(patsubst %.c,$(OUT)/%.o,$(wildcard tests/cuda/*.c))
 CXX_FLAGS_asan = -DFEW_TYPES
-CXX_FLAGS = $(patsubst -O%,-O1,$(FLAGS_$(VARIANT))) $(CXX_FLAGS_$(VARIANT)) -std=c++17 -ffp-contract=off -pthread -Wall -Wextra -Wno-missing-field-initializers -Inative
+CXX_FLAGS = $(patsubst -O%,-O1,$(FLAGS_$(VARIANT))) $(CXX_FLAGS_$(VARIANT)) -std=c++17 -U_FORTIFY_SOURCE -ffp-contract=off -pthread -Wall -Wextra -Wno-missing-field-initializers -Inative
 
 test-cuda:
-	@$(call needs,$(CXX)) $(MAKE) VARIANT=$(VARIANT) $(CUDA_TEST) && $(CUDA_TEST)
+	@$(call needs,$(CXX)) test "$$(uname)" = Linux || { echo "make $@: skipped, only on Linux"; exit 0; }; \
+	$(MAKE) VARIANT=$(VARIANT) $(CUDA_TEST) && $(CUDA_TEST)
 
 $(CUDA_TEST): $(CUDA_TEST).o $(CUDA_REFERENCES) $(OBJECTS)
-	$(CXX) $(CXX_FLAGS) $(LDFLAGS) $^ -lm -o $@
+	$(CXX) $(CXX_FLAGS) $(LDFLAGS) $^ -lm -ldl -o $@
 
 $(CUDA_TEST).o: tests/cuda/test_kernels.cpp $(CUDA_SOURCES) $(wildcard tests/cuda/*.h)
 	@mkdir -p $(@D)

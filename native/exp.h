@@ -1,4 +1,5 @@
-/* e^x in double by operations that every machine rounds alike, the GPU too: a library's own exp differs in its last bit. */
+/* e^x in double by operations that every machine rounds alike, the GPU too: a library's own exp differs in
+ * its last bit. */
 #ifndef EXP_H
 #define EXP_H
 
@@ -20,14 +21,15 @@ EVERYWHERE double power_of_two(int n) {
     return x;
 }
 
-/* Within 2 ulp for -708 < x < 709; 0 below, infinite above, NaN for NaN. e^x = 2^n e^r, |r| <= ln 2 / 2: Taylor's polynomial, whose
- * first term left out is 4e-18. n times the leading 32 bits of ln 2 is exact. */
+/* Within 2 ulp for -708 < x < 709; 0 below, infinite above, NaN for NaN. e^x = 2^n e^r, |r| <= ln 2 / 2:
+ * Taylor's polynomial, whose first term left out is 4e-18. n times the leading 32 bits of ln 2 is exact. */
 EVERYWHERE double exp_exact(double x) {
     if (x < -708)
         return 0;
     if (x > 709)
         return INFINITY;
-    const double n = rint(x * 1.4426950408889634), r = (x - n * 0.69314718036912382) - n * 1.9082149292705877e-10;
+    const double n = rint(x * 1.4426950408889634),
+                 r = (x - n * 0.69314718036912382) - n * 1.9082149292705877e-10;
     double p = 1.0 / 6227020800;
     if (!(x == x))
         return x;

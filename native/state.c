@@ -23,7 +23,10 @@ static void drop(struct snapshot *p) {
     *p = (struct snapshot){ 0 };
 }
 
-static size_t whole(const struct states *s, size_t floats) { return place_of(s)->whole(place_of(s)->of, floats * sizeof(float)); }
+/* Bytes that are taken for so many floats; some, even if there are none. */
+static size_t whole(const struct states *s, size_t floats) {
+    return place_of(s)->whole(place_of(s)->of, (floats ? floats : 1) * sizeof(float));
+}
 
 static size_t stream_floats(const struct state_size *size) {
     return 2 * size->floats + ((size_t)(LOG_MAX + size->n_before) * size->row + 15) / 16 * 16;
@@ -183,7 +186,7 @@ static struct snapshot *next_snapshot(struct states *s) {
 
 int states_snapshot(struct states *s) {
     const struct snapshot *last = last_snapshot(s, s->base);
-    if (!s->base || (last && last->position == s->base))
+    if (!s->n || !s->base || (last && last->position == s->base))
         return 0;
     struct copy *copy = malloc(sizeof *copy);
     float *values = copy ? place_of(s)->map(place_of(s)->of, whole(s, snapshot_floats(s))) : NULL;

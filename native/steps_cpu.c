@@ -1,5 +1,5 @@
-/* The steps of a pass on the CPU: what the machine's table points to. Products are in linear.c, attention in attend.c, the head in
- * head.c. */
+/* The steps of a pass on the CPU: what the machine's table points to. Products are in linear.c, attention
+ * in attend.c, the head in head.c. */
 #include "layers/recurrent.h"
 
 /* x += the results of the blocks up to `last` that wait for it: one, or two side by side. */
@@ -39,9 +39,10 @@ void settle_rows(struct pass *p, const struct block *waits, int thread) {
     barrier(p, thread, BMC_STEP_NORM);
 }
 
-/* norm(x): of few tokens all, by every thread for itself, and otherwise each thread's share. What waits is added to x first, which
- * is no work to do twice. */
-static struct tokens normed(struct pass *p, const struct block *waits, struct vector weight, struct vector bias, bool keep_input, int thread) {
+/* norm(x): of few tokens all, by every thread for itself, and otherwise each thread's share. What waits is
+ * added to x first, which is no work to do twice. */
+static struct tokens normed(struct pass *p, const struct block *waits, struct vector weight,
+                            struct vector bias, bool keep_input, int thread) {
     const bmc_model *m = p->model;
     const struct buffers *b = m->buffers;
     const int dim = m->c.dim;
@@ -84,7 +85,8 @@ static void norm_rows(struct pass *p, struct tokens in, int n, struct vector wei
 }
 
 static void move_row(struct rows rows, int to, int from) {
-    memmove(rows.x + (size_t)to * rows.stride, rows.x + (size_t)from * rows.stride, rows.stride * sizeof *rows.x);
+    memmove(rows.x + (size_t)to * rows.stride, rows.x + (size_t)from * rows.stride,
+            rows.stride * sizeof *rows.x);
 }
 
 static void keep(struct pass *p, const struct rows *rows, int n, int thread) {
@@ -100,6 +102,6 @@ static void keep(struct pass *p, const struct rows *rows, int n, int thread) {
 const struct machine cpu_machine = {
     .name = "CPU", .norm = normed, .norm_rows = norm_rows, .quantize = quantize_rows, .multiply = multiply,
     .gate_up = gate_up_all, .place = place_heads, .compress = place_latents, .attend = attend_all,
-    .recur = recur, .short_conv = short_conv, .experts = run_experts, .keep = keep,
-    .give = give_hidden, .head = head, .end = barrier,
+    .recur = recur, .short_conv = short_conv, .experts = run_experts, .keep = keep, .give = give_hidden,
+    .head = head, .end = barrier,
 };

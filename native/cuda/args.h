@@ -6,11 +6,12 @@
  *     void *list[] = { &args };
  *     cuLaunchKernel(find("norm_tokens"), g.x, g.y, g.z, g.threads, 1, 1, 0, stream, list, NULL);
  *
- * Shared memory is static. Blocks of a launch never wait for each other; launches of a stream run in their order. Each
- * result is, bit for bit, that of the CPU's kernels.
+ * Shared memory is static. Blocks of a launch never wait for each other; launches of a stream run in their
+ * order. Each result is, bit for bit, that of the CPU's kernels.
  *
- * Rows of floats are (tokens, stride), strides in floats and multiples of 16, as in struct buffers. Rows in 8 bits are one
- * tile: block b of token t is act[b * act_stride + t], act_stride at least the number of tokens. */
+ * Rows of floats are (tokens, stride), strides in floats and multiples of 16, as in struct buffers. Rows in 8
+ * bits are one tile: block b of token t is act[b * act_stride + t], act_stride at least the number of
+ * tokens. */
 #ifndef CUDA_ARGS_H
 #define CUDA_ARGS_H
 
@@ -39,7 +40,8 @@ struct cuda_rows {
 /* A normalization: struct vector's values or NULL. */
 struct cuda_weights { const float *weight, *bias; };
 
-/* "norm_tokens": what blocks left in y joins x (settle in forward.c), then out = norm(x), floats and 8 bits. */
+/* "norm_tokens": what blocks left in y joins x (settle in forward.c), then out = norm(x), in floats and 8
+ * bits. */
 struct cuda_norm {
     int n_tok, dim;
     size_t stride;                  /* of x, y, input and out */
@@ -57,10 +59,12 @@ struct cuda_norm {
     int kind;                       /* enum bmc_norm */
     float eps;
 };
-static inline struct cuda_grid norm_grid(const struct cuda_norm *a) { return (struct cuda_grid){ (unsigned)a->n_tok, 1, 1, 256 }; }
+static inline struct cuda_grid norm_grid(const struct cuda_norm *a) {
+    return (struct cuda_grid){ (unsigned)a->n_tok, 1, 1, 256 };
+}
 
-/* "norm_rows": y = norm(x) * scale, also in place; rows (n_tok, n_parts) of n values each, part p at x + p * pitch. Norms of all
- * heads together, of latent values, of a router's input. */
+/* "norm_rows": y = norm(x) * scale, also in place; rows (n_tok, n_parts) of n values each, part p at x + p *
+ * pitch. Norms of all heads together, of latent values, of a router's input. */
 struct cuda_norm_rows {
     int n_tok, n_parts, n;
     const float *x;
@@ -93,7 +97,8 @@ static inline struct cuda_grid quantize_grid(const struct cuda_quantize *a) {
 
 /* ---- products: struct panel_job, with any number of tokens ---- */
 
-/* Entries of experts: a pass's (token, expert) pairs, sorted by expert, tokens ascending (experts.c: sort). */
+/* Entries of experts: a pass's (token, expert) pairs, sorted by expert, tokens ascending (sort in
+ * experts.c). */
 struct cuda_lists {
     const int32_t *used;            /* (n_slots,) experts that have tokens, ascending; -1 after the last */
     const int32_t *first;           /* (n_experts + 1,) where an expert's entries begin */
@@ -115,8 +120,9 @@ struct cuda_product {
     float *out;                     /* out[tok * out_stride + row] */
     size_t out_stride;
     int add;
-    /* Experts: lists.used NULL: one matrix. Else matrix e begins e * expert_* further on, its columns are its entries, and out is
-     * (entries, out_stride). gathers: act and x are the pass's tokens, found by lists.tok; else they are entries too. */
+    /* Experts: lists.used NULL: one matrix. Else matrix e begins e * expert_* further on, its columns are its
+     * entries, and out is (entries, out_stride). gathers: act and x are the pass's tokens, found by
+     * lists.tok; else they are entries too. */
     struct cuda_lists lists;
     int gathers;
     size_t expert_codes, expert_scales;     /* bytes */
@@ -124,9 +130,9 @@ struct cuda_product {
     const float *factors;           /* (n_experts,) or NULL: factor */
 };
 
-/* Kernels of a product, by the number of tokens: a name is "<way>_<type>", as "narrow1_q4_k" or "floats_f16". With lists the
- * number that counts is `most`. mma: the device multiplies 8-bit matrices (compute capability 8.0 and later); without it narrow
- * kernels take all tokens, four at a time. */
+/* Kernels of a product, by the number of tokens: a name is "<way>_<type>", as "narrow1_q4_k" or "floats_f16".
+ * With lists the number that counts is `most`. mma: the device multiplies 8-bit matrices (compute
+ * capability 8.0 and later); without it narrow kernels take all tokens, four at a time. */
 enum cuda_way { NARROW1, NARROW2, NARROW4, WIDE8, WIDE16, WIDE32, TILES, FLOATS, FLOAT_TILES, CUDA_WAYS };
 
 static inline const char *cuda_way_name(enum cuda_way way) {
@@ -143,9 +149,13 @@ static inline const char *cuda_type_name(int type) {
     return NULL;
 }
 
-static inline int cuda_is_float(int type) { return type == TYPE_F32 || type == TYPE_F16 || type == TYPE_BF16; }
+static inline int cuda_is_float(int type) {
+    return type == TYPE_F32 || type == TYPE_F16 || type == TYPE_BF16;
+}
 
-static inline int product_columns(const struct cuda_product *a) { return a->lists.used ? a->lists.most : a->n_tok; }
+static inline int product_columns(const struct cuda_product *a) {
+    return a->lists.used ? a->lists.most : a->n_tok;
+}
 
 static inline enum cuda_way product_way(int type, const struct cuda_product *a, int mma) {
     const int n = product_columns(a);
@@ -167,16 +177,18 @@ static inline struct cuda_tile product_tile(enum cuda_way way) {
 
 static inline struct cuda_grid product_grid(enum cuda_way way, const struct cuda_product *a) {
     const struct cuda_tile tile = product_tile(way);
-    return (struct cuda_grid){ cuda_over(a->n_rows, PANEL_ROWS * tile.panels), cuda_over(product_columns(a), tile.tokens),
+    return (struct cuda_grid){ cuda_over(a->n_rows, PANEL_ROWS * tile.panels),
+                               cuda_over(product_columns(a), tile.tokens),
                                a->lists.used ? (unsigned)a->lists.n_slots : 1, way == FLOATS ? 128u : 256u };
 }
 
 /* ---- attention ---- */
 
-/* "place": head norms, rope and scale of queries and keys; keys and values go to their tiles (attention.c: place_rows). */
+/* "place": head norms, rope and scale of queries and keys; keys and values go to their tiles (attention.c:
+ * place_rows). */
 struct cuda_place {
     int n_tok, n_heads, n_kv_heads, k_dim, v_dim;
-    float *q, *k, *v;               /* k NULL: only queries (the block reads another's rows); v NULL: values are the keys */
+    float *q, *k, *v; /* k NULL: only queries (the block reads another's rows); v NULL: values are the keys */
     size_t q_stride, k_stride, v_stride, q_pitch;
     const struct cuda_token *at;    /* (n_tok,) */
     const struct cuda_rows *rows;   /* (sessions,) of the block's arena */
@@ -194,7 +206,8 @@ struct cuda_place {
     float eps;
 };
 static inline struct cuda_grid place_grid(const struct cuda_place *a) {
-    return (struct cuda_grid){ (unsigned)a->n_tok, (unsigned)(a->n_heads + (a->k ? a->n_kv_heads : 0)), 1, 32 };
+    return (struct cuda_grid){ (unsigned)a->n_tok, (unsigned)(a->n_heads + (a->k ? a->n_kv_heads : 0)), 1,
+                               32 };
 }
 
 /* Queries side by side, of one session: at most ATTEND_ROWS / group of them, at least one. */
@@ -202,11 +215,13 @@ struct cuda_task { int32_t first, n; };     /* tokens */
 enum { ATTEND_ROWS = 16 };
 static inline int attend_tokens(int group) { return group < ATTEND_ROWS ? ATTEND_ROWS / group : 1; }
 
-/* "attend": a task's queries over chunks of rows. direct: block (task, KV head, part of its group) goes through all chunks in their
- * order and ends with the result. Else blockIdx.z is where in the list of chunks it begins, each chunk's sums go to `parts`, and
- * "attend_merge", with the same arguments, adds them up in order. Either way gives the same bits.
+/* "attend": a task's queries over chunks of rows. direct: block (task, KV head, part of its group) goes
+ * through all chunks in their order and ends with the result. Else blockIdx.z is where in the list of chunks
+ * it begins, each chunk's sums go to `parts`, and "attend_merge", with the same arguments, adds them up in
+ * order. Either way gives the same bits.
  *
- * n_chunks: chunks that the largest `end` of the pass needs, or more (a graph is captured for the rows reserved). */
+ * n_chunks: chunks that the largest `end` of the pass needs, or more (a graph is captured for the rows
+ * reserved). */
 struct cuda_attend {
     int n_tasks, n_tok, n_heads, n_kv_heads, k_dim, v_dim;
     int shared;                     /* 1: values are the first v_dim of the keys, and tiles have keys only */
@@ -227,17 +242,20 @@ struct cuda_attend {
     const float *gate;              /* (n_tok, gate_stride) or NULL: out *= f(gate) */
     size_t gate_stride, gate_pitch; /* gate_pitch 1: one for each head */
     int gate_act;                   /* enum bmc_act */
-    struct act_block *act;          /* where v_dim is whole blocks of 32; NULL: floats only, "quantize" follows */
+    struct act_block *act; /* where v_dim is whole blocks of 32; NULL: floats only, "quantize" follows */
     int act_stride;
 };
 static inline int attend_v_pad(const struct cuda_attend *a) { return (a->v_dim + 15) / 16 * 16; }
-/* For each query (token, head) and chunk v_pad sums, the largest score and the sum of weights; direct: for each query. */
+/* For each query (token, head) and chunk v_pad sums, the largest score and the sum of weights; direct: for
+ * each query. */
 static inline size_t attend_parts(const struct cuda_attend *a) {
-    return (size_t)a->n_tok * (size_t)a->n_heads * (size_t)(a->direct ? 1 : a->n_chunks) * (size_t)(attend_v_pad(a) + 2);
+    return (size_t)a->n_tok * (size_t)a->n_heads * (size_t)(a->direct ? 1 : a->n_chunks)
+           * (size_t)(attend_v_pad(a) + 2);
 }
 static inline struct cuda_grid attend_grid(const struct cuda_attend *a) {
     const int group = a->n_heads / a->n_kv_heads;
-    return (struct cuda_grid){ (unsigned)a->n_tasks, (unsigned)a->n_kv_heads * cuda_over(group, ATTEND_ROWS), a->direct ? 1 : (unsigned)a->n_chunks, 256 };
+    return (struct cuda_grid){ (unsigned)a->n_tasks, (unsigned)a->n_kv_heads * cuda_over(group, ATTEND_ROWS),
+                               a->direct ? 1 : (unsigned)a->n_chunks, 256 };
 }
 static inline struct cuda_grid attend_merge_grid(const struct cuda_attend *a) {
     return (struct cuda_grid){ (unsigned)a->n_tok, (unsigned)a->n_heads, 1, 128 };
@@ -245,8 +263,8 @@ static inline struct cuda_grid attend_merge_grid(const struct cuda_attend *a) {
 
 /* ---- the rest of a block ---- */
 
-/* "activate": up = act(gate) * up, or act(up) where gate is NULL; floats in up, and 8 bits. With lists n_tok is the number of
- * entries. */
+/* "activate": up = act(gate) * up, or act(up) where gate is NULL; floats in up, and 8 bits. With lists n_tok
+ * is the number of entries. */
 struct cuda_activate {
     int n_tok, dim, kind;           /* kind: enum bmc_act */
     float param[4];
@@ -287,7 +305,8 @@ static inline struct cuda_grid best_grid(const struct cuda_best_of *a) {
 
 /* ---- experts ---- */
 
-/* "route": a token's experts, ascending, and their weights, from the router's scores (experts.c: choose). A block a token. */
+/* "route": a token's experts, ascending, and their weights, from the router's scores (experts.c: choose). A
+ * block a token. */
 struct cuda_route {
     int n_tok, n_experts, n_active;
     const float *scores;            /* (n_tok, stride) */
@@ -298,7 +317,9 @@ struct cuda_route {
     int32_t *chosen;                /* (n_tok, n_active) */
     float *weight;                  /* (n_tok, n_active) */
 };
-static inline struct cuda_grid route_grid(const struct cuda_route *a) { return (struct cuda_grid){ (unsigned)a->n_tok, 1, 1, 256 }; }
+static inline struct cuda_grid route_grid(const struct cuda_route *a) {
+    return (struct cuda_grid){ (unsigned)a->n_tok, 1, 1, 256 };
+}
 
 /* "sort_experts": the lists that products read. One block. */
 struct cuda_sort {
@@ -307,7 +328,10 @@ struct cuda_sort {
     int32_t *used, *first, *tok;    /* as in struct cuda_lists */
     int32_t *entry;                 /* (n_tok, n_active) which entry a choice became */
 };
-static inline struct cuda_grid sort_grid(const struct cuda_sort *a) { (void)a; return (struct cuda_grid){ 1, 1, 1, 256 }; }
+static inline struct cuda_grid sort_grid(const struct cuda_sort *a) {
+    (void)a;
+    return (struct cuda_grid){ 1, 1, 1, 256 };
+}
 
 /* "combine": y (+)= weight * row of each of a token's entries, experts ascending. */
 struct cuda_combine {
@@ -341,9 +365,10 @@ struct cuda_run {
     int32_t first, start, n, base, next_base, replay;
 };
 
-/* Delta net and Mamba 2, between the products of the input and of the result (layers/recurrent.c): "recur_prepare", "recur_walk",
- * "recur_finish", "recur_keep", in this order and with the same arguments. The short convolution: "short_conv", "recur_keep". All
- * leave floats in out: "quantize" follows. The rows of work are those of layers/recurrent.h: struct work. */
+/* Delta net and Mamba 2, between the products of the input and of the result (layers/recurrent.c):
+ * "recur_prepare", "recur_walk", "recur_finish", "recur_keep", in this order and with the same arguments. The
+ * short convolution: "short_conv", "recur_keep". All leave floats in out: "quantize" follows. The rows of
+ * work are those of layers/recurrent.h: struct work. */
 struct cuda_recur {
     int n_tok, n_runs;
     const struct cuda_run *runs;    /* (n_runs,) */
@@ -362,7 +387,8 @@ struct cuda_recur {
     int dim;                        /* short convolution: channels */
     const float *weight;            /* (conv, weight_stride) of the convolution */
     size_t weight_stride;
-    const float *conv_bias, *dt_bias, *decay_rate, *skip, *norm;    /* decay_rate: ssm_a; skip: ssm_d; NULL: none */
+    const float *conv_bias, *dt_bias, *decay_rate;      /* decay_rate: ssm_a; NULL: none */
+    const float *skip, *norm;       /* skip: ssm_d */
     float eps;
 };
 static inline struct cuda_grid recur_prepare_grid(const struct cuda_recur *a) {
@@ -377,19 +403,22 @@ static inline struct cuda_grid recur_finish_grid(const struct cuda_recur *a) {
 static inline struct cuda_grid recur_keep_grid(const struct cuda_recur *a) {
     return (struct cuda_grid){ cuda_over((int64_t)a->state_row, 256), (unsigned)a->n_runs, 1, 256 };
 }
-static inline struct cuda_grid short_conv_grid(const struct cuda_recur *a) { return (struct cuda_grid){ cuda_over(a->dim, 256), 1, 1, 256 }; }
+static inline struct cuda_grid short_conv_grid(const struct cuda_recur *a) {
+    return (struct cuda_grid){ cuda_over(a->dim, 256), 1, 1, 256 };
+}
 
 /* ---- compressed attention ---- */
 
-/* "place_compressed": each head's query [nope | rope] is turned and scaled, nope goes to its own rows, rope behind the head's row
- * of `query`; the row [c | r] has its norm and its turn, and goes to the tile (layers/mla.c: place_rows). "attend" follows. */
+/* "place_compressed": each head's query [nope | rope] is turned and scaled, nope goes to its own rows, rope
+ * behind the head's row of `query`; the row [c | r] has its norm and its turn, and goes to the tile
+ * (layers/mla.c: place_rows). "attend" follows. */
 struct cuda_place_compressed {
     int n_tok, n_heads, nope, rank, turned;         /* turned: values of rope */
     const float *q;                 /* (n_tok, q_stride): n_heads x (nope + turned) */
     float *kv;                      /* (n_tok, kv_stride): rank + turned */
     float *nopes, *query;           /* (n_tok, ..): n_heads x nope; n_heads x (rank + turned) */
     size_t q_stride, kv_stride, nopes_stride, query_stride;
-    struct cuda_place at;           /* its tokens, rows, tables of rope, scale, norm (in k_norm) and kind; not its q, k and v */
+    struct cuda_place at;           /* its tokens, rows, rope, scale, norm (k_norm) and kind; not q, k, v */
 };
 static inline struct cuda_grid place_compressed_grid(const struct cuda_place_compressed *a) {
     return (struct cuda_grid){ (unsigned)a->n_tok, (unsigned)a->n_heads + 1, 1, 32 };

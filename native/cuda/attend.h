@@ -1,9 +1,11 @@
-/* Keys and values into their tiles, and attention over them: a chunk of 256 rows is summed up on its own, chunks are merged in their
- * order (../kernels/attn.h). */
+/* Keys and values into their tiles, and attention over them: a chunk of 256 rows is summed up on its own,
+ * chunks are merged in their order (../kernels/attn.h). */
 
-DEVICE uint16_t *find_tile(const struct cuda_rows &rows, int64_t before, int64_t tile_bytes, int head, int64_t tile) {
+DEVICE uint16_t *find_tile(const struct cuda_rows &rows, int64_t before, int64_t tile_bytes, int head,
+                           int64_t tile) {
     const int64_t segment = tile / rows.segment_tiles, left = tile - segment * rows.segment_tiles;
-    char *at = rows.segments[segment] + before * rows.segment_tiles + (head * rows.segment_tiles + left) * tile_bytes;
+    char *at = rows.segments[segment] + before * rows.segment_tiles
+               + (head * rows.segment_tiles + left) * tile_bytes;
     return (uint16_t *)(void *)at;
 }
 
@@ -17,7 +19,8 @@ DEVICE void turn(const struct cuda_place &a, float *head) {
     const int table = a.rope | a.at[blockIdx.x].rope, half = a.rope_style ? a.rope_dims[table] / 2 : 0;
     const size_t at = ((size_t)table * (size_t)a.rope_rows + blockIdx.x) * (size_t)a.turns;
     for (int i = (int)threadIdx.x; i < half; i += (int)blockDim.x) {
-        float *x = head + (a.rope_style == BMC_ROPE_PAIRS ? 2 * i : i), *y = a.rope_style == BMC_ROPE_PAIRS ? x + 1 : x + half;
+        float *x = head + (a.rope_style == BMC_ROPE_PAIRS ? 2 * i : i),
+              *y = a.rope_style == BMC_ROPE_PAIRS ? x + 1 : x + half;
         const float cos = a.cos[at + (size_t)i], sin = a.sin[at + (size_t)i], u = *x, v = *y;
         *x = u * cos - v * sin;
         *y = u * sin + v * cos;
@@ -25,7 +28,8 @@ DEVICE void turn(const struct cuda_place &a, float *head) {
     __syncthreads();
 }
 
-DEVICE void place_head(const struct cuda_place &a, float *head, int h, struct cuda_weights w, size_t pitch, struct row_room &s) {
+DEVICE void place_head(const struct cuda_place &a, float *head, int h, struct cuda_weights w, size_t pitch,
+                       struct row_room &s) {
     if (a.rope_late)
         turn(a, head);
     if (w.weight) {
@@ -39,7 +43,8 @@ DEVICE void place_head(const struct cuda_place &a, float *head, int h, struct cu
 
 /* A query of a head, or a KV head's key and value. */
 KERNEL(place, 32, struct cuda_place, struct place_room) {
-    const int t = (int)blockIdx.x, h = (int)blockIdx.y - a.n_heads, pad = (a.v_dim + 15) / 16 * 16, slot = a.at[t].pos % TILE;
+    const int t = (int)blockIdx.x, h = (int)blockIdx.y - a.n_heads, pad = (a.v_dim + 15) / 16 * 16,
+              slot = a.at[t].pos % TILE;
     if (h < 0) {
         float *q = a.q + (size_t)t * a.q_stride + blockIdx.y * a.q_pitch;
         const float scale = a.scales ? a.scales[t] : a.scale;
@@ -65,8 +70,8 @@ KERNEL(place, 32, struct cuda_place, struct place_room) {
 
 DEVICE int v_pad(const struct cuda_attend &a) { return (a.v_dim + 15) / 16 * 16; }
 
-/* The rows that a token sees of a chunk, counted from its beginning; none where first >= limit. The first chunk is exempt from what
- * the pass says (attend.c). */
+/* The rows that a token sees of a chunk, counted from its beginning; none where first >= limit. The first
+ * chunk is exempt from what the pass says (attend.c). */
 struct seen { int first, limit; };
 DEVICE struct seen rows_seen(const struct cuda_attend &a, const struct cuda_token &at, int chunk) {
     const int window = chunk && at.last && (!a.window || at.last < a.window) ? at.last : a.window;
@@ -77,7 +82,7 @@ DEVICE struct seen rows_seen(const struct cuda_attend &a, const struct cuda_toke
 }
 DEVICE bool sees(struct seen s) { return s.first < s.limit; }
 
-/* The queries of a block of threads: row r is token first + r / heads, head of the group begin + r % heads. */
+/* The queries of a block of threads: row r is token first + r / heads, head begin + r % heads. */
 struct batch { int first, heads, begin, n, h; };
 DEVICE struct batch find_batch(const struct cuda_attend &a) {
     const int group = a.n_heads / a.n_kv_heads, part = (int)blockIdx.y / a.n_kv_heads * ATTEND_ROWS;
@@ -96,19 +101,23 @@ struct attend_room {
 };
 
 /* s[r][t] = q[r] . K[t]: a thread a row of the cache, a chain over the key's values for each of R queries. */
-template <int R> DEVICE void score(const struct cuda_attend &a, struct batch b, int chunk, struct seen any, struct attend_room &s) {
+template <int R> DEVICE void score(const struct cuda_attend &a, struct batch b, int chunk, struct seen any,
+                                   struct attend_room &s) {
     const int t = (int)threadIdx.x;
     const bool works = t >= any.first && t < any.limit;
     const uint16_t *k = NULL;
     float sum[R] = {};
     if (works)
-        k = find_tile(a.rows[a.at[b.first].session], a.before, a.tile_bytes, b.h, chunk * (CHUNK / TILE) + t / TILE) + t % TILE;
+        k = find_tile(a.rows[a.at[b.first].session], a.before, a.tile_bytes, b.h,
+                      chunk * (CHUNK / TILE) + t / TILE)
+            + t % TILE;
     for (int first = 0; first < a.k_dim; first += CHUNK) {
         const int n = least(a.k_dim - first, CHUNK);
         __syncthreads();
         for (int i = t; i < n * R; i += (int)blockDim.x) {
             const int r = i / n, d = i % n, row = least(r, b.n - 1);
-            s.q[d][r] = a.q[(size_t)token_of(b, row) * a.q_stride + (size_t)head_of(b, row) * a.q_pitch + (size_t)(first + d)];
+            s.q[d][r] = a.q[(size_t)token_of(b, row) * a.q_stride + (size_t)head_of(b, row) * a.q_pitch
+                            + (size_t)(first + d)];
         }
         __syncthreads();
         for (int d = 0; works && d < n; d++) {
@@ -131,8 +140,8 @@ DEVICE float bend(const struct cuda_attend &a, struct batch b, int r, float v, i
     return a.slopes ? fmaf(-a.slopes[head_of(b, r)], fabsf((float)distance), v) : v;
 }
 
-/* Scores become weights e^(s - the largest), exactly 0 where the query does not look: sixteen threads a query. Leaves the largest
- * score in keep and the sum of the weights in gain. */
+/* Scores become weights e^(s - the largest), exactly 0 where the query does not look: sixteen threads a
+ * query. Leaves the largest score in keep and the sum of the weights in gain. */
 DEVICE void weigh(const struct cuda_attend &a, struct batch b, int chunk, struct attend_room &s) {
     for (int r = half_warp(); r < b.n; r += (int)blockDim.x / 16) {
         const struct seen seen = s.seen[r];
@@ -162,7 +171,8 @@ DEVICE void weigh(const struct cuda_attend &a, struct batch b, int chunk, struct
     __syncthreads();
 }
 
-/* A chunk's largest score and sum of weights join those before it: what both have to be multiplied with when they are added. */
+/* A chunk's largest score and sum of weights join those before it: what both have to be multiplied with when
+ * they are added. */
 struct joined { float keep, gain; };
 DEVICE struct joined join(float *m, float *l, float m_chunk, float l_chunk) {
     const float old = *m;
@@ -173,14 +183,18 @@ DEVICE struct joined join(float *m, float *l, float m_chunk, float l_chunk) {
 }
 DEVICE float mix(float o, float x, struct joined j) { return fmaf(x + 0.0f, j.gain, o * j.keep); }
 
-/* Where a query's sums over a chunk are: v_pad of them, the largest score, the sum of the weights. direct: over all chunks. */
+/* Where a query's sums over a chunk are: v_pad of them, the largest score, the sum of the weights. direct:
+ * over all chunks. */
 DEVICE float *part_of(const struct cuda_attend &a, int token, int head, int chunk) {
     const size_t query = (size_t)token * (size_t)a.n_heads + (size_t)head;
-    return a.parts + (query * (size_t)(a.direct ? 1 : a.n_chunks) + (size_t)(a.direct ? 0 : chunk)) * (size_t)(v_pad(a) + 2);
+    return a.parts
+           + (query * (size_t)(a.direct ? 1 : a.n_chunks) + (size_t)(a.direct ? 0 : chunk))
+                 * (size_t)(v_pad(a) + 2);
 }
 
 /* The weighted sum of the rows, a value a thread, for R queries. */
-template <int R> DEVICE void gather(const struct cuda_attend &a, struct batch b, int chunk, struct seen any, struct attend_room &s) {
+template <int R> DEVICE void gather(const struct cuda_attend &a, struct batch b, int chunk, struct seen any,
+                                    struct attend_room &s) {
     const int pad = v_pad(a), pitch = a.shared ? 1 : pad;
     const struct cuda_rows &rows = a.rows[a.at[b.first].session];
     for (int d = (int)threadIdx.x; d < pad; d += (int)blockDim.x) {
@@ -188,7 +202,8 @@ template <int R> DEVICE void gather(const struct cuda_attend &a, struct batch b,
         float sum[R] = {};
         for (int t = any.first; t < any.limit;) {
             const int end = least(any.limit, (t / TILE + 1) * TILE);
-            const uint16_t *v = find_tile(rows, a.before, a.tile_bytes, b.h, chunk * (CHUNK / TILE) + t / TILE) + place;
+            const uint16_t *v =
+                find_tile(rows, a.before, a.tile_bytes, b.h, chunk * (CHUNK / TILE) + t / TILE) + place;
             for (; t < end; t++) {
                 const float x = half_to_float(v[t % TILE * pitch]);
                 UNROLL(16)
@@ -220,7 +235,8 @@ DEVICE void keep_sums(const struct cuda_attend &a, struct batch b, int chunk, st
     __syncthreads();
 }
 
-template <int R> DEVICE void attend_rows(const struct cuda_attend &a, struct batch b, int chunk, struct seen any, struct attend_room &s) {
+template <int R> DEVICE void attend_rows(const struct cuda_attend &a, struct batch b, int chunk,
+                                         struct seen any, struct attend_room &s) {
     score<R>(a, b, chunk, any, s);
     __syncthreads();
     weigh(a, b, chunk, s);
@@ -249,8 +265,10 @@ DEVICE void attend_chunk(const struct cuda_attend &a, struct batch b, int chunk,
         attend_rows<ATTEND_ROWS>(a, b, chunk, any, s);
 }
 
-/* A query's result: the sink is one more score without a value; divided by the sum of the weights, and through its gate. */
-DEVICE float finish_value(const struct cuda_attend &a, int token, int head, int d, float o, float m, float l) {
+/* A query's result: the sink is one more score without a value; divided by the sum of the weights, and
+ * through its gate. */
+DEVICE float finish_value(const struct cuda_attend &a, int token, int head, int d, float o, float m,
+                          float l) {
     if (a.sinks && a.sinks[head] != -INFINITY)
         o = mix(o, 0, join(&m, &l, a.sinks[head], 1));
     o = o / l;
@@ -287,13 +305,16 @@ KERNEL(attend, 256, struct cuda_attend, struct attend_room) {
     __syncthreads();
     for (int i = (int)threadIdx.x; i < b.n * a.v_dim; i += (int)blockDim.x) {
         const int r = i / a.v_dim, d = i % a.v_dim, token = token_of(b, r), head = head_of(b, r);
-        result_of(a, token, head)[d] = finish_value(a, token, head, d, part_of(a, token, head, 0)[d], s.m[r], s.l[r]);
+        result_of(a, token, head)[d] =
+            finish_value(a, token, head, d, part_of(a, token, head, 0)[d], s.m[r], s.l[r]);
     }
     __syncthreads();
     for (int i = half_warp(); a.act && i < b.n * (a.v_dim / 32); i += (int)blockDim.x / 16) {
-        const int r = i / (a.v_dim / 32), block = i % (a.v_dim / 32), token = token_of(b, r), head = head_of(b, r);
+        const int r = i / (a.v_dim / 32), block = i % (a.v_dim / 32), token = token_of(b, r),
+                  head = head_of(b, r);
         const float *x = result_of(a, token, head) + 32 * block;
-        quantize_block(result_act(a, token, head) + (size_t)block * (size_t)a.act_stride, f_load(x), f_load(x + 16));
+        quantize_block(result_act(a, token, head) + (size_t)block * (size_t)a.act_stride, f_load(x),
+                       f_load(x + 16));
     }
 }
 
@@ -319,7 +340,8 @@ KERNEL(attend_merge, 128, struct cuda_attend, struct no_room) {
 
 /* A head's query, or the token's row [c | r]: the norm is of c, the turn of r. */
 KERNEL(place_compressed, 32, struct cuda_place_compressed, struct place_room) {
-    const int t = (int)blockIdx.x, h = (int)blockIdx.y, rows = a.rank + a.turned, slot = a.at.at[t].pos % TILE;
+    const int t = (int)blockIdx.x, h = (int)blockIdx.y, rows = a.rank + a.turned,
+              slot = a.at.at[t].pos % TILE;
     if (h < a.n_heads) {
         const int n = a.nope + a.turned;
         copy_row(s.head, a.q + (size_t)t * a.q_stride + (size_t)(h * n), n);
@@ -336,7 +358,8 @@ KERNEL(place_compressed, 32, struct cuda_place_compressed, struct place_room) {
     copy_row(s.head, a.kv + (size_t)t * a.kv_stride, rows);
     norm_row(s.head, s.head, a.at.k_norm, a.rank, a.at.kind, a.at.eps, s.row);
     turn(a.at, s.head + a.rank);
-    uint16_t *tile = find_tile(a.at.rows[a.at.at[t].session], a.at.before, a.at.tile_bytes, 0, a.at.at[t].pos / TILE);
+    uint16_t *tile =
+        find_tile(a.at.rows[a.at.at[t].session], a.at.before, a.at.tile_bytes, 0, a.at.at[t].pos / TILE);
     for (int i = (int)threadIdx.x; i < rows; i += (int)blockDim.x)
         tile[i * TILE + slot] = float_to_half(within_f16(s.head[i]));
 }

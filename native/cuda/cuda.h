@@ -1,5 +1,5 @@
-/* A model's last blocks and its head on a GPU. offload.c puts them there; a pass over them is steps, which steps.c makes the launches
- * of, in a queue, which queue.c runs. */
+/* A model's last blocks and its head on a GPU. offload.c puts them there; a pass over them is steps, which
+ * steps.c makes the launches of, in a queue, which queue.c runs. */
 #ifndef CUDA_CUDA_H
 #define CUDA_CUDA_H
 
@@ -7,12 +7,13 @@
 #include "driver.h"
 
 enum cuda_kernel {
-    CUDA_NORM, CUDA_NORM_ROWS, CUDA_QUANTIZE, CUDA_PLACE, CUDA_ATTEND, CUDA_ATTEND_MERGE, CUDA_ACTIVATE, CUDA_KEEP_ROWS, CUDA_BEST,
-    CUDA_ROUTE, CUDA_SORT, CUDA_COMBINE, CUDA_SWITCH, CUDA_COMPRESS,
+    CUDA_NORM, CUDA_NORM_ROWS, CUDA_QUANTIZE, CUDA_PLACE, CUDA_ATTEND, CUDA_ATTEND_MERGE, CUDA_ACTIVATE,
+    CUDA_KEEP_ROWS, CUDA_BEST, CUDA_ROUTE, CUDA_SORT, CUDA_COMBINE, CUDA_SWITCH, CUDA_COMPRESS,
     CUDA_RECUR_PREPARE, CUDA_RECUR_WALK, CUDA_RECUR_FINISH, CUDA_RECUR_KEEP, CUDA_SHORT_CONV, CUDA_KERNELS
 };
 
-/* What a pass has queued, in its order: a kernel with its arguments, or a copy within the GPU where there is no function. */
+/* What a pass has queued, in its order: a kernel with its arguments, or a copy within the GPU where there
+ * is no function. */
 struct queued {
     void *function;
     struct cuda_grid grid;
@@ -23,7 +24,8 @@ struct queued {
 /* Results on their way to the host, after the first `after` queued things. */
 struct fetched { void *to; uint64_t from; size_t bytes; int after; };
 
-/* A sequence of launches that the driver keeps: as long as none of its arguments changes, one call queues all. */
+/* A sequence of launches that the driver keeps: as long as none of its arguments changes, one call queues
+ * all. */
 enum { GRAPHS = 24, GRAPH_TOKENS = 16 };
 struct graph {
     void *program;
@@ -91,19 +93,21 @@ int cuda_pack(bmc_model *m);
 void cuda_free(struct cuda *c);
 void cuda_drop_queue(struct cuda *c, bool alive);      /* alive: the driver can be called */
 
-/* A pass goes on there with the rows of m->buffers->x; cuda_end waits for the results. 0, or the first failure. */
+/* A pass goes on there with the rows of m->buffers->x; cuda_end waits for the results. 0, or the first
+ * failure. */
 void cuda_begin(struct pass *p);
 int cuda_end(struct pass *p);
 
 /* The queue. Addresses are the GPU's, but for where results go. */
-void cuda_stop(struct cuda *c, int status);                             /* the first failure counts; what is queued then is dropped */
+void cuda_stop(struct cuda *c, int status);     /* the first failure counts; what is queued then is dropped */
 void cuda_launch(struct cuda *c, void *function, struct cuda_grid grid, const void *args, size_t bytes);
 void cuda_copy(struct cuda *c, float *to, const float *from, size_t floats);
 void cuda_fetch(struct cuda *c, void *to, const void *from, size_t bytes);
-const void *cuda_put(struct cuda *c, const void *data, size_t bytes);   /* goes over before the queue runs; where it will be */
+/* Goes over before the queue runs; where it will be. */
+const void *cuda_put(struct cuda *c, const void *data, size_t bytes);
 void cuda_put_tokens(struct cuda *c, const struct pass *p);             /* those of the pass as it is now */
 struct cuda_tasks cuda_put_tasks(struct cuda *c, const struct pass *p, int size);
 
-size_t cuda_mixture_ids(const bmc_model *m, const struct block *b);     /* of an expert block in buffers.work_ids */
+size_t cuda_mixture_ids(const bmc_model *m, const struct block *b); /* of experts in buffers.work_ids */
 
 #endif

@@ -31,21 +31,25 @@ static int open_driver(void) {
         void *found = dlsym(library, list[i].name);
         if (!found) {
             dlclose(library);
-            return fail(BMC_EDEVICE, "no GPU can be used: the driver has no %s: expected version 470 or later", list[i].name);
+            return fail(BMC_EDEVICE,
+                        "no GPU can be used: the driver has no %s: expected version 470 or later",
+                        list[i].name);
         }
         memcpy(list[i].place, &found, sizeof found);
     }
     const int code = functions.cuInit(0);
     if (code) {
         functions.cuGetErrorString(code, &text);
-        return fail(BMC_EDEVICE, "no GPU can be used: the driver says \"%s\" (%d)", text ? text : "unknown error", code);
+        return fail(BMC_EDEVICE, "no GPU can be used: the driver says \"%s\" (%d)",
+                    text ? text : "unknown error", code);
     }
     return 0;
 }
 
 static const struct cuda_driver *driver_locked(void) {
     if (process && process != getpid()) {
-        fail(BMC_EDEVICE, "a forked process cannot use the GPU that its parent has opened: open models in the process that uses them");
+        fail(BMC_EDEVICE, "a forked process cannot use the GPU that its parent has opened: open models in "
+                          "the process that uses them");
         return NULL;
     }
     if (!process && open_driver())
@@ -66,7 +70,8 @@ int cuda_status(int gpu, const char *what, int code) {
     if (!code)
         return 0;
     functions.cuGetErrorString(code, &text);
-    return fail(code == OUT_OF_MEMORY ? BMC_ENOMEM : BMC_EDEVICE, "GPU %d: %s: %s (%d)", gpu, what, text ? text : "unknown error", code);
+    return fail(code == OUT_OF_MEMORY ? BMC_ENOMEM : BMC_EDEVICE, "GPU %d: %s: %s (%d)", gpu, what,
+                text ? text : "unknown error", code);
 }
 
 /* Number i, checked. */
@@ -85,18 +90,21 @@ int bmc_gpu(int i, bmc_gpu_info *info) {
     void *context;
     if (!cu)
         return BMC_EDEVICE;
-    int status = info ? find_device(cu, i, &device) : cuda_status(0, "counting the GPUs", cu->cuDeviceGetCount(&n));
+    int status =
+        info ? find_device(cu, i, &device) : cuda_status(0, "counting the GPUs", cu->cuDeviceGetCount(&n));
     if (!info)
         return status ? status : n;
     size_t total = 0, unused = 0;
     *info = (bmc_gpu_info){ 0 };
     if (!status)
-        status = cuda_status(i, "asking for its name", cu->cuDeviceGetName(info->name, (int)sizeof info->name, device));
+        status = cuda_status(i, "asking for its name",
+                             cu->cuDeviceGetName(info->name, (int)sizeof info->name, device));
     if (!status)
         status = cuda_status(i, "asking for its memory", cu->cuDeviceTotalMem_v2(&total, device));
     if (!status)
-        status = cuda_status(i, "asking for its capability", cu->cuDeviceGetAttribute(&major, ATTRIBUTE_MAJOR, device)
-                                                                 | cu->cuDeviceGetAttribute(&minor, ATTRIBUTE_MINOR, device));
+        status = cuda_status(i, "asking for its capability",
+                             cu->cuDeviceGetAttribute(&major, ATTRIBUTE_MAJOR, device)
+                                 | cu->cuDeviceGetAttribute(&minor, ATTRIBUTE_MINOR, device));
     if (!status)
         status = cuda_status(i, "using it", cu->cuDevicePrimaryCtxRetain(&context, device));
     if (status)
@@ -134,12 +142,15 @@ static int load_kernels(struct gpu *g, const char *path) {
     char *image = read_file(path);
     if (!image)
         return BMC_EDEVICE;
-    const int status = cuda_status(g->index, "loading the kernels", g->cu->cuModuleLoadData(&g->module, image));
+    const int status =
+        cuda_status(g->index, "loading the kernels", g->cu->cuModuleLoadData(&g->module, image));
     free(image);
     return status;
 }
 
-static struct cuda_allocation on_device(const struct gpu *g) { return (struct cuda_allocation){ .type = 1, .location = { 1, g->device } }; }
+static struct cuda_allocation on_device(const struct gpu *g) {
+    return (struct cuda_allocation){ .type = 1, .location = { 1, g->device } };
+}
 
 static int begin_gpu(struct gpu *g, const char *kernels) {
     const struct cuda_allocation kind = on_device(g);
@@ -150,11 +161,13 @@ static int begin_gpu(struct gpu *g, const char *kernels) {
     if (!status)
         status = load_kernels(g, kernels);
     if (!status)
-        status = cuda_status(g->index, "asking what it can do", g->cu->cuDeviceGetAttribute(&g->n_sms, ATTRIBUTE_SMS, g->device)
-                                                                    | g->cu->cuDeviceGetAttribute(&major, ATTRIBUTE_MAJOR, g->device)
-                                                                    | g->cu->cuDeviceGetAttribute(&maps, ATTRIBUTE_MAPS, g->device));
+        status = cuda_status(g->index, "asking what it can do",
+                             g->cu->cuDeviceGetAttribute(&g->n_sms, ATTRIBUTE_SMS, g->device)
+                                 | g->cu->cuDeviceGetAttribute(&major, ATTRIBUTE_MAJOR, g->device)
+                                 | g->cu->cuDeviceGetAttribute(&maps, ATTRIBUTE_MAPS, g->device));
     if (!status && maps)
-        status = cuda_status(g->index, "asking what it can do", g->cu->cuMemGetAllocationGranularity(&g->granularity, &kind, 0));
+        status = cuda_status(g->index, "asking what it can do",
+                             g->cu->cuMemGetAllocationGranularity(&g->granularity, &kind, 0));
     g->mma = major >= 8;
     return status;
 }
@@ -181,7 +194,9 @@ static int open_locked(int index, const char *kernels, struct gpu **gpu) {
     struct gpu *g = calloc(1, sizeof *g);
     if (!g)
         return fail(BMC_ENOMEM, "no memory for a GPU");
-    *g = (struct gpu){ .cu = cu, .index = index, .users = 1, .device = device, .process = process, .next = opened };
+    *g = (struct gpu){
+        .cu = cu, .index = index, .users = 1, .device = device, .process = process, .next = opened
+    };
     status = begin_gpu(g, kernels);
     if (status) {
         end_gpu(g);
@@ -215,7 +230,8 @@ void gpu_close(struct gpu *g) {
 
 int gpu_enter(const struct gpu *g) {
     if (g->process != getpid())
-        return fail(BMC_EDEVICE, "a forked process cannot use the model on GPU %d that its parent has opened", g->index);
+        return fail(BMC_EDEVICE, "a forked process cannot use the model on GPU %d that its parent has opened",
+                    g->index);
     return cuda_status(g->index, "using it", g->cu->cuCtxSetCurrent(g->context));
 }
 
@@ -223,7 +239,8 @@ void *gpu_function(const struct gpu *g, const char *name) {
     void *function = NULL;
     char what[96];
     snprintf(what, sizeof what, "finding the kernel %s", name);
-    return cuda_status(g->index, what, g->cu->cuModuleGetFunction(&function, g->module, name)) ? NULL : function;
+    return cuda_status(g->index, what, g->cu->cuModuleGetFunction(&function, g->module, name)) ? NULL
+                                                                                               : function;
 }
 
 int gpu_alloc(const struct gpu *g, size_t bytes, const char *what, void **memory) {
@@ -257,7 +274,8 @@ static uint64_t map_segment(const struct gpu *g, size_t bytes) {
     uint64_t address = 0;
     if (g->cu->cuMemAddressReserve(&address, bytes, 0, 0, 0))
         return 0;
-    bool made = !g->cu->cuMemCreate(&memory, bytes, &kind, 0), mapped = made && !g->cu->cuMemMap(address, bytes, 0, memory, 0);
+    bool made = !g->cu->cuMemCreate(&memory, bytes, &kind, 0),
+         mapped = made && !g->cu->cuMemMap(address, bytes, 0, memory, 0);
     if (made)
         g->cu->cuMemRelease(memory);            /* it lives as long as it is mapped */
     if (mapped && !g->cu->cuMemSetAccess(address, bytes, &access, 1))
@@ -310,7 +328,8 @@ static int copy_segment(void *of, void *to, const void *from, size_t bytes) {
 
 static int zero_segment(void *of, void *memory, size_t bytes) {
     const struct gpu_segments *s = of;
-    return gpu_enter(s->gpu) || s->gpu->cu->cuMemsetD8Async(cuda_address(memory), 0, bytes, s->stream) ? -1 : 0;
+    return gpu_enter(s->gpu) || s->gpu->cu->cuMemsetD8Async(cuda_address(memory), 0, bytes, s->stream) ? -1
+                                                                                                       : 0;
 }
 
 struct memory gpu_memory(struct gpu_segments *of) {

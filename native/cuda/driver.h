@@ -1,5 +1,6 @@
-/* NVIDIA's driver, opened when it is asked for: libcuda.so.1, or what PYBMC_CUDA_DRIVER names. Declared here, so that neither a header
- * nor a library of CUDA is needed to build pybmc. Handles are pointers, results 0 or an error code. */
+/* NVIDIA's driver, opened when it is asked for: libcuda.so.1, or what PYBMC_CUDA_DRIVER names. Declared
+ * here, so that neither a header nor a library of CUDA is needed to build pybmc. Handles are pointers,
+ * results 0 or an error code. */
 #ifndef CUDA_DRIVER_H
 #define CUDA_DRIVER_H
 
@@ -96,8 +97,8 @@ void *gpu_function(const struct gpu *gpu, const char *name);        /* NULL with
 int gpu_alloc(const struct gpu *gpu, size_t bytes, const char *what, void **memory);
 void gpu_free(const struct gpu *gpu, void *memory);
 
-/* Segments of arenas, which grow where they stand, and states: each is memory mapped to addresses of its own, or where the GPU cannot do that an
- * allocation. The stream does the zeroing and copying. */
+/* Segments of arenas, which grow where they stand, and states: each is memory mapped to addresses of its
+ * own, or where the GPU cannot do that an allocation. The stream does the zeroing and copying. */
 struct gpu_segments { const struct gpu *gpu; void *stream; };
 struct memory gpu_memory(struct gpu_segments *of);
 

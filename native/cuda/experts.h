@@ -1,4 +1,5 @@
-/* Experts: a router's choice, the lists of tokens by expert, and the sum of what they give (../layers/experts.c). */
+/* Experts: a router's choice, the lists of tokens by expert, and the sum of what they give
+ * (../layers/experts.c). */
 
 enum { EXPERTS_MAX = 4096, ACTIVE_MAX = 256 };
 struct route_room {
@@ -122,7 +123,8 @@ KERNEL(route, 256, struct cuda_route, struct route_room) {
     for (int e = t; e < n; e += (int)blockDim.x) {
         if (a.gating == BMC_GATING_SIGMOID)
             s.p[e] = (float)(1 / (1 + exp_exact(-(double)s.p[e])));
-        s.choice[e] = fmaxf(a.choice_bias ? s.p[e] + a.choice_bias[e] : s.p[e], -3.402823466e38f);     /* NaN is last, and chosen once */
+        s.choice[e] = fmaxf(a.choice_bias ? s.p[e] + a.choice_bias[e] : s.p[e],
+                            -3.402823466e38f); /* NaN is last, and chosen once */
     }
     __syncthreads();
     if (t == 0 && a.groups > 1)

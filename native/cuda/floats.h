@@ -1,20 +1,25 @@
-/* Products of float weights: y = fma(w, x, y) over ascending columns, one chain a row and token. All threads copy a stretch of both
- * to shared memory, the next one while this one is added up. */
+/* Products of float weights: y = fma(w, x, y) over ascending columns, one chain a row and token. All threads
+ * copy a stretch of both to shared memory, the next one while this one is added up. */
 
 typedef float value_fn(const uint8_t *p);
 DEVICE float value_f32(const uint8_t *p) { return *(const float *)(const void *)p; }
 DEVICE float value_f16(const uint8_t *p) { return half_to_float(*(const uint16_t *)(const void *)p); }
-DEVICE float value_bf16(const uint8_t *p) { return bits_to_float((uint32_t)*(const uint16_t *)(const void *)p << 16); }
+DEVICE float value_bf16(const uint8_t *p) {
+    return bits_to_float((uint32_t)*(const uint16_t *)(const void *)p << 16);
+}
 
 /* P panels and C tokens a block of threads: P, C and the columns of a stretch. */
 template <int P, int C, int K> struct floats_room { float w[2][K][P][PANEL_ROWS], x[2][K][C + 1]; };
 
-template <int P, int C, int K> DEVICE void copy_stretch(const struct cuda_product &a, const struct share &s, struct floats_room<P, C, K> &room,
-                                                        int side, int first, int size, value_fn *value) {
+template <int P, int C, int K> DEVICE void copy_stretch(const struct cuda_product &a, const struct share &s,
+                                                        struct floats_room<P, C, K> &room, int side,
+                                                        int first, int size, value_fn *value) {
     const int n = least(a.k - first, K), panels = (a.n_rows + PANEL_ROWS - 1) / PANEL_ROWS;
     for (int i = (int)threadIdx.x; i < n * P * PANEL_ROWS; i += (int)blockDim.x) {
-        const int row = i % PANEL_ROWS, k = i / PANEL_ROWS % n, p = i / PANEL_ROWS / n, panel = least((int)blockIdx.x * P + p, panels - 1);
-        room.w[side][k][p][row] = value(s.codes + (size_t)panel * a.code_stride + (size_t)((first + k) * PANEL_ROWS + row) * (size_t)size);
+        const int row = i % PANEL_ROWS, k = i / PANEL_ROWS % n, p = i / PANEL_ROWS / n,
+                  panel = least((int)blockIdx.x * P + p, panels - 1);
+        room.w[side][k][p][row] = value(s.codes + (size_t)panel * a.code_stride
+                                        + (size_t)((first + k) * PANEL_ROWS + row) * (size_t)size);
     }
     for (int i = (int)threadIdx.x; i < n * C; i += (int)blockDim.x) {
         const int k = i % n, c = i / n;
@@ -23,7 +28,9 @@ template <int P, int C, int K> DEVICE void copy_stretch(const struct cuda_produc
 }
 
 /* A thread has a row of each of the P panels and N tokens. */
-template <int P, int C, int K, int N> DEVICE void floats(const struct cuda_product &a, struct floats_room<P, C, K> &room, int size, value_fn *value) {
+template <int P, int C, int K, int N> DEVICE void floats(const struct cuda_product &a,
+                                                         struct floats_room<P, C, K> &room, int size,
+                                                         value_fn *value) {
     const struct share s = find_share(a, C);
     const int col = half_warp() * N;
     float y[P][N] = {};
@@ -51,6 +58,10 @@ template <int P, int C, int K, int N> DEVICE void floats(const struct cuda_produ
 #define FLOAT_KERNELS(TYPE, name, size) \
     typedef struct floats_room<1, 8, 64> few_room_##name; \
     typedef struct floats_room<4, 64, 16> many_room_##name; \
-    KERNEL(floats_##name, 128, struct cuda_product, few_room_##name) { floats<1, 8, 64, 1>(a, s, size, value_##name); } \
-    KERNEL(float_tiles_##name, 256, struct cuda_product, many_room_##name) { floats<4, 64, 16, 4>(a, s, size, value_##name); }
+    KERNEL(floats_##name, 128, struct cuda_product, few_room_##name) { \
+        floats<1, 8, 64, 1>(a, s, size, value_##name); \
+    } \
+    KERNEL(float_tiles_##name, 256, struct cuda_product, many_room_##name) { \
+        floats<4, 64, 16, 4>(a, s, size, value_##name); \
+    }
 FLOAT_PANEL_TYPES(FLOAT_KERNELS)

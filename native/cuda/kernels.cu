@@ -1,7 +1,9 @@
-/* The GPU's kernels. Compiled by nvcc (-fmad=false), and by a C++ compiler for the CPU grid, tests/cuda/grid.h.
+/* The GPU's kernels. Compiled by nvcc (-fmad=false), and by a C++ compiler for the CPU grid,
+ * tests/cuda/grid.h.
  *
- * The promise is that of ../kernels.h: the CPU's bits. Integers are exact, and each sum of floats has the CPU's order: what may be
- * computed in any order waits in shared memory for the thread that adds it up. No atomics; no block waits for another. */
+ * The promise is that of ../kernels.h: the CPU's bits. Integers are exact, and each sum of floats has the
+ * CPU's order: what may be computed in any order waits in shared memory for the thread that adds it up. No
+ * atomics; no block waits for another. */
 #ifndef CUDA_KERNELS_CU
 #define CUDA_KERNELS_CU
 
@@ -45,8 +47,8 @@
 
 #include "ptx.h"
 
-/* Three views of a warp. Lanes: each sixteen threads are a panel's rows, or sixteen neighbours of a row. Low and high: a tensor
- * core's rows, of which four threads share one. */
+/* Three views of a warp. Lanes: each sixteen threads are a panel's rows, or sixteen neighbours of a row. Low
+ * and high: a tensor core's rows, of which four threads share one. */
 namespace low {
 #define ROW ((int)threadIdx.x / 4 % 8)
 #include "lanes_cuda.h"

@@ -1,6 +1,8 @@
-/* Sixteen lanes as threads of a warp: an f32x16 is one float of each, and ROW is this thread's lane. Words as in lanes_ref.h.
+/* Sixteen lanes as threads of a warp: an f32x16 is one float of each, and ROW is this thread's lane. Words as
+ * in lanes_ref.h.
  *
- * kernels.cu includes it several times, each time in a namespace and with a ROW of its own, so it has no guard. */
+ * kernels.cu includes it several times, each time in a namespace and with a ROW of its own, so it has no
+ * guard. */
 typedef float f32x16;
 typedef int32_t i32x16;
 typedef uint32_t u8x64;
@@ -30,7 +32,9 @@ INLINE f32x16 f_min(f32x16 a, f32x16 b) { return a < b ? a : b; }
 INLINE f32x16 f_abs(f32x16 a) { return fabsf(a); }
 INLINE f32x16 f_fma(f32x16 a, f32x16 b, f32x16 c) { return fmaf(a, b, c); }
 INLINE f32x16 f_round(f32x16 a) { return rintf(a); }
-INLINE f32x16 f_scale(f32x16 a, f32x16 n) { return a * bits_to_float((uint32_t)((int32_t)(n > -126 ? n : -126) + 127) << 23); }
+INLINE f32x16 f_scale(f32x16 a, f32x16 n) {
+    return a * bits_to_float((uint32_t)((int32_t)(n > -126 ? n : -126) + 127) << 23);
+}
 INLINE f32x16 f_zero_below(f32x16 a, f32x16 x, float limit) { return x < limit ? 0.0f : a; }
 INLINE f32x16 f_keep(f32x16 a, float other, int lo, int hi) { return ROW >= lo && ROW < hi ? a : other; }
 
@@ -81,16 +85,21 @@ INLINE f32x16 i_to_f(i32x16 a) { return (float)a; }
 INLINE u8x64 u_load(const uint8_t *p) { return *(const uint32_t *)(const void *)(p + 4 * ROW); }
 INLINE u8x64 u_or(u8x64 a, u8x64 b) { return a | b; }
 
-/* Two of the table's words are looked up by the low three bits of four codes, and the other two; the fourth bit says which counts. */
-INLINE uint32_t table_word(const uint8_t *t) { return t[0] | (uint32_t)t[1] << 8 | (uint32_t)t[2] << 16 | (uint32_t)t[3] << 24; }
+/* Two of the table's words are looked up by the low three bits of four codes, and the other two; the fourth
+ * bit says which counts. */
+INLINE uint32_t table_word(const uint8_t *t) {
+    return t[0] | (uint32_t)t[1] << 8 | (uint32_t)t[2] << 16 | (uint32_t)t[3] << 24;
+}
 INLINE u8x64 u_lookup(const uint8_t table[16], u8x64 a) {
-    const uint32_t low = a & 0x07070707, pairs = low | low >> 4, which = (pairs & 255) | (pairs >> 8 & 0xff00);
+    const uint32_t low = a & 0x07070707, pairs = low | low >> 4,
+                   which = (pairs & 255) | (pairs >> 8 & 0xff00);
     const uint32_t first = choose_bytes(table_word(table), table_word(table + 4), which);
     const uint32_t second = choose_bytes(table_word(table + 8), table_word(table + 12), which);
     return first ^ ((first ^ second) & (a >> 3 & 0x01010101) * 255);
 }
 
-INLINE void i_dots(i32x16 *t, const int C, codes_fn *codes, const uint8_t *p, const int part, const struct act_block *a, int zero, int) {
+INLINE void i_dots(i32x16 *t, const int C, codes_fn *codes, const uint8_t *p, const int part,
+                   const struct act_block *a, int zero, int) {
     const int from = part == SECOND ? 4 : 0, n = part == WHOLE ? 8 : 4;
     for (int c = 0; c < C; c++)
         t[c] = a[c].neg_sum[part] * zero;

@@ -9,7 +9,8 @@
 #include <string.h>
 #include <unistd.h>
 
-/* Bytes of weights on their way; floats at most for sums of chunks that wait to be merged: passes that need more do not cut. */
+/* Bytes of weights on their way; floats at most for sums of chunks that wait to be merged: passes that need
+ * more do not cut. */
 enum { SENT_AT_ONCE = 16 << 20, CUT_FLOATS = 16 << 20 };
 
 /* Planning. */
@@ -37,10 +38,13 @@ static const char *cannot(const struct block *b) {
         return "sparse gates";
     if (b->c.kind == BMC_EXPERTS)
         return alike(&x->gate, b->c.n_experts) && alike(&x->up, b->c.n_experts)
-               && alike(&x->down, b->c.n_experts) ? NULL : "experts of several types";
+                        && alike(&x->down, b->c.n_experts)
+                   ? NULL
+                   : "experts of several types";
     if (b->c.kind == BMC_MLA)
         return alike(&b->attention.k_b, b->c.n_heads) && alike(&b->attention.v_b, b->c.n_heads)
-               ? NULL : "heads of several types";
+                   ? NULL
+                   : "heads of several types";
     return NULL;
 }
 
@@ -80,21 +84,34 @@ static int first_block(const bmc_model *m, int n_layers, char why[128]) {
         }
     for (int i = first; i < m->c.n_blocks; i++)
         if (i - m->blocks[i].c.kv_from < first) {
-            snprintf(why, 128, "layer %d reads keys and values of layer %d", (int)m->blocks[i].c.layer, (int)m->blocks[i - m->blocks[i].c.kv_from].c.layer);
+            snprintf(why, 128, "layer %d reads keys and values of layer %d", (int)m->blocks[i].c.layer,
+                     (int)m->blocks[i - m->blocks[i].c.kv_from].c.layer);
             first = layer_end(m, i);
         }
     return first;
 }
 
 /* Matrices of the blocks from `first` on, and the output matrix. */
-struct visit { const bmc_model *m; int first; struct cuda *cuda; size_t bytes; int status; uint8_t *next; char *stage; };
+struct visit {
+    const bmc_model *m;
+    int first;
+    struct cuda *cuda;
+    size_t bytes;
+    int status;
+    uint8_t *next;
+    char *stage;
+};
 
-static int64_t copies_of(const struct block *b, const struct role *r) { return b->extent[r->count ? r->count : EXPERTS]; }
+static int64_t copies_of(const struct block *b, const struct role *r) {
+    return b->extent[r->count ? r->count : EXPERTS];
+}
 
 /* Whether it is one of a block's lists of matrices. */
 static bool is_listed(const struct block *b, const struct matrix *w) {
     for (const struct role *r = b->kind->roles; r->name; r++) {
-        const struct matrix *of = r->form == MATRICES ? ((const struct matrices *)(const void *)((const char *)b + r->offset))->of : NULL;
+        const struct matrix *of =
+            r->form == MATRICES ? ((const struct matrices *)(const void *)((const char *)b + r->offset))->of
+                                : NULL;
         if (of && w >= of && w < of + copies_of(b, r))
             return true;
     }
@@ -133,7 +150,8 @@ static void *take(char **next, size_t bytes) {
 
 static size_t most(size_t a, size_t b) { return a > b ? a : b; }
 
-/* Room for the sums of a pass that is not cut into chunks, and of one of few tokens over a whole context that is. */
+/* Room for the sums of a pass that is not cut into chunks, and of one of few tokens over a whole context that
+ * is. */
 static size_t part_floats(const bmc_model *m, const bmc_block *b) {
     const size_t query = (size_t)b->n_heads * (padded(b->kind == BMC_MLA ? b->kv_rank : b->v_dim) + 2);
     const size_t cut = GRAPH_TOKENS * query * (size_t)((m->c.n_ctx + CHUNK - 1) / CHUNK);
@@ -151,7 +169,8 @@ static size_t lay_out(const bmc_model *m, struct cuda *c, char *memory) {
     c->part_floats = 0;
     for (const struct block *block = m->blocks + c->first; block < m->blocks + m->c.n_blocks; block++) {
         const struct need own = block->kind->need(m, block);
-        need = (struct need){ .floats = most(need.floats, own.floats), .blocks = most(need.blocks, own.blocks) };
+        need =
+            (struct need){ .floats = most(need.floats, own.floats), .blocks = most(need.blocks, own.blocks) };
         if (block->c.kind == BMC_EXPERTS) {
             ids = most(ids, cuda_mixture_ids(m, block));
             keeps_input |= block->c.route == BMC_ROUTE_LAYER;
@@ -189,7 +208,8 @@ int bmc_model_plan(const bmc_model *m, int n_layers, bmc_plan *plan) {
     plan->row_bytes = 0;
     for (const struct block *b = m->blocks + c.first; b < m->blocks + m->c.n_blocks; b++)
         if (b->stream >= 0 && (b->c.kind == BMC_ATTENTION || b->c.kind == BMC_MLA))
-            plan->row_bytes += m->streams[b->rows][b->stream].n_heads * m->streams[b->rows][b->stream].tile_bytes / TILE;
+            plan->row_bytes +=
+                m->streams[b->rows][b->stream].n_heads * m->streams[b->rows][b->stream].tile_bytes / TILE;
     return 0;
 }
 
@@ -210,7 +230,8 @@ static void each_transposed(struct cuda *c, struct vector *v, each_fn *fn, char 
 }
 
 static void each_of_block(struct cuda *c, struct block *b, each_fn *fn, char *host) {
-    struct vector *own[] = { &b->norm, &b->norm_bias, &b->post_norm, &b->post_norm_bias, &b->sum_norm, &b->out_norm, &b->out_norm_bias };
+    struct vector *own[] = { &b->norm,     &b->norm_bias, &b->post_norm,    &b->post_norm_bias,
+                             &b->sum_norm, &b->out_norm,  &b->out_norm_bias };
     for (size_t i = 0; i < sizeof own / sizeof *own; i++)
         each_vector(c, own[i], fn, host);
     for (const struct role *r = b->kind->roles, *before = NULL; r->name; before = r++) {
@@ -283,7 +304,9 @@ static int make_expert_tables(bmc_model *m, struct cuda *c) {
     for (int i = c->first; !status && i < m->c.n_blocks; i++) {
         const struct block *b = &m->blocks[i];
         const struct { const struct matrices *list; const float **table; } rows[] = {
-            { &b->experts.gate, &c->factors[i].gate }, { &b->experts.up, &c->factors[i].up }, { &b->experts.down, &c->factors[i].down },
+            { &b->experts.gate, &c->factors[i].gate },
+            { &b->experts.up, &c->factors[i].up },
+            { &b->experts.down, &c->factors[i].down },
         };
         for (size_t j = 0; b->c.kind == BMC_EXPERTS && !status && j < sizeof rows / sizeof *rows; j++)
             status = make_factors(m, rows[j].list, b->c.n_experts, rows[j].table);
@@ -318,7 +341,8 @@ static int make_tables(bmc_model *m, struct cuda *c) {
 
 static int send(const struct cuda *c, void *to, const void *from, size_t bytes) {
     const struct cuda_driver *cu = c->gpu->cu;
-    int status = cuda_status(c->gpu->index, "sending weights", cu->cuMemcpyHtoDAsync_v2(cuda_address(to), from, bytes, c->stream));
+    int status = cuda_status(c->gpu->index, "sending weights",
+                             cu->cuMemcpyHtoDAsync_v2(cuda_address(to), from, bytes, c->stream));
     const int ended = cuda_status(c->gpu->index, "sending weights", cu->cuStreamSynchronize(c->stream));
     return status ? status : ended;
 }
@@ -329,7 +353,8 @@ static int send_values(bmc_model *m, struct cuda *c) {
         return status;
     each_value(m, c, count_value, NULL);
     char *host = calloc(c->vector_bytes, 1);
-    status = host ? gpu_alloc(c->gpu, c->vector_bytes, "norms", &c->vectors) : fail(BMC_ENOMEM, "no memory for norms");
+    status = host ? gpu_alloc(c->gpu, c->vector_bytes, "norms", &c->vectors)
+                  : fail(BMC_ENOMEM, "no memory for norms");
     if (!status) {
         each_value(m, c, move_value, host);
         status = send(c, c->vectors, host, c->vector_bytes);
@@ -343,7 +368,8 @@ static int send_values(bmc_model *m, struct cuda *c) {
 static int find_products(struct cuda *c, int type) {
     for (int way = 0; way < CUDA_WAYS; way++) {
         char name[64];
-        if (cuda_is_float(type) != (way >= FLOATS) || (!c->gpu->mma && way > NARROW4 && way < FLOATS) || c->products[way][type])
+        if (cuda_is_float(type) != (way >= FLOATS) || (!c->gpu->mma && way > NARROW4 && way < FLOATS)
+            || c->products[way][type])
             continue;
         snprintf(name, sizeof name, "%s_%s", cuda_way_name(way), cuda_type_name(type));
         c->products[way][type] = gpu_function(c->gpu, name);
@@ -361,11 +387,24 @@ static void find_matrix(struct matrix *w, void *visit) {
 
 static int find_kernels(bmc_model *m, struct cuda *c) {
     static const char *const names[CUDA_KERNELS] = {
-        [CUDA_NORM] = "norm_tokens", [CUDA_NORM_ROWS] = "norm_rows", [CUDA_QUANTIZE] = "quantize", [CUDA_PLACE] = "place", [CUDA_ATTEND] = "attend",
-        [CUDA_ATTEND_MERGE] = "attend_merge", [CUDA_ACTIVATE] = "activate", [CUDA_KEEP_ROWS] = "keep_rows", [CUDA_BEST] = "best",
-        [CUDA_ROUTE] = "route", [CUDA_SORT] = "sort_experts", [CUDA_COMBINE] = "combine", [CUDA_SWITCH] = "switch_on",
+        [CUDA_NORM] = "norm_tokens",
+        [CUDA_NORM_ROWS] = "norm_rows",
+        [CUDA_QUANTIZE] = "quantize",
+        [CUDA_PLACE] = "place",
+        [CUDA_ATTEND] = "attend",
+        [CUDA_ATTEND_MERGE] = "attend_merge",
+        [CUDA_ACTIVATE] = "activate",
+        [CUDA_KEEP_ROWS] = "keep_rows",
+        [CUDA_BEST] = "best",
+        [CUDA_ROUTE] = "route",
+        [CUDA_SORT] = "sort_experts",
+        [CUDA_COMBINE] = "combine",
+        [CUDA_SWITCH] = "switch_on",
         [CUDA_COMPRESS] = "place_compressed",
-        [CUDA_RECUR_PREPARE] = "recur_prepare", [CUDA_RECUR_WALK] = "recur_walk", [CUDA_RECUR_FINISH] = "recur_finish", [CUDA_RECUR_KEEP] = "recur_keep",
+        [CUDA_RECUR_PREPARE] = "recur_prepare",
+        [CUDA_RECUR_WALK] = "recur_walk",
+        [CUDA_RECUR_FINISH] = "recur_finish",
+        [CUDA_RECUR_KEEP] = "recur_keep",
         [CUDA_SHORT_CONV] = "short_conv",
     };
     struct visit v = { .m = m, .first = c->first, .cuda = c };
@@ -390,7 +429,8 @@ static int make_buffers(bmc_model *m, struct cuda *c) {
     if (status)
         return status;
     lay_out(m, c, c->room);
-    const size_t bytes = (size_t)m->pass_max * (c->n_parts * sizeof(struct best) + padded(m->c.dim) * sizeof(float));
+    const size_t bytes =
+        (size_t)m->pass_max * (c->n_parts * sizeof(struct best) + padded(m->c.dim) * sizeof(float));
     status = cuda_status(c->gpu->index, "pinned memory", cu->cuMemHostAlloc(&results, bytes, 0));
     if (status)
         return status;
@@ -422,7 +462,9 @@ static void mark(struct matrix *w, void *visit) {
 int bmc_model_offload(bmc_model *m, int gpu, const char *kernels, int n_layers) {
     char why[128];
     if (!m || !kernels || n_layers < 0)
-        return fail(BMC_EINVAL, "bmc_model_offload: needs a model, a file of kernels, and 0 or more layers, found %d", n_layers);
+        return fail(BMC_EINVAL,
+                    "bmc_model_offload: needs a model, a file of kernels, and 0 or more layers, found %d",
+                    n_layers);
     if (m->panels || m->rooms || m->cuda)
         return fail(BMC_EINVAL, "bmc_model_offload: the model is ready already");
     if (m->target && (!m->target->cuda || m->target->cuda->gpu->index != gpu))
@@ -465,7 +507,9 @@ static int send_panels(struct visit *v, const struct matrix *w, int64_t from, in
     panels.scales = panels.codes + codes;
     model_pack_panels(m, &file, &panels);
     const int status = send(v->cuda, w->codes + (size_t)from * w->code_stride, panels.codes, codes);
-    return status || !scales ? status : send(v->cuda, w->scales + (size_t)from * w->scale_stride, panels.scales, scales);
+    return status || !scales
+               ? status
+               : send(v->cuda, w->scales + (size_t)from * w->scale_stride, panels.scales, scales);
 }
 
 static void send_matrix(struct matrix *w, void *visit) {
@@ -496,7 +540,8 @@ int cuda_pack(bmc_model *m) {
     if (!v.status)
         v.status = gpu_alloc(c->gpu, c->weight_bytes, "weights", &c->weights);
     if (!v.status)
-        v.status = cuda_status(c->gpu->index, "pinned memory", c->gpu->cu->cuMemHostAlloc(&stage, v.bytes + 1, 0));
+        v.status =
+            cuda_status(c->gpu->index, "pinned memory", c->gpu->cu->cuMemHostAlloc(&stage, v.bytes + 1, 0));
     v.next = c->weights;
     v.stage = stage;
     model_each_matrix(m, send_matrix, &v);

@@ -1,5 +1,5 @@
-/* Products of quantized panels and tokens in 8 bits: y = sum over blocks of 32 columns, ascending, of fma(t, d, y). The terms t are
- * made by many threads in any order; one thread adds up those of a row and a token. */
+/* Products of quantized panels and tokens in 8 bits: y = sum over blocks of 32 columns, ascending, of fma(t,
+ * d, y). The terms t are made by many threads in any order; one thread adds up those of a row and a token. */
 
 /* Which matrix, and which of its columns (tokens, or entries of an expert) this block of threads computes. */
 struct share {
@@ -37,7 +37,8 @@ DEVICE int column_at(const struct share &s, int col) {
     col = least(col, s.n - 1);
     return s.tok ? s.tok[col] : s.from + col;
 }
-DEVICE const struct act_block *column(const struct cuda_product &a, const struct share &s, int block, int col) {
+DEVICE const struct act_block *column(const struct cuda_product &a, const struct share &s, int block,
+                                      int col) {
     return a.act + (size_t)block * (size_t)a.act_stride + column_at(s, col);
 }
 
@@ -54,20 +55,23 @@ DEVICE void put(const struct cuda_product &a, const struct share &s, int row, in
 
 /* Where block b of a panel has its codes, its scales and the head of its superblock. */
 struct block_at { const uint8_t *codes, *head, *scales; };
-DEVICE struct block_at find_block(const struct cuda_product &a, const struct share &s, int panel, int b, const struct format f) {
+DEVICE struct block_at find_block(const struct cuda_product &a, const struct share &s, int panel, int b,
+                                  const struct format f) {
     const int in = f.super / 32;
-    const uint8_t *head = s.scales + (size_t)panel * a.scale_stride + (size_t)(b / in) * (size_t)(f.head_bytes + in * f.scale_bytes);
-    return { s.codes + (size_t)panel * a.code_stride + (size_t)b * (size_t)f.code_bytes, head, head + f.head_bytes + b % in * f.scale_bytes };
+    const uint8_t *head = s.scales + (size_t)panel * a.scale_stride
+                          + (size_t)(b / in) * (size_t)(f.head_bytes + in * f.scale_bytes);
+    return { s.codes + (size_t)panel * a.code_stride + (size_t)b * (size_t)f.code_bytes, head,
+             head + f.head_bytes + b % in * f.scale_bytes };
 }
 
-enum { WARPS = 8, ROUND = 32 };     /* of a block of threads; terms of a row and token that wait for their turn */
+enum { WARPS = 8, ROUND = 32 }; /* of a block of threads; terms of a row and token that wait for their turn */
 
-/* One to four tokens. Each sixteen threads take blocks of 32 columns of a panel in turn, and leave what they add to the sums in
- * shared memory. Then the sums are formed while others have begun with the next round. */
+/* One to four tokens. Each sixteen threads take blocks of 32 columns of a panel in turn, and leave what they
+ * add to the sums in shared memory. Then the sums are formed while others have begun with the next round. */
 template <int C> struct narrow_room { float term[2][ROUND][C][PANEL_ROWS], d[2][ROUND][C]; };
 
-template <int C> DEVICE void narrow(const struct cuda_product &a, struct narrow_room<C> &room, const struct format f, codes_fn *codes,
-                                    scales_fn *scales) {
+template <int C> DEVICE void narrow(const struct cuda_product &a, struct narrow_room<C> &room,
+                                    const struct format f, codes_fn *codes, scales_fn *scales) {
     const struct share s = find_share(a, C);
     const int blocks = a.k / 32, panel = (int)blockIdx.x;
     float y = 0;
@@ -106,14 +110,17 @@ typedef void high_scales_fn(struct high::scales *s, const uint8_t *head, const u
 
 /* The operand of 16 rows, and their scales. */
 struct operand { uint32_t codes[4]; struct row_scales s; };
-DEVICE struct operand load_operand(const struct block_at at, low::codes_fn *low_codes, high::codes_fn *high_codes, low_scales_fn *low_scales,
+DEVICE struct operand load_operand(const struct block_at at, low::codes_fn *low_codes,
+                                   high::codes_fn *high_codes, low_scales_fn *low_scales,
                                    high_scales_fn *high_scales) {
     const int q = (int)threadIdx.x % 4;
     struct low::scales s = {};
     struct high::scales t = {};
     low_scales(&s, at.head, at.scales);
     high_scales(&t, at.head, at.scales);
-    struct operand o = { { low_codes(at.codes, q), high_codes(at.codes, q), low_codes(at.codes, q + 4), high_codes(at.codes, q + 4) }, {} };
+    struct operand o = {};
+    o.codes[0] = low_codes(at.codes, q), o.codes[1] = high_codes(at.codes, q);
+    o.codes[2] = low_codes(at.codes, q + 4), o.codes[3] = high_codes(at.codes, q + 4);
     UNROLL(2)
     for (int h = 0; h < 2; h++) {
         o.s.scale[h][0] = s.scale[h], o.s.scale[h][1] = t.scale[h];
@@ -122,15 +129,17 @@ DEVICE struct operand load_operand(const struct block_at at, low::codes_fn *low_
     return o;
 }
 
-/* Sums of integers begin at the bits of this float: they are floats when it is taken off, exactly, since they stay below 2^22. */
+/* Sums of integers begin at the bits of this float: they are floats when it is taken off, exactly, since they
+ * stay below 2^22. */
 #define ORIGIN 12582912.0f
 enum { ORIGIN_BITS = 0x4b400000 };
 DEVICE float from_origin(int32_t sum) { return bits_to_float((uint32_t)sum) - ORIGIN; }
 
-/* What 32 columns add to the sums of 16 rows and 8 tokens, of which this thread has rows r and r + 8 (i / 2) and tokens 2q and
- * 2q + 1 (i % 2): terms() on tensor cores. mine: token r's activations, c: those of its two sums. */
-DEVICE void mma_terms(const struct format f, const struct operand &o, const struct act_block *mine, const struct act_block *const c[2],
-                      float t[4]) {
+/* What 32 columns add to the sums of 16 rows and 8 tokens, of which this thread has rows r and r + 8 (i / 2)
+ * and tokens 2q and 2q + 1 (i % 2): terms() on tensor cores. mine: token r's activations, c: those of its two
+ * sums. */
+DEVICE void mma_terms(const struct format f, const struct operand &o, const struct act_block *mine,
+                      const struct act_block *const c[2], float t[4]) {
     const int q = (int)threadIdx.x % 4;
     const uint32_t *acts = (const uint32_t *)(const void *)mine->q;
     const uint32_t tokens[2] = { acts[q], acts[q + 4] };
@@ -159,35 +168,40 @@ DEVICE void mma_terms(const struct format f, const struct operand &o, const stru
     UNROLL(4)
     for (int i = 0; i < 4; i++)
         if (f.mins && f.halves)
-            t[i] = fmaf(o.s.min[1][i / 2], c[i % 2]->sum[SECOND], fmaf(o.s.min[0][i / 2], c[i % 2]->sum[FIRST], t[i]));
+            t[i] = fmaf(o.s.min[1][i / 2], c[i % 2]->sum[SECOND],
+                        fmaf(o.s.min[0][i / 2], c[i % 2]->sum[FIRST], t[i]));
         else if (f.mins)
             t[i] = fmaf(o.s.min[0][i / 2], c[i % 2]->sum[WHOLE], t[i]);
 }
 
-/* The same as narrow for G times eight tokens on tensor cores: a warp takes a block of 32 columns. The pitch of a token's terms is
- * such that a warp's go to different banks. */
+/* The same as narrow for G times eight tokens on tensor cores: a warp takes a block of 32 columns. The pitch
+ * of a token's terms is such that a warp's go to different banks. */
 enum { PITCH = 20 };
 template <int G> struct wide_room { float term[2][ROUND / G][8 * G][PITCH], d[2][ROUND / G][8 * G]; };
 
-template <int G> DEVICE void wide(const struct cuda_product &a, struct wide_room<G> &room, const struct format f, low::codes_fn *low_codes,
-                                  high::codes_fn *high_codes, low_scales_fn *low_scales, high_scales_fn *high_scales) {
+template <int G> DEVICE void wide(const struct cuda_product &a, struct wide_room<G> &room,
+                                  const struct format f, low::codes_fn *low_codes, high::codes_fn *high_codes,
+                                  low_scales_fn *low_scales, high_scales_fn *high_scales) {
     enum { BLOCKS = ROUND / G, SUMS = G < 2 ? 1 : G / 2 };      /* a thread adds up one row of SUMS tokens */
     const struct share s = find_share(a, 8 * G);
-    const int blocks = a.k / 32, panel = (int)blockIdx.x, warp = (int)threadIdx.x / 32, q = (int)threadIdx.x % 4, r = (int)threadIdx.x % 32 / 4;
+    const int blocks = a.k / 32, panel = (int)blockIdx.x, warp = (int)threadIdx.x / 32,
+              q = (int)threadIdx.x % 4, r = (int)threadIdx.x % 32 / 4;
     float y[SUMS] = {};
     if (!s.n)
         return;
     for (int first = 0, side = 0; first < blocks; first += BLOCKS, side ^= 1) {
         const int n = least(blocks - first, BLOCKS);
         for (int i = warp; i < n; i += WARPS) {
-            const struct operand o = load_operand(find_block(a, s, panel, first + i, f), low_codes, high_codes, low_scales, high_scales);
+            const struct operand o = load_operand(find_block(a, s, panel, first + i, f), low_codes,
+                                                  high_codes, low_scales, high_scales);
             UNROLL(4)
             for (int g = 0; g < G; g++) {
                 const int col = 8 * g;
                 if (col >= s.n)
                     break;
                 const struct act_block *mine = column(a, s, first + i, col + r);
-                const struct act_block *const c[2] = { column(a, s, first + i, col + 2 * q), column(a, s, first + i, col + 2 * q + 1) };
+                const struct act_block *const c[2] = { column(a, s, first + i, col + 2 * q),
+                                                       column(a, s, first + i, col + 2 * q + 1) };
                 float t[4];
                 mma_terms(f, o, mine, c, t);
                 UNROLL(4)
@@ -211,25 +225,30 @@ template <int G> DEVICE void wide(const struct cuda_product &a, struct wide_room
         put(a, s, panel * PANEL_ROWS + lane(), half_warp() + 16 * k, y[k]);
 }
 
-/* Prompts: a warp has a panel, eight of which share 64 tokens, and all sums stay in registers, so columns come in their order.
- * Activations go to shared memory ahead of their use; their pitch keeps a warp's reads of eight tokens in different banks. */
+/* Prompts: a warp has a panel, eight of which share 64 tokens, and all sums stay in registers, so columns
+ * come in their order. Activations go to shared memory ahead of their use; their pitch keeps a warp's reads
+ * of eight tokens in different banks. */
 enum { TOKENS = 64, STEP = 4, ACT_PITCH = 80 };
 struct tiles_room { alignas(16) uint8_t act[2][STEP][TOKENS][ACT_PITCH]; };
 
 /* Begins to copy the activations of blocks [first, first + STEP). */
-DEVICE void fetch_acts(const struct cuda_product &a, const struct share &s, int first, int blocks, uint8_t (*act)[TOKENS][ACT_PITCH]) {
+DEVICE void fetch_acts(const struct cuda_product &a, const struct share &s, int first, int blocks,
+                       uint8_t (*act)[TOKENS][ACT_PITCH]) {
     for (int i = (int)threadIdx.x; i < STEP * TOKENS * 4; i += 32 * WARPS) {
         const int piece = i % 4, tok = i / 4 % TOKENS, b = i / 4 / TOKENS;
         if (first + b < blocks)
-            copy_16(act[b][tok] + 16 * piece, (const uint8_t *)(const void *)column(a, s, first + b, tok) + 16 * piece);
+            copy_16(act[b][tok] + 16 * piece,
+                    (const uint8_t *)(const void *)column(a, s, first + b, tok) + 16 * piece);
     }
     end_copies();
 }
 
-DEVICE void tiles(const struct cuda_product &a, struct tiles_room &room, const struct format f, low::codes_fn *low_codes,
-                  high::codes_fn *high_codes, low_scales_fn *low_scales, high_scales_fn *high_scales) {
+DEVICE void tiles(const struct cuda_product &a, struct tiles_room &room, const struct format f,
+                  low::codes_fn *low_codes, high::codes_fn *high_codes, low_scales_fn *low_scales,
+                  high_scales_fn *high_scales) {
     const struct share s = find_share(a, TOKENS);
-    const int blocks = a.k / 32, panel = (int)blockIdx.x * WARPS + (int)threadIdx.x / 32, q = (int)threadIdx.x % 4, r = (int)threadIdx.x % 32 / 4;
+    const int blocks = a.k / 32, panel = (int)blockIdx.x * WARPS + (int)threadIdx.x / 32,
+              q = (int)threadIdx.x % 4, r = (int)threadIdx.x % 32 / 4;
     const bool works = panel * PANEL_ROWS < a.n_rows;
     float y[TOKENS / 8][4] = {};
     if (!s.n)
@@ -240,12 +259,16 @@ DEVICE void tiles(const struct cuda_product &a, struct tiles_room &room, const s
         wait_copies<1>();
         __syncthreads();
         for (int b = 0; works && b < least(blocks - first, STEP); b++) {
-            const struct operand o = load_operand(find_block(a, s, panel, first + b, f), low_codes, high_codes, low_scales, high_scales);
+            const struct operand o = load_operand(find_block(a, s, panel, first + b, f), low_codes,
+                                                  high_codes, low_scales, high_scales);
             UNROLL(8)
             for (int g = 0; g < TOKENS / 8; g++) {
-                const struct act_block *mine = (const struct act_block *)(const void *)room.act[side][b][8 * g + r];
-                const struct act_block *const c[2] = { (const struct act_block *)(const void *)room.act[side][b][8 * g + 2 * q],
-                                                       (const struct act_block *)(const void *)room.act[side][b][8 * g + 2 * q + 1] };
+                const struct act_block *mine =
+                    (const struct act_block *)(const void *)room.act[side][b][8 * g + r];
+                const struct act_block *const c[2] = {
+                    (const struct act_block *)(const void *)room.act[side][b][8 * g + 2 * q],
+                    (const struct act_block *)(const void *)room.act[side][b][8 * g + 2 * q + 1]
+                };
                 float t[4];
                 mma_terms(f, o, mine, c, t);
                 UNROLL(4)
@@ -276,7 +299,8 @@ DEVICE void tiles(const struct cuda_product &a, struct tiles_room &room, const s
 #endif
 
 #define FORMAT(super, codes, scales, zero) \
-    { super, CODES_##codes, SCALES_##scales, HEAD_##scales, HALVES_##scales, MINS_##scales, zero, BITS_##codes }
+    { super, CODES_##codes, SCALES_##scales, HEAD_##scales, HALVES_##scales, MINS_##scales, zero, \
+      BITS_##codes }
 #define NARROW_KERNEL(C, name, super, codes, scales, zero) \
     KERNEL(narrow##C##_##name, 32 * WARPS, struct cuda_product, struct narrow_room<C>) { \
         narrow<C>(a, s, FORMAT(super, codes, scales, zero), codes_##codes, scales##_scales); \

@@ -1,6 +1,6 @@
-/* The queue of a pass on a GPU. Steps only queue launches; cuda_end hands the queue to the driver, as a graph where the same one came
- * before, and waits. What changes from token to token goes over in one copy before, so that a queue stays the same as long as no
- * session gets more rows. */
+/* The queue of a pass on a GPU. Steps only queue launches; cuda_end hands the queue to the driver, as a graph
+ * where the same one came before, and waits. What changes from token to token goes over in one copy before,
+ * so that a queue stays the same as long as no session gets more rows. */
 #include "cuda.h"
 
 #include "../error.h"
@@ -52,14 +52,18 @@ void cuda_launch(struct cuda *c, void *function, struct cuda_grid grid, const vo
         return;
     memcpy(c->args + c->arg_bytes, args, bytes);
     memset(c->args + c->arg_bytes + bytes, 0, whole - bytes);
-    *q = (struct queued){ .function = function, .grid = grid, .args = (uint32_t)c->arg_bytes, .bytes = (uint32_t)bytes };
+    *q = (struct queued){
+        .function = function, .grid = grid, .args = (uint32_t)c->arg_bytes, .bytes = (uint32_t)bytes
+    };
     c->arg_bytes += whole;
 }
 
 void cuda_copy(struct cuda *c, float *to, const float *from, size_t floats) {
     struct queued *q = push(c);
     if (q)
-        *q = (struct queued){ .bytes = (uint32_t)(floats * sizeof *to), .to = cuda_address(to), .from = cuda_address(from) };
+        *q = (struct queued){ .bytes = (uint32_t)(floats * sizeof *to),
+                              .to = cuda_address(to),
+                              .from = cuda_address(from) };
 }
 
 void cuda_fetch(struct cuda *c, void *to, const void *from, size_t bytes) {
@@ -73,7 +77,8 @@ const void *cuda_put(struct cuda *c, const void *data, size_t bytes) {
     if (c->status)
         return NULL;
     if (at + bytes > c->device_bytes) {
-        cuda_stop(c, fail(BMC_EDEVICE, "a pass brings more with it than was counted: %zu of %zu bytes", at + bytes, c->device_bytes));
+        cuda_stop(c, fail(BMC_EDEVICE, "a pass brings more with it than was counted: %zu of %zu bytes",
+                          at + bytes, c->device_bytes));
         return NULL;
     }
     memcpy(c->host + at, data, bytes);
@@ -99,7 +104,8 @@ void cuda_put_tokens(struct cuda *c, const struct pass *p) {
     }
     for (int t = 0; t < p->n_tok; t++) {
         const struct place *at = &p->at[t];
-        list[t] = (struct cuda_token){ at->pos, at->end, at->last, number_of(c, at->session), at->session->rope };
+        list[t] =
+            (struct cuda_token){ at->pos, at->end, at->last, number_of(c, at->session), at->session->rope };
     }
     c->at = cuda_put(c, list, (size_t)p->n_tok * sizeof *list);
     memset(c->tasks, 0, sizeof c->tasks);
@@ -113,7 +119,9 @@ static void put_rows(struct cuda *c) {
         int64_t most = 0;
         for (int s = 0; s < c->n_sessions; s++) {
             const struct arena *a = &c->sessions[s]->arenas[GPU_ROWS + i];
-            list[s] = (struct cuda_rows){ cuda_put(c, a->segments, (size_t)a->n_segments * sizeof *a->segments), a->segment_tiles };
+            list[s] =
+                (struct cuda_rows){ cuda_put(c, a->segments, (size_t)a->n_segments * sizeof *a->segments),
+                                    a->segment_tiles };
             most = a->rows_reserved > most ? a->rows_reserved : most;
         }
         c->rows[i] = cuda_put(c, list, (size_t)c->n_sessions * sizeof *list);
@@ -135,7 +143,9 @@ static void put_runs(struct cuda *c, const struct pass *p) {
     for (int i = 0; i < p->n_runs; i++) {
         const struct run *run = &p->runs[i];
         const struct state_run *s = &run->states[ON_GPU];
-        list[i] = (struct cuda_run){ run->session->states[ON_GPU].memory, run->first, s->start, s->n, s->base, s->next_base, s->replay };
+        list[i] = (struct cuda_run){
+            run->session->states[ON_GPU].memory, run->first, s->start, s->n, s->base, s->next_base, s->replay
+        };
         for (int t = 0; t < s->n; t++)
             of[run->first + t] = i;
     }
@@ -186,11 +196,15 @@ static float *hidden_results(const bmc_model *m) {
     return (float *)(void *)(m->cuda->results + (size_t)m->pass_max * m->cuda->n_parts * sizeof(struct best));
 }
 
-/* Room for what it brings with it. Whoever had addresses there is gone: a queue that has them never comes again. */
+/* Room for what it brings with it. Whoever had addresses there is gone: a queue that has them never comes
+ * again. */
 static int make_room(struct cuda *c, const struct pass *p) {
     const bmc_model *m = p->model;
-    const size_t scaled = 2 * (size_t)m->c.n_blocks * sizeof(float), turns = 2 * (size_t)(m->c.n_ropes * m->buffers->turns) * sizeof(float);
-    size_t each = sizeof(struct cuda_run) + sizeof(int32_t) + 2 * sizeof(struct cuda_token) + 2 * (ATTEND_ROWS + 1) * sizeof(struct cuda_task) + 2 * sizeof(int32_t) + 2 * sizeof(struct cuda_rows) + scaled + turns + 4 * 64;
+    const size_t scaled = 2 * (size_t)m->c.n_blocks * sizeof(float),
+                 turns = 2 * (size_t)(m->c.n_ropes * m->buffers->turns) * sizeof(float);
+    size_t each = sizeof(struct cuda_run) + sizeof(int32_t) + 2 * sizeof(struct cuda_token)
+                  + 2 * (ATTEND_ROWS + 1) * sizeof(struct cuda_task) + 2 * sizeof(int32_t)
+                  + 2 * sizeof(struct cuda_rows) + scaled + turns + 4 * 64;
     size_t bytes = (size_t)p->n_tok * each + 64 * (size_t)(m->c.n_blocks + 64);
     for (int i = 0; i < c->n_sessions; i++)
         for (int j = GPU_ROWS; j < ARENAS; j++)
@@ -248,14 +262,20 @@ void cuda_begin(struct pass *p) {
         put_runs(c, p);
 }
 
-static int check(const struct cuda *c, const char *what, int code) { return cuda_status(c->gpu->index, what, code); }
+static int check(const struct cuda *c, const char *what, int code) {
+    return cuda_status(c->gpu->index, what, code);
+}
 
 static int send(const struct cuda *c, const struct pass *p) {
     const size_t bytes = (size_t)c->n_began * padded(p->model->c.dim) * sizeof(float);
     char *x = c->host + c->device_bytes;
     memcpy(x, p->model->buffers->x, bytes);
-    int status = check(c, "sending", c->gpu->cu->cuMemcpyHtoDAsync_v2(cuda_address(c->device), c->host, c->host_used, c->stream));
-    return status ? status : check(c, "sending", c->gpu->cu->cuMemcpyHtoDAsync_v2(cuda_address(c->buffers.x), x, bytes, c->stream));
+    int status =
+        check(c, "sending",
+              c->gpu->cu->cuMemcpyHtoDAsync_v2(cuda_address(c->device), c->host, c->host_used, c->stream));
+    return status ? status
+                  : check(c, "sending",
+                          c->gpu->cu->cuMemcpyHtoDAsync_v2(cuda_address(c->buffers.x), x, bytes, c->stream));
 }
 
 static int queue_one(const struct cuda *c, const struct queued *q) {
@@ -263,7 +283,9 @@ static int queue_one(const struct cuda *c, const struct queued *q) {
     if (!q->function)
         return check(c, "copying", cu->cuMemcpyDtoDAsync_v2(q->to, q->from, q->bytes, c->stream));
     void *args[] = { c->args + q->args };
-    return check(c, "launching a kernel", cu->cuLaunchKernel(q->function, q->grid.x, q->grid.y, q->grid.z, q->grid.threads, 1, 1, 0, c->stream, args, NULL));
+    return check(c, "launching a kernel",
+                 cu->cuLaunchKernel(q->function, q->grid.x, q->grid.y, q->grid.z, q->grid.threads, 1, 1, 0,
+                                    c->stream, args, NULL));
 }
 
 /* All that is queued, results as soon as they are there. */
@@ -272,7 +294,8 @@ static int queue_all(const struct cuda *c) {
     int status = 0;
     for (int i = 0; i <= c->n_queued && !status; i++) {
         for (; f < last && f->after == i && !status; f++)
-            status = check(c, "fetching", c->gpu->cu->cuMemcpyDtoHAsync_v2(f->to, f->from, f->bytes, c->stream));
+            status =
+                check(c, "fetching", c->gpu->cu->cuMemcpyDtoHAsync_v2(f->to, f->from, f->bytes, c->stream));
         if (i < c->n_queued && !status)
             status = queue_one(c, &c->queue[i]);
     }
@@ -305,7 +328,8 @@ static void drop(const struct cuda *c, struct graph *g) {
 static struct graph *find_graph(struct cuda *c, uint64_t hash) {
     for (struct graph *g = c->graphs; g < c->graphs + GRAPHS; g++)
         if (g->program && g->hash == hash && g->n == c->n_queued && g->arg_bytes == c->arg_bytes
-            && !memcmp(g->queue, c->queue, (size_t)g->n * sizeof *g->queue) && !memcmp(g->args, c->args, g->arg_bytes))
+            && !memcmp(g->queue, c->queue, (size_t)g->n * sizeof *g->queue)
+            && !memcmp(g->args, c->args, g->arg_bytes))
             return g;
     return NULL;
 }
@@ -350,7 +374,8 @@ static bool as_graph(struct cuda *c, int *status) {
     const bool last = !c->n_fetches || c->fetches[0].after == c->n_queued;
     if (c->n_began > GRAPH_TOKENS || !last || !c->n_queued)
         return false;
-    const uint64_t hash = hash_of(hash_of(0, c->queue, (size_t)c->n_queued * sizeof *c->queue), c->args, c->arg_bytes);
+    const uint64_t hash =
+        hash_of(hash_of(0, c->queue, (size_t)c->n_queued * sizeof *c->queue), c->args, c->arg_bytes);
     const bool again = c->last_hash[c->n_began] == hash;
     struct graph *g = find_graph(c, hash);
     c->last_hash[c->n_began] = hash;
@@ -362,7 +387,9 @@ static bool as_graph(struct cuda *c, int *status) {
     g->used = c->n_passes;
     *status = check(c, "launching a graph", c->gpu->cu->cuGraphLaunch(g->program, c->stream));
     for (int i = 0; i < c->n_fetches && !*status; i++)
-        *status = check(c, "fetching", c->gpu->cu->cuMemcpyDtoHAsync_v2(c->fetches[i].to, c->fetches[i].from, c->fetches[i].bytes, c->stream));
+        *status = check(c, "fetching",
+                        c->gpu->cu->cuMemcpyDtoHAsync_v2(c->fetches[i].to, c->fetches[i].from,
+                                                         c->fetches[i].bytes, c->stream));
     return true;
 }
 
@@ -387,7 +414,8 @@ int cuda_end(struct pass *p) {
     const bmc_model *m = p->model;
     struct cuda *c = m->cuda;
     if (c->n_hidden)
-        cuda_fetch(c, hidden_results(m), c->buffers.y[0], (size_t)c->n_hidden * padded(m->c.dim) * sizeof(float));
+        cuda_fetch(c, hidden_results(m), c->buffers.y[0],
+                   (size_t)c->n_hidden * padded(m->c.dim) * sizeof(float));
     int status = c->status;
     if (status)
         return status;

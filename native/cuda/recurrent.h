@@ -1,8 +1,13 @@
-/* Blocks with a state: the convolution over a few tokens before, the walk of the states, the log (../layers/recurrent.c). */
+/* Blocks with a state: the convolution over a few tokens before, the walk of the states, the log
+ * (../layers/recurrent.c). */
 
 /* A session's part of a stream: the current state, the anchor, the ring of log rows. */
-DEVICE float *current_of(const struct cuda_recur &a, const struct cuda_run &run) { return run.memory + a.state_at; }
-DEVICE float *anchor_of(const struct cuda_recur &a, const struct cuda_run &run) { return current_of(a, run) + a.state_floats; }
+DEVICE float *current_of(const struct cuda_recur &a, const struct cuda_run &run) {
+    return run.memory + a.state_at;
+}
+DEVICE float *anchor_of(const struct cuda_recur &a, const struct cuda_run &run) {
+    return current_of(a, run) + a.state_floats;
+}
 DEVICE float *log_row(const struct cuda_recur &a, const struct cuda_run &run, int position) {
     const int place = (position + a.n_before) % (LOG_MAX + a.n_before);
     return anchor_of(a, run) + a.state_floats + (size_t)place * a.state_row;
@@ -46,12 +51,17 @@ DEVICE void prepare_values(const struct cuda_recur &a, int t, int h, const float
 
 /* A group's keys or queries, or a head's values. */
 KERNEL(recur_prepare, 128, struct cuda_recur, struct row_room) {
-    const int t = (int)blockIdx.x, part = (int)blockIdx.y, groups = a.n_groups, g = part % groups, h = part - 2 * groups;
+    const int t = (int)blockIdx.x, part = (int)blockIdx.y, groups = a.n_groups, g = part % groups,
+              h = part - 2 * groups;
     const int keys = groups * a.state_dim, pad = (a.v_dim + 15) / 16 * 16, inner = a.n_heads * a.v_dim;
     const bool query = part >= groups;
-    const int q_from = a.delta ? 0 : inner + keys, k_from = a.delta ? keys : inner, v_from = a.delta ? 2 * keys : 0;
-    const int n = h < 0 ? a.state_dim : a.v_dim, from = h >= 0 ? v_from + h * n : (query ? q_from : k_from) + g * n;
-    float *y = h >= 0 ? row_at(a.v, a.values, t) + h * pad : query ? row_at(a.q, a.keys, t) + g * n : row_at(a.row, a.stride, t) + a.k + g * n;
+    const int q_from = a.delta ? 0 : inner + keys, k_from = a.delta ? keys : inner,
+              v_from = a.delta ? 2 * keys : 0;
+    const int n = h < 0 ? a.state_dim : a.v_dim,
+              from = h >= 0 ? v_from + h * n : (query ? q_from : k_from) + g * n;
+    float *y = h >= 0  ? row_at(a.v, a.values, t) + h * pad
+               : query ? row_at(a.q, a.keys, t) + g * n
+                       : row_at(a.row, a.stride, t) + a.k + g * n;
     for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x)
         y[i] = of_silu(convolve(a, t, (size_t)(from + i)), NULL);
     if (h >= 0) {
@@ -63,8 +73,8 @@ KERNEL(recur_prepare, 128, struct cuda_recur, struct row_room) {
         norm_key(a, y, query, s);
 }
 
-/* What tokens do to one value of a head's state for every key, and what they read (recur in ../kernels/vec.h); v NULL: d is given,
- * q NULL: nothing is read. Strides in floats, token to token. */
+/* What tokens do to one value of a head's state for every key, and what they read (recur in
+ * ../kernels/vec.h); v NULL: d is given, q NULL: nothing is read. Strides in floats, token to token. */
 struct walk {
     const float *decay, *k, *q, *v, *beta;
     float *d, *o;
@@ -106,7 +116,8 @@ DEVICE void advance(const struct cuda_recur &a, float *s, const struct walk &w, 
 struct slice { size_t at, decay, k, d, q, value, beta; };
 
 /* Tokens [from, to) of the text: those before the run stand in the log. */
-DEVICE void advance_all(const struct cuda_recur &a, const struct cuda_run &run, struct slice c, float *s, int from, int to) {
+DEVICE void advance_all(const struct cuda_recur &a, const struct cuda_run &run, struct slice c, float *s,
+                        int from, int to) {
     for (; from < least(to, run.start); from++) {
         float *row = log_row(a, run, from);
         const struct walk w = { row + c.decay, row + c.k, NULL, NULL, NULL, row + c.d, NULL, 0, 0, 0, 0 };
@@ -117,20 +128,36 @@ DEVICE void advance_all(const struct cuda_recur &a, const struct cuda_run &run, 
     const int t = run.first + from - run.start;
     float *row = row_at(a.row, a.stride, t);
     const struct walk w = {
-        row + c.decay, row + c.k, row_at(a.q, a.keys, t) + c.q, a.delta ? row_at(a.v, a.values, t) + c.value : NULL,
-        a.delta ? row_at(a.beta, a.beta_stride, t) + c.beta : NULL, row + c.d, row_at(a.o, a.values, t) + c.value,
-        a.stride, a.keys, a.values, a.beta_stride,
+        row + c.decay,
+        row + c.k,
+        row_at(a.q, a.keys, t) + c.q,
+        a.delta ? row_at(a.v, a.values, t) + c.value : NULL,
+        a.delta ? row_at(a.beta, a.beta_stride, t) + c.beta : NULL,
+        row + c.d,
+        row_at(a.o, a.values, t) + c.value,
+        a.stride,
+        a.keys,
+        a.values,
+        a.beta_stride,
     };
     advance(a, s, w, to - from);
 }
 
-/* Two slices of a run; a thread has one value of one, for every key. It leaves the state and its anchor as the run says. */
+/* Two slices of a run; a thread has one value of one, for every key. It leaves the state and its anchor as
+ * the run says. */
 KERNEL(recur_walk, 32, struct cuda_recur, struct no_room) {
     const struct cuda_run &run = a.runs[blockIdx.y];
     const int slice = (int)blockIdx.x * 2 + half_warp(), pad = (a.v_dim + 15) / 16 * 16, h = slice * 16 / pad;
     const int g = a.interleaved ? h % a.n_groups : h / (a.n_heads / a.n_groups);
-    const size_t key = (size_t)(g * a.state_dim), value = (size_t)(slice * 16 + lane()), floats = (size_t)a.state_dim * 16;
-    const struct slice c = { (size_t)slice * floats + (size_t)lane(), a.decay + (size_t)h, a.k + key, a.d + value, key, value, (size_t)h };
+    const size_t key = (size_t)(g * a.state_dim), value = (size_t)(slice * 16 + lane()),
+                 floats = (size_t)a.state_dim * 16;
+    const struct slice c = { (size_t)slice * floats + (size_t)lane(),
+                             a.decay + (size_t)h,
+                             a.k + key,
+                             a.d + value,
+                             key,
+                             value,
+                             (size_t)h };
     (void)s;
     if (value >= a.values)
         return;
@@ -154,7 +181,8 @@ KERNEL(recur_walk, 32, struct cuda_recur, struct no_room) {
 KERNEL(recur_finish, 128, struct cuda_recur, struct row_room) {
     const int t = (int)blockIdx.x, piece = (int)blockIdx.y, pad = (a.v_dim + 15) / 16 * 16;
     const int heads = a.delta ? 1 : a.n_heads / a.n_groups, size = heads * a.v_dim, first = piece * size;
-    const float *o = row_at(a.o, a.values, t), *v = row_at(a.v, a.values, t), *gate = row_at(a.gate, a.gate_stride, t) + first;
+    const float *o = row_at(a.o, a.values, t), *v = row_at(a.v, a.values, t),
+                *gate = row_at(a.gate, a.gate_stride, t) + first;
     float *y = row_at(a.out, a.out_stride, t) + first;
     if (a.delta)
         norm_row(y, o + piece * pad, { a.norm, NULL }, size, BMC_NORM_RMS, a.eps, s);
@@ -172,11 +200,13 @@ KERNEL(recur_keep, 256, struct cuda_recur, struct no_room) {
     const struct cuda_run &run = a.runs[blockIdx.y];
     const size_t i = blockIdx.x * blockDim.x + threadIdx.x;
     (void)s;
-    for (int pos = most(run.next_base - a.n_before, run.start); i < a.state_row && pos < run.start + run.n; pos++)
+    for (int pos = most(run.next_base - a.n_before, run.start); i < a.state_row && pos < run.start + run.n;
+         pos++)
         log_row(a, run, pos)[i] = row_at(a.row, a.stride, run.first + pos - run.start)[i];
 }
 
-/* out = c * conv(b * x), rows [b | c | x]: a thread has a channel of all tokens; b x stands in the place of b. */
+/* out = c * conv(b * x), rows [b | c | x]: a thread has a channel of all tokens; b x stands in the place of
+ * b. */
 KERNEL(short_conv, 256, struct cuda_recur, struct no_room) {
     const size_t i = blockIdx.x * blockDim.x + threadIdx.x, dim = (size_t)a.dim;
     (void)s;

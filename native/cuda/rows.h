@@ -4,8 +4,8 @@
 enum { STRETCH = 4096 };
 struct row_room { float values[STRETCH], sum; };
 
-/* The sum over a row in the CPU's sixteen lanes, by the first sixteen threads: of x, or of (x - mean)^2. All threads call it and get
- * the sum. */
+/* The sum over a row in the CPU's sixteen lanes, by the first sixteen threads: of x, or of (x - mean)^2. All
+ * threads call it and get the sum. */
 DEVICE float sum_row(const float *x, int n, float mean, bool squares, struct row_room &s) {
     float sum = 0;
     for (int first = 0; first < n; first += STRETCH) {
@@ -29,9 +29,10 @@ DEVICE float sum_row(const float *x, int n, float mean, bool squares, struct row
     return s.sum;
 }
 
-/* y = norm(x), y may be x; weight or bias NULL: without it. In all loops over a row a thread has the elements i %
- * blockDim.x, so they need no barrier between them. */
-DEVICE void norm_row(float *y, const float *x, struct cuda_weights w, int n, int kind, float eps, struct row_room &s) {
+/* y = norm(x), y may be x; weight or bias NULL: without it. In all loops over a row a thread has the elements
+ * i % blockDim.x, so they need no barrier between them. */
+DEVICE void norm_row(float *y, const float *x, struct cuda_weights w, int n, int kind, float eps,
+                     struct row_room &s) {
     const float mean = kind == BMC_NORM_LAYER ? sum_row(x, n, 0, false, s) / (float)n : 0.0f;
     const float by = 1.0f / sqrtf(sum_row(x, n, mean, true, s) / (float)n + eps);
     for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) {

@@ -1,10 +1,10 @@
-/* What becomes of single values, in the words of lanes_<isa>.h, for the CPU's kernels and the GPU's: activations, and blocks of 8
- * bits. */
+/* What becomes of single values, in the words of lanes_<isa>.h, for the CPU's kernels and the GPU's:
+ * activations, and blocks of 8 bits. */
 
 /* Thirty-two values as a block. */
 INLINE void quantize_block(struct act_block *act, f32x16 lo, f32x16 hi) {
     float top = f_max_lane(f_max(f_abs(lo), f_abs(hi)));
-    f32x16 per = f_set(top > 0x1p-119f ? 127.0f / top : 0.0f);               /* below, 127 / top would be infinite */
+    f32x16 per = f_set(top > 0x1p-119f ? 127.0f / top : 0.0f); /* below, 127 / top would be infinite */
     f_store_block(act, top / 127.0f, f_mul(lo, per), f_mul(hi, per));
 }
 

@@ -1,8 +1,9 @@
-/* A CUDA driver without a GPU: a library of libcuda's names that runs the kernels on the grid of grid.h. It is stricter than a real one.
+/* A CUDA driver without a GPU: a library of libcuda's names that runs the kernels on the grid of grid.h. It
+ * is stricter than a real one.
  *
- * What is queued happens when the stream is awaited, so that a host buffer that is used again too early shows. Fresh memory is full of
- * NaN. Addresses are checked, and so is the context of the thread. Any call can be made to fail. Tests set it by fake_set() and ask
- * fake_get(). */
+ * What is queued happens when the stream is awaited, so that a host buffer that is used again too early
+ * shows. Fresh memory is full of NaN. Addresses are checked, and so is the context of the thread. Any call
+ * can be made to fail. Tests set it by fake_set() and ask fake_get(). */
 #include "grid.h"
 
 #include "../../native/cuda/kernels.cu"
@@ -17,16 +18,28 @@
 
 #define API extern "C" __attribute__((visibility("default")))
 
-enum { OK = 0, INVALID = 1, NO_MEMORY = 2, NOT_READY = 3, NO_CONTEXT = 201, NOT_FOUND = 500, ILLEGAL_ADDRESS = 700, UNKNOWN = 999 };
+enum {
+    OK = 0,
+    INVALID = 1,
+    NO_MEMORY = 2,
+    NOT_READY = 3,
+    NO_CONTEXT = 201,
+    NOT_FOUND = 500,
+    ILLEGAL_ADDRESS = 700,
+    UNKNOWN = 999
+};
 enum { POISON = 0xff, PAGE = 2 << 20 };
 
 static std::recursive_mutex lock;
 
-/* What tests set: how many GPUs there are, their capability and memory, whether they map memory, the order of the grid, and which call
- * from now on fails: 0: none. What they ask: calls so far, objects alive, launches of graphs and of kernels. */
+/* What tests set: how many GPUs there are, their capability and memory, whether they map memory, the order of
+ * the grid, and which call from now on fails: 0: none. What they ask: calls so far, objects alive, launches
+ * of graphs and of kernels. */
 static std::map<std::string, long long> settings = {
-    { "gpus", 1 }, { "major", 9 }, { "maps", 1 }, { "order", 0 }, { "fail_in", 0 }, { "fail_code", UNKNOWN }, { "memory", 4ll << 30 },
-    { "calls", 0 }, { "alive", 0 }, { "bytes", 0 }, { "graph_launches", 0 }, { "launches", 0 }, { "graphs", 0 },
+    { "gpus", 1 },    { "major", 9 },           { "maps", 1 },           { "order", 0 },
+    { "fail_in", 0 }, { "fail_code", UNKNOWN }, { "memory", 4ll << 30 }, { "calls", 0 },
+    { "alive", 0 },   { "bytes", 0 },           { "graph_launches", 0 }, { "launches", 0 },
+    { "graphs", 0 },
 };
 
 API void fake_set(const char *name, long long value) {
@@ -128,7 +141,8 @@ API int cuMemGetAllocationGranularity(size_t *n, const void *, int) {
 
 API int cuMemAddressReserve(uint64_t *p, size_t n, size_t, uint64_t, unsigned long long) {
     BEGIN(true);
-    void *memory = n % PAGE ? MAP_FAILED : mmap(NULL, n, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    void *memory =
+        n % PAGE ? MAP_FAILED : mmap(NULL, n, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED)
         return INVALID;
     reserved[*p = (uint64_t)memory] = n;
@@ -199,8 +213,13 @@ API int cuInit(unsigned) {
 
 API int cuGetErrorString(int code, const char **text) {
     static const std::map<int, const char *> names = {
-        { OK, "no error" }, { INVALID, "invalid argument" }, { NO_MEMORY, "out of memory" }, { NO_CONTEXT, "invalid device context" },
-        { NOT_FOUND, "named symbol not found" }, { ILLEGAL_ADDRESS, "an illegal memory access was encountered" }, { UNKNOWN, "unknown error" },
+        { OK, "no error" },
+        { INVALID, "invalid argument" },
+        { NO_MEMORY, "out of memory" },
+        { NO_CONTEXT, "invalid device context" },
+        { NOT_FOUND, "named symbol not found" },
+        { ILLEGAL_ADDRESS, "an illegal memory access was encountered" },
+        { UNKNOWN, "unknown error" },
     };
     auto found = names.find(code);
     *text = found == names.end() ? NULL : found->second;
@@ -233,7 +252,10 @@ API int cuDeviceTotalMem_v2(size_t *n, int) {
 
 API int cuDeviceGetAttribute(int *value, int attribute, int) {
     BEGIN(false);
-    *value = attribute == 16 ? 4 : attribute == 75 ? (int)settings["major"] : attribute == 102 ? (int)settings["maps"] : 0;
+    *value = attribute == 16    ? 4
+             : attribute == 75  ? (int)settings["major"]
+             : attribute == 102 ? (int)settings["maps"]
+                                : 0;
     return OK;
 }
 
@@ -332,7 +354,9 @@ API int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t n, void *s) {
 
 API int cuMemcpyDtoDAsync_v2(uint64_t to, uint64_t from, size_t n, void *s) {
     BEGIN(true);
-    return enqueue(s, [=] { return inside(to, n) && inside(from, n) ? memmove((void *)to, (void *)from, n), OK : ILLEGAL_ADDRESS; });
+    return enqueue(s, [=] {
+        return inside(to, n) && inside(from, n) ? memmove((void *)to, (void *)from, n), OK : ILLEGAL_ADDRESS;
+    });
 }
 
 API int cuMemsetD8Async(uint64_t p, unsigned char value, size_t n, void *s) {
@@ -340,7 +364,8 @@ API int cuMemsetD8Async(uint64_t p, unsigned char value, size_t n, void *s) {
     return enqueue(s, [=] { return inside(p, n) ? memset((void *)p, value, n), OK : ILLEGAL_ADDRESS; });
 }
 
-API int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned threads, unsigned, unsigned, unsigned, void *s, void **args, void **) {
+API int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, unsigned threads, unsigned,
+                       unsigned, unsigned, void *s, void **args, void **) {
     BEGIN(true);
     const grid_kernel *kernel = (const grid_kernel *)function;
     if (!gx || !gy || !gz || !threads || threads > 1024 || gy > 65535 || gz > 65535)

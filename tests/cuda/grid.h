@@ -1,8 +1,11 @@
-/* A grid of threads on the CPU, for the source of CUDA kernels. Each thread of a block is a fiber; blocks run one after the other.
- * Fibers go in ascending order or in a shuffled one, so that a missing barrier shows; a barrier that not all threads reach ends
- * the program. Shared memory is a block of its own size on the heap, filled anew for each block of threads. */
+/* A grid of threads on the CPU, for the source of CUDA kernels. Each thread of a block is a fiber; blocks run
+ * one after the other. Fibers go in ascending order or in a shuffled one, so that a missing barrier shows; a
+ * barrier that not all threads reach ends the program. Shared memory is a block of its own size on the heap,
+ * filled anew for each block of threads. */
 #ifndef GRID_H
 #define GRID_H
+
+#undef _FORTIFY_SOURCE          /* its longjmp allows one stack only */
 
 #include <math.h>
 #include <setjmp.h>
@@ -52,7 +55,8 @@ static struct {
 #define blockDim (grid.block_size)
 #define gridDim (grid.size)
 
-static inline bool grid_add(const char *name, void (*call)(const void *, void *), size_t args, size_t shared) {
+static inline bool grid_add(const char *name, void (*call)(const void *, void *), size_t args,
+                            size_t shared) {
     if (grid.n_kernels == GRID_KERNELS)
         abort();
     grid.kernels[grid.n_kernels++] = { name, call, args, shared };
@@ -144,7 +148,8 @@ static inline bool grid_release(int n) {
         grid.fibers[i].state = grid_fiber::READY;
     if (any || whole || ended)
         return !ended;
-    fprintf(stderr, "%s: block %u, %u, %u: a barrier that not all threads reach\n", grid.kernel->name, grid.block.x, grid.block.y, grid.block.z);
+    fprintf(stderr, "%s: block %u, %u, %u: a barrier that not all threads reach\n", grid.kernel->name,
+            grid.block.x, grid.block.y, grid.block.z);
     exit(3);
 }
 

@@ -10,7 +10,8 @@ void reference_norm_rows(const struct cuda_norm_rows *a) {
         for (int p = 0; p < a->n_parts; p++) {
             const size_t skip = (size_t)p * a->weight_pitch;
             float *y = a->y + (size_t)t * a->y_stride + (size_t)p * a->pitch;
-            norm_row(&m, y, a->x + (size_t)t * a->x_stride + (size_t)p * a->pitch, vector(a->norm.weight ? a->norm.weight + skip : NULL, 1, a->n),
+            norm_row(&m, y, a->x + (size_t)t * a->x_stride + (size_t)p * a->pitch,
+                     vector(a->norm.weight ? a->norm.weight + skip : NULL, 1, a->n),
                      vector(a->norm.bias ? a->norm.bias + skip : NULL, 1, a->n), a->n);
             m.k.scale(y, a->scale, a->n);
             if (a->factors)
@@ -23,7 +24,8 @@ void reference_norm_rows(const struct cuda_norm_rows *a) {
 
 void reference_quantize(const struct cuda_quantize *a) {
     for (int t = 0; t < a->n_tok; t++)
-        quantize_column(kernels_find(), a->act + t, a->act_stride, a->x + (size_t)t * a->stride, 32 * a->n_blocks);
+        quantize_column(kernels_find(), a->act + t, a->act_stride, a->x + (size_t)t * a->stride,
+                        32 * a->n_blocks);
 }
 
 /* One matrix times columns: where column i's activations are, and where its results go. */
@@ -35,25 +37,38 @@ static void multiply_call(void *arg, int thread) {
     multiply_alone(c->p, &c->r, thread);
 }
 
-static void product_of(int type, const struct cuda_product *a, struct columns columns, const uint8_t *codes, const uint8_t *scales, const float *bias,
-                       float factor) {
+static void product_of(int type, const struct cuda_product *a, struct columns columns, const uint8_t *codes,
+                       const uint8_t *scales, const float *bias, float factor) {
     const int n = columns.n, blocks = cuda_is_float(type) ? 0 : a->k / 32;
     const size_t stride = padded(a->k);
     bmc_model m = new_model(a->k, 0, 0, NULL);
     struct pass p = { .model = &m, .n_tok = n };
-    struct tokens in = { malloc((size_t)n * stride * sizeof(float)), malloc((size_t)(n * (blocks + 1)) * sizeof(struct act_block)), n, 0, 0 };
+    struct tokens in = { malloc((size_t)n * stride * sizeof(float)),
+                         malloc((size_t)(n * (blocks + 1)) * sizeof(struct act_block)), n, 0, 0 };
     const struct matrix w = {
-        .type = type, .n_rows = a->n_rows, .n_cols = a->k, .data = codes, .codes = (uint8_t *)codes, .scales = (uint8_t *)scales,
-        .code_stride = a->code_stride, .scale_stride = a->scale_stride, .bias = bias, .factor = factor,
+        .type = type,
+        .n_rows = a->n_rows,
+        .n_cols = a->k,
+        .data = codes,
+        .codes = (uint8_t *)codes,
+        .scales = (uint8_t *)scales,
+        .code_stride = a->code_stride,
+        .scale_stride = a->scale_stride,
+        .bias = bias,
+        .factor = factor,
     };
     for (int t = 0, width = tile_width(n); t < n; t++) {
-        const int from = columns.tok ? columns.tok[t] : columns.from + t, tile = t / width, cols = smaller(n - tile * width, width);
+        const int from = columns.tok ? columns.tok[t] : columns.from + t, tile = t / width,
+                  cols = smaller(n - tile * width, width);
         for (int b = 0; b < blocks; b++)
-            in.act[(tile * width) * blocks + b * cols + t % width] = a->act[(size_t)b * (size_t)a->act_stride + (size_t)from];
+            in.act[(tile * width) * blocks + b * cols + t % width] =
+                a->act[(size_t)b * (size_t)a->act_stride + (size_t)from];
         if (a->x)
-            memcpy(in.x + (size_t)t * stride, a->x + (size_t)from * a->x_stride, (size_t)a->k * sizeof(float));
+            memcpy(in.x + (size_t)t * stride, a->x + (size_t)from * a->x_stride,
+                   (size_t)a->k * sizeof(float));
     }
-    struct call call = { &p, { &w, in, a->out + (size_t)columns.from * a->out_stride, a->out_stride, a->add } };
+    struct call call = { &p,
+                         { &w, in, a->out + (size_t)columns.from * a->out_stride, a->out_stride, a->add } };
     pool_run(m.pool, multiply_call, &call);
     pool_free(m.pool);
     free(in.x), free(in.act);
@@ -67,9 +82,11 @@ void reference_product(int type, const struct cuda_product *a) {
     for (int i = 0; i < a->lists.n_slots && a->lists.used[i] >= 0; i++) {
         const int e = a->lists.used[i], from = a->lists.first[e];
         const size_t at = (size_t)e;
-        product_of(type, a, (struct columns){ a->gathers ? a->lists.tok + from : NULL, from, a->lists.first[e + 1] - from },
-                   a->codes + at * a->expert_codes, a->scales + at * a->expert_scales, a->bias ? a->bias + at * a->expert_bias : NULL,
-                   a->factors ? a->factors[e] : a->factor);
+        product_of(type, a,
+                   (struct columns){ a->gathers ? a->lists.tok + from : NULL, from,
+                                     a->lists.first[e + 1] - from },
+                   a->codes + at * a->expert_codes, a->scales + at * a->expert_scales,
+                   a->bias ? a->bias + at * a->expert_bias : NULL, a->factors ? a->factors[e] : a->factor);
     }
 }
 
@@ -77,7 +94,8 @@ void reference_activate(const struct cuda_activate *a) {
     const struct kernels *k = kernels_find();
     for (int t = 0; t < a->n_tok; t++) {
         float *up = a->up + (size_t)t * a->stride;
-        k->act[a->kind](up, a->gate ? up : NULL, a->gate ? a->gate + (size_t)t * a->gate_stride : up, a->dim, a->param);
+        k->act[a->kind](up, a->gate ? up : NULL, a->gate ? a->gate + (size_t)t * a->gate_stride : up, a->dim,
+                        a->param);
         if (a->act)
             quantize_column(k, a->act + t, a->act_stride, up, a->dim);
     }
@@ -145,9 +163,26 @@ static uint16_t random_f16(void) {
 }
 
 /* The layout of a type's panels (panels.h): what its scales' bytes are. */
-enum { BYTES, HALVES_FLOAT, EXPONENTS, E4M3, SCALES_d_ARE = HALVES_FLOAT, SCALES_dm_ARE = HALVES_FLOAT, SCALES_e8_ARE = EXPONENTS,
-       SCALES_k_ARE = BYTES, SCALES_k16_ARE = BYTES, SCALES_k32_ARE = BYTES, SCALES_km16_ARE = BYTES, SCALES_s32_ARE = BYTES,
-       SCALES_q32_ARE = BYTES, SCALES_q16_ARE = BYTES, SCALES_b32_ARE = BYTES, SCALES_one_ARE = BYTES, SCALES_e4m3_ARE = E4M3, SCALES_half_ARE = BYTES };
+enum {
+    BYTES,
+    HALVES_FLOAT,
+    EXPONENTS,
+    E4M3,
+    SCALES_d_ARE = HALVES_FLOAT,
+    SCALES_dm_ARE = HALVES_FLOAT,
+    SCALES_e8_ARE = EXPONENTS,
+    SCALES_k_ARE = BYTES,
+    SCALES_k16_ARE = BYTES,
+    SCALES_k32_ARE = BYTES,
+    SCALES_km16_ARE = BYTES,
+    SCALES_s32_ARE = BYTES,
+    SCALES_q32_ARE = BYTES,
+    SCALES_q16_ARE = BYTES,
+    SCALES_b32_ARE = BYTES,
+    SCALES_one_ARE = BYTES,
+    SCALES_e4m3_ARE = E4M3,
+    SCALES_half_ARE = BYTES
+};
 struct layout { int super, head, scales, what; };
 static struct layout layout_of(int type) {
 #define LAYOUT(TYPE, name, super, codes, scales, zero) case TYPE: return (struct layout){ super, HEAD_##scales, SCALES_##scales, SCALES_##scales##_ARE };
@@ -162,7 +197,9 @@ static void random_scales(uint8_t *p, int n, int what) {
         if (what == HALVES_FLOAT)
             memcpy(p + i / 2 * 2, &f16, 2);
         else
-            p[i] = what == BYTES ? byte : what == EXPONENTS ? (uint8_t)(random_number() % 16 ? 120 + byte % 10 : byte % 3) : byte % 0x7f;
+            p[i] = what == BYTES       ? byte
+                   : what == EXPONENTS ? (uint8_t)(random_number() % 16 ? 120 + byte % 10 : byte % 3)
+                                       : byte % 0x7f;
     }
 }
 
@@ -170,7 +207,8 @@ struct packed random_panels(int type, int n_rows, int n_cols) {
     const struct panel_size size = panel_size(type, n_cols);
     const size_t panels = (size_t)(n_rows + 15) / 16, value = type == TYPE_F32 ? 4 : 2;
     const struct layout l = layout_of(type);
-    struct packed p = { aligned_alloc(64, (panels * size.codes + 63) / 64 * 64), malloc(panels * size.scales + 1), size.codes, size.scales };
+    struct packed p = { aligned_alloc(64, (panels * size.codes + 63) / 64 * 64),
+                        malloc(panels * size.scales + 1), size.codes, size.scales };
     for (size_t i = 0; i < panels * size.codes; i++)
         p.codes[i] = (uint8_t)random_number();
     for (size_t i = 0; cuda_is_float(type) && i < panels * size.codes; i += value) {

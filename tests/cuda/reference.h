@@ -1,11 +1,9 @@
-/* What the CPU's own code does with the arguments of a kernel: the same results in the same places. Rows in 8 bits are one tile of
- * columns on the GPU and several on the CPU: they are copied from one to the other. */
+/* What the CPU's own code does with the arguments of a kernel: the same results in the same places. Rows in 8
+ * bits are one tile of columns on the GPU and several on the CPU: they are copied from one to the other. */
 #ifndef REFERENCE_H
 #define REFERENCE_H
 
 #include "cuda/args.h"
-
-#include <stdbool.h>
 
 void reference_norm(const struct cuda_norm *a);
 void reference_norm_rows(const struct cuda_norm_rows *a);
@@ -20,8 +18,8 @@ void reference_combine(const struct cuda_combine *a);
 void reference_switch(const struct cuda_switch *a);
 void reference_place_compressed(const struct cuda_place_compressed *a);
 
-/* Where the rows of a block with a state are in `work`, of a pass of up to pass_max tokens, filled in; the floats of work, and of the
- * states of a session. */
+/* Where the rows of a block with a state are in `work`, of a pass of up to pass_max tokens, filled in; the
+ * floats of work, and of the states of a session. */
 size_t reference_recur_layout(struct cuda_recur *a, int pass_max, float *work, size_t *state_floats);
 void reference_recur(const struct cuda_recur *a, int pass_max, float *work);
 

@@ -1,7 +1,4 @@
-/* place and attend: place_rows() is only known to its file. */
-#define turn reference_turn
-#define attention_kind reference_attention_kind
-#include "../../native/layers/attention.c"
+/* place and attend. */
 #include "reference_model.h"
 
 #include <stdlib.h>
@@ -20,26 +17,32 @@ struct scene {
     float *scratch;
 };
 
-static void set_scene(struct scene *s, const struct cuda_token *at, int n_tok, const struct cuda_rows *rows, int64_t before, int64_t tile_bytes,
-                      int kind, float eps) {
+static void set_scene(struct scene *s, const struct cuda_token *at, int n_tok, const struct cuda_rows *rows,
+                      int64_t before, int64_t tile_bytes, int kind, float eps) {
     memset(s, 0, sizeof *s);
     s->m = new_model(0, kind, eps, &s->buffers);
     s->stream = (struct arena_stream){ .tile_bytes = tile_bytes, .before = before };
-    s->p = (struct pass){ .model = &s->m, .n_tok = n_tok, .at = s->at };
+    s->p = (struct pass){ .model = &s->m, .n_tok = n_tok, .at = s->at, .buffers = &s->buffers };
     for (int t = 0; t < n_tok; t++) {
         bmc_session *session = &s->sessions[at[t].session];
         const struct cuda_rows *own = &rows[at[t].session];
         session->rope = at[t].rope;
-        session->arenas[ALL_ROWS] = (struct arena){ .config.streams = &s->stream, .segments = (char **)own->segments, .n_segments = 1 << 20, .segment_tiles = own->segment_tiles };
-        s->at[t] = (struct place){ .session = session, .pos = at[t].pos, .end = at[t].end, .last = at[t].last };
+        session->arenas[ALL_ROWS] = (struct arena){ .config.streams = &s->stream,
+                                                    .segments = (char **)own->segments,
+                                                    .n_segments = 1 << 20,
+                                                    .segment_tiles = own->segment_tiles };
+        s->at[t] =
+            (struct place){ .session = session, .pos = at[t].pos, .end = at[t].end, .last = at[t].last };
     }
 }
 
-static struct vector head_weights(const float *v, size_t pitch, int heads, int dim) { return vector(v, pitch ? heads : 1, dim); }
+static struct vector head_weights(const float *v, size_t pitch, int heads, int dim) {
+    return vector(v, pitch ? heads : 1, dim);
+}
 
 void reference_place(const struct cuda_place *a) {
     static struct scene s;
-    struct work w = { .q = a->q, .k = a->k, .v = a->v };
+    struct heads w = { .q = a->q, .k = a->k, .v = a->v };
     float *values = NULL;
     set_scene(&s, a->at, a->n_tok, a->rows, a->before, a->tile_bytes, a->kind, a->eps);
     for (int i = 0; i < 8; i++)
@@ -49,8 +52,16 @@ void reference_place(const struct cuda_place *a) {
     s.m.pass_max = a->rope_rows;
     s.buffers = (struct buffers){ .cos = (float *)a->cos, .sin = (float *)a->sin, .turns = a->turns };
     s.block.c = (bmc_block){
-        .n_heads = a->n_heads, .n_kv_heads = a->n_kv_heads, .k_dim = a->k_dim, .v_dim = a->v_dim, .kv_from = a->k ? 0 : 1, .rope_style = a->rope_style,
-        .rope = a->rope, .rope_late = a->rope_late, .v_norm = a->v_norm, .attn_scale = a->scales ? a->scales[0] : a->scale,
+        .n_heads = a->n_heads,
+        .n_kv_heads = a->n_kv_heads,
+        .k_dim = a->k_dim,
+        .v_dim = a->v_dim,
+        .kv_from = a->k ? 0 : 1,
+        .rope_style = a->rope_style,
+        .rope = a->rope,
+        .rope_late = a->rope_late,
+        .v_norm = a->v_norm,
+        .attn_scale = a->scales ? a->scales[0] : a->scale,
     };
     s.block.extent[QUERY] = (int64_t)a->n_heads * (int64_t)a->q_pitch;
     s.block.extent[K] = (int64_t)a->n_kv_heads * a->k_dim;
@@ -63,7 +74,7 @@ void reference_place(const struct cuda_place *a) {
         s.block.attention.v.data = (const uint8_t *)a;
     else
         w.v = values = malloc((size_t)a->n_tok * padded(s.block.extent[V]) * sizeof *values);
-    place_rows(&s.p, &s.block, &w, 0);
+    place_heads(&s.p, &s.block, &w, 0);
     pool_free(s.m.pool);
     free(values);
 }
@@ -80,14 +91,31 @@ void reference_attend(const struct cuda_attend *a, float alibi) {
     set_scene(&s, a->at, a->n_tok, a->rows, a->before, a->tile_bytes, 0, 0);
     s.m.c.causal = a->causal;
     s.block.c = (bmc_block){
-        .n_heads = a->n_heads, .n_kv_heads = a->n_kv_heads, .k_dim = a->k_dim, .v_dim = a->v_dim, .window = a->window, .attn_softcap = a->softcap, .alibi = alibi,
+        .n_heads = a->n_heads,
+        .n_kv_heads = a->n_kv_heads,
+        .k_dim = a->k_dim,
+        .v_dim = a->v_dim,
+        .window = a->window,
+        .attn_softcap = a->softcap,
+        .alibi = alibi,
     };
     s.block.attention.sinks = vector(a->sinks, 1, a->n_heads);
     s.buffers.scratch = malloc(attend_scratch(&s.block, a->v_dim) * sizeof(float));
     struct act_block *act = malloc((size_t)(a->n_tok * (blocks + 1)) * sizeof *act);
-    struct attend_call call = { &s, {
-        .block = &s.block, .rows = &s.block, .q = a->q, .q_stride = a->q_stride, .q_pitch = a->q_pitch, .k_dim = a->k_dim, .v_dim = a->v_dim,
-        .out = { a->out, act, a->n_tok, 0, 0 }, .gate = a->gate, .gate_stride = a->gate_stride, .gate_pitch = a->gate_pitch, .gate_act = a->gate_act } };
+    struct attend_call call = { &s,
+                                { .block = &s.block,
+                                  .rows = &s.block,
+                                  .q = a->q,
+                                  .q_stride = a->q_stride,
+                                  .q_pitch = a->q_pitch,
+                                  .k_dim = a->k_dim,
+                                  .v_dim = a->v_dim,
+                                  .shared = a->shared,
+                                  .out = { a->out, act, a->n_tok, 0, 0 },
+                                  .gate = a->gate,
+                                  .gate_stride = a->gate_stride,
+                                  .gate_pitch = a->gate_pitch,
+                                  .gate_act = a->gate_act } };
     pool_run(s.m.pool, attend_call, &call);
     for (int t = 0; a->act && t < a->n_tok; t++) {
         const int tile = t / width, cols = smaller(a->n_tok - tile * width, width);

@@ -1,7 +1,7 @@
 /* norm_tokens: settle() is only known to its file. */
-#define forward reference_forward
-#define keep_wanted reference_keep_wanted
-#include "../../native/forward.c"
+#define cpu_machine reference_cpu_machine
+#define settle_rows reference_settle_rows
+#include "../../native/steps_cpu.c"
 #include "reference_model.h"
 
 void reference_norm(const struct cuda_norm *a) {
@@ -16,6 +16,7 @@ void reference_norm(const struct cuda_norm *a) {
         blocks[i].post_norm_bias = vector(a->post[i].bias, 1, a->dim);
     }
     struct block *last = &blocks[a->n_waits > 1];
+    last->c.sum_scale = 1;
     last->sum_norm = vector(a->sum.weight, 1, a->dim);
     last->out_norm = vector(a->result.weight, 1, a->dim);
     last->out_norm_bias = vector(a->result.bias, 1, a->dim);
@@ -28,7 +29,8 @@ void reference_norm(const struct cuda_norm *a) {
         if (a->input)
             memcpy(a->input + row, a->x + row, a->stride * sizeof(float));
         if (a->norm.weight)
-            norm_row(&m, a->out + row, a->x + row, vector(a->norm.weight, 1, a->dim), vector(a->norm.bias, 1, a->dim), a->dim);
+            norm_row(&m, a->out + row, a->x + row, vector(a->norm.weight, 1, a->dim),
+                     vector(a->norm.bias, 1, a->dim), a->dim);
         else
             memcpy(a->out + row, a->x + row, (size_t)a->dim * sizeof(float));
         if (a->act)
