@@ -141,7 +141,8 @@ static void attend_chunk(const struct pass *p, const struct queries *a, const st
             break;
         p->model->k.attend(&(struct attn_job){
             .tiles = tiles, .next = fetched ? NULL : next, .head_dim = a->k_dim, .v_dim = pad, .shared = a->shared,
-            .n_rows = taken, .q = q, .first = from, .limit = to, .softcap = b->c.attn_softcap, .slope = b->c.alibi > 0 ? slope : NULL, .at = at,
+            .n_rows = taken, .q = q, .first = from, .limit = to, .softcap = b->c.attn_softcap,
+            .slope = b->c.alibi > 0 ? slope : NULL, .at = at,
             .m = s.max + row, .l = s.sum + row, .o = s.o + (size_t)row * (size_t)pad,
         });
         fetched = true;

@@ -168,7 +168,7 @@ typedef struct bmc_tensor {
 enum bmc_packing {
     BMC_PACKED,             /* all panels are made */
     BMC_EXPERTS_LATE,       /* an expert's are made when a token takes it; those used longest ago make way */
-    BMC_IN_FILE,            /* none are, as with bmc_model_map: without experts all is too large, or there are none */
+    BMC_IN_FILE,            /* none is kept, as with bmc_model_map: what is not an expert's is too large by itself */
 };
 
 typedef struct bmc_experts {

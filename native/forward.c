@@ -73,8 +73,9 @@ static void join_hidden(struct pass *p, int thread) {
 
 /* Where a block's result goes: to x, if it is added to it as it is, or to a row of its own. */
 static bool direct(const struct block *b) {
-    return !b->c.beside && !(b + 1)->c.beside && !b->post_norm.v && !b->out_norm.v && !b->out_scale.v && b->c.scale == 1.0f
-           && b->c.sum_scale == 1.0f && !b->c.others;
+    const bool alone = !b->c.beside && !(b + 1)->c.beside && !b->c.others;
+    const bool scaled = b->c.scale != 1.0f || b->c.sum_scale != 1.0f || b->out_scale.v;
+    return alone && !scaled && !b->post_norm.v && !b->out_norm.v;
 }
 
 static struct sink sink_of(const struct pass *p, const struct block *b) {

@@ -77,7 +77,9 @@ static int check_head(const bmc_model *m) {
 
 /* Panels. */
 
-static size_t bytes_of(const struct matrix *w) { return (size_t)matrix_panels(w) * (w->code_stride + w->scale_stride); }
+static size_t bytes_of(const struct matrix *w) {
+    return (size_t)matrix_panels(w) * (w->code_stride + w->scale_stride);
+}
 
 static void measure(struct matrix *w, void *bytes) {
     struct panel_size size = panel_size(w->type, w->n_cols);
@@ -114,9 +116,10 @@ static void place(struct matrix *w, void *next) {
     *p += (bytes_of(w) + 63) / 64 * 64;
 }
 
-/* Panels [from, to) of a matrix into those of another, whose type may be another one; floats: room for PANEL_ROWS
- * rows on their way, or NULL. The file's pages are given back as they are done, a megabyte at a time. */
-static void make_panels(const struct matrix *w, const struct matrix *out, int64_t from, int64_t to, float *floats) {
+/* Panels [from, to) of a matrix into those of another, whose type may be another one; floats: room for
+ * PANEL_ROWS rows on their way, or NULL. The file's pages are given back as they are done, a megabyte at a time. */
+static void make_panels(const struct matrix *w, const struct matrix *out, int64_t from, int64_t to,
+                        float *floats) {
     const size_t file_bytes = file_row_bytes(w), cols = (size_t)w->n_cols;
     int64_t kept = from * PANEL_ROWS;
     for (int64_t panel = from; panel < to; panel++) {
@@ -124,9 +127,11 @@ static void make_panels(const struct matrix *w, const struct matrix *out, int64_
         const int n = w->n_rows - row < PANEL_ROWS ? (int)(w->n_rows - row) : PANEL_ROWS;
         const uint8_t *data = w->data + (size_t)row * file_bytes;
         for (int i = 0; floats && i < n; i++)
-            type_find(w->type)->dequantize(data + (size_t)i * file_bytes, w->n_cols, floats + (size_t)i * cols);
-        pack_panel(out->type, floats ? (const void *)floats : data, floats ? cols * sizeof *floats : file_bytes, n, w->n_cols,
-                   out->codes + (size_t)panel * out->code_stride, out->scales + (size_t)panel * out->scale_stride);
+            type_find(w->type)->dequantize(data + (size_t)i * file_bytes, w->n_cols,
+                                           floats + (size_t)i * cols);
+        pack_panel(out->type, floats ? (const void *)floats : data, floats ? cols * sizeof *floats : file_bytes,
+                   n, w->n_cols, out->codes + (size_t)panel * out->code_stride,
+                   out->scales + (size_t)panel * out->scale_stride);
         const size_t done = (size_t)(row + n - kept) * file_bytes;
         if (w->mapped && (done >= 1 << 20 || panel == to - 1)) {
             memory_give_back(w->data + (size_t)kept * file_bytes, done);

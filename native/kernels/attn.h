@@ -226,8 +226,8 @@ INLINE void transpose_8x8(u16x8 m[8]) {
     }
 }
 
-/* Values [d, d + 16) of a tile's tokens, out of its keys: rows [16 tokens][16 values]. Values beyond the last are
- * the last again. */
+/* Values [d, d + 16) of a tile's tokens, out of its keys: rows [16 tokens][16 values]. Values beyond the last
+ * are the last again. */
 static void turn_keys(const struct attn_job *j, int tile, int d, uint16_t *rows) {
     for (int half = 0; half < 2; half++)
         for (int part = 0; part < 2; part++) {
@@ -273,9 +273,10 @@ static void widen_values(const struct attn_job *j, int d, int begin, int end, fl
 /* Rows go in groups whose sums fill the registers. Where there are several and conversion is expensive (WIDEN), the tile's
  * keys, or 16 lanes of the chunk's values, become floats once for all of them: `wide`, in the first cache.
  *
- * Shared values always do. A tile of keys has tokens side by side, and a sum of values takes those of one token, so
- * each 16 x 16 of them are turned over: 96 shuffles of 8 values, beside 16 multiplications of 16 values for each
- * query, of which a head of shared values has many. And a row is read from memory once, not twice. */
+ * Shared values always do. A tile of keys has tokens side by side, and a sum of values takes those of one
+ * token, so each 16 x 16 of them are turned over: 96 shuffles of 8 values, beside 16 multiplications of 16
+ * values for each query, of which a head of shared values has many. And a row is read from memory once, not
+ * twice. */
 static void attend(const struct attn_job *job) {
     float s[ATTN_ROWS][CHUNK], keep[ATTN_ROWS], gain[ATTN_ROWS], memory[CHUNK * 16];
     struct attn_job j = *job;

@@ -36,8 +36,8 @@ WEIGHTS = 0.9                               # of the free memory, at most: sessi
 
 @dataclass(frozen=True)
 class ExpertMemory:
-    """Experts that are packed when they are used. total: of all layers; room: how many can be packed at a time;
-    kept: how many are; made: how often one was packed."""
+    """Experts that are packed when they are used. total: of all layers; room: how many can be packed at a
+    time; kept: how many are; made: how often one was packed."""
 
     total: int
     room: int
@@ -63,12 +63,13 @@ class Model:
     threads: None for all cores that this process may use. progress is called with bytes packed and bytes in all.
     repack=False leaves the weights in the file and lays them out again at every pass: much slower, the same bits, and
     no memory but the pages of the file that the system can spare.
-    memory: bytes that packed weights may take; None for what is free. Where that is not enough for all, an expert is
-    packed when a token first takes it, and those used longest ago make way; experts that no text needs are not read.
-    Without experts, or where the other weights alone are too large, it is as with repack=False. The bits are the same.
-    n_gpu_layers: how many of the last layers run on a GPU, with the head: a number, -1 for all, or "auto" for as many
-    as fit; their weights are on the GPU only. gpu: which GPU, "auto" for one where there is one, or "off"; it alone
-    means "auto" layers. The bits are the same.
+    memory: bytes that packed weights may take; None for what is free. Where that is not enough for all, an
+    expert is packed when a token first takes it, and those used longest ago make way; experts that no text
+    needs are not read. Without experts, or where the other weights alone are too large, it is as with
+    repack=False. The bits are the same.
+    n_gpu_layers: how many of the last layers run on a GPU, with the head: a number, -1 for all, or "auto" for
+    as many as fit; their weights are on the GPU only. gpu: which GPU, "auto" for one where there is one, or
+    "off"; it alone means "auto" layers. The bits are the same.
     Raises FormatError if the file is not a model that pybmc runs, OSError if it cannot be opened, OutOfMemoryError,
     DeviceError.
     """
