@@ -88,10 +88,10 @@ static void measure(struct matrix *w, void *bytes) {
     *(size_t *)bytes += w->on_gpu ? 0 : bytes_of(w) + 64;
 }
 
-enum { SOME = 64 };                         /* bytes of panels, where all of them are on a GPU */
+enum { SOME = 64 };                         /* bytes that are mapped where all weights are on a GPU */
 
 void model_measure(bmc_model *m) {
-    m->panel_bytes = SOME;
+    m->panel_bytes = 0;
     model_each_matrix(m, measure, &m->panel_bytes);
     m->panel_bytes = memory_whole(m->panel_bytes);
 }
@@ -100,7 +100,7 @@ static void measure_early(struct matrix *w, void *bytes) {
     *(size_t *)bytes += w->late || w->on_gpu ? 0 : bytes_of(w) + 64;
 }
 
-/* Of the panels that are made here when the model is packed. */
+/* Of the panels that are made here when the model is packed; some, even if there are none. */
 static size_t early_bytes(bmc_model *m) {
     size_t bytes = SOME;
     model_each_matrix(m, measure_early, &bytes);
@@ -199,7 +199,7 @@ static int finish_panels(bmc_model *m) {
 
 /* Where panels are made for a few rows at a time. */
 static int make_rooms(bmc_model *m) {
-    m->room_bytes = m->target && !m->cuda ? m->target->room_bytes : 0;      /* its output matrix is among those */
+    m->room_bytes = m->target && !m->cuda ? m->target->room_bytes : SOME;   /* its output matrix is among those */
     model_each_matrix(m, measure_room, &m->room_bytes);
     m->rooms_bytes = 2 * (size_t)pool_size(m->pool) * m->room_bytes;
     m->rooms = memory_map(m->rooms_bytes);

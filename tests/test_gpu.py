@@ -189,13 +189,55 @@ def test_a_draft_head_goes_with_its_model(layers):
 
 
 @pytest.mark.parametrize("name", tiny_kinds.NAMES)
-def test_each_kind_of_block_beside_those_on_the_gpu(name):
+def test_each_kind_of_block_beside_those_on_the_gpu(name, caplog):
     path = tiny.model(name) if name in tiny.RECURRENT else tiny_kinds.model(name)
     with pybmc.Model(path, threads=1) as model:
         right = passes(model, (3, 1))
     with pybmc.Model(path, threads=1, n_gpu_layers=-1) as model:
         assert_same(passes(model, (3, 1)), right)
-        assert model.gpu_layers == model.config.n_layers or any(block.kind == "PER_LAYER" for _, block in model.config.blocks)
+        assert model.gpu_layers == model.config.n_layers or "which pybmc computes on the CPU" in caplog.text
+
+
+def test_blocks_that_the_gpu_does_not_have_are_named(caplog):
+    for name, why in (("AltUp", "layer 4 has AltUp's end"), ("per-layer inputs", "per-layer")):
+        with pybmc.Model(tiny_kinds.model(name), threads=1, n_gpu_layers=-1) as model:
+            assert model.gpu_layers == 0
+        assert why in caplog.text
+
+
+def with_late_experts(path, layers):
+    """A model on a GPU with too little memory for the experts of the layers that stay on the CPU."""
+    with pybmc.Model(path, threads=1, memory=float("inf")) as model:
+        total = model.packed_bytes
+    for memory in range(0, total, total // 40):
+        model = pybmc.Model(path, threads=1, memory=memory, n_gpu_layers=layers)
+        if model.experts and model.experts.room < model.experts.total:
+            return model
+        model.close()
+    raise AssertionError("no experts are late")
+
+
+@pytest.mark.parametrize("name", ["experts", "MLA", "latent experts"])
+def test_late_experts_beside_layers_on_the_gpu(name):
+    path = tiny_kinds.model(name)
+    with pybmc.Model(path, threads=1, memory=float("inf")) as model:
+        right, n_layers = passes(model), model.config.n_layers
+    with with_late_experts(path, 0) as model:
+        total = model.experts.total
+    with with_late_experts(path, 1) as model:
+        assert model.gpu_layers == 1 and 0 < model.experts.total < total
+        assert_same(passes(model), right)
+        assert model.experts.made > 0
+    for settings in ({"memory": 0}, {"repack": False}):
+        with pybmc.Model(path, threads=1, n_gpu_layers=n_layers, **settings) as model:
+            assert model.gpu_layers == n_layers and model.experts is None
+            assert_same(passes(model), right)
+
+
+def test_memory_is_for_the_weights_that_stay_on_the_cpu(caplog):
+    with pybmc.Model(tiny.model("llama"), threads=1, memory=0, n_gpu_layers=-1) as model:
+        assert model.packed_bytes > 0
+    assert "room for" not in caplog.text
 
 
 @pytest.mark.parametrize("arch", ["qwen35", "lfm2", "falcon-h1"])
