@@ -18,7 +18,7 @@ MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
 .SECONDARY:
 .PHONY: all demo test test-native test-python test-release asan tsan test-x86 test-arm native-tests
-.PHONY: levels test-cuda cuda-check cuda-mutants venv install clean FORCE
+.PHONY: levels fake-driver test-cuda cuda-check cuda-mutants venv install clean FORCE
 all:
 
 ifeq ($(MAKELEVEL),0)      # a -j of the command line comes before this one
@@ -65,14 +65,14 @@ $(LIBRARY): build/release/library
 	@cp $< $@.new && mv $@.new $@           # a running process keeps the file it has open
 
 $(OUT)/library: $(OBJECTS) $(OUT)/OBJECTS.txt
-	$(COMPILE) -shared $(LDFLAGS) $(OBJECTS) -lm -o $@
+	$(COMPILE) -shared $(LDFLAGS) $(OBJECTS) -lm -ldl -o $@
 
 $(OUT)/%.o: %.c $(OUT)/COMPILE.txt
 	@mkdir -p $(@D)
 	$(COMPILE) $(foreach isa,$(ISAS),$(if $(filter %_$(isa),$*),$(FLAGS_$(isa)))) -MMD -MP -c $< -o $@
 
 $(OUT)/tests/native/%: $(OUT)/tests/native/%.o $(OBJECTS)
-	$(COMPILE) $(LDFLAGS) $^ -lm -o $@
+	$(COMPILE) $(LDFLAGS) $^ -lm -ldl -o $@
 
 # Files that remember a variable: what depends on one is made again when the variable changes.
 $(OUT)/COMPILE.txt $(OUT)/OBJECTS.txt: $(OUT)/%.txt: FORCE
@@ -113,6 +113,12 @@ cuda-check: $(CUDA_SOURCES) $(filter $(WHEEL_NVCC),$(NVCC))
 	echo "make cuda-check: $$(grep -c 'spill stores' build/cuda-check/log.txt) kernels, without spills, approximations and flushed subnormals"
 
 # ---- tests ----
+
+# A CUDA driver that runs the kernels on the CPU: tests/cuda/driver.cpp.
+fake-driver: $(OUT)/tests/cuda/driver.so
+$(OUT)/tests/cuda/driver.so: tests/cuda/driver.cpp tests/cuda/grid.h $(wildcard native/cuda/* native/*.h native/kernels/*.h)
+	@mkdir -p $(@D)
+	$(CXX) -std=c++17 -O1 -march=native -ffp-contract=off -fPIC -shared -pthread -Inative $(CXXFLAGS) $< -o $@.new && mv $@.new $@
 
 PROGRAMS := $(TESTS:%.c=$(OUT)/%)
 RUNS := $(TESTS:tests/native/%.c=run-%)

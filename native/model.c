@@ -1,5 +1,5 @@
 /* Opening: check the settings, bind the tensors to their places, make the panels. */
-#include "pass.h"
+#include "cuda/cuda.h"
 
 #include "cpu.h"
 #include "error.h"
@@ -81,11 +81,20 @@ static void measure(struct matrix *w, void *bytes) {
     struct panel_size size = panel_size(w->type, w->n_cols);
     w->code_stride = size.codes;
     w->scale_stride = size.scales;
-    *(size_t *)bytes += (size_t)n_panels(w) * (size.codes + size.scales) + 64;
+    if (!w->on_gpu)
+        *(size_t *)bytes += (size_t)n_panels(w) * (size.codes + size.scales) + 64;
+}
+
+void model_measure(bmc_model *m) {
+    m->panel_bytes = 64;                    /* some, if all of them are elsewhere */
+    model_each_matrix(m, measure, &m->panel_bytes);
+    m->panel_bytes = memory_whole(m->panel_bytes);
 }
 
 static void place(struct matrix *w, void *next) {
     uint8_t **p = next;
+    if (w->on_gpu)
+        return;
     size_t codes = (size_t)n_panels(w) * w->code_stride, scales = (size_t)n_panels(w) * w->scale_stride;
     w->codes = *p;
     w->scales = w->codes + codes;
@@ -133,17 +142,23 @@ static void pack_share(void *arg, int thread) {
     }
 }
 
+void model_pack_panels(bmc_model *m, const struct matrix *file, struct matrix *panels) {
+    struct packing p = { m, file, panels, NULL };
+    pool_run(m->pool, pack_share, &p);
+}
+
 static void pack_matrix(struct matrix *w, void *model) {
-    struct packing p = { model, w, w, NULL };
-    pool_run(p.model->pool, pack_share, &p);
+    if (!w->on_gpu)
+        model_pack_panels(model, w, w);
 }
 
 static void measure_file(struct matrix *w, void *bytes) {
-    *(size_t *)bytes += (size_t)w->n_rows * file_row_bytes(w);
+    if (!w->on_gpu)
+        *(size_t *)bytes += (size_t)w->n_rows * file_row_bytes(w);
 }
 
 static void measure_room(struct matrix *w, void *bytes) {
-    size_t room = (ROOM_PANELS * (w->code_stride + w->scale_stride) + 63) / 64 * 64;
+    size_t room = w->on_gpu ? 0 : (ROOM_PANELS * (w->code_stride + w->scale_stride) + 63) / 64 * 64;
     *(size_t *)bytes = room > *(size_t *)bytes ? room : *(size_t *)bytes;
 }
 
@@ -153,12 +168,30 @@ static void share_output(bmc_model *m) {
         m->output = m->target->output;
 }
 
+/* The same output matrix is on one machine only. */
+static int check_shared(const bmc_model *m) {
+    if (!m->target || m->output.data || !m->target->cuda == !m->cuda)
+        return 0;
+    return fail(BMC_EINVAL, "draft head: its output matrix is the model's, %s", m->cuda ? "which is not on a GPU" : "which is on a GPU");
+}
+
+/* What is on a GPU is sent there, and counts in `packed`. */
+static int finish_panels(bmc_model *m) {
+    const int status = m->cuda ? cuda_pack(m) : 0;
+    if (!status)
+        share_output(m);
+    atomic_store(&m->packed, (int64_t)m->panel_bytes + (m->cuda ? (int64_t)m->cuda->weight_bytes : 0));
+    return status;
+}
+
 int bmc_model_map(bmc_model *m) {
     if (m->panels || m->rooms)
         return fail(BMC_EINVAL, "bmc_model_map: the model is ready already");
     if (m->target && !m->target->rooms && !m->target->panels)
         return fail(BMC_EINVAL, "bmc_model_map: the model of this draft head is not ready");
-    share_output(m);
+    if (check_shared(m))
+        return BMC_EINVAL;
+    m->room_bytes = m->target && !m->cuda ? m->target->room_bytes : 0;      /* its output matrix is among those */
     model_each_matrix(m, measure_room, &m->room_bytes);
     m->rooms_bytes = 2 * (size_t)pool_size(m->pool) * m->room_bytes;
     m->rooms = memory_map(m->rooms_bytes);
@@ -166,8 +199,7 @@ int bmc_model_map(bmc_model *m) {
         return fail(BMC_ENOMEM, "no memory for %.0f MB of panels", (double)m->rooms_bytes / 1e6);
     m->panel_bytes = 0;
     model_each_matrix(m, measure_file, &m->panel_bytes);
-    atomic_store(&m->packed, (int64_t)m->panel_bytes);
-    return 0;
+    return finish_panels(m);
 }
 
 int bmc_model_pack(bmc_model *m) {
@@ -175,22 +207,22 @@ int bmc_model_pack(bmc_model *m) {
         return fail(BMC_EINVAL, "bmc_model_pack: done already");
     if (m->target && !m->target->panels)
         return fail(BMC_EINVAL, "bmc_model_pack: the model of this draft head has no panels");
+    if (check_shared(m))
+        return BMC_EINVAL;
     m->panels = memory_map(m->panel_bytes);
     if (!m->panels)
         return fail(BMC_ENOMEM, "no memory for %.0f MB of weights", (double)m->panel_bytes / 1e6);
     uint8_t *next = m->panels;
     model_each_matrix(m, place, &next);
     model_each_matrix(m, pack_matrix, m);
-    share_output(m);
-    atomic_store(&m->packed, (int64_t)m->panel_bytes);
-    return 0;
+    return finish_panels(m);
 }
 
 /* Whether reading two bits a weight, and a few rows in full, saves a third of the bytes at least, and many of them. */
 static bool coarse_pays(const bmc_model *m) {
     const struct matrix *w = &m->output;
     struct panel_size size = panel_size(TYPE_COARSE, w->n_cols);
-    return m->panels && w->n_cols % COARSE_BLOCK == 0 && w->n_rows * w->n_cols >= COARSE_LEAST
+    return m->panels && !m->cuda && w->n_cols % COARSE_BLOCK == 0 && w->n_rows * w->n_cols >= COARSE_LEAST
            && 3 * (size.codes + size.scales) <= 2 * (w->code_stride + w->scale_stride);
 }
 
@@ -233,7 +265,7 @@ int bmc_model_pass(const bmc_model *m) { return m->pass_max; }
 
 int64_t bmc_model_packed(const bmc_model *m, int64_t *total) {
     if (total)
-        *total = (int64_t)m->panel_bytes;
+        *total = (int64_t)m->panel_bytes + (m->cuda ? (int64_t)m->cuda->weight_bytes : 0);
     return atomic_load(&((bmc_model *)m)->packed);
 }
 
@@ -338,13 +370,24 @@ static int copy_ropes(bmc_model *m, const bmc_config *config) {
 }
 
 void add_rows(bmc_model *m, struct block *b, int n_heads, int k_dim, int v_dim) {
-    b->rows = b->c.window && m->c.causal ? WINDOWS : ALL_ROWS;
+    b->rows = (b->c.window && m->c.causal ? WINDOWS : ALL_ROWS) + (m->cuda && b->number >= m->cuda->first ? GPU_ROWS : 0);
     b->stream = m->n_streams[b->rows]++;
     m->streams[b->rows][b->stream] = (struct arena_stream){
         .n_heads = n_heads, .tile_bytes = (int64_t)TILE * (int64_t)((size_t)k_dim + padded(v_dim)) * (int64_t)sizeof(uint16_t),
     };
-    if (b->rows == WINDOWS)
+    if (b->c.window && m->c.causal)
         m->window = larger(m->window, b->c.window);
+}
+
+void model_streams(bmc_model *m) {
+    memset(m->n_streams, 0, sizeof m->n_streams);
+    m->n_states = 0;
+    for (struct block *b = m->blocks; b < m->blocks + m->c.n_blocks; b++)
+        if (b->kind->stream)
+            b->kind->stream(m, b);
+    for (int i = 0; i < ARENAS; i++)
+        m->row_bytes[i] = arena_streams(m->streams[i], m->n_streams[i]) / TILE;
+    states_measure(m->state_sizes, m->n_states);
 }
 
 /* Blocks, and the streams of those that keep something of the tokens before. */
@@ -355,7 +398,10 @@ static int make_blocks(bmc_model *m, const bmc_config *config) {
     for (int i = 0; i < ARENAS; i++)
         m->streams[i] = model_own(m, n * sizeof *m->streams[i]);
     m->state_sizes = model_own(m, n * sizeof *m->state_sizes);
-    if (!m->blocks || !m->streams[ALL_ROWS] || !m->streams[WINDOWS] || !m->state_sizes || copy_ropes(m, config))
+    for (int i = 0; i < ARENAS; i++)
+        if (!m->streams[i])
+            return fail(BMC_ENOMEM, "no memory for %zu blocks", n);
+    if (!m->blocks || !m->state_sizes || copy_ropes(m, config))
         return fail(BMC_ENOMEM, "no memory for %zu blocks", n);
     m->c.blocks = NULL;
     m->last_mixer = -1;
@@ -371,12 +417,7 @@ static int make_blocks(bmc_model *m, const bmc_config *config) {
             m->last_mixer = i;
     }
     model_extents(m);
-    for (int i = 0; i < config->n_blocks; i++)
-        if (m->blocks[i].kind->stream)
-            m->blocks[i].kind->stream(m, &m->blocks[i]);
-    for (int i = 0; i < ARENAS; i++)
-        m->row_bytes[i] = arena_streams(m->streams[i], m->n_streams[i]) / TILE;
-    states_measure(m->state_sizes, m->n_states);
+    model_streams(m);
     return 0;
 }
 
@@ -401,8 +442,7 @@ static int build(bmc_model *m, const bmc_config *config, const bmc_tensor *tenso
     if (!status)
         status = make_buffers(m);
     if (!status)
-        model_each_matrix(m, measure, &m->panel_bytes);
-    m->panel_bytes = memory_whole(m->panel_bytes);
+        model_measure(m);
     return status;
 }
 
@@ -450,6 +490,7 @@ void model_release(bmc_model *m) {
     fork_remove(&m->forkable);
     fork_release();
     pool_free(m->pool);
+    cuda_free(m->cuda);
     memory_unmap(m->panels, m->panel_bytes);
     memory_unmap(m->coarse_panels, m->coarse_bytes);
     memory_unmap(m->rooms, m->rooms_bytes);

@@ -19,6 +19,7 @@
 struct matrix {
     int type;
     bool mapped;                    /* data's pages can be given back */
+    bool on_gpu;                    /* codes, scales and bias are addresses of a GPU */
     int64_t n_rows, n_cols;
     const uint8_t *data;
     uint8_t *codes, *scales;
@@ -79,7 +80,7 @@ struct block {
     struct vector sum_norm;                             /* of the sum of blocks side by side */
     struct vector out_norm, out_norm_bias;              /* x becomes its norm after the sum */
     struct vector out_scale;                            /* (1,) x is multiplied by it at the end */
-    int rows;                                           /* which arena its rows are in: ALL_ROWS or WINDOWS */
+    int rows;                                           /* which arena its rows are in: ALL_ROWS .. GPU_WINDOWS */
     int stream;                                         /* there, or of the states; -1: none */
     union {
         struct attention attention;
@@ -97,7 +98,7 @@ enum { WHOLE_MAX = 8192, PASS_MAX = 512, SAMPLED_MAX = 64, HEAD_ROWS = 256, TASK
 
 /* Keys and values of blocks that see all rows, and of those that see a window: of the latter, rows that are WINDOW_SPARE behind
  * the window are given back. */
-enum { ALL_ROWS, WINDOWS, ARENAS };
+enum { ALL_ROWS, WINDOWS, GPU_ROWS, GPU_WINDOWS, ARENAS };      /* GPU_: the same of blocks that are on a GPU */
 enum { WINDOW_SPARE = 1024 };
 
 /* Weights of a head that a coarse one is worth its memory for: from here on it is read from memory for each token. */
@@ -141,6 +142,7 @@ struct bmc_model {
     _Atomic int64_t packed;         /* bytes of them that are made */
     struct { void **items; int n; } owned;      /* small arrays: norms, biases, tables */
     struct buffers *buffers;
+    struct cuda *cuda;              /* NULL, or its last blocks and the head are on a GPU */
     struct profile profile;
 };
 
@@ -168,6 +170,9 @@ int model_bind(bmc_model *m, const bmc_tensor *t);
 int model_check_bound(const bmc_model *m);
 void model_each_matrix(bmc_model *m, void (*fn)(struct matrix *, void *), void *arg);      /* those with panels */
 void model_extents(bmc_model *m);
+void model_streams(bmc_model *m);               /* rows and states of all blocks, where they are now */
+void model_measure(bmc_model *m);               /* bytes of panels, of those that are here */
+void model_pack_panels(bmc_model *m, const struct matrix *file, struct matrix *panels);        /* by all threads */
 void *model_own(bmc_model *m, size_t bytes);    /* zeroed memory that lives as long as the model; NULL */
 void model_release(bmc_model *model);           /* one user less */
 

@@ -1,6 +1,6 @@
 /* Sessions, and the way from spans to passes. */
+#include "cuda/cuda.h"
 #include "error.h"
-#include "pass.h"
 #include "sample.h"
 
 #include <math.h>
@@ -38,7 +38,7 @@ static int init_arenas(bmc_session *s, int r) {
     const bmc_model *m = s->model;
     for (int i = 0; i < ARENAS; i++) {
         const struct arena_config config = {
-            .streams = m->streams[i], .n_streams = m->n_streams[i], .cap = s->cap, .r = r ? r : arena_auto_rows(m->row_bytes[i]),
+            .memory = i >= GPU_ROWS && m->cuda ? &m->cuda->memory : NULL, .streams = m->streams[i], .n_streams = m->n_streams[i], .cap = s->cap, .r = r ? r : arena_auto_rows(m->row_bytes[i]),
         };
         int status = arena_init(&s->arenas[i], &config);
         if (status)
@@ -134,8 +134,12 @@ int bmc_session_position(const bmc_session *s) { return s->position; }
 
 /* Whether rows are gone that windows reach back to from a position. */
 static bool lacks_rows(const bmc_session *s, int position) {
-    const struct arena *windows = &s->arenas[WINDOWS];
-    return windows->n_dropped && position + 1 - s->model->window < windows->n_dropped * windows->config.r;
+    for (int i = WINDOWS; i < ARENAS; i += GPU_WINDOWS - WINDOWS) {
+        const struct arena *a = &s->arenas[i];
+        if (a->n_dropped && position + 1 - s->model->window < a->n_dropped * a->config.r)
+            return true;
+    }
+    return false;
 }
 
 /* How far back a session gets towards a position without evaluating tokens again: states may have to go farther, and where rows of
@@ -147,8 +151,10 @@ static int nearest(const bmc_session *s, int position) {
 
 static int reach(bmc_session *s, int position) {
     const int reached = nearest(s, position);
-    if (lacks_rows(s, reached))
+    if (lacks_rows(s, reached)) {
         arena_clear(&s->arenas[WINDOWS]);
+        arena_clear(&s->arenas[GPU_WINDOWS]);
+    }
     states_rewind(&s->states, reached);
     s->position = reached;
     return reached;
@@ -268,7 +274,11 @@ static void note_hidden(bmc_session *s, int n) {
 }
 
 int bmc_session_stats(const bmc_session *s, bmc_arena_stats *stats) {
-    const struct arena *a = &s->arenas[s->model->n_streams[ALL_ROWS] ? ALL_ROWS : WINDOWS];
+    static const int order[] = { ALL_ROWS, GPU_ROWS, WINDOWS, GPU_WINDOWS };
+    const struct arena *a = &s->arenas[WINDOWS];
+    for (int i = ARENAS - 1; i >= 0; i--)
+        if (s->model->n_streams[order[i]])
+            a = &s->arenas[order[i]];
     *stats = (bmc_arena_stats){ .rows_reserved = a->rows_reserved, .rows_used = s->position, .r = a->config.r, .bytes_reserved = states_bytes(&s->states),
                                 .state_bytes = (int64_t)(s->states.floats * sizeof(float)) };
     if (s->hidden.rows)
@@ -383,12 +393,13 @@ static void plan_runs(struct pass *p) {
     }
 }
 
-static void run_pass(struct pass *p) {
+static int run_pass(struct pass *p) {
     plan_runs(p);
-    forward(p);
+    const int status = forward(p);
     for (int i = 0; i < p->n_runs; i++)
         states_done(&p->runs[i].session->states, &p->runs[i].states);
     p->n_tok = p->n_out = p->n_choosing = p->n_sampled = 0;
+    return status;
 }
 
 /* Whether a span that has to stay whole would be cut by the end of a pass. The text of a model that is not causal is read at once,
@@ -400,22 +411,37 @@ static bool would_split(const struct pass *p, const bmc_span *span) {
 }
 
 /* Passes of up to pass_max tokens, SAMPLED_MAX of them with a sampler, over all spans, one after the other. */
-static void run_passes(struct pass *p, const bmc_span *spans, int n) {
-    for (int s = 0; s < n; s++) {
+static int run_passes(struct pass *p, const bmc_span *spans, int n) {
+    int status = 0;
+    for (int s = 0; s < n && !status; s++) {
         if (p->n_tok && would_split(p, &spans[s]))
-            run_pass(p);
-        for (int i = 0; i < spans[s].n_tok; i++) {
+            status = run_pass(p);
+        for (int i = 0; i < spans[s].n_tok && !status; i++) {
             push(p, &spans[s], i);
             if (p->n_tok == p->model->pass_max || p->n_sampled == SAMPLED_MAX || (s == n - 1 && i == spans[s].n_tok - 1))
-                run_pass(p);
+                status = run_pass(p);
         }
     }
+    return status;
+}
+
+/* The sessions after their tokens. */
+static void advance(const bmc_model *m, const bmc_span *spans, int n) {
     for (int s = 0; s < n; s++) {
         bmc_session *session = spans[s].session;
         note_hidden(session, spans[s].n_tok);
         session->position += spans[s].n_tok;
-        if (p->model->window)
-            arena_drop(&session->arenas[WINDOWS], session->position - p->model->window - WINDOW_SPARE);
+        for (int i = WINDOWS; m->window && i < ARENAS; i += GPU_WINDOWS - WINDOWS)
+            arena_drop(&session->arenas[i], session->position - m->window - WINDOW_SPARE);
+    }
+}
+
+/* The sessions as they were, after a pass that failed: states that it changed go back, and hidden states that it overwrote are gone. */
+static void undo(const bmc_span *spans, int n) {
+    for (int s = 0; s < n; s++) {
+        bmc_session *session = spans[s].session;
+        session->hidden.from = session->position;
+        reach(session, session->position);
     }
 }
 
@@ -449,11 +475,15 @@ static int evaluate_claimed(const bmc_span *spans, int n_spans, bool coarse) {
         return BMC_ENOMEM;
     pthread_mutex_lock(&m->lock);
     p->coarse = coarse && m->coarse.codes;
-    run_passes(p, spans, n_spans);
+    const int status = run_passes(p, spans, n_spans);
+    if (status)
+        undo(spans, n_spans);
+    else
+        advance(m, spans, n_spans);
     m->profile.calls += m->profile.laps ? nanoseconds() - start : 0;
     pthread_mutex_unlock(&m->lock);
     free(p);
-    return 0;
+    return status;
 }
 
 int evaluate(const bmc_span *spans, int n_spans, bool coarse) {

@@ -9,13 +9,20 @@
 #include <string.h>
 
 /* Of each stream the anchor and the rows before it, never changed. */
-struct copy { atomic_int users; float values[]; };
+struct copy { atomic_int users; const struct memory *on; float *values; size_t bytes; };
+
+static const struct memory *place_of(const struct states *s) { return s->on ? s->on : &memory_host; }
 
 static void drop(struct snapshot *p) {
-    if (p->copy && atomic_fetch_sub(&p->copy->users, 1) == 1)
-        free(p->copy);
+    struct copy *copy = p->copy;
+    if (copy && atomic_fetch_sub(&copy->users, 1) == 1) {
+        copy->on->unmap(copy->on->of, copy->values, copy->bytes);
+        free(copy);
+    }
     *p = (struct snapshot){ 0 };
 }
+
+static size_t whole(const struct states *s, size_t floats) { return place_of(s)->whole(place_of(s)->of, floats * sizeof(float)); }
 
 static size_t stream_floats(const struct state_size *size) {
     return 2 * size->floats + ((size_t)(LOG_MAX + size->n_before) * size->row + 15) / 16 * 16;
@@ -43,7 +50,8 @@ void states_init(struct states *s, const struct state_size *sizes, int n) {
 }
 
 void states_free(struct states *s) {
-    memory_unmap(s->memory, s->floats * sizeof(float));
+    if (s->memory)
+        place_of(s)->unmap(place_of(s)->of, s->memory, whole(s, s->floats));
     for (int i = 0; i < SNAPSHOTS; i++)
         drop(&s->snapshots[i]);
     memset(s, 0, sizeof *s);
@@ -52,9 +60,11 @@ void states_free(struct states *s) {
 static double megabytes(size_t floats) { return (double)floats * sizeof(float) / 1e6; }
 
 int states_reserve(struct states *s) {
+    if (s->lost)
+        return fail(BMC_EDEVICE, "the states of this session are lost: the GPU failed while they were changed");
     if (!s->n || s->memory)
         return 0;
-    s->memory = memory_map(s->floats * sizeof(float));
+    s->memory = place_of(s)->map(place_of(s)->of, whole(s, s->floats));
     return s->memory ? 0 : fail(BMC_ENOMEM, "no memory for %.0f MB of states", megabytes(s->floats));
 }
 
@@ -81,37 +91,48 @@ void states_done(struct states *s, const struct state_run *run) {
     s->current = run->start + run->n;
 }
 
-static void copy_floats(float *to, const float *from, size_t n) { memcpy(to, from, n * sizeof *to); }
+static int copy_floats(const struct states *s, float *to, const float *from, size_t n) {
+    return n ? place_of(s)->copy(place_of(s)->of, to, from, n * sizeof *to) : 0;
+}
 
-static void save(const struct states *s, float *values) {
+static int zero_floats(const struct states *s, float *to, size_t n) { return n ? place_of(s)->zero(place_of(s)->of, to, n * sizeof *to) : 0; }
+
+/* 0, or -1, as those that follow. */
+static int save(const struct states *s, float *values) {
+    int failed = 0;
     for (int i = 0; i < s->n; i++) {
         const struct state_size *size = &s->sizes[i];
-        copy_floats(values, state_anchor(s, i), size->floats);
+        failed |= copy_floats(s, values, state_anchor(s, i), size->floats);
         values += size->floats;
         for (int j = -size->n_before; j < 0; j++, values += size->row)
-            copy_floats(values, state_row(s, i, s->base + j), size->row);
+            failed |= copy_floats(s, values, state_row(s, i, s->base + j), size->row);
     }
+    return failed;
 }
 
 /* And back, as the states at s->base. */
-static void load(const struct states *s, const float *values) {
+static int load(const struct states *s, const float *values) {
+    int failed = 0;
     for (int i = 0; i < s->n; i++) {
         const struct state_size *size = &s->sizes[i];
-        copy_floats(state_anchor(s, i), values, size->floats);
-        copy_floats(state_current(s, i), values, size->floats);
+        failed |= copy_floats(s, state_anchor(s, i), values, size->floats);
+        failed |= copy_floats(s, state_current(s, i), values, size->floats);
         values += size->floats;
         for (int j = -size->n_before; j < 0; j++, values += size->row)
-            copy_floats(state_row(s, i, s->base + j), values, size->row);
+            failed |= copy_floats(s, state_row(s, i, s->base + j), values, size->row);
     }
+    return failed;
 }
 
 /* The states as they are before the first token. */
-static void clear(const struct states *s) {
+static int clear(const struct states *s) {
+    int failed = 0;
     for (int i = 0; s->memory && i < s->n; i++) {
         const struct state_size *size = &s->sizes[i];
-        memset(state_current(s, i), 0, 2 * size->floats * sizeof(float));
-        memset(state_row(s, i, -size->n_before), 0, (size_t)size->n_before * size->row * sizeof(float));
+        failed |= zero_floats(s, state_current(s, i), 2 * size->floats);
+        failed |= zero_floats(s, state_row(s, i, -size->n_before), (size_t)size->n_before * size->row);
     }
+    return failed;
 }
 
 /* The last snapshot of the first `position` tokens, or NULL. */
@@ -133,10 +154,7 @@ int states_rewind(struct states *s, int position) {
         return position;
     const struct snapshot *last = last_snapshot(s, position);
     s->base = s->current = last ? last->position : 0;
-    if (last)
-        load(s, last->copy->values);
-    else
-        clear(s);
+    s->lost |= last ? load(s, last->copy->values) : clear(s);
     for (struct snapshot *p = s->snapshots; p < s->snapshots + SNAPSHOTS; p++)
         if (p->position > position)             /* of tokens that are gone */
             drop(p);
@@ -164,13 +182,20 @@ int states_snapshot(struct states *s) {
     const struct snapshot *last = last_snapshot(s, s->base);
     if (!s->base || (last && last->position == s->base))
         return 0;
-    struct copy *copy = malloc(sizeof *copy + snapshot_floats(s) * sizeof *copy->values);
-    if (!copy)
+    struct copy *copy = malloc(sizeof *copy);
+    float *values = copy ? place_of(s)->map(place_of(s)->of, whole(s, snapshot_floats(s))) : NULL;
+    if (!values) {
+        free(copy);
         return fail(BMC_ENOMEM, "no memory for a snapshot of %.0f MB", megabytes(snapshot_floats(s)));
+    }
+    *copy = (struct copy){ .on = place_of(s), .values = values, .bytes = whole(s, snapshot_floats(s)) };
+    atomic_init(&copy->users, 1);
+    if (save(s, values)) {
+        drop(&(struct snapshot){ s->base, copy });
+        return fail(BMC_EDEVICE, "the GPU failed to copy a session's states");
+    }
     struct snapshot *place = next_snapshot(s);
     drop(place);
-    atomic_init(&copy->users, 1);
-    save(s, copy->values);
     *place = (struct snapshot){ s->base, copy };
     return 0;
 }
@@ -179,7 +204,8 @@ int states_copy(struct states *to, const struct states *from) {
     const int status = from->memory ? states_reserve(to) : 0;
     if (status || !from->memory)
         return status;
-    copy_floats(to->memory, from->memory, from->floats);
+    if (copy_floats(to, to->memory, from->memory, from->floats))
+        return fail(BMC_EDEVICE, "the GPU failed to copy a session's states");
     to->base = from->base;
     to->current = from->current;
     memcpy(to->snapshots, from->snapshots, sizeof to->snapshots);

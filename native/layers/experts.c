@@ -4,7 +4,7 @@
  * ascending order of their number, whatever else is in the pass: groups of rows of `down` go through all experts in that order. */
 #include "../error.h"
 #include "../exp.h"
-#include "../pass.h"
+#include "../machine.h"
 
 #include <float.h>
 #include <math.h>
@@ -279,7 +279,7 @@ static struct gate_up job_of(const struct block *b, const struct work *w, struct
 }
 
 /* Parts of all chosen experts' first halves, one expert after the other. */
-static void gate_up_all(struct pass *p, const struct block *b, const struct work *w, struct tokens in, int thread) {
+static void gate_up_chosen(struct pass *p, const struct block *b, const struct work *w, struct tokens in, int thread) {
     const int each = n_groups(&b->experts.up.of[0]);
     int64_t total = 0, from, to;
     for (int e = 0; e < b->c.n_experts; e++)
@@ -342,8 +342,7 @@ static void shared(struct pass *p, const struct block *b, const struct work *w, 
     const size_t stride = padded(p->model->c.dim);
     int64_t from, to;
     barrier(p, thread, BMC_STEP_DOWN);
-    while (pool_take(p->model->pool, thread, gate_up_groups(&job), &from, &to))
-        gate_up(p, &job, (int)from, (int)to, thread);
+    gate_up_all(p, &job, thread);
     if (gate->data && thread == 0)
         multiply_alone(p, &switch_on, thread);
     barrier(p, thread, BMC_STEP_ACTIVATION);
@@ -384,7 +383,7 @@ static void from_latent(struct pass *p, const struct block *b, const struct work
     multiply(p, &up, 1, thread);
 }
 
-static void run(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread) {
+void run_experts(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread) {
     struct work w;
     struct tokens read = in;
     const bool latent = b->experts.latent_down.data;
@@ -394,12 +393,14 @@ static void run(struct pass *p, const struct block *b, struct tokens in, struct 
         read = to_latent(p, b, &w, in, thread);
     if (in.n > 1)
         gather(p, b, &w, read, thread);
-    gate_up_all(p, b, &w, read, thread);
+    gate_up_chosen(p, b, &w, read, thread);
     down_all(p, b, &w, read, latent ? (struct sink){ w.x, false } : out, thread);
     if (latent)
         from_latent(p, b, &w, out, in.n, thread);
     if (b->experts.shared.up.data)
         shared(p, b, &w, in, out, thread);
 }
+
+static void run(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread) { p->machine->experts(p, b, in, out, thread); }
 
 const struct kind experts_kind = { "experts", roles, check, measure, need, false, missing, NULL, run };

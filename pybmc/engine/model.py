@@ -16,14 +16,15 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from .. import checks
-from .._native import check, ffi, last_error, lib, owned, pointer
-from ..errors import ArgumentError, ClosedError, FormatError, OutOfMemoryError
+from .._native import check, ffi, last_error, lib, owned, pointer, raise_status
+from ..errors import ArgumentError, ClosedError, DeviceError, FormatError, OutOfMemoryError
 from ..files.gguf import GGUF
 from ..models.bind import Role, bind, bind_head
 from ..models.config import Config, read_config
 from ..models.layers import RMS
 from ..tokenizers import Tokenizer
 from .embed import Pooler, embed
+from .gpu import Place, check_choice, choose, offload
 from .session import Session
 
 log = logging.getLogger(__name__)
@@ -48,16 +49,20 @@ class Model:
     threads: None for all cores that this process may use. progress is called with bytes packed and bytes in all.
     repack=False leaves the weights in the file and lays them out again at every pass: much slower, the same bits, and
     no memory but the pages of the file that the system can spare.
-    Raises FormatError if the file is not a model that pybmc runs, OSError if it cannot be opened, OutOfMemoryError.
+    n_gpu_layers: how many of the last layers run on a GPU, with the head: a number, -1 for all, or "auto" for as many as fit. gpu: which
+    GPU, "auto" for one where there is one, or "off"; it alone means "auto" layers. The bits are the same.
+    Raises FormatError if the file is not a model that pybmc runs, OSError if it cannot be opened, OutOfMemoryError, DeviceError.
     """
 
     def __init__(self, path, threads: int | None = None, progress: Progress | None = None,
-                 repack: bool = True):
+                 repack: bool = True, gpu: int | str | None = None, n_gpu_layers: int | str | None = None):
+        check_choice(gpu, n_gpu_layers)
         self._begin(threads)
         self._file = GGUF(path)
         try:
             self.config = read_config(self._file)
-            self._handle = _bound(self._file, self.config, self.threads)
+            self._handle = bound(self._file, self.config, self.threads)
+            self._place(gpu, n_gpu_layers)
             self._ready(repack, progress)
         except BaseException:
             self.close()
@@ -70,14 +75,21 @@ class Model:
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._locks = defaultdict(threading.Lock)       # process id -> lock of _sessions; a forked one needs its own
         self._long = False                              # a context beyond the training was noted
+        self._gpu: Place | None = None
+        self.gpu_layers = 0                             # how many of the last layers run on a GPU
         self.threads = _thread_count(threads)
+
+    def _place(self, gpu: int | str | None, layers: int | str | None) -> None:
+        self._gpu = choose(self._handle, self.config, gpu, layers)
+        if self._gpu:
+            self.gpu_layers = offload(self._handle, self._gpu, self.path)
 
     def _ready(self, repack: bool, progress: Progress | None = None) -> None:
         self._repack = repack
         if repack:
             self._pack(progress)
-        elif lib.bmc_model_map(self._handle):
-            raise OutOfMemoryError(last_error())
+        else:
+            check(lib.bmc_model_map(self._handle))
 
     def _pack(self, progress: Progress | None) -> None:
         """The panels are made beside the tokenizer; a vocabulary that is broken shows here too."""
@@ -92,8 +104,7 @@ class Model:
                 progress(lib.bmc_model_packed(self._handle, total), total[0])
         finally:
             worker.join()
-        if status[0][0] < 0:
-            raise OutOfMemoryError(status[0][1])
+        raise_status(*status[0])
 
     @property
     def path(self) -> str:
@@ -115,7 +126,7 @@ class Model:
         """The file's draft head, made when it is first asked for: a model that guesses for this one. None without one that works."""
         try:
             return Head(self) if self.config.head else None
-        except (FormatError, OutOfMemoryError) as error:
+        except (DeviceError, FormatError, OutOfMemoryError) as error:
             log.warning("the draft head is not used: %s", error)
             return None
 
@@ -225,6 +236,9 @@ class Head(Model):
         self._begin(model.threads)
         self._file, self.config, self.tokenizer = model._file, model.config.head, model.tokenizer
         self._handle = _bound_head(self._file, self.config, self.threads, model._live())
+        if model.gpu_layers:                # its output matrix may be the model's
+            self._gpu = model._gpu
+            self.gpu_layers = offload(self._handle, Place(model._gpu.gpu, self.config.n_layers), f"the draft head of {self.path}")
         self._ready(model._repack)
 
     def _close_file(self) -> None:
@@ -234,14 +248,14 @@ class Head(Model):
 def check_model(file: GGUF, config: Config) -> bool:
     """Raise the FormatError that loading would: every tensor is bound and its shape checked, none is packed. Whether there is a
     draft head that works."""
-    handle = _bound(file, config, 1)
+    handle = bound(file, config, 1)
     try:
         return config.head is not None and bool(_bound_head(file, config.head, 1, handle))
     except FormatError:
         return False
 
 
-def _bound(file: GGUF, config: Config, threads: int):
+def bound(file: GGUF, config: Config, threads: int):
     """A C model whose tensors are bound."""
     return _bound_roles(file.path, config, bind(file, config), threads)
 

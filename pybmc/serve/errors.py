@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..errors import ArgumentError, BmcError, ContextFullError, FormatError, OutOfMemoryError
+from ..errors import ArgumentError, BmcError, ContextFullError, DeviceError, FormatError, OutOfMemoryError
 
 TYPES = {
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
@@ -42,6 +42,8 @@ def refusal(error: BmcError, fields=()) -> Refused:
     message = str(error)
     if isinstance(error, OutOfMemoryError):
         return Refused(503, "out_of_memory", message, headers={"Retry-After": "5"})
+    if isinstance(error, DeviceError):
+        return Refused(500, "device_failed", message)
     if isinstance(error, ContextFullError):
         return Refused(400, "context_length_exceeded", message)
     if isinstance(error, ArgumentError):

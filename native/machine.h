@@ -1,0 +1,33 @@
+/* A machine: the steps that a pass is made of, as one processor does them. forward.c and layers/ say which steps follow each other,
+ * once for all machines; steps_cpu.c and cuda/steps.c do them.
+ *
+ * Pointers in the arguments are addresses on the machine itself: a pass reaches its buffers through pass.buffers, which has the same
+ * shape everywhere. On the CPU all threads call every step, and each does its share; elsewhere only thread 0 does, and a step is only
+ * queued. Steps return nothing: a machine that can fail notes the first failure, does nothing from then on, and reports it at the end of the
+ * pass. */
+#ifndef MACHINE_H
+#define MACHINE_H
+
+#include "pass.h"
+
+struct machine {
+    const char *name;
+    /* x += the results that wait for it; norm(x), floats and 8 bits. */
+    struct tokens (*norm)(struct pass *p, const struct block *waits, struct vector weight, struct vector bias, bool keep_input, int thread);
+    void (*norm_rows)(struct pass *p, struct tokens in, int n, struct vector weight, int thread);   /* rows of n values in place, and 8 bits */
+    void (*quantize)(struct pass *p, struct tokens in, int n, int thread);                          /* 8 bits of rows of n values */
+    void (*multiply)(struct pass *p, const struct product *list, int n, int thread);                /* products side by side */
+    void (*gate_up)(struct pass *p, const struct gate_up *job, int thread);
+    void (*place)(struct pass *p, const struct block *b, const struct heads *w, int thread);        /* norms and turns; K and V to the arena */
+    void (*compress)(struct pass *p, const struct block *b, const struct latents *w, int thread);   /* the same of compressed attention */
+    void (*attend)(struct pass *p, const struct queries *a, int thread);
+    void (*experts)(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread);  /* a whole block of them */
+    void (*keep)(struct pass *p, const struct rows *rows, int n, int thread);       /* row p->out[i].tok of each becomes row i */
+    void (*give)(struct pass *p, struct tokens in, int thread);                     /* hidden states to whom they are for */
+    void (*head)(struct pass *p, struct tokens in, int thread);                     /* logits where they are asked for, and p->best */
+    void (*end)(const struct pass *p, int thread, enum bmc_step step);              /* what follows sees all that was written */
+};
+
+extern const struct machine cpu_machine;
+
+#endif
