@@ -85,7 +85,8 @@ void reference_recur(const struct cuda_recur *a, int pass_max, float *work) {
     }
     for (int t = 0; t < a->n_tok; t++)
         s.at[t] = (struct place){ .session = &s.sessions[a->run[t]], .pos = a->at[t].pos };
-    s.p = (struct pass){ .model = &s.m, .n_tok = a->n_tok, .at = s.at, .runs = s.runs, .n_runs = a->n_runs };
+    s.p = (struct pass){ .model = &s.m, .machine = &cpu_machine, .buffers = &s.buffers, .n_tok = a->n_tok,
+                           .at = s.at, .runs = s.runs, .n_runs = a->n_runs };
     struct recur_call call = { &s, kind_of(a) };
     pool_run(s.m.pool, recur_call, &call);
     pool_free(s.m.pool);
