@@ -10,6 +10,9 @@
 
 #include "pass.h"
 
+struct recurrence;
+struct work;
+
 struct machine {
     const char *name;
     /* x += the results that wait for it; norm(x), floats and 8 bits. */
@@ -21,6 +24,8 @@ struct machine {
     void (*place)(struct pass *p, const struct block *b, const struct heads *w, int thread);        /* norms and turns; K and V to the arena */
     void (*compress)(struct pass *p, const struct block *b, const struct latents *w, int thread);   /* the same of compressed attention */
     void (*attend)(struct pass *p, const struct queries *a, int thread);
+    void (*recur)(struct pass *p, const struct block *b, const struct recurrence *r, const struct work *w, struct tokens out, int thread);
+    void (*short_conv)(struct pass *p, const struct block *b, const struct work *w, struct tokens out, int thread);
     void (*experts)(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread);  /* a whole block of them */
     void (*keep)(struct pass *p, const struct rows *rows, int n, int thread);       /* row p->out[i].tok of each becomes row i */
     void (*give)(struct pass *p, struct tokens in, int thread);                     /* hidden states to whom they are for */

@@ -68,7 +68,7 @@ static int check_head(const bmc_model *m) {
     if (c->dim != t->dim || c->vocab_size != t->vocab_size)
         return fail(BMC_EFORMAT, "draft head: expected %d values and %d tokens as the model has, found %d and %d", t->dim,
                     t->vocab_size, c->dim, c->vocab_size);
-    if (!c->causal || m->target->target || m->n_states || m->n_streams[WINDOWS])
+    if (!c->causal || m->target->target || m->n_states[HERE] || m->n_states[ON_GPU] || m->window)
         return fail(BMC_EFORMAT, "draft head: expected a layer of a model that writes text, with attention to all rows");
     return missing ? fail(BMC_EFORMAT, "draft head: nextn.%s is missing", missing) : 0;
 }
@@ -379,15 +379,22 @@ void add_rows(bmc_model *m, struct block *b, int n_heads, int k_dim, int v_dim) 
         m->window = larger(m->window, b->c.window);
 }
 
+void add_state(bmc_model *m, struct block *b, struct state_size size) {
+    const int place = m->cuda && b->number >= m->cuda->first ? ON_GPU : HERE;
+    b->stream = m->n_states[place]++;
+    m->state_sizes[place][b->stream] = size;
+}
+
 void model_streams(bmc_model *m) {
     memset(m->n_streams, 0, sizeof m->n_streams);
-    m->n_states = 0;
+    memset(m->n_states, 0, sizeof m->n_states);
     for (struct block *b = m->blocks; b < m->blocks + m->c.n_blocks; b++)
         if (b->kind->stream)
             b->kind->stream(m, b);
     for (int i = 0; i < ARENAS; i++)
         m->row_bytes[i] = arena_streams(m->streams[i], m->n_streams[i]) / TILE;
-    states_measure(m->state_sizes, m->n_states);
+    for (int i = 0; i < PLACES; i++)
+        states_measure(m->state_sizes[i], m->n_states[i]);
 }
 
 /* Blocks, and the streams of those that keep something of the tokens before. */
@@ -397,11 +404,12 @@ static int make_blocks(bmc_model *m, const bmc_config *config) {
     m->blocks = model_own(m, (n + 1) * sizeof *m->blocks);
     for (int i = 0; i < ARENAS; i++)
         m->streams[i] = model_own(m, n * sizeof *m->streams[i]);
-    m->state_sizes = model_own(m, n * sizeof *m->state_sizes);
+    for (int i = 0; i < PLACES; i++)
+        m->state_sizes[i] = model_own(m, n * sizeof *m->state_sizes[i]);
     for (int i = 0; i < ARENAS; i++)
         if (!m->streams[i])
             return fail(BMC_ENOMEM, "no memory for %zu blocks", n);
-    if (!m->blocks || !m->state_sizes || copy_ropes(m, config))
+    if (!m->blocks || !m->state_sizes[HERE] || !m->state_sizes[ON_GPU] || copy_ropes(m, config))
         return fail(BMC_ENOMEM, "no memory for %zu blocks", n);
     m->c.blocks = NULL;
     m->last_mixer = -1;

@@ -81,7 +81,7 @@ struct block {
     struct vector out_norm, out_norm_bias;              /* x becomes its norm after the sum */
     struct vector out_scale;                            /* (1,) x is multiplied by it at the end */
     int rows;                                           /* which arena its rows are in: ALL_ROWS .. GPU_WINDOWS */
-    int stream;                                         /* there, or of the states; -1: none */
+    int stream;                                         /* there, or of the states of its place; -1: none */
     union {
         struct attention attention;
         struct recurrent recurrent;
@@ -100,6 +100,9 @@ enum { WHOLE_MAX = 8192, PASS_MAX = 512, SAMPLED_MAX = 64, HEAD_ROWS = 256, TASK
  * the window are given back. */
 enum { ALL_ROWS, WINDOWS, GPU_ROWS, GPU_WINDOWS, ARENAS };      /* GPU_: the same of blocks that are on a GPU */
 enum { WINDOW_SPARE = 1024 };
+
+/* Where states are: those of blocks on the CPU, and of blocks on a GPU. */
+enum { HERE, ON_GPU, PLACES };
 
 /* Weights of a head that a coarse one is worth its memory for: from here on it is read from memory for each token. */
 enum { COARSE_LEAST = 1 << 24 };
@@ -127,10 +130,10 @@ struct bmc_model {
     struct block *blocks;           /* (c.n_blocks,) */
     int last_mixer;                 /* after its rows are stored only tokens that are asked for go on */
     int pass_max;                   /* tokens in one pass */
-    int n_streams[ARENAS], n_states;
+    int n_streams[ARENAS], n_states[PLACES];
     struct arena_stream *streams[ARENAS];
     int window;                     /* the largest of blocks that do not see everything */
-    struct state_size *state_sizes;
+    struct state_size *state_sizes[PLACES];
     int64_t row_bytes[ARENAS];      /* keys and values of one token */
 
     void *panels;                   /* all panels, in huge pages */
@@ -153,7 +156,7 @@ struct bmc_session {
     bmc_model *model;
     struct arena arenas[ARENAS];
     int64_t cap;                    /* rows at most */
-    struct states states;
+    struct states states[PLACES];
     int position;                   /* rows in use */
     int32_t *tokens;                /* (n_tokens,) the first `position` of them are those of the rows */
     int n_tokens;

@@ -31,7 +31,7 @@ struct wanted {
 struct best { float logit, seen, sum; int32_t id; };
 
 /* Neighbouring tokens of a session, in models whose blocks keep states. */
-struct run { bmc_session *session; int first; struct state_run states; };
+struct run { bmc_session *session; int first; struct state_run states[PLACES]; };
 
 struct pass {
     bmc_model *model;
@@ -184,8 +184,9 @@ struct matrix slice(const struct pass *p, const struct matrix *w, int from, int 
 void project(const struct pass *p, const struct product *r, const struct matrix *part, int row, int tile);
 int tile_width(int n_tok);
 
-/* Rows of keys and values in every session for a block: called by its kind's stream(). */
+/* Rows of keys and values, or a state, in every session for a block: called by its kind's stream(). */
 void add_rows(bmc_model *m, struct block *b, int n_heads, int k_dim, int v_dim);
+void add_state(bmc_model *m, struct block *b, struct state_size size);
 
 static inline uint16_t *tile_of(const bmc_session *s, const struct block *b, int head, int tile) {
     return arena_tile(&s->arenas[b->rows], b->stream, head, tile);

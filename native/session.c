@@ -54,7 +54,9 @@ static bmc_session *make_session(bmc_model *m, int64_t cap, int rope) {
         fail(BMC_ENOMEM, "no memory for a session");
         return NULL;
     }
-    states_init(&s->states, m->state_sizes, m->n_states);
+    for (int i = 0; i < PLACES; i++)
+        states_init(&s->states[i], m->state_sizes[i], m->n_states[i]);
+    s->states[ON_GPU].on = m->cuda ? &m->cuda->memory : NULL;
     s->model = m;
     s->cap = cap;
     s->rope = rope;
@@ -85,8 +87,8 @@ static int copy_session(bmc_session *s, bmc_session *parent, int position) {
         if (!status)
             status = arena_fork(&s->arenas[i], &parent->arenas[i], position);
     }
-    if (!status)
-        status = states_copy(&s->states, &parent->states);
+    for (int i = 0; !status && i < PLACES; i++)
+        status = states_copy(&s->states[i], &parent->states[i]);
     s->n_tokens = larger(position, 1);
     s->tokens = malloc((size_t)s->n_tokens * sizeof *s->tokens);
     if (!status && !s->tokens)
@@ -123,7 +125,8 @@ void bmc_session_free(bmc_session *s) {
         return;
     for (int i = 0; i < ARENAS; i++)
         arena_free(&s->arenas[i]);
-    states_free(&s->states);
+    for (int i = 0; i < PLACES; i++)
+        states_free(&s->states[i]);
     free(s->tokens);
     free(s->hidden.rows);
     model_release(s->model);
@@ -145,7 +148,12 @@ static bool lacks_rows(const bmc_session *s, int position) {
 /* How far back a session gets towards a position without evaluating tokens again: states may have to go farther, and where rows of
  * windows are gone it starts anew. */
 static int nearest(const bmc_session *s, int position) {
-    const int found = states_nearest(&s->states, position);
+    int found = position, before;
+    do {                                        /* both places: one may have to go farther back than the other */
+        before = found;
+        for (int i = 0; i < PLACES; i++)
+            found = states_nearest(&s->states[i], found);
+    } while (found < before);
     return lacks_rows(s, found) ? 0 : found;
 }
 
@@ -155,7 +163,8 @@ static int reach(bmc_session *s, int position) {
         arena_clear(&s->arenas[WINDOWS]);
         arena_clear(&s->arenas[GPU_WINDOWS]);
     }
-    states_rewind(&s->states, reached);
+    for (int i = 0; i < PLACES; i++)
+        states_rewind(&s->states[i], reached);
     s->position = reached;
     return reached;
 }
@@ -200,7 +209,8 @@ int bmc_session_snapshot(bmc_session *s) {
     int status = claim(s);
     if (status)
         return status;
-    status = states_snapshot(&s->states);
+    for (int i = 0; !status && i < PLACES; i++)
+        status = states_snapshot(&s->states[i]);
     release(s);
     return status;
 }
@@ -224,7 +234,9 @@ int bmc_session_sync(bmc_session *s, const int32_t *tokens, int n) {
 /* Room for more rows and their tokens. */
 static int reserve(bmc_session *s, int rows) {
     int64_t n = (int64_t)s->position + rows;
-    int status = states_reserve(&s->states);
+    int status = 0;
+    for (int i = 0; !status && i < PLACES; i++)
+        status = states_reserve(&s->states[i]);
     for (int i = 0; !status && i < ARENAS; i++) {
         status = arena_reserve(&s->arenas[i], n);
         if (!status)
@@ -279,8 +291,11 @@ int bmc_session_stats(const bmc_session *s, bmc_arena_stats *stats) {
     for (int i = ARENAS - 1; i >= 0; i--)
         if (s->model->n_streams[order[i]])
             a = &s->arenas[order[i]];
-    *stats = (bmc_arena_stats){ .rows_reserved = a->rows_reserved, .rows_used = s->position, .r = a->config.r, .bytes_reserved = states_bytes(&s->states),
-                                .state_bytes = (int64_t)(s->states.floats * sizeof(float)) };
+    *stats = (bmc_arena_stats){ .rows_reserved = a->rows_reserved, .rows_used = s->position, .r = a->config.r };
+    for (int i = 0; i < PLACES; i++) {
+        stats->bytes_reserved += states_bytes(&s->states[i]);
+        stats->state_bytes += (int64_t)(s->states[i].floats * sizeof(float));
+    }
     if (s->hidden.rows)
         stats->bytes_reserved += (int64_t)(HIDDEN_KEPT * padded(s->model->c.dim) * sizeof(float));
     for (int i = 0; i < ARENAS; i++) {
@@ -385,11 +400,14 @@ static void push(struct pass *p, const bmc_span *span, int i) {
 /* Sequences of a pass whose blocks keep states: neighbours of the same session. */
 static void plan_runs(struct pass *p) {
     p->n_runs = 0;
-    for (int t = 0, n; p->model->n_states && t < p->n_tok; t += n) {
+    for (int t = 0, n; p->model->n_states[HERE] + p->model->n_states[ON_GPU] && t < p->n_tok; t += n) {
         const struct place *at = &p->at[t];
         for (n = 1; t + n < p->n_tok && at[n].session == at->session; n++)
             ;
-        p->runs[p->n_runs++] = (struct run){ at->session, t, states_plan(&at->session->states, at->pos, n) };
+        struct run *run = &p->runs[p->n_runs++];
+        *run = (struct run){ .session = at->session, .first = t };
+        for (int i = 0; i < PLACES; i++)
+            run->states[i] = states_plan(&at->session->states[i], at->pos, n);
     }
 }
 
@@ -397,7 +415,8 @@ static int run_pass(struct pass *p) {
     plan_runs(p);
     const int status = forward(p);
     for (int i = 0; i < p->n_runs; i++)
-        states_done(&p->runs[i].session->states, &p->runs[i].states);
+        for (int j = 0; j < PLACES; j++)
+            states_done(&p->runs[i].session->states[j], &p->runs[i].states[j]);
     p->n_tok = p->n_out = p->n_choosing = p->n_sampled = 0;
     return status;
 }
@@ -436,11 +455,13 @@ static void advance(const bmc_model *m, const bmc_span *spans, int n) {
     }
 }
 
-/* The sessions as they were, after a pass that failed: states that it changed go back, and hidden states that it overwrote are gone. */
+/* The sessions as they were, after a pass that failed: states that it changed go back, and hidden states that it overwrote are gone. How far
+ * states on a GPU got is not known: they go back to a snapshot, and the session with them. */
 static void undo(const bmc_span *spans, int n) {
     for (int s = 0; s < n; s++) {
         bmc_session *session = spans[s].session;
         session->hidden.from = session->position;
+        states_doubt(&session->states[ON_GPU]);
         reach(session, session->position);
     }
 }

@@ -4,6 +4,7 @@
 #include "error.h"
 #include "memory.h"
 
+#include <limits.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
@@ -143,6 +144,8 @@ static const struct snapshot *last_snapshot(const struct states *s, int position
             last = p;
     return last;
 }
+
+void states_doubt(struct states *s) { s->base = INT_MAX; }
 
 int states_nearest(const struct states *s, int position) {
     const struct snapshot *last = last_snapshot(s, position);

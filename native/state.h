@@ -68,6 +68,9 @@ int states_nearest(const struct states *s, int position);
 /* Takes the states back to `position`, or to an earlier one, from where tokens have to be evaluated again; which one. */
 int states_rewind(struct states *s, int position);
 
+/* What they are is not known: the next rewind goes to a snapshot, or to the beginning. */
+void states_doubt(struct states *s);
+
 /* Keeps a copy of the anchors: to come back to where the states are will need few tokens. 0, BMC_ENOMEM or BMC_EDEVICE. */
 int states_snapshot(struct states *s);
 

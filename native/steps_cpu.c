@@ -1,6 +1,6 @@
 /* The steps of a pass on the CPU: what the machine's table points to. Products are in linear.c, attention in attend.c, the head in
  * head.c. */
-#include "machine.h"
+#include "layers/recurrent.h"
 
 /* x += the results of the blocks up to `last` that wait for it: one, or two side by side. */
 static void settle(const bmc_model *m, const struct block *last, int64_t t) {
@@ -93,6 +93,6 @@ static void keep(struct pass *p, const struct rows *rows, int n, int thread) {
 }
 
 const struct machine cpu_machine = {
-    .name = "CPU", .norm = normed, .norm_rows = norm_rows, .quantize = quantize_rows, .multiply = multiply, .gate_up = gate_up_all, .place = place_heads, .compress = place_latents, .attend = attend_all, .experts = run_experts, .keep = keep,
+    .name = "CPU", .norm = normed, .norm_rows = norm_rows, .quantize = quantize_rows, .multiply = multiply, .gate_up = gate_up_all, .place = place_heads, .compress = place_latents, .attend = attend_all, .recur = recur, .short_conv = short_conv, .experts = run_experts, .keep = keep,
     .give = give_hidden, .head = head, .end = barrier,
 };

@@ -195,6 +195,31 @@ def test_each_kind_of_block_beside_those_on_the_gpu(name):
         right = passes(model, (3, 1))
     with pybmc.Model(path, threads=1, n_gpu_layers=-1) as model:
         assert_same(passes(model, (3, 1)), right)
+        assert model.gpu_layers == model.config.n_layers or any(block.kind == "PER_LAYER" for _, block in model.config.blocks)
+
+
+@pytest.mark.parametrize("arch", ["qwen35", "lfm2", "falcon-h1"])
+def test_states_on_the_gpu_go_back_and_fork(arch):
+    """By their log, by a snapshot, and to the beginning; a part of them on each machine, and all of them on the GPU."""
+    path, found = tiny.model(arch), []
+    for layers in (0, 1, -1):
+        with pybmc.Model(path, threads=1, n_gpu_layers=layers) as model, model.session() as session:
+            rows = [session.eval(tokens(20), "all")]
+            session.snapshot()
+            rows += [session.eval(tokens(6, 1), "all")]
+            session.rewind(22)
+            rows += [session.eval(tokens(1, i), "all") for i in range(3)]
+            with session.fork(21) as fork:
+                rows += [fork.eval(tokens(60, 2), "last")[None], session.eval(tokens(60, 3), "last")[None]]
+                session.rewind(24)
+                fork.rewind(20)
+                rows += [fork.eval(tokens(3, 4), "all"), session.eval(tokens(3, 5), "all")]
+            session.rewind(5)
+            rows += [session.eval(tokens(2, 6), "all")]
+            found.append(np.concatenate(rows))
+            assert model.gpu_layers == (layers if layers >= 0 else model.config.n_layers)
+    assert_same(found[1], found[0])
+    assert_same(found[2], found[0])
 
 
 def test_a_model_left_in_its_file_goes_to_the_gpu_too():
@@ -277,6 +302,23 @@ def test_each_call_that_fails_is_a_sentence_and_moves_nothing(fake):
             "cuModuleGetFunction", "cuGraphLaunch", "cuStreamEndCapture", "cuGraphInstantiateWithFlags"} <= seen
     with pybmc.Model(path, threads=1, n_gpu_layers=1) as model, model.session() as session:
         assert_same(session.eval(tokens(6), "all"), right)
+
+
+def test_states_on_the_gpu_go_back_to_a_snapshot_when_it_fails(fake):
+    path = tiny.model("qwen35")
+    with pybmc.Model(path, threads=1) as model, model.session() as session:
+        session.eval(tokens(30), "none")
+        right = session.eval(tokens(5, 1), "all")
+    with pybmc.Model(path, threads=1, n_gpu_layers=-1) as model, model.session() as session:
+        session.eval(tokens(20), "none")
+        session.snapshot()
+        session.eval(tokens(30)[20:], "none")
+        with fake.set(fail_in=9), pytest.raises(pybmc.DeviceError):
+            session.eval(tokens(5, 2), "all")
+        at = session.position
+        assert at in (0, 20)
+        session.eval(tokens(30)[at:], "none")
+        assert_same(session.eval(tokens(5, 1), "all"), right)
 
 
 def test_states_before_a_pass_that_failed_come_back(fake):

@@ -8,7 +8,8 @@
 
 enum cuda_kernel {
     CUDA_NORM, CUDA_NORM_ROWS, CUDA_QUANTIZE, CUDA_PLACE, CUDA_ATTEND, CUDA_ATTEND_MERGE, CUDA_ACTIVATE, CUDA_KEEP_ROWS, CUDA_BEST,
-    CUDA_ROUTE, CUDA_SORT, CUDA_COMBINE, CUDA_SWITCH, CUDA_COMPRESS, CUDA_KERNELS
+    CUDA_ROUTE, CUDA_SORT, CUDA_COMBINE, CUDA_SWITCH, CUDA_COMPRESS,
+    CUDA_RECUR_PREPARE, CUDA_RECUR_WALK, CUDA_RECUR_FINISH, CUDA_RECUR_KEEP, CUDA_SHORT_CONV, CUDA_KERNELS
 };
 
 /* What a pass has queued, in its order: a kernel with its arguments, or a copy within the GPU where there is no function. */
@@ -70,6 +71,8 @@ struct cuda {
     const struct cuda_token *at;
     const struct cuda_rows *rows[2];            /* of arenas GPU_ROWS and GPU_WINDOWS */
     int n_chunks[2];
+    const struct cuda_run *runs;
+    const int32_t *run_of;          /* (n_tok,) */
     const float *cos, *sin;
     int rope_rows, n_began;         /* n_began: tokens that it began with */
     struct cuda_tasks tasks[ATTEND_ROWS + 1];   /* by the most tokens of one */

@@ -30,7 +30,7 @@ static const char *cannot(const bmc_model *m, const struct block *b) {
         return alike(&x->gate, b->c.n_experts) && alike(&x->up, b->c.n_experts) && alike(&x->down, b->c.n_experts) ? NULL : "experts of several types";
     if (b->c.kind == BMC_MLA)
         return alike(&b->attention.k_b, b->c.n_heads) && alike(&b->attention.v_b, b->c.n_heads) ? NULL : "heads of several types";
-    return b->c.kind == BMC_ATTENTION || b->c.kind == BMC_DENSE ? NULL : b->kind->name;
+    return b->c.kind == BMC_PER_LAYER ? b->kind->name : NULL;
 }
 
 static int layer_start(const bmc_model *m, int i) {
@@ -178,7 +178,7 @@ int bmc_model_plan(const bmc_model *m, int n_layers, bmc_plan *plan) {
     plan->buffer_bytes = (int64_t)lay_out(m, &c, NULL);
     plan->row_bytes = 0;
     for (const struct block *b = m->blocks + c.first; b < m->blocks + m->c.n_blocks; b++)
-        if (b->stream >= 0 && b->kind->mixes)
+        if (b->stream >= 0 && (b->c.kind == BMC_ATTENTION || b->c.kind == BMC_MLA))
             plan->row_bytes += m->streams[b->rows][b->stream].n_heads * m->streams[b->rows][b->stream].tile_bytes / TILE;
     return 0;
 }
@@ -193,6 +193,12 @@ static void each_vector(struct cuda *c, struct vector *v, each_fn *fn, char *hos
         fn(c, &v->v, (size_t)v->n_rows * (size_t)v->n_cols, host);
 }
 
+/* Columns first, each of them padded: bind.c. */
+static void each_transposed(struct cuda *c, struct vector *v, each_fn *fn, char *host) {
+    if (v->v)
+        fn(c, &v->v, padded(v->n_rows) * (size_t)v->n_cols, host);
+}
+
 static void each_of_block(struct cuda *c, struct block *b, each_fn *fn, char *host) {
     struct vector *own[] = { &b->norm, &b->norm_bias, &b->post_norm, &b->post_norm_bias, &b->sum_norm, &b->out_norm, &b->out_norm_bias };
     for (size_t i = 0; i < sizeof own / sizeof *own; i++)
@@ -201,8 +207,10 @@ static void each_of_block(struct cuda *c, struct block *b, each_fn *fn, char *ho
         void *place = (char *)b + r->offset;
         if (before && before->offset == r->offset)
             continue;
-        if (r->form == VECTOR || r->form == TRANSPOSED)
+        if (r->form == VECTOR)
             each_vector(c, place, fn, host);
+        else if (r->form == TRANSPOSED)
+            each_transposed(c, place, fn, host);
         else {
             struct matrix *list = r->form == MATRIX ? place : ((struct matrices *)place)->of;
             const int64_t n = r->form == MATRIX ? 1 : copies_of(b, r);
@@ -347,6 +355,8 @@ static int find_kernels(bmc_model *m, struct cuda *c) {
         [CUDA_ATTEND_MERGE] = "attend_merge", [CUDA_ACTIVATE] = "activate", [CUDA_KEEP_ROWS] = "keep_rows", [CUDA_BEST] = "best",
         [CUDA_ROUTE] = "route", [CUDA_SORT] = "sort_experts", [CUDA_COMBINE] = "combine", [CUDA_SWITCH] = "switch_on",
         [CUDA_COMPRESS] = "place_compressed",
+        [CUDA_RECUR_PREPARE] = "recur_prepare", [CUDA_RECUR_WALK] = "recur_walk", [CUDA_RECUR_FINISH] = "recur_finish", [CUDA_RECUR_KEEP] = "recur_keep",
+        [CUDA_SHORT_CONV] = "short_conv",
     };
     struct visit v = { .m = m, .first = c->first, .cuda = c };
     for (int i = 0; i < CUDA_KERNELS; i++) {

@@ -124,6 +124,26 @@ static void put_rows(struct cuda *c) {
     free(list);
 }
 
+/* What a pass does with the states of its sessions. */
+static void put_runs(struct cuda *c, const struct pass *p) {
+    struct cuda_run *list = malloc((size_t)p->n_tok * (sizeof *list + sizeof(int32_t)));
+    int32_t *of = (int32_t *)(void *)(list + p->n_tok);
+    if (!list) {
+        cuda_stop(c, fail(BMC_ENOMEM, "no memory for %d tokens", p->n_tok));
+        return;
+    }
+    for (int i = 0; i < p->n_runs; i++) {
+        const struct run *run = &p->runs[i];
+        const struct state_run *s = &run->states[ON_GPU];
+        list[i] = (struct cuda_run){ run->session->states[ON_GPU].memory, run->first, s->start, s->n, s->base, s->next_base, s->replay };
+        for (int t = 0; t < s->n; t++)
+            of[run->first + t] = i;
+    }
+    c->runs = cuda_put(c, list, (size_t)p->n_runs * sizeof *list);
+    c->run_of = cuda_put(c, of, (size_t)p->n_tok * sizeof *of);
+    free(list);
+}
+
 static void put_turns(struct cuda *c, const struct pass *p) {
     const bmc_model *m = p->model;
     const size_t row = (size_t)m->buffers->turns, n = (size_t)p->n_tok * row, all = (size_t)m->pass_max * row;
@@ -170,7 +190,7 @@ static float *hidden_results(const bmc_model *m) {
 static int make_room(struct cuda *c, const struct pass *p) {
     const bmc_model *m = p->model;
     const size_t scaled = 2 * (size_t)m->c.n_blocks * sizeof(float), turns = 2 * (size_t)(m->c.n_ropes * m->buffers->turns) * sizeof(float);
-    size_t each = 2 * sizeof(struct cuda_token) + 2 * (ATTEND_ROWS + 1) * sizeof(struct cuda_task) + 2 * sizeof(int32_t) + 2 * sizeof(struct cuda_rows) + scaled + turns + 4 * 64;
+    size_t each = sizeof(struct cuda_run) + sizeof(int32_t) + 2 * sizeof(struct cuda_token) + 2 * (ATTEND_ROWS + 1) * sizeof(struct cuda_task) + 2 * sizeof(int32_t) + 2 * sizeof(struct cuda_rows) + scaled + turns + 4 * 64;
     size_t bytes = (size_t)p->n_tok * each + 64 * (size_t)(m->c.n_blocks + 64);
     for (int i = 0; i < c->n_sessions; i++)
         for (int j = GPU_ROWS; j < ARENAS; j++)
@@ -224,6 +244,8 @@ void cuda_begin(struct pass *p) {
     cuda_put_tokens(c, p);
     put_turns(c, p);
     put_rows(c);
+    if (p->model->n_states[ON_GPU])
+        put_runs(c, p);
 }
 
 static int check(const struct cuda *c, const char *what, int code) { return cuda_status(c->gpu->index, what, code); }

@@ -2,6 +2,7 @@
 #include "cuda.h"
 
 #include "../error.h"
+#include "../layers/recurrent.h"
 
 #include <math.h>
 #include <stdlib.h>
@@ -256,6 +257,47 @@ static void logits(struct pass *p, struct tokens in, int thread) {
     cuda_fetch(c, c->results, c->best, (size_t)p->n_out * c->n_parts * sizeof(struct best));
 }
 
+/* Blocks with a state. */
+
+static struct cuda_recur recur_of(const struct pass *p, const struct block *b, const struct work *w, struct tokens out) {
+    const bmc_model *m = p->model;
+    const struct cuda *c = m->cuda;
+    const struct state_size *size = &m->state_sizes[ON_GPU][b->stream];
+    const struct recurrent *r = &b->recurrent;
+    return (struct cuda_recur){
+        .n_tok = p->n_tok, .n_runs = p->n_runs, .runs = c->runs, .run = c->run_of, .at = c->at, .state_at = size->at, .state_floats = size->floats,
+        .state_row = size->row, .n_before = size->n_before, .row = w->row, .stride = w->stride, .decay = w->decay, .k = w->k, .d = w->d,
+        .q = w->q, .v = w->v, .o = w->o, .keys = w->keys, .values = w->values, .beta = w->beta, .gate = w->gate, .out = out.x,
+        .beta_stride = w->beta_stride, .gate_stride = w->gate_stride, .delta = b->c.kind == BMC_DELTA_NET, .conv = b->c.conv,
+        .n_heads = b->c.n_heads, .n_groups = b->c.n_groups, .state_dim = b->c.state_dim, .interleaved = b->c.interleaved, .dim = m->c.dim,
+        .weight = r->conv.v, .weight_stride = padded(b->extent[CHANNELS]), .conv_bias = r->conv_bias.v, .dt_bias = r->dt_bias.v, .decay_rate = r->a.v,
+        .skip = r->d.v, .norm = r->norm.v, .eps = m->c.norm_eps,
+    };
+}
+
+static void walk(struct pass *p, const struct block *b, const struct recurrence *r, const struct work *w, struct tokens out, int thread) {
+    struct cuda *c = p->model->cuda;
+    struct cuda_recur a = recur_of(p, b, w, out);
+    (void)r, (void)thread;
+    a.out_stride = padded(b->extent[INNER]);
+    a.v_dim = (int)b->extent[V_DIM];
+    cuda_launch(c, c->functions[CUDA_RECUR_PREPARE], recur_prepare_grid(&a), &a, sizeof a);
+    cuda_launch(c, c->functions[CUDA_RECUR_WALK], recur_walk_grid(&a), &a, sizeof a);
+    cuda_launch(c, c->functions[CUDA_RECUR_FINISH], recur_finish_grid(&a), &a, sizeof a);
+    cuda_launch(c, c->functions[CUDA_RECUR_KEEP], recur_keep_grid(&a), &a, sizeof a);
+    quantize_tokens(c, out, b->c.inner_dim);
+}
+
+static void convolve_rows(struct pass *p, const struct block *b, const struct work *w, struct tokens out, int thread) {
+    struct cuda *c = p->model->cuda;
+    struct cuda_recur a = recur_of(p, b, w, out);
+    (void)thread;
+    a.out_stride = padded(p->model->c.dim);
+    cuda_launch(c, c->functions[CUDA_SHORT_CONV], short_conv_grid(&a), &a, sizeof a);
+    cuda_launch(c, c->functions[CUDA_RECUR_KEEP], recur_keep_grid(&a), &a, sizeof a);
+    quantize_tokens(c, out, p->model->c.dim);
+}
+
 /* Experts. */
 
 /* An expert block's rows and lists in the work buffers. An entry is a token's expert; all entries of an expert stand together. */
@@ -419,5 +461,5 @@ static void end(const struct pass *p, int thread, enum bmc_step step) { (void)p,
 
 const struct machine cuda_machine = {
     .name = "GPU", .norm = norm, .norm_rows = norm_tokens, .quantize = quantize_step, .multiply = multiply_list, .gate_up = gate_up_rows, .place = place, .compress = compress, .attend = attend_rows, .keep = keep, .give = give,
-    .head = logits, .experts = experts, .end = end,
+    .head = logits, .recur = walk, .short_conv = convolve_rows, .experts = experts, .end = end,
 };
