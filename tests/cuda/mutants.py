@@ -28,8 +28,8 @@ MUTANTS = [
     ("a contracted sum of weights", "attend.h", "*l = *l * j.keep + l_chunk * j.gain", "*l = fmaf(*l, j.keep, l_chunk * j.gain)"),
     ("swapped halves of an operand", "products.h", "o.codes[2] = low_codes(at.codes, q + 4), o.codes[3] = high_codes",
      "o.codes[3] = low_codes(at.codes, q + 4), o.codes[2] = high_codes"),
-    ("a column too many", "products.h", "col = least(col, s.n - 1);", "col = least(col, s.n);"),
-    ("a row too many", "products.h", "if (row >= a.n_rows || col >= s.n)", "if (row > a.n_rows || col >= s.n)"),
+    ("a column too many", "products.h", "|| col >= s.n)", "|| col > s.n)"),
+    ("a row too many", "products.h", "if (row >= a.n_rows ||", "if (row > a.n_rows ||"),
 ]
 
 
