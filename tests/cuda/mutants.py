@@ -37,7 +37,7 @@ def found(cxx: str, objects: list[str], folder: Path) -> bool:
     """Whether the test program, compiled from the folder, says that something is wrong."""
     program = folder / "test_kernels"
     flags = ["-std=c++17", "-O1", "-w", "-DFEW_TYPES", "-ffp-contract=off", "-pthread", f"-I{folder / 'native'}", f"-I{folder / 'tests/cuda'}"]
-    subprocess.run([cxx, *flags, str(folder / "tests/cuda/test_kernels.cpp"), *objects, "-lm", "-o", str(program)], check=True)
+    subprocess.run([cxx, *flags, str(folder / "tests/cuda/test_kernels.cpp"), *objects, "-lm", "-ldl", "-o", str(program)], check=True)
     return subprocess.run([program], capture_output=True, timeout=120).returncode != 0
 
 
