@@ -1,5 +1,6 @@
 /* route: choose() is only known to its file. */
 #define experts_kind reference_experts_kind
+#define run_experts reference_run_experts
 #include "../../native/layers/experts.c"
 #include "reference_model.h"
 

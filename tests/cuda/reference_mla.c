@@ -1,13 +1,11 @@
-/* place_compressed: place_rows() is only known to its file. */
-#define mla_kind reference_mla_kind
-#include "../../native/layers/mla.c"
+/* place_compressed. */
 #include "reference_model.h"
 
 enum { SESSIONS = 4 };
-struct place_call { struct pass *p; struct block *b; struct work w; };
+struct place_call { struct pass *p; struct block *b; struct latents w; };
 static void place_call(void *arg, int thread) {
     const struct place_call *c = arg;
-    place_rows(c->p, c->b, &c->w, thread);
+    place_latents(c->p, c->b, &c->w, thread);
 }
 
 void reference_place_compressed(const struct cuda_place_compressed *a) {
@@ -39,7 +37,7 @@ void reference_place_compressed(const struct cuda_place_compressed *a) {
                             .segment_tiles = a->at.rows[token->session].segment_tiles };
         at[t] = (struct place){ .session = session, .pos = token->pos };
     }
-    struct pass p = { .model = &m, .n_tok = a->n_tok, .at = at };
+    struct pass p = { .model = &m, .machine = &cpu_machine, .buffers = &buffers, .n_tok = a->n_tok, .at = at };
     struct place_call call = { &p,
                                &b,
                                { .q = (float *)a->q, .kv = a->kv, .nope = a->nopes, .query = a->query } };

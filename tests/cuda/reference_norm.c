@@ -1,7 +1,7 @@
 /* norm_tokens: settle() is only known to its file. */
-#define forward reference_forward
-#define keep_wanted reference_keep_wanted
-#include "../../native/forward.c"
+#define cpu_machine reference_machine
+#define settle_rows reference_settle_rows
+#include "../../native/steps_cpu.c"
 #include "reference_model.h"
 
 void reference_norm(const struct cuda_norm *a) {

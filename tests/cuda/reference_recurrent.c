@@ -24,7 +24,7 @@ static void set_scene(struct recurrent_scene *s, const struct cuda_recur *a, int
     memset(s, 0, sizeof *s);
     s->m = new_model(a->dim, BMC_NORM_RMS, a->eps, &s->buffers);
     s->m.pass_max = pass_max;
-    s->m.state_sizes = &s->size;
+    s->m.state_sizes[HERE] = &s->size;
     s->buffers.work = work;
     s->block.c = (bmc_block){ .kind = a->dim     ? BMC_SHORT_CONV
                                       : a->delta ? BMC_DELTA_NET
@@ -48,7 +48,7 @@ size_t reference_recur_layout(struct cuda_recur *a, int pass_max, float *work, s
     set_scene(&s, a, pass_max, work);
     w.out = work ? row_of(work, w.stride, pass_max) : NULL;
     if (!a->dim)
-        floats = recurrent_work(&s.m, &s.block, &w);
+        floats = recurrent_work(&s.m, &s.block, work, &w);
     a->state_at = s.size.at, a->state_floats = s.size.floats, a->state_row = s.size.row,
     a->n_before = s.size.n_before;
     a->row = w.row, a->stride = w.stride, a->decay = w.decay, a->k = w.k, a->d = w.d, a->q = w.q, a->v = w.v,
@@ -78,14 +78,15 @@ void reference_recur(const struct cuda_recur *a, int pass_max, float *work) {
     s.buffers.work_act = malloc((size_t)a->n_tok * (a->out_stride / 32 + 1) * sizeof(struct act_block));
     for (int i = 0; i < a->n_runs; i++) {
         const struct cuda_run *run = &a->runs[i];
-        s.sessions[i].states = (struct states){ .sizes = &s.size, .n = 1, .memory = run->memory };
-        s.runs[i] = (struct run){ &s.sessions[i],
-                                  run->first,
-                                  { run->start, run->n, run->base, run->next_base, run->replay } };
+        s.sessions[i].states[HERE] = (struct states){ .sizes = &s.size, .n = 1, .memory = run->memory };
+        s.runs[i] = (struct run){ .session = &s.sessions[i], .first = run->first };
+        s.runs[i].states[HERE] =
+            (struct state_run){ run->start, run->n, run->base, run->next_base, run->replay };
     }
     for (int t = 0; t < a->n_tok; t++)
         s.at[t] = (struct place){ .session = &s.sessions[a->run[t]], .pos = a->at[t].pos };
-    s.p = (struct pass){ .model = &s.m, .n_tok = a->n_tok, .at = s.at, .runs = s.runs, .n_runs = a->n_runs };
+    s.p = (struct pass){ .model = &s.m, .machine = &cpu_machine, .buffers = &s.buffers, .n_tok = a->n_tok,
+                           .at = s.at, .runs = s.runs, .n_runs = a->n_runs };
     struct recur_call call = { &s, kind_of(a) };
     pool_run(s.m.pool, recur_call, &call);
     pool_free(s.m.pool);
