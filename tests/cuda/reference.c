@@ -42,7 +42,7 @@ static void product_of(int type, const struct cuda_product *a, struct columns co
     const int n = columns.n, blocks = cuda_is_float(type) ? 0 : a->k / 32;
     const size_t stride = padded(a->k);
     bmc_model m = new_model(a->k, 0, 0, NULL);
-    struct pass p = { .model = &m, .n_tok = n };
+    struct pass p = { .model = &m, .machine = &cpu_machine, .n_tok = n };
     struct tokens in = { malloc((size_t)n * stride * sizeof(float)),
                          malloc((size_t)(n * (blocks + 1)) * sizeof(struct act_block)), n, 0, 0 };
     const struct matrix w = {

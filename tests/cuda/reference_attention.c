@@ -22,7 +22,8 @@ static void set_scene(struct scene *s, const struct cuda_token *at, int n_tok, c
     memset(s, 0, sizeof *s);
     s->m = new_model(0, kind, eps, &s->buffers);
     s->stream = (struct arena_stream){ .tile_bytes = tile_bytes, .before = before };
-    s->p = (struct pass){ .model = &s->m, .n_tok = n_tok, .at = s->at, .buffers = &s->buffers };
+    s->p = (struct pass){ .model = &s->m, .machine = &cpu_machine, .buffers = &s->buffers, .n_tok = n_tok,
+                            .at = s->at };
     for (int t = 0; t < n_tok; t++) {
         bmc_session *session = &s->sessions[at[t].session];
         const struct cuda_rows *own = &rows[at[t].session];
@@ -40,9 +41,14 @@ static struct vector head_weights(const float *v, size_t pitch, int heads, int d
     return vector(v, pitch ? heads : 1, dim);
 }
 
+struct place_call { struct scene *s; struct heads w; };
+static void place_call(void *arg, int thread) {
+    const struct place_call *c = arg;
+    place_heads(&c->s->p, &c->s->block, &c->w, thread);
+}
+
 void reference_place(const struct cuda_place *a) {
     static struct scene s;
-    struct heads w = { .q = a->q, .k = a->k, .v = a->v };
     float *values = NULL;
     set_scene(&s, a->at, a->n_tok, a->rows, a->before, a->tile_bytes, a->kind, a->eps);
     for (int i = 0; i < 8; i++)
@@ -73,8 +79,9 @@ void reference_place(const struct cuda_place *a) {
     if (a->v)
         s.block.attention.v.data = (const uint8_t *)a;
     else
-        w.v = values = malloc((size_t)a->n_tok * padded(s.block.extent[V]) * sizeof *values);
-    place_heads(&s.p, &s.block, &w, 0);
+        values = malloc((size_t)a->n_tok * padded(s.block.extent[V]) * sizeof *values);
+    struct place_call call = { &s, { .q = a->q, .k = a->k, .v = a->v ? a->v : values } };
+    pool_run(s.m.pool, place_call, &call);
     pool_free(s.m.pool);
     free(values);
 }

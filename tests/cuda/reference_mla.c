@@ -2,6 +2,11 @@
 #include "reference_model.h"
 
 enum { SESSIONS = 4 };
+struct place_call { struct pass *p; struct block *b; struct latents w; };
+static void place_call(void *arg, int thread) {
+    const struct place_call *c = arg;
+    place_latents(c->p, c->b, &c->w, thread);
+}
 
 void reference_place_compressed(const struct cuda_place_compressed *a) {
     static struct place at[PASS_MAX];
@@ -32,8 +37,10 @@ void reference_place_compressed(const struct cuda_place_compressed *a) {
                             .segment_tiles = a->at.rows[token->session].segment_tiles };
         at[t] = (struct place){ .session = session, .pos = token->pos };
     }
-    struct pass p = { .model = &m, .n_tok = a->n_tok, .at = at };
-    const struct latents w = { .q = (float *)a->q, .kv = a->kv, .nope = a->nopes, .query = a->query };
-    place_latents(&p, &b, &w, 0);
+    struct pass p = { .model = &m, .machine = &cpu_machine, .buffers = &buffers, .n_tok = a->n_tok, .at = at };
+    struct place_call call = { &p,
+                               &b,
+                               { .q = (float *)a->q, .kv = a->kv, .nope = a->nopes, .query = a->query } };
+    pool_run(m.pool, place_call, &call);
     pool_free(m.pool);
 }

@@ -3,6 +3,7 @@
 #define REFERENCE_MODEL_H
 
 #include "cpu.h"
+#include "machine.h"
 #include "pass.h"
 #include "reference.h"
 

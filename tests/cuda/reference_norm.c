@@ -1,5 +1,5 @@
 /* norm_tokens: settle() is only known to its file. */
-#define cpu_machine reference_cpu_machine
+#define cpu_machine reference_machine
 #define settle_rows reference_settle_rows
 #include "../../native/steps_cpu.c"
 #include "reference_model.h"

@@ -79,16 +79,14 @@ void reference_recur(const struct cuda_recur *a, int pass_max, float *work) {
     for (int i = 0; i < a->n_runs; i++) {
         const struct cuda_run *run = &a->runs[i];
         s.sessions[i].states[HERE] = (struct states){ .sizes = &s.size, .n = 1, .memory = run->memory };
-        s.runs[i] = (struct run){ &s.sessions[i],
-                                  run->first,
-                                  { [HERE] = { run->start, run->n, run->base, run->next_base, run->replay } } };
+        s.runs[i] = (struct run){ .session = &s.sessions[i], .first = run->first };
+        s.runs[i].states[HERE] =
+            (struct state_run){ run->start, run->n, run->base, run->next_base, run->replay };
     }
     for (int t = 0; t < a->n_tok; t++)
         s.at[t] = (struct place){ .session = &s.sessions[a->run[t]], .pos = a->at[t].pos };
-    s.p = (struct pass){
-        .model = &s.m, .n_tok = a->n_tok, .at = s.at, .runs = s.runs, .n_runs = a->n_runs,
-        .machine = &cpu_machine, .buffers = &s.buffers,
-    };
+    s.p = (struct pass){ .model = &s.m, .machine = &cpu_machine, .buffers = &s.buffers, .n_tok = a->n_tok,
+                           .at = s.at, .runs = s.runs, .n_runs = a->n_runs };
     struct recur_call call = { &s, kind_of(a) };
     pool_run(s.m.pool, recur_call, &call);
     pool_free(s.m.pool);
