@@ -40,7 +40,7 @@ struct cuda_rows {
 /* A normalization: struct vector's values or NULL. */
 struct cuda_weights { const float *weight, *bias; };
 
-/* "norm_tokens": what blocks left in y joins x (settle in forward.c), then out = norm(x), in floats and 8
+/* "norm_tokens": what blocks left in y joins x (settle in steps_cpu.c), then out = norm(x), in floats and 8
  * bits. */
 struct cuda_norm {
     int n_tok, dim;
@@ -185,7 +185,7 @@ static inline struct cuda_grid product_grid(enum cuda_way way, const struct cuda
 /* ---- attention ---- */
 
 /* "place": head norms, rope and scale of queries and keys; keys and values go to their tiles (attention.c:
- * place_rows). */
+ * place_heads). */
 struct cuda_place {
     int n_tok, n_heads, n_kv_heads, k_dim, v_dim;
     float *q, *k, *v; /* k NULL: only queries (the block reads another's rows); v NULL: values are the keys */
@@ -278,7 +278,7 @@ static inline struct cuda_grid activate_grid(const struct cuda_activate *a) {
     return (struct cuda_grid){ (unsigned)a->n_tok, cuda_over(a->dim, 512), 1, 256 };
 }
 
-/* "keep_rows": row i of x becomes what row tok[i] was, tok ascending (keep_wanted in forward.c). */
+/* "keep_rows": row i of x becomes what row tok[i] was, tok ascending (keep in steps_cpu.c). */
 struct cuda_keep_rows {
     float *x;
     size_t stride;
@@ -411,7 +411,7 @@ static inline struct cuda_grid short_conv_grid(const struct cuda_recur *a) {
 
 /* "place_compressed": each head's query [nope | rope] is turned and scaled, nope goes to its own rows, rope
  * behind the head's row of `query`; the row [c | r] has its norm and its turn, and goes to the tile
- * (layers/mla.c: place_rows). "attend" follows. */
+ * (layers/mla.c: place_latents). "attend" follows. */
 struct cuda_place_compressed {
     int n_tok, n_heads, nope, rank, turned;         /* turned: values of rope */
     const float *q;                 /* (n_tok, q_stride): n_heads x (nope + turned) */
