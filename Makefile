@@ -1,21 +1,24 @@
 # make         the library, pybmc/libpybmc.so; needs a C compiler and nothing else
 # make demo    a story from the bundled models     make test    all tests: test-native and test-python
-# make test-native     test-release, asan, tsan, test-x86 and test-arm
+# make CUDA=1  also pybmc/kernels.fatbin, the GPU's kernels, with NVCC or with nvcc from PyPI in build/nvcc
+# make test-native     test-release, asan, tsan, test-cuda, test-x86 and test-arm
 # make test-release    the native tests, and those that read PYBMC_CPU again with each of its values here
 # make asan, tsan      the native tests under AddressSanitizer and UBSan, those of threads under ThreadSanitizer
+# make test-cuda       the GPU's kernels on the CPU, against the library's bits; make asan has it too, for fewer types
+# make cuda-check      what nvcc makes of them: registers, shared memory, roundings; make cuda-mutants: the tests find mistakes
 # make test-x86        the native tests on an emulated x86-64 CPU without AVX-512, where there is qemu-x86_64
 # make test-arm        the native tests as arm64 programs on qemu-aarch64, and their bits against this machine's
 # make test-python     ruff, mypy, the Python tests, and those of numbers again with each lower PYBMC_CPU
 # make venv    .venv with pybmc (editable) and what its tests need
 # make install pip install into PYTHON            make clean   remove what was built
 #
-# Variables: CC, CFLAGS and LDFLAGS (added to ours), PYTHON (3.10 or later), ARM_CC, ARM_EMULATOR, X86_EMULATOR.
+# Variables: CC, CFLAGS and LDFLAGS (added to ours), PYTHON (3.10 or later), ARM_CC, ARM_EMULATOR, X86_EMULATOR, CXX, NVCC.
 
 MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
 .SECONDARY:
 .PHONY: all demo test test-native test-python test-release asan tsan test-x86 test-arm native-tests
-.PHONY: levels venv install clean FORCE
+.PHONY: levels fake-driver test-cuda cuda-check cuda-mutants venv install clean FORCE
 all:
 
 ifeq ($(MAKELEVEL),0)      # a -j of the command line comes before this one
@@ -54,29 +57,68 @@ TESTS := $(wildcard tests/native/*.c)
 OBJECTS := $(SOURCES:%.c=$(OUT)/%.o)
 COMPILE = $(CC) $(FLAGS) $(CFLAGS)
 
-all: $(LIBRARY)
+KERNELS := pybmc/kernels.fatbin
+
+all: $(LIBRARY) $(if $(filter 1,$(CUDA)),$(KERNELS))
 
 $(LIBRARY): build/release/library
 	@cp $< $@.new && mv $@.new $@           # a running process keeps the file it has open
 
 $(OUT)/library: $(OBJECTS) $(OUT)/OBJECTS.txt
-	$(COMPILE) -shared $(LDFLAGS) $(OBJECTS) -lm -o $@
+	$(COMPILE) -shared $(LDFLAGS) $(OBJECTS) -lm -ldl -o $@
 
 $(OUT)/%.o: %.c $(OUT)/COMPILE.txt
 	@mkdir -p $(@D)
 	$(COMPILE) $(foreach isa,$(ISAS),$(if $(filter %_$(isa),$*),$(FLAGS_$(isa)))) -MMD -MP -c $< -o $@
 
 $(OUT)/tests/native/%: $(OUT)/tests/native/%.o $(OBJECTS)
-	$(COMPILE) $(LDFLAGS) $^ -lm -o $@
+	$(COMPILE) $(LDFLAGS) $^ -lm -ldl -o $@
 
 # Files that remember a variable: what depends on one is made again when the variable changes.
 $(OUT)/COMPILE.txt $(OUT)/OBJECTS.txt: $(OUT)/%.txt: FORCE
 	@mkdir -p $(@D)
 	@echo '$($*)' | cmp -s - $@ || echo '$($*)' > $@
 
--include $(OBJECTS:.o=.d) $(TESTS:%.c=$(OUT)/%.d)
+-include $(OBJECTS:.o=.d) $(TESTS:%.c=$(OUT)/%.d) $(patsubst %.c,$(OUT)/%.d,$(wildcard tests/cuda/*.c))
+
+# ---- the GPU's kernels ----
+
+CUDA_SOURCES := $(wildcard native/cuda/*.h native/cuda/*.cu native/kernels/*.h) $(addprefix native/,exp.h kernels.h panels.h state.h types.h bmc.h)
+NVCC ?= $(or $(shell command -v nvcc),$(WHEEL_NVCC))
+WHEEL_NVCC := build/nvcc/bin/nvcc
+# -fmad=false: a product and a sum are only one operation where fmaf says so.
+NVCC_FLAGS = -std=c++17 -fmad=false -Inative
+CUDA_TARGETS = -gencode arch=compute_75,code=compute_75 -gencode 'arch=compute_80,code=[sm_80,compute_80]' -gencode arch=compute_90,code=sm_90
+
+$(KERNELS): $(CUDA_SOURCES) $(filter $(WHEEL_NVCC),$(NVCC))
+	$(NVCC) $(NVCC_FLAGS) $(CUDA_TARGETS) --threads 0 -compress-mode=size -fatbin native/cuda/kernels.cu -o $@
+
+# All four of one version: nvcc alone draws a newer nvvm, whose PTX its ptxas refuses.
+$(WHEEL_NVCC):
+	$(PYTHON) -m venv build/nvcc/venv
+	build/nvcc/venv/bin/pip install --quiet --disable-pip-version-check \
+	    $(foreach part,cuda-nvcc nvvm cuda-crt cuda-runtime,'nvidia-$(part)==13.0.*')
+	@mkdir -p $(@D)
+	printf '#!/bin/sh\nexec "%s" "$$@"\n' "$$(echo $(CURDIR)/build/nvcc/venv/lib/python3*/site-packages/nvidia/cu13/bin/nvcc)" >$@
+	@chmod +x $@
+
+# No value leaves the registers, shared memory fits, and every operation is rounded as IEEE says.
+cuda-check: $(CUDA_SOURCES) $(filter $(WHEEL_NVCC),$(NVCC))
+	@mkdir -p build/cuda-check
+	$(NVCC) $(NVCC_FLAGS) $(CUDA_TARGETS) -Xptxas -v --threads 0 -fatbin native/cuda/kernels.cu -o build/cuda-check/kernels.fatbin 2>build/cuda-check/log.txt \
+	    || { cat build/cuda-check/log.txt; exit 1; }
+	$(NVCC) $(NVCC_FLAGS) -arch=compute_80 -ptx native/cuda/kernels.cu -o build/cuda-check/kernels.ptx
+	@grep 'spill stores' build/cuda-check/log.txt | grep -v ' 0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads' && exit 1 || \
+	! grep -E '\.approx|\.ftz' build/cuda-check/kernels.ptx || exit 1; \
+	echo "make cuda-check: $$(grep -c 'spill stores' build/cuda-check/log.txt) kernels, without spills, approximations and flushed subnormals"
 
 # ---- tests ----
+
+# A CUDA driver that runs the kernels on the CPU: tests/cuda/driver.cpp.
+fake-driver: $(OUT)/tests/cuda/driver.so
+$(OUT)/tests/cuda/driver.so: tests/cuda/driver.cpp tests/cuda/grid.h $(wildcard native/cuda/* native/*.h native/kernels/*.h)
+	@mkdir -p $(@D)
+	$(CXX) -std=c++17 -O1 -march=native -ffp-contract=off -fPIC -shared -pthread -Inative $(CXXFLAGS) $< -o $@.new && mv $@.new $@
 
 PROGRAMS := $(TESTS:%.c=$(OUT)/%)
 RUNS := $(TESTS:tests/native/%.c=run-%)
@@ -92,7 +134,7 @@ test:
 	echo "test-native: $$native"; echo "test-python: $$python"; \
 	test $$native = passed && test $$python = passed
 
-test-native: test-release asan tsan test-x86 test-arm
+test-native: test-release asan tsan test-cuda test-x86 test-arm
 
 test-release: native-tests levels
 
@@ -110,6 +152,27 @@ levels: $(LEVEL_TESTS:%=$(OUT)/tests/native/%)
 
 asan:
 	$(MAKE) VARIANT=asan native-tests
+	$(MAKE) VARIANT=asan test-cuda
+
+# Kernels of CUDA as a C++ program: tests/cuda/grid.h runs their threads one by one.
+CUDA_TEST := $(OUT)/tests/cuda/test_kernels
+CUDA_REFERENCES := $(patsubst %.c,$(OUT)/%.o,$(wildcard tests/cuda/*.c))
+CXX_FLAGS_asan = -DFEW_TYPES
+CXX_FLAGS = $(patsubst -O%,-O1,$(FLAGS_$(VARIANT))) $(CXX_FLAGS_$(VARIANT)) -std=c++17 -U_FORTIFY_SOURCE -ffp-contract=off -pthread -Wall -Wextra -Wno-missing-field-initializers -Inative
+
+test-cuda:
+	@$(call needs,$(CXX)) test "$$(uname)" = Linux || { echo "make $@: skipped, only on Linux"; exit 0; }; \
+	$(MAKE) VARIANT=$(VARIANT) $(CUDA_TEST) && $(CUDA_TEST)
+
+$(CUDA_TEST): $(CUDA_TEST).o $(CUDA_REFERENCES) $(OBJECTS)
+	$(CXX) $(CXX_FLAGS) $(LDFLAGS) $^ -lm -ldl -o $@
+
+$(CUDA_TEST).o: tests/cuda/test_kernels.cpp $(CUDA_SOURCES) $(wildcard tests/cuda/*.h)
+	@mkdir -p $(@D)
+	$(CXX) $(CXX_FLAGS) -c $< -o $@
+
+cuda-mutants: $(CUDA_REFERENCES) $(OBJECTS)
+	$(PYTHON) tests/cuda/mutants.py $(CXX) $^
 
 tsan:
 	$(MAKE) VARIANT=tsan SOURCES="$(addprefix native/,threads.c fork.c cores.c error.c)" TESTS=tests/native/test_threads.c \
@@ -162,4 +225,4 @@ install:
 	$(PYTHON) -m pip install .
 
 clean:
-	rm -rf build dist *.egg-info $(LIBRARY)
+	rm -rf build dist *.egg-info $(LIBRARY) $(KERNELS)

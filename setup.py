@@ -1,6 +1,7 @@
 """The build hook: make compiles the library, the package carries it.
 
-Editable installs use pybmc/libpybmc.so of the checkout and native/bmc.h; wheels get copies of both in pybmc/.
+Editable installs use pybmc/libpybmc.so of the checkout and native/bmc.h; wheels get copies of both in pybmc/, and the kernels
+for GPUs, where make CUDA=1 has made them.
 """
 
 import os
@@ -15,6 +16,8 @@ from setuptools.command.build import build
 from setuptools.dist import Distribution
 
 LIBRARY = "libpybmc.dylib" if sys.platform == "darwin" else "libpybmc.so"
+
+KERNELS = "kernels.fatbin"
 
 
 class BuildNative(Command):
@@ -40,7 +43,8 @@ class BuildNative(Command):
 
     def get_output_mapping_all(self):
         package = Path(self.build_lib, "pybmc")
-        return [(f"pybmc/{LIBRARY}", str(package / LIBRARY)), ("native/bmc.h", str(package / "bmc.h"))]
+        files = [(f"pybmc/{LIBRARY}", str(package / LIBRARY)), ("native/bmc.h", str(package / "bmc.h"))]
+        return files + [(f"pybmc/{KERNELS}", str(package / KERNELS))] * Path("pybmc", KERNELS).is_file()
 
     def get_outputs(self):
         return [] if self.editable_mode else [target for _, target in self.get_output_mapping_all()]
@@ -49,7 +53,7 @@ class BuildNative(Command):
         return {}
 
     def get_source_files(self):
-        return ["Makefile", *map(str, Path("native").rglob("*.[ch]"))]
+        return ["Makefile", *map(str, Path("native").rglob("*.[ch]")), "native/cuda/kernels.cu"]
 
 
 class Build(build):

@@ -63,6 +63,21 @@ int arena_slots(struct arena *a, int64_t n) {
     return 0;
 }
 
+static void unmap(const struct arena *a, char *segment) {
+    a->config.memory->unmap(a->config.memory->of, segment, a->segment_bytes);
+}
+
+/* A new segment, zeroed or a copy of another; NULL without memory. */
+static char *new_segment(const struct arena *a, const char *from) {
+    const struct memory *m = a->config.memory;
+    char *segment = fails() ? NULL : m->map(m->of, a->segment_bytes);
+    if (segment && from && m->copy(m->of, segment, from, a->segment_bytes)) {
+        unmap(a, segment);
+        return NULL;
+    }
+    return segment;
+}
+
 /* One user of a segment less. */
 static void release(struct arena *a, int64_t i) {
     atomic_int *users = a->users[i];
@@ -70,7 +85,7 @@ static void release(struct arena *a, int64_t i) {
     if (users && atomic_fetch_sub(users, 1) > 1)
         return;
     free(users);
-    memory_unmap(a->segments[i], a->segment_bytes);
+    unmap(a, a->segments[i]);
 }
 
 /* Segments until there are n; all of them or none. */
@@ -79,7 +94,7 @@ static int add_segments(struct arena *a, int64_t n) {
     if (arena_slots(a, n))
         return -1;
     while (a->n_segments < n) {
-        char *segment = fails() ? NULL : memory_map(a->segment_bytes);
+        char *segment = new_segment(a, NULL);
         if (!segment) {
             while (a->n_segments > before)
                 release(a, --a->n_segments);
@@ -100,12 +115,14 @@ int arena_init(struct arena *a, const struct arena_config *config) {
         return fail(BMC_EINVAL, "an arena grows by 1 row or more, not by %d", config->r);
     a->config = *config;
     struct arena_config *c = &a->config;
+    if (!c->memory)
+        c->memory = &memory_host;
     c->r = (int)round_up(c->r < c->cap ? c->r : c->cap, TILE_ROWS);
     a->segment_tiles = c->r / TILE_ROWS;
     a->segment_bytes = arena_bytes(c, a->segment_tiles);
     if (!a->segment_bytes && c->n_streams)
         return arena_no_memory(a, c->r);
-    a->segment_bytes = memory_whole(a->segment_bytes);
+    a->segment_bytes = c->memory->whole(c->memory->of, a->segment_bytes);
     return 0;
 }
 
@@ -127,10 +144,9 @@ int arena_own(struct arena *a, int64_t from, int64_t to) {
         if (i < a->n_dropped || !a->users[i])
             continue;
         if (atomic_load(a->users[i]) > 1) {
-            char *segment = fails() ? NULL : memory_map(a->segment_bytes);
+            char *segment = new_segment(a, a->segments[i]);
             if (!segment)
                 return arena_no_memory(a, a->config.r);
-            memcpy(segment, a->segments[i], a->segment_bytes);
             release(a, i);
             a->segments[i] = segment;
         }
@@ -169,12 +185,10 @@ int arena_fork(struct arena *child, struct arena *parent, int64_t rows) {
         child->segments[whole] = parent->segments[whole];
         child->n_segments = child->n_dropped = n;
     } else if (!failed && n > whole) {
-        char *segment = fails() ? NULL : memory_map(child->segment_bytes);
+        char *segment = new_segment(child, parent->segments[whole]);
         failed = !segment;
-        if (segment) {
-            memcpy(segment, parent->segments[whole], child->segment_bytes);
+        if (segment)
             child->segments[child->n_segments++] = segment;
-        }
     }
     child->rows_reserved = child->n_segments * r;
     child->first = parent->first;

@@ -6,13 +6,14 @@
  *
  *   | stream 0: head 0: tile tile .. tile | head 1: tile .. tile | .. | stream 1: .. |
  *
- * and the arena is a list of segments. New memory is zero. It comes from mmap, in huge pages from 2 MB up:
- * with 4 KB pages attention would wait for the TLB. native/lab/grow.c fills the same list in other ways,
+ * and the arena is a list of segments. New memory is zero. On the host it comes from mmap, in huge pages from 2 MB up:
+ * with 4 KB pages attention would wait for the TLB; a GPU has a table of its own (cuda/driver.c). native/lab/grow.c fills the same list in other ways,
  * to measure what they cost. */
 #ifndef ARENA_H
 #define ARENA_H
 
 #include "bmc.h"
+#include "memory.h"
 
 #include <stdatomic.h>
 #include <stddef.h>
@@ -27,6 +28,7 @@ struct arena_stream {
 };
 
 struct arena_config {
+    const struct memory *memory;            /* NULL: the host's; readable as long as the arena lives */
     const struct arena_stream *streams;     /* (n_streams,) readable as long as the arena lives */
     int n_streams;                  /* 0: there is nothing to keep */
     int64_t cap;                    /* rows at most */

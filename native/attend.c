@@ -104,7 +104,7 @@ static void find_next_tiles(const struct pass *p, const struct queries *a, const
 }
 
 /* ALiBi's slope of a head: powers of 2^(-8/n) for the n heads that are a power of two, and for others those between. */
-static float slope_of(const bmc_block *c, int head) {
+float attend_slope(const bmc_block *c, int head) {
     int n = 1;
     while (2 * n <= c->n_heads)
         n *= 2;
@@ -133,7 +133,7 @@ static void attend_chunk(const struct pass *p, const struct queries *a, const st
             }
             q[taken] = a->q + (size_t)token * a->q_stride + (size_t)head * a->q_pitch;
             at[taken] = p->at[token].pos - start;
-            slope[taken] = b->c.alibi > 0 ? slope_of(&b->c, head) : 0;
+            slope[taken] = b->c.alibi > 0 ? attend_slope(&b->c, head) : 0;
             from[taken] = low > start ? low - start : 0;
             to[taken++] = smaller(high - start, CHUNK);
         }

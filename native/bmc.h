@@ -25,6 +25,7 @@ enum bmc_status {
     BMC_ENOMEM = -3,        /* the system has no memory left */
     BMC_EFULL = -4,         /* the session's cap on rows would be passed */
     BMC_EBUSY = -5,         /* another thread is using this session */
+    BMC_EDEVICE = -6,       /* the GPU, or its driver, is missing or failed */
 };
 
 enum bmc_norm { BMC_NORM_RMS = 0, BMC_NORM_LAYER = 1 };
@@ -303,6 +304,19 @@ typedef struct bmc_times {
     int64_t n_passes;
 } bmc_times;
 
+typedef struct bmc_gpu_info {
+    char name[96];
+    int64_t memory, available;      /* bytes */
+    int32_t major, minor;           /* compute capability */
+} bmc_gpu_info;
+
+typedef struct bmc_plan {
+    int32_t n_layers;               /* of those that were asked for */
+    int64_t weight_bytes, buffer_bytes;
+    int64_t row_bytes;              /* keys and values of one token */
+    char why[128];                  /* it is not more layers; "" */
+} bmc_plan;
+
 int         bmc_version(void);
 const char *bmc_error(void);
 const char *bmc_cpu(void);                                   /* level in use: "ref", "avx2", "avx512"; "neon", "i8mm" */
@@ -327,6 +341,14 @@ int         bmc_model_profile(bmc_model *model, int on);                 /* 1: t
 int         bmc_model_times(bmc_model *model, bmc_times *times);         /* since then; 0 where none are taken */
 const char *bmc_step_name(int step);                                     /* NULL from BMC_STEPS on */
 void        bmc_model_free(bmc_model *model);                            /* once its last session is gone too */
+
+/* GPUs. bmc_gpu: number i; info NULL: how many there are. BMC_EDEVICE: no driver. bmc_model_plan: what the last n_layers layers and the
+ * head would take; asks no driver. bmc_model_offload puts them on a GPU, before the panels are made; returns how many layers: those
+ * before a kind of block that the GPU does not have stay, and so do those whose rows others read; plan says why. kernels: the compiled
+ * kernels. A draft head goes where its model is, whole or only its head. */
+int         bmc_gpu(int i, bmc_gpu_info *info);
+int         bmc_model_plan(const bmc_model *model, int n_layers, bmc_plan *plan);
+int         bmc_model_offload(bmc_model *model, int gpu, const char *kernels, int n_layers);
 
 /* cap: rows of keys and values at most. r: how many are added at a time, rounded up to 16; 0: what suits the model.
  * rope 1: every layer takes table 1, as a model stretched to long contexts asks. */

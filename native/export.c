@@ -5,10 +5,17 @@
 #include <string.h>
 
 static int64_t float_bytes(const bmc_session *s, int n_log) {
-    return s->states.n ? (int64_t)(states_floats(&s->states, n_log) * sizeof(float)) : 0;
+    return s->states[HERE].n ? (int64_t)(states_floats(&s->states[HERE], n_log) * sizeof(float)) : 0;
+}
+
+/* Rows and states on a GPU are not carried over. */
+static int check_here(const bmc_session *s) {
+    return s->model->cuda ? fail(BMC_EINVAL, "sessions of a model with layers on a GPU cannot be saved or loaded yet") : 0;
 }
 
 int bmc_session_layout(const bmc_session *s, bmc_layout *layout) {
+    if (check_here(s))
+        return BMC_EINVAL;
     *layout = (bmc_layout){
         .tile_bytes = arena_tile_bytes(&s->arenas[ALL_ROWS]), .window_bytes = arena_tile_bytes(&s->arenas[WINDOWS]),
         .state_bytes = float_bytes(s, 0), .log_bytes = float_bytes(s, 1) - float_bytes(s, 0),
@@ -18,8 +25,14 @@ int bmc_session_layout(const bmc_session *s, bmc_layout *layout) {
 
 int bmc_session_unchanged(const bmc_session *s) { return s->unchanged; }
 
+/* Hold a session that can be exported. */
+static int claim_here(bmc_session *s) {
+    const int status = check_here(s);
+    return status ? status : claim(s);
+}
+
 int bmc_session_mark(bmc_session *s) {
-    int status = claim(s);
+    int status = claim_here(s);
     if (status)
         return status;
     s->unchanged = s->position;
@@ -46,16 +59,16 @@ static int list_parts(const bmc_session *s, int from, bmc_part *parts) {
         parts[n++] = (bmc_part){ BMC_PART_ROWS, tile, end };
     if (from < s->position && s->model->n_streams[WINDOWS])
         parts[n++] = (bmc_part){ BMC_PART_WINDOWS, larger(tile, (int)s->arenas[WINDOWS].first), end };
-    for (const struct snapshot *p = s->states.snapshots; p < s->states.snapshots + SNAPSHOTS; p++)
+    for (const struct snapshot *p = s->states[HERE].snapshots; p < s->states[HERE].snapshots + SNAPSHOTS; p++)
         if (p->copy && p->position <= s->position)
             parts[n++] = (bmc_part){ BMC_PART_SNAPSHOT, p->position, p->position };
-    if (s->states.n && s->position)
-        parts[n++] = (bmc_part){ BMC_PART_STATES, s->states.base, s->position };
+    if (s->states[HERE].n && s->position)
+        parts[n++] = (bmc_part){ BMC_PART_STATES, s->states[HERE].base, s->position };
     return n;
 }
 
 int bmc_session_parts(bmc_session *s, int from, bmc_part *parts) {
-    int status = claim(s);
+    int status = claim_here(s);
     if (status)
         return status;
     status = from >= 0 && from <= s->position ? list_parts(s, from, parts)
@@ -73,7 +86,7 @@ static int check_part(const bmc_session *s, const bmc_part *part, int64_t n) {
         const struct arena *a = &s->arenas[arena];
         if (part->start % TILE_ROWS || part->end % TILE_ROWS || part->start < a->n_dropped * a->config.r || part->end > a->rows_reserved)
             return fail(BMC_EINVAL, "rows %d to %d are not whole tiles of the session", (int)part->start, (int)part->end);
-    } else if (!s->states.memory || part->end > s->position || part->end - part->start > LOG_MAX
+    } else if (!s->states[HERE].memory || part->end > s->position || part->end - part->start > LOG_MAX
                || (part->kind == BMC_PART_SNAPSHOT ? part->start != part->end : part->end != s->position))
         return fail(BMC_EINVAL, "states of %d to %d tokens are not those of the session", (int)part->start, (int)part->end);
     if (n != part_bytes(s, part))
@@ -85,7 +98,7 @@ static int export_part(bmc_session *s, const bmc_part *part, void *bytes) {
     const int arena = arena_of(part);
     if (arena >= 0)
         arena_export(&s->arenas[arena], part->start / TILE_ROWS, part->end / TILE_ROWS, bytes);
-    else if (!states_export(&s->states, part->start, part->end - part->start, bytes))
+    else if (!states_export(&s->states[HERE], part->start, part->end - part->start, bytes))
         return fail(BMC_EINVAL, "the session has no states of %d tokens", (int)part->start);
     return 0;
 }
@@ -93,13 +106,13 @@ static int export_part(bmc_session *s, const bmc_part *part, void *bytes) {
 static int import_part(bmc_session *s, const bmc_part *part, const void *bytes) {
     const int arena = arena_of(part);
     if (arena < 0)
-        return states_import(&s->states, part->start, part->end - part->start, part->kind == BMC_PART_SNAPSHOT, bytes);
+        return states_import(&s->states[HERE], part->start, part->end - part->start, part->kind == BMC_PART_SNAPSHOT, bytes);
     arena_import(&s->arenas[arena], part->start / TILE_ROWS, part->end / TILE_ROWS, bytes);
     return 0;
 }
 
 int bmc_session_export(bmc_session *s, const bmc_part *part, void *bytes, int64_t n) {
-    int status = claim(s);
+    int status = claim_here(s);
     if (status)
         return status;
     status = check_part(s, part, n);
@@ -110,7 +123,7 @@ int bmc_session_export(bmc_session *s, const bmc_part *part, void *bytes, int64_
 }
 
 int bmc_session_import(bmc_session *s, const bmc_part *part, const void *bytes, int64_t n) {
-    int status = claim(s);
+    int status = claim_here(s);
     if (status)
         return status;
     status = check_part(s, part, n);
@@ -140,7 +153,7 @@ static void lose_windows(bmc_session *s, int from, int first) {
 }
 
 static int extend(bmc_session *s, int from, const int32_t *tokens, int n, int window) {
-    states_forget(&s->states, from);
+    states_forget(&s->states[HERE], from);
     if (from < s->arenas[WINDOWS].first)
         arena_clear(&s->arenas[WINDOWS]);
     s->position = s->unchanged = from;
@@ -155,7 +168,7 @@ static int extend(bmc_session *s, int from, const int32_t *tokens, int n, int wi
 }
 
 int bmc_session_extend(bmc_session *s, int from, const int32_t *tokens, int n, int window) {
-    int status = claim(s);
+    int status = claim_here(s);
     if (status)
         return status;
     status = s->model->c.causal && !s->model->target ? check_tokens(s, from, tokens, n, window)

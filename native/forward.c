@@ -1,7 +1,8 @@
 /* The forward pass, once, for every architecture, batch and thread: a model is a list of blocks, and each adds to the residual
  * stream x what it makes of norm(x). What attention, feed-forwards and the other kinds do is in layers/. */
 #include "clock.h"
-#include "pass.h"
+#include "cuda/cuda.h"
+#include "machine.h"
 
 #include <math.h>
 
@@ -51,7 +52,7 @@ static void embed(const struct pass *p, int thread) {
 }
 
 /* A draft head's x: eh_proj [norm(embedding); norm(hidden state of the token before)]. */
-static void join_hidden(const struct pass *p, int thread) {
+static void join_hidden(struct pass *p, int thread) {
     const bmc_model *m = p->model;
     const struct buffers *b = m->buffers;
     const int dim = m->c.dim;
@@ -77,156 +78,130 @@ static bool direct(const struct block *b) {
     return alone && !scaled && !b->post_norm.v && !b->out_norm.v;
 }
 
-static struct sink sink_of(const bmc_model *m, const struct block *b) {
-    const struct buffers *buffers = m->buffers;
+static struct sink sink_of(const struct pass *p, const struct block *b) {
+    const struct buffers *buffers = p->buffers;
     return direct(b) ? (struct sink){ buffers->x, true } : (struct sink){ buffers->y[b->c.beside], false };
 }
 
-/* x += the results of the blocks up to `last` that wait for it: one, or two side by side. */
-static void settle(const bmc_model *m, const struct block *last, int64_t t) {
-    const struct buffers *buffers = m->buffers;
-    const size_t row = (size_t)t * padded(m->c.dim);
-    float *x = buffers->x + row, *sum = buffers->y[0] + row;
-    for (int i = 0; i <= last->c.beside; i++) {
-        const struct block *b = last - last->c.beside + i;
-        float *y = buffers->y[i] + row;
-        if (b->post_norm.v)
-            norm_row(m, y, y, b->post_norm, b->post_norm_bias, m->c.dim);
-        if (b->c.scale != 1.0f)
-            m->k.scale(y, b->c.scale, m->c.dim);
-        if (i)
-            m->k.add(sum, y, m->c.dim);
+void pass_kept(struct pass *p) {
+    for (int i = 0; i < p->n_out; i++) {
+        p->at[i] = p->at[p->out[i].tok];
+        p->out[i].tok = i;
     }
-    if (last->sum_norm.v)
-        norm_row(m, sum, sum, last->sum_norm, (struct vector){ 0 }, m->c.dim);
-    if (last->c.others)
-        altup_add(m, last->c.n_altup, sum, t);
-    else
-        m->k.add(x, sum, m->c.dim);
-    if (last->c.sum_scale != 1.0f)
-        m->k.scale(x, last->c.sum_scale, m->c.dim);
-    if (last->out_norm.v)
-        norm_row(m, x, x, last->out_norm, last->out_norm_bias, m->c.dim);
-    if (last->out_scale.v)
-        m->k.scale(x, last->out_scale.v[0], m->c.dim);
-}
-
-/* norm(x): of few tokens all, by every thread for itself, and otherwise each thread's share. What waits is added to x first, which
- * is no work to do twice. */
-static struct tokens normed(const struct pass *p, const struct block *waits, struct vector weight, struct vector bias, bool keep_input, int thread) {
-    const bmc_model *m = p->model;
-    const struct buffers *b = m->buffers;
-    const int dim = m->c.dim;
-    const size_t stride = padded(dim);
-    const bool own = p->n_tok <= FEW && !waits && !keep_input;
-    struct tokens in = { b->xb, b->act, p->n_tok, 0, 0 };
-    int64_t from = 0, to = p->n_tok;
-    if (own) {
-        in.x = b->own_xb + (size_t)thread * FEW * stride;
-        in.act = b->own_act + (size_t)thread * FEW * (size_t)(dim / 32 + 1);
-    } else
-        share(p, thread, p->n_tok, &from, &to);
-    for (int64_t t = from; t < to; t++) {
-        if (waits)
-            settle(m, waits, t);
-        const float *x = b->x + (size_t)t * stride;
-        if (keep_input)
-            memcpy(b->input + (size_t)t * stride, x, stride * sizeof *x);
-        if (weight.v)
-            norm_row(m, in.x + (size_t)t * stride, x, weight, bias, dim);
-        else
-            memcpy(in.x + (size_t)t * stride, x, (size_t)dim * sizeof *x);
-        quantize(p, in, dim, (int)t, 0, dim / 32);
-    }
-    if (own)
-        note(p, thread, BMC_STEP_NORM);
-    else
-        barrier(p, thread, BMC_STEP_NORM);
-    return in;
-}
-
-static void move_row(struct rows rows, int to, int from) {
-    memmove(rows.x + (size_t)to * rows.stride, rows.x + (size_t)from * rows.stride, rows.stride * sizeof *rows.x);
+    p->n_tok = p->n_out;
 }
 
 void keep_wanted(struct pass *p, const struct block *b, const struct rows *more, int n_more, int thread) {
+    enum { OWN = 6, MORE = 3 };
     const bmc_model *m = p->model;
-    const struct buffers *buffers = m->buffers;
+    const struct buffers *buffers = p->buffers;
     const size_t stride = padded(m->c.dim);
+    struct rows rows[OWN + MORE] = { { buffers->x, stride }, { buffers->y[0], stride }, { buffers->y[1], stride } };
+    int n = 3;
     if (b->number != m->last_mixer || p->n_out == p->n_tok)
         return;
-    for (int i = 0; thread == 0 && i < p->n_out; i++) {
-        int t = p->out[i].tok;
-        move_row((struct rows){ buffers->x, stride }, i, t);
-        move_row((struct rows){ buffers->y[0], stride }, i, t);
-        move_row((struct rows){ buffers->y[1], stride }, i, t);
-        if (buffers->input)
-            move_row((struct rows){ buffers->input, stride }, i, t);
-        if (buffers->kept)
-            move_row((struct rows){ buffers->kept, buffers->kept_stride }, i, t);
-        if (m->c.per_layer_dim)
-            move_row((struct rows){ buffers->per_layer, padded(m->extent[PER_LAYERS]) }, i, t);
-        for (int j = 0; j < n_more; j++)
-            move_row(more[j], i, t);
-        p->at[i] = p->at[t];
-    }
-    pool_barrier(m->pool);
-    if (thread == 0)
-        p->n_tok = p->n_out;
-    barrier(p, thread, BMC_STEP_STORE);
+    if (buffers->input)
+        rows[n++] = (struct rows){ buffers->input, stride };
+    if (buffers->kept)
+        rows[n++] = (struct rows){ buffers->kept, buffers->kept_stride };
+    if (m->c.per_layer_dim)
+        rows[n++] = (struct rows){ buffers->per_layer, padded(m->extent[PER_LAYERS]) };
+    for (int i = 0; i < n_more; i++)
+        rows[n++] = more[i];
+    p->machine->keep(p, rows, n, thread);
 }
 
 /* Of tokens whose hidden states are given, only those for which the head runs go on. */
 static void keep_choosing(struct pass *p, int thread) {
-    const struct rows x = { p->model->buffers->x, padded(p->model->c.dim) };
-    pool_barrier(p->model->pool);
+    const struct rows x = { p->buffers->x, padded(p->model->c.dim) };
+    p->machine->end(p, thread, BMC_STEP_HEAD);
     for (int i = 0, n = 0; thread == 0 && i < p->n_out; i++)
-        if (p->out[i].chooses) {
-            move_row(x, n, i);
-            p->at[n] = p->at[i];
+        if (p->out[i].chooses)
             p->out[n++] = p->out[i];
-        }
     if (thread == 0)
-        p->n_tok = p->n_out = p->n_choosing;
-    barrier(p, thread, BMC_STEP_HEAD);
+        p->n_out = p->n_choosing;
+    p->machine->keep(p, &x, 1, thread);
+}
+
+/* Blocks [from, to); returns the one whose result is not in x yet, or NULL. */
+static const struct block *run_blocks(struct pass *p, const struct block *from, const struct block *to, int thread) {
+    const struct machine *on = p->machine;
+    const struct block *waits = NULL;
+    for (const struct block *b = from; b < to; b++) {
+        const struct tokens in = on->norm(p, b->c.beside ? NULL : waits, b->norm, b->norm_bias, p->buffers->input && b->kind->mixes, thread);
+        b->kind->run(p, b, in, sink_of(p, b), thread);
+        on->end(p, thread, BMC_STEP_DOWN);
+        keep_wanted(p, b, NULL, 0, thread);
+        if (!p->n_tok)
+            return NULL;
+        waits = direct(b) ? NULL : b;
+    }
+    return waits;
+}
+
+/* What comes after the blocks. */
+static void run_head(struct pass *p, const struct block *waits, int thread) {
+    const bmc_model *m = p->model;
+    struct tokens in = p->machine->norm(p, waits, m->output_norm, m->output_norm_bias, false, thread);
+    p->machine->give(p, in, thread);
+    if (!p->n_choosing)
+        return;
+    if (p->n_choosing < p->n_out) {
+        keep_choosing(p, thread);
+        in = p->machine->norm(p, NULL, m->output_norm, m->output_norm_bias, false, thread);
+    }
+    p->machine->head(p, in, thread);
 }
 
 static void run(void *arg, int thread) {
     struct pass *p = arg;
     const bmc_model *m = p->model;
-    const struct block *waits = NULL;                       /* the block whose result is not in x yet */
     embed(p, thread);
     if (m->target)
         join_hidden(p, thread);
     per_layer_inputs(p, thread);
-    for (const struct block *b = m->blocks; b < m->blocks + m->c.n_blocks; b++) {
-        const struct tokens in = normed(p, b->c.beside ? NULL : waits, b->norm, b->norm_bias, m->buffers->input && b->kind->mixes, thread);
-        b->kind->run(p, b, in, sink_of(m, b), thread);
-        barrier(p, thread, BMC_STEP_DOWN);
-        keep_wanted(p, b, NULL, 0, thread);
-        if (!p->n_tok)
-            return;
-        waits = direct(b) ? NULL : b;
-    }
-    struct tokens in = normed(p, waits, m->output_norm, m->output_norm_bias, false, thread);
-    give_hidden(p, in, thread);
-    if (!p->n_choosing)
+    const struct block *waits = run_blocks(p, m->blocks, m->blocks + (m->cuda ? m->cuda->first : m->c.n_blocks), thread);
+    if (!p->n_tok)
         return;
-    if (p->n_choosing < p->n_out) {
-        keep_choosing(p, thread);
-        in = normed(p, NULL, m->output_norm, m->output_norm_bias, false, thread);
+    if (m->cuda) {
+        if (waits)
+            settle_rows(p, waits, thread);
+        return;
     }
-    head(p, in, thread);
+    run_head(p, waits, thread);
+    if (p->n_choosing)
+        choose_ids(p, thread);
+}
+
+static void choose(void *pass, int thread) { choose_ids(pass, thread); }
+
+/* The blocks that are on a GPU and the head; ids are chosen here. */
+static int run_on_gpu(struct pass *p) {
+    const bmc_model *m = p->model;
+    if (!m->cuda || !p->n_tok)
+        return 0;
+    cuda_begin(p);
+    const struct block *waits = run_blocks(p, m->blocks + m->cuda->first, m->blocks + m->c.n_blocks, 0);
+    if (p->n_tok)
+        run_head(p, waits, 0);
+    const int status = cuda_end(p);
+    if (!status && p->n_tok && p->n_choosing)
+        pool_run(m->pool, choose, p);
+    return status;
 }
 
 /* Times begin and end with the pass: a thread that comes late or is done early has waited. */
-void forward(struct pass *p) {
+int forward(struct pass *p) {
     struct profile *profile = &p->model->profile;
     int n_laps = profile->laps ? pool_size(p->model->pool) : 0;
     for (int i = 0; i < n_laps; i++)
         profile->laps[i].last = nanoseconds();
+    p->machine = &cpu_machine;
+    p->buffers = p->model->buffers;
     pool_run(p->model->pool, run, p);
+    const int status = run_on_gpu(p);
     for (int i = 0; i < n_laps; i++)
         lap(&profile->laps[i], BMC_STEP_WAIT);
     profile->n_passes += n_laps > 0;
+    return status;
 }

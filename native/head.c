@@ -135,7 +135,7 @@ static int32_t chosen(const struct pass *p, int64_t i, float top, float *lead, i
 }
 
 /* Each wanted token's next id, the best or the sampler's, its log-probability, and the likeliest ids. */
-static void choose(const struct pass *p, int thread) {
+void choose_ids(const struct pass *p, int thread) {
     const bmc_model *m = p->model;
     const size_t n = (size_t)head_parts(m);
     int64_t from, to;
@@ -164,9 +164,10 @@ static void choose(const struct pass *p, int thread) {
                       span->top_logprobs + (size_t)row * (size_t)span->n_top,
                       (struct candidate *)(void *)(scratch_of(p, thread)));
     }
+    note(p, thread, BMC_STEP_HEAD);
 }
 
-void give_hidden(const struct pass *p, struct tokens in, int thread) {
+void give_hidden(struct pass *p, struct tokens in, int thread) {
     const size_t dim = (size_t)p->model->c.dim;
     int64_t from, to;
     share(p, thread, p->n_out, &from, &to);
@@ -187,6 +188,4 @@ void head(struct pass *p, struct tokens in, int thread) {
         rescore(p, in, thread);
         barrier(p, thread, BMC_STEP_HEAD);
     }
-    choose(p, thread);
-    note(p, thread, BMC_STEP_HEAD);
 }

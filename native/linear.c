@@ -21,7 +21,7 @@ void quantize(const struct pass *p, struct tokens in, int k, int tok, int from, 
 }
 
 /* Rows that are not whole blocks only meet float weights. */
-void quantize_rows(const struct pass *p, struct tokens in, int k, int thread) {
+void quantize_rows(struct pass *p, struct tokens in, int k, int thread) {
     int64_t from, to, blocks = k / 32;
     share(p, thread, in.n * blocks, &from, &to);
     while (from < to) {
@@ -112,7 +112,7 @@ static void project_groups(const struct pass *p, const struct product *r, int fr
     }
 }
 
-void multiply(const struct pass *p, const struct product *list, int n, int thread) {
+void multiply(struct pass *p, const struct product *list, int n, int thread) {
     int64_t total = 0, from, to;
     for (int i = 0; i < n; i++)
         total += list[i].w->data ? n_groups(list[i].w) : 0;
@@ -173,4 +173,10 @@ void gate_up(const struct pass *p, const struct gate_up *job, int from, int to, 
     for (int step = smaller(stretch(job->up, job->in.n, to - from), job->gate->data ? stretch(job->gate, job->in.n, to - from) : 1 << 20);
          from < to; from += step)
         gate_up_part(p, job, from, smaller(from + step, to), thread);
+}
+
+void gate_up_all(struct pass *p, const struct gate_up *job, int thread) {
+    int64_t from, to;
+    while (pool_take(p->model->pool, thread, gate_up_groups(job), &from, &to))
+        gate_up(p, job, (int)from, (int)to, thread);
 }

@@ -1,6 +1,7 @@
 #include "memory.h"
 
 #include <stdint.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -57,3 +58,15 @@ void memory_give_back(const void *file, size_t bytes) {
     if (from < to)
         madvise((void *)from, to - from, MADV_DONTNEED);
 }
+
+static size_t host_whole(void *of, size_t bytes) { return (void)of, memory_whole(bytes); }
+
+static void *host_map(void *of, size_t bytes) { return (void)of, memory_map(bytes); }
+
+static void host_unmap(void *of, void *memory, size_t bytes) { (void)of, memory_unmap(memory, bytes); }
+
+static int host_copy(void *of, void *to, const void *from, size_t bytes) { return (void)of, memcpy(to, from, bytes), 0; }
+
+static int host_zero(void *of, void *memory, size_t bytes) { return (void)of, memset(memory, 0, bytes), 0; }
+
+const struct memory memory_host = { NULL, host_whole, host_map, host_unmap, host_copy, host_zero };

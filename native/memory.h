@@ -14,4 +14,15 @@ size_t memory_whole(size_t bytes);                  /* in whole pages; in huge o
 void memory_expect(const void *file, size_t bytes);         /* a part of a file mapping that is read soon, all of it */
 void memory_give_back(const void *file, size_t bytes);      /* whole pages of a file mapping that are not needed for now */
 
+/* Where memory comes from: the host, or a GPU, whose addresses are only passed on. */
+struct memory {
+    void *of;                                                               /* the first argument of the functions */
+    size_t (*whole)(void *of, size_t bytes);                                /* rounded up to what it gives at a time */
+    void *(*map)(void *of, size_t bytes);                                   /* zeroed; NULL where there is none left */
+    void (*unmap)(void *of, void *memory, size_t bytes);
+    int (*copy)(void *of, void *to, const void *from, size_t bytes);        /* 0, or -1 */
+    int (*zero)(void *of, void *memory, size_t bytes);
+};
+extern const struct memory memory_host;
+
 #endif

@@ -1,5 +1,5 @@
 /* Opening: check the settings, bind the tensors to their places, make the panels. */
-#include "pass.h"
+#include "cuda/cuda.h"
 
 #include "cpu.h"
 #include "error.h"
@@ -70,7 +70,7 @@ static int check_head(const bmc_model *m) {
     if (c->dim != t->dim || c->vocab_size != t->vocab_size)
         return fail(BMC_EFORMAT, "draft head: expected %d values and %d tokens as the model has, found %d and %d", t->dim,
                     t->vocab_size, c->dim, c->vocab_size);
-    if (!c->causal || m->target->target || m->n_states || m->n_streams[WINDOWS])
+    if (!c->causal || m->target->target || m->n_states[HERE] || m->n_states[ON_GPU] || m->window)
         return fail(BMC_EFORMAT, "draft head: expected a layer of a model that writes text, with attention to all rows");
     return missing ? fail(BMC_EFORMAT, "draft head: nextn.%s is missing", missing) : 0;
 }
@@ -85,16 +85,31 @@ static void measure(struct matrix *w, void *bytes) {
     struct panel_size size = panel_size(w->type, w->n_cols);
     w->code_stride = size.codes;
     w->scale_stride = size.scales;
-    *(size_t *)bytes += bytes_of(w) + 64;
+    *(size_t *)bytes += w->on_gpu ? 0 : bytes_of(w) + 64;
+}
+
+enum { SOME = 64 };                         /* bytes that are mapped where all weights are on a GPU */
+
+void model_measure(bmc_model *m) {
+    m->panel_bytes = 0;
+    model_each_matrix(m, measure, &m->panel_bytes);
+    m->panel_bytes = memory_whole(m->panel_bytes);
 }
 
 static void measure_early(struct matrix *w, void *bytes) {
-    *(size_t *)bytes += w->late ? 0 : bytes_of(w) + 64;
+    *(size_t *)bytes += w->late || w->on_gpu ? 0 : bytes_of(w) + 64;
+}
+
+/* Of the panels that are made here when the model is packed; some, even if there are none. */
+static size_t early_bytes(bmc_model *m) {
+    size_t bytes = SOME;
+    model_each_matrix(m, measure_early, &bytes);
+    return memory_whole(bytes);
 }
 
 static void place(struct matrix *w, void *next) {
     uint8_t **p = next;
-    if (w->late)
+    if (w->on_gpu || w->late)
         return;
     w->codes = *p;
     w->scales = w->codes + (size_t)matrix_panels(w) * w->code_stride;
@@ -147,18 +162,23 @@ static void pack_share(void *arg, int thread) {
     }
 }
 
+void model_pack_panels(bmc_model *m, const struct matrix *file, struct matrix *panels) {
+    struct packing p = { m, file, panels, NULL };
+    pool_run(m->pool, pack_share, &p);
+}
+
 static void pack_matrix(struct matrix *w, void *model) {
-    struct packing p = { model, w, w, NULL };
-    if (!w->late)
-        pool_run(p.model->pool, pack_share, &p);
+    if (!w->on_gpu && !w->late)
+        model_pack_panels(model, w, w);
 }
 
 static void measure_file(struct matrix *w, void *bytes) {
-    *(size_t *)bytes += (size_t)w->n_rows * file_row_bytes(w);
+    if (!w->on_gpu)
+        *(size_t *)bytes += (size_t)w->n_rows * file_row_bytes(w);
 }
 
 static void measure_room(struct matrix *w, void *bytes) {
-    size_t room = (ROOM_PANELS * (w->code_stride + w->scale_stride) + 63) / 64 * 64;
+    size_t room = w->on_gpu ? 0 : (ROOM_PANELS * (w->code_stride + w->scale_stride) + 63) / 64 * 64;
     *(size_t *)bytes = room > *(size_t *)bytes ? room : *(size_t *)bytes;
 }
 
@@ -168,12 +188,30 @@ static void share_output(bmc_model *m) {
         m->output = m->target->output;
 }
 
+/* What is on a GPU is sent there, and counts in `packed`. */
+static int finish_panels(bmc_model *m) {
+    const int status = m->cuda ? cuda_pack(m) : 0;
+    if (!status)
+        share_output(m);
+    atomic_store(&m->packed, (int64_t)m->panel_bytes + (m->cuda ? (int64_t)m->cuda->weight_bytes : 0));
+    return status;
+}
+
 /* Where panels are made for a few rows at a time. */
 static int make_rooms(bmc_model *m) {
+    m->room_bytes = m->target && !m->cuda ? m->target->room_bytes : SOME;   /* its output matrix is among those */
     model_each_matrix(m, measure_room, &m->room_bytes);
     m->rooms_bytes = 2 * (size_t)pool_size(m->pool) * m->room_bytes;
     m->rooms = memory_map(m->rooms_bytes);
     return m->rooms ? 0 : fail(BMC_ENOMEM, "no memory for %.0f MB of panels", (double)m->rooms_bytes / 1e6);
+}
+
+/* The same output matrix is on one machine only. */
+static int check_shared(const bmc_model *m) {
+    if (!m->target || m->output.data || !m->target->cuda == !m->cuda)
+        return 0;
+    return fail(BMC_EINVAL, "draft head: its output matrix is the model's, which %s on a GPU",
+                m->cuda ? "is not" : "is");
 }
 
 static int check_unready(const bmc_model *m, const char *who) {
@@ -181,36 +219,31 @@ static int check_unready(const bmc_model *m, const char *who) {
         return fail(BMC_EINVAL, "%s: the model is ready already", who);
     if (m->target && !m->target->rooms && !m->target->panels)
         return fail(BMC_EINVAL, "%s: the model of this draft head is not ready", who);
-    return 0;
+    return check_shared(m);
 }
 
 int bmc_model_map(bmc_model *m) {
     int status = check_unready(m, "bmc_model_map");
     if (status)
         return status;
-    share_output(m);
     status = make_rooms(m);
     if (status)
         return status;
     m->panel_bytes = 0;
     model_each_matrix(m, measure_file, &m->panel_bytes);
-    atomic_store(&m->packed, (int64_t)m->panel_bytes);
-    return 0;
+    return finish_panels(m);
 }
 
 /* Panels of all matrices that are not late. */
 static int pack(bmc_model *m) {
-    model_each_matrix(m, measure_early, &m->early_bytes);
-    m->early_bytes = memory_whole(m->early_bytes);
+    m->early_bytes = early_bytes(m);
     m->panels = memory_map(m->early_bytes);
     if (!m->panels)
         return fail(BMC_ENOMEM, "no memory for %.0f MB of weights", (double)m->early_bytes / 1e6);
     uint8_t *next = m->panels;
     model_each_matrix(m, place, &next);
     model_each_matrix(m, pack_matrix, m);
-    share_output(m);
-    atomic_store(&m->packed, (int64_t)m->panel_bytes);
-    return 0;
+    return finish_panels(m);
 }
 
 int bmc_model_pack(bmc_model *m) {
@@ -224,13 +257,12 @@ int bmc_model_pack_within(bmc_model *m, int64_t bytes) {
         return status;
     if (bytes >= (int64_t)m->panel_bytes)
         return pack(m);
-    size_t slot = residents_mark(m), early = 0;
-    model_each_matrix(m, measure_early, &early);
-    if (!slot || bytes < (int64_t)(memory_whole(early) + slot)) {
+    const size_t slot = residents_mark(m), early = early_bytes(m);
+    if (!slot || bytes < (int64_t)(early + slot)) {
         status = bmc_model_map(m);
         return status ? status : BMC_IN_FILE;
     }
-    status = residents_open(m, slot, (size_t)bytes - memory_whole(early));
+    status = residents_open(m, slot, (size_t)bytes - early);
     if (!status)
         status = make_rooms(m);
     if (!status)
@@ -242,7 +274,7 @@ int bmc_model_pack_within(bmc_model *m, int64_t bytes) {
 static bool coarse_pays(const bmc_model *m) {
     const struct matrix *w = &m->output;
     struct panel_size size = panel_size(TYPE_COARSE, w->n_cols);
-    return m->panels && w->n_cols % COARSE_BLOCK == 0 && w->n_rows * w->n_cols >= COARSE_LEAST
+    return m->panels && !m->cuda && w->n_cols % COARSE_BLOCK == 0 && w->n_rows * w->n_cols >= COARSE_LEAST
            && 3 * (size.codes + size.scales) <= 2 * (w->code_stride + w->scale_stride);
 }
 
@@ -285,7 +317,7 @@ int bmc_model_pass(const bmc_model *m) { return m->pass_max; }
 
 int64_t bmc_model_packed(const bmc_model *m, int64_t *total) {
     if (total)
-        *total = (int64_t)m->panel_bytes;
+        *total = (int64_t)m->panel_bytes + (m->cuda ? (int64_t)m->cuda->weight_bytes : 0);
     return atomic_load(&((bmc_model *)m)->packed);
 }
 
@@ -393,13 +425,31 @@ static int copy_ropes(bmc_model *m, const bmc_config *config) {
 }
 
 void add_rows(bmc_model *m, struct block *b, int n_heads, int k_dim, int v_dim) {
-    b->rows = b->c.window && m->c.causal ? WINDOWS : ALL_ROWS;
+    b->rows = (b->c.window && m->c.causal ? WINDOWS : ALL_ROWS) + (m->cuda && b->number >= m->cuda->first ? GPU_ROWS : 0);
     b->stream = m->n_streams[b->rows]++;
     m->streams[b->rows][b->stream] = (struct arena_stream){
         .n_heads = n_heads, .tile_bytes = (int64_t)TILE * (int64_t)((size_t)k_dim + padded(v_dim)) * (int64_t)sizeof(uint16_t),
     };
-    if (b->rows == WINDOWS)
+    if (b->c.window && m->c.causal)
         m->window = larger(m->window, b->c.window);
+}
+
+void add_state(bmc_model *m, struct block *b, struct state_size size) {
+    const int place = m->cuda && b->number >= m->cuda->first ? ON_GPU : HERE;
+    b->stream = m->n_states[place]++;
+    m->state_sizes[place][b->stream] = size;
+}
+
+void model_streams(bmc_model *m) {
+    memset(m->n_streams, 0, sizeof m->n_streams);
+    memset(m->n_states, 0, sizeof m->n_states);
+    for (struct block *b = m->blocks; b < m->blocks + m->c.n_blocks; b++)
+        if (b->kind->stream)
+            b->kind->stream(m, b);
+    for (int i = 0; i < ARENAS; i++)
+        m->row_bytes[i] = arena_streams(m->streams[i], m->n_streams[i]) / TILE;
+    for (int i = 0; i < PLACES; i++)
+        states_measure(m->state_sizes[i], m->n_states[i]);
 }
 
 /* Blocks, and the streams of those that keep something of the tokens before. */
@@ -409,8 +459,12 @@ static int make_blocks(bmc_model *m, const bmc_config *config) {
     m->blocks = model_own(m, (n + 1) * sizeof *m->blocks);
     for (int i = 0; i < ARENAS; i++)
         m->streams[i] = model_own(m, n * sizeof *m->streams[i]);
-    m->state_sizes = model_own(m, n * sizeof *m->state_sizes);
-    if (!m->blocks || !m->streams[ALL_ROWS] || !m->streams[WINDOWS] || !m->state_sizes || copy_ropes(m, config))
+    for (int i = 0; i < PLACES; i++)
+        m->state_sizes[i] = model_own(m, n * sizeof *m->state_sizes[i]);
+    for (int i = 0; i < ARENAS; i++)
+        if (!m->streams[i])
+            return fail(BMC_ENOMEM, "no memory for %zu blocks", n);
+    if (!m->blocks || !m->state_sizes[HERE] || !m->state_sizes[ON_GPU] || copy_ropes(m, config))
         return fail(BMC_ENOMEM, "no memory for %zu blocks", n);
     m->c.blocks = NULL;
     m->last_mixer = -1;
@@ -426,12 +480,7 @@ static int make_blocks(bmc_model *m, const bmc_config *config) {
             m->last_mixer = i;
     }
     model_extents(m);
-    for (int i = 0; i < config->n_blocks; i++)
-        if (m->blocks[i].kind->stream)
-            m->blocks[i].kind->stream(m, &m->blocks[i]);
-    for (int i = 0; i < ARENAS; i++)
-        m->row_bytes[i] = arena_streams(m->streams[i], m->n_streams[i]) / TILE;
-    states_measure(m->state_sizes, m->n_states);
+    model_streams(m);
     return 0;
 }
 
@@ -456,8 +505,7 @@ static int build(bmc_model *m, const bmc_config *config, const bmc_tensor *tenso
     if (!status)
         status = make_buffers(m);
     if (!status)
-        model_each_matrix(m, measure, &m->panel_bytes);
-    m->panel_bytes = memory_whole(m->panel_bytes);
+        model_measure(m);
     return status;
 }
 
@@ -506,6 +554,7 @@ void model_release(bmc_model *m) {
     fork_remove(&m->forkable);
     fork_release();
     pool_free(m->pool);
+    cuda_free(m->cuda);
     memory_unmap(m->panels, m->early_bytes);
     residents_close(m);
     memory_unmap(m->coarse_panels, m->coarse_bytes);

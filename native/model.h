@@ -20,6 +20,7 @@
 struct matrix {
     int type;
     bool mapped;                    /* data's pages can be given back */
+    bool on_gpu;                    /* codes, scales and bias are addresses of a GPU */
     int64_t n_rows, n_cols;
     const uint8_t *data;
     bool late;                      /* its panels are made in a pass that reads them: resident.h */
@@ -94,8 +95,8 @@ struct block {
     struct vector sum_norm;                             /* of the sum of blocks side by side */
     struct vector out_norm, out_norm_bias;              /* x becomes its norm after the sum */
     struct vector out_scale;                            /* (1,) x is multiplied by it at the end */
-    int rows;                                           /* which arena its rows are in: ALL_ROWS or WINDOWS */
-    int stream;                                         /* there, or of the states; -1: none */
+    int rows;                                           /* which arena its rows are in: ALL_ROWS .. GPU_WINDOWS */
+    int stream;                                         /* there, or of the states of its place; -1: none */
     union {
         struct attention attention;
         struct recurrent recurrent;
@@ -114,8 +115,11 @@ enum { WHOLE_MAX = 8192, PASS_MAX = 512, SAMPLED_MAX = 64, HEAD_ROWS = 256, TASK
 
 /* Keys and values of blocks that see all rows, and of those that see a window: of the latter, rows that are WINDOW_SPARE behind
  * the window are given back. */
-enum { ALL_ROWS, WINDOWS, ARENAS };
+enum { ALL_ROWS, WINDOWS, GPU_ROWS, GPU_WINDOWS, ARENAS };      /* GPU_: the same of blocks that are on a GPU */
 enum { WINDOW_SPARE = 1024 };
+
+/* Where states are: those of blocks on the CPU, and of blocks on a GPU. */
+enum { HERE, ON_GPU, PLACES };
 
 /* Weights of a head that a coarse one is worth its memory for: from here on it is read from memory for each token. */
 enum { COARSE_LEAST = 1 << 24 };
@@ -143,10 +147,10 @@ struct bmc_model {
     struct block *blocks;           /* (c.n_blocks,) */
     int last_mixer;                 /* after its rows are stored only tokens that are asked for go on */
     int pass_max;                   /* tokens in one pass */
-    int n_streams[ARENAS], n_states;
+    int n_streams[ARENAS], n_states[PLACES];
     struct arena_stream *streams[ARENAS];
     int window;                     /* the largest of blocks that do not see everything */
-    struct state_size *state_sizes;
+    struct state_size *state_sizes[PLACES];
     int64_t row_bytes[ARENAS];      /* keys and values of one token */
 
     void *panels;                   /* all panels but those that are made late, in huge pages */
@@ -160,6 +164,7 @@ struct bmc_model {
     _Atomic int64_t packed;         /* bytes of them that are made */
     struct { void **items; int n; } owned;      /* small arrays: norms, biases, tables */
     struct buffers *buffers;
+    struct cuda *cuda;              /* NULL, or its last blocks and the head are on a GPU */
     struct profile profile;
 };
 
@@ -170,7 +175,7 @@ struct bmc_session {
     bmc_model *model;
     struct arena arenas[ARENAS];
     int64_t cap;                    /* rows at most */
-    struct states states;
+    struct states states[PLACES];
     int position;                   /* rows in use */
     int32_t *tokens;                /* (n_tokens,) the first `position` of them are those of the rows */
     int n_tokens;
@@ -189,6 +194,9 @@ int model_check_bound(const bmc_model *m);
 void model_each_matrix(bmc_model *m, void (*fn)(struct matrix *, void *), void *arg);      /* those with panels */
 void model_extents(bmc_model *m);
 void model_make_panels(const struct matrix *w, int64_t from, int64_t to);   /* pages of the file are given back */
+void model_streams(bmc_model *m);               /* rows and states of all blocks, where they are now */
+void model_measure(bmc_model *m);               /* bytes of panels, of those that are here */
+void model_pack_panels(bmc_model *m, const struct matrix *file, struct matrix *panels);        /* by all threads */
 void *model_own(bmc_model *m, size_t bytes);    /* zeroed memory that lives as long as the model; NULL */
 void model_release(bmc_model *model);           /* one user less */
 

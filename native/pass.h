@@ -31,7 +31,7 @@ struct wanted {
 struct best { float logit, seen, sum; int32_t id; };
 
 /* Neighbouring tokens of a session, in models whose blocks keep states. */
-struct run { bmc_session *session; int first; struct state_run states; };
+struct run { bmc_session *session; int first; struct state_run states[PLACES]; };
 
 struct pass {
     bmc_model *model;
@@ -45,6 +45,8 @@ struct pass {
     int n_runs;
     struct best *best;              /* (n_out, parts of HEAD_ROWS) */
     float *given;                   /* (n_out,) logits of the ids in bmc_span.given */
+    const struct machine *machine;  /* where its blocks run now */
+    const struct buffers *buffers;  /* there */
 };
 
 /* What one pass works on; (n, d) are n rows of d floats, row strides rounded up to 16. */
@@ -112,7 +114,7 @@ enum form { VECTOR, MATRIX, MATRICES, TRANSPOSED };
 struct role { const char *name; size_t offset; enum form form; enum extent rows, cols; bool required; enum extent count; };     /* count: of MATRICES, EXPERTS if 0 */
 #define IN_BLOCK(field) offsetof(struct block, field)
 
-void forward(struct pass *pass);
+int forward(struct pass *pass);     /* 0, or the failure of a GPU */
 
 /* Steps. */
 
@@ -157,10 +159,10 @@ static inline struct product product_into(const struct matrix *w, struct tokens 
     return (struct product){ w, in, out.y, padded(w->n_rows), out.add };
 }
 
-void multiply(const struct pass *p, const struct product *list, int n, int thread);        /* products side by side; those without weights are left out */
+void multiply(struct pass *p, const struct product *list, int n, int thread);              /* products side by side; those without weights are left out */
 void multiply_alone(const struct pass *p, const struct product *r, int thread);            /* all of it by this thread */
 void quantize(const struct pass *p, struct tokens in, int k, int tok, int from, int to);  /* blocks [from, to) of 32 values of a row */
-void quantize_rows(const struct pass *p, struct tokens in, int k, int thread);            /* all rows, shared out */
+void quantize_rows(struct pass *p, struct tokens in, int k, int thread);                  /* all rows, shared out */
 
 /* A gated feed-forward's first half: hidden = act(W_gate x) * W_up x, floats in `up` and 8 bits. gate.data NULL: act(W_up x). */
 struct gate_up {
@@ -173,6 +175,7 @@ struct gate_up {
 };
 int gate_up_groups(const struct gate_up *job);              /* in how many parts it can be done */
 void gate_up(const struct pass *p, const struct gate_up *job, int from, int to, int thread);
+void gate_up_all(struct pass *p, const struct gate_up *job, int thread);
 
 /* Groups [from, to) of rows of W times tokens, into `part` (n, (to - from) GROUP_ROWS): for those who add them up themselves. */
 enum { GROUP = 4, GROUP_ROWS = GROUP * 16 };
@@ -185,15 +188,24 @@ struct matrix slice(const struct pass *p, const struct matrix *w, int from, int 
 void project(const struct pass *p, const struct product *r, const struct matrix *part, int row, int tile);
 int tile_width(int n_tok);
 
-/* Rows of keys and values in every session for a block: called by its kind's stream(). */
+/* Rows of keys and values, or a state, in every session for a block: called by its kind's stream(). */
 void add_rows(bmc_model *m, struct block *b, int n_heads, int k_dim, int v_dim);
+void add_state(bmc_model *m, struct block *b, struct state_size size);
 
 static inline uint16_t *tile_of(const bmc_session *s, const struct block *b, int head, int tile) {
     return arena_tile(&s->arenas[b->rows], b->stream, head, tile);
 }
 
-/* A head's first values turn by the token's position: layers/attention.c. */
-void turn(const struct pass *p, const struct block *b, float *head, int t);
+/* Rows of an attention block in the work buffer: layers/attention.c. */
+struct heads { float *q, *k, *v, *gate, *out; };
+void place_heads(struct pass *p, const struct block *b, const struct heads *w, int thread);
+void turn(const struct pass *p, const struct block *b, float *head, int t);     /* a head's first values, by the token's position */
+
+/* Rows of a block of compressed attention: layers/mla.c. */
+struct latents { float *q_a, *q, *kv, *nope, *query, *sum, *out; };
+void place_latents(struct pass *p, const struct block *b, const struct latents *w, int thread);
+
+float query_scale(const struct block *b, int pos);                              /* what a query is multiplied by */
 
 /* Attention over rows of the cache: attend.c. */
 
@@ -211,11 +223,14 @@ struct queries {
 };
 void attend_all(struct pass *p, const struct queries *a, int thread);
 size_t attend_scratch(const struct block *b, int v_dim);    /* floats, for each thread */
+float attend_slope(const bmc_block *c, int head);           /* ALiBi's */
 
 /* The last block that mixes tokens calls it when its rows are stored; from then on the pass has only tokens that are wanted. Moves
  * their x, y and n_more other rows of floats. */
 struct rows { float *x; size_t stride; };
+void pass_kept(struct pass *p);     /* rows have moved: token i is the one of out[i] */
 void keep_wanted(struct pass *p, const struct block *b, const struct rows *more, int n_more, int thread);
+void settle_rows(struct pass *p, const struct block *waits, int thread);        /* x += what waits for it: steps_cpu.c */
 
 /* Vectors of every layer for each token, where the model has them: layers/per_layer.c. */
 void per_layer_inputs(struct pass *p, int thread);
@@ -223,8 +238,12 @@ void per_layer_inputs(struct pass *p, int thread);
 /* y is added to the other versions of a token's x: layers/altup.c. */
 void altup_add(const bmc_model *m, int n_altup, const float *y, int64_t t);
 
+/* A block of experts on the CPU: layers/experts.c. */
+void run_experts(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread);
+
 /* The head: head.c. */
-void give_hidden(const struct pass *p, struct tokens in, int thread);       /* hidden states to whom they are for */
-void head(struct pass *p, struct tokens in, int thread);
+void give_hidden(struct pass *p, struct tokens in, int thread);             /* hidden states to whom they are for */
+void head(struct pass *p, struct tokens in, int thread);                    /* logits where they are asked for, and p->best */
+void choose_ids(const struct pass *p, int thread);                              /* ids and log-probabilities, from these */
 
 #endif

@@ -49,10 +49,15 @@ static void set_place(const struct expert *x, char *place) {
     }
 }
 
+/* How many of a block's experts can be late: those on a GPU are there from the beginning. */
+static int late_experts(const struct block *b) {
+    return b->c.kind == BMC_EXPERTS && !b->experts.up.of->on_gpu ? b->c.n_experts : 0;
+}
+
 size_t residents_mark(bmc_model *m) {
     size_t largest = 0;
     for (struct block *b = m->blocks; b < m->blocks + m->c.n_blocks; b++)
-        for (int e = 0; b->c.kind == BMC_EXPERTS && e < b->c.n_experts; e++) {
+        for (int e = 0; e < late_experts(b); e++) {
             const struct expert x = { &b->experts, e };
             size_t bytes = 0;
             for (int i = 0; i < PARTS; i++)
@@ -67,17 +72,16 @@ size_t residents_mark(bmc_model *m) {
 
 static int number_experts(bmc_model *m, struct residents *r) {
     int n = 0, most = 0;
-    for (const struct block *b = m->blocks; b < m->blocks + m->c.n_blocks; b++)
-        if (b->c.kind == BMC_EXPERTS) {
-            n += b->c.n_experts;
-            most = larger(most, b->c.n_experts);
-        }
+    for (const struct block *b = m->blocks; b < m->blocks + m->c.n_blocks; b++) {
+        n += late_experts(b);
+        most = larger(most, late_experts(b));
+    }
     r->experts = malloc((size_t)n * sizeof *r->experts);
     r->missing = malloc((size_t)most * sizeof *r->missing);
     for (struct block *b = m->blocks; r->experts && b < m->blocks + m->c.n_blocks; b++)
-        if (b->c.kind == BMC_EXPERTS) {
+        if (late_experts(b)) {
             b->experts.number = r->n_experts;
-            for (int e = 0; e < b->c.n_experts; e++)
+            for (int e = 0; e < late_experts(b); e++)
                 r->experts[r->n_experts++] = (struct expert){ &b->experts, e };
         }
     return r->experts && r->missing ? 0 : -1;

@@ -1,6 +1,6 @@
 /* Sessions, and the way from spans to passes. */
+#include "cuda/cuda.h"
 #include "error.h"
-#include "pass.h"
 #include "sample.h"
 #include "session.h"
 
@@ -38,7 +38,7 @@ static int init_arenas(bmc_session *s, int r) {
     const bmc_model *m = s->model;
     for (int i = 0; i < ARENAS; i++) {
         const struct arena_config config = {
-            .streams = m->streams[i], .n_streams = m->n_streams[i], .cap = s->cap, .r = r ? r : arena_auto_rows(m->row_bytes[i]),
+            .memory = i >= GPU_ROWS && m->cuda ? &m->cuda->memory : NULL, .streams = m->streams[i], .n_streams = m->n_streams[i], .cap = s->cap, .r = r ? r : arena_auto_rows(m->row_bytes[i]),
         };
         int status = arena_init(&s->arenas[i], &config);
         if (status)
@@ -54,7 +54,9 @@ static bmc_session *make_session(bmc_model *m, int64_t cap, int rope) {
         fail(BMC_ENOMEM, "no memory for a session");
         return NULL;
     }
-    states_init(&s->states, m->state_sizes, m->n_states);
+    for (int i = 0; i < PLACES; i++)
+        states_init(&s->states[i], m->state_sizes[i], m->n_states[i]);
+    s->states[ON_GPU].on = m->cuda ? &m->cuda->memory : NULL;
     s->model = m;
     s->cap = cap;
     s->rope = rope;
@@ -85,8 +87,8 @@ static int copy_session(bmc_session *s, bmc_session *parent, int position) {
         if (!status)
             status = arena_fork(&s->arenas[i], &parent->arenas[i], position);
     }
-    if (!status)
-        status = states_copy(&s->states, &parent->states);
+    for (int i = 0; !status && i < PLACES; i++)
+        status = states_copy(&s->states[i], &parent->states[i]);
     s->n_tokens = larger(position, 1);
     s->tokens = malloc((size_t)s->n_tokens * sizeof *s->tokens);
     if (!status && !s->tokens)
@@ -124,7 +126,8 @@ void bmc_session_free(bmc_session *s) {
         return;
     for (int i = 0; i < ARENAS; i++)
         arena_free(&s->arenas[i]);
-    states_free(&s->states);
+    for (int i = 0; i < PLACES; i++)
+        states_free(&s->states[i]);
     free(s->tokens);
     free(s->hidden.rows);
     model_release(s->model);
@@ -135,22 +138,34 @@ int bmc_session_position(const bmc_session *s) { return s->position; }
 
 /* Whether rows are gone that windows reach back to from a position. */
 static bool lacks_rows(const bmc_session *s, int position) {
-    const struct arena *windows = &s->arenas[WINDOWS];
-    return windows->first && position + 1 - s->model->window < windows->first;
+    for (int i = WINDOWS; i < ARENAS; i += GPU_WINDOWS - WINDOWS) {
+        const struct arena *a = &s->arenas[i];
+        if (a->first && position + 1 - s->model->window < a->first)
+            return true;
+    }
+    return false;
 }
 
 /* How far back a session gets towards a position without evaluating tokens again: states may have to go farther, and where rows of
  * windows are gone it starts anew. */
 static int nearest(const bmc_session *s, int position) {
-    const int found = states_nearest(&s->states, position);
+    int found = position, before;
+    do {                                        /* both places: one may have to go farther back than the other */
+        before = found;
+        for (int i = 0; i < PLACES; i++)
+            found = states_nearest(&s->states[i], found);
+    } while (found < before);
     return lacks_rows(s, found) ? 0 : found;
 }
 
 static int reach(bmc_session *s, int position) {
     const int reached = nearest(s, position);
-    if (lacks_rows(s, reached))
+    if (lacks_rows(s, reached)) {
         arena_clear(&s->arenas[WINDOWS]);
-    states_rewind(&s->states, reached);
+        arena_clear(&s->arenas[GPU_WINDOWS]);
+    }
+    for (int i = 0; i < PLACES; i++)
+        states_rewind(&s->states[i], reached);
     s->position = reached;
     s->unchanged = smaller(s->unchanged, reached);
     return reached;
@@ -196,7 +211,8 @@ int bmc_session_snapshot(bmc_session *s) {
     int status = claim(s);
     if (status)
         return status;
-    status = states_snapshot(&s->states);
+    for (int i = 0; !status && i < PLACES; i++)
+        status = states_snapshot(&s->states[i]);
     release(s);
     return status;
 }
@@ -220,7 +236,9 @@ int bmc_session_sync(bmc_session *s, const int32_t *tokens, int n) {
 /* Room for more rows and their tokens. */
 int reserve(bmc_session *s, int rows) {
     int64_t n = (int64_t)s->position + rows;
-    int status = states_reserve(&s->states);
+    int status = 0;
+    for (int i = 0; !status && i < PLACES; i++)
+        status = states_reserve(&s->states[i]);
     for (int i = 0; !status && i < ARENAS; i++) {
         status = arena_reserve(&s->arenas[i], n);
         if (!status)
@@ -270,9 +288,16 @@ static void note_hidden(bmc_session *s, int n) {
 }
 
 int bmc_session_stats(const bmc_session *s, bmc_arena_stats *stats) {
-    const struct arena *a = &s->arenas[s->model->n_streams[ALL_ROWS] ? ALL_ROWS : WINDOWS];
-    *stats = (bmc_arena_stats){ .rows_reserved = a->rows_reserved, .rows_used = s->position, .r = a->config.r, .bytes_reserved = states_bytes(&s->states),
-                                .state_bytes = (int64_t)(s->states.floats * sizeof(float)) };
+    static const int order[] = { ALL_ROWS, GPU_ROWS, WINDOWS, GPU_WINDOWS };
+    const struct arena *a = &s->arenas[WINDOWS];
+    for (int i = ARENAS - 1; i >= 0; i--)
+        if (s->model->n_streams[order[i]])
+            a = &s->arenas[order[i]];
+    *stats = (bmc_arena_stats){ .rows_reserved = a->rows_reserved, .rows_used = s->position, .r = a->config.r };
+    for (int i = 0; i < PLACES; i++) {
+        stats->bytes_reserved += states_bytes(&s->states[i]);
+        stats->state_bytes += (int64_t)(s->states[i].floats * sizeof(float));
+    }
     if (s->hidden.rows)
         stats->bytes_reserved += (int64_t)(HIDDEN_KEPT * padded(s->model->c.dim) * sizeof(float));
     for (int i = 0; i < ARENAS; i++) {
@@ -377,20 +402,25 @@ static void push(struct pass *p, const bmc_span *span, int i) {
 /* Sequences of a pass whose blocks keep states: neighbours of the same session. */
 static void plan_runs(struct pass *p) {
     p->n_runs = 0;
-    for (int t = 0, n; p->model->n_states && t < p->n_tok; t += n) {
+    for (int t = 0, n; p->model->n_states[HERE] + p->model->n_states[ON_GPU] && t < p->n_tok; t += n) {
         const struct place *at = &p->at[t];
         for (n = 1; t + n < p->n_tok && at[n].session == at->session; n++)
             ;
-        p->runs[p->n_runs++] = (struct run){ at->session, t, states_plan(&at->session->states, at->pos, n) };
+        struct run *run = &p->runs[p->n_runs++];
+        *run = (struct run){ .session = at->session, .first = t };
+        for (int i = 0; i < PLACES; i++)
+            run->states[i] = states_plan(&at->session->states[i], at->pos, n);
     }
 }
 
-static void run_pass(struct pass *p) {
+static int run_pass(struct pass *p) {
     plan_runs(p);
-    forward(p);
+    const int status = forward(p);
     for (int i = 0; i < p->n_runs; i++)
-        states_done(&p->runs[i].session->states, &p->runs[i].states);
+        for (int j = 0; j < PLACES; j++)
+            states_done(&p->runs[i].session->states[j], &p->runs[i].states[j]);
     p->n_tok = p->n_out = p->n_choosing = p->n_sampled = 0;
+    return status;
 }
 
 /* Whether a span that has to stay whole would be cut by the end of a pass. The text of a model that is not causal is read at once,
@@ -402,22 +432,39 @@ static bool would_split(const struct pass *p, const bmc_span *span) {
 }
 
 /* Passes of up to pass_max tokens, SAMPLED_MAX of them with a sampler, over all spans, one after the other. */
-static void run_passes(struct pass *p, const bmc_span *spans, int n) {
-    for (int s = 0; s < n; s++) {
+static int run_passes(struct pass *p, const bmc_span *spans, int n) {
+    int status = 0;
+    for (int s = 0; s < n && !status; s++) {
         if (p->n_tok && would_split(p, &spans[s]))
-            run_pass(p);
-        for (int i = 0; i < spans[s].n_tok; i++) {
+            status = run_pass(p);
+        for (int i = 0; i < spans[s].n_tok && !status; i++) {
             push(p, &spans[s], i);
             if (p->n_tok == p->model->pass_max || p->n_sampled == SAMPLED_MAX || (s == n - 1 && i == spans[s].n_tok - 1))
-                run_pass(p);
+                status = run_pass(p);
         }
     }
+    return status;
+}
+
+/* The sessions after their tokens. */
+static void advance(const bmc_model *m, const bmc_span *spans, int n) {
     for (int s = 0; s < n; s++) {
         bmc_session *session = spans[s].session;
         note_hidden(session, spans[s].n_tok);
         session->position += spans[s].n_tok;
-        if (p->model->window)
-            arena_drop(&session->arenas[WINDOWS], session->position - p->model->window - WINDOW_SPARE);
+        for (int i = WINDOWS; m->window && i < ARENAS; i += GPU_WINDOWS - WINDOWS)
+            arena_drop(&session->arenas[i], session->position - m->window - WINDOW_SPARE);
+    }
+}
+
+/* The sessions as they were, after a pass that failed: states that it changed go back, and hidden states that it overwrote are gone. How far
+ * states on a GPU got is not known: they go back to a snapshot, and the session with them. */
+static void undo(const bmc_span *spans, int n) {
+    for (int s = 0; s < n; s++) {
+        bmc_session *session = spans[s].session;
+        session->hidden.from = session->position;
+        states_doubt(&session->states[ON_GPU]);
+        reach(session, session->position);
     }
 }
 
@@ -451,11 +498,15 @@ static int evaluate_claimed(const bmc_span *spans, int n_spans, bool coarse) {
         return BMC_ENOMEM;
     pthread_mutex_lock(&m->lock);
     p->coarse = coarse && m->coarse.codes;
-    run_passes(p, spans, n_spans);
+    const int status = run_passes(p, spans, n_spans);
+    if (status)
+        undo(spans, n_spans);
+    else
+        advance(m, spans, n_spans);
     m->profile.calls += m->profile.laps ? nanoseconds() - start : 0;
     pthread_mutex_unlock(&m->lock);
     free(p);
-    return 0;
+    return status;
 }
 
 int evaluate(const bmc_span *spans, int n_spans, bool coarse) {

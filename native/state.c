@@ -4,17 +4,28 @@
 #include "error.h"
 #include "memory.h"
 
+#include <limits.h>
 #include <stdatomic.h>
 #include <stdlib.h>
 #include <string.h>
 
 /* Of each stream the anchor and the rows before it, never changed. */
-struct copy { atomic_int users; float values[]; };
+struct copy { atomic_int users; const struct memory *on; float *values; size_t bytes; };
+
+static const struct memory *place_of(const struct states *s) { return s->on ? s->on : &memory_host; }
 
 static void drop(struct snapshot *p) {
-    if (p->copy && atomic_fetch_sub(&p->copy->users, 1) == 1)
-        free(p->copy);
+    struct copy *copy = p->copy;
+    if (copy && atomic_fetch_sub(&copy->users, 1) == 1) {
+        copy->on->unmap(copy->on->of, copy->values, copy->bytes);
+        free(copy);
+    }
     *p = (struct snapshot){ 0 };
+}
+
+/* Bytes that are taken for so many floats; some, even if there are none. */
+static size_t whole(const struct states *s, size_t floats) {
+    return place_of(s)->whole(place_of(s)->of, (floats ? floats : 1) * sizeof(float));
 }
 
 static size_t stream_floats(const struct state_size *size) {
@@ -45,7 +56,8 @@ void states_init(struct states *s, const struct state_size *sizes, int n) {
 }
 
 void states_free(struct states *s) {
-    memory_unmap(s->memory, s->floats * sizeof(float));
+    if (s->memory)
+        place_of(s)->unmap(place_of(s)->of, s->memory, whole(s, s->floats));
     for (int i = 0; i < SNAPSHOTS; i++)
         drop(&s->snapshots[i]);
     memset(s, 0, sizeof *s);
@@ -54,9 +66,11 @@ void states_free(struct states *s) {
 static double megabytes(size_t floats) { return (double)floats * sizeof(float) / 1e6; }
 
 int states_reserve(struct states *s) {
+    if (s->lost)
+        return fail(BMC_EDEVICE, "the states of this session are lost: the GPU failed while they were changed");
     if (!s->n || s->memory)
         return 0;
-    s->memory = memory_map(s->floats * sizeof(float));
+    s->memory = place_of(s)->map(place_of(s)->of, whole(s, s->floats));
     return s->memory ? 0 : fail(BMC_ENOMEM, "no memory for %.0f MB of states", megabytes(s->floats));
 }
 
@@ -83,37 +97,50 @@ void states_done(struct states *s, const struct state_run *run) {
     s->current = run->start + run->n;
 }
 
-static void copy_floats(float *to, const float *from, size_t n) { memcpy(to, from, n * sizeof *to); }
+static int copy_floats(const struct states *s, float *to, const float *from, size_t n) {
+    return n ? place_of(s)->copy(place_of(s)->of, to, from, n * sizeof *to) : 0;
+}
 
-static void save(const struct states *s, int n_log, float *values) {
+static int zero_floats(const struct states *s, float *to, size_t n) {
+    return n ? place_of(s)->zero(place_of(s)->of, to, n * sizeof *to) : 0;
+}
+
+/* 0, or -1, as those that follow. */
+static int save(const struct states *s, int n_log, float *values) {
+    int failed = 0;
     for (int i = 0; i < s->n; i++) {
         const struct state_size *size = &s->sizes[i];
-        copy_floats(values, state_anchor(s, i), size->floats);
+        failed |= copy_floats(s, values, state_anchor(s, i), size->floats);
         values += size->floats;
         for (int j = -size->n_before; j < n_log; j++, values += size->row)
-            copy_floats(values, state_row(s, i, s->base + j), size->row);
+            failed |= copy_floats(s, values, state_row(s, i, s->base + j), size->row);
     }
+    return failed;
 }
 
 /* And back, as the states at s->base. */
-static void load(const struct states *s, int n_log, const float *values) {
+static int load(const struct states *s, int n_log, const float *values) {
+    int failed = 0;
     for (int i = 0; i < s->n; i++) {
         const struct state_size *size = &s->sizes[i];
-        copy_floats(state_anchor(s, i), values, size->floats);
-        copy_floats(state_current(s, i), values, size->floats);
+        failed |= copy_floats(s, state_anchor(s, i), values, size->floats);
+        failed |= copy_floats(s, state_current(s, i), values, size->floats);
         values += size->floats;
         for (int j = -size->n_before; j < n_log; j++, values += size->row)
-            copy_floats(state_row(s, i, s->base + j), values, size->row);
+            failed |= copy_floats(s, state_row(s, i, s->base + j), values, size->row);
     }
+    return failed;
 }
 
 /* The states as they are before the first token. */
-static void clear(const struct states *s) {
+static int clear(const struct states *s) {
+    int failed = 0;
     for (int i = 0; s->memory && i < s->n; i++) {
         const struct state_size *size = &s->sizes[i];
-        memset(state_current(s, i), 0, 2 * size->floats * sizeof(float));
-        memset(state_row(s, i, -size->n_before), 0, (size_t)size->n_before * size->row * sizeof(float));
+        failed |= zero_floats(s, state_current(s, i), 2 * size->floats);
+        failed |= zero_floats(s, state_row(s, i, -size->n_before), (size_t)size->n_before * size->row);
     }
+    return failed;
 }
 
 /* The last snapshot of the first `position` tokens, or NULL. */
@@ -124,6 +151,8 @@ static const struct snapshot *last_snapshot(const struct states *s, int position
             last = p;
     return last;
 }
+
+void states_doubt(struct states *s) { s->base = INT_MAX; }
 
 int states_nearest(const struct states *s, int position) {
     const struct snapshot *last = last_snapshot(s, position);
@@ -141,10 +170,7 @@ int states_rewind(struct states *s, int position) {
         return position;
     const struct snapshot *last = last_snapshot(s, position);
     s->base = s->current = last ? last->position : 0;
-    if (last)
-        load(s, 0, last->copy->values);
-    else
-        clear(s);
+    s->lost |= last ? load(s, 0, last->copy->values) : clear(s);
     states_forget(s, position);
     return s->base;
 }
@@ -171,51 +197,54 @@ bool states_has_snapshot(const struct states *s, int position) {
     return last && last->position == position;
 }
 
-/* A new snapshot, whose values are still to come. */
-static struct copy *add_snapshot(struct states *s, int position) {
-    struct copy *copy = malloc(sizeof *copy + snapshot_floats(s) * sizeof *copy->values);
-    if (!copy)
+/* Room for a snapshot's values, which are still to come. NULL: no memory. */
+static struct copy *make_copy(const struct states *s) {
+    struct copy *copy = malloc(sizeof *copy);
+    float *values = copy ? place_of(s)->map(place_of(s)->of, whole(s, snapshot_floats(s))) : NULL;
+    if (!values) {
+        free(copy);
         fail(BMC_ENOMEM, "no memory for a snapshot of %.0f MB", megabytes(snapshot_floats(s)));
-    else {
-        struct snapshot *place = next_snapshot(s);
-        drop(place);
-        atomic_init(&copy->users, 1);
-        *place = (struct snapshot){ position, copy };
+        return NULL;
     }
+    *copy = (struct copy){ .on = place_of(s), .values = values, .bytes = whole(s, snapshot_floats(s)) };
+    atomic_init(&copy->users, 1);
     return copy;
 }
 
-int states_snapshot(struct states *s) {
-    if (!s->base || states_has_snapshot(s, s->base))
-        return 0;
-    struct copy *copy = add_snapshot(s, s->base);
-    if (!copy)
-        return BMC_ENOMEM;
-    save(s, 0, copy->values);
+/* failed: what filled the copy. 0, or BMC_EDEVICE. */
+static int add_snapshot(struct states *s, int position, struct copy *copy, int failed) {
+    if (failed) {
+        drop(&(struct snapshot){ position, copy });
+        return fail(BMC_EDEVICE, "the GPU failed to copy a session's states");
+    }
+    struct snapshot *place = next_snapshot(s);
+    drop(place);
+    *place = (struct snapshot){ position, copy };
     return 0;
+}
+
+int states_snapshot(struct states *s) {
+    if (!s->n || !s->base || states_has_snapshot(s, s->base))
+        return 0;
+    struct copy *copy = make_copy(s);
+    return copy ? add_snapshot(s, s->base, copy, save(s, 0, copy->values)) : BMC_ENOMEM;
 }
 
 bool states_export(const struct states *s, int position, int n_log, float *values) {
     const struct snapshot *last = last_snapshot(s, position);
     if (!n_log && last && last->position == position)
-        copy_floats(values, last->copy->values, snapshot_floats(s));
-    else if (s->memory && position == s->base && n_log >= 0 && n_log <= s->current - s->base)
-        save(s, n_log, values);
-    else
-        return false;
-    return true;
+        return !copy_floats(s, values, last->copy->values, snapshot_floats(s));
+    return s->memory && position == s->base && n_log >= 0 && n_log <= s->current - s->base && !save(s, n_log, values);
 }
 
 int states_import(struct states *s, int position, int n_log, bool as_snapshot, const float *values) {
     if (as_snapshot) {
-        struct copy *copy = add_snapshot(s, position);
-        if (copy)
-            copy_floats(copy->values, values, snapshot_floats(s));
-        return copy ? 0 : BMC_ENOMEM;
+        struct copy *copy = make_copy(s);
+        return copy ? add_snapshot(s, position, copy, copy_floats(s, copy->values, values, snapshot_floats(s))) : BMC_ENOMEM;
     }
     s->base = position;
     s->current = n_log ? position + n_log + 1 : position;       /* beyond its end: the next pass does the log again */
-    load(s, n_log, values);
+    s->lost |= load(s, n_log, values);
     return 0;
 }
 
@@ -223,7 +252,8 @@ int states_copy(struct states *to, const struct states *from) {
     const int status = from->memory ? states_reserve(to) : 0;
     if (status || !from->memory)
         return status;
-    copy_floats(to->memory, from->memory, from->floats);
+    if (copy_floats(to, to->memory, from->memory, from->floats))
+        return fail(BMC_EDEVICE, "the GPU failed to copy a session's states");
     to->base = from->base;
     to->current = from->current;
     memcpy(to->snapshots, from->snapshots, sizeof to->snapshots);

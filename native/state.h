@@ -13,6 +13,8 @@
 #ifndef STATE_H
 #define STATE_H
 
+#include "memory.h"
+
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -41,7 +43,9 @@ struct states {
     const struct state_size *sizes; /* (n,) */
     int n;
     size_t floats;                  /* of all streams */
+    const struct memory *on;        /* where they are; NULL: the host */
     float *memory;                  /* NULL until it is needed */
+    bool lost;                      /* a GPU failed while they were changed */
     int base;                       /* position of the anchors */
     int current;                    /* position of the current states */
     struct snapshot snapshots[SNAPSHOTS];
@@ -52,7 +56,7 @@ size_t states_measure(struct state_size *sizes, int n);
 
 void states_init(struct states *s, const struct state_size *sizes, int n);
 void states_free(struct states *s);
-int states_reserve(struct states *s);                           /* memory for them; 0 or BMC_ENOMEM */
+int states_reserve(struct states *s);                           /* memory for them; 0, BMC_ENOMEM, or BMC_EDEVICE once they are lost */
 
 /* What a pass over n tokens from `start` on has to do; start is within base .. current. */
 struct state_run states_plan(const struct states *s, int start, int n);
@@ -64,10 +68,13 @@ int states_nearest(const struct states *s, int position);
 /* Takes the states back to `position`, or to an earlier one, from where tokens have to be evaluated again; which one. */
 int states_rewind(struct states *s, int position);
 
-/* Keeps a copy of the anchors: to come back to where the states are will need few tokens. 0 or BMC_ENOMEM. */
+/* What they are is not known: the next rewind goes to a snapshot, or to the beginning. */
+void states_doubt(struct states *s);
+
+/* Keeps a copy of the anchors: to come back to where the states are will need few tokens. 0, BMC_ENOMEM or BMC_EDEVICE. */
 int states_snapshot(struct states *s);
 
-/* to: empty, of the same sizes. 0 or BMC_ENOMEM. */
+/* to: empty, of the same sizes and in the same place. 0, BMC_ENOMEM or BMC_EDEVICE. */
 int states_copy(struct states *to, const struct states *from);
 
 int64_t states_bytes(const struct states *s);

@@ -16,6 +16,7 @@ from .errors import (
     BusyError,
     ClosedError,
     ContextFullError,
+    DeviceError,
     FormatError,
     OutOfMemoryError,
 )
@@ -39,7 +40,7 @@ _HOMES = {
 }
 
 __all__ = [*_HOMES, "demo_model", "ArgumentError", "BmcError", "BusyError", "ClosedError", "ContextFullError",
-           "FormatError", "OutOfMemoryError"]
+           "DeviceError", "FormatError", "OutOfMemoryError"]
 
 
 def demo_model(draft: bool = False) -> Path:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from cffi import FFI
 
-from .errors import ArgumentError, BmcError, BusyError, ContextFullError, FormatError, OutOfMemoryError
+from .errors import ArgumentError, BmcError, BusyError, ContextFullError, DeviceError, FormatError, OutOfMemoryError
 
 _HERE = Path(__file__).parent
 _LIBRARY = _HERE / ("libpybmc.dylib" if sys.platform == "darwin" else "libpybmc.so")
@@ -66,6 +66,7 @@ ERRORS = {
     lib.BMC_ENOMEM: OutOfMemoryError,
     lib.BMC_EFULL: ContextFullError,
     lib.BMC_EBUSY: BusyError,
+    lib.BMC_EDEVICE: DeviceError,
 }
 
 
@@ -77,8 +78,14 @@ def last_error() -> str:
 def check(status: int) -> int:
     """Return a count or 0 as it is; raise what a negative status means."""
     if status < 0:
-        raise ERRORS.get(status, BmcError)(last_error())
+        raise_status(status, last_error())
     return status
+
+
+def raise_status(status: int, text: str) -> None:
+    """Raise what a negative status of another thread's call means."""
+    if status < 0:
+        raise ERRORS.get(status, BmcError)(text)
 
 
 def owned(handle, free: str, kept=None):

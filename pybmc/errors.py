@@ -41,6 +41,10 @@ class OutOfMemoryError(BmcError, MemoryError):
     """The system has no memory left."""
 
 
+class DeviceError(BmcError, RuntimeError):
+    """The GPU or its driver is missing, or failed."""
+
+
 def printable(text: str, limit: int = 400) -> str:
     """What a file says, fit for a terminal: no control characters, no end of lines, not endless."""
     shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:limit])

@@ -3,7 +3,8 @@
 import math
 from collections import Counter
 
-from .engine.model import check_model
+from .engine.gpu import GPU, fitting, gpus, plan
+from .engine.model import bound, check_model
 from .errors import FormatError, printable
 from .files.gguf import GGUF
 from .models.bind import IGNORED, ROPE_TENSORS
@@ -33,6 +34,34 @@ def describe(path) -> dict:
             "chat_template": text("tokenizer.chat_template") is not None,
         }
         return info | _verdict(file)
+
+
+def describe_gpus(path) -> list[dict]:
+    """What the model takes on each GPU of this machine, whole and as many layers of it as fit. Raises FormatError, and DeviceError where
+    there is no driver."""
+    with GGUF(path) as file:
+        config = read_config(file)
+        handle, rows = bound(file, config, 1), min(config.n_ctx, ROWS_SHOWN)
+        return [_on_gpu(gpu, handle, config, rows) for gpu in gpus()]
+
+
+def _on_gpu(gpu: GPU, handle, config, rows: int) -> dict:
+    whole, fits = plan(handle, config.n_layers), fitting(handle, config, gpu.available)
+    return vars(gpu) | {"layers": config.n_layers, "layers_that_can_run": whole.layers, "why_not_more": whole.why or None,
+                        "memory_bytes": whole.bytes(rows), "memory_context": rows,
+                        "layers_that_fit": fits.layers, "fitting_bytes": fits.bytes(rows) if fits.layers else 0}
+
+
+def gpu_lines(found: list[dict]) -> list[tuple[str, str]]:
+    """The same for people."""
+    out = []
+    for gpu in found:
+        out.append((f"GPU {gpu['index']}", f"{gpu['name']}, {size(gpu['available'])} of {size(gpu['memory'])} available, capability {gpu['capability']}"))
+        why = f" ({gpu['why_not_more']})" if gpu["why_not_more"] else ""
+        out.append(("", f"{gpu['layers_that_can_run']} of {gpu['layers']} layers can run there{why}: "
+                        f"{size(gpu['memory_bytes'])} with {gpu['memory_context']} tokens of context"))
+        out.append(("", f"{gpu['layers_that_fit']} fit: {size(gpu['fitting_bytes'])}"))
+    return [(label, printable(text)) for label, text in out or [("GPU", "the driver has none")]]
 
 
 def _is_weight(name: str) -> bool:

@@ -258,7 +258,7 @@ def test_show_says_why_a_model_does_not_run(tmp_path, capsys):
 def test_bench_prints_a_json_line_for_each_test(path, capsys):
     assert run(["bench", path, "-p", "8", "-n", "4", "-b", "1,3", "-d", "0,5", "-r", "2", "-t", "1", "--json"]) == 0
     results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert list(results[0]) == ["test", "n", "depth", "threads", "tok_s", "tok_s_min", "tok_s_max", "reps", "gb_s"]
+    assert list(results[0]) == ["test", "n", "depth", "threads", "gpu_layers", "tok_s", "tok_s_min", "tok_s_max", "reps", "gb_s"]
     assert [(r["test"], r["n"], r["depth"]) for r in results] == [
         (test, n, depth) for depth in (0, 5) for test, n in (("pp", 8), ("tg", 4), ("verify", 1), ("verify", 3))]
     for r in results:

@@ -2,6 +2,7 @@
  * Sixteen tokens are the sixteen lanes of a score, so only the softmax's own sum crosses lanes.
  *
  * A chunk is summed up on its own and then merged: a chunk's part does not depend on those before it. */
+#include "values.h"
 
 INLINE int lane(int t) { return t < 0 ? 0 : t > 16 ? 16 : t; }
 
@@ -326,8 +327,6 @@ static void attend_end(float *out, const float *o, float l, int n) {
     EACH_16(n)
         f_store_n(out + i, f_div(f_load_n(o + i, m), whole), m);
 }
-
-INLINE f32x16 within_f16(f32x16 x) { return f_min(f_max(x, f_set(-65504.0f)), f_set(65504.0f)); }
 
 static void store_kv(uint16_t *tile, int slot, const float *k, const float *v, int k_dim, int v_dim) {
     uint16_t column[16], *row = tile + k_dim * TILE + slot * ((v_dim + 15) / 16 * 16);

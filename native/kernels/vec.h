@@ -1,13 +1,10 @@
 /* Rows of floats: norms, activations, quantization, convolutions, recurrences. Written in lanes, compiled once
  * per ISA. */
+#include "values.h"
 
 static void quantize(struct act_block *act, int stride, const float *x, int n_blocks) {
-    for (int b = 0; b < n_blocks; b++, x += 32, act += stride) {
-        f32x16 lo = f_load(x), hi = f_load(x + 16);
-        float top = f_max_lane(f_max(f_abs(lo), f_abs(hi)));
-        f32x16 per = f_set(top > 0x1p-119f ? 127.0f / top : 0.0f);           /* below, 127 / top would be infinite */
-        f_store_block(act, top / 127.0f, f_mul(lo, per), f_mul(hi, per));
-    }
+    for (int b = 0; b < n_blocks; b++, x += 32, act += stride)
+        quantize_block(act, f_load(x), f_load(x + 16));
 }
 
 /* y = (x - mean) * by * weight + bias; weight or bias NULL: without it. */
@@ -51,69 +48,16 @@ INLINE void activate(float *y, const float *x, const float *gate, int n, const f
         f_store_n(y + i, x ? f_mul(f_load_n(x + i, m), v) : v, m);
     }
 }
-#define ACT(name)                                                                                       \
+#define ACT(KIND, name)                                                                                 \
     static void name(float *y, const float *x, const float *gate, int n, const float *param) {          \
         activate(y, x, gate, n, param, of_##name);                                                      \
     }
-
-/* g * sigmoid(u) */
-INLINE f32x16 gated(f32x16 g, f32x16 u) { return f_div(g, f_add(f_set(1.0f), f_exp(f_sub(f_zero(), u)))); }
-
-INLINE f32x16 of_silu(f32x16 g, const float *param) {
-    (void)param;
-    return gated(g, g);
-}
-ACT(silu)
-
-/* 0.5 g (1 + tanh(u)) = g sigmoid(2u), u = sqrt(2/pi) (g + 0.044715 g^3) */
-INLINE f32x16 of_gelu(f32x16 g, const float *param) {
-    (void)param;
-    f32x16 cubic = f_mul(g, f_fma(f_mul(g, g), f_set(0.044715f), f_set(1.0f)));
-    return gated(g, f_mul(cubic, f_set(1.5957691216f)));
-}
-ACT(gelu)
-
-INLINE f32x16 of_relu(f32x16 g, const float *param) {
-    (void)param;
-    return f_max(f_zero(), g);
-}
-ACT(relu)
-
-INLINE f32x16 of_relu2(f32x16 g, const float *param) {
-    f32x16 v = of_relu(g, param);
-    return f_mul(v, v);
-}
-ACT(relu2)
-
-/* p g^2 + b g where g > 0, else (expm1(min(g, e)) - g) n + b g */
-INLINE f32x16 of_xielu(f32x16 g, const float *param) {
-    f32x16 up = f_max(f_zero(), g), low = f_sub(f_expm1(f_min(f_set(param[3]), g)), g);
-    f32x16 v = f_fma(f_mul(f_set(param[0]), up), up, f_mul(f_set(param[2]), g));
-    return f_add(v, f_zero_below(f_mul(low, f_set(param[1])), f_sub(f_zero(), g), 0.0f));
-}
-ACT(xielu)
-
-INLINE f32x16 of_sigmoid(f32x16 g, const float *param) {
-    (void)param;
-    return f_sigmoid(g);
-}
-ACT(sigmoid)
-
-/* log(1 + e^g) = max(g, 0) + log(1 + e^-|g|) */
-INLINE f32x16 of_softplus(f32x16 g, const float *param) {
-    (void)param;
-    return f_add(f_max(f_zero(), g), f_log1p(f_exp(f_sub(f_zero(), f_abs(g)))));
-}
-ACT(softplus)
+GATE_ACTS(ACT)
 
 static void swiglu_oai(float *y, const float *x, const float *gate, int n, const float *param) {
-    const f32x16 most = f_set(7.0f);
     (void)param;
-    EACH_16(n) {
-        f32x16 g = f_min(most, f_load_n(gate + i, m));
-        f32x16 u = f_min(most, f_max(f_set(-7.0f), f_load_n(x + i, m)));
-        f_store_n(y + i, f_mul(gated(g, f_mul(f_set(1.702f), g)), f_add(u, f_set(1.0f))), m);
-    }
+    EACH_16(n)
+        f_store_n(y + i, swiglu_oai_of(f_load_n(x + i, m), f_load_n(gate + i, m)), m);
 }
 
 static void softcap(float *x, float cap, int n) {
@@ -236,14 +180,9 @@ void ISA(vec)(struct kernels *k) {
     k->quantize = quantize;
     k->rmsnorm = rmsnorm;
     k->layernorm = layernorm;
-    k->act[BMC_ACT_SILU] = silu;
-    k->act[BMC_ACT_GELU] = gelu;
-    k->act[BMC_ACT_RELU] = relu;
-    k->act[BMC_ACT_RELU2] = relu2;
-    k->act[BMC_ACT_XIELU] = xielu;
+#define INSTALL_ACT(KIND, name) k->act[KIND] = name;
+    GATE_ACTS(INSTALL_ACT)
     k->act[BMC_ACT_SWIGLU_OAI] = swiglu_oai;
-    k->act[BMC_ACT_SIGMOID] = sigmoid;
-    k->act[BMC_ACT_SOFTPLUS] = softplus;
     k->softcap = softcap;
     k->largest = largest;
     k->reaching = reaching;

@@ -1,6 +1,6 @@
 /* Attention (arXiv 1706.03762), with grouped heads (2305.13245) and all that models vary in it. */
 #include "../error.h"
-#include "../pass.h"
+#include "../machine.h"
 
 #include <math.h>
 
@@ -72,12 +72,9 @@ static void stream(bmc_model *m, struct block *b) {
         add_rows(m, b, b->c.n_kv_heads, b->c.k_dim, b->c.v_dim);
 }
 
-/* Rows of a block in the work buffer. */
-struct work { float *q, *k, *v, *gate, *out; };
-
-static size_t lay_out(const bmc_model *m, const struct block *b, struct work *w) {
+static size_t lay_out(const bmc_model *m, const struct block *b, float *work, struct heads *w) {
     const size_t n = (size_t)m->pass_max;
-    float *next = m->buffers ? m->buffers->work : NULL, *first = next;
+    float *next = work;
     const struct { float **place; int64_t dim; } parts[] = {
         { &w->q, b->extent[QUERY] }, { &w->k, b->extent[K] }, { &w->v, b->extent[V] },
         { &w->gate, b->attention.gate.data ? b->attention.gate.n_rows : 0 }, { &w->out, b->extent[O] },
@@ -86,13 +83,13 @@ static size_t lay_out(const bmc_model *m, const struct block *b, struct work *w)
         *parts[i].place = next;
         next += n * padded(parts[i].dim);
     }
-    return (size_t)(next - first) / n;
+    return (size_t)(next - work) / n;
 }
 
 static struct need need(const bmc_model *m, const struct block *b) {
-    struct work w;
+    struct heads w;
     return (struct need){
-        .floats = lay_out(m, b, &w), .blocks = (size_t)b->extent[O] / 32 + 1,
+        .floats = lay_out(m, b, NULL, &w), .blocks = (size_t)b->extent[O] / 32 + 1,
         .scratch = attend_scratch(b, b->c.v_dim),
     };
 }
@@ -120,8 +117,7 @@ static void place_head(const struct pass *p, const struct block *b, float *head,
         turn(p, b, head, t);
 }
 
-/* What a query is multiplied by. */
-static float query_scale(const struct block *b, int pos) {
+float query_scale(const struct block *b, int pos) {
     float scale = b->c.attn_scale;
     if (b->c.scale_ctx > 0)
         scale *= 1 + b->c.scale_log * (float)log((double)(pos / b->c.scale_ctx) + 1);
@@ -129,7 +125,7 @@ static float query_scale(const struct block *b, int pos) {
 }
 
 /* Q and K get their positions; K and V go to the arena. Shared out by (KV head, token), as attention is. */
-static void place_rows(const struct pass *p, const struct block *b, const struct work *w, int thread) {
+static void place_rows(const struct pass *p, const struct block *b, const struct heads *w, int thread) {
     const bmc_model *m = p->model;
     const struct vector none = { 0 };
     const int K_dim = b->c.k_dim, V_dim = b->c.v_dim, group = b->c.n_heads / b->c.n_kv_heads;
@@ -157,7 +153,7 @@ static void place_rows(const struct pass *p, const struct block *b, const struct
 }
 
 /* Norms of all heads together, where the model has those: before any is placed. */
-static void norm_whole(const struct pass *p, const struct block *b, const struct work *w, int thread) {
+static void norm_whole(const struct pass *p, const struct block *b, const struct heads *w, int thread) {
     const struct attention *a = &b->attention;
     const bool q_whole = a->q_norm.v && a->q_norm.n_cols != b->c.k_dim;
     const bool k_whole = a->k_norm.v && a->k_norm.n_cols != b->c.k_dim;
@@ -175,8 +171,13 @@ static void norm_whole(const struct pass *p, const struct block *b, const struct
     barrier(p, thread, BMC_STEP_NORM);
 }
 
-static struct queries queries(const struct pass *p, const struct block *b, const struct work *w) {
-    const struct buffers *buffers = p->model->buffers;
+void place_heads(struct pass *p, const struct block *b, const struct heads *w, int thread) {
+    norm_whole(p, b, w, thread);
+    place_rows(p, b, w, thread);
+}
+
+static struct queries queries(const struct pass *p, const struct block *b, const struct heads *w) {
+    const struct buffers *buffers = p->buffers;
     struct queries a = {
         .block = b, .rows = b - b->c.kv_from, .k_dim = b->c.k_dim, .v_dim = b->c.v_dim,
         .q = w->q, .q_stride = padded(b->extent[QUERY]), .q_pitch = (size_t)(b->extent[QUERY] / b->c.n_heads),
@@ -197,26 +198,26 @@ static struct queries queries(const struct pass *p, const struct block *b, const
 
 static void run(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread) {
     const struct attention *a = &b->attention;
-    struct work w;
-    lay_out(p->model, b, &w);
+    const struct machine *on = p->machine;
+    struct heads w;
+    lay_out(p->model, b, p->buffers->work, &w);
     const struct product list[] = {
         product(&a->q, in, w.q), product(&a->k, in, w.k), product(&a->v, in, w.v),
         product(&a->gate, in, w.gate),
     };
-    multiply(p, list, 4, thread);
-    barrier(p, thread, BMC_STEP_QKV);
-    norm_whole(p, b, &w, thread);
-    place_rows(p, b, &w, thread);
-    barrier(p, thread, BMC_STEP_STORE);
+    on->multiply(p, list, 4, thread);
+    on->end(p, thread, BMC_STEP_QKV);
+    on->place(p, b, &w, thread);
+    on->end(p, thread, BMC_STEP_STORE);
     const size_t gate_stride = a->gate.data ? padded(a->gate.n_rows) : 0;
     const struct rows more[] = { { w.q, padded(b->extent[QUERY]) }, { w.gate, gate_stride } };
     keep_wanted(p, b, more, 2, thread);
     if (!p->n_tok)
         return;
     const struct queries q = queries(p, b, &w);
-    attend_all(p, &q, thread);
+    on->attend(p, &q, thread);
     const struct product output = product_into(&a->output, q.out, out);
-    multiply(p, &output, 1, thread);
+    on->multiply(p, &output, 1, thread);
     note(p, thread, BMC_STEP_ATTN_OUTPUT);
 }
 

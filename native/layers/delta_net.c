@@ -44,14 +44,14 @@ static void run(struct pass *p, const struct block *b, struct tokens in, struct 
     static const struct recurrence delta = { HEADS, key, value, finish };
     const struct recurrent *r = &b->recurrent;
     struct work w;
-    recurrent_work(p->model, b, &w);
+    recurrent_work(p->model, b, p->buffers->work, &w);
     const struct product list[] = {
         { .w = &r->qkv, .in = in, .y = w.row, .y_stride = w.stride },
         { .w = &r->alpha, .in = in, .y = w.row + w.decay, .y_stride = w.stride },
         product(&r->gate, in, w.gate), product(&r->beta, in, w.beta),
     };
-    multiply(p, list, 4, thread);
-    barrier(p, thread, BMC_STEP_QKV);
+    p->machine->multiply(p, list, 4, thread);
+    p->machine->end(p, thread, BMC_STEP_QKV);
     recurrent_run(p, b, &delta, &w, out, thread);
 }
 

@@ -1,6 +1,6 @@
 /* The feed-forward: down(act(gate x) * up x), arXiv 2002.05202, or down(act(up x)). */
 #include "../error.h"
-#include "../pass.h"
+#include "../machine.h"
 
 #include <math.h>
 
@@ -71,20 +71,19 @@ static void gate_up_sparse(struct pass *p, const struct block *b, const struct g
 
 static void run(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread) {
     const struct dense *d = &b->dense;
-    const struct buffers *buffers = p->model->buffers;
+    const struct machine *on = p->machine;
+    const struct buffers *buffers = p->buffers;
     float *gate_out = buffers->work, *up = gate_out + (size_t)p->model->pass_max * padded(b->c.hidden_dim);
     const struct gate_up job = {
         &d->gate, &d->up, in, gate_out, { up, buffers->work_act, in.n, 0, 0 }, b->c.act, b->c.act_param,
     };
-    int64_t from, to;
+    const struct product down = product_into(&d->down, job.hidden, out);
     if (b->c.sparsity > 0)
         gate_up_sparse(p, b, &job, thread);
     else
-        while (pool_take(p->model->pool, thread, gate_up_groups(&job), &from, &to))
-            gate_up(p, &job, (int)from, (int)to, thread);
-    barrier(p, thread, BMC_STEP_ACTIVATION);
-    const struct product down = product_into(&d->down, job.hidden, out);
-    multiply(p, &down, 1, thread);
+        on->gate_up(p, &job, thread);
+    on->end(p, thread, BMC_STEP_ACTIVATION);
+    on->multiply(p, &down, 1, thread);
 }
 
 const struct kind dense_kind = { "feed-forward", roles, check, measure, need, false, missing, NULL, run };

@@ -4,7 +4,8 @@
  * experts are summed in ascending order of their number, whatever else is in the pass: groups of rows of
  * `down` go through all experts in that order. */
 #include "../error.h"
-#include "../pass.h"
+#include "../exp.h"
+#include "../machine.h"
 #include "../resident.h"
 
 #include <float.h>
@@ -124,12 +125,12 @@ static void rate(const struct block *b, float *p, float *choice) {
         largest = p[e] > largest ? p[e] : largest;
     if (c->gating == BMC_GATING_SOFTMAX) {
         for (int e = 0; e < c->n_experts; e++)
-            sum += exp(p[e] - largest);
+            sum += exp_exact(p[e] - largest);
         for (int e = 0; e < c->n_experts; e++)
-            p[e] = (float)(exp(p[e] - largest) / sum);
+            p[e] = (float)(exp_exact(p[e] - largest) / sum);
     } else if (c->gating == BMC_GATING_SIGMOID)
         for (int e = 0; e < c->n_experts; e++)
-            p[e] = (float)(1 / (1 + exp(-(double)p[e])));
+            p[e] = (float)(1 / (1 + exp_exact(-(double)p[e])));
     for (int e = 0; e < c->n_experts; e++)
         choice[e] = fmaxf(b->experts.choice_bias.v ? p[e] + b->experts.choice_bias.v[e] : p[e], -FLT_MAX);
 }
@@ -181,9 +182,9 @@ static void choose(const struct block *b, float *p, float *choice, struct pick *
         for (int n = 0; n < c->n_active; n++)
             largest = out[n].weight > largest ? out[n].weight : largest;
         for (int n = 0; n < c->n_active; n++)
-            sum += exp((double)out[n].weight - largest);
+            sum += exp_exact((double)out[n].weight - largest);
         for (int n = 0; n < c->n_active; n++)
-            out[n].weight = (float)(exp((double)out[n].weight - largest) / sum);
+            out[n].weight = (float)(exp_exact((double)out[n].weight - largest) / sum);
     }
     sum = 0;
     for (int n = 0; n < c->n_active; n++)
@@ -300,8 +301,8 @@ static struct gate_up job_of(const struct block *b, const struct work *w, struct
 }
 
 /* Parts of all chosen experts' first halves, one expert after the other. */
-static void gate_up_all(struct pass *p, const struct block *b, const struct work *w, struct tokens in,
-                        int thread) {
+static void gate_up_chosen(struct pass *p, const struct block *b, const struct work *w, struct tokens in,
+                           int thread) {
     const int each = n_groups(&b->experts.up.of[0]);
     int64_t total = 0, from, to;
     for (int e = 0; e < b->c.n_experts; e++)
@@ -376,8 +377,7 @@ static void shared(struct pass *p, const struct block *b, const struct work *w, 
     const size_t stride = padded(p->model->c.dim);
     int64_t from, to;
     barrier(p, thread, BMC_STEP_DOWN);
-    while (pool_take(p->model->pool, thread, gate_up_groups(&job), &from, &to))
-        gate_up(p, &job, (int)from, (int)to, thread);
+    gate_up_all(p, &job, thread);
     if (gate->data && thread == 0)
         multiply_alone(p, &switch_on, thread);
     barrier(p, thread, BMC_STEP_ACTIVATION);
@@ -420,7 +420,7 @@ static void from_latent(struct pass *p, const struct block *b, const struct work
     multiply(p, &up, 1, thread);
 }
 
-static void run(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread) {
+void run_experts(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread) {
     struct work w;
     struct tokens read = in;
     const bool latent = b->experts.latent_down.data;
@@ -431,12 +431,16 @@ static void run(struct pass *p, const struct block *b, struct tokens in, struct 
         read = to_latent(p, b, &w, in, thread);
     if (in.n > 1)
         gather(p, b, &w, read, thread);
-    gate_up_all(p, b, &w, read, thread);
+    gate_up_chosen(p, b, &w, read, thread);
     down_all(p, b, &w, read, latent ? (struct sink){ w.x, false } : out, thread);
     if (latent)
         from_latent(p, b, &w, out, in.n, thread);
     if (b->experts.shared.up.data)
         shared(p, b, &w, in, out, thread);
+}
+
+static void run(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread) {
+    p->machine->experts(p, b, in, out, thread);
 }
 
 const struct kind experts_kind = { "experts", roles, check, measure, need, false, missing, NULL, run };

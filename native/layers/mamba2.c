@@ -39,10 +39,10 @@ static void finish(const bmc_model *m, const struct block *b, const struct work 
 static void run(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread) {
     static const struct recurrence mamba2 = { GROUPS, NULL, value, finish };
     struct work w;
-    recurrent_work(p->model, b, &w);
+    recurrent_work(p->model, b, p->buffers->work, &w);
     const struct product all = { .w = &b->recurrent.in, .in = in, .y = w.gate, .y_stride = w.stride };
-    multiply(p, &all, 1, thread);
-    barrier(p, thread, BMC_STEP_QKV);
+    p->machine->multiply(p, &all, 1, thread);
+    p->machine->end(p, thread, BMC_STEP_QKV);
     recurrent_run(p, b, &mamba2, &w, out, thread);
 }
 

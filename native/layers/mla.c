@@ -5,7 +5,7 @@
  * sum is over c. So heads of queries share one head of keys, [c | r], whose first values are the values too:
  * they are stored once. */
 #include "../error.h"
-#include "../pass.h"
+#include "../machine.h"
 
 static const struct role roles[] = {
     { "attn_q", IN_BLOCK(attention.q), MATRIX, Q, DIM, false, 0 },
@@ -57,12 +57,10 @@ static const char *missing(const struct block *b) {
 
 static void stream(bmc_model *m, struct block *b) { add_rows(m, b, 1, (int)b->extent[KV_A], 0); }
 
-struct work { float *q_a, *q, *kv, *nope, *query, *sum, *out; };
-
-static size_t lay_out(const bmc_model *m, const struct block *b, struct work *w) {
+static size_t lay_out(const bmc_model *m, const struct block *b, float *work, struct latents *w) {
     const size_t n = (size_t)m->pass_max;
     const int64_t heads = b->c.n_heads;
-    float *next = m->buffers ? m->buffers->work : NULL, *first = next;
+    float *next = work;
     const struct { float **place; int64_t dim; } parts[] = {
         { &w->q_a, b->c.q_rank }, { &w->q, b->extent[Q] }, { &w->kv, b->extent[KV_A] },
         { &w->nope, heads * b->extent[NOPE] },
@@ -72,45 +70,40 @@ static size_t lay_out(const bmc_model *m, const struct block *b, struct work *w)
         *parts[i].place = next;
         next += n * padded(parts[i].dim);
     }
-    return (size_t)(next - first) / n;
+    return (size_t)(next - work) / n;
 }
 
 static struct need need(const bmc_model *m, const struct block *b) {
-    struct work w;
+    struct latents w;
     const int64_t widest = b->c.n_heads * (b->extent[NOPE] > b->c.kv_rank ? b->extent[NOPE] : b->c.kv_rank);
     return (struct need){
-        .floats = lay_out(m, b, &w), .blocks = (size_t)(widest + b->c.q_rank + b->extent[O]) / 32 + 1,
+        .floats = lay_out(m, b, NULL, &w), .blocks = (size_t)(widest + b->c.q_rank + b->extent[O]) / 32 + 1,
         .scratch = attend_scratch(b, b->c.kv_rank),
     };
 }
 
 /* q = W x, or W_b norm(W_a x); and [c | r]. */
-static void project_all(struct pass *p, const struct block *b, const struct work *w, struct tokens in,
+static void project_all(struct pass *p, const struct block *b, const struct latents *w, struct tokens in,
                         int thread) {
     const struct attention *a = &b->attention;
-    const struct tokens low = { .x = w->q_a, .act = p->model->buffers->work_act, .n = in.n };
+    const struct machine *on = p->machine;
+    const struct tokens low = { .x = w->q_a, .act = p->buffers->work_act, .n = in.n };
     const struct product list[] = {
         product(&a->q, in, w->q), product(&a->q_a, in, w->q_a), product(&a->kv_a, in, w->kv),
     };
-    int64_t from, to;
-    multiply(p, list, 3, thread);
-    barrier(p, thread, BMC_STEP_QKV);
+    on->multiply(p, list, 3, thread);
+    on->end(p, thread, BMC_STEP_QKV);
     if (!b->c.q_rank)
         return;
-    share(p, thread, in.n, &from, &to);
-    for (int64_t t = from; t < to; t++) {
-        float *row = w->q_a + (size_t)t * padded(b->c.q_rank);
-        norm_row(p->model, row, row, a->q_a_norm, (struct vector){ 0 }, b->c.q_rank);
-        quantize(p, low, b->c.q_rank, (int)t, 0, b->c.q_rank / 32);
-    }
-    barrier(p, thread, BMC_STEP_NORM);
+    on->norm_rows(p, low, b->c.q_rank, a->q_a_norm, thread);
+    on->end(p, thread, BMC_STEP_NORM);
     const struct product q = product(&a->q_b, low, w->q);
-    multiply(p, &q, 1, thread);
-    barrier(p, thread, BMC_STEP_QKV);
+    on->multiply(p, &q, 1, thread);
+    on->end(p, thread, BMC_STEP_QKV);
 }
 
 /* Each head's query apart: what k_b is for, and what turns; [c | r] goes to the arena. */
-static void place_rows(struct pass *p, const struct block *b, const struct work *w, int thread) {
+void place_latents(struct pass *p, const struct block *b, const struct latents *w, int thread) {
     const bmc_model *m = p->model;
     const int heads = b->c.n_heads, nope = (int)b->extent[NOPE];
     const int row = (int)b->extent[KV_A], rank = b->c.kv_rank, rope = row - rank;
@@ -132,7 +125,6 @@ static void place_rows(struct pass *p, const struct block *b, const struct work 
         turn(p, b, kv + rank, (int)t);
         m->k.store_kv(tile_of(p->at[t].session, b, 0, pos / TILE), pos % TILE, kv, NULL, row, 0);
     }
-    barrier(p, thread, BMC_STEP_STORE);
 }
 
 /* Each head's matrix times its own part of the rows of `in`, into its own part of the rows of y. */
@@ -143,40 +135,42 @@ static void multiply_heads(struct pass *p, const struct block *b, const struct m
         in.from = h * (int)of->n_cols;
         list[h] = (struct product){ &of[h], in, y + h * y_pitch, y_stride, false };
     }
-    multiply(p, list, b->c.n_heads, thread);
+    p->machine->multiply(p, list, b->c.n_heads, thread);
 }
 
 static void run(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread) {
     const struct attention *a = &b->attention;
     const int heads = b->c.n_heads, nope = heads * (int)b->extent[NOPE];
     const int row = (int)b->extent[KV_A], rank = b->c.kv_rank;
-    struct act_block *act = p->model->buffers->work_act;
-    struct work w;
-    lay_out(p->model, b, &w);
+    struct act_block *act = p->buffers->work_act;
+    const struct machine *on = p->machine;
+    struct latents w;
+    lay_out(p->model, b, p->buffers->work, &w);
     project_all(p, b, &w, in, thread);
-    place_rows(p, b, &w, thread);
+    on->compress(p, b, &w, thread);
+    on->end(p, thread, BMC_STEP_STORE);
     const struct rows more[] = { { w.nope, padded(nope) }, { w.query, padded(heads * row) } };
     keep_wanted(p, b, more, 2, thread);
     if (!p->n_tok)
         return;
     const struct tokens parts = { .x = w.nope, .act = act, .n = p->n_tok, .wide = nope };
-    quantize_rows(p, parts, nope, thread);
-    barrier(p, thread, BMC_STEP_NORM);
+    on->quantize(p, parts, nope, thread);
+    on->end(p, thread, BMC_STEP_NORM);
     multiply_heads(p, b, a->k_b.of, parts, w.query, padded(heads * row), row, thread);
-    barrier(p, thread, BMC_STEP_QKV);
+    on->end(p, thread, BMC_STEP_QKV);
     const struct queries q = {
         .block = b, .rows = b, .k_dim = row, .v_dim = rank, .shared = 1,
         .q = w.query, .q_stride = padded(heads * row), .q_pitch = (size_t)row,
         .out = { .x = w.sum, .act = act, .n = p->n_tok, .wide = heads * rank },
     };
-    attend_all(p, &q, thread);
+    on->attend(p, &q, thread);
     multiply_heads(p, b, a->v_b.of, q.out, w.out, padded(b->extent[O]), b->c.v_dim, thread);
-    barrier(p, thread, BMC_STEP_ATTENTION);
+    on->end(p, thread, BMC_STEP_ATTENTION);
     const struct tokens values = { .x = w.out, .act = act, .n = p->n_tok };
-    quantize_rows(p, values, (int)b->extent[O], thread);
-    barrier(p, thread, BMC_STEP_NORM);
+    on->quantize(p, values, (int)b->extent[O], thread);
+    on->end(p, thread, BMC_STEP_NORM);
     const struct product output = product_into(&a->output, values, out);
-    multiply(p, &output, 1, thread);
+    on->multiply(p, &output, 1, thread);
     note(p, thread, BMC_STEP_ATTN_OUTPUT);
 }
 

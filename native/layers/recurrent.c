@@ -1,6 +1,7 @@
 #include "recurrent.h"
 
 #include "../error.h"
+#include "../exp.h"
 
 #include <math.h>
 
@@ -50,17 +51,14 @@ static size_t log_row(const struct block *b, struct work *w) {
 void recurrent_stream(bmc_model *m, struct block *b) {
     struct work w;
     const size_t row = log_row(b, &w);
-    b->stream = m->n_states++;
-    m->state_sizes[b->stream] = (struct state_size){
-        .floats = w.values * (size_t)b->extent[STATE], .row = row, .n_before = b->c.conv - 1,
-    };
+    add_state(m, b, (struct state_size){ .floats = w.values * (size_t)b->extent[STATE], .row = row, .n_before = b->c.conv - 1 });
 }
 
-size_t recurrent_work(const bmc_model *m, const struct block *b, struct work *w) {
+size_t recurrent_work(const bmc_model *m, const struct block *b, float *work, struct work *w) {
     const bool delta = b->c.kind == BMC_DELTA_NET;
     const size_t n = (size_t)m->pass_max, row = log_row(b, w), inner = padded(b->extent[INNER]);
     const size_t lead = delta ? 0 : (size_t)b->extent[INNER];
-    float *next = m->buffers ? m->buffers->work : NULL, *first = next;
+    float *next = work;
     w->stride = padded((int64_t)(lead + row));
     w->beta_stride = delta ? padded(b->extent[HEADS]) : 0;
     w->gate_stride = delta ? inner : w->stride;
@@ -75,23 +73,23 @@ size_t recurrent_work(const bmc_model *m, const struct block *b, struct work *w)
     if (!delta)
         w->gate = w->row;
     w->row += lead;
-    return (size_t)(next - first) / n;
+    return (size_t)(next - work) / n;
 }
 
 struct need recurrent_need(const bmc_model *m, const struct block *b) {
     struct work w;
-    return (struct need){ .floats = recurrent_work(m, b, &w), .blocks = (size_t)b->extent[INNER] / 32 + 1 };
+    return (struct need){ .floats = recurrent_work(m, b, NULL, &w), .blocks = (size_t)b->extent[INNER] / 32 + 1 };
 }
 
 void convolve(const struct pass *p, const struct block *b, const struct work *w, const struct run *run, int t,
               int from, int n, float *y) {
     const float *weight = b->recurrent.conv.v + from, *bias = b->recurrent.conv_bias.v;
-    const struct states *states = &run->session->states;
+    const struct states *states = &run->session->states[HERE];
     const int k = b->c.conv;
     const float *rows[CONV_MAX];
     for (int i = 0; i < k; i++) {
         const int back = k - 1 - i, pos = p->at[t].pos - back;
-        const bool here = pos >= run->states.start;
+        const bool here = pos >= run->states[HERE].start;
         rows[i] = (here ? row_of(w->row, w->stride, t - back) : state_row(states, b->stream, pos)) + from;
     }
     p->model->k.conv(y, rows, weight, padded(b->extent[CHANNELS]), bias ? bias + from : NULL, k, n);
@@ -100,7 +98,7 @@ void convolve(const struct pass *p, const struct block *b, const struct work *w,
 float decay(const bmc_model *m, const struct block *b, const struct work *w, int t, int h) {
     float *x = row_of(w->row, w->stride, t) + w->decay + h, dt = *x + b->recurrent.dt_bias.v[h];
     m->k.act[BMC_ACT_SOFTPLUS](&dt, NULL, &dt, 1, NULL);
-    *x = (float)exp((double)(b->recurrent.a.v[h] * dt));
+    *x = (float)exp_exact((double)(b->recurrent.a.v[h] * dt));
     return dt;
 }
 
@@ -216,7 +214,7 @@ static struct walk walk_of(const struct pass *p, const struct block *b, const st
     const size_t key = (size_t)(g * b->c.state_dim), value = (size_t)(slice * SLICE);
     float *row = row_of(w->row, w->stride, t);
     struct walk walk = {
-        .kernels = &p->model->k, .states = &run->session->states, .run = &run->states, .stream = b->stream,
+        .kernels = &p->model->k, .states = &run->session->states[HERE], .run = &run->states[HERE], .stream = b->stream,
         .slice = (size_t)slice, .decay = w->decay + (size_t)h, .k = w->k + key, .d = w->d + value,
     };
     walk.job = (struct recur_job){
@@ -261,16 +259,16 @@ static void finish(const struct pass *p, const struct block *b, const struct rec
 
 /* Columns [from, to) of the rows that a run leaves. */
 static void keep_columns(const struct run *run, int stream, const struct work *w, int from, int to) {
-    const struct states *states = &run->session->states;
-    const int start = run->states.start;
-    for (int pos = state_first_kept(states, stream, &run->states); pos < start + run->states.n; pos++) {
+    const struct states *states = &run->session->states[HERE];
+    const int start = run->states[HERE].start;
+    for (int pos = state_first_kept(states, stream, &run->states[HERE]); pos < start + run->states[HERE].n; pos++) {
         const float *row = row_of(w->row, w->stride, run->first + pos - start);
         memcpy(state_row(states, stream, pos) + from, row + from, (size_t)(to - from) * sizeof *row);
     }
 }
 
 void keep_log(const struct pass *p, const struct block *b, const struct work *w, int thread) {
-    const int units = (int)(p->model->state_sizes[b->stream].row / SLICE);
+    const int units = (int)(p->model->state_sizes[HERE][b->stream].row / SLICE);
     int64_t from, to;
     share(p, thread, (int64_t)p->n_runs * units, &from, &to);
     for (int64_t end; from < to; from = end) {
@@ -280,16 +278,20 @@ void keep_log(const struct pass *p, const struct block *b, const struct work *w,
     }
 }
 
-void recurrent_run(struct pass *p, const struct block *b, const struct recurrence *r, const struct work *w,
-                   struct sink out, int thread) {
-    const struct tokens made = { .x = w->out, .act = p->model->buffers->work_act, .n = p->n_tok };
-    const struct product product = product_into(&b->recurrent.out, made, out);
+void recur(struct pass *p, const struct block *b, const struct recurrence *r, const struct work *w, struct tokens out, int thread) {
     prepare(p, b, r, w, thread);
     barrier(p, thread, BMC_STEP_STORE);
     walk_all(p, b, w, thread);
     barrier(p, thread, BMC_STEP_STATES);
-    finish(p, b, r, w, made, thread);
+    finish(p, b, r, w, out, thread);
     keep_log(p, b, w, thread);
-    barrier(p, thread, BMC_STEP_ACTIVATION);
-    multiply(p, &product, 1, thread);
+}
+
+void recurrent_run(struct pass *p, const struct block *b, const struct recurrence *r, const struct work *w,
+                   struct sink out, int thread) {
+    const struct tokens made = { .x = w->out, .act = p->buffers->work_act, .n = p->n_tok };
+    const struct product product = product_into(&b->recurrent.out, made, out);
+    p->machine->recur(p, b, r, w, made, thread);
+    p->machine->end(p, thread, BMC_STEP_ACTIVATION);
+    p->machine->multiply(p, &product, 1, thread);
 }

@@ -3,7 +3,7 @@
 #ifndef RECURRENT_H
 #define RECURRENT_H
 
-#include "../pass.h"
+#include "../machine.h"
 
 /* Rows of a block in the work buffer, (tokens, values). A row of the log is all of `row` but Mamba 2's gate:
  *
@@ -40,7 +40,7 @@ void recurrent_measure(const bmc_model *m, const bmc_block *c, int64_t *extent);
 int recurrent_check(const bmc_model *m, const bmc_block *c);
 struct need recurrent_need(const bmc_model *m, const struct block *b);
 void recurrent_stream(bmc_model *m, struct block *b);
-size_t recurrent_work(const bmc_model *m, const struct block *b, struct work *w);   /* floats of a token */
+size_t recurrent_work(const bmc_model *m, const struct block *b, float *work, struct work *w);  /* floats of a token */
 
 /* e^(a dt) in the place of x, dt = softplus(x + its bias); returns dt. */
 float decay(const bmc_model *m, const struct block *b, const struct work *w, int t, int h);
@@ -49,9 +49,13 @@ float decay(const bmc_model *m, const struct block *b, const struct work *w, int
 void recurrent_run(struct pass *p, const struct block *b, const struct recurrence *r, const struct work *w,
                    struct sink out, int thread);
 
+/* The steps of that on the CPU: all but the product; and of the short convolution. */
+void recur(struct pass *p, const struct block *b, const struct recurrence *r, const struct work *w, struct tokens out, int thread);
+void short_conv(struct pass *p, const struct block *b, const struct work *w, struct tokens out, int thread);
+
 /* The run of token t; `run` is the one of an earlier token. */
 static inline const struct run *run_of(const struct run *run, int t) {
-    while (t >= run->first + run->states.n)
+    while (t >= run->first + run->states[HERE].n)
         run++;
     return run;
 }

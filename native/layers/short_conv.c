@@ -27,8 +27,7 @@ static void measure(const bmc_model *m, const bmc_block *c, int64_t *e) {
 }
 
 static void stream(bmc_model *m, struct block *b) {
-    b->stream = m->n_states++;
-    m->state_sizes[b->stream] = (struct state_size){ .row = padded(m->c.dim), .n_before = b->c.conv - 1 };
+    add_state(m, b, (struct state_size){ .row = padded(m->c.dim), .n_before = b->c.conv - 1 });
 }
 
 static struct need need(const bmc_model *m, const struct block *b) {
@@ -55,20 +54,25 @@ static void mix(const struct pass *p, const struct block *b, const struct work *
     }
 }
 
+void short_conv(struct pass *p, const struct block *b, const struct work *w, struct tokens out, int thread) {
+    mix(p, b, w, out, thread);
+    barrier(p, thread, BMC_STEP_STORE);
+    keep_log(p, b, w, thread);
+}
+
 static void run(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread) {
-    const struct buffers *buffers = p->model->buffers;
+    const struct buffers *buffers = p->buffers;
+    const struct machine *on = p->machine;
     const struct work w = { .row = buffers->work, .stride = padded(b->extent[IN]) };
     const struct tokens mixed = {
         .x = row_of(w.row, w.stride, p->model->pass_max), .act = buffers->work_act, .n = p->n_tok,
     };
     const struct product all = product(&b->recurrent.in, in, w.row);
     const struct product output = product_into(&b->recurrent.out, mixed, out);
-    multiply(p, &all, 1, thread);
-    barrier(p, thread, BMC_STEP_QKV);
-    mix(p, b, &w, mixed, thread);
-    barrier(p, thread, BMC_STEP_STORE);
-    keep_log(p, b, &w, thread);
-    multiply(p, &output, 1, thread);
+    on->multiply(p, &all, 1, thread);
+    on->end(p, thread, BMC_STEP_QKV);
+    on->short_conv(p, b, &w, mixed, thread);
+    on->multiply(p, &output, 1, thread);
 }
 
 const struct kind short_conv_kind = {

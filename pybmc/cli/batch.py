@@ -12,6 +12,7 @@ from .options import (
     context_option,
     draft_options,
     find_model,
+    gpu_settings,
     model_option,
     opened,
     sampling_options,
@@ -72,6 +73,9 @@ def _answers(lines, ray, name, model_option, threads, options, flags):
     flags = {key: value for key, value in flags.items() if key not in SAMPLING}
     if ray:
         from ..batch.cluster import answers
+
+        if any(gpu_settings().values()):
+            raise click.UsageError("--ray: the nodes compute on their CPUs; --gpu and -ngl have no effect there")
 
         drafting = {key: flags[key] for key in ("spec", "draft_max", "draft_min")}
         yield from answers(lines, ray, model_option or "demo", flags["draft"], threads, {**options, **drafting})

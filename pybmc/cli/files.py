@@ -11,25 +11,31 @@ from .terminal import write
 @click.command()
 @options.model_argument
 @options.model_option
+@click.option("--gpu", "with_gpus", is_flag=True, help="Say how many layers fit on each GPU of this machine, and what they take.")
 @options.json_option
-def show(model, model_option, as_json):
+def show(model, model_option, with_gpus, as_json):
     """What a file is: architecture, types, sizes, template, and whether it runs.
 
     MODEL may be a model of the hub (user/repo[:QUANT]): where it is not here, its header is read there.
     """
     from ..hub.store import NotHere
-    from ..show import describe, lines
+    from ..show import describe, describe_gpus, gpu_lines, lines
 
+    on_gpus = None
     try:
-        info = describe(options.need_model(model, model_option))
+        path = options.need_model(model, model_option)
+        info = describe(path)
+        if with_gpus and info["runs"]:
+            on_gpus = describe_gpus(path)
     except NotHere:
         from ..hub.transfer import look
 
         info = look(model or model_option)
     if as_json:
-        options.print_json(info)
+        options.print_json(info if on_gpus is None else info | {"gpus": on_gpus})
     else:
-        write("".join(f"{label:14}{text}\n" for label, text in lines(info)))
+        rows = lines(info) + (gpu_lines(on_gpus) if on_gpus is not None else [])
+        write("".join(f"{label:14}{text}\n" for label, text in rows))
 
 
 @click.command()

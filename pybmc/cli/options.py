@@ -98,6 +98,24 @@ class Rows(click.IntRange):
         return value if value == "auto" else super().convert(value, param, ctx)
 
 
+class Layers(click.IntRange):
+    """auto, or a number of layers; -1: all."""
+
+    name = "N|auto"
+
+    def convert(self, value, param, ctx):
+        return value if value == "auto" else super().convert(value, param, ctx)
+
+
+class Device(Layers):
+    """auto, off, or the number of a GPU."""
+
+    name = "N|auto|off"
+
+    def convert(self, value, param, ctx):
+        return value if value == "off" else super().convert(value, param, ctx)
+
+
 class TemplateSource(click.ParamType):
     """A chat template's name, source or file."""
 
@@ -151,7 +169,14 @@ threads_option = options(
                  help="Leave the weights in the file: much slower, hardly any memory."),
     click.option("--weights-memory", type=Size(), expose_value=False, callback=keep_flag,
                  help="Memory for the weights, as in 12G; by default what is free. Experts that do not fit are read "
-                      "from the file when a text needs them."))
+                      "from the file when a text needs them."),
+    click.option("--gpu", type=Device(0), metavar="N|auto|off", expose_value=False, callback=keep_flag,
+                 help="Compute on GPU N as many layers as fit, or as -ngl says; auto: on one where there is one. "
+                      "The answer is the same."),
+    click.option("-ngl", "--gpu-layers", "--n-gpu-layers", "gpu_layers", type=Layers(-1), metavar="N|auto",
+                 expose_value=False, callback=keep_flag,
+                 help="Compute the last N layers and the head on a GPU; -1: all, auto: as many as fit, "
+                      "0 (default): none."))
 context_option = click.option("-c", "--ctx-size", "context", type=click.IntRange(1), metavar="N",
                               help="Cap on the context, in tokens; by default what the model was trained for. "
                                    "More works, and is noted. Memory follows use.")
@@ -198,6 +223,8 @@ draft_options = options(
                  help="Who guesses: the draft model, the draft head in the model's file (mtp), repetitions in the text (ngram), "
                       "repetitions and the draft model or head that there is (auto), or in long texts the model itself with less "
                       "attention (self)."),
+    click.option("-ngld", "--gpu-layers-draft", "draft_gpu_layers", type=Layers(-1), metavar="N|auto", expose_value=False, callback=keep_flag,
+                 help="The same as -ngl for the draft model; by default as many layers as fit where the model is on a GPU."),
     click.option("--tint", is_flag=True, help="Colour the tokens that were guessed, on a terminal."))
 
 template_options = options(
@@ -229,13 +256,14 @@ text_options = options(
 
 
 SECTIONS = {                            # of the help of chat and generate
-    "Model": ("model_option", "context", "threads", "no_repack", "weights_memory", "rows", "kv_type", "no_preread"),
+    "Model": ("model_option", "context", "threads", "no_repack", "weights_memory", "gpu", "gpu_layers", "rows",
+              "kv_type", "no_preread"),
     "Text": ("prompt", "prompt_file", "session_file", "system", "as_chat", "prefill", "no_bos", "chat_template",
              "chat_template_kwargs", "think", "reasoning_budget"),
     "Form": ("json_schema", "json_schema_file", "grammar", "grammar_file"),
     "End": ("max_tokens", "stop", "ignore_eos"),
     "Sampling": SAMPLING,
-    "Speculation": ("draft", "draft_max", "draft_min", "spec", "tint"),
+    "Speculation": ("draft", "draft_max", "draft_min", "spec", "draft_gpu_layers", "tint"),
     "Output": ("thoughts", "as_json"),
 }
 
@@ -350,16 +378,28 @@ def decoded(data: bytes, name) -> str:
         raise BmcError(f"{name} is not UTF-8 text (byte {error.start})") from None
 
 
+def gpu_settings(draft: bool = False) -> dict:
+    """Model's settings about GPUs, by the command's flags."""
+    meta = click.get_current_context().meta
+    gpu, layers = meta["gpu"], meta["gpu_layers"]
+    if draft and meta.get("draft_gpu_layers") is not None:
+        layers = meta["draft_gpu_layers"]
+    elif draft and layers:
+        layers = "auto"
+    return {"gpu": gpu, "n_gpu_layers": layers}
+
+
 @contextmanager
-def opened(path: Path, threads, writes: bool = True):
-    """The model, loaded behind a progress bar, and the seconds it took. writes: an encoder is refused."""
+def opened(path: Path, threads, writes: bool = True, gpu: dict | None = None):
+    """The model, loaded behind a progress bar, and the seconds it took. writes: an encoder is refused. gpu: settings about GPUs instead
+    of those of the flags."""
     from ..engine.model import Model
 
     started = time.perf_counter()
     with progress(f"loading {path.name}") as update:
         flags = click.get_current_context().meta
         model = Model(path, threads=threads, progress=update, repack=not flags["no_repack"],
-                      memory=flags["weights_memory"])
+                      memory=flags["weights_memory"], **(gpu_settings() if gpu is None else gpu))
     with model:
         if writes:
             model.check_writes()
@@ -381,7 +421,7 @@ def with_draft(flags: dict, bundled: bool, threads):
     if path is None or settings["spec"] not in ("auto", "draft"):
         yield settings | {"draft": None}
         return
-    with opened(find(path), threads) as (draft, _):
+    with opened(find(path), threads, gpu=gpu_settings(draft=True)) as (draft, _):
         yield settings | {"draft": draft}
 
 

@@ -1,9 +1,11 @@
 """The command prove."""
 
+from contextlib import contextmanager
 from dataclasses import asdict
 
 import click
 
+from ..errors import DeviceError
 from . import options
 from .terminal import write
 
@@ -27,8 +29,8 @@ EXIT_UNPROVEN = 3
 def prove(model, model_option, draft, prompt, prompt_file, max_tokens, temperatures, seed, threads, as_json):
     """Show that drafting changes nothing: decode plain and speculatively, and compare tokens and logits bit by bit.
 
-    Drafts of every length, right and wrong on purpose, are checked. Without MODEL the bundled pair is taken. Exit
-    status 3 if anything differs.
+    Drafts of every length, right and wrong on purpose, are checked. With --gpu or -ngl the model is loaded twice, and what the GPU
+    computes is compared with the CPU. Without MODEL the bundled pair is taken. Exit status 3 if anything differs.
     """
     from ..engine.prove import PROMPTS
     from ..engine.prove import prove as run
@@ -36,9 +38,10 @@ def prove(model, model_option, draft, prompt, prompt_file, max_tokens, temperatu
     texts = PROMPTS if prompt is None and prompt_file is None else [options.read_text(prompt, prompt_file)]
     flags = {"draft": draft, "draft_max": 16, "draft_min": 0, "spec": "auto"}
     results = []
+    path = options.find_model(model, model_option)
     with options.with_draft(flags, not (model or model_option), threads) as drafting, \
-            options.opened(options.find_model(model, model_option), threads) as (loaded, _):
-        for found in run(loaded, texts, max_tokens, drafting["draft"], temperatures, seed):
+            options.opened(path, threads, gpu={}) as (loaded, _), on_gpu(path, threads) as gpu:
+        for found in run(loaded, texts, max_tokens, drafting["draft"], temperatures, seed, gpu):
             results.append(found)
             if as_json:
                 options.print_json(asdict(found) | {"equal": found.difference is None})
@@ -48,6 +51,19 @@ def prove(model, model_option, draft, prompt, prompt_file, max_tokens, temperatu
     if not as_json:
         write(verdict(results, differ) + "\n")
     return EXIT_UNPROVEN if differ else 0
+
+
+@contextmanager
+def on_gpu(path, threads):
+    """The model with layers on a GPU, where the flags ask for one; else None."""
+    settings = options.gpu_settings()
+    if settings["n_gpu_layers"] == 0 or settings["gpu"] == "off" or settings == {"gpu": None, "n_gpu_layers": None}:
+        yield None
+        return
+    with options.opened(path, threads) as (loaded, _):
+        if not loaded.gpu_layers:
+            raise DeviceError(f"no layer of {path} runs on a GPU: there is nothing to compare")
+        yield loaded
 
 
 def compared(found) -> str:

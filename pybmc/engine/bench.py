@@ -25,6 +25,7 @@ class Result:
     n: int
     depth: int
     threads: int
+    gpu_layers: int
     tok_s: float
     tok_s_min: float
     tok_s_max: float
@@ -136,5 +137,5 @@ def measure(session, kind: str, tokens: np.ndarray) -> float:
 def result(model, session, kind: str, n: int, depth: int, rates: list[float]) -> Result:
     tok_s = statistics.median(rates)
     passes, row_bytes = tok_s / (1 if kind == "tg" else n), session.arena_stats().row_bytes
-    return Result(kind, n, depth, model.threads, tok_s, min(rates), max(rates), len(rates),
+    return Result(kind, n, depth, model.threads, model.gpu_layers, tok_s, min(rates), max(rates), len(rates),
                   passes * bytes_of_a_pass(model, kind, n, depth, row_bytes) / 1e9)

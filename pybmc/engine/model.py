@@ -17,8 +17,8 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from .. import checks
-from .._native import check, ffi, last_error, lib, owned, pointer
-from ..errors import ArgumentError, ClosedError, FormatError, OutOfMemoryError
+from .._native import check, ffi, last_error, lib, owned, pointer, raise_status
+from ..errors import ArgumentError, ClosedError, DeviceError, FormatError, OutOfMemoryError
 from ..files.gguf import GGUF
 from ..models.bind import Role, bind, bind_head
 from ..models.config import Config, read_config
@@ -26,6 +26,7 @@ from ..models.layers import RMS
 from ..tokenizers import Tokenizer
 from .embed import Pooler, embed
 from .free import known_free_memory
+from .gpu import Place, check_choice, choose, offload, plan
 from .session import Session
 from .session_file import load
 
@@ -68,17 +69,24 @@ class Model:
     expert is packed when a token first takes it, and those used longest ago make way; experts that no text
     needs are not read. Without experts, or where the other weights alone are too large, it is as with
     repack=False. The bits are the same.
-    Raises FormatError if the file is not a model that pybmc runs, OSError if it cannot be opened, OutOfMemoryError.
+    n_gpu_layers: how many of the last layers run on a GPU, with the head: a number, -1 for all, or "auto" for
+    as many as fit; their weights are on the GPU only. gpu: which GPU, "auto" for one where there is one, or
+    "off"; it alone means "auto" layers. The bits are the same.
+    Raises FormatError if the file is not a model that pybmc runs, OSError if it cannot be opened, OutOfMemoryError,
+    DeviceError.
     """
 
     def __init__(self, path, threads: int | None = None, progress: Progress | None = None,
-                 repack: bool = True, memory: float | None = None):
+                 repack: bool = True, memory: float | None = None, gpu: int | str | None = None,
+                 n_gpu_layers: int | str | None = None):
+        check_choice(gpu, n_gpu_layers)
         self._begin(threads)
         self._memory = None if memory is None else checks.number("memory", memory, 0, infinite=True)
         self._file = GGUF(path)
         try:
             self.config = read_config(self._file)
-            self._handle = _bound(self._file, self.config, self.threads)
+            self._handle = bound(self._file, self.config, self.threads)
+            self._place(gpu, n_gpu_layers)
             self._ready(repack, progress)
         except BaseException:
             self.close()
@@ -91,14 +99,25 @@ class Model:
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
         self._locks = defaultdict(threading.Lock)       # process id -> lock of _sessions; a forked one needs its own
         self._long = False                              # a context beyond the training was noted
+        self._gpu: Place | None = None
+        self.gpu_layers = 0                             # how many of the last layers run on a GPU
         self.threads = _thread_count(threads)
+
+    def _place(self, gpu: int | str | None, layers: int | str | None) -> None:
+        self._gpu = choose(self._handle, self.config, gpu, layers)
+        if self._gpu:
+            self.gpu_layers = offload(self._handle, self._gpu, self.path)
 
     def _ready(self, repack: bool, progress: Progress | None = None) -> None:
         self._packing = lib.BMC_IN_FILE
         if repack:
             self._pack(progress)
-        elif lib.bmc_model_map(self._handle):
-            raise OutOfMemoryError(last_error())
+        else:
+            check(lib.bmc_model_map(self._handle))
+
+    def _gpu_bytes(self) -> int:
+        """Bytes of packed weights that are on a GPU."""
+        return plan(self._handle, self.gpu_layers).weight_bytes if self._gpu else 0
 
     def _room(self) -> int:
         """Bytes that packed weights may take."""
@@ -111,7 +130,7 @@ class Model:
     def _pack(self, progress: Progress | None) -> None:
         """The panels are made beside the tokenizer; a vocabulary that is broken shows here too."""
         status: list[tuple[int, str]] = []
-        needed, room = self.packed_bytes, self._room()
+        needed, room = self.packed_bytes - self._gpu_bytes(), self._room()
 
         def pack() -> None:
             status.append((lib.bmc_model_pack_within(self._handle, room), last_error()))
@@ -127,8 +146,7 @@ class Model:
         finally:
             worker.join()
         self._packing, error = status[0]
-        if self._packing < 0:
-            raise OutOfMemoryError(error)
+        raise_status(self._packing, error)
         if self._packing != lib.BMC_PACKED:
             log.warning("%s: packed, the weights take %.3g GB, and there is room for %.3g GB: %s", self.path,
                         needed / 1e9, room / 1e9,
@@ -162,7 +180,7 @@ class Model:
         """The file's draft head, made when it is first asked for: a model that guesses for this one. None without one that works."""
         try:
             return Head(self) if self.config.head else None
-        except (FormatError, OutOfMemoryError) as error:
+        except (DeviceError, FormatError, OutOfMemoryError) as error:
             log.warning("the draft head is not used: %s", error)
             return None
 
@@ -294,6 +312,10 @@ class Head(Model):
         self._handle = _bound_head(self._file, self.config, self.threads, model._live())
         share = self.packed_bytes / model.packed_bytes
         self._memory = None if model._memory is None else share * model._memory
+        if model.gpu_layers:                # its output matrix may be the model's
+            self._gpu = model._gpu
+            self.gpu_layers = offload(self._handle, Place(model._gpu.gpu, self.config.n_layers),
+                                      f"the draft head of {self.path}")
         self._ready(model._packing != lib.BMC_IN_FILE)
 
     def _close_file(self) -> None:
@@ -303,14 +325,14 @@ class Head(Model):
 def check_model(file: GGUF, config: Config) -> bool:
     """Raise the FormatError that loading would: every tensor is bound and its shape checked, none is packed. Whether there is a
     draft head that works."""
-    handle = _bound(file, config, 1)
+    handle = bound(file, config, 1)
     try:
         return config.head is not None and bool(_bound_head(file, config.head, 1, handle))
     except FormatError:
         return False
 
 
-def _bound(file: GGUF, config: Config, threads: int):
+def bound(file: GGUF, config: Config, threads: int):
     """A C model whose tensors are bound."""
     return _bound_roles(file.path, config, bind(file, config), threads)
 

@@ -38,6 +38,9 @@ KINDS: dict[str, dict | None] = {       # of guesses -> Speculation's settings; 
 }
 
 
+ON_GPU = "rehearsed on the GPU"
+
+
 @dataclass(frozen=True)
 class Difference:
     """Where two runs part. gap: between the two best plain logits there; largest: how far any logits are apart."""
@@ -69,8 +72,9 @@ class Comparison:
 
 
 def prove(model, prompts: Sequence = PROMPTS, max_tokens: int = 64, draft=None,
-          temperatures: Sequence[float] = (0.0, 0.8), seed: int = 0) -> Iterator[Comparison]:
-    """Compare each prompt at each temperature. Raises PairError if the draft does not go with the model."""
+          temperatures: Sequence[float] = (0.0, 0.8), seed: int = 0, gpu=None) -> Iterator[Comparison]:
+    """Compare each prompt at each temperature. gpu: the same model with layers on a GPU, whose tokens and logits are compared with
+    those of the CPU too. Raises PairError if the draft does not go with the model."""
     if draft is not None:
         connect(model, draft)
     kinds = [kind for kind in KINDS if (draft is not None or "draft" not in kind) and (model.head is not None or "head" not in kind)]
@@ -81,6 +85,8 @@ def prove(model, prompts: Sequence = PROMPTS, max_tokens: int = 64, draft=None,
             plain, _ = decode(model, tokens, max_tokens, sampler, None, {"spec": "off"})
             text = [*tokens, *(t.id for t in plain)]
             facts = digests(model, text, len(tokens))
+            if gpu is not None:
+                yield compare_machines(model, gpu, text, len(tokens), plain, facts, i, sampler)
             for kind in kinds:
                 yield compare(model, text, len(tokens), plain, facts, kind, i, sampler, draft)
 
@@ -109,6 +115,17 @@ def compare(model, text, n_prompt: int, plain, facts, kind: str, i: int, sampler
     if difference is not None:
         difference = explained(model, text, difference)
     return Comparison(i, sampler.temperature, kind, len(guessed), stats.rounds, stats.draft_n, stats.draft_n_accepted, rows, difference)
+
+
+def compare_machines(model, gpu, text, n_prompt: int, plain, facts, i: int, sampler: Sampler) -> Comparison:
+    """Decode on the GPU with guesses of every length, and run the passes again for their logits."""
+    guessed, stats, passes = rehearse(gpu, text, n_prompt, sampler, i)
+    rows, difference = 0, first_difference(plain, guessed, n_prompt)
+    if difference is None:
+        rows, difference = replay(gpu, text, passes, facts)
+    if difference is not None:
+        difference = explained(model, text, difference)
+    return Comparison(i, sampler.temperature, ON_GPU, len(guessed), stats.rounds, stats.draft_n, stats.draft_n_accepted, rows, difference)
 
 
 def rehearse(model, text: Sequence[int], n_prompt: int, sampler: Sampler, seed: int):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from .. import checks
 from ..chat.templates import source_of
@@ -43,8 +43,9 @@ def refuse_changes(given: Mapping, defaults: Mapping) -> None:
             checks.refuse(name, f"{defaults[name]!r}, since nothing else is supported", given[name])
 
 
-def note_without_effect(given: Mapping, defaults: Mapping, level: int) -> None:
-    names = [name for name in WITHOUT_EFFECT if given[name] != defaults[name]]
+def note_without_effect(given: Mapping, defaults: Mapping, level: int, effective: Collection[str] = ()) -> None:
+    """Log the names of arguments that are given for nothing; effective: those that had an effect for once."""
+    names = [name for name in WITHOUT_EFFECT if given[name] != defaults[name] and name not in effective]
     if names:
         log.log(level, "without effect in pybmc: %s", ", ".join(names))
 

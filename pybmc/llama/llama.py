@@ -68,8 +68,8 @@ class Llama:
 
     n_ctx caps a text, 0: what the model was trained for. draft_model: a path, a Model, a Llama, or
     LlamaPromptLookupDecoding(). logprobs need no logits_all, and embeddings no embedding. seed: -1 or the default is a new one
-    for each call. verbose: notes are logged as warnings. Arguments of GPUs and of mapping have no effect; those that would
-    change the text and are not supported raise an ArgumentError.
+    for each call. verbose: notes are logged as warnings. n_gpu_layers has an effect where a GPU can be used; other
+    arguments of GPUs and those of mapping have none; those that would change the text and are not supported raise an ArgumentError.
     """
 
     def __init__(
@@ -86,7 +86,6 @@ class Llama:
         self._given = {name: value for name, value in given.items() if name not in defaults or value is not defaults[name]}
         self._model: Model | None = None
         arguments.refuse_changes(given, defaults)
-        arguments.note_without_effect(given, defaults, logging.WARNING if verbose else logging.INFO)
         self.model_path, self.verbose = str(model_path), verbose
         self.chat_format, self.chat_handler, self.draft_model = chat_format, chat_handler, draft_model
         self.last_n_tokens_size = checks.whole("last_n_tokens_size", last_n_tokens_size, -1)
@@ -100,16 +99,18 @@ class Llama:
         self.set_seed(seed)
         if not os.path.isfile(self.model_path):
             raise ArgumentError(f"model_path: expected a GGUF file, found none at {self.model_path}")
-        self._open(vocab_only, n_threads)
+        self._open(vocab_only, n_threads, n_gpu_layers)
+        effective: set[str] = {"n_gpu_layers"} if self._model is not None and self._model.gpu_layers else set()
+        arguments.note_without_effect(given, defaults, logging.WARNING if verbose else logging.INFO, effective)
         self._template_source = arguments.source_of_format(chat_format, self._metadata)
 
-    def _open(self, vocab_only: bool, n_threads: int | None) -> None:
+    def _open(self, vocab_only: bool, n_threads: int | None, n_gpu_layers: int) -> None:
         if vocab_only:
             with GGUF(self.model_path, vocabulary_only=True) as file:
                 self._metadata, self._tokenizer = file.metadata, Tokenizer(file)
             return
         self._draft = draft_of(self.draft_model)
-        self._model = model = Model(self.model_path, threads=n_threads or None)
+        self._model = model = Model(self.model_path, threads=n_threads or None, gpu="auto", n_gpu_layers=max(n_gpu_layers, -1))
         try:
             self._metadata, self._tokenizer = model.metadata, model.tokenizer
             if self._tokenizer is None:

@@ -6,6 +6,7 @@ from ..errors import (
     ArgumentError,
     BmcError,
     ContextFullError,
+    DeviceError,
     FormatError,
     OutOfMemoryError,
     SchemaError,
@@ -54,6 +55,8 @@ def refusal(error: BmcError, fields=()) -> Refused:
     message = str(error)
     if isinstance(error, OutOfMemoryError):
         return Refused(503, "out_of_memory", message, headers={"Retry-After": "5"})
+    if isinstance(error, DeviceError):
+        return Refused(500, "device_failed", message)
     if isinstance(error, ContextFullError):
         return Refused(400, "context_length_exceeded", message)
     if isinstance(error, SchemaError):

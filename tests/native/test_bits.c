@@ -2,6 +2,7 @@
  * ISA here, and (make test-arm) on every machine. */
 #include "check.h"
 #include "cpu.h"
+#include "exp.h"
 #include "pack.h"
 #include "panels.h"
 
@@ -168,6 +169,14 @@ static void recurrences(const struct kernels *k) {
     }
 }
 
+/* Experts' probabilities and states' decay. */
+static void exponentials(void) {
+    for (int i = -2000; i <= 2000; i++) {
+        const double y = exp_exact(i * 0.31);
+        fold(&y, sizeof y);
+    }
+}
+
 static void every_kernel(const struct kernels *k) {
     int at = 0;
     for (int type = 0; type < N_TYPES; type++)
@@ -185,6 +194,8 @@ static void every_kernel(const struct kernels *k) {
     line(k, at++, "rows");
     recurrences(k);
     line(k, at++, "recur");
+    exponentials();
+    line(k, at++, "exp");
 }
 
 int main(void) {

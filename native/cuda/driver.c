@@ -1,0 +1,337 @@
+#include "driver.h"
+
+#include "../error.h"
+
+#include <dlfcn.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <unistd.h>
+
+enum { OUT_OF_MEMORY = 2 };
+enum { ATTRIBUTE_SMS = 16, ATTRIBUTE_MAJOR = 75, ATTRIBUTE_MINOR = 76, ATTRIBUTE_MAPS = 102 };
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static struct cuda_driver functions;
+static struct gpu *opened;
+static pid_t process;                           /* that opened the driver; 0: none yet */
+
+static int open_driver(void) {
+    const char *path = getenv("PYBMC_CUDA_DRIVER"), *text = NULL;
+    void *library = dlopen(path && *path ? path : "libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+    if (!library)
+        return fail(BMC_EDEVICE, "no GPU can be used: %s", dlerror());
+    const struct { const char *name; void *place; } list[] = {
+#define CUDA_ROW(name, args) { #name, &functions.name },
+        CUDA_DRIVER(CUDA_ROW)
+#undef CUDA_ROW
+    };
+    for (size_t i = 0; i < sizeof list / sizeof *list; i++) {
+        void *found = dlsym(library, list[i].name);
+        if (!found) {
+            dlclose(library);
+            return fail(BMC_EDEVICE,
+                        "no GPU can be used: the driver has no %s: expected version 470 or later",
+                        list[i].name);
+        }
+        memcpy(list[i].place, &found, sizeof found);
+    }
+    const int code = functions.cuInit(0);
+    if (code) {
+        functions.cuGetErrorString(code, &text);
+        return fail(BMC_EDEVICE, "no GPU can be used: the driver says \"%s\" (%d)",
+                    text ? text : "unknown error", code);
+    }
+    return 0;
+}
+
+static const struct cuda_driver *driver_locked(void) {
+    if (process && process != getpid()) {
+        fail(BMC_EDEVICE, "a forked process cannot use the GPU that its parent has opened: open models in "
+                          "the process that uses them");
+        return NULL;
+    }
+    if (!process && open_driver())
+        return NULL;
+    process = getpid();
+    return &functions;
+}
+
+const struct cuda_driver *cuda_driver(void) {
+    pthread_mutex_lock(&lock);
+    const struct cuda_driver *found = driver_locked();
+    pthread_mutex_unlock(&lock);
+    return found;
+}
+
+int cuda_status(int gpu, const char *what, int code) {
+    const char *text = NULL;
+    if (!code)
+        return 0;
+    functions.cuGetErrorString(code, &text);
+    return fail(code == OUT_OF_MEMORY ? BMC_ENOMEM : BMC_EDEVICE, "GPU %d: %s: %s (%d)", gpu, what,
+                text ? text : "unknown error", code);
+}
+
+/* Number i, checked. */
+static int find_device(const struct cuda_driver *cu, int i, int *device) {
+    int n = 0, status = cuda_status(i, "counting the GPUs", cu->cuDeviceGetCount(&n));
+    if (!status && n < 1)
+        status = fail(BMC_EDEVICE, "there is no GPU that the driver can use");
+    if (!status && (i < 0 || i >= n))
+        status = fail(BMC_EDEVICE, "GPU: expected 0 to %d, found %d", n - 1, i);
+    return status ? status : cuda_status(i, "asking for it", cu->cuDeviceGet(device, i));
+}
+
+int bmc_gpu(int i, bmc_gpu_info *info) {
+    const struct cuda_driver *cu = cuda_driver();
+    int n = 0, device = 0, major = 0, minor = 0;
+    void *context;
+    if (!cu)
+        return BMC_EDEVICE;
+    int status =
+        info ? find_device(cu, i, &device) : cuda_status(0, "counting the GPUs", cu->cuDeviceGetCount(&n));
+    if (!info)
+        return status ? status : n;
+    size_t total = 0, unused = 0;
+    *info = (bmc_gpu_info){ 0 };
+    if (!status)
+        status = cuda_status(i, "asking for its name",
+                             cu->cuDeviceGetName(info->name, (int)sizeof info->name, device));
+    if (!status)
+        status = cuda_status(i, "asking for its memory", cu->cuDeviceTotalMem_v2(&total, device));
+    if (!status)
+        status = cuda_status(i, "asking for its capability",
+                             cu->cuDeviceGetAttribute(&major, ATTRIBUTE_MAJOR, device)
+                                 | cu->cuDeviceGetAttribute(&minor, ATTRIBUTE_MINOR, device));
+    if (!status)
+        status = cuda_status(i, "using it", cu->cuDevicePrimaryCtxRetain(&context, device));
+    if (status)
+        return status;
+    status = cuda_status(i, "using it", cu->cuCtxSetCurrent(context));
+    if (!status)
+        status = cuda_status(i, "asking for its memory", cu->cuMemGetInfo_v2(&unused, &total));
+    cu->cuDevicePrimaryCtxRelease_v2(device);
+    info->memory = (int64_t)total;
+    info->available = (int64_t)unused;
+    info->major = major;
+    info->minor = minor;
+    return status;
+}
+
+/* A file's bytes and a 0 after them, as PTX wants it. NULL with the sentence recorded. */
+static char *read_file(const char *path) {
+    FILE *file = fopen(path, "rb");
+    char *bytes = NULL;
+    long size = -1;
+    if (file && !fseek(file, 0, SEEK_END) && (size = ftell(file)) >= 0 && !fseek(file, 0, SEEK_SET))
+        bytes = calloc((size_t)size + 1, 1);
+    if (bytes && fread(bytes, 1, (size_t)size, file) != (size_t)size) {
+        free(bytes);
+        bytes = NULL;
+    }
+    if (file)
+        fclose(file);
+    if (!bytes)
+        fail(BMC_EDEVICE, "the kernels for GPUs cannot be read: %s", path);
+    return bytes;
+}
+
+static int load_kernels(struct gpu *g, const char *path) {
+    char *image = read_file(path);
+    if (!image)
+        return BMC_EDEVICE;
+    const int status =
+        cuda_status(g->index, "loading the kernels", g->cu->cuModuleLoadData(&g->module, image));
+    free(image);
+    return status;
+}
+
+static struct cuda_allocation on_device(const struct gpu *g) {
+    return (struct cuda_allocation){ .type = 1, .location = { 1, g->device } };
+}
+
+static int begin_gpu(struct gpu *g, const char *kernels) {
+    const struct cuda_allocation kind = on_device(g);
+    int major = 0, maps = 0;
+    int status = cuda_status(g->index, "using it", g->cu->cuDevicePrimaryCtxRetain(&g->context, g->device));
+    if (!status)
+        status = cuda_status(g->index, "using it", g->cu->cuCtxSetCurrent(g->context));
+    if (!status)
+        status = load_kernels(g, kernels);
+    if (!status)
+        status = cuda_status(g->index, "asking what it can do",
+                             g->cu->cuDeviceGetAttribute(&g->n_sms, ATTRIBUTE_SMS, g->device)
+                                 | g->cu->cuDeviceGetAttribute(&major, ATTRIBUTE_MAJOR, g->device)
+                                 | g->cu->cuDeviceGetAttribute(&maps, ATTRIBUTE_MAPS, g->device));
+    if (!status && maps)
+        status = cuda_status(g->index, "asking what it can do",
+                             g->cu->cuMemGetAllocationGranularity(&g->granularity, &kind, 0));
+    g->mma = major >= 8;
+    return status;
+}
+
+static void end_gpu(struct gpu *g) {
+    if (g->module)
+        g->cu->cuModuleUnload(g->module);
+    if (g->context)
+        g->cu->cuDevicePrimaryCtxRelease_v2(g->device);
+    free(g);
+}
+
+static int open_locked(int index, const char *kernels, struct gpu **gpu) {
+    const struct cuda_driver *cu = driver_locked();
+    int device = 0, status = cu ? find_device(cu, index, &device) : BMC_EDEVICE;
+    if (status)
+        return status;
+    for (struct gpu *g = opened; g; g = g->next)
+        if (g->index == index) {
+            g->users++;
+            *gpu = g;
+            return 0;
+        }
+    struct gpu *g = calloc(1, sizeof *g);
+    if (!g)
+        return fail(BMC_ENOMEM, "no memory for a GPU");
+    *g = (struct gpu){
+        .cu = cu, .index = index, .users = 1, .device = device, .process = process, .next = opened
+    };
+    status = begin_gpu(g, kernels);
+    if (status) {
+        end_gpu(g);
+        return status;
+    }
+    *gpu = opened = g;
+    return 0;
+}
+
+int gpu_open(int index, const char *kernels, struct gpu **gpu) {
+    pthread_mutex_lock(&lock);
+    const int status = open_locked(index, kernels, gpu);
+    pthread_mutex_unlock(&lock);
+    return status;
+}
+
+void gpu_close(struct gpu *g) {
+    struct gpu **link = &opened;
+    if (!g || g->process != getpid())
+        return;
+    pthread_mutex_lock(&lock);
+    if (--g->users == 0) {
+        while (*link != g)
+            link = &(*link)->next;
+        *link = g->next;
+        g->cu->cuCtxSetCurrent(g->context);
+        end_gpu(g);
+    }
+    pthread_mutex_unlock(&lock);
+}
+
+int gpu_enter(const struct gpu *g) {
+    if (g->process != getpid())
+        return fail(BMC_EDEVICE, "a forked process cannot use the model on GPU %d that its parent has opened",
+                    g->index);
+    return cuda_status(g->index, "using it", g->cu->cuCtxSetCurrent(g->context));
+}
+
+void *gpu_function(const struct gpu *g, const char *name) {
+    void *function = NULL;
+    char what[96];
+    snprintf(what, sizeof what, "finding the kernel %s", name);
+    return cuda_status(g->index, what, g->cu->cuModuleGetFunction(&function, g->module, name)) ? NULL
+                                                                                               : function;
+}
+
+int gpu_alloc(const struct gpu *g, size_t bytes, const char *what, void **memory) {
+    uint64_t address = 0;
+    char text[128];
+    *memory = NULL;
+    snprintf(text, sizeof text, "%.0f MB for %s", (double)bytes / 1e6, what);
+    const int status = cuda_status(g->index, text, g->cu->cuMemAlloc_v2(&address, bytes ? bytes : 1));
+    *memory = status ? NULL : (void *)(uintptr_t)address;
+    return status;
+}
+
+void gpu_free(const struct gpu *g, void *memory) {
+    if (memory && !gpu_enter(g))
+        g->cu->cuMemFree_v2(cuda_address(memory));
+}
+
+/* Segments. */
+
+static size_t segment_whole(void *of, size_t bytes) {
+    const struct gpu *g = ((struct gpu_segments *)of)->gpu;
+    const size_t unit = g->granularity ? g->granularity : 512;
+    return (bytes + unit - 1) / unit * unit;
+}
+
+/* Memory at addresses of its own; 0 without. */
+static uint64_t map_segment(const struct gpu *g, size_t bytes) {
+    const struct cuda_allocation kind = on_device(g);
+    const struct cuda_access access = { kind.location, 3 };
+    unsigned long long memory = 0;
+    uint64_t address = 0;
+    if (g->cu->cuMemAddressReserve(&address, bytes, 0, 0, 0))
+        return 0;
+    bool made = !g->cu->cuMemCreate(&memory, bytes, &kind, 0),
+         mapped = made && !g->cu->cuMemMap(address, bytes, 0, memory, 0);
+    if (made)
+        g->cu->cuMemRelease(memory);            /* it lives as long as it is mapped */
+    if (mapped && !g->cu->cuMemSetAccess(address, bytes, &access, 1))
+        return address;
+    if (mapped)
+        g->cu->cuMemUnmap(address, bytes);
+    g->cu->cuMemAddressFree(address, bytes);
+    return 0;
+}
+
+static void unmap_segment(void *of, void *memory, size_t bytes) {
+    const struct gpu_segments *s = of;
+    const struct gpu *g = s->gpu;
+    if (!memory || gpu_enter(g))
+        return;
+    g->cu->cuStreamSynchronize(s->stream);      /* it may be zeroed still */
+    if (!g->granularity) {
+        g->cu->cuMemFree_v2(cuda_address(memory));
+        return;
+    }
+    g->cu->cuMemUnmap(cuda_address(memory), bytes);
+    g->cu->cuMemAddressFree(cuda_address(memory), bytes);
+}
+
+static void *new_segment(void *of, size_t bytes) {
+    const struct gpu_segments *s = of;
+    const struct gpu *g = s->gpu;
+    uint64_t address = 0;
+    if (gpu_enter(g))
+        return NULL;
+    if (g->granularity)
+        address = map_segment(g, bytes);
+    else if (g->cu->cuMemAlloc_v2(&address, bytes))
+        address = 0;
+    if (address && g->cu->cuMemsetD8Async(address, 0, bytes, s->stream)) {
+        unmap_segment(of, (void *)(uintptr_t)address, bytes);
+        address = 0;
+    }
+    return (void *)(uintptr_t)address;
+}
+
+/* Done when it returns: whose rows they were may give them back. */
+static int copy_segment(void *of, void *to, const void *from, size_t bytes) {
+    const struct gpu_segments *s = of;
+    const struct cuda_driver *cu = s->gpu->cu;
+    if (gpu_enter(s->gpu) || cu->cuMemcpyDtoDAsync_v2(cuda_address(to), cuda_address(from), bytes, s->stream))
+        return -1;
+    return cu->cuStreamSynchronize(s->stream) ? -1 : 0;
+}
+
+static int zero_segment(void *of, void *memory, size_t bytes) {
+    const struct gpu_segments *s = of;
+    return gpu_enter(s->gpu) || s->gpu->cu->cuMemsetD8Async(cuda_address(memory), 0, bytes, s->stream) ? -1
+                                                                                                       : 0;
+}
+
+struct memory gpu_memory(struct gpu_segments *of) {
+    return (struct memory){ of, segment_whole, new_segment, unmap_segment, copy_segment, zero_segment };
+}

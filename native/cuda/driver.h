@@ -1,0 +1,107 @@
+/* NVIDIA's driver, opened when it is asked for: libcuda.so.1, or what PYBMC_CUDA_DRIVER names. Declared
+ * here, so that neither a header nor a library of CUDA is needed to build pybmc. Handles are pointers,
+ * results 0 or an error code. */
+#ifndef CUDA_DRIVER_H
+#define CUDA_DRIVER_H
+
+#include "../arena.h"
+#include "args.h"
+
+#include <stdbool.h>
+#include <sys/types.h>
+
+/* Places for memory of the device: where it is, and who may use it. */
+struct cuda_location { int32_t type, id; };                         /* type 1: a device */
+struct cuda_access { struct cuda_location location; int32_t flags; };       /* 3: reads and writes */
+struct cuda_allocation {
+    int32_t type, handle_types;                                     /* type 1: memory that stays where it is */
+    struct cuda_location location;
+    void *win32;
+    uint8_t flags[8];
+};
+
+#define CUDA_DRIVER(X) \
+    X(cuInit, (unsigned flags)) \
+    X(cuGetErrorString, (int code, const char **text)) \
+    X(cuDeviceGetCount, (int *n)) \
+    X(cuDeviceGet, (int *device, int i)) \
+    X(cuDeviceGetName, (char *name, int n, int device)) \
+    X(cuDeviceTotalMem_v2, (size_t *bytes, int device)) \
+    X(cuDeviceGetAttribute, (int *value, int attribute, int device)) \
+    X(cuDevicePrimaryCtxRetain, (void **context, int device)) \
+    X(cuDevicePrimaryCtxRelease_v2, (int device)) \
+    X(cuCtxSetCurrent, (void *context)) \
+    X(cuMemGetInfo_v2, (size_t *unused, size_t *total)) \
+    X(cuMemAlloc_v2, (uint64_t *memory, size_t bytes)) \
+    X(cuMemFree_v2, (uint64_t memory)) \
+    X(cuMemHostAlloc, (void **memory, size_t bytes, unsigned flags)) \
+    X(cuMemFreeHost, (void *memory)) \
+    X(cuMemcpyHtoDAsync_v2, (uint64_t to, const void *from, size_t bytes, void *stream)) \
+    X(cuMemcpyDtoHAsync_v2, (void *to, uint64_t from, size_t bytes, void *stream)) \
+    X(cuMemcpyDtoDAsync_v2, (uint64_t to, uint64_t from, size_t bytes, void *stream)) \
+    X(cuMemsetD8Async, (uint64_t memory, unsigned char value, size_t bytes, void *stream)) \
+    X(cuMemGetAllocationGranularity, (size_t *bytes, const struct cuda_allocation *kind, int recommended)) \
+    X(cuMemAddressReserve, (uint64_t *address, size_t bytes, size_t alignment, uint64_t wished, unsigned long long flags)) \
+    X(cuMemAddressFree, (uint64_t address, size_t bytes)) \
+    X(cuMemCreate, (unsigned long long *memory, size_t bytes, const struct cuda_allocation *kind, unsigned long long flags)) \
+    X(cuMemRelease, (unsigned long long memory)) \
+    X(cuMemMap, (uint64_t address, size_t bytes, size_t offset, unsigned long long memory, unsigned long long flags)) \
+    X(cuMemUnmap, (uint64_t address, size_t bytes)) \
+    X(cuMemSetAccess, (uint64_t address, size_t bytes, const struct cuda_access *access, size_t n)) \
+    X(cuStreamCreate, (void **stream, unsigned flags)) \
+    X(cuStreamDestroy_v2, (void *stream)) \
+    X(cuStreamSynchronize, (void *stream)) \
+    X(cuModuleLoadData, (void **module, const void *image)) \
+    X(cuModuleUnload, (void *module)) \
+    X(cuModuleGetFunction, (void **function, void *module, const char *name)) \
+    X(cuLaunchKernel, (void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, \
+                       unsigned shared, void *stream, void **args, void **extra)) \
+    X(cuStreamBeginCapture_v2, (void *stream, int mode)) \
+    X(cuStreamEndCapture, (void *stream, void **graph)) \
+    X(cuGraphInstantiateWithFlags, (void **program, void *graph, unsigned long long flags)) \
+    X(cuGraphLaunch, (void *program, void *stream)) \
+    X(cuGraphExecDestroy, (void *program)) \
+    X(cuGraphDestroy, (void *graph))
+
+struct cuda_driver {
+#define CUDA_FIELD(name, args) int (*name) args;
+    CUDA_DRIVER(CUDA_FIELD)
+#undef CUDA_FIELD
+};
+
+/* The driver, opened by the first call; NULL with the sentence recorded. */
+const struct cuda_driver *cuda_driver(void);
+
+/* 0, or what a code of the driver means, with its sentence: "GPU 0: WHAT: out of memory". */
+int cuda_status(int gpu, const char *what, int code);
+
+/* A GPU that is in use, with the kernels loaded: shared by all who open it. */
+struct gpu {
+    const struct cuda_driver *cu;
+    int index, users;
+    int device;
+    void *context, *module;
+    int n_sms;                      /* multiprocessors */
+    bool mma;                       /* multiplies 8-bit matrices */
+    size_t granularity;             /* of memory that is mapped; 0: it cannot be */
+    pid_t process;                  /* a forked one cannot use it */
+    struct gpu *next;
+};
+
+int gpu_open(int index, const char *kernels, struct gpu **gpu);     /* kernels: a file of the compiled kernels */
+void gpu_close(struct gpu *gpu);
+int gpu_enter(const struct gpu *gpu);                               /* before calls of the driver, on each thread; 0 or BMC_EDEVICE */
+void *gpu_function(const struct gpu *gpu, const char *name);        /* NULL with the sentence recorded */
+
+/* Memory of the GPU. 0, or BMC_ENOMEM or BMC_EDEVICE; what: for the sentence. */
+int gpu_alloc(const struct gpu *gpu, size_t bytes, const char *what, void **memory);
+void gpu_free(const struct gpu *gpu, void *memory);
+
+/* Segments of arenas, which grow where they stand, and states: each is memory mapped to addresses of its
+ * own, or where the GPU cannot do that an allocation. The stream does the zeroing and copying. */
+struct gpu_segments { const struct gpu *gpu; void *stream; };
+struct memory gpu_memory(struct gpu_segments *of);
+
+static inline uint64_t cuda_address(const void *p) { return (uint64_t)(uintptr_t)p; }
+
+#endif
