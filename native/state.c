@@ -9,7 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Of each stream the anchor and the rows before it, never changed. */
+/* Of each stream the anchor and the rows before it, never changed. on: where the values are; NULL: the heap, as there may be more
+ * of them than a process may have mappings. */
 struct copy { atomic_int users; const struct memory *on; float *values; size_t bytes; };
 
 static const struct memory *place_of(const struct states *s) { return s->on ? s->on : &memory_host; }
@@ -17,7 +18,10 @@ static const struct memory *place_of(const struct states *s) { return s->on ? s-
 static void drop(struct snapshot *p) {
     struct copy *copy = p->copy;
     if (copy && atomic_fetch_sub(&copy->users, 1) == 1) {
-        copy->on->unmap(copy->on->of, copy->values, copy->bytes);
+        if (copy->on)
+            copy->on->unmap(copy->on->of, copy->values, copy->bytes);
+        else
+            free(copy->values);
         free(copy);
     }
     *p = (struct snapshot){ 0 };
@@ -199,14 +203,15 @@ bool states_has_snapshot(const struct states *s, int position) {
 
 /* Room for a snapshot's values, which are still to come. NULL: no memory. */
 static struct copy *make_copy(const struct states *s) {
+    const size_t bytes = s->on ? whole(s, snapshot_floats(s)) : snapshot_floats(s) * sizeof(float);
     struct copy *copy = malloc(sizeof *copy);
-    float *values = copy ? place_of(s)->map(place_of(s)->of, whole(s, snapshot_floats(s))) : NULL;
+    float *values = !copy ? NULL : s->on ? s->on->map(s->on->of, bytes) : malloc(bytes);
     if (!values) {
         free(copy);
         fail(BMC_ENOMEM, "no memory for a snapshot of %.0f MB", megabytes(snapshot_floats(s)));
         return NULL;
     }
-    *copy = (struct copy){ .on = place_of(s), .values = values, .bytes = whole(s, snapshot_floats(s)) };
+    *copy = (struct copy){ .on = s->on, .values = values, .bytes = bytes };
     atomic_init(&copy->users, 1);
     return copy;
 }
