@@ -63,7 +63,6 @@ def open_llama(path, threads, n, b):
             params.pooling_type = api.LLAMA_POOLING_TYPE_MEAN
             context = api.llama_init_from_model(model, params)
         batch = api.llama_batch_init(width, 0, 1)
-        assert quiet                                    # called by the library as long as this lives
         together = max(width // n, 1)
 
         def embed(texts):
@@ -73,11 +72,12 @@ def open_llama(path, threads, n, b):
                 fill(batch, part)
                 if memory := api.llama_get_memory(context):
                     api.llama_memory_clear(memory, False)
-                if status := api.llama_decode(context, batch):
+                if status := (api.llama_decode if memory else api.llama_encode)(context, batch):
                     raise RuntimeError(f"llama_decode of {part.size} tokens gives {status}")
                 vectors += [np.array(np.ctypeslib.as_array(api.llama_get_embeddings_seq(context, i), (size,))) for i in range(len(part))]
             return np.stack([v / np.linalg.norm(v) for v in vectors])
 
+        embed.quiet = quiet                             # the library calls it as long as it runs
         return embed
 
     def fill(batch, part):
