@@ -6,17 +6,17 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from pybmc.engine.bench import bytes_of_a_pass
+from pybmc.engine.bench import bytes_of_a_pass, experts_taken, is_expert
 
 from . import lab
 
 
 def weight_counts(model) -> tuple[Counter, Counter]:
-    """How many weights each type (its GGML number) has in the layers' matrices, and in the head's."""
+    """How many weights of each type (its GGML number) a token is multiplied by in the layers' matrices, and in the head's."""
     layers, head, tensors = Counter(), Counter(), model._file.tensors
     for tensor in tensors.values():
         if tensor.name.startswith("blk.") and len(tensor.shape) > 1:
-            layers[tensor.type.id] += math.prod(tensor.shape)
+            layers[tensor.type.id] += math.prod(tensor.shape) * (experts_taken(model, 1) if is_expert(tensor) else 1)
     tensor = tensors.get("output.weight", tensors["token_embd.weight"])
     head[tensor.type.id] = math.prod(tensor.shape)
     return layers, head

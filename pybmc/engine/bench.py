@@ -18,7 +18,8 @@ PASSES = 4                              # verification passes that one repetitio
 class Result:
     """One test: n tokens in a pass ("pp", "verify") or generated ("tg") behind depth rows; rates in tokens/s.
 
-    gb_s is how much of the packed weights and of the rows was read a second, once a pass.
+    gb_s is how much of the packed weights and of the rows was read a second, once a pass; of experts as many as
+    tokens take on average.
     """
 
     test: str
@@ -33,10 +34,27 @@ class Result:
     gb_s: float
 
 
+def experts_taken(model, tokens: int) -> float:
+    """Share of the experts that so many tokens take, on average, if each takes any; 1 without experts."""
+    metadata = model._file.metadata
+    n, used = (metadata.get(f"{metadata['general.architecture']}.{key}") for key in ("expert_count", "expert_used_count"))
+    return 1 - (1 - used / n) ** tokens if isinstance(n, int) and isinstance(used, int) and n else 1.0
+
+
 def bytes_of_a_pass(model, test: str, n: int, depth: int, row_bytes: int) -> float:
-    """Weights and rows, once each."""
+    """Weights and rows, once each; of experts those that are taken."""
     rows = depth + (n / 2 if test == "tg" else 0)                   # on average
-    return model.packed_bytes + rows * row_bytes
+    tensors = model._file.tensors
+    looked_up = {"token_embd.weight"} if "output.weight" in tensors else set()
+    weights = [t for name, t in tensors.items() if name not in looked_up]
+    experts = sum(t.nbytes for t in weights if is_expert(t)) / sum(t.nbytes for t in weights)
+    left_out = experts * (1 - experts_taken(model, 1 if test == "tg" else n))
+    return model.packed_bytes * (1 - left_out) + rows * row_bytes
+
+
+def is_expert(tensor) -> bool:
+    """Whether it holds the weights of experts that a router chooses from."""
+    return "_exps." in tensor.name
 
 
 @dataclass(frozen=True)
