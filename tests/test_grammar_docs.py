@@ -1,4 +1,4 @@
-"""Every example of docs/grammar.md runs, against the bundled model and a server with it."""
+"""Every example of docs/grammar.md and docs/python.md runs, against the bundled model and a server with it."""
 
 import os
 import re
@@ -14,8 +14,9 @@ import pybmc
 
 pytest.importorskip("llguidance", reason="schemas need llguidance")
 
-TEXT = (Path(__file__).parents[1] / "docs" / "grammar.md").read_text("utf-8")
-EXAMPLES = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+DOCS = Path(__file__).parents[1] / "docs"
+TEXT = (DOCS / "grammar.md").read_text("utf-8")
+EXAMPLES = re.findall(r"^```(\w+)\n(.*?)^```", TEXT + (DOCS / "python.md").read_text("utf-8"), re.DOTALL | re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
