@@ -161,6 +161,7 @@ def page(browser, stub):
     page.on("pageerror", lambda error: page.errors.append(str(error)))
     page.on("request", lambda request: hosts.add(request.url.split("/")[2]))
     page.goto(stub.url)
+    expect(page.get_by_label("Message", exact=True)).to_be_focused()            # a moment after the page is loaded
     yield page
     stub.hold = False
     context.close()
