@@ -82,7 +82,7 @@ struct cuda {
     struct hidden *hidden;          /* (n_hidden,) */
     int n_sessions, n_hidden;
     int64_t n_passes;
-    uint64_t last_hash[GRAPH_TOKENS + 1];       /* of the last queue for so many tokens */
+    uint64_t last_hash[GRAPH_TOKENS + 1];       /* of the last queue, by the tokens of its pass */
     struct graph graphs[GRAPHS];
 };
 

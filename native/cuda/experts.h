@@ -35,31 +35,6 @@ DEVICE void softmax(struct route_room &s, int n) {
         s.p[e] = (float)(exp_exact(s.p[e] - s.largest) / s.sum);
 }
 
-/* Leaves only the experts of the groups whose two best come to most. */
-DEVICE void keep_groups(const struct cuda_route &a, float *choice) {
-    const int size = a.n_experts / a.groups;
-    for (int left = a.groups - a.groups_used; left > 0; left--) {
-        int worst = -1;
-        float least_both = INFINITY;
-        for (int g = 0; g < a.groups; g++) {
-            float first = -INFINITY, second = -INFINITY;
-            for (const float *x = choice + g * size; x < choice + (g + 1) * size; x++)
-                if (*x > first) {
-                    second = first;
-                    first = *x;
-                } else if (*x > second)
-                    second = *x;
-            const float both = size > 1 ? first + second : first;
-            if (first > -INFINITY && both <= least_both) {
-                least_both = both;
-                worst = g;
-            }
-        }
-        for (int e = 0; worst >= 0 && e < size; e++)
-            choice[worst * size + e] = -INFINITY;
-    }
-}
-
 /* The expert with the largest score, of equal ones the first: by sixteen threads. */
 DEVICE int find_best(const float *choice, int n) {
     float top = -INFINITY;
@@ -128,7 +103,7 @@ KERNEL(route, 256, struct cuda_route, struct route_room) {
     }
     __syncthreads();
     if (t == 0 && a.groups > 1)
-        keep_groups(a, s.choice);
+        keep_groups(s.choice, n, a.groups, a.groups_used);
     __syncthreads();
     if (t < 16)
         choose(a, s);

@@ -9,7 +9,7 @@
 
 #define _Static_assert static_assert
 #include "args.h"
-#include "../exp.h"
+#include "../route.h"
 #include "../state.h"
 #include <math.h>
 

@@ -4,9 +4,9 @@
  * experts are summed in ascending order of their number, whatever else is in the pass: groups of rows of
  * `down` go through all experts in that order. */
 #include "../error.h"
-#include "../exp.h"
 #include "../machine.h"
 #include "../resident.h"
+#include "../route.h"
 
 #include <float.h>
 #include <math.h>
@@ -135,38 +135,13 @@ static void rate(const struct block *b, float *p, float *choice) {
         choice[e] = fmaxf(b->experts.choice_bias.v ? p[e] + b->experts.choice_bias.v[e] : p[e], -FLT_MAX);
 }
 
-/* Leaves only the experts of the groups whose two best come to most. */
-static void keep_groups(const bmc_block *c, float *choice) {
-    const int size = c->n_experts / c->expert_groups;
-    for (int left = c->expert_groups - c->groups_used; left > 0; left--) {
-        int worst = -1;
-        float least = INFINITY;
-        for (int g = 0; g < c->expert_groups; g++) {
-            float first = -INFINITY, second = -INFINITY;
-            for (const float *x = choice + g * size; x < choice + (g + 1) * size; x++)
-                if (*x > first) {
-                    second = first;
-                    first = *x;
-                } else if (*x > second)
-                    second = *x;
-            float both = size > 1 ? first + second : first;
-            if (first > -INFINITY && both <= least) {
-                least = both;
-                worst = g;
-            }
-        }
-        for (int e = 0; worst >= 0 && e < size; e++)
-            choice[worst * size + e] = -INFINITY;
-    }
-}
-
 /* The experts of one token and their weights, ascending by expert; of equal ones the first is chosen. */
 static void choose(const struct block *b, float *p, float *choice, struct pick *out) {
     const bmc_block *c = &b->c;
     double sum = 0;
     rate(b, p, choice);
     if (c->expert_groups > 1)
-        keep_groups(c, choice);
+        keep_groups(choice, c->n_experts, c->expert_groups, c->groups_used);
     for (int n = 0; n < c->n_active; n++) {
         int best = 0, at = n;
         for (int e = 1; e < c->n_experts; e++)
