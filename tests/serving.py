@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import json
 import socket
 import threading
@@ -87,6 +88,18 @@ def served(model, policy=None, draft=None, grace=0.2, page=True, **settings):
         yield server.ready()
     finally:
         server.close()
+
+
+@contextlib.contextmanager
+def served_by_name(load, *policy):
+    """What gives the server of a name's model; started when it is first asked for. load: makes a model of a name."""
+    with contextlib.ExitStack() as stack:
+        @functools.cache
+        def get(name):
+            model = stack.enter_context(load(name))
+            return stack.enter_context(served(model, *policy, names=["tiny"]))
+
+        yield get
 
 
 def events(response):

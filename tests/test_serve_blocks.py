@@ -7,7 +7,7 @@ import threading
 import pytest
 import tiny
 import tiny_tools
-from serving import Gate, Served, httpx, read_to, served, until
+from serving import Gate, Served, httpx, read_to, served, served_by_name, until
 from test_tools import PAINT, STOP, fits
 
 import pybmc
@@ -28,20 +28,9 @@ CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messag
 
 @pytest.fixture(scope="module")
 def servers():
-    """name -> a server of the model with that template; started when it is first asked for."""
-    made = {}
-
-    def get(name):
-        if name not in made:
-            model = pybmc.Model(tiny_tools.model(name), threads=1)
-            context = served(model, Policy(max_body=100_000), names=["tiny"])
-            made[name] = context.__enter__(), context, model
-        return made[name][0]
-
-    yield get
-    for _, context, model in made.values():
-        context.__exit__(None, None, None)
-        model.close()
+    """name -> a server of the model with that template."""
+    with served_by_name(lambda name: pybmc.Model(tiny_tools.model(name), threads=1), Policy(max_body=100_000)) as get:
+        yield get
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import tiny_tools
-from serving import events, served
+from serving import events, served_by_name
 from test_tools import PAINT, STOP, fits, turn
 
 import pybmc
@@ -23,20 +23,9 @@ FORMATS = ("hermes", "thinking", "qwen-coder", "mistral", "mistral-list", "llama
 
 @pytest.fixture(scope="module")
 def servers():
-    """name -> a server of the model with that template; started when it is first asked for."""
-    made = {}
-
-    def get(name):
-        if name not in made:
-            model = pybmc.Model(tiny_tools.model(name), threads=1)
-            context = served(model, names=["tiny"])
-            made[name] = context.__enter__(), context, model
-        return made[name][0]
-
-    yield get
-    for _, context, model in made.values():
-        context.__exit__(None, None, None)
-        model.close()
+    """name -> a server of the model with that template."""
+    with served_by_name(lambda name: pybmc.Model(tiny_tools.model(name), threads=1)) as get:
+        yield get
 
 
 def ask(server, **fields):
