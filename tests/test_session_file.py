@@ -269,7 +269,7 @@ def test_an_empty_session_and_notes_alone(tmp_path):
 # ---- files that were cut, damaged, or are something else
 
 
-def test_a_file_cut_anywhere_gives_the_last_whole_save(tmp_path):
+def test_a_file_cut_anywhere_gives_the_last_whole_save(tmp_path, caplog):
     path = tmp_path / "cut"
     ends = saved_thrice(path)
     assert os.path.getsize(path) == ends[-1][0]
@@ -280,8 +280,10 @@ def test_a_file_cut_anywhere_gives_the_last_whole_save(tmp_path):
             with pytest.raises(FormatError, match=r"cut is (no saved|a damaged) session[^\n]*$"):
                 small().load_session(path)
             continue
+        caplog.clear()
         with small().load_session(path, rows=16) as session:
             assert session.tokens == whole[-1][1] and session.notes == whole[-1][2]
+            assert ("is cut off or damaged" in caplog.text) == (n > whole[-1][0])
             assert n % 8 or np.array_equal(session.eval([7]), fresh(tuple(whole[-1][1])))
 
 

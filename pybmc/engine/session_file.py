@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import stat
 import struct
@@ -34,6 +35,8 @@ from ..errors import ArgumentError, FormatError, printable
 if TYPE_CHECKING:
     from .model import Model
     from .session import Session
+
+log = logging.getLogger(__name__)
 
 MAGIC, VERSION = b"pybmc session\n", 1
 OPENING = struct.Struct("<II")                  # version, length
@@ -383,6 +386,8 @@ def load(model: Model, path: str | os.PathLike, context: int | None = None, rows
                 session.close()
                 raise
             if n == len(records):
+                if records[-1].end < os.fstat(fd).st_size:
+                    log.warning("%s: what comes after its last whole save, of %d tokens, is cut off or damaged", path, session.position)
                 return session
             session.close()
             records = records[:n]
