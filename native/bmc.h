@@ -331,7 +331,7 @@ const char *bmc_role(int kind, int i);                       /* tensors of a kin
 int         bmc_model_new(const bmc_config *config, const bmc_tensor *tensors, int n_tensors, int n_threads, bmc_model **model);
 int         bmc_model_pack(bmc_model *model);
 int         bmc_model_map(bmc_model *model);
-/* The same with panels of at most so many bytes, if they can do with that. Returns enum bmc_packing. */
+/* The same with a limit on the bytes of all panels, where the model can run with fewer. Returns enum bmc_packing. */
 int         bmc_model_pack_within(bmc_model *model, int64_t bytes);
 int         bmc_model_experts(bmc_model *model, bmc_experts *experts);      /* 1; 0 unless BMC_EXPERTS_LATE */
 int         bmc_model_pass(const bmc_model *model);  /* tokens of a pass at most; where not causal, of a text */

@@ -78,7 +78,7 @@ struct buffers {
     size_t bytes;
 };
 
-/* n tokens: rows of floats, and the same in 8 bits, as tiles of columns. wide > 0: the rows have so many values, and a product reads
+/* n tokens: rows of floats, and the same in 8 bits, as tiles of columns. wide > 0: the rows have that many values, and a product reads
  * those from `from` on, both whole blocks of 32 where it reads 8 bits. */
 struct tokens { float *x; struct act_block *act; int n; int wide, from; };
 

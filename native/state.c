@@ -27,7 +27,7 @@ static void drop(struct snapshot *p) {
     *p = (struct snapshot){ 0 };
 }
 
-/* Bytes that are taken for so many floats; some, even if there are none. */
+/* Bytes that are taken for this number of floats; more than 0 even if there are none. */
 static size_t whole(const struct states *s, size_t floats) {
     return place_of(s)->whole(place_of(s)->of, (floats ? floats : 1) * sizeof(float));
 }

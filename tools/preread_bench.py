@@ -4,7 +4,7 @@
     python -m tools.preread_bench model.gguf
     python -m tools.preread_bench model.gguf --answer 1000 --wpm 40 --runs 3 --json
 
-The model writes an answer of so many tokens. Then a message is typed, key by key, at so many words a minute (a word is five keys), and
+The model writes an answer of --answer tokens. Then a message is typed, key by key, at --wpm words a minute (a word is five keys), and
 the first token of its answer is waited for; with and without reading ahead in turns, each time from the same conversation. The
 battery is not looked at.
 """
@@ -70,7 +70,7 @@ def measured(talk: Conversation, message: str, key_seconds: float, runs: int) ->
 
 
 def answered(model: Model, session, tokens: int) -> Conversation:
-    """A conversation with one answer of so many tokens."""
+    """A conversation with one answer of this number of tokens."""
     talk = Conversation(model, session, max_tokens=tokens, stop_tokens=(), temperature=0.8, seed=1)
     for _ in talk.ask(QUESTION):
         pass

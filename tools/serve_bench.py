@@ -5,9 +5,9 @@
     python -m tools.serve_bench URL --file prompts.jsonl --json
 
 Requests arrive by chance (Poisson) whether or not earlier ones are answered, as people's do, and times count from when a request was
-due. At each rate n requests are sent; the next rate begins when all are answered. With --users, n requests are first sent by so many
+due. At each rate n requests are sent; the next rate begins when all are answered. With --users U, n requests are first sent by U
 users, each of whom sends the next one when the last is answered: tokens/s is then what the server gives at most (rate 0: only that).
-With --prefix, before all else so many new system prompts are each sent twice, with two short questions, one after the other: the time
+With --prefix P, before all else P new system prompts are each sent twice, with two short questions, one after the other: the time
 to the first token without and with the prefix in the server's cache.
 
 \b

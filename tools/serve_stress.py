@@ -5,8 +5,8 @@
     python -m tools.serve_stress http://127.0.0.1:8080 --pid 1234
     python -m tools.serve_stress model.gguf --leave 1000 --hostile 100 --seconds 20 --seed 1
 
-First so many clients send a request and leave: in its headers, in its body, while it waits, is read or is written, as a stream or not,
-by closing, resetting or half closing the connection. Then so many hostile clients at a time send, for so many seconds, bodies that are
+First --leave clients send a request and leave: in its headers, in its body, while it waits, is read or is written, as a stream or not,
+by closing, resetting or half closing the connection. Then --hostile clients at a time send, for --seconds, bodies that are
 slow, huge, deep or no UTF-8, half requests, wrong hosts, broken chunks, pipelined garbage and more, while an honest client asks the same
 question again and again.
 
@@ -92,7 +92,7 @@ class Server:
         return {name: float(value) for name, value in re.findall(r"^(pybmc_\w+) (\S+)$", text.decode(), re.MULTILINE)}
 
     async def settled(self, seconds: float = 60) -> dict[str, float]:
-        """The gauges, once nothing waits or runs; or after so many seconds."""
+        """The gauges, once nothing waits or runs, or when the time is over."""
         ends = time.monotonic() + seconds
         while True:
             gauges = await self.gauges()

@@ -22,7 +22,7 @@ class Place(NamedTuple):
 
 
 class Budget:
-    """A pybmc.engine.Schema: a thought has at most so many tokens, behind which its end follows.
+    """A pybmc.engine.Schema: a limit on the tokens of a thought; its end follows at the latest behind them.
 
     size: ids of the model. end: ids of the end. inside: the text begins within a thought. again: thoughts may begin anywhere
     in the text, else only at its beginning. inner: what else the text has to follow.

@@ -51,7 +51,7 @@ def generate(model: Model, prompt: Prompt, max_tokens: int | None = 256, *, sess
     schema     the text is compact JSON of this JSON schema: a mapping, its text, or true for any JSON
     grammar    the text follows this grammar: GBNF with a rule `root`, Lark with a rule `start` after %llguidance, or a
                pybmc.Grammar. A thought of a model that thinks comes before and is free. The end of the grammar ends the text
-    reasoning_budget  at most so many tokens of a thought, behind which its end is forced; None: any number
+    reasoning_budget  the most tokens of a thought, behind which its end is forced; None: any number
     progress   called with (done, total) while a prompt is evaluated
     settings   those of pybmc.Sampler: temperature, seed, top_k, top_p, min_p, repeat_penalty, ...; None: default
 

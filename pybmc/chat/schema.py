@@ -43,7 +43,7 @@ def behind_thought(inner: State | After, tokenizer: Tokenizer, prompt: list[int]
 
 def limited(inner: Schema | None, model: Model, prompt: list[int], template: ChatTemplate | None,
             budget: int | None) -> Schema | None:
-    """A state in which a thought has at most so many tokens; None: any number."""
+    """A state that limits the tokens of a thought; None: any number."""
     tokenizer = model.tokenizer
     if budget is None or tokenizer is None:
         return inner

@@ -35,7 +35,7 @@ class Result:
 
 
 def experts_taken(model, tokens: int) -> float:
-    """Share of the experts that so many tokens take, on average, if each takes any; 1 without experts."""
+    """Share of the experts that this number of tokens takes on average, if each token takes any; 1 without experts."""
     metadata = model._file.metadata
     n, used = (metadata.get(f"{metadata['general.architecture']}.{key}") for key in ("expert_count", "expert_used_count"))
     return 1 - (1 - used / n) ** tokens if isinstance(n, int) and isinstance(used, int) and n else 1.0

@@ -236,7 +236,7 @@ class Engine:
         return self._room.grain if self._room else "auto"
 
     def make_way(self, size: float) -> bool:
-        """Let kept rows make way for so many bytes. False where there is no room even so."""
+        """Let kept rows make way for this number of bytes. False where there is no room even so."""
         while self.memory is not None and self.used + size > self.memory:
             if not self.prefixes.evict():
                 return False

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from .pull import Pull
 
 THREADS = 2                             # that tokenize and write templates ..
-LARGE = 64 << 10                        # .. of bodies up to so many bytes. Larger ones take turns: they cost seconds and memory
+LARGE = 64 << 10                        # .. of bodies up to this many bytes. Larger ones take turns: they cost seconds and memory
 
 
 @dataclass
@@ -95,7 +95,7 @@ class Service:
         return self.names[0]
 
     async def in_pool(self, size: int, function: Callable, *args):
-        """The result of work on so many bytes of text, which would hold up the event loop."""
+        """The result of work on a text of this size in bytes, which would hold up the event loop."""
         pool = self._large if size > LARGE else self._small
         return await asyncio.get_running_loop().run_in_executor(pool, function, *args)
 
