@@ -179,10 +179,11 @@ def test_log_lines_are_escaped(server, caplog):
     assert "\x1b" not in caplog.text
 
 
-def test_what_flags_disable_is_501(model):
-    with served(model, Policy(slots=False, metrics=False)) as server:
+def test_what_flags_disable_is_501(model, tmp_path):
+    with served(model, Policy(slots=False, metrics=False), sessions=str(tmp_path)) as server:
         for path in ("/slots", "/metrics"):
             assert error_of(server.client.get(path)) == (501, "not_supported_error", "disabled")
+        assert server.post("/slots/0?action=erase").json() == {"id_slot": 0, "n_erased": 0}     # concerns the list alone, as in llama-server
 
 
 # ---- loading

@@ -79,7 +79,7 @@ server_options = options(
     click.option("--grace", type=click.FloatRange(0), default=5, show_default=True, metavar="S",
                  help="How long running answers may go on after SIGTERM or Ctrl-C."),
     click.option("--no-page", is_flag=True, help="No page at /."),
-    click.option("--no-slots", is_flag=True, help="No /slots."),
+    click.option("--no-slots", is_flag=True, help="No list of slots: GET /slots."),
     click.option("--no-metrics", is_flag=True, help="No /metrics."),
     click.option("--allow-pull", is_flag=True, help="/api/pull may bring models of the hub to this machine."),
     click.option("--log-texts", type=File(), metavar="FILE", help="Append prompts and answers to a file."))

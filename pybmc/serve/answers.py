@@ -225,6 +225,19 @@ def progress_of(choice: Choice, update: Update, per_token: bool = False) -> list
     return chunks
 
 
+class OneAnswer:
+    """The one answer to a request, on a wire that has no words for several."""
+
+    def __init__(self, choices: list[Choice]):
+        self.choices, self.choice = choices, choices[0]
+
+    def begin(self) -> list[dict]:
+        return []
+
+    def usage(self) -> dict:
+        return usage_of(self.choices)
+
+
 # ---- chat --------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from ..chat.events import CallBegin, Content, End, Event, Thought
-from .answers import Choice, Update, usage_of
+from .answers import Choice, OneAnswer, Update
 
 SEAL = "pybmc:"                         # what a sealed thought begins with
 
@@ -78,25 +78,16 @@ def kind_of(event: Event) -> str:
     return {Thought: "thought", Content: "text", CallBegin: "begin", End: "end"}.get(type(event), "call")
 
 
-class BlockAnswer(ABC):
+class BlockAnswer(OneAnswer, ABC):
     """The one answer to a request, told as blocks; a subclass has the words of an API."""
 
     def __init__(self, choices: list[Choice]):
-        self.choices, self.blocks = choices, Blocks()
-
-    @property
-    def choice(self) -> Choice:
-        return self.choices[0]
-
-    def begin(self) -> list[dict]:
-        return []
+        super().__init__(choices)
+        self.blocks = Blocks()
 
     def take(self, update: Update) -> list[dict]:
         tell = {"begin": self.begun, "piece": self.grown, "end": self.ended}
         return [chunk for step, block, text in self.blocks.take(self.choice.take(update)) for chunk in tell[step](block, text)]
-
-    def usage(self) -> dict:
-        return usage_of(self.choices)
 
     @abstractmethod
     def begun(self, block: Block, text: str) -> list[dict]: ...

@@ -24,7 +24,7 @@ from .errors import Refused, invalid, unsupported
 from .fields import Fields
 from .http import Json, Sse, client_of, fields_of, in_pool, respond, service_of, writer_of
 from .service import Service
-from .slots import slot_of
+from .slots import place_of
 from .tasks import (
     SAMPLING,
     Task,
@@ -161,7 +161,7 @@ def native_task(service: Service, fields: Fields, client, prompts):
         "n_predict": most, "max_tokens": most, "n_probs": n_top, "stop": list(base.stop),
         **{name: fields.flag(name) for name in ("stream", "ignore_eos", "timings_per_token", "return_tokens")}}
     n = fields.whole("n_cmpl", fields.whole("n", 1, 1, 16), 1, 16)
-    task = text_task_of(service, base, prompts, n, grammar_of(service, fields), slot=slot_of(service, fields))
+    task = text_task_of(service, base, prompts, n, grammar_of(service, fields), **place_of(service, fields))
     shown = Shown(n_top, settings, fields.flag("return_tokens"), tuple(only), fields.flag("timings_per_token"))
     return task, NativeAnswer(service, task.choices(), task, shown)
 

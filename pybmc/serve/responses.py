@@ -20,6 +20,7 @@ from .fields import Fields
 from .http import Named, client_of, fields_of, in_pool, respond, writer_of
 from .openai import check_model
 from .service import Service
+from .slots import place_of
 from .tasks import blamed, chat_task_of, content_of, refuse_common, template_request, turn_from, variables_of
 
 REFUSED = ("prompt", "top_logprobs", "context_management")
@@ -57,7 +58,8 @@ def task_of(service: Service, fields: Fields, client):
     reasoning = fields.object("reasoning")
     effort, summary = reasoning.text("effort"), reasoning.choice("summary", ("auto", "concise", "detailed"))
     variables = variables_of(Fields(fields | ({"reasoning_effort": effort} if effort else {})))
-    task = chat_task_of(service, base, turn_from(service, fields, messages, offer, wish, variables))
+    task = chat_task_of(service, base, turn_from(service, fields, messages, offer, wish, variables),
+                        **place_of(service, fields))
     sampler = base.sampler
     told = described(fields, tools, offer) | {
         "model": service.name, "temperature": sampler.temperature, "top_p": sampler.top_p}

@@ -35,7 +35,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presenc
 BOUNDS = {"temperature": (0, 100), "repeat_penalty": (0.01, 100), "presence_penalty": (-100, 100),
           "frequency_penalty": (-100, 100)}
 REFUSED = ("images", "audio", "files", "web_search_options", "background", "previous_response_id", "conversation",
-           "session", "lora", "post_sampling_probs", "multimodal_data")
+           "lora", "post_sampling_probs", "multimodal_data")
 TEXT_PARTS = ("text", "input_text", "output_text")
 MORE_OF_MESSAGES = ("name", "tool_calls", "function_call", "tool_call_id", "tool_name", "reasoning_content", "thinking")
 
@@ -58,9 +58,9 @@ class Task:
         return [Choice(i, self.reader(), self.stops) for i in range(len(self.requests))]
 
 
-def refuse_common(fields: Fields, but: tuple[str, ...] = ()) -> None:
-    """Fields that ask for what is not there. Those that ask for nothing are fine. but: what a route has."""
-    fields.refuse([name for name in REFUSED if name not in but])
+def refuse_common(fields: Fields) -> None:
+    """Fields that ask for what is not there. Those that ask for nothing are fine."""
+    fields.refuse(REFUSED)
     if set(fields.listed("modalities")) - {"text"}:
         raise unsupported("modalities", "beyond text are not supported here")
     if "best_of" in fields and fields.whole("best_of") > fields.whole("n", 1):
@@ -193,8 +193,10 @@ def chat_task_of(service: Service, base: Request, turn: Turn, n: int = 1, **more
 
 
 def task_of(service: Service, base: Request, prompts: list[tuple[str, list[int]]], n: int, schema: Callable[[], Schema | None],
-            **more) -> Task:
+            session: str | None = None, **more) -> Task:
     """n answers to each prompt: the i-th samples with seed + i. schema: makes the state of what an answer follows."""
+    if session and n * len(prompts) > 1:
+        raise unsupported("session", "with several answers is not supported here")
     if n * len(prompts) > ANSWERS:
         raise invalid("n", f"n is {n} and there are {len(prompts)} prompts; expected at most {ANSWERS} answers")
     for _, ids in prompts:
@@ -205,7 +207,7 @@ def task_of(service: Service, base: Request, prompts: list[tuple[str, list[int]]
                           counts={"n_prompt_tokens": len(ids), "n_ctx": service.context})
     samplers = [replace(base.sampler, seed=base.sampler.seed + i) for i in range(n)]
     requests = [replace(base, tokens=ids, sampler=sampler, schema=schema()) for _, ids in prompts for sampler in samplers]
-    return Task(requests, n, base.sampler.seed, prompts, stops=service.tokenizer.stop_ids, **more)
+    return Task(requests, n, base.sampler.seed, prompts, stops=service.tokenizer.stop_ids, session=session, **more)
 
 
 # ---- prompts -----------------------------------------------------------------------------------------------
