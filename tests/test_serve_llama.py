@@ -290,6 +290,13 @@ def test_embeddings_of_ids_and_by_other_norms(server, model):
         assert server.post("/embedding", body).status_code == 400, body
 
 
+def test_there_are_no_adapters(server):
+    assert server.client.get("/lora-adapters").json() == []
+    assert server.post("/lora-adapters", []).json() == {"success": True}
+    response = server.post("/lora-adapters", [{"id": 0, "scale": 0.5}])
+    assert response.status_code == 400 and response.json()["error"]["code"] == "unsupported_parameter"
+
+
 def test_slots_can_be_asked_for_a_free_one(server, monkeypatch):
     assert server.client.get("/slots?fail_on_no_slot=1").status_code == 200
     sequence = SimpleNamespace(reading=False, prompt=[1], stats=Stats(), since=0.0)

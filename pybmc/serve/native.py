@@ -8,6 +8,7 @@ from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
@@ -19,10 +20,10 @@ from ..engine.sampler import Sampler
 from ..engine.text import Token
 from ..errors import ArgumentError
 from .answers import Choice, Update, one_logprob, progress_of, timings_of, usage_of
-from .embed import scaled, vectors
+from .embed import pooling_of, scaled, text_of, vectors_of_tokens
 from .errors import Refused, invalid, unsupported
 from .fields import Fields
-from .http import Json, Sse, client_of, fields_of, in_pool, respond, service_of, writer_of
+from .http import Json, Sse, body_of, client_of, fields_of, in_pool, respond, service_of, writer_of
 from .service import Service
 from .slots import place_of
 from .tasks import (
@@ -32,7 +33,6 @@ from .tasks import (
     gap_prompt,
     grammar_of,
     messages_of,
-    plain_prompt,
     refuse_common,
     several,
     template_request,
@@ -199,12 +199,12 @@ def _file(chunk: Fields | None, i: int) -> tuple[str, str]:
 
 async def embedding(request: Request) -> Response:
     fields = await fields_of(request)
-    inputs = [plain_prompt(one, "content") for one in several(fields.get("content", fields.get("input")))]
+    inputs = [text_of(one, "content") for one in several(fields.get("content", fields.get("input")))]
     if not inputs or not all(isinstance(one, (str, list)) and one for one in inputs):
         raise invalid("content", "expected content to be a text, token ids, or a list of either, none of them empty")
-    found, _ = await vectors(request, inputs)
-    rows = scaled(found, fields.whole("embd_normalize", 2, -1, 32)).tolist()
-    return Json([{"index": i, "embedding": [row]} for i, row in enumerate(rows)])
+    found, _ = await vectors_of_tokens(request, inputs)
+    norm = fields.whole("embd_normalize", -1 if pooling_of(request) == "none" else 2, -1, 32)
+    return Json([{"index": i, "embedding": scaled(np.atleast_2d(rows), norm).tolist()} for i, rows in enumerate(found)])
 
 
 # ---- tokens and templates ----------------------------------------------------------------------------------
@@ -300,6 +300,16 @@ async def metrics(request: Request) -> Response:
                              headers={"Process-Start-Time-Unix": str(service.created)})
 
 
+async def adapters(request: Request) -> Response:
+    """LoRA's: there are none, so that none can be scaled."""
+    if request.method == "POST":
+        body = await body_of(request)
+        if body.strip() not in (b"[]", b""):
+            raise unsupported("lora", "is not supported here: there are no adapters")
+        return Json({"success": True})
+    return Json([])
+
+
 async def read_only(request: Request) -> Response:
     raise unsupported(request.url.path, "cannot be changed here")
 
@@ -307,7 +317,7 @@ async def read_only(request: Request) -> Response:
 ROUTES = [
     Route("/health", health), Route("/v1/health", health),
     Route("/props", props), Route("/props", read_only, methods=["POST"]),
-    Route("/metrics", metrics), Route("/tokenizer_info", tokenizer_info),
+    Route("/lora-adapters", adapters, methods=["GET", "POST"]), Route("/metrics", metrics), Route("/tokenizer_info", tokenizer_info),
     Route("/completion", completion, methods=["POST"]), Route("/completions", completion, methods=["POST"]),
     Route("/infill", infill, methods=["POST"]), Route("/embedding", embedding, methods=["POST"]),
     Route("/tokenize", tokenize, methods=["POST"]), Route("/detokenize", detokenize, methods=["POST"]),

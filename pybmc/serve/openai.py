@@ -14,7 +14,7 @@ from starlette.routing import Route
 from ..chat.calls import new_id
 from ..chat.turn import prompt_of
 from .answers import ChatAnswer, Head, TextAnswer
-from .embed import normalized, vectors
+from .embed import normalized, text_of, vectors
 from .errors import invalid, no_model, unsupported
 from .fields import Fields
 from .http import Json, Sse, client_of, fields_of, in_pool, respond, service_of, writer_of
@@ -120,11 +120,11 @@ async def embeddings(request: Request) -> Response:
     service, fields = service_of(request), await fields_of(request)
     check_model(service, fields)
     given = fields.get("input")
-    texts = [given] if isinstance(given, str) else given
-    if isinstance(texts, list) and texts and not isinstance(texts[0], str):
-        raise invalid("input", "input is a list of token ids; expected text, since the ids may be of another vocabulary. "
+    texts = [text_of(one, "input") for one in (given if isinstance(given, list) else [given])]
+    if any(isinstance(text, (int, float, list)) for text in texts):
+        raise invalid("input", "input has token ids; expected text, since the ids may be of another vocabulary. "
                       "LangChain sends text with check_embedding_ctx_length=False")
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
+    if not texts or not all(isinstance(text, str) and text for text in texts):
         raise invalid("input", "expected input to be a text or a list of texts, none of them empty")
     if len(texts) > 2048:
         raise invalid("input", f"input has {len(texts)} texts; expected at most 2048")

@@ -127,10 +127,11 @@ class Service:
     @cached_property
     def capabilities(self) -> list[str]:
         """What the model can do here, in Ollama's words."""
+        embeds = (self.settings.pooling or self.model.config.pooling.kind) != "rank"
         if not self.writes:
-            return ["embedding"]
+            return ["embedding"] * embeds
         known = {"completion": True, "tools": format_of(self.template).prompts, "thinking": self.template.thinks, "insert": self.fill is not None,
-                 "embedding": self.model.config.pooling.kind != "none"}
+                 "embedding": embeds and self.model.config.pooling.kind != "none"}
         return [name for name, has in known.items() if has]
 
 
