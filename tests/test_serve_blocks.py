@@ -292,6 +292,19 @@ def test_thinking_reaches_the_template(servers):
     assert prompt(server, RESPONSES, {"input": "Hi", "reasoning": {"effort": "none"}}).endswith(off)
 
 
+def test_variables_of_the_server_are_those_of_requests_that_say_nothing():
+    """Also of those whose prompts are only written or counted."""
+    with pybmc.Model(tiny_tools.model("thinking"), threads=1) as model:
+        with served(model) as server:
+            right = prompt(server, CHAT, {"messages": HELLO, "chat_template_kwargs": {"enable_thinking": False}})
+            thinking = prompt(server, CHAT, {"messages": HELLO})
+        with served(model, template_variables={"enable_thinking": False}) as server:
+            assert prompt(server, CHAT, {"messages": HELLO}) == prompt(server, RESPONSES, {"input": "Paint it"}) == right != thinking
+            assert prompt(server, CHAT, {"messages": HELLO, "chat_template_kwargs": {"enable_thinking": True}}) == thinking
+            assert prompt(server, CHAT, {"messages": HELLO, "think": True}) == thinking
+            assert server.post("/apply-template", {"messages": HELLO}).json()["prompt"] in right
+
+
 def test_tools_of_other_kinds_are_left_out_of_responses(server):
     others = [{"type": "web_search"}, {"type": "custom", "name": "apply_patch"}, {"type": "local_shell"}]
     mixed = {"input": "Paint it", "tools": [others[0], FUNCTIONS[0], *others[1:], FUNCTIONS[1]]}

@@ -72,6 +72,7 @@ def test_a_file_that_is_no_model_is_status_1(capfd, tmp_path):
     (["--host", "0.0.0.0"], "--api-key"), (["--host", "example.org"], "--api-key"), (["--api-key", ""], "empty"),
     (["--port", "70000"], "70000"), (["--memory", "much"], "8G"), (["--temp", "-1"], "temperature"), (["--parallel", "0"], "parallel"),
     (["--draft-min", "9", "--draft-max", "3"], "draft-min"), (["--tint"], "tint"),
+    (["--chat-template-kwargs", "[1]"], "JSON object"), (["--think", "maybe"], "off"),
 ])
 def test_wrong_flags_are_status_2(capfd, args, words):
     found, told = status(capfd, tiny.model("llama"), "--port", 0, *args)

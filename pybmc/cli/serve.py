@@ -28,7 +28,9 @@ from .options import (
     print_json,
     sampling_options,
     sampling_settings,
+    template_variables,
     threads_option,
+    variable_options,
     with_draft,
 )
 from .terminal import write
@@ -91,6 +93,7 @@ server_options = options(
 @place_options
 @door_options
 @work_options
+@variable_options
 @context_option
 @sampling_options
 @draft_options
@@ -112,6 +115,8 @@ def serve(model, model_option, host, port, unix, key_file, insecure, grace, no_p
             raise
         raise BmcError(MISSING % error.name) from None
     import asyncio
+
+    from .repl import note_unread
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")            # a text at a time needs none of its threads
     if flags["allow_pull"] and not find_spec("huggingface_hub"):
@@ -135,6 +140,7 @@ def serve(model, model_option, host, port, unix, key_file, insecure, grace, no_p
             loaded, _ = models.enter_context(opened(path, threads, writes=False))
         made = replace(settings, **{name: drafting[name] for name in ("spec", "draft_max", "draft_min")})
         services.append(Service(loaded, drafting["draft"], made, time.perf_counter() - started))
+        note_unread(services[0].template, settings.template_variables)
         return services[0]
 
     def ready(service):
@@ -184,7 +190,7 @@ def make_settings(flags: dict):
         del sampling["seed"]
     same = ("names", "parallel", "queue", "queue_seconds", "context", "max_tokens", "memory", "pooling", "chat_template",
             "strict_model", "log_texts", "reasoning_budget", "sessions")
-    return Settings(sampling=sampling, pass_seconds=flags.pop("pass_ms") / 1e3, **{name: flags.pop(name) for name in same})
+    return Settings(sampling=sampling, template_variables=template_variables(flags), pass_seconds=flags.pop("pass_ms") / 1e3, **{name: flags.pop(name) for name in same})
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def asked(service: Service, fields: Fields) -> tuple[list[dict], Tools | None, d
     fields.refuse(REFUSED)
     quiet = {} if fields.keys() & {"thinking", "think", "enable_thinking"} else {"thinking": {"type": "disabled"}}
     effort = fields.object("output_config").text("effort")
-    variables = variables_of(Fields(fields | quiet | ({"reasoning_effort": effort} if effort else {})))
+    variables = variables_of(service, Fields(fields | quiet | ({"reasoning_effort": effort} if effort else {})))
     return messages_of(fields), tools_of(fields), variables
 
 

@@ -254,7 +254,7 @@ async def apply_template(request: Request) -> Response:
             messages, more = written(format_of(service.template), messages, tools_asked(fields))
         except ArgumentError as error:
             raise blamed(error) from None
-        return service.template.render(messages, **turns, **variables_of(fields) | more)
+        return service.template.render(messages, **turns, **variables_of(service, fields) | more)
 
     return Json({"prompt": await in_pool(request, write)})
 

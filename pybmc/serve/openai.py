@@ -85,7 +85,7 @@ async def count(request: Request) -> Response:
     def counted() -> int:
         refuse_common(fields)
         messages = messages_of(fields)
-        return len(prompt_of(service.template, messages, tools_asked(fields), variables_of(fields), **turns_of(fields, messages)))
+        return len(prompt_of(service.template, messages, tools_asked(fields), variables_of(service, fields), **turns_of(fields, messages)))
 
     return Json({"object": "response.input_tokens", "input_tokens": await in_pool(request, counted)})
 

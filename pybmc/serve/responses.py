@@ -61,7 +61,7 @@ def task_of(service: Service, fields: Fields, client):
         raise blamed(error) from None
     reasoning = fields.object("reasoning")
     effort, summary = reasoning.text("effort"), reasoning.choice("summary", ("auto", "concise", "detailed"))
-    variables = variables_of(Fields(fields | ({"reasoning_effort": effort} if effort else {})))
+    variables = variables_of(service, Fields(fields | ({"reasoning_effort": effort} if effort else {})))
     task = chat_task_of(service, base, turn_from(service, fields, messages, offer, wish, variables),
                         **place_of(service, fields))
     sampler, per_token = base.sampler, fields.flag("timings_per_token")

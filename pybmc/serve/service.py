@@ -35,7 +35,7 @@ LARGE = 64 << 10                        # .. of bodies up to this many bytes. La
 @dataclass
 class Settings:
     """How a model is served; `pybmc serve --help` says what each means. sampling: pybmc.Sampler's settings; without a seed
-    each request gets a new one."""
+    each request gets a new one. template_variables: what the chat template gets where a request says nothing else."""
 
     names: Sequence[str] = ()
     parallel: int = 8
@@ -51,6 +51,7 @@ class Settings:
     draft_max: int = 16
     draft_min: int = 0
     chat_template: str | None = None
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
     strict_model: bool = False
     log_texts: str | None = None
     reasoning_budget: int = -1

@@ -271,7 +271,7 @@ def gap_prompt(service: Service, before: str, behind: str, name: str, begun: str
 def turn_of(service: Service, fields: Fields, names: Sequence[str] = FIELDS, split: bool = True) -> Turn:
     """The turn of a chat that is asked for. names: of the fields that may say what the answer follows."""
     messages, tools, wish = messages_of(fields), tools_asked(fields), wish_of(fields, names)
-    return turn_from(service, fields, messages, tools, wish, variables_of(fields), split)
+    return turn_from(service, fields, messages, tools, wish, variables_of(service, fields), split)
 
 
 def turn_from(service: Service, fields: Fields, messages: list[dict], tools: Tools | None, wish: Asked | None, variables: dict,
@@ -311,14 +311,14 @@ def turns_of(fields: Fields, messages: list[dict]) -> dict:
     return {"add_generation_prompt": begins or goes_on, "continue_final_message": continued}
 
 
-def variables_of(fields: Fields) -> dict:
+def variables_of(service: Service, fields: Fields) -> dict:
     """What the chat template is given besides the messages."""
     given = dict(fields.object("chat_template_kwargs"))
     try:
         given = checked_variables(given)
     except BmcError as error:
         raise invalid("chat_template_kwargs", str(error)) from None
-    return reasoning_of(fields) | given
+    return {**service.settings.template_variables} | reasoning_of(fields) | given
 
 
 def reasoning_of(fields: Fields) -> dict:
