@@ -1,6 +1,7 @@
 """Routes and fields of the server: what is honoured, what is refused and how, on the wires of OpenAI, Ollama and llama-server."""
 
 import json
+import os
 import re
 
 import numpy as np
@@ -691,7 +692,7 @@ def test_completions_that_cannot_be_honoured_are_refused(server, fields, param):
     (b"", "JSON"), (b"{", "JSON"), (b"[]", "object"), (b'"x"', "object"), (b'{"a": NaN}', "NaN"), (b'{"a": -Infinity}', "Infinity"),
     (b'{"a": 1e999}', "large"), (b'{"a": "\xff"}', "UTF-8"), (b'{"a": "\\ud800"}', "surrogate"), (b'{"\\udc00": 1}', "surrogate"),
     (b'{"a":' + b"[" * 64 + b"]" * 64 + b"}", "nested"), (b"[" * 100_000, "nested"), (b'{"a":' * 5000 + b"1" + b"}" * 5000, "nested"),
-    (b'{"a": ' + b"9" * 10_000 + b"}", "JSON"), (b"\xef\xbb\xbf{}", "JSON"),
+    (b'{"a": ' + b"9" * 10_000 + b"}", "JSON"), (b"\xef\xbb\xbf{", "JSON"), (b"{}\xef\xbb\xbf", "JSON"),
 ], ids=lambda value: repr(value)[:24])
 def test_hostile_json_is_refused(server, body, word):
     response = server.client.post("/v1/chat/completions", content=body)
@@ -798,3 +799,11 @@ def test_texts_are_logged_only_where_that_is_asked_for(model, tmp_path, caplog):
     assert told["prompts"] == ["a secret word"] and told["answers"][0]["content"] == response.json()["choices"][0]["text"]
     assert "secret" not in caplog.text and "POST /v1/completions 200" in caplog.text
     assert told["id"] == response.headers["x-request-id"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_texts_that_cannot_be_logged_are_told_in_the_log(model, caplog):
+    """The disk is full; answers go on."""
+    with served(model, log_texts="/dev/full") as server:
+        assert server.post("/v1/completions", {"prompt": "a secret word", "max_tokens": 3}).status_code == 200
+    assert "the texts are not logged: No space left on device" in caplog.text and "secret" not in caplog.text

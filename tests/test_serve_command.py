@@ -37,14 +37,18 @@ def test_a_server_from_start_to_end():
         server.kill()
 
 
-def test_ctrl_c_ends_a_server_on_a_unix_socket(tmp_path):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
+def test_ctrl_c_or_a_closed_terminal_ends_a_server_on_a_unix_socket(tmp_path, name):
     path = tmp_path / "socket"
-    server = start(tiny.model("llama"), "--unix", path, "-t", "1")
+    code = ("import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"         # nohup ignores it
+            "from pybmc.cli import main; main(['serve', *sys.argv[1:]])")
+    server = subprocess.Popen([sys.executable, "-c", code, str(tiny.model("llama")), "--unix", str(path), "-t", "1"],
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert server.stdout.readline().endswith(f" at unix:{path}\n")
         with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost") as client:
             assert client.get("/health").json() == {"status": "ok"}
-        server.send_signal(signal.SIGINT)
+        server.send_signal(getattr(signal, name))
         assert server.wait(20) == 0 and not path.exists()
     finally:
         server.kill()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from starlette.requests import Request
 
@@ -41,12 +43,14 @@ def pooling_of(request: Request) -> str:
 def text_of(given, name: str):
     """The text of an input that is an object: llama-server's prompt_string, or parts of a message's content. Others as they are."""
     if isinstance(given, dict) and isinstance(given.get("content"), list):
-        return "".join(part["text"] for part in content_of(Fields(given, f"{name}."), name))
+        parts: Any = content_of(Fields(given, f"{name}."), name)
+        return "".join(part["text"] for part in parts)
     return plain_prompt(given, name)
 
 
 async def passes(service: Service, ids: list[list[int]]) -> list[np.ndarray]:
     """Vectors of texts. The engine makes steps between passes."""
+    service.check_files()
     model, pooling = service.model, service.settings.pooling
     found: dict[int, np.ndarray] = {}
     try:

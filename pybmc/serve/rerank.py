@@ -43,9 +43,10 @@ def documents_of(fields: Fields, name: str) -> list[str]:
     """Texts, or objects with a text."""
     given = fields.listed(name, DOCUMENTS)
     found = [document.get("text") if isinstance(document, dict) else document for document in given]
-    if not found or not all(isinstance(text, str) for text in found):
+    texts = [text for text in found if isinstance(text, str)]
+    if not texts or len(texts) < len(found):
         raise invalid(name, f"expected {name} to be a list of texts, or of objects with a text, and not empty")
-    return found
+    return texts
 
 
 def encoded(service: Service, query: str, texts: list[str]) -> list[list[int]]:
