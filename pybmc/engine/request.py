@@ -20,7 +20,8 @@ class Request:
     """What to write: the prompt's token ids, and how.
 
     session: continue in this one, and keep it: what the prompt has in common with its tokens is not evaluated again.
-    stop: strings that end the text; stop_ids: ids that do. top: how many of the likeliest ids each token tells. priority: of
+    stop: strings that end the text; stop_ids: ids that do. top: how many of the likeliest ids each token tells; as_drawn: of those that the sampler
+    leaves, with the probabilities by which it draws, the token's own too. priority: of
     two that wait, the one with the higher goes first. client: whose request it is; clients get equal shares. context caps a
     new session's rows. schema: what the text has to follow, a Schema of its own, such as Grammar.start() gives. progress is
     called with (done, total) while the prompt is read. reuse: rows of an earlier request with the same beginning may serve this one. score: None, or how many of the
@@ -37,6 +38,7 @@ class Request:
     stop_ids: frozenset[int] = frozenset()
     session: Session | None = None
     top: int = 0
+    as_drawn: bool = False
     priority: int = 0
     context: int | None = None
     speculate: bool = True

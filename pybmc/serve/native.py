@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from math import inf, isfinite
+from math import exp, inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,8 @@ NEW_SEED = (1 << 32) - 1                # what llama-server says of a seed that 
 
 @dataclass(frozen=True)
 class Shown:
-    """What an answer to /completion tells besides its text. n_top: likeliest ids with each token. settings: how it was
+    """What an answer to /completion tells besides its text. n_top: likeliest ids with each token; as_drawn: with the probabilities
+    by which it was drawn, not the model's. settings: how it was
     asked for. ids: of tokens. only: paths of the only fields of a whole answer, if any are named. per_token: chunks have
     timings."""
 
@@ -57,6 +58,7 @@ class Shown:
     ids: bool
     only: tuple[str, ...]
     per_token: bool
+    as_drawn: bool = False
 
 
 class NativeAnswer:
@@ -106,11 +108,15 @@ class NativeAnswer:
             return {}
 
         def one(id: int, logprob: float) -> dict:
-            return {"id": id} | one_logprob(tokenizer, id, logprob)
+            found = {"id": id} | one_logprob(tokenizer, id, logprob)
+            if self.shown.as_drawn:
+                del found["logprob"]
+                found["prob"] = exp(logprob)
+            return found
 
+        name = "top_probs" if self.shown.as_drawn else "top_logprobs"
         return {"completion_probabilities": [
-            one(token.id, token.logprob) | {"top_logprobs": [one(id, logprob) for id, logprob in token.top[:n_top]]}
-            for token in tokens]}
+            one(token.id, token.logprob) | {name: [one(id, logprob) for id, logprob in token.top[:n_top]]} for token in tokens]}
 
     def _final(self, choice: Choice, text: str, tokens: list[Token]) -> dict:
         stats, last = choice.stats, choice.tokens[-1] if choice.tokens else None
@@ -150,19 +156,19 @@ def finite_or_none(value: float) -> float | None:
 
 
 def native_task(service: Service, fields: Fields, client, prompts):
-    refuse_common(fields)
+    refuse_common(fields, but="post_sampling_probs")
     most = next((fields.whole(name, -1, -1) for name in ("n_predict", "max_tokens") if name in fields), -1)
-    n_top = fields.whole("n_probs", 0, 0, 20)
-    base = replace(template_request(service, fields, client, inf if most < 0 else most), top=n_top)
+    n_top, as_drawn = fields.whole("n_probs", 0, 0, 20), fields.flag("post_sampling_probs")
+    base = replace(template_request(service, fields, client, inf if most < 0 else most), top=n_top, as_drawn=as_drawn)
     only = fields.listed("response_fields")
     if not all(isinstance(name, str) for name in only):
         raise invalid("response_fields", "response_fields has something else than names")
     settings = settings_of(base.sampler, service.context) | {
         "n_predict": most, "max_tokens": most, "n_probs": n_top, "stop": list(base.stop),
-        **{name: fields.flag(name) for name in ("stream", "ignore_eos", "timings_per_token", "return_tokens")}}
+        **{name: fields.flag(name) for name in ("stream", "ignore_eos", "timings_per_token", "return_tokens", "post_sampling_probs")}}
     n = fields.whole("n_cmpl", fields.whole("n", 1, 1, 16), 1, 16)
     task = text_task_of(service, base, prompts, n, grammar_of(service, fields), **place_of(service, fields))
-    shown = Shown(n_top, settings, fields.flag("return_tokens"), tuple(only), fields.flag("timings_per_token"))
+    shown = Shown(n_top, settings, fields.flag("return_tokens"), tuple(only), fields.flag("timings_per_token"), as_drawn)
     return task, NativeAnswer(service, task.choices(), task, shown)
 
 

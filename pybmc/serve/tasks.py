@@ -58,9 +58,9 @@ class Task:
         return [Choice(i, self.reader(), self.stops) for i in range(len(self.requests))]
 
 
-def refuse_common(fields: Fields) -> None:
-    """Fields that ask for what is not there. Those that ask for nothing are fine."""
-    fields.refuse(REFUSED)
+def refuse_common(fields: Fields, but: str = "") -> None:
+    """Fields that ask for what is not there. Those that ask for nothing are fine. but: one that a route has."""
+    fields.refuse(name for name in REFUSED if name != but)
     if set(fields.listed("modalities")) - {"text"}:
         raise unsupported("modalities", "beyond text are not supported here")
     if "best_of" in fields and fields.whole("best_of") > fields.whole("n", 1):
