@@ -333,6 +333,20 @@ def test_schemas_of_answers(server):
         assert set(json.loads(told_by_message(message(server, **fields).json())[1])) == {"dry"}
 
 
+def test_a_thought_that_takes_all_tokens_ends_by_length(servers):
+    """There is no JSON then, and every API says why."""
+    server, schema = servers("opened"), {"type": "object", "properties": {"dry": {"type": "boolean"}}, "required": ["dry"]}
+    form = {"format": {"type": "json_schema", "name": "wall", "schema": schema}}
+    body = {"messages": HELLO, "max_tokens": 6, "seed": 1, "response_format": {"type": "json_schema", "json_schema": form["format"]}}
+    choice, = server.post(CHAT, body).json()["choices"]
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("length", "") and choice["message"]["reasoning_content"]
+    assert '"finish_reason":"length"' in server.post(CHAT, body | {"stream": True}).text
+    found = respond(server, text=form, max_output_tokens=6, reasoning_budget=-1, logit_bias={}).json()
+    assert (found["status"], found["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"}) and not told_by_response(found)[1]
+    found = message(server, output_config=form, max_tokens=6, thinking={"type": "enabled"}, logit_bias={}).json()
+    assert found["stop_reason"] == "max_tokens" and not told_by_message(found)[1]
+
+
 def test_reasons(server):
     text = told_by_message(message(server, max_tokens=30, logit_bias={}, thinking=None).json())[1]
     assert message(server, max_tokens=0).json()["content"] == []
