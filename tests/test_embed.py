@@ -364,7 +364,7 @@ class Words:
         return self.metadata.get(key, default)
 
     def split(self, text, special):
-        return [1 if part == "<s>" else part for part in re.split("(<s>)", text) if part]
+        return [1 if part == "<s>" else part for part in re.split("(<s>)", text) if part] if special else [text]
 
     def encode(self, text):
         return [1, text, 2]

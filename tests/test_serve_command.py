@@ -60,6 +60,29 @@ def status(capfd, *args):
     return found, capfd.readouterr().err
 
 
+def has_ipv6():
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+            probe.bind(("::1", 0))
+        return True
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="needs IPv6's loopback")
+def test_a_server_on_several_addresses():
+    """They have one port; a free one is free on all."""
+    server = start(tiny.model("llama"), "--host", "127.0.0.1, ::1", "--port", "0", "--json", "-t", "1")
+    try:
+        url = json.loads(server.stdout.readline())["url"]
+        assert url.startswith("http://127.0.0.1:")
+        for base in (url, url.replace("127.0.0.1", "[::1]")):
+            assert httpx.get(base + "/health").json() == {"status": "ok"}
+    finally:
+        server.kill()
+        server.communicate()
+
+
 def test_a_port_that_is_taken_is_status_1(capfd):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -73,7 +96,7 @@ def test_a_file_that_is_no_model_is_status_1(capfd, tmp_path):
 
 
 @pytest.mark.parametrize("args, words", [
-    (["--host", "0.0.0.0"], "--api-key"), (["--host", "example.org"], "--api-key"), (["--api-key", ""], "empty"),
+    (["--host", "0.0.0.0"], "--api-key"), (["--host", "example.org"], "--api-key"), (["--host", "127.0.0.1,0.0.0.0"], "0.0.0.0 can"), (["--api-key", ""], "empty"),
     (["--port", "70000"], "70000"), (["--memory", "much"], "8G"), (["--temp", "-1"], "temperature"), (["--parallel", "0"], "parallel"),
     (["--draft-min", "9", "--draft-max", "3"], "draft-min"), (["--tint"], "tint"),
     (["--chat-template-kwargs", "[1]"], "JSON object"), (["--think", "maybe"], "off"),

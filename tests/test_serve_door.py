@@ -371,11 +371,11 @@ def test_a_port_that_is_taken_is_told(server):
 
 def test_a_unix_socket(model, tmp_path):
     place = run.Place(unix=str(tmp_path / "socket"))
-    place.bind().close()                            # of a server that has gone
+    place.bind()[0].close()                         # of a server that has gone
     with served(model) as server:
         assert server.url.startswith("http://127.0.0.1:")
     again = run.Place(unix=str(tmp_path / "socket"))
-    listening = again.bind()
+    listening, = again.bind()
     listening.listen()
     assert again.url == f"unix:{tmp_path / 'socket'}" and (tmp_path / "socket").stat().st_mode & 0o777 == 0o600
     with pytest.raises(OSError, match="in use"):

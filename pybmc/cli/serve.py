@@ -38,7 +38,8 @@ from .terminal import write
 MISSING = "pybmc serve needs more packages: pip install 'pybmc[serve]' (%s is missing)"
 
 place_options = options(
-    click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where to listen."),
+    click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS",
+                 help="Where to listen; several with commas between them, as 127.0.0.1,::1."),
     click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, metavar="N",
                  help="0: a free one."),
     click.option("--unix", type=File(), metavar="PATH", help="Listen on a Unix socket instead."),
@@ -124,12 +125,13 @@ def serve(model, model_option, host, port, unix, key_file, insecure, grace, no_p
     keys = [*flags.pop("keys"), *(read_keys(key_file) if key_file else [])]
     if not all(keys):
         raise click.UsageError("an API key is empty")
-    if not keys and not insecure and not unix and not is_loopback(host):
-        raise click.UsageError(f"--host {host} can be reached from elsewhere: give --api-key, or --insecure")
-    policy = make_policy(flags, keys, host)
+    place = run.Place(host, port, unix)
+    open_hosts = [host for host in place.hosts if not is_loopback(host)]
+    if open_hosts and not keys and not insecure and not unix:
+        raise click.UsageError(f"--host {open_hosts[0]} can be reached from elsewhere: give --api-key, or --insecure")
+    policy = make_policy(flags, keys, place.hosts)
     settings = make_settings(flags)
     path, context, models = find_model(model, model_option), click.get_current_context(), ExitStack()
-    place = run.Place(host, port, unix)
     place.bind()
     services = []
 
@@ -174,10 +176,10 @@ def read_keys(path) -> list[str]:
     return keys
 
 
-def make_policy(flags: dict, keys: list[str], host: str):
+def make_policy(flags: dict, keys: list[str], hosts: list[str]):
     from ..serve.door import Policy
 
-    return Policy(keys, [*flags.pop("hosts"), host], flags.pop("origins"), flags.pop("max_body"),
+    return Policy(keys, [*flags.pop("hosts"), *hosts], flags.pop("origins"), flags.pop("max_body"),
                   not flags.pop("no_slots"), not flags.pop("no_metrics"), flags.pop("allow_pull"))
 
 
@@ -190,7 +192,8 @@ def make_settings(flags: dict):
         del sampling["seed"]
     same = ("names", "parallel", "queue", "queue_seconds", "context", "max_tokens", "memory", "pooling", "chat_template",
             "strict_model", "log_texts", "reasoning_budget", "sessions")
-    return Settings(sampling=sampling, template_variables=template_variables(flags), pass_seconds=flags.pop("pass_ms") / 1e3, **{name: flags.pop(name) for name in same})
+    return Settings(sampling=sampling, template_variables=template_variables(flags), pass_seconds=flags.pop("pass_ms") / 1e3,
+                    **{name: flags.pop(name) for name in same})
 
 
 @contextmanager

@@ -16,10 +16,10 @@ def pair_ids(tokenizer: Tokenizer, query: str, document: str) -> list[int]:
     text spells a control token."""
     template = tokenizer.vocab.get(TEMPLATE, str)
     if template is not None:
-        given = {"query": query, "document": document}
-        parts = tokenizer.vocab.split(template, True)
+        given, split = {"query": query, "document": document}, tokenizer.vocab.split
         return tokenizer.encode_parts(
-            _PLACE.sub(lambda found: given[found[1]], part) if isinstance(part, str) else part for part in parts)
+            piece for part in split(template, True)
+            for piece in (split(_PLACE.sub(lambda found: given[found[1]], part), False) if isinstance(part, str) else [part]))
     first, second = tokenizer.encode(query), tokenizer.encode(document)
     return [*first, *_between(tokenizer), *second[tokenizer.add_bos:]]
 

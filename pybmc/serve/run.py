@@ -31,29 +31,39 @@ LOOKS = 0.005, 2.5                      # seconds between looks at a connection 
 
 @dataclass
 class Place:
-    """Where a server listens: a host and a port (0: a free one), or the path of a Unix socket."""
+    """Where a server listens: hosts, with commas between them, and a port (0: a free one), or the path of a Unix socket."""
 
     host: str = "127.0.0.1"
     port: int = 8080
     unix: str | None = None
-    listener: socket.socket | None = field(default=None, repr=False)
+    listeners: list[socket.socket] = field(default_factory=list, repr=False)
 
-    def bind(self) -> socket.socket:
+    @property
+    def hosts(self) -> list[str]:
+        return [host.strip() for host in self.host.split(",")]
+
+    def bind(self) -> list[socket.socket]:
         """Raises an OSError that names the place."""
-        try:
-            self.listener = self._bound()
-        except OSError as error:
-            place = str(self.unix or f"{self.host}:{self.port}")
-            raise OSError(error.errno, error.strerror or str(error), place) from None
-        return self.listener
+        port = self.port
+        for where in [self.unix] if self.unix else self.hosts:
+            try:
+                self.listeners.append(self._bound_path(self.unix) if self.unix else self._bound(where, port))
+            except OSError as error:
+                place = self.unix or f"{where}:{port}"
+                for listener in self.listeners:
+                    listener.close()
+                raise OSError(error.errno, error.strerror or str(error), place) from None
+            if not self.unix:
+                port = self.listeners[0].getsockname()[1]       # all have the one that was free for the first
+        return self.listeners
 
-    def _bound(self) -> socket.socket:
-        if self.unix:
-            return self._bound_path(self.unix)
-        family, kind, proto, _, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
+    def _bound(self, host: str, port: int) -> socket.socket:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind, proto)
         with _closing_on_error(found):
             found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                found.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, len(self.hosts) > 1)      # each host its own
             found.bind(address)
             found.listen(CONNECTIONS)
         return found
@@ -77,8 +87,8 @@ class Place:
     def url(self) -> str:
         if self.unix:
             return f"unix:{self.unix}"
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.listener.getsockname()[1] if self.listener else self.port}"
+        host = f"[{self.hosts[0]}]" if ":" in self.hosts[0] else self.hosts[0]
+        return f"http://{host}:{self.listeners[0].getsockname()[1] if self.listeners else self.port}"
 
 
 @contextlib.contextmanager
@@ -259,7 +269,7 @@ async def serve(place: Place, policy: Policy, load: Callable[[], Service], ready
 
     loading.add_done_callback(loaded)
     try:
-        await server.serve(sockets=[place.listener or place.bind()])
+        await server.serve(sockets=place.listeners or place.bind())
     finally:
         if door.service is not None:
             door.service.close()
