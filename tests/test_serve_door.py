@@ -201,6 +201,10 @@ def test_forms_of_requests(server, data):
     assert status == 200 and json.loads(body) == {"tokens": server.service.tokenizer.encode("Once upon", bos=False)}
 
 
+def test_origins_count_without_a_host(server):
+    assert raw(server, asked("POST", "/tokenize", "Origin: https://evil.com", body=BODY, version="1.0", host=""))[0] == 403
+
+
 def test_a_body_that_is_compressed_is_415(server):
     response = server.client.post("/tokenize", content=b"\x1f\x8b", headers={"Content-Encoding": "gzip"})
     assert error_of(response) == (415, "invalid_request_error", "unsupported_encoding") and "'gzip'; expected none" in response.text

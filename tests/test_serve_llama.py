@@ -121,6 +121,13 @@ def test_probabilities_by_which_tokens_are_drawn(server, model, settings):
     assert [one for chunk in streamed for one in chunk.get("completion_probabilities", ())] == found["completion_probabilities"]
 
 
+def test_tokens_that_cannot_be_drawn_are_not_told(server):
+    """Where a schema leaves few, and no sampler cuts."""
+    found = complete(server, n_probs=20, post_sampling_probs=True, json_schema={"enum": ["yes", "no"]}, top_k=0, top_p=1, min_p=0)
+    told = [[one["prob"] for one in token["top_probs"]] for token in found["completion_probabilities"]]
+    assert all(0 < len(probs) < 20 and min(probs) > 0 and math.isclose(sum(probs), 1, rel_tol=1e-4) for probs in told)
+
+
 def test_streams_tell_ids_timings_and_progress(server):
     whole = complete(server, "a " * 300, return_tokens=True, cache_prompt=False)
     fields = {"prompt": "a " * 300, "n_predict": 8, "seed": 3, "stream": True, "timings_per_token": True, "return_progress": True}

@@ -169,11 +169,9 @@ class Visit:
             raise Refused(415, "unsupported_encoding", f"Content-Encoding is {coding!r:.40}; expected none")
 
     def _check_places(self) -> None:
-        if not self.host and self.scope["http_version"] == "1.0":
-            return                      # no browser asks so
-        if not self.host:
+        if not self.host and self.scope["http_version"] != "1.0":       # which no browser speaks
             raise Refused(400, "invalid_value", "the request has no Host header", "Host")
-        if not host_allowed(self.host, self.policy.hosts):
+        if self.host and not host_allowed(self.host, self.policy.hosts):
             raise Refused(403, "host_not_allowed",
                           f"the host {self.host!r:.80} is not allowed; --allow-host declares one")
         if self.origin is None:

@@ -116,7 +116,8 @@ class NativeAnswer:
 
         name = "top_probs" if self.shown.as_drawn else "top_logprobs"
         return {"completion_probabilities": [
-            one(token.id, token.logprob) | {name: [one(id, logprob) for id, logprob in token.top[:n_top]]} for token in tokens]}
+            one(token.id, token.logprob) | {name: [one(id, logprob) for id, logprob in token.top[:n_top]
+                                                   if isfinite(logprob) or not self.shown.as_drawn]} for token in tokens]}
 
     def _final(self, choice: Choice, text: str, tokens: list[Token]) -> dict:
         stats, last = choice.stats, choice.tokens[-1] if choice.tokens else None
