@@ -202,10 +202,11 @@ typedef struct bmc_span {
     const int32_t *names;           /* (vocab_size,) ids whose noise the sampler takes, for a draft of another vocabulary; or NULL */
     const float *const *before;     /* (n_tok,) for a draft head: the hidden state (dim,) of the token before each; else NULL */
     int32_t n_top;                  /* the likeliest ids to tell, before a sampler changes any */
+    int32_t as_drawn;               /* 1: those that the sampler leaves, and the probabilities by which it draws; -1 where there are fewer */
     float *logits;                  /* (wanted tokens, vocab_size), or NULL */
     float *hidden;                  /* (wanted tokens, dim) what the head reads, after the last norm; or NULL */
     int32_t *next;                  /* (wanted tokens,) the next id: the sampler's, or the best, the lowest of equals; -1: none is allowed; or NULL */
-    float *logprob;                 /* (wanted tokens,) its log-probability, before the sampler changes any; or NULL */
+    float *logprob;                 /* (wanted tokens,) its log-probability, before the sampler changes any unless as_drawn; or NULL */
     float *lead;                    /* (wanted tokens,) how far its score, logit / temperature + noise, is ahead; or NULL */
     int32_t *top_ids;               /* (wanted tokens, n_top) */
     float *top_logprobs;            /* (wanted tokens, n_top) descending */
@@ -257,7 +258,7 @@ typedef struct bmc_item {
     const uint32_t *masks;          /* as in bmc_span, for the last pending token and each guess; the call ends after one round; or NULL */
     bmc_allow allow;                /* makes masks when the guesses are known; NULL: masks stay as they are, and there is no drafter */
     void *allow_for;                /* its first argument */
-    int32_t n_top;                  /* as in bmc_span */
+    int32_t n_top, as_drawn;        /* as in bmc_span */
     int32_t wanted;                 /* result: guesses that the caller is asked for; then nothing else has happened */
     int32_t ended;                  /* result: max_tokens, a stop, or no token that can be chosen */
     int32_t n;                      /* result: tokens given */

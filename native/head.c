@@ -114,14 +114,20 @@ static struct best best_of_parts(const struct best *parts, size_t n, double *sum
     return *best;
 }
 
+static const bmc_sampler GREEDY = { .top_k = 1, .top_p = 1, .repeat_penalty = 1 };
+
+static const bmc_sampler *sampler_of(const bmc_span *span) { return span->sampler ? span->sampler : &GREEDY; }
+
+static struct candidate *room_of(const struct pass *p, int thread) { return (struct candidate *)(void *)(scratch_of(p, thread)); }
+
 /* The id that follows a token, chosen by a sampler from logits that bias, penalties and a mask may change first. top: the
- * largest logit. Without a sampler but with a mask it is the largest that is allowed. -1: none is. */
-static int32_t chosen(const struct pass *p, int64_t i, float top, float *lead, int thread) {
-    static const bmc_sampler best = { .top_k = 1, .top_p = 1, .repeat_penalty = 1 };
+ * largest logit. Without a sampler but with a mask it is the largest that is allowed. -1: none is. n_left: of candidates, in
+ * room_of(). */
+static int32_t chosen(const struct pass *p, int64_t i, float top, float *lead, int *n_left, int thread) {
     const bmc_model *m = p->model;
     const bmc_span *span = p->out[i].span;
     const bmc_session *session = p->at[i].session;
-    struct candidate *room = (struct candidate *)(void *)(scratch_of(p, thread));
+    struct candidate *room = room_of(p, thread);
     const float *logits = p->out[i].logits;
     if (sampler_alters(span->sampler, p->out[i].mask)) {
         float *altered = m->buffers->altered + (size_t)thread * padded(m->c.vocab_size);
@@ -130,8 +136,8 @@ static int32_t chosen(const struct pass *p, int64_t i, float top, float *lead, i
     }
     if (!isfinite(top))
         return -1;
-    return sample(&m->k, span->sampler ? span->sampler : &best, logits, m->c.vocab_size, top, session->offset + p->at[i].pos + 1,
-                  span->names, room, lead);
+    return sample(&m->k, sampler_of(span), logits, m->c.vocab_size, top, session->offset + p->at[i].pos + 1,
+                  span->names, room, lead, n_left);
 }
 
 /* Each wanted token's next id, the best or the sampler's, its log-probability, and the likeliest ids. */
@@ -148,21 +154,25 @@ void choose_ids(const struct pass *p, int thread) {
         double sum;
         struct best best = best_of_parts(p->best + (size_t)i * n, n, &sum);
         double log_sum = (double)best.logit + log(sum), logprob = -log(sum);
-        int32_t id = best.id;
+        int32_t id = best.id, *top_ids = span->n_top ? span->top_ids + (size_t)row * (size_t)span->n_top : NULL;
+        float *top_logprobs = span->n_top ? span->top_logprobs + (size_t)row * (size_t)span->n_top : NULL;
+        int n_left = 1;
+        if (span->as_drawn)
+            room_of(p, thread)[0] = (struct candidate){ best.logit, id };
         if ((span->sampler || p->out[i].mask) && isfinite(best.logit)) {
-            id = chosen(p, i, best.logit, span->lead ? span->lead + row : NULL, thread);
+            id = chosen(p, i, best.logit, span->lead ? span->lead + row : NULL, &n_left, thread);
             logprob = id < 0 ? NAN : (double)p->out[i].logits[id] - best.logit - log(sum);
         }
+        if (span->as_drawn)
+            logprob = drawn_logprobs(sampler_of(span), room_of(p, thread), id < 0 ? 0 : n_left, id, span->n_top, top_ids, top_logprobs);
+        else if (span->n_top)
+            likeliest(&m->k, p->out[i].logits, m->c.vocab_size, span->n_top, log_sum, top_ids, top_logprobs, room_of(p, thread));
         if (span->next)
             span->next[row] = id;
         if (span->logprob)
             span->logprob[row] = (float)logprob;
         if (span->given)
             span->given_logprob[row] = (float)((double)p->given[i] - best.logit - log(sum));
-        if (span->n_top)
-            likeliest(&m->k, p->out[i].logits, m->c.vocab_size, span->n_top, log_sum, span->top_ids + (size_t)row * (size_t)span->n_top,
-                      span->top_logprobs + (size_t)row * (size_t)span->n_top,
-                      (struct candidate *)(void *)(scratch_of(p, thread)));
     }
     note(p, thread, BMC_STEP_HEAD);
 }

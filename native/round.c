@@ -101,6 +101,7 @@ static bmc_span target_span(struct turn *t) {
     span.next = item->ids + n;
     span.logprob = item->logprobs + n;
     span.n_top = item->n_top;
+    span.as_drawn = item->as_drawn;
     span.top_ids = top ? item->top_ids + n * top : NULL;
     span.top_logprobs = top ? item->top_logprobs + n * top : NULL;
     return span;

@@ -188,10 +188,13 @@ static int likely(const bmc_sampler *s, struct candidate *c, int n, float top) {
 
 /* ---- the draw */
 
+/* Colder is greedy but for exact ties. */
+static double warmth(const bmc_sampler *s) { return s->temperature > 1e-6 ? s->temperature : 1e-6; }
+
 /* E is more than x, so logit / temperature - log(x) is more than a score, and x's exponent bounds its logarithm: of a whole
  * vocabulary few ids are looked at closely. */
 static int32_t draw(const bmc_sampler *s, const struct candidate *c, int n, float top, int position, const int32_t *names, float *lead) {
-    const double temperature = s->temperature > 1e-6 ? s->temperature : 1e-6;      /* colder is greedy but for exact ties */
+    const double temperature = warmth(s);
     const double ln2 = 0.6931471805599453, loudest = 53 * ln2;
     const uint64_t start = splitmix64(s->seed, (uint64_t)position);
     double first = -INFINITY, second = -INFINITY;
@@ -283,10 +286,12 @@ float sampler_alter(const struct kernels *kernels, const bmc_sampler *s, const u
 /* ---- the choice */
 
 int32_t sample(const struct kernels *kernels, const bmc_sampler *s, const float *logits, int n, float top, int position,
-               const int32_t *names, struct candidate *room, float *lead) {
+               const int32_t *names, struct candidate *room, float *lead, int *n_left) {
     int k = s->temperature > 0 ? s->top_k : 1, left = by_min_p(kernels, s, logits, n, k, top, room);
     if (!left)
         left = likely(s, room, largest_k(kernels, logits, n, k, room), top);
+    if (n_left)
+        *n_left = left;
     return draw(s, room, left, top, position, names, lead);
 }
 
@@ -298,6 +303,38 @@ void likeliest(const struct kernels *kernels, const float *logits, int n, int k,
         ids[i] = room[i].id;
         logprobs[i] = (float)((double)room[i].logit - log_sum);
     }
+}
+
+/* Moves the k first in order to the front, sorted. */
+static void first_k(struct candidate *c, int n, int k) {
+    for (int i = k / 2 - 1; i >= 0; i--)
+        sift(c, k, i);
+    for (int i = k; i < n && k; i++)
+        if (before(c[i], c[0])) {
+            swap(&c[i], &c[0]);
+            sift(c, k, 0);
+        }
+    sort(c, k);
+}
+
+float drawn_logprobs(const bmc_sampler *s, struct candidate *c, int n, int32_t id, int k, int32_t *ids, float *logprobs) {
+    const double temperature = warmth(s);
+    double sum = 0, its = NAN;
+    float top = -INFINITY;
+    for (int i = 0; i < n; i++)
+        top = c[i].logit > top ? c[i].logit : top;
+    for (int i = 0; i < n; i++) {
+        double score = (double)(c[i].logit - top) / temperature;
+        sum += exp(score);
+        its = c[i].id == id ? score : its;
+    }
+    int told = k < n ? k : n;
+    first_k(c, n, told);
+    for (int i = 0; i < k; i++) {
+        ids[i] = i < told ? c[i].id : -1;
+        logprobs[i] = i < told ? (float)((double)(c[i].logit - top) / temperature - log(sum)) : -INFINITY;
+    }
+    return (float)(its - log(sum));
 }
 
 int bmc_choose(const float *logits, int n, const bmc_sampler *s, int position, const int32_t *history, int n_history, int32_t *id) {
@@ -316,7 +353,7 @@ int bmc_choose(const float *logits, int n, const bmc_sampler *s, int position, c
     for (int i = 0; i < n; i++)
         top = isnan(altered[i]) ? NAN : top;
     if (isfinite(top))
-        *id = sample(kernels, s, altered, n, top, position, NULL, room, NULL);
+        *id = sample(kernels, s, altered, n, top, position, NULL, room, NULL, NULL);
     free(room);
     return isfinite(top) ? 0 : fail(BMC_EINVAL, "the largest logit is %g", (double)top);
 }

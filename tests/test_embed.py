@@ -24,6 +24,7 @@ from pybmc._native import cpu_levels
 from pybmc.cli import run
 from pybmc.engine.bench import bench
 from pybmc.engine.perplexity import perplexity
+from pybmc.engine.rerank import pair_ids
 from pybmc.show import describe
 
 FLOAT = 1e-3  # error over spread: keys and values in f16, as in test_exact.py
@@ -349,6 +350,36 @@ def test_scores_of_qwen3_are_shares_of_its_answers(tmp_path):
             oracle.softmax(hidden_of(model, tokens)[-1].astype(np.float64) @ values(output).T),
             rtol=1e-5,
         )
+
+
+class Words:
+    """A vocabulary of words, and the names of control tokens."""
+
+    def __init__(self, **metadata):
+        self.vocab, self.metadata = self, metadata
+        self.add_bos = self.add_eos = True
+        self.sep_id = 2
+
+    def get(self, key, kind, default=None):
+        return self.metadata.get(key, default)
+
+    def split(self, text, special):
+        return [1 if part == "<s>" else part for part in re.split("(<s>)", text) if part] if special else [text]
+
+    def encode(self, text):
+        return [1, text, 2]
+
+    def encode_parts(self, parts):
+        return list(parts)
+
+
+def test_pairs_of_texts():
+    """Whatever a text spells, it is neither a control token nor the place of the other."""
+    assert pair_ids(Words(), "q", "d") == [1, "q", 2, "d", 2]
+    assert pair_ids(Words(**{"tokenizer.ggml.add_sep_token": True}), "q", "d") == [1, "q", 2, 2, "d", 2]
+    assert pair_ids(Words(**{"tokenizer.ggml.pre": "roberta-bpe"}), "q", "d") == [1, "q", 2, 2, "d", 2]
+    asked = Words(**{"tokenizer.chat_template.rerank": "<s>Query: {query}, {document}<s>!"})
+    assert pair_ids(asked, "{document}<s>", "{query}\\1") == [1, "Query: {document}<s>, {query}\\1", 1, "!"]
 
 
 def test_scores_that_nobody_gives(encoders, decoder):

@@ -376,6 +376,21 @@ def test_deep_references_do_not_end_the_process(model):
         Grammar.lark("%llguidance {}\nstart: a0\n" + chain(1100, 'a{}: a{} "x"', 'a{}: "y"'), model)
 
 
+@pytest.mark.parametrize("schema, loose", [
+    ('{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": false}', False),
+    ('{"x-guidance": {"whitespace_flexible": true}, "type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"]}', True),
+])
+def test_json_in_lark_is_compact_unless_it_says_otherwise(model, schema, loose):
+    """Also behind texts, expressions and comments that look like one."""
+    lark = f'%llguidance {{}}\nstart: "%json {{" x // %json {{\nx: /[%]json [{{]/ y\ny: %json {schema}\n'
+    before, encode = "%json {%json {", model.tokenizer.encode
+    for text, allowed in ((before + '{"a":1}', True), (before + '{"a": 1}', loose), (before + '{ "a":1}', loose)):
+        ids = encode(text, bos=False)
+        assert (Grammar.lark(lark, model)._matcher.deep_copy().try_consume_tokens(ids) == len(ids)) == allowed
+    with pytest.raises(SchemaError):
+        Grammar.lark('%llguidance {}\nstart: %json {"type": ', model)
+
+
 def test_what_compiles_too_long_is_given_up(model, monkeypatch):
     monkeypatch.setattr(compiler, "SECONDS", 0.01)
     done, release = threading.Event(), threading.Event()

@@ -1,6 +1,7 @@
 """Routes and fields of the server: what is honoured, what is refused and how, on the wires of OpenAI, Ollama and llama-server."""
 
 import json
+import os
 import re
 
 import numpy as np
@@ -397,6 +398,81 @@ def test_the_pooling_of_a_server(encoder):
     with served(encoder, pooling="rank") as server:
         response = server.post("/v1/embeddings", {"input": "the mill"})
         assert response.status_code == 400 and "is a reranker" in response.text
+        assert server.client.get("/api/tags").json()["models"][0]["capabilities"] == []
+    with served(encoder, pooling="none") as server:
+        one, = server.post("/embedding", {"content": "the mill"}).json()
+        rows, = encoder.embed("the mill", normalize=False, pooling="none")
+        assert np.allclose(one["embedding"], rows, atol=1e-5) and len(rows) == len(encoder.tokenizer.encode("the mill"))
+        unit = server.post("/embedding", {"content": "the mill", "embd_normalize": 2}).json()[0]["embedding"]
+        assert np.allclose(np.square(unit).sum(axis=1), 1)
+        for path in ("/v1/embeddings", "/api/embed"):
+            response = server.post(path, {"input": "the mill", "model": server.service.name})
+            assert response.status_code == 400 and "/embedding gives these" in response.text
+
+
+def test_inputs_of_embeddings_may_be_objects(encoder):
+    parts = [{"type": "text", "text": "the "}, {"type": "text", "text": "mill"}]
+    with served(encoder) as server:
+        for path, name in (("/v1/embeddings", "input"), ("/embedding", "content")):
+            same = ["the mill", {"prompt_string": "the mill"}, {"content": parts}]
+            found = server.post(path, {name: same}).json()
+            found = found["data"] if isinstance(found, dict) else found
+            assert len(found) == 3 and found[0]["embedding"] == found[1]["embedding"] == found[2]["embedding"]
+            assert server.post(path, {name: same[2]}).status_code == 200
+            for wrong in ({"content": "the mill"}, {"content": [{"type": "image_url", "image_url": {"url": "x"}}]}, {"content": [3]}, {"prompt_string": 3}, {}):
+                response = server.post(path, {name: ["a", wrong]})
+                assert response.status_code == 400, (path, wrong, response.text)
+
+
+# ---- scores
+
+
+SCORES = ["the mill", "a mouse", "the mouse lives", ""]
+
+
+@pytest.fixture(scope="module")
+def reranker(tmp_path_factory):
+    metadata, tensors = tiny_encoders.parts("bert", pooling=4)
+    score = np.random.default_rng(1).standard_normal((1, 64)).astype(np.float32)
+    path = tiny.save(tmp_path_factory.mktemp("rank") / "ranker.gguf", metadata, tensors | {"cls.output.weight": ("F32", score.view(np.uint8))})
+    with pybmc.Model(path, threads=1) as model, served(model) as server:
+        yield server
+
+
+def test_documents_are_scored_for_a_query(reranker):
+    model, query = reranker.service.model, "where is the mouse?"
+    encode = model.tokenizer.encode
+    ids = [[*encode(query), *encode(text)[1:]] for text in SCORES]
+    wanted = model.embed(ids)[:, 0]
+    order = np.argsort(-wanted).tolist()
+    for path in ("/rerank", "/v1/rerank", "/reranking", "/v1/reranking"):
+        found = reranker.post(path, {"query": query, "documents": SCORES}).json()
+        assert [one["index"] for one in found["results"]] == order and found["object"] == "list" and found["model"] == "ranker"
+        assert np.allclose([one["relevance_score"] for one in found["results"]], wanted[order], atol=1e-6)
+        assert found["usage"] == {"prompt_tokens": sum(map(len, ids)), "total_tokens": sum(map(len, ids))}
+    objects = [{"text": text} for text in SCORES]
+    found = reranker.post("/rerank", {"query": query, "documents": objects, "top_n": 2, "return_documents": True}).json()["results"]
+    assert [one["document"]["text"] for one in found] == [SCORES[i] for i in order[:2]]
+    found = reranker.post("/rerank", {"query": query, "texts": SCORES, "top_n": 99, "return_text": True}).json()
+    assert [(one["index"], one["text"]) for one in found] == [(i, SCORES[i]) for i in order]
+    assert np.allclose([one["score"] for one in found], wanted[order], atol=1e-6) and set(found[0]) == {"index", "score", "text"}
+
+
+@pytest.mark.parametrize("fields, param", [
+    ({"documents": []}, "documents"), ({"documents": None}, "documents"), ({"documents": 123}, "documents"), ({"documents": [1, 2]}, "documents"),
+    ({"documents": [{"title": "a"}]}, "documents"), ({"query": None}, "query"), ({"query": 3}, "query"), ({"top_n": 0}, "top_n"),
+    ({"documents": ["a"] * 2049}, "documents"), ({"return_documents": "x"}, "return_documents"), ({"documents": None, "texts": "a"}, "texts"),
+])
+def test_what_cannot_be_scored_is_refused(reranker, fields, param):
+    response = reranker.post("/rerank", {"query": "a", "documents": ["b"]} | fields)
+    assert response.status_code == 400 and response.json()["error"]["param"] == param, response.text
+
+
+def test_only_rerankers_score(reranker, server):
+    response = server.post("/rerank", {"query": "a", "documents": ["b"]})
+    assert (response.status_code, response.json()["error"]["code"]) == (400, "unsupported_model")
+    response = reranker.post("/rerank", {"query": "a" * 300, "documents": ["b", "c" * 2000]})
+    assert response.status_code == 400 and response.json()["error"]["code"] == "context_length_exceeded"
 
 
 def test_a_draft_model_of_an_encoder_is_refused(encoder, model):
@@ -616,7 +692,7 @@ def test_completions_that_cannot_be_honoured_are_refused(server, fields, param):
     (b"", "JSON"), (b"{", "JSON"), (b"[]", "object"), (b'"x"', "object"), (b'{"a": NaN}', "NaN"), (b'{"a": -Infinity}', "Infinity"),
     (b'{"a": 1e999}', "large"), (b'{"a": "\xff"}', "UTF-8"), (b'{"a": "\\ud800"}', "surrogate"), (b'{"\\udc00": 1}', "surrogate"),
     (b'{"a":' + b"[" * 64 + b"]" * 64 + b"}", "nested"), (b"[" * 100_000, "nested"), (b'{"a":' * 5000 + b"1" + b"}" * 5000, "nested"),
-    (b'{"a": ' + b"9" * 10_000 + b"}", "JSON"), (b"\xef\xbb\xbf{}", "JSON"),
+    (b'{"a": ' + b"9" * 10_000 + b"}", "JSON"), (b"\xef\xbb\xbf{", "JSON"), (b"{}\xef\xbb\xbf", "JSON"),
 ], ids=lambda value: repr(value)[:24])
 def test_hostile_json_is_refused(server, body, word):
     response = server.client.post("/v1/chat/completions", content=body)
@@ -723,3 +799,11 @@ def test_texts_are_logged_only_where_that_is_asked_for(model, tmp_path, caplog):
     assert told["prompts"] == ["a secret word"] and told["answers"][0]["content"] == response.json()["choices"][0]["text"]
     assert "secret" not in caplog.text and "POST /v1/completions 200" in caplog.text
     assert told["id"] == response.headers["x-request-id"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_texts_that_cannot_be_logged_are_told_in_the_log(model, caplog):
+    """The disk is full; answers go on."""
+    with served(model, log_texts="/dev/full") as server:
+        assert server.post("/v1/completions", {"prompt": "a secret word", "max_tokens": 3}).status_code == 200
+    assert "the texts are not logged: No space left on device" in caplog.text and "secret" not in caplog.text

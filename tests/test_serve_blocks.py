@@ -292,6 +292,19 @@ def test_thinking_reaches_the_template(servers):
     assert prompt(server, RESPONSES, {"input": "Hi", "reasoning": {"effort": "none"}}).endswith(off)
 
 
+def test_variables_of_the_server_are_those_of_requests_that_say_nothing():
+    """Also of those whose prompts are only written or counted."""
+    with pybmc.Model(tiny_tools.model("thinking"), threads=1) as model:
+        with served(model) as server:
+            right = prompt(server, CHAT, {"messages": HELLO, "chat_template_kwargs": {"enable_thinking": False}})
+            thinking = prompt(server, CHAT, {"messages": HELLO})
+        with served(model, template_variables={"enable_thinking": False}) as server:
+            assert prompt(server, CHAT, {"messages": HELLO}) == prompt(server, RESPONSES, {"input": "Paint it"}) == right != thinking
+            assert prompt(server, CHAT, {"messages": HELLO, "chat_template_kwargs": {"enable_thinking": True}}) == thinking
+            assert prompt(server, CHAT, {"messages": HELLO, "think": True}) == thinking
+            assert server.post("/apply-template", {"messages": HELLO}).json()["prompt"] in right
+
+
 def test_tools_of_other_kinds_are_left_out_of_responses(server):
     others = [{"type": "web_search"}, {"type": "custom", "name": "apply_patch"}, {"type": "local_shell"}]
     mixed = {"input": "Paint it", "tools": [others[0], FUNCTIONS[0], *others[1:], FUNCTIONS[1]]}
@@ -320,6 +333,20 @@ def test_schemas_of_answers(server):
         assert set(json.loads(told_by_message(message(server, **fields).json())[1])) == {"dry"}
 
 
+def test_a_thought_that_takes_all_tokens_ends_by_length(servers):
+    """There is no JSON then, and every API says why."""
+    server, schema = servers("opened"), {"type": "object", "properties": {"dry": {"type": "boolean"}}, "required": ["dry"]}
+    form = {"format": {"type": "json_schema", "name": "wall", "schema": schema}}
+    body = {"messages": HELLO, "max_tokens": 6, "seed": 1, "response_format": {"type": "json_schema", "json_schema": form["format"]}}
+    choice, = server.post(CHAT, body).json()["choices"]
+    assert (choice["finish_reason"], choice["message"]["content"]) == ("length", "") and choice["message"]["reasoning_content"]
+    assert '"finish_reason":"length"' in server.post(CHAT, body | {"stream": True}).text
+    found = respond(server, text=form, max_output_tokens=6, reasoning_budget=-1, logit_bias={}).json()
+    assert (found["status"], found["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"}) and not told_by_response(found)[1]
+    found = message(server, output_config=form, max_tokens=6, thinking={"type": "enabled"}, logit_bias={}).json()
+    assert found["stop_reason"] == "max_tokens" and not told_by_message(found)[1]
+
+
 def test_reasons(server):
     text = told_by_message(message(server, max_tokens=30, logit_bias={}, thinking=None).json())[1]
     assert message(server, max_tokens=0).json()["content"] == []
@@ -334,6 +361,42 @@ def test_reasons(server):
     cut = respond(server, max_output_tokens=5, logit_bias={}).json()
     assert (cut["status"], cut["incomplete_details"], cut["output"][-1]["status"]) == ("incomplete", {"reason": "max_output_tokens"}, "incomplete")
     assert events(respond(server, max_output_tokens=5, logit_bias={}, stream=True))[-1]["type"] == "response.incomplete"
+
+
+LOGPROBS = {"include": ["message.output_text.logprobs"], "top_logprobs": 3, "max_output_tokens": 12, "logit_bias": {}}
+
+
+@pytest.mark.parametrize("name", ["hermes", "thinking"])
+def test_log_probabilities_of_a_response_are_those_of_its_text(servers, name):
+    """Whole and streamed; of thoughts there are none. They are the chat's."""
+    server, ends = servers(name), {"logit_bias": [["</think>", 100]] if name == "thinking" else {}}
+    told = {"reasoning_budget": 2, "seed": 3, "temperature": 1} | ends
+    whole = respond(server, **LOGPROBS | told).json()
+    part, = next(item for item in whole["output"] if item["type"] == "message")["content"]
+    assert whole["top_logprobs"] == 3 and part["text"] and len(part["logprobs"]) > 1
+    assert b"".join(bytes(one["bytes"]) for one in part["logprobs"]).decode(errors="replace").rstrip("\ufffd").startswith(part["text"].rstrip("\ufffd"))
+    for one in part["logprobs"]:
+        assert one["logprob"] <= 0 and len(one["top_logprobs"]) == 3 and set(one) == {"token", "logprob", "bytes", "top_logprobs"}
+    chat = server.post(CHAT, {"messages": HELLO, "logprobs": True, "top_logprobs": 3, "max_tokens": 12} | told).json()
+    assert chat["choices"][0]["logprobs"]["content"][-len(part["logprobs"]):] == part["logprobs"]
+    found = events(respond(server, stream=True, **LOGPROBS | told))
+    deltas = [event for event in found if event["type"] == "response.output_text.delta"]
+    assert [one for event in deltas for one in event["logprobs"]] == part["logprobs"]
+    done, = (event for event in found if event["type"] == "response.output_text.done")
+    assert done["logprobs"] == part["logprobs"] and found[-1]["response"]["output"][-1]["content"] == [part]
+    plain = respond(server, **LOGPROBS | told | {"include": [], "top_logprobs": 0}).json()
+    assert plain["output"][-1]["content"][0]["logprobs"] == []
+
+
+def test_responses_tell_progress_and_timings(server):
+    found = events(respond(server, stream=True, return_progress=True, timings_per_token=True, max_output_tokens=8, logit_bias={}))
+    told = [event for event in found if "prompt_progress" in event]
+    assert told and {event["type"] for event in told} == {"response.in_progress"}
+    assert told[-1]["prompt_progress"]["processed"] == told[-1]["prompt_progress"]["total"] > 0
+    assert [event["sequence_number"] for event in found] == list(range(len(found)))
+    assert all("predicted_per_second" in event["timings"] for event in found if event["type"] == "response.output_text.delta")
+    assert found[-1]["timings"]["predicted_n"] == 8
+    assert not any("timings" in event for event in events(respond(server, stream=True, max_output_tokens=8, logit_bias={})))
 
 
 def test_calls_that_are_cut(server):
@@ -380,7 +443,8 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
     ({"instructions": 3}, "invalid_value", "instructions"), ({"max_output_tokens": -1}, "invalid_value", "max_output_tokens"),
     ({"previous_response_id": "resp_1"}, "unsupported_parameter", "previous_response_id"), ({"conversation": "c"}, "unsupported_parameter", "conversation"),
     ({"background": True}, "unsupported_parameter", "background"), ({"prompt": {"id": "x"}}, "unsupported_parameter", "prompt"),
-    ({"include": ["message.output_text.logprobs"]}, "unsupported_parameter", "include"), ({"top_logprobs": 2}, "unsupported_parameter", "top_logprobs"),
+    ({"include": "message.output_text.logprobs"}, "invalid_value", "include"), ({"top_logprobs": 2}, "invalid_value", "top_logprobs"),
+    ({"include": ["message.output_text.logprobs"], "top_logprobs": 21}, "invalid_value", "top_logprobs"),
     ({"tools": [3]}, "invalid_value", "tools[0]"), ({"tools": [{"type": "web_search"}, {"type": "function"}]}, "invalid_value", "tools"),
     ({"tools": FUNCTIONS, "tool_choice": {"type": "web_search"}}, "invalid_value", "tool_choice.type"),
     ({"tools": FUNCTIONS, "tool_choice": {"type": "function", "name": "x"}}, "invalid_value", "tool_choice"), ({"tool_choice": "required"}, "invalid_value", "tool_choice"),
@@ -389,7 +453,7 @@ IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png"
     ({"tools": [{"type": "function", "name": "f", "parameters": {"properties": {"a": {"type": "x"}}}}]}, "unsupported_schema", "tools"),
     ({"reasoning": {"effort": 3}}, "invalid_value", "reasoning.effort"), ({"reasoning": {"summary": "long"}}, "invalid_value", "reasoning.summary"), ({"temperature": -1}, "invalid_value", "temperature"), ({"stream": "x"}, "invalid_value", "stream"),
     ({"truncation": "x"}, "invalid_value", "truncation"), ({"input": "a " * 5000}, "context_length_exceeded", None),
-], ids=range(36))
+], ids=range(37))
 def test_what_responses_refuse(server, fields, code, param):
     response = respond(server, **fields)
     error = response.json()["error"]

@@ -37,14 +37,18 @@ def test_a_server_from_start_to_end():
         server.kill()
 
 
-def test_ctrl_c_ends_a_server_on_a_unix_socket(tmp_path):
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP"])
+def test_ctrl_c_or_a_closed_terminal_ends_a_server_on_a_unix_socket(tmp_path, name):
     path = tmp_path / "socket"
-    server = start(tiny.model("llama"), "--unix", path, "-t", "1")
+    code = ("import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"         # nohup ignores it
+            "from pybmc.cli import main; main(['serve', *sys.argv[1:]])")
+    server = subprocess.Popen([sys.executable, "-c", code, str(tiny.model("llama")), "--unix", str(path), "-t", "1"],
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert server.stdout.readline().endswith(f" at unix:{path}\n")
         with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost") as client:
             assert client.get("/health").json() == {"status": "ok"}
-        server.send_signal(signal.SIGINT)
+        server.send_signal(getattr(signal, name))
         assert server.wait(20) == 0 and not path.exists()
     finally:
         server.kill()
@@ -54,6 +58,29 @@ def test_ctrl_c_ends_a_server_on_a_unix_socket(tmp_path):
 def status(capfd, *args):
     found = run(["serve", *map(str, args)])
     return found, capfd.readouterr().err
+
+
+def has_ipv6():
+    try:
+        with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as probe:
+            probe.bind(("::1", 0))
+        return True
+    except OSError:
+        return False
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="needs IPv6's loopback")
+def test_a_server_on_several_addresses():
+    """They have one port; a free one is free on all."""
+    server = start(tiny.model("llama"), "--host", "127.0.0.1, ::1", "--port", "0", "--json", "-t", "1")
+    try:
+        url = json.loads(server.stdout.readline())["url"]
+        assert url.startswith("http://127.0.0.1:")
+        for base in (url, url.replace("127.0.0.1", "[::1]")):
+            assert httpx.get(base + "/health").json() == {"status": "ok"}
+    finally:
+        server.kill()
+        server.communicate()
 
 
 def test_a_port_that_is_taken_is_status_1(capfd):
@@ -69,9 +96,10 @@ def test_a_file_that_is_no_model_is_status_1(capfd, tmp_path):
 
 
 @pytest.mark.parametrize("args, words", [
-    (["--host", "0.0.0.0"], "--api-key"), (["--host", "example.org"], "--api-key"), (["--api-key", ""], "empty"),
+    (["--host", "0.0.0.0"], "--api-key"), (["--host", "example.org"], "--api-key"), (["--host", "127.0.0.1,0.0.0.0"], "0.0.0.0 can"), (["--api-key", ""], "empty"),
     (["--port", "70000"], "70000"), (["--memory", "much"], "8G"), (["--temp", "-1"], "temperature"), (["--parallel", "0"], "parallel"),
     (["--draft-min", "9", "--draft-max", "3"], "draft-min"), (["--tint"], "tint"),
+    (["--chat-template-kwargs", "[1]"], "JSON object"), (["--think", "maybe"], "off"),
 ])
 def test_wrong_flags_are_status_2(capfd, args, words):
     found, told = status(capfd, tiny.model("llama"), "--port", 0, *args)

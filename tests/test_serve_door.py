@@ -3,11 +3,15 @@
 import base64
 import hashlib
 import json
+import os
+import shutil
+import socket
 import threading
+from types import SimpleNamespace
 
 import pytest
 import tiny
-from serving import Served, httpx, read_to, served, until
+from serving import Gate, Served, httpx, read_to, served, until
 
 import pybmc
 from pybmc.serve import app, http, run
@@ -52,7 +56,7 @@ def test_hosts(server, host, allowed):
 
 
 def test_a_missing_host_is_400(server):
-    for line in (b"GET /health HTTP/1.0\r\n\r\n", b"GET /health HTTP/1.1\r\n\r\n", b"GET /health HTTP/1.1\r\nHost:\r\n\r\n"):
+    for line in (b"GET /health HTTP/1.1\r\n\r\n", b"GET /health HTTP/1.1\r\nHost:\r\n\r\n"):
         with server.connect() as connection:
             connection.sendall(line)
             assert b" 400 " in connection.recv(1000).split(b"\r\n")[0]
@@ -156,10 +160,151 @@ def test_headers_that_are_too_slow_close_the_connection(server, monkeypatch):
         assert connection.recv(100) == b""
 
 
-def test_headers_that_are_too_long_are_refused(server):
+def raw(server, data, shut=False):
+    """Status and body of the last answer to some bytes, of which there is nothing more."""
     with server.connect() as connection:
-        connection.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 40_000)
-        assert b"400" in connection.recv(1000).split(b"\r\n")[0]
+        connection.sendall(data)
+        if shut:
+            connection.shutdown(socket.SHUT_WR)
+        head, _, body = read_to(connection, b"\0").rpartition(b"\r\n\r\n")
+    return int(head.rpartition(b"HTTP/1.1 ")[2][:3]), body
+
+
+def asked(method, path, *headers, body=b"", version="1.1", host="localhost"):
+    lines = [f"{method} {path} HTTP/{version}", *([f"Host: {host}"] if host else []), "Connection: close", *headers]
+    return "\r\n".join([*lines, f"Content-Length: {len(body)}"] if body else lines).encode() + b"\r\n\r\n" + body
+
+
+@pytest.mark.parametrize("data, words", [
+    (b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 40_000, "more than 32768 bytes"), (b"\x16\x03\x01\x02\r\n\r\n", "no HTTP/1.1"),
+    (b"GET /health\r\n\r\n", "no HTTP/1.1"), (asked("POST", "/tokenize", "Content-Length: -5"), "no HTTP/1.1"),
+    (asked("GET", "/health", "Host: other"), "no HTTP/1.1"), (asked("POST", "/tokenize", "Transfer-Encoding: chunked") + b"zz\r\n", "no HTTP/1.1"),
+    (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "HTTP/2.0 is not served here"),
+])
+def test_what_is_no_http_is_an_error_as_others(server, data, words):
+    status, body = raw(server, data)
+    error = json.loads(body)["error"]
+    assert (status, error["code"]) == (400, "invalid_http") and words in error["message"]
+
+
+BODY = b'{"content": "Once upon"}'
+
+
+@pytest.mark.parametrize("data", [
+    asked("POST", "/tokenize", body=BODY, version="1.0"), asked("POST", "/tokenize", body=BODY, version="1.0", host=""),
+    asked("POST", "http://localhost/tokenize", body=BODY), asked("POST", "/tokenize", body=b"\xef\xbb\xbf" + BODY),
+    asked("POST", "/tokenize", "Transfer-Encoding: chunked") + b"3\r\n" + BODY[:3] + b"\r\n15\r\n" + BODY[3:] + b"\r\n0\r\n\r\n",
+    asked("POST", "/tokenize", "Content-Encoding: identity", body=BODY),
+], ids=["1.0", "without host", "a whole URL", "a byte order mark", "chunks", "identity"])
+def test_forms_of_requests(server, data):
+    status, body = raw(server, data)
+    assert status == 200 and json.loads(body) == {"tokens": server.service.tokenizer.encode("Once upon", bos=False)}
+
+
+def test_origins_count_without_a_host(server):
+    assert raw(server, asked("POST", "/tokenize", "Origin: https://evil.com", body=BODY, version="1.0", host=""))[0] == 403
+
+
+def test_a_body_that_is_compressed_is_415(server):
+    response = server.client.post("/tokenize", content=b"\x1f\x8b", headers={"Content-Encoding": "gzip"})
+    assert error_of(response) == (415, "invalid_request_error", "unsupported_encoding") and "'gzip'; expected none" in response.text
+
+
+def test_a_client_that_waits_to_send_its_body_is_asked_for_it(server):
+    for length, answer in ((len(BODY), b"100 Continue"), (99999999999, b"413")):
+        with server.connect() as connection:
+            connection.sendall(b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n" % length)
+            assert answer in connection.recv(4000).split(b"\r\n")[0]
+            if length == len(BODY):
+                connection.sendall(BODY)
+                assert b"200" in connection.recv(4000).split(b"\r\n")[0]
+
+
+CHAT = json.dumps({"messages": [{"role": "user", "content": "Once"}], "max_tokens": 3, "seed": 1}).encode()
+
+
+def test_a_client_that_closes_its_side_is_answered(server):
+    """Whole and as a stream, also the second of two requests."""
+    one = asked("POST", "/v1/chat/completions", body=CHAT).replace(b"Connection: close\r\n", b"")
+    stream = asked("POST", "/v1/chat/completions", body=CHAT[:-1] + b', "stream": true}')
+    right = json.loads(raw(server, one, shut=True)[1])["choices"][0]["message"]
+    assert right == server.client.post("/v1/chat/completions", content=CHAT).json()["choices"][0]["message"]
+    assert json.loads(raw(server, one + one, shut=True)[1])["choices"][0]["message"] == right
+    with server.connect() as connection:
+        connection.sendall(stream)
+        connection.shutdown(socket.SHUT_WR)
+        assert b"data: [DONE]" in read_to(connection, b"\0")
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_client_that_closes_its_side_and_then_leaves_costs_nothing(model, monkeypatch, waits):
+    """At once, or while it waits for its answer."""
+    monkeypatch.setattr(run, "LOOKS", (0.005, 0.02))
+    with served(model) as server:
+        gate = Gate(server, 1)
+        connection = server.begin("/v1/chat/completions", json.loads(CHAT) | {"max_tokens": 1000})
+        until(lambda: server.engine.running)
+        if waits:
+            connection.shutdown(socket.SHUT_WR)
+            assert b"100 Continue" in connection.recv(100)
+            assert server.service.worker.runs
+        connection.close()
+        until(lambda: not server.service.worker.runs)
+        gate.open()
+        until(lambda: not server.engine.running)
+
+
+def test_a_client_that_does_not_read_is_given_up(server, monkeypatch):
+    monkeypatch.setattr(run, "STALLED", 0.05)
+    data = asked("POST", "/tokenize", body=json.dumps({"content": "a " * 20_000, "with_pieces": True}).encode())
+    monkeypatch.setattr(server.server.config.app, "policy", Policy(max_body=1 << 20))
+    connections = server.server.server_state.connections
+    with socket.socket() as connection:
+        before = set(connections)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", int(server.url.rpartition(":")[2])))
+        until(lambda: connections - before)
+        accepted, = connections - before
+        accepted.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        connection.sendall(data)
+        until(lambda: accepted not in connections)
+
+
+def test_a_client_that_reads_slowly_is_not_given_up():
+    """Only one of which all waits that waited before."""
+    for waiting, ended in ((100, True), (99, False)):
+        aborted, later = [], []
+        protocol = SimpleNamespace(_give_up=None, loop=SimpleNamespace(call_later=lambda *args, later=later: later.append(args)), transport=SimpleNamespace(
+            get_write_buffer_size=lambda waiting=waiting: waiting, abort=lambda aborted=aborted: aborted.append(True)))
+        run.Protocol._give_up(protocol, 100)
+        assert (bool(aborted), later) == (ended, [] if ended else [(run.STALLED, None, 99)])
+
+
+def test_connections_beyond_the_most_are_503(server, monkeypatch):
+    monkeypatch.setattr(run, "CONNECTIONS", 0)
+    response = server.client.get("/health")
+    assert error_of(response) == (503, "unavailable_error", "too_many_connections") and response.headers["retry-after"] == "1"
+    monkeypatch.undo()
+    assert server.client.get("/health").status_code == 200
+
+
+def test_a_file_that_is_written_to_is_not_gone_on_with(tmp_path):
+    """One that takes its name, as a new download does, is no harm."""
+    path = tmp_path / "m.gguf"
+    shutil.copy(tiny.model("llama"), path)
+    with pybmc.Model(path, threads=1) as model, served(model) as server:
+        assert server.client.post("/v1/chat/completions", content=CHAT).status_code == 200
+        shutil.copy(path, tmp_path / "new.gguf")
+        os.replace(tmp_path / "new.gguf", path)
+        assert server.client.post("/v1/chat/completions", content=CHAT).status_code == 200
+        path.unlink()
+        assert server.client.post("/v1/chat/completions", content=CHAT).status_code == 200
+    shutil.copy(tiny.model("llama"), path)
+    with pybmc.Model(path, threads=1) as model, served(model) as server:
+        os.utime(path, (1, 1))
+        for route, body in (("/v1/chat/completions", json.loads(CHAT)), ("/v1/embeddings", {"input": "Once"})):
+            response = server.post(route, body)
+            assert error_of(response) == (503, "unavailable_error", "model_changed") and str(tmp_path) not in response.text
 
 
 def test_forwarded_headers_are_not_believed(locked):
@@ -179,10 +324,11 @@ def test_log_lines_are_escaped(server, caplog):
     assert "\x1b" not in caplog.text
 
 
-def test_what_flags_disable_is_501(model):
-    with served(model, Policy(slots=False, metrics=False)) as server:
+def test_what_flags_disable_is_501(model, tmp_path):
+    with served(model, Policy(slots=False, metrics=False), sessions=str(tmp_path)) as server:
         for path in ("/slots", "/metrics"):
             assert error_of(server.client.get(path)) == (501, "not_supported_error", "disabled")
+        assert server.post("/slots/0?action=erase").json() == {"id_slot": 0, "n_erased": 0}     # concerns the list alone, as in llama-server
 
 
 # ---- loading
@@ -229,11 +375,11 @@ def test_a_port_that_is_taken_is_told(server):
 
 def test_a_unix_socket(model, tmp_path):
     place = run.Place(unix=str(tmp_path / "socket"))
-    place.bind().close()                            # of a server that has gone
+    place.bind()[0].close()                         # of a server that has gone
     with served(model) as server:
         assert server.url.startswith("http://127.0.0.1:")
     again = run.Place(unix=str(tmp_path / "socket"))
-    listening = again.bind()
+    listening, = again.bind()
     listening.listen()
     assert again.url == f"unix:{tmp_path / 'socket'}" and (tmp_path / "socket").stat().st_mode & 0o777 == 0o600
     with pytest.raises(OSError, match="in use"):

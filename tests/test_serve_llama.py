@@ -1,9 +1,11 @@
 """What llama-server's clients send and read, on its own routes and as more fields on OpenAI's."""
 
+import math
 import re
 from types import SimpleNamespace
 
 import numpy as np
+import numpy_sampling
 import pytest
 import tiny
 from serving import events, served
@@ -87,6 +89,45 @@ def test_settings_of_an_answer_and_single_fields_of_it(server):
     assert defaults["seed"] == 2**32 - 1 and defaults["min_p"] == 0.0 and defaults["n_predict"] == -1
 
 
+@pytest.mark.parametrize("settings", [
+    {"temperature": 1.0, "top_k": 5, "min_p": 0}, {"temperature": 0.7, "top_k": 0, "top_p": 0.3, "min_p": 0.0},
+    {"temperature": 1.5, "top_k": 0, "top_p": 1, "min_p": 0.2, "logit_bias": [[50, 3], [60, False]], "repeat_penalty": 1.3},
+    {"temperature": 0}, {"temperature": 0, "json_schema": {"enum": ["yes", "no"]}}, {"temperature": 1.0, "top_k": 0, "top_p": 1, "min_p": 0},
+], ids=range(6))
+def test_probabilities_by_which_tokens_are_drawn(server, model, settings):
+    """Of what the filters leave, after the temperature; those of a greedy choice are 1."""
+    asked = {"n_probs": 10, "post_sampling_probs": True, "seed": 7, "n_predict": 6, "return_tokens": True} | settings
+    found = complete(server, **asked)
+    assert found["content"] == complete(server, **asked | {"post_sampling_probs": False})["content"]
+    ids, before = found["tokens"], model.tokenizer.encode("Once upon", special=True)
+    bias = {id: -math.inf if value is False else value for id, value in settings.get("logit_bias", ())}
+    names = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty")
+    sampler = pybmc.Sampler(**{"top_k": 40, "top_p": 0.95, "min_p": 0.0} | {name: settings[name] for name in names if name in settings}, logit_bias=bias)
+    with model.session() as session:
+        for i, told in enumerate(found["completion_probabilities"]):
+            text = [*before, *ids[:i]]
+            logits = numpy_sampling.altered(sampler, session.eval(text[session.position:]), text)
+            left = numpy_sampling.kept(sampler, logits)
+            assert told["id"] == ids[i] and set(told) == {"id", "token", "bytes", "prob", "top_probs"}
+            if settings["temperature"] == 0:
+                assert told["prob"] == 1 and [one["id"] for one in told["top_probs"]] == [ids[i]]
+                continue
+            weights = np.exp((logits[left] - logits[left[0]]).astype(float) / sampler.temperature)
+            shares = dict(zip(left.tolist(), weights / weights.sum()))
+            assert math.isclose(told["prob"], shares[ids[i]], rel_tol=1e-4)
+            assert [one["id"] for one in told["top_probs"]] == left[:10].tolist()
+            assert np.allclose([one["prob"] for one in told["top_probs"]], [shares[id] for id in left[:10]], rtol=1e-4)
+    streamed = events(server.post("/completion", {"prompt": "Once upon", "stream": True} | asked))
+    assert [one for chunk in streamed for one in chunk.get("completion_probabilities", ())] == found["completion_probabilities"]
+
+
+def test_tokens_that_cannot_be_drawn_are_not_told(server):
+    """Where a schema leaves few, and no sampler cuts."""
+    found = complete(server, n_probs=20, post_sampling_probs=True, json_schema={"enum": ["yes", "no"]}, top_k=0, top_p=1, min_p=0)
+    told = [[one["prob"] for one in token["top_probs"]] for token in found["completion_probabilities"]]
+    assert all(0 < len(probs) < 20 and min(probs) > 0 and math.isclose(sum(probs), 1, rel_tol=1e-4) for probs in told)
+
+
 def test_streams_tell_ids_timings_and_progress(server):
     whole = complete(server, "a " * 300, return_tokens=True, cache_prompt=False)
     fields = {"prompt": "a " * 300, "n_predict": 8, "seed": 3, "stream": True, "timings_per_token": True, "return_progress": True}
@@ -167,7 +208,7 @@ def test_samplers_that_are_not_named_are_left_out(server, model, samplers, setti
     ({"dry_multiplier": 0.8}, "unsupported_parameter", "dry_multiplier"), ({"xtc_probability": 0.5}, "unsupported_parameter", "xtc_probability"),
     ({"dynatemp_range": 0.5}, "unsupported_parameter", "dynatemp_range"), ({"top_n_sigma": 1}, "unsupported_parameter", "top_n_sigma"),
     ({"mirostat": "x"}, "invalid_value", "mirostat"), ({"lora": [{"id": 0, "scale": 1}]}, "unsupported_parameter", "lora"),
-    ({"post_sampling_probs": True}, "unsupported_parameter", "post_sampling_probs"), ({"n_cmpl": 0}, "invalid_value", "n_cmpl"),
+    ({"post_sampling_probs": 1}, "invalid_value", "post_sampling_probs"), ({"n_cmpl": 0}, "invalid_value", "n_cmpl"),
     ({"ignore_eos": 1}, "invalid_value", "ignore_eos"), ({"response_fields": [1]}, "invalid_value", "response_fields"),
 ])
 def test_what_would_change_a_text_and_is_not_here_is_refused(server, fields, code, param):
@@ -288,6 +329,13 @@ def test_embeddings_of_ids_and_by_other_norms(server, model):
         assert np.allclose(rows(content="Once upon", embd_normalize=norm), raw / length, rtol=1e-5)
     for body in ({"content": [401]}, {"content": [1.5]}, {"content": {"text": "x"}}, {"content": "x", "embd_normalize": -2}, {"content": [[]]}):
         assert server.post("/embedding", body).status_code == 400, body
+
+
+def test_there_are_no_adapters(server):
+    assert server.client.get("/lora-adapters").json() == []
+    assert server.post("/lora-adapters", []).json() == {"success": True}
+    response = server.post("/lora-adapters", [{"id": 0, "scale": 0.5}])
+    assert response.status_code == 400 and response.json()["error"]["code"] == "unsupported_parameter"
 
 
 def test_slots_can_be_asked_for_a_free_one(server, monkeypatch):

@@ -1,6 +1,7 @@
 """Saved sessions of a server: by name in requests, and by slots."""
 
 import os
+import re
 import stat
 import threading
 
@@ -67,6 +68,27 @@ def test_a_session_goes_on_in_another_server(model, tmp_path):
     assert os.listdir(tmp_path / "kept") == ["talk"]
     assert stat.S_IMODE(os.stat(tmp_path / "kept" / "talk").st_mode) == 0o600
     assert stat.S_IMODE(os.stat(tmp_path / "kept").st_mode) == 0o700
+
+
+ROUTES = {
+    "/v1/completions": {"prompt": "Once upon a time", "max_tokens": 8}, "/completion": {"prompt": "Once upon a time", "n_predict": 8},
+    "/v1/responses": {"input": "one", "max_output_tokens": 8}, "/v1/messages": {"messages": [{"role": "user", "content": "one"}], "max_tokens": 8},
+    "/api/chat": {"model": "tiny", "messages": [{"role": "user", "content": "one"}], "stream": False, "options": {"num_predict": 8}},
+    "/api/generate": {"model": "tiny", "prompt": "one", "stream": False, "options": {"num_predict": 8}},
+}
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_every_route_that_writes_goes_on_with_a_session(llama, tmp_path, path):
+    """What it saves is read by the next server, which reads less of the same prompt."""
+    found = []
+    for _ in range(2):
+        with served(llama, names=["tiny"], sessions=str(tmp_path)) as server:
+            response = server.post(path, ROUTES[path] | {"session": "talk"})
+            assert response.status_code == 200, response.text
+            text = server.client.get("/metrics").text
+            found.append(int(re.search(r"^llamacpp:prompt_tokens_cached\S* (\d+)", text, re.M)[1]))
+    assert os.listdir(tmp_path) == ["talk"] and found[0] == 0 and found[1] > 0
 
 
 def test_rows_in_memory_are_used_and_appended(llama, tmp_path, monkeypatch):
@@ -202,7 +224,8 @@ def test_what_a_session_cannot_be_joined_with(llama, tmp_path):
         for more in ({"n": 2}, {"cache_prompt": False}):
             response = server.post("/v1/chat/completions", {"messages": messages, "session": "a"} | SETTINGS | more)
             assert errors(response) == (400, "unsupported_parameter", "session")
-        assert errors(server.post("/v1/completions", {"prompt": "a", "session": "a"})) == (400, "unsupported_parameter", "session")
+        for path, body in (("/v1/completions", {"prompt": ["a", "b"]}), ("/completion", {"prompt": "a", "n_cmpl": 2})):
+            assert errors(server.post(path, body | {"session": "a"})) == (400, "unsupported_parameter", "session")
     with served(llama) as server:
         response = server.post("/v1/chat/completions", {"messages": messages, "session": "a"})
         assert errors(response) == (400, "unsupported_parameter", "session") and "--sessions DIR" in response.text

@@ -3,8 +3,10 @@ each API writes them in its own words."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
+
+from ..engine.text import Token
 
 
 @dataclass(frozen=True)
@@ -17,10 +19,11 @@ class Thought:
 
 @dataclass(frozen=True)
 class Content:
-    """Text of the answer."""
+    """Text of the answer. tokens: whose text it is, where that is known."""
 
     text: str
     by: str | None = None
+    tokens: tuple[Token, ...] = field(default=(), compare=False, repr=False)
 
 
 @dataclass(frozen=True)

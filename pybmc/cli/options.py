@@ -227,14 +227,16 @@ draft_options = options(
                  help="The same as -ngl for the draft model; by default as many layers as fit where the model is on a GPU."),
     click.option("--tint", is_flag=True, help="Colour the tokens that were guessed, on a terminal."))
 
+variable_options = options(
+    click.option("--chat-template-kwargs", type=Variables(), metavar="JSON",
+                 help='More variables for the chat template, as in \'{"reasoning_effort": "low"}\'.'),
+    click.option("--think", type=click.Choice(["on", "off"]),
+                 help="Whether the model thinks before it answers: enable_thinking for its chat template."))
 template_options = options(
     click.option("--chat-template", type=TemplateSource(),
                  help="How messages are written, instead of the model's own template: a name (chatml, llama2, "
                       "llama3, gemma, mistral, phi3, zephyr, vicuna), a Jinja file, or the source itself."),
-    click.option("--chat-template-kwargs", type=Variables(), metavar="JSON",
-                 help='More variables for the chat template, as in \'{"reasoning_effort": "low"}\'.'),
-    click.option("--think", type=click.Choice(["on", "off"]),
-                 help="Whether the model thinks before it answers: enable_thinking for its chat template."),
+    variable_options,
     click.option("--reasoning-budget", type=click.IntRange(-1), default=-1, show_default=True, metavar="N",
                  help="At most N tokens of a thought, behind which its end is forced; -1: any number."),
     click.option("--thoughts", type=click.Choice(["show", "hide"]), default="show", show_default=True,

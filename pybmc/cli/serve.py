@@ -28,7 +28,9 @@ from .options import (
     print_json,
     sampling_options,
     sampling_settings,
+    template_variables,
     threads_option,
+    variable_options,
     with_draft,
 )
 from .terminal import write
@@ -36,7 +38,8 @@ from .terminal import write
 MISSING = "pybmc serve needs more packages: pip install 'pybmc[serve]' (%s is missing)"
 
 place_options = options(
-    click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where to listen."),
+    click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS",
+                 help="Where to listen; several with commas between them, as 127.0.0.1,::1."),
     click.option("--port", type=click.IntRange(0, 65535), default=8080, show_default=True, metavar="N",
                  help="0: a free one."),
     click.option("--unix", type=File(), metavar="PATH", help="Listen on a Unix socket instead."),
@@ -67,8 +70,8 @@ work_options = options(
                       "Default: half of what is free once the model is loaded."),
     click.option("--pass-ms", type=click.FloatRange(1), default=100, show_default=True, metavar="MS",
                  help="How long a pass that reads prompts may take while answers are written."),
-    click.option("--pooling", type=click.Choice(["mean", "first", "last"]),
-                 help="How embeddings are made; default: as the file says."),
+    click.option("--pooling", type=click.Choice(["mean", "first", "last", "none", "rank"]),
+                 help="How embeddings are made; default: as the file says. none: one for each token; rank: scores, for /rerank."),
     click.option("--sessions", type=File(), metavar="DIR",
                  help="A folder of saved sessions, for requests and slots that name one; it is made where there is none."),
     click.option("--chat-template", type=TemplateSource(),
@@ -79,7 +82,7 @@ server_options = options(
     click.option("--grace", type=click.FloatRange(0), default=5, show_default=True, metavar="S",
                  help="How long running answers may go on after SIGTERM or Ctrl-C."),
     click.option("--no-page", is_flag=True, help="No page at /."),
-    click.option("--no-slots", is_flag=True, help="No /slots."),
+    click.option("--no-slots", is_flag=True, help="No list of slots: GET /slots."),
     click.option("--no-metrics", is_flag=True, help="No /metrics."),
     click.option("--allow-pull", is_flag=True, help="/api/pull may bring models of the hub to this machine."),
     click.option("--log-texts", type=File(), metavar="FILE", help="Append prompts and answers to a file."))
@@ -91,6 +94,7 @@ server_options = options(
 @place_options
 @door_options
 @work_options
+@variable_options
 @context_option
 @sampling_options
 @draft_options
@@ -113,18 +117,21 @@ def serve(model, model_option, host, port, unix, key_file, insecure, grace, no_p
         raise BmcError(MISSING % error.name) from None
     import asyncio
 
+    from .repl import note_unread
+
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")            # a text at a time needs none of its threads
     if flags["allow_pull"] and not find_spec("huggingface_hub"):
         raise BmcError("--allow-pull needs huggingface-hub: pip install 'pybmc[hub]'")
     keys = [*flags.pop("keys"), *(read_keys(key_file) if key_file else [])]
     if not all(keys):
         raise click.UsageError("an API key is empty")
-    if not keys and not insecure and not unix and not is_loopback(host):
-        raise click.UsageError(f"--host {host} can be reached from elsewhere: give --api-key, or --insecure")
-    policy = make_policy(flags, keys, host)
+    place = run.Place(host, port, unix)
+    open_hosts = [host for host in place.hosts if not is_loopback(host)]
+    if open_hosts and not keys and not insecure and not unix:
+        raise click.UsageError(f"--host {open_hosts[0]} can be reached from elsewhere: give --api-key, or --insecure")
+    policy = make_policy(flags, keys, place.hosts)
     settings = make_settings(flags)
     path, context, models = find_model(model, model_option), click.get_current_context(), ExitStack()
-    place = run.Place(host, port, unix)
     place.bind()
     services = []
 
@@ -135,6 +142,7 @@ def serve(model, model_option, host, port, unix, key_file, insecure, grace, no_p
             loaded, _ = models.enter_context(opened(path, threads, writes=False))
         made = replace(settings, **{name: drafting[name] for name in ("spec", "draft_max", "draft_min")})
         services.append(Service(loaded, drafting["draft"], made, time.perf_counter() - started))
+        note_unread(services[0].template, settings.template_variables)
         return services[0]
 
     def ready(service):
@@ -168,10 +176,10 @@ def read_keys(path) -> list[str]:
     return keys
 
 
-def make_policy(flags: dict, keys: list[str], host: str):
+def make_policy(flags: dict, keys: list[str], hosts: list[str]):
     from ..serve.door import Policy
 
-    return Policy(keys, [*flags.pop("hosts"), host], flags.pop("origins"), flags.pop("max_body"),
+    return Policy(keys, [*flags.pop("hosts"), *hosts], flags.pop("origins"), flags.pop("max_body"),
                   not flags.pop("no_slots"), not flags.pop("no_metrics"), flags.pop("allow_pull"))
 
 
@@ -184,7 +192,8 @@ def make_settings(flags: dict):
         del sampling["seed"]
     same = ("names", "parallel", "queue", "queue_seconds", "context", "max_tokens", "memory", "pooling", "chat_template",
             "strict_model", "log_texts", "reasoning_budget", "sessions")
-    return Settings(sampling=sampling, pass_seconds=flags.pop("pass_ms") / 1e3, **{name: flags.pop(name) for name in same})
+    return Settings(sampling=sampling, template_variables=template_variables(flags), pass_seconds=flags.pop("pass_ms") / 1e3,
+                    **{name: flags.pop(name) for name in same})
 
 
 @contextmanager

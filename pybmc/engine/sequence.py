@@ -111,6 +111,7 @@ class Sequence:
         self.item = item = ffi.new("bmc_item *")
         item.ids, item.logprobs, item.drafted = self._ids, self._logprobs, self._drafted
         item.n_top, item.top_ids, item.top_logprobs = top, self._top_ids, self._top_logprobs
+        item.as_drawn = self.request.as_drawn
         item.stops, item.n_stops = self._stops, len(self.request.stop_ids)
         if not self.request.sampler.greedy:
             item.sampler = self.request.sampler.native
@@ -271,7 +272,7 @@ class Sequence:
 
     def _top(self, i: int) -> tuple[tuple[int, float], ...]:
         k = self.request.top
-        return tuple((self._top_ids[i * k + j], self._top_logprobs[i * k + j]) for j in range(k))
+        return tuple((self._top_ids[j], self._top_logprobs[j]) for j in range(i * k, (i + 1) * k) if self._top_ids[j] >= 0)
 
     def take_back(self, unread: int) -> None:
         """Let a session that was given hold the text without its last token, and without tokens that nobody has read or

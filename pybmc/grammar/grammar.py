@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 SIZE, DEPTH = 256 * 1024, 64            # bytes of a schema or grammar, and how deep a schema is nested
 RULES = 1000                            # of a grammar: what compiling takes may grow with their square
 LARK = "%llguidance"                    # a grammar that begins so is Lark, as llguidance reads it; others are GBNF
+OPTIONS = "x-guidance"                  # llguidance's own, in a schema
+_JSON = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/(?:\\.|[^/\\\n])+/|(?P<json>%json\s*\{)')     # outside of texts and comments
 _RULE = re.compile(r"^[ \t]*[!?]*[\w-]+(?:\[[^\]\n]*\])?(?:\.-?\d+)?\s*:", re.MULTILINE)
 
 
@@ -49,8 +51,8 @@ class Grammar:
 
     @classmethod
     def lark(cls, text: str, model: Model) -> Grammar:
-        """llguidance's form of Lark: its rule `start` is the text."""
-        return cls(vocabulary_of(model), llguidance().LLMatcher.grammar_from_lark(_checked("grammar", text)))
+        """llguidance's form of Lark: its rule `start` is the text. JSON of its schemas (%json) is compact too."""
+        return cls(vocabulary_of(model), llguidance().LLMatcher.grammar_from_lark(_compact(_checked("grammar", text))))
 
     @classmethod
     def gbnf(cls, text: str, model: Model) -> Grammar:
@@ -131,6 +133,21 @@ def _schema(schema: Any, strict: bool) -> str:
         return llguidance().LLMatcher.grammar_from_json_schema(text, overrides=options)
     except ValueError as error:
         raise SchemaError(f"schema: {printable(str(error))}") from None
+
+
+def _compact(lark: str) -> str:
+    """A grammar in Lark whose schemas ask for compact JSON, unless they have options of their own."""
+    def with_options(found: re.Match) -> str:
+        if not found["json"]:
+            return found[0]
+        try:
+            schema, _ = json.JSONDecoder().raw_decode(lark, found.end() - 1)
+        except (ValueError, RecursionError):
+            return found[0]                     # llguidance says what is wrong
+        more = "," * bool(schema)
+        return found[0] if OPTIONS in schema else f'{found[0]}"{OPTIONS}":{{"whitespace_flexible":false}}{more}'
+
+    return _JSON.sub(with_options, lark)
 
 
 def _parsed(text: str) -> Any:

@@ -109,6 +109,16 @@ class Call:
             return None
 
 
+def last_tokens(tokens: Sequence[Token], text: str, stops: frozenset[int]) -> list[Token]:
+    """The last of some tokens, as many as a text takes, with those that are parts of its first character. stops: ids that
+    have no text."""
+    first, left = len(tokens), len(text)
+    while first and (left > 0 or not tokens[first - 1].text):
+        first -= 1
+        left -= len(tokens[first].text)
+    return [token for token in tokens[first:] if token.id not in stops]
+
+
 @dataclass
 class Choice:
     """One of the answers to a request."""
@@ -125,7 +135,7 @@ class Choice:
     reasoning_tokens: int = 0
     finish_reason: str | None = None
     stop_string: str | None = None
-    _held: int = 0                          # tokens whose text has not come out yet
+    _held: list[Token] = field(default_factory=list)    # whose text has not come out yet
 
     def take(self, update: Update) -> list[Event]:
         """The events that come with an update."""
@@ -136,7 +146,7 @@ class Choice:
             found = self.reader.push(token.text)
             if token.finish_reason:
                 found += self.reader.flush()
-            self._count(found)
+            found = self._shared(found, token)
             events += [event if isinstance(event, (CallBegin, End)) else replace(event, by=token.by) for event in found]
         for event in events:
             self._note(event)
@@ -157,12 +167,19 @@ class Choice:
             case CallArguments(index, text):
                 self.calls[index].arguments += text
 
-    def _count(self, events: list[Event]) -> None:
-        """Count a token to the reasoning where text of a thought comes with it, or with the next one that has text."""
-        self._held += 1
-        if events:
-            self.reasoning_tokens += self._held * isinstance(events[0], Thought)
-            self._held = 0
+    def _shared(self, events: list[Event], token: Token) -> list[Event]:
+        """The events that came with a token; it belongs to the first of them, or to the next one that has text. Those of
+        thoughts are counted, those of content go with it."""
+        self._held.append(token)
+        if not events:
+            return events
+        its, self._held = self._held, []
+        match events[0]:
+            case Thought():
+                self.reasoning_tokens += len(its)
+            case Content(text):
+                return [replace(events[0], tokens=tuple(last_tokens(its, text, self.stops))), *events[1:]]
+        return events
 
     def _reason(self) -> str:
         ended = reason(self.tokens[-1] if self.tokens else None)
@@ -223,6 +240,19 @@ def progress_of(choice: Choice, update: Update, per_token: bool = False) -> list
         reading = Stats(done, choice.stats.reused_tokens, seconds)
         chunks.append({"prompt_progress": told} | ({"timings": timings_of(reading)} if per_token else {}))
     return chunks
+
+
+class OneAnswer:
+    """The one answer to a request, on a wire that has no words for several."""
+
+    def __init__(self, choices: list[Choice]):
+        self.choices, self.choice = choices, choices[0]
+
+    def begin(self) -> list[dict]:
+        return []
+
+    def usage(self) -> dict:
+        return usage_of(self.choices)
 
 
 # ---- chat --------------------------------------------------------------------------------------------------

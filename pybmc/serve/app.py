@@ -13,7 +13,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route, Router
 
 from ..engine.model import Model
-from . import messages, native, ollama, openai, responses, slots
+from . import messages, native, ollama, openai, rerank, responses, slots
 from .door import Door, Policy
 from .service import Service, Settings
 
@@ -54,7 +54,8 @@ def make_app(policy: Policy | None = None, service: Service | None = None, page:
         if door.service is not None:
             door.service.close()
 
-    routes = [page_route(page), *openai.ROUTES, *responses.ROUTES, *messages.ROUTES, *ollama.ROUTES, *native.ROUTES, *slots.ROUTES]
+    routes = [page_route(page), *openai.ROUTES, *responses.ROUTES, *messages.ROUTES, *ollama.ROUTES, *native.ROUTES,
+              *rerank.ROUTES, *slots.ROUTES]
     door = Door(Router(routes, redirect_slashes=False, lifespan=lifespan), policy or Policy(), service)
     return door
 

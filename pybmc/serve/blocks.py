@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from ..chat.events import CallBegin, Content, End, Event, Thought
-from .answers import Choice, Update, usage_of
+from ..engine.text import Token
+from .answers import Choice, OneAnswer, Update
 
 SEAL = "pybmc:"                         # what a sealed thought begins with
 
@@ -17,13 +18,15 @@ SEAL = "pybmc:"                         # what a sealed thought begins with
 @dataclass
 class Block:
     """kind: "thought", "text" or "call". text: of a call its arguments. cut: it ended with the last token that there may be.
-    call: id and name of a call."""
+    call: id and name of a call. tokens: of a text; new: those of its last piece."""
 
     index: int
     kind: str
     text: str = ""
     cut: bool = False
     call: tuple[str, str] = ("", "")
+    tokens: list[Token] = field(default_factory=list)
+    new: list[Token] = field(default_factory=list)
 
 
 @dataclass
@@ -43,7 +46,8 @@ class Blocks:
                         yield from self._mark(event)
                 case _:
                     text = "".join(getattr(event, "text", "") for event in several)
-                    yield from self._piece(kind, text) if text else ()
+                    tokens = [token for event in several if isinstance(event, Content) for token in event.tokens]
+                    yield from self._piece(kind, text, tokens) if text else ()
 
     def _mark(self, event: Event) -> Iterator[tuple[str, Block, str]]:
         match event:
@@ -54,11 +58,13 @@ class Blocks:
                     yield from self._begin("text")      # clients look for a text
                 yield from self._end(reason == "length")
 
-    def _piece(self, kind: str, text: str) -> Iterator[tuple[str, Block, str]]:
+    def _piece(self, kind: str, text: str, tokens: list[Token]) -> Iterator[tuple[str, Block, str]]:
         if self._open is None or self._open.kind != kind:
             yield from self._begin(kind)
         block = self.found[-1]
         block.text += text
+        block.new = tokens
+        block.tokens += tokens
         yield "piece", block, text
 
     def _begin(self, kind: str, call: tuple[str, str] = ("", "")) -> Iterator[tuple[str, Block, str]]:
@@ -78,25 +84,19 @@ def kind_of(event: Event) -> str:
     return {Thought: "thought", Content: "text", CallBegin: "begin", End: "end"}.get(type(event), "call")
 
 
-class BlockAnswer(ABC):
+class BlockAnswer(OneAnswer, ABC):
     """The one answer to a request, told as blocks; a subclass has the words of an API."""
 
     def __init__(self, choices: list[Choice]):
-        self.choices, self.blocks = choices, Blocks()
-
-    @property
-    def choice(self) -> Choice:
-        return self.choices[0]
-
-    def begin(self) -> list[dict]:
-        return []
+        super().__init__(choices)
+        self.blocks = Blocks()
 
     def take(self, update: Update) -> list[dict]:
-        tell = {"begin": self.begun, "piece": self.grown, "end": self.ended}
-        return [chunk for step, block, text in self.blocks.take(self.choice.take(update)) for chunk in tell[step](block, text)]
+        return self.tell(self.choice.take(update))
 
-    def usage(self) -> dict:
-        return usage_of(self.choices)
+    def tell(self, events: Iterable[Event]) -> list[dict]:
+        tell = {"begin": self.begun, "piece": self.grown, "end": self.ended}
+        return [chunk for step, block, text in self.blocks.take(events) for chunk in tell[step](block, text)]
 
     @abstractmethod
     def begun(self, block: Block, text: str) -> list[dict]: ...

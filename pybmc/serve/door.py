@@ -86,6 +86,13 @@ def origin_allowed(origin: str, host: str, declared: Sequence[str]) -> bool:
     return parts.scheme in ("http", "https") and bool(name) and ours
 
 
+def path_of(target: str) -> str:
+    """The path of a request, whose target may also be a whole URL; a slash at its end changes nothing."""
+    if target.startswith(("http://", "https://")):
+        target = "/" + target.partition("://")[2].partition("/")[2]
+    return target.rstrip("/") or "/"
+
+
 # ---- the door ----------------------------------------------------------------------------------------------
 
 
@@ -109,7 +116,7 @@ class Visit:
     def __init__(self, door: Door, scope, receive, send):
         self.door, self.policy, self.service = door, door.policy, door.service
         self.scope, self.receive, self._send = scope, receive, send
-        self.path = scope["path"].rstrip("/") or "/"
+        self.path = path_of(scope["path"])
         self.scope = scope | {
             "path": self.path, "app": door, "pybmc.service": self.service, "pybmc.max_body": self.policy.max_body,
             "pybmc.slots": self.policy.slots, "pybmc.metrics": self.policy.metrics, "pybmc.pull": self.policy.pull}
@@ -122,6 +129,7 @@ class Visit:
 
     async def run(self) -> None:
         try:
+            self._check_form()
             self._check_places()
             if self.request.method == "OPTIONS" and self.origin:
                 await self._answer(Response(status_code=204, headers=self._preflight()))
@@ -150,10 +158,20 @@ class Visit:
 
     # ---- checks
 
+    def _check_form(self) -> None:
+        version = self.scope["http_version"]
+        if version not in ("1.0", "1.1", "2", "3"):         # other servers have the later ones
+            raise Refused(400, "invalid_http", f"HTTP/{version} is not served here; expected HTTP/1.1", headers={"Connection": "close"})
+        if self.scope.get("pybmc.crowded"):
+            raise Refused(503, "too_many_connections", "the server has as many connections as it takes", headers={"Retry-After": "1"})
+        coding = self.request.headers.get("content-encoding", "identity")
+        if coding.lower() != "identity":
+            raise Refused(415, "unsupported_encoding", f"Content-Encoding is {coding!r:.40}; expected none")
+
     def _check_places(self) -> None:
-        if not self.host:
+        if not self.host and self.scope["http_version"] != "1.0":       # which no browser speaks
             raise Refused(400, "invalid_value", "the request has no Host header", "Host")
-        if not host_allowed(self.host, self.policy.hosts):
+        if self.host and not host_allowed(self.host, self.policy.hosts):
             raise Refused(403, "host_not_allowed",
                           f"the host {self.host!r:.80} is not allowed; --allow-host declares one")
         if self.origin is None:

@@ -15,7 +15,7 @@ from ..errors import (
 
 TYPES = {
     400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
-    405: "invalid_request_error", 408: "timeout_error", 413: "invalid_request_error", 429: "rate_limit_error",
+    405: "invalid_request_error", 408: "timeout_error", 413: "invalid_request_error", 415: "invalid_request_error", 429: "rate_limit_error",
     500: "server_error", 501: "not_supported_error", 503: "unavailable_error",
 }
 ANTHROPIC_TYPES = {500: "api_error", 501: "api_error", 503: "overloaded_error", 413: "request_too_large"}      # where they differ

@@ -19,7 +19,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 def parse(data: bytes) -> Fields:
     """The object in a body. Refused: what is not UTF-8, not JSON, nested too deep, or no object."""
     try:
-        value = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+        value = json.loads(data.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except UnicodeDecodeError as error:
         raise _broken(f"the body is not UTF-8 text (byte {error.start})") from None
     except RecursionError:

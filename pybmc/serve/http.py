@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 from collections.abc import Coroutine, Hashable
-from contextlib import suppress
 from dataclasses import replace
 
 from starlette.requests import Request as HttpRequest
@@ -19,6 +19,8 @@ from .service import Service
 from .sessions import Lease
 from .tasks import Task
 from .worker import Gone, Run
+
+log = logging.getLogger(__name__)
 
 BODY_SECONDS = 30.0
 HEADER = 1000                           # characters of a header
@@ -225,8 +227,11 @@ class Going:
         if self.service.settings.log_texts:
             told = {"id": self.request.scope["pybmc.id"], "path": self.request.url.path,
                     "prompts": [text for text, _ in self.task.prompts], "answers": [choice.told() for choice in choices]}
-            with suppress(OSError), open(self.service.settings.log_texts, "ab", 0, opener=_private) as file:
-                file.write(dump(told) + b"\n")
+            try:
+                with open(self.service.settings.log_texts, "ab", 0, opener=_private) as file:
+                    file.write(dump(told) + b"\n")
+            except OSError as error:
+                log.warning("%s: the texts are not logged: %s", told["id"], error.strerror)
 
     async def save(self) -> None:
         """Save the session of an answer that has ended."""

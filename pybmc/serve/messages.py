@@ -19,6 +19,7 @@ from .fields import Fields
 from .http import Json, Named, client_of, fields_of, in_pool, respond, writer_of
 from .openai import check_model
 from .service import Service
+from .slots import place_of
 from .tasks import blamed, chat_task_of, refuse_common, template_request, turn_from, turns_of, variables_of
 
 REFUSED = ("container", "mcp_servers")
@@ -56,7 +57,8 @@ def task_of(service: Service, fields: Fields, client):
         raise invalid("max_tokens", "max_tokens is missing; expected a whole number, 0 or more")
     given, tools, variables = asked(service, fields)
     base = template_request(service, fields, client, most, "stop_sequences")
-    task = chat_task_of(service, base, turn_from(service, fields, given, tools, wish_of(fields), variables))
+    task = chat_task_of(service, base, turn_from(service, fields, given, tools, wish_of(fields), variables),
+                        **place_of(service, fields))
     hidden = fields.object("thinking").choice("display", ("summarized", "omitted")) == "omitted"
     return task, MessageAnswer(task.choices(), service.name, hidden)
 
@@ -68,7 +70,7 @@ def asked(service: Service, fields: Fields) -> tuple[list[dict], Tools | None, d
     fields.refuse(REFUSED)
     quiet = {} if fields.keys() & {"thinking", "think", "enable_thinking"} else {"thinking": {"type": "disabled"}}
     effort = fields.object("output_config").text("effort")
-    variables = variables_of(Fields(fields | quiet | ({"reasoning_effort": effort} if effort else {})))
+    variables = variables_of(service, Fields(fields | quiet | ({"reasoning_effort": effort} if effort else {})))
     return messages_of(fields), tools_of(fields), variables
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from math import inf, isfinite
+from math import exp, inf, isfinite
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
@@ -19,12 +20,12 @@ from ..engine.sampler import Sampler
 from ..engine.text import Token
 from ..errors import ArgumentError
 from .answers import Choice, Update, one_logprob, progress_of, timings_of, usage_of
-from .embed import scaled, vectors
+from .embed import pooling_of, scaled, text_of, vectors_of_tokens
 from .errors import Refused, invalid, unsupported
 from .fields import Fields
-from .http import Json, Sse, client_of, fields_of, in_pool, respond, service_of, writer_of
+from .http import Json, Sse, body_of, client_of, fields_of, in_pool, respond, service_of, writer_of
 from .service import Service
-from .slots import slot_of
+from .slots import place_of
 from .tasks import (
     SAMPLING,
     Task,
@@ -32,7 +33,6 @@ from .tasks import (
     gap_prompt,
     grammar_of,
     messages_of,
-    plain_prompt,
     refuse_common,
     several,
     template_request,
@@ -48,7 +48,8 @@ NEW_SEED = (1 << 32) - 1                # what llama-server says of a seed that 
 
 @dataclass(frozen=True)
 class Shown:
-    """What an answer to /completion tells besides its text. n_top: likeliest ids with each token. settings: how it was
+    """What an answer to /completion tells besides its text. n_top: likeliest ids with each token; as_drawn: with the probabilities
+    by which it was drawn, not the model's. settings: how it was
     asked for. ids: of tokens. only: paths of the only fields of a whole answer, if any are named. per_token: chunks have
     timings."""
 
@@ -57,6 +58,7 @@ class Shown:
     ids: bool
     only: tuple[str, ...]
     per_token: bool
+    as_drawn: bool = False
 
 
 class NativeAnswer:
@@ -106,11 +108,16 @@ class NativeAnswer:
             return {}
 
         def one(id: int, logprob: float) -> dict:
-            return {"id": id} | one_logprob(tokenizer, id, logprob)
+            found = {"id": id} | one_logprob(tokenizer, id, logprob)
+            if self.shown.as_drawn:
+                del found["logprob"]
+                found["prob"] = exp(logprob)
+            return found
 
+        name = "top_probs" if self.shown.as_drawn else "top_logprobs"
         return {"completion_probabilities": [
-            one(token.id, token.logprob) | {"top_logprobs": [one(id, logprob) for id, logprob in token.top[:n_top]]}
-            for token in tokens]}
+            one(token.id, token.logprob) | {name: [one(id, logprob) for id, logprob in token.top[:n_top]
+                                                   if isfinite(logprob) or not self.shown.as_drawn]} for token in tokens]}
 
     def _final(self, choice: Choice, text: str, tokens: list[Token]) -> dict:
         stats, last = choice.stats, choice.tokens[-1] if choice.tokens else None
@@ -150,19 +157,19 @@ def finite_or_none(value: float) -> float | None:
 
 
 def native_task(service: Service, fields: Fields, client, prompts):
-    refuse_common(fields)
+    refuse_common(fields, but="post_sampling_probs")
     most = next((fields.whole(name, -1, -1) for name in ("n_predict", "max_tokens") if name in fields), -1)
-    n_top = fields.whole("n_probs", 0, 0, 20)
-    base = replace(template_request(service, fields, client, inf if most < 0 else most), top=n_top)
+    n_top, as_drawn = fields.whole("n_probs", 0, 0, 20), fields.flag("post_sampling_probs")
+    base = replace(template_request(service, fields, client, inf if most < 0 else most), top=n_top, as_drawn=as_drawn)
     only = fields.listed("response_fields")
     if not all(isinstance(name, str) for name in only):
         raise invalid("response_fields", "response_fields has something else than names")
     settings = settings_of(base.sampler, service.context) | {
         "n_predict": most, "max_tokens": most, "n_probs": n_top, "stop": list(base.stop),
-        **{name: fields.flag(name) for name in ("stream", "ignore_eos", "timings_per_token", "return_tokens")}}
+        **{name: fields.flag(name) for name in ("stream", "ignore_eos", "timings_per_token", "return_tokens", "post_sampling_probs")}}
     n = fields.whole("n_cmpl", fields.whole("n", 1, 1, 16), 1, 16)
-    task = text_task_of(service, base, prompts, n, grammar_of(service, fields), slot=slot_of(service, fields))
-    shown = Shown(n_top, settings, fields.flag("return_tokens"), tuple(only), fields.flag("timings_per_token"))
+    task = text_task_of(service, base, prompts, n, grammar_of(service, fields), **place_of(service, fields))
+    shown = Shown(n_top, settings, fields.flag("return_tokens"), tuple(only), fields.flag("timings_per_token"), as_drawn)
     return task, NativeAnswer(service, task.choices(), task, shown)
 
 
@@ -199,12 +206,12 @@ def _file(chunk: Fields | None, i: int) -> tuple[str, str]:
 
 async def embedding(request: Request) -> Response:
     fields = await fields_of(request)
-    inputs = [plain_prompt(one, "content") for one in several(fields.get("content", fields.get("input")))]
+    inputs = [text_of(one, "content") for one in several(fields.get("content", fields.get("input")))]
     if not inputs or not all(isinstance(one, (str, list)) and one for one in inputs):
         raise invalid("content", "expected content to be a text, token ids, or a list of either, none of them empty")
-    found, _ = await vectors(request, inputs)
-    rows = scaled(found, fields.whole("embd_normalize", 2, -1, 32)).tolist()
-    return Json([{"index": i, "embedding": [row]} for i, row in enumerate(rows)])
+    found, _ = await vectors_of_tokens(request, inputs)
+    norm = fields.whole("embd_normalize", -1 if pooling_of(request) == "none" else 2, -1, 32)
+    return Json([{"index": i, "embedding": scaled(np.atleast_2d(rows), norm).tolist()} for i, rows in enumerate(found)])
 
 
 # ---- tokens and templates ----------------------------------------------------------------------------------
@@ -254,7 +261,7 @@ async def apply_template(request: Request) -> Response:
             messages, more = written(format_of(service.template), messages, tools_asked(fields))
         except ArgumentError as error:
             raise blamed(error) from None
-        return service.template.render(messages, **turns, **variables_of(fields) | more)
+        return service.template.render(messages, **turns, **variables_of(service, fields) | more)
 
     return Json({"prompt": await in_pool(request, write)})
 
@@ -300,6 +307,16 @@ async def metrics(request: Request) -> Response:
                              headers={"Process-Start-Time-Unix": str(service.created)})
 
 
+async def adapters(request: Request) -> Response:
+    """LoRA's: there are none, so that none can be scaled."""
+    if request.method == "POST":
+        body = await body_of(request)
+        if body.strip() not in (b"[]", b""):
+            raise unsupported("lora", "is not supported here: there are no adapters")
+        return Json({"success": True})
+    return Json([])
+
+
 async def read_only(request: Request) -> Response:
     raise unsupported(request.url.path, "cannot be changed here")
 
@@ -307,7 +324,7 @@ async def read_only(request: Request) -> Response:
 ROUTES = [
     Route("/health", health), Route("/v1/health", health),
     Route("/props", props), Route("/props", read_only, methods=["POST"]),
-    Route("/metrics", metrics), Route("/tokenizer_info", tokenizer_info),
+    Route("/lora-adapters", adapters, methods=["GET", "POST"]), Route("/metrics", metrics), Route("/tokenizer_info", tokenizer_info),
     Route("/completion", completion, methods=["POST"]), Route("/completions", completion, methods=["POST"]),
     Route("/infill", infill, methods=["POST"]), Route("/embedding", embedding, methods=["POST"]),
     Route("/tokenize", tokenize, methods=["POST"]), Route("/detokenize", detokenize, methods=["POST"]),

@@ -16,13 +16,14 @@ from starlette.routing import Route
 from .. import __version__
 from ..chat.events import CallBegin, Content, End, Thought
 from ..grammar.asked import OLLAMA
-from .answers import Choice, Update, chat_logprob, usage_of
+from .answers import Choice, OneAnswer, Update, chat_logprob
 from .embed import normalized, vectors
 from .errors import Refused, invalid, no_model
 from .fields import Fields
 from .http import Json, Lines, client_of, fields_of, in_pool, respond, service_of, writer_of
 from .pull import pull
 from .service import Service
+from .slots import place_of
 from .tasks import chat_task_of, gap_prompt, grammar_of, refuse_common, template_request, text_prompts, text_task_of, turn_of
 
 VERSION = "0.12.0"                      # the level of Ollama's API: editors parse it
@@ -51,21 +52,15 @@ def named(service: Service, fields: Fields) -> str:
     return name
 
 
-class Answer:
+class Answer(OneAnswer):
     """Lines of one answer. message: what a line says of a text, a thought, and calls of tools."""
 
     def __init__(self, service: Service, name: str, choices: list[Choice], message: Callable[[str, str, list[dict]], dict],
                  n_top: int | None):
-        self.service, self.name, self.choices, self._message, self.n_top = service, name, choices, message, n_top
+        super().__init__(choices)
+        self.service, self.name, self._message, self.n_top = service, name, message, n_top
         self.started = time.perf_counter()
         self._told = self._calls = 0            # tokens and calls that have gone out
-
-    @property
-    def choice(self) -> Choice:
-        return self.choices[0]
-
-    def begin(self) -> list[dict]:
-        return []
 
     def take(self, update: Update) -> list[dict]:
         lines = []
@@ -102,9 +97,6 @@ class Answer:
         calls = self._told_calls(0, len(self.choice.calls))
         message = self._message(self.choice.content, self.choice.reasoning, calls)
         return self._line(message, True) | self._logprobs() | self._end()
-
-    def usage(self) -> dict:
-        return usage_of(self.choices)
 
     def _line(self, message: dict, done: bool = False) -> dict:
         return {"model": self.name, "created_at": now(), **message, "done": done}
@@ -158,7 +150,7 @@ def chat_task(service: Service, fields: Fields, client, name: str):
     refuse_common(fields)
     fields.flag("stream")
     base, n_top = base_request(service, fields, client)
-    task = chat_task_of(service, base, turn_of(service, fields, OLLAMA))
+    task = chat_task_of(service, base, turn_of(service, fields, OLLAMA), **place_of(service, fields))
 
     def message(text: str, thought: str, calls: list[dict]) -> dict:
         more = ({"thinking": thought} if thought else {}) | ({"tool_calls": calls} if calls else {})
@@ -190,7 +182,7 @@ def generate_task(service: Service, fields: Fields, client, name: str):
     fields.flag("stream")
     fields.refuse(("template", "tools"))
     base, n_top = base_request(service, fields, client)
-    turn, before = None, context_of(service, fields)
+    turn, before, place = None, context_of(service, fields), place_of(service, fields)
     if fields.text("suffix"):
         ids = gap_prompt(service, fields.text("prompt", ""), fields["suffix"], "suffix")[1]
     elif fields.flag("raw"):
@@ -202,9 +194,10 @@ def generate_task(service: Service, fields: Fields, client, name: str):
         ids = [*before, *(ids[1:] if ids[:1] == [service.tokenizer.bos_id] else ids)]
     if turn:
         turn.tokens = ids
-        task = chat_task_of(service, base, turn)
+        task = chat_task_of(service, base, turn, **place)
     else:
-        task = text_task_of(service, base, [(fields.text("prompt", ""), ids)], 1, grammar_of(service, fields, OLLAMA))
+        task = text_task_of(service, base, [(fields.text("prompt", ""), ids)], 1,
+                            grammar_of(service, fields, OLLAMA), **place)
 
     def message(text: str, thought: str, calls: list[dict]) -> dict:
         return {"response": text} | ({"thinking": thought} if thought else {})

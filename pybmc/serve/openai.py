@@ -14,12 +14,12 @@ from starlette.routing import Route
 from ..chat.calls import new_id
 from ..chat.turn import prompt_of
 from .answers import ChatAnswer, Head, TextAnswer
-from .embed import normalized, vectors
+from .embed import normalized, text_of, vectors
 from .errors import invalid, no_model, unsupported
 from .fields import Fields
 from .http import Json, Sse, client_of, fields_of, in_pool, respond, service_of, writer_of
 from .service import Service
-from .slots import session_of, slot_of
+from .slots import place_of
 from .tasks import (
     chat_task_of,
     gap_prompt,
@@ -62,7 +62,7 @@ async def chat(request: Request) -> Response:
 def chat_task(service: Service, fields: Fields, client):
     """The task of a chat request, and its answer."""
     check_model(service, fields)
-    refuse_common(fields, ("session",))
+    refuse_common(fields)
     fields.flag("stream")
     n_top = fields.whole("top_logprobs", 0, 0, 20) if fields.flag("logprobs") else None
     if n_top is None and fields.get("top_logprobs"):
@@ -73,8 +73,7 @@ def chat_task(service: Service, fields: Fields, client):
                    hint=prediction_of(service, fields))
     usage, n = fields.object("stream_options").flag("include_usage"), fields.whole("n", 1, 1, 16)
     split = fields.choice("reasoning_format", ("none", "auto", "deepseek", "deepseek-legacy"), "auto") != "none"
-    task = chat_task_of(service, base, turn_of(service, fields, split=split), n,
-                        session=session_of(service, fields), slot=slot_of(service, fields))
+    task = chat_task_of(service, base, turn_of(service, fields, split=split), n, **place_of(service, fields))
     return task, ChatAnswer(head(service, "chatcmpl-"), service.tokenizer, task.choices(), n_top, usage,
                             fields.flag("timings_per_token"), "prediction" in fields, bool(fields.get("functions")))
 
@@ -84,9 +83,9 @@ async def count(request: Request) -> Response:
     service, fields = writer_of(request), await fields_of(request)
 
     def counted() -> int:
-        refuse_common(fields, ("session",))
+        refuse_common(fields)
         messages = messages_of(fields)
-        return len(prompt_of(service.template, messages, tools_asked(fields), variables_of(fields), **turns_of(fields, messages)))
+        return len(prompt_of(service.template, messages, tools_asked(fields), variables_of(service, fields), **turns_of(fields, messages)))
 
     return Json({"object": "response.input_tokens", "input_tokens": await in_pool(request, counted)})
 
@@ -111,7 +110,7 @@ def text_task(service: Service, fields: Fields, client):
     base = template_request(service, fields, client, most_tokens(service, fields, ("max_tokens", "n_predict"), 16))
     base = replace(base, top=n_top or 0, score=n_top if echo else None)
     task = text_task_of(service, base, prompts, fields.whole("n", 1, 1, 16), grammar_of(service, fields),
-                        slot=slot_of(service, fields))
+                        **place_of(service, fields))
     return task, TextAnswer(head(service, "cmpl-"), service.tokenizer, task.choices(), prompts, n_top,
                             fields.object("stream_options").flag("include_usage"), echo,
                             fields.flag("timings_per_token"))
@@ -121,11 +120,11 @@ async def embeddings(request: Request) -> Response:
     service, fields = service_of(request), await fields_of(request)
     check_model(service, fields)
     given = fields.get("input")
-    texts = [given] if isinstance(given, str) else given
-    if isinstance(texts, list) and texts and not isinstance(texts[0], str):
-        raise invalid("input", "input is a list of token ids; expected text, since the ids may be of another vocabulary. "
+    texts = [text_of(one, "input") for one in (given if isinstance(given, list) else [given])]
+    if any(isinstance(text, (int, float, list)) for text in texts):
+        raise invalid("input", "input has token ids; expected text, since the ids may be of another vocabulary. "
                       "LangChain sends text with check_embedding_ctx_length=False")
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
+    if not texts or not all(isinstance(text, str) and text for text in texts):
         raise invalid("input", "expected input to be a text or a list of texts, none of them empty")
     if len(texts) > 2048:
         raise invalid("input", f"input has {len(texts)} texts; expected at most 2048")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 from starlette.requests import Request
@@ -12,17 +14,20 @@ from starlette.routing import Route
 
 from ..chat.calls import new_id
 from ..chat.tools import MOST, Tool, Tools, function_tool, offered
+from ..engine.text import Token
 from ..errors import ArgumentError
 from ..grammar.asked import format_asked
+from .answers import Update, chat_logprob, progress_of, timings_of
 from .blocks import Block, BlockAnswer, sealed, unsealed
 from .errors import Refused, invalid, unsupported
 from .fields import Fields
 from .http import Named, client_of, fields_of, in_pool, respond, writer_of
 from .openai import check_model
 from .service import Service
+from .slots import place_of
 from .tasks import blamed, chat_task_of, content_of, refuse_common, template_request, turn_from, variables_of
 
-REFUSED = ("prompt", "top_logprobs", "context_management")
+REFUSED = ("prompt", "context_management")
 ROLES = ("user", "assistant", "system", "developer")
 SEALED, LOGPROBS = "reasoning.encrypted_content", "message.output_text.logprobs"       # of `include`
 
@@ -43,11 +48,11 @@ def task_of(service: Service, fields: Fields, client):
     fields.refuse(REFUSED)
     fields.flag("stream")
     fields.choice("truncation", ("auto", "disabled"))
-    include = fields.listed("include")
-    if LOGPROBS in include:
-        raise unsupported("include", f"of {LOGPROBS} is not supported here")
+    include, n_top = fields.listed("include"), fields.whole("top_logprobs", 0, 0, 20)
+    if n_top and LOGPROBS not in include:
+        raise invalid("top_logprobs", f"top_logprobs is given without {LOGPROBS}; expected include to have it")
     most = fields.whole("max_output_tokens", service.settings.max_tokens)
-    base = template_request(service, fields, client, most)
+    base = replace(template_request(service, fields, client, most), top=n_top)
     messages, tools = messages_of(fields), tools_of(fields)
     try:
         wish = format_asked(fields.object("text").get("format", {"type": "text"}), "text.format")
@@ -56,12 +61,16 @@ def task_of(service: Service, fields: Fields, client):
         raise blamed(error) from None
     reasoning = fields.object("reasoning")
     effort, summary = reasoning.text("effort"), reasoning.choice("summary", ("auto", "concise", "detailed"))
-    variables = variables_of(Fields(fields | ({"reasoning_effort": effort} if effort else {})))
-    task = chat_task_of(service, base, turn_from(service, fields, messages, offer, wish, variables))
-    sampler = base.sampler
+    variables = variables_of(service, Fields(fields | ({"reasoning_effort": effort} if effort else {})))
+    task = chat_task_of(service, base, turn_from(service, fields, messages, offer, wish, variables),
+                        **place_of(service, fields))
+    sampler, per_token = base.sampler, fields.flag("timings_per_token")
     told = described(fields, tools, offer) | {
         "model": service.name, "temperature": sampler.temperature, "top_p": sampler.top_p}
-    return task, ResponseAnswer(task.choices(), told, SEALED in include, summary is not None)
+    answer = ResponseAnswer(task.choices(), told, SEALED in include, summary is not None, per_token)
+    if LOGPROBS in include:
+        answer.logprob = partial(chat_logprob, service.tokenizer, n_top=n_top)
+    return task, answer
 
 
 def described(fields: Fields, tools: tuple[Tool, ...], offer: Tools | None) -> dict:
@@ -71,6 +80,7 @@ def described(fields: Fields, tools: tuple[Tool, ...], offer: Tools | None) -> d
     return {"instructions": fields.text("instructions"), "max_output_tokens": fields.get("max_output_tokens"),
             "metadata": fields.object("metadata"), "parallel_tool_calls": fields.flag("parallel_tool_calls", True),
             "previous_response_id": None, "background": False, "truncation": fields.get("truncation", "disabled"),
+            "top_logprobs": fields.get("top_logprobs", 0),
             "reasoning": {"effort": reasoning.get("effort"), "summary": reasoning.get("summary")},
             "text": {"format": text.get("format", {"type": "text"})}, "tools": functions,
             "tool_choice": fields.get("tool_choice", "auto") if offer else "none" if functions else "auto"}
@@ -195,13 +205,11 @@ class Kind(NamedTuple):
     part: Callable[[str], dict] | None = None
     part_event: str = "response.content_part"
     index_name: str = "content_index"
-    extras: Mapping = {}
 
 
 KINDS = {
     "thought": Kind("rs_", "response.reasoning_text", part=lambda text: {"type": "reasoning_text", "text": text}),
-    "text": Kind("msg_", "response.output_text", extras={"logprobs": []},
-                 part=lambda text: {"type": "output_text", "text": text, "annotations": [], "logprobs": []}),
+    "text": Kind("msg_", "response.output_text", part=lambda text: {"type": "output_text", "text": text, "annotations": []}),
     "call": Kind("fc_", "response.function_call_arguments", "arguments"),
 }
 SUMMARY = Kind("rs_", "response.reasoning_summary_text", part=lambda text: {"type": "summary_text", "text": text},
@@ -210,11 +218,13 @@ SUMMARY = Kind("rs_", "response.reasoning_summary_text", part=lambda text: {"typ
 
 class ResponseAnswer(BlockAnswer):
     """told: what the response says of its request. seal: thoughts come sealed too. summary: they are told as their summary, for
-    clients that ask for one."""
+    clients that ask for one. per_token: deltas and the end come with timings."""
 
-    def __init__(self, choices, told: dict, seal: bool = False, summary: bool = False):
+    logprob: Callable[[Token], dict] | None = None          # how a token of a text is told
+
+    def __init__(self, choices, told: dict, seal: bool = False, summary: bool = False, per_token: bool = False):
         super().__init__(choices)
-        self._told, self._seal, self._summary = told, seal, summary
+        self._told, self._seal, self._summary, self._per_token = told, seal, summary, per_token
         self._kinds = KINDS | ({"thought": SUMMARY} if summary else {})
         self._id, self._created, self._n = new_id("resp_"), int(time.time()), 0
         self._ids: list[str] = []               # of the items
@@ -235,22 +245,22 @@ class ResponseAnswer(BlockAnswer):
         kind = self._kinds[block.kind]
         self._ids.append(new_id(kind.prefix))
         added = self._event("response.output_item.added", output_index=block.index, item=self._item(block, "in_progress"))
-        return [added] + ([self._at(block, kind.part_event + ".added", part=kind.part(""))] if kind.part else [])
+        return [added] + ([self._at(block, kind.part_event + ".added", part=self._part(block, False))] if kind.part else [])
 
     def grown(self, block: Block, text: str) -> list[dict]:
         kind = self._kinds[block.kind]
-        return [self._at(block, kind.event + ".delta", delta=text, **kind.extras)]
+        return [self._at(block, kind.event + ".delta", delta=text, **self._logprobs(block, block.new), **self._timings())]
 
     def ended(self, block: Block, text: str) -> list[dict]:
         kind = self._kinds[block.kind]
-        told = [self._at(block, kind.event + ".done", **{kind.field: block.text}, **kind.extras)]
+        told = [self._at(block, kind.event + ".done", **{kind.field: block.text}, **self._logprobs(block, block.tokens))]
         if kind.part:
-            told.append(self._at(block, kind.part_event + ".done", part=kind.part(block.text)))
+            told.append(self._at(block, kind.part_event + ".done", part=self._part(block)))
         return [*told, self._event("response.output_item.done", output_index=block.index, item=self._item(block))]
 
     def last(self) -> list[dict]:
         whole = self.whole()
-        return [self._event(f"response.{whole['status']}", response=whole)]
+        return [self._event(f"response.{whole['status']}", response=whole, **self._timings())]
 
     def whole(self) -> dict:
         cut = self.choice.finish_reason == "length"
@@ -258,7 +268,25 @@ class ResponseAnswer(BlockAnswer):
         return found | {"incomplete_details": {"reason": "max_output_tokens"} if cut else None, "usage": self._usage(),
                         "completed_at": None if cut else int(time.time())}
 
+    def take(self, update: Update) -> list[dict]:
+        events = self.choice.take(update)
+        return [self.alive() | told for told in progress_of(self.choice, update, self._per_token)] + self.tell(events)
+
     # ---- its parts
+
+    def _timings(self) -> dict:
+        return {"timings": timings_of(self.choice.stats)} if self._per_token else {}
+
+    def _logprobs(self, block: Block, tokens: list[Token]) -> dict:
+        """Of some tokens of a text, where they were asked for."""
+        if block.kind != "text":
+            return {}
+        return {"logprobs": [self.logprob(token) for token in tokens] if self.logprob else []}
+
+    def _part(self, block: Block, whole: bool = True) -> dict:
+        part = self._kinds[block.kind].part
+        assert part is not None
+        return part(block.text if whole else "") | self._logprobs(block, block.tokens if whole else [])
 
     def _event(self, type: str, **fields) -> dict:
         self._n += 1
@@ -281,8 +309,7 @@ class ResponseAnswer(BlockAnswer):
         if block.kind == "call":
             id, name = block.call
             return found | {"type": "function_call", "call_id": id, "name": name, "arguments": block.text}
-        part = self._kinds[block.kind].part
-        content = [part(block.text)] if part and status is None else []
+        content = [self._part(block)] if self._kinds[block.kind].part and status is None else []
         if block.kind == "text":
             return found | {"type": "message", "role": "assistant", "content": content}
         seal = {"encrypted_content": sealed(block.text)} if self._seal and status is None else {}

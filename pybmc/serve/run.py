@@ -14,42 +14,56 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .app import make_app
 from .door import Door, Policy
-from .http import BODY_SECONDS
+from .errors import Refused, openai_error
+from .http import BODY_SECONDS, dump
 from .service import Service
 
 CONNECTIONS, KEEP_ALIVE, HEADER_BYTES = 256, 15, 32 << 10
+STALLED = 60.0                          # seconds in which a client reads nothing of what waits for it, until it is given up
+LOOKS = 0.005, 2.5                      # seconds between looks at a connection that may be closed: the first, and at most
 
 
 @dataclass
 class Place:
-    """Where a server listens: a host and a port (0: a free one), or the path of a Unix socket."""
+    """Where a server listens: hosts, with commas between them, and a port (0: a free one), or the path of a Unix socket."""
 
     host: str = "127.0.0.1"
     port: int = 8080
     unix: str | None = None
-    listener: socket.socket | None = field(default=None, repr=False)
+    listeners: list[socket.socket] = field(default_factory=list, repr=False)
 
-    def bind(self) -> socket.socket:
+    @property
+    def hosts(self) -> list[str]:
+        return [host.strip() for host in self.host.split(",")]
+
+    def bind(self) -> list[socket.socket]:
         """Raises an OSError that names the place."""
-        try:
-            self.listener = self._bound()
-        except OSError as error:
-            place = str(self.unix or f"{self.host}:{self.port}")
-            raise OSError(error.errno, error.strerror or str(error), place) from None
-        return self.listener
+        port = self.port
+        for where in [self.unix] if self.unix else self.hosts:
+            try:
+                self.listeners.append(self._bound_path(self.unix) if self.unix else self._bound(where, port))
+            except OSError as error:
+                place = self.unix or f"{where}:{port}"
+                for listener in self.listeners:
+                    listener.close()
+                raise OSError(error.errno, error.strerror or str(error), place) from None
+            if not self.unix:
+                port = self.listeners[0].getsockname()[1]       # all have the one that was free for the first
+        return self.listeners
 
-    def _bound(self) -> socket.socket:
-        if self.unix:
-            return self._bound_path(self.unix)
-        family, kind, proto, _, address = socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)[0]
+    def _bound(self, host: str, port: int) -> socket.socket:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         found = socket.socket(family, kind, proto)
         with _closing_on_error(found):
             found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                found.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, len(self.hosts) > 1)      # each host its own
             found.bind(address)
             found.listen(CONNECTIONS)
         return found
@@ -73,8 +87,8 @@ class Place:
     def url(self) -> str:
         if self.unix:
             return f"unix:{self.unix}"
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return f"http://{host}:{self.listener.getsockname()[1] if self.listener else self.port}"
+        host = f"[{self.hosts[0]}]" if ":" in self.hosts[0] else self.hosts[0]
+        return f"http://{host}:{self.listeners[0].getsockname()[1] if self.listeners else self.port}"
 
 
 @contextlib.contextmanager
@@ -87,9 +101,21 @@ def _closing_on_error(found: socket.socket):
 
 
 class Protocol(H11Protocol):
-    """Closes connections whose headers take too long."""
+    """Closes connections whose headers take too long, and those whose clients do not read. Answers clients that close their side
+    of the connection behind a request, and writes errors as the routes do."""
 
-    _timer: asyncio.TimerHandle | None = None
+    _timer: asyncio.TimerHandle | None = None           # until headers have to be there
+    _look: asyncio.TimerHandle | None = None            # at a client that has closed its side
+    _stall: asyncio.TimerHandle | None = None           # of one that does not read
+
+    def __init__(self, *args, **more) -> None:
+        super().__init__(*args, **more)
+        self.limit_concurrency, self._app, self.app = None, self.app, self._admit
+
+    async def _admit(self, scope, receive, send) -> None:
+        if max(len(self.connections), len(self.tasks)) > CONNECTIONS:
+            scope = scope | {"pybmc.crowded": True}
+        await self._app(scope, receive, send)
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
@@ -104,7 +130,68 @@ class Protocol(H11Protocol):
 
     def connection_lost(self, exc) -> None:
         self._stop()
+        for timer in filter(None, (self._look, self._stall)):
+            timer.cancel()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        refused = Refused(400, "invalid_http", f"the request is no HTTP/1.1, or its headers have more than {HEADER_BYTES} bytes")
+        body = dump(openai_error(refused))
+        headers = [("content-length", str(len(body))), ("content-type", "application/json"), ("connection", "close")]
+        for event in (h11.Response(status_code=400, headers=headers, reason="Bad Request"), h11.Data(data=body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event))
+        self.transport.close()
+
+    # ---- clients that close their side
+
+    def eof_received(self) -> bool:         # type: ignore[override]  # asyncio looks at what it gives
+        """Whether the connection stays open. One that is closed answers whatever is sent with a reset; a client that only
+        says that nothing follows skips an interim answer, and waits for its own."""
+        waits = self.cycle is not None and not self.cycle.more_body and not self.cycle.response_started
+        if waits and self.scope["http_version"] == "1.1":
+            self._probe()
+        return self._look is not None
+
+    def _probe(self) -> None:
+        if not self.cycle.response_started:
+            self.transport.write(self.conn.send(h11.InformationalResponse(status_code=100, headers=[], reason="Continue")))
+        self._look_at(LOOKS[0])
+
+    def _look_at(self, seconds: float) -> None:
+        if self.transport.is_closing():
+            return
+        if self.transport.get_extra_info("socket").getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+            self.transport.abort()
+        elif seconds < LOOKS[1]:
+            self._look = self.loop.call_later(seconds, self._look_at, 2 * seconds)
+        else:
+            self._look = self.loop.call_later(seconds, self._probe)
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._look is not None and self.cycle.response_complete and not self.transport.is_closing():
+            self.transport.close()
+
+    # ---- clients that do not read
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._stall = self.loop.call_later(STALLED, self._give_up, self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        if self._stall is not None:
+            self._stall.cancel()
+        super().resume_writing()
+
+    def _give_up(self, waited: int) -> None:
+        """End a connection of which as many bytes wait as before."""
+        waiting = self.transport.get_write_buffer_size()
+        if waiting >= waited:
+            self.transport.abort()
+        else:
+            self._stall = self.loop.call_later(STALLED, self._give_up, waiting)
+
+    # ---- clients that are slow to ask
 
     def _wait(self) -> None:
         if self._timer is None:
@@ -133,12 +220,13 @@ class Server(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        for sign in (signal.SIGINT, signal.SIGTERM):
+        signs = [sign for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(sign) != signal.SIG_IGN]
+        for sign in signs:                      # nohup ignores SIGHUP, which is sent where a terminal is closed
             loop.add_signal_handler(sign, self.stop)
         try:
             yield
         finally:
-            for sign in (signal.SIGINT, signal.SIGTERM):
+            for sign in signs:
                 loop.remove_signal_handler(sign)
 
     def stop(self) -> None:
@@ -163,7 +251,7 @@ async def serve(place: Place, policy: Policy, load: Callable[[], Service], ready
     door = make_app(policy, page=page)
     config = uvicorn.Config(
         door, http=Protocol, ws="none", lifespan="on", log_config=None, access_log=False, proxy_headers=False,
-        server_header=False, date_header=False, limit_concurrency=CONNECTIONS, timeout_keep_alive=KEEP_ALIVE,
+        server_header=False, date_header=False, timeout_keep_alive=KEEP_ALIVE,
         h11_max_incomplete_event_size=HEADER_BYTES, timeout_graceful_shutdown=int(grace) + 3)
     logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
     server = Server(config, door, grace)
@@ -181,7 +269,7 @@ async def serve(place: Place, policy: Policy, load: Callable[[], Service], ready
 
     loading.add_done_callback(loaded)
     try:
-        await server.serve(sockets=[place.listener or place.bind()])
+        await server.serve(sockets=place.listeners or place.bind())
     finally:
         if door.service is not None:
             door.service.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,7 +36,7 @@ LARGE = 64 << 10                        # .. of bodies up to this many bytes. La
 @dataclass
 class Settings:
     """How a model is served; `pybmc serve --help` says what each means. sampling: pybmc.Sampler's settings; without a seed
-    each request gets a new one."""
+    each request gets a new one. template_variables: what the chat template gets where a request says nothing else."""
 
     names: Sequence[str] = ()
     parallel: int = 8
@@ -51,10 +52,20 @@ class Settings:
     draft_max: int = 16
     draft_min: int = 0
     chat_template: str | None = None
+    template_variables: Mapping[str, Any] = field(default_factory=dict)
     strict_model: bool = False
     log_texts: str | None = None
     reasoning_budget: int = -1
     sessions: str | None = None
+
+
+def marks_of(path: Path) -> tuple | None:
+    """Which file a path names, its size, and when it was written; None where there is none."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino), found.st_size, found.st_mtime_ns
 
 
 class Service:
@@ -63,6 +74,7 @@ class Service:
     def __init__(self, model: Model, draft: Model | None = None, settings: Settings | None = None,
                  load_seconds: float = 0.0):
         self.model, self.settings = model, settings or Settings()
+        self._files = {path: marks for one in (model, draft) if one for path in one._file.paths if (marks := marks_of(path))}
         if model.tokenizer is None:
             raise ArgumentError(f"{model.path} has no vocabulary: it cannot be served")
         given = self.settings
@@ -99,7 +111,16 @@ class Service:
         pool = self._large if size > LARGE else self._small
         return await asyncio.get_running_loop().run_in_executor(pool, function, *args)
 
+    def check_files(self) -> None:
+        """Refuse to go on with files that were written to: what is mapped of them is not what was loaded. Files that
+        took their names, or none, are no harm."""
+        for path, before in self._files.items():
+            now = marks_of(path)
+            if now is not None and now[0] == before[0] and now != before:
+                raise Refused(503, "model_changed", "the file of the model was changed while it is served; start the server anew")
+
     def submit(self, requests: list, slot: int | None = None) -> Run:
+        self.check_files()
         if self.closing:
             raise Refused(503, "shutting_down", "the server is shutting down")
         return self.worker.submit(requests, slot)
@@ -127,10 +148,11 @@ class Service:
     @cached_property
     def capabilities(self) -> list[str]:
         """What the model can do here, in Ollama's words."""
+        embeds = (self.settings.pooling or self.model.config.pooling.kind) != "rank"
         if not self.writes:
-            return ["embedding"]
+            return ["embedding"] * embeds
         known = {"completion": True, "tools": format_of(self.template).prompts, "thinking": self.template.thinks, "insert": self.fill is not None,
-                 "embedding": self.model.config.pooling.kind != "none"}
+                 "embedding": embeds and self.model.config.pooling.kind != "none"}
         return [name for name, has in known.items() if has]
 
 

@@ -21,7 +21,9 @@ from .worker import Slot
 
 
 async def slots(request: Request) -> Response:
-    service = _enabled(request)
+    if not request.scope["pybmc.slots"]:
+        raise Refused(501, "disabled", "GET /slots is disabled by --no-slots")
+    service = service_of(request)
     running = list(service.worker.engine.running)
     n = len(service.worker.slots)
     if len(running) >= n and request.query_params.get("fail_on_no_slot"):
@@ -38,14 +40,8 @@ def _described(s: Sequence | None) -> dict:
                    "n_decoded": s.stats.predicted_tokens, "seconds": time.perf_counter() - s.since}
 
 
-def _enabled(request: Request) -> Service:
-    if not request.scope["pybmc.slots"]:
-        raise Refused(501, "disabled", "/slots is disabled by --no-slots")
-    return service_of(request)
-
-
 async def change(request: Request) -> Response:
-    service = _enabled(request)
+    service = service_of(request)
     if service.sessions is None:
         raise Refused(501, "disabled", "saved sessions are disabled; pybmc serve --sessions DIR enables them")
     action = request.query_params.get("action", "")
@@ -114,21 +110,20 @@ Action = Callable[[Service, Slot, Fields], Coroutine]
 ACTIONS: dict[str, Action] = {"save": save, "restore": restore, "erase": erase}
 
 
-def slot_of(service: Service, fields: Fields) -> int | None:
-    """The slot that a request asks for."""
+def place_of(service: Service, fields: Fields) -> dict:
+    """Where a request runs, as arguments of a task: the slot that it asks for, and the session that it goes on with."""
     slot = fields.whole("id_slot", -1, -1, len(service.worker.slots) - 1)
-    return None if slot < 0 else slot
+    return {"slot": None if slot < 0 else slot, "session": _session_of(service, fields)}
 
 
-def session_of(service: Service, fields: Fields) -> str | None:
-    """The name of the session that a request goes on with."""
+def _session_of(service: Service, fields: Fields) -> str | None:
     name = fields.text("session")
     if not name:
         return None
     if service.sessions is None:
         raise unsupported("session", "needs a server with a folder for sessions: pybmc serve --sessions DIR")
-    if fields.whole("n", 1) > 1 or not fields.flag("cache_prompt", True):
-        raise unsupported("session", "with several answers, or without cache_prompt, is not supported here")
+    if not fields.flag("cache_prompt", True):
+        raise unsupported("session", "without cache_prompt is not supported here")
     return checked_name(name, "session")
 
 

@@ -35,7 +35,7 @@ SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presenc
 BOUNDS = {"temperature": (0, 100), "repeat_penalty": (0.01, 100), "presence_penalty": (-100, 100),
           "frequency_penalty": (-100, 100)}
 REFUSED = ("images", "audio", "files", "web_search_options", "background", "previous_response_id", "conversation",
-           "session", "lora", "post_sampling_probs", "multimodal_data")
+           "lora", "post_sampling_probs", "multimodal_data")
 TEXT_PARTS = ("text", "input_text", "output_text")
 MORE_OF_MESSAGES = ("name", "tool_calls", "function_call", "tool_call_id", "tool_name", "reasoning_content", "thinking")
 
@@ -58,9 +58,9 @@ class Task:
         return [Choice(i, self.reader(), self.stops) for i in range(len(self.requests))]
 
 
-def refuse_common(fields: Fields, but: tuple[str, ...] = ()) -> None:
-    """Fields that ask for what is not there. Those that ask for nothing are fine. but: what a route has."""
-    fields.refuse([name for name in REFUSED if name not in but])
+def refuse_common(fields: Fields, but: str = "") -> None:
+    """Fields that ask for what is not there. Those that ask for nothing are fine. but: one that a route has."""
+    fields.refuse(name for name in REFUSED if name != but)
     if set(fields.listed("modalities")) - {"text"}:
         raise unsupported("modalities", "beyond text are not supported here")
     if "best_of" in fields and fields.whole("best_of") > fields.whole("n", 1):
@@ -193,8 +193,10 @@ def chat_task_of(service: Service, base: Request, turn: Turn, n: int = 1, **more
 
 
 def task_of(service: Service, base: Request, prompts: list[tuple[str, list[int]]], n: int, schema: Callable[[], Schema | None],
-            **more) -> Task:
+            session: str | None = None, **more) -> Task:
     """n answers to each prompt: the i-th samples with seed + i. schema: makes the state of what an answer follows."""
+    if session and n * len(prompts) > 1:
+        raise unsupported("session", "with several answers is not supported here")
     if n * len(prompts) > ANSWERS:
         raise invalid("n", f"n is {n} and there are {len(prompts)} prompts; expected at most {ANSWERS} answers")
     for _, ids in prompts:
@@ -205,7 +207,7 @@ def task_of(service: Service, base: Request, prompts: list[tuple[str, list[int]]
                           counts={"n_prompt_tokens": len(ids), "n_ctx": service.context})
     samplers = [replace(base.sampler, seed=base.sampler.seed + i) for i in range(n)]
     requests = [replace(base, tokens=ids, sampler=sampler, schema=schema()) for _, ids in prompts for sampler in samplers]
-    return Task(requests, n, base.sampler.seed, prompts, stops=service.tokenizer.stop_ids, **more)
+    return Task(requests, n, base.sampler.seed, prompts, stops=service.tokenizer.stop_ids, session=session, **more)
 
 
 # ---- prompts -----------------------------------------------------------------------------------------------
@@ -269,7 +271,7 @@ def gap_prompt(service: Service, before: str, behind: str, name: str, begun: str
 def turn_of(service: Service, fields: Fields, names: Sequence[str] = FIELDS, split: bool = True) -> Turn:
     """The turn of a chat that is asked for. names: of the fields that may say what the answer follows."""
     messages, tools, wish = messages_of(fields), tools_asked(fields), wish_of(fields, names)
-    return turn_from(service, fields, messages, tools, wish, variables_of(fields), split)
+    return turn_from(service, fields, messages, tools, wish, variables_of(service, fields), split)
 
 
 def turn_from(service: Service, fields: Fields, messages: list[dict], tools: Tools | None, wish: Asked | None, variables: dict,
@@ -309,14 +311,14 @@ def turns_of(fields: Fields, messages: list[dict]) -> dict:
     return {"add_generation_prompt": begins or goes_on, "continue_final_message": continued}
 
 
-def variables_of(fields: Fields) -> dict:
+def variables_of(service: Service, fields: Fields) -> dict:
     """What the chat template is given besides the messages."""
     given = dict(fields.object("chat_template_kwargs"))
     try:
         given = checked_variables(given)
     except BmcError as error:
         raise invalid("chat_template_kwargs", str(error)) from None
-    return reasoning_of(fields) | given
+    return {**service.settings.template_variables} | reasoning_of(fields) | given
 
 
 def reasoning_of(fields: Fields) -> dict:

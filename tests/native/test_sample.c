@@ -94,11 +94,11 @@ static void choices_are_those_defined(const struct kernels *kernels) {
         struct candidate *room = malloc(left * sizeof *room);
         int32_t *names = random_ids(&state, n, n), id = -1, best = 0;
         for (int named = 0; named < 2; named++) {
-            int32_t found = sample(kernels, &s, logits, n, top, position, named ? names : NULL, room, &lead);
+            int32_t found = sample(kernels, &s, logits, n, top, position, named ? names : NULL, room, &lead, NULL);
             CHECK(found == defined(&s, logits, n, position, named ? names : NULL, &right) && lead == right);
         }
         CHECK(bmc_choose(logits, n, &s, position, NULL, 0, &id) == 0);
-        CHECK(id == sample(kernels, &s, logits, n, top, position, NULL, room, NULL));
+        CHECK(id == sample(kernels, &s, logits, n, top, position, NULL, room, NULL, NULL));
         while (logits[best] != top)
             best++;
         s.temperature = 0;
@@ -106,6 +106,37 @@ static void choices_are_those_defined(const struct kernels *kernels) {
         free(names);
         free(room);
         free(logits);
+    }
+}
+
+/* The shares of a draw: they are those of the logits over the temperature, add up to 1, and come in descending order. */
+static void draws_are_told_as_they_are(const struct kernels *kernels) {
+    uint64_t state = 5;
+    for (int round = 0; round < 500; round++) {
+        enum { MOST = 100 };
+        int n = 1 + (int)random_below(&state, MOST), k = (int)random_below(&state, MOST + 3), left = 0, told = 0;
+        float logits[MOST], logprobs[MOST + 2] = { 0 };
+        struct candidate room[MOST];
+        int32_t ids[MOST + 2];
+        bmc_sampler s = PLAIN;
+        s.temperature = 0.05 + 0.1 * (double)random_below(&state, 40);
+        s.top_k = (int32_t)random_below(&state, 2) * (int32_t)random_below(&state, 50);
+        s.seed = random_bits(&state);
+        float top = random_logits(&state, logits, n);
+        int32_t id = sample(kernels, &s, logits, n, top, round, NULL, room, NULL, &left);
+        CHECK(left == (s.top_k && s.top_k < n ? s.top_k : n));
+        double its = (double)drawn_logprobs(&s, room, left, id, k, ids, logprobs), sum = 0;
+        while (told < k && ids[told] >= 0)
+            sum += exp((double)logprobs[told++]);
+        CHECK(told == (k < left ? k : left) && (told < left ? sum < 1 + 1e-5 : fabs(sum - 1) < 1e-5));
+        for (int i = 0; i < told; i++) {
+            CHECK(!i || logits[ids[i - 1]] > logits[ids[i]] || (logits[ids[i - 1]] == logits[ids[i]] && ids[i - 1] < ids[i]));
+            CHECK(ids[i] != id || (double)logprobs[i] == its);
+            if (isfinite(logits[ids[i]]) && isfinite(logits[id]))
+                CHECK(fabs((double)(logits[ids[i]] - logits[id]) / s.temperature - ((double)logprobs[i] - its)) < 1e-4);
+        }
+        for (int i = told; i < k; i++)
+            CHECK(ids[i] == -1 && logprobs[i] == -INFINITY);
     }
 }
 
@@ -224,6 +255,7 @@ int main(void) {
     struct kernels kernels;
     for (int level = 0; kernels_at(level, &kernels); level++) {
         choices_are_those_defined(&kernels);
+        draws_are_told_as_they_are(&kernels);
         logits_are_altered_as_defined(&kernels);
         the_likeliest_are_in_order(&kernels);
     }

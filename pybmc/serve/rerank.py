@@ -1,0 +1,56 @@
+"""Scores of documents for a query: llama-server's routes, which Jina's, Cohere's and text-embeddings-inference's clients use."""
+
+from __future__ import annotations
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from ..engine.embed import encode_inputs
+from ..engine.rerank import pair_ids
+from .embed import passes, pooling_of
+from .errors import Refused, invalid
+from .fields import Fields
+from .http import Json, fields_of, in_pool, service_of, while_here
+from .openai import check_model
+from .service import Service
+
+DOCUMENTS = 2048                        # of a request
+
+
+async def rerank(request: Request) -> Response:
+    service, fields = service_of(request), await fields_of(request)
+    check_model(service, fields)
+    if pooling_of(request) != "rank":
+        raise Refused(400, "unsupported_model", f"{service.name} is no reranker: it gives no scores")
+    query, name = fields.text("query"), "texts" if "texts" in fields and "documents" not in fields else "documents"
+    if query is None:
+        raise invalid("query", "query is missing; expected a text")
+    texts = documents_of(fields, name)
+    most = fields.whole("top_n", len(texts), 1)
+    ids = await in_pool(request, encoded, service, query, texts)
+    scores = [float(found[0]) for found in await while_here(request, passes(service, ids))]
+    order = sorted(range(len(texts)), key=lambda i: -scores[i])[:most]
+    if name == "texts":                 # text-embeddings-inference's form
+        told = fields.flag("return_text")
+        return Json([{"index": i, "score": scores[i]} | ({"text": texts[i]} if told else {}) for i in order])
+    told, n = fields.flag("return_documents"), sum(map(len, ids))
+    results = [{"index": i, "relevance_score": scores[i]} | ({"document": {"text": texts[i]}} if told else {}) for i in order]
+    return Json({"object": "list", "model": service.name, "usage": {"prompt_tokens": n, "total_tokens": n}, "results": results})
+
+
+def documents_of(fields: Fields, name: str) -> list[str]:
+    """Texts, or objects with a text."""
+    given = fields.listed(name, DOCUMENTS)
+    found = [document.get("text") if isinstance(document, dict) else document for document in given]
+    texts = [text for text in found if isinstance(text, str)]
+    if not texts or len(texts) < len(found):
+        raise invalid(name, f"expected {name} to be a list of texts, or of objects with a text, and not empty")
+    return texts
+
+
+def encoded(service: Service, query: str, texts: list[str]) -> list[list[int]]:
+    return encode_inputs(service.model, [pair_ids(service.tokenizer, query, text) for text in texts], service.context)
+
+
+ROUTES = [Route(prefix + path, rerank, methods=["POST"]) for prefix in ("/v1", "") for path in ("/rerank", "/reranking")]
