@@ -108,6 +108,17 @@ const void *cuda_put(struct cuda *c, const void *data, size_t bytes);
 void cuda_put_tokens(struct cuda *c, const struct pass *p);             /* those of the pass as it is now */
 struct cuda_tasks cuda_put_tasks(struct cuda *c, const struct pass *p, int size);
 
+/* Of offload.c: whether a matrix is on the GPU where blocks from `first` on are; the kernels of products of a type. */
+bool cuda_there(const bmc_model *m, int first, const struct matrix *w);
+int cuda_find_products(const struct gpu *gpu, void *products[CUDA_WAYS][N_PANEL_TYPES], int type);
+
+/* Products of long passes over the blocks on the CPU: stream.c. */
+size_t cuda_stage_bytes(const bmc_model *m, int first);         /* on the GPU; 0: no block before `first` has a matrix */
+void cuda_stage_pack(bmc_model *m);                             /* once the panels are made */
+const struct machine *cuda_stage_begin(struct pass *p);         /* the machine of the blocks on the CPU in this pass */
+int cuda_stage_end(struct pass *p);                             /* 0, or the pass's first failure */
+void cuda_stage_free(struct cuda_stage *s);
+
 size_t cuda_mixture_ids(const bmc_model *m, const struct block *b); /* of experts in buffers.work_ids */
 
 #endif
