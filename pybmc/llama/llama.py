@@ -99,18 +99,19 @@ class Llama:
         self.set_seed(seed)
         if not os.path.isfile(self.model_path):
             raise ArgumentError(f"model_path: expected a GGUF file, found none at {self.model_path}")
-        self._open(vocab_only, n_threads, n_gpu_layers)
-        effective: set[str] = {"n_gpu_layers"} if self._model is not None and self._model.gpu_layers else set()
+        self._open(vocab_only, n_threads, n_gpu_layers, op_offload)
+        effective: set[str] = {"n_gpu_layers", "op_offload"} if self._model is not None and self._model.gpu_layers else set()
         arguments.note_without_effect(given, defaults, logging.WARNING if verbose else logging.INFO, effective)
         self._template_source = arguments.source_of_format(chat_format, self._metadata)
 
-    def _open(self, vocab_only: bool, n_threads: int | None, n_gpu_layers: int) -> None:
+    def _open(self, vocab_only: bool, n_threads: int | None, n_gpu_layers: int, op_offload: bool | None) -> None:
         if vocab_only:
             with GGUF(self.model_path, vocabulary_only=True) as file:
                 self._metadata, self._tokenizer = file.metadata, Tokenizer(file)
             return
         self._draft = draft_of(self.draft_model)
-        self._model = model = Model(self.model_path, threads=n_threads or None, gpu="auto", n_gpu_layers=max(n_gpu_layers, -1))
+        self._model = model = Model(self.model_path, threads=n_threads or None, gpu="auto" if n_gpu_layers else "off",
+                                    n_gpu_layers=max(n_gpu_layers, -1), stream_tokens=0 if op_offload is False else None)
         try:
             self._metadata, self._tokenizer = model.metadata, model.tokenizer
             if self._tokenizer is None:
