@@ -118,6 +118,12 @@ void cuda_stage_pack(bmc_model *m);                             /* once the pane
 const struct machine *cuda_stage_begin(struct pass *p);         /* the machine of the blocks on the CPU in this pass */
 int cuda_stage_end(struct pass *p);                             /* 0, or the pass's first failure */
 void cuda_stage_free(struct cuda_stage *s);
+/* Parts of a step, of which the CPU does others. Every thread asks, in a pass of the stage's machine, and gets the same answer;
+ * thread 0 queues the products, and waits for them. */
+bool cuda_stage_takes(const struct pass *p, const struct product *list, int n);
+void cuda_stage_multiply(struct pass *p, const struct product *r);
+void cuda_stage_gate_up(struct pass *p, const struct gate_up *job);
+void cuda_stage_await(struct pass *p);
 
 size_t cuda_mixture_ids(const bmc_model *m, const struct block *b); /* of experts in buffers.work_ids */
 

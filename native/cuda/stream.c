@@ -284,30 +284,45 @@ static bool can(const struct cuda_stage *s, const struct product *r) {
     return r->w->codes && !r->w->late && wide_of(r) <= (cuda_is_float(r->w->type) ? s->sizes.widest_float : s->sizes.widest);
 }
 
-/* Whether sending the weights and tokens takes less time than the threads need for the products. */
+/* Whether the weights and tokens are sent sooner than the threads compute the products. */
 static bool pays(const bmc_model *m, const struct product *list, int n) {
-    double there = 0, here = 0;
+    double bytes = 0, seconds = 0;
+    const struct product *before = NULL;
     for (int i = 0; i < n; i++) {
-        const struct matrix *w = list[i].w;
-        if (!w->data)
+        const struct product *r = &list[i];
+        const bool floats = cuda_is_float(r->w->type);
+        if (!r->w->data)
             continue;
-        there += (double)matrix_panels(w) * (double)panel_bytes(w) / SENT;
-        here += (double)w->n_rows * (double)w->n_cols * list[i].in.n / (cuda_is_float(w->type) ? FLOAT_RATE : QUANTIZED_RATE);
+        bytes += (double)matrix_panels(r->w) * (double)panel_bytes(r->w);
+        if (!before || before->in.act != r->in.act)
+            bytes += (double)wide_of(r) * r->in.n * (floats ? sizeof(float) : sizeof(struct act_block) / 32.0);
+        seconds += (double)r->w->n_rows * (double)r->w->n_cols * r->in.n / (floats ? FLOAT_RATE : QUANTIZED_RATE);
+        before = r;
     }
-    return there < here / pool_size(m->pool);
+    return bytes / SENT < seconds / pool_size(m->pool);
 }
 
-/* The same answer on every thread. */
-static bool takes(const bmc_model *m, const struct product *list, int n) {
-    const struct cuda_stage *s = m->stage;
+bool cuda_stage_takes(const struct pass *p, const struct product *list, int n) {
+    const struct cuda_stage *s = p->model->stage;
     for (int i = 0; i < n; i++)
         if (list[i].w->data && !can(s, &list[i]))
             return false;
-    return s->least ? list[0].in.n >= s->least : list[0].in.n >= LEAST && pays(m, list, n);
+    return s->least ? p->n_tok >= s->least : p->n_tok >= LEAST && pays(p->model, list, n);
 }
 
-/* Waits for all that was queued: the buffers are the CPU's again, also after a failure. */
-static void await(struct cuda_stage *s) {
+void cuda_stage_multiply(struct pass *p, const struct product *r) {
+    if (r->w->data && !p->model->stage->status)
+        multiply_one(p->model->stage, p->model, r);
+}
+
+void cuda_stage_gate_up(struct pass *p, const struct gate_up *job) {
+    if (!p->model->stage->status)
+        gate_up_one(p->model->stage, p->model, job);
+}
+
+/* The buffers are the CPU's again, also after a failure. */
+void cuda_stage_await(struct pass *p) {
+    struct cuda_stage *s = p->model->stage;
     const struct cuda_driver *cu = s->gpu->cu;
     if (s->status)
         cu->cuStreamSynchronize(s->copies);
@@ -318,30 +333,26 @@ static void await(struct cuda_stage *s) {
 }
 
 static void multiply_there(struct pass *p, const struct product *list, int n, int thread) {
-    const bmc_model *m = p->model;
-    if (!takes(m, list, n)) {
+    if (!cuda_stage_takes(p, list, n)) {
         multiply(p, list, n, thread);
         return;
     }
-    if (thread || m->stage->status)
-        return;
-    for (int i = 0; i < n; i++)
-        if (list[i].w->data)
-            multiply_one(m->stage, m, &list[i]);
-    await(m->stage);
+    for (int i = 0; thread == 0 && i < n; i++)
+        cuda_stage_multiply(p, &list[i]);
+    if (thread == 0)
+        cuda_stage_await(p);
 }
 
 static void gate_up_there(struct pass *p, const struct gate_up *job, int thread) {
-    const bmc_model *m = p->model;
     const struct product list[] = { product(job->gate, job->in, job->gate_out), product(job->up, job->in, job->hidden.x) };
-    if (!takes(m, list, 2)) {
+    if (!cuda_stage_takes(p, list, 2)) {
         gate_up_all(p, job, thread);
         return;
     }
-    if (thread || m->stage->status)
-        return;
-    gate_up_one(m->stage, m, job);
-    await(m->stage);
+    if (thread == 0) {
+        cuda_stage_gate_up(p, job);
+        cuda_stage_await(p);
+    }
 }
 
 /* A pass. A forked process, which cannot use the GPU, computes all of it. */
