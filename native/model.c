@@ -190,9 +190,9 @@ static void share_output(bmc_model *m) {
 
 /* What is on a GPU is sent there, and counts in `packed`. */
 static int finish_panels(bmc_model *m) {
-    const int status = m->cuda ? cuda_pack(m) : 0;
+    int status = m->cuda ? cuda_pack(m) : 0;
     if (!status && m->stage)
-        cuda_stage_pack(m);
+        status = cuda_stage_pack(m);
     if (!status)
         share_output(m);
     atomic_store(&m->packed, (int64_t)m->panel_bytes + (m->cuda ? (int64_t)m->cuda->weight_bytes : 0));

@@ -114,7 +114,7 @@ int cuda_find_products(const struct gpu *gpu, void *products[CUDA_WAYS][N_PANEL_
 
 /* Products of long passes over the blocks on the CPU: stream.c. */
 size_t cuda_stage_bytes(const bmc_model *m, int first);         /* on the GPU; 0: no block before `first` has a matrix */
-void cuda_stage_pack(bmc_model *m);                             /* once the panels are made */
+int cuda_stage_pack(bmc_model *m);                              /* once the panels are made; 0, or a failure */
 const struct machine *cuda_stage_begin(struct pass *p);         /* the machine of the blocks on the CPU in this pass */
 int cuda_stage_end(struct pass *p);                             /* 0, or the pass's first failure */
 void cuda_stage_free(struct cuda_stage *s);

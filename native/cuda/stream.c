@@ -320,15 +320,14 @@ void cuda_stage_gate_up(struct pass *p, const struct gate_up *job) {
         gate_up_one(p->model->stage, p->model, job);
 }
 
-/* The buffers are the CPU's again, also after a failure. */
+/* The buffers are the CPU's again, also after a failure: then whatever is queued still may be on its way to them. */
 void cuda_stage_await(struct pass *p) {
     struct cuda_stage *s = p->model->stage;
-    const struct cuda_driver *cu = s->gpu->cu;
-    if (s->status)
-        cu->cuStreamSynchronize(s->copies);
-    const int code = cu->cuStreamSynchronize(s->work);
-    if (!s->status)
-        did(s, "computing", code);
+    CALL(s, "computing", cuStreamSynchronize(s->work));
+    if (s->status) {
+        s->gpu->cu->cuStreamSynchronize(s->copies);
+        s->gpu->cu->cuStreamSynchronize(s->work);
+    }
     s->there = (struct tokens){ 0 };
 }
 
@@ -427,17 +426,21 @@ static void *pin(struct cuda_stage *s, void *memory, size_t bytes) {
 }
 
 /* Without panels there is nothing to send. */
-void cuda_stage_pack(bmc_model *m) {
+int cuda_stage_pack(bmc_model *m) {
     struct cuda_stage *s = m->stage;
     const size_t page = (size_t)sysconf(_SC_PAGESIZE),
                  buffers = (size_t)((char *)m->buffers->cos - (char *)m->buffers->memory) / page * page;
-    if (!m->panels || gpu_enter(s->gpu)) {
+    if (!m->panels) {
         cuda_stage_free(s);
         m->stage = NULL;
-        return;
+        return 0;
     }
-    s->pinned[0] = pin(s, m->panels, m->early_bytes);
-    s->pinned[1] = pin(s, m->buffers->memory, buffers);
+    const int status = gpu_enter(s->gpu);
+    if (!status) {
+        s->pinned[0] = pin(s, m->panels, m->early_bytes);
+        s->pinned[1] = pin(s, m->buffers->memory, buffers);
+    }
+    return status;
 }
 
 void cuda_stage_free(struct cuda_stage *s) {

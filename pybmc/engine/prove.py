@@ -119,11 +119,12 @@ def compare(model, text, n_prompt: int, plain, facts, kind: str, i: int, sampler
 
 
 def compare_machines(model, gpu, text, n_prompt: int, plain, facts, i: int, sampler: Sampler) -> Comparison:
-    """Decode on the GPU with guesses of every length, and run the passes again for their logits, and the whole text as one."""
+    """Decode on the GPU with guesses of every length, and run the passes again for their logits; then the text as one long pass."""
     guessed, stats, passes = rehearse(gpu, text, n_prompt, sampler, i)
     rows, difference = 0, first_difference(plain, guessed, n_prompt)
     if difference is None:
-        rows, difference = replay(gpu, text, [*passes, (0, text)], facts)
+        long = [(0, text[:n_prompt - 1])] * (n_prompt > 1) + [(n_prompt - 1, text[n_prompt - 1:])]
+        rows, difference = replay(gpu, text, [*passes, *long], facts)
     if difference is not None:
         difference = explained(model, text, difference)
     return Comparison(i, sampler.temperature, ON_GPU, len(guessed), stats.rounds, stats.draft_n, stats.draft_n_accepted, rows, difference)
