@@ -16,8 +16,10 @@ import tiny_kinds
 
 import pybmc
 from pybmc.cli import run
+from pybmc.engine.engine import Engine
 from pybmc.engine.gpu import gpus, plan
 from pybmc.engine.prove import ON_GPU, prove
+from pybmc.engine.request import Request
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.gguf"))
 ALL = {"gpu": 0, "n_gpu_layers": 0, "stream_tokens": 2}         # every pass of two tokens and more, all layers on the CPU
@@ -159,6 +161,25 @@ def test_passes_by_their_tokens(n_tok, stream_tokens, there, fake):
     with pybmc.Model(path, threads=1, gpu=0, n_gpu_layers=0, stream_tokens=stream_tokens) as model, model.session() as session:
         assert bool(launched(fake, lambda: session.eval(tokens(n_tok), "none"))) is there
         assert not launched(fake, lambda: session.eval(tokens(1), "last"))
+
+
+def test_an_engine_reads_prompts_in_whole_passes(fake):
+    """However slow it takes the model for: pieces by the time that they take would never go through the GPU."""
+    found = []
+    for settings in ({}, {"gpu": 0, "n_gpu_layers": 0}):
+        with pybmc.Model(tiny.model("llama", types="Q4_0"), threads=1, **settings) as model, Engine(model, parallel=1) as engine:
+            engine._prompt_rate = 1.0
+            sequence = engine.add(Request(tokens(90).tolist(), 4, pybmc.Sampler(temperature=0)))
+            rounds = 0
+            before = fake["launches"]
+            while not sequence.done and sequence.reading:
+                engine.step()
+                rounds += 1
+            found.append((rounds, fake["launches"] > before))
+            while not sequence.done:
+                engine.step()
+            found.append(sequence.text)
+    assert found[0] == (6, False) and found[2] == (1, True) and found[1] == found[3]
 
 
 def test_many_threads_compute_themselves(fake):

@@ -12,6 +12,7 @@
 #include "cuda.h"
 
 #include "../error.h"
+#include "../memory.h"
 
 #include <stdlib.h>
 #include <string.h>
@@ -425,11 +426,11 @@ static void *pin(struct cuda_stage *s, void *memory, size_t bytes) {
     return memory && bytes && !s->gpu->cu->cuMemHostRegister_v2(memory, bytes, 0) ? memory : NULL;
 }
 
-/* Without panels there is nothing to send. */
+/* Whole pages: what is copied is pinned from its first byte to its last, or not at all. The first half of a pass's buffers, up to
+ * its cosines, is what products read and write. Without panels there is nothing to send. */
 int cuda_stage_pack(bmc_model *m) {
     struct cuda_stage *s = m->stage;
-    const size_t page = (size_t)sysconf(_SC_PAGESIZE),
-                 buffers = (size_t)((char *)m->buffers->cos - (char *)m->buffers->memory) / page * page;
+    const size_t buffers = memory_whole((size_t)((char *)m->buffers->cos - (char *)m->buffers->memory));
     if (!m->panels) {
         cuda_stage_free(s);
         m->stage = NULL;
@@ -438,7 +439,7 @@ int cuda_stage_pack(bmc_model *m) {
     const int status = gpu_enter(s->gpu);
     if (!status) {
         s->pinned[0] = pin(s, m->panels, m->early_bytes);
-        s->pinned[1] = pin(s, m->buffers->memory, buffers);
+        s->pinned[1] = pin(s, m->buffers->memory, buffers < m->buffers->bytes ? buffers : m->buffers->bytes);
     }
     return status;
 }

@@ -137,6 +137,16 @@ API int cuMemFreeHost(void *p) {
 
 static std::map<uint64_t, size_t> pinned;
 
+/* No copy may begin in pinned memory and end outside. */
+static bool straddles(uint64_t p, size_t n) {
+    auto after = pinned.upper_bound(p);
+    if (after == pinned.begin())
+        return after != pinned.end() && p + n > after->first;
+    auto before = std::prev(after);
+    const uint64_t end = before->first + before->second;
+    return (p < end && p + n > end) || (after != pinned.end() && p < after->first && p + n > after->first);
+}
+
 /* With "registers" 0: memory that the driver cannot pin. */
 API int cuMemHostRegister_v2(void *p, size_t n, unsigned) {
     BEGIN(true);
@@ -421,6 +431,8 @@ API int cuStreamWaitEvent(void *s, void *e, unsigned) {
 
 API int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t n, void *s) {
     BEGIN(true);
+    if (straddles((uint64_t)from, n))
+        return INVALID;
     return enqueue(s, [=] { return inside(to, n) ? memmove((void *)to, from, n), OK : ILLEGAL_ADDRESS; }, true);
 }
 
@@ -430,7 +442,8 @@ API int cuMemcpy2DAsync_v2(const cuda_copy2d *copy, void *s) {
     const cuda_copy2d c = *copy;
     const cuda_side sides[] = { c.from, c.to };
     for (const cuda_side &side : sides)
-        if (side.pitch < c.width || (side.type != 1 && side.type != 2) || side.x || side.y)
+        if (side.pitch < c.width || (side.type != 1 && side.type != 2) || side.x || side.y
+            || (side.type == 1 && straddles(side.host, (c.height - 1) * side.pitch + c.width)))
             return INVALID;
     return enqueue(s, [=] {
         uint64_t at[2];
@@ -449,6 +462,8 @@ API int cuMemcpy2DAsync_v2(const cuda_copy2d *copy, void *s) {
 
 API int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t n, void *s) {
     BEGIN(true);
+    if (straddles((uint64_t)to, n))
+        return INVALID;
     return enqueue(s, [=] { return inside(from, n) ? memmove(to, (void *)from, n), OK : ILLEGAL_ADDRESS; });
 }
 
