@@ -1,9 +1,9 @@
 /* Products of long passes over the blocks that are on the CPU, done on a GPU.
  *
- * Their weights stay in the host's memory. A step of products sends them in slices of rows to two slots on the
- * GPU: the stream `copies` fills one while the stream `work` multiplies the other, and each slice's results
- * come back while the next one is on its way. The order between the two streams is kept by events: `sent` of
- * a slot is recorded behind its copies, `used` behind the kernel that reads it. Norms, attention and states
+ * Their weights stay in the host's memory. A step of products sends them in slices of rows to two slots on
+ * the GPU: the stream `copies` fills one while the stream `work` multiplies the other, and each slice's
+ * results come back while the next one is sent. Events keep the order between the two streams: `sent` of a
+ * slot is recorded behind its copies, `used` behind the kernel that reads it. Norms, attention and states
  * stay on the CPU, so rows of sessions do not move. Only thread 0 calls the driver; the others go on to the
  * barrier that follows the step.
  *
@@ -18,17 +18,22 @@
 #include <string.h>
 #include <unistd.h>
 
-/* Slots; bytes of a slice's weights and of its results, at least those of TILE_PANELS, which a block of threads takes; tokens from
- * which on a pass may go there. */
+/* Slots; bytes of a slice's weights and of its results, at least those of the TILE_PANELS that a block of
+ * threads takes; tokens from which on a pass may go there. */
 enum { SLOTS = 2, SLICE = 16 << 20, RESULTS = 8 << 20, TILE_PANELS = 8, LEAST = 64 };
 
-/* What a GPU is sent in a second, in bytes (PCIe 4.0 x16, pinned memory), and the products of a weight and a token that a
- * thread computes in a second: 8 bits with VNNI, floats. 64 tokens are worth sending Q4_0 for up to ten threads. */
+/* Bytes that a GPU is sent in a second (PCIe 4.0 x16, pinned memory), and products of a weight and a token
+ * that a thread computes in a second, of 8 bits (with VNNI) and of floats: 64 tokens are worth sending Q4_0
+ * for up to nine threads. */
 static const double SENT = 25e9, QUANTIZED_RATE = 300e9, FLOAT_RATE = 50e9;
 
-/* What products need there at most. Bytes: of a slot; of what they read, in 8 bits and floats; of a slice's results, in floats and 8
- * bits. Rows of a slice; columns of quantized and of float weights. */
-struct stage_sizes { size_t slot, act, x, out, hidden, rows; int64_t widest, widest_float; };
+/* What products need there at most. */
+struct stage_sizes {
+    size_t slot, act, x;            /* bytes of a slot, and of what products read, in 8 bits and in floats */
+    size_t out, hidden;             /* bytes of a slice's results, in floats and in 8 bits */
+    size_t rows;                    /* of a slice */
+    int64_t widest, widest_float;   /* values of a token that quantized and float weights read */
+};
 
 struct cuda_stage {
     struct gpu *gpu;
@@ -65,30 +70,35 @@ static int64_t slice_panels(const bmc_model *m, const struct matrix *w) {
 
 struct measured { const bmc_model *m; int first; struct stage_sizes sizes; };
 
+/* Whether a matrix belongs to a block that is on the CPU. */
+static bool is_here(const struct measured *v, const struct matrix *w) {
+    const bmc_model *m = v->m;
+    return w != &m->output && w != &m->per_layer_proj && w != &m->eh_proj && !cuda_there(m, v->first, w);
+}
+
+static void widen(struct stage_sizes *s, int type, int64_t n) {
+    int64_t *widest = cuda_is_float(type) ? &s->widest_float : &s->widest;
+    *widest = n > *widest ? n : *widest;
+}
+
 static void measure(struct matrix *w, void *arg) {
     struct measured *v = arg;
     struct stage_sizes *s = &v->sizes;
-    if (w == &v->m->output || w == &v->m->per_layer_proj || w == &v->m->eh_proj || cuda_there(v->m, v->first, w))
+    if (!is_here(v, w))
         return;
     const size_t n = (size_t)slice_panels(v->m, w);
     s->slot = most(s->slot, n * (panel_bytes(w) + PANEL_ROWS * sizeof(float)) + 64);
     s->rows = most(s->rows, n * PANEL_ROWS);
-    if (cuda_is_float(w->type))
-        s->widest_float = w->n_cols > s->widest_float ? w->n_cols : s->widest_float;
-    else
-        s->widest = w->n_cols > s->widest ? w->n_cols : s->widest;
+    widen(s, w->type, w->n_cols);
 }
 
 /* Heads of compressed attention read parts of wide rows. */
 static void measure_heads(const bmc_model *m, int first, struct stage_sizes *s) {
-    for (const struct block *b = m->blocks; b < m->blocks + first; b++) {
-        const int64_t wide = b->c.kind != BMC_MLA ? 0 : b->c.n_heads * (b->extent[NOPE] > b->c.kv_rank ? b->extent[NOPE] : b->c.kv_rank);
-        const struct matrices *of[] = { &b->attention.k_b, &b->attention.v_b };
-        for (int i = 0; wide && i < 2; i++) {
-            int64_t *widest = cuda_is_float(of[i]->of->type) ? &s->widest_float : &s->widest;
-            *widest = wide > *widest ? wide : *widest;
+    for (const struct block *b = m->blocks; b < m->blocks + first; b++)
+        if (b->c.kind == BMC_MLA) {
+            widen(s, b->attention.k_b.of->type, b->c.n_heads * b->extent[NOPE]);
+            widen(s, b->attention.v_b.of->type, b->c.n_heads * (int64_t)b->c.kv_rank);
         }
-    }
 }
 
 static struct stage_sizes sizes_of(const bmc_model *m, int first) {
@@ -163,7 +173,8 @@ static void fetch_rows(struct cuda_stage *s, struct rows_of to, struct rows_of f
 
 static void launch(struct cuda_stage *s, void *function, struct cuda_grid g, void *args) {
     void *list[] = { args };
-    CALL(s, "launching a kernel", cuLaunchKernel(function, g.x, g.y, g.z, g.threads, 1, 1, 0, s->work, list, NULL));
+    CALL(s, "launching a kernel",
+         cuLaunchKernel(function, g.x, g.y, g.z, g.threads, 1, 1, 0, s->work, list, NULL));
 }
 
 /* Tokens. */
@@ -171,12 +182,14 @@ static void launch(struct cuda_stage *s, void *function, struct cuda_grid g, voi
 static int64_t wide_of(const struct product *r) { return r->in.wide ? r->in.wide : r->w->n_cols; }
 
 /* Blocks [from, to) of rows of k values between the CPU's tiles of columns and the GPU's one. */
-static void move_blocks(struct cuda_stage *s, struct tokens on_cpu, int64_t k, int64_t from, int64_t to, struct act_block *there, bool fetch) {
-    const int width = tile_width(on_cpu.n);
-    for (int first = 0; first < on_cpu.n; first += width) {
-        const size_t cols = (size_t)smaller(on_cpu.n - first, width), size = sizeof(struct act_block);
-        const struct rows_of here = { on_cpu.act + (size_t)first * (size_t)(k / 32) + (size_t)from * cols, cols * size },
-                             gpu = { there + first, (size_t)on_cpu.n * size };
+static void move_blocks(struct cuda_stage *s, struct tokens in, int64_t k, int64_t from, int64_t to,
+                        struct act_block *there, bool fetch) {
+    const int width = tile_width(in.n);
+    for (int first = 0; first < in.n; first += width) {
+        const size_t cols = (size_t)smaller(in.n - first, width), size = sizeof(struct act_block);
+        struct act_block *tile = in.act + (size_t)first * (size_t)(k / 32);
+        const struct rows_of here = { tile + (size_t)from * cols, cols * size },
+                             gpu = { there + first, (size_t)in.n * size };
         if (fetch)
             fetch_rows(s, here, gpu, cols * size, (size_t)(to - from));
         else
@@ -198,15 +211,19 @@ static void send_tokens(struct cuda_stage *s, const struct product *r) {
 
 /* Products. */
 
+static int rows_between(const struct matrix *w, int64_t from, int64_t to) {
+    return (int)(least_of(to * PANEL_ROWS, w->n_rows) - from * PANEL_ROWS);
+}
+
 /* Panels [from, to) of a matrix, and their biases, to the next slot. */
 static struct cuda_product send_slice(struct cuda_stage *s, const struct matrix *w, int64_t from, int64_t to) {
     const int slot = s->next;
-    const size_t codes = (size_t)(to - from) * w->code_stride, scales = (size_t)(to - from) * w->scale_stride;
-    const int64_t end = to * PANEL_ROWS < w->n_rows ? to * PANEL_ROWS : w->n_rows;
+    const size_t n = (size_t)(to - from), codes = n * w->code_stride, scales = n * w->scale_stride;
     char *at = s->slots[slot], *bias = at + (codes + scales + 63) / 64 * 64;
     const struct cuda_product a = {
-        .codes = (uint8_t *)at, .scales = (uint8_t *)at + codes, .code_stride = w->code_stride, .scale_stride = w->scale_stride,
-        .n_rows = (int)(end - from * PANEL_ROWS), .k = (int)w->n_cols, .bias = w->bias ? (float *)(void *)bias : NULL, .factor = w->factor,
+        .codes = (uint8_t *)at, .scales = (uint8_t *)at + codes, .code_stride = w->code_stride,
+        .scale_stride = w->scale_stride, .n_rows = rows_between(w, from, to), .k = (int)w->n_cols,
+        .bias = w->bias ? (float *)(void *)bias : NULL, .factor = w->factor,
     };
     CALL(s, "waiting for a kernel", cuStreamWaitEvent(s->copies, s->used[slot], 0));
     send(s, s->copies, at, w->codes + (size_t)from * w->code_stride, codes);
@@ -217,8 +234,9 @@ static struct cuda_product send_slice(struct cuda_stage *s, const struct matrix 
     return a;
 }
 
-/* Rows of a product, as wide as a slice, to `out`. */
-static int multiply_slice(struct cuda_stage *s, const struct product *r, int64_t from, int64_t to, float *out, size_t out_stride) {
+/* The rows of panels [from, to) of a product, to `out`. */
+static void multiply_slice(struct cuda_stage *s, const struct product *r, int64_t from, int64_t to,
+                           float *out, size_t out_stride) {
     struct cuda_product a = send_slice(s, r->w, from, to);
     const int slot = s->next;
     a.n_tok = r->in.n;
@@ -234,7 +252,6 @@ static int multiply_slice(struct cuda_stage *s, const struct product *r, int64_t
     launch(s, s->products[way][r->w->type], product_grid(way, &a), &a);
     CALL(s, "launching a kernel", cuEventRecord(s->used[slot], s->work));
     s->next = (slot + 1) % SLOTS;
-    return a.n_rows;
 }
 
 static void multiply_one(struct cuda_stage *s, const bmc_model *m, const struct product *r) {
@@ -244,7 +261,7 @@ static void multiply_one(struct cuda_stage *s, const bmc_model *m, const struct 
     send_tokens(s, r);
     for (int64_t from = 0; from < n; from += each) {
         const int64_t to = least_of(from + each, n), row = from * PANEL_ROWS;
-        const size_t width = (size_t)(least_of(to * PANEL_ROWS, r->w->n_rows) - row) * sizeof(float);
+        const size_t width = (size_t)rows_between(r->w, from, to) * sizeof(float);
         const struct rows_of here = { r->y + row, r->y_stride * sizeof(float) };
         if (r->add)
             send_rows(s, there, here, width, n_tok);
@@ -253,36 +270,46 @@ static void multiply_one(struct cuda_stage *s, const bmc_model *m, const struct 
     }
 }
 
-/* Rows of both matrices, their activation, and what comes of it. */
+/* Activation of `rows` rows that begin at `row`, and what comes of it. */
+static void activate_slice(struct cuda_stage *s, const struct gate_up *job, int64_t row, int rows, size_t stride) {
+    const int64_t dim = job->up->n_rows;
+    const struct rows_of here = { job->hidden.x + row, padded(dim) * sizeof(float) },
+                         there = { s->out[0], stride * sizeof(float) };
+    struct cuda_activate a = {
+        .n_tok = job->in.n, .dim = rows, .kind = job->act, .up = s->out[0],
+        .gate = job->gate->data ? s->out[1] : NULL, .stride = stride, .gate_stride = stride, .act = s->hidden,
+        .act_stride = job->in.n,
+    };
+    memcpy(a.param, job->param, sizeof a.param);
+    launch(s, s->activate, activate_grid(&a), &a);
+    fetch_rows(s, here, there, (size_t)rows * sizeof(float), (size_t)job->in.n);
+    move_blocks(s, job->hidden, dim, row / 32, (row + rows) / 32, s->hidden, true);
+}
+
 static void gate_up_one(struct cuda_stage *s, const bmc_model *m, const struct gate_up *job) {
-    const struct product gate = product(job->gate, job->in, job->gate_out), up = product(job->up, job->in, job->hidden.x);
-    const int64_t dim = job->up->n_rows, n = matrix_panels(job->up),
-                  each = gate.w->data ? least_of(slice_panels(m, job->gate), slice_panels(m, job->up)) : slice_panels(m, job->up);
+    const struct product gate = product(job->gate, job->in, job->gate_out),
+                         up = product(job->up, job->in, job->hidden.x);
+    const bool gated = job->gate->data;
+    const int64_t n = matrix_panels(job->up), most_up = slice_panels(m, job->up),
+                  each = gated ? least_of(slice_panels(m, job->gate), most_up) : most_up;
     const size_t stride = (size_t)each * PANEL_ROWS;
     send_tokens(s, &up);
-    if (gate.w->data)
+    if (gated)
         send_tokens(s, &gate);
     for (int64_t from = 0; from < n; from += each) {
-        const int64_t to = least_of(from + each, n), row = from * PANEL_ROWS;
-        if (gate.w->data)
+        const int64_t to = least_of(from + each, n);
+        if (gated)
             multiply_slice(s, &gate, from, to, s->out[1], stride);
-        const int rows = multiply_slice(s, &up, from, to, s->out[0], stride);
-        struct cuda_activate a = {
-            .n_tok = job->in.n, .dim = rows, .kind = job->act, .up = s->out[0], .gate = gate.w->data ? s->out[1] : NULL,
-            .stride = stride, .gate_stride = stride, .act = s->hidden, .act_stride = job->in.n,
-        };
-        memcpy(a.param, job->param, sizeof a.param);
-        launch(s, s->activate, activate_grid(&a), &a);
-        fetch_rows(s, (struct rows_of){ job->hidden.x + row, padded(dim) * sizeof(float) },
-                   (struct rows_of){ s->out[0], stride * sizeof(float) }, (size_t)rows * sizeof(float), (size_t)job->in.n);
-        move_blocks(s, job->hidden, dim, row / 32, (row + rows) / 32, s->hidden, true);
+        multiply_slice(s, &up, from, to, s->out[0], stride);
+        activate_slice(s, job, from * PANEL_ROWS, rows_between(job->up, from, to), stride);
     }
 }
 
 /* Which products go there. */
 
 static bool can(const struct cuda_stage *s, const struct product *r) {
-    return r->w->codes && !r->w->late && wide_of(r) <= (cuda_is_float(r->w->type) ? s->sizes.widest_float : s->sizes.widest);
+    const int64_t widest = cuda_is_float(r->w->type) ? s->sizes.widest_float : s->sizes.widest;
+    return r->w->codes && !r->w->late && wide_of(r) <= widest;
 }
 
 /* Whether the weights and tokens are sent sooner than the threads compute the products. */
@@ -297,7 +324,8 @@ static bool pays(const bmc_model *m, const struct product *list, int n) {
         bytes += (double)matrix_panels(r->w) * (double)panel_bytes(r->w);
         if (!before || before->in.act != r->in.act)
             bytes += (double)wide_of(r) * r->in.n * (floats ? sizeof(float) : sizeof(struct act_block) / 32.0);
-        seconds += (double)r->w->n_rows * (double)r->w->n_cols * r->in.n / (floats ? FLOAT_RATE : QUANTIZED_RATE);
+        seconds += (double)r->w->n_rows * (double)r->w->n_cols * r->in.n
+                   / (floats ? FLOAT_RATE : QUANTIZED_RATE);
         before = r;
     }
     return bytes / SENT < seconds / pool_size(m->pool);
@@ -321,7 +349,7 @@ void cuda_stage_gate_up(struct pass *p, const struct gate_up *job) {
         gate_up_one(p->model->stage, p->model, job);
 }
 
-/* The buffers are the CPU's again, also after a failure: then whatever is queued still may be on its way to them. */
+/* The buffers are the CPU's again; after a failure too, when what was queued may still be written to them. */
 void cuda_stage_await(struct pass *p) {
     struct cuda_stage *s = p->model->stage;
     CALL(s, "computing", cuStreamSynchronize(s->work));
@@ -344,7 +372,8 @@ static void multiply_there(struct pass *p, const struct product *list, int n, in
 }
 
 static void gate_up_there(struct pass *p, const struct gate_up *job, int thread) {
-    const struct product list[] = { product(job->gate, job->in, job->gate_out), product(job->up, job->in, job->hidden.x) };
+    const struct product list[] = { product(job->gate, job->in, job->gate_out),
+                                    product(job->up, job->in, job->hidden.x) };
     if (!cuda_stage_takes(p, list, 2)) {
         gate_up_all(p, job, thread);
         return;
@@ -372,7 +401,7 @@ int cuda_stage_end(struct pass *p) { return p->model->stage->status; }
 static void find_kernels(struct matrix *w, void *arg) {
     struct measured *v = arg;
     struct cuda_stage *s = v->m->stage;
-    if (!s->status && w != &v->m->output && !cuda_there(v->m, v->first, w))
+    if (!s->status && is_here(v, w))
         s->status = cuda_find_products(s->gpu, s->products, w->type);
 }
 
@@ -395,7 +424,9 @@ static int open_stage(bmc_model *m, struct cuda_stage *s, int first) {
 
 int bmc_model_stream(bmc_model *m, int gpu, const char *kernels, int least) {
     if (!m || !kernels || least < 0)
-        return fail(BMC_EINVAL, "bmc_model_stream: needs a model, a file of kernels, and 0 or more tokens, found %d", least);
+        return fail(BMC_EINVAL,
+                    "bmc_model_stream: needs a model, a file of kernels, and 0 or more tokens, found %d",
+                    least);
     if (m->panels || m->rooms || m->stage)
         return fail(BMC_EINVAL, "bmc_model_stream: the model is ready already");
     const int first = m->cuda ? m->cuda->first : m->c.n_blocks;
@@ -426,8 +457,8 @@ static void *pin(struct cuda_stage *s, void *memory, size_t bytes) {
     return memory && bytes && !s->gpu->cu->cuMemHostRegister_v2(memory, bytes, 0) ? memory : NULL;
 }
 
-/* Whole pages: what is copied is pinned from its first byte to its last, or not at all. The first half of a pass's buffers, up to
- * its cosines, is what products read and write. Without panels there is nothing to send. */
+/* Products read and write the buffers of a pass up to its cosines. Whole pages are pinned, since a copy may
+ * not begin in pinned memory and end outside. Without panels there is nothing to send. */
 int cuda_stage_pack(bmc_model *m) {
     struct cuda_stage *s = m->stage;
     const size_t buffers = memory_whole((size_t)((char *)m->buffers->cos - (char *)m->buffers->memory));

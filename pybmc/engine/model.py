@@ -72,8 +72,8 @@ class Model:
     n_gpu_layers: how many of the last layers run on a GPU, with the head: a number, -1 for all, or "auto" for
     as many as fit; their weights are on the GPU only. gpu: which GPU, "auto" for one where there is one, or
     "off"; it alone means "auto" layers. The bits are the same.
-    stream_tokens: where a GPU is asked for, passes of at least so long a prompt, in tokens, send the weights of the
-    layers on the CPU through it, with gpu=0 and n_gpu_layers=0 all of them; None: from 64 tokens on, where that
+    stream_tokens: where a GPU is asked for, passes of that many tokens and more, of prompts mostly, send the weights of
+    the layers on the CPU through it (with gpu=0, n_gpu_layers=0 of all layers); None: from 64 tokens on, where that
     is sooner than on the CPU; 0: never. The bits are the same.
     Raises FormatError if the file is not a model that pybmc runs, OSError if it cannot be opened, OutOfMemoryError,
     DeviceError.

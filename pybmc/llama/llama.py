@@ -68,8 +68,8 @@ class Llama:
 
     n_ctx caps a text, 0: what the model was trained for. draft_model: a path, a Model, a Llama, or
     LlamaPromptLookupDecoding(). logprobs need no logits_all, and embeddings no embedding. seed: -1 or the default is a new one
-    for each call. verbose: notes are logged as warnings. n_gpu_layers has an effect where a GPU can be used; other
-    arguments of GPUs and those of mapping have none; those that would change the text and are not supported raise an ArgumentError.
+    for each call. verbose: notes are logged as warnings. n_gpu_layers has an effect where a GPU can be used, and there
+    op_offload=False keeps prompts over the other layers on the CPU; other arguments of GPUs and those of mapping have none; those that would change the text and are not supported raise an ArgumentError.
     """
 
     def __init__(

@@ -2,8 +2,8 @@
  * is stricter than a real one.
  *
  * What is queued happens when the stream is awaited, or an event of it, so that a host buffer that is used
- * again too early shows. With "eager" copies to the device happen as soon as their stream's order allows, so that one
- * that does not wait for a kernel shows. Fresh memory is full of NaN. Addresses are checked, and so is the context of the thread. Any call
+ * again too early shows. With "eager" copies to the device happen as soon as their stream's order allows, so
+ * that one that does not wait for a kernel shows. Fresh memory is full of NaN. Addresses are checked, and so is the context of the thread. Any call
  * can be made to fail. Tests set it by fake_set() and ask fake_get(). */
 #include "grid.h"
 
@@ -341,7 +341,7 @@ API int cuModuleGetFunction(void **function, void *, const char *name) {
 
 /* Streams and graphs. */
 
-/* wait: of a step that only waits: an event is recorded `wait` times, all that came before it in its stream is done. */
+/* A step with `of` waits until that event was recorded `wait` times and all before it in its stream is done. */
 using operation = std::function<int()>;
 struct event { struct stream *in = NULL; long long recorded = 0, done = 0; };
 struct step { operation run; event *of = NULL; long long wait = 0; bool eager = false; };
