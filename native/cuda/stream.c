@@ -216,7 +216,8 @@ static int rows_between(const struct matrix *w, int64_t from, int64_t to) {
 }
 
 /* Panels [from, to) of a matrix, and their biases, to the next slot. */
-static struct cuda_product send_slice(struct cuda_stage *s, const struct matrix *w, int64_t from, int64_t to) {
+static struct cuda_product send_slice(struct cuda_stage *s, const struct matrix *w, int64_t from,
+                                      int64_t to) {
     const int slot = s->next;
     const size_t n = (size_t)(to - from), codes = n * w->code_stride, scales = n * w->scale_stride;
     char *at = s->slots[slot], *bias = at + (codes + scales + 63) / 64 * 64;
@@ -271,7 +272,8 @@ static void multiply_one(struct cuda_stage *s, const bmc_model *m, const struct 
 }
 
 /* Activation of `rows` rows that begin at `row`, and what comes of it. */
-static void activate_slice(struct cuda_stage *s, const struct gate_up *job, int64_t row, int rows, size_t stride) {
+static void activate_slice(struct cuda_stage *s, const struct gate_up *job, int64_t row, int rows,
+                           size_t stride) {
     const int64_t dim = job->up->n_rows;
     const struct rows_of here = { job->hidden.x + row, padded(dim) * sizeof(float) },
                          there = { s->out[0], stride * sizeof(float) };
@@ -323,7 +325,7 @@ static bool pays(const bmc_model *m, const struct product *list, int n) {
             continue;
         bytes += (double)matrix_panels(r->w) * (double)panel_bytes(r->w);
         if (!before || before->in.act != r->in.act)
-            bytes += (double)wide_of(r) * r->in.n * (floats ? sizeof(float) : sizeof(struct act_block) / 32.0);
+            bytes += (double)wide_of(r) * r->in.n * (floats ? 4.0 : sizeof(struct act_block) / 32.0);
         seconds += (double)r->w->n_rows * (double)r->w->n_cols * r->in.n
                    / (floats ? FLOAT_RATE : QUANTIZED_RATE);
         before = r;

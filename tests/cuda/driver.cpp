@@ -3,8 +3,9 @@
  *
  * What is queued happens when the stream is awaited, or an event of it, so that a host buffer that is used
  * again too early shows. With "eager" copies to the device happen as soon as their stream's order allows, so
- * that one that does not wait for a kernel shows. Fresh memory is full of NaN. Addresses are checked, and so is the context of the thread. Any call
- * can be made to fail. Tests set it by fake_set() and ask fake_get(). */
+ * that one that does not wait for a kernel shows. Fresh memory is full of NaN. Addresses are checked, and so
+ * is the context of the thread. Any call can be made to fail. Tests set it by fake_set() and ask
+ * fake_get(). */
 #include "grid.h"
 
 #include "../../native/cuda/kernels.cu"
@@ -341,7 +342,7 @@ API int cuModuleGetFunction(void **function, void *, const char *name) {
 
 /* Streams and graphs. */
 
-/* A step with `of` waits until that event was recorded `wait` times and all before it in its stream is done. */
+/* A step with `of` waits until that event was recorded `wait` times, and all before it is done. */
 using operation = std::function<int()>;
 struct event { struct stream *in = NULL; long long recorded = 0, done = 0; };
 struct step { operation run; event *of = NULL; long long wait = 0; bool eager = false; };
@@ -433,7 +434,8 @@ API int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t n, void *s) {
     BEGIN(true);
     if (straddles((uint64_t)from, n))
         return INVALID;
-    return enqueue(s, [=] { return inside(to, n) ? memmove((void *)to, from, n), OK : ILLEGAL_ADDRESS; }, true);
+    const operation copy = [=] { return inside(to, n) ? memmove((void *)to, from, n), OK : ILLEGAL_ADDRESS; };
+    return enqueue(s, copy, true);
 }
 
 /* Rows between the host (1) and the device (2). */
