@@ -314,6 +314,7 @@ typedef struct bmc_gpu_info {
 typedef struct bmc_plan {
     int32_t n_layers;               /* of those that were asked for */
     int64_t weight_bytes, buffer_bytes;
+    int64_t stream_bytes;           /* bmc_model_stream's, for the other layers */
     int64_t row_bytes;              /* keys and values of one token */
     char why[128];                  /* it is not more layers; "" */
 } bmc_plan;
@@ -350,6 +351,9 @@ void        bmc_model_free(bmc_model *model);                            /* once
 int         bmc_gpu(int i, bmc_gpu_info *info);
 int         bmc_model_plan(const bmc_model *model, int n_layers, bmc_plan *plan);
 int         bmc_model_offload(bmc_model *model, int gpu, const char *kernels, int n_layers);
+/* Passes of `least` tokens and more send the weights of layers on the CPU through buffers on a GPU, which does their products: the same
+ * bits. least 0: from 64 tokens on, where that takes less time than on the CPU. Between bmc_model_offload and the panels. */
+int         bmc_model_stream(bmc_model *model, int gpu, const char *kernels, int least);
 
 /* cap: rows of keys and values at most. r: how many are added at a time, rounded up to 16; 0: what suits the model.
  * rope 1: every layer takes table 1, as a model stretched to long contexts asks. */

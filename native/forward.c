@@ -196,10 +196,12 @@ int forward(struct pass *p) {
     int n_laps = profile->laps ? pool_size(p->model->pool) : 0;
     for (int i = 0; i < n_laps; i++)
         profile->laps[i].last = nanoseconds();
-    p->machine = &cpu_machine;
+    p->machine = p->model->stage ? cuda_stage_begin(p) : &cpu_machine;
     p->buffers = p->model->buffers;
     pool_run(p->model->pool, run, p);
-    const int status = run_on_gpu(p);
+    int status = p->model->stage ? cuda_stage_end(p) : 0;
+    if (!status)
+        status = run_on_gpu(p);
     for (int i = 0; i < n_laps; i++)
         lap(&profile->laps[i], BMC_STEP_WAIT);
     profile->n_passes += n_laps > 0;

@@ -190,7 +190,9 @@ static void share_output(bmc_model *m) {
 
 /* What is on a GPU is sent there, and counts in `packed`. */
 static int finish_panels(bmc_model *m) {
-    const int status = m->cuda ? cuda_pack(m) : 0;
+    int status = m->cuda ? cuda_pack(m) : 0;
+    if (!status && m->stage)
+        status = cuda_stage_pack(m);
     if (!status)
         share_output(m);
     atomic_store(&m->packed, (int64_t)m->panel_bytes + (m->cuda ? (int64_t)m->cuda->weight_bytes : 0));
@@ -555,6 +557,7 @@ void model_release(bmc_model *m) {
     fork_release();
     pool_free(m->pool);
     cuda_free(m->cuda);
+    cuda_stage_free(m->stage);
     memory_unmap(m->panels, m->early_bytes);
     residents_close(m);
     memory_unmap(m->coarse_panels, m->coarse_bytes);

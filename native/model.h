@@ -165,6 +165,7 @@ struct bmc_model {
     struct { void **items; int n; } owned;      /* small arrays: norms, biases, tables */
     struct buffers *buffers;
     struct cuda *cuda;              /* NULL, or its last blocks and the head are on a GPU */
+    struct cuda_stage *stage;       /* NULL, or long passes of the blocks on the CPU multiply on a GPU */
     struct profile profile;
 };
 

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 
-from .engine.gpu import GPU, fitting, gpus, plan
+from .engine.gpu import GPU, fits, fitting, gpus, plan
 from .engine.model import bound, check_model
 from .errors import FormatError, printable
 from .files.gguf import GGUF
@@ -46,10 +46,12 @@ def describe_gpus(path) -> list[dict]:
 
 
 def _on_gpu(gpu: GPU, handle, config, rows: int) -> dict:
-    whole, fits = plan(handle, config.n_layers), fitting(handle, config, gpu.available)
+    whole, most = plan(handle, config.n_layers), fitting(handle, config, gpu.available)
+    streams = most.stream_bytes if fits(most, config, gpu.available, True) else 0
     return vars(gpu) | {"layers": config.n_layers, "layers_that_can_run": whole.layers, "why_not_more": whole.why or None,
                         "memory_bytes": whole.bytes(rows), "memory_context": rows,
-                        "layers_that_fit": fits.layers, "fitting_bytes": fits.bytes(rows) if fits.layers else 0}
+                        "layers_that_fit": most.layers, "fitting_bytes": most.bytes(rows) if most.layers or streams else 0,
+                        "stream_bytes": streams}
 
 
 def gpu_lines(found: list[dict]) -> list[tuple[str, str]]:
@@ -60,7 +62,8 @@ def gpu_lines(found: list[dict]) -> list[tuple[str, str]]:
         why = f" ({gpu['why_not_more']})" if gpu["why_not_more"] else ""
         out.append(("", f"{gpu['layers_that_can_run']} of {gpu['layers']} layers can run there{why}: "
                         f"{size(gpu['memory_bytes'])} with {gpu['memory_context']} tokens of context"))
-        out.append(("", f"{gpu['layers_that_fit']} fit: {size(gpu['fitting_bytes'])}"))
+        through = f", {size(gpu['stream_bytes'])} of it for prompts over the other layers" if gpu["stream_bytes"] else ""
+        out.append(("", f"{gpu['layers_that_fit']} fit: {size(gpu['fitting_bytes'])}{through}"))
     return [(label, printable(text)) for label, text in out or [("GPU", "the driver has none")]]
 
 

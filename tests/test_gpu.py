@@ -321,7 +321,7 @@ def test_each_call_that_fails_is_a_sentence_and_moves_nothing(fake):
     for nth in range(1, 1000):
         fake["fail_in"] = nth
         try:
-            with pybmc.Model(path, threads=1, n_gpu_layers=1) as model, model.session() as session:
+            with pybmc.Model(path, threads=1, n_gpu_layers=1, stream_tokens=0) as model, model.session() as session:
                 at = 0
                 for n in (3, 1, 1, 1):
                     at = session.position
@@ -342,7 +342,7 @@ def test_each_call_that_fails_is_a_sentence_and_moves_nothing(fake):
         assert (fake["alive"], fake["bytes"]) == (0, 0), f"after call {nth}, {fake.failed}"
     assert {"cuLaunchKernel", "cuMemcpyHtoDAsync_v2", "cuMemcpyDtoHAsync_v2", "cuStreamSynchronize", "cuMemAlloc_v2", "cuMemHostAlloc", "cuMemCreate",
             "cuModuleGetFunction", "cuGraphLaunch", "cuStreamEndCapture", "cuGraphInstantiateWithFlags"} <= seen
-    with pybmc.Model(path, threads=1, n_gpu_layers=1) as model, model.session() as session:
+    with pybmc.Model(path, threads=1, n_gpu_layers=1, stream_tokens=0) as model, model.session() as session:
         assert_same(session.eval(tokens(6), "all"), right)
 
 

@@ -64,8 +64,8 @@ class Check:
 
     @contextmanager
     def opened(self, path: Path, layers: int | str = -1) -> Iterator[pybmc.Model]:
-        """With layers on the GPU, where there have to be some."""
-        with pybmc.Model(path, gpu=self.gpu.index, n_gpu_layers=layers) as model:
+        """With layers on the GPU, where there have to be some; passes of 5 tokens and more do the others' products there too."""
+        with pybmc.Model(path, gpu=self.gpu.index, n_gpu_layers=layers, stream_tokens=5) as model:
             if layers and not model.gpu_layers:
                 raise pybmc.DeviceError(f"{path.name}: no layer runs on the GPU")
             yield model
@@ -110,7 +110,7 @@ def part_models(check: Check) -> None:
             if different:
                 raise Differs(f"{path.name}: {different} logits differ")
     path = check.model("1b", synth.MODELS["llama-3.2-1b"], "Q4_K_M")
-    compare(check, "models", path, layers=(1, 8, -1), rows=(16, 256))
+    compare(check, "models", path, layers=(0, 1, 8, -1), rows=(16, 256))
     with pybmc.Model(path) as model, check.opened(path) as on_gpu:
         for found in prove(model, ["The mill", "def f(n):"], 16, temperatures=(0.0,), gpu=on_gpu):
             check.tell("models", f"prove, {found.drafts}", tokens=found.tokens, rows=found.rows, equal=found.difference is None)

@@ -22,6 +22,10 @@ struct cuda_grid { unsigned x, y, z, threads; };
 
 static inline unsigned cuda_over(int64_t n, int64_t by) { return (unsigned)((n + by - 1) / by); }
 
+/* A copy of rows, which is no launch: CUDA_MEMCPY2D of the driver. type: 1 host, 2 device; x, y, array: unused. */
+struct cuda_side { size_t x, y; int32_t type; uint64_t host, device; void *array; size_t pitch; };
+struct cuda_copy2d { struct cuda_side from, to; size_t width, height; };
+
 /* A token of the pass: struct place. */
 struct cuda_token {
     int32_t pos, end, last;

@@ -108,6 +108,24 @@ const void *cuda_put(struct cuda *c, const void *data, size_t bytes);
 void cuda_put_tokens(struct cuda *c, const struct pass *p);             /* those of the pass as it is now */
 struct cuda_tasks cuda_put_tasks(struct cuda *c, const struct pass *p, int size);
 
+/* Whether a matrix is on the GPU where blocks from `first` on are; the kernels of products of a type:
+ * offload.c. */
+bool cuda_there(const bmc_model *m, int first, const struct matrix *w);
+int cuda_find_products(const struct gpu *gpu, void *products[CUDA_WAYS][N_PANEL_TYPES], int type);
+
+/* Products of long passes over the blocks on the CPU: stream.c. */
+size_t cuda_stage_bytes(const bmc_model *m, int first);     /* on the GPU; 0: all blocks are there */
+int cuda_stage_pack(bmc_model *m);                          /* once the panels are made; 0, or a failure */
+const struct machine *cuda_stage_begin(struct pass *p);     /* of the blocks on the CPU, in this pass */
+int cuda_stage_end(struct pass *p);                         /* 0, or the pass's first failure */
+void cuda_stage_free(struct cuda_stage *s);
+/* Parts of a step, of which the CPU does others. In a pass of that machine every thread asks, and gets the
+ * same answer; thread 0 queues the products, and waits for them. */
+bool cuda_stage_takes(const struct pass *p, const struct product *list, int n);
+void cuda_stage_multiply(struct pass *p, const struct product *r);
+void cuda_stage_gate_up(struct pass *p, const struct gate_up *job);
+void cuda_stage_await(struct pass *p);
+
 size_t cuda_mixture_ids(const bmc_model *m, const struct block *b); /* of experts in buffers.work_ids */
 
 #endif

@@ -36,6 +36,9 @@ struct cuda_allocation {
     X(cuMemFree_v2, (uint64_t memory)) \
     X(cuMemHostAlloc, (void **memory, size_t bytes, unsigned flags)) \
     X(cuMemFreeHost, (void *memory)) \
+    X(cuMemHostRegister_v2, (void *memory, size_t bytes, unsigned flags)) \
+    X(cuMemHostUnregister, (void *memory)) \
+    X(cuMemcpy2DAsync_v2, (const struct cuda_copy2d *copy, void *stream)) \
     X(cuMemcpyHtoDAsync_v2, (uint64_t to, const void *from, size_t bytes, void *stream)) \
     X(cuMemcpyDtoHAsync_v2, (void *to, uint64_t from, size_t bytes, void *stream)) \
     X(cuMemcpyDtoDAsync_v2, (uint64_t to, uint64_t from, size_t bytes, void *stream)) \
@@ -51,6 +54,10 @@ struct cuda_allocation {
     X(cuStreamCreate, (void **stream, unsigned flags)) \
     X(cuStreamDestroy_v2, (void *stream)) \
     X(cuStreamSynchronize, (void *stream)) \
+    X(cuStreamWaitEvent, (void *stream, void *event, unsigned flags)) \
+    X(cuEventCreate, (void **event, unsigned flags)) \
+    X(cuEventRecord, (void *event, void *stream)) \
+    X(cuEventDestroy_v2, (void *event)) \
     X(cuModuleLoadData, (void **module, const void *image)) \
     X(cuModuleUnload, (void *module)) \
     X(cuModuleGetFunction, (void **function, void *module, const char *name)) \
@@ -102,6 +109,7 @@ void gpu_free(const struct gpu *gpu, void *memory);
 struct gpu_segments { const struct gpu *gpu; void *stream; };
 struct memory gpu_memory(struct gpu_segments *of);
 
+_Static_assert(sizeof(struct cuda_copy2d) == 128, "CUDA_MEMCPY2D has 128 bytes");
 static inline uint64_t cuda_address(const void *p) { return (uint64_t)(uintptr_t)p; }
 
 #endif

@@ -118,18 +118,19 @@ static bool is_listed(const struct block *b, const struct matrix *w) {
     return false;
 }
 
-static bool there(const struct visit *v, const struct matrix *w) {
-    const bmc_model *m = v->m;
+bool cuda_there(const bmc_model *m, int first, const struct matrix *w) {
     const char *p = (const char *)w;
     if (w == &m->output)
         return true;
     if (w == &m->per_layer_proj || w == &m->eh_proj)
         return false;
-    for (const struct block *b = m->blocks + v->first; b < m->blocks + m->c.n_blocks; b++)
+    for (const struct block *b = m->blocks + first; b < m->blocks + m->c.n_blocks; b++)
         if ((p >= (const char *)b && p < (const char *)(b + 1)) || is_listed(b, w))
             return true;
     return false;
 }
+
+static bool there(const struct visit *v, const struct matrix *w) { return cuda_there(v->m, v->first, w); }
 
 static size_t matrix_bytes(const struct matrix *w) {
     const struct panel_size size = panel_size(w->type, w->n_cols);
@@ -205,6 +206,7 @@ int bmc_model_plan(const bmc_model *m, int n_layers, bmc_plan *plan) {
     plan->n_layers = layers_from(m, c.first);
     plan->weight_bytes = (int64_t)v.bytes;
     plan->buffer_bytes = (int64_t)lay_out(m, &c, NULL);
+    plan->stream_bytes = (int64_t)cuda_stage_bytes(m, c.first);
     plan->row_bytes = 0;
     for (const struct block *b = m->blocks + c.first; b < m->blocks + m->c.n_blocks; b++)
         if (b->stream >= 0 && (b->c.kind == BMC_ATTENTION || b->c.kind == BMC_MLA))
@@ -365,15 +367,15 @@ static int send_values(bmc_model *m, struct cuda *c) {
 
 /* Kernels. */
 
-static int find_products(struct cuda *c, int type) {
+int cuda_find_products(const struct gpu *gpu, void *products[CUDA_WAYS][N_PANEL_TYPES], int type) {
     for (int way = 0; way < CUDA_WAYS; way++) {
         char name[64];
-        if (cuda_is_float(type) != (way >= FLOATS) || (!c->gpu->mma && way > NARROW4 && way < FLOATS)
-            || c->products[way][type])
+        if (cuda_is_float(type) != (way >= FLOATS) || (!gpu->mma && way > NARROW4 && way < FLOATS)
+            || products[way][type])
             continue;
         snprintf(name, sizeof name, "%s_%s", cuda_way_name(way), cuda_type_name(type));
-        c->products[way][type] = gpu_function(c->gpu, name);
-        if (!c->products[way][type])
+        products[way][type] = gpu_function(gpu, name);
+        if (!products[way][type])
             return BMC_EDEVICE;
     }
     return 0;
@@ -382,7 +384,7 @@ static int find_products(struct cuda *c, int type) {
 static void find_matrix(struct matrix *w, void *visit) {
     struct visit *v = visit;
     if (!v->status && there(v, w))
-        v->status = find_products(v->cuda, w->type);
+        v->status = cuda_find_products(v->cuda->gpu, v->cuda->products, w->type);
 }
 
 static int find_kernels(bmc_model *m, struct cuda *c) {
@@ -415,7 +417,7 @@ static int find_kernels(bmc_model *m, struct cuda *c) {
     }
     model_each_matrix(m, find_matrix, &v);
     if (!v.status && m->target && !m->output.data)
-        v.status = find_products(c, m->target->output.type);
+        v.status = cuda_find_products(c->gpu, c->products, m->target->output.type);
     return v.status;
 }
 

@@ -3,6 +3,7 @@
  * Tokens are grouped by expert, so that a pass reads the weights of each chosen expert once. A token's
  * experts are summed in ascending order of their number, whatever else is in the pass: groups of rows of
  * `down` go through all experts in that order. */
+#include "../cuda/cuda.h"
 #include "../error.h"
 #include "../machine.h"
 #include "../resident.h"
@@ -275,17 +276,60 @@ static struct gate_up job_of(const struct block *b, const struct work *w, struct
     };
 }
 
+static struct product down_of(const struct block *b, const struct work *w, struct tokens in, int e) {
+    float *rows = w->gathered + (size_t)w->first[e] * padded(b->extent[EXPERT_IN]);
+    return product(&b->experts.down.of[e], job_of(b, w, in, e).hidden, rows);
+}
+
+static bool used(const struct work *w, int e) { return w->first[e + 1] > w->first[e]; }
+
+/* Whether a GPU does an expert's products in this pass. */
+static bool there(const struct pass *p, const struct block *b, const struct work *w, struct tokens in,
+                  int e) {
+    if (p->machine == &cpu_machine || !used(w, e))
+        return false;
+    const struct gate_up job = job_of(b, w, in, e);
+    const struct product list[] = { product(job.gate, job.in, job.gate_out),
+                                    product(job.up, job.in, job.hidden.x), down_of(b, w, in, e) };
+    return cuda_stage_takes(p, list, 3);
+}
+
+static void gate_up_there(struct pass *p, const struct block *b, const struct work *w, struct tokens in) {
+    for (int e = 0; e < b->c.n_experts; e++)
+        if (there(p, b, w, in, e)) {
+            const struct gate_up job = job_of(b, w, in, e);
+            cuda_stage_gate_up(p, &job);
+        }
+}
+
+/* Results of each token's expert go where its input was. */
+static void down_there(struct pass *p, const struct block *b, const struct work *w, struct tokens in,
+                       int thread) {
+    if (p->machine == &cpu_machine)
+        return;
+    for (int e = 0; thread == 0 && e < b->c.n_experts; e++)
+        if (there(p, b, w, in, e)) {
+            const struct product down = down_of(b, w, in, e);
+            cuda_stage_multiply(p, &down);
+        }
+    if (thread == 0)
+        cuda_stage_await(p);
+    barrier(p, thread, BMC_STEP_DOWN);
+}
+
 /* Parts of all chosen experts' first halves, one expert after the other. */
 static void gate_up_chosen(struct pass *p, const struct block *b, const struct work *w, struct tokens in,
                            int thread) {
     const int each = n_groups(&b->experts.up.of[0]);
     int64_t total = 0, from, to;
     for (int e = 0; e < b->c.n_experts; e++)
-        total += w->first[e + 1] > w->first[e] ? each : 0;
+        total += used(w, e) && !there(p, b, w, in, e) ? each : 0;
+    if (thread == 0 && p->machine != &cpu_machine)
+        gate_up_there(p, b, w, in);
     while (pool_take(p->model->pool, thread, total, &from, &to)) {
         int64_t begin = 0;
         for (int e = 0; e < b->c.n_experts && begin < to; e++) {
-            if (w->first[e + 1] == w->first[e])
+            if (!used(w, e) || there(p, b, w, in, e))
                 continue;
             if (begin + each > from) {
                 const struct gate_up job = job_of(b, w, in, e);
@@ -294,6 +338,8 @@ static void gate_up_chosen(struct pass *p, const struct block *b, const struct w
             begin += each;
         }
     }
+    if (thread == 0 && p->machine != &cpu_machine)
+        cuda_stage_await(p);
     barrier(p, thread, BMC_STEP_ACTIVATION);
 }
 
@@ -322,12 +368,14 @@ static void down_groups(struct pass *p, const struct block *b, const struct work
     for (int t = 0; !out.add && t < in.n; t++)
         memset(out.y + (size_t)t * stride + row, 0, (size_t)rows * sizeof *out.y);
     for (int e = 0; e < b->c.n_experts; e++) {
-        if (w->first[e + 1] == w->first[e])
+        if (!used(w, e))
             continue;
-        multiply_groups(p, &down[e], job_of(b, w, in, e).hidden, from, to, part, thread);
-        for (int i = w->first[e]; i < w->first[e + 1]; i++)
-            p->model->k.axpy(out.y + (size_t)w->list[i].tok * stride + row, w->list[i].weight,
-                             part + (size_t)(i - w->first[e]) * wide, rows);
+        const bool done = there(p, b, w, in, e);
+        const float *y = done ? down_of(b, w, in, e).y + row : part;
+        if (!done)
+            multiply_groups(p, &down[e], job_of(b, w, in, e).hidden, from, to, part, thread);
+        for (int i = w->first[e]; i < w->first[e + 1]; i++, y += done ? stride : wide)
+            p->model->k.axpy(out.y + (size_t)w->list[i].tok * stride + row, w->list[i].weight, y, rows);
     }
 }
 
@@ -352,7 +400,7 @@ static void shared(struct pass *p, const struct block *b, const struct work *w, 
     const size_t stride = padded(p->model->c.dim);
     int64_t from, to;
     barrier(p, thread, BMC_STEP_DOWN);
-    gate_up_all(p, &job, thread);
+    p->machine->gate_up(p, &job, thread);
     if (gate->data && thread == 0)
         multiply_alone(p, &switch_on, thread);
     barrier(p, thread, BMC_STEP_ACTIVATION);
@@ -361,7 +409,7 @@ static void shared(struct pass *p, const struct block *b, const struct work *w, 
         down.y = w->x;
         down.add = false;
     }
-    multiply(p, &down, 1, thread);
+    p->machine->multiply(p, &down, 1, thread);
     if (!gate->data)
         return;
     barrier(p, thread, BMC_STEP_DOWN);
@@ -378,7 +426,7 @@ static struct tokens to_latent(struct pass *p, const struct block *b, const stru
                                int thread) {
     const struct tokens latent = { w->sum, w->latent_act, in.n, 0, 0 };
     const struct product down = product(&b->experts.latent_down, in, latent.x);
-    multiply(p, &down, 1, thread);
+    p->machine->multiply(p, &down, 1, thread);
     barrier(p, thread, BMC_STEP_GATE_UP);
     quantize_rows(p, latent, b->c.latent_dim, thread);
     barrier(p, thread, BMC_STEP_NORM);
@@ -392,7 +440,7 @@ static void from_latent(struct pass *p, const struct block *b, const struct work
     quantize_rows(p, sum, b->c.latent_dim, thread);
     barrier(p, thread, BMC_STEP_NORM);
     const struct product up = product_into(&b->experts.latent_up, sum, out);
-    multiply(p, &up, 1, thread);
+    p->machine->multiply(p, &up, 1, thread);
 }
 
 void run_experts(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread) {
@@ -407,6 +455,7 @@ void run_experts(struct pass *p, const struct block *b, struct tokens in, struct
     if (in.n > 1)
         gather(p, b, &w, read, thread);
     gate_up_chosen(p, b, &w, read, thread);
+    down_there(p, b, &w, read, thread);
     down_all(p, b, &w, read, latent ? (struct sink){ w.x, false } : out, thread);
     if (latent)
         from_latent(p, b, &w, out, in.n, thread);

@@ -176,7 +176,10 @@ threads_option = options(
     click.option("-ngl", "--gpu-layers", "--n-gpu-layers", "gpu_layers", type=Layers(-1), metavar="N|auto",
                  expose_value=False, callback=keep_flag,
                  help="Compute the last N layers and the head on a GPU; -1: all, auto: as many as fit, "
-                      "0 (default): none."))
+                      "0 (default): none."),
+    click.option("--stream-tokens", type=click.IntRange(0), metavar="N", expose_value=False, callback=keep_flag,
+                 help="Where a GPU is used, send the weights of layers on the CPU through it for prompts of N tokens and more; "
+                      "by default from 64 on, where that is sooner; 0: never. --gpu N -ngl 0 does that for all layers."))
 context_option = click.option("-c", "--ctx-size", "context", type=click.IntRange(1), metavar="N",
                               help="Cap on the context, in tokens; by default what the model was trained for. "
                                    "More works, and is noted. Memory follows use.")
@@ -258,7 +261,7 @@ text_options = options(
 
 
 SECTIONS = {                            # of the help of chat and generate
-    "Model": ("model_option", "context", "threads", "no_repack", "weights_memory", "gpu", "gpu_layers", "rows",
+    "Model": ("model_option", "context", "threads", "no_repack", "weights_memory", "gpu", "gpu_layers", "stream_tokens", "rows",
               "kv_type", "no_preread"),
     "Text": ("prompt", "prompt_file", "session_file", "system", "as_chat", "prefill", "no_bos", "chat_template",
              "chat_template_kwargs", "think", "reasoning_budget"),
@@ -388,7 +391,7 @@ def gpu_settings(draft: bool = False) -> dict:
         layers = meta["draft_gpu_layers"]
     elif draft and layers:
         layers = "auto"
-    return {"gpu": gpu, "n_gpu_layers": layers}
+    return {"gpu": gpu, "n_gpu_layers": layers, "stream_tokens": meta["stream_tokens"]}
 
 
 @contextmanager

@@ -56,12 +56,17 @@ def prove(model, model_option, draft, prompt, prompt_file, max_tokens, temperatu
 @contextmanager
 def on_gpu(path, threads):
     """The model with layers on a GPU, where the flags ask for one; else None."""
+    from ..engine.gpu import asks
+    from ..engine.prove import STREAMED
+
     settings = options.gpu_settings()
-    if settings["n_gpu_layers"] == 0 or settings["gpu"] == "off" or settings == {"gpu": None, "n_gpu_layers": None}:
+    if not asks(settings["gpu"], settings["n_gpu_layers"]):
         yield None
         return
-    with options.opened(path, threads) as (loaded, _):
-        if not loaded.gpu_layers:
+    if settings["stream_tokens"] is None:
+        settings["stream_tokens"] = STREAMED
+    with options.opened(path, threads, gpu=settings) as (loaded, _):
+        if not loaded.gpu_layers and not loaded.streams:
             raise DeviceError(f"no layer of {path} runs on a GPU: there is nothing to compare")
         yield loaded
 

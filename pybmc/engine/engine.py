@@ -383,11 +383,12 @@ class Engine:
         return read
 
     def _piece(self, writing: bool) -> int:
-        """Tokens of prompts in the next pass."""
+        """Tokens of prompts in the next pass. Where the weights go through a GPU, it takes about as long for few tokens as for many."""
+        least = self.model.pass_tokens if self.model.streams else LEAST
         if not self._prompt_rate:
-            return PIECE
+            return max(PIECE, least)
         seconds = self._pass_seconds if writing else PASS_SECONDS_ALONE
-        return max(LEAST, int(self._prompt_rate * seconds) // LEAST * LEAST)
+        return max(least, int(self._prompt_rate * seconds) // LEAST * LEAST)
 
     def _drafter(self, sequence: Sequence) -> Drafter:
         """Who guesses for a sequence: in a session that was given, the one who did so before."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import checks
 from .._native import check, ffi, lib
-from ..errors import DeviceError
+from ..errors import DeviceError, OutOfMemoryError
 from ..models.config import Config
 
 log = logging.getLogger(__name__)
@@ -33,22 +33,24 @@ class GPU:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the last `layers` layers of a model and its head take on a GPU, in bytes. row_bytes: of a token of context. why: what keeps it
-    from being more layers."""
+    """What the last `layers` layers of a model and its head take on a GPU, in bytes. row_bytes: of a token of context. stream_bytes: of
+    buffers that the weights of the other layers go through in long passes. why: what keeps it from being more layers."""
 
     layers: int
     weight_bytes: int
     buffer_bytes: int
+    stream_bytes: int
     row_bytes: int
     why: str
 
-    def bytes(self, rows: int) -> int:
-        return self.weight_bytes + self.buffer_bytes + rows * self.row_bytes
+    def bytes(self, rows: int, streams: bool = True) -> int:
+        layers = self.weight_bytes + self.buffer_bytes + rows * self.row_bytes if self.layers else 0
+        return layers + (self.stream_bytes if streams else 0)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the last layers of a model run: the number of a GPU, and how many of them were asked for."""
+    """Where the last layers of a model run: the number of a GPU, and how many of them were asked for. 0: the GPU is for long passes."""
 
     gpu: int
     layers: int
@@ -75,22 +77,35 @@ def plan(handle: Any, layers: int) -> Plan:
     """Of a C model whose tensors are bound."""
     found = ffi.new("bmc_plan *")
     check(lib.bmc_model_plan(handle, min(layers, 1 << 20), found))
-    return Plan(found.n_layers, found.weight_bytes, found.buffer_bytes, found.row_bytes, ffi.string(found.why).decode("utf-8", "replace"))
+    return Plan(found.n_layers, found.weight_bytes, found.buffer_bytes, found.stream_bytes, found.row_bytes,
+                ffi.string(found.why).decode("utf-8", "replace"))
 
 
-def fitting(handle: Any, config: Config, available: float) -> Plan:
-    """The most layers that fit beside the rows of a context."""
-    rows, low, high = min(config.n_ctx, ROWS), 0, config.n_layers
+def fits(found: Plan, config: Config, available: float, streams: bool) -> bool:
+    """Beside the rows of a context."""
+    return found.bytes(min(config.n_ctx, ROWS), streams) <= SPARE * available
+
+
+def fitting(handle: Any, config: Config, available: float, streams: bool = True) -> Plan:
+    """The most layers that fit; streams: the others' weights go through the GPU in long passes."""
+    low, high = 0, config.n_layers
+    if fits(whole := plan(handle, high), config, available, streams):
+        return whole
     while low < high:
         middle = (low + high + 1) // 2
-        if plan(handle, middle).bytes(rows) <= SPARE * available:
+        if fits(plan(handle, middle), config, available, streams):
             low = middle
         else:
             high = middle - 1
     return plan(handle, low)
 
 
-def check_choice(gpu: int | str | None, layers: int | str | None) -> None:
+def asks(gpu: int | str | None, layers: int | str | None) -> bool:
+    """Whether these settings ask for a GPU."""
+    return gpu != "off" and (gpu is not None or layers not in (None, 0))
+
+
+def check_choice(gpu: int | str | None, layers: int | str | None, stream_tokens: int | None = None) -> None:
     """Raise ArgumentError for values that mean nothing."""
     if isinstance(gpu, str):
         checks.choice("gpu", gpu, ("auto", "off"))
@@ -100,16 +115,19 @@ def check_choice(gpu: int | str | None, layers: int | str | None) -> None:
         checks.choice("n_gpu_layers", layers, ("auto",))
     elif layers is not None:
         checks.whole("n_gpu_layers", layers, -1)
+    if stream_tokens is not None:
+        checks.whole("stream_tokens", stream_tokens)
 
 
-def choose(handle: Any, config: Config, gpu: int | str | None, layers: int | str | None) -> Place | None:
+def choose(handle: Any, config: Config, gpu: int | str | None, layers: int | str | None, streams: bool = True) -> Place | None:
     """Where a model's last layers go; None: all stay on the CPU, and no driver is asked.
 
     gpu: a number; "off"; "auto": the one with the most memory available, or none where none can be used; None: 0 where layers are asked
-    for. layers: how many, -1: all; "auto": as many as fit; None: "auto" where a GPU is asked for.
+    for. layers: how many, -1: all; "auto": as many as fit; None: "auto" where a GPU is asked for. streams: the GPU is of use without
+    layers too.
     """
     check_choice(gpu, layers)
-    if gpu == "off" or layers == 0 or (gpu is None and layers is None):
+    if not asks(gpu, layers) or (layers == 0 and not streams):
         return None
     try:
         kernels()
@@ -126,8 +144,9 @@ def choose(handle: Any, config: Config, gpu: int | str | None, layers: int | str
         raise DeviceError(f"GPU: expected {f'0 to {len(found) - 1}' if found else 'one, which the driver does not have'}, found {number}")
     wanted = config.n_layers if layers == -1 else layers
     if wanted is None or isinstance(wanted, str):
-        wanted = fitting(handle, config, found[number].available).layers
-    return Place(number, min(wanted, config.n_layers)) if wanted else None
+        best = fitting(handle, config, found[number].available, streams)
+        wanted, streams = best.layers, streams and fits(best, config, found[number].available, streams)
+    return Place(number, min(wanted, config.n_layers)) if wanted or streams else None
 
 
 def offload(handle: Any, place: Place, name: str) -> int:
@@ -137,3 +156,15 @@ def offload(handle: Any, place: Place, name: str) -> int:
     if layers < place.layers:
         log.warning("%s: %d of %d layers go on the GPU: %s", name, layers, place.layers, why or "the model has no more")
     return layers
+
+
+def stream(handle: Any, place: Place, least: int | None, name: str) -> bool:
+    """Send the weights of the other layers through the GPU in passes of `least` tokens and more, None: of 64, where that is sooner.
+    Whether there are any. Raises DeviceError; OutOfMemoryError only where a number is given."""
+    try:
+        return bool(check(lib.bmc_model_stream(handle, place.gpu, os.fsencode(kernels()), least or 0)))
+    except OutOfMemoryError as error:
+        if least:
+            raise
+        log.warning("%s: long prompts do not go through the GPU: %s", name, error)
+        return False

@@ -26,7 +26,7 @@ from ..models.layers import RMS
 from ..tokenizers import Tokenizer
 from .embed import Pooler, embed
 from .free import known_free_memory
-from .gpu import Place, check_choice, choose, offload, plan
+from .gpu import Place, check_choice, choose, offload, plan, stream
 from .session import Session
 from .session_file import load
 
@@ -72,21 +72,24 @@ class Model:
     n_gpu_layers: how many of the last layers run on a GPU, with the head: a number, -1 for all, or "auto" for
     as many as fit; their weights are on the GPU only. gpu: which GPU, "auto" for one where there is one, or
     "off"; it alone means "auto" layers. The bits are the same.
+    stream_tokens: where a GPU is asked for, passes of that many tokens and more, of prompts mostly, send the weights of
+    the layers on the CPU through it (with gpu=0, n_gpu_layers=0 of all layers); None: from 64 tokens on, where that
+    is sooner than on the CPU; 0: never. The bits are the same.
     Raises FormatError if the file is not a model that pybmc runs, OSError if it cannot be opened, OutOfMemoryError,
     DeviceError.
     """
 
     def __init__(self, path, threads: int | None = None, progress: Progress | None = None,
                  repack: bool = True, memory: float | None = None, gpu: int | str | None = None,
-                 n_gpu_layers: int | str | None = None):
-        check_choice(gpu, n_gpu_layers)
+                 n_gpu_layers: int | str | None = None, stream_tokens: int | None = None):
+        check_choice(gpu, n_gpu_layers, stream_tokens)
         self._begin(threads)
         self._memory = None if memory is None else checks.number("memory", memory, 0, infinite=True)
         self._file = GGUF(path)
         try:
             self.config = read_config(self._file)
             self._handle = bound(self._file, self.config, self.threads)
-            self._place(gpu, n_gpu_layers)
+            self._place(gpu, n_gpu_layers, stream_tokens if repack else 0)
             self._ready(repack, progress)
         except BaseException:
             self.close()
@@ -101,12 +104,16 @@ class Model:
         self._long = False                              # a context beyond the training was noted
         self._gpu: Place | None = None
         self.gpu_layers = 0                             # how many of the last layers run on a GPU
+        self.streams = False                            # whether the weights of others go there in long passes
         self.threads = _thread_count(threads)
 
-    def _place(self, gpu: int | str | None, layers: int | str | None) -> None:
-        self._gpu = choose(self._handle, self.config, gpu, layers)
-        if self._gpu:
-            self.gpu_layers = offload(self._handle, self._gpu, self.path)
+    def _place(self, gpu: int | str | None, layers: int | str | None, stream_tokens: int | None) -> None:
+        place = choose(self._handle, self.config, gpu, layers, stream_tokens != 0)
+        if place and place.layers:
+            self._gpu = place
+            self.gpu_layers = offload(self._handle, place, self.path)
+        if place and stream_tokens != 0:
+            self.streams = stream(self._handle, place, stream_tokens, self.path)
 
     def _ready(self, repack: bool, progress: Progress | None = None) -> None:
         self._packing = lib.BMC_IN_FILE
@@ -114,6 +121,7 @@ class Model:
             self._pack(progress)
         else:
             check(lib.bmc_model_map(self._handle))
+        self.streams = self.streams and self._packing != lib.BMC_IN_FILE
 
     def _gpu_bytes(self) -> int:
         """Bytes of packed weights that are on a GPU."""

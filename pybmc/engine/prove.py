@@ -39,6 +39,7 @@ KINDS: dict[str, dict | None] = {       # of guesses -> Speculation's settings; 
 
 
 ON_GPU = "rehearsed on the GPU"
+STREAMED = 12                           # tokens from which on passes send the weights of layers on the CPU through the GPU
 
 
 @dataclass(frozen=True)
@@ -118,11 +119,12 @@ def compare(model, text, n_prompt: int, plain, facts, kind: str, i: int, sampler
 
 
 def compare_machines(model, gpu, text, n_prompt: int, plain, facts, i: int, sampler: Sampler) -> Comparison:
-    """Decode on the GPU with guesses of every length, and run the passes again for their logits."""
+    """Decode on the GPU with guesses of every length, and run the passes again for their logits; then the text as one long pass."""
     guessed, stats, passes = rehearse(gpu, text, n_prompt, sampler, i)
     rows, difference = 0, first_difference(plain, guessed, n_prompt)
     if difference is None:
-        rows, difference = replay(gpu, text, passes, facts)
+        long = [(0, text[:n_prompt - 1])] * (n_prompt > 1) + [(n_prompt - 1, text[n_prompt - 1:])]
+        rows, difference = replay(gpu, text, [*passes, *long], facts)
     if difference is not None:
         difference = explained(model, text, difference)
     return Comparison(i, sampler.temperature, ON_GPU, len(guessed), stats.rounds, stats.draft_n, stats.draft_n_accepted, rows, difference)

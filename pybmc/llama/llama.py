@@ -68,8 +68,8 @@ class Llama:
 
     n_ctx caps a text, 0: what the model was trained for. draft_model: a path, a Model, a Llama, or
     LlamaPromptLookupDecoding(). logprobs need no logits_all, and embeddings no embedding. seed: -1 or the default is a new one
-    for each call. verbose: notes are logged as warnings. n_gpu_layers has an effect where a GPU can be used; other
-    arguments of GPUs and those of mapping have none; those that would change the text and are not supported raise an ArgumentError.
+    for each call. verbose: notes are logged as warnings. n_gpu_layers has an effect where a GPU can be used, and there
+    op_offload=False keeps prompts over the other layers on the CPU; other arguments of GPUs and those of mapping have none; those that would change the text and are not supported raise an ArgumentError.
     """
 
     def __init__(
@@ -99,18 +99,19 @@ class Llama:
         self.set_seed(seed)
         if not os.path.isfile(self.model_path):
             raise ArgumentError(f"model_path: expected a GGUF file, found none at {self.model_path}")
-        self._open(vocab_only, n_threads, n_gpu_layers)
-        effective: set[str] = {"n_gpu_layers"} if self._model is not None and self._model.gpu_layers else set()
+        self._open(vocab_only, n_threads, n_gpu_layers, op_offload)
+        effective: set[str] = {"n_gpu_layers", "op_offload"} if self._model is not None and self._model.gpu_layers else set()
         arguments.note_without_effect(given, defaults, logging.WARNING if verbose else logging.INFO, effective)
         self._template_source = arguments.source_of_format(chat_format, self._metadata)
 
-    def _open(self, vocab_only: bool, n_threads: int | None, n_gpu_layers: int) -> None:
+    def _open(self, vocab_only: bool, n_threads: int | None, n_gpu_layers: int, op_offload: bool | None) -> None:
         if vocab_only:
             with GGUF(self.model_path, vocabulary_only=True) as file:
                 self._metadata, self._tokenizer = file.metadata, Tokenizer(file)
             return
         self._draft = draft_of(self.draft_model)
-        self._model = model = Model(self.model_path, threads=n_threads or None, gpu="auto", n_gpu_layers=max(n_gpu_layers, -1))
+        self._model = model = Model(self.model_path, threads=n_threads or None, gpu="auto" if n_gpu_layers else "off",
+                                    n_gpu_layers=max(n_gpu_layers, -1), stream_tokens=0 if op_offload is False else None)
         try:
             self._metadata, self._tokenizer = model.metadata, model.tokenizer
             if self._tokenizer is None:

@@ -1,14 +1,17 @@
 /* A CUDA driver without a GPU: a library of libcuda's names that runs the kernels on the grid of grid.h. It
  * is stricter than a real one.
  *
- * What is queued happens when the stream is awaited, so that a host buffer that is used again too early
- * shows. Fresh memory is full of NaN. Addresses are checked, and so is the context of the thread. Any call
- * can be made to fail. Tests set it by fake_set() and ask fake_get(). */
+ * What is queued happens when the stream is awaited, or an event of it, so that a host buffer that is used
+ * again too early shows. With "eager" copies to the device happen as soon as their stream's order allows, so
+ * that one that does not wait for a kernel shows. Fresh memory is full of NaN. Addresses are checked, and so
+ * is the context of the thread. Any call can be made to fail. Tests set it by fake_set() and ask
+ * fake_get(). */
 #include "grid.h"
 
 #include "../../native/cuda/kernels.cu"
 
 #include <algorithm>
+#include <deque>
 #include <functional>
 #include <map>
 #include <mutex>
@@ -39,7 +42,7 @@ static std::map<std::string, long long> settings = {
     { "gpus", 1 },    { "major", 9 },           { "maps", 1 },           { "order", 0 },
     { "fail_in", 0 }, { "fail_code", UNKNOWN }, { "memory", 4ll << 30 }, { "calls", 0 },
     { "alive", 0 },   { "bytes", 0 },           { "graph_launches", 0 }, { "launches", 0 },
-    { "graphs", 0 },
+    { "graphs", 0 },  { "eager", 0 },           { "registers", 1 },      { "registered", 0 },
 };
 
 API void fake_set(const char *name, long long value) {
@@ -129,6 +132,39 @@ API int cuMemHostAlloc(void **p, size_t n, unsigned) {
 API int cuMemFreeHost(void *p) {
     std::lock_guard<std::recursive_mutex> held(lock);
     free(p);
+    count(-1, 0);
+    return OK;
+}
+
+static std::map<uint64_t, size_t> pinned;
+
+/* No copy may begin in pinned memory and end outside. */
+static bool straddles(uint64_t p, size_t n) {
+    auto after = pinned.upper_bound(p);
+    if (after == pinned.begin())
+        return after != pinned.end() && p + n > after->first;
+    auto before = std::prev(after);
+    const uint64_t end = before->first + before->second;
+    return (p < end && p + n > end) || (after != pinned.end() && p < after->first && p + n > after->first);
+}
+
+/* With "registers" 0: memory that the driver cannot pin. */
+API int cuMemHostRegister_v2(void *p, size_t n, unsigned) {
+    BEGIN(true);
+    if (!settings["registers"] || !n || pinned.count((uint64_t)p))
+        return settings["registers"] ? INVALID : NO_MEMORY;
+    pinned[(uint64_t)p] = n;
+    settings["registered"] += (long long)n;
+    count(1, 0);
+    return OK;
+}
+
+API int cuMemHostUnregister(void *p) {
+    std::lock_guard<std::recursive_mutex> held(lock);
+    if (!pinned.count((uint64_t)p))
+        return INVALID;
+    settings["registered"] -= (long long)pinned[(uint64_t)p];
+    pinned.erase((uint64_t)p);
     count(-1, 0);
     return OK;
 }
@@ -306,9 +342,30 @@ API int cuModuleGetFunction(void **function, void *, const char *name) {
 
 /* Streams and graphs. */
 
+/* A step with `of` waits until that event was recorded `wait` times, and all before it is done. */
 using operation = std::function<int()>;
-struct stream { std::vector<operation> queue; struct graph *capturing = NULL; };
+struct event { struct stream *in = NULL; long long recorded = 0, done = 0; };
+struct step { operation run; event *of = NULL; long long wait = 0; bool eager = false; };
+struct stream { std::deque<step> queue; struct graph *capturing = NULL; };
 struct graph { std::vector<operation> operations; };
+
+static bool ready(const step &s) { return !s.of || s.of->done >= s.wait; }
+
+/* Does the first step of a stream, after those of other streams that it waits for. */
+static void advance(stream *s) {
+    const step first = s->queue.front();
+    s->queue.pop_front();
+    while (!ready(first) && !first.of->in->queue.empty())
+        advance(first.of->in);
+    if (!broken && first.run)
+        broken = first.run();
+}
+
+/* Copies whose turn it is. */
+static void hurry(stream *s) {
+    while (settings["eager"] && !s->queue.empty() && s->queue.front().eager && ready(s->queue.front()))
+        advance(s);
+}
 
 API int cuStreamCreate(void **s, unsigned) {
     BEGIN(true);
@@ -326,29 +383,89 @@ API int cuStreamDestroy_v2(void *s) {
 
 API int cuStreamSynchronize(void *s) {
     BEGIN(true);
-    std::vector<operation> queue;
-    queue.swap(((stream *)s)->queue);
-    for (const operation &each : queue)
-        if (!broken)
-            broken = each();
+    while (!((stream *)s)->queue.empty())
+        advance((stream *)s);
     const int code = broken;
     broken = 0;                         /* a real one stays broken; tests go on */
     return code;
 }
 
-static int enqueue(void *s, operation o) {
+static int enqueue(void *s, operation o, bool eager = false) {
     stream *to = (stream *)s;
-    (to->capturing ? to->capturing->operations : to->queue).push_back(o);
+    if (to->capturing)
+        to->capturing->operations.push_back(o);
+    else
+        to->queue.push_back({ o, NULL, 0, eager });
+    hurry(to);
+    return OK;
+}
+
+API int cuEventCreate(void **e, unsigned) {
+    BEGIN(true);
+    *e = new event;
+    count(1, 0);
+    return OK;
+}
+
+API int cuEventDestroy_v2(void *e) {
+    std::lock_guard<std::recursive_mutex> held(lock);
+    delete (event *)e;
+    count(-1, 0);
+    return OK;
+}
+
+API int cuEventRecord(void *e, void *s) {
+    BEGIN(true);
+    event *of = (event *)e;
+    const long long n = ++of->recorded;
+    of->in = (stream *)s;
+    return enqueue(s, [=] { return of->done = n, OK; }, true);
+}
+
+/* Of an event that was never recorded: nothing. */
+API int cuStreamWaitEvent(void *s, void *e, unsigned) {
+    BEGIN(true);
+    ((stream *)s)->queue.push_back({ NULL, (event *)e, ((event *)e)->recorded, true });
+    hurry((stream *)s);
     return OK;
 }
 
 API int cuMemcpyHtoDAsync_v2(uint64_t to, const void *from, size_t n, void *s) {
     BEGIN(true);
-    return enqueue(s, [=] { return inside(to, n) ? memmove((void *)to, from, n), OK : ILLEGAL_ADDRESS; });
+    if (straddles((uint64_t)from, n))
+        return INVALID;
+    const operation copy = [=] { return inside(to, n) ? memmove((void *)to, from, n), OK : ILLEGAL_ADDRESS; };
+    return enqueue(s, copy, true);
+}
+
+/* Rows between the host (1) and the device (2). */
+API int cuMemcpy2DAsync_v2(const cuda_copy2d *copy, void *s) {
+    BEGIN(true);
+    const cuda_copy2d c = *copy;
+    const cuda_side sides[] = { c.from, c.to };
+    for (const cuda_side &side : sides)
+        if (side.pitch < c.width || (side.type != 1 && side.type != 2) || side.x || side.y
+            || (side.type == 1 && straddles(side.host, (c.height - 1) * side.pitch + c.width)))
+            return INVALID;
+    return enqueue(s, [=] {
+        uint64_t at[2];
+        for (size_t i = 0; i < c.height; i++) {
+            for (int k = 0; k < 2; k++) {
+                const cuda_side &side = k ? c.to : c.from;
+                at[k] = (side.type == 1 ? side.host : side.device) + i * side.pitch;
+                if (side.type == 2 && !inside(at[k], c.width))
+                    return ILLEGAL_ADDRESS;
+            }
+            memmove((void *)at[1], (void *)at[0], c.width);
+        }
+        return OK;
+    }, c.from.type == 1);
 }
 
 API int cuMemcpyDtoHAsync_v2(void *to, uint64_t from, size_t n, void *s) {
     BEGIN(true);
+    if (straddles((uint64_t)to, n))
+        return INVALID;
     return enqueue(s, [=] { return inside(from, n) ? memmove(to, (void *)from, n), OK : ILLEGAL_ADDRESS; });
 }
 
@@ -411,7 +528,7 @@ API int cuGraphLaunch(void *program, void *s) {
     BEGIN(true);
     settings["graph_launches"]++;
     for (const operation &each : ((graph *)program)->operations)
-        ((stream *)s)->queue.push_back(each);
+        ((stream *)s)->queue.push_back({ each });
     return OK;
 }
 
