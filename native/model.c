@@ -336,6 +336,7 @@ static struct need needs(const bmc_model *m) {
     struct need all = { 0 };
     if (m->target)
         all = (struct need){ .floats = padded(2 * m->c.dim), .blocks = (size_t)m->c.dim / 16 + 1 };
+    all.floats = largest(all.floats, padded(m->extent[PER_LAYERS]));
     for (const struct block *b = m->blocks; b < m->blocks + m->c.n_blocks; b++) {
         const struct need n = b->kind->need(m, b);
         all = (struct need){ largest(all.floats, n.floats), largest(all.blocks, n.blocks), largest(all.ids, n.ids),
@@ -385,7 +386,6 @@ static size_t lay_out(const bmc_model *m, struct need need, struct buffers *b, c
     b->rows = take(&next, SAMPLED_MAX * (size_t)c->vocab_size * sizeof(float));
     b->scratch_stride = largest(padded((int64_t)need.scratch), n * HEAD_ROWS);
     b->scratch_stride = largest(b->scratch_stride, padded((int64_t)(c->vocab_size * sizeof(struct candidate) / sizeof(float))));
-    b->scratch_stride = largest(b->scratch_stride, padded(m->extent[PER_LAYERS]));
     b->scratch = take(&next, threads * b->scratch_stride * sizeof(float));
     b->altered = take(&next, threads * padded(c->vocab_size) * sizeof(float));
     b->pieces_done = take(&next, threads * TASKS_EACH * sizeof *b->pieces_done);
