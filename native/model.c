@@ -50,7 +50,7 @@ static int check_block(const bmc_model *m, const struct block *b) {
     const struct block *rows = b - c->kv_from;
     if (!b->kind)
         return fail(BMC_EFORMAT, "layer %d: there is no kind %d of block", (int)c->layer, (int)c->kind);
-    if (c->others && (c->kind != BMC_PER_LAYER || c->n_altup < 2 || c->n_altup > 8))
+    if (c->others && (c->kind != BMC_PER_LAYER || c->n_altup < 2 || c->n_altup > ALTUP_MAX))
         return fail(BMC_EFORMAT, "layer %d: only per-layer inputs go to 1 to 7 other versions of x", (int)c->layer);
     if (c->beside && (b == m->blocks || (b - 1)->c.beside))
         return fail(BMC_EFORMAT, "layer %d: at most two blocks stand side by side", (int)c->layer);

@@ -259,8 +259,6 @@ void add_normed_rows(struct pass *p, struct tokens in, float *y, struct vector n
 
 /* AltUp: what a block does with the versions of x once its products are there; y is added to the other versions of a token's x:
  * layers/altup.c. */
-enum { ALTUP_MAX = 8 };             /* versions */
-#define ALTUP_LEAST 1e-5f           /* mean square of a vector whose length is divided by */
 void altup_step(struct pass *p, const struct block *b, struct sink out, int thread);
 void altup_add(const bmc_model *m, int n_altup, const float *y, int64_t t);
 

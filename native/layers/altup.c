@@ -10,8 +10,6 @@
 
 #include <math.h>
 
-enum { MOST = ALTUP_MAX };
-
 static const struct role begin_roles[] = {
     { "altup_proj", IN_BLOCK(altup.proj), MATRICES, DIM, DIM, true, OTHERS },
     { 0 },
@@ -35,8 +33,8 @@ static const struct role end_roles[] = {
 };
 
 static int check(const bmc_model *m, const bmc_block *c) {
-    if (c->n_altup < 2 || c->n_altup > MOST)
-        return fail(BMC_EFORMAT, "layer %d: AltUp: expected 2 to %d versions of x, found %d", c->layer, MOST,
+    if (c->n_altup < 2 || c->n_altup > ALTUP_MAX)
+        return fail(BMC_EFORMAT, "layer %d: AltUp: expected 2 to %d versions of x, found %d", c->layer, ALTUP_MAX,
                     c->n_altup);
     if (m->c.dim % 32)
         return fail(BMC_EFORMAT, "layer %d: AltUp: expected a multiple of 32 values, found %d", c->layer,
@@ -97,7 +95,7 @@ static void to_length_of(const struct pass *p, float *y, const float *x) {
 static void begin(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread) {
     const int others = b->c.n_altup - 1, dim = p->model->c.dim;
     const struct buffers *buffers = p->buffers;
-    struct product list[MOST];
+    struct product list[ALTUP_MAX];
     for (int i = 0; i < others; i++)
         list[i] = (struct product){ &b->altup.proj.of[i], in, buffers->kept + (i + 1) * dim, buffers->kept_stride, false };
     p->machine->multiply(p, list, others, thread);
@@ -118,7 +116,7 @@ static void end(struct pass *p, const struct block *b, struct tokens in, struct 
     const struct machine *on = p->machine;
     const int others = b->c.n_altup - 1, dim = p->model->c.dim, wide = (int)buffers->kept_stride;
     struct tokens all = { .x = buffers->kept, .act = buffers->work_act, .n = in.n, .wide = wide };
-    struct product list[MOST];
+    struct product list[ALTUP_MAX];
     on->quantize(p, all, wide, thread);
     on->end(p, thread, BMC_STEP_NORM);
     for (int i = 0; i < others; i++) {
@@ -166,7 +164,7 @@ static void coefficients(const struct pass *p, const struct block *b, int64_t t,
     const bmc_model *m = p->model;
     const struct vector *coef = &b->altup.coef;
     const int n = b->c.n_altup;
-    float router[MOST];
+    float router[ALTUP_MAX];
     memcpy(router, m->buffers->work + (size_t)t * padded(n), (size_t)n * sizeof *router);
     m->k.scale(router, 1.0f / (float)m->c.dim, n);
     m->k.softcap(router, 1.0f, n);
@@ -182,7 +180,7 @@ static void predict_part(const struct pass *p, const struct block *b, struct sin
                          int n, float *scratch) {
     const struct kernels *k = &p->model->k;
     const int versions = b->c.n_altup;
-    float c[MOST * MOST], *change = scratch, *old = scratch + n;
+    float c[ALTUP_MAX * ALTUP_MAX], *change = scratch, *old = scratch + n;
     coefficients(p, b, t, c);
     memcpy(version(p, t, 0) + at, x_of(p, t) + at, (size_t)n * sizeof *old);
     for (int i = 0; i < versions; i++)
@@ -201,7 +199,7 @@ static void predict_part(const struct pass *p, const struct block *b, struct sin
 static void correct_part(const struct pass *p, const struct block *b, struct sink out, int64_t t, int at,
                          int n, float *scratch) {
     const struct kernels *k = &p->model->k;
-    float c[MOST], *missed = scratch, *change = scratch + n;
+    float c[ALTUP_MAX], *missed = scratch, *change = scratch + n;
     coefficients(p, b, t, c);
     memcpy(missed, x_of(p, t) + at, (size_t)n * sizeof *missed);
     k->axpy(missed, -1.0f, version(p, t, 0) + at, n);
