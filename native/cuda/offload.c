@@ -59,6 +59,21 @@ static int layer_end(const bmc_model *m, int i) {
     return i;
 }
 
+/* The first block from `first` on that reads rows of one before it; n_blocks: there is none. */
+static int reads_before(const bmc_model *m, int first) {
+    int i = first;
+    while (i < m->c.n_blocks && i - m->blocks[i].c.kv_from >= first)
+        i++;
+    return i;
+}
+
+/* How many layers can run there if those of the blocks from `first` on are to be among them. */
+static int together(const bmc_model *m, int first) {
+    while (reads_before(m, first) < m->c.n_blocks)
+        first = layer_start(m, first - 1);
+    return layers_from(m, first);
+}
+
 /* The first block of the last n_layers layers that can run there with all that follow. */
 static int first_block(const bmc_model *m, int n_layers, char why[128]) {
     int first = m->c.n_blocks;
@@ -71,12 +86,13 @@ static int first_block(const bmc_model *m, int n_layers, char why[128]) {
                      cannot(&m->blocks[i]));
             first = layer_end(m, i);
         }
-    for (int i = first; i < m->c.n_blocks; i++)
-        if (i - m->blocks[i].c.kv_from < first) {
-            snprintf(why, 128, "layer %d reads keys and values of layer %d", (int)m->blocks[i].c.layer,
-                     (int)m->blocks[i - m->blocks[i].c.kv_from].c.layer);
-            first = layer_end(m, i);
-        }
+    const int n = together(m, first);
+    for (int i = reads_before(m, first); i < m->c.n_blocks; i = reads_before(m, first)) {
+        const struct block *b = &m->blocks[i];
+        snprintf(why, 128, "layer %d reads keys and values of layer %d; both go there with %d layers or more", (int)b->c.layer,
+                 (int)(b - b->c.kv_from)->c.layer, n);
+        first = layer_end(m, i);
+    }
     return first;
 }
 
