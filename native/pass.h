@@ -177,10 +177,10 @@ int gate_up_groups(const struct gate_up *job);              /* in how many parts
 void gate_up(const struct pass *p, const struct gate_up *job, int from, int to, int thread);
 void gate_up_all(struct pass *p, const struct gate_up *job, int thread);
 
-/* The rest of it where a gate depends on all others, or where what it is multiplied with is there: out = act(gate) * up, floats and 8
- * bits. Rows of n values; sparsity > 0: only gates that are as many standard deviations above their mean count. */
+/* The rest of a feed-forward's first half after its products: out = act(gate) * up, floats and 8 bits, rows of n values. sparsity > 0:
+ * only gates above their row's mean + sparsity * its standard deviation count. */
 struct gating {
-    float *gate;                    /* (tokens, n); written too where they are sparse */
+    float *gate;                    /* (tokens, n); sparse ones change */
     const float *up;                /* (tokens, up_stride) */
     size_t up_stride;
     struct tokens out;              /* x may be gate, or up */
@@ -249,7 +249,7 @@ void settle_rows(struct pass *p, const struct block *waits, int thread);        
  * them and of x where the first block runs: layers/per_layer.c. */
 void per_layer_rows(const struct pass *p, int thread);
 void per_layer_inputs(struct pass *p, int thread);
-struct per_layer_factors { float projected, row, sum; };
+struct per_layer_factors { float projected, row, sum; };       /* what each of them is multiplied by */
 struct per_layer_factors per_layer_factors(const bmc_model *m);
 
 /* Steps of these on the CPU: per_layer.c; rows times a vector; laurel.c: out (+)= in + norm(y), y changes. */

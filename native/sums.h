@@ -1,5 +1,5 @@
-/* Sums over a row in double precision, the same on every machine: value i joins lane i % SUM_LANES in ascending
- * order, and the lanes are folded in halves. On a GPU a lane is a thread: cuda/altup.h. */
+/* Sums over a row in double precision, the same on every machine: value i joins lane i % SUM_LANES in
+ * ascending order, and the lanes are folded in halves. On a GPU a lane is a thread: cuda/altup.h. */
 #ifndef SUMS_H
 #define SUMS_H
 

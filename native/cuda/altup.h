@@ -36,8 +36,8 @@ KERNEL(add_normed, 256, struct cuda_add_normed, struct row_room) {
     }
 }
 
-/* Sums of ../sums.h: a thread is a lane. All threads call it and get the sum over the row, of the values or of
- * (value - mean)^2. */
+/* Sums of ../sums.h: a thread is a lane. All threads call it and get the sum over the row, of the values or
+ * of (value - mean)^2. */
 struct lanes_room { double lane[SUM_LANES]; };
 DEVICE double sum_lanes(const float *x, int n, double mean, bool squares, struct lanes_room &s) {
     const int t = (int)threadIdx.x;
@@ -73,7 +73,8 @@ KERNEL(altup_lengths, SUM_LANES, struct cuda_altup, struct lanes_room) {
     float *rows = a.rows + blockIdx.x * a.rows_stride, *out = a.out + blockIdx.x * a.stride;
     for (int i = 0; i < a.n - 1; i++) {
         float *y = rows + (size_t)i * (size_t)a.dim;
-        const float own = mean_square(y, a.dim, s), by = sqrtf(length / (own > ALTUP_LEAST ? own : ALTUP_LEAST));
+        const float own = mean_square(y, a.dim, s),
+                    by = sqrtf(length / (own > ALTUP_LEAST ? own : ALTUP_LEAST));
         for (int d = (int)threadIdx.x; d < a.dim; d += SUM_LANES)
             y[d] = y[d] * by;
     }

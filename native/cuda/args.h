@@ -60,7 +60,7 @@ struct cuda_norm {
     int kind;                       /* enum bmc_norm */
     float eps;
     float sum_scale;                /* of x, before the norm of the result; 1: none */
-    float *others;                  /* AltUp: what waits joins these n_others vectors of a token, and not x; or NULL */
+    float *others;                  /* n_others vectors of a token, which what waits joins instead of x; or NULL */
     size_t others_stride;
     int n_others;
 };
@@ -278,7 +278,7 @@ struct cuda_activate {
     size_t stride, gate_stride;
     struct act_block *act;          /* NULL: floats only */
     int act_stride;
-    const float *x;                 /* (n_tok, x_stride) what act(gate) is multiplied with instead of up; or NULL */
+    const float *x;                 /* (n_tok, x_stride) multiplied instead of up; or NULL */
     size_t x_stride;
 };
 static inline struct cuda_grid activate_grid(const struct cuda_activate *a) {

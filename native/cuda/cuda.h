@@ -54,6 +54,7 @@ struct cuda {
     size_t weight_bytes, vector_bytes, vectors_used, room_bytes;
     struct buffers buffers;         /* addresses there */
     size_t part_floats;             /* of buffers.parts */
+    size_t inputs;                  /* floats of a token in buffers.per_layer */
     struct cuda_best *best;         /* (pass_max, n_parts) */
     size_t n_parts;                 /* of the head's logits; 0: there is no head */
     const int32_t *rope_dims;       /* (n_ropes,) */
@@ -113,7 +114,8 @@ struct cuda_tasks cuda_put_tasks(struct cuda *c, const struct pass *p, int size)
 void cuda_gate(struct pass *p, const struct gating *g, int thread);
 void cuda_join_per_layer(struct pass *p, float *projected, int thread);
 void cuda_scale_rows(struct pass *p, struct tokens in, struct vector by, struct tokens out, int thread);
-void cuda_add_normed(struct pass *p, struct tokens in, float *y, struct vector norm, struct sink out, int thread);
+void cuda_add_normed(struct pass *p, struct tokens in, float *y, struct vector norm, struct sink out,
+                     int thread);
 void cuda_altup(struct pass *p, const struct block *b, struct sink out, int thread);
 
 size_t cuda_mixture_ids(const bmc_model *m, const struct block *b); /* of experts in buffers.work_ids */

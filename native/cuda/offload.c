@@ -89,8 +89,8 @@ static int first_block(const bmc_model *m, int n_layers, char why[128]) {
     const int n = together(m, first);
     for (int i = reads_before(m, first); i < m->c.n_blocks; i = reads_before(m, first)) {
         const struct block *b = &m->blocks[i];
-        snprintf(why, 128, "layer %d reads keys and values of layer %d; both go there with %d layers or more", (int)b->c.layer,
-                 (int)(b - b->c.kv_from)->c.layer, n);
+        snprintf(why, 128, "layer %d reads keys and values of layer %d; both go there with %d layers or more",
+                 (int)b->c.layer, (int)(b - b->c.kv_from)->c.layer, n);
         first = layer_end(m, i);
     }
     return first;
@@ -163,12 +163,13 @@ static size_t part_floats(const bmc_model *m, const bmc_block *b) {
 static size_t lay_out(const bmc_model *m, struct cuda *c, char *memory) {
     struct buffers *b = &c->buffers;
     const size_t n = (size_t)m->pass_max, row = n * padded(m->c.dim) * sizeof(float);
-    const size_t inputs = c->first < m->c.n_blocks ? padded(m->extent[PER_LAYERS]) : 0;
-    struct need need = { .floats = c->first ? 0 : inputs };
+    struct need need = { 0 };
     size_t ids = 0;
     bool keeps_input = false;
     char *next = memory;
     c->part_floats = 0;
+    c->inputs = c->first < m->c.n_blocks ? padded(m->extent[PER_LAYERS]) : 0;
+    need.floats = c->first ? 0 : c->inputs;     /* per_layer_inputs makes them there */
     for (const struct block *block = m->blocks + c->first; block < m->blocks + m->c.n_blocks; block++) {
         const struct need own = block->kind->need(m, block);
         need = (struct need){ .floats = most(need.floats, own.floats),
@@ -192,7 +193,7 @@ static size_t lay_out(const bmc_model *m, struct cuda *c, char *memory) {
     b->input = keeps_input ? take(&next, row) : NULL;
     b->kept_stride = need.kept ? m->buffers->kept_stride : 0;
     b->kept = need.kept ? take(&next, n * b->kept_stride * sizeof *b->kept) : NULL;
-    b->per_layer = take(&next, n * inputs * sizeof *b->per_layer);
+    b->per_layer = take(&next, n * c->inputs * sizeof *b->per_layer);
     b->parts = take(&next, c->part_floats * sizeof *b->parts);
     b->rows = take(&next, c->n_parts ? SAMPLED_MAX * padded(m->c.vocab_size) * sizeof *b->rows : 0);
     c->best = take(&next, n * c->n_parts * sizeof *c->best);

@@ -196,8 +196,8 @@ static float *hidden_results(const bmc_model *m) {
     return (float *)(void *)(m->cuda->results + (size_t)m->pass_max * m->cuda->n_parts * sizeof(struct best));
 }
 
-/* Rows that it brings with it besides x: what blocks on the CPU kept of each token, and vectors of the
- * layers. */
+/* Rows of its tokens that it brings with it: x, what blocks on the CPU kept for later ones, vectors of each
+ * layer. stride 0: none. */
 struct brought { const float *from; float *to; size_t stride; };
 enum { BROUGHT = 3 };
 static void find_brought(const struct pass *p, struct brought list[BROUGHT]) {
@@ -205,9 +205,7 @@ static void find_brought(const struct pass *p, struct brought list[BROUGHT]) {
     const struct buffers *here = m->buffers, *there = &m->cuda->buffers;
     list[0] = (struct brought){ here->x, there->x, padded(m->c.dim) };
     list[1] = (struct brought){ here->kept, there->kept, m->cuda->first ? there->kept_stride : 0 };
-    list[2] = (struct brought){ here->per_layer, there->per_layer, padded(m->extent[PER_LAYERS]) };
-    if (m->cuda->first == m->c.n_blocks)
-        list[2].stride = 0;
+    list[2] = (struct brought){ here->per_layer, there->per_layer, m->cuda->inputs };
 }
 
 /* Room for what it brings with it. Whoever had addresses there is gone: a queue that has them never comes
@@ -296,7 +294,9 @@ static int send(const struct cuda *c, const struct pass *p) {
         if (!bytes)
             continue;
         memcpy(at, rows[i].from, bytes);
-        status = check(c, "sending", c->gpu->cu->cuMemcpyHtoDAsync_v2(cuda_address(rows[i].to), at, bytes, c->stream));
+        status =
+            check(c, "sending",
+                  c->gpu->cu->cuMemcpyHtoDAsync_v2(cuda_address(rows[i].to), at, bytes, c->stream));
         at += bytes;
     }
     return status;

@@ -7,8 +7,9 @@ void cuda_gate(struct pass *p, const struct gating *g, int thread) {
     struct cuda *c = p->model->cuda;
     const struct cuda_thin thin = { g->out.n, g->n, g->gate, padded(g->n), g->sparsity };
     struct cuda_activate a = {
-        .n_tok = g->out.n, .dim = g->n, .kind = g->act, .up = g->out.x, .gate = g->gate, .stride = padded(g->n),
-        .gate_stride = padded(g->n), .act = g->out.act, .act_stride = g->out.n, .x = g->up, .x_stride = g->up_stride,
+        .n_tok = g->out.n, .dim = g->n, .kind = g->act, .up = g->out.x, .gate = g->gate,
+        .stride = padded(g->n), .gate_stride = padded(g->n), .act = g->out.act, .act_stride = g->out.n,
+        .x = g->up, .x_stride = g->up_stride,
     };
     (void)thread;
     memcpy(a.param, g->param, sizeof a.param);
@@ -38,11 +39,12 @@ void cuda_scale_rows(struct pass *p, struct tokens in, struct vector by, struct 
     cuda_launch(c, c->functions[CUDA_SCALE_ROWS], scale_rows_grid(&a), &a, sizeof a);
 }
 
-void cuda_add_normed(struct pass *p, struct tokens in, float *y, struct vector norm, struct sink out, int thread) {
+void cuda_add_normed(struct pass *p, struct tokens in, float *y, struct vector norm, struct sink out,
+                     int thread) {
     const bmc_model *m = p->model;
     const struct cuda_add_normed a = {
-        .n_tok = in.n, .dim = m->c.dim, .add = out.add, .x = in.x, .y = y, .out = out.y, .stride = padded(m->c.dim),
-        .norm = norm.v, .kind = m->c.norm, .eps = m->c.norm_eps,
+        .n_tok = in.n, .dim = m->c.dim, .add = out.add, .x = in.x, .y = y, .out = out.y,
+        .stride = padded(m->c.dim), .norm = norm.v, .kind = m->c.norm, .eps = m->c.norm_eps,
     };
     (void)thread;
     cuda_launch(m->cuda, m->cuda->functions[CUDA_ADD_NORMED], add_normed_grid(&a), &a, sizeof a);

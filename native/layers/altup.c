@@ -34,8 +34,8 @@ static const struct role end_roles[] = {
 
 static int check(const bmc_model *m, const bmc_block *c) {
     if (c->n_altup < 2 || c->n_altup > ALTUP_MAX)
-        return fail(BMC_EFORMAT, "layer %d: AltUp: expected 2 to %d versions of x, found %d", c->layer, ALTUP_MAX,
-                    c->n_altup);
+        return fail(BMC_EFORMAT, "layer %d: AltUp: expected 2 to %d versions of x, found %d", c->layer,
+                    ALTUP_MAX, c->n_altup);
     if (m->c.dim % 32)
         return fail(BMC_EFORMAT, "layer %d: AltUp: expected a multiple of 32 values, found %d", c->layer,
                     m->c.dim);
@@ -94,10 +94,11 @@ static void to_length_of(const struct pass *p, float *y, const float *x) {
 
 static void begin(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread) {
     const int others = b->c.n_altup - 1, dim = p->model->c.dim;
-    const struct buffers *buffers = p->buffers;
+    const size_t stride = p->buffers->kept_stride;
+    float *versions = p->buffers->kept + dim;
     struct product list[ALTUP_MAX];
     for (int i = 0; i < others; i++)
-        list[i] = (struct product){ &b->altup.proj.of[i], in, buffers->kept + (i + 1) * dim, buffers->kept_stride, false };
+        list[i] = (struct product){ &b->altup.proj.of[i], in, versions + i * dim, stride, false };
     p->machine->multiply(p, list, others, thread);
     p->machine->end(p, thread, BMC_STEP_EMBED);
     p->machine->altup(p, b, out, thread);
@@ -115,13 +116,14 @@ static void end(struct pass *p, const struct block *b, struct tokens in, struct 
     const struct buffers *buffers = p->buffers;
     const struct machine *on = p->machine;
     const int others = b->c.n_altup - 1, dim = p->model->c.dim, wide = (int)buffers->kept_stride;
+    const size_t stride = (size_t)(others * dim);
     struct tokens all = { .x = buffers->kept, .act = buffers->work_act, .n = in.n, .wide = wide };
     struct product list[ALTUP_MAX];
     on->quantize(p, all, wide, thread);
     on->end(p, thread, BMC_STEP_NORM);
     for (int i = 0; i < others; i++) {
         all.from = (i + 1) * dim;
-        list[i] = (struct product){ &b->altup.proj.of[i], all, buffers->work + i * dim, (size_t)(others * dim), false };
+        list[i] = (struct product){ &b->altup.proj.of[i], all, buffers->work + i * dim, stride, false };
     }
     on->multiply(p, list, others, thread);
     on->end(p, thread, BMC_STEP_HEAD);

@@ -28,7 +28,8 @@ static struct need need(const bmc_model *m, const struct block *b) {
     };
 }
 
-void add_normed_rows(struct pass *p, struct tokens in, float *y, struct vector norm, struct sink out, int thread) {
+void add_normed_rows(struct pass *p, struct tokens in, float *y, struct vector norm, struct sink out,
+                     int thread) {
     const bmc_model *m = p->model;
     const int dim = m->c.dim;
     int64_t from, to;

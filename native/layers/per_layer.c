@@ -63,7 +63,8 @@ static void run(struct pass *p, const struct block *b, struct tokens in, struct 
     const struct product proj = product_into(&b->per_layer.proj, gated, out);
     const struct gating gates = {
         .gate = gated.x, .up = p->buffers->per_layer + (size_t)(b->c.per_layer * dim),
-        .up_stride = padded(m->extent[PER_LAYERS]), .out = gated, .n = dim, .act = b->c.act, .param = b->c.act_param,
+        .up_stride = padded(m->extent[PER_LAYERS]), .out = gated, .n = dim, .act = b->c.act,
+        .param = b->c.act_param,
     };
     on->multiply(p, &gate, 1, thread);
     on->end(p, thread, BMC_STEP_GATE_UP);
@@ -75,16 +76,17 @@ static void run(struct pass *p, const struct block *b, struct tokens in, struct 
 const struct kind per_layer_kind = { "per-layer input", roles, check, measure, need, false, NULL, NULL, run };
 
 /* Each token's vectors of all layers: (its row of a table of their own, times sqrt(dim) + norm(projection of
- * its embedding)) / sqrt(2). */
-
+ * its embedding)) / sqrt(2). First the rows, as the file has them. */
 void per_layer_rows(const struct pass *p, int thread) {
     const bmc_model *m = p->model;
     const struct matrix *table = &m->per_layer_embd;
     int64_t from, to;
     share(p, thread, m->c.per_layer_dim ? p->n_tok : 0, &from, &to);
-    for (int64_t t = from; t < to; t++)
-        type_find(table->type)->dequantize(table->data + (size_t)p->at[t].token * file_row_bytes(table), table->n_cols,
-                                           m->buffers->per_layer + (size_t)t * padded(table->n_cols));
+    for (int64_t t = from; t < to; t++) {
+        const uint8_t *data = table->data + (size_t)p->at[t].token * file_row_bytes(table);
+        float *row = m->buffers->per_layer + (size_t)t * padded(table->n_cols);
+        type_find(table->type)->dequantize(data, table->n_cols, row);
+    }
 }
 
 struct per_layer_factors per_layer_factors(const bmc_model *m) {

@@ -43,7 +43,8 @@ static void give_blocks(const struct tokens *made, struct act_block *act, int st
 }
 
 static struct tokens tile(float *x, int n_tok, int n) {
-    return (struct tokens){ x, malloc((size_t)(n_tok * (n / 32 + 1)) * sizeof(struct act_block)), n_tok, 0, 0 };
+    struct act_block *act = malloc((size_t)(n_tok * (n / 32 + 1)) * sizeof *act);
+    return (struct tokens){ x, act, n_tok, 0, 0 };
 }
 
 static void join_call(struct altup_scene *s, int thread) { join_per_layer(&s->p, s->y, thread); }
@@ -60,7 +61,9 @@ void reference_join(const struct cuda_join *a, int dim) {
     run_scene(&s, join_call);
 }
 
-static void scale_call(struct altup_scene *s, int thread) { scale_rows(&s->p, s->in, s->weight, s->made, thread); }
+static void scale_call(struct altup_scene *s, int thread) {
+    scale_rows(&s->p, s->in, s->weight, s->made, thread);
+}
 
 void reference_scale_rows(const struct cuda_scale_rows *a) {
     struct altup_scene s;
@@ -92,7 +95,8 @@ void reference_gate(const struct cuda_thin *thin, const struct cuda_activate *a)
     struct altup_scene s;
     set_scene(&s, a->dim, a->n_tok, 0, 0);
     s.made = tile(a->up, a->n_tok, a->dim);
-    s.gating = (struct gating){ thin->gate, a->x, a->x_stride, s.made, a->dim, a->kind, a->param, thin->sparsity };
+    s.gating = (struct gating){ thin->gate, a->x,    a->x_stride, s.made,
+                                a->dim,     a->kind, a->param,    thin->sparsity };
     run_scene(&s, gate_call);
     give_blocks(&s.made, a->act, a->act_stride, a->dim);
 }
@@ -104,8 +108,7 @@ void reference_altup(int kind, const struct cuda_altup *a) {
     const bool begins = kind == BMC_ALTUP_BEGIN, ends = kind == BMC_ALTUP_END;
     set_scene(&s, a->dim, a->n_tok, BMC_NORM_RMS, 0);
     s.block.c = (bmc_block){ .kind = kind, .n_altup = a->n };
-    s.block.altup.coef =
-        vector(a->coef, kind == BMC_ALTUP_PREDICT ? a->n * a->n : a->n, a->n);
+    s.block.altup.coef = vector(a->coef, kind == BMC_ALTUP_PREDICT ? a->n * a->n : a->n, a->n);
     s.buffers.x = (float *)a->x;
     s.buffers.work = ends ? a->rows : (float *)a->scores;
     s.buffers.kept = begins ? a->rows - a->dim : a->rows;
