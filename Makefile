@@ -83,7 +83,7 @@ $(OUT)/COMPILE.txt $(OUT)/OBJECTS.txt: $(OUT)/%.txt: FORCE
 
 # ---- the GPU's kernels ----
 
-CUDA_SOURCES := $(wildcard native/cuda/*.h native/cuda/*.cu native/kernels/*.h) $(addprefix native/,exp.h route.h kernels.h panels.h state.h types.h bmc.h)
+CUDA_SOURCES := $(wildcard native/cuda/*.h native/cuda/*.cu native/kernels/*.h) $(addprefix native/,exp.h route.h sums.h kernels.h panels.h state.h types.h bmc.h)
 NVCC ?= $(or $(shell command -v nvcc),$(WHEEL_NVCC))
 WHEEL_NVCC := build/nvcc/bin/nvcc
 # -fmad=false: a product and a sum are only one operation where fmaf says so.

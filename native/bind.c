@@ -269,8 +269,19 @@ static int check_roles(const bmc_model *m, const char *base, const struct block 
     return 0;
 }
 
+/* A model with inputs of each layer's own has all that they are made of. */
+static int check_per_layer(const bmc_model *m) {
+    const char *missing = !m->per_layer_embd.data   ? "per_layer_token_embd"
+                          : !m->per_layer_proj.data ? "per_layer_model_proj"
+                          : !m->per_layer_norm.v    ? "per_layer_proj_norm"
+                                                    : NULL;
+    return m->c.per_layer_dim && missing ? fail(BMC_EFORMAT, "%s.weight is missing", missing) : 0;
+}
+
 int model_check_bound(const bmc_model *m) {
     int status = check_roles(m, (const char *)m, NULL, model_roles);
+    if (!status)
+        status = check_per_layer(m);
     for (int i = 0; !status && i < m->c.n_blocks; i++)
         status = check_roles(m, (const char *)&m->blocks[i], &m->blocks[i], m->blocks[i].kind->roles);
     for (int i = 0; !status && i < m->c.n_blocks; i++) {

@@ -346,7 +346,7 @@ void        bmc_model_free(bmc_model *model);                            /* once
 
 /* GPUs. bmc_gpu: number i; info NULL: how many there are. BMC_EDEVICE: no driver. bmc_model_plan: what the last n_layers layers and the
  * head would take; asks no driver. bmc_model_offload puts them on a GPU, before the panels are made; returns how many layers: those
- * before a kind of block that the GPU does not have stay, and so do those whose rows others read; plan says why. kernels: the compiled
+ * up to one with experts of several types stay, and so do those that read rows of one that stays; plan says why. kernels: the compiled
  * kernels. A draft head goes where its model is, whole or only its head. */
 int         bmc_gpu(int i, bmc_gpu_info *info);
 int         bmc_model_plan(const bmc_model *model, int n_layers, bmc_plan *plan);

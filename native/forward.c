@@ -48,6 +48,7 @@ static void embed(const struct pass *p, int thread) {
             norm_row(m, x, x, m->embd_norm, m->embd_norm_bias, m->c.dim);
         turns(p, t);
     }
+    per_layer_rows(p, thread);
     barrier(p, thread, BMC_STEP_EMBED);
 }
 
@@ -159,7 +160,8 @@ static void run(void *arg, int thread) {
     embed(p, thread);
     if (m->target)
         join_hidden(p, thread);
-    per_layer_inputs(p, thread);
+    if (!m->cuda || m->cuda->first)
+        per_layer_inputs(p, thread);
     const struct block *waits = run_blocks(p, m->blocks, m->blocks + (m->cuda ? m->cuda->first : m->c.n_blocks), thread);
     if (!p->n_tok)
         return;
@@ -181,6 +183,8 @@ static int run_on_gpu(struct pass *p) {
     if (!m->cuda || !p->n_tok)
         return 0;
     cuda_begin(p);
+    if (!m->cuda->first)
+        per_layer_inputs(p, 0);
     const struct block *waits = run_blocks(p, m->blocks + m->cuda->first, m->blocks + m->c.n_blocks, 0);
     if (p->n_tok)
         run_head(p, waits, 0);

@@ -97,6 +97,10 @@ struct recur_job {
     size_t decay_stride, k_stride, q_stride, v_stride, beta_stride, d_stride, o_stride;     /* floats, token to token */
 };
 
+/* AltUp: versions of x at most; the mean square of a vector, at least, whose length is divided by. */
+enum { ALTUP_MAX = 8 };
+#define ALTUP_LEAST 1e-5f
+
 struct kernels {
     const char *name;
     panel_fn *panel[N_PANEL_TYPES];

@@ -50,7 +50,7 @@ static int check_block(const bmc_model *m, const struct block *b) {
     const struct block *rows = b - c->kv_from;
     if (!b->kind)
         return fail(BMC_EFORMAT, "layer %d: there is no kind %d of block", (int)c->layer, (int)c->kind);
-    if (c->others && (c->kind != BMC_PER_LAYER || c->n_altup < 2 || c->n_altup > 8))
+    if (c->others && (c->kind != BMC_PER_LAYER || c->n_altup < 2 || c->n_altup > ALTUP_MAX))
         return fail(BMC_EFORMAT, "layer %d: only per-layer inputs go to 1 to 7 other versions of x", (int)c->layer);
     if (c->beside && (b == m->blocks || (b - 1)->c.beside))
         return fail(BMC_EFORMAT, "layer %d: at most two blocks stand side by side", (int)c->layer);
@@ -338,6 +338,7 @@ static struct need needs(const bmc_model *m) {
     struct need all = { 0 };
     if (m->target)
         all = (struct need){ .floats = padded(2 * m->c.dim), .blocks = (size_t)m->c.dim / 16 + 1 };
+    all.floats = largest(all.floats, padded(m->extent[PER_LAYERS]));
     for (const struct block *b = m->blocks; b < m->blocks + m->c.n_blocks; b++) {
         const struct need n = b->kind->need(m, b);
         all = (struct need){ largest(all.floats, n.floats), largest(all.blocks, n.blocks), largest(all.ids, n.ids),
@@ -387,7 +388,6 @@ static size_t lay_out(const bmc_model *m, struct need need, struct buffers *b, c
     b->rows = take(&next, SAMPLED_MAX * (size_t)c->vocab_size * sizeof(float));
     b->scratch_stride = largest(padded((int64_t)need.scratch), n * HEAD_ROWS);
     b->scratch_stride = largest(b->scratch_stride, padded((int64_t)(c->vocab_size * sizeof(struct candidate) / sizeof(float))));
-    b->scratch_stride = largest(b->scratch_stride, padded(m->extent[PER_LAYERS]));
     b->scratch = take(&next, threads * b->scratch_stride * sizeof(float));
     b->altered = take(&next, threads * padded(c->vocab_size) * sizeof(float));
     b->pieces_done = take(&next, threads * TASKS_EACH * sizeof *b->pieces_done);

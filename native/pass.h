@@ -177,6 +177,19 @@ int gate_up_groups(const struct gate_up *job);              /* in how many parts
 void gate_up(const struct pass *p, const struct gate_up *job, int from, int to, int thread);
 void gate_up_all(struct pass *p, const struct gate_up *job, int thread);
 
+/* The rest of a feed-forward's first half after its products: out = act(gate) * up, floats and 8 bits, rows of n values. sparsity > 0:
+ * only gates above their row's mean + sparsity * its standard deviation count. */
+struct gating {
+    float *gate;                    /* (tokens, n); sparse ones change */
+    const float *up;                /* (tokens, up_stride) */
+    size_t up_stride;
+    struct tokens out;              /* x may be gate, or up */
+    int n, act;
+    const float *param;
+    float sparsity;
+};
+void gate_rows(struct pass *p, const struct gating *g, int thread);                         /* layers/dense.c */
+
 /* Groups [from, to) of rows of W times tokens, into `part` (n, (to - from) GROUP_ROWS): for those who add them up themselves. */
 enum { GROUP = 4, GROUP_ROWS = GROUP * 16 };
 int n_groups(const struct matrix *w);
@@ -232,10 +245,21 @@ void pass_kept(struct pass *p);     /* rows have moved: token i is the one of ou
 void keep_wanted(struct pass *p, const struct block *b, const struct rows *more, int n_more, int thread);
 void settle_rows(struct pass *p, const struct block *waits, int thread);        /* x += what waits for it: steps_cpu.c */
 
-/* Vectors of every layer for each token, where the model has them: layers/per_layer.c. */
+/* Vectors of every layer for each token. Their rows of the table come from the file, to the CPU's buffers; inputs are made of
+ * them and of x where the first block runs: layers/per_layer.c. */
+void per_layer_rows(const struct pass *p, int thread);
 void per_layer_inputs(struct pass *p, int thread);
+struct per_layer_factors { float projected, row, sum; };       /* what each of them is multiplied by */
+struct per_layer_factors per_layer_factors(const bmc_model *m);
 
-/* y is added to the other versions of a token's x: layers/altup.c. */
+/* Steps of these on the CPU: per_layer.c; rows times a vector; laurel.c: out (+)= in + norm(y), y changes. */
+void join_per_layer(struct pass *p, float *projected, int thread);
+void scale_rows(struct pass *p, struct tokens in, struct vector by, struct tokens out, int thread);
+void add_normed_rows(struct pass *p, struct tokens in, float *y, struct vector norm, struct sink out, int thread);
+
+/* AltUp: what a block does with the versions of x once its products are there; y is added to the other versions of a token's x:
+ * layers/altup.c. */
+void altup_step(struct pass *p, const struct block *b, struct sink out, int thread);
 void altup_add(const bmc_model *m, int n_altup, const float *y, int64_t t);
 
 /* A block of experts on the CPU: layers/experts.c. */

@@ -113,7 +113,7 @@ def test_keys_out_of_range(keys, message, tmp_path):
 
 
 @pytest.mark.parametrize("name", [
-    "altup_proj", "altup_unembd_proj", "blk.1.altup_router", "blk.1.altup_router_norm",
+    "per_layer_token_embd", "per_layer_model_proj", "per_layer_proj_norm", "altup_proj", "altup_unembd_proj", "blk.1.altup_router", "blk.1.altup_router_norm",
     "blk.2.altup_predict_coef", "blk.2.altup_correct_coef",
     "blk.0.altup_correct_scale", "blk.3.laurel_l", "blk.3.laurel_r", "blk.3.laurel_post_norm",
     "blk.3.ffn_gate", "blk.1.attn_k_norm",

@@ -17,6 +17,7 @@
 
 #include "../kernels.h"
 #include "../panels.h"
+#include "../sums.h"
 
 struct cuda_grid { unsigned x, y, z, threads; };
 
@@ -62,6 +63,10 @@ struct cuda_norm {
     int act_stride;
     int kind;                       /* enum bmc_norm */
     float eps;
+    float sum_scale;                /* of x, before the norm of the result; 1: none */
+    float *others;                  /* n_others vectors of a token, which what waits joins instead of x; or NULL */
+    size_t others_stride;
+    int n_others;
 };
 static inline struct cuda_grid norm_grid(const struct cuda_norm *a) {
     return (struct cuda_grid){ (unsigned)a->n_tok, 1, 1, 256 };
@@ -277,6 +282,8 @@ struct cuda_activate {
     size_t stride, gate_stride;
     struct act_block *act;          /* NULL: floats only */
     int act_stride;
+    const float *x;                 /* (n_tok, x_stride) multiplied instead of up; or NULL */
+    size_t x_stride;
 };
 static inline struct cuda_grid activate_grid(const struct cuda_activate *a) {
     return (struct cuda_grid){ (unsigned)a->n_tok, cuda_over(a->dim, 512), 1, 256 };
@@ -426,6 +433,81 @@ struct cuda_place_compressed {
 };
 static inline struct cuda_grid place_compressed_grid(const struct cuda_place_compressed *a) {
     return (struct cuda_grid){ (unsigned)a->n_tok, (unsigned)a->n_heads + 1, 1, 32 };
+}
+
+/* ---- inputs of each layer, LAuReL, sparse gates, AltUp ---- */
+
+/* "join_per_layer": a token's inputs of all layers, from projections and rows of their table (per_layer.c):
+ * inputs = (norm(projected * by_projected) + inputs * by_row) * by_sum. A block a token and layer; projected
+ * changes. */
+struct cuda_join {
+    int n_tok, n_layers, dim;
+    float *projected, *inputs;      /* (n_tok, stride): n_layers x dim */
+    size_t stride;
+    const float *norm;              /* (dim,) */
+    float by_projected, by_row, by_sum, eps;
+};
+static inline struct cuda_grid join_grid(const struct cuda_join *a) {
+    return (struct cuda_grid){ (unsigned)a->n_tok, (unsigned)a->n_layers, 1, 256 };
+}
+
+/* "scale_rows": y = x * by, floats and 8 bits. */
+struct cuda_scale_rows {
+    int n_tok, dim;
+    const float *x, *by;
+    float *y;
+    size_t stride;                  /* of x and y */
+    struct act_block *act;
+    int act_stride;
+};
+static inline struct cuda_grid scale_rows_grid(const struct cuda_scale_rows *a) {
+    return (struct cuda_grid){ (unsigned)a->n_tok, cuda_over(a->dim, 512), 1, 256 };
+}
+
+/* "add_normed": out (+)= x + norm(y), y changes (laurel.c). */
+struct cuda_add_normed {
+    int n_tok, dim, add;
+    const float *x;
+    float *y, *out;
+    size_t stride;                  /* of all */
+    const float *norm;
+    int kind;                       /* enum bmc_norm */
+    float eps;
+};
+static inline struct cuda_grid add_normed_grid(const struct cuda_add_normed *a) {
+    return (struct cuda_grid){ (unsigned)a->n_tok, 1, 1, 256 };
+}
+
+/* "thin_out": gates become what they are above their mean + sparsity * their standard deviation, or 0
+ * (dense.c). */
+struct cuda_thin {
+    int n_tok, n;
+    float *gate;
+    size_t stride;
+    float sparsity;
+};
+static inline struct cuda_grid thin_grid(const struct cuda_thin *a) {
+    return (struct cuda_grid){ (unsigned)a->n_tok, 1, 1, SUM_LANES };
+}
+
+/* AltUp (altup.c), by BMC_ALTUP_*, what a block does when its products are there. "altup_lengths", of the
+ * first and the last block: each of the n - 1 vectors of `rows` gets the length of x; sums: out (+)= their
+ * sum, else out = 0 unless add. "altup_predict", "altup_correct": scores are the router's. */
+struct cuda_altup {
+    int n_tok, dim, n, add, sums;   /* n: versions of x */
+    const float *x;
+    float *rows;                    /* (n_tok, rows_stride): lengths: n - 1 vectors; else all versions */
+    float *out;
+    size_t stride, rows_stride;     /* stride: of x and out */
+    const float *scores, *coef;     /* (n_tok, scores_stride); (n or n^2, n) */
+    size_t scores_stride;
+    float by;                       /* of scores */
+};
+static inline struct cuda_grid altup_lengths_grid(const struct cuda_altup *a) {
+    return (struct cuda_grid){ (unsigned)a->n_tok, 1, 1, SUM_LANES };
+}
+static inline struct cuda_grid altup_grid(const struct cuda_altup *a) {
+    return (struct cuda_grid){ (unsigned)a->n_tok, cuda_over(a->dim, 256), 1, 256 };
 }
 
 #endif

@@ -9,7 +9,8 @@
 enum cuda_kernel {
     CUDA_NORM, CUDA_NORM_ROWS, CUDA_QUANTIZE, CUDA_PLACE, CUDA_ATTEND, CUDA_ATTEND_MERGE, CUDA_ACTIVATE,
     CUDA_KEEP_ROWS, CUDA_BEST, CUDA_ROUTE, CUDA_SORT, CUDA_COMBINE, CUDA_SWITCH, CUDA_COMPRESS,
-    CUDA_RECUR_PREPARE, CUDA_RECUR_WALK, CUDA_RECUR_FINISH, CUDA_RECUR_KEEP, CUDA_SHORT_CONV, CUDA_KERNELS
+    CUDA_RECUR_PREPARE, CUDA_RECUR_WALK, CUDA_RECUR_FINISH, CUDA_RECUR_KEEP, CUDA_SHORT_CONV, CUDA_JOIN_PER_LAYER, CUDA_SCALE_ROWS,
+    CUDA_ADD_NORMED, CUDA_THIN_OUT, CUDA_ALTUP_LENGTHS, CUDA_ALTUP_PREDICT, CUDA_ALTUP_CORRECT, CUDA_KERNELS
 };
 
 /* What a pass has queued, in its order: a kernel with its arguments, or a copy within the GPU where there
@@ -53,6 +54,7 @@ struct cuda {
     size_t weight_bytes, vector_bytes, vectors_used, room_bytes;
     struct buffers buffers;         /* addresses there */
     size_t part_floats;             /* of buffers.parts */
+    size_t inputs;                  /* floats of a token in buffers.per_layer */
     struct cuda_best *best;         /* (pass_max, n_parts) */
     size_t n_parts;                 /* of the head's logits; 0: there is no head */
     const int32_t *rope_dims;       /* (n_ropes,) */
@@ -125,6 +127,13 @@ bool cuda_stage_takes(const struct pass *p, const struct product *list, int n);
 void cuda_stage_multiply(struct pass *p, const struct product *r);
 void cuda_stage_gate_up(struct pass *p, const struct gate_up *job);
 void cuda_stage_await(struct pass *p);
+/* Steps: steps_altup.c. */
+void cuda_gate(struct pass *p, const struct gating *g, int thread);
+void cuda_join_per_layer(struct pass *p, float *projected, int thread);
+void cuda_scale_rows(struct pass *p, struct tokens in, struct vector by, struct tokens out, int thread);
+void cuda_add_normed(struct pass *p, struct tokens in, float *y, struct vector norm, struct sink out,
+                     int thread);
+void cuda_altup(struct pass *p, const struct block *b, struct sink out, int thread);
 
 size_t cuda_mixture_ids(const bmc_model *m, const struct block *b); /* of experts in buffers.work_ids */
 

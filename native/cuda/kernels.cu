@@ -81,5 +81,6 @@ DEVICE int half_warp(void) { return (int)threadIdx.x / 16; }
 #include "attend.h"
 #include "experts.h"
 #include "recurrent.h"
+#include "altup.h"
 
 #endif

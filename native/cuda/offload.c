@@ -15,36 +15,25 @@ enum { SENT_AT_ONCE = 16 << 20, CUT_FLOATS = 16 << 20 };
 
 /* Planning. */
 
-/* Whether all matrices have the same shape in memory: experts are found by their number. */
-static bool alike(const struct matrices *list, int n) {
-    for (int i = 1; list->of && i < n; i++)
-        if (list->of[i].type != list->of->type || !list->of[i].bias != !list->of->bias)
-            return false;
-    return true;
+static int64_t copies_of(const struct block *b, const struct role *r) {
+    return b->extent[r->count ? r->count : EXPERTS];
 }
 
-/* Why a block cannot run there; NULL: it can. */
+/* The matrices of a role that has several; else NULL. */
+static const struct matrix *list_of(const struct block *b, const struct role *r) {
+    const struct matrices *list = (const void *)((const char *)b + r->offset);
+    return r->form == MATRICES ? list->of : NULL;
+}
+
+/* Why a block cannot run there; NULL: it can. Experts, and heads, are found by their number, so all of them
+ * need to be alike in memory. */
 static const char *cannot(const struct block *b) {
-    const struct experts *x = &b->experts;
-    static const bool kinds[BMC_KINDS] = {
-        [BMC_ATTENTION] = true, [BMC_MLA] = true, [BMC_DELTA_NET] = true, [BMC_MAMBA2] = true,
-        [BMC_SHORT_CONV] = true, [BMC_DENSE] = true, [BMC_EXPERTS] = true,
-    };
-    if (!kinds[b->c.kind])
-        return b->kind->name;
-    if (b->c.sum_scale != 1.0f)
-        return "scaled sums";
-    if (b->c.kind == BMC_DENSE && b->c.sparsity > 0)
-        return "sparse gates";
-    if (b->c.kind == BMC_EXPERTS)
-        return alike(&x->gate, b->c.n_experts) && alike(&x->up, b->c.n_experts)
-                        && alike(&x->down, b->c.n_experts)
-                   ? NULL
-                   : "experts of several types";
-    if (b->c.kind == BMC_MLA)
-        return alike(&b->attention.k_b, b->c.n_heads) && alike(&b->attention.v_b, b->c.n_heads)
-                   ? NULL
-                   : "heads of several types";
+    for (const struct role *r = b->kind->roles; r->name; r++) {
+        const struct matrix *of = list_of(b, r);
+        for (int64_t i = 1; of && i < copies_of(b, r); i++)
+            if (of[i].type != of->type || !of[i].bias != !of->bias)
+                return "experts of several types";
+    }
     return NULL;
 }
 
@@ -70,6 +59,21 @@ static int layer_end(const bmc_model *m, int i) {
     return i;
 }
 
+/* The first block from `first` on that reads rows of one before it; n_blocks: there is none. */
+static int reads_before(const bmc_model *m, int first) {
+    int i = first;
+    while (i < m->c.n_blocks && i - m->blocks[i].c.kv_from >= first)
+        i++;
+    return i;
+}
+
+/* How many layers can run there if those of the blocks from `first` on are to be among them. */
+static int together(const bmc_model *m, int first) {
+    while (reads_before(m, first) < m->c.n_blocks)
+        first = layer_start(m, first - 1);
+    return layers_from(m, first);
+}
+
 /* The first block of the last n_layers layers that can run there with all that follow. */
 static int first_block(const bmc_model *m, int n_layers, char why[128]) {
     int first = m->c.n_blocks;
@@ -82,12 +86,13 @@ static int first_block(const bmc_model *m, int n_layers, char why[128]) {
                      cannot(&m->blocks[i]));
             first = layer_end(m, i);
         }
-    for (int i = first; i < m->c.n_blocks; i++)
-        if (i - m->blocks[i].c.kv_from < first) {
-            snprintf(why, 128, "layer %d reads keys and values of layer %d", (int)m->blocks[i].c.layer,
-                     (int)m->blocks[i - m->blocks[i].c.kv_from].c.layer);
-            first = layer_end(m, i);
-        }
+    const int n = together(m, first);
+    for (int i = reads_before(m, first); i < m->c.n_blocks; i = reads_before(m, first)) {
+        const struct block *b = &m->blocks[i];
+        snprintf(why, 128, "layer %d reads keys and values of layer %d; both go there with %d layers or more",
+                 (int)b->c.layer, (int)(b - b->c.kv_from)->c.layer, n);
+        first = layer_end(m, i);
+    }
     return first;
 }
 
@@ -102,16 +107,10 @@ struct visit {
     char *stage;
 };
 
-static int64_t copies_of(const struct block *b, const struct role *r) {
-    return b->extent[r->count ? r->count : EXPERTS];
-}
-
 /* Whether it is one of a block's lists of matrices. */
 static bool is_listed(const struct block *b, const struct matrix *w) {
     for (const struct role *r = b->kind->roles; r->name; r++) {
-        const struct matrix *of =
-            r->form == MATRICES ? ((const struct matrices *)(const void *)((const char *)b + r->offset))->of
-                                : NULL;
+        const struct matrix *of = list_of(b, r);
         if (of && w >= of && w < of + copies_of(b, r))
             return true;
     }
@@ -122,7 +121,9 @@ bool cuda_there(const bmc_model *m, int first, const struct matrix *w) {
     const char *p = (const char *)w;
     if (w == &m->output)
         return true;
-    if (w == &m->per_layer_proj || w == &m->eh_proj)
+    if (w == &m->per_layer_proj)
+        return !v->first;
+    if (w == &m->eh_proj)
         return false;
     for (const struct block *b = m->blocks + first; b < m->blocks + m->c.n_blocks; b++)
         if ((p >= (const char *)b && p < (const char *)(b + 1)) || is_listed(b, w))
@@ -168,10 +169,13 @@ static size_t lay_out(const bmc_model *m, struct cuda *c, char *memory) {
     bool keeps_input = false;
     char *next = memory;
     c->part_floats = 0;
+    c->inputs = c->first < m->c.n_blocks ? padded(m->extent[PER_LAYERS]) : 0;
+    need.floats = c->first ? 0 : c->inputs;     /* per_layer_inputs makes them there */
     for (const struct block *block = m->blocks + c->first; block < m->blocks + m->c.n_blocks; block++) {
         const struct need own = block->kind->need(m, block);
-        need =
-            (struct need){ .floats = most(need.floats, own.floats), .blocks = most(need.blocks, own.blocks) };
+        need = (struct need){ .floats = most(need.floats, own.floats),
+                              .blocks = most(need.blocks, own.blocks),
+                              .kept = most(need.kept, own.kept) };
         if (block->c.kind == BMC_EXPERTS) {
             ids = most(ids, cuda_mixture_ids(m, block));
             keeps_input |= block->c.route == BMC_ROUTE_LAYER;
@@ -188,6 +192,9 @@ static size_t lay_out(const bmc_model *m, struct cuda *c, char *memory) {
     b->work_act = take(&next, n * need.blocks * sizeof *b->work_act);
     b->work_ids = take(&next, ids * sizeof *b->work_ids);
     b->input = keeps_input ? take(&next, row) : NULL;
+    b->kept_stride = need.kept ? m->buffers->kept_stride : 0;
+    b->kept = need.kept ? take(&next, n * b->kept_stride * sizeof *b->kept) : NULL;
+    b->per_layer = take(&next, n * c->inputs * sizeof *b->per_layer);
     b->parts = take(&next, c->part_floats * sizeof *b->parts);
     b->rows = take(&next, c->n_parts ? SAMPLED_MAX * padded(m->c.vocab_size) * sizeof *b->rows : 0);
     c->best = take(&next, n * c->n_parts * sizeof *c->best);
@@ -264,6 +271,8 @@ static void each_value(bmc_model *m, struct cuda *c, each_fn *fn, char *host) {
         if (c->slopes[i])
             fn(c, &c->slopes[i], (size_t)m->blocks[i].c.n_heads, host);
     }
+    if (!c->first)
+        each_vector(c, &m->per_layer_norm, fn, host);
     each_vector(c, &m->output_norm, fn, host);
     each_vector(c, &m->output_norm_bias, fn, host);
     if (m->output.data && m->output.bias)
@@ -408,6 +417,13 @@ static int find_kernels(bmc_model *m, struct cuda *c) {
         [CUDA_RECUR_FINISH] = "recur_finish",
         [CUDA_RECUR_KEEP] = "recur_keep",
         [CUDA_SHORT_CONV] = "short_conv",
+        [CUDA_JOIN_PER_LAYER] = "join_per_layer",
+        [CUDA_SCALE_ROWS] = "scale_rows",
+        [CUDA_ADD_NORMED] = "add_normed",
+        [CUDA_THIN_OUT] = "thin_out",
+        [CUDA_ALTUP_LENGTHS] = "altup_lengths",
+        [CUDA_ALTUP_PREDICT] = "altup_predict",
+        [CUDA_ALTUP_CORRECT] = "altup_correct",
     };
     struct visit v = { .m = m, .first = c->first, .cuda = c };
     for (int i = 0; i < CUDA_KERNELS; i++) {

@@ -196,6 +196,18 @@ static float *hidden_results(const bmc_model *m) {
     return (float *)(void *)(m->cuda->results + (size_t)m->pass_max * m->cuda->n_parts * sizeof(struct best));
 }
 
+/* Rows of its tokens that it brings with it: x, what blocks on the CPU kept for later ones, vectors of each
+ * layer. stride 0: none. */
+struct brought { const float *from; float *to; size_t stride; };
+enum { BROUGHT = 3 };
+static void find_brought(const struct pass *p, struct brought list[BROUGHT]) {
+    const bmc_model *m = p->model;
+    const struct buffers *here = m->buffers, *there = &m->cuda->buffers;
+    list[0] = (struct brought){ here->x, there->x, padded(m->c.dim) };
+    list[1] = (struct brought){ here->kept, there->kept, m->cuda->first ? there->kept_stride : 0 };
+    list[2] = (struct brought){ here->per_layer, there->per_layer, m->cuda->inputs };
+}
+
 /* Room for what it brings with it. Whoever had addresses there is gone: a queue that has them never comes
  * again. */
 static int make_room(struct cuda *c, const struct pass *p) {
@@ -209,7 +221,11 @@ static int make_room(struct cuda *c, const struct pass *p) {
     for (int i = 0; i < c->n_sessions; i++)
         for (int j = GPU_ROWS; j < ARENAS; j++)
             bytes += (size_t)c->sessions[i]->arenas[j].n_segments * sizeof(char *) + 64;
-    const size_t x = (size_t)p->n_tok * padded(m->c.dim) * sizeof(float);
+    struct brought rows[BROUGHT];
+    size_t x = 0;
+    find_brought(p, rows);
+    for (int i = 0; i < BROUGHT; i++)
+        x += (size_t)p->n_tok * rows[i].stride * sizeof(float);
     const struct cuda_driver *cu = c->gpu->cu;
     int status = 0;
     bytes = (bytes + 4095) / 4096 * 4096;
@@ -267,15 +283,23 @@ static int check(const struct cuda *c, const char *what, int code) {
 }
 
 static int send(const struct cuda *c, const struct pass *p) {
-    const size_t bytes = (size_t)c->n_began * padded(p->model->c.dim) * sizeof(float);
-    char *x = c->host + c->device_bytes;
-    memcpy(x, p->model->buffers->x, bytes);
+    struct brought rows[BROUGHT];
+    char *at = c->host + c->device_bytes;
+    find_brought(p, rows);
     int status =
         check(c, "sending",
               c->gpu->cu->cuMemcpyHtoDAsync_v2(cuda_address(c->device), c->host, c->host_used, c->stream));
-    return status ? status
-                  : check(c, "sending",
-                          c->gpu->cu->cuMemcpyHtoDAsync_v2(cuda_address(c->buffers.x), x, bytes, c->stream));
+    for (int i = 0; i < BROUGHT && !status; i++) {
+        const size_t bytes = (size_t)c->n_began * rows[i].stride * sizeof(float);
+        if (!bytes)
+            continue;
+        memcpy(at, rows[i].from, bytes);
+        status =
+            check(c, "sending",
+                  c->gpu->cu->cuMemcpyHtoDAsync_v2(cuda_address(rows[i].to), at, bytes, c->stream));
+        at += bytes;
+    }
+    return status;
 }
 
 static int queue_one(const struct cuda *c, const struct queued *q) {

@@ -78,7 +78,11 @@ DEVICE void settle(const struct cuda_norm &a, float *x, size_t row, struct row_r
     }
     if (a.sum.weight)
         norm_row(sum, sum, a.sum, a.dim, a.kind, a.eps, s);
-    add_row(x, sum, a.dim);
+    for (int i = 0; i < a.n_others; i++)
+        add_row(a.others + blockIdx.x * a.others_stride + (size_t)i * (size_t)a.dim, sum, a.dim);
+    if (!a.n_others)
+        add_row(x, sum, a.dim);
+    scale_row(x, a.sum_scale, a.dim);
     if (a.result.weight)
         norm_row(x, x, a.result, a.dim, a.kind, a.eps, s);
     scale_row(x, a.result_scale, a.dim);
@@ -135,11 +139,12 @@ KERNEL(activate, 256, struct cuda_activate, struct no_room) {
     const int b = (int)blockIdx.y * 16 + half_warp(), left = a.dim - 32 * b;
     float *up = a.up + blockIdx.x * a.stride + 32 * (size_t)b, v[2];
     const float *gate = a.gate ? a.gate + blockIdx.x * a.gate_stride + 32 * (size_t)b : up;
+    const float *with = a.x ? a.x + blockIdx.x * a.x_stride + 32 * (size_t)b : up;
     (void)s;
     if (left <= 0)
         return;
     for (int h = 0; h < 2; h++) {
-        const float x = f_load_n(up + 16 * h, left - 16 * h), g = f_load_n(gate + 16 * h, left - 16 * h);
+        const float x = f_load_n(with + 16 * h, left - 16 * h), g = f_load_n(gate + 16 * h, left - 16 * h);
         if (a.kind == BMC_ACT_SWIGLU_OAI)
             v[h] = swiglu_oai_of(x, g);
         else

@@ -19,7 +19,7 @@ static struct tokens norm(struct pass *p, const struct block *waits, struct vect
     struct cuda *c = m->cuda;
     struct cuda_norm a = {
         .n_tok = p->n_tok, .dim = m->c.dim, .stride = padded(m->c.dim), .x = b->x, .y = { b->y[0], b->y[1] },
-        .scale = { 1, 1 }, .result_scale = 1, .input = keep_input ? b->input : NULL,
+        .scale = { 1, 1 }, .result_scale = 1, .sum_scale = 1, .input = keep_input ? b->input : NULL,
         .norm = weights(weight, bias), .out = b->xb, .act = b->act, .act_stride = p->n_tok, .kind = m->c.norm,
         .eps = m->c.norm_eps,
     };
@@ -33,7 +33,13 @@ static struct tokens norm(struct pass *p, const struct block *waits, struct vect
     if (waits) {
         a.sum = weights(waits->sum_norm, (struct vector){ 0 });
         a.result = weights(waits->out_norm, waits->out_norm_bias);
+        a.sum_scale = waits->c.sum_scale;
         a.result_scale = waits->out_scale.v ? waits->out_scale.v[0] : 1;
+    }
+    if (waits && waits->c.others) {
+        a.others = b->kept + m->c.dim;
+        a.others_stride = b->kept_stride;
+        a.n_others = waits->c.n_altup - 1;
     }
     cuda_launch(c, c->functions[CUDA_NORM], norm_grid(&a), &a, sizeof a);
     return (struct tokens){ b->xb, b->act, p->n_tok, 0, 0 };
@@ -511,5 +517,6 @@ const struct machine cuda_machine = {
     .name = "GPU", .norm = norm, .norm_rows = norm_tokens, .quantize = quantize_step,
     .multiply = multiply_list, .gate_up = gate_up_rows, .place = place, .compress = compress,
     .attend = attend_rows, .keep = keep, .give = give, .head = logits, .recur = walk,
-    .short_conv = convolve_rows, .experts = experts, .end = end,
+    .short_conv = convolve_rows, .experts = experts, .gate = cuda_gate, .join_per_layer = cuda_join_per_layer,
+    .scale_rows = cuda_scale_rows, .add_normed = cuda_add_normed, .altup = cuda_altup, .end = end,
 };

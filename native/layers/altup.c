@@ -5,13 +5,10 @@
  * buffers->kept has a row of n_altup vectors for each token: what was predicted for x, and the other
  * versions. dim is a multiple of 32, so that a version begins with a whole block. */
 #include "../error.h"
-#include "../pass.h"
+#include "../machine.h"
+#include "../sums.h"
 
 #include <math.h>
-
-enum { MOST = 8 };
-
-static const float LEAST_SQUARE = 1e-5f;            /* mean square of a vector whose length is divided by */
 
 static const struct role begin_roles[] = {
     { "altup_proj", IN_BLOCK(altup.proj), MATRICES, DIM, DIM, true, OTHERS },
@@ -36,9 +33,9 @@ static const struct role end_roles[] = {
 };
 
 static int check(const bmc_model *m, const bmc_block *c) {
-    if (c->n_altup < 2 || c->n_altup > MOST)
-        return fail(BMC_EFORMAT, "layer %d: AltUp: expected 2 to %d versions of x, found %d", c->layer, MOST,
-                    c->n_altup);
+    if (c->n_altup < 2 || c->n_altup > ALTUP_MAX)
+        return fail(BMC_EFORMAT, "layer %d: AltUp: expected 2 to %d versions of x, found %d", c->layer,
+                    ALTUP_MAX, c->n_altup);
     if (m->c.dim % 32)
         return fail(BMC_EFORMAT, "layer %d: AltUp: expected a multiple of 32 values, found %d", c->layer,
                     m->c.dim);
@@ -87,72 +84,81 @@ static void put(const struct pass *p, struct sink out, int64_t t, int at, const 
 
 /* The first and the last block: from x to all versions, and back. A version is as long as x. */
 
-static float mean_square(const float *x, int n) {
-    double sums[4] = { 0 };
-    for (int i = 0; i < n; i += 4)
-        for (int j = 0; j < 4; j++)
-            sums[j] += (double)x[i + j] * (double)x[i + j];
-    return (float)((sums[0] + sums[1] + sums[2] + sums[3]) / n);
-}
+static float mean_square(const float *x, int n) { return (float)(sum_squares(x, n, 0) / n); }
 
 static void to_length_of(const struct pass *p, float *y, const float *x) {
     const int dim = p->model->c.dim;
-    p->model->k.scale(y, sqrtf(mean_square(x, dim) / fmaxf(mean_square(y, dim), LEAST_SQUARE)), dim);
+    const float own = mean_square(y, dim);
+    p->model->k.scale(y, sqrtf(mean_square(x, dim) / (own > ALTUP_LEAST ? own : ALTUP_LEAST)), dim);
 }
 
 static void begin(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread) {
     const int others = b->c.n_altup - 1, dim = p->model->c.dim;
-    struct product list[MOST];
-    int64_t from, to;
-    const size_t stride = p->model->buffers->kept_stride;
+    const size_t stride = p->buffers->kept_stride;
+    float *versions = p->buffers->kept + dim;
+    struct product list[ALTUP_MAX];
     for (int i = 0; i < others; i++)
-        list[i] = (struct product){ &b->altup.proj.of[i], in, version(p, 0, i + 1), stride, false };
-    multiply(p, list, others, thread);
-    barrier(p, thread, BMC_STEP_EMBED);
-    share(p, thread, in.n, &from, &to);
-    for (int64_t t = from; t < to; t++) {
-        for (int i = 1; i <= others; i++)
-            to_length_of(p, version(p, t, i), x_of(p, t));
-        if (!out.add)
-            memset(out.y + (size_t)t * padded(dim), 0, (size_t)dim * sizeof *out.y);
-    }
+        list[i] = (struct product){ &b->altup.proj.of[i], in, versions + i * dim, stride, false };
+    p->machine->multiply(p, list, others, thread);
+    p->machine->end(p, thread, BMC_STEP_EMBED);
+    p->machine->altup(p, b, out, thread);
+}
+
+static void begin_row(const struct pass *p, const struct block *b, struct sink out, int64_t t) {
+    const int dim = p->model->c.dim;
+    for (int i = 1; i < b->c.n_altup; i++)
+        to_length_of(p, version(p, t, i), x_of(p, t));
+    if (!out.add)
+        memset(out.y + (size_t)t * padded(dim), 0, (size_t)dim * sizeof *out.y);
 }
 
 static void end(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread) {
-    const struct buffers *buffers = p->model->buffers;
+    const struct buffers *buffers = p->buffers;
+    const struct machine *on = p->machine;
     const int others = b->c.n_altup - 1, dim = p->model->c.dim, wide = (int)buffers->kept_stride;
     const size_t stride = (size_t)(others * dim);
     struct tokens all = { .x = buffers->kept, .act = buffers->work_act, .n = in.n, .wide = wide };
-    struct product list[MOST];
-    int64_t from, to;
-    quantize_rows(p, all, wide, thread);
-    barrier(p, thread, BMC_STEP_NORM);
+    struct product list[ALTUP_MAX];
+    on->quantize(p, all, wide, thread);
+    on->end(p, thread, BMC_STEP_NORM);
     for (int i = 0; i < others; i++) {
         all.from = (i + 1) * dim;
         list[i] = (struct product){ &b->altup.proj.of[i], all, buffers->work + i * dim, stride, false };
     }
-    multiply(p, list, others, thread);
-    barrier(p, thread, BMC_STEP_HEAD);
-    share(p, thread, in.n, &from, &to);
-    for (int64_t t = from; t < to; t++) {
-        float *sum = scratch_of(p, thread);
-        memset(sum, 0, (size_t)dim * sizeof *sum);
-        for (int i = 0; i < others; i++) {
-            float *y = buffers->work + (size_t)t * stride + (size_t)(i * dim);
-            to_length_of(p, y, x_of(p, t));
-            p->model->k.add(sum, y, dim);
-        }
-        put(p, out, t, 0, sum, dim);
+    on->multiply(p, list, others, thread);
+    on->end(p, thread, BMC_STEP_HEAD);
+    on->altup(p, b, out, thread);
+}
+
+static void end_row(const struct pass *p, const struct block *b, struct sink out, int64_t t, float *sum) {
+    const int others = b->c.n_altup - 1, dim = p->model->c.dim;
+    memset(sum, 0, (size_t)dim * sizeof *sum);
+    for (int i = 0; i < others; i++) {
+        float *y = p->model->buffers->work + (size_t)t * (size_t)(others * dim) + (size_t)(i * dim);
+        to_length_of(p, y, x_of(p, t));
+        p->model->k.add(sum, y, dim);
     }
+    put(p, out, t, 0, sum, dim);
+}
+
+static void each_row(const struct pass *p, const struct block *b, struct sink out, int thread) {
+    int64_t from, to;
+    share(p, thread, p->n_tok, &from, &to);
+    for (int64_t t = from; t < to; t++)
+        if (b->c.kind == BMC_ALTUP_BEGIN)
+            begin_row(p, b, out, t);
+        else
+            end_row(p, b, out, t, scratch_of(p, thread));
 }
 
 /* Prediction and correction. */
 
-/* The router's products with norm(x). */
-static void route(struct pass *p, const struct block *b, struct tokens in, int thread) {
-    const struct product scores = product(&b->altup.router, in, p->model->buffers->work);
-    multiply(p, &scores, 1, thread);
-    barrier(p, thread, BMC_STEP_GATE_UP);
+/* The router's products with norm(x) first. */
+static void route(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread) {
+    const struct product scores = product(&b->altup.router, in, p->buffers->work);
+    p->machine->multiply(p, &scores, 1, thread);
+    p->machine->end(p, thread, BMC_STEP_GATE_UP);
+    p->machine->altup(p, b, out, thread);
 }
 
 /* A token's coefficients, one for each row of `coef`: their products with tanh(score / dim). */
@@ -160,7 +166,7 @@ static void coefficients(const struct pass *p, const struct block *b, int64_t t,
     const bmc_model *m = p->model;
     const struct vector *coef = &b->altup.coef;
     const int n = b->c.n_altup;
-    float router[MOST];
+    float router[ALTUP_MAX];
     memcpy(router, m->buffers->work + (size_t)t * padded(n), (size_t)n * sizeof *router);
     m->k.scale(router, 1.0f / (float)m->c.dim, n);
     m->k.softcap(router, 1.0f, n);
@@ -171,30 +177,12 @@ static void coefficients(const struct pass *p, const struct block *b, int64_t t,
     }
 }
 
-typedef void step(const struct pass *p, const struct block *b, struct sink out, int64_t t, int at, int n,
-                  float *scratch);
-
-/* Each value is on its own: what a step does with values [at, at + n) of a token is shared out. */
-static void each_part(struct pass *p, const struct block *b, struct tokens in, struct sink out, step *fn,
-                      int thread) {
-    const int64_t blocks = p->model->c.dim / 32;
-    int64_t from, to;
-    route(p, b, in, thread);
-    share(p, thread, in.n * blocks, &from, &to);
-    while (from < to) {
-        const int64_t t = from / blocks, first = from % blocks;
-        const int n = smaller((int)(blocks - first), (int)(to - from));
-        fn(p, b, out, t, 32 * (int)first, 32 * n, scratch_of(p, thread));
-        from += n;
-    }
-}
-
 /* Version i += sum of c[i][j] times version j. */
 static void predict_part(const struct pass *p, const struct block *b, struct sink out, int64_t t, int at,
                          int n, float *scratch) {
     const struct kernels *k = &p->model->k;
     const int versions = b->c.n_altup;
-    float c[MOST * MOST], *change = scratch, *old = scratch + n;
+    float c[ALTUP_MAX * ALTUP_MAX], *change = scratch, *old = scratch + n;
     coefficients(p, b, t, c);
     memcpy(version(p, t, 0) + at, x_of(p, t) + at, (size_t)n * sizeof *old);
     for (int i = 0; i < versions; i++)
@@ -213,7 +201,7 @@ static void predict_part(const struct pass *p, const struct block *b, struct sin
 static void correct_part(const struct pass *p, const struct block *b, struct sink out, int64_t t, int at,
                          int n, float *scratch) {
     const struct kernels *k = &p->model->k;
-    float c[MOST], *missed = scratch, *change = scratch + n;
+    float c[ALTUP_MAX], *missed = scratch, *change = scratch + n;
     coefficients(p, b, t, c);
     memcpy(missed, x_of(p, t) + at, (size_t)n * sizeof *missed);
     k->axpy(missed, -1.0f, version(p, t, 0) + at, n);
@@ -224,16 +212,27 @@ static void correct_part(const struct pass *p, const struct block *b, struct sin
     put(p, out, t, at, change, n);
 }
 
-static void predict(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread) {
-    each_part(p, b, in, out, predict_part, thread);
+/* Each value is on its own: what is done with values [at, at + n) of a token is shared out. */
+static void each_part(const struct pass *p, const struct block *b, struct sink out, int thread) {
+    const int64_t blocks = p->model->c.dim / 32;
+    int64_t from, to;
+    share(p, thread, p->n_tok * blocks, &from, &to);
+    while (from < to) {
+        const int64_t t = from / blocks, first = from % blocks;
+        const int n = smaller((int)(blocks - first), (int)(to - from));
+        (b->c.kind == BMC_ALTUP_PREDICT ? predict_part : correct_part)(p, b, out, t, 32 * (int)first, 32 * n,
+                                                                       scratch_of(p, thread));
+        from += n;
+    }
 }
 
-static void correct(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread) {
-    each_part(p, b, in, out, correct_part, thread);
+void altup_step(struct pass *p, const struct block *b, struct sink out, int thread) {
+    const bool whole = b->c.kind == BMC_ALTUP_BEGIN || b->c.kind == BMC_ALTUP_END;
+    (whole ? each_row : each_part)(p, b, out, thread);
 }
 
 #define KIND(name, roles, run) { name, roles, check, measure, need, false, NULL, NULL, run }
 const struct kind altup_begin_kind = KIND("AltUp's begin", begin_roles, begin);
-const struct kind altup_predict_kind = KIND("AltUp's prediction", predict_roles, predict);
-const struct kind altup_correct_kind = KIND("AltUp's correction", correct_roles, correct);
+const struct kind altup_predict_kind = KIND("AltUp's prediction", predict_roles, route);
+const struct kind altup_correct_kind = KIND("AltUp's correction", correct_roles, route);
 const struct kind altup_end_kind = KIND("AltUp's end", end_roles, end);

@@ -1,6 +1,7 @@
 /* The feed-forward: down(act(gate x) * up x), arXiv 2002.05202, or down(act(up x)). */
 #include "../error.h"
 #include "../machine.h"
+#include "../sums.h"
 
 #include <math.h>
 
@@ -39,16 +40,23 @@ static const char *missing(const struct block *b) {
 /* Gates lose their mean + sparsity * their standard deviation (arXiv 2506.06644), and those below it count
  * nothing. */
 static void thin_out(float *gate, int n, float sparsity) {
-    double sum[4] = { 0 }, squares[4] = { 0 };
-    for (int i = 0; i < n; i++)
-        sum[i % 4] += gate[i];
-    const double mean = (sum[0] + sum[1] + sum[2] + sum[3]) / n;
-    for (int i = 0; i < n; i++)
-        squares[i % 4] += (gate[i] - mean) * (gate[i] - mean);
-    const double deviation = sqrt((squares[0] + squares[1] + squares[2] + squares[3]) / larger(n - 1, 1));
+    const double mean = sum_values(gate, n) / n;
+    const double deviation = sqrt(sum_squares(gate, n, mean) / larger(n - 1, 1));
     const float least = (float)(mean + sparsity * deviation);
     for (int i = 0; i < n; i++)
-        gate[i] = fmaxf(gate[i] - least, 0.0f);
+        gate[i] = gate[i] > least ? gate[i] - least : 0.0f;
+}
+
+void gate_rows(struct pass *p, const struct gating *g, int thread) {
+    int64_t from, to;
+    share(p, thread, g->out.n, &from, &to);
+    for (int64_t t = from; t < to; t++) {
+        float *gate = g->gate + (size_t)t * padded(g->n), *out = g->out.x + (size_t)t * padded(g->n);
+        if (g->sparsity > 0)
+            thin_out(gate, g->n, g->sparsity);
+        p->model->k.act[g->act](out, g->up + (size_t)t * g->up_stride, gate, g->n, g->param);
+        quantize(p, g->out, g->n, (int)t, 0, g->n / 32);
+    }
 }
 
 /* The first half where a gate depends on all others: the products first, all of them. */
@@ -57,16 +65,12 @@ static void gate_up_sparse(struct pass *p, const struct block *b, const struct g
         product(job->gate, job->in, job->gate_out), product(job->up, job->in, job->hidden.x),
     };
     const int n = b->c.hidden_dim;
-    int64_t from, to;
-    multiply(p, list, 2, thread);
-    barrier(p, thread, BMC_STEP_GATE_UP);
-    share(p, thread, job->in.n, &from, &to);
-    for (int64_t t = from; t < to; t++) {
-        float *gate = job->gate_out + (size_t)t * padded(n), *up = job->hidden.x + (size_t)t * padded(n);
-        thin_out(gate, n, b->c.sparsity);
-        p->model->k.act[job->act](up, up, gate, n, job->param);
-        quantize(p, job->hidden, n, (int)t, 0, n / 32);
-    }
+    const struct gating gates = {
+        job->gate_out, job->hidden.x, padded(n), job->hidden, n, job->act, job->param, b->c.sparsity,
+    };
+    p->machine->multiply(p, list, 2, thread);
+    p->machine->end(p, thread, BMC_STEP_GATE_UP);
+    p->machine->gate(p, &gates, thread);
 }
 
 static void run(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread) {

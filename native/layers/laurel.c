@@ -1,6 +1,6 @@
 /* LAuReL (arXiv 2411.07501, Gemma 3n): what the block reads, plus norm(R L of it), L and R of low rank. */
 #include "../error.h"
-#include "../pass.h"
+#include "../machine.h"
 
 static const struct role roles[] = {
     { "laurel_l", IN_BLOCK(laurel.l), MATRIX, HIDDEN, DIM, true, 0 },
@@ -28,29 +28,36 @@ static struct need need(const bmc_model *m, const struct block *b) {
     };
 }
 
-static void run(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread) {
+void add_normed_rows(struct pass *p, struct tokens in, float *y, struct vector norm, struct sink out,
+                     int thread) {
     const bmc_model *m = p->model;
-    const int dim = m->c.dim, rank = b->c.hidden_dim;
-    const struct tokens low = { .x = m->buffers->work, .act = m->buffers->work_act, .n = in.n };
-    float *y = low.x + (size_t)m->pass_max * padded(rank);
-    const struct product l = product(&b->laurel.l, in, low.x), r = product(&b->laurel.r, low, y);
+    const int dim = m->c.dim;
     int64_t from, to;
-    multiply(p, &l, 1, thread);
-    barrier(p, thread, BMC_STEP_GATE_UP);
-    quantize_rows(p, low, rank, thread);
-    barrier(p, thread, BMC_STEP_NORM);
-    multiply(p, &r, 1, thread);
-    barrier(p, thread, BMC_STEP_DOWN);
     share(p, thread, in.n, &from, &to);
     for (int64_t t = from; t < to; t++) {
         const size_t row = (size_t)t * padded(dim);
-        norm_row(m, y + row, y + row, b->laurel.norm, (struct vector){ 0 }, dim);
+        norm_row(m, y + row, y + row, norm, (struct vector){ 0 }, dim);
         m->k.add(y + row, in.x + row, dim);
         if (out.add)
             m->k.add(out.y + row, y + row, dim);
         else
             memcpy(out.y + row, y + row, (size_t)dim * sizeof *y);
     }
+}
+
+static void run(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread) {
+    const struct machine *on = p->machine;
+    const int rank = b->c.hidden_dim;
+    const struct tokens low = { .x = p->buffers->work, .act = p->buffers->work_act, .n = in.n };
+    float *y = low.x + (size_t)p->model->pass_max * padded(rank);
+    const struct product l = product(&b->laurel.l, in, low.x), r = product(&b->laurel.r, low, y);
+    on->multiply(p, &l, 1, thread);
+    on->end(p, thread, BMC_STEP_GATE_UP);
+    on->quantize(p, low, rank, thread);
+    on->end(p, thread, BMC_STEP_NORM);
+    on->multiply(p, &r, 1, thread);
+    on->end(p, thread, BMC_STEP_DOWN);
+    on->add_normed(p, in, y, b->laurel.norm, out, thread);
 }
 
 const struct kind laurel_kind = { "LAuReL", roles, check, measure, need, false, NULL, NULL, run };

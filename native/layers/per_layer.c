@@ -2,7 +2,7 @@
  * vector of the token. Gemma 3n multiplies what the gate reads by a vector, and adds the result to the other
  * versions of x. */
 #include "../error.h"
-#include "../pass.h"
+#include "../machine.h"
 
 #include <math.h>
 
@@ -22,7 +22,6 @@ static int check(const bmc_model *m, const bmc_block *c) {
 static void measure(const bmc_model *m, const bmc_block *c, int64_t *e) { (void)m, (void)c, (void)e; }
 
 static struct need need(const bmc_model *m, const struct block *b) {
-    (void)b;
     const int dim = b->per_layer.scale.v ? m->c.dim : 0;
     return (struct need){
         .floats = padded(m->c.per_layer_dim) + padded(dim),
@@ -31,74 +30,99 @@ static struct need need(const bmc_model *m, const struct block *b) {
     };
 }
 
-/* What the gate reads, where it is multiplied first. */
-static struct tokens scaled(const struct pass *p, const struct block *b, struct tokens in, int thread) {
+void scale_rows(struct pass *p, struct tokens in, struct vector by, struct tokens out, int thread) {
     const bmc_model *m = p->model;
-    const size_t n = (size_t)m->pass_max, dim = (size_t)m->c.per_layer_dim;
-    const struct tokens y = {
-        m->buffers->work + n * padded((int64_t)dim), m->buffers->work_act + n * (dim / 32 + 1), in.n, 0, 0,
-    };
     int64_t from, to;
     share(p, thread, in.n, &from, &to);
     for (int64_t t = from; t < to; t++) {
-        const size_t row = (size_t)t * padded(m->c.dim);
-        memcpy(y.x + row, in.x + row, (size_t)m->c.dim * sizeof *y.x);
-        m->k.mul(y.x + row, b->per_layer.scale.v, m->c.dim);
-        quantize(p, y, m->c.dim, (int)t, 0, m->c.dim / 32);
+        float *y = out.x + (size_t)t * padded(by.n_cols);
+        memcpy(y, in.x + (size_t)t * padded(by.n_cols), (size_t)by.n_cols * sizeof *y);
+        m->k.mul(y, by.v, by.n_cols);
+        quantize(p, out, by.n_cols, (int)t, 0, by.n_cols / 32);
     }
-    barrier(p, thread, BMC_STEP_NORM);
+}
+
+/* What the gate reads, where it is multiplied first. */
+static struct tokens scaled(struct pass *p, const struct block *b, struct tokens in, int thread) {
+    const size_t n = (size_t)p->model->pass_max, dim = (size_t)p->model->c.per_layer_dim;
+    const struct tokens y = {
+        p->buffers->work + n * padded((int64_t)dim), p->buffers->work_act + n * (dim / 32 + 1), in.n, 0, 0,
+    };
+    p->machine->scale_rows(p, in, b->per_layer.scale, y, thread);
+    p->machine->end(p, thread, BMC_STEP_NORM);
     return y;
 }
 
 static void run(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread) {
     const bmc_model *m = p->model;
+    const struct machine *on = p->machine;
     const int dim = m->c.per_layer_dim;
-    const struct tokens gated = { m->buffers->work, m->buffers->work_act, in.n, 0, 0 };
+    const struct tokens gated = { p->buffers->work, p->buffers->work_act, in.n, 0, 0 };
     const struct tokens read = b->per_layer.scale.v ? scaled(p, b, in, thread) : in;
     const struct product gate = product(&b->per_layer.gate, read, gated.x);
-    int64_t from, to;
-    multiply(p, &gate, 1, thread);
-    barrier(p, thread, BMC_STEP_GATE_UP);
-    share(p, thread, in.n, &from, &to);
-    for (int64_t t = from; t < to; t++) {
-        float *y = gated.x + (size_t)t * padded(dim);
-        const float *own = m->buffers->per_layer + (size_t)t * padded(m->extent[PER_LAYERS])
-            + (size_t)(b->c.per_layer * dim);
-        m->k.act[b->c.act](y, own, y, dim, NULL);
-        quantize(p, gated, dim, (int)t, 0, dim / 32);
-    }
-    barrier(p, thread, BMC_STEP_ACTIVATION);
     const struct product proj = product_into(&b->per_layer.proj, gated, out);
-    multiply(p, &proj, 1, thread);
+    const struct gating gates = {
+        .gate = gated.x, .up = p->buffers->per_layer + (size_t)(b->c.per_layer * dim),
+        .up_stride = padded(m->extent[PER_LAYERS]), .out = gated, .n = dim, .act = b->c.act,
+        .param = b->c.act_param,
+    };
+    on->multiply(p, &gate, 1, thread);
+    on->end(p, thread, BMC_STEP_GATE_UP);
+    on->gate(p, &gates, thread);
+    on->end(p, thread, BMC_STEP_ACTIVATION);
+    on->multiply(p, &proj, 1, thread);
 }
 
 const struct kind per_layer_kind = { "per-layer input", roles, check, measure, need, false, NULL, NULL, run };
 
 /* Each token's vectors of all layers: (its row of a table of their own, times sqrt(dim) + norm(projection of
- * its embedding)) / sqrt(2). */
-void per_layer_inputs(struct pass *p, int thread) {
+ * its embedding)) / sqrt(2). First the rows, as the file has them. */
+void per_layer_rows(const struct pass *p, int thread) {
     const bmc_model *m = p->model;
-    const int dim = m->c.per_layer_dim, n = (int)m->extent[PER_LAYERS];
     const struct matrix *table = &m->per_layer_embd;
-    const struct tokens in = { m->buffers->x, m->buffers->act, p->n_tok, 0, 0 };
     int64_t from, to;
-    if (!dim)
-        return;
-    quantize_rows(p, in, m->c.dim, thread);
-    barrier(p, thread, BMC_STEP_EMBED);
-    const struct product proj = product(&m->per_layer_proj, in, m->buffers->per_layer);
-    multiply(p, &proj, 1, thread);
-    barrier(p, thread, BMC_STEP_EMBED);
+    share(p, thread, m->c.per_layer_dim ? p->n_tok : 0, &from, &to);
+    for (int64_t t = from; t < to; t++) {
+        const uint8_t *data = table->data + (size_t)p->at[t].token * file_row_bytes(table);
+        float *row = m->buffers->per_layer + (size_t)t * padded(table->n_cols);
+        type_find(table->type)->dequantize(data, table->n_cols, row);
+    }
+}
+
+struct per_layer_factors per_layer_factors(const bmc_model *m) {
+    return (struct per_layer_factors){
+        1.0f / sqrtf((float)m->c.dim), sqrtf((float)m->c.per_layer_dim), (float)sqrt(0.5),
+    };
+}
+
+void join_per_layer(struct pass *p, float *projected, int thread) {
+    const bmc_model *m = p->model;
+    const struct per_layer_factors by = per_layer_factors(m);
+    const int dim = m->c.per_layer_dim, n = (int)m->extent[PER_LAYERS];
+    int64_t from, to;
     share(p, thread, p->n_tok, &from, &to);
     for (int64_t t = from; t < to; t++) {
-        float *own = m->buffers->per_layer + (size_t)t * padded(n), *row = scratch_of(p, thread);
-        const uint8_t *data = table->data + (size_t)p->at[t].token * file_row_bytes(table);
-        type_find(table->type)->dequantize(data, n, row);
-        m->k.scale(own, 1.0f / sqrtf((float)m->c.dim), n);
+        float *y = projected + (size_t)t * padded(n), *row = m->buffers->per_layer + (size_t)t * padded(n);
+        m->k.scale(y, by.projected, n);
         for (int i = 0; i < n; i += dim)
-            m->k.rmsnorm(own + i, own + i, m->per_layer_norm.v, NULL, dim, m->c.norm_eps);
-        m->k.axpy(own, sqrtf((float)dim), row, n);
-        m->k.scale(own, (float)sqrt(0.5), n);
+            m->k.rmsnorm(y + i, y + i, m->per_layer_norm.v, NULL, dim, m->c.norm_eps);
+        m->k.axpy(y, by.row, row, n);
+        m->k.scale(y, by.sum, n);
+        memcpy(row, y, (size_t)n * sizeof *y);
     }
-    barrier(p, thread, BMC_STEP_EMBED);
+}
+
+void per_layer_inputs(struct pass *p, int thread) {
+    const bmc_model *m = p->model;
+    const struct machine *on = p->machine;
+    const struct tokens in = { p->buffers->x, p->buffers->act, p->n_tok, 0, 0 };
+    const struct product proj = product(&m->per_layer_proj, in, p->buffers->work);
+    if (!m->c.per_layer_dim)
+        return;
+    on->quantize(p, in, m->c.dim, thread);
+    on->end(p, thread, BMC_STEP_EMBED);
+    on->multiply(p, &proj, 1, thread);
+    on->end(p, thread, BMC_STEP_EMBED);
+    on->join_per_layer(p, proj.y, thread);
+    on->end(p, thread, BMC_STEP_EMBED);
 }

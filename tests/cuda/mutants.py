@@ -28,6 +28,10 @@ MUTANTS = [
     ("a contracted sum of weights", "attend.h", "*l = *l * j.keep + l_chunk * j.gain", "*l = fmaf(*l, j.keep, l_chunk * j.gain)"),
     ("swapped halves of an operand", "products.h", "o.codes[2] = low_codes(at.codes, q + 4), o.codes[3] = high_codes",
      "o.codes[3] = low_codes(at.codes, q + 4), o.codes[2] = high_codes"),
+    ("a barrier left out of a tree of sums", "altup.h", "        __syncthreads();\n        if (t < half)", "        if (t < half)"),
+    ("a contracted sum of coefficients", "altup.h", "c = c + a.coef[t * a.n + i] * s.router[i]", "c = fmaf(a.coef[t * a.n + i], s.router[i], c)"),
+    ("a version changed before it was read", "altup.h", "change = fmaf(s.c[i * a.n + j], old[j], change)",
+     "change = fmaf(s.c[i * a.n + j], j ? rows[(size_t)j * dim] : old[j], change)"),
     ("a column too many", "products.h", "|| col >= s.n)", "|| col > s.n)"),
     ("a row too many", "products.h", "if (row >= a.n_rows ||", "if (row > a.n_rows ||"),
 ]

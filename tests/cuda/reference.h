@@ -16,6 +16,11 @@ void reference_best(const struct cuda_best_of *a);
 void reference_route(const struct cuda_route *a);
 void reference_combine(const struct cuda_combine *a);
 void reference_switch(const struct cuda_switch *a);
+void reference_join(const struct cuda_join *a, int dim);
+void reference_scale_rows(const struct cuda_scale_rows *a);
+void reference_add_normed(const struct cuda_add_normed *a);
+void reference_gate(const struct cuda_thin *thin, const struct cuda_activate *a);
+void reference_altup(int kind, const struct cuda_altup *a);
 void reference_place_compressed(const struct cuda_place_compressed *a);
 
 /* Where the rows of a block with a state are in `work`, of a pass of up to pass_max tokens, filled in; the

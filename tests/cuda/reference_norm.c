@@ -7,6 +7,10 @@
 void reference_norm(const struct cuda_norm *a) {
     struct block blocks[3] = { 0 };
     struct buffers buffers = { .x = a->x, .y = { a->y[0], a->y[1] } };
+    if (a->others) {
+        buffers.kept = a->others - a->dim;
+        buffers.kept_stride = a->others_stride;
+    }
     bmc_model m = new_model(a->dim, a->kind, a->eps, &buffers);
     const float result_scale = a->result_scale;
     for (int i = 0; i < a->n_waits; i++) {
@@ -16,7 +20,9 @@ void reference_norm(const struct cuda_norm *a) {
         blocks[i].post_norm_bias = vector(a->post[i].bias, 1, a->dim);
     }
     struct block *last = &blocks[a->n_waits > 1];
-    last->c.sum_scale = 1;
+    last->c.sum_scale = a->sum_scale;
+    last->c.others = a->n_others > 0;
+    last->c.n_altup = a->n_others + 1;
     last->sum_norm = vector(a->sum.weight, 1, a->dim);
     last->out_norm = vector(a->result.weight, 1, a->dim);
     last->out_norm_bias = vector(a->result.bias, 1, a->dim);

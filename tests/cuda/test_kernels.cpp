@@ -251,7 +251,10 @@ static void norms(void) {
             a.n_tok = n, a.dim = dim, a.stride = stride, a.x = x.data(), a.y[0] = y0.data(),
             a.y[1] = y1.data();
             a.n_waits = mode % 3, a.scale[0] = mode & 1 ? 0.5f : 1, a.scale[1] = 1.25f,
-            a.result_scale = mode & 4 ? 0.3f : 1;
+            a.result_scale = mode & 4 ? 0.3f : 1, a.sum_scale = mode & 2 ? 0.7f : 1;
+            std::vector<float> others = noises(2 * size);
+            if (mode > 5)
+                a.others = others.data(), a.others_stride = 2 * stride, a.n_others = 2;
             const float *row[8];
             for (int i = 0; i < 8; i++)
                 row[i] = w.data() + (size_t)i * stride;
@@ -270,7 +273,7 @@ static void norms(void) {
             a.kind = mode & 2 ? BMC_NORM_LAYER : BMC_NORM_RMS, a.eps = 1e-5f;
             check(
                 text("norm_tokens: %d values, mode %d", dim, mode),
-                { out(x), out(y0), out(y1), out(input), out(result), out(act) }, [&] { reference_norm(&a); },
+                { out(x), out(y0), out(y1), out(input), out(result), out(act), out(others) }, [&] { reference_norm(&a); },
                 [&] { launch("norm_tokens", norm_grid(&a), a); });
         }
 }
@@ -701,6 +704,8 @@ static void placing_compressed(void) {
     }
 }
 
+#include "test_altup.h"
+
 int main(void) {
     every_product();
     float_products();
@@ -717,6 +722,11 @@ int main(void) {
     sorting_and_combining();
     recurrent_blocks();
     placing_compressed();
+    joining_per_layer();
+    scaling_rows();
+    adding_normed_rows();
+    gating();
+    altup_blocks();
     printf("%d kernels, %d checks, %d with other bits\n", grid.n_kernels, n_checks, n_bad);
     return n_bad != 0;
 }
