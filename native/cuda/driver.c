@@ -333,5 +333,6 @@ static int zero_segment(void *of, void *memory, size_t bytes) {
 }
 
 struct memory gpu_memory(struct gpu_segments *of) {
-    return (struct memory){ of, segment_whole, new_segment, unmap_segment, copy_segment, zero_segment };
+    return (struct memory){ of,           segment_whole, new_segment, unmap_segment, copy_segment,
+                            zero_segment, gpu_fetch,     gpu_send,    gpu_wait };
 }

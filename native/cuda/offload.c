@@ -482,7 +482,8 @@ int bmc_model_offload(bmc_model *m, int gpu, const char *kernels, int n_layers) 
         cuda_free(c);
         return status;
     }
-    c->segments = (struct gpu_segments){ c->gpu, c->stream };
+    c->segments.gpu = c->gpu;
+    c->segments.stream = c->stream;
     c->memory = gpu_memory(&c->segments);
     struct visit v = { .m = m, .first = first };
     model_each_matrix(m, mark, &v);
@@ -564,6 +565,8 @@ void cuda_free(struct cuda *c) {
         c->gpu->cu->cuMemFreeHost(c->host);
     if (alive && c->results)
         c->gpu->cu->cuMemFreeHost(c->results);
+    if (alive && c->segments.stage.bytes)
+        c->gpu->cu->cuMemFreeHost(c->segments.stage.bytes);
     if (alive && c->stream)
         c->gpu->cu->cuStreamDestroy_v2(c->stream);
     gpu_close(c->gpu);
