@@ -159,7 +159,7 @@ static int import_part(bmc_session *s, const bmc_part *part, const void *bytes) 
     return status;
 }
 
-/* Bytes go to a GPU and back by one caller at a time, and never while a pass is queued. */
+/* Bytes go to a GPU and back by one caller of a model at a time, since its buffer for that is one. */
 static int claim_all(bmc_session *s) {
     const int status = claim(s);
     if (!status && s->model->cuda)

@@ -4,6 +4,7 @@ fail on the way."""
 import io
 import itertools
 import os
+import threading
 from contextlib import contextmanager
 
 import numpy as np
@@ -286,6 +287,38 @@ def test_a_session_whose_states_are_lost_is_not_saved(tmp_path, fake):
         assert not os.listdir(tmp_path)
 
 
+# ---- threads
+
+
+def test_saves_and_loads_beside_passes(tmp_path):
+    """While another thread decodes, whose launches become graphs."""
+    path, text, errors = tiny.model("llama", n_ctx=2000), tokens(60), []
+    with loaded(path, 0) as model, model.session() as session:
+        write(session)
+        session.save(tmp_path / "s")
+        right = go_on(session)
+        session.rewind(0)
+        decoded = np.concatenate([session.eval(text[i:i + 1], "all") for i in range(60)])
+
+    def decode(session):
+        try:
+            assert_same(np.concatenate([session.eval(text[i:i + 1], "all") for i in range(60)]), decoded)
+        except BaseException as error:
+            errors.append(error)
+
+    with loaded(path, -1) as model, model.session(rows=16) as session:
+        thread = threading.Thread(target=decode, args=(session,))
+        thread.start()
+        n = 0
+        while thread.is_alive() or n < 2:
+            n += 1
+            with model.load_session(tmp_path / "s", rows=16) as other, other.fork(20) as fork:
+                fork.save(tmp_path / "fork")
+                assert_same(go_on(other), right)
+        thread.join()
+    assert not errors
+
+
 # ---- chats and servers
 
 
@@ -353,7 +386,7 @@ def test_a_server_whose_gpu_fails_while_it_saves(tmp_path, fake):
         with fake.set(fail_in=1):
             answer = server.post("/slots/0?action=save", {"filename": "slot.bin"})
         error = answer.json()["error"]
-        assert (answer.status_code, error["code"]) == (500, "session_not_saved") and "GPU 0" in error["message"]
+        assert (answer.status_code, error["code"]) == (500, "device_failed") and "GPU 0" in error["message"]
         assert not os.listdir(tmp_path)
         assert server.post("/slots/0?action=save", {"filename": "slot.bin"}).status_code == 200
         assert os.listdir(tmp_path) == ["slot.bin"]

@@ -109,7 +109,8 @@ struct gpu_stage {
 };
 
 /* Segments of arenas, which grow where they stand, and states: each is memory mapped to addresses of its
- * own, or where the GPU cannot do that an allocation. The stream does the zeroing and copying. */
+ * own, or where the GPU cannot do that an allocation. The stream does the zeroing and copying, for several
+ * threads and beside the passes, whose own stream may be capturing a graph: all is done on return. */
 struct gpu_segments { const struct gpu *gpu; void *stream; struct gpu_stage stage; };
 struct memory gpu_memory(struct gpu_segments *of);
 int gpu_fetch(void *of, void *to, const void *from, size_t bytes);     /* memory.fetch, send and wait */
