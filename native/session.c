@@ -458,13 +458,12 @@ static void advance(const bmc_model *m, const bmc_span *spans, int n) {
 }
 
 /* The sessions as they were, after a pass that failed: states that it changed go back, and hidden states that it overwrote are gone. How far
- * states on a GPU got is not known: all go back to a snapshot, and the session with them. */
+ * states on a GPU got is not known: they go back to a snapshot, and the session with them. */
 static void undo(const bmc_span *spans, int n) {
     for (int s = 0; s < n; s++) {
         bmc_session *session = spans[s].session;
         session->hidden.from = session->position;
-        for (int i = 0; i < PLACES && session->states[ON_GPU].n; i++)
-            states_doubt(&session->states[i]);
+        states_doubt(&session->states[ON_GPU]);
         reach(session, session->position);
     }
 }
