@@ -175,16 +175,25 @@ static void run(void *arg, int thread) {
 
 static void choose(void *pass, int thread) { choose_ids(pass, thread); }
 
+/* What passed since the last lap of each thread was spent on a step. */
+static void lap_all(const struct pass *p, enum bmc_step step) {
+    struct laps *laps = p->model->profile.laps;
+    for (int i = 0; laps && i < pool_size(p->model->pool); i++)
+        lap(&laps[i], step);
+}
+
 /* The blocks that are on a GPU and the head; ids are chosen here. */
 static int run_on_gpu(struct pass *p) {
     const bmc_model *m = p->model;
     if (!m->cuda || !p->n_tok)
         return 0;
+    lap_all(p, BMC_STEP_WAIT);
     cuda_begin(p);
     const struct block *waits = run_blocks(p, m->blocks + m->cuda->first, m->blocks + m->c.n_blocks, 0);
     if (p->n_tok)
         run_head(p, waits, 0);
     const int status = cuda_end(p);
+    lap_all(p, BMC_STEP_GPU);
     if (!status && p->n_tok && p->n_choosing)
         pool_run(m->pool, choose, p);
     return status;
@@ -200,8 +209,7 @@ int forward(struct pass *p) {
     p->buffers = p->model->buffers;
     pool_run(p->model->pool, run, p);
     const int status = run_on_gpu(p);
-    for (int i = 0; i < n_laps; i++)
-        lap(&profile->laps[i], BMC_STEP_WAIT);
+    lap_all(p, BMC_STEP_WAIT);
     profile->n_passes += n_laps > 0;
     return status;
 }

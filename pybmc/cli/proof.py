@@ -56,8 +56,7 @@ def prove(model, model_option, draft, prompt, prompt_file, max_tokens, temperatu
 @contextmanager
 def on_gpu(path, threads):
     """The model with layers on a GPU, where the flags ask for one; else None."""
-    settings = options.gpu_settings()
-    if settings["n_gpu_layers"] == 0 or settings["gpu"] == "off" or settings == {"gpu": None, "n_gpu_layers": None}:
+    if not options.asks_for_gpu():
         yield None
         return
     with options.opened(path, threads) as (loaded, _):

@@ -115,6 +115,18 @@ class Model:
         else:
             check(lib.bmc_model_map(self._handle))
 
+    @property
+    def gpu(self) -> int | None:
+        """The number of the GPU that has its last layers; None without any."""
+        return self._gpu.gpu if self._gpu and self.gpu_layers else None
+
+    def gpu_rows(self) -> float:
+        """The share of a session's rows that is on the GPU: of their bytes, or of the layers where none has rows."""
+        with self.session(1) as session:
+            every = session.arena_stats().row_bytes
+        ours = plan(self._live(), self.gpu_layers).row_bytes if self.gpu_layers else 0
+        return ours / every if every else self.gpu_layers / self.config.n_layers
+
     def _gpu_bytes(self) -> int:
         """Bytes of packed weights that are on a GPU."""
         return plan(self._handle, self.gpu_layers).weight_bytes if self._gpu else 0
