@@ -26,8 +26,8 @@ GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.gguf"))
 WIDTHS = (1, 2, 5, 17)                  # of passes: the kinds of product kernels but for the widest
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fake():
+@pytest.fixture(scope="module", autouse=True, name="fake")
+def fake_driver():
     """The library opens a driver once, so a process that runs these tests has this one from then on."""
     path = str(gpu.build())
     before = {name: os.environ.get(name) for name in ("PYBMC_CUDA_DRIVER", "PYBMC_CUDA_KERNELS")}

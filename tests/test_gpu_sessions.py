@@ -12,7 +12,7 @@ import pytest
 import tiny
 import tiny_kinds
 from serving import served
-from test_gpu import GOLDEN, assert_same, fake, nothing_is_left, tokens  # noqa: F401
+from test_gpu import GOLDEN, assert_same, fake_driver, nothing_is_left, tokens  # noqa: F401
 
 import pybmc
 from pybmc.chat.conversation import Conversation
