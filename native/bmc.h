@@ -275,7 +275,7 @@ typedef struct bmc_limits {
     double seconds;                 /* time limit: no new round starts after it; the first one always runs */
 } bmc_limits;
 
-/* A part of a session besides its tokens, as bytes: the same on every CPU. */
+/* A part of a session besides its tokens, as bytes: the same on every CPU, and where layers are on a GPU. */
 enum bmc_part_kind {
     BMC_PART_ROWS,          /* rows [start, end), whole tiles of 16, of the blocks that see all rows .. */
     BMC_PART_WINDOWS,       /* .. and of those with a window */
