@@ -59,6 +59,13 @@ static int first_window(const bmc_session *s) {
 /* States of one place, where there are some; the others are at the same positions. */
 static const struct states *some_states(const bmc_session *s) { return &s->states[s->states[HERE].n ? HERE : ON_GPU]; }
 
+static bool has_states(const bmc_session *s) {
+    for (int i = 0; i < PLACES; i++)
+        if (s->states[i].n && !s->states[i].memory)
+            return false;
+    return some_states(s)->n > 0;
+}
+
 static bool has_snapshot(const bmc_session *s, int position) {
     for (int i = 0; i < PLACES; i++)
         if (s->states[i].n && !states_has_snapshot(&s->states[i], position))
@@ -109,7 +116,7 @@ static int check_part(const bmc_session *s, const bmc_part *part, int64_t n) {
     if (arena >= 0) {
         if (!has_rows(s, arena, part))
             return fail(BMC_EINVAL, "rows %d to %d are not whole tiles of the session", (int)part->start, (int)part->end);
-    } else if (!some_states(s)->memory || part->end > s->position || part->end - part->start > LOG_MAX
+    } else if (!has_states(s) || part->end > s->position || part->end - part->start > LOG_MAX
                || (part->kind == BMC_PART_SNAPSHOT ? part->start != part->end : part->end != s->position))
         return fail(BMC_EINVAL, "states of %d to %d tokens are not those of the session", (int)part->start, (int)part->end);
     if (n != part_bytes(s, part))

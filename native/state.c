@@ -268,7 +268,11 @@ static int import_snapshot(struct states *s, int position, const float *values) 
     if (!copy)
         return BMC_ENOMEM;
     move_floats(s, on->send, copy->values, values, snapshot_floats(s));
-    return add_snapshot(s, position, copy, on->wait(on->of));
+    const int status = on->wait(on->of);
+    if (!status)
+        return add_snapshot(s, position, copy, 0);
+    drop(&(struct snapshot){ position, copy });
+    return status;
 }
 
 int states_import(struct states *s, int position, int n_log, bool as_snapshot, const float *values) {

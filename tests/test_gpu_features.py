@@ -39,8 +39,8 @@ def answers(engine, requests):
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "qwen35"])
 def test_requests_share_the_beginnings_of_their_texts(arch):
-    path, begin = tiny.model(arch), tokens(40).tolist()
-    rounds = [[Request(begin + [i], 6, GREEDY) for i in range(3)] for _ in range(2)]
+    path, begin = tiny.model(arch), tokens(24).tolist()
+    rounds = [[Request(begin + [i], 4, GREEDY) for i in range(3)] for _ in range(2)]
     found = []
     for layers in (0, 1, -1):
         with loaded(path, layers) as model, Engine(model, parallel=2, memory=1e9, keep=True, spec="off") as engine:
@@ -127,7 +127,7 @@ def test_a_draft_on_the_gpu_has_no_coarse_head(tmp_path):
     """Of a size for which one is made on the CPU: on the GPU the head itself guesses, and the text is the same."""
     metadata, tensors = tiny.parts(types="Q8_0", vocab="spm", vocab_size=1 << 16, dim=256, n_layers=1, tied=True)
     path = tiny.save(tmp_path / "wide.gguf", metadata, tensors)
-    request = Request([5, 6, 7], 6, GREEDY)
+    request = Request([5, 6, 7], 4, GREEDY)
     with loaded(path, 0) as model:
         def write(draft):
             with Engine(model, speculation=Speculation(model, draft, "draft" if draft else "off", fixed=3 if draft else 0)) as engine:

@@ -1,6 +1,5 @@
-/* Pieces of a session's memory to the host and from it. Each goes through one buffer of pinned memory, from which
- * a copy is as fast as the bus and does not wait for the host; pieces that lie side by side on the GPU are one
- * copy. */
+/* Pieces of a session's memory to the host and from it. All go through one buffer of pinned memory, with which
+ * a copy is as fast as the bus; pieces that lie side by side on the GPU are one copy. */
 #include "driver.h"
 
 #include "../error.h"
@@ -38,14 +37,14 @@ static void flush(struct gpu_segments *s) {
     t->n_pieces = 0;
 }
 
-static void begin(struct gpu_segments *s) {
+static void make_stage(struct gpu_segments *s) {
     struct gpu_stage *t = &s->stage;
     void *memory = NULL;
     t->status = gpu_enter(s->gpu);
-    if (!t->status && !t->bytes)
-        t->status = cuda_status(s->gpu->index, "pinned memory", s->gpu->cu->cuMemHostAlloc(&memory, STAGE_BYTES, 0));
-    if (memory)
-        t->bytes = memory;
+    if (!t->status)
+        t->status = cuda_status(s->gpu->index, "pinned memory",
+                                s->gpu->cu->cuMemHostAlloc(&memory, STAGE_BYTES, 0));
+    t->bytes = t->status ? NULL : memory;
 }
 
 /* At most n bytes of a piece; how many. */
@@ -72,7 +71,7 @@ static size_t take(struct gpu_segments *s, uint64_t there, char *here, size_t n,
 static int move(struct gpu_segments *s, const void *there, char *here, size_t bytes, bool up) {
     struct gpu_stage *t = &s->stage;
     if (!t->status && !t->bytes)
-        begin(s);
+        make_stage(s);
     for (size_t done = 0; done < bytes && !t->status;) {
         if (t->used == STAGE_BYTES || t->n_pieces == STAGE_PIECES)
             flush(s);
@@ -82,7 +81,9 @@ static int move(struct gpu_segments *s, const void *there, char *here, size_t by
     return t->status;
 }
 
-int gpu_fetch(void *of, void *to, const void *from, size_t bytes) { return move(of, from, to, bytes, false); }
+int gpu_fetch(void *of, void *to, const void *from, size_t bytes) {
+    return move(of, from, to, bytes, false);
+}
 
 int gpu_send(void *of, void *to, const void *from, size_t bytes) {
     return move(of, to, (char *)(uintptr_t)from, bytes, true);

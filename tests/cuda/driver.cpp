@@ -325,9 +325,11 @@ API int cuStreamDestroy_v2(void *s) {
 }
 
 API int cuStreamSynchronize(void *s) {
-    BEGIN(true);
+    std::lock_guard<std::recursive_mutex> held(lock);
     std::vector<operation> queue;
     queue.swap(((stream *)s)->queue);
+    if (int code = begin(__func__, true))           /* what was queued is lost */
+        return code;
     for (const operation &each : queue)
         if (!broken)
             broken = each();
