@@ -170,7 +170,8 @@ def test_batches_and_embeddings(tmp_path, capsys):
     texts, vectors = [], []
     for i, flags in enumerate(([], ["-ngl", "1"])):
         out = tmp_path / f"out{i}"
-        assert run(["batch", str(tmp_path / "in"), str(out), "-m", str(tiny.model("llama")), "-n", "6", "--seed", "1", "-t", "1", *flags]) == 0
+        batch = ["batch", str(tmp_path / "in"), str(out), "-m", str(tiny.model("llama"))]
+        assert run([*batch, "-n", "6", "--seed", "1", "-t", "1", *flags]) == 0
         texts.append([json.loads(line)["text"] for line in out.read_text().splitlines()])
         capsys.readouterr()
         assert run(["embed", str(tiny_encoders.model("bert")), "a text", "-t", "1", "--json", *flags]) == 0

@@ -176,7 +176,7 @@ def test_a_gpu_that_cannot_map_memory(tmp_path, fake):
 
 
 def each_failure(fake, attempt):
-    """Make each call of the driver fail in turn, until there are none left; the names of those that did. attempt: raises where one fails."""
+    """Make each call of the driver fail in turn, until there are none left; the names of those that did."""
     seen = set()
     for nth in itertools.count(1):
         fake["fail_in"] = nth

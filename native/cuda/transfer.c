@@ -1,5 +1,5 @@
-/* Pieces of a session's memory to the host and from it. All go through one buffer of pinned memory, with which
- * a copy is as fast as the bus; pieces that lie side by side on the GPU are one copy. */
+/* Pieces of a session's memory to the host and from it. All go through one buffer of pinned memory, with
+ * which a copy is as fast as the bus; pieces that lie side by side on the GPU are one copy. */
 #include "driver.h"
 
 #include "../error.h"

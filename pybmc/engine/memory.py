@@ -13,8 +13,8 @@ SHARE, GPU_SHARE = 0.5, 0.8             # of the free memory, by default: others
 
 
 def usual_memory(model: Model) -> float:
-    """Bytes that sessions of a model may take together where nobody says how many: what is free of the machine's memory and of its
-    GPU's bounds the rows that are there."""
+    """Bytes that sessions of a model may take together where nobody says how many: what is free of the machine's
+    memory, and of its GPU's, each bounds the rows that are there."""
     on_gpu = model.gpu_rows()
     bound = SHARE * free_memory() / (1 - on_gpu) if on_gpu < 1 else float("inf")
     if model.gpu is not None and on_gpu:
