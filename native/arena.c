@@ -233,18 +233,32 @@ int64_t arena_row_bytes(const struct arena *a) {
     return column_bytes(&a->config) / TILE_ROWS;
 }
 
-void arena_export(const struct arena *a, int64_t from, int64_t to, char *bytes) {
-    for (int64_t tile = from; tile < to; tile++)
-        for (int i = 0; i < a->config.n_streams; i++)
-            for (int head = 0; head < a->config.streams[i].n_heads; head++, bytes += a->config.streams[i].tile_bytes)
-                memcpy(bytes, arena_tile(a, i, head, tile), (size_t)a->config.streams[i].tile_bytes);
+/* Where tile number i has a head of a stream. */
+static int64_t place_in_bytes(const struct arena_stream *s, int head, int64_t i, int64_t stride) {
+    return i * stride + s->before + head * s->tile_bytes;
 }
 
-void arena_import(struct arena *a, int64_t from, int64_t to, const char *bytes) {
-    for (int64_t tile = from; tile < to; tile++)
-        for (int i = 0; i < a->config.n_streams; i++)
-            for (int head = 0; head < a->config.streams[i].n_heads; head++, bytes += a->config.streams[i].tile_bytes)
-                memcpy(arena_tile(a, i, head, tile), bytes, (size_t)a->config.streams[i].tile_bytes);
+/* A head's tiles one after the other: in a segment they lie side by side. */
+int arena_export(const struct arena *a, int64_t from, int64_t to, char *bytes, int64_t stride) {
+    const struct memory *m = a->config.memory;
+    for (int i = 0; i < a->config.n_streams; i++) {
+        const struct arena_stream *s = &a->config.streams[i];
+        for (int head = 0; head < s->n_heads; head++)
+            for (int64_t tile = from; tile < to; tile++)
+                m->fetch(m->of, bytes + place_in_bytes(s, head, tile - from, stride), arena_tile(a, i, head, tile), (size_t)s->tile_bytes);
+    }
+    return m->wait(m->of);
+}
+
+int arena_import(struct arena *a, int64_t from, int64_t to, const char *bytes, int64_t stride) {
+    const struct memory *m = a->config.memory;
+    for (int i = 0; i < a->config.n_streams; i++) {
+        const struct arena_stream *s = &a->config.streams[i];
+        for (int head = 0; head < s->n_heads; head++)
+            for (int64_t tile = from; tile < to; tile++)
+                m->send(m->of, arena_tile(a, i, head, tile), bytes + place_in_bytes(s, head, tile - from, stride), (size_t)s->tile_bytes);
+    }
+    return m->wait(m->of);
 }
 
 int arena_auto_rows(int64_t row_bytes) {

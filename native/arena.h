@@ -68,9 +68,10 @@ int arena_own(struct arena *a, int64_t from, int64_t to);
 void arena_drop(struct arena *a, int64_t rows);
 void arena_clear(struct arena *a);              /* no rows any more */
 
-/* Tiles [from, to), which are reserved and not dropped, as bytes: a tile after the other, each of all streams and heads. */
-void arena_export(const struct arena *a, int64_t from, int64_t to, char *bytes);
-void arena_import(struct arena *a, int64_t from, int64_t to, const char *bytes);
+/* Tiles [from, to), which are reserved and not dropped, as bytes: each of all streams and heads, `stride` bytes after the one before. 0,
+ * or the failure of a GPU. */
+int arena_export(const struct arena *a, int64_t from, int64_t to, char *bytes, int64_t stride);
+int arena_import(struct arena *a, int64_t from, int64_t to, const char *bytes, int64_t stride);
 int64_t arena_mapped(const struct arena *a);    /* bytes, a shared segment divided among its users */
 
 /* The tile with rows [16 * tile, 16 * tile + 16) of a head; the rows have to be reserved. */

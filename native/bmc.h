@@ -37,7 +37,7 @@ enum bmc_rope { BMC_ROPE_NONE = 0, BMC_ROPE_PAIRS = 1, BMC_ROPE_HALVES = 2 };   
 enum bmc_want { BMC_WANT_NONE = 0, BMC_WANT_LAST = 1, BMC_WANT_ALL = 2, BMC_WANT_FIRST = 3 };
 enum bmc_step {             /* what a pass spends its time on */
     BMC_STEP_EMBED, BMC_STEP_NORM, BMC_STEP_QKV, BMC_STEP_STORE, BMC_STEP_ATTENTION, BMC_STEP_STATES, BMC_STEP_ATTN_OUTPUT, BMC_STEP_GATE_UP,
-    BMC_STEP_ACTIVATION, BMC_STEP_DOWN, BMC_STEP_HEAD, BMC_STEP_WAIT, BMC_STEPS
+    BMC_STEP_ACTIVATION, BMC_STEP_DOWN, BMC_STEP_HEAD, BMC_STEP_GPU, BMC_STEP_WAIT, BMC_STEPS
 };
 
 typedef struct bmc_model bmc_model;
@@ -276,7 +276,7 @@ typedef struct bmc_limits {
     double seconds;                 /* time limit: no new round starts after it; the first one always runs */
 } bmc_limits;
 
-/* A part of a session besides its tokens, as bytes: the same on every CPU. */
+/* A part of a session besides its tokens, as bytes: the same on every CPU, and where layers are on a GPU. */
 enum bmc_part_kind {
     BMC_PART_ROWS,          /* rows [start, end), whole tiles of 16, of the blocks that see all rows .. */
     BMC_PART_WINDOWS,       /* .. and of those with a window */

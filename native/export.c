@@ -4,20 +4,25 @@
 
 #include <string.h>
 
-static int64_t float_bytes(const bmc_session *s, int n_log) {
-    return s->states[HERE].n ? (int64_t)(states_floats(&s->states[HERE], n_log) * sizeof(float)) : 0;
+/* What layers on a GPU keep follows what those here do, as if all were here: with the order of the layers, the bytes are the same. */
+enum { HALVES = 2 };
+
+static const struct arena *half_of(const bmc_session *s, int arena, int half) { return &s->arenas[arena + half * GPU_ROWS]; }
+
+static int64_t tile_bytes(const bmc_session *s, int arena) {
+    return arena_tile_bytes(half_of(s, arena, 0)) + arena_tile_bytes(half_of(s, arena, 1));
 }
 
-/* Rows and states on a GPU are not carried over. */
-static int check_here(const bmc_session *s) {
-    return s->model->cuda ? fail(BMC_EINVAL, "sessions of a model with layers on a GPU cannot be saved or loaded yet") : 0;
+static int64_t float_bytes(const bmc_session *s, int n_log) {
+    size_t floats = 0;
+    for (int i = 0; i < PLACES; i++)
+        floats += states_floats(&s->states[i], n_log);
+    return (int64_t)(floats * sizeof(float));
 }
 
 int bmc_session_layout(const bmc_session *s, bmc_layout *layout) {
-    if (check_here(s))
-        return BMC_EINVAL;
     *layout = (bmc_layout){
-        .tile_bytes = arena_tile_bytes(&s->arenas[ALL_ROWS]), .window_bytes = arena_tile_bytes(&s->arenas[WINDOWS]),
+        .tile_bytes = tile_bytes(s, ALL_ROWS), .window_bytes = tile_bytes(s, WINDOWS),
         .state_bytes = float_bytes(s, 0), .log_bytes = float_bytes(s, 1) - float_bytes(s, 0),
     };
     return 0;
@@ -25,19 +30,13 @@ int bmc_session_layout(const bmc_session *s, bmc_layout *layout) {
 
 int bmc_session_unchanged(const bmc_session *s) { return s->unchanged; }
 
-/* Hold a session that can be exported. */
-static int claim_here(bmc_session *s) {
-    const int status = check_here(s);
-    return status ? status : claim(s);
-}
-
 int bmc_session_mark(bmc_session *s) {
-    int status = claim_here(s);
+    int status = claim(s);
     if (status)
         return status;
     s->unchanged = s->position;
-    if (s->model->window)
-        arena_drop(&s->arenas[WINDOWS], s->position - s->model->window - WINDOW_SPARE);
+    for (int i = WINDOWS; s->model->window && i < ARENAS; i += GPU_ROWS)
+        arena_drop(&s->arenas[i], s->position - s->model->window - WINDOW_SPARE);
     release(s);
     return 0;
 }
@@ -49,26 +48,49 @@ static int arena_of(const bmc_part *part) {
 
 static int64_t part_bytes(const bmc_session *s, const bmc_part *part) {
     const int arena = arena_of(part);
-    return arena >= 0 ? (part->end - part->start) / TILE_ROWS * arena_tile_bytes(&s->arenas[arena]) : float_bytes(s, part->end - part->start);
+    return arena >= 0 ? (part->end - part->start) / TILE_ROWS * tile_bytes(s, arena) : float_bytes(s, part->end - part->start);
+}
+
+/* The first row that both halves of the windows have. */
+static int first_window(const bmc_session *s) {
+    return larger((int)half_of(s, WINDOWS, 0)->first, (int)half_of(s, WINDOWS, 1)->first);
+}
+
+/* States of one place, where there are some; the others are at the same positions. */
+static const struct states *some_states(const bmc_session *s) { return &s->states[s->states[HERE].n ? HERE : ON_GPU]; }
+
+static bool has_states(const bmc_session *s) {
+    for (int i = 0; i < PLACES; i++)
+        if (s->states[i].n && !s->states[i].memory)
+            return false;
+    return some_states(s)->n > 0;
+}
+
+static bool has_snapshot(const bmc_session *s, int position) {
+    for (int i = 0; i < PLACES; i++)
+        if (s->states[i].n && !states_has_snapshot(&s->states[i], position))
+            return false;
+    return true;
 }
 
 static int list_parts(const bmc_session *s, int from, bmc_part *parts) {
+    const struct states *states = some_states(s);
     const int tile = from / TILE_ROWS * TILE_ROWS, end = (s->position + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
     int n = 0;
-    if (from < s->position && s->model->n_streams[ALL_ROWS])
+    if (from < s->position && tile_bytes(s, ALL_ROWS))
         parts[n++] = (bmc_part){ BMC_PART_ROWS, tile, end };
-    if (from < s->position && s->model->n_streams[WINDOWS])
-        parts[n++] = (bmc_part){ BMC_PART_WINDOWS, larger(tile, (int)s->arenas[WINDOWS].first), end };
-    for (const struct snapshot *p = s->states[HERE].snapshots; p < s->states[HERE].snapshots + SNAPSHOTS; p++)
-        if (p->copy && p->position <= s->position)
+    if (from < s->position && tile_bytes(s, WINDOWS))
+        parts[n++] = (bmc_part){ BMC_PART_WINDOWS, larger(tile, first_window(s)), end };
+    for (const struct snapshot *p = states->snapshots; p < states->snapshots + SNAPSHOTS; p++)
+        if (p->copy && p->position <= s->position && has_snapshot(s, p->position))
             parts[n++] = (bmc_part){ BMC_PART_SNAPSHOT, p->position, p->position };
-    if (s->states[HERE].n && s->position)
-        parts[n++] = (bmc_part){ BMC_PART_STATES, s->states[HERE].base, s->position };
+    if (states->n && s->position)
+        parts[n++] = (bmc_part){ BMC_PART_STATES, states->base, s->position };
     return n;
 }
 
 int bmc_session_parts(bmc_session *s, int from, bmc_part *parts) {
-    int status = claim_here(s);
+    int status = claim(s);
     if (status)
         return status;
     status = from >= 0 && from <= s->position ? list_parts(s, from, parts)
@@ -77,16 +99,24 @@ int bmc_session_parts(bmc_session *s, int from, bmc_part *parts) {
     return status;
 }
 
+static bool has_rows(const bmc_session *s, int arena, const bmc_part *part) {
+    for (int i = 0; i < HALVES; i++) {
+        const struct arena *a = half_of(s, arena, i);
+        if (part->start < a->n_dropped * a->config.r || part->end > a->rows_reserved)
+            return false;
+    }
+    return part->start % TILE_ROWS == 0 && part->end % TILE_ROWS == 0;
+}
+
 /* 0, or what is wrong with a part of a session. */
 static int check_part(const bmc_session *s, const bmc_part *part, int64_t n) {
     const int arena = arena_of(part);
     if (part->kind < BMC_PART_ROWS || part->kind > BMC_PART_STATES || part->start < 0 || part->end < part->start)
         return fail(BMC_EINVAL, "there is no part %d from %d to %d", (int)part->kind, (int)part->start, (int)part->end);
     if (arena >= 0) {
-        const struct arena *a = &s->arenas[arena];
-        if (part->start % TILE_ROWS || part->end % TILE_ROWS || part->start < a->n_dropped * a->config.r || part->end > a->rows_reserved)
+        if (!has_rows(s, arena, part))
             return fail(BMC_EINVAL, "rows %d to %d are not whole tiles of the session", (int)part->start, (int)part->end);
-    } else if (!s->states[HERE].memory || part->end > s->position || part->end - part->start > LOG_MAX
+    } else if (!has_states(s) || part->end > s->position || part->end - part->start > LOG_MAX
                || (part->kind == BMC_PART_SNAPSHOT ? part->start != part->end : part->end != s->position))
         return fail(BMC_EINVAL, "states of %d to %d tokens are not those of the session", (int)part->start, (int)part->end);
     if (n != part_bytes(s, part))
@@ -94,42 +124,81 @@ static int check_part(const bmc_session *s, const bmc_part *part, int64_t n) {
     return 0;
 }
 
+static int export_rows(bmc_session *s, int arena, const bmc_part *part, char *bytes) {
+    const int from = part->start / TILE_ROWS, to = part->end / TILE_ROWS;
+    const int status = arena_export(half_of(s, arena, 0), from, to, bytes, tile_bytes(s, arena));
+    bytes += arena_tile_bytes(half_of(s, arena, 0));
+    return status ? status : arena_export(half_of(s, arena, 1), from, to, bytes, tile_bytes(s, arena));
+}
+
+static int import_rows(bmc_session *s, int arena, const bmc_part *part, const char *bytes) {
+    struct arena *here = &s->arenas[arena], *gpu = &s->arenas[arena + GPU_ROWS];
+    const int from = part->start / TILE_ROWS, to = part->end / TILE_ROWS;
+    const int status = arena_import(here, from, to, bytes, tile_bytes(s, arena));
+    return status ? status : arena_import(gpu, from, to, bytes + arena_tile_bytes(here), tile_bytes(s, arena));
+}
+
 static int export_part(bmc_session *s, const bmc_part *part, void *bytes) {
-    const int arena = arena_of(part);
+    const int arena = arena_of(part), n_log = part->end - part->start;
+    float *values = bytes;
+    int status = 0;
     if (arena >= 0)
-        arena_export(&s->arenas[arena], part->start / TILE_ROWS, part->end / TILE_ROWS, bytes);
-    else if (!states_export(&s->states[HERE], part->start, part->end - part->start, bytes))
-        return fail(BMC_EINVAL, "the session has no states of %d tokens", (int)part->start);
-    return 0;
+        return export_rows(s, arena, part, bytes);
+    for (int i = 0; i < PLACES && !status; i++) {
+        if (s->states[i].n)
+            status = states_export(&s->states[i], part->start, n_log, values);
+        values += states_floats(&s->states[i], n_log);
+    }
+    return status;
 }
 
 static int import_part(bmc_session *s, const bmc_part *part, const void *bytes) {
-    const int arena = arena_of(part);
-    if (arena < 0)
-        return states_import(&s->states[HERE], part->start, part->end - part->start, part->kind == BMC_PART_SNAPSHOT, bytes);
-    arena_import(&s->arenas[arena], part->start / TILE_ROWS, part->end / TILE_ROWS, bytes);
-    return 0;
+    const int arena = arena_of(part), n_log = part->end - part->start;
+    const float *values = bytes;
+    int status = 0;
+    if (arena >= 0)
+        return import_rows(s, arena, part, bytes);
+    for (int i = 0; i < PLACES && !status; i++) {
+        if (s->states[i].n)
+            status = states_import(&s->states[i], part->start, n_log, part->kind == BMC_PART_SNAPSHOT, values);
+        values += states_floats(&s->states[i], n_log);
+    }
+    return status;
+}
+
+/* Bytes go to a GPU and back by one caller of a model at a time, since its buffer for that is one. */
+static int claim_all(bmc_session *s) {
+    const int status = claim(s);
+    if (!status && s->model->cuda)
+        pthread_mutex_lock(&s->model->lock);
+    return status;
+}
+
+static void release_all(bmc_session *s) {
+    if (s->model->cuda)
+        pthread_mutex_unlock(&s->model->lock);
+    release(s);
 }
 
 int bmc_session_export(bmc_session *s, const bmc_part *part, void *bytes, int64_t n) {
-    int status = claim_here(s);
+    int status = claim_all(s);
     if (status)
         return status;
     status = check_part(s, part, n);
     if (!status)
         status = export_part(s, part, bytes);
-    release(s);
+    release_all(s);
     return status;
 }
 
 int bmc_session_import(bmc_session *s, const bmc_part *part, const void *bytes, int64_t n) {
-    int status = claim_here(s);
+    int status = claim_all(s);
     if (status)
         return status;
     status = check_part(s, part, n);
     if (!status)
         status = import_part(s, part, bytes);
-    release(s);
+    release_all(s);
     return status;
 }
 
@@ -146,16 +215,20 @@ static int check_tokens(const bmc_session *s, int from, const int32_t *tokens, i
 
 /* Rows of windows before `first` are not there. */
 static void lose_windows(bmc_session *s, int from, int first) {
-    struct arena *windows = &s->arenas[WINDOWS];
-    if (first > from)
-        windows->first = first;
-    arena_drop(windows, windows->first);
+    for (int i = WINDOWS; i < ARENAS; i += GPU_ROWS) {
+        struct arena *windows = &s->arenas[i];
+        if (first > from)
+            windows->first = first;
+        arena_drop(windows, windows->first);
+    }
 }
 
 static int extend(bmc_session *s, int from, const int32_t *tokens, int n, int window) {
-    states_forget(&s->states[HERE], from);
-    if (from < s->arenas[WINDOWS].first)
-        arena_clear(&s->arenas[WINDOWS]);
+    for (int i = 0; i < PLACES; i++)
+        states_forget(&s->states[i], from);
+    for (int i = WINDOWS; i < ARENAS; i += GPU_ROWS)
+        if (from < s->arenas[i].first)
+            arena_clear(&s->arenas[i]);
     s->position = s->unchanged = from;
     int status = reserve(s, n);
     if (status)
@@ -168,7 +241,7 @@ static int extend(bmc_session *s, int from, const int32_t *tokens, int n, int wi
 }
 
 int bmc_session_extend(bmc_session *s, int from, const int32_t *tokens, int n, int window) {
-    int status = claim_here(s);
+    int status = claim(s);
     if (status)
         return status;
     status = s->model->c.causal && !s->model->target ? check_tokens(s, from, tokens, n, window)

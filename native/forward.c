@@ -177,11 +177,19 @@ static void run(void *arg, int thread) {
 
 static void choose(void *pass, int thread) { choose_ids(pass, thread); }
 
+/* What passed since the last lap of each thread was spent on a step. */
+static void lap_all(const struct pass *p, enum bmc_step step) {
+    struct laps *laps = p->model->profile.laps;
+    for (int i = 0; laps && i < pool_size(p->model->pool); i++)
+        lap(&laps[i], step);
+}
+
 /* The blocks that are on a GPU and the head; ids are chosen here. */
 static int run_on_gpu(struct pass *p) {
     const bmc_model *m = p->model;
     if (!m->cuda || !p->n_tok)
         return 0;
+    lap_all(p, BMC_STEP_WAIT);
     cuda_begin(p);
     if (!m->cuda->first)
         per_layer_inputs(p, 0);
@@ -189,6 +197,7 @@ static int run_on_gpu(struct pass *p) {
     if (p->n_tok)
         run_head(p, waits, 0);
     const int status = cuda_end(p);
+    lap_all(p, BMC_STEP_GPU);
     if (!status && p->n_tok && p->n_choosing)
         pool_run(m->pool, choose, p);
     return status;
@@ -206,8 +215,7 @@ int forward(struct pass *p) {
     int status = p->model->stage ? cuda_stage_end(p) : 0;
     if (!status)
         status = run_on_gpu(p);
-    for (int i = 0; i < n_laps; i++)
-        lap(&profile->laps[i], BMC_STEP_WAIT);
+    lap_all(p, BMC_STEP_WAIT);
     profile->n_passes += n_laps > 0;
     return status;
 }

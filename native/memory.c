@@ -69,4 +69,6 @@ static int host_copy(void *of, void *to, const void *from, size_t bytes) { retur
 
 static int host_zero(void *of, void *memory, size_t bytes) { return (void)of, memset(memory, 0, bytes), 0; }
 
-const struct memory memory_host = { NULL, host_whole, host_map, host_unmap, host_copy, host_zero };
+static int host_wait(void *of) { return (void)of, 0; }
+
+const struct memory memory_host = { NULL, host_whole, host_map, host_unmap, host_copy, host_zero, host_copy, host_copy, host_wait };

@@ -22,6 +22,12 @@ struct memory {
     void (*unmap)(void *of, void *memory, size_t bytes);
     int (*copy)(void *of, void *to, const void *from, size_t bytes);        /* 0, or -1 */
     int (*zero)(void *of, void *memory, size_t bytes);
+    /* Pieces to the host and from it. `send` has read its bytes when it returns; `fetch` has written them after `wait`, which follows in
+     * any case, on the same thread. 0, or the first failure since the last `wait`, with its sentence. A GPU's are for one thread at a
+     * time. */
+    int (*fetch)(void *of, void *to, const void *from, size_t bytes);
+    int (*send)(void *of, void *to, const void *from, size_t bytes);
+    int (*wait)(void *of);
 };
 extern const struct memory memory_host;
 

@@ -10,7 +10,7 @@ static const char *const names[BMC_STEPS] = {
     [BMC_STEP_STORE] = "rope, storing", [BMC_STEP_ATTENTION] = "attention", [BMC_STEP_STATES] = "states",
     [BMC_STEP_ATTN_OUTPUT] = "attention's output",
     [BMC_STEP_GATE_UP] = "gate, up", [BMC_STEP_ACTIVATION] = "activation", [BMC_STEP_DOWN] = "down",
-    [BMC_STEP_HEAD] = "head", [BMC_STEP_WAIT] = "waiting",
+    [BMC_STEP_HEAD] = "head", [BMC_STEP_GPU] = "on the GPU", [BMC_STEP_WAIT] = "waiting",
 };
 
 const char *bmc_step_name(int step) { return step >= 0 && step < BMC_STEPS ? names[step] : NULL; }

@@ -69,9 +69,13 @@ void states_free(struct states *s) {
 
 static double megabytes(size_t floats) { return (double)floats * sizeof(float) / 1e6; }
 
+static int check_lost(const struct states *s) {
+    return s->lost ? fail(BMC_EDEVICE, "the states of this session are lost: the GPU failed while they were changed") : 0;
+}
+
 int states_reserve(struct states *s) {
-    if (s->lost)
-        return fail(BMC_EDEVICE, "the states of this session are lost: the GPU failed while they were changed");
+    if (check_lost(s))
+        return BMC_EDEVICE;
     if (!s->n || s->memory)
         return 0;
     s->memory = place_of(s)->map(place_of(s)->of, whole(s, s->floats));
@@ -101,37 +105,44 @@ void states_done(struct states *s, const struct state_run *run) {
     s->current = run->start + run->n;
 }
 
+/* How floats move: within the place of the states (memory.copy), or between it and the host. */
+typedef int move_fn(void *of, void *to, const void *from, size_t bytes);
+
+static int move_floats(const struct states *s, move_fn *move, float *to, const float *from, size_t n) {
+    return n ? move(place_of(s)->of, to, from, n * sizeof *to) : 0;
+}
+
 static int copy_floats(const struct states *s, float *to, const float *from, size_t n) {
-    return n ? place_of(s)->copy(place_of(s)->of, to, from, n * sizeof *to) : 0;
+    return move_floats(s, place_of(s)->copy, to, from, n);
 }
 
 static int zero_floats(const struct states *s, float *to, size_t n) {
     return n ? place_of(s)->zero(place_of(s)->of, to, n * sizeof *to) : 0;
 }
 
-/* 0, or -1, as those that follow. */
-static int save(const struct states *s, int n_log, float *values) {
+/* 0, or something else, as those that follow. */
+static int save(const struct states *s, int n_log, float *values, move_fn *move) {
     int failed = 0;
     for (int i = 0; i < s->n; i++) {
         const struct state_size *size = &s->sizes[i];
-        failed |= copy_floats(s, values, state_anchor(s, i), size->floats);
+        failed |= move_floats(s, move, values, state_anchor(s, i), size->floats);
         values += size->floats;
         for (int j = -size->n_before; j < n_log; j++, values += size->row)
-            failed |= copy_floats(s, values, state_row(s, i, s->base + j), size->row);
+            failed |= move_floats(s, move, values, state_row(s, i, s->base + j), size->row);
     }
     return failed;
 }
 
 /* And back, as the states at s->base. */
-static int load(const struct states *s, int n_log, const float *values) {
+static int load(const struct states *s, int n_log, const float *values, move_fn *move) {
     int failed = 0;
     for (int i = 0; i < s->n; i++) {
         const struct state_size *size = &s->sizes[i];
-        failed |= copy_floats(s, state_anchor(s, i), values, size->floats);
-        failed |= copy_floats(s, state_current(s, i), values, size->floats);
+        failed |= move_floats(s, move, state_anchor(s, i), values, size->floats);
+        failed |= move_floats(s, move, state_current(s, i), values, size->floats);
         values += size->floats;
         for (int j = -size->n_before; j < n_log; j++, values += size->row)
-            failed |= copy_floats(s, state_row(s, i, s->base + j), values, size->row);
+            failed |= move_floats(s, move, state_row(s, i, s->base + j), values, size->row);
     }
     return failed;
 }
@@ -174,7 +185,7 @@ int states_rewind(struct states *s, int position) {
         return position;
     const struct snapshot *last = last_snapshot(s, position);
     s->base = s->current = last ? last->position : 0;
-    s->lost |= last ? load(s, 0, last->copy->values) : clear(s);
+    s->lost |= last ? load(s, 0, last->copy->values, place_of(s)->copy) : clear(s);
     states_forget(s, position);
     return s->base;
 }
@@ -229,32 +240,57 @@ static int add_snapshot(struct states *s, int position, struct copy *copy, int f
 }
 
 int states_snapshot(struct states *s) {
+    if (check_lost(s))
+        return BMC_EDEVICE;
     if (!s->n || !s->base || states_has_snapshot(s, s->base))
         return 0;
     struct copy *copy = make_copy(s);
-    return copy ? add_snapshot(s, s->base, copy, save(s, 0, copy->values)) : BMC_ENOMEM;
+    return copy ? add_snapshot(s, s->base, copy, save(s, 0, copy->values, place_of(s)->copy)) : BMC_ENOMEM;
 }
 
-bool states_export(const struct states *s, int position, int n_log, float *values) {
-    const struct snapshot *last = last_snapshot(s, position);
-    if (!n_log && last && last->position == position)
-        return !copy_floats(s, values, last->copy->values, snapshot_floats(s));
-    return s->memory && position == s->base && n_log >= 0 && n_log <= s->current - s->base && !save(s, n_log, values);
+int states_export(const struct states *s, int position, int n_log, float *values) {
+    const struct memory *on = place_of(s);
+    const bool snapshot = !n_log && states_has_snapshot(s, position);
+    if (check_lost(s))
+        return BMC_EDEVICE;
+    if (!snapshot && (!s->memory || position != s->base || n_log < 0 || n_log > s->current - s->base))
+        return fail(BMC_EINVAL, "the session has no states of %d tokens", position);
+    if (snapshot)
+        move_floats(s, on->fetch, values, last_snapshot(s, position)->copy->values, snapshot_floats(s));
+    else
+        save(s, n_log, values, on->fetch);
+    return on->wait(on->of);
+}
+
+static int import_snapshot(struct states *s, int position, const float *values) {
+    const struct memory *on = place_of(s);
+    struct copy *copy = make_copy(s);
+    if (!copy)
+        return BMC_ENOMEM;
+    move_floats(s, on->send, copy->values, values, snapshot_floats(s));
+    const int status = on->wait(on->of);
+    if (!status)
+        return add_snapshot(s, position, copy, 0);
+    drop(&(struct snapshot){ position, copy });
+    return status;
 }
 
 int states_import(struct states *s, int position, int n_log, bool as_snapshot, const float *values) {
-    if (as_snapshot) {
-        struct copy *copy = make_copy(s);
-        return copy ? add_snapshot(s, position, copy, copy_floats(s, copy->values, values, snapshot_floats(s))) : BMC_ENOMEM;
-    }
+    const struct memory *on = place_of(s);
+    if (as_snapshot)
+        return import_snapshot(s, position, values);
     s->base = position;
     s->current = n_log ? position + n_log + 1 : position;       /* beyond its end: the next pass does the log again */
-    s->lost |= load(s, n_log, values);
-    return 0;
+    load(s, n_log, values, on->send);
+    const int status = on->wait(on->of);
+    s->lost |= status != 0;
+    return status;
 }
 
 int states_copy(struct states *to, const struct states *from) {
-    const int status = from->memory ? states_reserve(to) : 0;
+    int status = check_lost(from);
+    if (!status && from->memory)
+        status = states_reserve(to);
     if (status || !from->memory)
         return status;
     if (copy_floats(to, to->memory, from->memory, from->floats))

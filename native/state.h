@@ -82,9 +82,9 @@ int64_t states_bytes(const struct states *s);
 /* Anchors as numbers, with the log of n_log tokens: those at base, or of the snapshot of a position, whose log is empty. */
 size_t states_floats(const struct states *s, int n_log);
 bool states_has_snapshot(const struct states *s, int position);
-bool states_export(const struct states *s, int position, int n_log, float *values);        /* false: there are none */
+int states_export(const struct states *s, int position, int n_log, float *values);     /* 0, BMC_EINVAL: there are none, or BMC_EDEVICE */
 
-/* The other way: as the states after position + n_log tokens, or as a snapshot. 0 or BMC_ENOMEM. */
+/* The other way: as the states after position + n_log tokens, or as a snapshot. 0, BMC_ENOMEM or BMC_EDEVICE. */
 int states_import(struct states *s, int position, int n_log, bool as_snapshot, const float *values);
 void states_forget(struct states *s, int position);            /* snapshots of more tokens */
 

@@ -26,8 +26,8 @@ GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.gguf"))
 WIDTHS = (1, 2, 5, 17)                  # of passes: the kinds of product kernels but for the widest
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fake():
+@pytest.fixture(scope="module", autouse=True, name="fake")
+def fake_driver():
     """The library opens a driver once, so a process that runs these tests has this one from then on."""
     path = str(gpu.build())
     before = {name: os.environ.get(name) for name in ("PYBMC_CUDA_DRIVER", "PYBMC_CUDA_KERNELS")}
@@ -523,11 +523,3 @@ def test_llama_class(fake):
     with pybmc.Llama(str(tiny.model("llama")), n_gpu_layers=-1, verbose=False) as llama:
         assert llama._model.gpu_layers == 2
         assert llama.create_completion("the mill", max_tokens=3, temperature=0)["choices"][0]["text"]
-
-
-def test_sessions_on_a_gpu_are_not_saved(tmp_path):
-    with pybmc.Model(tiny.model("llama"), threads=1, gpu=0, n_gpu_layers=1) as model, model.session() as session:
-        session.eval(tokens(20))
-        with pytest.raises(pybmc.BmcError, match="layers on a GPU cannot be saved"):
-            session.save(tmp_path / "a.pybmc")
-        assert session.position == 20 and not list(tmp_path.iterdir())

@@ -209,7 +209,7 @@ def test_plain_decoding_keeps_nothing(model, kept):
 
 def test_a_record_is_for_the_same_files_threads_and_machine(tmp_path, kept):
     (tmp_path / "m.gguf").write_bytes(b"x")
-    model = SimpleNamespace(path=str(tmp_path / "m.gguf"), threads=2)
+    model = SimpleNamespace(path=str(tmp_path / "m.gguf"), threads=2, gpu_layers=0)
     key = store.identity(model)
     assert store.load(key) == [] and store.identity(SimpleNamespace(path="/nowhere", threads=1)) is None
     store.save(key, [0.01, 1.23456789])
@@ -217,8 +217,12 @@ def test_a_record_is_for_the_same_files_threads_and_machine(tmp_path, kept):
     assert store.load(store.identity(model, model)) == []
     model.threads = 3
     assert store.load(store.identity(model)) == []
-    model.threads = 2
+    model.threads, before = 2, os.stat(model.path)
     os.utime(model.path, (1, 1))
+    assert store.load(store.identity(model)) == []
+    os.utime(model.path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert store.load(store.identity(model))
+    model.gpu_layers = 1
     assert store.load(store.identity(model)) == []
     store.save(None, [1.0])
     assert store.load(None) == []

@@ -291,13 +291,19 @@ static void unmap_segment(void *of, void *memory, size_t bytes) {
     const struct gpu *g = s->gpu;
     if (!memory || gpu_enter(g))
         return;
-    g->cu->cuStreamSynchronize(s->stream);      /* it may be zeroed still */
+    g->cu->cuStreamSynchronize(s->stream);      /* it may be zeroed still, where waiting for that failed */
     if (!g->granularity) {
         g->cu->cuMemFree_v2(cuda_address(memory));
         return;
     }
     g->cu->cuMemUnmap(cuda_address(memory), bytes);
     g->cu->cuMemAddressFree(cuda_address(memory), bytes);
+}
+
+/* 0, or -1. */
+static int zero(const struct gpu_segments *s, uint64_t address, size_t bytes) {
+    const struct cuda_driver *cu = s->gpu->cu;
+    return cu->cuMemsetD8Async(address, 0, bytes, s->stream) || cu->cuStreamSynchronize(s->stream) ? -1 : 0;
 }
 
 static void *new_segment(void *of, size_t bytes) {
@@ -310,14 +316,13 @@ static void *new_segment(void *of, size_t bytes) {
         address = map_segment(g, bytes);
     else if (g->cu->cuMemAlloc_v2(&address, bytes))
         address = 0;
-    if (address && g->cu->cuMemsetD8Async(address, 0, bytes, s->stream)) {
+    if (address && zero(s, address, bytes)) {
         unmap_segment(of, (void *)(uintptr_t)address, bytes);
         address = 0;
     }
     return (void *)(uintptr_t)address;
 }
 
-/* Done when it returns: whose rows they were may give them back. */
 static int copy_segment(void *of, void *to, const void *from, size_t bytes) {
     const struct gpu_segments *s = of;
     const struct cuda_driver *cu = s->gpu->cu;
@@ -328,10 +333,10 @@ static int copy_segment(void *of, void *to, const void *from, size_t bytes) {
 
 static int zero_segment(void *of, void *memory, size_t bytes) {
     const struct gpu_segments *s = of;
-    return gpu_enter(s->gpu) || s->gpu->cu->cuMemsetD8Async(cuda_address(memory), 0, bytes, s->stream) ? -1
-                                                                                                       : 0;
+    return gpu_enter(s->gpu) ? -1 : zero(s, cuda_address(memory), bytes);
 }
 
 struct memory gpu_memory(struct gpu_segments *of) {
-    return (struct memory){ of, segment_whole, new_segment, unmap_segment, copy_segment, zero_segment };
+    return (struct memory){ of,           segment_whole, new_segment, unmap_segment, copy_segment,
+                            zero_segment, gpu_fetch,     gpu_send,    gpu_wait };
 }

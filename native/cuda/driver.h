@@ -104,10 +104,25 @@ void *gpu_function(const struct gpu *gpu, const char *name);        /* NULL with
 int gpu_alloc(const struct gpu *gpu, size_t bytes, const char *what, void **memory);
 void gpu_free(const struct gpu *gpu, void *memory);
 
+/* Pieces of segments on their way to the host or from it, by a buffer of pinned memory (transfer.c). */
+enum { STAGE_BYTES = 4 << 20, STAGE_PIECES = 1024 };
+struct gpu_stage {
+    char *bytes;                    /* pinned, STAGE_BYTES; NULL until it is used */
+    size_t begun, used;             /* those from `begun` on belong to a copy that is not queued yet */
+    uint64_t there;                 /* the address of their first one on the GPU */
+    bool up;                        /* they go to the GPU */
+    struct { void *to; size_t at, bytes; } pieces[STAGE_PIECES];       /* for the host, once they are there */
+    int n_pieces, status;
+};
+
 /* Segments of arenas, which grow where they stand, and states: each is memory mapped to addresses of its
- * own, or where the GPU cannot do that an allocation. The stream does the zeroing and copying. */
-struct gpu_segments { const struct gpu *gpu; void *stream; };
+ * own, or where the GPU cannot do that an allocation. The stream does the zeroing and copying, for several
+ * threads and beside the passes, whose own stream may be capturing a graph: all is done on return. */
+struct gpu_segments { const struct gpu *gpu; void *stream; struct gpu_stage stage; };
 struct memory gpu_memory(struct gpu_segments *of);
+int gpu_fetch(void *of, void *to, const void *from, size_t bytes);     /* memory.fetch, send and wait */
+int gpu_send(void *of, void *to, const void *from, size_t bytes);
+int gpu_wait(void *of);
 
 _Static_assert(sizeof(struct cuda_copy2d) == 128, "CUDA_MEMCPY2D has 128 bytes");
 static inline uint64_t cuda_address(const void *p) { return (uint64_t)(uintptr_t)p; }

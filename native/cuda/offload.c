@@ -465,6 +465,8 @@ static int open_on(bmc_model *m, struct cuda *c, int gpu, const char *kernels) {
     if (!status)
         status = cuda_status(gpu, "making a stream", c->gpu->cu->cuStreamCreate(&c->stream, 1));
     if (!status)
+        status = cuda_status(gpu, "making a stream", c->gpu->cu->cuStreamCreate(&c->segments.stream, 1));
+    if (!status)
         status = find_kernels(m, c);
     if (!status)
         status = make_buffers(m, c);
@@ -500,7 +502,7 @@ int bmc_model_offload(bmc_model *m, int gpu, const char *kernels, int n_layers) 
         cuda_free(c);
         return status;
     }
-    c->segments = (struct gpu_segments){ c->gpu, c->stream };
+    c->segments.gpu = c->gpu;
     c->memory = gpu_memory(&c->segments);
     struct visit v = { .m = m, .first = first };
     model_each_matrix(m, mark, &v);
@@ -582,8 +584,12 @@ void cuda_free(struct cuda *c) {
         c->gpu->cu->cuMemFreeHost(c->host);
     if (alive && c->results)
         c->gpu->cu->cuMemFreeHost(c->results);
-    if (alive && c->stream)
-        c->gpu->cu->cuStreamDestroy_v2(c->stream);
+    if (alive && c->segments.stage.bytes)
+        c->gpu->cu->cuMemFreeHost(c->segments.stage.bytes);
+    void *const streams[] = { c->stream, c->segments.stream };
+    for (size_t i = 0; alive && i < sizeof streams / sizeof *streams; i++)
+        if (streams[i])
+            c->gpu->cu->cuStreamDestroy_v2(streams[i]);
     gpu_close(c->gpu);
     free(c);
 }

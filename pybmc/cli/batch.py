@@ -9,10 +9,10 @@ from ..errors import BmcError
 from .options import (
     SAMPLING,
     File,
+    asks_for_gpu,
     context_option,
     draft_options,
     find_model,
-    gpu_settings,
     model_option,
     opened,
     sampling_options,
@@ -74,8 +74,8 @@ def _answers(lines, ray, name, model_option, threads, options, flags):
     if ray:
         from ..batch.cluster import answers
 
-        if any(gpu_settings().values()):
-            raise click.UsageError("--ray: the nodes compute on their CPUs; --gpu and -ngl have no effect there")
+        if asks_for_gpu() or asks_for_gpu(draft=True):
+            raise click.UsageError("--ray: the nodes compute on their CPUs; --gpu, -ngl and -ngld have no effect there")
 
         drafting = {key: flags[key] for key in ("spec", "draft_max", "draft_min")}
         yield from answers(lines, ray, model_option or "demo", flags["draft"], threads, {**options, **drafting})

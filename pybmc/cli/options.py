@@ -394,6 +394,12 @@ def gpu_settings(draft: bool = False) -> dict:
     return {"gpu": gpu, "n_gpu_layers": layers, "stream_tokens": meta["stream_tokens"]}
 
 
+def asks_for_gpu(draft: bool = False) -> bool:
+    """Whether the flags put layers on a GPU."""
+    settings = gpu_settings(draft)
+    return settings["gpu"] != "off" and settings["n_gpu_layers"] != 0 and any(value is not None for value in settings.values())
+
+
 @contextmanager
 def opened(path: Path, threads, writes: bool = True, gpu: dict | None = None):
     """The model, loaded behind a progress bar, and the seconds it took. writes: an encoder is refused. gpu: settings about GPUs instead

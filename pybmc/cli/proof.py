@@ -56,11 +56,10 @@ def prove(model, model_option, draft, prompt, prompt_file, max_tokens, temperatu
 @contextmanager
 def on_gpu(path, threads):
     """The model with layers on a GPU, where the flags ask for one; else None."""
-    from ..engine.gpu import asks
     from ..engine.prove import STREAMED
 
     settings = options.gpu_settings()
-    if not asks(settings["gpu"], settings["n_gpu_layers"]):
+    if not options.asks_for_gpu():
         yield None
         return
     if settings["stream_tokens"] is None:

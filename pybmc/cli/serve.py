@@ -67,7 +67,7 @@ work_options = options(
                  help="Length of an answer where a chat names none."),
     click.option("--memory", type=Size(),
                  help="For keys and values of all sequences, and of earlier ones whose beginnings are used again. "
-                      "Default: half of what is free once the model is loaded."),
+                      "Default: half of what is free once the model is loaded, of a GPU's memory four fifths."),
     click.option("--pass-ms", type=click.FloatRange(1), default=100, show_default=True, metavar="MS",
                  help="How long a pass that reads prompts may take while answers are written."),
     click.option("--pooling", type=click.Choice(["mean", "first", "last", "none", "rank"]),

@@ -177,10 +177,10 @@ def speculation_of(session: Session | None, model: Model, draft: Any, spec: str,
 
 
 def opened(model: Model, path: str | PathLike) -> Model:
-    """The draft model of a path, opened once for a model."""
+    """The draft model of a path, opened once for a model, and on its GPU as far as it fits there."""
     known = model.drafts.get(str(path))
     if known is None or known.closed:
-        known = model.drafts[str(path)] = Model(path, threads=model.threads)
+        known = model.drafts[str(path)] = Model(path, threads=model.threads, gpu=model.gpu)
     return known
 
 

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from .free import free_memory
+from .gpu import gpus
 from .model import Model
 from .prefixes import Match
 from .sequence import Sequence
 
 FINE = 16                               # rows that a session grows by where memory is narrow
+SHARE, GPU_SHARE = 0.5, 0.8             # of the free memory, by default: others use the machine's too
+
+
+def usual_memory(model: Model) -> float:
+    """Bytes that sessions of a model may take together where nobody says how many: what is free of the machine's
+    memory, and of its GPU's, each bounds the rows that are there."""
+    on_gpu = model.gpu_rows()
+    bound = SHARE * free_memory() / (1 - on_gpu) if on_gpu < 1 else float("inf")
+    if model.gpu is not None and on_gpu:
+        bound = min(bound, GPU_SHARE * gpus()[model.gpu].available / on_gpu)
+    return bound
 
 
 class Room:

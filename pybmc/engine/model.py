@@ -50,8 +50,8 @@ class ExpertMemory:
 @dataclass
 class Profile:
     """Where the time of a `with model.profile()` went, in seconds: all of it, in calls of the library, and in the steps
-    of its passes, which together make up the passes (the mean of the threads, whose waiting is a step too). Steps that
-    took no time, as those of blocks that the model does not have, are left out."""
+    of its passes, which together make up the passes (the mean of the threads, whose waiting is a step too). All of a
+    GPU's is one step. Steps that took no time, as those of blocks that the model does not have, are left out."""
 
     wall_s: float = 0.0
     calls_s: float = 0.0
@@ -122,6 +122,18 @@ class Model:
         else:
             check(lib.bmc_model_map(self._handle))
         self.streams = self.streams and self._packing != lib.BMC_IN_FILE
+
+    @property
+    def gpu(self) -> int | None:
+        """The number of the GPU that has its last layers; None without any."""
+        return self._gpu.gpu if self._gpu and self.gpu_layers else None
+
+    def gpu_rows(self) -> float:
+        """The share of a session's rows that is on the GPU: of their bytes, or of the layers where none has rows."""
+        with self.session(1) as session:
+            every = session.arena_stats().row_bytes
+        ours = plan(self._live(), self.gpu_layers).row_bytes if self.gpu_layers else 0
+        return ours / every if every else self.gpu_layers / self.config.n_layers
 
     def _gpu_bytes(self) -> int:
         """Bytes of packed weights that are on a GPU."""
@@ -259,8 +271,9 @@ class Model:
     def load_session(self, path: str | os.PathLike, context: int | None = None,
                      rows: int | str = "auto") -> Session:
         """The session that Session.save wrote to a file, as it was: the next logits are those that it would have
-        given, on any CPU. Of a file that was cut off or damaged, the last whole save. context: another cap; None for
-        the one it had. Raises OSError, ContextFullError, and FormatError for what is no session of this model."""
+        given, on any CPU and with any number of layers on a GPU. Of a file that was cut off or damaged, the last whole
+        save. context: another cap; None for the one it had. Raises OSError, ContextFullError, OutOfMemoryError,
+        DeviceError, and FormatError for what is no session of this model."""
         return load(self, path, context, rows)
 
     @cached_property

@@ -153,8 +153,8 @@ class Session:
     def save(self, path: str | os.PathLike) -> None:
         """Write the session to a file, for Model.load_session: its tokens, rows and snapshots, and its notes. To the
         file that it was saved to or loaded from last only what is new is appended; any other one is written beside
-        and renamed. A save that fails or is cut off leaves the one before. Raises OSError, and FormatError where
-        the file is there and no saved session."""
+        and renamed. A save that fails or is cut off leaves the one before. Raises OSError, DeviceError where a GPU
+        that has layers fails, and FormatError where the file is there and no saved session."""
         save(self, path)
 
     def keep_hidden(self) -> None:

@@ -16,7 +16,7 @@ from .. import __version__
 from ..chat.template import ChatTemplate
 from ..chat.tools import format_of
 from ..engine.engine import Engine
-from ..engine.free import free_memory
+from ..engine.memory import usual_memory
 from ..engine.model import Model
 from ..errors import ArgumentError
 from ..spec.speculation import Speculation
@@ -88,7 +88,7 @@ class Service:
         self.metrics = Metrics(self)
         self.closing = self.closed = False
         self.pulling: Pull | None = None                # a model on its way from the hub
-        memory = given.memory if given.memory is not None else free_memory() / 2
+        memory = given.memory if given.memory is not None else usual_memory(model)
         if draft is not None and not self.writes:
             raise ArgumentError(f"{model.path} is an encoder: it writes no text, so a draft model has nothing to guess")
         if given.sessions is not None and not self.writes:

@@ -30,6 +30,7 @@ class Model(Protocol):
     """pybmc.engine.model.Model, as a target or a draft."""
 
     threads: int
+    gpu_layers: int
 
     @property
     def path(self) -> str: ...

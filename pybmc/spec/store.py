@@ -1,7 +1,7 @@
 """What was learned of a pair of models on this machine, kept for the next run in the user's cache directory.
 
-One small JSON file for each pair of model files, thread count and host. A file that is missing, broken or from elsewhere is as
-good as none, and one that cannot be written is no failure.
+One small JSON file for each pair of model files, thread count, layers on a GPU and host. A file that is missing,
+broken or from elsewhere is as good as none, and one that cannot be written is no failure.
 """
 
 import json
@@ -21,8 +21,11 @@ def identity(model: Model, draft: Model | None = None) -> dict | None:
         files = [os.stat(m.path) for m in (model, draft) if m is not None]
     except (AttributeError, OSError):
         return None
-    return {"version": VERSION, "files": [[file.st_size, file.st_mtime_ns] for file in files], "threads": model.threads,
-            "host": platform.node(), "machine": platform.machine(), "cpu": os.environ.get("PYBMC_CPU", "")}
+    sizes = [[file.st_size, file.st_mtime_ns] for file in files]
+    key = {"version": VERSION, "files": sizes, "threads": model.threads,
+           "host": platform.node(), "machine": platform.machine(), "cpu": os.environ.get("PYBMC_CPU", "")}
+    on_gpu = [m.gpu_layers for m in (model, draft) if m is not None]
+    return key | ({"gpu_layers": on_gpu} if any(on_gpu) else {})
 
 
 def load(key: dict | None) -> list[float]:

@@ -382,8 +382,13 @@ API int cuStreamDestroy_v2(void *s) {
 }
 
 API int cuStreamSynchronize(void *s) {
-    BEGIN(true);
-    while (!((stream *)s)->queue.empty())
+    std::lock_guard<std::recursive_mutex> held(lock);
+    std::deque<step> &queue = ((stream *)s)->queue;
+    if (int code = begin(__func__, true)) {         /* what was queued is lost */
+        queue.clear();
+        return code;
+    }
+    while (!queue.empty())
         advance((stream *)s);
     const int code = broken;
     broken = 0;                         /* a real one stays broken; tests go on */

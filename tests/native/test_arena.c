@@ -222,8 +222,8 @@ static void rows_move_as_bytes(void) {
         CHECK(!arena_reserve(&to, length) && arena_tile_bytes(&to) == TILE_ROWS * LAYERS * HEADS * SLICE);
         for (int64_t tile = 0, n = 1; tile < tiles(length); tile += n, n = n % 5 + 1) {
             const int64_t end = tile + n < tiles(length) ? tile + n : tiles(length);
-            arena_export(&from, tile, end, bytes);
-            arena_import(&to, tile, end, bytes);
+            CHECK(arena_export(&from, tile, end, bytes, arena_tile_bytes(&from)) == 0);
+            CHECK(arena_import(&to, tile, end, bytes, arena_tile_bytes(&to)) == 0);
         }
         check_rows(&to, length);
         check_zero(&to, tiles(length), tiles(to.rows_reserved));
