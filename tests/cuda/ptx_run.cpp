@@ -369,7 +369,7 @@ static void float_to_half(thread &t, const instruction &i) {
     const float x = t.get<float>(i.slot[1]), size = fabsf(x);
     int exponent = 0;
     frexpf(size, &exponent);                /* size is in [2^(exponent - 1), 2^exponent) */
-    const int unit = std::max(exponent - 11, -24);
+    const int unit = size > 0 ? std::max(exponent - 11, -24) : -24;
     const double units = std::nearbyint(ldexp((double)size, -unit));
     const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
     const uint16_t h = x != x          ? 0x7fff

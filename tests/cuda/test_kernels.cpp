@@ -35,8 +35,12 @@ static const grid_kernel *find_kernel(const std::string &name) {
 }
 static bool has_mma(void) { return compiled.kernels.empty() || compiled.read.target >= 80; }
 
-struct output { void *p; size_t bytes; };
-template <class T> static output out(std::vector<T> &v) { return { v.data(), v.size() * sizeof(T) }; }
+/* floats: bytes of a float where it consists of such (tiles are f16), else 0. */
+struct output { void *p; size_t bytes, floats; };
+template <class T> static output out(std::vector<T> &v) { return { v.data(), v.size() * sizeof(T), 0 }; }
+static output out(std::vector<float> &v) { return { v.data(), v.size() * sizeof v[0], sizeof(float) }; }
+static output out(std::vector<cuda_best> &v) { return { v.data(), v.size() * sizeof v[0], sizeof(float) }; }
+static output out(std::vector<char> &v) { return { v.data(), v.size(), sizeof(uint16_t) }; }
 
 static std::string bytes_of(const std::vector<output> &outs) {
     std::string all;
@@ -51,6 +55,21 @@ static void restore(const std::vector<output> &outs, const std::string &bytes) {
         memcpy(o.p, bytes.data() + at, o.bytes);
         at += o.bytes;
     }
+}
+
+/* The bits of NaN are the machine's: a GPU has one NaN. Here as well, then. */
+static std::string with_one_nan(const std::vector<output> &outs, std::string bytes) {
+    char *at = bytes.empty() ? NULL : &bytes[0];
+    for (const output &o : outs) {
+        for (size_t i = 0; o.floats && i + o.floats <= o.bytes; i += o.floats) {
+            uint32_t x = 0;
+            memcpy(&x, at + i, o.floats);
+            if (o.floats == 4 ? (x & INT32_MAX) > 0x7f800000 : (x & INT16_MAX) > 0x7c00)
+                memset(at + i, 0x7f, o.floats);
+        }
+        at += o.bytes;
+    }
+    return bytes;
 }
 
 /* The outputs have the bytes that the reference gave them. */
@@ -69,7 +88,8 @@ static void check(const std::string &what, const std::vector<output> &outs,
         kernel();
         const std::string found = bytes_of(outs);
         n_checks++;
-        if (found == expected)
+        if (found == expected
+            || (!compiled.kernels.empty() && with_one_nan(outs, found) == with_one_nan(outs, expected)))
             continue;
         size_t at = 0;
         while (found[at] == expected[at])
@@ -216,8 +236,10 @@ static void products_of_type(int type) {
 }
 
 static void every_product(void) {
-#define CHECK_TYPE(TYPE, ...) products_of_type(TYPE);
-    CUDA_TYPES(CHECK_TYPE)
+#define CHECK_TYPE(TYPE, name, ...) \
+    if (find_kernel("narrow1_" #name)) \
+        products_of_type(TYPE);
+    PANEL_TYPES(CHECK_TYPE)
 #undef CHECK_TYPE
 }
 
