@@ -29,6 +29,8 @@ struct thread {
     std::vector<char> local;
 
     template <class T> T get(uint16_t slot) const {
+        if constexpr (std::is_same<T, bool>::value)
+            return r[slot] & 1;
         T x;
         memcpy(&x, r + slot, sizeof x);
         return x;
@@ -43,9 +45,9 @@ struct thread {
     thread &lane(unsigned of) const;
 };
 
-/* Who used a byte of shared memory last: a thread, several of a warp, or threads of several warps. */
-enum : uint16_t { SEVERAL = 0x8000, MANY = 0xffff };
-enum : uint32_t { NEVER = 0, UNFINISHED = UINT32_MAX };
+/* Who used a byte of shared memory last: a thread, several of a warp, threads of several warps, or a copy that
+ * is not awaited yet. */
+enum : uint16_t { SEVERAL = 0x8000, COPY = 0xfffe, MANY = 0xffff };
 struct use { uint32_t epoch; uint16_t who; uint16_t warp_syncs; };
 struct cell { use wrote, read; };
 
@@ -84,8 +86,8 @@ static int warp_of(const use &u) { return u.who & SEVERAL ? u.who - SEVERAL : u.
 
 /* A use comes before all that the thread does now: a barrier of the block lies between, or one of its warp. */
 static bool ordered(const thread &t, const use &u) {
-    if (u.epoch == UNFINISHED)
-        return false;
+    if (u.who == COPY)
+        return u.epoch < block.first;
     if (u.epoch < t.epoch || u.who == t.id)
         return true;
     if (u.who == MANY || u.warp_syncs >= t.warp_syncs)
@@ -102,21 +104,20 @@ static std::string name_of(const use &u) {
 static void check_order(const thread &t, const instruction &i, size_t at, size_t bytes, bool writes) {
     for (cell *c = &block.cells[at], *end = c + bytes; c < end; c++) {
         if (!ordered(t, c->wrote))
-            stop(t, i, c->wrote.epoch == UNFINISHED ? "shared memory that a copy not awaited yet will write"
-                                                    : "no barrier since " + name_of(c->wrote) + " wrote this shared memory");
+            stop(t, i, c->wrote.who == COPY ? "shared memory that a copy not awaited yet will write"
+                                            : "no barrier since " + name_of(c->wrote) + " wrote this shared memory");
         if (writes && !ordered(t, c->read))
             stop(t, i, "no barrier since " + name_of(c->read) + " read this shared memory");
     }
 }
 
-static void note_use(const thread &t, size_t at, size_t bytes, bool writes, uint32_t epoch) {
+static void note_use(const thread &t, size_t at, size_t bytes, bool writes, bool copies = false) {
     for (cell *c = &block.cells[at], *end = c + bytes; c < end; c++) {
         use &u = writes ? c->wrote : c->read;
-        const uint16_t id = (uint16_t)t.id;
-        uint16_t who = id;
-        if (!writes && u.epoch == epoch && u.who != id)
-            who = (uint16_t)(warp_of(u) == id / 32 ? SEVERAL | id / 32 : MANY);
-        u = { epoch, who, (uint16_t)t.warp_syncs };
+        unsigned who = copies ? (unsigned)COPY : t.id;
+        if (!writes && u.epoch == t.epoch && u.who != t.id)
+            who = warp_of(u) == (int)t.id / 32 ? SEVERAL | t.id / 32 : (unsigned)MANY;
+        u = { t.epoch, (uint16_t)who, (uint16_t)t.warp_syncs };
     }
 }
 
@@ -143,7 +144,7 @@ static char *find(thread &t, const instruction &i, space in, int operand, int wh
     if (in == SHARED) {
         char *found = inside(t, i, (uint32_t)at, shared_at(*t.k), t.shared, t.k->shared, bytes, "shared memory");
         check_order(t, i, (size_t)(found - t.shared), bytes, writes);
-        note_use(t, (size_t)(found - t.shared), bytes, writes, t.epoch);
+        note_use(t, (size_t)(found - t.shared), bytes, writes);
         return found;
     }
     if (!t.hooks->is_global(at, bytes))
@@ -181,7 +182,7 @@ static void copy_async(thread &t, const instruction &i) {
     const size_t bytes = t.get<uint64_t>(i.slot[2]);
     char *to = find(t, i, SHARED, 0, 0, bytes, true);
     t.copies.push_back({ to, find(t, i, GLOBAL, 1, 1, bytes, false), bytes, t.groups });
-    note_use(t, (size_t)(to - t.shared), bytes, true, UNFINISHED);
+    note_use(t, (size_t)(to - t.shared), bytes, true, true);
 }
 static void commit_copies(thread &t, const instruction &) { t.groups++; }
 static void wait_copies(thread &t, const instruction &i) {
@@ -189,7 +190,7 @@ static void wait_copies(thread &t, const instruction &i) {
     const auto left = std::stable_partition(t.copies.begin(), t.copies.end(), [=](const copy &c) { return c.group < done; });
     for (auto c = t.copies.begin(); c != left; c++) {
         memcpy(c->to, c->from, c->bytes);
-        note_use(t, (size_t)(c->to - t.shared), c->bytes, true, t.epoch);
+        note_use(t, (size_t)(c->to - t.shared), c->bytes, true);
     }
     t.copies.erase(t.copies.begin(), left);
 }
@@ -509,9 +510,9 @@ handler find_handler(const std::string &name) {
 
 static void begin_block(const kernel &k, unsigned serial) {
     block.serial = serial;
-    if (block.last > UNFINISHED / 2) {
+    if (block.last > UINT32_MAX / 2) {
         block.cells.clear();
-        block.last = NEVER;
+        block.last = 0;
     }
     block.first = ++block.last;
     if (block.cells.size() < k.shared)
