@@ -198,6 +198,10 @@ static inline const char *grid_launch(const grid_kernel *kernel, dim3 size, unsi
         grid_run_block((int)threads);
     }
     free(grid.shared);
+    for (int i = 0; *grid.fault && i < GRID_THREADS; i++) {     /* stacks that nobody came back to */
+        free(grid.fibers[i].stack);
+        grid.fibers[i].stack = NULL;
+    }
     return grid.fault;
 }
 
