@@ -2,9 +2,10 @@
 #include "ptx.h"
 
 #include <algorithm>
+#include <limits>
 #include <math.h>
-#include <memory>
 #include <string.h>
+#include <type_traits>
 #include <unordered_map>
 
 namespace ptx {
@@ -209,6 +210,7 @@ static void block_barrier(thread &t, const instruction &i) {
 
 static void warp_barrier(thread &t, const instruction &i) {
     t.warp_mask = t.get<uint32_t>(i.slot[0]);
+    t.meets = &i;
     t.hooks->sync_warp(t.warp_mask);
     t.warp_syncs++;
 }
@@ -244,7 +246,7 @@ template <shuffle_kind kind> static void shuffle(thread &t, const instruction &i
     t.put(i.slot[1], within);
 }
 
-/* d += a (16 x K, u8) b (K x 8, s8), a row of a and a column of b by the ISA's fragments: element i of a thread
+/* d = c + a (16 x K, u8) b (K x 8, s8), a row of a and a column of b by the ISA's fragments: element i of a thread
  * with group = lane / 4 and member = lane % 4 is
  *     a: row group, or group + 8 where i is in the second or fourth register (K 32), or in the second (K 16);
  *        column 4 member + i % 4, and 16 more in the third and fourth
