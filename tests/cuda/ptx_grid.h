@@ -12,11 +12,13 @@
 static bool (*ptx_is_global)(uint64_t at, size_t bytes) = [](uint64_t at, size_t) { return at >= 1 << 20; };
 
 static void ptx_call(const void *args, void *shared) {
-    static const ptx::host host = {
-        grid_barrier, __syncwarp, [](uint64_t at, size_t bytes) { return ptx_is_global(at, bytes); },
-        [](const std::string &what) { grid_stop(what.c_str()); }
-    };
-    const ptx::position at = { grid.serial, threadIdx.x, blockDim.x, { blockIdx.x, blockIdx.y, blockIdx.z },
+    static const ptx::host host = { grid_barrier, __syncwarp,
+                                    [](uint64_t at, size_t bytes) { return ptx_is_global(at, bytes); },
+                                    [](const std::string &what) { grid_stop(what.c_str()); } };
+    const ptx::position at = { grid.serial,
+                               threadIdx.x,
+                               blockDim.x,
+                               { blockIdx.x, blockIdx.y, blockIdx.z },
                                { gridDim.x, gridDim.y, gridDim.z } };
     ptx::run(*(ptx::kernel *)grid.kernel->ptx, at, args, shared, host);
 }
@@ -38,8 +40,9 @@ static std::string ptx_differs(const ptx::kernel &k) {
     const grid_kernel *ours = grid_find(k.name.c_str());
     if (!ours || (ours->args == k.params && (!k.shared || ours->shared == k.shared)))
         return "";
-    return k.name + ": expected " + std::to_string(ours->args) + " bytes of arguments and " + std::to_string(ours->shared)
-           + " of shared memory, found " + std::to_string(k.params) + " and " + std::to_string(k.shared) + "\n";
+    return k.name + ": expected " + std::to_string(ours->args) + " bytes of arguments and "
+           + std::to_string(ours->shared) + " of shared memory, found " + std::to_string(k.params) + " and "
+           + std::to_string(k.shared) + "\n";
 }
 
 /* What is wrong with the text, or nothing. */

@@ -26,7 +26,8 @@ std::string read(const std::string &file, const std::string &text, module &to) {
         } else if (place == HEAD && line == "{") {
             to.kernels.back().line = number + 1;
             place = BODY;
-        } else if (place == HEAD && sscanf(line.c_str(), " .param .align %zu .b8 %*[^[][%zu]", &align, &bytes) == 2) {
+        } else if (place == HEAD
+                   && sscanf(line.c_str(), " .param .align %zu .b8 %*[^[][%zu]", &align, &bytes) == 2) {
             if (to.kernels.back().params)
                 return file + ":" + std::to_string(number) + ": expected one parameter, found a second one";
             to.kernels.back().params = bytes;
@@ -36,7 +37,8 @@ std::string read(const std::string &file, const std::string &text, module &to) {
             kernel &k = to.kernels.back();
             if (sscanf(line.c_str(), " .shared .align %zu .b8 %*[^[][%zu]", &align, &bytes) == 2) {
                 if (k.shared)
-                    return file + ":" + std::to_string(number) + ": expected one block of shared memory, found a second one";
+                    return file + ":" + std::to_string(number)
+                           + ": expected one block of shared memory, found a second one";
                 k.shared = bytes, k.align = align;
             }
             k.text += line + '\n';
@@ -51,7 +53,7 @@ std::string read(const std::string &file, const std::string &text, module &to) {
 
 namespace {
 
-const char *const specials[] = { "%tid.x", "%ctaid.x", "%ctaid.y", "%ctaid.z", "%ntid.x",
+const char *const specials[] = { "%tid.x",    "%ctaid.x",  "%ctaid.y",  "%ctaid.z", "%ntid.x",
                                  "%nctaid.x", "%nctaid.y", "%nctaid.z", "%laneid" };
 
 const char *const spaces[] = { "", "global", "shared", "local", "param" };
@@ -65,7 +67,7 @@ struct decoder {
     unsigned line;
     std::map<std::string, uint16_t> slots;
     std::map<std::string, int32_t> labels;
-    std::vector<std::pair<size_t, std::string>> branches;      /* which instruction goes to which label */
+    std::vector<std::pair<size_t, std::string>> branches; /* which instruction goes to which label */
 
     explicit decoder(kernel &of) : k(of), line(of.line) {}
 
@@ -157,7 +159,7 @@ struct decoder {
         k.code.push_back(i);
     }
 
-    void guard(const std::string &predicate) {          /* @%p or @!%p */
+    void guard(const std::string &predicate) { /* @%p or @!%p */
         instruction i = {};
         const bool negated = predicate[1] == '!';
         i.line = line;

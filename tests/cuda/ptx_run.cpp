@@ -21,8 +21,10 @@ struct thread {
     const char *params;
     char *shared;
     unsigned id, special[9];
-    uint32_t epoch, warp_syncs, warp_mask;  /* barriers of the block; those of its warp, and who was at the last */
-    const instruction *waits[2], *meets;    /* at a barrier, by parity of the epoch; in an exchange of its warp */
+    uint32_t epoch;                         /* barriers of the block so far */
+    uint32_t warp_syncs, warp_mask;         /* barriers of its warp, and who was at the last */
+    const instruction *waits[2];            /* at a barrier, by parity of the epoch */
+    const instruction *meets;               /* in an exchange of its warp */
     uint32_t given[OPERANDS];
     std::vector<copy> copies;
     int groups;
@@ -37,7 +39,7 @@ struct thread {
         return x;
     }
     template <class T> void put(uint16_t slot, T x) { memcpy(r + slot, &x, sizeof x); }
-    template <class T> void put_wide(uint16_t slot, T x) {      /* registers may be wider than what comes */
+    template <class T> void put_wide(uint16_t slot, T x) { /* registers may be wider than what comes */
         if constexpr (std::is_integral<T>::value)
             put<uint64_t>(slot, (uint64_t)x);
         else
@@ -49,7 +51,7 @@ struct thread {
 /* Who used a byte of shared memory last: a thread, several of a warp, threads of several warps, or a copy that
  * is not awaited yet. */
 enum : uint16_t { SEVERAL = 0x8000, COPY = 0xfffe, MANY = 0xffff };
-struct use { uint32_t epoch; uint16_t who; uint16_t warp_syncs; };
+struct use { uint32_t epoch; uint16_t who, warp_syncs; };
 struct cell { use wrote, read; };
 
 static struct {
@@ -69,9 +71,9 @@ thread &thread::lane(unsigned of) const { return block.threads[(id & ~31u) + of]
         at = t.k->text.find('\n', at) + 1;
     at = t.k->text.find_first_not_of(" \t", at);
     const std::string code = t.k->text.substr(at, t.k->text.find_first_of(";\n", at) - at);
-    t.hooks->fault(t.k->name + ", block " + std::to_string(t.special[1]) + ", " + std::to_string(t.special[2]) + ", "
-                   + std::to_string(t.special[3]) + ", thread " + std::to_string(t.id) + ": " + t.k->file + ":"
-                   + std::to_string(i.line) + ": " + code + ": " + what);
+    t.hooks->fault(t.k->name + ", block " + std::to_string(t.special[1]) + ", " + std::to_string(t.special[2])
+                   + ", " + std::to_string(t.special[3]) + ", thread " + std::to_string(t.id) + ": "
+                   + t.k->file + ":" + std::to_string(i.line) + ": " + code + ": " + what);
     abort();
 }
 
@@ -97,16 +99,18 @@ static bool ordered(const thread &t, const use &u) {
 }
 
 static std::string name_of(const use &u) {
-    return u.who == MANY      ? "several threads"
+    return u.who == MANY     ? "several threads"
            : u.who & SEVERAL ? "several threads of warp " + std::to_string(warp_of(u))
-                              : "thread " + std::to_string(u.who);
+                             : "thread " + std::to_string(u.who);
 }
 
 static void check_order(const thread &t, const instruction &i, size_t at, size_t bytes, bool writes) {
     for (cell *c = &block.cells[at], *end = c + bytes; c < end; c++) {
         if (!ordered(t, c->wrote))
-            stop(t, i, c->wrote.who == COPY ? "shared memory that a copy not awaited yet will write"
-                                            : "no barrier since " + name_of(c->wrote) + " wrote this shared memory");
+            stop(t, i,
+                 c->wrote.who == COPY
+                     ? "shared memory that a copy not awaited yet will write"
+                     : "no barrier since " + name_of(c->wrote) + " wrote this shared memory");
         if (writes && !ordered(t, c->read))
             stop(t, i, "no barrier since " + name_of(c->read) + " read this shared memory");
     }
@@ -124,15 +128,16 @@ static void note_use(const thread &t, size_t at, size_t bytes, bool writes, bool
 
 /* ---- addresses ---- */
 
-static char *inside(thread &t, const instruction &i, uint64_t at, uint64_t begin, char *memory, size_t size, size_t bytes,
-                    const char *what) {
+static char *inside(thread &t, const instruction &i, uint64_t at, uint64_t begin, char *memory, size_t size,
+                    size_t bytes, const char *what) {
     if (at < begin || at + bytes > begin + size)
         stop(t, i, hex(at - begin) + " is outside of the " + std::to_string(size) + " bytes of " + what);
     return memory + (at - begin);
 }
 
 /* Where `bytes` at an operand's address are, after all checks. */
-static char *find(thread &t, const instruction &i, space in, int operand, int which, size_t bytes, bool writes) {
+static char *find(thread &t, const instruction &i, space in, int operand, int which, size_t bytes,
+                  bool writes) {
     uint64_t at = t.get<uint64_t>(i.slot[operand]) + (uint64_t)(int64_t)i.offset[which];
     if (in == GENERIC)
         in = (at & WINDOW) == SHARED_WINDOW ? SHARED : (at & WINDOW) == LOCAL_WINDOW ? LOCAL : GLOBAL;
@@ -143,7 +148,8 @@ static char *find(thread &t, const instruction &i, space in, int operand, int wh
     if (in == LOCAL)
         return inside(t, i, (uint32_t)at, LOCAL_AT, t.local.data(), t.k->local, bytes, "local memory");
     if (in == SHARED) {
-        char *found = inside(t, i, (uint32_t)at, shared_at(*t.k), t.shared, t.k->shared, bytes, "shared memory");
+        char *found =
+            inside(t, i, (uint32_t)at, shared_at(*t.k), t.shared, t.k->shared, bytes, "shared memory");
         check_order(t, i, (size_t)(found - t.shared), bytes, writes);
         note_use(t, (size_t)(found - t.shared), bytes, writes);
         return found;
@@ -188,7 +194,8 @@ static void copy_async(thread &t, const instruction &i) {
 static void commit_copies(thread &t, const instruction &) { t.groups++; }
 static void wait_copies(thread &t, const instruction &i) {
     const int done = t.groups - t.get<int32_t>(i.slot[0]);
-    const auto left = std::stable_partition(t.copies.begin(), t.copies.end(), [=](const copy &c) { return c.group < done; });
+    const auto left = std::stable_partition(t.copies.begin(), t.copies.end(),
+                                            [=](const copy &c) { return c.group < done; });
     for (auto c = t.copies.begin(); c != left; c++) {
         memcpy(c->to, c->from, c->bytes);
         note_use(t, (size_t)(c->to - t.shared), c->bytes, true);
@@ -225,16 +232,22 @@ static void give(thread &t, const instruction &i, uint32_t mask, int first, int 
     t.hooks->sync_warp(mask);
     for (unsigned lane = 0; lane < 32; lane++)
         if (mask >> lane & 1 && t.lane(lane).meets != &i)
-            stop(t, i, "thread " + std::to_string(lane) + " of its warp is at line " + std::to_string(t.lane(lane).meets->line));
+            stop(t, i,
+                 "thread " + std::to_string(lane) + " of its warp is at line "
+                     + std::to_string(t.lane(lane).meets->line));
 }
 
 enum shuffle_kind { UP, DOWN, BUTTERFLY, INDEX };
 /* d|p, a, lane, clamp and mask of a segment, members */
 template <shuffle_kind kind> static void shuffle(thread &t, const instruction &i) {
-    const int lane = (int)t.id % 32, b = t.get<int32_t>(i.slot[3]) & 31, clamp = t.get<int32_t>(i.slot[4]) & 31,
-              segment = t.get<int32_t>(i.slot[4]) >> 8 & 31, last = (lane & segment) | (clamp & ~segment);
+    const int lane = (int)t.id % 32, b = t.get<int32_t>(i.slot[3]) & 31,
+              clamp = t.get<int32_t>(i.slot[4]) & 31, segment = t.get<int32_t>(i.slot[4]) >> 8 & 31,
+              last = (lane & segment) | (clamp & ~segment);
     const uint32_t mask = t.get<uint32_t>(i.slot[5]);
-    int from = kind == UP ? lane - b : kind == DOWN ? lane + b : kind == BUTTERFLY ? lane ^ b : (lane & segment) | (b & ~segment);
+    int from = kind == UP          ? lane - b
+               : kind == DOWN      ? lane + b
+               : kind == BUTTERFLY ? lane ^ b
+                                   : (lane & segment) | (b & ~segment);
     const bool within = kind == UP ? from >= last : from <= last;
     from = within ? from : lane;
     if (!(mask >> from & 1))
@@ -261,7 +274,8 @@ template <int K> static void multiply_matrices(thread &t, const instruction &i) 
         const unsigned row = group + (e < 2 ? 0 : 8), column = 2 * member + (e & 1);
         d[e] = t.get<int32_t>(i.slot[FIRST_C + e]);
         for (unsigned k = 0; k < K; k++) {
-            const uint32_t *a = t.lane(4 * (row % 8) + k % 16 / 4).given, *b = t.lane(4 * column + k % 16 / 4).given;
+            const uint32_t *a = t.lane(4 * (row % 8) + k % 16 / 4).given,
+                           *b = t.lane(4 * column + k % 16 / 4).given;
             const uint8_t x = (uint8_t)(a[row / 8 + 2 * (k / 16)] >> 8 * (k % 4));
             d[e] += x * (int8_t)(b[A + k / 16] >> 8 * (k % 4));
         }
@@ -276,9 +290,13 @@ template <int K> static void multiply_matrices(thread &t, const instruction &i) 
 static void branch(thread &t, const instruction &i) { t.next = t.k->code.data() + i.offset[0]; }
 static void end(thread &t, const instruction &) { t.next = NULL; }
 static void trap(thread &t, const instruction &i) { stop(t, i, "a trap"); }
-static void stop_unknown(thread &t, const instruction &i) { stop(t, i, "an instruction or operand that tests/cuda/ptx_run.cpp does not know"); }
+static void stop_unknown(thread &t, const instruction &i) {
+    stop(t, i, "an instruction or operand that tests/cuda/ptx_run.cpp does not know");
+}
 
-template <bool wanted> static void skip(thread &t, const instruction &i) { t.next += t.get<bool>(i.slot[0]) != wanted; }
+template <bool wanted> static void skip(thread &t, const instruction &i) {
+    t.next += t.get<bool>(i.slot[0]) != wanted;
+}
 handler skip_unless(bool wanted) { return wanted ? skip<true> : skip<false>; }
 handler unknown() { return stop_unknown; }
 
@@ -293,13 +311,21 @@ static float plain(float x) {
 }
 static double plain(double x) { return x != x ? (double)NAN : x; }
 
-template <class T> static T smaller(T a, T b) { return a != a ? b : b != b || a < b || (a == b && std::signbit(a)) ? a : b; }
-template <class T> static T larger(T a, T b) { return a != a ? b : b != b || a > b || (a == b && !std::signbit(a)) ? a : b; }
+template <class T> static T smaller(T a, T b) {
+    return a != a ? b : b != b || a < b || (a == b && std::signbit(a)) ? a : b;
+}
+template <class T> static T larger(T a, T b) {
+    return a != a ? b : b != b || a > b || (a == b && !std::signbit(a)) ? a : b;
+}
 
 template <class T> static T magnitude(T a) { return std::is_signed<T>::value && a < T(1) ? (T)-a : a; }
-template <class T> static T quotient(T a, T b) { return !b ? (T)-1 : b == (T)-1 && (T)-1 < 0 ? (T)-a : (T)(a / b); }
+template <class T> static T quotient(T a, T b) {
+    return !b ? (T)-1 : b == (T)-1 && (T)-1 < 0 ? (T)-a : (T)(a / b);
+}
 template <class T> static T shift_left(T a, uint32_t n) { return n < 8 * sizeof(T) ? (T)(a << n) : 0; }
-template <class T> static T shift_right(T a, uint32_t n) { return (T)(a >> std::min<uint32_t>(n, 8 * sizeof(T) - 1)) * (T)(n < 8 * sizeof(T) || (T)-1 < 0); }
+template <class T> static T shift_right(T a, uint32_t n) {
+    return (T)(a >> std::min<uint32_t>(n, 8 * sizeof(T) - 1)) * (T)(n < 8 * sizeof(T) || (T)-1 < 0);
+}
 
 static uint32_t choose_bytes(uint32_t a, uint32_t b, uint32_t which) {
     uint32_t chosen = 0;
@@ -328,10 +354,13 @@ template <class A, class B> static int32_t dot(uint32_t a, uint32_t b, int32_t c
 /* `n` bits of a at `from`; of b, with those of a put in at `to`. */
 template <class T> static uint64_t low_bits(T n) { return n >= 64 ? ~0ull : (1ull << n) - 1; }
 template <class T> static T extract(T a, uint32_t from, uint32_t n) {
-    const uint32_t width = 8 * sizeof(T), begin = from & 255, count = n & 255, sign = std::min(begin + count, width) - 1;
+    const uint32_t width = 8 * sizeof(T), begin = from & 255, count = n & 255,
+                   sign = std::min(begin + count, width) - 1;
     const T ones = count && (T)-1 < 0 && a >> sign & 1 ? (T)-1 : 0;
-    const uint64_t bits = begin < width ? (uint64_t)a >> begin & low_bits(count) : (uint64_t)ones & low_bits(count);
-    return count >= width || !ones ? (T)bits : (T)(bits | ~low_bits(std::min(count, width - std::min(begin, width))));
+    const uint64_t bits =
+        begin < width ? (uint64_t)a >> begin & low_bits(count) : (uint64_t)ones & low_bits(count);
+    return count >= width || !ones ? (T)bits
+                                   : (T)(bits | ~low_bits(std::min(count, width - std::min(begin, width))));
 }
 template <class T> static T insert(T a, T b, uint32_t to, uint32_t n) {
     const uint64_t mask = (to & 255) < 64 ? low_bits(n & 255) << (to & 255) : 0;
@@ -344,21 +373,30 @@ enum rounding { NEAREST_EVEN, TO_ZERO, DOWNWARD, UPWARD };
 static const char *const integer_roundings[] = { "rni", "rzi", "rmi", "rpi" };
 
 template <class T> static T rounded(T x, rounding how) {
-    return how == NEAREST_EVEN ? std::nearbyint(x) : how == TO_ZERO ? std::trunc(x) : how == DOWNWARD ? std::floor(x) : std::ceil(x);
+    return how == NEAREST_EVEN ? std::nearbyint(x)
+           : how == TO_ZERO    ? std::trunc(x)
+           : how == DOWNWARD   ? std::floor(x)
+                               : std::ceil(x);
 }
 
 /* Beyond the integers: the nearest one; NaN: 0. */
 template <class D, class S, rounding how> static void float_to_integer(thread &t, const instruction &i) {
-    const double x = (double)rounded(t.get<S>(i.slot[1]), how), end = ldexp(1.0, std::numeric_limits<D>::digits);
-    t.put_wide(i.slot[0], x != x ? D(0)
-                          : x >= end ? std::numeric_limits<D>::max()
-                          : x < (double)std::numeric_limits<D>::min() ? std::numeric_limits<D>::min() : (D)x);
+    const double x = (double)rounded(t.get<S>(i.slot[1]), how),
+                 end = ldexp(1.0, std::numeric_limits<D>::digits);
+    t.put_wide(i.slot[0], x != x                                      ? D(0)
+                          : x >= end                                  ? std::numeric_limits<D>::max()
+                          : x < (double)std::numeric_limits<D>::min() ? std::numeric_limits<D>::min()
+                                                                      : (D)x);
 }
 template <class T, rounding how> static void float_to_whole(thread &t, const instruction &i) {
     t.put(i.slot[0], plain(rounded(t.get<T>(i.slot[1]), how)));
 }
-template <class D, class S> static void convert(thread &t, const instruction &i) { t.put_wide(i.slot[0], (D)t.get<S>(i.slot[1])); }
-template <class D, class S> static void convert_float(thread &t, const instruction &i) { t.put(i.slot[0], plain((D)t.get<S>(i.slot[1]))); }
+template <class D, class S> static void convert(thread &t, const instruction &i) {
+    t.put_wide(i.slot[0], (D)t.get<S>(i.slot[1]));
+}
+template <class D, class S> static void convert_float(thread &t, const instruction &i) {
+    t.put(i.slot[0], plain((D)t.get<S>(i.slot[1])));
+}
 
 static void half_to_float(thread &t, const instruction &i) {
     const uint16_t h = t.get<uint16_t>(i.slot[1]);
@@ -371,7 +409,7 @@ static void half_to_float(thread &t, const instruction &i) {
 static void float_to_half(thread &t, const instruction &i) {
     const float x = t.get<float>(i.slot[1]), size = fabsf(x);
     int exponent = 0;
-    frexpf(size, &exponent);                /* size is in [2^(exponent - 1), 2^exponent) */
+    frexpf(size, &exponent); /* size is in [2^(exponent - 1), 2^exponent) */
     const int unit = size > 0 ? std::max(exponent - 11, -24) : -24;
     const double units = std::nearbyint(ldexp((double)size, -unit));
     const uint16_t sign = std::signbit(x) ? 0x8000 : 0;
@@ -432,6 +470,7 @@ static void float_to_half(thread &t, const instruction &i) {
 #define PAIR (((uint64_t)b << 32) | a)
 #define DOT(name, A, B) { "dp4a." #name, THREE(int32_t, uint32_t, int32_t, (dot<A, B>(a, b, c))) }
 
+
 using table = std::unordered_map<std::string, handler>;
 
 template <class T> static void add_accesses(table &to, const char *type) {
@@ -443,8 +482,10 @@ template <class T> static void add_accesses(table &to, const char *type) {
 
 template <class F, rounding how> static void add_roundings(table &to, const std::string &f) {
     const std::string name = std::string("cvt.") + integer_roundings[how];
-    to[name + ".s32." + f] = float_to_integer<int32_t, F, how>, to[name + ".u32." + f] = float_to_integer<uint32_t, F, how>;
-    to[name + ".s64." + f] = float_to_integer<int64_t, F, how>, to[name + ".u64." + f] = float_to_integer<uint64_t, F, how>;
+    to[name + ".s32." + f] = float_to_integer<int32_t, F, how>,
+                        to[name + ".u32." + f] = float_to_integer<uint32_t, F, how>;
+    to[name + ".s64." + f] = float_to_integer<int64_t, F, how>,
+                        to[name + ".u64." + f] = float_to_integer<uint64_t, F, how>;
     to[name + "." + f + "." + f] = float_to_whole<F, how>;
 }
 
@@ -527,7 +568,7 @@ void run(kernel &k, const position &at, const void *params, void *shared, const 
         decode(k);
     if (block.serial != at.serial)
         begin_block(k, at.serial);
-    const unsigned special[9] = { at.thread,  at.block[0], at.block[1], at.block[2],    at.threads,
+    const unsigned special[9] = { at.thread,  at.block[0], at.block[1], at.block[2],   at.threads,
                                   at.grid[0], at.grid[1],  at.grid[2],  at.thread % 32 };
     std::copy(std::begin(special), std::end(special), t.special);
     t.k = &k, t.hooks = &hooks, t.params = (const char *)params, t.shared = (char *)shared, t.id = at.thread;
