@@ -6,6 +6,7 @@
 # make asan, tsan      the native tests under AddressSanitizer and UBSan, those of threads under ThreadSanitizer
 # make test-cuda       the GPU's kernels on the CPU, against the library's bits; make asan has it too, for fewer types
 # make cuda-check      what nvcc makes of them: registers, shared memory, roundings; make cuda-mutants: the tests find mistakes
+# make test-ptx        the compiled kernels, as PTX, on the CPU: a minute; make ptx-mutants: mistakes in them are found
 # make test-x86        the native tests on an emulated x86-64 CPU without AVX-512, where there is qemu-x86_64
 # make test-arm        the native tests as arm64 programs on qemu-aarch64, and their bits against this machine's
 # make test-python     ruff, mypy, the Python tests, and those of numbers again with each lower PYBMC_CPU
@@ -18,7 +19,7 @@ MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
 .SECONDARY:
 .PHONY: all demo test test-native test-python test-release asan tsan test-x86 test-arm native-tests
-.PHONY: levels fake-driver test-cuda cuda-check cuda-mutants venv install clean FORCE
+.PHONY: levels fake-driver test-cuda test-ptx cuda-check cuda-mutants ptx-mutants venv install clean FORCE
 all:
 
 ifeq ($(MAKELEVEL),0)      # a -j of the command line comes before this one
@@ -114,11 +115,17 @@ cuda-check: $(CUDA_SOURCES) $(filter $(WHEEL_NVCC),$(NVCC))
 
 # ---- tests ----
 
+# What runs PTX on the CPU. Integers wrap around there.
+PTX_OBJECTS := $(patsubst %.cpp,$(OUT)/%.o,$(wildcard tests/cuda/ptx*.cpp))
+$(PTX_OBJECTS): $(OUT)/%.o: %.cpp tests/cuda/ptx.h
+	@mkdir -p $(@D)
+	$(CXX) $(CXX_FLAGS) -O2 -march=native -fwrapv -fPIC $(CXXFLAGS) -c $< -o $@
+
 # A CUDA driver that runs the kernels on the CPU: tests/cuda/driver.cpp.
 fake-driver: $(OUT)/tests/cuda/driver.so
-$(OUT)/tests/cuda/driver.so: tests/cuda/driver.cpp tests/cuda/grid.h $(wildcard native/cuda/* native/*.h native/kernels/*.h)
+$(OUT)/tests/cuda/driver.so: tests/cuda/driver.cpp $(PTX_OBJECTS) $(wildcard tests/cuda/*.h native/cuda/* native/*.h native/kernels/*.h)
 	@mkdir -p $(@D)
-	$(CXX) -std=c++17 -O1 -march=native -ffp-contract=off -fPIC -shared -pthread -Inative $(CXXFLAGS) $< -o $@.new && mv $@.new $@
+	$(CXX) -std=c++17 -O1 -march=native -ffp-contract=off -fPIC -shared -pthread -Inative $(CXXFLAGS) $< $(PTX_OBJECTS) -o $@.new && mv $@.new $@
 
 PROGRAMS := $(TESTS:%.c=$(OUT)/%)
 RUNS := $(TESTS:tests/native/%.c=run-%)
@@ -156,23 +163,38 @@ asan:
 
 # Kernels of CUDA as a C++ program: tests/cuda/grid.h runs their threads one by one.
 CUDA_TEST := $(OUT)/tests/cuda/test_kernels
+PTX_TEST := $(OUT)/tests/cuda/test_ptx
 CUDA_REFERENCES := $(patsubst %.c,$(OUT)/%.o,$(wildcard tests/cuda/*.c))
 CXX_FLAGS_asan = -DFEW_TYPES
 CXX_FLAGS = $(patsubst -O%,-O1,$(FLAGS_$(VARIANT))) $(CXX_FLAGS_$(VARIANT)) -std=c++17 -U_FORTIFY_SOURCE -ffp-contract=off -pthread -Wall -Wextra -Wno-missing-field-initializers -Inative
 
 test-cuda:
 	@$(call needs,$(CXX)) test "$$(uname)" = Linux || { echo "make $@: skipped, only on Linux"; exit 0; }; \
-	$(MAKE) VARIANT=$(VARIANT) $(CUDA_TEST) && $(CUDA_TEST)
+	$(MAKE) VARIANT=$(VARIANT) $(CUDA_TEST) $(PTX_TEST) && $(PTX_TEST) && $(CUDA_TEST)
 
-$(CUDA_TEST): $(CUDA_TEST).o $(CUDA_REFERENCES) $(OBJECTS)
+$(CUDA_TEST) $(PTX_TEST): %: %.o $(CUDA_REFERENCES) $(PTX_OBJECTS) $(OBJECTS)
 	$(CXX) $(CXX_FLAGS) $(LDFLAGS) $^ -lm -ldl -o $@
 
-$(CUDA_TEST).o: tests/cuda/test_kernels.cpp $(CUDA_SOURCES) $(wildcard tests/cuda/*.h)
+$(CUDA_TEST).o $(PTX_TEST).o: $(OUT)/%.o: %.cpp $(CUDA_SOURCES) $(wildcard tests/cuda/*.h)
 	@mkdir -p $(@D)
 	$(CXX) $(CXX_FLAGS) -c $< -o $@
 
-cuda-mutants: $(CUDA_REFERENCES) $(OBJECTS)
+cuda-mutants: $(CUDA_REFERENCES) $(PTX_OBJECTS) $(OBJECTS)
 	$(PYTHON) tests/cuda/mutants.py $(CXX) $^
+
+# The compiled kernels: without 8-bit matrices, and with them.
+PTX := $(patsubst %,$(OUT)/tests/cuda/kernels_%.ptx,75 80)
+$(PTX): $(OUT)/tests/cuda/kernels_%.ptx: $(CUDA_SOURCES) $(filter $(WHEEL_NVCC),$(NVCC))
+	@mkdir -p $(@D)
+	$(NVCC) $(NVCC_FLAGS) -arch=compute_$* -ptx native/cuda/kernels.cu -o $@
+
+test-ptx: $(PTX) $(CUDA_TEST) $(PTX_TEST) $(LIBRARY) venv
+	$(PTX_TEST)
+	@for file in $(PTX); do echo "$$file"; $(CUDA_TEST) $$file || exit 1; done
+	PYBMC_PTX="$(abspath $(PTX))" $(VENV)/bin/python -m pytest -q -rs tests/test_gpu_ptx.py
+
+ptx-mutants: $(PTX) $(CUDA_TEST)
+	$(PYTHON) tests/cuda/ptx_mutants.py $(CUDA_TEST) $(lastword $(PTX))
 
 tsan:
 	$(MAKE) VARIANT=tsan SOURCES="$(addprefix native/,threads.c fork.c cores.c error.c)" TESTS=tests/native/test_threads.c \

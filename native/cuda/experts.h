@@ -71,6 +71,7 @@ DEVICE void weigh_chosen(const struct cuda_route &a, struct route_room &s) {
 DEVICE void choose(const struct cuda_route &a, struct route_room &s) {
     for (int n = 0; n < a.n_active; n++) {
         const int best = find_best(s.choice, a.n_experts);
+        __syncwarp(0xffff);             /* all have read what the first thread changes now */
         if (threadIdx.x == 0) {
             int at = n;
             s.choice[best] = -INFINITY;

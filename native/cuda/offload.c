@@ -122,7 +122,7 @@ bool cuda_there(const bmc_model *m, int first, const struct matrix *w) {
     if (w == &m->output)
         return true;
     if (w == &m->per_layer_proj)
-        return !v->first;
+        return !first;
     if (w == &m->eh_proj)
         return false;
     for (const struct block *b = m->blocks + first; b < m->blocks + m->c.n_blocks; b++)

@@ -395,9 +395,11 @@ def gpu_settings(draft: bool = False) -> dict:
 
 
 def asks_for_gpu(draft: bool = False) -> bool:
-    """Whether the flags put layers on a GPU."""
+    """Whether the flags ask for a GPU."""
+    from ..engine.gpu import asks
+
     settings = gpu_settings(draft)
-    return settings["gpu"] != "off" and settings["n_gpu_layers"] != 0 and any(value is not None for value in settings.values())
+    return asks(settings["gpu"], settings["n_gpu_layers"])
 
 
 @contextmanager

@@ -5,8 +5,11 @@
  * again too early shows. With "eager" copies to the device happen as soon as their stream's order allows, so
  * that one that does not wait for a kernel shows. Fresh memory is full of NaN. Addresses are checked, and so
  * is the context of the thread. Any call can be made to fail. Tests set it by fake_set() and ask
- * fake_get(). */
-#include "grid.h"
+ * fake_get().
+ *
+ * A module is the kernels that are compiled into this library; but where it is loaded from the text of PTX,
+ * those of the text, which ptx.h runs. */
+#include "ptx_grid.h"
 
 #include "../../native/cuda/kernels.cu"
 
@@ -29,6 +32,7 @@ enum {
     NO_CONTEXT = 201,
     NOT_FOUND = 500,
     ILLEGAL_ADDRESS = 700,
+    LAUNCH_FAILED = 719,
     UNKNOWN = 999
 };
 enum { POISON = 0xff, PAGE = 2 << 20 };
@@ -57,6 +61,7 @@ API long long fake_get(const char *name) {
 
 static thread_local void *current;
 static std::string failed;              /* the name of the call that was made to fail */
+static std::string fault;               /* what stopped a kernel last */
 static int broken;                      /* a queued operation failed: so does everything after it */
 
 API const char *fake_failed(void) { return failed.c_str(); }
@@ -90,6 +95,18 @@ static bool inside(uint64_t p, size_t n) {
         return false;
     auto block = std::prev(after);
     return p + n <= block->first + block->second;
+}
+
+/* The same for kernels, which ask often: the block that was found last is tried first. */
+static struct { uint64_t from, to; } nearest;
+static bool inside_nearest(uint64_t p, size_t n) {
+    if (p >= nearest.from && p + n <= nearest.to)
+        return true;
+    const auto after = blocks.upper_bound(p);
+    nearest = {};
+    if (after != blocks.begin())
+        nearest = { std::prev(after)->first, std::prev(after)->first + std::prev(after)->second };
+    return p >= nearest.from && p + n <= nearest.to;
 }
 
 static void count(int n, long long bytes) {
@@ -248,13 +265,14 @@ API int cuInit(unsigned) {
 }
 
 API int cuGetErrorString(int code, const char **text) {
-    static const std::map<int, const char *> names = {
+    const std::map<int, const char *> names = {
         { OK, "no error" },
         { INVALID, "invalid argument" },
         { NO_MEMORY, "out of memory" },
         { NO_CONTEXT, "invalid device context" },
         { NOT_FOUND, "named symbol not found" },
         { ILLEGAL_ADDRESS, "an illegal memory access was encountered" },
+        { LAUNCH_FAILED, fault.c_str() },
         { UNKNOWN, "unknown error" },
     };
     auto found = names.find(code);
@@ -321,22 +339,31 @@ API int cuMemGetInfo_v2(size_t *unused, size_t *total) {
     return OK;
 }
 
-API int cuModuleLoadData(void **module, const void *) {
+API int cuModuleLoadData(void **module, const void *image) {
     BEGIN(true);
+    ptx_module *loaded = new ptx_module;
+    if (!memcmp(image, "//", 2))
+        fault = ptx_load("PTX", (const char *)image, *loaded);
+    if (!memcmp(image, "//", 2) && !fault.empty()) {
+        delete loaded;
+        return LAUNCH_FAILED;
+    }
     count(1, 0);
-    *module = &settings;
+    *module = loaded;
     return OK;
 }
 
-API int cuModuleUnload(void *) {
+API int cuModuleUnload(void *module) {
     std::lock_guard<std::recursive_mutex> held(lock);
+    delete (ptx_module *)module;
     count(-1, 0);
     return OK;
 }
 
-API int cuModuleGetFunction(void **function, void *, const char *name) {
+API int cuModuleGetFunction(void **function, void *module, const char *name) {
     BEGIN(true);
-    *function = (void *)grid_find(name);
+    const ptx_module *of = (const ptx_module *)module;
+    *function = (void *)(of->kernels.empty() ? grid_find(name) : of->find(name));
     return *function ? OK : NOT_FOUND;
 }
 
@@ -496,8 +523,12 @@ API int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, un
     return enqueue(s, [=] {
         settings["launches"]++;
         grid.order = (uint32_t)settings["order"];
-        grid_launch(kernel, { gx, gy, gz }, threads, copy.data());
-        return OK;
+        nearest = {};
+        ptx_is_global = inside_nearest;
+        const char *wrong = grid_launch(kernel, { gx, gy, gz }, threads, copy.data());
+        if (*wrong)
+            fault = wrong;
+        return *wrong ? LAUNCH_FAILED : OK;
     });
 }
 

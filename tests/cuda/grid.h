@@ -1,6 +1,6 @@
 /* A grid of threads on the CPU, for the source of CUDA kernels. Each thread of a block is a fiber; blocks run
  * one after the other. Fibers go in ascending order or in a shuffled one, so that a missing barrier shows; a
- * barrier that not all threads reach ends the program. Shared memory is a block of its own size on the heap,
+ * barrier that not all threads reach ends the launch. Shared memory is a block of its own size on the heap,
  * filled anew for each block of threads. */
 #ifndef GRID_H
 #define GRID_H
@@ -19,8 +19,9 @@
 
 struct dim3 { unsigned x, y, z; };
 
-/* A kernel: its name, how it is called, the bytes of its arguments and of its shared memory. */
-struct grid_kernel { const char *name; void (*call)(const void *args, void *shared); size_t args, shared; };
+/* A kernel: its name, how it is called, the bytes of its arguments and of its shared memory. ptx: see
+ * ptx_grid.h. */
+struct grid_kernel { const char *name; void (*call)(const void *args, void *shared); size_t args, shared; void *ptx; };
 
 enum { GRID_THREADS = 1024, GRID_STACK = 128 << 10, GRID_SLOTS = 8, GRID_COPIES = 64, GRID_KERNELS = 1024 };
 
@@ -45,6 +46,8 @@ static struct {
     const grid_kernel *kernel;
     const void *args;
     void *shared;
+    unsigned serial;                    /* of the block that runs */
+    char fault[600];                    /* what went wrong in this launch, or nothing */
     uint32_t order;                     /* 0: ascending; else what the next shuffle is made of */
     grid_kernel kernels[GRID_KERNELS];
     int n_kernels;
@@ -59,7 +62,7 @@ static inline bool grid_add(const char *name, void (*call)(const void *, void *)
                             size_t shared) {
     if (grid.n_kernels == GRID_KERNELS)
         abort();
-    grid.kernels[grid.n_kernels++] = { name, call, args, shared };
+    grid.kernels[grid.n_kernels++] = { name, call, args, shared, NULL };
     return true;
 }
 
@@ -68,6 +71,12 @@ static inline const grid_kernel *grid_find(const char *name) {
         if (!strcmp(grid.kernels[i].name, name))
             return &grid.kernels[i];
     return NULL;
+}
+
+/* Ends the launch, from any of its threads. */
+static inline void grid_stop(const char *what) {
+    snprintf(grid.fault, sizeof grid.fault, "%s", what);
+    _longjmp(grid.scheduler, 1);
 }
 
 static inline void grid_wait(int state, uint32_t mask) {
@@ -148,13 +157,14 @@ static inline bool grid_release(int n) {
         grid.fibers[i].state = grid_fiber::READY;
     if (any || whole || ended)
         return !ended;
-    fprintf(stderr, "%s: block %u, %u, %u: a barrier that not all threads reach\n", grid.kernel->name,
-            grid.block.x, grid.block.y, grid.block.z);
-    exit(3);
+    snprintf(grid.fault, sizeof grid.fault, "%s: block %u, %u, %u: a barrier that not all threads reach",
+             grid.kernel->name, grid.block.x, grid.block.y, grid.block.z);
+    return false;
 }
 
 static inline void grid_run_block(int n) {
     int at[GRID_THREADS];
+    grid.serial++;
     memset(grid.shared, 0xa5, grid.kernel->shared);
     for (int i = 0; i < n; i++) {
         grid_fiber *f = &grid.fibers[i];
@@ -170,23 +180,29 @@ static inline void grid_run_block(int n) {
     }
     do
         for (volatile int i = 0; i < n; i++)
-            if (grid.fibers[at[i]].state <= grid_fiber::READY)
+            if (grid.fibers[at[i]].state <= grid_fiber::READY && !*grid.fault)
                 grid_go(&grid.fibers[at[i]]);
-    while (grid_release(n));
+    while (!*grid.fault && grid_release(n));
 }
 
-/* The blocks of a launch may run in any order, so they do. */
-static inline void grid_launch(const grid_kernel *kernel, dim3 size, unsigned threads, const void *args) {
+/* The blocks of a launch may run in any order, so they do. What went wrong, or an empty text. */
+static inline const char *grid_launch(const grid_kernel *kernel, dim3 size, unsigned threads, const void *args) {
     const unsigned n = size.x * size.y * size.z;
     const bool backwards = grid.order & 1;
     grid.kernel = kernel, grid.args = args, grid.block_size = { threads, 1, 1 }, grid.size = size;
     grid.shared = malloc(kernel->shared);
-    for (volatile unsigned i = 0; i < n; i++) {
+    grid.fault[0] = 0;
+    for (volatile unsigned i = 0; i < n && !*grid.fault; i++) {
         const unsigned at = backwards ? n - 1 - i : i;
         grid.block = { at % size.x, at / size.x % size.y, at / size.x / size.y };
         grid_run_block((int)threads);
     }
     free(grid.shared);
+    for (int i = 0; *grid.fault && i < GRID_THREADS; i++) {     /* stacks that nobody came back to */
+        free(grid.fibers[i].stack);
+        grid.fibers[i].stack = NULL;
+    }
+    return grid.fault;
 }
 
 #endif
