@@ -445,7 +445,7 @@ static int open_on(bmc_model *m, struct cuda *c, int gpu, const char *kernels) {
     if (!status)
         status = gpu_enter(c->gpu);
     if (!status)
-        status = cuda_status(gpu, "making a stream", c->gpu->cu->cuStreamCreate(&c->stream, 1));
+        status = cuda_status(gpu, "making a stream", c->gpu->cu->cuStreamCreate(&c->stream, CUDA_STREAM_NON_BLOCKING));
     if (!status)
         status = find_kernels(m, c);
     if (!status)
@@ -482,7 +482,7 @@ int bmc_model_offload(bmc_model *m, int gpu, const char *kernels, int n_layers) 
         cuda_free(c);
         return status;
     }
-    c->segments = (struct gpu_segments){ c->gpu, c->stream };
+    c->segments = (struct gpu_segments){ c->gpu, c->gpu->memory_stream };
     c->memory = gpu_memory(&c->segments);
     struct visit v = { .m = m, .first = first };
     model_each_matrix(m, mark, &v);

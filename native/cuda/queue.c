@@ -342,7 +342,7 @@ static int make_graph(struct cuda *c, uint64_t hash, struct graph **made) {
     for (struct graph *other = c->graphs; other < c->graphs + GRAPHS; other++)
         if (other->used < g->used)
             g = other;
-    int status = check(c, "capturing a graph", cu->cuStreamBeginCapture_v2(c->stream, 1));
+    int status = check(c, "capturing a graph", cu->cuStreamBeginCapture_v2(c->stream, CUDA_CAPTURE_THREAD));
     if (status)
         return status;
     for (int i = 0; i < c->n_queued && !status; i++)
