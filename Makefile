@@ -102,9 +102,10 @@ $(WHEEL_NVCC):
 	printf '#!/bin/sh\nexec "%s" "$$@"\n' "$$(echo $(CURDIR)/build/nvcc/venv/lib/python3*/site-packages/nvidia/cu13/bin/nvcc)" >$@
 	@chmod +x $@
 
-# No value leaves the registers, shared memory fits, and every operation is rounded as IEEE says.
+# No value leaves the registers, shared memory fits, and every operation is rounded as IEEE says. driver.h says what cuda.h does.
 cuda-check: $(CUDA_SOURCES) $(filter $(WHEEL_NVCC),$(NVCC))
 	@mkdir -p build/cuda-check
+	$(NVCC) -std=c++17 -x c++ -c tests/cuda/abi.cpp -o build/cuda-check/abi.o
 	$(NVCC) $(NVCC_FLAGS) $(CUDA_TARGETS) -Xptxas -v --threads 0 -fatbin native/cuda/kernels.cu -o build/cuda-check/kernels.fatbin 2>build/cuda-check/log.txt \
 	    || { cat build/cuda-check/log.txt; exit 1; }
 	$(NVCC) $(NVCC_FLAGS) -arch=compute_80 -ptx native/cuda/kernels.cu -o build/cuda-check/kernels.ptx

@@ -104,13 +104,14 @@ static int ask_available(const struct cuda_driver *cu, int i, int device, size_t
     int status = cuda_status(i, "using it", cu->cuDevicePrimaryCtxRetain(&context, device));
     if (status)
         return status;
-    cu->cuCtxGetCurrent(&before);
-    status = cuda_status(i, "using it", cu->cuCtxSetCurrent(context));
+    status = cuda_status(i, "using it", cu->cuCtxGetCurrent(&before));
+    if (!status)
+        status = cuda_status(i, "using it", cu->cuCtxSetCurrent(context));
     if (!status)
         status = cuda_status(i, "asking for its memory", cu->cuMemGetInfo_v2(available, total));
-    cu->cuCtxSetCurrent(before);
+    const int back = cuda_status(i, "leaving it", cu->cuCtxSetCurrent(before));
     cu->cuDevicePrimaryCtxRelease_v2(device);
-    return status;
+    return status ? status : back;
 }
 
 int bmc_gpu(int i, bmc_gpu_info *info) {
