@@ -40,6 +40,10 @@ struct cuda_rows {
 /* A normalization: struct vector's values or NULL. */
 struct cuda_weights { const float *weight, *bias; };
 
+/* One block of threads a row is all there is: it has many where the row is long. */
+enum { NORM_THREADS = 1024 };
+static inline unsigned norm_threads(int dim) { return dim > 1536 ? NORM_THREADS : 256; }
+
 /* "norm_tokens": what blocks left in y joins x (settle in steps_cpu.c), then out = norm(x), in floats and 8
  * bits. */
 struct cuda_norm {
@@ -60,7 +64,7 @@ struct cuda_norm {
     float eps;
 };
 static inline struct cuda_grid norm_grid(const struct cuda_norm *a) {
-    return (struct cuda_grid){ (unsigned)a->n_tok, 1, 1, 256 };
+    return (struct cuda_grid){ (unsigned)a->n_tok, 1, 1, norm_threads(a->dim) };
 }
 
 /* "norm_rows": y = norm(x) * scale, also in place; rows (n_tok, n_parts) of n values each, part p at x + p *
@@ -80,7 +84,7 @@ struct cuda_norm_rows {
     int act_stride;
 };
 static inline struct cuda_grid norm_rows_grid(const struct cuda_norm_rows *a) {
-    return (struct cuda_grid){ (unsigned)a->n_tok, (unsigned)a->n_parts, 1, 256 };
+    return (struct cuda_grid){ (unsigned)a->n_tok, (unsigned)a->n_parts, 1, norm_threads(a->n) };
 }
 
 /* "quantize": n_blocks blocks of 32 values of each row. */

@@ -66,6 +66,25 @@ DEVICE struct block_at find_block(const struct cuda_product &a, const struct sha
 
 enum { WARPS = 8, ROUND = 32 }; /* of a block of threads; terms of a row and token that wait for their turn */
 
+/* Blocks of a panel that are on their way from memory before they are read. A few thousand bytes for each
+ * multiprocessor keep the memory busy, more than the loads of so few warps are. */
+enum { FETCHED = 2 * ROUND };
+
+/* By sixteen threads, or by each sixteen of a warp. */
+DEVICE void fetch_block(const struct cuda_product &a, const struct share &s, int panel, int b, int blocks,
+                        const struct format f) {
+    const int byte = 32 * lane();
+    if (b >= blocks)
+        return;
+    const struct block_at at = find_block(a, s, panel, b, f);
+    if (byte < f.code_bytes)
+        prefetch(at.codes + byte);
+    if (byte < f.scale_bytes)
+        prefetch(at.scales + byte);
+    if (byte < f.head_bytes && b % (f.super / 32) == 0)
+        prefetch(at.head + byte);
+}
+
 /* One to four tokens. Each sixteen threads take blocks of 32 columns of a panel in turn, and leave what they
  * add to the sums in shared memory. Then the sums are formed while others have begun with the next round. */
 template <int C> struct narrow_room { float term[2][ROUND][C][PANEL_ROWS], d[2][ROUND][C]; };
@@ -77,11 +96,14 @@ template <int C> DEVICE void narrow(const struct cuda_product &a, struct narrow_
     float y = 0;
     if (!s.n)
         return;
+    for (int b = half_warp(); b < FETCHED; b += 2 * WARPS)
+        fetch_block(a, s, panel, b, blocks, f);
     for (int first = 0, side = 0; first < blocks; first += ROUND, side ^= 1) {
         const int n = least(blocks - first, ROUND);
         for (int i = half_warp(); i < n; i += 2 * WARPS) {
             struct scales sc;
             const struct block_at at = find_block(a, s, panel, first + i, f);
+            fetch_block(a, s, panel, first + i + FETCHED, blocks, f);
             scales(&sc, at.head, at.scales);
             UNROLL(4)
             for (int c = 0; c < C; c++) {
@@ -189,9 +211,13 @@ template <int G> DEVICE void wide(const struct cuda_product &a, struct wide_room
     float y[SUMS] = {};
     if (!s.n)
         return;
+    for (int b = warp; G < 4 && b < FETCHED; b += WARPS)
+        fetch_block(a, s, panel, b, blocks, f);
     for (int first = 0, side = 0; first < blocks; first += BLOCKS, side ^= 1) {
         const int n = least(blocks - first, BLOCKS);
         for (int i = warp; i < n; i += WARPS) {
+            if (G < 4)                      /* else there is more to compute than to wait for */
+                fetch_block(a, s, panel, first + i + FETCHED, blocks, f);
             const struct operand o = load_operand(find_block(a, s, panel, first + i, f), low_codes,
                                                   high_codes, low_scales, high_scales);
             UNROLL(4)

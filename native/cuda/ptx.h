@@ -28,6 +28,9 @@ DEVICE uint32_t shuffle_bits(uint32_t x, int lane) {
     return __shfl_xor_sync(0xffffu << (threadIdx.x & 16), x, lane, 16);
 }
 
+/* The 32 bytes at p, which may be out of bounds, come closer to where they are read soon. */
+DEVICE void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" : : "l"(p)); }
+
 #if __CUDA_ARCH__ >= 800
 /* d (16 x 8) += a (16 x 32, unsigned) b (32 x 8, signed), by a warp. Thread 4r + q holds rows r and r + 8 of
  * a at columns 4q and 16 + 4q, column r of b there, and columns 2q and 2q + 1 of d in rows r and r + 8. */
@@ -77,6 +80,8 @@ DEVICE uint32_t choose_bytes(uint32_t a, uint32_t b, uint32_t which) {
         chosen |= (uint32_t)(bytes >> 8 * (which >> 4 * i & 7) & 255) << 8 * i;
     return chosen;
 }
+
+DEVICE void prefetch(const void *p) { (void)p; }
 
 DEVICE uint32_t shuffle_bits(uint32_t x, int lane) {
     const uint32_t half = 0xffffu << (threadIdx.x & 16);

@@ -19,8 +19,13 @@
 
 struct dim3 { unsigned x, y, z; };
 
-/* A kernel: its name, how it is called, the bytes of its arguments and of its shared memory. */
-struct grid_kernel { const char *name; void (*call)(const void *args, void *shared); size_t args, shared; };
+/* A kernel: its name, how it is called, the bytes of its arguments and of its shared memory, threads at most. */
+struct grid_kernel {
+    const char *name;
+    void (*call)(const void *args, void *shared);
+    size_t args, shared;
+    unsigned threads;
+};
 
 enum { GRID_THREADS = 1024, GRID_STACK = 128 << 10, GRID_SLOTS = 8, GRID_COPIES = 64, GRID_KERNELS = 1024 };
 
@@ -55,11 +60,11 @@ static struct {
 #define blockDim (grid.block_size)
 #define gridDim (grid.size)
 
-static inline bool grid_add(const char *name, void (*call)(const void *, void *), size_t args,
-                            size_t shared) {
+static inline bool grid_add(const char *name, void (*call)(const void *, void *), size_t args, size_t shared,
+                            unsigned threads) {
     if (grid.n_kernels == GRID_KERNELS)
         abort();
-    grid.kernels[grid.n_kernels++] = { name, call, args, shared };
+    grid.kernels[grid.n_kernels++] = { name, call, args, shared, threads };
     return true;
 }
 
