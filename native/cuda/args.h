@@ -111,6 +111,14 @@ struct cuda_lists {
     int most;                       /* entries of one expert at most: the tokens of the pass */
 };
 
+/* A second matrix of the same type and shape with the same columns, in the same launch: blockIdx.z 1. */
+struct cuda_beside {
+    const uint8_t *codes, *scales;  /* NULL: there is none */
+    const float *bias;
+    float factor;
+    float *out;
+};
+
 struct cuda_product {
     const uint8_t *codes, *scales;  /* panels as the CPU has them */
     size_t code_stride, scale_stride;
@@ -124,6 +132,7 @@ struct cuda_product {
     float *out;                     /* out[tok * out_stride + row] */
     size_t out_stride;
     int add;
+    struct cuda_beside beside;      /* not with experts */
     /* Experts: lists.used NULL: one matrix. Else matrix e begins e * expert_* further on, its columns are its
      * entries, and out is (entries, out_stride). gathers: act and x are the pass's tokens, found by
      * lists.tok; else they are entries too. */
@@ -183,7 +192,10 @@ static inline struct cuda_grid product_grid(enum cuda_way way, const struct cuda
     const struct cuda_tile tile = product_tile(way);
     return (struct cuda_grid){ cuda_over(a->n_rows, PANEL_ROWS * tile.panels),
                                cuda_over(product_columns(a), tile.tokens),
-                               a->lists.used ? (unsigned)a->lists.n_slots : 1, way == FLOATS ? 128u : 256u };
+                               a->lists.used      ? (unsigned)a->lists.n_slots
+                               : a->beside.codes ? 2
+                                                 : 1,
+                               way == FLOATS ? 128u : 256u };
 }
 
 /* ---- attention ---- */

@@ -5,13 +5,14 @@
 struct share {
     const uint8_t *codes, *scales;
     const float *bias;
+    float *out;
     const int32_t *tok;             /* where the columns' activations are; NULL: at `from` and on */
     float factor;
     int from, n;                    /* rows of `out`, the first and how many; 0: nothing to do */
 };
 
 DEVICE struct share find_share(const struct cuda_product &a, int tokens) {
-    struct share s = { a.codes, a.scales, a.bias, NULL, a.factor, 0, a.n_tok };
+    struct share s = { a.codes, a.scales, a.bias, a.out, NULL, a.factor, 0, a.n_tok };
     if (a.lists.used) {
         const int e = a.lists.used[blockIdx.z];
         if (e < 0) {
@@ -24,6 +25,12 @@ DEVICE struct share find_share(const struct cuda_product &a, int tokens) {
         s.factor = a.factors ? a.factors[e] : a.factor;
         s.from = a.lists.first[e];
         s.n = a.lists.first[e + 1] - s.from;
+    } else if (blockIdx.z) {
+        s.codes = a.beside.codes;
+        s.scales = a.beside.scales;
+        s.bias = a.beside.bias;
+        s.factor = a.beside.factor;
+        s.out = a.beside.out;
     }
     const int skip = (int)blockIdx.y * tokens;
     s.from += skip;
@@ -45,7 +52,7 @@ DEVICE const struct act_block *column(const struct cuda_product &a, const struct
 DEVICE void put(const struct cuda_product &a, const struct share &s, int row, int col, float y) {
     if (row >= a.n_rows || col >= s.n)
         return;
-    float *out = a.out + (size_t)(s.from + col) * a.out_stride + row;
+    float *out = s.out + (size_t)(s.from + col) * a.out_stride + row;
     if (s.factor != 0)
         y = s.factor * y + (s.bias ? s.bias[row] : 0.0f);
     else if (s.bias)

@@ -161,6 +161,22 @@ static void check_product(int type, cuda_way way, int rows, int k, int n_tok) {
         [&] { reference_product(type, &a); }, [&] { launch(name, product_grid(way, &a), a); });
 }
 
+/* Two matrices in a launch are what two launches are. */
+static void check_two(int type, cuda_way way, int n_tok) {
+    const int rows = 21, stride = 32, add = n_tok % 2;
+    weights w = new_weights(type, rows, 256, n_tok, 2);
+    std::vector<float> result = noises((size_t)(n_tok * stride)), second = noises((size_t)(n_tok * stride));
+    cuda_product a = product_args(w, 1, add, 0, result, stride), b = a;
+    b.codes += w.codes.size() / 2, b.scales += w.scales.size() / 2, b.bias += rows, b.factor = 0.7f;
+    b.out = second.data();
+    a.beside = { b.codes, b.scales, b.bias, b.factor, b.out };
+    const std::string name = std::string(cuda_way_name(way)) + "_" + cuda_type_name(type);
+    check(
+        text("%s: two, %d tokens", name.c_str(), n_tok), { out(result), out(second) },
+        [&] { reference_product(type, &a), reference_product(type, &b); },
+        [&] { launch(name, product_grid(way, &a), a); });
+}
+
 /* Experts: 5 of them, of which one has no token. */
 static void check_experts(int type, cuda_way way, int gathers) {
     enum { EXPERTS = 5, TOKENS_OF_PASS = 9, ENTRIES = 18, SLOTS = 5 };
@@ -197,6 +213,8 @@ static void products_of_type(int type) {
     check_product(type, TILES, 16 * 9 + 5, 256, 3);
     for (cuda_way way : { NARROW4, WIDE8, TILES })
         check_experts(type, way, turn++ % 2);
+    for (cuda_way way : { NARROW1, WIDE8 })
+        check_two(type, way, way == NARROW1 ? 1 : 7);
 }
 
 static void every_product(void) {
@@ -214,6 +232,7 @@ static void float_products(void) {
             check_product(type, FLOAT_TILES, n % 2 ? 37 : 70, n % 5 ? 100 : 48, n);
         for (cuda_way way : { FLOATS, FLOAT_TILES })
             check_experts(type, way, way == FLOATS);
+        check_two(type, FLOATS, 3);
     }
 }
 
