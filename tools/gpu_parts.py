@@ -313,7 +313,8 @@ def part_transformers(check: Check) -> None:
                                       num_key_value_heads=shape.n_kv_heads, intermediate_size=shape.hidden_dim,
                                       head_dim=shape.head_dim or shape.dim // shape.n_heads, vocab_size=vocab, tie_word_embeddings=True)
     torch.set_default_dtype(torch.bfloat16)
-    model = transformers.LlamaForCausalLM(config).to(device).eval()
+    with device:                            # weights are drawn there
+        model = transformers.LlamaForCausalLM(config).eval()
     ids = torch.randint(0, vocab, (1, s.prompt), device=device)
     with torch.no_grad():
         check.tell(f"1b bf16, pp {s.prompt}", tok_s=s.prompt / timed(torch, device, lambda: model(ids, use_cache=False), 5))
