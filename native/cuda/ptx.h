@@ -54,11 +54,22 @@ DEVICE void copy_16(void *shared, const void *global) {
                  : "r"((uint32_t)__cvta_generic_to_shared(shared)), "l"(global)
                  : "memory");
 }
+DEVICE void copy_4(void *shared, const void *global) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;"
+                 :
+                 : "r"((uint32_t)__cvta_generic_to_shared(shared)), "l"(global)
+                 : "memory");
+}
 DEVICE void end_copies(void) { asm volatile("cp.async.commit_group;" : : : "memory"); }
 /* All groups of copies but the last `left` are done. */
 template <int left> DEVICE void wait_copies(void) {
     asm volatile("cp.async.wait_group %0;" : : "n"(left) : "memory");
 }
+#else
+DEVICE void copy_16(void *shared, const void *global) { *(uint4 *)shared = *(const uint4 *)global; }
+DEVICE void copy_4(void *shared, const void *global) { *(uint32_t *)shared = *(const uint32_t *)global; }
+DEVICE void end_copies(void) {}
+template <int left> DEVICE void wait_copies(void) {}
 #endif
 
 #else
@@ -111,6 +122,7 @@ DEVICE void mma_k32(int32_t d[4], const uint32_t a[4], const uint32_t b[2]) { mm
 DEVICE void mma_k16(int32_t d[4], const uint32_t a[2], uint32_t b) { mma_k(d, a, &b, 1); }
 
 DEVICE void copy_16(void *shared, const void *global) { grid_copy(shared, global, 16); }
+DEVICE void copy_4(void *shared, const void *global) { grid_copy(shared, global, 4); }
 DEVICE void end_copies(void) { grid_end_copies(); }
 template <int left> DEVICE void wait_copies(void) { grid_wait_copies(left); }
 

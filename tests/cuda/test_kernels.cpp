@@ -223,6 +223,8 @@ static void float_products(void) {
     for (int type : { TYPE_F32, TYPE_F16, TYPE_BF16 }) {
         for (int n : { 1, 3, 8, 9, 20 })
             check_product(type, FLOATS, n % 2 ? 37 : 16, n % 3 ? 100 : 64, n);
+        for (int n : { 1, 9 })          /* more stretches than are under way at a time */
+            check_product(type, FLOATS, 37, 900, n);
         for (int n : { 5, 64, 70 })
             check_product(type, FLOAT_TILES, n % 2 ? 37 : 70, n % 5 ? 100 : 48, n);
         for (cuda_way way : { FLOATS, FLOAT_TILES })
