@@ -168,8 +168,9 @@ static int unsuitable(const struct gpu *g, const char *path, int code) {
     g->cu->cuDeviceGetAttribute(&major, CUDA_ATTRIBUTE_MAJOR, g->device);
     g->cu->cuDeviceGetAttribute(&minor, CUDA_ATTRIBUTE_MINOR, g->device);
     return fail(BMC_EDEVICE,
-                "GPU %d: loading the kernels of %s: %s (%d): expected compute capability 7.5 or later and a driver of "
-                "the CUDA that compiled them (580 or later for CUDA 13), found capability %d.%d and a driver of CUDA %d.%d",
+                "GPU %d: loading the kernels of %s: %s (%d): expected compute capability 7.5 or later and a "
+                "driver of the CUDA that compiled them (580 or later for CUDA 13), found capability %d.%d and a "
+                "driver of CUDA %d.%d",
                 g->index, path, text ? text : "unknown error", code, major, minor, version / 1000,
                 version % 1000 / 10);
 }

@@ -58,13 +58,13 @@ template <int P, int C, int K, int N> DEVICE void floats(const struct cuda_produ
 /* Few tokens: stretches of K columns of a panel as they lie, and of the activations, are on their way to shared
  * memory while the one before them is added up, STAGES of them in turn. */
 enum { STAGES = 4, FEW = 8 };
-template <int K, int SIZE> struct stream_room {
+template <int K, int SIZE> struct streamed_room {
     alignas(16) uint8_t w[STAGES][K * PANEL_ROWS * SIZE];
     float x[STAGES][K][FEW + 1];
 };
 
 template <int K, int SIZE> DEVICE void stream_stretch(const struct cuda_product &a, const struct share &s,
-                                                      struct stream_room<K, SIZE> &room, int stretch) {
+                                                      struct streamed_room<K, SIZE> &room, int stretch) {
     enum { COLUMN = PANEL_ROWS * SIZE, PIECES = COLUMN / 16 };
     const int first = stretch * K, side = stretch % STAGES, n = least(a.k - first, K);
     const uint8_t *from = s.codes + (size_t)blockIdx.x * a.code_stride + (size_t)first * COLUMN;
@@ -77,7 +77,7 @@ template <int K, int SIZE> DEVICE void stream_stretch(const struct cuda_product 
     end_copies();
 }
 
-template <int K, int SIZE> DEVICE void stream(const struct cuda_product &a, struct stream_room<K, SIZE> &room,
+template <int K, int SIZE> DEVICE void streamed(const struct cuda_product &a, struct streamed_room<K, SIZE> &room,
                                               value_fn *value) {
     const struct share s = find_share(a, FEW);
     const int col = half_warp();
@@ -99,9 +99,9 @@ template <int K, int SIZE> DEVICE void stream(const struct cuda_product &a, stru
 }
 
 #define FLOAT_KERNELS(TYPE, name, size) \
-    typedef struct stream_room<(size > 2 ? 64 : 128), size> few_room_##name; \
+    typedef struct streamed_room<(size > 2 ? 64 : 128), size> few_room_##name; \
     typedef struct floats_room<4, 64, 16> many_room_##name; \
-    KERNEL(floats_##name, 128, struct cuda_product, few_room_##name) { stream(a, s, value_##name); } \
+    KERNEL(floats_##name, 128, struct cuda_product, few_room_##name) { streamed(a, s, value_##name); } \
     KERNEL(float_tiles_##name, 256, struct cuda_product, many_room_##name) { \
         floats<4, 64, 16, 4>(a, s, size, value_##name); \
     }

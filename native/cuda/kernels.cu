@@ -21,7 +21,10 @@
  * of up to 256 threads have to fit a multiprocessor's registers. */
 #define KERNEL(name, threads, arguments, room) \
     DEVICE void body_##name(const arguments &a, room &s); \
-    extern "C" __global__ void __launch_bounds__(threads, threads <= 256 ? 2 : 1) name(const arguments a) { __shared__ room s; body_##name(a, s); } \
+    extern "C" __global__ void __launch_bounds__(threads, threads <= 256 ? 2 : 1) name(const arguments a) { \
+        __shared__ room s; \
+        body_##name(a, s); \
+    } \
     DEVICE void body_##name(const arguments &a, room &s)
 #else
 #define DEVICE static inline __attribute__((always_inline))

@@ -42,8 +42,8 @@ static std::recursive_mutex lock;
 /* What tests set: how many GPUs there are, their capability and memory, whether they map memory, the order of
  * the grid, and which call from now on fails: 0: none. What they ask: calls so far, objects alive, launches
  * of graphs and of kernels. module_code: what loading kernels comes to. stays_broken: as a real one, all
- * calls fail after a queued operation has. busy: 1: another process has GPU 0 for itself. capture_us: how long a capture begins, so that other threads come
- * in between. */
+ * calls fail after a queued operation has. busy: 1: another process has GPU 0 for itself. capture_us: how
+ * long the beginning of a capture takes, so that other threads come in between. */
 static std::map<std::string, long long> settings = {
     { "gpus", 1 },    { "major", 9 },           { "maps", 1 },           { "order", 0 },
     { "fail_in", 0 }, { "fail_code", UNKNOWN }, { "memory", 4ll << 30 }, { "calls", 0 },
@@ -344,7 +344,12 @@ API int cuModuleGetFunction(void **function, void *, const char *name) {
 /* Streams and graphs. */
 
 using operation = std::function<int()>;
-struct stream { std::vector<operation> queue; struct graph *capturing = NULL; std::thread::id by; bool spoiled = false; };
+struct stream {
+    std::vector<operation> queue;
+    struct graph *capturing = NULL;
+    std::thread::id by;                 /* the thread that captures */
+    bool spoiled = false;
+};
 struct graph { std::vector<operation> operations; };
 
 API int cuStreamCreate(void **s, unsigned) {
