@@ -5,7 +5,8 @@
 # make test-release    the native tests, and those that read PYBMC_CPU again with each of its values here
 # make asan, tsan      the native tests under AddressSanitizer and UBSan, those of threads under ThreadSanitizer
 # make test-cuda       the GPU's kernels on the CPU, against the library's bits; make asan has it too, for fewer types
-# make cuda-check      what nvcc makes of them: registers, shared memory, roundings; make cuda-mutants: the tests find mistakes
+# make cuda-check      what nvcc makes of them: registers, shared memory, roundings; FEW=1: of a few types, for one chip
+# make cuda-mutants    the tests of these kernels find mistakes that are made on purpose
 # make test-ptx        the compiled kernels, as PTX, on the CPU: a minute; make ptx-mutants: mistakes in them are found
 # make test-x86        the native tests on an emulated x86-64 CPU without AVX-512, where there is qemu-x86_64
 # make test-arm        the native tests as arm64 programs on qemu-aarch64, and their bits against this machine's
@@ -103,9 +104,16 @@ $(WHEEL_NVCC):
 	printf '#!/bin/sh\nexec "%s" "$$@"\n' "$$(echo $(CURDIR)/build/nvcc/venv/lib/python3*/site-packages/nvidia/cu13/bin/nvcc)" >$@
 	@chmod +x $@
 
-# No value leaves the registers, shared memory fits, and every operation is rounded as IEEE says.
+# FEW=1: of a few types and for one chip, quick enough for every change.
+ifeq ($(FEW),1)
+cuda-check: NVCC_FLAGS += -include tests/cuda/few_types.h
+cuda-check: CUDA_TARGETS = -gencode arch=compute_90,code=sm_90
+endif
+
+# No value leaves the registers, shared memory fits, and every operation is rounded as IEEE says. driver.h says what cuda.h does.
 cuda-check: $(CUDA_SOURCES) $(filter $(WHEEL_NVCC),$(NVCC))
 	@mkdir -p build/cuda-check
+	$(NVCC) -std=c++17 -x c++ -c tests/cuda/abi.cpp -o build/cuda-check/abi.o
 	$(NVCC) $(NVCC_FLAGS) $(CUDA_TARGETS) -Xptxas -v --threads 0 -fatbin native/cuda/kernels.cu -o build/cuda-check/kernels.fatbin 2>build/cuda-check/log.txt \
 	    || { cat build/cuda-check/log.txt; exit 1; }
 	$(NVCC) $(NVCC_FLAGS) -arch=compute_80 -ptx native/cuda/kernels.cu -o build/cuda-check/kernels.ptx

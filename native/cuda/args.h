@@ -45,6 +45,10 @@ struct cuda_rows {
 /* A normalization: struct vector's values or NULL. */
 struct cuda_weights { const float *weight, *bias; };
 
+/* One block of threads a row is all there is: it has many where the row is long. */
+enum { NORM_THREADS = 1024 };
+static inline unsigned norm_threads(int dim) { return dim > 1536 ? NORM_THREADS : 256; }
+
 /* "norm_tokens": what blocks left in y joins x (settle in steps_cpu.c), then out = norm(x), in floats and 8
  * bits. */
 struct cuda_norm {
@@ -69,7 +73,7 @@ struct cuda_norm {
     int n_others;
 };
 static inline struct cuda_grid norm_grid(const struct cuda_norm *a) {
-    return (struct cuda_grid){ (unsigned)a->n_tok, 1, 1, 256 };
+    return (struct cuda_grid){ (unsigned)a->n_tok, 1, 1, norm_threads(a->dim) };
 }
 
 /* "norm_rows": y = norm(x) * scale, also in place; rows (n_tok, n_parts) of n values each, part p at x + p *
@@ -89,7 +93,7 @@ struct cuda_norm_rows {
     int act_stride;
 };
 static inline struct cuda_grid norm_rows_grid(const struct cuda_norm_rows *a) {
-    return (struct cuda_grid){ (unsigned)a->n_tok, (unsigned)a->n_parts, 1, 256 };
+    return (struct cuda_grid){ (unsigned)a->n_tok, (unsigned)a->n_parts, 1, norm_threads(a->n) };
 }
 
 /* "quantize": n_blocks blocks of 32 values of each row. */
@@ -116,6 +120,14 @@ struct cuda_lists {
     int most;                       /* entries of one expert at most: the tokens of the pass */
 };
 
+/* A second matrix of the same type and shape with the same columns, in the same launch: blockIdx.z 1. */
+struct cuda_beside {
+    const uint8_t *codes, *scales;  /* NULL: there is none */
+    const float *bias;
+    float factor;
+    float *out;
+};
+
 struct cuda_product {
     const uint8_t *codes, *scales;  /* panels as the CPU has them */
     size_t code_stride, scale_stride;
@@ -129,6 +141,7 @@ struct cuda_product {
     float *out;                     /* out[tok * out_stride + row] */
     size_t out_stride;
     int add;
+    struct cuda_beside beside;      /* not with experts */
     /* Experts: lists.used NULL: one matrix. Else matrix e begins e * expert_* further on, its columns are its
      * entries, and out is (entries, out_stride). gathers: act and x are the pass's tokens, found by
      * lists.tok; else they are entries too. */
@@ -188,7 +201,10 @@ static inline struct cuda_grid product_grid(enum cuda_way way, const struct cuda
     const struct cuda_tile tile = product_tile(way);
     return (struct cuda_grid){ cuda_over(a->n_rows, PANEL_ROWS * tile.panels),
                                cuda_over(product_columns(a), tile.tokens),
-                               a->lists.used ? (unsigned)a->lists.n_slots : 1, way == FLOATS ? 128u : 256u };
+                               a->lists.used      ? (unsigned)a->lists.n_slots
+                               : a->beside.codes ? 2
+                                                 : 1,
+                               way == FLOATS ? 128u : 256u };
 }
 
 /* ---- attention ---- */

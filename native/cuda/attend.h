@@ -95,10 +95,31 @@ DEVICE int head_of(struct batch b, int r) { return b.begin + r % b.heads; }
 
 /* Queries and scores in shared memory: the values of a query a stretch at a time. */
 struct attend_room {
-    float q[CHUNK][ATTEND_ROWS], s[ATTEND_ROWS][CHUNK];
+    alignas(16) float q[CHUNK][ATTEND_ROWS];
+    alignas(16) float s[ATTEND_ROWS][CHUNK];
     float m[ATTEND_ROWS], l[ATTEND_ROWS], keep[ATTEND_ROWS], gain[ATTEND_ROWS];
     struct seen seen[ATTEND_ROWS];
 };
+
+/* sum[r] = fma(x, y[r], sum[r]) for the n values at x, `pitch` apart, in their order; `pair` gives y. */
+template <int R, int N, class Pair> DEVICE void add_some(float *sum, const uint16_t *x, int pitch, Pair pair) {
+    uint16_t v[N];
+    UNROLL(16)
+    for (int i = 0; i < N; i++)
+        v[i] = x[i * pitch];
+    UNROLL(16)
+    for (int i = 0; i < N; i++)
+        UNROLL(16)
+        for (int r = 0; r < R; r++)
+            sum[r] = fmaf(pair(r, i), half_to_float(v[i]), sum[r]);
+}
+template <int R, class Pair> DEVICE void add_values(float *sum, const uint16_t *x, int pitch, int n, Pair pair) {
+    int i = 0;
+    for (; i + TILE <= n; i += TILE)
+        add_some<R, TILE>(sum, x + i * pitch, pitch, [=](int r, int j) { return pair(r, i + j); });
+    for (; i < n; i++)
+        add_some<R, 1>(sum, x + i * pitch, pitch, [=](int r, int) { return pair(r, i); });
+}
 
 /* s[r][t] = q[r] . K[t]: a thread a row of the cache, a chain over the key's values for each of R queries. */
 template <int R> DEVICE void score(const struct cuda_attend &a, struct batch b, int chunk, struct seen any,
@@ -120,12 +141,8 @@ template <int R> DEVICE void score(const struct cuda_attend &a, struct batch b, 
                             + (size_t)(first + d)];
         }
         __syncthreads();
-        for (int d = 0; works && d < n; d++) {
-            const float x = half_to_float(k[(first + d) * TILE]);
-            UNROLL(16)
-            for (int r = 0; r < R; r++)
-                sum[r] = fmaf(s.q[d][r], x, sum[r]);
-        }
+        if (works)
+            add_values<R>(sum, k + first * TILE, TILE, n, [&](int r, int d) { return s.q[d][r]; });
     }
     UNROLL(16)
     for (int r = 0; r < R; r++)
@@ -204,12 +221,8 @@ template <int R> DEVICE void gather(const struct cuda_attend &a, struct batch b,
             const int end = least(any.limit, (t / TILE + 1) * TILE);
             const uint16_t *v =
                 find_tile(rows, a.before, a.tile_bytes, b.h, chunk * (CHUNK / TILE) + t / TILE) + place;
-            for (; t < end; t++) {
-                const float x = half_to_float(v[t % TILE * pitch]);
-                UNROLL(16)
-                for (int r = 0; r < R; r++)
-                    sum[r] = fmaf(s.s[r][t], x, sum[r]);
-            }
+            add_values<R>(sum, v + t % TILE * pitch, pitch, end - t, [&](int r, int i) { return s.s[r][t + i]; });
+            t = end;
         }
         UNROLL(16)
         for (int r = 0; r < R; r++)
@@ -318,17 +331,30 @@ KERNEL(attend, 256, struct cuda_attend, struct attend_room) {
     }
 }
 
+/* Chunks whose sums a thread loads together. */
+enum { AHEAD = 8 };
 KERNEL(attend_merge, 128, struct cuda_attend, struct no_room) {
     const int token = (int)blockIdx.x, head = (int)blockIdx.y, pad = v_pad(a);
+    const struct cuda_token at = a.at[token];
     float *out = result_of(a, token, head);
     (void)s;
     for (int d = (int)threadIdx.x; d < a.v_dim; d += (int)blockDim.x) {
         float m = -INFINITY, l = 0, o = 0;
-        for (int chunk = 0; chunk < a.n_chunks; chunk++)
-            if (sees(rows_seen(a, a.at[token], chunk))) {
-                const float *part = part_of(a, token, head, chunk);
-                o = mix(o, part[d], join(&m, &l, part[pad], part[pad + 1]));
+        for (int first = 0; first < a.n_chunks; first += AHEAD) {
+            struct { float o, m, l; } of[AHEAD];
+            bool seen[AHEAD];
+            UNROLL(8)
+            for (int i = 0; i < AHEAD; i++) {
+                seen[i] = first + i < a.n_chunks && sees(rows_seen(a, at, first + i));
+                const float *part = part_of(a, token, head, first + i);
+                if (seen[i])
+                    of[i] = { part[d], part[pad], part[pad + 1] };
             }
+            UNROLL(8)
+            for (int i = 0; i < AHEAD; i++)
+                if (seen[i])
+                    o = mix(o, of[i].o, join(&m, &l, of[i].m, of[i].l));
+        }
         out[d] = finish_value(a, token, head, d, o, m, l);
     }
     __syncthreads();

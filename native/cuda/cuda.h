@@ -34,7 +34,6 @@ struct graph {
     char *args;
     int n;
     size_t arg_bytes;
-    uint64_t hash;
     int64_t used;                   /* number of the pass that used it last */
 };
 
@@ -84,7 +83,7 @@ struct cuda {
     struct hidden *hidden;          /* (n_hidden,) */
     int n_sessions, n_hidden;
     int64_t n_passes;
-    uint64_t last_hash[GRAPH_TOKENS + 1];       /* of the last queue, by the tokens of its pass */
+    uint64_t last_hash[GRAPH_TOKENS + 1];       /* of the last queue that was no graph, by the tokens of its pass */
     struct graph graphs[GRAPHS];
 };
 

@@ -9,9 +9,6 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { OUT_OF_MEMORY = 2 };
-enum { ATTRIBUTE_SMS = 16, ATTRIBUTE_MAJOR = 75, ATTRIBUTE_MINOR = 76, ATTRIBUTE_MAPS = 102 };
-
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static struct cuda_driver functions;
 static struct gpu *opened;
@@ -32,7 +29,7 @@ static int open_driver(void) {
         if (!found) {
             dlclose(library);
             return fail(BMC_EDEVICE,
-                        "no GPU can be used: the driver has no %s: expected version 470 or later",
+                        "no GPU can be used: the driver has no %s: expected version 470 or later, found an older one",
                         list[i].name);
         }
         memcpy(list[i].place, &found, sizeof found);
@@ -65,13 +62,20 @@ const struct cuda_driver *cuda_driver(void) {
     return found;
 }
 
+/* Errors of a kernel or of the chip, which the driver gives back from every call that follows. */
+static bool is_final(int code) {
+    return code == CUDA_ECC || code == CUDA_ILLEGAL_ADDRESS || code == CUDA_LAUNCH_TIMEOUT
+           || (code >= CUDA_ASSERT && code <= CUDA_LAUNCH_FAILED);
+}
+
 int cuda_status(int gpu, const char *what, int code) {
     const char *text = NULL;
     if (!code)
         return 0;
     functions.cuGetErrorString(code, &text);
-    return fail(code == OUT_OF_MEMORY ? BMC_ENOMEM : BMC_EDEVICE, "GPU %d: %s: %s (%d)", gpu, what,
-                text ? text : "unknown error", code);
+    return fail(code == CUDA_OUT_OF_MEMORY ? BMC_ENOMEM : BMC_EDEVICE, "GPU %d: %s: %s (%d)%s", gpu, what,
+                text ? text : "unknown error", code,
+                is_final(code) ? "; this process cannot use the GPU any more: start it again" : "");
 }
 
 /* Number i, checked. */
@@ -84,37 +88,54 @@ static int find_device(const struct cuda_driver *cu, int i, int *device) {
     return status ? status : cuda_status(i, "asking for it", cu->cuDeviceGet(device, i));
 }
 
+struct attribute { int number; int *value; };
+
+static int ask(const struct cuda_driver *cu, int i, int device, const struct attribute *list, size_t n) {
+    int status = 0;
+    for (size_t j = 0; j < n && !status; j++)
+        status = cuda_status(i, "asking what it can do",
+                             cu->cuDeviceGetAttribute(list[j].value, list[j].number, device));
+    return status;
+}
+
+/* How much of its memory is available: only a context can tell. The thread's own is back afterwards. */
+static int ask_available(const struct cuda_driver *cu, int i, int device, size_t *available, size_t *total) {
+    void *context, *before = NULL;
+    int status = cuda_status(i, "using it", cu->cuDevicePrimaryCtxRetain(&context, device));
+    if (status)
+        return status;
+    status = cuda_status(i, "using it", cu->cuCtxGetCurrent(&before));
+    if (!status)
+        status = cuda_status(i, "using it", cu->cuCtxSetCurrent(context));
+    if (!status)
+        status = cuda_status(i, "asking for its memory", cu->cuMemGetInfo_v2(available, total));
+    const int back = cuda_status(i, "leaving it", cu->cuCtxSetCurrent(before));
+    cu->cuDevicePrimaryCtxRelease_v2(device);
+    return status ? status : back;
+}
+
 int bmc_gpu(int i, bmc_gpu_info *info) {
     const struct cuda_driver *cu = cuda_driver();
     int n = 0, device = 0, major = 0, minor = 0;
-    void *context;
     if (!cu)
         return BMC_EDEVICE;
     int status =
         info ? find_device(cu, i, &device) : cuda_status(0, "counting the GPUs", cu->cuDeviceGetCount(&n));
     if (!info)
         return status ? status : n;
-    size_t total = 0, unused = 0;
+    size_t total = 0, available = 0;
     *info = (bmc_gpu_info){ 0 };
     if (!status)
         status = cuda_status(i, "asking for its name",
                              cu->cuDeviceGetName(info->name, (int)sizeof info->name, device));
     if (!status)
-        status = cuda_status(i, "asking for its memory", cu->cuDeviceTotalMem_v2(&total, device));
+        status = ask(cu, i, device,
+                     (struct attribute[]){ { CUDA_ATTRIBUTE_MAJOR, &major }, { CUDA_ATTRIBUTE_MINOR, &minor } },
+                     2);
     if (!status)
-        status = cuda_status(i, "asking for its capability",
-                             cu->cuDeviceGetAttribute(&major, ATTRIBUTE_MAJOR, device)
-                                 | cu->cuDeviceGetAttribute(&minor, ATTRIBUTE_MINOR, device));
-    if (!status)
-        status = cuda_status(i, "using it", cu->cuDevicePrimaryCtxRetain(&context, device));
-    if (status)
-        return status;
-    status = cuda_status(i, "using it", cu->cuCtxSetCurrent(context));
-    if (!status)
-        status = cuda_status(i, "asking for its memory", cu->cuMemGetInfo_v2(&unused, &total));
-    cu->cuDevicePrimaryCtxRelease_v2(device);
+        status = ask_available(cu, i, device, &available, &total);
     info->memory = (int64_t)total;
-    info->available = (int64_t)unused;
+    info->available = (int64_t)available;
     info->major = major;
     info->minor = minor;
     return status;
@@ -138,18 +159,37 @@ static char *read_file(const char *path) {
     return bytes;
 }
 
+/* Kernels that this GPU cannot run, or this driver cannot load. */
+static int unsuitable(const struct gpu *g, const char *path, int code) {
+    const char *text = NULL;
+    int version = 0, major = 0, minor = 0;
+    g->cu->cuGetErrorString(code, &text);
+    g->cu->cuDriverGetVersion(&version);
+    g->cu->cuDeviceGetAttribute(&major, CUDA_ATTRIBUTE_MAJOR, g->device);
+    g->cu->cuDeviceGetAttribute(&minor, CUDA_ATTRIBUTE_MINOR, g->device);
+    return fail(BMC_EDEVICE,
+                "GPU %d: loading the kernels of %s: %s (%d): expected compute capability 7.5 or later and a "
+                "driver of the CUDA that compiled them (580 or later for CUDA 13), found capability %d.%d and a "
+                "driver of CUDA %d.%d",
+                g->index, path, text ? text : "unknown error", code, major, minor, version / 1000,
+                version % 1000 / 10);
+}
+
 static int load_kernels(struct gpu *g, const char *path) {
     char *image = read_file(path);
     if (!image)
         return BMC_EDEVICE;
-    const int status =
-        cuda_status(g->index, "loading the kernels", g->cu->cuModuleLoadData(&g->module, image));
+    const int code = g->cu->cuModuleLoadData(&g->module, image);
     free(image);
-    return status;
+    switch (code) {
+    case CUDA_INVALID_IMAGE: case CUDA_NO_BINARY: case CUDA_INVALID_PTX: case CUDA_NO_JIT: case CUDA_UNSUPPORTED_PTX:
+        return unsuitable(g, path, code);
+    }
+    return cuda_status(g->index, "loading the kernels", code);
 }
 
 static struct cuda_allocation on_device(const struct gpu *g) {
-    return (struct cuda_allocation){ .type = 1, .location = { 1, g->device } };
+    return (struct cuda_allocation){ .type = CUDA_PINNED, .location = { CUDA_ON_DEVICE, g->device } };
 }
 
 static int begin_gpu(struct gpu *g, const char *kernels) {
@@ -161,20 +201,29 @@ static int begin_gpu(struct gpu *g, const char *kernels) {
     if (!status)
         status = load_kernels(g, kernels);
     if (!status)
-        status = cuda_status(g->index, "asking what it can do",
-                             g->cu->cuDeviceGetAttribute(&g->n_sms, ATTRIBUTE_SMS, g->device)
-                                 | g->cu->cuDeviceGetAttribute(&major, ATTRIBUTE_MAJOR, g->device)
-                                 | g->cu->cuDeviceGetAttribute(&maps, ATTRIBUTE_MAPS, g->device));
+        status = cuda_status(g->index, "making a stream",
+                             g->cu->cuStreamCreate(&g->memory_stream, CUDA_STREAM_NON_BLOCKING));
+    if (!status)
+        status = ask(g->cu, g->index, g->device,
+                     (struct attribute[]){ { CUDA_ATTRIBUTE_SMS, &g->n_sms },
+                                           { CUDA_ATTRIBUTE_MAJOR, &major },
+                                           { CUDA_ATTRIBUTE_MAPS, &maps } },
+                     3);
     if (!status && maps)
-        status = cuda_status(g->index, "asking what it can do",
-                             g->cu->cuMemGetAllocationGranularity(&g->granularity, &kind, 0));
+        status = cuda_status(
+            g->index, "asking what it can do",
+            g->cu->cuMemGetAllocationGranularity(&g->granularity, &kind, CUDA_GRANULARITY_LEAST));
     g->mma = major >= 8;
     return status;
 }
 
+/* The context may end here, so the thread no longer has it. */
 static void end_gpu(struct gpu *g) {
+    if (g->memory_stream)
+        g->cu->cuStreamDestroy_v2(g->memory_stream);
     if (g->module)
         g->cu->cuModuleUnload(g->module);
+    g->cu->cuCtxSetCurrent(NULL);
     if (g->context)
         g->cu->cuDevicePrimaryCtxRelease_v2(g->device);
     free(g);
@@ -269,7 +318,7 @@ static size_t segment_whole(void *of, size_t bytes) {
 /* Memory at addresses of its own; 0 without. */
 static uint64_t map_segment(const struct gpu *g, size_t bytes) {
     const struct cuda_allocation kind = on_device(g);
-    const struct cuda_access access = { kind.location, 3 };
+    const struct cuda_access access = { kind.location, CUDA_READ_WRITE };
     unsigned long long memory = 0;
     uint64_t address = 0;
     if (g->cu->cuMemAddressReserve(&address, bytes, 0, 0, 0))

@@ -4,17 +4,30 @@
 #ifndef CUDA_DRIVER_H
 #define CUDA_DRIVER_H
 
-#include "../arena.h"
+#include "../memory.h"
 #include "args.h"
 
 #include <stdbool.h>
 #include <sys/types.h>
 
+/* Values and structs of the driver. tests/cuda/abi.cpp compares all of this file with cuda.h. */
+enum {
+    CUDA_OUT_OF_MEMORY = 2,
+    CUDA_INVALID_IMAGE = 200, CUDA_NO_BINARY = 209, CUDA_INVALID_PTX = 218, CUDA_NO_JIT = 221,
+    CUDA_UNSUPPORTED_PTX = 222,
+    CUDA_ECC = 214, CUDA_ILLEGAL_ADDRESS = 700, CUDA_LAUNCH_TIMEOUT = 702, CUDA_ASSERT = 710,
+    CUDA_HARDWARE_STACK = 714, CUDA_ILLEGAL_INSTRUCTION = 715, CUDA_MISALIGNED = 716,
+    CUDA_ADDRESS_SPACE = 717, CUDA_INVALID_PC = 718, CUDA_LAUNCH_FAILED = 719,
+};
+enum { CUDA_ATTRIBUTE_SMS = 16, CUDA_ATTRIBUTE_MAJOR = 75, CUDA_ATTRIBUTE_MINOR = 76, CUDA_ATTRIBUTE_MAPS = 102 };
+enum { CUDA_STREAM_NON_BLOCKING = 1, CUDA_CAPTURE_THREAD = 1 };
+enum { CUDA_ON_DEVICE = 1, CUDA_PINNED = 1, CUDA_READ_WRITE = 3, CUDA_GRANULARITY_LEAST = 0 };
+
 /* Places for memory of the device: where it is, and who may use it. */
-struct cuda_location { int32_t type, id; };                         /* type 1: a device */
-struct cuda_access { struct cuda_location location; int32_t flags; };       /* 3: reads and writes */
+struct cuda_location { int32_t type, id; };                         /* type: CUDA_ON_DEVICE */
+struct cuda_access { struct cuda_location location; int32_t flags; };       /* flags: CUDA_READ_WRITE */
 struct cuda_allocation {
-    int32_t type, handle_types;                                     /* type 1: memory that stays where it is */
+    int32_t type, handle_types;                                     /* type: CUDA_PINNED: it stays where it is */
     struct cuda_location location;
     void *win32;
     uint8_t flags[8];
@@ -22,6 +35,7 @@ struct cuda_allocation {
 
 #define CUDA_DRIVER(X) \
     X(cuInit, (unsigned flags)) \
+    X(cuDriverGetVersion, (int *version)) \
     X(cuGetErrorString, (int code, const char **text)) \
     X(cuDeviceGetCount, (int *n)) \
     X(cuDeviceGet, (int *device, int i)) \
@@ -30,6 +44,7 @@ struct cuda_allocation {
     X(cuDeviceGetAttribute, (int *value, int attribute, int device)) \
     X(cuDevicePrimaryCtxRetain, (void **context, int device)) \
     X(cuDevicePrimaryCtxRelease_v2, (int device)) \
+    X(cuCtxGetCurrent, (void **context)) \
     X(cuCtxSetCurrent, (void *context)) \
     X(cuMemGetInfo_v2, (size_t *unused, size_t *total)) \
     X(cuMemAlloc_v2, (uint64_t *memory, size_t bytes)) \
@@ -79,7 +94,8 @@ struct cuda_driver {
 /* The driver, opened by the first call; NULL with the sentence recorded. */
 const struct cuda_driver *cuda_driver(void);
 
-/* 0, or what a code of the driver means, with its sentence: "GPU 0: WHAT: out of memory". */
+/* 0, or what a code of the driver means, with its sentence: "GPU 0: WHAT: out of memory". After some of them the
+ * driver computes nothing more for this process: the sentence says so. */
 int cuda_status(int gpu, const char *what, int code);
 
 /* A GPU that is in use, with the kernels loaded: shared by all who open it. */
@@ -88,6 +104,7 @@ struct gpu {
     int index, users;
     int device;
     void *context, *module;
+    void *memory_stream;            /* of segments: no pass is captured there */
     int n_sms;                      /* multiprocessors */
     bool mma;                       /* multiplies 8-bit matrices */
     size_t granularity;             /* of memory that is mapped; 0: it cannot be */
@@ -97,7 +114,7 @@ struct gpu {
 
 int gpu_open(int index, const char *kernels, struct gpu **gpu);     /* kernels: a file of the compiled kernels */
 void gpu_close(struct gpu *gpu);
-int gpu_enter(const struct gpu *gpu);                               /* before calls of the driver, on each thread; 0 or BMC_EDEVICE */
+int gpu_enter(const struct gpu *gpu);       /* before calls of the driver, on each thread; 0 or BMC_EDEVICE */
 void *gpu_function(const struct gpu *gpu, const char *name);        /* NULL with the sentence recorded */
 
 /* Memory of the GPU. 0, or BMC_ENOMEM or BMC_EDEVICE; what: for the sentence. */
@@ -116,8 +133,9 @@ struct gpu_stage {
 };
 
 /* Segments of arenas, which grow where they stand, and states: each is memory mapped to addresses of its
- * own, or where the GPU cannot do that an allocation. The stream does the zeroing and copying, for several
- * threads and beside the passes, whose own stream may be capturing a graph: all is done on return. */
+ * own, or where the GPU cannot do that an allocation. The stream does the zeroing and copying, all of which
+ * is done on return. It is not the stream of passes: sessions come and go on other threads while a pass is
+ * captured, and what they queue there would become part of its graph. */
 struct gpu_segments { const struct gpu *gpu; void *stream; struct gpu_stage stage; };
 struct memory gpu_memory(struct gpu_segments *of);
 int gpu_fetch(void *of, void *to, const void *from, size_t bytes);     /* memory.fetch, send and wait */

@@ -55,12 +55,53 @@ template <int P, int C, int K, int N> DEVICE void floats(const struct cuda_produ
             put(a, s, ((int)blockIdx.x * P + p) * PANEL_ROWS + lane(), col + c, y[p][c]);
 }
 
+/* Few tokens: stretches of K columns of a panel as they lie, and of the activations, are on their way to shared
+ * memory while the one before them is added up, STAGES of them in turn. */
+enum { STAGES = 4, FEW = 8 };
+template <int K, int SIZE> struct streamed_room {
+    alignas(16) uint8_t w[STAGES][K * PANEL_ROWS * SIZE];
+    float x[STAGES][K][FEW + 1];
+};
+
+template <int K, int SIZE> DEVICE void stream_stretch(const struct cuda_product &a, const struct share &s,
+                                                      struct streamed_room<K, SIZE> &room, int stretch) {
+    enum { COLUMN = PANEL_ROWS * SIZE, PIECES = COLUMN / 16 };
+    const int first = stretch * K, side = stretch % STAGES, n = least(a.k - first, K);
+    const uint8_t *from = s.codes + (size_t)blockIdx.x * a.code_stride + (size_t)first * COLUMN;
+    for (int i = (int)threadIdx.x; i < n * PIECES; i += (int)blockDim.x)
+        copy_16(room.w[side] + 16 * i, from + 16 * i);
+    for (int i = (int)threadIdx.x; i < s.n * K; i += (int)blockDim.x)
+        if (i % K < n)
+            copy_4(&room.x[side][i % K][i / K],
+                   a.x + (size_t)column_at(s, i / K) * a.x_stride + (size_t)(first + i % K));
+    end_copies();
+}
+
+template <int K, int SIZE> DEVICE void streamed(const struct cuda_product &a, struct streamed_room<K, SIZE> &room,
+                                              value_fn *value) {
+    const struct share s = find_share(a, FEW);
+    const int col = half_warp();
+    float y = 0;
+    if (!s.n)
+        return;
+    for (int i = 0; i < STAGES - 1; i++)
+        stream_stretch(a, s, room, i);
+    for (int i = 0; i * K < a.k; i++) {
+        const int side = i % STAGES, n = col < s.n ? least(a.k - i * K, K) : 0;
+        wait_copies<STAGES - 2>();
+        __syncthreads();                        /* all have their copies, and are done with the stretch before */
+        stream_stretch(a, s, room, i + STAGES - 1);
+        UNROLL(16)
+        for (int k = 0; k < n; k++)
+            y = fmaf(value(room.w[side] + (k * PANEL_ROWS + lane()) * SIZE), room.x[side][k][col], y);
+    }
+    put(a, s, (int)blockIdx.x * PANEL_ROWS + lane(), col, y);
+}
+
 #define FLOAT_KERNELS(TYPE, name, size) \
-    typedef struct floats_room<1, 8, 64> few_room_##name; \
+    typedef struct streamed_room<(size > 2 ? 64 : 128), size> few_room_##name; \
     typedef struct floats_room<4, 64, 16> many_room_##name; \
-    KERNEL(floats_##name, 128, struct cuda_product, few_room_##name) { \
-        floats<1, 8, 64, 1>(a, s, size, value_##name); \
-    } \
+    KERNEL(floats_##name, 128, struct cuda_product, few_room_##name) { streamed(a, s, value_##name); } \
     KERNEL(float_tiles_##name, 256, struct cuda_product, many_room_##name) { \
         floats<4, 64, 16, 4>(a, s, size, value_##name); \
     }

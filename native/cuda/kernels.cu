@@ -15,11 +15,16 @@
 
 #ifdef __CUDACC__
 #define DEVICE static __device__ __forceinline__
-#define UNROLL(n) _Pragma("unroll")
-/* A kernel of `threads` threads with the arguments `a` and the shared memory `s`; its body follows. */
+#define PRAGMA(words) _Pragma(#words)
+#define UNROLL(n) PRAGMA(unroll n)
+/* A kernel of `threads` threads with the arguments `a` and the shared memory `s`; its body follows. Two blocks
+ * of up to 256 threads have to fit a multiprocessor's registers. */
 #define KERNEL(name, threads, arguments, room) \
     DEVICE void body_##name(const arguments &a, room &s); \
-    extern "C" __global__ void __launch_bounds__(threads, 1) name(const arguments a) { __shared__ room s; body_##name(a, s); } \
+    extern "C" __global__ void __launch_bounds__(threads, threads <= 256 ? 2 : 1) name(const arguments a) { \
+        __shared__ room s; \
+        body_##name(a, s); \
+    } \
     DEVICE void body_##name(const arguments &a, room &s)
 #else
 #define DEVICE static inline __attribute__((always_inline))
@@ -28,7 +33,8 @@
     static_assert(sizeof(room) <= 48 << 10, "shared memory of " #name); \
     static void body_##name(const arguments &a, room &s); \
     static void call_##name(const void *a, void *s) { body_##name(*(const arguments *)a, *(room *)s); } \
-    static const bool added_##name = grid_add(#name, call_##name, sizeof(arguments), sizeof(room)); \
+    static_assert(sizeof(arguments) <= 4096 && threads <= 1024 && threads % 32 == 0, "launch of " #name); \
+    static const bool added_##name = grid_add(#name, call_##name, sizeof(arguments), sizeof(room), threads); \
     static void body_##name(const arguments &a, room &s)
 #endif
 

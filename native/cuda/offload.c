@@ -463,9 +463,7 @@ static int open_on(bmc_model *m, struct cuda *c, int gpu, const char *kernels) {
     if (!status)
         status = gpu_enter(c->gpu);
     if (!status)
-        status = cuda_status(gpu, "making a stream", c->gpu->cu->cuStreamCreate(&c->stream, 1));
-    if (!status)
-        status = cuda_status(gpu, "making a stream", c->gpu->cu->cuStreamCreate(&c->segments.stream, 1));
+        status = cuda_status(gpu, "making a stream", c->gpu->cu->cuStreamCreate(&c->stream, CUDA_STREAM_NON_BLOCKING));
     if (!status)
         status = find_kernels(m, c);
     if (!status)
@@ -503,6 +501,7 @@ int bmc_model_offload(bmc_model *m, int gpu, const char *kernels, int n_layers) 
         return status;
     }
     c->segments.gpu = c->gpu;
+    c->segments.stream = c->gpu->memory_stream;
     c->memory = gpu_memory(&c->segments);
     struct visit v = { .m = m, .first = first };
     model_each_matrix(m, mark, &v);
@@ -586,10 +585,8 @@ void cuda_free(struct cuda *c) {
         c->gpu->cu->cuMemFreeHost(c->results);
     if (alive && c->segments.stage.bytes)
         c->gpu->cu->cuMemFreeHost(c->segments.stage.bytes);
-    void *const streams[] = { c->stream, c->segments.stream };
-    for (size_t i = 0; alive && i < sizeof streams / sizeof *streams; i++)
-        if (streams[i])
-            c->gpu->cu->cuStreamDestroy_v2(streams[i]);
+    if (alive && c->stream)
+        c->gpu->cu->cuStreamDestroy_v2(c->stream);
     gpu_close(c->gpu);
     free(c);
 }

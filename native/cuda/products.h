@@ -5,13 +5,14 @@
 struct share {
     const uint8_t *codes, *scales;
     const float *bias;
+    float *out;
     const int32_t *tok;             /* where the columns' activations are; NULL: at `from` and on */
     float factor;
     int from, n;                    /* rows of `out`, the first and how many; 0: nothing to do */
 };
 
 DEVICE struct share find_share(const struct cuda_product &a, int tokens) {
-    struct share s = { a.codes, a.scales, a.bias, NULL, a.factor, 0, a.n_tok };
+    struct share s = { a.codes, a.scales, a.bias, a.out, NULL, a.factor, 0, a.n_tok };
     if (a.lists.used) {
         const int e = a.lists.used[blockIdx.z];
         if (e < 0) {
@@ -24,6 +25,12 @@ DEVICE struct share find_share(const struct cuda_product &a, int tokens) {
         s.factor = a.factors ? a.factors[e] : a.factor;
         s.from = a.lists.first[e];
         s.n = a.lists.first[e + 1] - s.from;
+    } else if (blockIdx.z) {
+        s.codes = a.beside.codes;
+        s.scales = a.beside.scales;
+        s.bias = a.beside.bias;
+        s.factor = a.beside.factor;
+        s.out = a.beside.out;
     }
     const int skip = (int)blockIdx.y * tokens;
     s.from += skip;
@@ -45,7 +52,7 @@ DEVICE const struct act_block *column(const struct cuda_product &a, const struct
 DEVICE void put(const struct cuda_product &a, const struct share &s, int row, int col, float y) {
     if (row >= a.n_rows || col >= s.n)
         return;
-    float *out = a.out + (size_t)(s.from + col) * a.out_stride + row;
+    float *out = s.out + (size_t)(s.from + col) * a.out_stride + row;
     if (s.factor != 0)
         y = s.factor * y + (s.bias ? s.bias[row] : 0.0f);
     else if (s.bias)
@@ -66,6 +73,25 @@ DEVICE struct block_at find_block(const struct cuda_product &a, const struct sha
 
 enum { WARPS = 8, ROUND = 32 }; /* of a block of threads; terms of a row and token that wait for their turn */
 
+/* Blocks of a panel that are on their way from memory before they are read. A few thousand bytes for each
+ * multiprocessor keep the memory busy, more than the loads of so few warps are. */
+enum { FETCHED = 2 * ROUND };
+
+/* By sixteen threads, or by each sixteen of a warp. */
+DEVICE void fetch_block(const struct cuda_product &a, const struct share &s, int panel, int b, int blocks,
+                        const struct format f) {
+    const int byte = 32 * lane();
+    if (b >= blocks)
+        return;
+    const struct block_at at = find_block(a, s, panel, b, f);
+    if (byte < f.code_bytes)
+        prefetch(at.codes + byte);
+    if (byte < f.scale_bytes)
+        prefetch(at.scales + byte);
+    if (byte < f.head_bytes && b % (f.super / 32) == 0)
+        prefetch(at.head + byte);
+}
+
 /* One to four tokens. Each sixteen threads take blocks of 32 columns of a panel in turn, and leave what they
  * add to the sums in shared memory. Then the sums are formed while others have begun with the next round. */
 template <int C> struct narrow_room { float term[2][ROUND][C][PANEL_ROWS], d[2][ROUND][C]; };
@@ -77,11 +103,14 @@ template <int C> DEVICE void narrow(const struct cuda_product &a, struct narrow_
     float y = 0;
     if (!s.n)
         return;
+    for (int b = half_warp(); b < FETCHED; b += 2 * WARPS)
+        fetch_block(a, s, panel, b, blocks, f);
     for (int first = 0, side = 0; first < blocks; first += ROUND, side ^= 1) {
         const int n = least(blocks - first, ROUND);
         for (int i = half_warp(); i < n; i += 2 * WARPS) {
             struct scales sc;
             const struct block_at at = find_block(a, s, panel, first + i, f);
+            fetch_block(a, s, panel, first + i + FETCHED, blocks, f);
             scales(&sc, at.head, at.scales);
             UNROLL(4)
             for (int c = 0; c < C; c++) {
@@ -189,9 +218,13 @@ template <int G> DEVICE void wide(const struct cuda_product &a, struct wide_room
     float y[SUMS] = {};
     if (!s.n)
         return;
+    for (int b = warp; G < 4 && b < FETCHED; b += WARPS)
+        fetch_block(a, s, panel, b, blocks, f);
     for (int first = 0, side = 0; first < blocks; first += BLOCKS, side ^= 1) {
         const int n = least(blocks - first, BLOCKS);
         for (int i = warp; i < n; i += WARPS) {
+            if (G < 4)                      /* else there is more to compute than to wait for */
+                fetch_block(a, s, panel, first + i + FETCHED, blocks, f);
             const struct operand o = load_operand(find_block(a, s, panel, first + i, f), low_codes,
                                                   high_codes, low_scales, high_scales);
             UNROLL(4)

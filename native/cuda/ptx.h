@@ -28,6 +28,9 @@ DEVICE uint32_t shuffle_bits(uint32_t x, int lane) {
     return __shfl_xor_sync(0xffffu << (threadIdx.x & 16), x, lane, 16);
 }
 
+/* The 32 bytes at p, which may be out of bounds, come closer to where they are read soon. */
+DEVICE void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" : : "l"(p)); }
+
 #if __CUDA_ARCH__ >= 800
 /* d (16 x 8) += a (16 x 32, unsigned) b (32 x 8, signed), by a warp. Thread 4r + q holds rows r and r + 8 of
  * a at columns 4q and 16 + 4q, column r of b there, and columns 2q and 2q + 1 of d in rows r and r + 8. */
@@ -51,11 +54,22 @@ DEVICE void copy_16(void *shared, const void *global) {
                  : "r"((uint32_t)__cvta_generic_to_shared(shared)), "l"(global)
                  : "memory");
 }
+DEVICE void copy_4(void *shared, const void *global) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;"
+                 :
+                 : "r"((uint32_t)__cvta_generic_to_shared(shared)), "l"(global)
+                 : "memory");
+}
 DEVICE void end_copies(void) { asm volatile("cp.async.commit_group;" : : : "memory"); }
 /* All groups of copies but the last `left` are done. */
 template <int left> DEVICE void wait_copies(void) {
     asm volatile("cp.async.wait_group %0;" : : "n"(left) : "memory");
 }
+#else
+DEVICE void copy_16(void *shared, const void *global) { *(uint4 *)shared = *(const uint4 *)global; }
+DEVICE void copy_4(void *shared, const void *global) { *(uint32_t *)shared = *(const uint32_t *)global; }
+DEVICE void end_copies(void) {}
+template <int left> DEVICE void wait_copies(void) {}
 #endif
 
 #else
@@ -77,6 +91,8 @@ DEVICE uint32_t choose_bytes(uint32_t a, uint32_t b, uint32_t which) {
         chosen |= (uint32_t)(bytes >> 8 * (which >> 4 * i & 7) & 255) << 8 * i;
     return chosen;
 }
+
+DEVICE void prefetch(const void *p) { (void)p; }
 
 DEVICE uint32_t shuffle_bits(uint32_t x, int lane) {
     const uint32_t half = 0xffffu << (threadIdx.x & 16);
@@ -106,6 +122,7 @@ DEVICE void mma_k32(int32_t d[4], const uint32_t a[4], const uint32_t b[2]) { mm
 DEVICE void mma_k16(int32_t d[4], const uint32_t a[2], uint32_t b) { mma_k(d, a, &b, 1); }
 
 DEVICE void copy_16(void *shared, const void *global) { grid_copy(shared, global, 16); }
+DEVICE void copy_4(void *shared, const void *global) { grid_copy(shared, global, 4); }
 DEVICE void end_copies(void) { grid_end_copies(); }
 template <int left> DEVICE void wait_copies(void) { grid_wait_copies(left); }
 

@@ -349,9 +349,10 @@ static void drop(const struct cuda *c, struct graph *g) {
     *g = (struct graph){ 0 };
 }
 
-static struct graph *find_graph(struct cuda *c, uint64_t hash) {
+/* Queues that are not the same differ in their first bytes, so this costs less than a hash of the whole. */
+static struct graph *find_graph(struct cuda *c) {
     for (struct graph *g = c->graphs; g < c->graphs + GRAPHS; g++)
-        if (g->program && g->hash == hash && g->n == c->n_queued && g->arg_bytes == c->arg_bytes
+        if (g->program && g->n == c->n_queued && g->arg_bytes == c->arg_bytes
             && !memcmp(g->queue, c->queue, (size_t)g->n * sizeof *g->queue)
             && !memcmp(g->args, c->args, g->arg_bytes))
             return g;
@@ -359,14 +360,14 @@ static struct graph *find_graph(struct cuda *c, uint64_t hash) {
 }
 
 /* What is queued becomes a graph, in the place of the one that was not used for longest. */
-static int make_graph(struct cuda *c, uint64_t hash, struct graph **made) {
+static int make_graph(struct cuda *c, struct graph **made) {
     const struct cuda_driver *cu = c->gpu->cu;
-    struct graph *g = c->graphs, new = { .n = c->n_queued, .arg_bytes = c->arg_bytes, .hash = hash };
+    struct graph *g = c->graphs, new = { .n = c->n_queued, .arg_bytes = c->arg_bytes };
     void *captured = NULL;
     for (struct graph *other = c->graphs; other < c->graphs + GRAPHS; other++)
         if (other->used < g->used)
             g = other;
-    int status = check(c, "capturing a graph", cu->cuStreamBeginCapture_v2(c->stream, 1));
+    int status = check(c, "capturing a graph", cu->cuStreamBeginCapture_v2(c->stream, CUDA_CAPTURE_THREAD));
     if (status)
         return status;
     for (int i = 0; i < c->n_queued && !status; i++)
@@ -393,19 +394,24 @@ static int make_graph(struct cuda *c, uint64_t hash, struct graph **made) {
     return 0;
 }
 
+/* Whether the last queue of a pass of so many tokens that was no graph yet was this one. */
+static bool comes_again(struct cuda *c) {
+    const uint64_t hash =
+        hash_of(hash_of(0, c->queue, (size_t)c->n_queued * sizeof *c->queue), c->args, c->arg_bytes);
+    const bool again = c->last_hash[c->n_began] == hash;
+    c->last_hash[c->n_began] = hash;
+    return again;
+}
+
 /* A queue that comes a second time becomes a graph; false: it is none yet, and nothing has happened. */
 static bool as_graph(struct cuda *c, int *status) {
     const bool last = !c->n_fetches || c->fetches[0].after == c->n_queued;
     if (c->n_began > GRAPH_TOKENS || !last || !c->n_queued)
         return false;
-    const uint64_t hash =
-        hash_of(hash_of(0, c->queue, (size_t)c->n_queued * sizeof *c->queue), c->args, c->arg_bytes);
-    const bool again = c->last_hash[c->n_began] == hash;
-    struct graph *g = find_graph(c, hash);
-    c->last_hash[c->n_began] = hash;
-    if (!g && !again)
+    struct graph *g = find_graph(c);
+    if (!g && !comes_again(c))
         return false;
-    *status = g ? 0 : make_graph(c, hash, &g);
+    *status = g ? 0 : make_graph(c, &g);
     if (*status)
         return true;
     g->used = c->n_passes;

@@ -4,6 +4,24 @@
 enum { STRETCH = 4096 };
 struct row_room { float values[STRETCH], sum; };
 
+/* What `take` gives for the elements of a row is put in their places: a thread has the elements i % blockDim.x,
+ * and takes AT_ONCE of them before it puts the first, so that their loads are under way together. */
+enum { AT_ONCE = 4 };
+template <class Take, class Put> DEVICE void each(int n, Take take, Put put) {
+    const int step = (int)blockDim.x;
+    for (int first = (int)threadIdx.x; first < n; first += AT_ONCE * step) {
+        float v[AT_ONCE];
+        UNROLL(4)
+        for (int c = 0; c < AT_ONCE; c++)
+            if (first + c * step < n)
+                v[c] = take(first + c * step);
+        UNROLL(4)
+        for (int c = 0; c < AT_ONCE; c++)
+            if (first + c * step < n)
+                put(first + c * step, v[c]);
+    }
+}
+
 /* The sum over a row in the CPU's sixteen lanes, by the first sixteen threads: of x, or of (x - mean)^2. All
  * threads call it and get the sum. */
 DEVICE float sum_row(const float *x, int n, float mean, bool squares, struct row_room &s) {
@@ -11,10 +29,10 @@ DEVICE float sum_row(const float *x, int n, float mean, bool squares, struct row
     for (int first = 0; first < n; first += STRETCH) {
         const int len = least(n - first, STRETCH);
         __syncthreads();
-        for (int i = (int)threadIdx.x; i < len; i += (int)blockDim.x)
-            s.values[i] = x[first + i];
+        each(len, [=](int i) { return x[first + i]; }, [&](int i, float v) { s.values[i] = v; });
         __syncthreads();
         if (threadIdx.x < 16)
+            UNROLL(16)
             for (int i = lane(); i < len; i += 16) {
                 const float v = s.values[i] - mean;
                 sum = squares ? fmaf(v, v, sum) : sum + v;
@@ -29,34 +47,34 @@ DEVICE float sum_row(const float *x, int n, float mean, bool squares, struct row
     return s.sum;
 }
 
-/* y = norm(x), y may be x; weight or bias NULL: without it. In all loops over a row a thread has the elements
- * i % blockDim.x, so they need no barrier between them. */
+/* y = norm(x), y may be x; weight or bias NULL: without it. In all loops over a row a thread has the same
+ * elements, so they need no barrier between them. */
 DEVICE void norm_row(float *y, const float *x, struct cuda_weights w, int n, int kind, float eps,
                      struct row_room &s) {
     const float mean = kind == BMC_NORM_LAYER ? sum_row(x, n, 0, false, s) / (float)n : 0.0f;
     const float by = 1.0f / sqrtf(sum_row(x, n, mean, true, s) / (float)n + eps);
-    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) {
-        float v = (x[i] - mean) * by;
-        v = w.weight ? v * w.weight[i] : v;
-        y[i] = w.bias ? v + w.bias[i] : v;
-    }
+    each(n,
+         [=](int i) {
+             float v = (x[i] - mean) * by;
+             v = w.weight ? v * w.weight[i] : v;
+             return w.bias ? v + w.bias[i] : v;
+         },
+         [=](int i, float v) { y[i] = v; });
     __syncthreads();
 }
 
 DEVICE void copy_row(float *y, const float *x, int n) {
-    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x)
-        y[i] = x[i];
+    each(n, [=](int i) { return x[i]; }, [=](int i, float v) { y[i] = v; });
     __syncthreads();
 }
 
 DEVICE void scale_row(float *y, float by, int n) {
-    for (int i = (int)threadIdx.x; by != 1.0f && i < n; i += (int)blockDim.x)
-        y[i] = y[i] * by;
+    if (by != 1.0f)
+        each(n, [=](int i) { return y[i] * by; }, [=](int i, float v) { y[i] = v; });
 }
 
 DEVICE void add_row(float *y, const float *x, int n) {
-    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x)
-        y[i] = y[i] + x[i];
+    each(n, [=](int i) { return y[i] + x[i]; }, [=](int i, float v) { y[i] = v; });
 }
 
 /* The row's whole blocks of 32, to the column of the tile that `act` begins. */
@@ -88,7 +106,7 @@ DEVICE void settle(const struct cuda_norm &a, float *x, size_t row, struct row_r
     scale_row(x, a.result_scale, a.dim);
 }
 
-KERNEL(norm_tokens, 256, struct cuda_norm, struct row_room) {
+KERNEL(norm_tokens, NORM_THREADS, struct cuda_norm, struct row_room) {
     const size_t row = blockIdx.x * a.stride;
     float *x = a.x + row, *out = a.out + row;
     if (a.n_waits)
@@ -103,7 +121,7 @@ KERNEL(norm_tokens, 256, struct cuda_norm, struct row_room) {
         quantize_row(a.act + blockIdx.x, a.act_stride, out, a.dim);
 }
 
-KERNEL(norm_rows, 256, struct cuda_norm_rows, struct row_room) {
+KERNEL(norm_rows, NORM_THREADS, struct cuda_norm_rows, struct row_room) {
     const size_t part = blockIdx.y;
     const float *x = a.x + blockIdx.x * a.x_stride + part * a.pitch;
     float *y = a.y + blockIdx.x * a.y_stride + part * a.pitch;

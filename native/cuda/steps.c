@@ -46,25 +46,52 @@ static struct tokens norm(struct pass *p, const struct block *waits, struct vect
 }
 
 /* Tokens [first, first + n) of a product. */
-static void multiply_some(struct cuda *c, const struct product *r, int first, int n) {
+static struct cuda_product product_args(const struct product *r, int first, int n) {
     const struct matrix *w = r->w;
     const size_t wide = padded(r->in.wide ? r->in.wide : w->n_cols);
-    const struct cuda_product a = {
+    return (struct cuda_product){
         .codes = w->codes, .scales = w->scales, .code_stride = w->code_stride,
         .scale_stride = w->scale_stride, .n_rows = (int)w->n_rows, .k = (int)w->n_cols, .n_tok = n,
         .act = r->in.act + (size_t)(r->in.from / 32) * (size_t)r->in.n + first, .act_stride = r->in.n,
         .x = r->in.x + (size_t)first * wide + r->in.from, .x_stride = wide, .bias = w->bias,
         .factor = w->factor, .out = r->y, .out_stride = r->y_stride, .add = r->add,
     };
-    const enum cuda_way way = product_way(w->type, &a, c->gpu->mma);
-    cuda_launch(c, c->products[way][w->type], product_grid(way, &a), &a, sizeof a);
+}
+
+static void launch_product(struct cuda *c, int type, const struct cuda_product *a) {
+    const enum cuda_way way = product_way(type, a, c->gpu->mma);
+    cuda_launch(c, c->products[way][type], product_grid(way, a), a, sizeof *a);
+}
+
+static void multiply_some(struct cuda *c, const struct product *r, int first, int n) {
+    const struct cuda_product a = product_args(r, first, n);
+    launch_product(c, r->w->type, &a);
+}
+
+/* Gate and up, keys and values: one launch where few tokens make the time of a launch, and the multiprocessors
+ * that a small matrix leaves idle, a part of the whole. */
+static bool together(const struct product *r, const struct product *s) {
+    return r->in.n <= GRAPH_TOKENS && s->w->data && r->w->type == s->w->type && r->w->n_rows == s->w->n_rows
+           && r->w->n_cols == s->w->n_cols && r->in.act == s->in.act && r->in.x == s->in.x
+           && r->in.n == s->in.n && r->in.from == s->in.from && r->in.wide == s->in.wide
+           && r->y_stride == s->y_stride && r->add == s->add;
+}
+
+static void multiply_two(struct cuda *c, const struct product *r, const struct product *s) {
+    struct cuda_product a = product_args(r, 0, r->in.n);
+    a.beside = (struct cuda_beside){ s->w->codes, s->w->scales, s->w->bias, s->w->factor, s->y };
+    launch_product(c, r->w->type, &a);
 }
 
 static void multiply_list(struct pass *p, const struct product *list, int n, int thread) {
+    struct cuda *c = p->model->cuda;
     (void)thread;
     for (int i = 0; i < n; i++)
-        if (list[i].w->data)
-            multiply_some(p->model->cuda, &list[i], 0, list[i].in.n);
+        if (list[i].w->data && i + 1 < n && together(&list[i], &list[i + 1])) {
+            multiply_two(c, &list[i], &list[i + 1]);
+            i++;
+        } else if (list[i].w->data)
+            multiply_some(c, &list[i], 0, list[i].in.n);
 }
 
 static void gate_up_rows(struct pass *p, const struct gate_up *job, int thread) {
@@ -436,8 +463,7 @@ static void multiply_experts(struct cuda *c, const struct matrix *of, int n_expe
         .expert_scales = more ? (size_t)(of[1].scales - of->scales) : 0,
         .expert_bias = more && of->bias ? (size_t)(of[1].bias - of->bias) : 0, .factors = factors,
     };
-    const enum cuda_way way = product_way(of->type, &a, c->gpu->mma);
-    cuda_launch(c, c->products[way][of->type], product_grid(way, &a), &a, sizeof a);
+    launch_product(c, of->type, &a);
 }
 
 static void activate(struct cuda *c, const bmc_block *b, int n, int dim, float *gate, struct tokens up) {

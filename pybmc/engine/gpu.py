@@ -56,12 +56,31 @@ class Place:
     layers: int
 
 
+def count() -> int:
+    """How many GPUs the driver has. Raises DeviceError where there is no driver."""
+    return check(lib.bmc_gpu(0, ffi.NULL))
+
+
+def describe(i: int) -> GPU:
+    """One of them. Raises DeviceError, as for one that another process has for itself."""
+    info = ffi.new("bmc_gpu_info *")
+    check(lib.bmc_gpu(i, info))
+    return GPU(i, ffi.string(info.name).decode("utf-8", "replace"), info.memory, info.available, f"{info.major}.{info.minor}")
+
+
 def gpus() -> list[GPU]:
     """All GPUs that the driver has. Raises DeviceError where there is no driver."""
-    info, found = ffi.new("bmc_gpu_info *"), []
-    for i in range(check(lib.bmc_gpu(0, ffi.NULL))):
-        check(lib.bmc_gpu(i, info))
-        found.append(GPU(i, ffi.string(info.name).decode("utf-8", "replace"), info.memory, info.available, f"{info.major}.{info.minor}"))
+    return [describe(i) for i in range(count())]
+
+
+def usable() -> list[GPU]:
+    """Those that can be used now. Raises DeviceError where there is no driver."""
+    found = []
+    for i in range(count()):
+        try:
+            found.append(describe(i))
+        except DeviceError as error:
+            log.info("passed over: %s", error)
     return found
 
 
@@ -131,22 +150,20 @@ def choose(handle: Any, config: Config, gpu: int | str | None, layers: int | str
         return None
     try:
         kernels()
-        found = gpus()
+        found = usable() if gpu == "auto" else [describe(int(gpu or 0))]
     except DeviceError as error:
         if gpu != "auto":
             raise
         log.info("all layers stay on the CPU: %s", error)
         return None
-    if gpu == "auto" and not found:
+    if not found:
         return None
-    number = max(found, key=lambda g: g.available).index if gpu == "auto" else int(gpu or 0)
-    if number >= len(found):
-        raise DeviceError(f"GPU: expected {f'0 to {len(found) - 1}' if found else 'one, which the driver does not have'}, found {number}")
+    best = max(found, key=lambda g: g.available)
     wanted = config.n_layers if layers == -1 else layers
     if wanted is None or isinstance(wanted, str):
-        best = fitting(handle, config, found[number].available, streams)
-        wanted, streams = best.layers, streams and fits(best, config, found[number].available, streams)
-    return Place(number, min(wanted, config.n_layers)) if wanted or streams else None
+        room = fitting(handle, config, best.available, streams)
+        wanted, streams = room.layers, streams and fits(room, config, best.available, streams)
+    return Place(best.index, min(wanted, config.n_layers)) if wanted or streams else None
 
 
 def offload(handle: Any, place: Place, name: str) -> int:

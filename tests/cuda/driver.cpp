@@ -16,10 +16,12 @@
 #include <algorithm>
 #include <deque>
 #include <functional>
+#include <chrono>
 #include <map>
 #include <mutex>
 #include <string>
 #include <sys/mman.h>
+#include <thread>
 #include <vector>
 
 #define API extern "C" __attribute__((visibility("default")))
@@ -29,8 +31,13 @@ enum {
     INVALID = 1,
     NO_MEMORY = 2,
     NOT_READY = 3,
+    BUSY = 46,
     NO_CONTEXT = 201,
+    NO_PTX = 222,
     NOT_FOUND = 500,
+    CONTEXT_ENDED = 709,
+    CAPTURE_UNSUPPORTED = 900,
+    CAPTURE_INVALID = 901,
     ILLEGAL_ADDRESS = 700,
     LAUNCH_FAILED = 719,
     UNKNOWN = 999
@@ -41,12 +48,15 @@ static std::recursive_mutex lock;
 
 /* What tests set: how many GPUs there are, their capability and memory, whether they map memory, the order of
  * the grid, and which call from now on fails: 0: none. What they ask: calls so far, objects alive, launches
- * of graphs and of kernels. */
+ * of graphs and of kernels. module_code: what loading kernels comes to. stays_broken: as a real one, all
+ * calls fail after a queued operation has. busy: 1: another process has GPU 0 for itself. capture_us: how
+ * long the beginning of a capture takes, so that other threads come in between. */
 static std::map<std::string, long long> settings = {
     { "gpus", 1 },    { "major", 9 },           { "maps", 1 },           { "order", 0 },
     { "fail_in", 0 }, { "fail_code", UNKNOWN }, { "memory", 4ll << 30 }, { "calls", 0 },
     { "alive", 0 },   { "bytes", 0 },           { "graph_launches", 0 }, { "launches", 0 },
-    { "graphs", 0 },  { "eager", 0 },           { "registers", 1 },      { "registered", 0 },
+    { "graphs", 0 },  { "module_code", 0 },     { "stays_broken", 0 },   { "capture_us", 0 },
+    { "busy", 0 },    { "eager", 0 },           { "registers", 1 },      { "registered", 0 },
 };
 
 API void fake_set(const char *name, long long value) {
@@ -60,6 +70,7 @@ API long long fake_get(const char *name) {
 }
 
 static thread_local void *current;
+static int contexts;                    /* how often the GPU's is retained */
 static std::string failed;              /* the name of the call that was made to fail */
 static std::string fault;               /* what stopped a kernel last */
 static int broken;                      /* a queued operation failed: so does everything after it */
@@ -73,7 +84,9 @@ static int begin(const char *name, bool needs) {
         failed = name;
         return (int)settings["fail_code"];
     }
-    return needs && !current ? NO_CONTEXT : OK;
+    if (broken && settings["stays_broken"])
+        return broken;
+    return !needs ? OK : !current ? NO_CONTEXT : !contexts ? CONTEXT_ENDED : OK;
 }
 
 #define BEGIN(needs) \
@@ -259,6 +272,12 @@ API int cuMemSetAccess(uint64_t p, size_t n, const void *, size_t) {
 
 /* Devices. */
 
+API int cuDriverGetVersion(int *version) {
+    BEGIN(false);
+    *version = 12040;
+    return OK;
+}
+
 API int cuInit(unsigned) {
     BEGIN(false);
     return OK;
@@ -270,7 +289,12 @@ API int cuGetErrorString(int code, const char **text) {
         { INVALID, "invalid argument" },
         { NO_MEMORY, "out of memory" },
         { NO_CONTEXT, "invalid device context" },
+        { BUSY, "CUDA-capable device(s) is/are busy or unavailable" },
+        { NO_PTX, "the provided PTX was compiled with an unsupported toolchain." },
         { NOT_FOUND, "named symbol not found" },
+        { CONTEXT_ENDED, "context is destroyed" },
+        { CAPTURE_UNSUPPORTED, "operation not permitted when stream is capturing" },
+        { CAPTURE_INVALID, "operation failed due to a previous error during capture" },
         { ILLEGAL_ADDRESS, "an illegal memory access was encountered" },
         { LAUNCH_FAILED, fault.c_str() },
         { UNKNOWN, "unknown error" },
@@ -313,9 +337,12 @@ API int cuDeviceGetAttribute(int *value, int attribute, int) {
     return OK;
 }
 
-API int cuDevicePrimaryCtxRetain(void **context, int) {
+API int cuDevicePrimaryCtxRetain(void **context, int device) {
     BEGIN(false);
+    if (settings["busy"] && !device)
+        return BUSY;
     count(1, 0);
+    contexts++;
     *context = &settings;
     return OK;
 }
@@ -323,6 +350,14 @@ API int cuDevicePrimaryCtxRetain(void **context, int) {
 API int cuDevicePrimaryCtxRelease_v2(int) {
     std::lock_guard<std::recursive_mutex> held(lock);
     count(-1, 0);
+    if (!--contexts)
+        broken = 0;
+    return OK;
+}
+
+API int cuCtxGetCurrent(void **context) {
+    BEGIN(false);
+    *context = current;
     return OK;
 }
 
@@ -341,6 +376,8 @@ API int cuMemGetInfo_v2(size_t *unused, size_t *total) {
 
 API int cuModuleLoadData(void **module, const void *image) {
     BEGIN(true);
+    if (settings["module_code"])
+        return (int)settings["module_code"];
     ptx_module *loaded = new ptx_module;
     if (!memcmp(image, "//", 2))
         fault = ptx_load("PTX", (const char *)image, *loaded);
@@ -373,7 +410,12 @@ API int cuModuleGetFunction(void **function, void *module, const char *name) {
 using operation = std::function<int()>;
 struct event { struct stream *in = NULL; long long recorded = 0, done = 0; };
 struct step { operation run; event *of = NULL; long long wait = 0; bool eager = false; };
-struct stream { std::deque<step> queue; struct graph *capturing = NULL; };
+struct stream {
+    std::deque<step> queue;
+    struct graph *capturing = NULL;
+    std::thread::id by;                 /* the thread that captures */
+    bool spoiled = false;
+};
 struct graph { std::vector<operation> operations; };
 
 static bool ready(const step &s) { return !s.of || s.of->done >= s.wait; }
@@ -410,20 +452,27 @@ API int cuStreamDestroy_v2(void *s) {
 
 API int cuStreamSynchronize(void *s) {
     std::lock_guard<std::recursive_mutex> held(lock);
-    std::deque<step> &queue = ((stream *)s)->queue;
+    stream *of = (stream *)s;
     if (int code = begin(__func__, true)) {         /* what was queued is lost */
-        queue.clear();
+        of->queue.clear();
         return code;
     }
-    while (!queue.empty())
-        advance((stream *)s);
+    if (of->capturing) {
+        of->spoiled = true;
+        return CAPTURE_UNSUPPORTED;
+    }
+    while (!of->queue.empty())
+        advance(of);
     const int code = broken;
-    broken = 0;                         /* a real one stays broken; tests go on */
+    if (!settings["stays_broken"])
+        broken = 0;                     /* most tests go on */
     return code;
 }
 
 static int enqueue(void *s, operation o, bool eager = false) {
     stream *to = (stream *)s;
+    if (to->capturing && to->by != std::this_thread::get_id())
+        to->spoiled = true;             /* a real one makes it a part of the graph, which is worse */
     if (to->capturing)
         to->capturing->operations.push_back(o);
     else
@@ -517,7 +566,7 @@ API int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, un
                        unsigned, unsigned, void *s, void **args, void **) {
     BEGIN(true);
     const grid_kernel *kernel = (const grid_kernel *)function;
-    if (!gx || !gy || !gz || !threads || threads > 1024 || gy > 65535 || gz > 65535)
+    if (!gx || !gy || !gz || gx > 0x7fffffff || gy > 65535 || gz > 65535 || !threads || threads > kernel->threads)
         return INVALID;
     std::vector<char> copy((char *)args[0], (char *)args[0] + kernel->args);
     return enqueue(s, [=] {
@@ -533,9 +582,16 @@ API int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, un
 }
 
 API int cuStreamBeginCapture_v2(void *s, int) {
-    BEGIN(true);
-    ((stream *)s)->capturing = new graph;
-    count(1, 0);
+    {
+        BEGIN(true);
+        stream *of = (stream *)s;
+        of->capturing = new graph;
+        of->by = std::this_thread::get_id();
+        of->spoiled = false;
+        count(1, 0);
+    }
+    if (settings["capture_us"])
+        std::this_thread::sleep_for(std::chrono::microseconds(settings["capture_us"]));
     return OK;
 }
 
@@ -543,7 +599,10 @@ API int cuStreamEndCapture(void *s, void **g) {
     std::lock_guard<std::recursive_mutex> held(lock);
     graph *captured = ((stream *)s)->capturing;
     ((stream *)s)->capturing = NULL;
-    if (int code = begin(__func__, true)) {         /* what was captured is lost */
+    int code = begin(__func__, true);
+    if (!code && ((stream *)s)->spoiled)
+        code = CAPTURE_INVALID;
+    if (code) {                                     /* what was captured is lost */
         delete captured;
         count(-1, 0);
         return code;

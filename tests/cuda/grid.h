@@ -19,9 +19,15 @@
 
 struct dim3 { unsigned x, y, z; };
 
-/* A kernel: its name, how it is called, the bytes of its arguments and of its shared memory. ptx: see
+/* A kernel: its name, how it is called, the bytes of its arguments and of its shared memory, threads at most. ptx: see
  * ptx_grid.h. */
-struct grid_kernel { const char *name; void (*call)(const void *args, void *shared); size_t args, shared; void *ptx; };
+struct grid_kernel {
+    const char *name;
+    void (*call)(const void *args, void *shared);
+    size_t args, shared;
+    unsigned threads;
+    void *ptx;
+};
 
 enum { GRID_THREADS = 1024, GRID_STACK = 128 << 10, GRID_SLOTS = 8, GRID_COPIES = 64, GRID_KERNELS = 1024 };
 
@@ -58,11 +64,11 @@ static struct {
 #define blockDim (grid.block_size)
 #define gridDim (grid.size)
 
-static inline bool grid_add(const char *name, void (*call)(const void *, void *), size_t args,
-                            size_t shared) {
+static inline bool grid_add(const char *name, void (*call)(const void *, void *), size_t args, size_t shared,
+                            unsigned threads) {
     if (grid.n_kernels == GRID_KERNELS)
         abort();
-    grid.kernels[grid.n_kernels++] = { name, call, args, shared, NULL };
+    grid.kernels[grid.n_kernels++] = { name, call, args, shared, threads, NULL };
     return true;
 }
 

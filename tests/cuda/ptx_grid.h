@@ -36,8 +36,7 @@ struct ptx_module {
 };
 
 /* Whether arguments and shared memory have the bytes that the host's compiler gives them. */
-static std::string ptx_differs(const ptx::kernel &k) {
-    const grid_kernel *ours = grid_find(k.name.c_str());
+static std::string ptx_differs(const ptx::kernel &k, const grid_kernel *ours) {
     if (!ours || (ours->args == k.params && (!k.shared || ours->shared == k.shared)))
         return "";
     return k.name + ": expected " + std::to_string(ours->args) + " bytes of arguments and "
@@ -49,8 +48,9 @@ static std::string ptx_differs(const ptx::kernel &k) {
 static std::string ptx_load(const std::string &file, const std::string &text, ptx_module &to) {
     std::string wrong = ptx::read(file, text, to.read);
     for (ptx::kernel &k : to.read.kernels) {
-        wrong += ptx_differs(k);
-        to.kernels.push_back({ k.name.c_str(), ptx_call, k.params, k.shared, &k });
+        const grid_kernel *ours = grid_find(k.name.c_str());
+        wrong += ptx_differs(k, ours);
+        to.kernels.push_back({ k.name.c_str(), ptx_call, k.params, k.shared, ours ? ours->threads : 1024, &k });
     }
     return wrong;
 }

@@ -7,13 +7,8 @@
  * test_kernels FILE: the kernels of a file of PTX instead. */
 #include "ptx_grid.h"
 
-#ifdef FEW_TYPES        /* one of each way to decode: for programs that are compiled often */
-#include "panels.h"
-#define CUDA_TYPES(X) \
-    X(TYPE_Q4_0,   q4_0,    32, u4,  d,    8)  \
-    X(TYPE_IQ4_NL, iq4_nl,  32, nl4, d,    128) \
-    X(TYPE_Q2_K,   q2_k,   256, u2,  km16, 0)  \
-    X(TYPE_Q6_K,   q6_k,   256, u6,  k16,  32)
+#ifdef FEW_TYPES
+#include "few_types.h"
 #endif
 #include "../../native/cuda/kernels.cu"
 
@@ -193,6 +188,22 @@ static void check_product(int type, cuda_way way, int rows, int k, int n_tok) {
         [&] { reference_product(type, &a); }, [&] { launch(name, product_grid(way, &a), a); });
 }
 
+/* Two matrices in a launch are what two launches are. */
+static void check_two(int type, cuda_way way, int n_tok) {
+    const int rows = 21, stride = 32, add = n_tok % 2;
+    weights w = new_weights(type, rows, 256, n_tok, 2);
+    std::vector<float> result = noises((size_t)(n_tok * stride)), second = noises((size_t)(n_tok * stride));
+    cuda_product a = product_args(w, 1, add, 0, result, stride), b = a;
+    b.codes += w.codes.size() / 2, b.scales += w.scales.size() / 2, b.bias += rows, b.factor = 0.7f;
+    b.out = second.data();
+    a.beside = { b.codes, b.scales, b.bias, b.factor, b.out };
+    const std::string name = std::string(cuda_way_name(way)) + "_" + cuda_type_name(type);
+    check(
+        text("%s: two, %d tokens", name.c_str(), n_tok), { out(result), out(second) },
+        [&] { reference_product(type, &a), reference_product(type, &b); },
+        [&] { launch(name, product_grid(way, &a), a); });
+}
+
 /* Experts: 5 of them, of which one has no token. */
 static void check_experts(int type, cuda_way way, int gathers) {
     enum { EXPERTS = 5, TOKENS_OF_PASS = 9, ENTRIES = 18, SLOTS = 5 };
@@ -233,6 +244,9 @@ static void products_of_type(int type) {
     for (cuda_way way : { NARROW4, WIDE8, TILES })
         if (way == NARROW4 || has_mma())
             check_experts(type, way, turn++ % 2);
+    for (cuda_way way : { NARROW1, WIDE8 })
+        if (way == NARROW1 || has_mma())
+            check_two(type, way, way == NARROW1 ? 1 : 7);
 }
 
 static void every_product(void) {
@@ -248,10 +262,13 @@ static void float_products(void) {
     for (int type : { TYPE_F32, TYPE_F16, TYPE_BF16 }) {
         for (int n : { 1, 3, 8, 9, 20 })
             check_product(type, FLOATS, n % 2 ? 37 : 16, n % 3 ? 100 : 64, n);
+        for (int n : { 1, 9 })          /* more stretches than are under way at a time */
+            check_product(type, FLOATS, 37, 900, n);
         for (int n : { 5, 64, 70 })
             check_product(type, FLOAT_TILES, n % 2 ? 37 : 70, n % 5 ? 100 : 48, n);
         for (cuda_way way : { FLOATS, FLOAT_TILES })
             check_experts(type, way, way == FLOATS);
+        check_two(type, FLOATS, 3);
     }
 }
 
