@@ -409,7 +409,7 @@ API int cuModuleGetFunction(void **function, void *module, const char *name) {
 /* A step with `of` waits until that event was recorded `wait` times, and all before it is done. */
 using operation = std::function<int()>;
 struct event { struct stream *in = NULL; long long recorded = 0, done = 0; };
-struct step { operation run; event *of = NULL; long long wait = 0; bool eager = false; };
+struct step { operation run; event *of = NULL; long long wait = 0; bool eager = false, records = false; };
 struct stream {
     std::deque<step> queue;
     struct graph *capturing = NULL;
@@ -453,7 +453,10 @@ API int cuStreamDestroy_v2(void *s) {
 API int cuStreamSynchronize(void *s) {
     std::lock_guard<std::recursive_mutex> held(lock);
     stream *of = (stream *)s;
-    if (int code = begin(__func__, true)) {         /* what was queued is lost */
+    if (int code = begin(__func__, true)) {         /* what was queued is lost, and nothing waits for it */
+        for (const step &each : of->queue)
+            if (each.records)
+                each.run();
         of->queue.clear();
         return code;
     }
@@ -500,7 +503,9 @@ API int cuEventRecord(void *e, void *s) {
     event *of = (event *)e;
     const long long n = ++of->recorded;
     of->in = (stream *)s;
-    return enqueue(s, [=] { return of->done = n, OK; }, true);
+    of->in->queue.push_back({ [=] { return of->done = n, OK; }, NULL, 0, true, true });
+    hurry(of->in);
+    return OK;
 }
 
 /* Of an event that was never recorded: nothing. */
