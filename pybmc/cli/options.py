@@ -350,7 +350,8 @@ def need_model(argument, option=None) -> Path:
     return find_model(argument, option)
 
 
-NO_TEXT = "no text is given: use -p TEXT, -f FILE, or pipe it in"
+HOW_TO_GIVE_TEXT = "use -p TEXT, -f FILE, or pipe it in"
+NO_TEXT = f"no text is given: {HOW_TO_GIVE_TEXT}"
 
 
 def read_text(prompt, file) -> str:
