@@ -436,6 +436,12 @@ def test_no_bos_leaves_it_out(capsys, tmp_path):
     assert tokenizer.add_bos and counts[0] == counts[1] + 1 and values[0] != values[1]
 
 
+def test_a_text_is_utf8_where_the_locale_is_ascii(path):
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = pybmc_process("tokenize", path, "-p", "M\u00fcller".encode(), "--json", env=environment, stdout=subprocess.PIPE)
+    assert json.loads(done.communicate()[0])["pieces"] and done.returncode == 0
+
+
 def test_top_k_of_minus_one_is_all(path, capsys):
     texts = []
     for k in ("0", "-1", "1"):

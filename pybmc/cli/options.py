@@ -68,16 +68,18 @@ class Size(click.ParamType):
 
 
 class Text(click.ParamType):
-    """A text. Bytes of the command line that are not UTF-8 are none."""
+    """A text of the command line: UTF-8, also where the locale says ASCII."""
 
     name = "TEXT"
 
     def convert(self, value, param, ctx):
         try:
             value.encode()
+            return value
         except UnicodeEncodeError as error:
+            with suppress(UnicodeError):
+                return os.fsencode(value).decode()
             self.fail(f"not UTF-8 text (character {error.start})", param, ctx)
-        return value
 
 
 class File(click.Path):
