@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from ..errors import ArgumentError, BmcError
-from .terminal import is_terminal, progress, write
+from .terminal import is_terminal, note, progress, write
 
 UNITS = {"": 1} | {unit + i: base**power for i, base in (("", 1000), ("i", 1024)) for power, unit in enumerate("kmgt", 1)}
 
@@ -326,6 +326,9 @@ def template_of_model(loaded, source, variables: dict) -> dict:
     from .repl import note_unread
 
     template = ChatTemplate(source, loaded.tokenizer)
+    if template.guessed:
+        note(f"(the file has no chat template: messages are written as for {template.guessed}; --chat-template takes another)",
+             dim=True)
     note_unread(template, variables)
     return {"chat_template": template, "chat_template_kwargs": variables}
 
