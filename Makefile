@@ -233,7 +233,7 @@ $(VENV)/.installed: pyproject.toml setup.py | $(VENV)/bin/pip $(LIBRARY)
 
 # pip is the last file of an environment, so that one that was cut off is made again.
 $(VENV)/bin/pip:
-	@command -v $(PYTHON) >/dev/null || { echo "make: Python 3.10 or later is needed, with venv (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	@command -v $(firstword $(PYTHON)) >/dev/null || { echo "make: Python 3.10 or later is needed, with venv (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo "make: Python 3.10 or later is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1). Try make PYTHON=python3.12"; exit 1; }
 	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \

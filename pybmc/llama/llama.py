@@ -460,9 +460,7 @@ class Llama:
     def embed(self, input, normalize=False, truncate=True, return_count=False):
         """The embedding of a text as a list of numbers, or a list of them; return_count: and how many tokens were read.
         truncate: what is longer than the context is cut, else refused."""
-        model: Any = self._live
-        if not hasattr(model, "embed"):
-            raise BmcError("embeddings are not supported by this build")
+        model = self._live
         ids = [self._tokenizer.encode(text) for text in checks.strings("input", input)]
         if not truncate:
             for tokens in ids:
