@@ -14,7 +14,8 @@
 # make venv    .venv with pybmc (editable) and what its tests need
 # make install pip install into PYTHON            make clean   remove what was built
 #
-# Variables: CC, CFLAGS and LDFLAGS (added to ours), PYTHON (3.10 or later), ARM_CC, ARM_EMULATOR, X86_EMULATOR, CXX, NVCC.
+# Variables: CC, CFLAGS and LDFLAGS (added to ours), PYTHON (3.10 or later), ARM_CC, ARM_EMULATOR, X86_EMULATOR, CXX, NVCC;
+# V=1 shows each command of the compiler.
 
 MAKEFLAGS += --no-print-directory
 .DELETE_ON_ERROR:
@@ -51,13 +52,15 @@ FLAGS_i8mm = $(FLAGS_neon)+i8mm
 ISAS_x86_64 = avx2 avx512
 ISAS_aarch64 = neon i8mm
 ISAS_arm64 = neon i8mm
-ISAS := $(ISAS_$(firstword $(subst -, ,$(shell $(CC) -dumpmachine))))
+ISAS := $(ISAS_$(firstword $(subst -, ,$(shell $(CC) -dumpmachine 2>/dev/null))))
 
 FOREIGN := $(filter-out $(ISAS),avx2 avx512 neon i8mm)
 SOURCES := $(filter-out $(FOREIGN:%=\%_%.c),$(wildcard native/*.c native/*/*.c))
 TESTS := $(wildcard tests/native/*.c)
 OBJECTS := $(SOURCES:%.c=$(OUT)/%.o)
 COMPILE = $(CC) $(FLAGS) $(CFLAGS)
+# $(call short,CC)command: the command is shown as `CC target`, with V=1 as it is.
+short = $(if $(V),,@echo "$(1) $@"; )
 
 KERNELS := pybmc/kernels.fatbin
 
@@ -67,19 +70,24 @@ $(LIBRARY): build/release/library
 	@cp $< $@.new && mv $@.new $@           # a running process keeps the file it has open
 
 $(OUT)/library: $(OBJECTS) $(OUT)/OBJECTS.txt
-	$(COMPILE) -shared $(LDFLAGS) $(OBJECTS) -lm -ldl -o $@
+	$(call short,LD)$(COMPILE) -shared $(LDFLAGS) $(OBJECTS) -lm -ldl -o $@
 
 $(OUT)/%.o: %.c $(OUT)/COMPILE.txt
 	@mkdir -p $(@D)
-	$(COMPILE) $(foreach isa,$(ISAS),$(if $(filter %_$(isa),$*),$(FLAGS_$(isa)))) -MMD -MP -c $< -o $@
+	$(call short,CC)$(COMPILE) $(foreach isa,$(ISAS),$(if $(filter %_$(isa),$*),$(FLAGS_$(isa)))) -MMD -MP -c $< -o $@
 
 $(OUT)/tests/native/%: $(OUT)/tests/native/%.o $(OBJECTS)
-	$(COMPILE) $(LDFLAGS) $^ -lm -ldl -o $@
+	$(call short,LD)$(COMPILE) $(LDFLAGS) $^ -lm -ldl -o $@
 
 # Files that remember a variable: what depends on one is made again when the variable changes.
 $(OUT)/COMPILE.txt $(OUT)/OBJECTS.txt: $(OUT)/%.txt: FORCE
 	@mkdir -p $(@D)
-	@echo '$($*)' | cmp -s - $@ || echo '$($*)' > $@
+	@echo '$($*)' | cmp -s - $@ || { $(check_$*) echo '$($*)' > $@; }
+
+# One sentence where there is no compiler, or no headers of the C library.
+check_COMPILE = $(CC) -include stdint.h -x c -fsyntax-only /dev/null >$(@D)/compiler.txt 2>&1 || { \
+    echo "make: a C compiler is needed, gcc or clang, with the headers of the C library (Debian, Ubuntu: apt install gcc libc6-dev;" \
+           "Fedora: dnf install gcc; macOS: xcode-select --install). CC is '$(CC)', and says: $$(head -1 $(@D)/compiler.txt)"; exit 1; };
 
 -include $(OBJECTS:.o=.d) $(TESTS:%.c=$(OUT)/%.d) $(patsubst %.c,$(OUT)/%.d,$(wildcard tests/cuda/*.c))
 
@@ -133,7 +141,7 @@ $(PTX_OBJECTS): $(OUT)/%.o: %.cpp tests/cuda/ptx.h
 fake-driver: $(OUT)/tests/cuda/driver.so
 $(OUT)/tests/cuda/driver.so: tests/cuda/driver.cpp $(PTX_OBJECTS) $(wildcard tests/cuda/*.h native/cuda/* native/*.h native/kernels/*.h)
 	@mkdir -p $(@D)
-	$(CXX) -std=c++17 -O1 -march=native -ffp-contract=off -fPIC -shared -pthread -Inative $(CXXFLAGS) $< $(PTX_OBJECTS) -o $@.new && mv $@.new $@
+	$(call short,CXX)$(CXX) -std=c++17 -O1 -march=native -ffp-contract=off -fPIC -shared -pthread -Inative $(CXXFLAGS) $< $(PTX_OBJECTS) -o $@.new && mv $@.new $@
 
 PROGRAMS := $(TESTS:%.c=$(OUT)/%)
 RUNS := $(TESTS:tests/native/%.c=run-%)
@@ -181,11 +189,11 @@ test-cuda:
 	$(MAKE) VARIANT=$(VARIANT) $(CUDA_TEST) $(PTX_TEST) && $(PTX_TEST) && $(CUDA_TEST)
 
 $(CUDA_TEST) $(PTX_TEST): %: %.o $(CUDA_REFERENCES) $(PTX_OBJECTS) $(OBJECTS)
-	$(CXX) $(CXX_FLAGS) $(LDFLAGS) $^ -lm -ldl -o $@
+	$(call short,LD)$(CXX) $(CXX_FLAGS) $(LDFLAGS) $^ -lm -ldl -o $@
 
 $(CUDA_TEST).o $(PTX_TEST).o: $(OUT)/%.o: %.cpp $(CUDA_SOURCES) $(wildcard tests/cuda/*.h)
 	@mkdir -p $(@D)
-	$(CXX) $(CXX_FLAGS) -c $< -o $@
+	$(call short,CXX)$(CXX) $(CXX_FLAGS) -c $< -o $@
 
 cuda-mutants: $(CUDA_REFERENCES) $(PTX_OBJECTS) $(OBJECTS)
 	$(PYTHON) tests/cuda/mutants.py $(CXX) $^
@@ -239,17 +247,28 @@ test-python: $(LIBRARY) venv
 	    PYBMC_CPU=$$level $(PYTEST) -m "$$(test $$level != ref || echo not long)" $(NUMBER_TESTS) || failed=1; \
 	done; exit $$failed
 
-demo: $(LIBRARY) venv
+demo: $(VENV)/bin/pip $(LIBRARY) $(VENV)/.installed
 	$(VENV)/bin/pybmc generate -p "Tell me of a king and a golden bird." -n 320
+	@echo; echo "Talk with it: $(VENV)/bin/pybmc chat"
 
-venv: $(VENV)/.installed
+venv: $(VENV)/.tests
 
-$(VENV)/.installed: pyproject.toml setup.py | $(LIBRARY)
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	    { echo "pybmc needs Python 3.10 or later; $(PYTHON) is $$($(PYTHON) -V 2>&1). Try make PYTHON=python3.12"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[chat,test]'
+$(VENV)/.tests: $(VENV)/.installed
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[test]'
 	@touch $@
+
+$(VENV)/.installed: pyproject.toml setup.py | $(VENV)/bin/pip $(LIBRARY)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -e '.[chat,hub,serve,schema]'
+	@touch $@
+
+# pip is the last file of an environment, so that one that was cut off is made again.
+$(VENV)/bin/pip:
+	@command -v $(firstword $(PYTHON)) >/dev/null || { echo "make: Python 3.10 or later is needed, with venv (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "make: Python 3.10 or later is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1). Try make PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || \
+	    { echo "make: $(PYTHON) has no venv (Debian, Ubuntu: apt install python3-venv)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
 
 install:
 	$(PYTHON) -m pip install .

@@ -1,7 +1,8 @@
 """The server under Ray Serve, a replica on each node: python examples/ray_serve.py [MODEL.gguf]
 
-Needs pip install 'pybmc[ray,serve]'. It answers on port 8000 until Ctrl-C, as `pybmc serve` does. A client that sends the whole
-conversation each time may reach any replica; a replica that has read its beginning already is the quicker one.
+Needs pip install 'ray[data,serve]' starlette uvicorn prometheus-client. It answers on port 8000 until Ctrl-C, as `pybmc
+serve` does. A client that sends the whole conversation each time may reach any replica; a replica that has read its
+beginning already is the quicker one.
 """
 
 import sys

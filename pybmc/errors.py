@@ -45,6 +45,22 @@ class DeviceError(BmcError, RuntimeError):
     """The GPU or its driver is missing, or failed."""
 
 
+# What pip installs for each extra of pyproject.toml. It is not "pybmc[..]": a project of that name on PyPI is another one.
+EXTRAS = {
+    "chat": "prompt_toolkit",
+    "hub": "huggingface-hub",
+    "plot": "matplotlib",
+    "ray": "'ray[data,serve]'",
+    "schema": "llguidance",
+    "serve": "starlette uvicorn prometheus-client",
+}
+
+
+def needs_packages(what: str, extra: str) -> str:
+    """The sentence where packages of an extra are not installed."""
+    return f"{what} needs packages that are not installed: pip install {EXTRAS[extra]}"
+
+
 def printable(text: str, limit: int = 400) -> str:
     """What a file says, fit for a terminal: no control characters, no end of lines, not endless."""
     shown = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text[:limit])

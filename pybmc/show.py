@@ -10,6 +10,7 @@ from .files.gguf import GGUF
 from .models.bind import IGNORED, ROPE_TENSORS
 from .models.config import read_config
 from .models.layers import Experts
+from .tokenizers import kind_of
 
 ROWS_SHOWN = 4096                       # tokens of context that the estimate of memory includes
 
@@ -100,6 +101,7 @@ def _verdict(file: GGUF) -> dict:
                   "memory_bytes": weights + rows * config.kv_row_bytes, "memory_context": rows,
                   "causal": config.causal, "pooling": config.pooling.kind}
         facts["draft_head"] = check_model(file, config)
+        kind_of(file)
     except FormatError as error:
         return facts | {"runs": False, "why_not": str(error).removeprefix(f"{file.path}: ")}
     return facts | {"runs": True, "why_not": None}

@@ -4,9 +4,11 @@ import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiny
@@ -14,6 +16,7 @@ import tiny
 import pybmc
 from pybmc.cli import cli, options, run
 from pybmc.cli.terminal import sentence
+from pybmc.errors import EXTRAS
 
 TEXT = tiny.TEXT
 
@@ -78,6 +81,15 @@ def test_answers_follow_a_schema_or_a_grammar(path, pipe, capsys, tmp_path, comm
     given = str(tmp_path / "form") if flag in ("--grammar-file", "-jf") else text
     assert run([command, path, "-n", "30", "-t", "1", "--temp", "2", flag, given]) == 0
     assert capsys.readouterr().out in allowed
+
+
+@pytest.mark.parametrize("tokens, whole", [("2", False), ("40", True)])
+def test_an_answer_that_is_cut_before_its_schema_ends_is_noted(path, capsys, tokens, whole):
+    pytest.importorskip("llguidance", reason="schemas need llguidance")
+    assert run(["generate", path, "-p", "a", "-n", tokens, "-j", '{"const": "one two three"}']) == 0
+    out, err = capsys.readouterr()
+    assert ("the answer is not whole" in err) != whole
+    assert (out == '"one two three"\n') == whole
 
 
 @pytest.mark.parametrize("command", ["generate", "chat"])
@@ -235,6 +247,14 @@ def test_show_tells_what_a_file_is(path, capsys):
         assert label in out
 
 
+@pytest.mark.parametrize("args", [["show"], ["tokenize", "-p", "Once"]])
+def test_without_a_model_the_bundled_one_is_shown(args, capsys):
+    assert run([*args, "--json"]) == 0
+    mine = capsys.readouterr().out
+    assert run([*args, "--json", "-m", str(pybmc.demo_model())]) == 0
+    assert capsys.readouterr().out == mine
+
+
 def test_show_says_why_a_model_does_not_run(tmp_path, capsys):
     metadata, tensors = tiny.parts("llama")
     tensors["blk.0.ffn_up.weight"], tensors["blk.0.ffn_down.weight"] = (
@@ -250,7 +270,7 @@ def test_show_says_why_a_model_does_not_run(tmp_path, capsys):
     tiny.save(tmp_path / "other.gguf", metadata, tensors)
     assert run(["show", str(tmp_path / "other.gguf"), "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
-    assert not info["runs"] and "mamba" in info["why_not"] and "llama" in info["why_not"]
+    assert not info["runs"] and "mamba" in info["why_not"] and "docs/architectures.md" in info["why_not"]
     assert run(["generate", str(tmp_path / "other.gguf"), "-p", "x"]) == 1
     assert "mamba" in capsys.readouterr().err
 
@@ -350,7 +370,6 @@ def test_the_bundled_pair_answers_with_its_draft(capsys):
     (["generate", "MODEL", "-p", "x", "--draft-min", "3", "--draft-max", "2"], 2, "--draft-min 3"),
     (["prove", "MODEL", "-p", "x", "--draft", "/no/such.gguf"], 1, "/no/such.gguf"),
     (["prove", "MODEL", "-n", "0"], 2, "0"),
-    (["show"], 2, "no model"),
     (["bench", "MODEL", "-p", "a"], 2, "whole numbers"),
     (["bench", "MODEL", "-p", "", "-n", "", "-b", ""], 2, "nothing to measure"),
     (["bench", "MODEL", "-p", "0"], 2, "prompt length"),
@@ -362,7 +381,7 @@ def test_the_bundled_pair_answers_with_its_draft(capsys):
     (["generate", "MODEL", "--draft", "", "-p", "x"], 2, "name of the file is empty"),
     (["generate", "MODEL", "-f", ""], 2, "name of the file is empty"),
     (["show", ""], 2, "name of the file is empty"),
-    (["generate", "-p", ""], 2, "the message is empty"),
+    (["generate", "-p", ""], 2, "the message is empty; use -p TEXT"),
     (["generate", "MODEL", "-p", "x", "--no-bos", "--chat"], 2, "--no-bos needs --raw"),
     (["generate", "MODEL", "-p", "x", "--top-k", "-2"], 2, "top_k"),
     (["generate", "MODEL", "-p", "x", "-l", "5+"], 2, "token id"),
@@ -415,6 +434,12 @@ def test_no_bos_leaves_it_out(capsys, tmp_path):
         assert run(["perplexity", path, "-f", str(tmp_path / "text"), "-c", "32", "--json", *flags]) == 0
         values.append(json.loads(capsys.readouterr().out)["ppl"])
     assert tokenizer.add_bos and counts[0] == counts[1] + 1 and values[0] != values[1]
+
+
+def test_a_text_is_utf8_where_the_locale_is_ascii(path):
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = pybmc_process("tokenize", path, "-p", "M\u00fcller".encode(), "--json", env=environment, stdout=subprocess.PIPE)
+    assert json.loads(done.communicate()[0])["pieces"] and done.returncode == 0
 
 
 def test_top_k_of_minus_one_is_all(path, capsys):
@@ -552,3 +577,25 @@ def test_flags_of_sampling_are_settings_of_the_sampler():
     from pybmc.engine.sampler import Sampler
 
     assert set(options.SAMPLING) == set(Sampler.__dataclass_fields__)
+
+
+def test_the_list_of_commands_cuts_no_sentence(capsys):
+    run(["--help"])
+    listed = capsys.readouterr().out.partition("Commands:")[2].strip().splitlines()
+    assert len(listed) == len(cli.commands) and not [line for line in listed if "..." in line]
+
+
+def test_packages_to_install_are_those_of_the_extras():
+    """By their own names: "pip install pybmc[..]" would bring another project."""
+    tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    wanted = {extra: [re.match(r"[\w.,\[\]-]+", package)[0] for package in packages]
+              for extra, packages in project["optional-dependencies"].items() if extra not in ("test", "train")}
+    assert {extra: shlex.split(packages) for extra, packages in EXTRAS.items()} == wanted
+
+
+@pytest.mark.parametrize("folder", ["pybmc", "docs", "examples"])
+def test_no_text_tells_to_install_another_project(folder):
+    for file in (Path(__file__).parents[1] / folder).rglob("*.*"):
+        if file.suffix in (".py", ".md", ".html"):
+            assert not re.search(r"pip install ('|\")?pybmc", file.read_text("utf-8")), file

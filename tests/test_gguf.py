@@ -321,6 +321,9 @@ def test_products_that_wrap_to_something_small(path, dims):
         ),
         (Entry("t", (4,), 99, data=bytes(64)), "tensor 't': unknown tensor type 99"),
         (Entry("t", (4,), 4, data=bytes(64)), "unknown tensor type 4"),  # a number that was taken back
+        (Entry("t", (4,), 31, data=bytes(64)), r"unknown tensor type 31 \(Q4_0_4_4 of 2024; take a Q4_0 file\)"),
+        (Entry("t", (4,), 36, data=bytes(64)), r"unknown tensor type 36 \(I2_S of bitnet.cpp"),
+        (Entry("t", (4,), 139, data=bytes(64)), r"unknown tensor type 139 \(a type of ik_llama.cpp's own"),
         (Entry("t", (4,), 0xFFFFFFFF, data=bytes(64)), "unknown tensor type 4294967295"),
         (Entry("t", (4,), offset=8, data=bytes(64)), "expected an offset that is a multiple of 32, found 8"),
         (Entry("t", (16,), data=bytes(63)), r"tensor 't' ends at byte \d+, the file at \d+"),

@@ -179,4 +179,4 @@ def test_without_llguidance_the_sentence_says_so(server, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "llguidance", None)
     response = server.post("/v1/chat/completions", {"messages": HELLO, "grammar": 'root ::= "never seen before"'})
-    assert response.status_code == 400 and "pybmc[schema]" in response.json()["error"]["message"]
+    assert response.status_code == 400 and "pip install llguidance" in response.json()["error"]["message"]

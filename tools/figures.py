@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pybmc.errors import BmcError
+from pybmc.errors import BmcError, needs_packages
 
 PARTS = ("rest_ms", "attention_ms", "touch_ms", "copy_ms", "allocate_ms")
 COLOURS = {"rest_ms": "#d9d9d9", "attention_ms": "#7fa8c9", "touch_ms": "#e0b35a", "copy_ms": "#c9553f",
@@ -32,7 +32,7 @@ def _pyplot():
     try:
         import matplotlib
     except ImportError as error:
-        raise BmcError("figures need matplotlib: pip install 'pybmc[plot]'") from error
+        raise BmcError(needs_packages("a figure", "plot")) from error
     matplotlib.use("svg")
     matplotlib.rcParams.update({"svg.hashsalt": "bmc", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False,
                                 "axes.spines.right": False, "axes.axisbelow": True, "legend.frameon": False})

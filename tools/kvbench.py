@@ -1,7 +1,7 @@
 """Measure what a KV cache costs by the way it grows, beside a prediction, and draw it: the study of docs/bmc.md.
 
     python -m tools.kvbench [MODEL] [--quick | --full] [--json]      a MODEL of yours instead of the shapes
-    python -m tools.kvbench --from kv.jsonl --figures docs           needs pip install 'pybmc[plot]'
+    python -m tools.kvbench --from kv.jsonl --figures docs           needs matplotlib
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 
-from ..errors import BmcError
+from ..errors import BmcError, needs_packages
 from .lines import Line, written
 from .worker import Worker
 
@@ -34,7 +34,7 @@ def answers(lines: Iterable[Line], address: str, path: str, draft: str | None, t
         import ray
         import ray.data
     except ImportError:
-        raise BmcError("--ray needs Ray, which is not installed: pip install 'pybmc[ray]'") from None
+        raise BmcError(needs_packages("--ray", "ray")) from None
     try:
         ray.init(address=address, ignore_reinit_error=True, log_to_driver=False, logging_level="ERROR")
         yield from _answers(ray, lines, (path, draft, threads, options))

@@ -32,6 +32,8 @@ class Conversation:
 
     def __init__(self, model: Model, session: Session, system: str | None = None, *, chat_template: Any = None,
                  chat_template_kwargs: Mapping | None = None, **settings: Any):
+        if model.tokenizer is None:
+            raise ArgumentError(f"{model.path} has no vocabulary: it cannot chat")
         self.model, self.session, self.settings = model, session, settings
         self.template = template_of(chat_template, model.tokenizer)
         self.variables = checked_variables(chat_template_kwargs or {})

@@ -68,6 +68,7 @@ class ChatTemplate:
             or (CHATML if "<|im_start|>" in tokenizer.vocab.ids else LLAMA2)
         )
         self.from_file = template is None and tokenizer.chat_template is not None
+        self._guessed = not template and not tokenizer.chat_template
         self._template = Template(self.source)
         self._special = _special_tokens(tokenizer)
         # No text of a message gives one of the marks, nor, by its name, a token such as <unk>.
@@ -78,6 +79,11 @@ class ChatTemplate:
     def reads(self, name: str) -> bool:
         """Whether the template looks at a variable."""
         return name in self._template.variables
+
+    @property
+    def guessed(self) -> str | None:
+        """The name of the template that was taken, where the file has none and nobody gave one."""
+        return {CHATML: "chatml", LLAMA2: "llama2"}.get(self.source) if self._guessed else None
 
     @property
     def thinks(self) -> bool:

@@ -41,7 +41,14 @@ def main(args=None) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
-    sys.exit(run(args))
+    status = run(args)
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:                     # a full disk: at exit Python would try again, and complain
+        leave_quietly()
+        status = status or EXIT_FAILED
+    sys.exit(status)
 
 
 def run(args=None) -> int:

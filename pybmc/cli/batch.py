@@ -38,9 +38,9 @@ from .terminal import note, progress
 @context_option
 @threads_option
 def batch(source, target, model_option, max_tokens, parallel, ray, context, threads, tint, **flags):
-    """Answer each line of a file of JSON objects in the same line of another.
+    """Answer a file of prompts, one JSON object a line.
 
-    A line has "prompt" (a text as it is, or token ids) or "messages" (for the chat template), and may have "id", which its answer
+    Line n of OUT.jsonl answers line n of IN.jsonl. A line has "prompt" (a text as it is, or token ids) or "messages" (for the chat template), and may have "id", which its answer
     repeats, "max_tokens", "stop", "chat_template_kwargs", "tools" and one of "response_format", "json_schema" and "grammar" as the
     server takes them, and the settings of sampling by their names in Python, such as "temperature" and "seed"; what it does not have,
     the options say. A line that fails gets an answer with "error", and the exit status is 1.

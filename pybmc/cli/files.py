@@ -14,16 +14,17 @@ from .terminal import write
 @click.option("--gpu", "with_gpus", is_flag=True, help="Say how many layers fit on each GPU of this machine, and what they take.")
 @options.json_option
 def show(model, model_option, with_gpus, as_json):
-    """What a file is: architecture, types, sizes, template, and whether it runs.
+    """What is in a file, and whether it runs.
 
-    MODEL may be a model of the hub (user/repo[:QUANT]): where it is not here, its header is read there.
+    Shown are architecture, types, sizes, tokenizer and template, without MODEL those of the bundled model. MODEL may be
+    a model of the hub (user/repo[:QUANT]): where it is not here, its header is read there.
     """
     from ..hub.store import NotHere
     from ..show import describe, describe_gpus, gpu_lines, lines
 
     on_gpus = None
     try:
-        path = options.need_model(model, model_option)
+        path = options.find_model(model, model_option)
         info = describe(path)
         if with_gpus and info["runs"]:
             on_gpus = describe_gpus(path)
@@ -47,10 +48,13 @@ def show(model, model_option, with_gpus, as_json):
               help="Let control tokens in the text count.")
 @options.json_option
 def tokenize(model, model_option, prompt, prompt_file, no_bos, special, as_json):
-    """Token ids and pieces of a text (-p, -f, or stdin). A vocabulary without weights is enough."""
+    """Token ids and pieces of a text (-p, -f, or stdin).
+
+    A vocabulary without weights is enough. Without MODEL it is that of the bundled model.
+    """
     from ..tokenizers import Tokenizer
 
-    path = options.need_model(model, model_option)
+    path = options.find_model(model, model_option)
     text = options.read_text(prompt, prompt_file)
     tokenizer = Tokenizer(path)
     ids = tokenizer.encode(text, bos=not no_bos, special=special)

@@ -16,9 +16,9 @@ from .terminal import is_terminal, note, write
 @click.option("--draft", type=Text(), metavar="USER/REPO[:QUANT]", help="Bring a draft model too.")
 @json_option
 def pull(name, file, revision, draft, as_json):
-    """Bring a model of the Hugging Face hub to this machine, and print where it is.
+    """Bring a model of the Hugging Face hub to this machine.
 
-    Without QUANT it is Q4_K_M, else Q4_0, else Q8_0, else the smallest that runs. Its header is read first: a model that pybmc
+    Prints where the file is. Without QUANT it is Q4_K_M, else Q4_0, else Q8_0, else the smallest that runs. Its header is read first: a model that pybmc
     does not run, or for which the disk has no room, is not fetched. It goes into the cache that the hub's own tools use
     (HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are honoured), and is checked against the hub's sha256.
     """
@@ -38,7 +38,10 @@ def pull(name, file, revision, draft, as_json):
 @click.command("list")
 @json_option
 def list_models(as_json):
-    """The models that are here: in the hub's cache, and the bundled pair. Their names stand for them in every command."""
+    """The models that are on this machine.
+
+    They are those of the hub's cache, and the bundled pair. Their names stand for them in every command.
+    """
     from ..hub.listing import entries
 
     found = entries()
@@ -57,7 +60,10 @@ def list_models(as_json):
 @click.argument("name", type=File())
 @click.option("-y", "--yes", is_flag=True, help="Without asking.")
 def rm(name, yes):
-    """Remove a model from the hub's cache: its links, and the bytes that nothing else uses."""
+    """Remove a model from the hub's cache.
+
+    Its links go, and the bytes that nothing else uses.
+    """
     from ..hub.store import removable, remove
     from ..show import size
 

@@ -27,7 +27,10 @@ from .terminal import is_terminal, progress, write
 @options.arena_options
 @options.json_option
 def bench(model, model_option, prompts, generated, widths, depths, reps, breakdown, threads, rows, kv_type, as_json):
-    """Measure prompts, generation and verification; without MODEL the bundled model. An empty list skips a test."""
+    """Measure prompts, generation and verification.
+
+    Without MODEL the bundled model is measured. An empty list skips a test.
+    """
     from ..engine import bench as benches
 
     run = benches.breakdown if breakdown else benches.bench
@@ -102,7 +105,10 @@ def test_name(r) -> str:
 @options.threads_option
 @options.json_option
 def perplexity(model, model_option, text_file, window, no_bos, threads, as_json):
-    """How well a model foretells a text, counted as llama.cpp counts it; without MODEL the bundled model."""
+    """How well a model predicts a text.
+
+    It is counted as llama.cpp counts it. Without MODEL the bundled model is taken.
+    """
     from ..engine.perplexity import perplexity as measure
 
     text = options.read_text(None, text_file)

@@ -11,7 +11,7 @@ from pathlib import Path
 import click
 
 from ..errors import ArgumentError, BmcError
-from .terminal import is_terminal, progress, write
+from .terminal import is_terminal, note, progress, write
 
 UNITS = {"": 1} | {unit + i: base**power for i, base in (("", 1000), ("i", 1024)) for power, unit in enumerate("kmgt", 1)}
 
@@ -68,16 +68,18 @@ class Size(click.ParamType):
 
 
 class Text(click.ParamType):
-    """A text. Bytes of the command line that are not UTF-8 are none."""
+    """A text of the command line: UTF-8, also where the locale says ASCII."""
 
     name = "TEXT"
 
     def convert(self, value, param, ctx):
         try:
             value.encode()
+            return value
         except UnicodeEncodeError as error:
+            with suppress(UnicodeError):
+                return os.fsencode(value).decode()
             self.fail(f"not UTF-8 text (character {error.start})", param, ctx)
-        return value
 
 
 class File(click.Path):
@@ -329,6 +331,9 @@ def template_of_model(loaded, source, variables: dict) -> dict:
     from .repl import note_unread
 
     template = ChatTemplate(source, loaded.tokenizer)
+    if template.guessed:
+        note(f"(the file has no chat template: messages are written as for {template.guessed}; --chat-template takes another)",
+             dim=True)
     note_unread(template, variables)
     return {"chat_template": template, "chat_template_kwargs": variables}
 
@@ -355,7 +360,8 @@ def need_model(argument, option=None) -> Path:
     return find_model(argument, option)
 
 
-NO_TEXT = "no text is given: use -p TEXT, -f FILE, or pipe it in"
+HOW_TO_GIVE_TEXT = "use -p TEXT, -f FILE, or pipe it in"
+NO_TEXT = f"no text is given: {HOW_TO_GIVE_TEXT}"
 
 
 def read_text(prompt, file) -> str:

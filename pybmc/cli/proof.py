@@ -27,9 +27,9 @@ EXIT_UNPROVEN = 3
 @options.threads_option
 @options.json_option
 def prove(model, model_option, draft, prompt, prompt_file, max_tokens, temperatures, seed, threads, as_json):
-    """Show that drafting changes nothing: decode plain and speculatively, and compare tokens and logits bit by bit.
+    """Show that drafting changes no token and no logit.
 
-    Drafts of every length, right and wrong on purpose, are checked. With --gpu or -ngl the model is loaded twice, and what the GPU
+    Texts are decoded plainly and speculatively, and compared bit by bit. Drafts of every length, right and wrong on purpose, are checked. With --gpu or -ngl the model is loaded twice, and what the GPU
     computes is compared with the CPU. Without MODEL the bundled pair is taken. Exit status 3 if anything differs.
     """
     from ..engine.prove import PROMPTS

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from ..errors import BmcError
+from ..errors import BmcError, needs_packages
 from .options import (
     File,
     Size,
@@ -34,8 +34,6 @@ from .options import (
     with_draft,
 )
 from .terminal import write
-
-MISSING = "pybmc serve needs more packages: pip install 'pybmc[serve]' (%s is missing)"
 
 place_options = options(
     click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS",
@@ -102,9 +100,9 @@ server_options = options(
 @server_options
 @json_option
 def serve(model, model_option, host, port, unix, key_file, insecure, grace, no_page, as_json, threads, **flags):
-    """Serve a model over HTTP, to clients of OpenAI, Anthropic, Ollama and llama-server.
+    """Serve a model over HTTP.
 
-    Without MODEL the bundled model. Sampling flags are what requests get that name nothing else. Every flag can also be
+    Clients of OpenAI, Anthropic, Ollama and llama-server can use it. Without MODEL it is the bundled model. Sampling flags are what requests get that name nothing else. Every flag can also be
     set by a variable, as PYBMC_PORT for --port. Ctrl-C ends the server; docs/server.md lists the routes.
     """
     try:
@@ -114,14 +112,14 @@ def serve(model, model_option, host, port, unix, key_file, insecure, grace, no_p
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("pybmc"):
             raise
-        raise BmcError(MISSING % error.name) from None
+        raise BmcError(needs_packages("pybmc serve", "serve") + f" ({error.name} is missing)") from None
     import asyncio
 
     from .repl import note_unread
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")            # a text at a time needs none of its threads
     if flags["allow_pull"] and not find_spec("huggingface_hub"):
-        raise BmcError("--allow-pull needs huggingface-hub: pip install 'pybmc[hub]'")
+        raise BmcError(needs_packages("--allow-pull", "hub"))
     keys = [*flags.pop("keys"), *(read_keys(key_file) if key_file else [])]
     if not all(keys):
         raise click.UsageError("an API key is empty")

@@ -89,10 +89,11 @@ def open_session(model, path, context, rows, kv_type):
 @options.json_option
 def generate(model, model_option, prompt, prompt_file, max_tokens, as_chat, system, prefill, chat_template, thoughts,
              reasoning_budget, stop, ignore_eos, no_bos, context, threads, rows, kv_type, as_json, tint, **flags):
-    """Continue a text (-p, -f, or stdin) and print what follows it; `run` is the same.
+    """Continue a text (-p, -f, or stdin).
 
-    In a raw text control tokens such as <|im_start|> count; an empty one is continued from the model's BOS token
-    alone. Without MODEL the bundled model answers.
+    What follows the text is printed; `pybmc run` is the same command. In a raw text control tokens such as
+    <|im_start|> count; an empty one is continued from the model's BOS token alone. Without MODEL the bundled model
+    answers.
     """
     from ..chat.generate import generate as start
     from ..chat.reader import splitter_of
@@ -109,7 +110,7 @@ def generate(model, model_option, prompt, prompt_file, max_tokens, as_chat, syst
     if no_bos and as_chat:
         raise click.UsageError("--no-bos needs --raw: a chat template says itself what begins a text")
     if as_chat and not text:
-        raise click.UsageError("the message is empty")
+        raise click.UsageError(f"the message is empty; {options.HOW_TO_GIVE_TEXT}")
     prompt = text
     if as_chat:
         prompt = [{"role": role, "content": content}
@@ -134,6 +135,8 @@ def generate(model, model_option, prompt, prompt_file, max_tokens, as_chat, syst
                 voice.say(token)
         if not as_json:
             voice.end()
+            if form and tokens and tokens[-1].finish_reason == "length":
+                note(f"(cut off after {len(tokens)} tokens: the answer is not whole)", dim=True)
         arena = session.arena_stats()
     if as_json:
         options.print_json(generation_json(answer, tokens, load_s))

@@ -41,10 +41,10 @@ FORMATS = ("floats", "json", "npy")
 @threads_option
 @json_option
 def embed(args, model_option, text_file, pooling, dimensions, normalize, form, output, threads, as_json):
-    """Embeddings: a vector for each TEXT, or for each line of -f FILE or stdin.
+    """Embeddings: a vector for each text.
 
-    Texts with close meanings have vectors with a large dot product. A text gets the tokens that the model wants
-    around it; its vector does not depend on the other texts.
+    Texts are each TEXT, or each line of -f FILE or stdin. Those with close meanings have vectors with a large dot
+    product. A text gets the tokens that the model wants around it; its vector does not depend on the other texts.
     """
     import numpy as np
 

@@ -23,7 +23,7 @@ from ..files.gguf import GGUF
 from ..models.bind import Role, bind, bind_head
 from ..models.config import Config, read_config
 from ..models.layers import RMS
-from ..tokenizers import Tokenizer
+from ..tokenizers import Tokenizer, kind_of
 from .embed import Pooler, embed
 from .free import known_free_memory
 from .gpu import Place, check_choice, choose, offload, plan, stream
@@ -227,7 +227,7 @@ class Model:
     @cached_property
     def tokenizer(self):
         """The file's Tokenizer; None if the file has no vocabulary."""
-        return Tokenizer(self._file) if "tokenizer.ggml.model" in self._file.metadata else None
+        return Tokenizer(self._file) if kind_of(self._file) else None
 
     def embed(self, inputs, normalize: bool = True, pooling: str | None = None, dimensions: int | None = None,
               progress: Progress | None = None) -> np.ndarray | list[np.ndarray]:

@@ -80,6 +80,15 @@ _OTHER_TEXTS = {
     b"invalid username or password": "a server's error message; the download went wrong",
 }
 
+# Numbers of tensor types in files that people have and no current llama.cpp reads.
+_OTHER_TYPES = {
+    4: "Q4_2 of 2023", 5: "Q4_3 of 2023",
+    31: "Q4_0_4_4 of 2024; take a Q4_0 file", 32: "Q4_0_4_8 of 2024; take a Q4_0 file", 33: "Q4_0_8_8 of 2024; take a Q4_0 file",
+    36: "I2_S of bitnet.cpp, or IQ4_NL_4_4 of 2024; take a TQ1_0, TQ2_0 or IQ4_NL file",
+    37: "IQ4_NL_4_8 of 2024; take an IQ4_NL file", 38: "TL1 of bitnet.cpp, or IQ4_NL_8_8 of 2024; take another file",
+    **{number: "a type of ik_llama.cpp's own; take a file for llama.cpp" for number in (*range(97, 99), *range(133, 159), *range(200, 400))},
+}
+
 _INCOMPLETE = "it is incomplete, as when a download broke off"
 
 # Text that only people read may be in any encoding; what is computed with has to be UTF-8.
@@ -444,7 +453,8 @@ class File:
         offset = self.u64(what)
         kind = type_info(type_id) if type_id < 1 << 31 else None
         if kind is None:
-            raise self.error(f"{what}: unknown tensor type {type_id}", self.position - 12)
+            other = f" ({_OTHER_TYPES[type_id]})" if type_id in _OTHER_TYPES else ""
+            raise self.error(f"{what}: unknown tensor type {type_id}{other}", self.position - 12)
         nbytes = self._nbytes(what, kind, shape, offset, at)
         while len(shape) > 1 and shape[-1] == 1:
             shape = shape[:-1]

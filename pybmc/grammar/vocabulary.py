@@ -8,7 +8,7 @@ from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 from ..engine.model import Model
-from ..errors import ArgumentError, NeedsPackageError
+from ..errors import ArgumentError, NeedsPackageError, needs_packages
 from ..tokenizers import Tokenizer
 from .compiler import compiled
 
@@ -78,7 +78,7 @@ def llguidance() -> Any:
     try:
         import llguidance
     except ImportError:
-        raise NeedsPackageError("schemas and grammars need llguidance, which is not installed: pip install 'pybmc[schema]'") from None
+        raise NeedsPackageError(needs_packages("an answer with a schema or a grammar", "schema")) from None
     return llguidance
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import cache
-from ..errors import ArgumentError, BmcError, printable
+from ..errors import ArgumentError, BmcError, needs_packages, printable
 from ..show import describe, size
 from . import names, store
 from .remote import RemoteGGUF
@@ -268,7 +268,7 @@ def _hub():
     try:
         import huggingface_hub
     except ImportError:
-        raise HubError("models are fetched with huggingface-hub, which is not installed: pip install 'pybmc[hub]'") from None
+        raise HubError(needs_packages("the Hugging Face hub", "hub")) from None
     return huggingface_hub
 
 
@@ -343,5 +343,6 @@ def _told(name: names.Name):
     except Exception as error:
         if isinstance(error, OSError) and error.errno:
             raise                       # the disk is full, or may not be written
-        first = next(iter(str(error).splitlines()), "")
-        raise HubError(f"{constants.ENDPOINT}: {type(error).__name__}: {printable(first, 200)}") from error
+        first, kind = next(iter(str(error).splitlines()), ""), type(error).__name__
+        what = "cannot be reached" if "Connect" in kind or "Timeout" in kind else kind
+        raise HubError(f"{constants.ENDPOINT} {what}: {printable(first, 200)}") from error

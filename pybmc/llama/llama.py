@@ -36,7 +36,7 @@ from ..engine.sampler import Sampler
 from ..engine.schema import Schema
 from ..engine.session import Session
 from ..engine.text import Ending, StopStrings
-from ..errors import ArgumentError, BmcError, ContextFullError
+from ..errors import ArgumentError, BmcError, ContextFullError, needs_packages
 from ..files.gguf import GGUF
 from ..serve import answers
 from ..serve.answers import ChatAnswer, Choice, TextAnswer, Update
@@ -135,7 +135,7 @@ class Llama:
         try:
             from huggingface_hub import HfApi, hf_hub_download
         except ImportError:
-            raise BmcError("Llama.from_pretrained needs huggingface-hub: pip install 'pybmc[hub]'") from None
+            raise BmcError(needs_packages("Llama.from_pretrained", "hub")) from None
         names = checks.strings("filename", [filename, *(additional_files or ())])
         if any(set(name) & set("*?[") for name in names):
             there = HfApi().list_repo_files(repo_id)
@@ -461,9 +461,7 @@ class Llama:
     def embed(self, input, normalize=False, truncate=True, return_count=False):
         """The embedding of a text as a list of numbers, or a list of them; return_count: and how many tokens were read.
         truncate: what is longer than the context is cut, else refused."""
-        model: Any = self._live
-        if not hasattr(model, "embed"):
-            raise BmcError("embeddings are not supported by this build")
+        model = self._live
         ids = [self._tokenizer.encode(text) for text in checks.strings("input", input)]
         if not truncate:
             for tokens in ids:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,8 @@ from .worker import Run, Worker
 
 if TYPE_CHECKING:
     from .pull import Pull
+
+log = logging.getLogger(__name__)
 
 THREADS = 2                             # that tokenize and write templates ..
 LARGE = 64 << 10                        # .. of bodies up to this many bytes. Larger ones take turns: they cost seconds and memory
@@ -83,6 +86,9 @@ class Service:
         self.writes = model.config.causal
         self.context = given.context or (model.config.n_ctx if self.writes else model.pass_tokens)
         self.template = ChatTemplate(given.chat_template, self.tokenizer)
+        if self.writes and self.template.guessed:
+            log.warning("%s has no chat template: messages are written as for %s; --chat-template takes another", model.path,
+                        self.template.guessed)
         self.fill = fill_tokens(self.tokenizer)
         self.fingerprint = f"b{__version__}-{model.fingerprint[:12]}"
         self.metrics = Metrics(self)

@@ -18,6 +18,18 @@ __all__ = ["StreamDecoder", "Tokenizer"]
 _KINDS = {                              # by tokenizer.ggml.model
     "gpt2": Bpe, "gemma4": Bpe, "whitespace": Bpe, "llama": Spm, "t5": Unigram, "bert": WordPiece,
 }
+_NO_KINDS = ("none", "no_vocab")        # what files without a vocabulary say
+
+
+def kind_of(file: GGUF) -> type | None:
+    """The class that reads a file's vocabulary; None where there is none. Raises FormatError for an unknown kind."""
+    model = file.metadata.get("tokenizer.ggml.model")
+    if isinstance(model, str) and model in _KINDS:
+        return _KINDS[model]
+    if model is None or isinstance(model, str) and model in _NO_KINDS:
+        return None
+    raise FormatError(f"{file.path}: no vocabulary that pybmc knows: expected a tokenizer.ggml.model of "
+                      f"{', '.join(_KINDS)}, found {printable(repr(model), 60)}")
 
 
 class Tokenizer:
@@ -36,12 +48,11 @@ class Tokenizer:
                 self._load(file)
 
     def _load(self, file: GGUF) -> None:
-        model = file.metadata.get("tokenizer.ggml.model")
-        if not isinstance(model, str) or model not in _KINDS:
-            found = "none" if model is None else printable(repr(model))
-            raise FormatError(f"{file.path}: no vocabulary that pybmc knows: "
-                              f"expected a tokenizer.ggml.model of {', '.join(_KINDS)}, found {found}")
-        self._codec = _KINDS[model](file.metadata, str(file.path))
+        kind = kind_of(file)
+        if kind is None:
+            raise FormatError(f"{file.path}: no vocabulary that pybmc knows: expected a tokenizer.ggml.model of "
+                              f"{', '.join(_KINDS)}, found none")
+        self._codec = kind(file.metadata, str(file.path))
         self.vocab = self._codec.vocab
         self.tokens: list[str] = self.vocab.tokens                      # as the file spells them
         self.vocab_size: int = self.vocab.size

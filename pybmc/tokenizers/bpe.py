@@ -122,7 +122,8 @@ def _find_pre(name, source: str) -> Pre:
     if not isinstance(name, str):
         raise FormatError(f"{source}: tokenizer.ggml.pre: expected str, found {type(name).__name__}")
     if name not in PRE:
-        log.warning("%s: unknown pre-tokenizer %r, using the default one: expect worse text", source, name)
+        found = f"unknown pre-tokenizer {name!r}" if name else "no pre-tokenizer is named"
+        log.warning("%s: %s, using the default one: expect worse text", source, found)
     return PRE.get(name, DEFAULT)
 
 

@@ -355,9 +355,6 @@ static void equal_codes(void) {
 
 /* Rows of floats. */
 
-static const int sizes[] = { 1, 2, 7, 15, 16, 17, 31, 32, 33, 63, 64, 80, 100, 257 };
-enum { N_SIZES = sizeof sizes / sizeof *sizes };
-
 static void check_block(const struct act_block *a, const float *x) {
     double top = 0;
     int32_t sums[2] = { 0, 0 };
