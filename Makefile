@@ -116,7 +116,7 @@ cuda-check: $(CUDA_SOURCES) $(filter $(WHEEL_NVCC),$(NVCC))
 
 # A CUDA driver that runs the kernels on the CPU: tests/cuda/driver.cpp.
 fake-driver: $(OUT)/tests/cuda/driver.so
-$(OUT)/tests/cuda/driver.so: tests/cuda/driver.cpp tests/cuda/grid.h $(wildcard native/cuda/* native/*.h native/kernels/*.h)
+$(OUT)/tests/cuda/driver.so: tests/cuda/driver.cpp tests/cuda/cublas.cpp tests/cuda/grid.h $(wildcard native/cuda/* native/*.h native/kernels/*.h)
 	@mkdir -p $(@D)
 	$(CXX) -std=c++17 -O1 -march=native -ffp-contract=off -fPIC -shared -pthread -Inative $(CXXFLAGS) $< -o $@.new && mv $@.new $@
 

@@ -16,7 +16,7 @@
 
 /* <cffi> What stands between these two marks is read by Python as it is: plain declarations only. */
 
-#define BMC_VERSION 13      /* counts the changes of what follows; bmc_version() tells which one was compiled */
+#define BMC_VERSION 14      /* counts the changes of what follows; bmc_version() tells which one was compiled */
 
 enum bmc_status {
     BMC_OK = 0,
@@ -349,6 +349,11 @@ void        bmc_model_free(bmc_model *model);                            /* once
 int         bmc_gpu(int i, bmc_gpu_info *info);
 int         bmc_model_plan(const bmc_model *model, int n_layers, bmc_plan *plan);
 int         bmc_model_offload(bmc_model *model, int gpu, const char *kernels, int n_layers);
+
+/* Before plan and offload: whole chunks of 512 tokens of a prompt are multiplied by cuBLAS on the GPU. cublas: its file; "": the system's.
+ * BMC_EDEVICE: there is none. The bits are not the CPU's then, and depend on which tokens came in one call of bmc_eval with all others of
+ * their chunk. */
+int         bmc_model_prompts(bmc_model *model, const char *cublas);
 
 /* cap: rows of keys and values at most. r: how many are added at a time, rounded up to 16; 0: what suits the model.
  * rope 1: every layer takes table 1, as a model stretched to long contexts asks. */

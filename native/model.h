@@ -113,6 +113,10 @@ struct block {
  * where none are kept. */
 enum { WHOLE_MAX = 8192, PASS_MAX = 512, SAMPLED_MAX = 64, HEAD_ROWS = 256, TASKS_EACH = 8, PART_FLOATS = 4 << 20, ROOM_PANELS = 16 };
 
+/* Tokens of a chunk of a prompt, which cuBLAS multiplies where that is asked for: positions [512 i, 512 (i + 1)) of a sequence. */
+enum { PROMPT_CHUNK = 512 };
+_Static_assert((int)PROMPT_CHUNK <= (int)PASS_MAX, "a chunk is a pass");
+
 /* Keys and values of blocks that see all rows, and of those that see a window: of the latter, rows that are WINDOW_SPARE behind
  * the window are given back. */
 enum { ALL_ROWS, WINDOWS, GPU_ROWS, GPU_WINDOWS, ARENAS };      /* GPU_: the same of blocks that are on a GPU */
@@ -165,6 +169,7 @@ struct bmc_model {
     struct { void **items; int n; } owned;      /* small arrays: norms, biases, tables */
     struct buffers *buffers;
     struct cuda *cuda;              /* NULL, or its last blocks and the head are on a GPU */
+    const char *cublas;             /* NULL, or whole chunks of prompts are by cuBLAS there: its file, or "" */
     struct profile profile;
 };
 
