@@ -113,9 +113,7 @@ struct block {
  * where none are kept. */
 enum { WHOLE_MAX = 8192, PASS_MAX = 512, SAMPLED_MAX = 64, HEAD_ROWS = 256, TASKS_EACH = 8, PART_FLOATS = 4 << 20, ROOM_PANELS = 16 };
 
-/* Tokens of a chunk of a prompt, which cuBLAS multiplies where that is asked for: positions [512 i, 512 (i + 1)) of a sequence. */
-enum { PROMPT_CHUNK = 512 };
-_Static_assert((int)PROMPT_CHUNK <= (int)PASS_MAX, "a chunk is a pass");
+_Static_assert((int)BMC_PROMPT_CHUNK <= (int)PASS_MAX, "a chunk is a pass");
 
 /* Keys and values of blocks that see all rows, and of those that see a window: of the latter, rows that are WINDOW_SPARE behind
  * the window are given back. */

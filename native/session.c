@@ -429,7 +429,7 @@ static bool takes_rows(const bmc_span *span) { return !span->logits && needs_all
 
 /* Whether a whole chunk for cuBLAS begins with token i of a span. Guesses are in none: they never come with that many tokens. */
 static bool chunk_begins(const bmc_model *m, const bmc_span *span, int i) {
-    return m->cublas && m->cuda && (span->session->position + i) % PROMPT_CHUNK == 0 && span->n_tok - i >= PROMPT_CHUNK
+    return m->cublas && m->cuda && (span->session->position + i) % BMC_PROMPT_CHUNK == 0 && span->n_tok - i >= BMC_PROMPT_CHUNK
            && !(span->want == BMC_WANT_ALL && takes_rows(span));
 }
 
@@ -443,7 +443,7 @@ static bool would_split(const struct pass *p, const bmc_span *span) {
 
 /* Whether no token more goes into the pass. */
 static bool is_full(const struct pass *p) {
-    return p->n_tok == (p->chunk ? PROMPT_CHUNK : p->model->pass_max) || p->n_sampled == SAMPLED_MAX;
+    return p->n_tok == (p->chunk ? BMC_PROMPT_CHUNK : p->model->pass_max) || p->n_sampled == SAMPLED_MAX;
 }
 
 /* Passes of up to pass_max tokens, SAMPLED_MAX of them with a sampler, over all spans, one after the other. A chunk for cuBLAS is a

@@ -55,10 +55,10 @@ size_t chunk_lay_out(const bmc_model *m, struct cuda *c, char *memory) {
         return 0;
     each_matrix(m, c, widen, &s);
     k->rows = take(&next, s.halves * sizeof *k->rows);
-    k->tokens = take(&next, PROMPT_CHUNK * s.columns * sizeof *k->tokens);
-    k->sums = take(&next, PROMPT_CHUNK * padded((int64_t)s.rows) * sizeof *k->sums);
+    k->tokens = take(&next, BMC_PROMPT_CHUNK * s.columns * sizeof *k->tokens);
+    k->sums = take(&next, BMC_PROMPT_CHUNK * padded((int64_t)s.rows) * sizeof *k->sums);
     k->row_powers = take(&next, s.rows * sizeof *k->row_powers);
-    k->token_powers = take(&next, PROMPT_CHUNK * sizeof *k->token_powers);
+    k->token_powers = take(&next, BMC_PROMPT_CHUNK * sizeof *k->token_powers);
     k->workspace = take(&next, CUBLAS_WORKSPACE);
     return (size_t)(next - memory);
 }
@@ -122,7 +122,7 @@ static void multiply_slice(struct cuda *c, const struct product *r, int64_t from
 }
 
 /* Parts of rows are products of MLA's heads, which stay ours. */
-static bool suits(const struct product *r) { return r->in.n == PROMPT_CHUNK && !r->in.wide; }
+static bool suits(const struct product *r) { return r->in.n == BMC_PROMPT_CHUNK && !r->in.wide; }
 
 static bool same_input(const struct product *a, const struct product *b) {
     return suits(a) && a->w->data && a->in.x == b->in.x && a->w->n_cols == b->w->n_cols;

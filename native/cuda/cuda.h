@@ -44,8 +44,8 @@ struct expert_factors { const float *gate, *up, *down; };      /* (n_experts,) e
 struct chunk {
     struct cublas *blas;            /* NULL: prompts are like everything else */
     void *halves[N_PANEL_TYPES], *halve_tokens, *finish;            /* functions */
-    uint16_t *rows, *tokens;        /* f16: a slice of a matrix, (PROMPT_CHUNK, columns) */
-    float *sums;                    /* (PROMPT_CHUNK, rows of a slice) */
+    uint16_t *rows, *tokens;        /* f16: a slice of a matrix, (BMC_PROMPT_CHUNK, columns) */
+    float *sums;                    /* (BMC_PROMPT_CHUNK, rows of a slice) */
     float *row_powers, *token_powers;
     void *workspace;
 };

@@ -67,12 +67,12 @@ DEVICE void weights_of(const struct format f, codes_fn *codes, scales_fn *scales
     }
 }
 
-#define HALVES_KERNEL(TYPE, name, super, codes, scales, zero) \
+#define HALVES_KERNEL(TYPE, name, super, code, scaling, zero) \
     KERNEL(halves_##name, 32 * WARPS, struct cuda_halves, struct halves_room) { \
-        const struct format f = FORMAT(super, codes, scales, zero); \
+        const struct format f = FORMAT(super, code, scaling, zero); \
         const struct share of = { a.of.codes, a.of.scales, NULL, NULL, 0, 0, 0 }; \
         halves(a, s, [&](int b, float *w) { \
-            weights_of(f, codes_##codes, scales##_scales, find_block(a.of, of, (int)blockIdx.x, b, f), w); \
+            weights_of(f, codes_##code, scaling##_scales, find_block(a.of, of, (int)blockIdx.x, b, f), w); \
         }); \
     }
 CUDA_TYPES(HALVES_KERNEL)

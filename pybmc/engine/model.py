@@ -26,7 +26,7 @@ from ..models.layers import RMS
 from ..tokenizers import Tokenizer
 from .embed import Pooler, embed
 from .free import known_free_memory
-from .gpu import Place, check_choice, choose, offload, plan
+from .gpu import CHUNK, CUBLAS, EXACT, Place, check_choice, choose, offload, plan, take_cublas
 from .session import Session
 from .session_file import load
 
@@ -72,21 +72,25 @@ class Model:
     n_gpu_layers: how many of the last layers run on a GPU, with the head: a number, -1 for all, or "auto" for
     as many as fit; their weights are on the GPU only. gpu: which GPU, "auto" for one where there is one, or
     "off"; it alone means "auto" layers. The bits are the same.
+    prompts: "cublas" multiplies whole chunks of prompts, the tokens [512 i, 512 (i + 1)) of a sequence, with NVIDIA's
+    cuBLAS in f16, for layers on a GPU; "exact" (default) does not. With "cublas" the bits are not the CPU's, and a token's
+    depend on whether its whole chunk was read in one call: on how a prompt was cut, and on what of it was known
+    before. Drafts still change no text.
     Raises FormatError if the file is not a model that pybmc runs, OSError if it cannot be opened, OutOfMemoryError,
     DeviceError.
     """
 
     def __init__(self, path, threads: int | None = None, progress: Progress | None = None,
                  repack: bool = True, memory: float | None = None, gpu: int | str | None = None,
-                 n_gpu_layers: int | str | None = None):
-        check_choice(gpu, n_gpu_layers)
+                 n_gpu_layers: int | str | None = None, prompts: str = EXACT):
+        check_choice(gpu, n_gpu_layers, prompts)
         self._begin(threads)
         self._memory = None if memory is None else checks.number("memory", memory, 0, infinite=True)
         self._file = GGUF(path)
         try:
             self.config = read_config(self._file)
             self._handle = bound(self._file, self.config, self.threads)
-            self._place(gpu, n_gpu_layers)
+            self._place(gpu, n_gpu_layers, prompts)
             self._ready(repack, progress)
         except BaseException:
             self.close()
@@ -101,12 +105,20 @@ class Model:
         self._long = False                              # a context beyond the training was noted
         self._gpu: Place | None = None
         self.gpu_layers = 0                             # how many of the last layers run on a GPU
+        self.prompt_chunk = 0                           # tokens that cuBLAS multiplies at a time; 0: prompts are exact
         self.threads = _thread_count(threads)
 
-    def _place(self, gpu: int | str | None, layers: int | str | None) -> None:
+    def _place(self, gpu: int | str | None, layers: int | str | None, prompts: str) -> None:
+        asked = gpu not in (None, "off") if layers is None else gpu != "off" and layers != 0
+        if prompts == CUBLAS and asked:
+            take_cublas(self._handle)
         self._gpu = choose(self._handle, self.config, gpu, layers)
         if self._gpu:
             self.gpu_layers = offload(self._handle, self._gpu, self.path)
+        if prompts == CUBLAS:
+            if not self.gpu_layers:
+                raise DeviceError("prompts by cuBLAS: expected layers on a GPU (-ngl or --gpu, n_gpu_layers or gpu), found none")
+            self.prompt_chunk = CHUNK
 
     def _ready(self, repack: bool, progress: Progress | None = None) -> None:
         self._packing = lib.BMC_IN_FILE
