@@ -222,7 +222,7 @@ struct cuda_finish {
     int add;
 };
 static inline struct cuda_grid finish_grid(const struct cuda_finish *a) {
-    return (struct cuda_grid){ (unsigned)a->n_tok, cuda_over(a->n_rows, 256), 1, 256 };
+    return (struct cuda_grid){ cuda_over((int64_t)a->n_tok * a->n_rows, 256), 1, 1, 256 };
 }
 
 /* ---- attention ---- */

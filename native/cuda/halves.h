@@ -89,7 +89,7 @@ CUDA_TYPES(HALVES_KERNEL)
 FLOAT_PANEL_TYPES(FLOAT_HALVES_KERNEL)
 
 /* A token a block of threads. */
-struct token_room { float largest[32 * WARPS]; };
+struct token_room { float largest[32 * WARPS], part[PANEL_ROWS]; };
 KERNEL(halve_tokens, 32 * WARPS, struct cuda_halve_tokens, struct token_room) {
     const float *x = a.x + blockIdx.x * a.x_stride;
     const int t = (int)threadIdx.x;
@@ -97,13 +97,16 @@ KERNEL(halve_tokens, 32 * WARPS, struct cuda_halve_tokens, struct token_room) {
     for (int i = t; i < a.k; i += 32 * WARPS)
         largest = f_max(fabsf(x[i]), largest);
     s.largest[t] = largest;
-    for (int half = 16 * WARPS; half; half /= 2) {
-        __syncthreads();
-        if (t < half)
-            s.largest[t] = f_max(s.largest[t + half], s.largest[t]);
+    __syncthreads();
+    if (t < PANEL_ROWS) {
+        for (int i = t; i < 32 * WARPS; i += PANEL_ROWS)
+            largest = f_max(s.largest[i], largest);
+        s.part[t] = largest;
     }
     __syncthreads();
-    const struct power p = power_of(s.largest[0]);
+    for (int i = 0; i < PANEL_ROWS; i++)
+        largest = f_max(s.part[i], largest);
+    const struct power p = power_of(largest);
     if (t == 0)
         a.powers[blockIdx.x] = p.inverse;
     for (int i = 4 * t; i < (int)a.stride; i += 4 * 32 * WARPS) {
@@ -117,10 +120,10 @@ KERNEL(halve_tokens, 32 * WARPS, struct cuda_halve_tokens, struct token_room) {
 
 /* As put() ends a product. */
 KERNEL(finish, 256, struct cuda_finish, struct no_room) {
-    const int row = (int)(blockIdx.y * blockDim.x + threadIdx.x);
-    const size_t tok = blockIdx.x;
+    const unsigned i = blockIdx.x * blockDim.x + threadIdx.x, row = i % (unsigned)a.n_rows;
+    const size_t tok = i / (unsigned)a.n_rows;
     (void)s;
-    if (row >= a.n_rows)
+    if (tok >= (size_t)a.n_tok)
         return;
     float y = a.sums[tok * a.sum_stride + row] * a.row_powers[row] * a.token_powers[tok];
     float *out = a.out + tok * a.out_stride + row;
