@@ -75,7 +75,7 @@ def _answers(lines, ray, name, model_option, threads, options, flags):
         from ..batch.cluster import answers
 
         if any(gpu_settings().values()):
-            raise click.UsageError("--ray: the nodes compute on their CPUs; --gpu and -ngl have no effect there")
+            raise click.UsageError("--ray: the nodes compute on their CPUs; --gpu, -ngl and --prompts have no effect there")
 
         drafting = {key: flags[key] for key in ("spec", "draft_max", "draft_min")}
         yield from answers(lines, ray, model_option or "demo", flags["draft"], threads, {**options, **drafting})
