@@ -19,6 +19,7 @@ from pybmc.engine import gpu as gpus
 from pybmc.engine.engine import Engine
 from pybmc.engine.prove import BY_CUBLAS, prove
 from pybmc.engine.request import Request
+from tools import gpu_check
 
 CHUNK = 512
 FLOAT = 1e-3                            # error of float weights, of the logits' spread, as in test_golden.py: f16 rounds to 2^-12
@@ -315,3 +316,12 @@ def test_prove_command(capsys):
     assert run([*command, "--json"]) == 0
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["distance"] is not None for row in found] == [True, *[False] * (len(found) - 1)]
+
+
+def test_the_check_of_a_gpu_times_both(tmp_path, capsys, monkeypatch, fake):
+    monkeypatch.setitem(gpu_check.synth.MODELS, "small", gpu_check.Shape("llama", 32, 1, 2, 2, 32, "tiny", 1024))
+    monkeypatch.setattr(gpu_check, "SPEED", (("small", "small", 0, "F16"),))
+    assert gpu_check.main(["--out", str(tmp_path), "--parts", "prompts"]) == 0
+    found = [row for row in json.loads((tmp_path / "gpu_check.json").read_text())["results"] if "tok_s" in row]
+    assert [(row["name"], row["different"]) for row in found] == [("small F16, exact", 0), ("small F16, cublas", 0)]
+    assert fake["cublas_products"] > 0

@@ -1,11 +1,11 @@
 """What a GPU computes, compared with the CPU bit by bit, and how fast: one command, a line for each result, JSON in a folder.
 
     make CUDA=1                                         the kernels, where there is a compiler for them
-    python -m tools.gpu_check --out DIR [--gpu N] [--parts bits,models,roofs,speed,transformers,growth]
+    python -m tools.gpu_check --out DIR [--gpu N] [--parts bits,models,roofs,speed,prompts,transformers,growth]
 
 Parts, each with a limit in seconds; a part that does not get done says how far it came. Other bits end the check (exit code 3), as do
 failures of the GPU (1). Nothing is downloaded: models are made here, of random weights. PyTorch and transformers are used where they
-are installed. Together below 8 minutes.
+are installed. Together below 9 minutes.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import numpy as np
 
 import pybmc
 from pybmc.engine.bench import bench
-from pybmc.engine.gpu import GPU, gpus
+from pybmc.engine.gpu import CHUNK, GPU, PROMPTS, gpus
 from pybmc.engine.prove import prove
 
 from . import synth
@@ -158,6 +158,27 @@ def part_speed(check: Check) -> None:
                 check.tell("speed", f"{name} {file_type}, {r.test} {r.n} @{r.depth}", tok_s=r.tok_s, least=r.tok_s_min, most=r.tok_s_max, GB_s=r.gb_s)
 
 
+def part_prompts(check: Check) -> None:
+    """Prompts of a chunk, exact and by cuBLAS, whose bits have to be the same each time."""
+    tokens = np.arange(CHUNK, dtype=np.int32)
+    for name, preset, layers, file_type in SPEED:
+        shape = synth.MODELS[preset]
+        path = check.model(name, replace(shape, n_layers=layers) if layers else shape, file_type)
+        for prompts in PROMPTS:
+            try:
+                model = pybmc.Model(path, gpu=check.gpu.index, n_gpu_layers=-1, prompts=prompts)
+            except pybmc.DeviceError as error:
+                check.tell("prompts", f"{name} {file_type}, {prompts}", skipped=str(error))
+                continue
+            with model:
+                tok_s = next(iter(bench(model, (CHUNK,), (), (), (0,), reps=3))).tok_s
+                with model.session() as one, model.session() as other:
+                    different = int((one.eval(tokens, "last") != other.eval(tokens, "last")).sum())
+            check.tell("prompts", f"{name} {file_type}, {prompts}", tok_s=tok_s, different=different)
+            if different:
+                raise Differs(f"{path.name}, prompts {prompts}: {different} logits differ from those of the same call before")
+
+
 def part_transformers(check: Check) -> None:
     """The same shape of 1B by transformers in bf16: what its users have."""
     try:
@@ -198,7 +219,7 @@ def part_growth(check: Check) -> None:
                        token_us=1e6 * statistics.median(usual))
 
 
-PARTS = {"bits": (part_bits, 120), "models": (part_models, 90), "roofs": (part_roofs, 20), "speed": (part_speed, 120),
+PARTS = {"bits": (part_bits, 120), "models": (part_models, 90), "roofs": (part_roofs, 20), "speed": (part_speed, 120), "prompts": (part_prompts, 60),
          "transformers": (part_transformers, 60), "growth": (part_growth, 30)}
 
 

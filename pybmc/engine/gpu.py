@@ -106,6 +106,11 @@ def check_choice(gpu: int | str | None, layers: int | str | None, prompts: str =
         checks.whole("n_gpu_layers", layers, -1)
 
 
+def asked(gpu: int | str | None, layers: int | str | None) -> bool:
+    """Whether layers may go on a GPU at all."""
+    return gpu != "off" and layers != 0 and not (gpu is None and layers is None)
+
+
 def choose(handle: Any, config: Config, gpu: int | str | None, layers: int | str | None) -> Place | None:
     """Where a model's last layers go; None: all stay on the CPU, and no driver is asked.
 
@@ -113,7 +118,7 @@ def choose(handle: Any, config: Config, gpu: int | str | None, layers: int | str
     for. layers: how many, -1: all; "auto": as many as fit; None: "auto" where a GPU is asked for.
     """
     check_choice(gpu, layers)
-    if gpu == "off" or layers == 0 or (gpu is None and layers is None):
+    if not asked(gpu, layers):
         return None
     try:
         kernels()

@@ -26,7 +26,7 @@ from ..models.layers import RMS
 from ..tokenizers import Tokenizer
 from .embed import Pooler, embed
 from .free import known_free_memory
-from .gpu import CHUNK, CUBLAS, EXACT, Place, check_choice, choose, offload, plan, take_cublas
+from .gpu import CHUNK, CUBLAS, EXACT, Place, asked, check_choice, choose, offload, plan, take_cublas
 from .session import Session
 from .session_file import load
 
@@ -109,8 +109,7 @@ class Model:
         self.threads = _thread_count(threads)
 
     def _place(self, gpu: int | str | None, layers: int | str | None, prompts: str) -> None:
-        asked = gpu not in (None, "off") if layers is None else gpu != "off" and layers != 0
-        if prompts == CUBLAS and asked:
+        if prompts == CUBLAS and asked(gpu, layers):
             take_cublas(self._handle)
         self._gpu = choose(self._handle, self.config, gpu, layers)
         if self._gpu:
