@@ -35,7 +35,7 @@ enum bmc_act {              /* GELU in its tanh form; RELU2: ReLU squared; SWIGL
 };
 enum bmc_rope { BMC_ROPE_NONE = 0, BMC_ROPE_PAIRS = 1, BMC_ROPE_HALVES = 2 };    /* (0,1)(2,3).. or (0,d/2)(1,d/2+1).. */
 enum bmc_want { BMC_WANT_NONE = 0, BMC_WANT_LAST = 1, BMC_WANT_ALL = 2, BMC_WANT_FIRST = 3 };
-enum bmc_chunk { BMC_PROMPT_CHUNK = 512 };      /* tokens that cuBLAS multiplies at a time: positions [512 i, 512 (i + 1)) of a sequence */
+enum bmc_chunk { BMC_PROMPT_CHUNK = 512 };      /* tokens for cuBLAS: positions [512 i, 512 (i + 1)) of a sequence */
 enum bmc_step {             /* what a pass spends its time on */
     BMC_STEP_EMBED, BMC_STEP_NORM, BMC_STEP_QKV, BMC_STEP_STORE, BMC_STEP_ATTENTION, BMC_STEP_STATES, BMC_STEP_ATTN_OUTPUT, BMC_STEP_GATE_UP,
     BMC_STEP_ACTIVATION, BMC_STEP_DOWN, BMC_STEP_HEAD, BMC_STEP_WAIT, BMC_STEPS

@@ -166,7 +166,8 @@ def test_pieces_cut_no_chunk(at, n, end, piece):
 
 def write(model, speculation, n=24, prompts=((CHUNK + 40, 0),)):
     with Engine(model, speculation=speculation, parallel=len(prompts)) as engine:
-        sequences = [engine.add(Request(tokens(n_prompt, seed).tolist(), n, pybmc.Sampler(temperature=0.8, seed=3))) for n_prompt, seed in prompts]
+        sampler = pybmc.Sampler(temperature=0.8, seed=3)
+        sequences = [engine.add(Request(tokens(length, seed).tolist(), n, sampler)) for length, seed in prompts]
         found = {sequence: [] for sequence in sequences}
         while not all(sequence.done for sequence in sequences):
             for sequence, token in engine.step():
@@ -309,7 +310,8 @@ def test_commands(capsys, fake):
 
 
 def test_prove_command(capsys):
-    command = ["prove", str(tiny.model("llama", **SMALL)), "-n", "3", "-p", "the mill", "--temp", "0", "-t", "1", "-ngl", "1", "--prompts", "cublas"]
+    command = ["prove", str(tiny.model("llama", **SMALL)), "-n", "3", "-p", "the mill", "--temp", "0", "-t", "1",
+               "-ngl", "1", "--prompts", "cublas"]
     assert run(command) == 0
     out = capsys.readouterr().out
     assert BY_CUBLAS in out and "prompts by cuBLAS are not the CPU's: logits differ by up to" in out

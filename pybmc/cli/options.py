@@ -177,11 +177,11 @@ threads_option = options(
                  expose_value=False, callback=keep_flag,
                  help="Compute the last N layers and the head on a GPU; -1: all, auto: as many as fit, "
                       "0 (default): none."),
-    click.option("--prompts", "prompts_by", type=click.Choice(["exact", "cublas"]), default="exact", show_default=True, expose_value=False,
-                 callback=keep_flag,
-                 help="cublas: layers on a GPU read whole chunks of 512 tokens of a prompt with NVIDIA's cuBLAS, in f16. Drafts still "
-                      "change nothing, but the answer is not the CPU's any more, and it depends on how a prompt was cut and on what of "
-                      "it was known before."))
+    click.option("--prompts", "prompts_by", type=click.Choice(["exact", "cublas"]), default="exact",
+                 show_default=True, expose_value=False, callback=keep_flag,
+                 help="cublas: layers on a GPU read whole chunks of 512 tokens of a prompt with NVIDIA's cuBLAS, "
+                      "in f16. Drafts still change nothing, but the answer is not the CPU's any more, and it "
+                      "depends on how a prompt was cut and on what of it was known before."))
 context_option = click.option("-c", "--ctx-size", "context", type=click.IntRange(1), metavar="N",
                               help="Cap on the context, in tokens; by default what the model was trained for. "
                                    "More works, and is noted. Memory follows use.")

@@ -30,8 +30,9 @@ def prove(model, model_option, draft, prompt, prompt_file, max_tokens, temperatu
     """Show that drafting changes nothing: decode plain and speculatively, and compare tokens and logits bit by bit.
 
     Drafts of every length, right and wrong on purpose, are checked. With --gpu or -ngl the model is loaded twice, and what the GPU
-    computes is compared with the CPU. With --prompts cublas what still has to hold is compared on the GPU itself, with prompts of more
-    than 512 tokens, and how far its logits are from the exact ones is told. Without MODEL the bundled pair is taken. Exit status 3 if anything differs.
+    computes is compared with the CPU. With --prompts cublas tokens and logits with drafts and without are compared on the GPU, after
+    prompts of more than 512 tokens, and the distance of its logits from the exact ones is told. Without MODEL the bundled pair is taken.
+    Exit status 3 if anything differs.
     """
     from ..engine.prove import PROMPTS
     from ..engine.prove import prove as run

@@ -140,9 +140,11 @@ def choose(handle: Any, config: Config, gpu: int | str | None, layers: int | str
 
 
 def cublas() -> str:
-    """The file of cuBLAS: what PYBMC_CUBLAS names, or the newest of NVIDIA's wheels here; "": the library looks where the system does."""
+    """The file of cuBLAS: what PYBMC_CUBLAS names, or the newest of NVIDIA's wheels here; "": the library looks
+    where the system does."""
     spec = find_spec("nvidia")
-    found = [path for place in (spec and spec.submodule_search_locations) or () for path in Path(place).glob("*/lib/libcublas.so.*")]
+    places = (spec and spec.submodule_search_locations) or ()
+    found = [path for place in places for path in Path(place).glob("*/lib/libcublas.so.*")]
     numbered = {int(number): path for path in found if (number := path.suffix[1:]).isdigit()}
     return os.environ.get("PYBMC_CUBLAS") or (str(numbered[max(numbered)]) if numbered else "")
 
@@ -162,7 +164,7 @@ def offload(handle: Any, place: Place, name: str) -> int:
 
 
 def uncut(at: int, n: int, end: int, chunk: int) -> int:
-    """Tokens of a piece of a text that is read from `at` to `end`: n, or as many as leave no whole chunk in two pieces. chunk 0: n."""
+    """Tokens of a piece of a text that is read from `at` to `end`: n, or as many as cut no whole chunk. chunk 0: n."""
     if not chunk or at + n >= end:
         return n
     last = (at + n) // chunk * chunk        # where the last chunk that is not read whole begins

@@ -57,8 +57,8 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One prompt at one temperature with one kind of drafts. rows: of logits, compared bit by bit. distance: how far logits are from the
-    exact ones at most, where the prompt was read by cuBLAS."""
+    """One prompt at one temperature with one kind of drafts. rows: of logits, compared bit by bit. distance: how far
+    logits are from the exact ones at most, where the prompt was read by cuBLAS."""
 
     prompt: int
     temperature: float
@@ -78,7 +78,7 @@ class Comparison:
 def prove(model, prompts: Sequence = PROMPTS, max_tokens: int = 64, draft=None,
           temperatures: Sequence[float] = (0.0, 0.8), seed: int = 0, gpu=None) -> Iterator[Comparison]:
     """Compare each prompt at each temperature. gpu: the same model with layers on a GPU, whose tokens and logits are compared with
-    those of the CPU too. Raises PairError if the draft does not go with the model."""
+    those of the CPU too; where its prompts are by cuBLAS, with its own without drafts. Raises PairError if the draft does not go with the model."""
     if draft is not None:
         connect(model, draft)
     kinds = [kind for kind in KINDS if (draft is not None or "draft" not in kind) and (model.head is not None or "head" not in kind)]
