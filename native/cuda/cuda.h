@@ -40,6 +40,7 @@ struct graph {
 
 struct hidden { float *hidden, *kept; };           /* where a token's hidden state goes, or NULL */
 struct expert_factors { const float *gate, *up, *down; };      /* (n_experts,) each, or NULL */
+
 /* Products of whole chunks of prompts by cuBLAS: chunk.c. Addresses on the GPU. */
 struct chunk {
     struct cublas *blas;            /* NULL: prompts are like everything else */
@@ -47,7 +48,7 @@ struct chunk {
     uint16_t *rows, *tokens;        /* f16: a slice of a matrix, (BMC_PROMPT_CHUNK, columns) */
     float *sums;                    /* (BMC_PROMPT_CHUNK, rows of a slice) */
     float *row_powers, *token_powers;
-    void *workspace;
+    void *workspace;                /* cuBLAS's */
 };
 
 struct cuda_tasks { int n; const struct cuda_task *list; };     /* n 0: not made yet */

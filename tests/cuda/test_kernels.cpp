@@ -287,7 +287,7 @@ static void check_halves(int type, int rows, int k) {
 }
 
 static void halves_of_weights(void) {
-#define CHECK_HALVES(TYPE, ...) check_halves(TYPE, TYPE % 2 ? 37 : 16, TYPE % 3 ? 256 : 768);
+#define CHECK_HALVES(TYPE, ...) check_halves(TYPE, TYPE % 2 ? 37 : 16, TYPE % 2 ? 512 : 1024);
     CUDA_TYPES(CHECK_HALVES)
 #undef CHECK_HALVES
     for (int type : { TYPE_F32, TYPE_F16, TYPE_BF16 })
