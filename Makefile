@@ -139,7 +139,7 @@ $(PTX_OBJECTS): $(OUT)/%.o: %.cpp tests/cuda/ptx.h
 
 # A CUDA driver that runs the kernels on the CPU: tests/cuda/driver.cpp.
 fake-driver: $(OUT)/tests/cuda/driver.so
-$(OUT)/tests/cuda/driver.so: tests/cuda/driver.cpp $(PTX_OBJECTS) $(wildcard tests/cuda/*.h native/cuda/* native/*.h native/kernels/*.h)
+$(OUT)/tests/cuda/driver.so: tests/cuda/driver.cpp tests/cuda/cublas.cpp $(PTX_OBJECTS) $(wildcard tests/cuda/*.h native/cuda/* native/*.h native/kernels/*.h)
 	@mkdir -p $(@D)
 	$(call short,CXX)$(CXX) -std=c++17 -O1 -march=native -ffp-contract=off -fPIC -shared -pthread -Inative $(CXXFLAGS) $< $(PTX_OBJECTS) -o $@.new && mv $@.new $@
 

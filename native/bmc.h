@@ -16,7 +16,7 @@
 
 /* <cffi> What stands between these two marks is read by Python as it is: plain declarations only. */
 
-#define BMC_VERSION 13      /* counts the changes of what follows; bmc_version() tells which one was compiled */
+#define BMC_VERSION 14      /* counts the changes of what follows; bmc_version() tells which one was compiled */
 
 enum bmc_status {
     BMC_OK = 0,
@@ -35,6 +35,7 @@ enum bmc_act {              /* GELU in its tanh form; RELU2: ReLU squared; SWIGL
 };
 enum bmc_rope { BMC_ROPE_NONE = 0, BMC_ROPE_PAIRS = 1, BMC_ROPE_HALVES = 2 };    /* (0,1)(2,3).. or (0,d/2)(1,d/2+1).. */
 enum bmc_want { BMC_WANT_NONE = 0, BMC_WANT_LAST = 1, BMC_WANT_ALL = 2, BMC_WANT_FIRST = 3 };
+enum bmc_chunk { BMC_PROMPT_CHUNK = 512 };      /* tokens for cuBLAS: positions [512 i, 512 (i + 1)) of a sequence */
 enum bmc_step {             /* what a pass spends its time on */
     BMC_STEP_EMBED, BMC_STEP_NORM, BMC_STEP_QKV, BMC_STEP_STORE, BMC_STEP_ATTENTION, BMC_STEP_STATES, BMC_STEP_ATTN_OUTPUT, BMC_STEP_GATE_UP,
     BMC_STEP_ACTIVATION, BMC_STEP_DOWN, BMC_STEP_HEAD, BMC_STEP_GPU, BMC_STEP_WAIT, BMC_STEPS
@@ -354,6 +355,11 @@ int         bmc_model_offload(bmc_model *model, int gpu, const char *kernels, in
 /* Passes of `least` tokens and more send the weights of layers on the CPU through buffers on a GPU, which does their products: the same
  * bits. least 0: from 64 tokens on, where that takes less time than on the CPU. Between bmc_model_offload and the panels. */
 int         bmc_model_stream(bmc_model *model, int gpu, const char *kernels, int least);
+
+/* Before plan and offload: whole chunks of a prompt are multiplied by cuBLAS on the GPU. cublas: its file; "": the system's. BMC_EDEVICE:
+ * there is none. The bits are not the CPU's then, and depend on which tokens came in one call of bmc_eval with all others of their
+ * chunk. */
+int         bmc_model_prompts(bmc_model *model, const char *cublas);
 
 /* cap: rows of keys and values at most. r: how many are added at a time, rounded up to 16; 0: what suits the model.
  * rope 1: every layer takes table 1, as a model stretched to long contexts asks. */

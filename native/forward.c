@@ -99,7 +99,11 @@ void keep_wanted(struct pass *p, const struct block *b, const struct rows *more,
     const size_t stride = padded(m->c.dim);
     struct rows rows[OWN + MORE] = { { buffers->x, stride }, { buffers->y[0], stride }, { buffers->y[1], stride } };
     int n = 3;
-    if (b->number != m->last_mixer || p->n_out == p->n_tok)
+    if (b->number != m->last_mixer)
+        return;
+    if (thread == 0)
+        p->chunk = false;               /* what follows is the same whether all tokens are wanted or a few */
+    if (p->n_out == p->n_tok)
         return;
     if (buffers->input)
         rows[n++] = (struct rows){ buffers->input, stride };

@@ -113,6 +113,8 @@ struct block {
  * where none are kept. */
 enum { WHOLE_MAX = 8192, PASS_MAX = 512, SAMPLED_MAX = 64, HEAD_ROWS = 256, TASKS_EACH = 8, PART_FLOATS = 4 << 20, ROOM_PANELS = 16 };
 
+_Static_assert((int)BMC_PROMPT_CHUNK <= (int)PASS_MAX, "a chunk is a pass");
+
 /* Keys and values of blocks that see all rows, and of those that see a window: of the latter, rows that are WINDOW_SPARE behind
  * the window are given back. */
 enum { ALL_ROWS, WINDOWS, GPU_ROWS, GPU_WINDOWS, ARENAS };      /* GPU_: the same of blocks that are on a GPU */
@@ -166,6 +168,7 @@ struct bmc_model {
     struct buffers *buffers;
     struct cuda *cuda;              /* NULL, or its last blocks and the head are on a GPU */
     struct cuda_stage *stage;       /* NULL, or long passes of the blocks on the CPU multiply on a GPU */
+    const char *cublas;             /* NULL, or whole chunks of prompts are by cuBLAS there: its file, or "" */
     struct profile profile;
 };
 

@@ -38,6 +38,7 @@ struct pass {
     int n_tok, n_out;
     int n_choosing;                 /* of those that are wanted, for which the head runs */
     int n_sampled;                  /* .. with a row of the buffers */
+    bool chunk;                     /* it is a chunk of a prompt, and products on a GPU are by cuBLAS */
     bool coarse;                    /* only the best ids are wanted: chosen among the few that the coarse head likes best */
     struct place *at;               /* (n_tok,) */
     struct wanted *out;             /* (n_out,) */

@@ -420,26 +420,48 @@ static int run_pass(struct pass *p) {
         for (int j = 0; j < PLACES; j++)
             states_done(&p->runs[i].session->states[j], &p->runs[i].states[j]);
     p->n_tok = p->n_out = p->n_choosing = p->n_sampled = 0;
+    p->chunk = false;
     return status;
+}
+
+/* Whether each token's logits are sampled from and have no other place to go. */
+static bool takes_rows(const bmc_span *span) { return !span->logits && needs_all(span, span->mask); }
+
+/* Whether a whole chunk for cuBLAS begins with token i of a span. Guesses are in none: they never come with that many tokens. */
+static bool chunk_begins(const bmc_model *m, const bmc_span *span, int i) {
+    return m->cublas && m->cuda && (span->session->position + i) % BMC_PROMPT_CHUNK == 0 && span->n_tok - i >= BMC_PROMPT_CHUNK
+           && !(span->want == BMC_WANT_ALL && takes_rows(span));
 }
 
 /* Whether a span that has to stay whole would be cut by the end of a pass. The text of a model that is not causal is read at once,
  * and guesses are in one pass since states can be taken back to where the last pass began. */
 static bool would_split(const struct pass *p, const bmc_span *span) {
     const bool whole = !p->model->c.causal || (span->want == BMC_WANT_ALL && span->n_tok <= LOG_MAX);
-    const int sampled = !span->logits && needs_all(span, span->mask) ? span->n_tok : 0;
+    const int sampled = takes_rows(span) ? span->n_tok : 0;
     return whole && (p->n_tok + span->n_tok > p->model->pass_max || p->n_sampled + sampled > SAMPLED_MAX);
 }
 
-/* Passes of up to pass_max tokens, SAMPLED_MAX of them with a sampler, over all spans, one after the other. */
+/* Whether no token more goes into the pass. */
+static bool is_full(const struct pass *p) {
+    return p->n_tok == (p->chunk ? BMC_PROMPT_CHUNK : p->model->pass_max) || p->n_sampled == SAMPLED_MAX;
+}
+
+/* Passes of up to pass_max tokens, SAMPLED_MAX of them with a sampler, over all spans, one after the other. A chunk for cuBLAS is a
+ * pass of its own. */
 static int run_passes(struct pass *p, const bmc_span *spans, int n) {
     int status = 0;
     for (int s = 0; s < n && !status; s++) {
         if (p->n_tok && would_split(p, &spans[s]))
             status = run_pass(p);
         for (int i = 0; i < spans[s].n_tok && !status; i++) {
+            if (!p->chunk && chunk_begins(p->model, &spans[s], i)) {
+                status = p->n_tok ? run_pass(p) : 0;
+                p->chunk = true;
+            }
+            if (status)
+                break;
             push(p, &spans[s], i);
-            if (p->n_tok == p->model->pass_max || p->n_sampled == SAMPLED_MAX || (s == n - 1 && i == spans[s].n_tok - 1))
+            if (is_full(p) || (s == n - 1 && i == spans[s].n_tok - 1))
                 status = run_pass(p);
         }
     }

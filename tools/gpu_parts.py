@@ -15,7 +15,7 @@ import numpy as np
 
 import pybmc
 from pybmc.engine.bench import bench
-from pybmc.engine.gpu import GPU
+from pybmc.engine.gpu import CHUNK, GPU, PROMPTS
 from pybmc.engine.prove import decode, prove
 
 from . import synth
@@ -39,6 +39,7 @@ class Sizes:
     one: Shape = synth.MODELS["llama-3.2-1b"]
     eight: Shape = synth.MODELS["llama-3.1-8b"]
     few_layers: int = 8                     # of 8B in types whose file would be large
+    chunk: tuple[str, Shape] = ("8b", eight)                # prompts of whole chunks
     splits: tuple[int, ...] = (0, 1, 8, -1)
     proven: int = 16                        # tokens
     prompt: int = 512
@@ -54,8 +55,8 @@ class Sizes:
 
 
 TOY = Sizes(small=Shape("llama", 256, 2, 8, 4, 256, "tiny", 512), types=("F16", "Q4_K"), widths=(1, 3), golden=2,
-            one=Shape("llama", 256, 2, 4, 2, 256, "tiny", 512, tied=True), eight=Shape("llama", 256, 4, 4, 2, 512, "tiny", 512), few_layers=2,
-            splits=(0, 1, -1), proven=2, prompt=5, written=2, verified=(2,), depths=(0,), reps=1, thin=(1, 2), growth=(16,), text=4, gemm=32, copied=1 << 12)
+            one=Shape("llama", 256, 2, 4, 2, 256, "tiny", 512, tied=True), eight=Shape("llama", 256, 4, 4, 2, 512, "tiny", 512), few_layers=2, chunk=("chunk", Shape("llama", 64, 1, 2, 1, 64, "tiny", 128)),
+                        splits=(0, 1, -1), proven=2, prompt=5, written=2, verified=(2,), depths=(0,), reps=1, thin=(1, 2), growth=(16,), text=4, gemm=32, copied=1 << 12)
 
 
 @dataclass
@@ -250,6 +251,25 @@ def part_rates_few(check: Check) -> None:
         rates(check, f"8b, {few} layers, {file_type}", check.model(f"8b-{few}", replace(check.sizes.eight, n_layers=few), file_type))
 
 
+def part_prompts(check: Check) -> None:
+    """Prompts of a whole chunk, exact and by cuBLAS, whose bits have to be the same each time."""
+    path = check.model(*check.sizes.chunk, "Q4_K_M")
+    tokens = np.arange(CHUNK, dtype=np.int32) % 100
+    for prompts in PROMPTS:
+        try:
+            model = pybmc.Model(path, gpu=check.gpu.index, n_gpu_layers=-1, prompts=prompts)
+        except pybmc.DeviceError as error:
+            check.tell(prompts, skipped=str(error))
+            continue
+        with model:
+            tok_s = next(iter(bench(model, (CHUNK,), (), (), (0,), reps=check.sizes.reps))).tok_s
+            with model.session() as one, model.session() as other:
+                different = int((one.eval(tokens, "last") != other.eval(tokens, "last")).sum())
+        check.tell(prompts, tok_s=tok_s, different=different)
+        if different:
+            raise DiffersError(f"{path.name}, prompts {prompts}: {different} logits differ from those of the same call before")
+
+
 def part_growth(check: Check) -> None:
     """The claim about growing by r rows: a text of many tokens with each r, the memory it holds, what a growth costs, and the token
     after it, whose graph may be new."""
@@ -358,9 +378,9 @@ def captured_decode(check: Check, torch: Any, device: Any, transformers: Any, mo
 
 # In this order: what decides first. Seconds; together under eight minutes.
 PARTS: dict[str, tuple[Callable[[Check], None], int]] = {
-    "bits": (part_bits, 90), "golden": (part_golden, 45), "models": (part_models, 60), "launches": (part_launches, 15), "rates_8b": (part_rates_8b, 75),
-    "rates_1b": (part_rates_1b, 50), "growth": (part_growth, 25), "speculation": (part_speculation, 25), "roofs": (part_roofs, 20),
-    "transformers": (part_transformers, 35), "rates_few": (part_rates_few, 40),
+    "bits": (part_bits, 80), "golden": (part_golden, 40), "models": (part_models, 55), "launches": (part_launches, 15), "rates_8b": (part_rates_8b, 70),
+    "prompts": (part_prompts, 45), "rates_1b": (part_rates_1b, 50), "growth": (part_growth, 25), "speculation": (part_speculation, 25),
+    "roofs": (part_roofs, 15), "transformers": (part_transformers, 25), "rates_few": (part_rates_few, 35),
 }
 EQUALITY = ("bits", "golden", "models")
 

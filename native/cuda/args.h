@@ -207,6 +207,49 @@ static inline struct cuda_grid product_grid(enum cuda_way way, const struct cuda
                                way == FLOATS ? 128u : 256u };
 }
 
+/* ---- prompts by cuBLAS: products of rows in f16, halves.h ---- */
+
+/* "halves_<type>": rows of panels as f16, of.n_rows of them, each multiplied by a power of two. Columns beyond
+ * of.k are 0. */
+struct cuda_halves {
+    struct cuda_product of;         /* its codes, scales, n_rows and k, from the first panel on */
+    uint16_t *out;                  /* (of.n_rows, stride), stride a multiple of 16 */
+    size_t stride;
+    float *powers;                  /* (of.n_rows,) what undoes the multiplication */
+};
+static inline struct cuda_grid halves_grid(const struct cuda_halves *a) {
+    return (struct cuda_grid){ cuda_over(a->of.n_rows, PANEL_ROWS), 1, 1, 256 };
+}
+
+/* "halve_tokens": the same of tokens' activations. */
+struct cuda_halve_tokens {
+    int n_tok, k;
+    const float *x;
+    size_t x_stride;
+    uint16_t *out;                  /* (n_tok, stride) */
+    size_t stride;
+    float *powers;                  /* (n_tok,) */
+};
+static inline struct cuda_grid halve_tokens_grid(const struct cuda_halve_tokens *a) {
+    return (struct cuda_grid){ (unsigned)a->n_tok, 1, 1, 256 };
+}
+
+/* "finish": sums of the products of both, made a product's result. */
+struct cuda_finish {
+    int n_tok, n_rows;
+    const float *sums;              /* (n_tok, sum_stride) */
+    size_t sum_stride;
+    const float *row_powers, *token_powers;
+    const float *bias;              /* these five as in struct cuda_product */
+    float factor;
+    float *out;
+    size_t out_stride;
+    int add;
+};
+static inline struct cuda_grid finish_grid(const struct cuda_finish *a) {
+    return (struct cuda_grid){ cuda_over((int64_t)a->n_tok * a->n_rows, 256), 1, 1, 256 };
+}
+
 /* ---- attention ---- */
 
 /* "place": head norms, rope and scale of queries and keys; keys and values go to their tiles (attention.c:

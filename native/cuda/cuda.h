@@ -4,6 +4,7 @@
 #define CUDA_CUDA_H
 
 #include "../machine.h"
+#include "cublas.h"
 #include "driver.h"
 
 enum cuda_kernel {
@@ -13,8 +14,8 @@ enum cuda_kernel {
     CUDA_ADD_NORMED, CUDA_THIN_OUT, CUDA_ALTUP_LENGTHS, CUDA_ALTUP_PREDICT, CUDA_ALTUP_CORRECT, CUDA_KERNELS
 };
 
-/* What a pass has queued, in its order: a kernel with its arguments, or a copy within the GPU where there
- * is no function. */
+/* What a pass has queued, in its order: a kernel with its arguments; a product by cuBLAS, a struct cublas as
+ * the function, where there are no threads; or a copy within the GPU where there is no function. */
 struct queued {
     void *function;
     struct cuda_grid grid;
@@ -39,6 +40,17 @@ struct graph {
 
 struct hidden { float *hidden, *kept; };           /* where a token's hidden state goes, or NULL */
 struct expert_factors { const float *gate, *up, *down; };      /* (n_experts,) each, or NULL */
+
+/* Products of whole chunks of prompts by cuBLAS: chunk.c. Addresses on the GPU. */
+struct chunk {
+    struct cublas *blas;            /* NULL: prompts are like everything else */
+    void *halves[N_PANEL_TYPES], *halve_tokens, *finish;            /* functions */
+    uint16_t *rows, *tokens;        /* f16: a slice of a matrix, (BMC_PROMPT_CHUNK, columns) */
+    float *sums;                    /* (BMC_PROMPT_CHUNK, rows of a slice) */
+    float *row_powers, *token_powers;
+    void *workspace;                /* cuBLAS's */
+};
+
 struct cuda_tasks { int n; const struct cuda_task *list; };     /* n 0: not made yet */
 
 struct cuda {
@@ -59,6 +71,7 @@ struct cuda {
     const int32_t *rope_dims;       /* (n_ropes,) */
     const float **slopes;           /* (n_blocks,) of ALiBi, (n_heads,) on the GPU, or NULL */
     struct expert_factors *factors; /* (n_blocks,) */
+    struct chunk chunk;
 
     char *host, *device;            /* what a pass brings with it: pinned memory, and its copy on the GPU */
     size_t host_bytes, device_bytes, host_used;
@@ -102,6 +115,7 @@ int cuda_end(struct pass *p);
 /* The queue. Addresses are the GPU's, but for where results go. */
 void cuda_stop(struct cuda *c, int status);     /* the first failure counts; what is queued then is dropped */
 void cuda_launch(struct cuda *c, void *function, struct cuda_grid grid, const void *args, size_t bytes);
+void cuda_multiply(struct cuda *c, struct cublas *blas, const struct cublas_product *p);
 void cuda_copy(struct cuda *c, float *to, const float *from, size_t floats);
 void cuda_fetch(struct cuda *c, void *to, const void *from, size_t bytes);
 /* Goes over before the queue runs; where it will be. */

@@ -83,6 +83,7 @@ DEVICE int half_warp(void) { return (int)threadIdx.x / 16; }
 
 #include "products.h"
 #include "floats.h"
+#include "halves.h"
 #include "rows.h"
 #include "attend.h"
 #include "experts.h"

@@ -1,5 +1,5 @@
 /* Which blocks of a model run on a GPU, and how their weights get there. */
-#include "cuda.h"
+#include "chunk.h"
 
 #include "../error.h"
 #include "../pack.h"
@@ -198,6 +198,7 @@ static size_t lay_out(const bmc_model *m, struct cuda *c, char *memory) {
     b->parts = take(&next, c->part_floats * sizeof *b->parts);
     b->rows = take(&next, c->n_parts ? SAMPLED_MAX * padded(m->c.vocab_size) * sizeof *b->rows : 0);
     c->best = take(&next, n * c->n_parts * sizeof *c->best);
+    next += chunk_lay_out(m, c, next);
     return (size_t)(next - memory);
 }
 
@@ -468,6 +469,8 @@ static int open_on(bmc_model *m, struct cuda *c, int gpu, const char *kernels) {
         status = find_kernels(m, c);
     if (!status)
         status = make_buffers(m, c);
+    if (!status)
+        status = chunk_open(m, c);
     return status ? status : send_values(m, c);
 }
 
@@ -576,6 +579,8 @@ void cuda_free(struct cuda *c) {
     if (alive && c->stream)
         c->gpu->cu->cuStreamSynchronize(c->stream);
     cuda_drop_queue(c, alive);
+    if (alive)
+        chunk_close(c);
     void *const memory[] = { c->weights, c->vectors, c->room, c->device };
     for (size_t i = 0; alive && i < sizeof memory / sizeof *memory; i++)
         gpu_free(c->gpu, memory[i]);

@@ -34,9 +34,10 @@ static struct queued *push(struct cuda *c) {
     return memset(&c->queue[c->n_queued++], 0, sizeof *c->queue);
 }
 
-void cuda_launch(struct cuda *c, void *function, struct cuda_grid grid, const void *args, size_t bytes) {
+/* A function with its arguments. */
+static void push_call(struct cuda *c, void *function, struct cuda_grid grid, const void *args, size_t bytes) {
     const size_t whole = (bytes + 15) / 16 * 16;
-    if (c->status || !grid.x || !grid.y || !grid.z)
+    if (c->status)
         return;
     if (c->arg_bytes + whole > c->args_room) {
         char *more = realloc(c->args, 2 * (c->args_room + whole));
@@ -56,6 +57,15 @@ void cuda_launch(struct cuda *c, void *function, struct cuda_grid grid, const vo
         .function = function, .grid = grid, .args = (uint32_t)c->arg_bytes, .bytes = (uint32_t)bytes
     };
     c->arg_bytes += whole;
+}
+
+void cuda_launch(struct cuda *c, void *function, struct cuda_grid grid, const void *args, size_t bytes) {
+    if (grid.x && grid.y && grid.z)
+        push_call(c, function, grid, args, bytes);
+}
+
+void cuda_multiply(struct cuda *c, struct cublas *blas, const struct cublas_product *p) {
+    push_call(c, blas, (struct cuda_grid){ 0 }, p, sizeof *p);
 }
 
 void cuda_copy(struct cuda *c, float *to, const float *from, size_t floats) {
@@ -306,6 +316,8 @@ static int queue_one(const struct cuda *c, const struct queued *q) {
     const struct cuda_driver *cu = c->gpu->cu;
     if (!q->function)
         return check(c, "copying", cu->cuMemcpyDtoDAsync_v2(q->to, q->from, q->bytes, c->stream));
+    if (!q->grid.threads)
+        return cublas_multiply(q->function, (const void *)(c->args + q->args));
     void *args[] = { c->args + q->args };
     return check(c, "launching a kernel",
                  cu->cuLaunchKernel(q->function, q->grid.x, q->grid.y, q->grid.z, q->grid.threads, 1, 1, 0,

@@ -1,5 +1,5 @@
 /* The steps of a pass on a GPU: the arguments of each launch. */
-#include "cuda.h"
+#include "chunk.h"
 
 #include "../error.h"
 #include "../layers/recurrent.h"
@@ -87,10 +87,12 @@ static void multiply_list(struct pass *p, const struct product *list, int n, int
     struct cuda *c = p->model->cuda;
     (void)thread;
     for (int i = 0; i < n; i++)
-        if (list[i].w->data && i + 1 < n && together(&list[i], &list[i + 1])) {
+        if (!list[i].w->data || chunk_multiply(p, list, i))
+            continue;
+        if (i + 1 < n && together(&list[i], &list[i + 1])) {
             multiply_two(c, &list[i], &list[i + 1]);
             i++;
-        } else if (list[i].w->data)
+        } else
             multiply_some(c, &list[i], 0, list[i].in.n);
 }
 
@@ -487,7 +489,7 @@ static void add_shared(struct pass *p, const struct block *b, const struct mixtu
     gate_up_rows(p, &job, 0);
     if (!gate->data) {
         const struct product down = product_into(&d->down, hidden, (struct sink){ out.y, true });
-        multiply_some(c, &down, 0, in.n);
+        multiply_list(p, &down, 1, 0);
         return;
     }
     const struct cuda_switch a = {
@@ -495,7 +497,7 @@ static void add_shared(struct pass *p, const struct block *b, const struct mixtu
         .gate_stride = padded(1), .x_stride = padded(p->model->c.dim), .y_stride = padded(p->model->c.dim),
     };
     multiply_some(c, &switch_on, 0, in.n);
-    multiply_some(c, &whole, 0, in.n);
+    multiply_list(p, &whole, 1, 0);
     cuda_launch(c, c->functions[CUDA_SWITCH], switch_grid(&a), &a, sizeof a);
 }
 

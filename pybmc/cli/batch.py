@@ -74,8 +74,8 @@ def _answers(lines, ray, name, model_option, threads, options, flags):
     if ray:
         from ..batch.cluster import answers
 
-        if asks_for_gpu() or asks_for_gpu(draft=True):
-            raise click.UsageError("--ray: the nodes compute on their CPUs; --gpu, -ngl and -ngld have no effect there")
+        if asks_for_gpu() or asks_for_gpu(draft=True) or "prompts" in gpu_settings():
+            raise click.UsageError("--ray: the nodes compute on their CPUs; --gpu, -ngl, -ngld and --prompts have no effect there")
 
         drafting = {key: flags[key] for key in ("spec", "draft_max", "draft_min")}
         yield from answers(lines, ray, model_option or "demo", flags["draft"], threads, {**options, **drafting})

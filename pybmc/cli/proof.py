@@ -29,8 +29,10 @@ EXIT_UNPROVEN = 3
 def prove(model, model_option, draft, prompt, prompt_file, max_tokens, temperatures, seed, threads, as_json):
     """Show that drafting changes no token and no logit.
 
-    Texts are decoded plainly and speculatively, and compared bit by bit. Drafts of every length, right and wrong on purpose, are checked. With --gpu or -ngl the model is loaded twice, and what the GPU
-    computes is compared with the CPU. Without MODEL the bundled pair is taken. Exit status 3 if anything differs.
+    Texts are decoded plainly and speculatively, and compared bit by bit. Drafts of every length, right and wrong on purpose, are checked.
+    With --gpu or -ngl the model is loaded twice, and what the GPU computes is compared with the CPU. With --prompts cublas tokens and
+    logits with drafts and without are compared on the GPU, after prompts of more than 512 tokens, and the distance of its logits from
+    the exact ones is told. Without MODEL the bundled pair is taken. Exit status 3 if anything differs.
     """
     from ..engine.prove import PROMPTS
     from ..engine.prove import prove as run
@@ -71,18 +73,25 @@ def on_gpu(path, threads):
 
 
 def compared(found) -> str:
+    away = "" if found.distance is None else f"; prompt by cuBLAS: logits up to {found.distance:.3g} from the exact ones"
     line = (f"prompt {found.prompt + 1}, temperature {found.temperature:g}, {found.drafts}: {found.tokens} tokens, "
             f"{found.passes} passes, {found.accepted} of {found.drafted} drafted tokens accepted, "
             f"{found.rows} rows of logits")
     if found.difference is None:
-        return f"{line}: equal"
+        return f"{line}: equal{away}"
     d = found.difference
     return (f"{line}: {d.what} differs at position {d.position}, plain {d.plain}, drafted {d.drafted}; the two best plain "
-            f"logits are {d.gap:.6g} apart, logits differ by up to {d.largest:.6g}")
+            f"logits are {d.gap:.6g} apart, logits differ by up to {d.largest:.6g}{away}")
 
 
 def verdict(results, differ) -> str:
     tokens, rows = sum(r.tokens for r in results), sum(r.rows for r in results)
     if differ:
         return f"not proven: {len(differ)} of {len(results)} comparisons differ"
-    return f"proven: {tokens} tokens and {rows} rows of logits are equal bit by bit"
+    return f"proven: {tokens} tokens and {rows} rows of logits are equal bit by bit{by_cublas(results)}"
+
+
+def by_cublas(results) -> str:
+    """What that means where prompts are by cuBLAS."""
+    far = [r.distance for r in results if r.distance is not None]
+    return (f", with drafts and without; prompts by cuBLAS are not the CPU's: logits differ by up to {max(far):.3g}" if far else "")

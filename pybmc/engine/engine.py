@@ -16,6 +16,7 @@ import numpy as np
 from .._native import check, ffi, lib
 from ..errors import ArgumentError, BmcError, BusyError, OutOfMemoryError
 from ..spec.speculation import Drafter, Speculation
+from .gpu import uncut
 from .memory import Room
 from .model import Model
 from .prefixes import Match, Prefixes, common
@@ -369,13 +370,13 @@ class Engine:
         is left to the round."""
         read = 0
         for sequence in sequences:
-            n = min(room - read, sequence.unscored)
+            n, at = min(room - read, sequence.unscored), len(sequence.scores)
             if n < 1:
                 break
+            n = uncut(at, n, at + sequence.unscored, self.model.prompt_chunk)
             with ExitStack() as claims:
                 if not sequence.claim(claims):
                     continue
-                at = len(sequence.scores)
                 text, n_top = sequence.text[at:at + n + 1], sequence.request.score or 0
                 sequence.scores += self._scorer(sequence.item.session, text, n_top)
             self._turns.charge(sequence.request.client, read=n)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from ..models.config import Config
 log = logging.getLogger(__name__)
 
 KERNELS = Path(__file__).parents[1] / "kernels.fatbin"
+EXACT, CUBLAS = PROMPTS = ("exact", "cublas")           # how the products of prompts are computed
+CHUNK = lib.BMC_PROMPT_CHUNK            # tokens that cuBLAS multiplies at a time
 ROWS = 4096                             # of context that "auto" leaves memory for
 SPARE = 0.95                            # of the memory that is available
 
@@ -124,8 +127,9 @@ def asks(gpu: int | str | None, layers: int | str | None) -> bool:
     return gpu != "off" and (gpu is not None or layers not in (None, 0))
 
 
-def check_choice(gpu: int | str | None, layers: int | str | None, stream_tokens: int | None = None) -> None:
+def check_choice(gpu: int | str | None, layers: int | str | None, stream_tokens: int | None = None, prompts: str = EXACT) -> None:
     """Raise ArgumentError for values that mean nothing."""
+    checks.choice("prompts", prompts, PROMPTS)
     if isinstance(gpu, str):
         checks.choice("gpu", gpu, ("auto", "off"))
     elif gpu is not None:
@@ -166,6 +170,21 @@ def choose(handle: Any, config: Config, gpu: int | str | None, layers: int | str
     return Place(best.index, min(wanted, config.n_layers)) if wanted or streams else None
 
 
+def cublas() -> str:
+    """The file of cuBLAS: what PYBMC_CUBLAS names, or the newest of NVIDIA's wheels here; "": the library looks
+    where the system does."""
+    spec = find_spec("nvidia")
+    places = (spec and spec.submodule_search_locations) or ()
+    found = [path for place in places for path in Path(place).glob("*/lib/libcublas.so.*")]
+    numbered = {int(number): path for path in found if (number := path.suffix[1:]).isdigit()}
+    return os.environ.get("PYBMC_CUBLAS") or (str(numbered[max(numbered)]) if numbered else "")
+
+
+def take_cublas(handle: Any) -> None:
+    """Have whole chunks of prompts multiplied by cuBLAS. Before plan() and offload(). Raises DeviceError."""
+    check(lib.bmc_model_prompts(handle, os.fsencode(cublas())))
+
+
 def offload(handle: Any, place: Place, name: str) -> int:
     """Put the last layers on the GPU; how many it were. Raises DeviceError, OutOfMemoryError."""
     why = plan(handle, place.layers).why
@@ -173,6 +192,16 @@ def offload(handle: Any, place: Place, name: str) -> int:
     if layers < place.layers:
         log.warning("%s: %d of %d layers go on the GPU: %s", name, layers, place.layers, why or "the model has no more")
     return layers
+
+
+def uncut(at: int, n: int, end: int, chunk: int) -> int:
+    """Tokens of a piece of a text that is read from `at` to `end`: n, or as many as cut no whole chunk. chunk 0: n."""
+    if not chunk or at + n >= end:
+        return n
+    last = (at + n) // chunk * chunk        # where the last chunk that is not read whole begins
+    if last > at:
+        return last - at
+    return chunk if at % chunk == 0 and at + chunk <= end else n
 
 
 def stream(handle: Any, place: Place, least: int | None, name: str) -> bool:

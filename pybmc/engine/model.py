@@ -26,7 +26,7 @@ from ..models.layers import RMS
 from ..tokenizers import Tokenizer, kind_of
 from .embed import Pooler, embed
 from .free import known_free_memory
-from .gpu import Place, check_choice, choose, offload, plan, stream
+from .gpu import CHUNK, CUBLAS, EXACT, Place, asks, check_choice, choose, offload, plan, stream, take_cublas
 from .session import Session
 from .session_file import load
 
@@ -75,21 +75,25 @@ class Model:
     stream_tokens: where a GPU is asked for, passes of that many tokens and more, of prompts mostly, send the weights of
     the layers on the CPU through it (with gpu=0, n_gpu_layers=0 of all layers); None: from 64 tokens on, where that
     is sooner than on the CPU; 0: never. The bits are the same.
+    prompts: "cublas" multiplies whole chunks of prompts, the tokens [512 i, 512 (i + 1)) of a sequence, with NVIDIA's
+    cuBLAS in f16, for layers on a GPU; "exact" (default) does not. With "cublas" the bits are not the CPU's, and a token's
+    depend on whether its whole chunk was read in one call: on how a prompt was cut, and on what of it was known
+    before. Drafts still change no text.
     Raises FormatError if the file is not a model that pybmc runs, OSError if it cannot be opened, OutOfMemoryError,
     DeviceError.
     """
 
     def __init__(self, path, threads: int | None = None, progress: Progress | None = None,
                  repack: bool = True, memory: float | None = None, gpu: int | str | None = None,
-                 n_gpu_layers: int | str | None = None, stream_tokens: int | None = None):
-        check_choice(gpu, n_gpu_layers, stream_tokens)
+                 n_gpu_layers: int | str | None = None, stream_tokens: int | None = None, prompts: str = EXACT):
+        check_choice(gpu, n_gpu_layers, stream_tokens, prompts)
         self._begin(threads)
         self._memory = None if memory is None else checks.number("memory", memory, 0, infinite=True)
         self._file = GGUF(path)
         try:
             self.config = read_config(self._file)
             self._handle = bound(self._file, self.config, self.threads)
-            self._place(gpu, n_gpu_layers, stream_tokens if repack else 0)
+            self._place(gpu, n_gpu_layers, stream_tokens if repack else 0, prompts)
             self._ready(repack, progress)
         except BaseException:
             self.close()
@@ -105,13 +109,20 @@ class Model:
         self._gpu: Place | None = None
         self.gpu_layers = 0                             # how many of the last layers run on a GPU
         self.streams = False                            # whether the weights of others go there in long passes
+        self.prompt_chunk = 0                           # tokens that cuBLAS multiplies at a time; 0: prompts are exact
         self.threads = _thread_count(threads)
 
-    def _place(self, gpu: int | str | None, layers: int | str | None, stream_tokens: int | None) -> None:
+    def _place(self, gpu: int | str | None, layers: int | str | None, stream_tokens: int | None, prompts: str) -> None:
+        if prompts == CUBLAS and layers != 0 and asks(gpu, layers):
+            take_cublas(self._handle)
         place = choose(self._handle, self.config, gpu, layers, stream_tokens != 0)
         if place and place.layers:
             self._gpu = place
             self.gpu_layers = offload(self._handle, place, self.path)
+        if prompts == CUBLAS:
+            if not self.gpu_layers:
+                raise DeviceError("prompts by cuBLAS: expected layers on a GPU (-ngl or --gpu, n_gpu_layers or gpu), found none")
+            self.prompt_chunk = CHUNK
         if place and stream_tokens != 0:
             self.streams = stream(self._handle, place, stream_tokens, self.path)
 

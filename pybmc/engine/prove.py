@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
+from itertools import cycle, islice
 from math import inf
 
 import numpy as np
@@ -40,6 +41,7 @@ KINDS: dict[str, dict | None] = {       # of guesses -> Speculation's settings; 
 
 ON_GPU = "rehearsed on the GPU"
 STREAMED = 12                           # tokens from which on passes send the weights of layers on the CPU through the GPU
+BY_CUBLAS = "rehearsed on the GPU, prompt by cuBLAS"
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One prompt at one temperature with one kind of drafts. rows: of logits, compared bit by bit."""
+    """One prompt at one temperature with one kind of drafts. rows: of logits, compared bit by bit. distance: how far
+    logits are from the exact ones at most, where the prompt was read by cuBLAS."""
 
     prompt: int
     temperature: float
@@ -67,6 +70,7 @@ class Comparison:
     accepted: int
     rows: int
     difference: Difference | None
+    distance: float | None = None
 
 
 # ---- the proof ---------------------------------------------------------------------------------------------
@@ -75,7 +79,7 @@ class Comparison:
 def prove(model, prompts: Sequence = PROMPTS, max_tokens: int = 64, draft=None,
           temperatures: Sequence[float] = (0.0, 0.8), seed: int = 0, gpu=None) -> Iterator[Comparison]:
     """Compare each prompt at each temperature. gpu: the same model with layers on a GPU, whose tokens and logits are compared with
-    those of the CPU too. Raises PairError if the draft does not go with the model."""
+    those of the CPU too; where its prompts are by cuBLAS, with its own without drafts. Raises PairError if the draft does not go with the model."""
     if draft is not None:
         connect(model, draft)
     kinds = [kind for kind in KINDS if (draft is not None or "draft" not in kind) and (model.head is not None or "head" not in kind)]
@@ -86,7 +90,9 @@ def prove(model, prompts: Sequence = PROMPTS, max_tokens: int = 64, draft=None,
             plain, _ = decode(model, tokens, max_tokens, sampler, None, {"spec": "off"})
             text = [*tokens, *(t.id for t in plain)]
             facts = digests(model, text, len(tokens))
-            if gpu is not None:
+            if gpu is not None and gpu.prompt_chunk:
+                yield compare_by_cublas(model, gpu, tokens, max_tokens, i, sampler)
+            elif gpu is not None:
                 yield compare_machines(model, gpu, text, len(tokens), plain, facts, i, sampler)
             for kind in kinds:
                 yield compare(model, text, len(tokens), plain, facts, kind, i, sampler, draft)
@@ -128,6 +134,25 @@ def compare_machines(model, gpu, text, n_prompt: int, plain, facts, i: int, samp
     if difference is not None:
         difference = explained(model, text, difference)
     return Comparison(i, sampler.temperature, ON_GPU, len(guessed), stats.rounds, stats.draft_n, stats.draft_n_accepted, rows, difference)
+
+
+def compare_by_cublas(model, gpu, tokens: Sequence[int], max_tokens: int, i: int, sampler: Sampler) -> Comparison:
+    """Drafts change nothing on the GPU, after a prompt with a whole chunk; how far the exact logits are."""
+    prompt = list(islice(cycle(tokens), gpu.prompt_chunk + len(tokens)))
+    plain, _ = decode(gpu, prompt, max_tokens, sampler, None, {"spec": "off"})
+    text = [*prompt, *(t.id for t in plain)]
+    found = compare(gpu, text, len(prompt), plain, digests(gpu, text, len(prompt)), "rehearsed", i, sampler, None)
+    return replace(found, drafts=BY_CUBLAS, distance=distance(model, gpu, text, len(prompt)))
+
+
+def distance(model, gpu, text: Sequence[int], n_prompt: int) -> float:
+    """How far the logits after a prompt and its answer are apart at most."""
+    rows = []
+    for each in (model, gpu):
+        with each.session() as session:
+            session.eval(text[:n_prompt - 1], "none")
+            rows.append(session.eval(text[n_prompt - 1:], "all"))
+    return float(np.abs(rows[0] - rows[1]).max())
 
 
 def rehearse(model, text: Sequence[int], n_prompt: int, sampler: Sampler, seed: int):

@@ -13,6 +13,7 @@ import numpy as np
 from .._native import ffi
 from ..errors import ArgumentError, BmcError, BusyError, ClosedError, ContextFullError
 from ..spec.speculation import Drafter
+from .gpu import uncut
 from .request import Request, Stats
 from .schema import Masks
 from .score import Score
@@ -192,6 +193,7 @@ class Sequence:
             return 0
         at = self.session.position
         n = min([piece, len(self.text) - at, *(mark - at for mark in self.marks if mark > at)])
+        n = uncut(at, n, len(self.text), self.engine.model.prompt_chunk)
         item.pending, item.n_pending = self._tokens + at, n
         item.choose = at + n == len(self.text) and self._limit > 0
         if item.choose:                 # the first token comes with the text before it, without guesses

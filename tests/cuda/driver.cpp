@@ -641,3 +641,5 @@ static int delete_graph(void *g) {
 
 API int cuGraphExecDestroy(void *program) { return delete_graph(program); }
 API int cuGraphDestroy(void *g) { return delete_graph(g); }
+
+#include "cublas.cpp"

@@ -13,6 +13,9 @@ ROOT = Path(__file__).parents[2]
 
 # what is wrong, file, text, what it becomes
 MUTANTS = [
+    ("the largest value of half of the threads", "halves.h", "for (int i = 0; i < 2 * WARPS; i++)", "for (int i = 0; i < WARPS; i++)"),
+    ("a power of two too many", "halves.h", "(268 - exponent) << 23", "(269 - exponent) << 23"),
+    ("the wrong half's scale in f16", "halves.h", "f.halves && g >= 4", "f.halves && g > 4"),
     ("a barrier left out", "products.h", "        __syncthreads();\n        if (half_warp() < C)", "        if (half_warp() < C)"),
     ("a barrier in a branch", "rows.h", "    __syncthreads();\n    if (t >= 16)", "    if (t < 64) __syncthreads();\n    if (t >= 16)"),
     ("one buffer for two", "products.h", "first += ROUND, side ^= 1", "first += ROUND, side ^= 0"),

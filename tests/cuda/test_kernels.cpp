@@ -272,6 +272,132 @@ static void float_products(void) {
     }
 }
 
+/* ---- prompts by cuBLAS ---- */
+
+/* The weights of a matrix, (rows, k): what the CPU's products with tokens of a single 1 give. */
+static std::vector<float> weights_by_products(weights &w) {
+    const int k = w.k;
+    std::vector<float> x((size_t)(k * ((k + 15) / 16 * 16))), result((size_t)(w.rows * k));
+    std::vector<act_block> act = blocks((size_t)(k * (k / 32 + 1)));
+    cuda_product a = product_args(w, 0, 0, 0, result, w.rows);
+    a.n_tok = a.act_stride = k, a.act = act.data(), a.x = x.data();
+    for (int t = 0; t < k; t++) {
+        x[(size_t)t * a.x_stride + (size_t)t] = 1;
+        for (int b = 0; b < k / 32; b++) {
+            act_block *one = &act[(size_t)(b * k + t)];
+            memset(one, 0, sizeof *one);
+            one->q[t % 32] = t / 32 == b;
+            act_set(one, 1, t / 32 == b && t % 32 < 16, t / 32 == b && t % 32 >= 16);
+        }
+    }
+    reference_product(w.type, &a);
+    std::vector<float> by_row(result.size());
+    for (int r = 0; r < w.rows; r++)
+        for (int c = 0; c < k; c++)
+            by_row[(size_t)(r * k + c)] = result[(size_t)(c * w.rows + r)];
+    return by_row;
+}
+
+/* Rows of n floats as f16, the largest of each in [2^14, 2^15). */
+static void halve_rows(const float *x, size_t x_stride, int rows, int n, uint16_t *out, size_t stride, float *powers) {
+    for (int r = 0; r < rows; r++) {
+        float largest = 0;
+        int exponent = 0;
+        for (int i = 0; i < n; i++)
+            largest = fmaxf(largest, fabsf(x[(size_t)r * x_stride + (size_t)i]));
+        frexpf(largest, &exponent);     /* largest < 2^exponent */
+        exponent = largest >= 0x1p-112f ? exponent : -111;
+        powers[r] = ldexpf(1, exponent - 15);
+        for (size_t i = 0; i < stride; i++)
+            out[(size_t)r * stride + i] =
+                (int)i < n ? f32_to_f16(ldexpf(x[(size_t)r * x_stride + i], 15 - exponent)) : 0;
+    }
+}
+
+/* A product with a single 1 has no zero of the other sign. */
+static void no_minus_zero(std::vector<uint16_t> &halves) {
+    for (uint16_t &h : halves)
+        h = h == 0x8000 ? 0 : h;
+}
+
+static void check_halves(int type, int rows, int k) {
+    weights w = new_weights(type, rows, k, 1, 1);
+    const size_t stride = (size_t)(k + 15) / 16 * 16, n = (size_t)rows * stride;
+    std::vector<uint16_t> halves(n + 8, 7);
+    std::vector<float> powers = noises((size_t)rows + 3), unused(1), values = weights_by_products(w);
+    cuda_halves a = {};
+    a.of = product_args(w, 0, 0, 0, unused, 1);
+    a.out = halves.data(), a.stride = stride, a.powers = powers.data();
+    const std::string name = std::string("halves_") + cuda_type_name(type);
+    check(
+        text("%s: %d rows, %d columns", name.c_str(), rows, k), { out(halves), out(powers) },
+        [&] {
+            halve_rows(values.data(), (size_t)k, rows, k, halves.data(), stride, powers.data());
+            no_minus_zero(halves);
+        },
+        [&] {
+            launch(name, halves_grid(&a), a);
+            no_minus_zero(halves);
+        });
+}
+
+static void halves_of_weights(void) {
+#define CHECK_HALVES(TYPE, ...) check_halves(TYPE, TYPE % 2 ? 37 : 16, TYPE % 2 ? 512 : 1024);
+    CUDA_TYPES(CHECK_HALVES)
+#undef CHECK_HALVES
+    for (int type : { TYPE_F32, TYPE_F16, TYPE_BF16 })
+        for (int k : { 100, 64 })
+            check_halves(type, k == 64 ? 16 : 37, k);
+}
+
+/* Activations that f16 does not hold as they are: too large, too small, all zero. */
+static void halves_of_tokens(void) {
+    static const float sizes[] = { 1, 1e6f, 3e-9f, 0, 1e38f, 1e-38f, 0x1p-112f, 65504 };
+    const int n = sizeof sizes / sizeof *sizes;
+    for (int k : { 64, 100, 2080 }) {
+        const size_t x_stride = (size_t)k + 5, stride = (size_t)(k + 15) / 16 * 16;
+        std::vector<float> x = noises(n * x_stride), powers = noises((size_t)n + 1);
+        std::vector<uint16_t> halves(n * stride + 8, 7);
+        for (size_t i = 0; i < x.size(); i++)
+            x[i] *= sizes[i / x_stride];
+        const cuda_halve_tokens a = { n, k, x.data(), x_stride, halves.data(), stride, powers.data() };
+        check(
+            text("halve_tokens: %d values", k), { out(halves), out(powers) },
+            [&] { halve_rows(x.data(), x_stride, n, k, halves.data(), stride, powers.data()); },
+            [&] { launch("halve_tokens", halve_tokens_grid(&a), a); });
+        for (uint16_t h : halves)
+            if ((h & 0x7c00) == 0x7c00) {
+                printf("halve_tokens: %d values: one overflows\n", k);
+                n_bad++;
+            }
+    }
+}
+
+static void finishing(void) {
+    const int n_tok = 5, rows = 301;
+    for (int mode = 0; mode < 8; mode++) {
+        std::vector<float> sums = noises(n_tok * 304), row_powers(rows), token_powers(n_tok), bias = noises(rows),
+                           result = noises(n_tok * 310);
+        for (float &p : row_powers)
+            p = ldexpf(1, (int)(random_number() % 40) - 20);
+        for (float &p : token_powers)
+            p = ldexpf(1, (int)(random_number() % 40) - 20);
+        const cuda_finish a = { n_tok, rows, sums.data(), 304, row_powers.data(), token_powers.data(),
+                                mode & 1 ? bias.data() : NULL, mode & 2 ? 0.7f : 0, result.data(), 310, mode >> 2 };
+        check(
+            text("finish: mode %d", mode), { out(result) },
+            [&] {
+                for (int t = 0; t < n_tok; t++)
+                    for (int r = 0; r < rows; r++) {
+                        float y = sums[(size_t)(t * 304 + r)] * row_powers[r] * token_powers[t];
+                        y = mode & 2 ? 0.7f * y + (mode & 1 ? bias[r] : 0) : mode & 1 ? y + bias[r] : y;
+                        result[(size_t)(t * 310 + r)] = (mode & 4 ? result[(size_t)(t * 310 + r)] : 0) + y;
+                    }
+            },
+            [&] { launch("finish", finish_grid(&a), a); });
+    }
+}
+
 /* What product_way chooses is a kernel that is there, and a grid that covers every row and token. */
 static void every_way_exists(void) {
     for (int type : { TYPE_Q4_0, TYPE_F16 })
@@ -775,6 +901,9 @@ int main(int argc, char **argv) {
     every_product();
     float_products();
     every_way_exists();
+    halves_of_weights();
+    halves_of_tokens();
+    finishing();
     norms();
     norms_of_parts();
     quantizing();
