@@ -86,7 +86,7 @@ static void multiply_two(struct cuda *c, const struct product *r, const struct p
 static void multiply_list(struct pass *p, const struct product *list, int n, int thread) {
     struct cuda *c = p->model->cuda;
     (void)thread;
-    for (int i = 0; i < n; i++)
+    for (int i = 0; i < n; i++) {
         if (!list[i].w->data || chunk_multiply(p, list, i))
             continue;
         if (i + 1 < n && together(&list[i], &list[i + 1])) {
@@ -94,6 +94,7 @@ static void multiply_list(struct pass *p, const struct product *list, int n, int
             i++;
         } else
             multiply_some(c, &list[i], 0, list[i].in.n);
+    }
 }
 
 static void gate_up_rows(struct pass *p, const struct gate_up *job, int thread) {

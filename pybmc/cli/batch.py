@@ -13,6 +13,7 @@ from .options import (
     context_option,
     draft_options,
     find_model,
+    gpu_settings,
     model_option,
     opened,
     sampling_options,
