@@ -19,7 +19,7 @@ from pybmc.engine import gpu as gpus
 from pybmc.engine.engine import Engine
 from pybmc.engine.prove import BY_CUBLAS, prove
 from pybmc.engine.request import Request
-from tools import gpu_check
+from tools import gpu_parts
 
 CHUNK = 512
 FLOAT = 1e-3                            # error of float weights, of the logits' spread, as in test_golden.py: f16 rounds to 2^-12
@@ -272,7 +272,7 @@ def test_without_layers_on_a_gpu(settings, monkeypatch):
 
 def test_layers_that_all_stay_on_the_cpu():
     with pytest.raises(pybmc.DeviceError, match="expected layers on a GPU .*, found none"):
-        opened(tiny_kinds.model("AltUp"))
+        opened(tiny_kinds.model("AltUp"), layers=1)
 
 
 def test_choices_that_mean_nothing():
@@ -320,10 +320,8 @@ def test_prove_command(capsys):
     assert [row["distance"] is not None for row in found] == [True, *[False] * (len(found) - 1)]
 
 
-def test_the_check_of_a_gpu_times_both(tmp_path, capsys, monkeypatch, fake):
-    monkeypatch.setitem(gpu_check.synth.MODELS, "small", gpu_check.Shape("llama", 32, 1, 2, 2, 32, "tiny", 1024))
-    monkeypatch.setattr(gpu_check, "SPEED", (("small", "small", 0, "F16"),))
-    assert gpu_check.main(["--out", str(tmp_path), "--parts", "prompts"]) == 0
-    found = [row for row in json.loads((tmp_path / "gpu_check.json").read_text())["results"] if "tok_s" in row]
-    assert [(row["name"], row["different"]) for row in found] == [("small F16, exact", 0), ("small F16, cublas", 0)]
+def test_the_check_of_a_gpu_times_both(tmp_path, fake):
+    told = []
+    gpu_parts.run_part(gpu_parts.Check(gpus.describe(0), gpu_parts.TOY, tmp_path, told.append), "prompts")
+    assert [(row["name"], row["different"]) for row in told if "tok_s" in row] == [("exact", 0), ("cublas", 0)]
     assert fake["cublas_products"] > 0

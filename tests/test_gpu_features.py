@@ -162,7 +162,7 @@ def test_what_was_learned_on_the_gpu_is_kept_apart():
 def test_nodes_of_a_cluster_have_no_gpu(flags, tmp_path, capsys):
     (tmp_path / "in").write_text('{"prompt": "a"}\n')
     assert run(["batch", str(tmp_path / "in"), str(tmp_path / "out"), "-m", str(tiny.model("llama")), "--ray", "local", *flags]) == 2
-    assert "--gpu, -ngl and -ngld have no effect there" in capsys.readouterr().err
+    assert "--gpu, -ngl, -ngld and --prompts have no effect there" in capsys.readouterr().err
 
 
 def test_batches_and_embeddings(tmp_path, capsys):

@@ -55,7 +55,7 @@ class Sizes:
 
 
 TOY = Sizes(small=Shape("llama", 256, 2, 8, 4, 256, "tiny", 512), types=("F16", "Q4_K"), widths=(1, 3), golden=2,
-            one=Shape("llama", 256, 2, 4, 2, 256, "tiny", 512, tied=True), eight=Shape("llama", 256, 4, 4, 2, 512, "tiny", 512), few_layers=2, chunk=("chunk", Shape("llama", 64, 1, 2, 1, 64, "tiny", 128)),
+            one=Shape("llama", 256, 2, 4, 2, 256, "tiny", 512, tied=True), eight=Shape("llama", 256, 4, 4, 2, 512, "tiny", 512), few_layers=2, chunk=("chunk", Shape("llama", 64, 1, 2, 1, 64, "tiny", 1024)),
                         splits=(0, 1, -1), proven=2, prompt=5, written=2, verified=(2,), depths=(0,), reps=1, thin=(1, 2), growth=(16,), text=4, gemm=32, copied=1 << 12)
 
 
