@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.random import default_rng  # now: an interrupt while numpy loads it would be lost
 
 from ..errors import ArgumentError
 
@@ -122,7 +123,7 @@ def _run(model, tests, reps, rows, progress) -> Iterator[Result]:
 
 def random_tokens(model, n: int) -> np.ndarray:
     """The same n ids for the same vocabulary, whatever was measured before."""
-    return np.random.default_rng(0).integers(0, model.config.vocab_size, n, dtype=np.int32)
+    return default_rng(0).integers(0, model.config.vocab_size, n, dtype=np.int32)
 
 
 def go_to(session, tokens: np.ndarray, depth: int) -> None:
