@@ -89,7 +89,8 @@ def raise_status(status: int, text: str) -> None:
 
 
 def owned(handle, free: str, kept=None):
-    """A handle that is freed, and after it what it needs, when nobody uses it: a close() leaves a call beside it whole."""
+    """A handle that is freed, and after it what it needs, when nobody uses it:
+    a close() leaves a call beside it whole."""
     freeing: Any = partial(getattr(lib, free))      # no function of Python's: an interrupt would be raised in it, and lost
     freeing.kept = lib, kept                        # lib: at exit it would go first
     return ffi.gc(handle, freeing)
@@ -98,8 +99,8 @@ def owned(handle, free: str, kept=None):
 def as_array(x, dtype, shape=None, name="array") -> np.ndarray:
     """Return x as a C-contiguous array of dtype, itself where it is one already.
 
-    shape is a tuple in which None stands for any length. Integers that dtype cannot hold, floats where integers
-    belong and other kinds of values raise ArgumentError.
+    shape is a tuple in which None stands for any length. Integers that dtype cannot hold, floats where
+    integers belong and other kinds of values raise ArgumentError.
     """
     dtype = np.dtype(dtype)
     try:
@@ -136,6 +137,7 @@ def _spell(shape) -> str:
 
 
 def cpu_levels() -> list[str]:
-    """The instruction sets of this CPU that there are kernels for, "ref" first: what PYBMC_CPU can name here."""
+    """The instruction sets of this CPU that there are kernels for, "ref" first:
+    what PYBMC_CPU can name here."""
     names = takewhile(lambda name: name != ffi.NULL, map(lib.bmc_cpu_level, count()))
     return [ffi.string(name).decode() for name in names]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 
 def user_folder(variable: str, default: str) -> Path | None:
-    """pybmc's own folder in the one that an environment variable names, else in the home directory. None where there
-    is neither: a user of a container may have no entry in the password file."""
+    """pybmc's own folder in the one that an environment variable names, else in the home directory. None
+    where there is neither: a user of a container may have no entry in the password file."""
     named = os.environ.get(variable)
     try:
         return (Path(named) if named else Path.home() / default) / "pybmc"

@@ -1,4 +1,5 @@
-"""What can go wrong. Every exception of pybmc is a BmcError and, where Python has one, the natural builtin."""
+"""What can go wrong. Every exception of pybmc is a BmcError and, where Python has one,
+the natural builtin."""
 
 
 class BmcError(Exception):

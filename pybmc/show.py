@@ -16,8 +16,8 @@ ROWS_SHOWN = 4096                       # tokens of context that the estimate of
 
 
 def describe(path) -> dict:
-    """The facts about a file, as `pybmc show --json` prints them. Raises FormatError where it is no sound GGUF. path may be
-    an open GGUF, which is closed."""
+    """The facts about a file, as `pybmc show --json` prints them. Raises FormatError where it is no sound
+    GGUF. path may be an open GGUF, which is closed."""
     with path if isinstance(path, GGUF) else GGUF(path) as file:
         def text(key):
             return value if isinstance(value := file.metadata.get(key), str) else None
@@ -38,8 +38,8 @@ def describe(path) -> dict:
 
 
 def describe_gpus(path) -> list[dict]:
-    """What the model takes on each GPU of this machine, whole and as many layers of it as fit. Raises FormatError, and DeviceError where
-    there is no driver."""
+    """What the model takes on each GPU of this machine, whole and as many layers of it as fit. Raises
+    FormatError, and DeviceError where there is no driver."""
     with GGUF(path) as file:
         config = read_config(file)
         handle, rows = bound(file, config, 1), min(config.n_ctx, ROWS_SHOWN)
@@ -108,7 +108,8 @@ def _verdict(file: GGUF) -> dict:
 
 
 def lines(info: dict) -> list[tuple[str, str]]:
-    """The facts as (label, text) pairs, for people. Each stays on its line, whatever characters the file has."""
+    """The facts as (label, text) pairs, for people. Each stays on its line,
+    whatever characters the file has."""
     yes = {True: "yes", False: "no"}
     out = [("file", f"{info['path']}, {size(info['bytes'])}" + f" in {info['files']} parts" * (info["files"] > 1)),
            ("name", info["name"] or "-"),

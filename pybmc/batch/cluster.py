@@ -1,5 +1,5 @@
-"""A batch over Ray Data: an actor with an engine on each node. A task whose worker is killed runs again elsewhere, and gives
-the same answers."""
+"""A batch over Ray Data: an actor with an engine on each node. A task whose worker is killed runs again
+elsewhere, and gives the same answers."""
 
 from __future__ import annotations
 

@@ -19,7 +19,8 @@ ALSO = ("id", "prompt", "messages", "max_tokens", "stop", "chat_template_kwargs"
 
 
 class Line(NamedTuple):
-    """A line of the input that is not blank. number: counted from 0; key: a digest of it and of the run's settings."""
+    """A line of the input that is not blank. number: counted from 0; key:
+    a digest of it and of the run's settings."""
 
     number: int
     key: str
@@ -90,8 +91,8 @@ def _id_of(line: Line) -> dict:
 
 
 class Output:
-    """The file of answers, in the order of the input. done: how many it holds, failed of them with an error; a part of a line at its end, which a killed
-    run left, is cut off. One process at a time writes it."""
+    """The file of answers, in the order of the input. done: how many it holds, failed of them with an error;
+    a part of a line at its end, which a killed run left, is cut off. One process at a time writes it."""
 
     def __init__(self, path: Path, source: Path, settings: dict):
         self.done = self.failed = 0     # answers, and those that are errors

@@ -65,7 +65,8 @@ class _Job:
 
 
 class Worker:
-    """A model and an engine that answer lines. settings: a line's, unless it has its own. context: a cap on each one's rows.
+    """A model and an engine that answer lines. settings: a line's, unless it has its own. context:
+    a cap on each one's rows.
 
     seed: of a line without one; None gives each a new one.
     """

@@ -1,4 +1,5 @@
-"""From models and requests to tokens. Names are loaded when they are first used: bench.py needs numpy alone."""
+"""From models and requests to tokens. Names are loaded when they are first used:
+bench.py needs numpy alone."""
 
 from .._lazy import lazy
 

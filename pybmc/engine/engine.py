@@ -1,7 +1,8 @@
 """Many requests through one model: their passes are one pass, so the weights are read once for all of them.
 
-A step admits requests, plans how much of each prompt is read, and lets the library make rounds (native/round.c), which guess,
-verify, choose and accept for all sequences together. What comes out for a request does not depend on its company.
+A step admits requests, plans how much of each prompt is read, and lets the library make rounds
+(native/round.c), which guess, verify, choose and accept for all sequences together. What comes out for a
+request does not depend on its company.
 """
 
 from __future__ import annotations
@@ -34,12 +35,13 @@ PIECE, LEAST = 64, 16                   # tokens of the first piece, while nothi
 class Engine:
     """Requests of one model, `parallel` of them at a time, the others waiting.
 
-    draft, spec, draft_max and draft_min are Speculation's. memory: bytes that sessions may take together, None for no bound. A
-    request that does not fit beside the others waits; where memory runs out later, the youngest is put aside and reads what it
-    lost of its text again when there is room; one that does not fit alone ends with an OutOfMemoryError. Requests that begin
-    alike share the rows of their beginning: it is read once, and the others wait for that. keep: rows of finished requests
-    stay for such requests, as far as the memory goes. pass_seconds: how long a pass may take while somebody writes. add() and
-    cancel() may be called between steps; one thread at a time uses an engine.
+    draft, spec, draft_max and draft_min are Speculation's. memory: bytes that sessions may take together,
+    None for no bound. A request that does not fit beside the others waits; where memory runs out later, the
+    youngest is put aside and reads what it lost of its text again when there is room; one that does not fit
+    alone ends with an OutOfMemoryError. Requests that begin alike share the rows of their beginning: it is
+    read once, and the others wait for that. keep: rows of finished requests stay for such requests, as far as
+    the memory goes. pass_seconds: how long a pass may take while somebody writes. add() and cancel() may be
+    called between steps; one thread at a time uses an engine.
     """
 
     def __init__(self, model: Model, draft: Model | None = None, spec: str = "auto", draft_max: int = 16,
@@ -103,9 +105,9 @@ class Engine:
     # ---- steps
 
     def step(self) -> list[Event]:
-        """Read pieces of prompts and make a few rounds of decoding; the tokens that came. A request that cannot go on is done
-        and has an error; the others go on. Raises what concerns all, such as OutOfMemoryError: relieve() helps, and the step
-        can be repeated."""
+        """Read pieces of prompts and make a few rounds of decoding; the tokens that came. A request that
+        cannot go on is done and has an error; the others go on. Raises what concerns all, such as
+        OutOfMemoryError: relieve() helps, and the step can be repeated."""
         self._admit()
         for sequence in self.running:
             sequence.check_session()
@@ -205,8 +207,8 @@ class Engine:
         return [s for s in self.running if s.owned and s.context == sequence.context]
 
     def _waits(self, sequence: Sequence) -> bool:
-        """Whether a running sequence is about to read the beginning of its text. Fewer tokens than the smallest
-        piece are not worth a pass."""
+        """Whether a running sequence is about to read the beginning of its text. Fewer tokens than the
+        smallest piece are not worth a pass."""
         before, sequence.awaits = sequence.awaits, None
         if not self._may_share(sequence):
             return False
@@ -281,7 +283,8 @@ class Engine:
         return True
 
     def _make_room(self) -> Callable[[Sequence], float]:
-        """Tokens that a sequence may add to its text in the next call. Kept rows make way, then the youngest sequences."""
+        """Tokens that a sequence may add to its text in the next call.
+        Kept rows make way, then the youngest sequences."""
         room = self._room
         while room is not None:
             owned = [s for s in self.running if s.owned]
@@ -323,7 +326,8 @@ class Engine:
         self.waiting.append(sequence)
 
     def relieve(self) -> bool:
-        """Give memory back to a system that has none left: kept rows, or those of the youngest sequence. False: there are none."""
+        """Give memory back to a system that has none left: kept rows, or those of the youngest sequence.
+        False: there are none."""
         if self.prefixes.evict():
             return True
         owned = [s for s in self.running if s.owned]
@@ -335,7 +339,8 @@ class Engine:
     # ---- one call of the library
 
     def _round(self, share: Callable[[Sequence], float]) -> float:
-        """One call of the library for all running sequences; its seconds. share: tokens that each may add to its text."""
+        """One call of the library for all running sequences; its seconds. share:
+        tokens that each may add to its text."""
         writing = [s for s in self.running if not s.reading]
         reading = self._order([s for s in self.running if s.reading])
         room, items, read = self._piece(bool(writing)), [], 0
@@ -366,8 +371,8 @@ class Engine:
         return seconds
 
     def _score(self, sequences: list[Sequence], room: int) -> int:
-        """Read pieces of prompts whose tokens are scored, in a pass of their own; how many tokens. The last token of a prompt
-        is left to the round."""
+        """Read pieces of prompts whose tokens are scored, in a pass of their own; how many tokens. The last
+        token of a prompt is left to the round."""
         read = 0
         for sequence in sequences:
             n, at = min(room - read, sequence.unscored), len(sequence.scores)
@@ -384,7 +389,8 @@ class Engine:
         return read
 
     def _piece(self, writing: bool) -> int:
-        """Tokens of prompts in the next pass. Where the weights go through a GPU, it takes about as long for few tokens as for many."""
+        """Tokens of prompts in the next pass. Where the weights go through a GPU,
+        it takes about as long for few tokens as for many."""
         least = self.model.pass_tokens if self.model.streams else LEAST
         if not self._prompt_rate:
             return max(PIECE, least)

@@ -30,8 +30,9 @@ class Generation(Iterator[Token]):
     """An iterator of Token. prompt holds the prompt's ids, stats counts and times so far. close() ends it
     early: a session that was given then holds what was read, without its last token.
 
-    A session given to generate() serves one generation at a time. The next one that begins in it ends this one, which
-    then raises BusyError when it is asked for another token. The same happens after other calls used the session.
+    A session given to generate() serves one generation at a time. The next one that begins in it ends this
+    one, which then raises BusyError when it is asked for another token. The same happens after other calls
+    used the session.
     """
 
     def __init__(self, engine: Engine, request: Request):
@@ -152,8 +153,8 @@ def one_bos(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:
 
 
 def speculation_of(session: Session | None, model: Model, draft: Any, spec: str, most: int, least: int) -> Speculation:
-    """The Speculation of these wishes, the same for all texts of a model: what was learned serves the next one. draft: a
-    Model, the path of one, a Speculation, or None."""
+    """The Speculation of these wishes, the same for all texts of a model: what was learned serves the next
+    one. draft: a Model, the path of one, a Speculation, or None."""
     if isinstance(draft, Speculation):
         if draft.model is not model:
             checks.refuse("draft", "a Speculation of the same model", draft)

@@ -24,9 +24,9 @@ class Perplexity:
 
 def perplexity(model, text: str, window: int = 512,
                progress: Callable[[int, int], None] | None = None, bos: bool = True) -> Perplexity:
-    """The text is cut into windows of tokens that begin with BOS, if the model wants one and bos is true (it takes the
-    place of the first token); each window's second half is scored, so that every scored token has at least half a window before
-    it. Tokens after the last whole window are left out.
+    """The text is cut into windows of tokens that begin with BOS, if the model wants one and bos is true (it
+    takes the place of the first token); each window's second half is scored, so that every scored token has
+    at least half a window before it. Tokens after the last whole window are left out.
     """
     window = checks.whole("window", window, 4)
     model.check_writes()

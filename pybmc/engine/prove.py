@@ -1,9 +1,9 @@
-"""Run plain and speculative decoding side by side, and compare every token, every log-probability and every bit of the
-logits that a verification computes.
+"""Run plain and speculative decoding side by side, and compare every token, every log-probability and every
+bit of the logits that a verification computes.
 
-Guesses are made on purpose: the plain answer with mistakes, in every length, so that passes of all widths, with acceptances and
-rejections at every place, are among those compared, logits included; then those of repetitions in the text, and of a draft
-model, if there is one.
+Guesses are made on purpose: the plain answer with mistakes, in every length, so that passes of all widths,
+with acceptances and rejections at every place, are among those compared, logits included; then those of
+repetitions in the text, and of a draft model, if there is one.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ BY_CUBLAS = "rehearsed on the GPU, prompt by cuBLAS"
 
 @dataclass(frozen=True)
 class Difference:
-    """Where two runs part. gap: between the two best plain logits there; largest: how far any logits are apart."""
+    """Where two runs part. gap: between the two best plain logits there; largest:
+    how far any logits are apart."""
 
     position: int
     what: str
@@ -58,8 +59,8 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One prompt at one temperature with one kind of drafts. rows: of logits, compared bit by bit. distance: how far
-    logits are from the exact ones at most, where the prompt was read by cuBLAS."""
+    """One prompt at one temperature with one kind of drafts. rows: of logits, compared bit by bit. distance:
+    how far logits are from the exact ones at most, where the prompt was read by cuBLAS."""
 
     prompt: int
     temperature: float
@@ -78,8 +79,9 @@ class Comparison:
 
 def prove(model, prompts: Sequence = PROMPTS, max_tokens: int = 64, draft=None,
           temperatures: Sequence[float] = (0.0, 0.8), seed: int = 0, gpu=None) -> Iterator[Comparison]:
-    """Compare each prompt at each temperature. gpu: the same model with layers on a GPU, whose tokens and logits are compared with
-    those of the CPU too; where its prompts are by cuBLAS, with its own without drafts. Raises PairError if the draft does not go with the model."""
+    """Compare each prompt at each temperature. gpu: the same model with layers on a GPU, whose tokens and
+    logits are compared with those of the CPU too; where its prompts are by cuBLAS, with its own without
+    drafts. Raises PairError if the draft does not go with the model."""
     if draft is not None:
         connect(model, draft)
     kinds = [kind for kind in KINDS if (draft is not None or "draft" not in kind) and (model.head is not None or "head" not in kind)]
@@ -125,7 +127,8 @@ def compare(model, text, n_prompt: int, plain, facts, kind: str, i: int, sampler
 
 
 def compare_machines(model, gpu, text, n_prompt: int, plain, facts, i: int, sampler: Sampler) -> Comparison:
-    """Decode on the GPU with guesses of every length, and run the passes again for their logits; then the text as one long pass."""
+    """Decode on the GPU with guesses of every length, and run the passes again for their logits;
+    then the text as one long pass."""
     guessed, stats, passes = rehearse(gpu, text, n_prompt, sampler, i)
     rows, difference = 0, first_difference(plain, guessed, n_prompt)
     if difference is None:
@@ -156,8 +159,8 @@ def distance(model, gpu, text: Sequence[int], n_prompt: int) -> float:
 
 
 def rehearse(model, text: Sequence[int], n_prompt: int, sampler: Sampler, seed: int):
-    """Decode with guesses of every length: the answer that is known, with a mistake now and then. Tokens, Stats, and the
-    passes as (position, tokens)."""
+    """Decode with guesses of every length: the answer that is known, with a mistake now and then. Tokens,
+    Stats, and the passes as (position, tokens)."""
     rng, size, stats = random.Random(seed), model.config.vocab_size, Stats()
     found: list[Token] = []
     passes: list[tuple[int, list[int]]] = []
@@ -229,7 +232,8 @@ def replay(model, text: Sequence[int], passes, facts: dict[int, bytes]) -> tuple
 
 
 def rows_of(session, tokens: Sequence[int], first: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(position after it, logits) of each token from position `first` on; of a prompt's piece only the last."""
+    """(position after it, logits) of each token from position `first` on;
+    of a prompt's piece only the last."""
     position = session.position
     if position + 1 >= first:
         rows = session.eval(tokens, "all")

@@ -12,8 +12,8 @@ _PLACE = re.compile(r"\{(query|document)\}")
 
 
 def pair_ids(tokenizer: Tokenizer, query: str, document: str) -> list[int]:
-    """[CLS] query [SEP] document [SEP], with the tokens that the file has for these; or what the file's template says. Neither
-    text spells a control token."""
+    """[CLS] query [SEP] document [SEP], with the tokens that the file has for these; or what the file's
+    template says. Neither text spells a control token."""
     template = tokenizer.vocab.get(TEMPLATE, str)
     if template is not None:
         given, split = {"query": query, "document": document}, tokenizer.vocab.split
@@ -25,7 +25,8 @@ def pair_ids(tokenizer: Tokenizer, query: str, document: str) -> list[int]:
 
 
 def _between(tokenizer: Tokenizer) -> list[int]:
-    """The separator where the end of the first text is not enough, as in RoBERTa's <s> query </s></s> document </s>."""
+    """The separator where the end of the first text is not enough,
+    as in RoBERTa's <s> query </s></s> document </s>."""
     vocab = tokenizer.vocab
     doubled = vocab.get("tokenizer.ggml.add_sep_token", bool, False) or vocab.get("tokenizer.ggml.pre", str) in DOUBLED
     return [tokenizer.sep_id] if doubled and tokenizer.add_eos and tokenizer.sep_id is not None else []

@@ -1,7 +1,7 @@
 """Sampler: the settings by which the library chooses a token from logits (native/sample.c).
 
-The order is llama.cpp's: logit bias, penalties, top-k, top-p, min-p, temperature, then a random choice among what is left. The
-choice is a function of the logits, the seed and the position alone.
+The order is llama.cpp's: logit bias, penalties, top-k, top-p, min-p, temperature, then a random choice among
+what is left. The choice is a function of the logits, the seed and the position alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -54,8 +54,8 @@ class Sampler:
     """Settings of a choice; names and meanings are llama.cpp's. temperature 0 is greedy.
 
     repeat_last_n is how many last tokens the penalties look at, prompt included: 0 none, -1 all. logit_bias
-    maps ids to what is added to their logits; -inf bans an id. Values that switch off: top_k 0 or -1, top_p 1, min_p 0,
-    repeat_penalty 1, presence_penalty 0, frequency_penalty 0. None is "not given": the default.
+    maps ids to what is added to their logits; -inf bans an id. Values that switch off: top_k 0 or -1, top_p
+    1, min_p 0, repeat_penalty 1, presence_penalty 0, frequency_penalty 0. None is "not given": the default.
     """
 
     temperature: float = 0.0
@@ -99,7 +99,8 @@ class Sampler:
         return made
 
     def sample(self, logits: np.ndarray, position: int, history: Sequence[int] = ()) -> int:
-        """The token that follows `position` tokens, of which history are the last; logits is (vocab,) float32."""
+        """The token that follows `position` tokens, of which history are the last;
+        logits is (vocab,) float32."""
         chosen, before = ffi.new("int32_t *"), ffi.new("int32_t[]", list(history))
         check(lib.bmc_choose(pointer(np.ascontiguousarray(logits, np.float32)), len(logits), self.native, position,
                              before, len(before), chosen))

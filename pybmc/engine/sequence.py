@@ -1,4 +1,5 @@
-"""A request that an engine serves: its session, its part of each call of the library, and the tokens that came of it."""
+"""A request that an engine serves: its session, its part of each call of the library,
+and the tokens that came of it."""
 
 from __future__ import annotations
 
@@ -34,8 +35,9 @@ class Event(NamedTuple):
 
 
 class Sequence:
-    """A request in an engine. done: it gives no more tokens; error: why, if it failed. stats: its Stats so far. started: it was
-    admitted. scores: those of the prompt's tokens from the second on, where the request asks for them. since: when it was added.
+    """A request in an engine. done: it gives no more tokens; error: why, if it failed. stats: its Stats so
+    far. started: it was admitted. scores: those of the prompt's tokens from the second on, where the request
+    asks for them. since: when it was added.
     """
 
     def __init__(self, engine: Engine, request: Request, number: int):
@@ -94,8 +96,8 @@ class Sequence:
         self._make_item()
 
     def put_aside(self) -> None:
-        """Give up the session. The text stays, and start() reads what is gone of it again: what comes after is the
-        same."""
+        """Give up the session. The text stays, and start() reads what is gone of it again: what comes after
+        is the same."""
         self._close_drafter()
         self.engine.prefixes.give(self.session)
         self.session = None             # type: ignore[assignment]      # until start()
@@ -158,7 +160,8 @@ class Sequence:
 
     @property
     def wanted(self) -> float:
-        """Rows for the beginning of its answer; all of it where the session was given, which is never taken away."""
+        """Rows for the beginning of its answer; all of it where the session was given,
+        which is never taken away."""
         return len(self.text) + (min(self.left, ANSWER) if self.owned else self.left)
 
     @property
@@ -181,7 +184,8 @@ class Sequence:
         return self._ending.stop_strings.found if self.started else None
 
     def ask(self, piece: int, most: float = CALL_TOKENS) -> int:
-        """Prepare the item for a step that gives `most` tokens at most; how many tokens of the text it reads, `piece` at most."""
+        """Prepare the item for a step that gives `most` tokens at most;
+        how many tokens of the text it reads, `piece` at most."""
         item = self.item
         item.guesses, item.confidence, item.n_guesses, item.guess_s = ffi.NULL, ffi.NULL, 0, 0.0
         item.drafter = self.drafter.native if self.drafter else ffi.NULL
@@ -277,8 +281,8 @@ class Sequence:
         return tuple((self._top_ids[j], self._top_logprobs[j]) for j in range(i * k, (i + 1) * k) if self._top_ids[j] >= 0)
 
     def take_back(self, unread: int) -> None:
-        """Let a session that was given hold the text without its last token, and without tokens that nobody has read or
-        that came after a stop string."""
+        """Let a session that was given hold the text without its last token, and without tokens that nobody
+        has read or that came after a stop string."""
         if not self.started or self.session is None or self.session.uses != self._uses:
             return
         end = len(self.prompt) + max(self._written - unread, 0) - 1
@@ -306,7 +310,8 @@ class Sequence:
         stats.lengths = {i: count for i, count in enumerate(counts.lengths) if count}
 
     def finish(self, keep: bool = False) -> None:
-        """Let go of what the sequence used; a session that was given stays. keep: the engine may use the rows again."""
+        """Let go of what the sequence used; a session that was given stays. keep:
+        the engine may use the rows again."""
         self.done = True
         if self.started and (keep or not self.owned):
             self.item.n = 0

@@ -27,8 +27,9 @@ _WANTS = {"none": lib.BMC_WANT_NONE, "last": lib.BMC_WANT_LAST, "all": lib.BMC_W
 
 @dataclass(frozen=True)
 class ArenaStats:
-    """A session's memory. row_bytes: keys and values of one token, all layers; r: rows added at a time; state_bytes: what
-    recurrent layers keep besides, whatever the length. bytes_reserved includes it, and snapshots."""
+    """A session's memory. row_bytes: keys and values of one token, all layers; r: rows added at a time;
+    state_bytes: what recurrent layers keep besides, whatever the length. bytes_reserved includes it, and
+    snapshots."""
 
     rows_reserved: int
     rows_used: int
@@ -46,8 +47,8 @@ class Best(NamedTuple):
 
 
 class Session:
-    """One sequence: its rows of keys and values, and its position. Made by Model.session. notes: a JSON value that
-    save() writes too."""
+    """One sequence: its rows of keys and values, and its position. Made by Model.session. notes: a JSON value
+    that save() writes too."""
 
     def __init__(self, model: Any, context: int | None, rows: int | str, kv_type: str):
         self._handle = ffi.NULL
@@ -80,8 +81,8 @@ class Session:
             model._sessions.add(self)
 
     def fork(self, position: int | None = None) -> Session:
-        """A new session with the first `position` tokens of this one (all of them by default). They share the memory of those
-        rows, and neither changes the other. Raises ArgumentError, OutOfMemoryError."""
+        """A new session with the first `position` tokens of this one (all of them by default). They share the
+        memory of those rows, and neither changes the other. Raises ArgumentError, OutOfMemoryError."""
         with self._claimed(moves=False) as handle:
             at = lib.bmc_session_position(handle) if position is None else checks.whole("position", position)
             fork = ffi.new("bmc_session **")
@@ -92,8 +93,8 @@ class Session:
         return other
 
     def nearest(self, position: int) -> int:
-        """The last position up to this one to which rewind() and fork() go without reading tokens again: this one, but for
-        recurrent layers, which need a snapshot, and for windows, whose rows may be gone."""
+        """The last position up to this one to which rewind() and fork() go without reading tokens again: this
+        one, but for recurrent layers, which need a snapshot, and for windows, whose rows may be gone."""
         with self._claimed(moves=False) as handle:
             return check(lib.bmc_session_nearest(handle, checks.whole("position", position)))
 
@@ -124,13 +125,15 @@ class Session:
              sampler: Sampler | None = None) -> np.ndarray | Best | None:
         """Evaluate tokens after the ones before.
 
-        logits: "last" gives float32 (vocab_size,) of the last token, "all" (len(tokens), vocab_size), "argmax" the best
-        next id of each token, int32 (len(tokens),), "best" those with their log-probabilities (Best), "none" None. "hidden"
-        gives what the head would read, after the last norm, float32 (len(tokens), dim); "first hidden" and "last
-        hidden" that of one token, (dim,). An encoder gives nothing else, and reads a text in one call, in an empty
-        session. What the numbers are does not depend on how tokens are cut into calls. sampler: "argmax" and "best" are what it chooses,
-        and the model's log-probabilities of that. last: 0, or how many last rows attention sees, besides the first 256. Raises
-        ArgumentError, ContextFullError beyond the cap, OutOfMemoryError; then nothing has changed.
+        logits: "last" gives float32 (vocab_size,) of the last token, "all" (len(tokens), vocab_size),
+        "argmax" the best next id of each token, int32 (len(tokens),), "best" those with their
+        log-probabilities (Best), "none" None. "hidden" gives what the head would read, after the last norm,
+        float32 (len(tokens), dim); "first hidden" and "last hidden" that of one token, (dim,). An encoder
+        gives nothing else, and reads a text in one call, in an empty session. What the numbers are does not
+        depend on how tokens are cut into calls. sampler: "argmax" and "best" are what it chooses, and the
+        model's log-probabilities of that. last: 0, or how many last rows attention sees, besides the first
+        256. Raises ArgumentError, ContextFullError beyond the cap, OutOfMemoryError; then nothing has
+        changed.
         """
         span = ffi.new("bmc_span *")
         with self._claimed() as handle:
@@ -144,21 +147,23 @@ class Session:
             check(lib.bmc_session_rewind(handle, checks.whole("position", position)))
 
     def snapshot(self) -> None:
-        """Keep the states of recurrent blocks as they are about here: to go back to this position will need at most 48 tokens
-        again. Of more than eight those stay that save the most tokens. Models without such blocks need none. Raises
-        OutOfMemoryError."""
+        """Keep the states of recurrent blocks as they are about here: to go back to this position will need
+        at most 48 tokens again. Of more than eight those stay that save the most tokens. Models without such
+        blocks need none. Raises OutOfMemoryError."""
         with self._claimed(moves=False) as handle:
             check(lib.bmc_session_snapshot(handle))
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the session to a file, for Model.load_session: its tokens, rows and snapshots, and its notes. To the
-        file that it was saved to or loaded from last only what is new is appended; any other one is written beside
-        and renamed. A save that fails or is cut off leaves the one before. Raises OSError, DeviceError where a GPU
-        that has layers fails, and FormatError where the file is there and no saved session."""
+        """Write the session to a file, for Model.load_session: its tokens, rows and snapshots, and its notes.
+        To the file that it was saved to or loaded from last only what is new is appended; any other one is
+        written beside and renamed. A save that fails or is cut off leaves the one before. Raises OSError,
+        DeviceError where a GPU that has layers fails, and FormatError where the file is there and no saved
+        session."""
         save(self, path)
 
     def keep_hidden(self) -> None:
-        """Keep the hidden states of the last tokens from now on, for a draft head. Raises OutOfMemoryError."""
+        """Keep the hidden states of the last tokens from now on, for a draft head.
+        Raises OutOfMemoryError."""
         with self._claimed(moves=False) as handle:
             check(lib.bmc_session_keep_hidden(handle))
 
@@ -188,8 +193,9 @@ class Session:
 
     @contextmanager
     def _claimed(self, moves: bool = True) -> Iterator[Any]:
-        """One thread at a time. A thread that an interrupt threw out too early to say so may come back: with a lock
-        in this place, Ctrl-C could leave the session locked for good. moves: the call moves rows on or back."""
+        """One thread at a time. A thread that an interrupt threw out too early to say so may come back: with
+        a lock in this place, Ctrl-C could leave the session locked for good. moves: the call moves rows on or
+        back."""
         me = _me()
         user = self._user.setdefault("thread", me)
         if user != me:
@@ -210,8 +216,8 @@ class Session:
 
 
 def eval_batch(parts: Sequence[tuple]) -> list[np.ndarray | Best | None]:
-    """Evaluate tokens of several sessions of one model in one pass: [(session, tokens, logits)] with Session.eval's meaning,
-    and its `last` and `sampler` behind them, if need be.
+    """Evaluate tokens of several sessions of one model in one pass: [(session, tokens, logits)] with
+    Session.eval's meaning, and its `last` and `sampler` behind them, if need be.
 
     Every result equals what the session gives alone. Either all sessions move on or none does.
     """

@@ -53,8 +53,8 @@ OPEN = os.O_CLOEXEC | os.O_NOFOLLOW
 
 @dataclass(frozen=True)
 class Saved:
-    """A file that holds a session. end: of the last whole save, which ends with `checksum`; size: of the file,
-    where more may follow."""
+    """A file that holds a session. end: of the last whole save, which ends with `checksum`; size: of the
+    file, where more may follow."""
 
     device: int
     inode: int
@@ -102,7 +102,8 @@ class Layout:
 
 @dataclass
 class Record:
-    """A save: `tokens` after the first `kept` ones. at, end: where its parts begin in the file, and where it ends."""
+    """A save: `tokens` after the first `kept` ones. at, end:
+    where its parts begin in the file, and where it ends."""
 
     context: int
     kept: int
@@ -182,8 +183,8 @@ def _record(session: Session, handle: Any, kept: int, known: frozenset[int], not
 
 def _append(session: Session, saved: Saved, handle: Any, layout: Layout, path: str, dir_fd: int | None,
             notes: bytes) -> bool:
-    """Add what is new to the file that the session was saved to or loaded from. False where that is another one,
-    or was changed since, or where most of it would be old."""
+    """Add what is new to the file that the session was saved to or loaded from. False where that is another
+    one, or was changed since, or where most of it would be old."""
     kept = lib.bmc_session_unchanged(handle)
     known = frozenset(at for at in saved.snapshots if at <= kept)
     record = _record(session, handle, kept, known, notes)
@@ -453,8 +454,8 @@ def _fill(session: Session, fd: int, path: str, described: dict, records: list[R
 
 
 def _read_parts(fd: int, handle: Any, layout: Layout, record: Record, last: bool) -> bool:
-    """Import the parts of a save; states that a later one replaces are left out. False where the checksum is not
-    theirs."""
+    """Import the parts of a save; states that a later one replaces are left out. False where the checksum is
+    not theirs."""
     if not record.is_whole(layout) or record.bytes(layout) != record.end - record.at - CRC.size:
         raise ArgumentError(f"its rows and states are not those of {record.kept + len(record.tokens)} tokens")
     buffer, at, checksum = _buffer(record, layout), record.at, 0

@@ -10,12 +10,13 @@ from ..tokenizers import Tokenizer
 
 
 class Token(NamedTuple):
-    """One token of an answer. text is what became certain with it: it may be empty, or end an earlier token's.
+    """One token of an answer. text is what became certain with it:
+    it may be empty, or end an earlier token's.
 
-    logprob is the model's own, before settings, unless the request wants it as drawn; top holds the likeliest (id, logprob) where
-    they were asked for.
-    finish_reason is set on the last token: "stop" (the model ended, or a stop string was found), "length" (max_tokens) or
-    "context" (no room for more). by: who guessed it: "draft" (a model or a head), "ngram",
+    logprob is the model's own, before settings, unless the request wants it as drawn; top holds the likeliest
+    (id, logprob) where they were asked for.
+    finish_reason is set on the last token: "stop" (the model ended, or a stop string was found), "length"
+    (max_tokens) or "context" (no room for more). by: who guessed it: "draft" (a model or a head), "ngram",
     "self" or "schema" (a token that the schema forces).
     """
 
@@ -31,12 +32,12 @@ class Token(NamedTuple):
 class StopStrings:
     """Passes text on, except from the first of some strings on; holds back what may be the beginning of one.
 
-    The string that is complete first counts, and of those that end together the longest: what comes out does not
-    depend on how the text was cut.
+    The string that is complete first counts, and of those that end together the longest: what comes out does
+    not depend on how the text was cut.
 
-    tokenizer: a string may contain names of tokens whose text is not shown, as control tokens, but for those in shown. A name
-    that stands in a string is in names, by its id, and is pushed as hidden: it never comes out, and strings without a name are
-    looked for as if it was not there.
+    tokenizer: a string may contain names of tokens whose text is not shown, as control tokens, but for those
+    in shown. A name that stands in a string is in names, by its id, and is pushed as hidden: it never comes
+    out, and strings without a name are looked for as if it was not there.
     """
 
     def __init__(self, strings: Iterable[str] = (), tokenizer: Tokenizer | None = None, shown: frozenset[int] = frozenset()):

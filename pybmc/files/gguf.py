@@ -113,9 +113,9 @@ class GGUF:
     """An opened GGUF file, or all parts of a split one (`name-00001-of-00003.gguf`, whichever part is given).
 
     metadata: dict[str, value]; a value is an int, float, bool, str, a numpy array (arrays of numbers), a list
-    of str, or a list of such values (arrays of arrays). Text that is only shown, such as a name or a licence, need not
-    be UTF-8: what is not becomes U+FFFD. tensors: dict[str, Tensor], in the file's order;
-    empty with vocabulary_only, which does not read the tensor table and so needs no C library.
+    of str, or a list of such values (arrays of arrays). Text that is only shown, such as a name or a licence,
+    need not be UTF-8: what is not becomes U+FFFD. tensors: dict[str, Tensor], in the file's order; empty with
+    vocabulary_only, which does not read the tensor table and so needs no C library.
 
     Raises FormatError where the file is not what it should be, and an OSError (FileNotFoundError,
     IsADirectoryError, PermissionError) with the path in its sentence where it cannot be opened. close() is

@@ -24,8 +24,8 @@ Fetch = Callable[[int, int], bytes]     # (begin, end) -> these bytes
 
 
 class RemoteGGUF(GGUF):
-    """A GGUF whose parts are (name, size, fetch), the first one first. Tensors' data are zeros, but those of a few
-    that the configuration is read from."""
+    """A GGUF whose parts are (name, size, fetch), the first one first. Tensors' data are zeros, but those of
+    a few that the configuration is read from."""
 
     def __init__(self, parts: list[tuple[str, int, Fetch]]):
         self._parts = {os.path.basename(name): (size, fetch) for name, size, fetch in parts}
@@ -57,8 +57,8 @@ class _RemoteFile(File):
         return position
 
     def _walk_strings(self, count: int, what: str) -> np.ndarray:
-        """A length that was not fetched is 0 or too small, so a walk never ends too late: fetch up to there and
-        walk again, until nothing was missing."""
+        """A length that was not fetched is 0 or too small, so a walk never ends too late: fetch up to there
+        and walk again, until nothing was missing."""
         start = self.position
         while True:
             ends = super()._walk_strings(count, what)

@@ -4,7 +4,8 @@
                         snapshots/COMMIT/FILE        a link to ..
                         blobs/SUM                    .. the bytes
 
-Read here without huggingface_hub: a name costs a look into a folder, and nothing that could open a connection is loaded.
+Read here without huggingface_hub: a name costs a look into a folder,
+and nothing that could open a connection is loaded.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ BUNDLED = {"demo": False, "demo-draft": True}       # name -> whether it is the 
 
 @dataclass(frozen=True)
 class Cached:
-    """A model in the cache: its repository's folder and the links that are its files, the first part first."""
+    """A model in the cache: its repository's folder and the links that are its files,
+    the first part first."""
 
     name: str
     folder: Path
@@ -108,10 +110,11 @@ def cached(name: names.Name) -> Cached | None:
 
 
 def find(text: str | os.PathLike) -> Path:
-    """The file of a model that a user names: a path, user/repo[:QUANT], user/repo/FILE, or a name that `pybmc list` shows.
+    """The file of a model that a user names: a path, user/repo[:QUANT], user/repo/FILE,
+    or a name that `pybmc list` shows.
 
-    A file of that name comes first. Raises a BmcError where the name is one of the hub's and the model is not here; a path
-    is returned whether it exists or not.
+    A file of that name comes first. Raises a BmcError where the name is one of the hub's and the model is not
+    here; a path is returned whether it exists or not.
     """
     path, name = Path(text), names.parse(str(text))
     with suppress(OSError, ValueError):
@@ -147,7 +150,8 @@ def removable(text: str) -> Cached:
 
 
 def remove(model: Cached) -> int:
-    """Remove a model's links, in every snapshot, and the bytes that nothing else in its repository uses; how many."""
+    """Remove a model's links, in every snapshot, and the bytes that nothing else in its repository uses;
+    how many."""
     snapshots = model.folder / "snapshots"
     files = {path.relative_to(snapshots).as_posix().split("/", 1)[1] for path in model.links}
     every = {path: path.resolve() for snapshot in _snapshots(model.folder) for path in _files(snapshot)}
@@ -163,7 +167,8 @@ def remove(model: Cached) -> int:
 
 
 def unlink(link: Path, folder: Path, alone: bool = True) -> int:
-    """Remove a link of a repository's folder and, if no other one is to keep it, what it links to there; the bytes."""
+    """Remove a link of a repository's folder and, if no other one is to keep it, what it links to there;
+    the bytes."""
     freed, blob = 0, _blob(link, folder) if alone else None
     for file in (blob, link):
         if file is not None and os.path.lexists(file):
@@ -173,7 +178,8 @@ def unlink(link: Path, folder: Path, alone: bool = True) -> int:
 
 
 def _blob(link: Path, folder: Path) -> Path | None:
-    """The file of the repository's blobs that a link names; None where it names another, or is the file itself."""
+    """The file of the repository's blobs that a link names;
+    None where it names another, or is the file itself."""
     if not link.is_symlink():
         return None
     target = Path(os.path.normpath(link.parent / os.readlink(link)))

@@ -66,10 +66,10 @@ def pull(text: str, file: str | None = None, revision: str | None = None,
          progress: Callable[[Remote, int], None] | None = None) -> Pulled:
     """Bring user/repo[:QUANT] to the cache, unless it is there, and check what came against the hub's sums.
 
-    Without QUANT: Q4_K_M, else Q4_0, else Q8_0, else the smallest that runs. file: this one instead. note is called with
-    lines for people, bars shows huggingface_hub's own on stderr; progress is called with a part and how many of its bytes
-    are here, and what it raises ends the transfer. Raises a HubError or another BmcError, and an OSError where the disk is
-    full.
+    Without QUANT: Q4_K_M, else Q4_0, else Q8_0, else the smallest that runs. file: this one instead. note is
+    called with lines for people, bars shows huggingface_hub's own on stderr; progress is called with a part
+    and how many of its bytes are here, and what it raises ends the transfer. Raises a HubError or another
+    BmcError, and an OSError where the disk is full.
     """
     name = wanted(text, file, revision)
     with _told(name):

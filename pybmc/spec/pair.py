@@ -42,10 +42,11 @@ def connect(target: Model, draft: Model) -> Overlap | str | None:
 
 
 def check_pair(target: Model, draft: Model) -> Overlap | None:
-    """None if both vocabularies have the same bytes under the same ids; how ids correspond, if most tokens are in both.
+    """None if both vocabularies have the same bytes under the same ids;
+    how ids correspond, if most tokens are in both.
 
-    Sizes may differ: vocabularies are padded. What only one of them has is never proposed, or not understood. Raises a
-    PairError that names the first token that differs.
+    Sizes may differ: vocabularies are padded. What only one of them has is never proposed, or not understood.
+    Raises a PairError that names the first token that differs.
     """
     ours, theirs = target.tokenizer, draft.tokenizer
     if ours is None or theirs is None:
@@ -64,8 +65,8 @@ def check_pair(target: Model, draft: Model) -> Overlap | None:
 
 
 def overlap(ours: Tokenizer, theirs: Tokenizer, n_logits: int) -> tuple[Overlap, int]:
-    """Tokens with the same bytes, control tokens with the same name; and how many there are. n_logits: ids the draft
-    knows."""
+    """Tokens with the same bytes, control tokens with the same name; and how many there are. n_logits: ids
+    the draft knows."""
     def spelled(tokenizer: Tokenizer, id: int) -> tuple[bytes, bool]:
         return tokenizer.piece(id), tokenizer.is_control(id)
 

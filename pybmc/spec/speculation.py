@@ -28,13 +28,15 @@ NGRAMS, MODEL = 1, 2                    # numbers of sources in native/round.h
 
 
 class Speculation:
-    """Who guesses for the sequences of a model, and what was learned of costs and of guesses; shared by all of them.
+    """Who guesses for the sequences of a model, and what was learned of costs and of guesses;
+    shared by all of them.
 
-    draft: a smaller Model, or None. spec: who guesses: "draft", "mtp" (the draft head in the model's file), "ngram" (repetitions in
-    the text), "auto" (repetitions, and the draft model if there is one, else the draft head if the file has one), "self" (the model
-    itself with less attention: in long texts) or "off". most and least
-    bound the guesses in a pass; fixed is how many there are in every pass, for proofs and comparisons: 0 means as many as pay.
-    A draft whose vocabulary cannot be compared is left out with a warning. Raises ArgumentError.
+    draft: a smaller Model, or None. spec: who guesses: "draft", "mtp" (the draft head in the model's file),
+    "ngram" (repetitions in the text), "auto" (repetitions, and the draft model if there is one, else the
+    draft head if the file has one), "self" (the model itself with less attention: in long texts) or "off".
+    most and least bound the guesses in a pass; fixed is how many there are in every pass, for proofs and
+    comparisons: 0 means as many as pay. A draft whose vocabulary cannot be compared is left out with a
+    warning. Raises ArgumentError.
     """
 
     def __init__(self, model: Model, draft: Model | None = None, spec: str = "auto", most: int = 16, least: int = 0, fixed: int = 0):
@@ -83,8 +85,8 @@ class Speculation:
         return self.spec == "off"
 
     def drafter(self, session: Session | None = None, hint: Tokens[int] = ()) -> Drafter:
-        """For one sequence of the model, in this session: without one a draft head makes no guesses. hint: ids that its text may
-        repeat though they are not in it."""
+        """For one sequence of the model, in this session: without one a draft head makes no guesses. hint:
+        ids that its text may repeat though they are not in it."""
         if self.head and session is not None:
             with suppress(OutOfMemoryError):            # decoding goes on without the draft head
                 session.keep_hidden()
@@ -117,7 +119,8 @@ def seconds_of_guess(model: Model) -> float:
 
 
 class Drafter:
-    """Who guesses for one sequence. native is a bmc_drafter; bridge a TextDrafter where the draft model's vocabulary is another."""
+    """Who guesses for one sequence. native is a bmc_drafter;
+    bridge a TextDrafter where the draft model's vocabulary is another."""
 
     def __init__(self, made: Speculation, hint: Tokens[int] = ()):
         self.made, self._noted = made, False
@@ -178,8 +181,8 @@ class Drafter:
 
 def verify(session: Session, pending: list[int], guesses: list[int], max_tokens: int, sampler: Any = None,
            n_rounds: int = 1) -> tuple[list[int], list[float], list[bool]]:
-    """Rounds of one sequence without a policy: evaluate the pending tokens and the guesses, all of which are checked in the
-    first round. What they gave: ids, log-probabilities, and whether each was guessed."""
+    """Rounds of one sequence without a policy: evaluate the pending tokens and the guesses, all of which are
+    checked in the first round. What they gave: ids, log-probabilities, and whether each was guessed."""
     item, limits = ffi.new("bmc_item *"), ffi.new("bmc_limits *", {"n_rounds": n_rounds, "seconds": 1e9})
     tokens, guessed = ffi.new("int32_t[]", pending), ffi.new("int32_t[]", guesses)
     ids, logprobs, drafted = (ffi.new(f"{kind}[]", max_tokens) for kind in ("int32_t", "float", "uint8_t"))

@@ -22,7 +22,8 @@ _NO_KINDS = ("none", "no_vocab")        # what files without a vocabulary say
 
 
 def kind_of(file: GGUF) -> type | None:
-    """The class that reads a file's vocabulary; None where there is none. Raises FormatError for an unknown kind."""
+    """The class that reads a file's vocabulary; None where there is none.
+    Raises FormatError for an unknown kind."""
     model = file.metadata.get("tokenizer.ggml.model")
     if isinstance(model, str) and model in _KINDS:
         return _KINDS[model]
@@ -88,16 +89,16 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], special: bool = False, continued: bool = False) -> str:
         """The text of some ids. special shows control tokens. Bytes that are not UTF-8 become U+FFFD.
 
-        SentencePiece and WordPiece put a space before a text's first word; it is taken off again, unless the text
-        is the continuation of another one.
+        SentencePiece and WordPiece put a space before a text's first word; it is taken off again, unless the
+        text is the continuation of another one.
         """
         stream = StreamDecoder(self, special, continued)
         ids = checks.ids("ids", ids)
         return stream.push(*ids) + stream.flush()
 
     def stream(self, special: bool = False, continued: bool = True, shown: frozenset[int] = frozenset()) -> StreamDecoder:
-        """A decoder for ids that come one by one. continued: after a prompt, so that a first space counts. shown: control tokens
-        whose names are part of the text."""
+        """A decoder for ids that come one by one. continued: after a prompt, so that a first space counts.
+        shown: control tokens whose names are part of the text."""
         return StreamDecoder(self, special, continued, shown)
 
     def piece(self, id: int) -> bytes:

@@ -253,7 +253,8 @@ class Vocabulary:
 
     def split(self, text: str, special: bool, mask: Callable[[int], bytes | None] = lambda id: None) -> list[str | int]:
         """A text cut at its special tokens: strings and ids. User-defined tokens always count, control tokens
-        with special. mask: for an id a byte for each character, or None; a token counts only where none of its own is 0.
+        with special. mask: for an id a byte for each character, or None; a token counts only where none of
+        its own is 0.
         """
         parts: list[slice | int] = [slice(0, len(text))] if text else []
         for token in self._present(text, special):
