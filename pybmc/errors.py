@@ -46,7 +46,7 @@ class DeviceError(BmcError, RuntimeError):
     """The GPU or its driver is missing, or failed."""
 
 
-# What pip installs for each extra of pyproject.toml. It is not "pybmc[..]": a project of that name on PyPI is another one.
+# What pip installs for each extra of pyproject.toml. It is not "pybmc[..]": on PyPI that is another project.
 EXTRAS = {
     "chat": "prompt_toolkit",
     "hub": "huggingface-hub",

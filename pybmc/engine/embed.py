@@ -68,8 +68,8 @@ class TooLongError(ArgumentError, ContextFullError):
 
 
 def encode_inputs(model, inputs, context: int | None = None, truncate: bool = False) -> list[list[int]]:
-    """Token ids of each text, with the tokens that the file puts around it; ids stay as they are. context:
-    fewer tokens than the model takes. truncate: texts that are too long are cut, else they are a
+    """Token ids of each text, with the tokens that the file puts around it; ids stay as they are.
+    context: fewer tokens than the model takes. truncate: texts that are too long are cut, else they are a
     TooLongError."""
     if isinstance(inputs, (bytes, bytearray, Mapping)) or not isinstance(inputs, Iterable):
         checks.refuse("inputs", "texts or lists of token ids", inputs)
@@ -190,8 +190,8 @@ class Pooler:
         return vector
 
     def _scores(self, vector: np.ndarray) -> np.ndarray:
-        """A BERT's: of its first token, through cls and tanh. Qwen 3's:
-        the shares of the answers after the last."""
+        """A BERT's: of its first token, through cls and tanh.
+        Qwen 3's: the shares of the answers after the last."""
         if self.config.spec.score == "first" and "cls" in self._matrices:
             vector = np.tanh(self._matrices["cls"](vector))
         scores = self._output()(vector)

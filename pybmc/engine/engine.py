@@ -339,8 +339,8 @@ class Engine:
     # ---- one call of the library
 
     def _round(self, share: Callable[[Sequence], float]) -> float:
-        """One call of the library for all running sequences; its seconds. share:
-        tokens that each may add to its text."""
+        """One call of the library for all running sequences; its seconds.
+        share: tokens that each may add to its text."""
         writing = [s for s in self.running if not s.reading]
         reading = self._order([s for s in self.running if s.reading])
         room, items, read = self._piece(bool(writing)), [], 0

@@ -37,8 +37,8 @@ class GPU:
 @dataclass(frozen=True)
 class Plan:
     """What the last `layers` layers of a model and its head take on a GPU, in bytes. row_bytes: of a token of
-    context. stream_bytes: of buffers that the weights of the other layers go through in long passes. why:
-    what keeps it from being more layers."""
+    context. stream_bytes: of buffers that the weights of the other layers go through in long passes.
+    why: what keeps it from being more layers."""
 
     layers: int
     weight_bytes: int
@@ -54,8 +54,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the last layers of a model run: the number of a GPU, and how many of them were asked for. 0:
-    the GPU is for long passes."""
+    """Where the last layers of a model run: the number of a GPU, and how many of them were asked for.
+    0: the GPU is for long passes."""
 
     gpu: int
     layers: int

@@ -280,8 +280,8 @@ class Model:
 
         context: the most rows it may hold (a cap, not an allocation); None for what the model was trained
         for. More than that works and is noted in the log: text beyond it gets worse.
-        rows: how many rows of keys and values are added at a time, rounded up to 16; "auto":
-        about 4 MB of them.
+        rows: how many rows of keys and values are added at a time, rounded up to 16;
+        "auto": about 4 MB of them.
         """
         return Session(self, context, rows, kv_type)
 

@@ -46,8 +46,8 @@ BY_CUBLAS = "rehearsed on the GPU, prompt by cuBLAS"
 
 @dataclass(frozen=True)
 class Difference:
-    """Where two runs part. gap: between the two best plain logits there; largest:
-    how far any logits are apart."""
+    """Where two runs part. gap: between the two best plain logits there;
+    largest: how far any logits are apart."""
 
     position: int
     what: str
@@ -59,8 +59,8 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One prompt at one temperature with one kind of drafts. rows: of logits, compared bit by bit. distance:
-    how far logits are from the exact ones at most, where the prompt was read by cuBLAS."""
+    """One prompt at one temperature with one kind of drafts. rows: of logits, compared bit by bit.
+    distance: how far logits are from the exact ones at most, where the prompt was read by cuBLAS."""
 
     prompt: int
     temperature: float

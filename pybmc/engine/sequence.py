@@ -310,8 +310,8 @@ class Sequence:
         stats.lengths = {i: count for i, count in enumerate(counts.lengths) if count}
 
     def finish(self, keep: bool = False) -> None:
-        """Let go of what the sequence used; a session that was given stays. keep:
-        the engine may use the rows again."""
+        """Let go of what the sequence used; a session that was given stays.
+        keep: the engine may use the rows again."""
         self.done = True
         if self.started and (keep or not self.owned):
             self.item.n = 0

@@ -102,8 +102,8 @@ class Layout:
 
 @dataclass
 class Record:
-    """A save: `tokens` after the first `kept` ones. at, end:
-    where its parts begin in the file, and where it ends."""
+    """A save: `tokens` after the first `kept` ones.
+    at, end: where its parts begin in the file, and where it ends."""
 
     context: int
     kept: int

@@ -29,7 +29,7 @@ class RemoteGGUF(GGUF):
 
     def __init__(self, parts: list[tuple[str, int, Fetch]]):
         self._parts = {os.path.basename(name): (size, fetch) for name, size, fetch in parts}
-        with tempfile.TemporaryDirectory(prefix="pybmc-") as folder:    # what is mapped stays when its name goes
+        with tempfile.TemporaryDirectory(prefix="pybmc-") as folder:    # a mapping stays without its name
             for name, (size, _) in self._parts.items():
                 with open(Path(folder, name), "wb") as file:
                     file.truncate(size)
@@ -79,7 +79,8 @@ class _RemoteFile(File):
     def load(self, end: int) -> None:
         """Fetch what is missing of the first `end` bytes, and more at once."""
         if end > HEADER_MAX:
-            raise self.error(f"expected a header of at most {HEADER_MAX} bytes, found one that goes on to {end}")
+            raise self.error(f"expected a header of at most {HEADER_MAX} bytes, "
+                             f"found one that goes on to {end}")
         if end > self.loaded:
             begin, self.loaded = self.loaded, min(self.size, max(end, self.loaded + self.chunk))
             self.chunk = min(2 * self.chunk, CHUNK_MAX)

@@ -42,7 +42,8 @@ class Cached:
 def cache_folder() -> Path:
     """Where huggingface_hub keeps what it fetched."""
     named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or os.path.join(caches, "huggingface")
     return Path(os.path.expandvars(os.path.expanduser(named or os.path.join(home, "hub"))))
 
 
@@ -77,7 +78,8 @@ def _links(folder: Path) -> dict[str, Path]:
 
 def _snapshots(folder: Path) -> list[Path]:
     try:
-        found = [(path.name == _main(folder), path.stat().st_mtime, path) for path in (folder / "snapshots").iterdir()]
+        found = [(path.name == _main(folder), path.stat().st_mtime, path)
+                 for path in (folder / "snapshots").iterdir()]
     except OSError:
         return []
     return [path for *_, path in sorted(found, reverse=True)]
@@ -126,7 +128,7 @@ def find(text: str | os.PathLike) -> Path:
         return path
     model = cached(name)
     if model is None or not model.complete:
-        what = "no such file, and not in the hub's cache" if model is None else "some of its parts are missing"
+        what = "some of its parts are missing" if model else "no such file, and not in the hub's cache"
         raise NotHere(f"{printable(str(text))}: {what}; pybmc pull {name} brings it")
     return model.path
 
@@ -142,7 +144,8 @@ def removable(text: str) -> Cached:
     """The model of the cache that a name means. Raises an ArgumentError for what is none."""
     name = names.parse(text)
     if text in BUNDLED or name is None:
-        raise ArgumentError(f"{printable(text)}: only models of the hub's cache can be removed; pybmc list names them")
+        raise ArgumentError(f"{printable(text)}: only models of the hub's cache can be removed; "
+                            "pybmc list names them")
     model = cached(name)
     if model is None:
         raise NotHere(f"{printable(text)} is not here: there is nothing to remove")

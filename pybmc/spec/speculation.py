@@ -85,8 +85,8 @@ class Speculation:
         return self.spec == "off"
 
     def drafter(self, session: Session | None = None, hint: Tokens[int] = ()) -> Drafter:
-        """For one sequence of the model, in this session: without one a draft head makes no guesses. hint:
-        ids that its text may repeat though they are not in it."""
+        """For one sequence of the model, in this session: without one a draft head makes no guesses.
+        hint: ids that its text may repeat though they are not in it."""
         if self.head and session is not None:
             with suppress(OutOfMemoryError):            # decoding goes on without the draft head
                 session.keep_hidden()

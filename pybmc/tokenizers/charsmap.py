@@ -18,8 +18,8 @@ _CHUNK = 1 << 12                        # units looked at together: 8 MB of temp
 
 
 class Charsmap:
-    """Replaces the longest sequence at each place of a text; without data, nothing. Broken data:
-    ValueError."""
+    """Replaces the longest sequence at each place of a text; without data, nothing.
+    Broken data: ValueError."""
 
     def __init__(self, data: bytes | None = None):
         self._labels: list[int] = []
@@ -88,8 +88,8 @@ def _reachable(labels: np.ndarray, children: np.ndarray) -> np.ndarray:
         found = children[units][:, None] ^ np.arange(256)
         if found.max() >= len(labels):
             unit = int(units[found.max(axis=1).argmax()])
-            raise ValueError(f"expected children within the trie's {len(labels)} units, found those of unit {unit} "
-                             f"at {int(found.max())}")
+            raise ValueError(f"expected children within the trie's {len(labels)} units, "
+                             f"found those of unit {unit} at {int(found.max())}")
         found = found[(labels[found] == np.arange(256)) & (np.arange(256) > 0)]
         new = np.unique(found[~seen[found]])
         seen[new] = True

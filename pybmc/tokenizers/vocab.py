@@ -251,7 +251,8 @@ class Vocabulary:
 
     # -- special tokens in a text
 
-    def split(self, text: str, special: bool, mask: Callable[[int], bytes | None] = lambda id: None) -> list[str | int]:
+    def split(self, text: str, special: bool,
+              mask: Callable[[int], bytes | None] = lambda id: None) -> list[str | int]:
         """A text cut at its special tokens: strings and ids. User-defined tokens always count, control tokens
         with special. mask: for an id a byte for each character, or None; a token counts only where none of
         its own is 0.
@@ -260,11 +261,8 @@ class Vocabulary:
         for token in self._present(text, special):
             id = self.ids[token]
             allowed = mask(id)
-            parts = [
-                piece
-                for part in parts
-                for piece in (self._cut(text, part, token, id, allowed) if isinstance(part, slice) else [part])
-            ]
+            parts = [piece for part in parts for piece in
+                     (self._cut(text, part, token, id, allowed) if isinstance(part, slice) else [part])]
         return [text[part] if isinstance(part, slice) else part for part in parts]
 
     def _present(self, text: str, special: bool) -> list[str]:
