@@ -18,7 +18,8 @@ from math import inf
 import numpy as np
 
 from ..spec.pair import connect
-from ..spec.speculation import Speculation, verify
+from ..spec.rounds import verify
+from ..spec.speculation import Speculation
 from .engine import Engine
 from .generate import encode_text
 from .request import Request, Stats
