@@ -39,7 +39,8 @@ def experts_taken(model, tokens: int) -> float:
     """Share of the experts that this number of tokens takes on average, if each token takes any;
     1 without experts."""
     metadata = model._file.metadata
-    n, used = (metadata.get(f"{metadata['general.architecture']}.{key}") for key in ("expert_count", "expert_used_count"))
+    arch = metadata["general.architecture"]
+    n, used = (metadata.get(f"{arch}.{key}") for key in ("expert_count", "expert_used_count"))
     return 1 - (1 - used / n) ** tokens if isinstance(n, int) and isinstance(used, int) and n else 1.0
 
 
@@ -81,8 +82,9 @@ def bench(model, prompts: Sequence[int] = (512,), generated: Sequence[int] = (64
     return _run(model, checked_tests(prompts, generated, widths, depths, reps), reps, rows, progress)
 
 
-def breakdown(model, prompts: Sequence[int] = (512,), generated: Sequence[int] = (64,), widths: Sequence[int] = (8,),
-              depths: Sequence[int] = (0,), reps: int = 5, rows="auto") -> Iterator[Breakdown]:
+def breakdown(model, prompts: Sequence[int] = (512,), generated: Sequence[int] = (64,),
+              widths: Sequence[int] = (8,), depths: Sequence[int] = (0,), reps: int = 5,
+              rows="auto") -> Iterator[Breakdown]:
     """Run the same tests and tell what their time was spent on."""
     tests = checked_tests(prompts, generated, widths, depths, reps)
     tokens = random_tokens(model, max(depth + n for _, n, depth in tests))

@@ -19,7 +19,7 @@ from .session import eval_batch
 
 log = logging.getLogger(__name__)
 
-PASS = 512          # tokens of short texts that share a pass, as many as a causal model's takes: buffers grow with them
+PASS = 512          # tokens of short texts that share a pass, as of a causal model: buffers grow with them
 
 
 def embed(model, inputs, normalize: bool = True, pooling: str | None = None, dimensions: int | None = None,
@@ -59,8 +59,8 @@ def pooling_kind(model, pooling: str | None) -> str:
 
 @lru_cache(maxsize=None)                # once for a file
 def _note_mean(path: str) -> None:
-    log.warning("%s names no pooling: it was not made for embeddings; the mean of its tokens' vectors is taken",
-                path)
+    log.warning("%s names no pooling: it was not made for embeddings; "
+                "the mean of its tokens' vectors is taken", path)
 
 
 class TooLongError(ArgumentError, ContextFullError):

@@ -118,7 +118,7 @@ class Engine:
             sequence.check_session()
         self._let_go()
         seconds = 0.0
-        if not any(s.item.native.n for s in self.running):      # else an interrupt came before these were taken
+        if not any(s.item.native.n for s in self.running):      # else an interrupt came before take()
             seconds = self._round(self._make_room())
         for sequence in [s for s in self.running if not s.done]:
             tokens = sequence.take(seconds)

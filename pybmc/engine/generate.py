@@ -152,7 +152,8 @@ def one_bos(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:
     return tokens[1:]
 
 
-def speculation_of(session: Session | None, model: Model, draft: Any, spec: str, most: int, least: int) -> Speculation:
+def speculation_of(session: Session | None, model: Model, draft: Any, spec: str, most: int,
+                   least: int) -> Speculation:
     """The Speculation of these wishes, the same for all texts of a model: what was learned serves the next
     one. draft: a Model, the path of one, a Speculation, or None."""
     if isinstance(draft, Speculation):

@@ -70,7 +70,8 @@ def describe(i: int) -> GPU:
     """One of them. Raises DeviceError, as for one that another process has for itself."""
     info = ffi.new("bmc_gpu_info *")
     check(lib.bmc_gpu(i, info))
-    return GPU(i, ffi.string(info.name).decode("utf-8", "replace"), info.memory, info.available, f"{info.major}.{info.minor}")
+    name = ffi.string(info.name).decode("utf-8", "replace")
+    return GPU(i, name, info.memory, info.available, f"{info.major}.{info.minor}")
 
 
 def gpus() -> list[GPU]:
@@ -94,7 +95,8 @@ def kernels() -> Path:
     Raises DeviceError."""
     path = Path(os.environ.get("PYBMC_CUDA_KERNELS") or KERNELS)
     if not path.is_file():
-        raise DeviceError(f"pybmc was built without kernels for GPUs: {path} is missing; make CUDA=1 makes it")
+        raise DeviceError(f"pybmc was built without kernels for GPUs: {path} is missing; "
+                          "make CUDA=1 makes it")
     return path
 
 
@@ -130,7 +132,8 @@ def asks(gpu: int | str | None, layers: int | str | None) -> bool:
     return gpu != "off" and (gpu is not None or layers not in (None, 0))
 
 
-def check_choice(gpu: int | str | None, layers: int | str | None, stream_tokens: int | None = None, prompts: str = EXACT) -> None:
+def check_choice(gpu: int | str | None, layers: int | str | None, stream_tokens: int | None = None,
+                 prompts: str = EXACT) -> None:
     """Raise ArgumentError for values that mean nothing."""
     checks.choice("prompts", prompts, PROMPTS)
     if isinstance(gpu, str):
@@ -145,7 +148,8 @@ def check_choice(gpu: int | str | None, layers: int | str | None, stream_tokens:
         checks.whole("stream_tokens", stream_tokens)
 
 
-def choose(handle: Any, config: Config, gpu: int | str | None, layers: int | str | None, streams: bool = True) -> Place | None:
+def choose(handle: Any, config: Config, gpu: int | str | None, layers: int | str | None,
+           streams: bool = True) -> Place | None:
     """Where a model's last layers go; None: all stay on the CPU, and no driver is asked.
 
     gpu: a number; "off"; "auto": the one with the most memory available, or none where none can be used;
@@ -193,7 +197,8 @@ def offload(handle: Any, place: Place, name: str) -> int:
     why = plan(handle, place.layers).why
     layers = check(lib.bmc_model_offload(handle, place.gpu, os.fsencode(kernels()), place.layers))
     if layers < place.layers:
-        log.warning("%s: %d of %d layers go on the GPU: %s", name, layers, place.layers, why or "the model has no more")
+        log.warning("%s: %d of %d layers go on the GPU: %s", name, layers, place.layers,
+                    why or "the model has no more")
     return layers
 
 

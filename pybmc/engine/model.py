@@ -86,7 +86,8 @@ class Model:
 
     def __init__(self, path, threads: int | None = None, progress: Progress | None = None,
                  repack: bool = True, memory: float | None = None, gpu: int | str | None = None,
-                 n_gpu_layers: int | str | None = None, stream_tokens: int | None = None, prompts: str = EXACT):
+                 n_gpu_layers: int | str | None = None, stream_tokens: int | None = None,
+                 prompts: str = EXACT):
         check_choice(gpu, n_gpu_layers, stream_tokens, prompts)
         self._begin(threads)
         self._memory = None if memory is None else checks.number("memory", memory, 0, infinite=True)
@@ -105,15 +106,16 @@ class Model:
         self.speculations: dict = {}        # the engine's: what generate() was asked for -> who guesses ..
         self.drafts: dict = {}              # .. and a path -> the draft model opened for it
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-        self._locks = defaultdict(threading.Lock)       # process id -> lock of _sessions; a forked one needs its own
-        self._long = False                              # a context beyond the training was noted
+        self._locks = defaultdict(threading.Lock)       # of _sessions, by process: a forked one has its own
+        self._long = False                  # a context beyond the training was noted
         self._gpu: Place | None = None
-        self.gpu_layers = 0                             # how many of the last layers run on a GPU
-        self.streams = False                            # whether the weights of others go there in long passes
-        self.prompt_chunk = 0                           # tokens that cuBLAS multiplies at a time; 0: prompts are exact
+        self.gpu_layers = 0                 # how many of the last layers run on a GPU
+        self.streams = False                # whether the weights of others go there in long passes
+        self.prompt_chunk = 0               # tokens that cuBLAS multiplies at a time; 0: prompts are exact
         self.threads = _thread_count(threads)
 
-    def _place(self, gpu: int | str | None, layers: int | str | None, stream_tokens: int | None, prompts: str) -> None:
+    def _place(self, gpu: int | str | None, layers: int | str | None, stream_tokens: int | None,
+               prompts: str) -> None:
         if prompts == CUBLAS and layers != 0 and asks(gpu, layers):
             take_cublas(self._handle)
         place = choose(self._handle, self.config, gpu, layers, stream_tokens != 0)
@@ -122,7 +124,8 @@ class Model:
             self.gpu_layers = offload(self._handle, place, self.path)
         if prompts == CUBLAS:
             if not self.gpu_layers:
-                raise DeviceError("prompts by cuBLAS: expected layers on a GPU (-ngl or --gpu, n_gpu_layers or gpu), found none")
+                raise DeviceError("prompts by cuBLAS: expected layers on a GPU "
+                                  "(-ngl or --gpu, n_gpu_layers or gpu), found none")
             self.prompt_chunk = CHUNK
         if place and stream_tokens != 0:
             self.streams = stream(self._handle, place, stream_tokens, self.path)
@@ -238,7 +241,8 @@ class Model:
             check(lib.bmc_model_times(handle, times))
             check(lib.bmc_model_profile(handle, 0))
             profile.calls_s, profile.passes = times.calls, times.n_passes
-            profile.steps = {ffi.string(lib.bmc_step_name(i)).decode(): s for i, s in enumerate(times.steps) if s}
+            profile.steps = {ffi.string(lib.bmc_step_name(i)).decode(): seconds
+                             for i, seconds in enumerate(times.steps) if seconds}
 
     @cached_property
     def tokenizer(self):
@@ -414,8 +418,8 @@ class _settings:
 
     def __init__(self, config: Config):
         self.pointer = c = ffi.new("bmc_config *")
-        for name in ("dim", "vocab_size", "n_ctx", "n_layers", "causal", "norm_eps", "embedding_scale", "logit_scale", "logit_softcap",
-                     "per_layer_dim", "long_rope"):
+        for name in ("dim", "vocab_size", "n_ctx", "n_layers", "causal", "norm_eps", "embedding_scale",
+                     "logit_scale", "logit_softcap", "per_layer_dim", "long_rope"):
             setattr(c, name, getattr(config, name))
         c.norm = lib.BMC_NORM_RMS if config.norm == RMS else lib.BMC_NORM_LAYER
         freqs = [np.asarray(table.freq, np.float32) for table in config.ropes]
@@ -441,7 +445,7 @@ def _tensors(roles: list[Role], mapped: bool):
         name, data = ffi.new("char[]", role.name.encode()), ffi.from_buffer(role.data)
         label = ffi.new("char[]", getattr(role.tensor, "name", role.name).encode()[:95])
         kept += [name, label, data, role.data]
-        tensor.name = label
-        tensor.role, tensor.block, tensor.expert, tensor.type, tensor.mapped = name, role.block, role.expert, role.tensor.type.id, mapped and role.mapped
+        tensor.name, tensor.role, tensor.block, tensor.expert = label, name, role.block, role.expert
+        tensor.type, tensor.mapped = role.tensor.type.id, mapped and role.mapped
         tensor.n_cols, tensor.n_rows, tensor.data = role.n_cols, role.n_rows, data
     return tensors, kept

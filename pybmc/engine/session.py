@@ -63,8 +63,8 @@ class Session:
         self._begin(model, cap, long_factors, owned(handle[0], "bmc_session_free", model_handle))
         if cap > config.n_ctx and not model._long:
             model._long = True
-            log.warning("a context of %d tokens is more than the %d that %s was trained for; text beyond gets worse",
-                        cap, config.n_ctx, model.path)
+            log.warning("a context of %d tokens is more than the %d that %s was trained for; "
+                        "text beyond gets worse", cap, config.n_ctx, model.path)
 
     def _begin(self, model: Any, cap: int, long_factors: bool, handle: Any) -> None:
         self._handle = handle
@@ -87,8 +87,9 @@ class Session:
             at = lib.bmc_session_position(handle) if position is None else checks.whole("position", position)
             fork = ffi.new("bmc_session **")
             check(lib.bmc_session_fork(handle, at, fork))
+            owner = owned(fork[0], "bmc_session_free", self.model._live())
             other = Session.__new__(Session)
-            other._begin(self.model, self.context, self.long_factors, owned(fork[0], "bmc_session_free", self.model._live()))
+            other._begin(self.model, self.context, self.long_factors, owner)
             other.saved = self.saved
         return other
 
@@ -180,7 +181,7 @@ class Session:
     def close(self) -> None:
         """Free the rows. Twice is fine. Raises BusyError while another thread uses the session."""
         user = self._user.get("thread")
-        if user and user[0] != os.getpid():             # a thread of the process that this one was forked from
+        if user and user[0] != os.getpid():             # a thread of the process that this one is a fork of
             self._handle = ffi.NULL
         if self._handle != ffi.NULL:
             with suppress(ClosedError), self._claimed(moves=False):
@@ -237,7 +238,8 @@ def eval_batch(parts: Sequence[tuple]) -> list[np.ndarray | Best | None]:
     return [result for result, _ in filled]
 
 
-def _fill(span: Any, handle: Any, session: Session, tokens: Any, want: str, last: int = 0, sampler: Sampler | None = None) -> tuple:
+def _fill(span: Any, handle: Any, session: Session, tokens: Any, want: str, last: int = 0,
+          sampler: Sampler | None = None) -> tuple:
     """A span of a claimed session. Returns where its results go, and what has to live as long as the call."""
     checks.choice("logits", want, _WANTS)
     ids, position = _ids(tokens), session.position

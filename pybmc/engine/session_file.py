@@ -194,7 +194,8 @@ def _append(session: Session, saved: Saved, handle: Any, layout: Layout, path: s
     with suppress(FileNotFoundError), _locked(path, os.O_RDWR, dir_fd) as fd:
         if not _is_at(saved, fd):
             return False
-        nothing_new = kept == saved.tokens == lib.bmc_session_position(handle) and not _snapshots(record) - known
+        position = lib.bmc_session_position(handle)
+        nothing_new = kept == saved.tokens == position and not _snapshots(record) - known
         if nothing_new and notes == saved.notes:
             return True
         try:
@@ -259,7 +260,8 @@ def _check_old(path: str, dir_fd: int | None) -> None:
 
 
 def _sync_folder(folder: str, dir_fd: int | None) -> None:
-    with suppress(OSError), _opened(folder or ".", os.O_RDONLY, dir_fd) as fd:     # not every file system has it
+    flags = os.O_RDONLY         # not every file system syncs folders
+    with suppress(OSError), _opened(folder or ".", flags, dir_fd) as fd:
         os.fsync(fd)
 
 
@@ -388,7 +390,8 @@ def load(model: Model, path: str | os.PathLike, context: int | None = None, rows
                 raise
             if n == len(records):
                 if records[-1].end < os.fstat(fd).st_size:
-                    log.warning("%s: what comes after its last whole save, of %d tokens, is cut off or damaged", path, session.position)
+                    log.warning("%s: what comes after its last whole save, of %d tokens, "
+                                "is cut off or damaged", path, session.position)
                 return session
             session.close()
             records = records[:n]

@@ -40,7 +40,8 @@ class StopStrings:
     out, and strings without a name are looked for as if it was not there.
     """
 
-    def __init__(self, strings: Iterable[str] = (), tokenizer: Tokenizer | None = None, shown: frozenset[int] = frozenset()):
+    def __init__(self, strings: Iterable[str] = (), tokenizer: Tokenizer | None = None,
+                 shown: frozenset[int] = frozenset()):
         self.strings = [strings] if isinstance(strings, str) else list(strings)
         for string in self.strings:
             if not isinstance(string, str) or not string:
@@ -48,7 +49,8 @@ class StopStrings:
         silent = tokenizer.silent_names() if self.strings and tokenizer else {}
         self.names = {id: name for id, name in silent.items()
                       if id not in shown and any(name in string for string in self.strings)}
-        self._whole = [string for string in self.strings if any(name in string for name in self.names.values())]
+        self._whole = [string for string in self.strings
+                       if any(name in string for name in self.names.values())]
         self._shown = [string for string in self.strings if string not in self._whole]
         self.found: str | None = None
         self._held: list[tuple[str, bool]] = []         # characters, and whether they are hidden
@@ -100,7 +102,8 @@ class StopStrings:
     @staticmethod
     def _partial(text: str, string: str) -> int:
         """How many characters at the end of text begin the string."""
-        return next((n for n in range(min(len(string) - 1, len(text)), 0, -1) if text.endswith(string[:n])), 0)
+        most = min(len(string) - 1, len(text))
+        return next((n for n in range(most, 0, -1) if text.endswith(string[:n])), 0)
 
 
 def _visible(chars: list[tuple[str, bool]]) -> str:
@@ -131,12 +134,13 @@ class Ending:
     end a text as well.
     """
 
-    def __init__(self, decoder: Decoder, max_tokens: float, room: float, stop_strings: StopStrings, stop_ids: frozenset[int]):
+    def __init__(self, decoder: Decoder, max_tokens: float, room: float, stop_strings: StopStrings,
+                 stop_ids: frozenset[int]):
         self.left, self.room = max_tokens, room
         self.decoder, self.stop_strings, self.stop_ids = decoder, stop_strings, stop_ids
 
-    def token(self, id: int, logprob: float, from_draft: bool = False, top: tuple[tuple[int, float], ...] = (),
-              by: str | None = None) -> Token:
+    def token(self, id: int, logprob: float, from_draft: bool = False,
+              top: tuple[tuple[int, float], ...] = (), by: str | None = None) -> Token:
         self.left, self.room = self.left - 1, self.room - 1
         ends, stop_strings = id in self.stop_ids, self.stop_strings
         name = stop_strings.names.get(id)

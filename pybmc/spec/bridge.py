@@ -80,7 +80,8 @@ class TextDrafter:
             found = theirs.eot_id if theirs.eot_id is not None else theirs.eos_id
         return [] if found is None or token == ours.bos_id else [found]
 
-    def _in_our_tokens(self, text: Sequence[int], ids: list[int], probs: list[float], k: int) -> tuple[list[int], list[float]]:
+    def _in_our_tokens(self, text: Sequence[int], ids: list[int], probs: list[float],
+                       k: int) -> tuple[list[int], list[float]]:
         """What the draft wrote after the text, cut into the target's tokens;
         each as sure as the least sure it overlaps."""
         stop = next((i for i, id in enumerate(ids) if self.theirs.is_control(id)), len(ids))
@@ -92,7 +93,8 @@ class TextDrafter:
         sure, at = [], 0
         for token in found:
             end = at + len(self.ours.piece(token))
-            sure.append(min((p for p, a, b in zip(probs, [0, *ends], ends) if a < end and b > at), default=0.0))
+            overlapped = [p for p, a, b in zip(probs, [0, *ends], ends) if a < end and b > at]
+            sure.append(min(overlapped, default=0.0))
             at = end
         last = self.ours.eot_id if self.ours.eot_id is not None else self.ours.eos_id
         if stop < len(ids) and ids[stop] in self.theirs.stop_ids and last is not None:
