@@ -204,9 +204,9 @@ class Engine:
         tokens = sequence.ids[:-1]
         return max([self.prefixes.common(tokens), *(common(tokens, s.ids) for s in self._like(sequence))])
 
-    def _may_share(self, sequence: Sequence) -> bool:
-        asked = sequence.session is None and sequence.request.reuse
-        return asked and not sequence.unscored and not sequence.bare
+    @staticmethod
+    def _may_share(s: Sequence) -> bool:
+        return s.session is None and s.request.reuse and not s.unscored and not s.bare
 
     def _like(self, sequence: Sequence) -> list[Sequence]:
         """Running sequences with such a session as it would take."""

@@ -54,8 +54,8 @@ class Room:
         """Rows that a session of n rows takes."""
         return -(-n // self.grain) * self.grain
 
-    def bytes(self, n: float, held: float = 0) -> float:
-        """What they take, where it does not have `held` of them."""
+    def bytes(self, n: float, held: float) -> float:
+        """What they take beyond `held` rows."""
         return max(self.whole(n) - held, 0) / self.grain * self.grain_bytes
 
     def held(self, s: Sequence) -> float:

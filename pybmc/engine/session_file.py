@@ -91,8 +91,13 @@ class Layout:
         n = part.end - part.start
         return n // 16 * self.tile[part.kind] if part.kind in self.tile else self.state + n * self.log
 
-    def pieces(self, part: Part) -> Iterator[Part]:
-        """A part in parts of about PIECE bytes, as far as it can be cut."""
+    def pieces(self, parts: list[Part]) -> Iterator[tuple[Part, memoryview]]:
+        """Parts in parts of about PIECE bytes, as far as they can be cut, with room for each: the same."""
+        pieces = [piece for part in parts for piece in self._cut(part)]
+        room = memoryview(bytearray(max(map(self.size, pieces), default=0)))
+        return ((piece, room[:self.size(piece)]) for piece in pieces)
+
+    def _cut(self, part: Part) -> Iterator[Part]:
         step = part.end - part.start + 1
         if part.kind in self.tile:
             step = max(1, PIECE // max(self.tile[part.kind], 1)) * 16
@@ -269,13 +274,10 @@ def _write_record(fd: int, handle: Any, layout: Layout, record: Record, at: int,
     front = record.front(layout)
     _write(fd, front + CRC.pack(crc32(front, checksum)), at)
     record.at = at = at + len(front) + CRC.size
-    buffer, checksum = _buffer(record, layout), 0
-    for part in record.parts:
-        for piece in layout.pieces(part):
-            view = memoryview(buffer)[:layout.size(piece)]
-            check(lib.bmc_session_export(handle, _native(piece), ffi.from_buffer(view), len(view)))
-            checksum = crc32(view, checksum)
-            at = _write(fd, view, at)
+    checksum = 0
+    for piece, view in layout.pieces(record.parts):
+        check(lib.bmc_session_export(handle, _native(piece), ffi.from_buffer(view), len(view)))
+        at, checksum = _write(fd, view, at), crc32(view, checksum)
     record.checksum, record.end = checksum, _write(fd, CRC.pack(checksum), at)
 
 
@@ -288,12 +290,6 @@ def _write(fd: int, data: bytes | memoryview, at: int) -> int:
     return at
 
 
-def _buffer(record: Record, layout: Layout) -> bytearray:
-    """Room for any piece of a record."""
-    pieces = (piece for part in record.parts for piece in layout.pieces(part))
-    return bytearray(max(map(layout.size, pieces), default=0))
-
-
 def _native(part: Part) -> Any:
     kind = lib.BMC_PART_STATES if part.kind == BOTH else part.kind
     return ffi.new("bmc_part *", (kind, part.start, part.end))
@@ -304,9 +300,12 @@ def _native(part: Part) -> Any:
 
 def _described(session: Session, layout: Layout) -> dict:
     """What a file says of the model. Sessions fit where all but the name is the same."""
-    model = session.model
-    return {"name": Path(model.path).name, "arch": model.config.arch, "fingerprint": model.fingerprint,
-            "long_factors": session.long_factors, "kv_type": "f16", "layout": layout.numbers}
+    return _identity(session.model) | {"long_factors": session.long_factors, "kv_type": "f16",
+                                       "layout": layout.numbers}
+
+
+def _identity(model: Model) -> dict:
+    return {"name": Path(model.path).name, "arch": model.config.arch, "fingerprint": model.fingerprint}
 
 
 def _opening(described: dict) -> bytes:
@@ -345,9 +344,9 @@ def _decoded(data: bytes, path: str) -> Any:
 
 def _check_model(path: str, found: dict, model: Model) -> None:
     """Raise FormatError where a file holds a session of another model."""
-    wanted = {"name": Path(model.path).name, "arch": model.config.arch, "fingerprint": model.fingerprint}
     if found.get("fingerprint") != model.fingerprint:
-        raise FormatError(f"{path}: expected a session of {_named(wanted)}, found one of {_named(found)}")
+        wanted = _named(_identity(model))
+        raise FormatError(f"{path}: expected a session of {wanted}, found one of {_named(found)}")
 
 
 def _check_kind(path: str, found: dict, session: Session, layout: Layout) -> None:
@@ -461,15 +460,13 @@ def _read_parts(fd: int, handle: Any, layout: Layout, record: Record, last: bool
     not theirs."""
     if not record.is_whole(layout) or record.bytes(layout) != record.end - record.at - CRC.size:
         raise ArgumentError(f"its rows and states are not those of {record.kept + len(record.tokens)} tokens")
-    buffer, at, checksum = _buffer(record, layout), record.at, 0
-    for part in record.parts:
-        for piece in layout.pieces(part):
-            view = memoryview(buffer)[:layout.size(piece)]
-            _read_into(fd, view, at)
-            at, checksum = at + len(view), crc32(view, checksum)
-            if part.kind != lib.BMC_PART_STATES or last:
-                check(lib.bmc_session_import(handle, _native(piece), ffi.from_buffer(view), len(view)))
-        if part.kind == BOTH:
+    at, checksum = record.at, 0
+    for piece, view in layout.pieces(record.parts):
+        _read_into(fd, view, at)
+        at, checksum = at + len(view), crc32(view, checksum)
+        if piece.kind != lib.BMC_PART_STATES or last:
+            check(lib.bmc_session_import(handle, _native(piece), ffi.from_buffer(view), len(view)))
+        if piece.kind == BOTH:              # states are one piece
             check(lib.bmc_session_snapshot(handle))
     return checksum == record.checksum
 
