@@ -254,10 +254,13 @@ class Model:
         """The embedding of each text, float32 (n, values).
 
         inputs: a text, or a list of texts or of lists of token ids. Texts get the tokens that the file puts
-        around them. normalize: to length 1. pooling: how the vectors of a text's tokens become one: "mean",
-        "first", "last", "rank" (the scores of a reranker, which are not normalized) or "none" (all of them: a
-        list of arrays, a vector for each token); None: the file's, else the mean. dimensions: the first
-        values only, of models trained for that. progress is called with the tokens done and those in all.
+        around them.
+        normalize: to length 1.
+        pooling: how the vectors of a text's tokens become one: "mean", "first", "last", "rank" (the scores of
+        a reranker, which are not normalized) or "none" (all of them: a list of arrays, a vector for each
+        token); None: the file's, else the mean.
+        dimensions: the first values only, of models trained for that.
+        progress: called with the tokens done and those in all.
 
         A vector does not depend on the texts beside it. Raises ArgumentError for a text that is too long or
         has no tokens.

@@ -126,15 +126,21 @@ class Session:
              sampler: Sampler | None = None) -> np.ndarray | Best | None:
         """Evaluate tokens after the ones before.
 
-        logits: "last" gives float32 (vocab_size,) of the last token, "all" (len(tokens), vocab_size),
-        "argmax" the best next id of each token, int32 (len(tokens),), "best" those with their
-        log-probabilities (Best), "none" None. "hidden" gives what the head would read, after the last norm,
-        float32 (len(tokens), dim); "first hidden" and "last hidden" that of one token, (dim,). An encoder
-        gives nothing else, and reads a text in one call, in an empty session. What the numbers are does not
-        depend on how tokens are cut into calls. sampler: "argmax" and "best" are what it chooses, and the
-        model's log-probabilities of that. last: 0, or how many last rows attention sees, besides the first
-        256. Raises ArgumentError, ContextFullError beyond the cap, OutOfMemoryError; then nothing has
-        changed.
+        logits: what comes back:
+            "last"          float32 (vocab_size,), of the last token
+            "all"           float32 (len(tokens), vocab_size)
+            "argmax"        the best next id of each token, int32 (len(tokens),)
+            "best"          those with their log-probabilities, a Best
+            "hidden"        what the head would read, after the last norm, float32 (len(tokens), dim)
+            "first hidden"  that of the first token, (dim,)
+            "last hidden"   that of the last
+            "none"          None
+        An encoder gives hidden states only, and reads a text in one call, in an empty session.
+        last: 0, or how many last rows attention sees, besides the first 256.
+        sampler: "argmax" and "best" are what it chooses, and the model's log-probabilities of that.
+
+        What the numbers are does not depend on how tokens are cut into calls. Raises ArgumentError,
+        ContextFullError beyond the cap, OutOfMemoryError; then nothing has changed.
         """
         span = ffi.new("bmc_span *")
         with self._claimed() as handle:

@@ -10,14 +10,14 @@ from ..tokenizers import Tokenizer
 
 
 class Token(NamedTuple):
-    """One token of an answer. text is what became certain with it:
-    it may be empty, or end an earlier token's.
+    """One token of an answer.
 
-    logprob is the model's own, before settings, unless the request wants it as drawn; top holds the likeliest
-    (id, logprob) where they were asked for.
-    finish_reason is set on the last token: "stop" (the model ended, or a stop string was found), "length"
-    (max_tokens) or "context" (no room for more). by: who guessed it: "draft" (a model or a head), "ngram",
-    "self" or "schema" (a token that the schema forces).
+    text: what became certain with it: it may be empty, or end an earlier token's.
+    logprob: the model's own, before settings, unless the request wants it as drawn.
+    finish_reason: of the last token: "stop" (the model ended, or a stop string was found), "length"
+    (max_tokens) or "context" (no room for more).
+    top: the likeliest (id, logprob), where they were asked for.
+    by: who guessed it: "draft" (a model or a head), "ngram", "self" or "schema" (which forces it).
     """
 
     id: int

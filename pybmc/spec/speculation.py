@@ -32,12 +32,17 @@ class Speculation:
     """Who guesses for the sequences of a model, and what was learned of costs and of guesses;
     shared by all of them.
 
-    draft: a smaller Model, or None. spec: who guesses: "draft", "mtp" (the draft head in the model's file),
-    "ngram" (repetitions in the text), "auto" (repetitions, and the draft model if there is one, else the
-    draft head if the file has one), "self" (the model itself with less attention: in long texts) or "off".
-    most and least bound the guesses in a pass; fixed is how many there are in every pass, for proofs and
-    comparisons: 0 means as many as pay. A draft whose vocabulary cannot be compared is left out with a
-    warning. Raises ArgumentError.
+    draft: a smaller Model, or None. One whose vocabulary cannot be compared is left out with a warning.
+    spec: who guesses:
+        "draft"     the draft model
+        "mtp"       the draft head in the model's file
+        "ngram"     repetitions in the text
+        "self"      the model itself with less attention: in long texts
+        "auto"      repetitions, and the draft model if there is one, else the draft head if there is one
+        "off"       nobody
+    most, least: bounds on the guesses in a pass.
+    fixed: how many there are in every pass, for proofs and comparisons; 0: as many as pay.
+    Raises ArgumentError.
     """
 
     def __init__(self, model: Model, draft: Model | None = None, spec: str = "auto", most: int = 16,
