@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -32,6 +33,8 @@ def replace(path: Path | None, text: str) -> bool:
         draft.write_text(text, encoding="utf-8")
         os.replace(draft, path)
     except OSError:
+        with suppress(OSError):
+            draft.unlink()
         return False
     return True
 
