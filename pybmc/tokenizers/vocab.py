@@ -128,7 +128,7 @@ class Vocabulary:
         types = np.full(self.size, NORMAL, np.int32)
         for name, kind in (("bos", CONTROL), ("eos", CONTROL), ("unknown", UNKNOWN)):
             id = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
-            if isinstance(id, int) and id < self.size:
+            if isinstance(id, int) and 0 <= id < self.size:
                 types[id] = kind
         return types
 
