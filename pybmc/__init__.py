@@ -35,8 +35,8 @@ _HOMES = {
     "Request": "engine.request",
     "Grammar": "grammar",
     "Speculation": "spec",
-    **dict.fromkeys(("Llama", "LlamaGrammar", "LlamaPromptLookupDecoding", "LlamaRAMCache", "LogitsProcessorList",
-                     "StoppingCriteriaList"), "llama"),
+    **dict.fromkeys(("Llama", "LlamaGrammar", "LlamaPromptLookupDecoding", "LlamaRAMCache",
+                     "LogitsProcessorList", "StoppingCriteriaList"), "llama"),
 }
 
 __all__ = [*_HOMES, "demo_model", "ArgumentError", "BmcError", "BusyError", "ClosedError", "ContextFullError",

@@ -13,7 +13,15 @@ from typing import Any
 import numpy as np
 from cffi import FFI
 
-from .errors import ArgumentError, BmcError, BusyError, ContextFullError, DeviceError, FormatError, OutOfMemoryError
+from .errors import (
+    ArgumentError,
+    BmcError,
+    BusyError,
+    ContextFullError,
+    DeviceError,
+    FormatError,
+    OutOfMemoryError,
+)
 
 _HERE = Path(__file__).parent
 _LIBRARY = _HERE / ("libpybmc.dylib" if sys.platform == "darwin" else "libpybmc.so")
@@ -49,7 +57,8 @@ def _load(ffi: FFI):
     except (OSError, AttributeError) as error:
         raise BmcError(f"the C library does not load: {error}; run make, or install pybmc again") from error
     if version != lib.BMC_VERSION:
-        raise BmcError(f"{_LIBRARY} has version {version}, pybmc needs {lib.BMC_VERSION}; run make, or install pybmc again")
+        raise BmcError(f"{_LIBRARY} has version {version}, pybmc needs {lib.BMC_VERSION}; "
+                       "run make, or install pybmc again")
     return lib
 
 
@@ -57,8 +66,9 @@ ffi = FFI()
 _declared: set[Path] = set()
 declare(_header())
 lib = _load(ffi)
-if hasattr(os, "register_at_fork"):     # cffi locks its tables of names: a child must not begin while another thread holds them
-    os.register_at_fork(before=ffi._lock.acquire, after_in_parent=ffi._lock.release, after_in_child=ffi._lock.release)
+if hasattr(os, "register_at_fork"):     # a child must not begin while another thread holds cffi's lock
+    os.register_at_fork(before=ffi._lock.acquire, after_in_parent=ffi._lock.release,
+                        after_in_child=ffi._lock.release)
 
 ERRORS = {
     lib.BMC_EINVAL: ArgumentError,
@@ -89,8 +99,9 @@ def raise_status(status: int, text: str) -> None:
 
 
 def owned(handle, free: str, kept=None):
-    """A handle that is freed, and after it what it needs, when nobody uses it: a close() leaves a call beside it whole."""
-    freeing: Any = partial(getattr(lib, free))      # no function of Python's: an interrupt would be raised in it, and lost
+    """A handle that is freed, and after it what it needs, when nobody uses it:
+    a close() leaves a call beside it whole."""
+    freeing: Any = partial(getattr(lib, free))      # in a function of Python's an interrupt would be lost
     freeing.kept = lib, kept                        # lib: at exit it would go first
     return ffi.gc(handle, freeing)
 
@@ -98,8 +109,8 @@ def owned(handle, free: str, kept=None):
 def as_array(x, dtype, shape=None, name="array") -> np.ndarray:
     """Return x as a C-contiguous array of dtype, itself where it is one already.
 
-    shape is a tuple in which None stands for any length. Integers that dtype cannot hold, floats where integers
-    belong and other kinds of values raise ArgumentError.
+    shape is a tuple in which None stands for any length. Integers that dtype cannot hold, floats where
+    integers belong and other kinds of values raise ArgumentError.
     """
     dtype = np.dtype(dtype)
     try:
@@ -127,15 +138,17 @@ def pointer(array: np.ndarray):
 
 
 _CTYPES = {np.dtype(name).char: ffi.typeof(f"{ctype}[]") for name, ctype in
-           (("f4", "float"), ("f8", "double"), ("i4", "int32_t"), ("i8", "int64_t"), ("u1", "uint8_t"), ("u2", "uint16_t"),
-            ("u4", "uint32_t"))}
+           (("f4", "float"), ("f8", "double"), ("i4", "int32_t"), ("i8", "int64_t"),
+            ("u1", "uint8_t"), ("u2", "uint16_t"), ("u4", "uint32_t"))}
 
 
 def _spell(shape) -> str:
-    return "(" + ", ".join("n" if n is None else str(n) for n in shape) + ("," if len(shape) == 1 else "") + ")"
+    lengths = ", ".join("n" if n is None else str(n) for n in shape)
+    return f"({lengths},)" if len(shape) == 1 else f"({lengths})"
 
 
 def cpu_levels() -> list[str]:
-    """The instruction sets of this CPU that there are kernels for, "ref" first: what PYBMC_CPU can name here."""
+    """The instruction sets of this CPU that there are kernels for, "ref" first:
+    what PYBMC_CPU can name here."""
     names = takewhile(lambda name: name != ffi.NULL, map(lib.bmc_cpu_level, count()))
     return [ffi.string(name).decode() for name in names]

@@ -4,12 +4,13 @@ import hashlib
 import json
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 
 def user_folder(variable: str, default: str) -> Path | None:
-    """pybmc's own folder in the one that an environment variable names, else in the home directory. None where there
-    is neither: a user of a container may have no entry in the password file."""
+    """pybmc's own folder in the one that an environment variable names, else in the home directory. None
+    where there is neither: a user of a container may have no entry in the password file."""
     named = os.environ.get(variable)
     try:
         return (Path(named) if named else Path.home() / default) / "pybmc"
@@ -32,6 +33,8 @@ def replace(path: Path | None, text: str) -> bool:
         draft.write_text(text, encoding="utf-8")
         os.replace(draft, path)
     except OSError:
+        with suppress(OSError):
+            draft.unlink()
         return False
     return True
 

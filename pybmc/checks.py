@@ -1,5 +1,5 @@
-"""Checks of arguments. Each returns the value as a plain Python one, or raises an ArgumentError that names the
-argument, what was expected and what was found."""
+"""Checks of arguments. Each returns the value as a plain Python one, or raises an ArgumentError that names
+the argument, what was expected and what was found."""
 
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ def ids(name: str, value, size: int | None = None) -> list[int]:
 
 
 def settings(given: Iterable[str], known: Iterable[str], arguments: Iterable[str] = ()) -> None:
-    """Refuse an unknown setting, and name the nearest one. arguments: other names that could have been meant."""
+    """Refuse an unknown setting, and name the nearest one.
+    arguments: other names that could have been meant."""
     known = list(known)
     for name in given:
         if name not in known:
@@ -96,7 +97,8 @@ def _index(value) -> int | None:
     except TypeError:
         if not isinstance(value, Real):
             return None
-        return int(value) if abs(value) < inf and value == int(value) else None     # type: ignore[operator, call-overload]
+        whole = abs(value) < inf and value == int(value)        # type: ignore[operator, call-overload]
+        return int(value) if whole else None                    # type: ignore[call-overload]
 
 
 def _id(name: str, value) -> int:

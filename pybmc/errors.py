@@ -1,4 +1,5 @@
-"""What can go wrong. Every exception of pybmc is a BmcError and, where Python has one, the natural builtin."""
+"""What can go wrong. Every exception of pybmc is a BmcError and, where Python has one,
+the natural builtin."""
 
 
 class BmcError(Exception):
@@ -45,7 +46,7 @@ class DeviceError(BmcError, RuntimeError):
     """The GPU or its driver is missing, or failed."""
 
 
-# What pip installs for each extra of pyproject.toml. It is not "pybmc[..]": a project of that name on PyPI is another one.
+# What pip installs for each extra of pyproject.toml. It is not "pybmc[..]": on PyPI that is another project.
 EXTRAS = {
     "chat": "prompt_toolkit",
     "hub": "huggingface-hub",

@@ -16,8 +16,8 @@ ROWS_SHOWN = 4096                       # tokens of context that the estimate of
 
 
 def describe(path) -> dict:
-    """The facts about a file, as `pybmc show --json` prints them. Raises FormatError where it is no sound GGUF. path may be
-    an open GGUF, which is closed."""
+    """The facts about a file, as `pybmc show --json` prints them. Raises FormatError where it is no sound
+    GGUF. path may be an open GGUF, which is closed."""
     with path if isinstance(path, GGUF) else GGUF(path) as file:
         def text(key):
             return value if isinstance(value := file.metadata.get(key), str) else None
@@ -25,8 +25,8 @@ def describe(path) -> dict:
         arch, tokens = text("general.architecture"), file.metadata.get("tokenizer.ggml.tokens")
         context = file.metadata.get(f"{arch}.context_length")
         info = {
-            "path": str(file.path), "bytes": file.size, "files": len(file.paths), "gguf_version": file.version,
-            "architecture": arch, "name": text("general.name"),
+            "path": str(file.path), "bytes": file.size, "files": len(file.paths),
+            "gguf_version": file.version, "architecture": arch, "name": text("general.name"),
             "parameters": sum(math.prod(t.shape) for t in file.tensors.values() if _is_weight(t.name)),
             "tensors": len(file.tensors), "types": _types(file),
             "context": context if isinstance(context, int) else None,
@@ -38,8 +38,8 @@ def describe(path) -> dict:
 
 
 def describe_gpus(path) -> list[dict]:
-    """What the model takes on each GPU of this machine, whole and as many layers of it as fit. Raises FormatError, and DeviceError where
-    there is no driver."""
+    """What the model takes on each GPU of this machine, whole and as many layers of it as fit. Raises
+    FormatError, and DeviceError where there is no driver."""
     with GGUF(path) as file:
         config = read_config(file)
         handle, rows = bound(file, config, 1), min(config.n_ctx, ROWS_SHOWN)
@@ -49,21 +49,27 @@ def describe_gpus(path) -> list[dict]:
 def _on_gpu(gpu: GPU, handle, config, rows: int) -> dict:
     whole, most = plan(handle, config.n_layers), fitting(handle, config, gpu.available)
     streams = most.stream_bytes if fits(most, config, gpu.available, True) else 0
-    return vars(gpu) | {"layers": config.n_layers, "layers_that_can_run": whole.layers, "why_not_more": whole.why or None,
-                        "memory_bytes": whole.bytes(rows), "memory_context": rows,
-                        "layers_that_fit": most.layers, "fitting_bytes": most.bytes(rows) if most.layers or streams else 0,
-                        "stream_bytes": streams}
+    return vars(gpu) | {
+        "layers": config.n_layers,
+        "layers_that_can_run": whole.layers, "why_not_more": whole.why or None,
+        "memory_bytes": whole.bytes(rows), "memory_context": rows,
+        "layers_that_fit": most.layers,
+        "fitting_bytes": most.bytes(rows) if most.layers or streams else 0,
+        "stream_bytes": streams}
 
 
 def gpu_lines(found: list[dict]) -> list[tuple[str, str]]:
     """The same for people."""
     out = []
     for gpu in found:
-        out.append((f"GPU {gpu['index']}", f"{gpu['name']}, {size(gpu['available'])} of {size(gpu['memory'])} available, capability {gpu['capability']}"))
+        out.append((f"GPU {gpu['index']}",
+                    f"{gpu['name']}, {size(gpu['available'])} of {size(gpu['memory'])} available, "
+                    f"capability {gpu['capability']}"))
         why = f" ({gpu['why_not_more']})" if gpu["why_not_more"] else ""
         out.append(("", f"{gpu['layers_that_can_run']} of {gpu['layers']} layers can run there{why}: "
                         f"{size(gpu['memory_bytes'])} with {gpu['memory_context']} tokens of context"))
-        through = f", {size(gpu['stream_bytes'])} of it for prompts over the other layers" if gpu["stream_bytes"] else ""
+        streams = gpu["stream_bytes"]
+        through = f", {size(streams)} of it for prompts over the other layers" if streams else ""
         out.append(("", f"{gpu['layers_that_fit']} fit: {size(gpu['fitting_bytes'])}{through}"))
     return [(label, printable(text)) for label, text in out or [("GPU", "the driver has none")]]
 
@@ -87,15 +93,18 @@ def _types(file: GGUF) -> dict:
 
 def _verdict(file: GGUF) -> dict:
     """Shape, memory, and whether pybmc runs it; why_not is the sentence that loading it would fail with."""
-    facts = dict.fromkeys(("layers", "blocks", "experts", "dim", "hidden_dim", "heads", "kv_heads", "head_dim",
-                           "kv_bytes_per_token", "memory_bytes", "memory_context", "causal", "pooling", "draft_head"))
+    facts = dict.fromkeys(("layers", "blocks", "experts", "dim", "hidden_dim", "heads", "kv_heads",
+                           "head_dim", "kv_bytes_per_token", "memory_bytes", "memory_context",
+                           "causal", "pooling", "draft_head"))
     try:
         config = read_config(file)
         rows = min(config.n_ctx, ROWS_SHOWN)
         weights = sum(t.nbytes for t in file.tensors.values())
         experts = next((block for _, block in config.blocks if isinstance(block, Experts)), None)
-        facts |= {"layers": config.n_layers, "blocks": dict(Counter(block.kind.lower().replace("_", " ") for _, block in config.blocks)),
-                  "experts": [experts.n_active, experts.n_experts] if experts else None, "dim": config.dim, "hidden_dim": config.hidden_dim,
+        kinds = Counter(block.kind.lower().replace("_", " ") for _, block in config.blocks)
+        facts |= {"layers": config.n_layers, "blocks": dict(kinds),
+                  "experts": [experts.n_active, experts.n_experts] if experts else None,
+                  "dim": config.dim, "hidden_dim": config.hidden_dim,
                   "heads": config.n_heads, "kv_heads": config.n_kv_heads, "head_dim": config.head_dim,
                   "kv_bytes_per_token": config.kv_row_bytes,
                   "memory_bytes": weights + rows * config.kv_row_bytes, "memory_context": rows,
@@ -108,9 +117,11 @@ def _verdict(file: GGUF) -> dict:
 
 
 def lines(info: dict) -> list[tuple[str, str]]:
-    """The facts as (label, text) pairs, for people. Each stays on its line, whatever characters the file has."""
+    """The facts as (label, text) pairs, for people. Each stays on its line,
+    whatever characters the file has."""
     yes = {True: "yes", False: "no"}
-    out = [("file", f"{info['path']}, {size(info['bytes'])}" + f" in {info['files']} parts" * (info["files"] > 1)),
+    parts = f" in {info['files']} parts" if info["files"] > 1 else ""
+    out = [("file", f"{info['path']}, {size(info['bytes'])}{parts}"),
            ("name", info["name"] or "-"),
            ("architecture", str(info["architecture"])),
            ("parameters", count(info["parameters"]))]
@@ -120,7 +131,8 @@ def lines(info: dict) -> list[tuple[str, str]]:
     if info["blocks"]:
         active = " ({} of {} for a token)".format(*info["experts"]) if info["experts"] else ""
         out.append(("blocks", ", ".join(f"{n} {kind}" for kind, n in info["blocks"].items()) + active))
-    out.append(("types", ", ".join(f"{name} {entry['share']:.1%}" for name, entry in info["types"].items()) or "-"))
+    shares = (f"{name} {entry['share']:.1%}" for name, entry in info["types"].items())
+    out.append(("types", ", ".join(shares) or "-"))
     tokenizer = info["tokenizer"]
     kind = " ".join(str(t) for t in (tokenizer["model"], tokenizer["pre"]) if t) or "none"
     out.append(("tokenizer", f"{kind}, {tokenizer['tokens']} tokens"))
@@ -128,12 +140,14 @@ def lines(info: dict) -> list[tuple[str, str]]:
     out.append(("chat template", yes[info["chat_template"]]))
     if info["kv_bytes_per_token"]:
         out.append(("KV cache", f"{size(info['kv_bytes_per_token'])} a token"))
-        out.append(("memory", f"about {size(info['memory_bytes'])} with {info['memory_context']} tokens of context"))
+        out.append(("memory", f"about {size(info['memory_bytes'])} "
+                              f"with {info['memory_context']} tokens of context"))
     if info["draft_head"]:
         out.append(("draft head", "yes"))
     if info["causal"] is False or info["pooling"] not in (None, "none"):
         kind = {"none": "none, the mean is taken"}.get(info["pooling"], info["pooling"])
-        out.append(("embeddings", f"pooling {kind}" + "; an encoder, which writes no text" * (not info["causal"])))
+        encoder = "" if info["causal"] else "; an encoder, which writes no text"
+        out.append(("embeddings", f"pooling {kind}{encoder}"))
     out.append(("runs", "yes" if info["runs"] else f"no: {info['why_not']}"))
     return [(label, printable(text)) for label, text in out]
 

@@ -558,6 +558,17 @@ def test_what_cannot_be_kept_is_no_failure(monkeypatch, tmp_path):
     assert cache.replace(path, "kept") and path.is_relative_to(tmp_path) and path.read_text() == "kept"
 
 
+def test_what_cannot_be_kept_leaves_no_file(monkeypatch, tmp_path):
+    from pybmc import cache
+
+    def full(self, text, encoding):
+        self.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    assert not cache.replace(tmp_path / "pair.json", "kept") and not list(tmp_path.iterdir())
+
+
 def test_ctrl_c_exits_with_130(path):
     process = pybmc_process("bench", path, "-p", "64", "-n", "", "-b", "", "-r", "1000000", "-t", "1",
                             stdout=subprocess.PIPE, start_new_session=True)

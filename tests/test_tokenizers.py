@@ -554,6 +554,13 @@ def test_wrong_vocabularies(load, metadata, message):
         load(metadata)
 
 
+@pytest.mark.parametrize("id", [-1, -600, -601, 600, 1 << 40])
+def test_ids_beyond_a_vocabulary_without_types_mark_no_token(load, caplog, id):
+    tokenizer = load(bpe(token_type=None, bos_token_id=id))
+    assert not tokenizer.is_control(599) and not tokenizer.is_control(0)
+    assert f"bos_token_id is {id}, the vocabulary has 600 tokens" in caplog.text
+
+
 def test_vocabularies_that_lack_something(load, caplog):
     """What llama.cpp takes, with its meaning."""
     text = "the mill ½"

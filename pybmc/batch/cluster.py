@@ -1,5 +1,5 @@
-"""A batch over Ray Data: an actor with an engine on each node. A task whose worker is killed runs again elsewhere, and gives
-the same answers."""
+"""A batch over Ray Data: an actor with an engine on each node. A task whose worker is killed runs again
+elsewhere, and gives the same answers."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ class Actor:
         self.worker = Worker(opened[0], draft=opened[1], **options)
 
     def __call__(self, batch: dict) -> dict:
-        lines = [Line(int(number), str(key), bytes(data)) for number, key, data in zip(batch["number"], batch["key"], batch["data"])]
+        lines = [Line(int(number), str(key), bytes(data))
+                 for number, key, data in zip(batch["number"], batch["key"], batch["data"])]
         return {"answer": [written(answer) for answer in self.worker.answers(lines)]}
 
 
-def answers(lines: Iterable[Line], address: str, path: str, draft: str | None, threads: int | None, options: dict) -> Iterator[dict]:
+def answers(lines: Iterable[Line], address: str, path: str, draft: str | None, threads: int | None,
+            options: dict) -> Iterator[dict]:
     """As Worker.answers(), from a Ray cluster. The model and draft are names that each node resolves."""
     try:
         import ray
@@ -57,9 +59,11 @@ def _answers(ray, lines: Iterable[Line], arguments: tuple) -> Iterator[dict]:
     context.execution_options.preserve_order = True
     context.enable_progress_bars = False
     size = TASK * arguments[-1]["parallel"]
-    cpus = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
+    cpus = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    cpus = [n for n in cpus if n >= 1]
     data = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // size))
-    actors = ray.data.ActorPoolStrategy(size=len(cpus))         # Ray Data restarts those that die, and repeats their tasks
-    done = data.map_batches(Actor, fn_constructor_args=arguments, batch_size=size, compute=actors, num_cpus=min(cpus))
+    actors = ray.data.ActorPoolStrategy(size=len(cpus))         # Ray restarts those that die, and their tasks
+    done = data.map_batches(Actor, fn_constructor_args=arguments, batch_size=size,
+                            compute=actors, num_cpus=min(cpus))
     for row in done.iter_rows():
         yield json.loads(row["answer"])

@@ -14,12 +14,14 @@ from .. import checks
 from ..errors import ArgumentError, BmcError, printable
 from ..grammar.asked import FIELDS
 
-CHAT = ("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "reasoning_budget")      # beside messages
-ALSO = ("id", "prompt", "messages", "max_tokens", "stop", "chat_template_kwargs", *CHAT, *FIELDS)       # beside a Sampler's settings
+# Fields beside messages; fields of a line beside a Sampler's settings.
+CHAT = ("tools", "tool_choice", "parallel_tool_calls", "functions", "function_call", "reasoning_budget")
+ALSO = ("id", "prompt", "messages", "max_tokens", "stop", "chat_template_kwargs", *CHAT, *FIELDS)
 
 
 class Line(NamedTuple):
-    """A line of the input that is not blank. number: counted from 0; key: a digest of it and of the run's settings."""
+    """A line of the input that is not blank. number: counted from 0;
+    key: a digest of it and of the run's settings."""
 
     number: int
     key: str
@@ -55,13 +57,15 @@ def parsed(line: Line, known: tuple[str, ...]) -> dict:
     except RecursionError:
         raise ArgumentError("expected a JSON object, found one that is nested too deeply") from None
     except ValueError as error:
-        raise ArgumentError(f"expected a JSON object, found {printable(repr(line.data[:60]))}: {error}") from None
+        data = printable(repr(line.data[:60]))
+        raise ArgumentError(f"expected a JSON object, found {data}: {error}") from None
     if not isinstance(found, dict):
         checks.refuse("the line", "a JSON object", found)
     found = {name: value for name, value in found.items() if value is not None}
     checks.settings(found, (*ALSO, *known))
     if ("prompt" in found) == ("messages" in found):
-        raise ArgumentError(f"expected prompt or messages, found {'both' if 'prompt' in found else 'neither'}")
+        there = "both" if "prompt" in found else "neither"
+        raise ArgumentError(f"expected prompt or messages, found {there}")
     return found
 
 
@@ -90,8 +94,8 @@ def _id_of(line: Line) -> dict:
 
 
 class Output:
-    """The file of answers, in the order of the input. done: how many it holds, failed of them with an error; a part of a line at its end, which a killed
-    run left, is cut off. One process at a time writes it."""
+    """The file of answers, in the order of the input. done: how many it holds, failed of them with an error;
+    a part of a line at its end, which a killed run left, is cut off. One process at a time writes it."""
 
     def __init__(self, path: Path, source: Path, settings: dict):
         self.done = self.failed = 0     # answers, and those that are errors
@@ -129,8 +133,9 @@ class Output:
                                 f"{printable(repr(data[:60]))}; name another file") from None
         if line is None or found != line.key:
             what = "no such line" if line is None else f"one with key {line.key}"
-            raise ArgumentError(f"{path}, line {self.done + 1} answers {printable(repr(found), 40)}, the input has {what}: it was changed, "
-                                "or the settings were; name another file")
+            raise ArgumentError(f"{path}, line {self.done + 1} answers {printable(repr(found), 40)}, "
+                                f"the input has {what}: it was changed, or the settings were; "
+                                "name another file")
         self.failed += "error" in answer
 
     def write(self, answer: dict) -> None:

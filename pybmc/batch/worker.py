@@ -26,7 +26,7 @@ from ..grammar.asked import asked as wished
 from ..grammar.asked import grammar_asked
 from .lines import CHAT, Line, failure, parsed
 
-AHEAD = 16                              # lines that are begun before the oldest is done, for each that is written at a time
+AHEAD = 16                              # lines begun before the oldest is done, for each written at a time
 
 
 @dataclass
@@ -43,8 +43,8 @@ class _Job:
             return failure(self.line, sequence.error)
         stats, text, calls = sequence.stats, *self._read()
         reason = self.tokens[-1].finish_reason if self.tokens else "length"
-        return {"index": self.line.number, **({"id": self.asked["id"]} if "id" in self.asked else {}), "key": self.line.key,
-                "text": text, **({"tool_calls": calls} if calls else {}),
+        return {"index": self.line.number, **({"id": self.asked["id"]} if "id" in self.asked else {}),
+                "key": self.line.key, "text": text, **({"tool_calls": calls} if calls else {}),
                 "finish_reason": "tool_calls" if calls and reason == "stop" else reason, "seed": self.seed,
                 "prompt_tokens": stats.prompt_tokens, "completion_tokens": stats.predicted_tokens,
                 **({"schema_ignored": list(self.ignored)} if self.ignored else {})}
@@ -65,7 +65,8 @@ class _Job:
 
 
 class Worker:
-    """A model and an engine that answer lines. settings: a line's, unless it has its own. context: a cap on each one's rows.
+    """A model and an engine that answer lines. settings: a line's, unless it has its own.
+    context: a cap on each one's rows.
 
     seed: of a line without one; None gives each a new one.
     """
@@ -81,9 +82,9 @@ class Worker:
         running: dict[Sequence, _Job] = {}
         begun: list[int] = []           # numbers in order
         ready: dict[int, dict] = {}     # answers by number
-        more = True
+        more, parallel = True, self.engine.parallel
         while more or begun:
-            while more and len(running) < 2 * self.engine.parallel and len(begun) < AHEAD * self.engine.parallel:
+            while more and len(running) < 2 * parallel and len(begun) < AHEAD * parallel:
                 line = next(lines, None)
                 more = line is not None
                 if line is not None:
@@ -111,7 +112,8 @@ class Worker:
         fields["context"] = self.context
         if "messages" in asked:
             turn = self._turn(asked)
-            return Request(turn.tokens, schema=turn.schema(), shown=turn.shown, **fields), turn.reader(), turn.ignored
+            request = Request(turn.tokens, schema=turn.schema(), shown=turn.shown, **fields)
+            return request, turn.reader(), turn.ignored
         for name in (*CHAT, "chat_template_kwargs"):
             if name in asked:
                 raise ArgumentError(f"{name}: expected messages beside it, found a prompt")
@@ -125,7 +127,8 @@ class Worker:
             self._template = template_of(None, self.model.tokenizer)
         if not isinstance(asked["messages"], list) or not asked["messages"]:
             checks.refuse("messages", "a list of messages", asked["messages"])
-        tools = tools_of(asked.get("tools"), asked.get("tool_choice"), asked.get("parallel_tool_calls", True) is not False,
+        several = asked.get("parallel_tool_calls", True) is not False
+        tools = tools_of(asked.get("tools"), asked.get("tool_choice"), several,
                          asked.get("functions"), asked.get("function_call"))
         budget = checks.whole("reasoning_budget", asked.get("reasoning_budget", -1), -1)
         variables = checked_variables(asked.get("chat_template_kwargs") or {})

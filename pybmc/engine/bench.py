@@ -19,8 +19,8 @@ PASSES = 4                              # verification passes that one repetitio
 class Result:
     """One test: n tokens in a pass ("pp", "verify") or generated ("tg") behind depth rows; rates in tokens/s.
 
-    gb_s is how much of the packed weights and of the rows was read a second, once a pass; of experts as many as
-    tokens take on average.
+    gb_s is how much of the packed weights and of the rows was read a second, once a pass; of experts as many
+    as tokens take on average.
     """
 
     test: str
@@ -36,9 +36,11 @@ class Result:
 
 
 def experts_taken(model, tokens: int) -> float:
-    """Share of the experts that this number of tokens takes on average, if each token takes any; 1 without experts."""
+    """Share of the experts that this number of tokens takes on average, if each token takes any;
+    1 without experts."""
     metadata = model._file.metadata
-    n, used = (metadata.get(f"{metadata['general.architecture']}.{key}") for key in ("expert_count", "expert_used_count"))
+    arch = metadata["general.architecture"]
+    n, used = (metadata.get(f"{arch}.{key}") for key in ("expert_count", "expert_used_count"))
     return 1 - (1 - used / n) ** tokens if isinstance(n, int) and isinstance(used, int) and n else 1.0
 
 
@@ -60,7 +62,8 @@ def is_expert(tensor) -> bool:
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Where the time of one test went: seconds by step of the passes, waiting for other threads, and in Python."""
+    """Where the time of one test went: seconds by step of the passes, waiting for other threads,
+    and in Python."""
 
     test: str
     n: int
@@ -74,12 +77,14 @@ class Breakdown:
 def bench(model, prompts: Sequence[int] = (512,), generated: Sequence[int] = (64,),
           widths: Sequence[int] = (1, 2, 4, 8, 16), depths: Sequence[int] = (0,), reps: int = 5, rows="auto",
           progress: Callable[[int, int], None] | None = None) -> Iterator[Result]:
-    """Run every test at every depth, reps times after one to warm up; median, least and greatest rate of each."""
+    """Run every test at every depth, reps times after one to warm up;
+    median, least and greatest rate of each."""
     return _run(model, checked_tests(prompts, generated, widths, depths, reps), reps, rows, progress)
 
 
-def breakdown(model, prompts: Sequence[int] = (512,), generated: Sequence[int] = (64,), widths: Sequence[int] = (8,),
-              depths: Sequence[int] = (0,), reps: int = 5, rows="auto") -> Iterator[Breakdown]:
+def breakdown(model, prompts: Sequence[int] = (512,), generated: Sequence[int] = (64,),
+              widths: Sequence[int] = (8,), depths: Sequence[int] = (0,), reps: int = 5,
+              rows="auto") -> Iterator[Breakdown]:
     """Run the same tests and tell what their time was spent on."""
     tests = checked_tests(prompts, generated, widths, depths, reps)
     tokens = random_tokens(model, max(depth + n for _, n, depth in tests))

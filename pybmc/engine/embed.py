@@ -19,7 +19,7 @@ from .session import eval_batch
 
 log = logging.getLogger(__name__)
 
-PASS = 512          # tokens of short texts that share a pass, as many as a causal model's takes: buffers grow with them
+PASS = 512          # tokens of short texts that share a pass, as of a causal model: buffers grow with them
 
 
 def embed(model, inputs, normalize: bool = True, pooling: str | None = None, dimensions: int | None = None,
@@ -59,8 +59,8 @@ def pooling_kind(model, pooling: str | None) -> str:
 
 @lru_cache(maxsize=None)                # once for a file
 def _note_mean(path: str) -> None:
-    log.warning("%s names no pooling: it was not made for embeddings; the mean of its tokens' vectors is taken",
-                path)
+    log.warning("%s names no pooling: it was not made for embeddings; "
+                "the mean of its tokens' vectors is taken", path)
 
 
 class TooLongError(ArgumentError, ContextFullError):
@@ -68,8 +68,9 @@ class TooLongError(ArgumentError, ContextFullError):
 
 
 def encode_inputs(model, inputs, context: int | None = None, truncate: bool = False) -> list[list[int]]:
-    """Token ids of each text, with the tokens that the file puts around it; ids stay as they are. context: fewer
-    tokens than the model takes. truncate: texts that are too long are cut, else they are a TooLongError."""
+    """Token ids of each text, with the tokens that the file puts around it; ids stay as they are.
+    context: fewer tokens than the model takes. truncate: texts that are too long are cut, else they are a
+    TooLongError."""
     if isinstance(inputs, (bytes, bytearray, Mapping)) or not isinstance(inputs, Iterable):
         checks.refuse("inputs", "texts or lists of token ids", inputs)
     texts = [encode(model, text) for text in ([inputs] if isinstance(inputs, str) else inputs)]
@@ -105,7 +106,8 @@ def encode(model, text) -> list[int]:
 
 
 def groups(texts: list[list[int]], most: int) -> Iterator[list[int]]:
-    """Numbers of texts that share a pass: up to `most` tokens, or a longer text alone. The shortest come first."""
+    """Numbers of texts that share a pass: up to `most` tokens, or a longer text alone.
+    The shortest come first."""
     group: list[int] = []
     size = 0
     for i in sorted(range(len(texts)), key=lambda i: len(texts[i])):
@@ -148,7 +150,8 @@ def _values(tensor) -> np.ndarray:
 
 
 class Pooler:
-    """How the vectors of a text's tokens become its own: in float64, text by text, in the order of its tokens."""
+    """How the vectors of a text's tokens become its own:
+    in float64, text by text, in the order of its tokens."""
 
     def __init__(self, config):
         self.config = config
@@ -187,7 +190,8 @@ class Pooler:
         return vector
 
     def _scores(self, vector: np.ndarray) -> np.ndarray:
-        """A BERT's: of its first token, through cls and tanh. Qwen 3's: the shares of the answers after the last."""
+        """A BERT's: of its first token, through cls and tanh.
+        Qwen 3's: the shares of the answers after the last."""
         if self.config.spec.score == "first" and "cls" in self._matrices:
             vector = np.tanh(self._matrices["cls"](vector))
         scores = self._output()(vector)

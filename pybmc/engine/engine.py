@@ -1,7 +1,8 @@
 """Many requests through one model: their passes are one pass, so the weights are read once for all of them.
 
-A step admits requests, plans how much of each prompt is read, and lets the library make rounds (native/round.c), which guess,
-verify, choose and accept for all sequences together. What comes out for a request does not depend on its company.
+A step admits requests, plans how much of each prompt is read, and lets the library make rounds
+(native/round.c), which guess, verify, choose and accept for all sequences together. What comes out for a
+request does not depend on its company.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 
 from .._native import check, ffi, lib
 from ..errors import ArgumentError, BmcError, BusyError, OutOfMemoryError
-from ..spec.speculation import Drafter, Speculation
+from ..spec.speculation import Speculation
 from .gpu import uncut
 from .memory import Room
 from .model import Model
@@ -27,24 +28,30 @@ from .sequence import CALL_TOKENS, Event, Sequence
 from .session import Session
 
 CALL_SECONDS = 0.016                    # rounds that are one call: so long, so that tokens come evenly
-PASS_SECONDS, PASS_SECONDS_ALONE = 0.1, 0.25        # what a pass with pieces of prompts may take: while others write, and otherwise
-PIECE, LEAST = 64, 16                   # tokens of the first piece, while nothing is known of costs; and of the smallest
+PASS_SECONDS = 0.1                      # what a pass with pieces of prompts may take while others write ..
+PASS_SECONDS_ALONE = 0.25               # .. and otherwise
+PIECE = 64                              # tokens of the first piece, while nothing is known of costs ..
+LEAST = 16                              # .. and of the smallest
 
 
 class Engine:
     """Requests of one model, `parallel` of them at a time, the others waiting.
 
-    draft, spec, draft_max and draft_min are Speculation's. memory: bytes that sessions may take together, None for no bound. A
-    request that does not fit beside the others waits; where memory runs out later, the youngest is put aside and reads what it
-    lost of its text again when there is room; one that does not fit alone ends with an OutOfMemoryError. Requests that begin
-    alike share the rows of their beginning: it is read once, and the others wait for that. keep: rows of finished requests
-    stay for such requests, as far as the memory goes. pass_seconds: how long a pass may take while somebody writes. add() and
-    cancel() may be called between steps; one thread at a time uses an engine.
+    draft, spec, draft_max and draft_min are Speculation's.
+    memory: bytes that sessions may take together, None for no bound. A request that does not fit beside the
+    others waits; where memory runs out later, the youngest is put aside and reads what it lost of its text
+    again when there is room; one that does not fit alone ends with an OutOfMemoryError.
+    keep: rows of finished requests stay for requests that begin alike, as far as the memory goes.
+    pass_seconds: how long a pass may take while somebody writes.
+
+    Requests that begin alike share the rows of their beginning: it is read once, and the others wait for
+    that. add() and cancel() may be called between steps; one thread at a time uses an engine.
     """
 
-    def __init__(self, model: Model, draft: Model | None = None, spec: str = "auto", draft_max: int = 16,
-                 draft_min: int = 0, parallel: int = 8, memory: float | None = None,
-                 speculation: Speculation | None = None, keep: bool = False, pass_seconds: float = PASS_SECONDS):
+    def __init__(self, model: Model, draft: Model | None = None, spec: str = "auto",
+                 draft_max: int = 16, draft_min: int = 0, parallel: int = 8, memory: float | None = None,
+                 speculation: Speculation | None = None, keep: bool = False,
+                 pass_seconds: float = PASS_SECONDS):
         if parallel < 1:
             raise ArgumentError(f"parallel is {parallel}; expected 1 or more")
         if keep and memory is None:
@@ -103,15 +110,15 @@ class Engine:
     # ---- steps
 
     def step(self) -> list[Event]:
-        """Read pieces of prompts and make a few rounds of decoding; the tokens that came. A request that cannot go on is done
-        and has an error; the others go on. Raises what concerns all, such as OutOfMemoryError: relieve() helps, and the step
-        can be repeated."""
+        """Read pieces of prompts and make a few rounds of decoding; the tokens that came. A request that
+        cannot go on is done and has an error; the others go on. Raises what concerns all, such as
+        OutOfMemoryError: relieve() helps, and the step can be repeated."""
         self._admit()
         for sequence in self.running:
             sequence.check_session()
         self._let_go()
         seconds = 0.0
-        if not any(sequence.item.n for sequence in self.running):       # else an interrupt came before these were taken
+        if not any(s.item.native.n for s in self.running):      # else an interrupt came before take()
             seconds = self._round(self._make_room())
         for sequence in [s for s in self.running if not s.done]:
             tokens = sequence.take(seconds)
@@ -135,7 +142,8 @@ class Engine:
         now = time.perf_counter()
 
         def key(s: Sequence) -> tuple:
-            return -s.request.priority, *self._turns.key(s.request.client, len(s.text), now - s.since, s.number)
+            turn = self._turns.key(s.request.client, len(s.text), now - s.since, s.number)
+            return -s.request.priority, *turn
 
         keys = {sequence: key(sequence) for sequence in sequences}
         for sequence in self.waiting:           # who is waited for goes first in the place of those that wait
@@ -153,9 +161,9 @@ class Engine:
             if not fits and self.running:
                 break
             try:
-                if self._room and not fits and len(sequence.text) >= self._room.most:
-                    n = len(sequence.text)
-                    raise OutOfMemoryError(f"{n} tokens do not fit the memory, which has room for {self._room.most}")
+                n = len(sequence.text)
+                if self._room and not fits and n >= (most := self._room.most):
+                    raise OutOfMemoryError(f"{n} tokens do not fit the memory, which has room for {most}")
                 sequence.start()
                 self.running.append(sequence)
                 self.waiting.remove(sequence)
@@ -184,10 +192,9 @@ class Engine:
         tokens, context = sequence.ids[:-1], sequence.context
         best = self.prefixes.match(tokens, context)
         for other in self._like(sequence):
-            n = common(tokens, other.ids)
-            found = other.session.nearest(min(n, other.session.position)) if n > (best.n if best else 0) else 0
-            if found > (best.n if best else 0):
-                best = Match(other.session, found)
+            n, least = common(tokens, other.ids), best.n if best else 0
+            if n > least and (n := other.session.nearest(min(n, other.session.position))) > least:
+                best = Match(other.session, n)
         return best
 
     def _parting(self, sequence: Sequence) -> int:
@@ -197,16 +204,17 @@ class Engine:
         tokens = sequence.ids[:-1]
         return max([self.prefixes.common(tokens), *(common(tokens, s.ids) for s in self._like(sequence))])
 
-    def _may_share(self, sequence: Sequence) -> bool:
-        return sequence.session is None and sequence.request.reuse and not sequence.unscored and not sequence.bare
+    @staticmethod
+    def _may_share(s: Sequence) -> bool:
+        return s.session is None and s.request.reuse and not s.unscored and not s.bare
 
     def _like(self, sequence: Sequence) -> list[Sequence]:
         """Running sequences with such a session as it would take."""
         return [s for s in self.running if s.owned and s.context == sequence.context]
 
     def _waits(self, sequence: Sequence) -> bool:
-        """Whether a running sequence is about to read the beginning of its text. Fewer tokens than the smallest
-        piece are not worth a pass."""
+        """Whether a running sequence is about to read the beginning of its text. Fewer tokens than the
+        smallest piece are not worth a pass."""
         before, sequence.awaits = sequence.awaits, None
         if not self._may_share(sequence):
             return False
@@ -281,12 +289,14 @@ class Engine:
         return True
 
     def _make_room(self) -> Callable[[Sequence], float]:
-        """Tokens that a sequence may add to its text in the next call. Kept rows make way, then the youngest sequences."""
+        """Tokens that a sequence may add to its text in the next call.
+        Kept rows make way, then the youngest sequences."""
         room = self._room
         while room is not None:
             owned = [s for s in self.running if s.owned]
-            free = room.memory - self.used - sum(room.growth(s, s.certain) for s in self.running)
-            if free >= sum(room.growth(s, len(s.text) + min(CALL_TOKENS, s.left)) - room.growth(s, s.certain) for s in owned):
+            certain = {s: room.growth(s, s.rows_for(0)) for s in self.running}
+            free = room.memory - self.used - sum(certain.values())
+            if free >= sum(room.growth(s, s.rows_for(CALL_TOKENS)) - certain[s] for s in owned):
                 break
             if self.prefixes.evict():
                 continue
@@ -300,12 +310,8 @@ class Engine:
 
     def has_room_for_snapshot(self) -> bool:
         """Whether a session may keep a copy of its states; kept rows make way."""
-        room = self._room
-        if room and room.snapshot_bytes:
-            while self.used + room.snapshot_bytes > room.memory:
-                if not self.prefixes.evict():
-                    return False
-        return True
+        size = self._room.snapshot_bytes if self._room else 0
+        return not size or self.make_way(size)
 
     def _drop_youngest(self, owned: list[Sequence]) -> None:
         """Put the youngest sequence aside. One that is alone begins anew without snapshots; then it ends."""
@@ -323,7 +329,8 @@ class Engine:
         self.waiting.append(sequence)
 
     def relieve(self) -> bool:
-        """Give memory back to a system that has none left: kept rows, or those of the youngest sequence. False: there are none."""
+        """Give memory back to a system that has none left: kept rows, or those of the youngest sequence.
+        False: there are none."""
         if self.prefixes.evict():
             return True
         owned = [s for s in self.running if s.owned]
@@ -335,7 +342,8 @@ class Engine:
     # ---- one call of the library
 
     def _round(self, share: Callable[[Sequence], float]) -> float:
-        """One call of the library for all running sequences; its seconds. share: tokens that each may add to its text."""
+        """One call of the library for all running sequences; its seconds.
+        share: tokens that each may add to its text."""
         writing = [s for s in self.running if not s.reading]
         reading = self._order([s for s in self.running if s.reading])
         room, items, read = self._piece(bool(writing)), [], 0
@@ -353,10 +361,10 @@ class Engine:
         with ExitStack() as claims, self.speculation.locks[os.getpid()]:
             items = [sequence for sequence in items if sequence.claim(claims)]
             if items:
-                pointers = ffi.new("bmc_item *[]", [sequence.item for sequence in items])
+                pointers = ffi.new("bmc_item *[]", [sequence.item.native for sequence in items])
                 if check(lib.bmc_round(pointers, len(items), self._limits)) == 0:
                     for sequence in items:
-                        if sequence.item.wanted:
+                        if sequence.item.native.wanted:
                             sequence.answer_wanted()
                     check(lib.bmc_round(pointers, len(items), self._limits))
         seconds = time.perf_counter() - started
@@ -366,8 +374,8 @@ class Engine:
         return seconds
 
     def _score(self, sequences: list[Sequence], room: int) -> int:
-        """Read pieces of prompts whose tokens are scored, in a pass of their own; how many tokens. The last token of a prompt
-        is left to the round."""
+        """Read pieces of prompts whose tokens are scored, in a pass of their own; how many tokens. The last
+        token of a prompt is left to the round."""
         read = 0
         for sequence in sequences:
             n, at = min(room - read, sequence.unscored), len(sequence.scores)
@@ -378,24 +386,17 @@ class Engine:
                 if not sequence.claim(claims):
                     continue
                 text, n_top = sequence.text[at:at + n + 1], sequence.request.score or 0
-                sequence.scores += self._scorer(sequence.item.session, text, n_top)
+                sequence.scores += self._scorer(sequence.item.native.session, text, n_top)
             self._turns.charge(sequence.request.client, read=n)
             read += n
         return read
 
     def _piece(self, writing: bool) -> int:
-        """Tokens of prompts in the next pass. Where the weights go through a GPU, it takes about as long for few tokens as for many."""
+        """Tokens of prompts in the next pass. Where the weights go through a GPU,
+        it takes about as long for few tokens as for many."""
         least = self.model.pass_tokens if self.model.streams else LEAST
         if not self._prompt_rate:
             return max(PIECE, least)
         seconds = self._pass_seconds if writing else PASS_SECONDS_ALONE
         return max(least, int(self._prompt_rate * seconds) // LEAST * LEAST)
 
-    def _drafter(self, sequence: Sequence) -> Drafter:
-        """Who guesses for a sequence: in a session that was given, the one who did so before."""
-        session = sequence.session
-        if sequence.owned:
-            return self.speculation.drafter(session, sequence.request.hint)
-        if session.drafter is None or session.drafter.made is not self.speculation:
-            session.drafter = self.speculation.drafter(session)
-        return session.drafter

@@ -19,26 +19,43 @@ from .engine import Engine
 from .model import Model
 from .request import Request, Stats
 from .sampler import Sampler, check_bias
-from .sequence import Sequence
+from .sequence import Event, Sequence
 from .session import Session
 from .text import Token
 
 log = logging.getLogger(__name__)
 
 
-class Generation(Iterator[Token]):
+class _Events:
+    """Events of an engine's sequences, one by one. Once all are done, or one fails, the engine is closed."""
+
+    def __init__(self, engine: Engine, sequences: list[Sequence]):
+        self._engine, self._sequences = engine, sequences
+        self._ready: deque[Event] = deque()
+
+    def _next(self) -> Event:
+        while not self._ready:
+            failed = next((s.error for s in self._sequences if s.error), None)
+            if failed or all(s.done for s in self._sequences):
+                self._engine.close()
+                raise failed or StopIteration
+            self._ready.extend(self._engine.step())
+        return self._ready.popleft()
+
+
+class Generation(_Events, Iterator[Token]):
     """An iterator of Token. prompt holds the prompt's ids, stats counts and times so far. close() ends it
     early: a session that was given then holds what was read, without its last token.
 
-    A session given to generate() serves one generation at a time. The next one that begins in it ends this one, which
-    then raises BusyError when it is asked for another token. The same happens after other calls used the session.
+    A session given to generate() serves one generation at a time. The next one that begins in it ends this
+    one, which then raises BusyError when it is asked for another token. The same happens after other calls
+    used the session.
     """
 
     def __init__(self, engine: Engine, request: Request):
-        self.prompt = list(request.tokens)
-        self._engine, self._lock = engine, threading.Lock()
-        self._ready: deque[Token] = deque()
-        self._sequence = engine.add(request)
+        self.prompt, self._lock = list(request.tokens), threading.Lock()
+        super().__init__(engine, [engine.add(request)])
+        self._sequence = self._sequences[0]
 
     @property
     def stats(self) -> Stats:
@@ -48,19 +65,11 @@ class Generation(Iterator[Token]):
         if not self._lock.acquire(blocking=False):
             raise BusyError("this generation is in use by another thread")
         try:
-            return self._next()
+            if self._ready:
+                self._sequence.check_unread()
+            return self._next().token
         finally:
             self._lock.release()
-
-    def _next(self) -> Token:
-        if self._ready:
-            self._sequence.check_unread()
-        while not self._ready:
-            if self._sequence.done:
-                self._engine.close()
-                raise self._sequence.error or StopIteration
-            self._ready.extend(token for _, token in self._engine.step())
-        return self._ready.popleft()
 
     def close(self) -> None:
         if not self._lock.acquire(blocking=False):
@@ -80,25 +89,16 @@ class Generation(Iterator[Token]):
             self.close()
 
 
-class Batch(Iterator[tuple[int, Token]]):
+class Batch(_Events, Iterator[tuple[int, Token]]):
     """An iterator of (number of the prompt, Token). stats: each prompt's Stats. close() ends all."""
-
-    def __init__(self, engine: Engine, sequences: list[Sequence]):
-        self._engine, self._sequences = engine, sequences
-        self._ready: deque[tuple[int, Token]] = deque()
 
     @property
     def stats(self) -> dict[int, Stats]:
         return {s.number: s.stats for s in self._sequences}
 
     def __next__(self) -> tuple[int, Token]:
-        while not self._ready:
-            failed = next((s.error for s in self._sequences if s.error), None)
-            if failed or all(s.done for s in self._sequences):
-                self._engine.close()
-                raise failed or StopIteration
-            self._ready.extend((sequence.number, token) for sequence, token in self._engine.step())
-        return self._ready.popleft()
+        sequence, token = self._next()
+        return sequence.number, token
 
     def close(self) -> None:
         self._ready.clear()
@@ -151,9 +151,10 @@ def one_bos(tokenizer: Tokenizer, tokens: list[int]) -> list[int]:
     return tokens[1:]
 
 
-def speculation_of(session: Session | None, model: Model, draft: Any, spec: str, most: int, least: int) -> Speculation:
-    """The Speculation of these wishes, the same for all texts of a model: what was learned serves the next one. draft: a
-    Model, the path of one, a Speculation, or None."""
+def speculation_of(session: Session | None, model: Model, draft: Any, spec: str, most: int,
+                   least: int) -> Speculation:
+    """The Speculation of these wishes, the same for all texts of a model: what was learned serves the next
+    one. draft: a Model, the path of one, a Speculation, or None."""
     if isinstance(draft, Speculation):
         if draft.model is not model:
             checks.refuse("draft", "a Speculation of the same model", draft)

@@ -36,8 +36,9 @@ class GPU:
 
 @dataclass(frozen=True)
 class Plan:
-    """What the last `layers` layers of a model and its head take on a GPU, in bytes. row_bytes: of a token of context. stream_bytes: of
-    buffers that the weights of the other layers go through in long passes. why: what keeps it from being more layers."""
+    """What the last `layers` layers of a model and its head take on a GPU, in bytes. row_bytes: of a token of
+    context. stream_bytes: of buffers that the weights of the other layers go through in long passes.
+    why: what keeps it from being more layers."""
 
     layers: int
     weight_bytes: int
@@ -53,7 +54,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the last layers of a model run: the number of a GPU, and how many of them were asked for. 0: the GPU is for long passes."""
+    """Where the last layers of a model run: the number of a GPU, and how many of them were asked for.
+    0: the GPU is for long passes."""
 
     gpu: int
     layers: int
@@ -68,7 +70,8 @@ def describe(i: int) -> GPU:
     """One of them. Raises DeviceError, as for one that another process has for itself."""
     info = ffi.new("bmc_gpu_info *")
     check(lib.bmc_gpu(i, info))
-    return GPU(i, ffi.string(info.name).decode("utf-8", "replace"), info.memory, info.available, f"{info.major}.{info.minor}")
+    name = ffi.string(info.name).decode("utf-8", "replace")
+    return GPU(i, name, info.memory, info.available, f"{info.major}.{info.minor}")
 
 
 def gpus() -> list[GPU]:
@@ -88,10 +91,12 @@ def usable() -> list[GPU]:
 
 
 def kernels() -> Path:
-    """The compiled kernels: those that the package carries, or that PYBMC_CUDA_KERNELS names. Raises DeviceError."""
+    """The compiled kernels: those that the package carries, or that PYBMC_CUDA_KERNELS names.
+    Raises DeviceError."""
     path = Path(os.environ.get("PYBMC_CUDA_KERNELS") or KERNELS)
     if not path.is_file():
-        raise DeviceError(f"pybmc was built without kernels for GPUs: {path} is missing; make CUDA=1 makes it")
+        raise DeviceError(f"pybmc was built without kernels for GPUs: {path} is missing; "
+                          "make CUDA=1 makes it")
     return path
 
 
@@ -127,7 +132,8 @@ def asks(gpu: int | str | None, layers: int | str | None) -> bool:
     return gpu != "off" and (gpu is not None or layers not in (None, 0))
 
 
-def check_choice(gpu: int | str | None, layers: int | str | None, stream_tokens: int | None = None, prompts: str = EXACT) -> None:
+def check_choice(gpu: int | str | None, layers: int | str | None, stream_tokens: int | None = None,
+                 prompts: str = EXACT) -> None:
     """Raise ArgumentError for values that mean nothing."""
     checks.choice("prompts", prompts, PROMPTS)
     if isinstance(gpu, str):
@@ -142,12 +148,13 @@ def check_choice(gpu: int | str | None, layers: int | str | None, stream_tokens:
         checks.whole("stream_tokens", stream_tokens)
 
 
-def choose(handle: Any, config: Config, gpu: int | str | None, layers: int | str | None, streams: bool = True) -> Place | None:
+def choose(handle: Any, config: Config, gpu: int | str | None, layers: int | str | None,
+           streams: bool = True) -> Place | None:
     """Where a model's last layers go; None: all stay on the CPU, and no driver is asked.
 
-    gpu: a number; "off"; "auto": the one with the most memory available, or none where none can be used; None: 0 where layers are asked
-    for. layers: how many, -1: all; "auto": as many as fit; None: "auto" where a GPU is asked for. streams: the GPU is of use without
-    layers too.
+    gpu: a number; "off"; "auto": the one with the most memory available, or none where none can be used;
+    None: 0 where layers are asked for. layers: how many, -1: all; "auto": as many as fit; None: "auto" where
+    a GPU is asked for. streams: the GPU is of use without layers too.
     """
     check_choice(gpu, layers)
     if not asks(gpu, layers) or (layers == 0 and not streams):
@@ -171,8 +178,8 @@ def choose(handle: Any, config: Config, gpu: int | str | None, layers: int | str
 
 
 def cublas() -> str:
-    """The file of cuBLAS: what PYBMC_CUBLAS names, or the newest of NVIDIA's wheels here; "": the library looks
-    where the system does."""
+    """The file of cuBLAS: what PYBMC_CUBLAS names, or the newest of NVIDIA's wheels here; "": the library
+    looks where the system does."""
     spec = find_spec("nvidia")
     places = (spec and spec.submodule_search_locations) or ()
     found = [path for place in places for path in Path(place).glob("*/lib/libcublas.so.*")]
@@ -190,12 +197,14 @@ def offload(handle: Any, place: Place, name: str) -> int:
     why = plan(handle, place.layers).why
     layers = check(lib.bmc_model_offload(handle, place.gpu, os.fsencode(kernels()), place.layers))
     if layers < place.layers:
-        log.warning("%s: %d of %d layers go on the GPU: %s", name, layers, place.layers, why or "the model has no more")
+        log.warning("%s: %d of %d layers go on the GPU: %s", name, layers, place.layers,
+                    why or "the model has no more")
     return layers
 
 
 def uncut(at: int, n: int, end: int, chunk: int) -> int:
-    """Tokens of a piece of a text that is read from `at` to `end`: n, or as many as cut no whole chunk. chunk 0: n."""
+    """Tokens of a piece of a text that is read from `at` to `end`: n, or as many as cut no whole chunk.
+    chunk 0: n."""
     if not chunk or at + n >= end:
         return n
     last = (at + n) // chunk * chunk        # where the last chunk that is not read whole begins
@@ -205,8 +214,9 @@ def uncut(at: int, n: int, end: int, chunk: int) -> int:
 
 
 def stream(handle: Any, place: Place, least: int | None, name: str) -> bool:
-    """Send the weights of the other layers through the GPU in passes of `least` tokens and more, None: of 64, where that is sooner.
-    Whether there are any. Raises DeviceError; OutOfMemoryError only where a number is given."""
+    """Send the weights of the other layers through the GPU in passes of `least` tokens and more, None: of 64,
+    where that is sooner. Whether there are any. Raises DeviceError; OutOfMemoryError only where a number is
+    given."""
     try:
         return bool(check(lib.bmc_model_stream(handle, place.gpu, os.fsencode(kernels()), least or 0)))
     except OutOfMemoryError as error:

@@ -13,8 +13,8 @@ SHARE, GPU_SHARE = 0.5, 0.8             # of the free memory, by default: others
 
 
 def usual_memory(model: Model) -> float:
-    """Bytes that sessions of a model may take together where nobody says how many: what is free of the machine's
-    memory, and of its GPU's, each bounds the rows that are there."""
+    """Bytes that sessions of a model may take together where nobody says how many: what is free of the
+    machine's memory, and of its GPU's, each bounds the rows that are there."""
     on_gpu = model.gpu_rows()
     bound = SHARE * free_memory() / (1 - on_gpu) if on_gpu < 1 else float("inf")
     if model.gpu is not None and on_gpu:
@@ -24,8 +24,8 @@ def usual_memory(model: Model) -> float:
 
 class Room:
     """A bound on memory. Sessions grow by `grain` rows: as the library likes it, or finely where the bound is
-    narrow. head: they keep hidden states for a draft head. fixed_bytes: of a session without rows; snapshot_bytes:
-    of a copy of its states, which are there twice and with a log."""
+    narrow. head: they keep hidden states for a draft head. fixed_bytes: of a session without rows;
+    snapshot_bytes: of a copy of its states, which are there twice and with a log."""
 
     def __init__(self, model: Model, memory: float, parallel: int, head: bool = False):
         with model.session() as session:
@@ -54,8 +54,8 @@ class Room:
         """Rows that a session of n rows takes."""
         return -(-n // self.grain) * self.grain
 
-    def bytes(self, n: float, held: float = 0) -> float:
-        """What they take, where it does not have `held` of them."""
+    def bytes(self, n: float, held: float) -> float:
+        """What they take beyond `held` rows."""
         return max(self.whole(n) - held, 0) / self.grain * self.grain_bytes
 
     def held(self, s: Sequence) -> float:

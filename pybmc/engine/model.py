@@ -49,9 +49,10 @@ class ExpertMemory:
 
 @dataclass
 class Profile:
-    """Where the time of a `with model.profile()` went, in seconds: all of it, in calls of the library, and in the steps
-    of its passes, which together make up the passes (the mean of the threads, whose waiting is a step too). All of a
-    GPU's is one step. Steps that took no time, as those of blocks that the model does not have, are left out."""
+    """Where the time of a `with model.profile()` went, in seconds: all of it, in calls of the library, and in
+    the steps of its passes, which together make up the passes (the mean of the threads, whose waiting is a
+    step too). All of a GPU's is one step. Steps that took no time, as those of blocks that the model does not
+    have, are left out."""
 
     wall_s: float = 0.0
     calls_s: float = 0.0
@@ -62,9 +63,9 @@ class Profile:
 class Model:
     """The weights of a GGUF file, checked and packed into the layout that the kernels read.
 
-    threads: None for all cores that this process may use. progress is called with bytes packed and bytes in all.
-    repack=False leaves the weights in the file and lays them out again at every pass: much slower, the same bits, and
-    no memory but the pages of the file that the system can spare.
+    threads: None for all cores that this process may use. progress is called with bytes packed and bytes in
+    all. repack=False leaves the weights in the file and lays them out again at every pass: much slower, the
+    same bits, and no memory but the pages of the file that the system can spare.
     memory: bytes that packed weights may take; None for what is free. Where that is not enough for all, an
     expert is packed when a token first takes it, and those used longest ago make way; experts that no text
     needs are not read. Without experts, or where the other weights alone are too large, it is as with
@@ -72,20 +73,21 @@ class Model:
     n_gpu_layers: how many of the last layers run on a GPU, with the head: a number, -1 for all, or "auto" for
     as many as fit; their weights are on the GPU only. gpu: which GPU, "auto" for one where there is one, or
     "off"; it alone means "auto" layers. The bits are the same.
-    stream_tokens: where a GPU is asked for, passes of that many tokens and more, of prompts mostly, send the weights of
-    the layers on the CPU through it (with gpu=0, n_gpu_layers=0 of all layers); None: from 64 tokens on, where that
-    is sooner than on the CPU; 0: never. The bits are the same.
-    prompts: "cublas" multiplies whole chunks of prompts, the tokens [512 i, 512 (i + 1)) of a sequence, with NVIDIA's
-    cuBLAS in f16, for layers on a GPU; "exact" (default) does not. With "cublas" the bits are not the CPU's, and a token's
-    depend on whether its whole chunk was read in one call: on how a prompt was cut, and on what of it was known
-    before. Drafts still change no text.
-    Raises FormatError if the file is not a model that pybmc runs, OSError if it cannot be opened, OutOfMemoryError,
-    DeviceError.
+    stream_tokens: where a GPU is asked for, passes of that many tokens and more, of prompts mostly, send the
+    weights of the layers on the CPU through it (with gpu=0, n_gpu_layers=0 of all layers); None: from 64
+    tokens on, where that is sooner than on the CPU; 0: never. The bits are the same.
+    prompts: "cublas" multiplies whole chunks of prompts, the tokens [512 i, 512 (i + 1)) of a sequence, with
+    NVIDIA's cuBLAS in f16, for layers on a GPU; "exact" (default) does not. With "cublas" the bits are not
+    the CPU's, and a token's depend on whether its whole chunk was read in one call: on how a prompt was cut,
+    and on what of it was known before. Drafts still change no text.
+    Raises FormatError if the file is not a model that pybmc runs, OSError if it cannot be opened,
+    OutOfMemoryError, DeviceError.
     """
 
     def __init__(self, path, threads: int | None = None, progress: Progress | None = None,
                  repack: bool = True, memory: float | None = None, gpu: int | str | None = None,
-                 n_gpu_layers: int | str | None = None, stream_tokens: int | None = None, prompts: str = EXACT):
+                 n_gpu_layers: int | str | None = None, stream_tokens: int | None = None,
+                 prompts: str = EXACT):
         check_choice(gpu, n_gpu_layers, stream_tokens, prompts)
         self._begin(threads)
         self._memory = None if memory is None else checks.number("memory", memory, 0, infinite=True)
@@ -104,15 +106,16 @@ class Model:
         self.speculations: dict = {}        # the engine's: what generate() was asked for -> who guesses ..
         self.drafts: dict = {}              # .. and a path -> the draft model opened for it
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-        self._locks = defaultdict(threading.Lock)       # process id -> lock of _sessions; a forked one needs its own
-        self._long = False                              # a context beyond the training was noted
+        self._locks = defaultdict(threading.Lock)       # of _sessions, by process: a forked one has its own
+        self._long = False                  # a context beyond the training was noted
         self._gpu: Place | None = None
-        self.gpu_layers = 0                             # how many of the last layers run on a GPU
-        self.streams = False                            # whether the weights of others go there in long passes
-        self.prompt_chunk = 0                           # tokens that cuBLAS multiplies at a time; 0: prompts are exact
+        self.gpu_layers = 0                 # how many of the last layers run on a GPU
+        self.streams = False                # whether the weights of others go there in long passes
+        self.prompt_chunk = 0               # tokens that cuBLAS multiplies at a time; 0: prompts are exact
         self.threads = _thread_count(threads)
 
-    def _place(self, gpu: int | str | None, layers: int | str | None, stream_tokens: int | None, prompts: str) -> None:
+    def _place(self, gpu: int | str | None, layers: int | str | None, stream_tokens: int | None,
+               prompts: str) -> None:
         if prompts == CUBLAS and layers != 0 and asks(gpu, layers):
             take_cublas(self._handle)
         place = choose(self._handle, self.config, gpu, layers, stream_tokens != 0)
@@ -121,7 +124,8 @@ class Model:
             self.gpu_layers = offload(self._handle, place, self.path)
         if prompts == CUBLAS:
             if not self.gpu_layers:
-                raise DeviceError("prompts by cuBLAS: expected layers on a GPU (-ngl or --gpu, n_gpu_layers or gpu), found none")
+                raise DeviceError("prompts by cuBLAS: expected layers on a GPU "
+                                  "(-ngl or --gpu, n_gpu_layers or gpu), found none")
             self.prompt_chunk = CHUNK
         if place and stream_tokens != 0:
             self.streams = stream(self._handle, place, stream_tokens, self.path)
@@ -140,7 +144,8 @@ class Model:
         return self._gpu.gpu if self._gpu and self.gpu_layers else None
 
     def gpu_rows(self) -> float:
-        """The share of a session's rows that is on the GPU: of their bytes, or of the layers where none has rows."""
+        """The share of a session's rows that is on the GPU:
+        of their bytes, or of the layers where none has rows."""
         with self.session(1) as session:
             every = session.arena_stats().row_bytes
         ours = plan(self._live(), self.gpu_layers).row_bytes if self.gpu_layers else 0
@@ -208,7 +213,8 @@ class Model:
 
     @cached_property
     def head(self) -> Model | None:
-        """The file's draft head, made when it is first asked for: a model that guesses for this one. None without one that works."""
+        """The file's draft head, made when it is first asked for: a model that guesses for this one.
+        None without one that works."""
         try:
             return Head(self) if self.config.head else None
         except (DeviceError, FormatError, OutOfMemoryError) as error:
@@ -216,13 +222,15 @@ class Model:
             return None
 
     def coarsen(self) -> bool:
-        """Give the head a coarse copy of two bits a weight, with which draft() chooses the few ids that the head itself
-        decides among. Once; drafting does it. False where that would not save much. Raises OutOfMemoryError."""
+        """Give the head a coarse copy of two bits a weight, with which draft() chooses the few ids that the
+        head itself decides among. Once; drafting does it. False where that would not save much. Raises
+        OutOfMemoryError."""
         return check(lib.bmc_model_coarsen(self._live())) == 1
 
     @contextmanager
     def profile(self) -> Iterator[Profile]:
-        """Take times of every pass inside the with; the Profile it gives is filled at its end. One at a time."""
+        """Take times of every pass inside the with; the Profile it gives is filled at its end.
+        One at a time."""
         handle, profile, times = self._live(), Profile(), ffi.new("bmc_times *")
         check(lib.bmc_model_profile(handle, 1))
         started = time.perf_counter()
@@ -233,7 +241,8 @@ class Model:
             check(lib.bmc_model_times(handle, times))
             check(lib.bmc_model_profile(handle, 0))
             profile.calls_s, profile.passes = times.calls, times.n_passes
-            profile.steps = {ffi.string(lib.bmc_step_name(i)).decode(): s for i, s in enumerate(times.steps) if s}
+            profile.steps = {ffi.string(lib.bmc_step_name(i)).decode(): seconds
+                             for i, seconds in enumerate(times.steps) if seconds}
 
     @cached_property
     def tokenizer(self):
@@ -244,14 +253,17 @@ class Model:
               progress: Progress | None = None) -> np.ndarray | list[np.ndarray]:
         """The embedding of each text, float32 (n, values).
 
-        inputs: a text, or a list of texts or of lists of token ids. Texts get the tokens that the file puts around
-        them. normalize: to length 1. pooling: how the vectors of a text's tokens become one: "mean", "first", "last",
-        "rank" (the scores of a reranker, which are not normalized) or "none" (all of them: a list of arrays, a vector
-        for each token); None: the file's, else the mean. dimensions: the first values only, of models trained for
-        that. progress is called with the tokens done and those in all.
+        inputs: a text, or a list of texts or of lists of token ids. Texts get the tokens that the file puts
+        around them.
+        normalize: to length 1.
+        pooling: how the vectors of a text's tokens become one: "mean", "first", "last", "rank" (the scores of
+        a reranker, which are not normalized) or "none" (all of them: a list of arrays, a vector for each
+        token); None: the file's, else the mean.
+        dimensions: the first values only, of models trained for that.
+        progress: called with the tokens done and those in all.
 
-        A vector does not depend on the texts beside it. Raises ArgumentError for a text that is too long or has no
-        tokens.
+        A vector does not depend on the texts beside it. Raises ArgumentError for a text that is too long or
+        has no tokens.
         """
         return embed(self, inputs, normalize, pooling, dimensions, progress)
 
@@ -273,24 +285,25 @@ class Model:
     def session(self, context: int | None = None, rows: int | str = "auto", kv_type: str = "f16") -> Session:
         """A new, empty sequence.
 
-        context: the most rows it may hold (a cap, not an allocation); None for what the model was trained for. More than
-        that works and is noted in the log: text beyond it gets worse.
-        rows: how many rows of keys and values are added at a time, rounded up to 16; "auto": about 4 MB of them.
+        context: the most rows it may hold (a cap, not an allocation); None for what the model was trained
+        for. More than that works and is noted in the log: text beyond it gets worse.
+        rows: how many rows of keys and values are added at a time, rounded up to 16;
+        "auto": about 4 MB of them.
         """
         return Session(self, context, rows, kv_type)
 
     def load_session(self, path: str | os.PathLike, context: int | None = None,
                      rows: int | str = "auto") -> Session:
-        """The session that Session.save wrote to a file, as it was: the next logits are those that it would have
-        given, on any CPU and with any number of layers on a GPU. Of a file that was cut off or damaged, the last whole
-        save. context: another cap; None for the one it had. Raises OSError, ContextFullError, OutOfMemoryError,
-        DeviceError, and FormatError for what is no session of this model."""
+        """The session that Session.save wrote to a file, as it was: the next logits are those that it would
+        have given, on any CPU and with any number of layers on a GPU. Of a file that was cut off or damaged,
+        the last whole save. context: another cap; None for the one it had. Raises OSError, ContextFullError,
+        OutOfMemoryError, DeviceError, and FormatError for what is no session of this model."""
         return load(self, path, context, rows)
 
     @cached_property
     def fingerprint(self) -> str:
-        """64 hex digits that tell a model from others: of its settings, its tensor table and a sample of every
-        tensor."""
+        """64 hex digits that tell a model from others: of its settings, its tensor table and a sample of
+        every tensor."""
         found = hashlib.sha256()
         for name, value in sorted(self.metadata.items()):
             if name.startswith(f"{self.config.arch}."):
@@ -336,7 +349,8 @@ class Model:
 
 
 class Head(Model):
-    """The draft head of a model's file. Its tokens come with the model's hidden states, so only the library's rounds use it."""
+    """The draft head of a model's file. Its tokens come with the model's hidden states,
+    so only the library's rounds use it."""
 
     def __init__(self, model: Model):
         self._begin(model.threads)
@@ -355,8 +369,8 @@ class Head(Model):
 
 
 def check_model(file: GGUF, config: Config) -> bool:
-    """Raise the FormatError that loading would: every tensor is bound and its shape checked, none is packed. Whether there is a
-    draft head that works."""
+    """Raise the FormatError that loading would: every tensor is bound and its shape checked, none is packed.
+    Whether there is a draft head that works."""
     handle = bound(file, config, 1)
     try:
         return config.head is not None and bool(_bound_head(file, config.head, 1, handle))
@@ -407,8 +421,8 @@ class _settings:
 
     def __init__(self, config: Config):
         self.pointer = c = ffi.new("bmc_config *")
-        for name in ("dim", "vocab_size", "n_ctx", "n_layers", "causal", "norm_eps", "embedding_scale", "logit_scale", "logit_softcap",
-                     "per_layer_dim", "long_rope"):
+        for name in ("dim", "vocab_size", "n_ctx", "n_layers", "causal", "norm_eps", "embedding_scale",
+                     "logit_scale", "logit_softcap", "per_layer_dim", "long_rope"):
             setattr(c, name, getattr(config, name))
         c.norm = lib.BMC_NORM_RMS if config.norm == RMS else lib.BMC_NORM_LAYER
         freqs = [np.asarray(table.freq, np.float32) for table in config.ropes]
@@ -434,7 +448,7 @@ def _tensors(roles: list[Role], mapped: bool):
         name, data = ffi.new("char[]", role.name.encode()), ffi.from_buffer(role.data)
         label = ffi.new("char[]", getattr(role.tensor, "name", role.name).encode()[:95])
         kept += [name, label, data, role.data]
-        tensor.name = label
-        tensor.role, tensor.block, tensor.expert, tensor.type, tensor.mapped = name, role.block, role.expert, role.tensor.type.id, mapped and role.mapped
+        tensor.name, tensor.role, tensor.block, tensor.expert = label, name, role.block, role.expert
+        tensor.type, tensor.mapped = role.tensor.type.id, mapped and role.mapped
         tensor.n_cols, tensor.n_rows, tensor.data = role.n_cols, role.n_rows, data
     return tensors, kept

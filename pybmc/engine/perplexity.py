@@ -24,9 +24,9 @@ class Perplexity:
 
 def perplexity(model, text: str, window: int = 512,
                progress: Callable[[int, int], None] | None = None, bos: bool = True) -> Perplexity:
-    """The text is cut into windows of tokens that begin with BOS, if the model wants one and bos is true (it takes the
-    place of the first token); each window's second half is scored, so that every scored token has at least half a window before
-    it. Tokens after the last whole window are left out.
+    """The text is cut into windows of tokens that begin with BOS, if the model wants one and bos is true (it
+    takes the place of the first token); each window's second half is scored, so that every scored token has
+    at least half a window before it. Tokens after the last whole window are left out.
     """
     window = checks.whole("window", window, 4)
     model.check_writes()
@@ -36,7 +36,8 @@ def perplexity(model, text: str, window: int = 512,
     tokens = np.array(tokenizer.encode(text, bos), np.int32)
     n_windows = len(tokens) // window
     if n_windows == 0:
-        raise ArgumentError(f"the text has {len(tokens)} tokens; one window takes {window} (-c makes it smaller)")
+        raise ArgumentError(f"the text has {len(tokens)} tokens; "
+                            f"one window takes {window} (-c makes it smaller)")
     losses, n_bytes = [], 0
     with model.session(context=window) as session:
         for i in range(n_windows):
@@ -49,8 +50,8 @@ def perplexity(model, text: str, window: int = 512,
                 progress(i + 1, n_windows)
     all_losses = np.concatenate(losses)
     n = len(all_losses)
-    ppl = math.exp(all_losses.mean())
-    return Perplexity(ppl, ppl * math.sqrt(all_losses.var() / max(n - 1, 1)), n, all_losses.sum() / math.log(2) / n_bytes)
+    ppl, bits = math.exp(all_losses.mean()), all_losses.sum() / math.log(2)
+    return Perplexity(ppl, ppl * math.sqrt(all_losses.var() / max(n - 1, 1)), n, bits / n_bytes)
 
 
 def window_losses(session, tokens: np.ndarray) -> np.ndarray:

@@ -19,15 +19,24 @@ from .session import Session
 class Request:
     """What to write: the prompt's token ids, and how.
 
-    session: continue in this one, and keep it: what the prompt has in common with its tokens is not evaluated again.
-    stop: strings that end the text; stop_ids: ids that do. top: how many of the likeliest ids each token tells. as_drawn: those
-    and its own log-probability are of what the sampler leaves, by which it draws. priority: of two that wait, the one with the
-    higher goes first. client: whose request it is; clients get equal shares. context caps a new session's rows. schema: what the text has to follow, a Schema of its own, such as Grammar.start() gives. progress is
-    called with (done, total) while the prompt is read. reuse: rows of an earlier request with the same beginning may serve this one. score: None, or how many of the
-    likeliest ids to tell for each token of the prompt, with the log-probability of the token itself (Sequence.scores). hint: ids
-    that the text may repeat, as an earlier version of it: what is guessed by them changes the time, never the text. A drafter
-    that is kept with a session does without. shown: ids whose names are part of the text, although they are no text, as control
-    tokens. ended: called with the session of an answer that ended, which an engine that keeps rows lends until give_back().
+    stop, stop_ids: strings and ids that end the text.
+    session: continue in this one, and keep it: what the prompt has in common with its tokens is not evaluated
+    again. A drafter that is kept with a session does without hint.
+    top: how many of the likeliest ids each token tells.
+    as_drawn: those and its own log-probability are of what the sampler leaves, by which it draws.
+    priority: of two that wait, the one with the higher goes first.
+    context: a cap on a new session's rows.
+    schema: what the text has to follow, a Schema of its own, such as Grammar.start() gives.
+    progress: called with (done, total) while the prompt is read.
+    client: whose request it is; clients get equal shares.
+    reuse: rows of an earlier request with the same beginning may serve this one.
+    score: None, or how many of the likeliest ids to tell for each token of the prompt, with the
+    log-probability of the token itself (Sequence.scores).
+    hint: ids that the text may repeat, as an earlier version of it: what is guessed by them changes the time,
+    never the text.
+    shown: ids whose names are part of the text, although they are no text, as control tokens.
+    ended: called with the session of an answer that ended, which an engine that keeps rows lends until
+    give_back().
     """
 
     tokens: Tokens[int]
@@ -72,9 +81,9 @@ def checked(request: Request, model: Model) -> Request:
     checks.number("priority", request.priority)
     if request.score is not None:
         checks.whole("score", request.score, 0, size)
-    return replace(request, tokens=tokens, stop=checks.strings("stop", request.stop),
-                   stop_ids=frozenset(checks.ids("stop_ids", request.stop_ids, size)), hint=checks.ids("hint", request.hint, size),
-                   top=checks.whole("top", request.top, 0, size))
+    stop_ids = frozenset(checks.ids("stop_ids", request.stop_ids, size))
+    return replace(request, tokens=tokens, stop=checks.strings("stop", request.stop), stop_ids=stop_ids,
+                   hint=checks.ids("hint", request.hint, size), top=checks.whole("top", request.top, 0, size))
 
 
 @dataclass

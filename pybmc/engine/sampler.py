@@ -1,7 +1,7 @@
 """Sampler: the settings by which the library chooses a token from logits (native/sample.c).
 
-The order is llama.cpp's: logit bias, penalties, top-k, top-p, min-p, temperature, then a random choice among what is left. The
-choice is a function of the logits, the seed and the position alone.
+The order is llama.cpp's: logit bias, penalties, top-k, top-p, min-p, temperature, then a random choice among
+what is left. The choice is a function of the logits, the seed and the position alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,7 +17,8 @@ from .. import checks
 from .._native import check, ffi, lib, pointer
 from ..errors import ArgumentError
 
-U64 = (1 << 64) - 1
+U64, MOST = (1 << 64) - 1, (1 << 31) - 1
+
 
 def check_bias(bias: Mapping[int, float], size: int) -> None:
     """Raise an ArgumentError if the bias names a token beyond a vocabulary."""
@@ -54,8 +55,8 @@ class Sampler:
     """Settings of a choice; names and meanings are llama.cpp's. temperature 0 is greedy.
 
     repeat_last_n is how many last tokens the penalties look at, prompt included: 0 none, -1 all. logit_bias
-    maps ids to what is added to their logits; -inf bans an id. Values that switch off: top_k 0 or -1, top_p 1, min_p 0,
-    repeat_penalty 1, presence_penalty 0, frequency_penalty 0. None is "not given": the default.
+    maps ids to what is added to their logits; -inf bans an id. Values that switch off: top_k 0 or -1, top_p
+    1, min_p 0, repeat_penalty 1, presence_penalty 0, frequency_penalty 0. None is "not given": the default.
     """
 
     temperature: float = 0.0
@@ -70,8 +71,10 @@ class Sampler:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        given = {f.name: f.default if (value := getattr(self, f.name)) is None else value for f in fields(self)}
-        plain: dict[str, Any] = {name: checks.number(name, given[name], *bounds) for name, bounds in REALS.items()}
+        given = {f.name: f.default if getattr(self, f.name) is None else getattr(self, f.name)
+                 for f in fields(self)}
+        plain: dict[str, Any] = {name: checks.number(name, given[name], *bounds)
+                                 for name, bounds in REALS.items()}
         plain |= {name: checks.whole(name, given[name], *bounds) for name, bounds in WHOLES.items()}
         plain |= {"top_k": max(plain["top_k"], 0), "logit_bias": checked_bias(self.logit_bias)}
         if plain["repeat_penalty"] == 0:
@@ -82,7 +85,8 @@ class Sampler:
     @property
     def greedy(self) -> bool:
         """Whether the choice is always the largest logit, so that nothing else of a row counts."""
-        penalizes = self.repeat_last_n and (self.repeat_penalty != 1 or self.presence_penalty or self.frequency_penalty)
+        adds = self.presence_penalty or self.frequency_penalty
+        penalizes = self.repeat_last_n and (self.repeat_penalty != 1 or adds)
         return (self.temperature == 0 or self.top_k == 1) and not penalizes and not self.logit_bias
 
     @cached_property
@@ -90,19 +94,21 @@ class Sampler:
         """The bmc_sampler of these settings."""
         made = ffi.new("bmc_sampler *")
         made.temperature, made.top_p, made.min_p = self.temperature, self.top_p, self.min_p
-        made.seed, made.top_k = self.seed & U64, min(self.top_k, 2**31 - 1)
-        made.repeat_penalty, made.last_n = self.repeat_penalty, min(self.repeat_last_n, 2**31 - 1)
+        made.seed, made.top_k = self.seed & U64, min(self.top_k, MOST)
+        made.repeat_penalty, made.last_n = self.repeat_penalty, min(self.repeat_last_n, MOST)
         made.presence_penalty, made.frequency_penalty = self.presence_penalty, self.frequency_penalty
-        ids, values = ffi.new("int32_t[]", list(self.logit_bias)), ffi.new("float[]", list(self.logit_bias.values()))
-        made.n_bias, made.bias_id, made.bias = len(self.logit_bias), ids, values
+        bias = self.logit_bias
+        ids, values = ffi.new("int32_t[]", list(bias)), ffi.new("float[]", list(bias.values()))
+        made.n_bias, made.bias_id, made.bias = len(bias), ids, values
         _kept[made] = ids, values
         return made
 
     def sample(self, logits: np.ndarray, position: int, history: Sequence[int] = ()) -> int:
-        """The token that follows `position` tokens, of which history are the last; logits is (vocab,) float32."""
+        """The token that follows `position` tokens, of which history are the last;
+        logits is (vocab,) float32."""
         chosen, before = ffi.new("int32_t *"), ffi.new("int32_t[]", list(history))
-        check(lib.bmc_choose(pointer(np.ascontiguousarray(logits, np.float32)), len(logits), self.native, position,
-                             before, len(before), chosen))
+        row = pointer(np.ascontiguousarray(logits, np.float32))
+        check(lib.bmc_choose(row, len(logits), self.native, position, before, len(before), chosen))
         return chosen[0]
 
 

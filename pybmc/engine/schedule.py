@@ -11,7 +11,8 @@ PATIENCE = 2.0                          # .. until it has waited for this many s
 
 
 class Turns:
-    """What each client was given so far, in tokens. A client that comes back starts at the least of those present."""
+    """What each client was given so far, in tokens. A client that comes back starts at the least
+    of those present."""
 
     def __init__(self):
         self._given: dict[Hashable, float] = {}
@@ -35,5 +36,6 @@ class Turns:
             self._given[client] += read + WRITTEN * written
 
     def key(self, client: Hashable, tokens: int, waited: float, number: int) -> tuple:
-        """Requests are served in the order of these: the client with the least first, within it the oldest."""
+        """Requests are served in the order of these: the client with the least first,
+        within it the oldest."""
         return self._given.get(client, 0.0), tokens > LONG and waited < PATIENCE, number

@@ -20,8 +20,9 @@ class Schema(Protocol):
     """A grammar's state in one text. A request has one of its own, and only the engine's thread calls it."""
 
     def mask(self, tokens: Sequence[int]) -> np.ndarray | None:
-        """Which ids may come after the tokens accepted so far and these: uint32 ((vocab_size + 31) // 32,), for id i
-        bit i % 32 of word i // 32. None: all. The masks before them allow the tokens; accept() has not had them."""
+        """Which ids may come after the tokens accepted so far and these: uint32 ((vocab_size + 31) // 32,),
+        for id i bit i % 32 of word i // 32. None: all. The masks before them allow the tokens; accept() has
+        not had them."""
 
     def accept(self, token: int) -> None:
         """The text goes on with this token."""
@@ -31,8 +32,8 @@ class Schema(Protocol):
 
 
 class Masks:
-    """A request's schema, as a bmc_item asks it (bmc_allow in native/bmc.h). failure: what its methods raised;
-    then no token is allowed."""
+    """A request's schema, as a bmc_item asks it (bmc_allow in native/bmc.h). failure: what its methods
+    raised; then no token is allowed."""
 
     def __init__(self, schema: Schema, item: Any, vocab_size: int, stop_ids: frozenset[int]):
         self._schema, self._item, self._size, self._stop_ids = schema, item, vocab_size, stop_ids

@@ -1,4 +1,5 @@
-"""A request that an engine serves: its session, its part of each call of the library, and the tokens that came of it."""
+"""A request that an engine serves: its session, its part of each call of the library,
+and the tokens that came of it."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ import numpy as np
 
 from .._native import ffi
 from ..errors import ArgumentError, BmcError, BusyError, ClosedError, ContextFullError
+from ..spec.rounds import Item
 from ..spec.speculation import Drafter
 from .gpu import uncut
 from .request import Request, Stats
@@ -34,8 +36,9 @@ class Event(NamedTuple):
 
 
 class Sequence:
-    """A request in an engine. done: it gives no more tokens; error: why, if it failed. stats: its Stats so far. started: it was
-    admitted. scores: those of the prompt's tokens from the second on, where the request asks for them. since: when it was added.
+    """A request in an engine. done: it gives no more tokens; error: why, if it failed. stats: its Stats so
+    far. started: it was admitted. scores: those of the prompt's tokens from the second on, where the request
+    asks for them. since: when it was added.
     """
 
     def __init__(self, engine: Engine, request: Request, number: int):
@@ -43,9 +46,9 @@ class Sequence:
         self.prompt = list(request.tokens)
         self.text = list(self.prompt)   # and the tokens given
         self.ids = np.array(self.prompt, np.int32)      # the text that start() begins with
-        self.marks: set[int] = set()    # positions where other texts leave this one: reading stops there for them
+        self.marks: set[int] = set()    # positions where other texts leave this one: reading stops there
         self.awaits: Sequence | None = None             # who reads the beginning of its text
-        self.bare = False               # it shares nothing and keeps no snapshots: memory is too short for them
+        self.bare = False               # memory is too short to share rows and to keep snapshots
         self.scores: list[Score] = []
         self.stats = Stats(prompt_tokens=len(self.prompt))
         self.owned = request.session is None            # the session is the engine's, not the caller's
@@ -68,7 +71,8 @@ class Sequence:
             self.session = self.engine.session_for(self)
         session, context = self.session, self.session.context
         if len(self.prompt) > context:
-            raise ContextFullError(f"the prompt has {len(self.prompt)} tokens, the context has room for {context}")
+            n = len(self.prompt)
+            raise ContextFullError(f"the prompt has {n} tokens, the context has room for {context}")
         kept = session.sync([] if self.unscored else self.text[:-1])
         before = session.writer() if session.writer else None
         if before not in (None, self):
@@ -78,9 +82,8 @@ class Sequence:
         if not self.started:
             self._began, self.stats.reused_tokens = time.perf_counter(), kept
             self._begin(context - len(self.prompt) + 1)
-        speculation = self.engine.speculation
-        if not speculation.off and request.speculate and self._limit > 1:
-            self.drafter = self.engine._drafter(self)
+        if not self.engine.speculation.off and request.speculate and self._limit > 1:
+            self.drafter = self._drafter()
         self._tokens = ffi.new("int32_t[]", self.text)
         self.started = self.reading = True
 
@@ -91,34 +94,32 @@ class Sequence:
         stop_strings = StopStrings(request.stop, tokenizer, request.shown)
         self._ending = Ending(decoder, request.max_tokens, room, stop_strings, request.stop_ids)
         self._limit = min(request.max_tokens, room)
-        self._make_item()
+        n = int(min(CALL_TOKENS, max(1, self._limit)))
+        self.item = Item(n, request.sampler, request.top, request.stop_ids)
+        self.item.native.as_drawn = request.as_drawn
+        self._last = ffi.new("int32_t *")
+        if request.schema is not None:
+            size = self.engine.model.config.vocab_size
+            self._masks = Masks(request.schema, self.item.native, size, request.stop_ids)
+
+    def _drafter(self) -> Drafter:
+        """Who guesses: in a session that was given, the one who did so before."""
+        session, speculation = self.session, self.engine.speculation
+        if self.owned:
+            return speculation.drafter(session, self.request.hint)
+        if session.drafter is None or session.drafter.made is not speculation:
+            session.drafter = speculation.drafter(session)
+        return session.drafter
 
     def put_aside(self) -> None:
-        """Give up the session. The text stays, and start() reads what is gone of it again: what comes after is the
-        same."""
+        """Give up the session. The text stays, and start() reads what is gone of it again: what comes after
+        is the same."""
         self._close_drafter()
         self.engine.prefixes.give(self.session)
         self.session = None             # type: ignore[assignment]      # until start()
         self.ids = np.array(self.text, np.int32)
         if self.unscored:
             self.scores.clear()
-
-    def _make_item(self) -> None:
-        n, top = int(min(CALL_TOKENS, max(1, self._limit))), self.request.top
-        self._ids, self._logprobs, self._drafted = (ffi.new(f"{kind}[]", n) for kind in ("int32_t", "float", "uint8_t"))
-        self._top_ids, self._top_logprobs = ffi.new("int32_t[]", n * top), ffi.new("float[]", n * top)
-        self._stops = ffi.new("int32_t[]", list(self.request.stop_ids))
-        self._last = ffi.new("int32_t *")
-        self.item = item = ffi.new("bmc_item *")
-        item.ids, item.logprobs, item.drafted = self._ids, self._logprobs, self._drafted
-        item.n_top, item.top_ids, item.top_logprobs = top, self._top_ids, self._top_logprobs
-        item.as_drawn = self.request.as_drawn
-        item.stops, item.n_stops = self._stops, len(self.request.stop_ids)
-        if not self.request.sampler.greedy:
-            item.sampler = self.request.sampler.native
-        if self.request.schema is not None:
-            size = self.engine.model.config.vocab_size
-            self._masks = Masks(self.request.schema, item, size, self.request.stop_ids)
 
     def lose(self, why: str) -> None:
         """End it, since its session is not its own any more."""
@@ -145,7 +146,7 @@ class Sequence:
     def claim(self, claims: ExitStack) -> bool:
         """Hold the session for a call. False where it is closed or in use: that ends the sequence."""
         try:
-            self.item.session = claims.enter_context(self.session._claimed())
+            self.item.native.session = claims.enter_context(self.session._claimed())
             self._uses = self.session.uses
         except BmcError as error:
             self.done, self.error = True, error
@@ -158,13 +159,13 @@ class Sequence:
 
     @property
     def wanted(self) -> float:
-        """Rows for the beginning of its answer; all of it where the session was given, which is never taken away."""
-        return len(self.text) + (min(self.left, ANSWER) if self.owned else self.left)
+        """Rows for its text and the beginning of its answer."""
+        return self.rows_for(ANSWER)
 
-    @property
-    def certain(self) -> float:
-        """Rows that it will need: those of the text so far; of all of it where the session was given."""
-        return len(self.text) + (0 if self.owned else self.left)
+    def rows_for(self, n: float) -> float:
+        """Rows for its text and n tokens more; for all that may come where the session was given, which is
+        never taken away."""
+        return len(self.text) + (min(self.left, n) if self.owned else self.left)
 
     @property
     def context(self) -> int:
@@ -181,23 +182,22 @@ class Sequence:
         return self._ending.stop_strings.found if self.started else None
 
     def ask(self, piece: int, most: float = CALL_TOKENS) -> int:
-        """Prepare the item for a step that gives `most` tokens at most; how many tokens of the text it reads, `piece` at most."""
-        item = self.item
-        item.guesses, item.confidence, item.n_guesses, item.guess_s = ffi.NULL, ffi.NULL, 0, 0.0
-        item.drafter = self.drafter.native if self.drafter else ffi.NULL
-        item.max_tokens = int(min(CALL_TOKENS, most, self._limit - self._written))
+        """Prepare the item for a step that gives `most` tokens at most;
+        how many tokens of the text it reads, `piece` at most."""
+        item, drafter = self.item, self.drafter.native if self.drafter else ffi.NULL
+        max_tokens = int(min(CALL_TOKENS, most, self._limit - self._written))
         if not self.reading:
-            item.pending, item.n_pending, item.choose = self._last, 1, 1
-            if self._masks:
-                self._guess(self._masks.forced())
+            item.read(self._last, 1, max_tokens)
+            item.native.drafter = drafter
+            if self._masks and (forced := self._masks.forced()):
+                item.guess(forced)
             return 0
         at = self.session.position
         n = min([piece, len(self.text) - at, *(mark - at for mark in self.marks if mark > at)])
         n = uncut(at, n, len(self.text), self.engine.model.prompt_chunk)
-        item.pending, item.n_pending = self._tokens + at, n
-        item.choose = at + n == len(self.text) and self._limit > 0
-        if item.choose:                 # the first token comes with the text before it, without guesses
-            item.drafter = ffi.NULL
+        choose = at + n == len(self.text) and self._limit > 0
+        item.read(self._tokens + at, n, max_tokens, choose)
+        item.native.drafter = ffi.NULL if choose else drafter       # the text's last piece is without guesses
         return n
 
     def answer_wanted(self) -> None:
@@ -205,33 +205,23 @@ class Sequence:
         text = [*self.session.tokens, self._last[0]]
         started = time.perf_counter()
         assert self.drafter is not None
-        ids, sure = self.drafter.propose(text, self.item.wanted)
-        self._guess(ids)
-        self._sure = ffi.new("float[]", sure or 1)
-        self.item.guesses, self.item.confidence = self._guesses, self._sure
-        self.item.guess_s = time.perf_counter() - started
-        self.item.drafter = self.drafter.native
-
-    def _guess(self, ids: list[int]) -> None:
-        """Guesses for the next round; without any the library makes its own."""
-        self._guesses = ffi.new("int32_t[]", ids or 1)
-        self.item.guesses, self.item.n_guesses = self._guesses if ids else ffi.NULL, len(ids)
+        ids, sure = self.drafter.propose(text, self.item.native.wanted)
+        self.item.guess(ids, sure, time.perf_counter() - started)
+        self.item.native.drafter = self.drafter.native
 
     def take(self, seconds: float) -> list[Token]:
         """The tokens that a round gave; also those of a call after which an interrupt came."""
-        item = self.item
         if self.reading:
             self._note_progress()
             if self.session.position in self.marks:
                 self._snapshot()
-        n, item.n = item.n, 0
         if self.drafter:
             self.drafter.note_failure()
-        if not n:
+        if not self.item.native.n:
             self.done = self._limit < 1 and self.session.position == len(self.prompt)
             return []
         try:
-            return self._tokens_of(n, seconds)
+            return self._take(seconds)
         except BaseException:           # an interrupt: the session holds tokens that nobody was given
             self.lose("it was interrupted")
             raise
@@ -240,8 +230,8 @@ class Sequence:
         if self.request.progress and not self._written:
             self.request.progress(min(self.session.position, len(self.prompt)), len(self.prompt))
 
-    def _tokens_of(self, n: int, seconds: float) -> list[Token]:
-        ids, logprobs, drafted = (ffi.unpack(array, n) for array in (self._ids, self._logprobs, self._drafted))
+    def _take(self, seconds: float) -> list[Token]:
+        ids, logprobs, drafted = self.item.take()
         self._last[0] = ids[-1]
         if self._masks:
             self._masks.accept(ids)
@@ -250,12 +240,12 @@ class Sequence:
             self._snapshot()
         self.reading = False
         found = []
-        for i, (id, logprob) in enumerate(zip(ids, logprobs)):
+        for i, (id, logprob, by) in enumerate(zip(ids, logprobs, drafted)):
             if id < 0 or logprob != logprob or logprob == -inf:
                 self.done = True
                 self.error = (self._masks and self._masks.error()) or self._stuck()
                 break
-            token = self._ending.token(id, logprob, bool(drafted[i]), self._top(i), SOURCES[drafted[i]])
+            token = self._ending.token(id, logprob, bool(by), self.item.top(i), SOURCES[by])
             self._written += 1
             self.text.append(id)
             self.stats.predicted_tokens += 1
@@ -272,13 +262,9 @@ class Sequence:
         return kind(f"no token can be chosen at position {len(self.prompt) + self._written}: "
                     "its logits are not numbers, or all tokens are banned")
 
-    def _top(self, i: int) -> tuple[tuple[int, float], ...]:
-        k = self.request.top
-        return tuple((self._top_ids[j], self._top_logprobs[j]) for j in range(i * k, (i + 1) * k) if self._top_ids[j] >= 0)
-
     def take_back(self, unread: int) -> None:
-        """Let a session that was given hold the text without its last token, and without tokens that nobody has read or
-        that came after a stop string."""
+        """Let a session that was given hold the text without its last token, and without tokens that nobody
+        has read or that came after a stop string."""
         if not self.started or self.session is None or self.session.uses != self._uses:
             return
         end = len(self.prompt) + max(self._written - unread, 0) - 1
@@ -295,7 +281,7 @@ class Sequence:
             self.session.snapshot()
 
     def _time(self, seconds: float) -> None:
-        stats, counts = self.stats, self.item.stats
+        stats, counts = self.stats, self.item.native.stats
         if not self._written:
             stats.prompt_s = time.perf_counter() - self._began
             ffi.buffer(ffi.addressof(counts))[:] = bytes(ffi.sizeof("bmc_item_stats"))
@@ -306,10 +292,11 @@ class Sequence:
         stats.lengths = {i: count for i, count in enumerate(counts.lengths) if count}
 
     def finish(self, keep: bool = False) -> None:
-        """Let go of what the sequence used; a session that was given stays. keep: the engine may use the rows again."""
+        """Let go of what the sequence used; a session that was given stays.
+        keep: the engine may use the rows again."""
         self.done = True
         if self.started and (keep or not self.owned):
-            self.item.n = 0
+            self.item.native.n = 0
             self.take_back(0)
             self._snapshot()
         self._close_drafter()

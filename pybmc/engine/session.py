@@ -27,8 +27,9 @@ _WANTS = {"none": lib.BMC_WANT_NONE, "last": lib.BMC_WANT_LAST, "all": lib.BMC_W
 
 @dataclass(frozen=True)
 class ArenaStats:
-    """A session's memory. row_bytes: keys and values of one token, all layers; r: rows added at a time; state_bytes: what
-    recurrent layers keep besides, whatever the length. bytes_reserved includes it, and snapshots."""
+    """A session's memory. row_bytes: keys and values of one token, all layers; r: rows added at a time;
+    state_bytes: what recurrent layers keep besides, whatever the length. bytes_reserved includes it, and
+    snapshots."""
 
     rows_reserved: int
     rows_used: int
@@ -46,8 +47,8 @@ class Best(NamedTuple):
 
 
 class Session:
-    """One sequence: its rows of keys and values, and its position. Made by Model.session. notes: a JSON value that
-    save() writes too."""
+    """One sequence: its rows of keys and values, and its position. Made by Model.session. notes: a JSON value
+    that save() writes too."""
 
     def __init__(self, model: Any, context: int | None, rows: int | str, kv_type: str):
         self._handle = ffi.NULL
@@ -62,8 +63,8 @@ class Session:
         self._begin(model, cap, long_factors, owned(handle[0], "bmc_session_free", model_handle))
         if cap > config.n_ctx and not model._long:
             model._long = True
-            log.warning("a context of %d tokens is more than the %d that %s was trained for; text beyond gets worse",
-                        cap, config.n_ctx, model.path)
+            log.warning("a context of %d tokens is more than the %d that %s was trained for; "
+                        "text beyond gets worse", cap, config.n_ctx, model.path)
 
     def _begin(self, model: Any, cap: int, long_factors: bool, handle: Any) -> None:
         self._handle = handle
@@ -80,20 +81,21 @@ class Session:
             model._sessions.add(self)
 
     def fork(self, position: int | None = None) -> Session:
-        """A new session with the first `position` tokens of this one (all of them by default). They share the memory of those
-        rows, and neither changes the other. Raises ArgumentError, OutOfMemoryError."""
+        """A new session with the first `position` tokens of this one (all of them by default). They share the
+        memory of those rows, and neither changes the other. Raises ArgumentError, OutOfMemoryError."""
         with self._claimed(moves=False) as handle:
             at = lib.bmc_session_position(handle) if position is None else checks.whole("position", position)
             fork = ffi.new("bmc_session **")
             check(lib.bmc_session_fork(handle, at, fork))
+            owner = owned(fork[0], "bmc_session_free", self.model._live())
             other = Session.__new__(Session)
-            other._begin(self.model, self.context, self.long_factors, owned(fork[0], "bmc_session_free", self.model._live()))
+            other._begin(self.model, self.context, self.long_factors, owner)
             other.saved = self.saved
         return other
 
     def nearest(self, position: int) -> int:
-        """The last position up to this one to which rewind() and fork() go without reading tokens again: this one, but for
-        recurrent layers, which need a snapshot, and for windows, whose rows may be gone."""
+        """The last position up to this one to which rewind() and fork() go without reading tokens again: this
+        one, but for recurrent layers, which need a snapshot, and for windows, whose rows may be gone."""
         with self._claimed(moves=False) as handle:
             return check(lib.bmc_session_nearest(handle, checks.whole("position", position)))
 
@@ -124,13 +126,21 @@ class Session:
              sampler: Sampler | None = None) -> np.ndarray | Best | None:
         """Evaluate tokens after the ones before.
 
-        logits: "last" gives float32 (vocab_size,) of the last token, "all" (len(tokens), vocab_size), "argmax" the best
-        next id of each token, int32 (len(tokens),), "best" those with their log-probabilities (Best), "none" None. "hidden"
-        gives what the head would read, after the last norm, float32 (len(tokens), dim); "first hidden" and "last
-        hidden" that of one token, (dim,). An encoder gives nothing else, and reads a text in one call, in an empty
-        session. What the numbers are does not depend on how tokens are cut into calls. sampler: "argmax" and "best" are what it chooses,
-        and the model's log-probabilities of that. last: 0, or how many last rows attention sees, besides the first 256. Raises
-        ArgumentError, ContextFullError beyond the cap, OutOfMemoryError; then nothing has changed.
+        logits: what comes back:
+            "last"          float32 (vocab_size,), of the last token
+            "all"           float32 (len(tokens), vocab_size)
+            "argmax"        the best next id of each token, int32 (len(tokens),)
+            "best"          those with their log-probabilities, a Best
+            "hidden"        what the head would read, after the last norm, float32 (len(tokens), dim)
+            "first hidden"  that of the first token, (dim,)
+            "last hidden"   that of the last
+            "none"          None
+        An encoder gives hidden states only, and reads a text in one call, in an empty session.
+        last: 0, or how many last rows attention sees, besides the first 256.
+        sampler: "argmax" and "best" are what it chooses, and the model's log-probabilities of that.
+
+        What the numbers are does not depend on how tokens are cut into calls. Raises ArgumentError,
+        ContextFullError beyond the cap, OutOfMemoryError; then nothing has changed.
         """
         span = ffi.new("bmc_span *")
         with self._claimed() as handle:
@@ -144,21 +154,23 @@ class Session:
             check(lib.bmc_session_rewind(handle, checks.whole("position", position)))
 
     def snapshot(self) -> None:
-        """Keep the states of recurrent blocks as they are about here: to go back to this position will need at most 48 tokens
-        again. Of more than eight those stay that save the most tokens. Models without such blocks need none. Raises
-        OutOfMemoryError."""
+        """Keep the states of recurrent blocks as they are about here: to go back to this position will need
+        at most 48 tokens again. Of more than eight those stay that save the most tokens. Models without such
+        blocks need none. Raises OutOfMemoryError."""
         with self._claimed(moves=False) as handle:
             check(lib.bmc_session_snapshot(handle))
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the session to a file, for Model.load_session: its tokens, rows and snapshots, and its notes. To the
-        file that it was saved to or loaded from last only what is new is appended; any other one is written beside
-        and renamed. A save that fails or is cut off leaves the one before. Raises OSError, DeviceError where a GPU
-        that has layers fails, and FormatError where the file is there and no saved session."""
+        """Write the session to a file, for Model.load_session: its tokens, rows and snapshots, and its notes.
+        To the file that it was saved to or loaded from last only what is new is appended; any other one is
+        written beside and renamed. A save that fails or is cut off leaves the one before. Raises OSError,
+        DeviceError where a GPU that has layers fails, and FormatError where the file is there and no saved
+        session."""
         save(self, path)
 
     def keep_hidden(self) -> None:
-        """Keep the hidden states of the last tokens from now on, for a draft head. Raises OutOfMemoryError."""
+        """Keep the hidden states of the last tokens from now on, for a draft head.
+        Raises OutOfMemoryError."""
         with self._claimed(moves=False) as handle:
             check(lib.bmc_session_keep_hidden(handle))
 
@@ -175,7 +187,7 @@ class Session:
     def close(self) -> None:
         """Free the rows. Twice is fine. Raises BusyError while another thread uses the session."""
         user = self._user.get("thread")
-        if user and user[0] != os.getpid():             # a thread of the process that this one was forked from
+        if user and user[0] != os.getpid():             # a thread of the process that this one is a fork of
             self._handle = ffi.NULL
         if self._handle != ffi.NULL:
             with suppress(ClosedError), self._claimed(moves=False):
@@ -188,8 +200,9 @@ class Session:
 
     @contextmanager
     def _claimed(self, moves: bool = True) -> Iterator[Any]:
-        """One thread at a time. A thread that an interrupt threw out too early to say so may come back: with a lock
-        in this place, Ctrl-C could leave the session locked for good. moves: the call moves rows on or back."""
+        """One thread at a time. A thread that an interrupt threw out too early to say so may come back: with
+        a lock in this place, Ctrl-C could leave the session locked for good. moves: the call moves rows on or
+        back."""
         me = _me()
         user = self._user.setdefault("thread", me)
         if user != me:
@@ -210,8 +223,8 @@ class Session:
 
 
 def eval_batch(parts: Sequence[tuple]) -> list[np.ndarray | Best | None]:
-    """Evaluate tokens of several sessions of one model in one pass: [(session, tokens, logits)] with Session.eval's meaning,
-    and its `last` and `sampler` behind them, if need be.
+    """Evaluate tokens of several sessions of one model in one pass: [(session, tokens, logits)] with
+    Session.eval's meaning, and its `last` and `sampler` behind them, if need be.
 
     Every result equals what the session gives alone. Either all sessions move on or none does.
     """
@@ -231,7 +244,8 @@ def eval_batch(parts: Sequence[tuple]) -> list[np.ndarray | Best | None]:
     return [result for result, _ in filled]
 
 
-def _fill(span: Any, handle: Any, session: Session, tokens: Any, want: str, last: int = 0, sampler: Sampler | None = None) -> tuple:
+def _fill(span: Any, handle: Any, session: Session, tokens: Any, want: str, last: int = 0,
+          sampler: Sampler | None = None) -> tuple:
     """A span of a claimed session. Returns where its results go, and what has to live as long as the call."""
     checks.choice("logits", want, _WANTS)
     ids, position = _ids(tokens), session.position

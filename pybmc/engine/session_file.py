@@ -53,8 +53,8 @@ OPEN = os.O_CLOEXEC | os.O_NOFOLLOW
 
 @dataclass(frozen=True)
 class Saved:
-    """A file that holds a session. end: of the last whole save, which ends with `checksum`; size: of the file,
-    where more may follow."""
+    """A file that holds a session. end: of the last whole save, which ends with `checksum`; size: of the
+    file, where more may follow."""
 
     device: int
     inode: int
@@ -91,8 +91,13 @@ class Layout:
         n = part.end - part.start
         return n // 16 * self.tile[part.kind] if part.kind in self.tile else self.state + n * self.log
 
-    def pieces(self, part: Part) -> Iterator[Part]:
-        """A part in parts of about PIECE bytes, as far as it can be cut."""
+    def pieces(self, parts: list[Part]) -> Iterator[tuple[Part, memoryview]]:
+        """Parts in parts of about PIECE bytes, as far as they can be cut, with room for each: the same."""
+        pieces = [piece for part in parts for piece in self._cut(part)]
+        room = memoryview(bytearray(max(map(self.size, pieces), default=0)))
+        return ((piece, room[:self.size(piece)]) for piece in pieces)
+
+    def _cut(self, part: Part) -> Iterator[Part]:
         step = part.end - part.start + 1
         if part.kind in self.tile:
             step = max(1, PIECE // max(self.tile[part.kind], 1)) * 16
@@ -102,7 +107,8 @@ class Layout:
 
 @dataclass
 class Record:
-    """A save: `tokens` after the first `kept` ones. at, end: where its parts begin in the file, and where it ends."""
+    """A save: `tokens` after the first `kept` ones.
+    at, end: where its parts begin in the file, and where it ends."""
 
     context: int
     kept: int
@@ -182,8 +188,8 @@ def _record(session: Session, handle: Any, kept: int, known: frozenset[int], not
 
 def _append(session: Session, saved: Saved, handle: Any, layout: Layout, path: str, dir_fd: int | None,
             notes: bytes) -> bool:
-    """Add what is new to the file that the session was saved to or loaded from. False where that is another one,
-    or was changed since, or where most of it would be old."""
+    """Add what is new to the file that the session was saved to or loaded from. False where that is another
+    one, or was changed since, or where most of it would be old."""
     kept = lib.bmc_session_unchanged(handle)
     known = frozenset(at for at in saved.snapshots if at <= kept)
     record = _record(session, handle, kept, known, notes)
@@ -193,7 +199,8 @@ def _append(session: Session, saved: Saved, handle: Any, layout: Layout, path: s
     with suppress(FileNotFoundError), _locked(path, os.O_RDWR, dir_fd) as fd:
         if not _is_at(saved, fd):
             return False
-        nothing_new = kept == saved.tokens == lib.bmc_session_position(handle) and not _snapshots(record) - known
+        position = lib.bmc_session_position(handle)
+        nothing_new = kept == saved.tokens == position and not _snapshots(record) - known
         if nothing_new and notes == saved.notes:
             return True
         try:
@@ -258,7 +265,8 @@ def _check_old(path: str, dir_fd: int | None) -> None:
 
 
 def _sync_folder(folder: str, dir_fd: int | None) -> None:
-    with suppress(OSError), _opened(folder or ".", os.O_RDONLY, dir_fd) as fd:     # not every file system has it
+    flags = os.O_RDONLY         # not every file system syncs folders
+    with suppress(OSError), _opened(folder or ".", flags, dir_fd) as fd:
         os.fsync(fd)
 
 
@@ -266,13 +274,10 @@ def _write_record(fd: int, handle: Any, layout: Layout, record: Record, at: int,
     front = record.front(layout)
     _write(fd, front + CRC.pack(crc32(front, checksum)), at)
     record.at = at = at + len(front) + CRC.size
-    buffer, checksum = _buffer(record, layout), 0
-    for part in record.parts:
-        for piece in layout.pieces(part):
-            view = memoryview(buffer)[:layout.size(piece)]
-            check(lib.bmc_session_export(handle, _native(piece), ffi.from_buffer(view), len(view)))
-            checksum = crc32(view, checksum)
-            at = _write(fd, view, at)
+    checksum = 0
+    for piece, view in layout.pieces(record.parts):
+        check(lib.bmc_session_export(handle, _native(piece), ffi.from_buffer(view), len(view)))
+        at, checksum = _write(fd, view, at), crc32(view, checksum)
     record.checksum, record.end = checksum, _write(fd, CRC.pack(checksum), at)
 
 
@@ -285,12 +290,6 @@ def _write(fd: int, data: bytes | memoryview, at: int) -> int:
     return at
 
 
-def _buffer(record: Record, layout: Layout) -> bytearray:
-    """Room for any piece of a record."""
-    pieces = (piece for part in record.parts for piece in layout.pieces(part))
-    return bytearray(max(map(layout.size, pieces), default=0))
-
-
 def _native(part: Part) -> Any:
     kind = lib.BMC_PART_STATES if part.kind == BOTH else part.kind
     return ffi.new("bmc_part *", (kind, part.start, part.end))
@@ -301,9 +300,12 @@ def _native(part: Part) -> Any:
 
 def _described(session: Session, layout: Layout) -> dict:
     """What a file says of the model. Sessions fit where all but the name is the same."""
-    model = session.model
-    return {"name": Path(model.path).name, "arch": model.config.arch, "fingerprint": model.fingerprint,
-            "long_factors": session.long_factors, "kv_type": "f16", "layout": layout.numbers}
+    return _identity(session.model) | {"long_factors": session.long_factors, "kv_type": "f16",
+                                       "layout": layout.numbers}
+
+
+def _identity(model: Model) -> dict:
+    return {"name": Path(model.path).name, "arch": model.config.arch, "fingerprint": model.fingerprint}
 
 
 def _opening(described: dict) -> bytes:
@@ -342,9 +344,9 @@ def _decoded(data: bytes, path: str) -> Any:
 
 def _check_model(path: str, found: dict, model: Model) -> None:
     """Raise FormatError where a file holds a session of another model."""
-    wanted = {"name": Path(model.path).name, "arch": model.config.arch, "fingerprint": model.fingerprint}
     if found.get("fingerprint") != model.fingerprint:
-        raise FormatError(f"{path}: expected a session of {_named(wanted)}, found one of {_named(found)}")
+        wanted = _named(_identity(model))
+        raise FormatError(f"{path}: expected a session of {wanted}, found one of {_named(found)}")
 
 
 def _check_kind(path: str, found: dict, session: Session, layout: Layout) -> None:
@@ -387,7 +389,8 @@ def load(model: Model, path: str | os.PathLike, context: int | None = None, rows
                 raise
             if n == len(records):
                 if records[-1].end < os.fstat(fd).st_size:
-                    log.warning("%s: what comes after its last whole save, of %d tokens, is cut off or damaged", path, session.position)
+                    log.warning("%s: what comes after its last whole save, of %d tokens, "
+                                "is cut off or damaged", path, session.position)
                 return session
             session.close()
             records = records[:n]
@@ -453,19 +456,17 @@ def _fill(session: Session, fd: int, path: str, described: dict, records: list[R
 
 
 def _read_parts(fd: int, handle: Any, layout: Layout, record: Record, last: bool) -> bool:
-    """Import the parts of a save; states that a later one replaces are left out. False where the checksum is not
-    theirs."""
+    """Import the parts of a save; states that a later one replaces are left out. False where the checksum is
+    not theirs."""
     if not record.is_whole(layout) or record.bytes(layout) != record.end - record.at - CRC.size:
         raise ArgumentError(f"its rows and states are not those of {record.kept + len(record.tokens)} tokens")
-    buffer, at, checksum = _buffer(record, layout), record.at, 0
-    for part in record.parts:
-        for piece in layout.pieces(part):
-            view = memoryview(buffer)[:layout.size(piece)]
-            _read_into(fd, view, at)
-            at, checksum = at + len(view), crc32(view, checksum)
-            if part.kind != lib.BMC_PART_STATES or last:
-                check(lib.bmc_session_import(handle, _native(piece), ffi.from_buffer(view), len(view)))
-        if part.kind == BOTH:
+    at, checksum = record.at, 0
+    for piece, view in layout.pieces(record.parts):
+        _read_into(fd, view, at)
+        at, checksum = at + len(view), crc32(view, checksum)
+        if piece.kind != lib.BMC_PART_STATES or last:
+            check(lib.bmc_session_import(handle, _native(piece), ffi.from_buffer(view), len(view)))
+        if piece.kind == BOTH:              # states are one piece
             check(lib.bmc_session_snapshot(handle))
     return checksum == record.checksum
 

@@ -10,13 +10,14 @@ from ..tokenizers import Tokenizer
 
 
 class Token(NamedTuple):
-    """One token of an answer. text is what became certain with it: it may be empty, or end an earlier token's.
+    """One token of an answer.
 
-    logprob is the model's own, before settings, unless the request wants it as drawn; top holds the likeliest (id, logprob) where
-    they were asked for.
-    finish_reason is set on the last token: "stop" (the model ended, or a stop string was found), "length" (max_tokens) or
-    "context" (no room for more). by: who guessed it: "draft" (a model or a head), "ngram",
-    "self" or "schema" (a token that the schema forces).
+    text: what became certain with it: it may be empty, or end an earlier token's.
+    logprob: the model's own, before settings, unless the request wants it as drawn.
+    finish_reason: of the last token: "stop" (the model ended, or a stop string was found), "length"
+    (max_tokens) or "context" (no room for more).
+    top: the likeliest (id, logprob), where they were asked for.
+    by: who guessed it: "draft" (a model or a head), "ngram", "self" or "schema" (which forces it).
     """
 
     id: int
@@ -31,15 +32,16 @@ class Token(NamedTuple):
 class StopStrings:
     """Passes text on, except from the first of some strings on; holds back what may be the beginning of one.
 
-    The string that is complete first counts, and of those that end together the longest: what comes out does not
-    depend on how the text was cut.
+    The string that is complete first counts, and of those that end together the longest: what comes out does
+    not depend on how the text was cut.
 
-    tokenizer: a string may contain names of tokens whose text is not shown, as control tokens, but for those in shown. A name
-    that stands in a string is in names, by its id, and is pushed as hidden: it never comes out, and strings without a name are
-    looked for as if it was not there.
+    tokenizer: a string may contain names of tokens whose text is not shown, as control tokens, but for those
+    in shown. A name that stands in a string is in names, by its id, and is pushed as hidden: it never comes
+    out, and strings without a name are looked for as if it was not there.
     """
 
-    def __init__(self, strings: Iterable[str] = (), tokenizer: Tokenizer | None = None, shown: frozenset[int] = frozenset()):
+    def __init__(self, strings: Iterable[str] = (), tokenizer: Tokenizer | None = None,
+                 shown: frozenset[int] = frozenset()):
         self.strings = [strings] if isinstance(strings, str) else list(strings)
         for string in self.strings:
             if not isinstance(string, str) or not string:
@@ -47,7 +49,8 @@ class StopStrings:
         silent = tokenizer.silent_names() if self.strings and tokenizer else {}
         self.names = {id: name for id, name in silent.items()
                       if id not in shown and any(name in string for string in self.strings)}
-        self._whole = [string for string in self.strings if any(name in string for name in self.names.values())]
+        self._whole = [string for string in self.strings
+                       if any(name in string for name in self.names.values())]
         self._shown = [string for string in self.strings if string not in self._whole]
         self.found: str | None = None
         self._held: list[tuple[str, bool]] = []         # characters, and whether they are hidden
@@ -99,7 +102,8 @@ class StopStrings:
     @staticmethod
     def _partial(text: str, string: str) -> int:
         """How many characters at the end of text begin the string."""
-        return next((n for n in range(min(len(string) - 1, len(text)), 0, -1) if text.endswith(string[:n])), 0)
+        most = min(len(string) - 1, len(text))
+        return next((n for n in range(most, 0, -1) if text.endswith(string[:n])), 0)
 
 
 def _visible(chars: list[tuple[str, bool]]) -> str:
@@ -130,12 +134,13 @@ class Ending:
     end a text as well.
     """
 
-    def __init__(self, decoder: Decoder, max_tokens: float, room: float, stop_strings: StopStrings, stop_ids: frozenset[int]):
+    def __init__(self, decoder: Decoder, max_tokens: float, room: float, stop_strings: StopStrings,
+                 stop_ids: frozenset[int]):
         self.left, self.room = max_tokens, room
         self.decoder, self.stop_strings, self.stop_ids = decoder, stop_strings, stop_ids
 
-    def token(self, id: int, logprob: float, from_draft: bool = False, top: tuple[tuple[int, float], ...] = (),
-              by: str | None = None) -> Token:
+    def token(self, id: int, logprob: float, from_draft: bool = False,
+              top: tuple[tuple[int, float], ...] = (), by: str | None = None) -> Token:
         self.left, self.room = self.left - 1, self.room - 1
         ends, stop_strings = id in self.stop_ids, self.stop_strings
         name = stop_strings.names.get(id)

@@ -83,10 +83,14 @@ _OTHER_TEXTS = {
 # Numbers of tensor types in files that people have and no current llama.cpp reads.
 _OTHER_TYPES = {
     4: "Q4_2 of 2023", 5: "Q4_3 of 2023",
-    31: "Q4_0_4_4 of 2024; take a Q4_0 file", 32: "Q4_0_4_8 of 2024; take a Q4_0 file", 33: "Q4_0_8_8 of 2024; take a Q4_0 file",
+    31: "Q4_0_4_4 of 2024; take a Q4_0 file",
+    32: "Q4_0_4_8 of 2024; take a Q4_0 file",
+    33: "Q4_0_8_8 of 2024; take a Q4_0 file",
     36: "I2_S of bitnet.cpp, or IQ4_NL_4_4 of 2024; take a TQ1_0, TQ2_0 or IQ4_NL file",
-    37: "IQ4_NL_4_8 of 2024; take an IQ4_NL file", 38: "TL1 of bitnet.cpp, or IQ4_NL_8_8 of 2024; take another file",
-    **{number: "a type of ik_llama.cpp's own; take a file for llama.cpp" for number in (*range(97, 99), *range(133, 159), *range(200, 400))},
+    37: "IQ4_NL_4_8 of 2024; take an IQ4_NL file",
+    38: "TL1 of bitnet.cpp, or IQ4_NL_8_8 of 2024; take another file",
+    **dict.fromkeys((*range(97, 99), *range(133, 159), *range(200, 400)),
+                    "a type of ik_llama.cpp's own; take a file for llama.cpp"),
 }
 
 _INCOMPLETE = "it is incomplete, as when a download broke off"
@@ -101,7 +105,7 @@ class Tensor:
 
     name: str
     type: QuantType
-    shape: tuple[int, ...]              # GGUF's order: values in a row first; without dimensions of 1 at the end
+    shape: tuple[int, ...]              # GGUF's order: a row's values first; no dimensions of 1 at the end
     data: np.ndarray
 
     @property
@@ -113,9 +117,9 @@ class GGUF:
     """An opened GGUF file, or all parts of a split one (`name-00001-of-00003.gguf`, whichever part is given).
 
     metadata: dict[str, value]; a value is an int, float, bool, str, a numpy array (arrays of numbers), a list
-    of str, or a list of such values (arrays of arrays). Text that is only shown, such as a name or a licence, need not
-    be UTF-8: what is not becomes U+FFFD. tensors: dict[str, Tensor], in the file's order;
-    empty with vocabulary_only, which does not read the tensor table and so needs no C library.
+    of str, or a list of such values (arrays of arrays). Text that is only shown, such as a name or a licence,
+    need not be UTF-8: what is not becomes U+FFFD. tensors: dict[str, Tensor], in the file's order; empty with
+    vocabulary_only, which does not read the tensor table and so needs no C library.
 
     Raises FormatError where the file is not what it should be, and an OSError (FileNotFoundError,
     IsADirectoryError, PermissionError) with the path in its sentence where it cannot be opened. close() is
@@ -476,9 +480,8 @@ class File:
         for dim in shape[1:]:
             nbytes *= dim
         if nbytes > self.size:
-            raise self.error(
-                f"{what}: {kind.name} {shape} takes {nbytes} bytes, the file has {self.size}: {_INCOMPLETE}", at
-            )
+            raise self.error(f"{what}: {kind.name} {shape} takes {nbytes} bytes, the file has {self.size}: "
+                             f"{_INCOMPLETE}", at)
         return nbytes
 
 

@@ -13,7 +13,8 @@ from ..errors import ArgumentError
 
 @dataclass(frozen=True)
 class QuantType:
-    """A tensor type of GGUF: block_size weights take type_size bytes; runs tells whether pybmc computes with it."""
+    """A tensor type of GGUF: block_size weights take type_size bytes;
+    runs tells whether pybmc computes with it."""
 
     id: int
     name: str

@@ -5,5 +5,5 @@ Only pull() and look() open a connection; names.py and store.py read the cache's
 
 from .._lazy import lazy
 
-__getattr__, __dir__ = lazy(__name__, {"find": "store", "models": "store", "remove": "store", "pull": "transfer", "look": "transfer",
-                                       "HubError": "transfer"})
+__getattr__, __dir__ = lazy(__name__, dict.fromkeys(("find", "models", "remove"), "store")
+                            | dict.fromkeys(("HubError", "look", "pull"), "transfer"))

@@ -27,5 +27,7 @@ def _entry(name, path, quant=None, why_not=None) -> dict:
         why_not = str(error).removeprefix(f"{path}: ")
     nbytes = facts.get("bytes") or path.stat().st_size
     main_type = next(iter(facts.get("types") or ()), None)
-    return {"name": name, "bytes": nbytes, "size": size(nbytes), "quantization": quant or (main_type and main_type.upper()),
-            "architecture": facts.get("architecture"), "runs": why_not is None, "why_not": why_not and printable(why_not), "path": str(path)}
+    return {"name": name, "bytes": nbytes, "size": size(nbytes),
+            "quantization": quant or (main_type and main_type.upper()),
+            "architecture": facts.get("architecture"),
+            "runs": why_not is None, "why_not": why_not and printable(why_not), "path": str(path)}

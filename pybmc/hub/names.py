@@ -1,4 +1,5 @@
-"""Names of models on the hub: user/repo[:QUANT], or user/repo/FILE.gguf. Nothing here opens a file or a connection."""
+"""Names of models on the hub: user/repo[:QUANT], or user/repo/FILE.gguf.
+Nothing here opens a file or a connection."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ class Name:
 
 
 def parse(text: str) -> Name | None:
-    """The name that a text spells, also as the address of a page of the hub; None where it spells a path or nothing."""
+    """The name that a text spells, also as the address of a page of the hub;
+    None where it spells a path or nothing."""
     host = _HOSTS.match(text)
     parts = text[host.end():].partition("?")[0].rstrip("/").split("/") if host else text.split("/")
     revision = None
@@ -60,7 +62,8 @@ def _is_tag(text: str) -> bool:
 
 
 def is_safe(file: str) -> bool:
-    """Whether a file's name stays in its folder and can be shown: no .., no control characters, no backslashes."""
+    """Whether a file's name stays in its folder and can be shown:
+    no .., no control characters, no backslashes."""
     return (file.isprintable() and "\\" not in file and ":" not in file
             and all(part not in ("", ".", "..") for part in file.split("/")))
 

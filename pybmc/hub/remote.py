@@ -24,12 +24,12 @@ Fetch = Callable[[int, int], bytes]     # (begin, end) -> these bytes
 
 
 class RemoteGGUF(GGUF):
-    """A GGUF whose parts are (name, size, fetch), the first one first. Tensors' data are zeros, but those of a few
-    that the configuration is read from."""
+    """A GGUF whose parts are (name, size, fetch), the first one first. Tensors' data are zeros, but those of
+    a few that the configuration is read from."""
 
     def __init__(self, parts: list[tuple[str, int, Fetch]]):
         self._parts = {os.path.basename(name): (size, fetch) for name, size, fetch in parts}
-        with tempfile.TemporaryDirectory(prefix="pybmc-") as folder:    # what is mapped stays when its name goes
+        with tempfile.TemporaryDirectory(prefix="pybmc-") as folder:    # a mapping stays without its name
             for name, (size, _) in self._parts.items():
                 with open(Path(folder, name), "wb") as file:
                     file.truncate(size)
@@ -57,8 +57,8 @@ class _RemoteFile(File):
         return position
 
     def _walk_strings(self, count: int, what: str) -> np.ndarray:
-        """A length that was not fetched is 0 or too small, so a walk never ends too late: fetch up to there and
-        walk again, until nothing was missing."""
+        """A length that was not fetched is 0 or too small, so a walk never ends too late: fetch up to there
+        and walk again, until nothing was missing."""
         start = self.position
         while True:
             ends = super()._walk_strings(count, what)
@@ -79,7 +79,8 @@ class _RemoteFile(File):
     def load(self, end: int) -> None:
         """Fetch what is missing of the first `end` bytes, and more at once."""
         if end > HEADER_MAX:
-            raise self.error(f"expected a header of at most {HEADER_MAX} bytes, found one that goes on to {end}")
+            raise self.error(f"expected a header of at most {HEADER_MAX} bytes, "
+                             f"found one that goes on to {end}")
         if end > self.loaded:
             begin, self.loaded = self.loaded, min(self.size, max(end, self.loaded + self.chunk))
             self.chunk = min(2 * self.chunk, CHUNK_MAX)

@@ -4,7 +4,8 @@
                         snapshots/COMMIT/FILE        a link to ..
                         blobs/SUM                    .. the bytes
 
-Read here without huggingface_hub: a name costs a look into a folder, and nothing that could open a connection is loaded.
+Read here without huggingface_hub: a name costs a look into a folder,
+and nothing that could open a connection is loaded.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ BUNDLED = {"demo": False, "demo-draft": True}       # name -> whether it is the 
 
 @dataclass(frozen=True)
 class Cached:
-    """A model in the cache: its repository's folder and the links that are its files, the first part first."""
+    """A model in the cache: its repository's folder and the links that are its files,
+    the first part first."""
 
     name: str
     folder: Path
@@ -40,7 +42,8 @@ class Cached:
 def cache_folder() -> Path:
     """Where huggingface_hub keeps what it fetched."""
     named = os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE")
-    home = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface")
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    home = os.environ.get("HF_HOME") or os.path.join(caches, "huggingface")
     return Path(os.path.expandvars(os.path.expanduser(named or os.path.join(home, "hub"))))
 
 
@@ -75,7 +78,8 @@ def _links(folder: Path) -> dict[str, Path]:
 
 def _snapshots(folder: Path) -> list[Path]:
     try:
-        found = [(path.name == _main(folder), path.stat().st_mtime, path) for path in (folder / "snapshots").iterdir()]
+        found = [(path.name == _main(folder), path.stat().st_mtime, path)
+                 for path in (folder / "snapshots").iterdir()]
     except OSError:
         return []
     return [path for *_, path in sorted(found, reverse=True)]
@@ -108,10 +112,11 @@ def cached(name: names.Name) -> Cached | None:
 
 
 def find(text: str | os.PathLike) -> Path:
-    """The file of a model that a user names: a path, user/repo[:QUANT], user/repo/FILE, or a name that `pybmc list` shows.
+    """The file of a model that a user names: a path, user/repo[:QUANT], user/repo/FILE,
+    or a name that `pybmc list` shows.
 
-    A file of that name comes first. Raises a BmcError where the name is one of the hub's and the model is not here; a path
-    is returned whether it exists or not.
+    A file of that name comes first. Raises a BmcError where the name is one of the hub's and the model is not
+    here; a path is returned whether it exists or not.
     """
     path, name = Path(text), names.parse(str(text))
     with suppress(OSError, ValueError):
@@ -123,7 +128,7 @@ def find(text: str | os.PathLike) -> Path:
         return path
     model = cached(name)
     if model is None or not model.complete:
-        what = "no such file, and not in the hub's cache" if model is None else "some of its parts are missing"
+        what = "some of its parts are missing" if model else "no such file, and not in the hub's cache"
         raise NotHere(f"{printable(str(text))}: {what}; pybmc pull {name} brings it")
     return model.path
 
@@ -139,7 +144,8 @@ def removable(text: str) -> Cached:
     """The model of the cache that a name means. Raises an ArgumentError for what is none."""
     name = names.parse(text)
     if text in BUNDLED or name is None:
-        raise ArgumentError(f"{printable(text)}: only models of the hub's cache can be removed; pybmc list names them")
+        raise ArgumentError(f"{printable(text)}: only models of the hub's cache can be removed; "
+                            "pybmc list names them")
     model = cached(name)
     if model is None:
         raise NotHere(f"{printable(text)} is not here: there is nothing to remove")
@@ -147,7 +153,8 @@ def removable(text: str) -> Cached:
 
 
 def remove(model: Cached) -> int:
-    """Remove a model's links, in every snapshot, and the bytes that nothing else in its repository uses; how many."""
+    """Remove a model's links, in every snapshot, and the bytes that nothing else in its repository uses;
+    how many."""
     snapshots = model.folder / "snapshots"
     files = {path.relative_to(snapshots).as_posix().split("/", 1)[1] for path in model.links}
     every = {path: path.resolve() for snapshot in _snapshots(model.folder) for path in _files(snapshot)}
@@ -163,7 +170,8 @@ def remove(model: Cached) -> int:
 
 
 def unlink(link: Path, folder: Path, alone: bool = True) -> int:
-    """Remove a link of a repository's folder and, if no other one is to keep it, what it links to there; the bytes."""
+    """Remove a link of a repository's folder and, if no other one is to keep it, what it links to there;
+    the bytes."""
     freed, blob = 0, _blob(link, folder) if alone else None
     for file in (blob, link):
         if file is not None and os.path.lexists(file):
@@ -173,7 +181,8 @@ def unlink(link: Path, folder: Path, alone: bool = True) -> int:
 
 
 def _blob(link: Path, folder: Path) -> Path | None:
-    """The file of the repository's blobs that a link names; None where it names another, or is the file itself."""
+    """The file of the repository's blobs that a link names;
+    None where it names another, or is the file itself."""
     if not link.is_symlink():
         return None
     target = Path(os.path.normpath(link.parent / os.readlink(link)))

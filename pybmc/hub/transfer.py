@@ -19,7 +19,7 @@ from ..show import describe, size
 from . import names, store
 from .remote import RemoteGGUF
 
-PREFERRED = ("Q4_K_M", "Q4_0", "Q8_0")          # what is taken where no quantization is named, the first that is there
+PREFERRED = ("Q4_K_M", "Q4_0", "Q8_0")          # where no quantization is named: the first that is there
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SUM = re.compile(r"[0-9a-f]{64}")
 _ETAG = re.compile(r"[A-Za-z0-9_-]{1,128}")
@@ -66,10 +66,10 @@ def pull(text: str, file: str | None = None, revision: str | None = None,
          progress: Callable[[Remote, int], None] | None = None) -> Pulled:
     """Bring user/repo[:QUANT] to the cache, unless it is there, and check what came against the hub's sums.
 
-    Without QUANT: Q4_K_M, else Q4_0, else Q8_0, else the smallest that runs. file: this one instead. note is called with
-    lines for people, bars shows huggingface_hub's own on stderr; progress is called with a part and how many of its bytes
-    are here, and what it raises ends the transfer. Raises a HubError or another BmcError, and an OSError where the disk is
-    full.
+    Without QUANT: Q4_K_M, else Q4_0, else Q8_0, else the smallest that runs. file: this one instead. note is
+    called with lines for people, bars shows huggingface_hub's own on stderr; progress is called with a part
+    and how many of its bytes are here, and what it raises ends the transfer. Raises a HubError or another
+    BmcError, and an OSError where the disk is full.
     """
     name = wanted(text, file, revision)
     with _told(name):
@@ -87,7 +87,8 @@ def pull(text: str, file: str | None = None, revision: str | None = None,
 
 def _said(found: Found) -> str:
     parts = f" in {len(found.parts)} parts" * (len(found.parts) > 1)
-    return f"{found.name}: {size(found.bytes)}{parts}, {printable(str(found.facts['architecture']), 40)}, runs here"
+    arch = printable(str(found.facts["architecture"]), 40)
+    return f"{found.name}: {size(found.bytes)}{parts}, {arch}, runs here"
 
 
 def _offline(name: names.Name) -> Pulled | None:
@@ -125,8 +126,10 @@ def _search(name: names.Name) -> Found:
     info = _hub().HfApi().model_info(name.repo, revision=name.revision, files_metadata=True)
     repo = info.id if names.is_repo(info.id) and info.id.lower() == name.repo.lower() else name.repo
     if not _COMMIT.fullmatch(info.sha or ""):
-        raise HubError(f"{repo}: expected a commit of 40 hexadecimal digits, found {printable(repr(info.sha), 60)}")
-    files = {sibling.rfilename: _remote(sibling) for sibling in info.siblings or () if names.is_safe(sibling.rfilename)}
+        raise HubError(f"{repo}: expected a commit of 40 hexadecimal digits, "
+                       f"found {printable(repr(info.sha), 60)}")
+    files = {sibling.rfilename: _remote(sibling)
+             for sibling in info.siblings or () if names.is_safe(sibling.rfilename)}
     choices = _choices(name, files)
     found = None
     for file in choices:
@@ -144,41 +147,47 @@ def _search(name: names.Name) -> Found:
 def _remote(sibling) -> Remote:
     named = sibling.lfs.sha256 if sibling.lfs else None
     if named is not None and not _SUM.fullmatch(named):
-        raise HubError(f"{printable(sibling.rfilename, 100)}: expected a sha256, found {printable(repr(named), 80)}")
+        raise HubError(f"{printable(sibling.rfilename, 100)}: expected a sha256, "
+                       f"found {printable(repr(named), 80)}")
     return Remote(sibling.rfilename, sibling.size or 0, named)
 
 
 def _choices(name: names.Name, files: dict[str, Remote]) -> list[str]:
     """The files that could be meant, in the order in which they are tried."""
     if name.file:
-        fit = [file for file in files if name.file in (file, os.path.basename(file)) and file.lower().endswith(".gguf")]
+        fit = [file for file in files
+               if name.file in (file, os.path.basename(file)) and file.lower().endswith(".gguf")]
         fit = list({names.parts_of(file)[0]: None for file in fit})
     else:
         firsts = names.first_files(files)
         fit = names.matching(firsts, name.quant) if name.quant else firsts
     if not fit:
-        there = ", ".join(sorted({names.quant_of(f) or printable(f, 60) for f in names.first_files(files)})) or "no GGUF file"
+        quants = {names.quant_of(file) or printable(file, 60) for file in names.first_files(files)}
+        there = ", ".join(sorted(quants)) or "no GGUF file"
         raise HubError(f"{name} is not on the hub: {name.repo} has {there}")
     if name.file or name.quant:
         return [names.only(fit, name)]
     for quant in PREFERRED:
         if preferred := names.matching(fit, quant):
             return [names.only(preferred, replace(name, quant=quant))]
-    return sorted(fit, key=lambda file: sum(files[part].bytes for part in names.parts_of(file) if part in files))
+    return sorted(fit, key=lambda file: sum(files[part].bytes
+                                            for part in names.parts_of(file) if part in files))
 
 
 def _opened(repo: str, commit: str, name: names.Name, files: dict[str, Remote], file: str) -> Found:
-    missing = [part for part in names.parts_of(file) if part not in files]
+    wanted = names.parts_of(file)
+    missing = [part for part in wanted if part not in files]
     if missing:
-        raise HubError(f"{repo}: expected {len(names.parts_of(file))} parts, {printable(missing[0], 100)} is missing")
-    parts = [files[part] for part in names.parts_of(file)]
+        raise HubError(f"{repo}: expected {len(wanted)} parts, {printable(missing[0], 100)} is missing")
+    parts = [files[part] for part in wanted]
     shown = names.short(repo, file, names.first_files(files))
     return Found(shown, repo, name.revision or "main", parts, _facts(repo, commit, parts, shown))
 
 
 def _facts(repo: str, commit: str, parts: list[Remote], shown: str) -> dict:
     hub = _hub()
-    sources = [(part.file, part.bytes, _reader(hub.hf_hub_url(repo, part.file, revision=commit))) for part in parts]
+    sources = [(part.file, part.bytes, _reader(hub.hf_hub_url(repo, part.file, revision=commit)))
+               for part in parts]
     try:
         return describe(RemoteGGUF(sources)) | {"path": shown}
     except BmcError as error:
@@ -202,7 +211,8 @@ def _reader(url: str):
                                   timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT) as response:
             hf_raise_for_status(response)
             if response.status_code != 206 and begin:
-                raise HubError(f"expected bytes from {begin} on (206), found an answer of status {response.status_code}")
+                raise HubError(f"expected bytes from {begin} on (206), "
+                               f"found an answer of status {response.status_code}")
             for piece in response.iter_raw():
                 data += piece
                 if len(data) >= end - begin:
@@ -222,13 +232,15 @@ def _check_room(found: Found) -> None:
     there = next(path for path in (blobs, *blobs.parents) if path.is_dir())
     free = shutil.disk_usage(there).free
     if missing > free:
-        raise HubError(f"{found.name} needs {size(missing)}, the disk of the hub's cache has {size(free)} left")
+        raise HubError(f"{found.name} needs {size(missing)}, "
+                       f"the disk of the hub's cache has {size(free)} left")
 
 
 def _fetch(found: Found, part: Remote, progress: Callable[[Remote, int], None] | None = None) -> Path:
     """The file in the cache: fetched unless it is there, and checked once."""
     hub = _hub()
-    _check_headers(hub.get_hf_file_metadata(hub.hf_hub_url(found.repo, part.file, revision=found.revision)), part)
+    url = hub.hf_hub_url(found.repo, part.file, revision=found.revision)
+    _check_headers(hub.get_hf_file_metadata(url), part)
     with _counted(part, progress) as counting:
         path = Path(hub.hf_hub_download(found.repo, part.file, revision=found.revision,
                                         cache_dir=store.cache_folder(), **counting))
@@ -241,9 +253,10 @@ def _fetch(found: Found, part: Remote, progress: Callable[[Remote, int], None] |
 
 def _check_headers(metadata, part: Remote) -> None:
     """Both become names in the cache: refuse what could lead out of it."""
-    if not _ETAG.fullmatch(metadata.etag or "") or not _COMMIT.fullmatch(metadata.commit_hash or ""):
-        raise HubError(f"{part.file}: expected an etag and a commit of hexadecimal digits, found "
-                       f"{printable(repr(metadata.etag), 60)} and {printable(repr(metadata.commit_hash), 60)}")
+    etag, commit = metadata.etag, metadata.commit_hash
+    if not _ETAG.fullmatch(etag or "") or not _COMMIT.fullmatch(commit or ""):
+        raise HubError(f"{part.file}: expected an etag and a commit of hexadecimal digits, "
+                       f"found {printable(repr(etag), 60)} and {printable(repr(commit), 60)}")
 
 
 def _identity(path: Path, named: str) -> dict:
@@ -258,7 +271,8 @@ def _check_sum(path: Path, found: Found, part: Remote) -> None:
             digest.update(piece)
     if digest.hexdigest() != part.sum:
         store.unlink(path, path.parents[part.file.count("/") + 2])
-        raise HubError(f"{found.name}: expected sha256 {part.sum}, found {digest.hexdigest()} in {part.file}; it was removed")
+        raise HubError(f"{found.name}: expected sha256 {part.sum}, found {digest.hexdigest()} "
+                       f"in {part.file}; it was removed")
 
 
 # ---- huggingface_hub ---------------------------------------------------------------------------------------
@@ -330,7 +344,8 @@ def _told(name: names.Name):
     except BmcError:
         raise
     except errors.GatedRepoError:
-        raise HubError(f"{name.repo} is gated: accept its terms at {constants.ENDPOINT}/{name.repo}, and set HF_TOKEN") from None
+        raise HubError(f"{name.repo} is gated: accept its terms at {constants.ENDPOINT}/{name.repo}, "
+                       "and set HF_TOKEN") from None
     except errors.RepositoryNotFoundError:
         raise HubError(f"the hub has no repository {name.repo}, or HF_TOKEN does not open it") from None
     except errors.RevisionNotFoundError:

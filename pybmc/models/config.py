@@ -84,16 +84,18 @@ class Config:
         return sum(2 * getattr(block, "row_values", 0) for _, block in self.blocks)
 
 
-# Files that are no language model, by general.type or general.architecture. An encoder may be in the model's own file.
+# Files that are no language model, by general.type or general.architecture. An encoder may be in the model's
+# own file.
 ENCODER = "pybmc reads text only"
 OTHERS = {
     "adapter": "a LoRA adapter, which changes another model; merge it into that model",
     "controlvector": "a control vector, which changes another model",
     "imatrix": "an importance matrix, which helps to quantize a model",
     **dict.fromkeys(("mmproj", "clip-vision", "clip"),
-                    f"an encoder of images or sound (mmproj), which goes with a model; {ENCODER}: take the model's own file"),
-    **dict.fromkeys(("aura", "cosmos", "flux", "hidream", "hyvid", "ltxv", "lumina2", "qwen_image", "sd1", "sd3", "sdxl", "wan"),
-                    "a model that makes images or videos"),
+                    "an encoder of images or sound (mmproj), which goes with a model; "
+                    f"{ENCODER}: take the model's own file"),
+    **dict.fromkeys(("aura", "cosmos", "flux", "hidream", "hyvid", "ltxv", "lumina2", "qwen_image",
+                     "sd1", "sd3", "sdxl", "wan"), "a model that makes images or videos"),
 }
 ENCODER_TENSORS = ("v.", "a.", "mm.")
 
@@ -104,11 +106,11 @@ def _check_model(file: GGUF, arch: object) -> None:
         if isinstance(what, str) and what in OTHERS:
             raise FormatError(f"{file.path}: expected a language model, found {OTHERS[what]}")
     if not isinstance(arch, str) or arch not in REGISTRY:
-        raise FormatError(f"{file.path}: architecture {arch!r:.60} is not supported; expected one of the {len(REGISTRY)} "
-                          "that docs/architectures.md lists")
+        raise FormatError(f"{file.path}: architecture {arch!r:.60} is not supported; "
+                          f"expected one of the {len(REGISTRY)} that docs/architectures.md lists")
     if tensor := next((name for name in file.tensors if name.startswith(ENCODER_TENSORS)), None):
-        raise FormatError(f"{file.path}: {printable(tensor)}: an encoder of images or sound is part of the file; {ENCODER}: "
-                          "take a file without it, such as llama.cpp's converter writes")
+        raise FormatError(f"{file.path}: {printable(tensor)}: an encoder of images or sound is part of the "
+                          f"file; {ENCODER}: take a file without it, such as llama.cpp's converter writes")
 
 
 def read_config(file: GGUF) -> Config:

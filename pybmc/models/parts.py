@@ -167,8 +167,9 @@ def attention(k: Reader, i: int, *, qk_norm: bool = False, bias: bool = False, n
               source: int | None = None, values_are_keys: bool = False, **fields) -> Attention:
     """Attention with grouped heads from the usual keys; fields of Attention go through.
 
-    qk_norm, bias: the tensors that must be there. rope=False: queries and keys of the layer do not turn; table:
-    its rope table. source: the layer whose keys and values it reads; values_are_keys: attn_v may be absent.
+    qk_norm, bias: the tensors that must be there. rope=False: queries and keys of the layer do not turn;
+    table: its rope table. source: the layer whose keys and values it reads; values_are_keys: attn_v may be
+    absent.
     """
     n_heads = k.count("attention.head_count", high=4096, layer=i)
     n_kv_heads = k.count("attention.head_count_kv", n_heads, high=n_heads, layer=i)

@@ -1,8 +1,8 @@
 """A draft model with another vocabulary: text in between.
 
-The draft model reads the text in tokens of its own; what it writes is cut into the target's tokens, and those are the
-guesses. Cutting is greedy about words, so a text that grows changes its last tokens now and then: the last few are
-always cut anew. A cut that the target would not have made costs acceptance and nothing else.
+The draft model reads the text in tokens of its own; what it writes is cut into the target's tokens, and those
+are the guesses. Cutting is greedy about words, so a text that grows changes its last tokens now and then: the
+last few are always cut anew. A cut that the target would not have made costs acceptance and nothing else.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ WINDOW = 64                             # tokens from the end of a text that the
 class TextDrafter:
     """Guesses for one sequence through a draft model with another vocabulary.
 
-    target and draft: tokenizers. session: the draft model's own. plain(session, tokens, k) evaluates tokens and gives the k
-    tokens that follow, with their log-probabilities.
+    target and draft: tokenizers. session: the draft model's own. plain(session, tokens, k) evaluates tokens
+    and gives the k tokens that follow, with their log-probabilities.
     """
 
     def __init__(self, target: Tokenizer, draft: Tokenizer, session: Session,
@@ -33,7 +33,8 @@ class TextDrafter:
         self._half = b""                # the bytes of a character that is not complete
 
     def propose(self, text: Sequence[int], k: int) -> tuple[list[int], list[float]]:
-        """Up to k guesses at what follows a text, in the target's tokens, and how sure the draft model is of each."""
+        """Up to k guesses at what follows a text, in the target's tokens,
+        and how sure the draft model is of each."""
         self._follow(text)
         context = self.session.context
         if not self._text or self._half or len(self._text) + k > context:
@@ -79,8 +80,10 @@ class TextDrafter:
             found = theirs.eot_id if theirs.eot_id is not None else theirs.eos_id
         return [] if found is None or token == ours.bos_id else [found]
 
-    def _in_our_tokens(self, text: Sequence[int], ids: list[int], probs: list[float], k: int) -> tuple[list[int], list[float]]:
-        """What the draft wrote after the text, cut into the target's tokens; each as sure as the least sure it overlaps."""
+    def _in_our_tokens(self, text: Sequence[int], ids: list[int], probs: list[float],
+                       k: int) -> tuple[list[int], list[float]]:
+        """What the draft wrote after the text, cut into the target's tokens;
+        each as sure as the least sure it overlaps."""
         stop = next((i for i, id in enumerate(ids) if self.theirs.is_control(id)), len(ids))
         pieces = [self.theirs.piece(id) for id in ids[:stop]]
         said = b"".join(pieces)
@@ -90,7 +93,8 @@ class TextDrafter:
         sure, at = [], 0
         for token in found:
             end = at + len(self.ours.piece(token))
-            sure.append(min((p for p, a, b in zip(probs, [0, *ends], ends) if a < end and b > at), default=0.0))
+            overlapped = [p for p, a, b in zip(probs, [0, *ends], ends) if a < end and b > at]
+            sure.append(min(overlapped, default=0.0))
             at = end
         last = self.ours.eot_id if self.ours.eot_id is not None else self.ours.eos_id
         if stop < len(ids) and ids[stop] in self.theirs.stop_ids and last is not None:
@@ -114,8 +118,9 @@ def complete(data: bytes) -> int:
 
 
 def cut_anew(tokenizer: Tokenizer, ids: Sequence[int], new: bytes) -> tuple[int, list[int]]:
-    """(start, tokens): ids[:start] and these tokens are ids with `new` after them. start lies a few tokens back, at the
-    beginning of a character, of a word if the vocabulary puts a space before a text, and after any control token."""
+    """(start, tokens): ids[:start] and these tokens are ids with `new` after them. start lies a few tokens
+    back, at the beginning of a character, of a word if the vocabulary puts a space before a text, and after
+    any control token."""
     codec: Any = tokenizer._codec
     spaced, start = codec.space_prefix, len(ids)
     while start > 0 and not tokenizer.is_control(ids[start - 1]):
@@ -131,7 +136,8 @@ def cut_anew(tokenizer: Tokenizer, ids: Sequence[int], new: bytes) -> tuple[int,
 
 
 def continuation(tokenizer: Tokenizer, ids: Sequence[int], new: bytes) -> list[int]:
-    """Tokens for `new` after ids, which stay as they are: cut together with the last of them where that leaves them whole."""
+    """Tokens for `new` after ids, which stay as they are:
+    cut together with the last of them where that leaves them whole."""
     start, cut = cut_anew(tokenizer, ids, new)
     old = len(b"".join(tokenizer.piece(id) for id in ids[start:]))
     for i, id in enumerate(cut):

@@ -42,10 +42,11 @@ def connect(target: Model, draft: Model) -> Overlap | str | None:
 
 
 def check_pair(target: Model, draft: Model) -> Overlap | None:
-    """None if both vocabularies have the same bytes under the same ids; how ids correspond, if most tokens are in both.
+    """None if both vocabularies have the same bytes under the same ids;
+    how ids correspond, if most tokens are in both.
 
-    Sizes may differ: vocabularies are padded. What only one of them has is never proposed, or not understood. Raises a
-    PairError that names the first token that differs.
+    Sizes may differ: vocabularies are padded. What only one of them has is never proposed, or not understood.
+    Raises a PairError that names the first token that differs.
     """
     ours, theirs = target.tokenizer, draft.tokenizer
     if ours is None or theirs is None:
@@ -56,16 +57,17 @@ def check_pair(target: Model, draft: Model) -> Overlap | None:
         found, shared = overlap(ours, theirs, draft.config.vocab_size)
         if shared >= SHARED * max(n, m):
             return found
-        raise PairError(f"the draft has another vocabulary: token {id} is {ours.piece(id)!r} in {target.path} and "
-                        f"{theirs.piece(id)!r} in {draft.path}; {shared} of {n} and {m} tokens are in both")
+        raise PairError(f"the draft has another vocabulary: token {id} is {ours.piece(id)!r} in "
+                        f"{target.path} and {theirs.piece(id)!r} in {draft.path}; "
+                        f"{shared} of {n} and {m} tokens are in both")
     if min(n, m) < SHARED * max(n, m):
         raise PairError(f"the draft has another vocabulary: {n} tokens in {target.path}, {m} in {draft.path}")
     return None
 
 
 def overlap(ours: Tokenizer, theirs: Tokenizer, n_logits: int) -> tuple[Overlap, int]:
-    """Tokens with the same bytes, control tokens with the same name; and how many there are. n_logits: ids the draft
-    knows."""
+    """Tokens with the same bytes, control tokens with the same name; and how many there are. n_logits: ids
+    the draft knows."""
     def spelled(tokenizer: Tokenizer, id: int) -> tuple[bytes, bool]:
         return tokenizer.piece(id), tokenizer.is_control(id)
 
@@ -83,5 +85,5 @@ def first_difference(ours: Tokenizer, theirs: Tokenizer) -> int | None:
     n = min(ours.vocab_size, theirs.vocab_size)
     spelled, others = getattr(ours, "tokens", None), getattr(theirs, "tokens", None)
     if spelled and others and type(ours._codec) is type(theirs._codec) and spelled[:n] == others[:n]:
-        return None                     # the same spelling, read by the same rules: a look at each piece takes 100 ms
+        return None                     # spelled and read alike: to look at each piece takes 100 ms
     return next((id for id in range(n) if ours.piece(id) != theirs.piece(id)), None)

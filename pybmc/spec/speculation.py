@@ -17,6 +17,7 @@ from . import store
 from .bridge import TextDrafter
 from .interfaces import Model, Session
 from .pair import TEXT, Overlap, PairError, connect
+from .rounds import plain
 
 log = logging.getLogger(__name__)
 
@@ -28,16 +29,24 @@ NGRAMS, MODEL = 1, 2                    # numbers of sources in native/round.h
 
 
 class Speculation:
-    """Who guesses for the sequences of a model, and what was learned of costs and of guesses; shared by all of them.
+    """Who guesses for the sequences of a model, and what was learned of costs and of guesses;
+    shared by all of them.
 
-    draft: a smaller Model, or None. spec: who guesses: "draft", "mtp" (the draft head in the model's file), "ngram" (repetitions in
-    the text), "auto" (repetitions, and the draft model if there is one, else the draft head if the file has one), "self" (the model
-    itself with less attention: in long texts) or "off". most and least
-    bound the guesses in a pass; fixed is how many there are in every pass, for proofs and comparisons: 0 means as many as pay.
-    A draft whose vocabulary cannot be compared is left out with a warning. Raises ArgumentError.
+    draft: a smaller Model, or None. One whose vocabulary cannot be compared is left out with a warning.
+    spec: who guesses:
+        "draft"     the draft model
+        "mtp"       the draft head in the model's file
+        "ngram"     repetitions in the text
+        "self"      the model itself with less attention: in long texts
+        "auto"      repetitions, and the draft model if there is one, else the draft head if there is one
+        "off"       nobody
+    most, least: bounds on the guesses in a pass.
+    fixed: how many there are in every pass, for proofs and comparisons; 0: as many as pay.
+    Raises ArgumentError.
     """
 
-    def __init__(self, model: Model, draft: Model | None = None, spec: str = "auto", most: int = 16, least: int = 0, fixed: int = 0):
+    def __init__(self, model: Model, draft: Model | None = None, spec: str = "auto", most: int = 16,
+                 least: int = 0, fixed: int = 0):
         checks.choice("spec", spec, SPECS)
         if spec == "draft" and draft is None:
             raise ArgumentError("spec is 'draft', but there is no draft")
@@ -51,7 +60,8 @@ class Speculation:
         self.most, self.least, self.fixed = min(most, WIDEST), min(least, WIDEST), min(fixed, WIDEST)
         self.head = self.spec == "mtp" or (self.spec == "auto" and draft is None and model.head is not None)
         self.draft = model.head if self.head else draft if self.spec in ("auto", "draft") else None
-        self.locks: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)        # of a process: one call of the library at a time learns
+        # Of each process: one call of the library at a time learns.
+        self.locks: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)
         self.link = self._connect()
         self._key = store.identity(model, self.draft)
         if self.draft is not None:
@@ -69,9 +79,9 @@ class Speculation:
 
     def _policy(self) -> Any:
         policy = ffi.new("bmc_policy **")
-        of_target = self.model.packed_bytes / BYTES_A_SECOND
-        of_draft = of_target if self.spec == "self" else seconds_of_guess(self.draft) if self.draft is not None else 0.0
-        check(lib.bmc_policy_new(of_target, of_draft, policy))
+        of_pass = self.model.packed_bytes / BYTES_A_SECOND
+        of_guess = of_pass if self.spec == "self" else seconds_of_guess(self.draft) if self.draft else 0.0
+        check(lib.bmc_policy_new(of_pass, of_guess, policy))
         policy = owned(policy[0], "bmc_policy_free")
         record = store.load(self._key)
         if record:
@@ -83,8 +93,8 @@ class Speculation:
         return self.spec == "off"
 
     def drafter(self, session: Session | None = None, hint: Tokens[int] = ()) -> Drafter:
-        """For one sequence of the model, in this session: without one a draft head makes no guesses. hint: ids that its text may
-        repeat though they are not in it."""
+        """For one sequence of the model, in this session: without one a draft head makes no guesses.
+        hint: ids that its text may repeat though they are not in it."""
         if self.head and session is not None:
             with suppress(OutOfMemoryError):            # decoding goes on without the draft head
                 session.keep_hidden()
@@ -117,7 +127,8 @@ def seconds_of_guess(model: Model) -> float:
 
 
 class Drafter:
-    """Who guesses for one sequence. native is a bmc_drafter; bridge a TextDrafter where the draft model's vocabulary is another."""
+    """Who guesses for one sequence. native is a bmc_drafter;
+    bridge a TextDrafter where the draft model's vocabulary is another."""
 
     def __init__(self, made: Speculation, hint: Tokens[int] = ()):
         self.made, self._noted = made, False
@@ -174,29 +185,3 @@ class Drafter:
     def close(self) -> None:
         if self._session is not None:
             self._session.close()
-
-
-def verify(session: Session, pending: list[int], guesses: list[int], max_tokens: int, sampler: Any = None,
-           n_rounds: int = 1) -> tuple[list[int], list[float], list[bool]]:
-    """Rounds of one sequence without a policy: evaluate the pending tokens and the guesses, all of which are checked in the
-    first round. What they gave: ids, log-probabilities, and whether each was guessed."""
-    item, limits = ffi.new("bmc_item *"), ffi.new("bmc_limits *", {"n_rounds": n_rounds, "seconds": 1e9})
-    tokens, guessed = ffi.new("int32_t[]", pending), ffi.new("int32_t[]", guesses)
-    ids, logprobs, drafted = (ffi.new(f"{kind}[]", max_tokens) for kind in ("int32_t", "float", "uint8_t"))
-    item.pending, item.n_pending, item.choose, item.max_tokens = tokens, len(pending), 1, max_tokens
-    item.guesses, item.n_guesses = guessed, len(guesses)
-    item.ids, item.logprobs, item.drafted = ids, logprobs, drafted
-    if sampler is not None and not sampler.greedy:
-        item.sampler = sampler.native
-    with session._claimed() as item.session:
-        check(lib.bmc_round(ffi.new("bmc_item *[]", [item]), 1, limits))
-    return ffi.unpack(ids, item.n), ffi.unpack(logprobs, item.n), list(map(bool, ffi.unpack(drafted, item.n)))
-
-
-def plain(session: Session, tokens: list[int], k: int) -> tuple[list[int], list[float]]:
-    """Evaluate tokens, then the k likeliest next ones, one by one; them and their log-probabilities."""
-    first, logprob, _ = verify(session, tokens, [], 1)
-    if k == 1:
-        return first, logprob
-    ids, logprobs, _ = verify(session, first, [], k - 1, n_rounds=0)
-    return first + ids, logprob + logprobs

@@ -1,7 +1,7 @@
 """What was learned of a pair of models on this machine, kept for the next run in the user's cache directory.
 
-One small JSON file for each pair of model files, thread count, layers on a GPU and host. A file that is missing,
-broken or from elsewhere is as good as none, and one that cannot be written is no failure.
+One small JSON file for each pair of model files, thread count, layers on a GPU and host. A file that is
+missing, broken or from elsewhere is as good as none, and one that cannot be written is no failure.
 """
 
 import json

@@ -22,7 +22,8 @@ _NO_KINDS = ("none", "no_vocab")        # what files without a vocabulary say
 
 
 def kind_of(file: GGUF) -> type | None:
-    """The class that reads a file's vocabulary; None where there is none. Raises FormatError for an unknown kind."""
+    """The class that reads a file's vocabulary; None where there is none.
+    Raises FormatError for an unknown kind."""
     model = file.metadata.get("tokenizer.ggml.model")
     if isinstance(model, str) and model in _KINDS:
         return _KINDS[model]
@@ -50,8 +51,8 @@ class Tokenizer:
     def _load(self, file: GGUF) -> None:
         kind = kind_of(file)
         if kind is None:
-            raise FormatError(f"{file.path}: no vocabulary that pybmc knows: expected a tokenizer.ggml.model of "
-                              f"{', '.join(_KINDS)}, found none")
+            raise FormatError(f"{file.path}: no vocabulary that pybmc knows: "
+                              f"expected a tokenizer.ggml.model of {', '.join(_KINDS)}, found none")
         self._codec = kind(file.metadata, str(file.path))
         self.vocab = self._codec.vocab
         self.tokens: list[str] = self.vocab.tokens                      # as the file spells them
@@ -64,7 +65,7 @@ class Tokenizer:
         self.add_bos: bool = self.vocab.add_bos
         self.add_eos: bool = self.vocab.add_eos
         self.add_sep: bool = self.vocab.add_sep
-        self.space_prefix: bool = self._codec.space_prefix              # a text begins with a space that is not its own
+        self.space_prefix: bool = self._codec.space_prefix              # a text gets a space before it
         self.chat_template: str | None = self.vocab.get("tokenizer.chat_template", str)
         self._pieces: dict[int, bytes] = {}
 
@@ -88,16 +89,17 @@ class Tokenizer:
     def decode(self, ids: Iterable[int], special: bool = False, continued: bool = False) -> str:
         """The text of some ids. special shows control tokens. Bytes that are not UTF-8 become U+FFFD.
 
-        SentencePiece and WordPiece put a space before a text's first word; it is taken off again, unless the text
-        is the continuation of another one.
+        SentencePiece and WordPiece put a space before a text's first word; it is taken off again, unless the
+        text is the continuation of another one.
         """
         stream = StreamDecoder(self, special, continued)
         ids = checks.ids("ids", ids)
         return stream.push(*ids) + stream.flush()
 
-    def stream(self, special: bool = False, continued: bool = True, shown: frozenset[int] = frozenset()) -> StreamDecoder:
-        """A decoder for ids that come one by one. continued: after a prompt, so that a first space counts. shown: control tokens
-        whose names are part of the text."""
+    def stream(self, special: bool = False, continued: bool = True,
+               shown: frozenset[int] = frozenset()) -> StreamDecoder:
+        """A decoder for ids that come one by one. continued: after a prompt, so that a first space counts.
+        shown: control tokens whose names are part of the text."""
         return StreamDecoder(self, special, continued, shown)
 
     def piece(self, id: int) -> bytes:
@@ -127,7 +129,8 @@ class Tokenizer:
 class StreamDecoder:
     """Ids in, text out: push() gives what is complete, never half a character; flush() what is left."""
 
-    def __init__(self, tokenizer: Tokenizer, special: bool = False, continued: bool = True, shown: frozenset[int] = frozenset()):
+    def __init__(self, tokenizer: Tokenizer, special: bool = False, continued: bool = True,
+                 shown: frozenset[int] = frozenset()):
         self._tokenizer = tokenizer
         self._silent = frozenset() if special else tokenizer.vocab.silent - shown
         self._strip = tokenizer._codec.space_prefix and not continued

@@ -25,7 +25,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 BYTES = _byte_alphabet()
 CHARS = {byte: char for char, byte in BYTES.items()}
-LONG = 1 << 14                          # characters: encode() stops all Python threads; a batch does not, and begins threads
+LONG = 1 << 14                          # characters; beyond, a batch: encode() would stop all Python threads
 _MISSING = "\0missing"                  # stands for bytes without a token; no vocabulary has it
 
 

@@ -3,9 +3,9 @@
     | n u32 | trie: n bytes, 32-bit units | replacements, a zero byte after each |
 
 The trie is a double array (https://github.com/s-yata/darts-clone). A unit has a label in bits 0-7, an offset
-in bits 10-30, shifted by 8 more where bit 9 is set, and bit 8 where a key ends. The children of unit i are the
-units i ^ offset ^ byte that have this byte as label; where a key ends, unit i ^ offset is its value, the place
-of a replacement, with bit 31 set.
+in bits 10-30, shifted by 8 more where bit 9 is set, and bit 8 where a key ends. The children of unit i are
+the units i ^ offset ^ byte that have this byte as label; where a key ends, unit i ^ offset is its value, the
+place of a replacement, with bit 31 set.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ _CHUNK = 1 << 12                        # units looked at together: 8 MB of temp
 
 
 class Charsmap:
-    """Replaces the longest sequence at each place of a text; without data, nothing. Broken data: ValueError."""
+    """Replaces the longest sequence at each place of a text; without data, nothing.
+    Broken data: ValueError."""
 
     def __init__(self, data: bytes | None = None):
         self._labels: list[int] = []
@@ -87,8 +88,8 @@ def _reachable(labels: np.ndarray, children: np.ndarray) -> np.ndarray:
         found = children[units][:, None] ^ np.arange(256)
         if found.max() >= len(labels):
             unit = int(units[found.max(axis=1).argmax()])
-            raise ValueError(f"expected children within the trie's {len(labels)} units, found those of unit {unit} "
-                             f"at {int(found.max())}")
+            raise ValueError(f"expected children within the trie's {len(labels)} units, "
+                             f"found those of unit {unit} at {int(found.max())}")
         found = found[(labels[found] == np.arange(256)) & (np.arange(256) > 0)]
         new = np.unique(found[~seen[found]])
         seen[new] = True

@@ -22,67 +22,24 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6      # t
 
 # Tokens that end a turn, known by their text. The first one present is the vocabulary's end of turn, if its
 # file names none.
-_END_OF_TURN = (
-    "<|eot_id|>",
-    "<|im_end|>",
-    "<|end|>",
-    "<end_of_turn>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "<EOT>",
-    "_<EOT>",
-    "[EOT]",
-    "<｜end▁of▁sentence｜>",
-    "<end_of_utterance>",
-)
+_END_OF_TURN = ("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|end_of_text|>",
+                "<EOT>", "_<EOT>", "[EOT]", "<｜end▁of▁sentence｜>", "<end_of_utterance>")
 _END_OF_MESSAGE = ("<|eom_id|>",)
-_ENDS = (
-    _END_OF_TURN
-    + _END_OF_MESSAGE
-    + (
-        "<|return|>",
-        "<|call|>",
-        "<|flush|>",
-        "<|calls|>",
-        "</s>",
-        "[EOS]",
-        "<eos>",
-        "<turn|>",
-        "<|tool_response>",
-        "[e~[",
-    )
-)
+_ENDS = _END_OF_TURN + _END_OF_MESSAGE + (
+    "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "</s>", "[EOS]", "<eos>", "<turn|>",
+    "<|tool_response>", "[e~[")
 _FILL_IN = {                            # fill-in-the-middle tokens that end what a model writes
     "fim_pad": ("<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]"),
     "fim_rep": ("<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>"),
     "fim_sep": ("<|file_sep|>",),
 }
 _FILL_IN_MARKS = (
-    "<|fim_prefix|>",
-    "<fim-prefix>",
-    "<fim_prefix>",
-    "<｜fim▁begin｜>",
-    "<PRE>",
-    "▁<PRE>",
-    "<|code_prefix|>",
-    "<|prefix|>",
-    "<|fim_suffix|>",
-    "<fim-suffix>",
-    "<fim_suffix>",
-    "<｜fim▁hole｜>",
-    "<SUF>",
-    "▁<SUF>",
-    "<|code_suffix|>",
-    "<|suffix|>",
-    "<|fim_middle|>",
-    "<fim-middle>",
-    "<fim_middle>",
-    "<｜fim▁end｜>",
-    "<MID>",
-    "▁<MID>",
-    "<|code_middle|>",
-    "<|middle|>",
-)
+    "<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>",
+    "<|code_prefix|>", "<|prefix|>",
+    "<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>",
+    "<|code_suffix|>", "<|suffix|>",
+    "<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>", "▁<MID>",
+    "<|code_middle|>", "<|middle|>")
 _SPACE = " \t\n\v\f\r"
 
 
@@ -91,14 +48,8 @@ class Vocabulary:
     eot_id, sep_id (or None), stop_ids.
     """
 
-    def __init__(
-        self,
-        metadata: dict[str, object],
-        source: str,
-        default_ids: dict[str, int],
-        default_add_bos: bool,
-        default_add_eos: bool = False,
-    ):
+    def __init__(self, metadata: dict[str, object], source: str, default_ids: dict[str, int],
+                 default_add_bos: bool, default_add_eos: bool = False):
         self.metadata = metadata
         self.source = source
         self.tokens = self.strings("tokens")
@@ -137,10 +88,8 @@ class Vocabulary:
         key = f"tokenizer.ggml.{name}"
         strings = self.get(key, list)
         if strings is None or strings and not isinstance(strings[0], str):
-            raise self.error(
-                f"{key}: expected an array of strings, found "
-                + ("nothing" if strings is None else "another one")
-            )
+            raise self.error(f"{key}: expected an array of strings, found "
+                             + ("nothing" if strings is None else "another one"))
         return strings
 
     def numbers(self, name: str, kind: str) -> np.ndarray | None:
@@ -179,7 +128,7 @@ class Vocabulary:
         types = np.full(self.size, NORMAL, np.int32)
         for name, kind in (("bos", CONTROL), ("eos", CONTROL), ("unknown", UNKNOWN)):
             id = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
-            if isinstance(id, int) and id < self.size:
+            if isinstance(id, int) and 0 <= id < self.size:
                 types[id] = kind
         return types
 
@@ -201,14 +150,8 @@ class Vocabulary:
         if default is not None and default >= self.size:
             default = None
         if id is not None and not 0 <= id < self.size:
-            log.warning(
-                "%s: %s is %d, the vocabulary has %d tokens; using %s",
-                self.source,
-                key,
-                id,
-                self.size,
-                default,
-            )
+            log.warning("%s: %s is %d, the vocabulary has %d tokens; using %s",
+                        self.source, key, id, self.size, default)
         return id if id is not None and 0 <= id < self.size else default
 
     def _adds(self, name: str, id: int | None, default: bool) -> bool:
@@ -223,11 +166,8 @@ class Vocabulary:
 
     def _mark_controls(self) -> None:
         """Tokens that only control can mean, whatever the file calls them."""
-        known = [
-            self.ids[text]
-            for text in (*_ENDS, *_FILL_IN_MARKS, *sum(_FILL_IN.values(), ()))
-            if text in self.ids
-        ]
+        known = [self.ids[text] for text in (*_ENDS, *_FILL_IN_MARKS, *sum(_FILL_IN.values(), ()))
+                 if text in self.ids]
         normal = self.types == NORMAL
         self.types[known] = CONTROL
         self.control = frozenset(np.flatnonzero(self.types == CONTROL).tolist())
@@ -235,8 +175,7 @@ class Vocabulary:
         self.reserved = frozenset(np.flatnonzero((self.types == CONTROL) & ~normal).tolist())
         self.user_defined = frozenset(np.flatnonzero(self.types == USER_DEFINED).tolist())
         self.silent = frozenset(
-            np.flatnonzero(np.isin(self.types, (NORMAL, USER_DEFINED, BYTE), invert=True)).tolist()
-        )
+            np.flatnonzero(np.isin(self.types, (NORMAL, USER_DEFINED, BYTE), invert=True)).tolist())
 
     def _stops(self, named: dict[str, int | None]) -> frozenset[int]:
         stops = {self.ids[text] for text in _ENDS if text in self.ids}
@@ -251,19 +190,18 @@ class Vocabulary:
 
     # -- special tokens in a text
 
-    def split(self, text: str, special: bool, mask: Callable[[int], bytes | None] = lambda id: None) -> list[str | int]:
+    def split(self, text: str, special: bool,
+              mask: Callable[[int], bytes | None] = lambda id: None) -> list[str | int]:
         """A text cut at its special tokens: strings and ids. User-defined tokens always count, control tokens
-        with special. mask: for an id a byte for each character, or None; a token counts only where none of its own is 0.
+        with special. mask: for an id a byte for each character, or None; a token counts only where none of
+        its own is 0.
         """
         parts: list[slice | int] = [slice(0, len(text))] if text else []
         for token in self._present(text, special):
             id = self.ids[token]
             allowed = mask(id)
-            parts = [
-                piece
-                for part in parts
-                for piece in (self._cut(text, part, token, id, allowed) if isinstance(part, slice) else [part])
-            ]
+            parts = [piece for part in parts for piece in
+                     (self._cut(text, part, token, id, allowed) if isinstance(part, slice) else [part])]
         return [text[part] if isinstance(part, slice) else part for part in parts]
 
     def _present(self, text: str, special: bool) -> list[str]:
