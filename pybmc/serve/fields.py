@@ -73,10 +73,21 @@ class Fields(dict):
         self.where = where
 
     def refuse(self, names) -> None:
-        """Refuse fields that ask for something: null, false, an empty list and an empty text ask for nothing."""
+        """Refuse fields that ask for something: null, false,
+        an empty list and an empty text ask for nothing."""
         for name in names:
             if self.get(name):
                 raise unsupported(self.where + name)
+
+    def missing(self, name: str, expected: str) -> Refused:
+        return invalid(self.where + name, f"{self.where}{name} is missing; expected {expected}")
+
+    def needed(self, name: str) -> str:
+        """A text that is there, and not empty."""
+        found = self.text(name)
+        if not found:
+            raise self.missing(name, "a text")
+        return found
 
     def bad(self, name: str, expected: str) -> NoReturn:
         value = json.dumps(self[name], ensure_ascii=False)
@@ -119,7 +130,8 @@ class Fields(dict):
     def listed(self, name: str, most: float = inf) -> list:
         found = self._of(list, name, [], "a list")
         if len(found) > most:
-            raise invalid(self.where + name, f"{self.where}{name} has {len(found)} elements; expected at most {most}")
+            raise invalid(self.where + name,
+                          f"{self.where}{name} has {len(found)} elements; expected at most {most}")
         return found
 
     def object(self, name: str) -> Fields:

@@ -1,4 +1,5 @@
-"""POST /api/pull: bring a model of the hub to this machine, for clients of Ollama. One at a time, where --allow-pull is given."""
+"""POST /api/pull: bring a model of the hub to this machine, for clients of Ollama.
+One at a time, where --allow-pull is given."""
 
 from __future__ import annotations
 
@@ -13,9 +14,9 @@ from starlette.responses import Response
 
 from ..errors import BmcError
 from ..hub import names, transfer
-from .errors import Refused, error_body, invalid
+from .errors import Refused, busy, error_body, invalid, shutting_down, unsupported
 from .fields import Fields
-from .http import Json, Lines, departure, fields_of, service_of
+from .http import Json, Lines, fields_of, service_of, when_gone
 from .service import Service
 from .worker import Gone
 
@@ -25,7 +26,8 @@ EVERY = 0.2                             # seconds between two lines of progress
 
 
 class Pull:
-    """A model on its way, in a thread that hands lines to the event loop. leave() ends it at the next bytes that come."""
+    """A model on its way, in a thread that hands lines to the event loop.
+    leave() ends it at the next bytes that come."""
 
     def __init__(self, service: Service, name: str):
         self.service, self.name = service, name
@@ -88,15 +90,16 @@ class Pull:
 
 async def pull(request: Request) -> Response:
     if not request.scope["pybmc.pull"]:
-        raise Refused(403, "disabled", "/api/pull is disabled: --allow-pull allows it; on the command line pybmc pull NAME "
+        raise Refused(403, "disabled",
+                      "/api/pull is disabled: --allow-pull allows it; on the command line pybmc pull NAME "
                                        "does it")
     service, fields = service_of(request), await fields_of(request)
     name, stream = hub_name(fields), fields.flag("stream", True)
     if service.closing:
-        raise Refused(503, "shutting_down", "the server is shutting down")
+        raise shutting_down()
     if service.pulling:
-        raise Refused(429, "queue_full", f"{service.pulling.name} is being pulled; expected one model at a time",
-                      headers={"Retry-After": "5"})
+        why = f"{service.pulling.name} is being pulled; expected one model at a time"
+        raise busy("queue_full", why, 5, 429)
     answer = PullAnswer(request, Pull(service, name))
     return answer if stream else await answer.whole()
 
@@ -104,11 +107,13 @@ async def pull(request: Request) -> Response:
 def hub_name(fields: Fields) -> str:
     """The model that is asked for; Ollama's clients may add a tag that the hub does not have."""
     if fields.flag("insecure"):
-        raise Refused(400, "unsupported_parameter", "insecure is not supported here", "insecure")
+        raise unsupported("insecure")
     given = fields.text("model") or fields.text("name") or ""
     name = given.removesuffix(":latest")
     if names.parse(name) is None:
-        raise invalid("model", f"model is {given!r:.80}; expected the name of a model on the hub, as in user/repo:Q4_K_M")
+        raise invalid("model",
+                      f"model is {given!r:.80}; "
+                      "expected the name of a model on the hub, as in user/repo:Q4_K_M")
     return name
 
 
@@ -116,12 +121,7 @@ class PullAnswer(Response):
     """A line a step, as Ollama writes them; or the last one alone."""
 
     def __init__(self, request: Request, pull: Pull):
-        self._request, self._pull = request, pull
-        self._watcher = asyncio.ensure_future(self._watch())
-
-    async def _watch(self) -> None:
-        await departure(self._request)
-        self._pull.leave()
+        self._pull, self._watcher = pull, when_gone(request, pull.leave)
 
     async def whole(self) -> Json:
         try:
@@ -135,7 +135,8 @@ class PullAnswer(Response):
         async def put(line: dict, more: bool = True) -> None:
             await send({"type": "http.response.body", "body": Lines.encode(line), "more_body": more})
 
-        headers = [(b"content-type", Lines.media_type.encode()), (b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
+        headers = [(b"content-type", Lines.media_type.encode()), (b"cache-control", b"no-store"),
+                   (b"x-accel-buffering", b"no")]
         try:
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             await put(line := {"status": "pulling manifest"})
