@@ -34,7 +34,7 @@ from .terminal import note, progress
               help="Lines that are written at a time.")
 @click.option("--ray", metavar="ADDRESS",
               help="Answer on a Ray cluster, with an engine on each node; local starts one here. "
-                                               "Each node needs the model under the same name.")
+                   "Each node needs the model under the same name.")
 @sampling_options
 @draft_options
 @context_option

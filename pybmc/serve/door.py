@@ -118,9 +118,7 @@ class Visit:
         self.scope, self.receive, self._send = scope, receive, send
         self.path = path_of(scope["path"])
         self.scope = scope | {
-            "path": self.path, "app": door, "pybmc.service": self.service,
-            "pybmc.max_body": self.policy.max_body, "pybmc.slots": self.policy.slots,
-            "pybmc.metrics": self.policy.metrics, "pybmc.pull": self.policy.pull}
+            "path": self.path, "app": door, "pybmc.service": self.service, "pybmc.policy": self.policy}
         self.request = Request(self.scope, receive)
         told = self.request.headers.get("x-request-id", "")
         self.id = self.scope["pybmc.id"] = told if _REQUEST_ID.fullmatch(told) else secrets.token_hex(8)

@@ -46,6 +46,11 @@ def invalid(param: str, message: str) -> Refused:
     return Refused(400, "invalid_value", message, param)
 
 
+def wrong(param: str, why: str) -> Refused:
+    """The same; why: what is said behind its name."""
+    return invalid(param, f"{param} {why}")
+
+
 def no_model(name: str, names) -> Refused:
     return Refused(404, "model_not_found", f"model '{name:.80}' not found; expected {', '.join(names)}",
                    "model")

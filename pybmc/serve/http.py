@@ -7,13 +7,14 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import Callable, Coroutine, Hashable
+from collections.abc import AsyncIterator, Callable, Coroutine, Hashable
 from dataclasses import replace
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from ..errors import BmcError, printable
+from .answers import Update
 from .errors import Refused, busy, error_body, refusal
 from .fields import Fields, parse
 from .service import Service
@@ -45,7 +46,7 @@ class Sse:
     media_type = "text/event-stream"
     done = b"data: [DONE]\n\n"
 
-    def __init__(self, answer):
+    def __init__(self, answer=None):
         self.answer = answer
 
     @staticmethod
@@ -122,7 +123,7 @@ async def fields_of(request: HttpRequest) -> Fields:
 
 
 async def body_of(request: HttpRequest) -> bytes:
-    most = request.scope["pybmc.max_body"]
+    most = request.scope["pybmc.policy"].max_body
     try:
         return await asyncio.wait_for(_read(request, most), BODY_SECONDS)
     except asyncio.TimeoutError:
@@ -151,7 +152,7 @@ async def _read(request: HttpRequest, most: int) -> bytes:
 
 
 async def answered(request: HttpRequest, make: Callable, wire: type[Sse], stream: bool = False,
-                  fields: Fields | None = None) -> Response:
+                   fields: Fields | None = None) -> Response:
     """The answer to a request for text. make: gives its task and its answer, of service, fields and client.
     stream: whether it is a stream where the request does not say. fields: the request's, if they are read."""
     service = writer_of(request)
@@ -179,7 +180,7 @@ async def respond(request: HttpRequest, task: Task, answer, wire: Sse | None = N
             why = f"the request waited for {service.settings.queue_seconds:g} seconds"
             raise busy("queue_timeout", why, 5)
         if wire:
-            return Stream(going, first, wire)
+            return Stream(wire, going.parts(first, wire), going.close, going.headers)
         going.take(first)
         while going.left:
             going.take(await run.next())
@@ -244,6 +245,24 @@ class Going:
             except OSError as error:
                 log.warning("%s: the texts are not logged: %s", told["id"], error.strerror)
 
+    async def parts(self, update: Update, wire: Sse) -> AsyncIterator[bytes]:
+        """What a stream has of the answer, from its first update on."""
+        try:
+            for chunk in self.answer.begin() + self.take(update):
+                yield wire.encode(chunk)
+            while self.left:
+                new = await self.run.next(SILENCE)
+                if new is None:
+                    yield wire.alive()
+                elif chunks := self.take(new):
+                    yield b"".join(map(wire.encode, chunks))
+            await self.save()
+            for chunk in self.answer.last():
+                yield wire.encode(chunk)
+        except Gone:
+            self.service.metrics.cancelled.inc()
+            raise
+
     async def save(self) -> None:
         """Save the session of an answer that has ended."""
         if self.lease:
@@ -266,11 +285,12 @@ def _private(path: str, flags: int) -> int:
 
 
 class Stream(Response):
-    """A stream of an answer's chunks; what goes wrong later is its last event."""
+    """A stream of parts on a wire; what goes wrong later is its last one.
+    close: called at the end, whatever that is."""
 
-    def __init__(self, going: Going, first, wire):
-        self.going, self.first, self.wire = going, first, wire
-        headers = going.headers | {"X-Accel-Buffering": "no", "Content-Type": wire.media_type}
+    def __init__(self, wire: Sse, parts: AsyncIterator[bytes], close: Callable[[], None], headers: dict):
+        self.wire, self.parts, self.close = wire, parts, close
+        headers = headers | {"X-Accel-Buffering": "no", "Content-Type": wire.media_type}
         self.coded = [(name.lower().encode("latin-1"), value.encode("latin-1"))
                       for name, value in headers.items()]
 
@@ -280,31 +300,15 @@ class Stream(Response):
 
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.coded})
-            async for data in self._events():
-                await put(data)
+            async for part in self.parts:
+                await put(part)
             await put(self.wire.done, more=False)
         except Gone:
-            self.going.service.metrics.cancelled.inc()
+            pass
         except Refused as refused:
             await put(self.wire.failed(scope["path"], refused), more=False)
         finally:
-            self.going.close()
-
-    async def _events(self):
-        going, answer = self.going, self.going.answer
-        for chunk in answer.begin() + going.take(self.first):
-            yield self.wire.encode(chunk)
-        while going.left:
-            update = await going.run.next(SILENCE)
-            if update is None:
-                yield self.wire.alive()
-                continue
-            chunks = going.take(update)
-            if chunks:
-                yield b"".join(map(self.wire.encode, chunks))
-        await going.save()
-        for chunk in answer.last():
-            yield self.wire.encode(chunk)
+            self.close()
 
 
 async def in_pool(request: HttpRequest, function, *args):

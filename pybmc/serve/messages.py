@@ -12,11 +12,10 @@ from ..chat.calls import new_id
 from ..chat.tools import MOST, Tool, Tools, function_tool, offered
 from ..grammar.asked import Asked
 from .blocks import Block, BlockAnswer, sealed, unsealed
-from .errors import Refused, anthropic_error, invalid, unsupported
+from .errors import Refused, anthropic_error, unsupported, wrong
 from .fields import Fields
 from .http import Json, Named, answered, fields_of, in_pool, writer_of
 from .service import Service
-from .slots import place_of
 from .tasks import (
     blaming,
     chat_task_of,
@@ -60,8 +59,8 @@ def task_of(service: Service, fields: Fields, client):
         raise fields.missing("max_tokens", "a whole number, 0 or more")
     given, tools, variables = asked(service, fields)
     base = template_request(service, fields, client, most, "stop_sequences")
-    task = chat_task_of(service, base, turn_from(service, fields, given, tools, wish_of(fields), variables),
-                        **place_of(service, fields))
+    turn = turn_from(service, fields, given, tools, wish_of(fields), variables)
+    task = chat_task_of(service, fields, base, turn)
     hidden = fields.object("thinking").choice("display", ("summarized", "omitted")) == "omitted"
     return task, MessageAnswer(task.choices(), service.name, hidden)
 
@@ -88,8 +87,7 @@ def wish_of(fields: Fields) -> Asked | None:
     given = place.object(name)
     given.choice("type", ("json_schema",))
     if not isinstance(given.get("schema"), dict):
-        raise invalid(f"{given.where}schema",
-                      f"{given.where}schema is missing or no object; expected a JSON schema")
+        raise wrong(f"{given.where}schema", "is missing or no object; expected a JSON schema")
     return Asked(f"{place.where}{name}", "schema", given["schema"])
 
 
@@ -102,7 +100,7 @@ def tools_of(fields: Fields) -> Tools | None:
 
 def tool_of(given: object, place: str) -> Tool:
     if not isinstance(given, dict):
-        raise invalid(place, f"{place} is no object; expected a tool with name and input_schema")
+        raise wrong(place, "is no object; expected a tool with name and input_schema")
     if (given.get("type") or "custom") != "custom":
         raise unsupported(place, f"is of type {given['type']!r:.40}; expected a tool with input_schema")
     if given.get("input_schema") is None:
@@ -124,7 +122,7 @@ def choice_of(fields: Fields) -> tuple[object, bool]:
 def messages_of(fields: Fields) -> list[dict]:
     given = fields.listed("messages", 4096)
     if not given:
-        raise invalid("messages", "messages is empty; expected at least one message")
+        raise wrong("messages", "is empty; expected at least one message")
     texts = [block["text"] for block in blocks_of(fields, "system", ("text",))]
     system = [text for text in texts if not text.startswith(CHANGING)]
     found = [{"role": "system", "content": SPACE.join(system)}] if any(system) else []
@@ -132,7 +130,7 @@ def messages_of(fields: Fields) -> list[dict]:
     for i, one in enumerate(given):
         place = f"messages[{i}]"
         if not isinstance(one, dict):
-            raise invalid(place, f"{place} is no object; expected one with role and content")
+            raise wrong(place, "is no object; expected one with role and content")
         message = Fields(one, f"{place}.")
         role = message.choice("role", ("user", "assistant", "system"))
         if role is None:
@@ -154,7 +152,7 @@ def blocks_of(fields: Fields, name: str, kinds: Sequence[str]) -> Iterator[Field
         if kind not in kinds or not isinstance(block, dict):
             raise unsupported(place, f"is of type {kind!r:.40}; expected {', '.join(kinds)}")
         if kind == "text" and not isinstance(block.get("text"), str):
-            raise invalid(f"{place}.text", f"{place}.text is missing or no text")
+            raise wrong(f"{place}.text", "is missing or no text")
         yield Fields(block, f"{place}.")
 
 

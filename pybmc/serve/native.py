@@ -20,17 +20,15 @@ from ..engine.sampler import Sampler
 from ..engine.text import Token
 from .answers import Answers, Choice, Update, one_logprob, progress_of, timings_of
 from .embed import pooling_of, scaled, text_of, vectors_of_tokens
-from .errors import Refused, invalid, unsupported
+from .errors import Refused, invalid, unsupported, wrong
 from .fields import Fields
 from .http import Bare, Json, answered, body_of, fields_of, in_pool, service_of, writer_of
 from .service import Service
-from .slots import place_of
 from .tasks import (
     SAMPLING,
     Task,
     blaming,
     gap_prompt,
-    grammar_of,
     messages_of,
     refuse_common,
     several,
@@ -158,12 +156,12 @@ def native_task(service: Service, fields: Fields, client, prompts):
     base = replace(base, top=n_top, as_drawn=as_drawn)
     only = fields.listed("response_fields")
     if not all(isinstance(name, str) for name in only):
-        raise invalid("response_fields", "response_fields has something else than names")
+        raise wrong("response_fields", "has something else than names")
     flags = ("stream", "ignore_eos", "timings_per_token", "return_tokens", "post_sampling_probs")
     settings = settings_of(base.sampler, service.context) | {name: fields.flag(name) for name in flags} | {
         "n_predict": most, "max_tokens": most, "n_probs": n_top, "stop": list(base.stop)}
     n = fields.whole("n_cmpl", fields.whole("n", 1, 1, 16), 1, 16)
-    task = text_task_of(service, base, prompts, n, grammar_of(service, fields), **place_of(service, fields))
+    task = text_task_of(service, fields, base, prompts, n)
     shown = Shown(n_top, settings, fields.flag("return_tokens"), tuple(only),
                   fields.flag("timings_per_token"), as_drawn)
     return task, NativeAnswer(service, task.choices(), task, shown)
@@ -192,8 +190,7 @@ def infill_task(service: Service, fields: Fields, client):
 def _file(chunk: Fields | None, i: int) -> tuple[str, str]:
     """Name and text of another file that the filling may need."""
     if chunk is None or "text" not in chunk:
-        raise invalid(f"input_extra[{i}]",
-                      f"input_extra[{i}] has no text; expected an object with text and filename")
+        raise wrong(f"input_extra[{i}]", "has no text; expected an object with text and filename")
     return chunk.text("filename", "file"), chunk.text("text", "")
 
 
@@ -296,7 +293,7 @@ async def props(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
-    if not request.scope["pybmc.metrics"]:
+    if not request.scope["pybmc.policy"].metrics:
         raise Refused(501, "disabled", "/metrics is disabled by --no-metrics")
     service = service_of(request)
     return PlainTextResponse(service.metrics.text(), media_type="text/plain; version=0.0.4",

@@ -20,16 +20,14 @@ from ..engine.text import Token
 from ..grammar.asked import OLLAMA
 from .answers import Choice, OneAnswer, Update, chat_logprob
 from .embed import normalized, vectors
-from .errors import Refused, invalid, no_model
+from .errors import Refused, no_model, wrong
 from .fields import Fields
 from .http import Json, Lines, answered, fields_of, service_of, writer_of
 from .pull import pull
 from .service import Service
-from .slots import place_of
 from .tasks import (
     chat_task_of,
     gap_prompt,
-    grammar_of,
     refuse_common,
     template_request,
     text_prompts,
@@ -57,7 +55,7 @@ def named(service: Service, fields: Fields) -> str:
     """The model that is asked for, as the client calls it."""
     name = fields.text("model") or fields.text("name")
     if not name:
-        raise invalid("model", "model is missing")
+        raise wrong("model", "is missing")
     if tagged(name) not in map(tagged, service.names):
         raise no_model(name, map(tagged, service.names))
     return name
@@ -162,7 +160,7 @@ async def chat(request: Request) -> Response:
 def chat_task(service: Service, fields: Fields, client, name: str):
     refuse_common(fields)
     base, n_top = base_request(service, fields, client)
-    task = chat_task_of(service, base, turn_of(service, fields, OLLAMA), **place_of(service, fields))
+    task = chat_task_of(service, fields, base, turn_of(service, fields, OLLAMA))
 
     def message(text: str, thought: str, calls: list[dict]) -> dict:
         more = ({"thinking": thought} if thought else {}) | ({"tool_calls": calls} if calls else {})
@@ -192,7 +190,7 @@ def generate_task(service: Service, fields: Fields, client, name: str):
     refuse_common(fields)
     fields.refuse(("template", "tools"))
     base, n_top = base_request(service, fields, client)
-    turn, before, place = None, context_of(service, fields), place_of(service, fields)
+    turn, before = None, context_of(service, fields)
     if fields.text("suffix"):
         ids = gap_prompt(service, fields.text("prompt", ""), fields["suffix"], "suffix")[1]
     elif fields.flag("raw"):
@@ -204,10 +202,9 @@ def generate_task(service: Service, fields: Fields, client, name: str):
         ids = [*before, *(ids[1:] if ids[:1] == [service.tokenizer.bos_id] else ids)]
     if turn:
         turn.tokens = ids
-        task = chat_task_of(service, base, turn, **place)
+        task = chat_task_of(service, fields, base, turn)
     else:
-        task = text_task_of(service, base, [(fields.text("prompt", ""), ids)], 1,
-                            grammar_of(service, fields, OLLAMA), **place)
+        task = text_task_of(service, fields, base, [(fields.text("prompt", ""), ids)], names=OLLAMA)
 
     def message(text: str, thought: str, calls: list[dict]) -> dict:
         return {"response": text} | ({"thinking": thought} if thought else {})
@@ -237,7 +234,7 @@ async def embed(request: Request) -> Response:
     name, started = named(service, fields), time.perf_counter()
     texts = [fields["input"]] if isinstance(fields.get("input"), str) else fields.listed("input")
     if not all(isinstance(text, str) for text in texts):
-        raise invalid("input", "input has something else than texts; expected a text or a list of texts")
+        raise wrong("input", "has something else than texts; expected a text or a list of texts")
     found, n = await vectors(request, texts, fields.flag("truncate")) if texts else (np.zeros((0, 1)), 0)
     rows = normalized(found, fields.whole("dimensions", None, 1)).tolist()
     seconds = time.perf_counter() - started

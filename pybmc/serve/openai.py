@@ -14,17 +14,15 @@ from starlette.routing import Route
 from ..chat.calls import new_id
 from .answers import ChatAnswer, Head, TextAnswer
 from .embed import list_of, normalized, text_of, vectors
-from .errors import invalid, no_model, unsupported
+from .errors import invalid, no_model, unsupported, wrong
 from .fields import Fields
 from .http import Json, Sse, answered, fields_of, in_pool, service_of, writer_of
 from .service import Service
-from .slots import place_of
 from .tasks import (
     chat_task_of,
     check_model,
     count_of,
     gap_prompt,
-    grammar_of,
     messages_of,
     prediction_of,
     refuse_common,
@@ -57,7 +55,7 @@ def chat_task(service: Service, fields: Fields, client):
     refuse_common(fields)
     n_top = fields.whole("top_logprobs", 0, 0, 20) if fields.flag("logprobs") else None
     if n_top is None and fields.get("top_logprobs"):
-        raise invalid("top_logprobs", "top_logprobs is given without logprobs; expected logprobs to be true")
+        raise wrong("top_logprobs", "is given without logprobs; expected logprobs to be true")
     names = ("max_completion_tokens", "max_tokens", "n_predict")
     most = most_tokens(fields, names, service.settings.max_tokens)
     base = replace(template_request(service, fields, client, most), top=n_top or 0,
@@ -65,7 +63,7 @@ def chat_task(service: Service, fields: Fields, client):
     usage, n = fields.object("stream_options").flag("include_usage"), fields.whole("n", 1, 1, 16)
     form = fields.choice("reasoning_format", ("none", "auto", "deepseek", "deepseek-legacy"), "auto")
     turn = turn_of(service, fields, split=form != "none")
-    task = chat_task_of(service, base, turn, n, **place_of(service, fields))
+    task = chat_task_of(service, fields, base, turn, n)
     return task, ChatAnswer(head(service, "chatcmpl-"), service.tokenizer, task.choices(), n_top, usage,
                             fields.flag("timings_per_token"), "prediction" in fields,
                             bool(fields.get("functions")))
@@ -101,8 +99,7 @@ def text_task(service: Service, fields: Fields, client):
     most = most_tokens(fields, ("max_tokens", "n_predict"), 16)
     base = replace(template_request(service, fields, client, most), top=n_top or 0,
                    score=n_top if echo else None)
-    task = text_task_of(service, base, prompts, fields.whole("n", 1, 1, 16), grammar_of(service, fields),
-                        **place_of(service, fields))
+    task = text_task_of(service, fields, base, prompts, fields.whole("n", 1, 1, 16))
     return task, TextAnswer(head(service, "cmpl-"), service.tokenizer, task.choices(), prompts, n_top,
                             fields.object("stream_options").flag("include_usage"), echo,
                             fields.flag("timings_per_token"))
@@ -114,12 +111,12 @@ async def embeddings(request: Request) -> Response:
     given = fields.get("input")
     texts = [text_of(one, "input") for one in (given if isinstance(given, list) else [given])]
     if any(isinstance(text, (int, float, list)) for text in texts):
-        raise invalid("input", "input has token ids; expected text, since the ids may be of another "
-                      "vocabulary. LangChain sends text with check_embedding_ctx_length=False")
+        raise wrong("input", "has token ids; expected text, since the ids may be of another vocabulary. "
+                             "LangChain sends text with check_embedding_ctx_length=False")
     if not texts or not all(isinstance(text, str) and text for text in texts):
         raise invalid("input", "expected input to be a text or a list of texts, none of them empty")
     if len(texts) > 2048:
-        raise invalid("input", f"input has {len(texts)} texts; expected at most 2048")
+        raise wrong("input", f"has {len(texts)} texts; expected at most 2048")
     encoding = fields.choice("encoding_format", ("float", "base64"), "float")
     found, n = await vectors(request, texts)
     found = normalized(found, fields.whole("dimensions", None, 1, found.shape[1]))

@@ -7,6 +7,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections.abc import AsyncIterator
 from contextlib import suppress
 
 from starlette.requests import Request
@@ -14,15 +15,16 @@ from starlette.responses import Response
 
 from ..errors import BmcError
 from ..hub import names, transfer
-from .errors import Refused, busy, error_body, invalid, shutting_down, unsupported
+from .errors import Refused, busy, shutting_down, unsupported, wrong
 from .fields import Fields
-from .http import Json, Lines, fields_of, service_of, when_gone
+from .http import Json, Lines, Stream, fields_of, service_of, when_gone
 from .service import Service
 from .worker import Gone
 
 log = logging.getLogger(__name__)
 
 EVERY = 0.2                             # seconds between two lines of progress
+SUCCESS = {"status": "success"}         # the last line
 
 
 class Pull:
@@ -36,12 +38,14 @@ class Pull:
         service.pulling = self
         threading.Thread(target=self._work, name="pybmc-pull", daemon=True).start()
 
-    async def next(self) -> dict:
-        """The next line. Raises Gone, or the Refused that ended it."""
-        line = await self._lines.get()
-        if isinstance(line, BaseException):
-            raise line
-        return line
+    async def lines(self) -> AsyncIterator[dict]:
+        """A line a step, as Ollama writes them. Raises Gone, or the Refused that ended it."""
+        yield {"status": "pulling manifest"}
+        while (line := await self._lines.get()) != SUCCESS:
+            if isinstance(line, BaseException):
+                raise line
+            yield line
+        yield SUCCESS
 
     def leave(self) -> None:
         """The client has gone, or has its answer."""
@@ -56,7 +60,7 @@ class Pull:
     def _work(self) -> None:
         try:
             transfer.pull(self.name, progress=self._note)
-            end: dict | BaseException = {"status": "success"}
+            end: dict | BaseException = SUCCESS
         except BmcError as error:
             end = Refused(404, "model_not_found", str(error), "model")
         except OSError as error:
@@ -89,10 +93,9 @@ class Pull:
 
 
 async def pull(request: Request) -> Response:
-    if not request.scope["pybmc.pull"]:
-        raise Refused(403, "disabled",
-                      "/api/pull is disabled: --allow-pull allows it; on the command line pybmc pull NAME "
-                                       "does it")
+    if not request.scope["pybmc.policy"].pull:
+        raise Refused(403, "disabled", "/api/pull is disabled: --allow-pull allows it; "
+                                       "on the command line pybmc pull NAME does it")
     service, fields = service_of(request), await fields_of(request)
     name, stream = hub_name(fields), fields.flag("stream", True)
     if service.closing:
@@ -100,8 +103,20 @@ async def pull(request: Request) -> Response:
     if service.pulling:
         why = f"{service.pulling.name} is being pulled; expected one model at a time"
         raise busy("queue_full", why, 5, 429)
-    answer = PullAnswer(request, Pull(service, name))
-    return answer if stream else await answer.whole()
+    pulled = Pull(service, name)
+    watcher = when_gone(request, pulled.leave)
+
+    def close() -> None:
+        watcher.cancel()
+        pulled.leave()
+
+    if stream:
+        parts = (Lines.encode(line) async for line in pulled.lines())
+        return Stream(Lines(), parts, close, {"Cache-Control": "no-store"})
+    try:
+        return Json([line async for line in pulled.lines()][-1])
+    finally:
+        close()
 
 
 def hub_name(fields: Fields) -> str:
@@ -111,45 +126,6 @@ def hub_name(fields: Fields) -> str:
     given = fields.text("model") or fields.text("name") or ""
     name = given.removesuffix(":latest")
     if names.parse(name) is None:
-        raise invalid("model",
-                      f"model is {given!r:.80}; "
-                      "expected the name of a model on the hub, as in user/repo:Q4_K_M")
+        raise wrong("model", f"is {given!r:.80}; "
+                             "expected the name of a model on the hub, as in user/repo:Q4_K_M")
     return name
-
-
-class PullAnswer(Response):
-    """A line a step, as Ollama writes them; or the last one alone."""
-
-    def __init__(self, request: Request, pull: Pull):
-        self._pull, self._watcher = pull, when_gone(request, pull.leave)
-
-    async def whole(self) -> Json:
-        try:
-            while (line := await self._pull.next()) != {"status": "success"}:
-                pass
-            return Json(line)
-        finally:
-            self._close()
-
-    async def __call__(self, scope, receive, send) -> None:
-        async def put(line: dict, more: bool = True) -> None:
-            await send({"type": "http.response.body", "body": Lines.encode(line), "more_body": more})
-
-        headers = [(b"content-type", Lines.media_type.encode()), (b"cache-control", b"no-store"),
-                   (b"x-accel-buffering", b"no")]
-        try:
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-            await put(line := {"status": "pulling manifest"})
-            while line != {"status": "success"}:
-                line = await self._pull.next()
-                await put(line, line != {"status": "success"})
-        except Refused as refused:
-            await put(error_body(scope["path"], refused), more=False)
-        except Gone:
-            pass
-        finally:
-            self._close()
-
-    def _close(self) -> None:
-        self._watcher.cancel()
-        self._pull.leave()

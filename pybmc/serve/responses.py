@@ -19,11 +19,10 @@ from ..engine.text import Token
 from ..grammar.asked import format_asked
 from .answers import Update, chat_logprob, progress_of, timings_of
 from .blocks import Block, BlockAnswer, sealed, unsealed
-from .errors import Refused, invalid, unsupported
+from .errors import Refused, unsupported, wrong
 from .fields import Fields
 from .http import Named, answered
 from .service import Service
-from .slots import place_of
 from .tasks import (
     blaming,
     chat_task_of,
@@ -55,8 +54,7 @@ def task_of(service: Service, fields: Fields, client):
     fields.choice("truncation", ("auto", "disabled"))
     include, n_top = fields.listed("include"), fields.whole("top_logprobs", 0, 0, 20)
     if n_top and LOGPROBS not in include:
-        raise invalid("top_logprobs",
-                      f"top_logprobs is given without {LOGPROBS}; expected include to have it")
+        raise wrong("top_logprobs", f"is given without {LOGPROBS}; expected include to have it")
     most = fields.whole("max_output_tokens", service.settings.max_tokens)
     base = replace(template_request(service, fields, client, most), top=n_top)
     messages, tools = messages_of(fields), tools_of(fields)
@@ -66,8 +64,7 @@ def task_of(service: Service, fields: Fields, client):
     reasoning = fields.object("reasoning")
     effort, summary = reasoning.text("effort"), reasoning.choice("summary", ("auto", "concise", "detailed"))
     variables = variables_of(service, fields, reasoning_effort=effort or None)
-    task = chat_task_of(service, base, turn_from(service, fields, messages, offer, wish, variables),
-                        **place_of(service, fields))
+    task = chat_task_of(service, fields, base, turn_from(service, fields, messages, offer, wish, variables))
     sampler, per_token = base.sampler, fields.flag("timings_per_token")
     told = described(fields, tools, offer) | {
         "model": service.name, "temperature": sampler.temperature, "top_p": sampler.top_p}
@@ -95,7 +92,7 @@ def tools_of(fields: Fields) -> tuple[Tool, ...]:
     found = []
     for i, given in enumerate(fields.listed("tools", MOST)):
         if not isinstance(given, dict):
-            raise invalid(f"tools[{i}]", f"tools[{i}] is no object; expected a tool")
+            raise wrong(f"tools[{i}]", "is no object; expected a tool")
         if given.get("type") == "function":
             with blaming():
                 found.append(function_tool(given, f"tools[{i}]"))
@@ -122,7 +119,7 @@ def choice_of(fields: Fields, tools: tuple[Tool, ...]) -> tuple[tuple[Tool, ...]
 def messages_of(fields: Fields) -> list[dict]:
     given = fields.get("input")
     if not isinstance(given, (str, list)) or not given:
-        raise invalid("input", "input is missing or empty; expected a text or a list of items")
+        raise wrong("input", "is missing or empty; expected a text or a list of items")
     items = [{"role": "user", "content": given}] if isinstance(given, str) else fields.listed("input", 4096)
     instructions = fields.text("instructions")
     messages = [{"role": "system", "content": instructions}] if instructions else []
@@ -134,7 +131,7 @@ def messages_of(fields: Fields) -> list[dict]:
             raise unsupported(place, f"is of type {kind!r:.40}; expected {', '.join(ITEMS)}")
         read(Fields(item, f"{place}."), place, messages)
     if not messages:
-        raise invalid("input", "input has no message; expected one at least")
+        raise wrong("input", "has no message; expected one at least")
     return [{"content": None if "tool_calls" in message else ""} | message for message in messages]
 
 

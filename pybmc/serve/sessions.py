@@ -16,7 +16,7 @@ from ..engine.model import Model
 from ..engine.session import Session
 from ..engine.session_file import load, save
 from ..errors import BmcError, FormatError, OutOfMemoryError
-from .errors import Refused, busy, invalid, refusal
+from .errors import Refused, busy, refusal, wrong
 from .worker import Worker
 
 log = logging.getLogger(__name__)
@@ -26,8 +26,8 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 def checked_name(name: str, field: str) -> str:
     if not NAME.fullmatch(name):
-        raise invalid(field, f"{field} is {name!r:.80}; "
-                      "expected a letter or digit, and up to 63 more of them, or of . _ -")
+        raise wrong(field, f"is {name!r:.80}; "
+                           "expected a letter or digit, and up to 63 more of them, or of . _ -")
     return name
 
 

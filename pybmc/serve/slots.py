@@ -12,7 +12,7 @@ from starlette.routing import Route
 
 from ..engine.sequence import Sequence
 from ..errors import BmcError
-from .errors import Refused, busy, invalid, refusal, unsupported
+from .errors import Refused, busy, invalid, refusal, wrong
 from .fields import Fields
 from .http import Json, fields_of, service_of
 from .service import Service
@@ -21,7 +21,7 @@ from .worker import Slot
 
 
 async def slots(request: Request) -> Response:
-    if not request.scope["pybmc.slots"]:
+    if not request.scope["pybmc.policy"].slots:
         raise Refused(501, "disabled", "GET /slots is disabled by --no-slots")
     service = service_of(request)
     running = list(service.worker.engine.running)
@@ -46,7 +46,7 @@ async def change(request: Request) -> Response:
         raise Refused(501, "disabled", "saved sessions are disabled; pybmc serve --sessions DIR enables them")
     action = request.query_params.get("action", "")
     if action not in ACTIONS:
-        raise invalid("action", f"action is {action!r:.40}; expected one of {', '.join(ACTIONS)}")
+        raise wrong("action", f"is {action!r:.40}; expected one of {', '.join(ACTIONS)}")
     slot, i = _slot(service, request.path_params["id"])
     if slot.sequence in service.worker.engine.running:
         raise busy("slot_busy", f"the slot {i} serves a request")
@@ -108,24 +108,6 @@ async def erase(service: Service, slot: Slot, fields: Fields) -> dict:
 
 Action = Callable[[Service, Slot, Fields], Coroutine]
 ACTIONS: dict[str, Action] = {"save": save, "restore": restore, "erase": erase}
-
-
-def place_of(service: Service, fields: Fields) -> dict:
-    """Where a request runs, as arguments of a task:
-    the slot that it asks for, and the session that it goes on with."""
-    slot = fields.whole("id_slot", -1, -1, len(service.worker.slots) - 1)
-    return {"slot": None if slot < 0 else slot, "session": _session_of(service, fields)}
-
-
-def _session_of(service: Service, fields: Fields) -> str | None:
-    name = fields.text("session")
-    if not name:
-        return None
-    if service.sessions is None:
-        raise unsupported("session", "needs a server with a folder for sessions: pybmc serve --sessions DIR")
-    if not fields.flag("cache_prompt", True):
-        raise unsupported("session", "without cache_prompt is not supported here")
-    return checked_name(name, "session")
 
 
 ROUTES = [Route("/slots", slots), Route("/slots/{id}", change, methods=["POST"])]

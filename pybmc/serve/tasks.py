@@ -24,10 +24,11 @@ from ..grammar.asked import FIELDS, Asked, asked
 from ..grammar.grammar import Grammar
 from .answers import Choice
 from .chain import left_out
-from .errors import Refused, invalid, no_model, refusal, unsupported
+from .errors import Refused, invalid, no_model, refusal, unsupported, wrong
 from .fields import Fields
 from .fill import fill_prompt
 from .service import Service
+from .sessions import checked_name
 
 ANSWERS = 64                            # of one request, over all its prompts
 STOP_CHARACTERS = 256                   # of a stop string: it is looked for behind each token
@@ -41,6 +42,8 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 MORE_OF_MESSAGES = ("name", "tool_calls", "function_call", "tool_call_id", "tool_name", "reasoning_content",
                     "thinking")
 
+Prompt = tuple[str, list[int]]          # a text and its ids
+
 
 @dataclass
 class Task:
@@ -49,7 +52,7 @@ class Task:
     requests: list[Request]
     n: int
     seed: int
-    prompts: list[tuple[str, list[int]]]        # text and ids of each
+    prompts: list[Prompt]
     reader: Callable[[], Reader] = Plain        # of each answer
     ignored: tuple[str, ...] = ()               # keywords of its schema without effect
     stops: frozenset[int] = field(default_factory=frozenset)
@@ -106,11 +109,10 @@ def bias_of(service: Service, fields: Fields) -> dict[int, float]:
         if value is False:
             value = -inf
         elif isinstance(value, bool) or not isinstance(value, (int, float)) or not -100 <= value <= 100:
-            raise invalid("logit_bias",
-                          f"logit_bias of {key!r:.40} is {value!r:.40}; expected a number from -100 to 100")
+            raise wrong("logit_bias", f"of {key!r:.40} is {value!r:.40}; expected a number from -100 to 100")
         for id in _biased(service, key):
             if not 0 <= id < size:
-                raise invalid("logit_bias", f"logit_bias names token {id}; expected 0 to {size - 1}")
+                raise wrong("logit_bias", f"names token {id}; expected 0 to {size - 1}")
             found[id] = float(value)
     return found
 
@@ -119,7 +121,7 @@ def _biased(service: Service, key) -> list[int]:
     if isinstance(key, int) and not isinstance(key, bool):
         return [key]
     if not isinstance(key, str):
-        raise invalid("logit_bias", f"logit_bias names {key!r:.40}; expected a token id or a text")
+        raise wrong("logit_bias", f"names {key!r:.40}; expected a token id or a text")
     if key.isascii() and key.isdecimal() and len(key) < 10:
         return [int(key)]
     return service.tokenizer.encode(key, bos=False, special=True)
@@ -152,8 +154,8 @@ def template_request(service: Service, fields: Fields, client: Hashable, max_tok
     """A request with everything but the prompt. stops: the field with texts that end an answer."""
     stop = fields.texts(stops, 16)
     if any(len(text) > STOP_CHARACTERS for text in stop):
-        raise invalid(stops, f"{stops} has a text of {max(map(len, stop))} characters; "
-                             f"expected at most {STOP_CHARACTERS}")
+        longest = max(map(len, stop))
+        raise wrong(stops, f"has a text of {longest} characters; expected at most {STOP_CHARACTERS}")
     most, ends = min(max_tokens, service.context + 1), service.tokenizer.stop_ids
     return Request((), most, sampler_of(service, fields), stop, ends,
                    context=service.settings.context, speculate=speculates(service, fields), client=client,
@@ -193,28 +195,29 @@ def grammar_of(service: Service, fields: Fields, names: Sequence[str] = FIELDS) 
     return compiled(wish.field, lambda: wish.compiled(service.model)) if wish else None
 
 
-def text_task_of(service: Service, base: Request, prompts: list[tuple[str, list[int]]], n: int = 1,
-                 grammar: Grammar | None = None, **more) -> Task:
-    """n answers to each prompt that is a text."""
-    return task_of(service, base, prompts, n, grammar.start if grammar else lambda: None,
-                   ignored=grammar.ignored if grammar else (), **more)
+def text_task_of(service: Service, fields: Fields, base: Request, prompts: list[Prompt], n: int = 1,
+                 names: Sequence[str] = FIELDS) -> Task:
+    """n answers to each prompt that is a text. names: of the fields that may say what the answers follow."""
+    grammar = grammar_of(service, fields, names)
+    return _task_of(service, fields, base, prompts, n, grammar.start if grammar else lambda: None,
+                    ignored=grammar.ignored if grammar else ())
 
 
-def chat_task_of(service: Service, base: Request, turn: Turn, n: int = 1, **more) -> Task:
+def chat_task_of(service: Service, fields: Fields, base: Request, turn: Turn, n: int = 1) -> Task:
     """n answers to a turn of a chat."""
-    return task_of(service, replace(base, shown=turn.shown), [("", turn.tokens)], n, turn.schema,
-                   reader=turn.reader, ignored=turn.ignored, **more)
+    return _task_of(service, fields, replace(base, shown=turn.shown), [("", turn.tokens)], n, turn.schema,
+                    reader=turn.reader, ignored=turn.ignored)
 
 
-def task_of(service: Service, base: Request, prompts: list[tuple[str, list[int]]], n: int,
-            schema: Callable[[], Schema | None], session: str | None = None, **more) -> Task:
+def _task_of(service: Service, fields: Fields, base: Request, prompts: list[Prompt], n: int,
+             schema: Callable[[], Schema | None], **more) -> Task:
     """n answers to each prompt: the i-th samples with seed + i.
     schema: makes the state of what an answer follows."""
+    slot, session = slot_of(service, fields), session_of(service, fields)
     if session and n * len(prompts) > 1:
         raise unsupported("session", "with several answers is not supported here")
     if n * len(prompts) > ANSWERS:
-        raise invalid("n", f"n is {n} and there are {len(prompts)} prompts; "
-                           f"expected at most {ANSWERS} answers")
+        raise wrong("n", f"is {n} and there are {len(prompts)} prompts; expected at most {ANSWERS} answers")
     for _, ids in prompts:
         if len(ids) > service.context:
             raise Refused(400, "context_length_exceeded",       # clients look for some of these words
@@ -224,14 +227,32 @@ def task_of(service: Service, base: Request, prompts: list[tuple[str, list[int]]
     samplers = [replace(base.sampler, seed=base.sampler.seed + i) for i in range(n)]
     requests = [replace(base, tokens=ids, sampler=sampler, schema=schema())
                 for _, ids in prompts for sampler in samplers]
-    return Task(requests, n, base.sampler.seed, prompts,
-                stops=service.tokenizer.stop_ids, session=session, **more)
+    return Task(requests, n, base.sampler.seed, prompts, stops=service.tokenizer.stop_ids,
+                session=session, slot=slot, **more)
+
+
+def slot_of(service: Service, fields: Fields) -> int | None:
+    """The slot that a request asks for."""
+    slot = fields.whole("id_slot", -1, -1, len(service.worker.slots) - 1)
+    return None if slot < 0 else slot
+
+
+def session_of(service: Service, fields: Fields) -> str | None:
+    """The saved session that a request goes on with."""
+    name = fields.text("session")
+    if not name:
+        return None
+    if service.sessions is None:
+        raise unsupported("session", "needs a server with a folder for sessions: pybmc serve --sessions DIR")
+    if not fields.flag("cache_prompt", True):
+        raise unsupported("session", "without cache_prompt is not supported here")
+    return checked_name(name, "session")
 
 
 # ---- prompts -----------------------------------------------------------------------------------------------
 
 
-def text_prompts(service: Service, fields: Fields, name: str = "prompt") -> list[tuple[str, list[int]]]:
+def text_prompts(service: Service, fields: Fields, name: str = "prompt") -> list[Prompt]:
     """Up to 64 prompts, with their ids: each a text, ids, both mixed in a list, or llama-server's
     {"prompt_string": text}."""
     given = fields.get(name)
@@ -239,7 +260,7 @@ def text_prompts(service: Service, fields: Fields, name: str = "prompt") -> list
         raise fields.missing(name, "a text, a list of token ids, or a list of either")
     found = several(given)
     if len(found) > ANSWERS:
-        raise invalid(name, f"{name} has {len(found)} prompts; expected at most {ANSWERS}")
+        raise wrong(name, f"has {len(found)} prompts; expected at most {ANSWERS}")
     return [_text_prompt(service, one, name) for one in found]
 
 
@@ -258,10 +279,10 @@ def plain_prompt(prompt, name: str):
     return parts.text("prompt_string")
 
 
-def _text_prompt(service: Service, given, name: str) -> tuple[str, list[int]]:
+def _text_prompt(service: Service, given, name: str) -> Prompt:
     prompt = plain_prompt(given, name)
     if not isinstance(prompt, (str, list)):
-        raise invalid(name, f"{name} has {json.dumps(given)[:60]}; expected a text or a list of token ids")
+        raise wrong(name, f"has {json.dumps(given)[:60]}; expected a text or a list of token ids")
     try:
         ids = encode_text(service.tokenizer, _ids_of(service, prompt) if isinstance(prompt, list) else prompt)
     except ArgumentError as error:
@@ -280,8 +301,7 @@ def _ids_of(service: Service, prompt: list) -> list:
     return found
 
 
-def gap_prompt(service: Service, before: str, behind: str, name: str, begun: str = "",
-               extra=()) -> tuple[str, list[int]]:
+def gap_prompt(service: Service, before: str, behind: str, name: str, begun: str = "", extra=()) -> Prompt:
     if service.fill is None:
         raise unsupported(name, "needs a model with fill-in tokens, which this one does not have")
     return before, fill_prompt(service.tokenizer, service.fill, before, behind, begun, extra)
@@ -367,13 +387,13 @@ def messages_of(fields: Fields, name: str = "messages") -> list[dict]:
     """Messages with text alone."""
     given = fields.listed(name, 4096)
     if not given:
-        raise invalid(name, f"{name} is empty; expected at least one message")
+        raise wrong(name, "is empty; expected at least one message")
     return [_message(message, f"{name}[{i}]") for i, message in enumerate(given)]
 
 
 def _message(given, where: str) -> dict:
     if not isinstance(given, dict):
-        raise invalid(where, f"{where} is {json.dumps(given)[:40]}; expected an object with role and content")
+        raise wrong(where, f"is {json.dumps(given)[:40]}; expected an object with role and content")
     message = Fields(given, f"{where}.")
     role = message.text("role")
     if not role:
@@ -384,8 +404,7 @@ def _message(given, where: str) -> dict:
     told = {name: message[name] for name in MORE_OF_MESSAGES if name in message}
     for i, call in enumerate(message.listed("tool_calls")):
         if not isinstance(call, dict):
-            raise invalid(f"{where}.tool_calls[{i}]",
-                          f"{where}.tool_calls[{i}] is {json.dumps(call)[:40]}; expected a call")
+            raise wrong(f"{where}.tool_calls[{i}]", f"is {json.dumps(call)[:40]}; expected a call")
     return {"role": {"developer": "system"}.get(role, role), "content": content_of(message, where)} | told
 
 
