@@ -147,7 +147,7 @@ class Fields(dict):
         if not isinstance(found, list) or not all(isinstance(text, str) and text for text in found):
             self.bad(name, "a text or a list of texts, none of them empty")
         if len(found) > most:
-            raise wrong(name, f"has {len(found)} texts; expected at most {most}")
+            raise self.wrong(name, f"has {len(found)} texts; expected at most {most}")
         return found
 
     def choice(self, name: str, options, default=None):

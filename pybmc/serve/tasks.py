@@ -155,7 +155,7 @@ def template_request(service: Service, fields: Fields, client: Hashable, max_tok
     stop = fields.texts(stops, 16)
     if any(len(text) > STOP_CHARACTERS for text in stop):
         longest = max(map(len, stop))
-        raise wrong(stops, f"has a text of {longest} characters; expected at most {STOP_CHARACTERS}")
+        raise fields.wrong(stops, f"has a text of {longest} characters; expected at most {STOP_CHARACTERS}")
     most, ends = min(max_tokens, service.context + 1), service.tokenizer.stop_ids
     return Request((), most, sampler_of(service, fields), stop, ends,
                    context=service.settings.context, speculate=speculates(service, fields), client=client,
