@@ -30,7 +30,8 @@ def cli():
 
 
 for command in (talk.chat, talk.generate, serve.serve, vectors.embed, files.show, files.tokenize,
-                measure.bench, measure.perplexity, proof.prove, batch.batch, hub.pull, hub.list_models, hub.rm):
+                measure.bench, measure.perplexity, proof.prove, batch.batch,
+                hub.pull, hub.list_models, hub.rm):
     cli.add_command(command)
 
 
