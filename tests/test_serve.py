@@ -547,6 +547,14 @@ def test_ollama_loads_without_messages(server):
     assert server.post("/api/generate", {"model": "tiny", "keep_alive": 0}).json()["done_reason"] == "load"
 
 
+@pytest.mark.parametrize("stop, why", [(["a"] * 17, "has 17 texts"),
+                                       (["a" * 257], "has a text of 257 characters")])
+def test_an_option_that_is_refused_is_named_with_its_place(server, stop, why):
+    response = server.post("/api/chat", {"model": "tiny", "messages": HELLO, "options": {"stop": stop}})
+    assert response.status_code == 400
+    assert response.json()["error"].startswith(f"options.stop {why}; expected at most")
+
+
 def test_ollama_tells_logprobs(server):
     body = {"model": "tiny", "messages": HELLO, "logprobs": True, "top_logprobs": 2, "options": {"num_predict": 4, "temperature": 0}}
     found = [entry for line in lines(server.post("/api/chat", body)) for entry in line.get("logprobs", [])]

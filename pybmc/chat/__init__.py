@@ -1,4 +1,5 @@
-"""Conversations: messages as a model's template writes them, and what stands around that. Names are loaded when they are first used."""
+"""Conversations: messages as a model's template writes them, and what stands around that.
+Names are loaded when they are first used."""
 
 from .._lazy import lazy
 

@@ -13,8 +13,8 @@ from .reasoning import Marks
 
 
 class Place(NamedTuple):
-    """Where a text is. kind: "before" a thought, "inside" one, in its forced "end", or "after" it. seen: the last bytes;
-    n: tokens of thoughts so far, or of the end."""
+    """Where a text is. kind: "before" a thought, "inside" one, in its forced "end", or "after" it. seen: the
+    last bytes; n: tokens of thoughts so far, or of the end."""
 
     kind: str
     seen: bytes = b""
@@ -24,13 +24,14 @@ class Place(NamedTuple):
 class Budget:
     """A pybmc.engine.Schema: a limit on the tokens of a thought; its end follows at the latest behind them.
 
-    size: ids of the model. end: ids of the end. inside: the text begins within a thought. again: thoughts may begin anywhere
-    in the text, else only at its beginning. inner: what else the text has to follow.
+    size: ids of the model. end: ids of the end. inside: the text begins within a thought. again: thoughts may
+    begin anywhere in the text, else only at its beginning. inner: what else the text has to follow.
     """
 
-    def __init__(self, tokenizer: Tokenizer, size: int, most: int, marks: Marks, end: Sequence[int], inside: bool = False,
-                 again: bool = False, inner: Schema | None = None):
-        self._tokenizer, self._most, self._end, self._again, self._inner = tokenizer, most, list(end), again, inner
+    def __init__(self, tokenizer: Tokenizer, size: int, most: int, marks: Marks, end: Sequence[int],
+                 inside: bool = False, again: bool = False, inner: Schema | None = None):
+        self._tokenizer, self._most, self._end = tokenizer, most, list(end)
+        self._again, self._inner = again, inner
         self._opens, self._closes = (mark.encode() for mark in marks)
         self._place = Place("inside" if inside else "before")
         self._row = np.empty((size + 31) // 32, np.uint32)

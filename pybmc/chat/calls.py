@@ -1,4 +1,5 @@
-"""Parsers of answers with calls of tools, one for each way in which models write them; see tools.py for who writes which.
+"""Parsers of answers with calls of tools, one for each way in which models write them;
+see tools.py for who writes which.
 
 What looks like a call and is none, such as JSON without the name of a tool, is content.
 """
@@ -15,7 +16,7 @@ from .events import CallArguments, CallBegin, Content, Event, Thought
 from .feed import WHITE, Feed, Steps, space, until, value, word
 
 CALL, FUNCTION, PARAMETER = "<tool_call>", "<function=", "<parameter="
-FENCES = {"```json": "```", "```": "```", "<tools>": "</tools>"}      # what may stand around an object: its end
+FENCES = {"```json": "```", "```": "```", "<tools>": "</tools>"}    # what may stand around an object
 BRACES = ("{", "{{")                    # the latter stand in a template of Qwen's, and then in answers
 HARMONY_ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|start|>", "<|channel|>")
 LITERALS = {"True": "true", "False": "false", "None": "null"}       # as some models write them
@@ -27,10 +28,12 @@ def new_id(prefix: str) -> str:
 
 
 class Calls:
-    """Numbers the calls of an answer. tools: the parameters of each tool by its name. new_id: makes an id for a call. loose: an
-    answer may begin with a call without its mark. first: a call is the first thing of an answer, or there is none."""
+    """Numbers the calls of an answer. tools: the parameters of each tool by its name. new_id: makes an id for
+    a call. loose: an answer may begin with a call without its mark. first: a call is the first thing of an
+    answer, or there is none."""
 
-    def __init__(self, tools: Mapping[str, Mapping], new_id: Callable[[], str], loose: bool = True, first: bool = False):
+    def __init__(self, tools: Mapping[str, Mapping], new_id: Callable[[], str], loose: bool = True,
+                 first: bool = False):
         self.tools, self.loose, self.first, self._new_id, self._n = tools, loose, first, new_id, 0
 
     def begin(self, name: str) -> CallBegin:
@@ -45,7 +48,8 @@ class Calls:
 
 
 def tagged(feed: Feed, calls: Calls) -> Steps:
-    """Hermes and Qwen: a JSON object in <tool_call>, or tags in tags. Some forget the tag at the beginning of an answer."""
+    """Hermes and Qwen: a JSON object in <tool_call>, or tags in tags.
+    Some forget the tag at the beginning of an answer."""
     if calls.loose:
         yield from headed(feed, calls)
     if calls.first and not (yield from begins(feed, CALL)):
@@ -65,8 +69,8 @@ def tagged(feed: Feed, calls: Calls) -> Steps:
 
 
 def headed(feed: Feed, calls: Calls) -> Steps:
-    """Objects that name a tool at the beginning of a text, as they are, in a fence of Markdown or in <tools>. Takes nothing else.
-    Returns whether there are any."""
+    """Objects that name a tool at the beginning of a text, as they are, in a fence of Markdown or in <tools>.
+    Takes nothing else. Returns whether there are any."""
     found = False
     while True:
         feed.begin()
@@ -106,15 +110,16 @@ def after_space(feed: Feed, *words: str) -> Steps:
 
 
 def call_object(feed: Feed, calls: Calls, bare: bool = False) -> Steps:
-    """{"name": .., "arguments": {..}}, from behind its brace. bare: it is a call only where it is written just so. Returns whether
-    it was one."""
+    """{"name": .., "arguments": {..}}, from behind its brace. bare: it is a call only where it is written
+    just so. Returns whether it was one."""
     name, begun, held = "", False, ""
     while (char := (yield from after_space(feed, ",", "}"))) != "}":
         if char == ",":
             continue
         written = (yield from value(feed)) if feed.text[:1] == '"' else ""
         key = string(written)
-        if key is None or bare and not name and written != '"name"' or (yield from after_space(feed, ":")) != ":":
+        if key is None or bare and not name and written != '"name"' \
+                or (yield from after_space(feed, ":")) != ":":
             return begun
         yield from space(feed)
         if key == "name" and not name:
@@ -162,7 +167,8 @@ def string(text: str) -> str | None:
 
 
 def call_tags(feed: Feed, calls: Calls) -> Steps:
-    """NAME><parameter=..>..</parameter>..</function>, as Qwen's coders write. Returns whether it was a call."""
+    """NAME><parameter=..>..</parameter>..</function>, as Qwen's coders write.
+    Returns whether it was a call."""
     name, _ = yield from until(feed, (">",))
     if name not in calls.tools:
         return False
@@ -185,7 +191,8 @@ def parameter(feed: Feed, calls: Calls, raw: bool) -> Steps:
     ends = ("\n</parameter>", "</parameter>")
     if raw:
         yield calls.piece('"')
-        _, end = yield from until(feed, ends, lambda text: calls.piece(json.dumps(text, ensure_ascii=False)[1:-1]))
+        _, end = yield from until(feed, ends,
+                                  lambda text: calls.piece(json.dumps(text, ensure_ascii=False)[1:-1]))
         yield from pieces(calls, '"' * bool(end))
         return
     text, end = yield from until(feed, ends)
@@ -210,8 +217,10 @@ def property_of(parameters: Mapping, name: str) -> Mapping:
 
 
 def is_raw(schema: Mapping) -> bool:
-    """Whether a value is a string that is written in tags as it is: any one, or one of some without ends of lines."""
-    if schema.get("type") != "string" or schema.keys() - {"type", "title", "description", "default", "examples", "enum", "const"}:
+    """Whether a value is a string that is written in tags as it is:
+    any one, or one of some without ends of lines."""
+    known = {"type", "title", "description", "default", "examples", "enum", "const"}
+    if schema.get("type") != "string" or schema.keys() - known:
         return False
     return schema.keys().isdisjoint({"enum", "const"}) or bool(named(schema))
 
@@ -221,7 +230,8 @@ def named(schema: Mapping) -> list[str]:
     if "enum" in schema and "const" in schema:
         return []
     found = schema.get("enum", [schema.get("const")])
-    fits = isinstance(found, list) and all(isinstance(text, str) and text and not set(text) & set("\n<") for text in found)
+    fits = isinstance(found, list) \
+        and all(isinstance(text, str) and text and not set(text) & set("\n<") for text in found)
     return found if fits else []
 
 

@@ -1,4 +1,5 @@
-"""A conversation in one session: messages, what of them the session already holds, and room for the next answer."""
+"""A conversation in one session: messages, what of them the session already holds,
+and room for the next answer."""
 
 import json
 import os
@@ -20,7 +21,7 @@ from .generate import generate
 from .reader import Channels, channel_tail
 from .template import checked_variables, template_of
 
-CUT = 8                                 # characters: of a word that is longer, the last 8 to 15 are not certain
+CUT = 8                                 # characters: of a longer word the last 8 to 15 are not certain
 
 
 class Conversation:
@@ -30,8 +31,8 @@ class Conversation:
     generate(), max_tokens among them.
     """
 
-    def __init__(self, model: Model, session: Session, system: str | None = None, *, chat_template: Any = None,
-                 chat_template_kwargs: Mapping | None = None, **settings: Any):
+    def __init__(self, model: Model, session: Session, system: str | None = None, *,
+                 chat_template: Any = None, chat_template_kwargs: Mapping | None = None, **settings: Any):
         if model.tokenizer is None:
             raise ArgumentError(f"{model.path} has no vocabulary: it cannot chat")
         self.model, self.session, self.settings = model, session, settings
@@ -81,8 +82,8 @@ class Conversation:
         text, said, stream = [], [], None
         try:
             self.prompt = prompt = self._prompt()
-            stream = generate(self.model, prompt, session=self.session, progress=progress, chat_template=self.template,
-                              **self.settings)
+            stream = generate(self.model, prompt, session=self.session, progress=progress,
+                              chat_template=self.template, **self.settings)
             for token in stream:
                 said.append(token.id)
                 text.append(token.text)
@@ -99,7 +100,8 @@ class Conversation:
                 self.messages = before
 
     def _message(self, text: str) -> dict:
-        """An answer as a message: all of its text, thoughts among it; but of one in channels, what templates want of it."""
+        """An answer as a message: all of its text, thoughts among it;
+        but of one in channels, what templates want of it."""
         if not self.template.channels:
             return {"role": "assistant", "content": text}
         reader = Channels(channel_tail(self.model.tokenizer, self.prompt))
@@ -113,11 +115,12 @@ class Conversation:
         part = lasting(text)
         within = part and not part[-1].isspace()        # a long word
         variants = part + "a", text if within else part + "1"       # what both prompts begin with lasts
-        one, other = (self._fitted([*self.messages, {"role": "user", "content": content}])[0] for content in variants)
+        one, other = (self._fitted([*self.messages, {"role": "user", "content": content}])[0]
+                      for content in variants)
         return one[:common(np.array(one), np.array(other))]
 
     def _prompt(self) -> list[int]:
-        """Ids of the whole conversation, after dropping its oldest turns if it leaves no room for an answer."""
+        """Ids of the whole conversation, without its oldest turns if it leaves no room for an answer."""
         self.dropped, n = 0, len(self.messages)
         ids, self.messages = self._fitted(self.messages)
         self.dropped = n - len(self.messages)
@@ -157,16 +160,16 @@ class Conversation:
         self.messages = messages
 
     def save_session(self, path: str | os.PathLike) -> None:
-        """Write the session and the messages to one file: a later conversation goes on where this one ends, and
-        reads nothing again."""
+        """Write the session and the messages to one file: a later conversation goes on where this one
+        ends, and reads nothing again."""
         held = self.session.tokens              # all but the last token of an answer
         after = self._ids[len(held):] if self._ids[:len(held)] == held else None
         self.session.notes = {"messages": self.messages, "after": after}
         self.session.save(path)
 
     def take_up(self, system: str | None = None) -> None:
-        """Go on with the conversation of a session that save_session wrote. system: another system message, if any
-        is given. Raises FormatError where the session came with none."""
+        """Go on with the conversation of a session that save_session wrote. system: another system message,
+        if any is given. Raises FormatError where the session came with none."""
         notes = self.session.notes
         try:
             messages, after = checked_messages(notes["messages"]), notes["after"]
@@ -187,8 +190,8 @@ def without_oldest(messages: list[dict]) -> list[dict]:
 
 
 def lasting(text: str) -> str:
-    """The part of a message being typed whose tokens hardly depend on what follows: all but the last word, and in
-    texts without spaces all but the last characters."""
+    """The part of a message being typed whose tokens hardly depend on what follows: all but the last word,
+    and in texts without spaces all but the last characters."""
     at = next((i for i in range(len(text), 0, -1) if text[i - 1].isspace()), 0)
     return text[:at + max((len(text) - at) // CUT - 1, 0) * CUT]
 

@@ -1,5 +1,5 @@
-"""What an answer consists of, as it comes: thoughts, content, calls of tools, the end. A reader makes these events of a text;
-each API writes them in its own words."""
+"""What an answer consists of, as it comes: thoughts, content, calls of tools, the end. A reader makes these
+events of a text; each API writes them in its own words."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Text that comes in pieces, for parsers that are written as if all of it was there.
 
-A parser is a generator over a Feed. It takes text from the feed and yields events; where it needs more text to go on, it
-yields MORE. What it gives must not depend on how the text was cut: it decides only by what no further text can change.
+A parser is a generator over a Feed. It takes text from the feed and yields events; where it needs more
+text to go on, it yields MORE. What it gives must not depend on how the text was cut: it decides only by
+what no further text can change.
 """
 
 from __future__ import annotations
@@ -84,9 +85,10 @@ def word(feed: Feed, *words: str) -> Steps:
         yield MORE
 
 
-def until(feed: Feed, marks: Sequence[str], make: Callable[[str], Event] | None = None, trim: bool = False) -> Steps:
-    """Take text up to the first of some marks, and the mark. Returns (text, mark); the mark is "" at the end of the text. make:
-    yield the pieces as events. trim: white space before a mark is part of no piece."""
+def until(feed: Feed, marks: Sequence[str], make: Callable[[str], Event] | None = None,
+          trim: bool = False) -> Steps:
+    """Take text up to the first of some marks, and the mark. Returns (text, mark); the mark is "" at the end
+    of the text. make: yield the pieces as events. trim: white space before a mark is part of no piece."""
     parts: list[str] = []
     while True:
         at, mark = min(((at, m) for m in marks if (at := feed.text.find(m)) >= 0), default=(-1, ""))

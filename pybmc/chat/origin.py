@@ -1,9 +1,9 @@
 """Text that knows where it comes from: which of its characters stand in the template's own source.
 
-A control token counts in a rendered chat only where all of its characters are the template's own, so no message
-can spell one. Tags that models write around thoughts and calls count where the assistant wrote them, too; in other messages they
-are text. Those are plain str, and every operation that is not followed here gives a plain str: its text
-counts as a message's, and is never control.
+A control token counts in a rendered chat only where all of its characters are the template's own, so no
+message can spell one. Tags that models write around thoughts and calls count where the assistant wrote them,
+too; in other messages they are text. Those are plain str, and every operation that is not followed here gives
+a plain str: its text counts as a message's, and is never control.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 
 class Traced(str):
-    """A str with a byte for each character: 1 where it is the template's own, 2 where the assistant wrote it, else 0. Traced(text):
-    all are 0."""
+    """A str with a byte for each character: 1 where it is the template's own, 2 where the assistant wrote it,
+    else 0. Traced(text): all are 0."""
 
     __slots__ = ("_own",)
 
@@ -131,7 +131,8 @@ class Traced(str):
 
 
 def _letters(name: str, alone: bool):
-    """A method that changes letters, each into one or more. alone: how many does not depend on its neighbours."""
+    """A method that changes letters, each into one or more.
+    alone: how many does not depend on its neighbours."""
     change = getattr(str, name)
 
     def method(self) -> str:

@@ -1,7 +1,7 @@
-"""Reading ahead: while the user types, a thread reads into the session what the next prompt is certain to begin with.
+"""Reading ahead: while the user types, a thread reads what the next prompt is certain to begin with.
 
-The next turn keeps of that what its prompt begins with, as it does with all that a session holds: a wrong guess costs
-time, and no text depends on it.
+The next turn keeps of that what its prompt begins with, as it does with all that a session holds: a wrong
+guess costs time, and no text depends on it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from .conversation import Conversation, lasting
 log = logging.getLogger(__name__)
 
 PASS_SECONDS = 0.05                     # that Enter may wait for a pass to end
-LEAST = 4                               # tokens of the first pass, and of the smallest: hardly slower than one
+LEAST = 4                               # tokens of the first pass and the smallest: hardly slower than one
 QUIET_SECONDS = 1.0                     # without a key, before states that are far back are read again
 POWER_SECONDS = 5.0                     # between two looks at the power supply
 SUPPLIES = Path("/sys/class/power_supply")
 
 
 class Preread:
-    """Entered, it reads ahead in a thread. note() tells what is typed so far. An error ends it until it is entered again."""
+    """Entered, it reads ahead in a thread. note() tells what is typed so far.
+    An error ends it until it is entered again."""
 
     def __init__(self, reader: Reader):
         self._reader = reader
@@ -74,7 +75,8 @@ class Preread:
 
 
 class Reader:
-    """Reads ahead in a conversation's session, a short pass at a time. on_battery: nothing is read while it is true."""
+    """Reads ahead in a conversation's session, a short pass at a time.
+    on_battery: nothing is read while it is true."""
 
     def __init__(self, talk: Conversation, on_battery: Callable[[], bool] | None = None,
                  clock: Callable[[], float] = time.monotonic):
@@ -92,7 +94,8 @@ class Reader:
         self._typed = text, self._clock()
 
     def step(self) -> float | None:
-        """Make a pass, if there is something to read. Seconds until the next step: 0 at once, None when more is typed."""
+        """Make a pass, if there is something to read.
+        Seconds until the next step: 0 at once, None when more is typed."""
         if self._on_battery():
             return POWER_SECONDS
         (text, since), session = self._typed, self._talk.session
@@ -100,7 +103,7 @@ class Reader:
         n = common(ids, held)
         if n < len(held):
             quiet = self._clock() - since
-            if session.nearest(n) < n and quiet < QUIET_SECONDS:    # states: going back means to read much again
+            if session.nearest(n) < n and quiet < QUIET_SECONDS:    # states: to go back is to read much again
                 return QUIET_SECONDS - quiet
             n = session.sync(ids[:n])
         if n == len(ids):
@@ -122,7 +125,8 @@ class Reader:
 
 
 class Power:
-    """Whether the machine runs on its battery, as Linux has it in a folder of supplies; elsewhere it never does."""
+    """Whether the machine runs on its battery, as Linux has it in a folder of supplies;
+    elsewhere it never does."""
 
     def __init__(self, folder: Path = SUPPLIES, clock: Callable[[], float] = time.monotonic):
         self._folder, self._clock = folder, clock
@@ -138,7 +142,8 @@ class Power:
 def on_battery(folder: Path = SUPPLIES) -> bool:
     """Whether a battery discharges and no other supply is on. Batteries of mice and the like do not count."""
     try:
-        supplies = [{name: read(path / name) for name in ("type", "scope", "online", "status")} for path in folder.iterdir()]
+        supplies = [{name: read(path / name) for name in ("type", "scope", "online", "status")}
+                    for path in folder.iterdir()]
     except OSError:
         return False
     if any(supply["type"] != "Battery" and supply["online"] not in ("", "0") for supply in supplies):

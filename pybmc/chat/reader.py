@@ -56,7 +56,8 @@ class Split:
         return self._events(self._reasoning.flush())
 
     def _events(self, pieces: list[tuple[str, bool]]) -> list[Event]:
-        events = [Thought(self._thought(text)) if is_thought else Content(text) for text, is_thought in pieces]
+        events = [Thought(self._thought(text)) if is_thought else Content(text)
+                  for text, is_thought in pieces]
         return [event for event in events if event.text]
 
     def _thought(self, text: str) -> str:
@@ -98,7 +99,8 @@ class Channels:
     """Splits an answer in channels into (text, is thought), without the marks; in place of a Reasoning."""
 
     def __init__(self, tail: str = ""):
-        self._parser, self._thought = Parser(lambda feed: harmony(feed, Calls({}, lambda: new_id("call_")))), False
+        self._parser = Parser(lambda feed: harmony(feed, Calls({}, lambda: new_id("call_"))))
+        self._thought = False
         self._parser.push(tail)
 
     def push(self, text: str) -> list[tuple[str, bool]]:
@@ -117,7 +119,8 @@ class Channels:
         return found
 
 
-def splitter_of(template: ChatTemplate | None, tokenizer: Tokenizer, prompt: list[int]) -> Reasoning | Channels:
+def splitter_of(template: ChatTemplate | None, tokenizer: Tokenizer,
+                prompt: list[int]) -> Reasoning | Channels:
     """What splits the answer to a prompt into (text, is thought)."""
     if template is not None and template.channels:
         return Channels(channel_tail(tokenizer, prompt))

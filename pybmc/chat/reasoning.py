@@ -16,7 +16,8 @@ THINK = Marks("<think>", "</think>")
 KNOWN = (THINK, Marks("[THINK]", "[/THINK]"), Marks("<seed:think>", "</seed:think>"),
          Marks("<|START_THINKING|>", "<|END_THINKING|>"))
 
-START, FINAL = "<|start|>assistant", "<|channel|>final<|message|>"     # Harmony: an answer begins, its content begins
+# Harmony: an answer begins, its content begins.
+START, FINAL = "<|start|>assistant", "<|channel|>final<|message|>"
 CHANNELS = ("<|start|>", "<|channel|>", "<|message|>", "<|end|>", "<|constrain|>")
 ANALYSIS = Marks("<|channel|>analysis<|message|>", "<|end|>")
 
@@ -29,8 +30,8 @@ def marks_of(template: str) -> Marks:
 class Reasoning:
     """Splits a streamed answer into (text, is thought), the same way however the stream was cut.
 
-    The marks belong to the thought, and so does white space around it: the pieces together are the whole answer.
-    inside: the prompt has opened the thought already.
+    The marks belong to the thought, and so does white space around it: the pieces together are the whole
+    answer. inside: the prompt has opened the thought already.
     """
 
     def __init__(self, inside: bool = False, marks: Marks = THINK):
@@ -69,7 +70,8 @@ class Reasoning:
         if at >= 0:
             self._part = self._pause
             return text[:at + len(self._closes)], True, text[at + len(self._closes):]
-        n = next((n for n in range(min(len(self._closes) - 1, len(text)), 0, -1) if text.endswith(self._closes[:n])), 0)
+        n = next((n for n in range(min(len(self._closes) - 1, len(text)), 0, -1)
+                  if text.endswith(self._closes[:n])), 0)
         self._held = text[len(text) - n:]
         return text[:len(text) - n], True, ""
 

@@ -5,8 +5,8 @@ template that ran without it). It does not keep a template from running forever 
 three nested loops or one `"x" * 10**10`; so here every loop step, call, operator and filter is charged to a
 budget before it allocates.
 
-Every string of the template's source is an origin.Traced, and so is what it makes of them: the text that comes
-out tells which of its characters are the template's own.
+Every string of the template's source is an origin.Traced, and so is what it makes of them: the text that
+comes out tells which of its characters are the template's own.
 """
 
 from __future__ import annotations
@@ -362,8 +362,8 @@ class Template:
         return frozenset(meta.find_undeclared_variables(_environment().parse(self._source)))
 
     def render(self, variables: dict[str, object]) -> Traced:
-        """Its text, which may be four times what goes in, and MAX_SIZE more. A Refusal is about these variables,
-        any other FormatError about the template.
+        """Its text, which may be four times what goes in, and MAX_SIZE more. A Refusal is about these
+        variables, any other FormatError about the template.
         """
         environment = self._template.environment
         environment.local.meter = _Meter(_weight(variables))

@@ -15,14 +15,16 @@ from .template import ChatTemplate
 GAP = "\n\n"                            # what models write between a thought and their answer
 
 
-def schema_of(grammar: Grammar | None, tokenizer: Tokenizer, prompt: list[int], thinks: bool = False) -> Schema | None:
+def schema_of(grammar: Grammar | None, tokenizer: Tokenizer, prompt: list[int],
+              thinks: bool = False) -> Schema | None:
     """A grammar's state in the answer to a prompt. thinks: the model may begin with a thought."""
     return None if grammar is None else behind_thought(grammar.start(), tokenizer, prompt, thinks, THINK)
 
 
-def answer_schema(grammar: Grammar | None, tokenizer: Tokenizer, prompt: list[int], template: ChatTemplate | None,
-                  begun: bool = False) -> Schema | None:
-    """The same for the answer to messages that a template has written; begun: the prompt ends with its beginning."""
+def answer_schema(grammar: Grammar | None, tokenizer: Tokenizer, prompt: list[int],
+                  template: ChatTemplate | None, begun: bool = False) -> Schema | None:
+    """The same for the answer to messages that a template has written;
+    begun: the prompt ends with its beginning."""
     if grammar is None or template is None:
         return schema_of(grammar, tokenizer, prompt)
     if template.channels:
@@ -32,7 +34,8 @@ def answer_schema(grammar: Grammar | None, tokenizer: Tokenizer, prompt: list[in
 
 def behind_thought(inner: State | After, tokenizer: Tokenizer, prompt: list[int], thinks: bool, marks: Marks,
                    ends: bool = False) -> State | After:
-    """A state of the answer to a prompt that begins behind the thought. ends: the text may end within the thought."""
+    """A state of the answer to a prompt that begins behind the thought.
+    ends: the text may end within the thought."""
     closes, gap = marks.closes.encode(), GAP.encode()
     if is_open(tokenizer, prompt, marks):
         return After(closes, inner, gap=gap, ends=ends)
@@ -50,4 +53,5 @@ def limited(inner: Schema | None, model: Model, prompt: list[int], template: Cha
     channels = template is not None and template.channels
     marks = ANALYSIS if channels else template.marks if template else THINK
     end = tokenizer.encode(marks.closes + START * channels, bos=False, special=True)
-    return Budget(tokenizer, model.config.vocab_size, budget, marks, end, is_open(tokenizer, prompt, marks), channels, inner)
+    inside = is_open(tokenizer, prompt, marks)
+    return Budget(tokenizer, model.config.vocab_size, budget, marks, end, inside, channels, inner)

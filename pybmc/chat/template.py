@@ -50,12 +50,13 @@ class ChatTemplate:
     vocabulary has <|im_start|>, or else Llama 2's way. A template that does not compile, fails, or wants too
     much is a FormatError.
 
-    messages are mappings with "role" and "content" (a str, None, or OpenAI's list of parts), and whatever else
-    the template reads. Where it does not take them as they are, parts of text are joined, a system message is put
-    before the user message that follows it, and neighbours of one role become one message.
+    messages are mappings with "role" and "content" (a str, None, or OpenAI's list of parts), and whatever
+    else the template reads. Where it does not take them as they are, parts of text are joined, a system
+    message is put before the user message that follows it, and neighbours of one role become one message.
 
-    Where the last message is the assistant's, the text ends with its content, so that a model continues it; with
-    add_generation_prompt=False it is closed like any other, and with continue_final_message=False a new one begins behind it.
+    Where the last message is the assistant's, the text ends with its content, so that a model continues
+    it; with add_generation_prompt=False it is closed like any other, and with
+    continue_final_message=False a new one begins behind it.
     """
 
     def __init__(self, template: str | None, tokenizer: Tokenizer):
@@ -106,13 +107,13 @@ class ChatTemplate:
         """What a thought of its model stands between."""
         return marks_of(self.source)
 
-    def render(self, messages: Sequence[Mapping], add_generation_prompt: bool = True, continue_final_message: bool = True,
-               **others) -> str:
+    def render(self, messages: Sequence[Mapping], add_generation_prompt: bool = True,
+               continue_final_message: bool = True, **others) -> str:
         """The conversation as one text, for people to read. others: what else the template takes (tools)."""
         return str.__str__(self._written(messages, add_generation_prompt, continue_final_message, others))
 
-    def encode(self, messages: Sequence[Mapping], add_generation_prompt: bool = True, continue_final_message: bool = True,
-               **others) -> list[int]:
+    def encode(self, messages: Sequence[Mapping], add_generation_prompt: bool = True,
+               continue_final_message: bool = True, **others) -> list[int]:
         """The conversation's ids, BOS first where the vocabulary wants it. Messages add no control tokens."""
         text = self._written(messages, add_generation_prompt, continue_final_message, others)
         known = own_of(text)
@@ -127,7 +128,8 @@ class ChatTemplate:
 
     # -- writing
 
-    def _written(self, messages: Sequence[Mapping], add_generation_prompt: bool, continued: bool, others: Mapping) -> Traced:
+    def _written(self, messages: Sequence[Mapping], add_generation_prompt: bool, continued: bool,
+                 others: Mapping) -> Traced:
         messages, others = _checked(messages), checked_variables(others)
         if add_generation_prompt and continued and _is_begun(messages):
             return self._continued(messages, others)
@@ -245,8 +247,8 @@ class ChatTemplate:
         )
 
     def _find_tags(self) -> frozenset[int]:
-        """The user-defined tokens that only the template and the assistant's messages may spell: what models write around
-        thoughts and calls."""
+        """The user-defined tokens that only the template and the assistant's messages may spell: what models
+        write around thoughts and calls."""
         vocab = self.tokenizer.vocab
         return frozenset(id for id in vocab.user_defined if _TAG.fullmatch(vocab.tokens[id].strip()))
 
@@ -323,17 +325,19 @@ def _checked(messages: Sequence[Mapping]) -> list[dict]:
 
 
 def _known(message: dict) -> dict:
-    """A message as the template gets it: with a role that it may build control tokens of, and with what the assistant wrote
-    marked as such."""
+    """A message as the template gets it: with a role that it may build control tokens of, and with what the
+    assistant wrote marked as such."""
     if message["role"] not in ROLES:
         return message
-    texts = {key: _said(message[key]) for key in ("content", "reasoning_content", "thinking") if key in message}
+    texts = {key: _said(message[key]) for key in ("content", "reasoning_content", "thinking")
+             if key in message}
     return message | (texts if message["role"] == "assistant" else {}) | {"role": own(message["role"])}
 
 
 def _said(content):
     if isinstance(content, list):
-        return [part | {"text": said(part["text"])} if isinstance(part.get("text"), str) else part for part in content]
+        return [part | {"text": said(part["text"])} if isinstance(part.get("text"), str) else part
+                for part in content]
     return said(content) if isinstance(content, str) else content
 
 

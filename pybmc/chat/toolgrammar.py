@@ -1,4 +1,5 @@
-"""Grammars of calls: what an answer follows so that a call's arguments fit the schema of its tool. Lark, as llguidance reads it."""
+"""Grammars of calls: what an answer follows so that a call's arguments fit the schema of its tool.
+Lark, as llguidance reads it."""
 
 from __future__ import annotations
 
@@ -13,15 +14,17 @@ from .tools import Format, Tool, Tools
 # A model writes arguments as chat templates show them to it: with a space behind commas and colons.
 JSON = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 COMPACT = {"whitespace_flexible": False}
-SIMPLE = {"type", "properties", "required", "additionalProperties", "title", "description", "$defs", "definitions", "$schema"}
+SIMPLE = {"type", "properties", "required", "additionalProperties", "title", "description", "$defs",
+          "definitions", "$schema"}
 ANY = "(?s:.*)"
 WHITE_SPACE = r"[ \t\r\n]"
 SPACE = WHITE_SPACE + "{0,20}"           # in more of it models lose themselves
 
 
 class Rules:
-    """Rules of a grammar, one a line. final: the rule of an answer that is no call, where it has to follow a schema. apart: calls
-    are written in the same pieces as such an answer, so that both are possible as long as they begin alike."""
+    """Rules of a grammar, one a line. final: the rule of an answer that is no call, where it has to follow
+    a schema. apart: calls are written in the same pieces as such an answer, so that both are possible as
+    long as they begin alike."""
 
     def __init__(self, tokenizer: Tokenizer, tools: Tools, final: Mapping | None = None):
         self.tokenizer, self.tools = tokenizer, tools
@@ -58,10 +61,12 @@ class Rules:
 
     def objects(self, key: str) -> str:
         """{"name": .., key: {..}} of each tool."""
-        return self.any_of(f'{self.head(tool.name, key)} {self.arguments(tool)} "}}"' for tool in self.tools.callable)
+        return self.any_of(f'{self.head(tool.name, key)} {self.arguments(tool)} "}}"'
+                           for tool in self.tools.callable)
 
     def head(self, name: str, key: str) -> str:
-        """The beginning of an object, in one piece; beside an answer that is JSON as well, in the pieces of that."""
+        """The beginning of an object, in one piece; beside an answer that is JSON as well,
+        in the pieces of that."""
         if not self.apart:
             return quoted(object_head(name, key))
         return " ".join(map(quoted, ("{", '"name"', ":", f'"{name}"', ",", f'"{key}"', ":")))
@@ -81,8 +86,8 @@ def object_head(name: str, key: str) -> str:
 
 
 def grammar_text(row: Format, tools: Tools, tokenizer: Tokenizer, final: Mapping | None = None) -> str:
-    """The grammar of an answer; where a call may but need not come, that of what follows the format's mark, if it has one.
-    final: the schema of an answer without a call."""
+    """The grammar of an answer; where a call may but need not come, that of what follows the format's mark,
+    if it has one. final: the schema of an answer without a call."""
     rules = Rules(tokenizer, tools, final)
     start = KINDS[row.kind](rules, row.parallel and tools.parallel)
     return "\n".join(["start: " + start, *rules.lines, ""])
@@ -107,15 +112,18 @@ def object_rules(rules: Rules, several: bool) -> str:
 
 def tags_rules(rules: Rules, several: bool) -> str:
     inner = rules.any_of(_tags(rules, tool) for tool in rules.tools.callable)
-    return marked(rules, "<tool_call>", rules.new(f'"\\n" {inner} "\\n" {rules.mark("</tool_call>")}'), '"\\n"', several)
+    return marked(rules, "<tool_call>", rules.new(f'"\\n" {inner} "\\n" {rules.mark("</tool_call>")}'),
+                  '"\\n"', several)
 
 
 def _tags(rules: Rules, tool: Tool) -> str:
-    """<function=..> with a tag for each parameter, in the schema's order; JSON where a schema does not name them."""
+    """<function=..> with a tag for each parameter, in the schema's order;
+    JSON where a schema does not name them."""
     schema, properties = tool.parameters, tool.parameters.get("properties", {})
     simple = schema.keys() <= SIMPLE and not isinstance(schema.get("additionalProperties"), Mapping)
     fits = isinstance(properties, Mapping) and all(
-        isinstance(value, Mapping) and key and not set(key) & set("<>\n") for key, value in properties.items())
+        isinstance(value, Mapping) and key and not set(key) & set("<>\n")
+        for key, value in properties.items())
     required = schema.get("required", [])
     if not simple or not fits or not properties.keys() >= set(required):
         return f'{quoted(object_head(tool.name, "arguments"))} {rules.arguments(tool)} "}}"'
@@ -143,7 +151,8 @@ def named_rules(rules: Rules, several: bool) -> str:
     args = rules.mark("[ARGS]")
     rules.add("ID", "/[A-Za-z0-9]{9}/")
     id = f"({rules.mark('[CALL_ID]')} ID)? " * ("[CALL_ID]" in rules.tokenizer.vocab.ids)
-    body = rules.any_of(f"{quoted(tool.name)} {id}{args} {rules.arguments(tool)}" for tool in rules.tools.callable)
+    body = rules.any_of(f"{quoted(tool.name)} {id}{args} {rules.arguments(tool)}"
+                        for tool in rules.tools.callable)
     return marked(rules, "[TOOL_CALLS]", body, several=several)
 
 
@@ -166,8 +175,8 @@ def bare_rules(key: str) -> Callable[[Rules, bool], str]:
 
 
 def headed(rules: Rules, key: str, several: bool, mark: str, behind: str) -> str:
-    """An answer that is free text, or an object at its beginning, as models write it on their own, or text that ends with calls
-    behind a mark."""
+    """An answer that is free text, or an object at its beginning, as models write it on their own, or text
+    that ends with calls behind a mark."""
     heads = []
     for tool in rules.tools.callable:
         head = rules.new("/" + head_pattern(f'{pattern(tool.name)}"@,@"{key}"@:@', SPACE) + "/", "HEAD")

@@ -1,4 +1,4 @@
-"""Tools that a model may call: what a request offers, and how each family of models writes calls, a row a format."""
+"""Tools that a model may call: what a request offers, and how models write calls, a row a format."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from .calls import CALL, FUNCTION, bare, harmony, mistral, tagged
 
 NAME = re.compile(r"[A-Za-z0-9_.:/-]{1,128}")
 MOST = 512                              # tools of a request
-OPENED = {"additionalProperties", "patternProperties", "unevaluatedProperties", "$ref", "allOf", "anyOf", "oneOf"}
+OPENED = {"additionalProperties", "patternProperties", "unevaluatedProperties", "$ref", "allOf", "anyOf",
+          "oneOf"}
 
 
 @dataclass(frozen=True)
 class Tool:
-    """A function that a model may call. given: as it was offered; parameters: the JSON schema of its arguments; place: the field
-    that the schema comes from."""
+    """A function that a model may call. given: as it was offered; parameters: the JSON schema of its
+    arguments; place: the field that the schema comes from."""
 
     name: str
     parameters: Mapping
@@ -31,7 +32,8 @@ class Tool:
 
 @dataclass(frozen=True)
 class Tools:
-    """What a request offers. choice: "auto", "required", or the name of the one to call. parallel: several calls in an answer."""
+    """What a request offers. choice: "auto", "required", or the name of the one to call.
+    parallel: several calls in an answer."""
 
     tools: tuple[Tool, ...]
     choice: str = "auto"
@@ -40,15 +42,17 @@ class Tools:
     @property
     def callable(self) -> tuple[Tool, ...]:
         """Those that the choice leaves."""
-        return self.tools if self.choice in ("auto", "required") else tuple(t for t in self.tools if t.name == self.choice)
+        if self.choice in ("auto", "required"):
+            return self.tools
+        return tuple(tool for tool in self.tools if tool.name == self.choice)
 
     @property
     def forced(self) -> bool:
         return self.choice != "auto"
 
 
-def tools_of(tools: Sequence | None, choice: object = None, parallel: bool = True, functions: Sequence | None = None,
-             function_call: object = None) -> Tools | None:
+def tools_of(tools: Sequence | None, choice: object = None, parallel: bool = True,
+             functions: Sequence | None = None, function_call: object = None) -> Tools | None:
     """The tools of a chat in OpenAI's words, also in the older ones; None where no tool may be called."""
     if tools and functions:
         raise ArgumentError("tools and functions: expected one of them, found both")
@@ -74,7 +78,9 @@ def offered(found: tuple[Tool, ...], choice: object, parallel: bool, where: str 
 
 
 def tool_of(given: object, where: str) -> Tool:
-    function = given.get("function") if isinstance(given, Mapping) and given.get("type", "function") == "function" else None
+    function = None
+    if isinstance(given, Mapping) and given.get("type", "function") == "function":
+        function = given.get("function")
     if not isinstance(function, Mapping):
         checks.refuse(where, "an object with the type function and a function", given)
     return function_tool(function, f"{where}.function")
@@ -102,9 +108,11 @@ def function_tool(function: Mapping, where: str, schema: str = "parameters") -> 
 
 
 def closed(parameters: Mapping) -> Mapping:
-    """A schema of arguments in which an object has only the properties that it names, unless it says otherwise."""
+    """A schema of arguments in which an object has only the properties that it names,
+    unless it says otherwise."""
     opened = parameters.keys() & OPENED
-    opened |= {key for key in parameters.get("required") or () if key not in (parameters.get("properties") or ())}
+    opened |= {key for key in parameters.get("required") or ()
+               if key not in (parameters.get("properties") or ())}
     if opened or "properties" not in parameters and parameters.keys() - {"type", "title", "description"}:
         return {"type": "object", **parameters}
     return {"type": "object", "properties": {}, **parameters, "additionalProperties": False}
@@ -117,13 +125,14 @@ def choice_of(choice: object, names: Sequence[str], where: str) -> str:
         inner = choice.get("function") if choice.get("type") == "function" or "function" in choice else choice
         named = inner.get("name") if isinstance(inner, Mapping) else None
         if named not in names:
-            raise ArgumentError(f"{where}: expected one of {', '.join(names) or 'the tools, of which there are none'}, "
-                                f"found {checks.shown(named)}")
+            known = ", ".join(names) or "the tools, of which there are none"
+            raise ArgumentError(f"{where}: expected one of {known}, found {checks.shown(named)}")
     elif choice is None:
         named = "auto"
     elif choice == "any":
         named = "required"
-    if not isinstance(named, str) or not isinstance(choice, Mapping) and named not in ("none", "auto", "required"):
+    if not isinstance(named, str) \
+            or not isinstance(choice, Mapping) and named not in ("none", "auto", "required"):
         checks.refuse(where, "none, auto, required, or an object with the name of a function", choice)
     if named == "required" and not names:
         raise ArgumentError(f"{where}: required, but there are no tools to call")
@@ -135,11 +144,13 @@ def choice_of(choice: object, names: Sequence[str], where: str) -> str:
 
 @dataclass(frozen=True)
 class Format:
-    """A way of writing calls. signs: texts of a chat template that tell it, one of each group; others: texts that tell another.
+    """A way of writing calls. signs: texts of a chat template that tell it, one of each group;
+    others: texts that tell another.
 
-    parse: the parser of calls.py. kind: how its grammar is made (toolgrammar.py). mark: the text with which each call begins;
-    "" where a grammar of the whole answer tells. shown: names of control tokens that only calls need. parallel: an answer may
-    have several calls. prompts: the template shows tools by itself. history: earlier messages as the template takes them.
+    parse: the parser of calls.py. kind: how its grammar is made (toolgrammar.py). mark: the text with which
+    each call begins; "" where a grammar of the whole answer tells. shown: names of control tokens that only
+    calls need. parallel: an answer may have several calls. prompts: the template shows tools by itself.
+    history: earlier messages as the template takes them.
     """
 
     name: str
@@ -184,14 +195,16 @@ def _with_calls(message: dict, where: str) -> dict:
 def _call(call: object, where: str) -> dict:
     """An earlier call of a tool; arguments that are a JSON object become one."""
     function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(call, Mapping) or not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping) \
+            or not isinstance(function.get("name"), str):
         checks.refuse(where, "a call of a function with a name", call)
     arguments = function.get("arguments")
     try:
         parsed = json.loads(arguments) if isinstance(arguments, str) and arguments else arguments
     except (ValueError, RecursionError):
         parsed = arguments
-    return {**call, "type": "function", "function": {**function, "arguments": {} if parsed in (None, "") else parsed}}
+    return {**call, "type": "function",
+            "function": {**function, "arguments": {} if parsed in (None, "") else parsed}}
 
 
 def one_by_one(messages: list[dict]) -> list[dict]:
@@ -211,7 +224,8 @@ def one_by_one(messages: list[dict]) -> list[dict]:
         for i, call in enumerate(calls):
             first = message if i == 0 else {"role": message["role"], "content": ""}
             found.append(first | {"tool_calls": [call]})
-            its = next((r for r in results if r.get("tool_call_id") == call.get("id")), results[0] if results else None)
+            its = next((r for r in results if r.get("tool_call_id") == call.get("id")),
+                       results[0] if results else None)
             if its is not None:
                 results.remove(its)
                 found.append(its)
@@ -223,7 +237,8 @@ def short_ids(messages: list[dict]) -> list[dict]:
     """Ids of calls as Mistral's templates want them: nine letters and digits."""
     def short(id: object) -> str:
         text = str(id)
-        return text if re.fullmatch(r"[A-Za-z0-9]{9}", text) else hashlib.sha256(text.encode()).hexdigest()[:9]
+        fits = re.fullmatch(r"[A-Za-z0-9]{9}", text)
+        return text if fits else hashlib.sha256(text.encode()).hexdigest()[:9]
 
     def changed(message: dict) -> dict:
         calls = [call | {"id": short(call.get("id"))} for call in message.get("tool_calls") or ()]
@@ -241,12 +256,15 @@ def as_texts(messages: list[dict]) -> list[dict]:
         calls = message.get("tool_calls") or []
         names |= {call.get("id"): call["function"]["name"] for call in calls}
         if calls:
-            lines = [json.dumps({"name": call["function"]["name"], "arguments": call["function"]["arguments"]}, ensure_ascii=False)
+            lines = [json.dumps({name: call["function"][name] for name in ("name", "arguments")},
+                                ensure_ascii=False)
                      for call in calls]
             rest = {name: value for name, value in message.items() if name not in ("tool_calls", "content")}
-            found.append(rest | {"content": "\n".join(filter(None, [text_of(message.get("content")), *lines]))})
+            texts = [text_of(message.get("content")), *lines]
+            found.append(rest | {"content": "\n".join(filter(None, texts))})
         elif message["role"] in ("tool", "function"):
-            name = message.get("name") or message.get("tool_name") or names.get(message.get("tool_call_id"), "the tool")
+            name = message.get("name") or message.get("tool_name") \
+                or names.get(message.get("tool_call_id"), "the tool")
             found.append({"role": "user", "content": f"Result of {name}:\n{text_of(message.get('content'))}"})
         else:
             found.append(message)
@@ -259,16 +277,18 @@ def text_of(content: object) -> str:
 
 
 FORMATS = (
-    Format("harmony", (("<|channel|>",), ("<|message|>",)), harmony, "harmony", parallel=False, history=one_by_one),
+    Format("harmony", (("<|channel|>",), ("<|message|>",)), harmony, "harmony", parallel=False,
+           history=one_by_one),
     Format("qwen-coder", ((CALL,), (FUNCTION,), ("<parameter=",)), tagged, "tags", CALL,
            shown=(CALL, "</tool_call>")),
     Format("hermes", ((CALL,), ("arguments",)), tagged, "object", others=("<arg_key>",),
            shown=(CALL, "</tool_call>")),
     Format("mistral", (("[TOOL_CALLS]",), ("[ARGS]",)), mistral, "named", "[TOOL_CALLS]", history=short_ids,
            shown=("[TOOL_CALLS]", "[ARGS]", "[CALL_ID]")),
-    Format("mistral-list", (("[TOOL_CALLS]",),), mistral, "list", "[TOOL_CALLS]", shown=("[TOOL_CALLS]",), history=short_ids),
-    Format("llama3", (("<|python_tag|>", '"parameters"'), ('"parameters": ', '\\"parameters\\": ')), bare, "llama",
-           shown=("<|python_tag|>",), parallel=False, history=one_by_one),
+    Format("mistral-list", (("[TOOL_CALLS]",),), mistral, "list", "[TOOL_CALLS]", shown=("[TOOL_CALLS]",),
+           history=short_ids),
+    Format("llama3", (("<|python_tag|>", '"parameters"'), ('"parameters": ', '\\"parameters\\": ')), bare,
+           "llama", shown=("<|python_tag|>",), parallel=False, history=one_by_one),
 )
 PLAIN = Format("plain", (), bare, "bare", prompts=False, history=as_texts)
 
@@ -276,11 +296,13 @@ PLAIN = Format("plain", (), bare, "bare", prompts=False, history=as_texts)
 def format_of(template) -> Format:
     """The format of a ChatTemplate's model."""
     reads = template.reads("tools")
-    return next((row for row in FORMATS if row.tells(template.source) and (reads or template.channels)), PLAIN)
+    rows = FORMATS if reads or template.channels else ()
+    return next((row for row in rows if row.tells(template.source)), PLAIN)
 
 
 PROMPT = """\
-You may call functions. These are their names, what they do, and the JSON schemas of their arguments, one a line:
+You may call functions. These are their names, what they do, and the JSON schemas of their arguments, \
+one a line:
 {tools}
 To call one, answer with nothing but a JSON object: {{"name": "its name", "arguments": {{..}}}}"""
 
@@ -300,6 +322,6 @@ def with_prompt(messages: list[dict], tools: Iterable[Tool]) -> list[dict]:
     lines = "\n".join(json.dumps(tool.given["function"], ensure_ascii=False) for tool in tools)
     text = PROMPT.format(tools=lines)
     if messages and messages[0]["role"] == "system":
-        first = messages[0] | {"content": "\n\n".join(filter(None, [text_of(messages[0].get("content")), text]))}
-        return [first, *messages[1:]]
+        texts = [text_of(messages[0].get("content")), text]
+        return [messages[0] | {"content": "\n\n".join(filter(None, texts))}, *messages[1:]]
     return [{"role": "system", "content": text}, *messages]

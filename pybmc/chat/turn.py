@@ -1,4 +1,5 @@
-"""A turn of a chat: the prompt that messages and tools make, what the answer has to follow, and who reads it."""
+"""A turn of a chat: the prompt that messages and tools make, what the answer has to follow,
+and who reads it."""
 
 from __future__ import annotations
 
@@ -35,10 +36,11 @@ def prompt_of(template: ChatTemplate, messages: Sequence[Mapping], tools: Tools 
 
 @dataclass
 class Turn:
-    """What is asked, and what it comes to. split: thoughts are told apart from content. budget: tokens that a thought may have;
-    None: any number. wish: what an answer that is no call follows.
+    """What is asked, and what it comes to. split: thoughts are told apart from content. budget: tokens that a
+    thought may have; None: any number. wish: what an answer that is no call follows.
 
-    tokens: the prompt's ids. begun: the beginning of the answer that it ends with. shown: control tokens that readers read.
+    tokens: the prompt's ids. begun: the beginning of the answer that it ends with.
+    shown: control tokens that readers read.
     """
 
     model: Model
@@ -54,7 +56,8 @@ class Turn:
 
     def __post_init__(self) -> None:
         self.format: Format = format_of(self.template)
-        turns = {"add_generation_prompt": self.add_generation_prompt, "continue_final_message": self.continue_final_message}
+        turns = {"add_generation_prompt": self.add_generation_prompt,
+                 "continue_final_message": self.continue_final_message}
         self.tokens = prompt_of(self.template, self.messages, self.tools, self.variables, **turns)
         last, goes_on = self.messages[-1], all(turns.values())
         content = last.get("content") if goes_on and last["role"] == "assistant" else ""
@@ -81,13 +84,15 @@ class Turn:
     # ---- what it follows
 
     def _grammar(self) -> Grammar | None:
-        alone = self.wish.compiled(self.model) if self.wish else None          # also beside tools: so errors name it
+        alone = self.wish.compiled(self.model) if self.wish else None   # beside tools too: so errors name it
         if self.tools is None:
             return alone
         if self.wish and self.wish.kind != "schema":
-            raise ArgumentError(f"{self.wish.field}: expected no tools beside a grammar; a JSON schema may have some")
+            raise ArgumentError(f"{self.wish.field}: expected no tools beside a grammar; "
+                                "a JSON schema may have some")
         try:
-            return Grammar.lark(grammar_text(self.format, self.tools, self._tokenizer, self._final), self.model)
+            return Grammar.lark(grammar_text(self.format, self.tools, self._tokenizer, self._final),
+                                self.model)
         except SchemaError:
             for tool in self.tools.tools:                       # whose schema it is
                 try:
@@ -110,7 +115,8 @@ class Turn:
         if self.tools and self._compiled:
             inner = self._calls(self.tools, self._compiled)
         else:
-            inner = answer_schema(self._compiled, self._tokenizer, self.tokens, self.template, bool(self.begun))
+            inner = answer_schema(self._compiled, self._tokenizer, self.tokens, self.template,
+                                  bool(self.begun))
         return limited(inner, self.model, self.tokens, self.template, self.budget)
 
     def _calls(self, tools: Tools, compiled: Grammar) -> Schema:
@@ -119,7 +125,8 @@ class Turn:
         if self.template.channels:
             return state
         thinks = self.template.thinks and not self.begun
-        return behind_thought(state, self._tokenizer, self.tokens, thinks, self.template.marks, ends=not tools.forced)
+        return behind_thought(state, self._tokenizer, self.tokens, thinks, self.template.marks,
+                              ends=not tools.forced)
 
     # ---- who reads it
 

@@ -1,4 +1,5 @@
-"""The command line: words and wires only. Heavy modules are imported where they are used, so that help is instant."""
+"""The command line: words and wires only.
+Heavy modules are imported where they are used, so that help is instant."""
 
 import os
 import sys
@@ -28,8 +29,9 @@ def cli():
     """
 
 
-for command in (talk.chat, talk.generate, serve.serve, vectors.embed, files.show, files.tokenize, measure.bench, measure.perplexity,
-                proof.prove, batch.batch, hub.pull, hub.list_models, hub.rm):
+for command in (talk.chat, talk.generate, serve.serve, vectors.embed, files.show, files.tokenize,
+                measure.bench, measure.perplexity, proof.prove, batch.batch,
+                hub.pull, hub.list_models, hub.rm):
     cli.add_command(command)
 
 
@@ -72,6 +74,6 @@ def run(args=None) -> int:
 
 
 def leave_quietly() -> int:
-    """The reader of our output has left, and has what it wanted: nothing more is written, not even at exit."""
+    """The reader of our output has left with what it wanted: nothing more is written, not even at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

@@ -11,13 +11,14 @@ from .terminal import write
 @click.command()
 @options.model_argument
 @options.model_option
-@click.option("--gpu", "with_gpus", is_flag=True, help="Say how many layers fit on each GPU of this machine, and what they take.")
+@click.option("--gpu", "with_gpus", is_flag=True,
+              help="Say how many layers fit on each GPU of this machine, and what they take.")
 @options.json_option
 def show(model, model_option, with_gpus, as_json):
     """What is in a file, and whether it runs.
 
-    Shown are architecture, types, sizes, tokenizer and template, without MODEL those of the bundled model. MODEL may be
-    a model of the hub (user/repo[:QUANT]): where it is not here, its header is read there.
+    Shown are architecture, types, sizes, tokenizer and template, without MODEL those of the bundled model.
+    MODEL may be a model of the hub (user/repo[:QUANT]): where it is not here, its header is read there.
     """
     from ..hub.store import NotHere
     from ..show import describe, describe_gpus, gpu_lines, lines

@@ -18,9 +18,10 @@ from .terminal import is_terminal, note, write
 def pull(name, file, revision, draft, as_json):
     """Bring a model of the Hugging Face hub to this machine.
 
-    Prints where the file is. Without QUANT it is Q4_K_M, else Q4_0, else Q8_0, else the smallest that runs. Its header is read first: a model that pybmc
-    does not run, or for which the disk has no room, is not fetched. It goes into the cache that the hub's own tools use
-    (HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE are honoured), and is checked against the hub's sha256.
+    Prints where the file is. Without QUANT it is Q4_K_M, else Q4_0, else Q8_0, else the smallest that runs.
+    Its header is read first: a model that pybmc does not run, or for which the disk has no room, is not
+    fetched. It goes into the cache that the hub's own tools use (HF_HOME, HF_HUB_CACHE, HF_TOKEN, HF_ENDPOINT
+    and HF_HUB_OFFLINE are honoured), and is checked against the hub's sha256.
     """
     from ..hub.transfer import pull as bring
 
@@ -49,11 +50,12 @@ def list_models(as_json):
         for entry in found:
             print_json(entry)
         return
-    rows = [[printable(str(cell), 200) for cell in (entry["name"], entry["size"], entry["quantization"] or "-",
-                                                    entry["architecture"] or "-", entry["why_not"] or "yes")] for entry in found]
+    columns = (("name", ""), ("size", ""), ("quantization", "-"), ("architecture", "-"), ("why_not", "yes"))
+    rows = [[printable(str(entry[name] or other), 200) for name, other in columns] for entry in found]
     rows = [["name", "size", "type", "architecture", "runs"], *rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
-    write("".join("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)).rstrip() + "\n" for row in rows))
+    write("".join("  ".join(f"{cell:{width}}" for cell, width in zip(row, widths)).rstrip() + "\n"
+                  for row in rows))
 
 
 @click.command()

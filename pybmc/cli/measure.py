@@ -26,7 +26,8 @@ from .terminal import is_terminal, progress, write
 @options.threads_option
 @options.arena_options
 @options.json_option
-def bench(model, model_option, prompts, generated, widths, depths, reps, breakdown, threads, rows, kv_type, as_json):
+def bench(model, model_option, prompts, generated, widths, depths, reps, breakdown, threads, rows, kv_type,
+          as_json):
     """Measure prompts, generation and verification.
 
     Without MODEL the bundled model is measured. An empty list skips a test.
@@ -46,8 +47,13 @@ def bench(model, model_option, prompts, generated, widths, depths, reps, breakdo
 
 def print_json_lines(results) -> None:
     for result in results:
-        options.print_json({name: {k: options.rounded(v) for k, v in value.items()} if isinstance(value, dict) else options.rounded(value)
-                    for name, value in vars(result).items()})
+        options.print_json({name: _rounded(value) for name, value in vars(result).items()})
+
+
+def _rounded(value):
+    if isinstance(value, dict):
+        return {key: options.rounded(its) for key, its in value.items()}
+    return options.rounded(value)
 
 
 def print_lines(results) -> None:
@@ -99,8 +105,8 @@ def test_name(r) -> str:
 @options.model_option
 @click.option("-f", "--file", "text_file", required=True, type=options.File(), metavar="FILE",
               help="The text; - is stdin.")
-@click.option("-c", "--ctx-size", "window", type=click.IntRange(4), default=512, show_default=True, metavar="N",
-              help="Tokens in a window; the second half of each is scored.")
+@click.option("-c", "--ctx-size", "window", type=click.IntRange(4), default=512, show_default=True,
+              metavar="N", help="Tokens in a window; the second half of each is scored.")
 @click.option("--no-bos", is_flag=True, help="No BOS token at the beginning of a window.")
 @options.threads_option
 @options.json_option
@@ -112,7 +118,8 @@ def perplexity(model, model_option, text_file, window, no_bos, threads, as_json)
     from ..engine.perplexity import perplexity as measure
 
     text = options.read_text(None, text_file)
-    with options.opened(options.find_model(model, model_option), threads) as (loaded, _), progress("perplexity") as update:
+    path = options.find_model(model, model_option)
+    with options.opened(path, threads) as (loaded, _), progress("perplexity") as update:
         found = measure(loaded, text, window, update, not no_bos)
     if as_json:
         options.print_json(vars(found))

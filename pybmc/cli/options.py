@@ -13,7 +13,8 @@ import click
 from ..errors import ArgumentError, BmcError
 from .terminal import is_terminal, note, progress, write
 
-UNITS = {"": 1} | {unit + i: base**power for i, base in (("", 1000), ("i", 1024)) for power, unit in enumerate("kmgt", 1)}
+UNITS = {"": 1} | {unit + i: base**power for i, base in (("", 1000), ("i", 1024))
+                   for power, unit in enumerate("kmgt", 1)}
 
 
 def options(*decorators):
@@ -83,7 +84,8 @@ class Text(click.ParamType):
 
 
 class File(click.Path):
-    """A file's name; an empty one (a variable that is not set) is a mistake. The name of a model may be the hub's."""
+    """A file's name; an empty one (a variable that is not set) is a mistake.
+    The name of a model may be the hub's."""
 
     def convert(self, value, param, ctx):
         if not value:
@@ -155,8 +157,8 @@ class Variables(click.ParamType):
 
 model_argument = click.argument("model", required=False, type=File())
 model_option = click.option("-m", "--model", "model_option", metavar="MODEL", type=File(),
-                            help="The model, if it is not given as an argument: a GGUF file, or a name that pybmc list "
-                                 "shows, such as user/repo:Q4_K_M.")
+                            help="The model, if it is not given as an argument: a GGUF file, or a name that "
+                                 "pybmc list shows, such as user/repo:Q4_K_M.")
 
 
 def keep_flag(ctx, param, value):
@@ -170,26 +172,28 @@ threads_option = options(
     click.option("--no-repack", is_flag=True, expose_value=False, callback=keep_flag,
                  help="Leave the weights in the file: much slower, hardly any memory."),
     click.option("--weights-memory", type=Size(), expose_value=False, callback=keep_flag,
-                 help="Memory for the weights, as in 12G; by default what is free. Experts that do not fit are read "
-                      "from the file when a text needs them."),
+                 help="Memory for the weights, as in 12G; by default what is free. Experts that do not fit "
+                      "are read from the file when a text needs them."),
     click.option("--gpu", type=Device(0), metavar="N|auto|off", expose_value=False, callback=keep_flag,
-                 help="Compute on GPU N as many layers as fit, or as -ngl says; auto: on one where there is one. "
-                      "The answer is the same."),
+                 help="Compute on GPU N as many layers as fit, or as -ngl says; auto: on one where there is "
+                      "one. The answer is the same."),
     click.option("-ngl", "--gpu-layers", "--n-gpu-layers", "gpu_layers", type=Layers(-1), metavar="N|auto",
                  expose_value=False, callback=keep_flag,
                  help="Compute the last N layers and the head on a GPU; -1: all, auto: as many as fit, "
                       "0 (default): none."),
-    click.option("--stream-tokens", type=click.IntRange(0), metavar="N", expose_value=False, callback=keep_flag,
-                 help="Where a GPU is used, send the weights of layers on the CPU through it for prompts of N tokens and more; "
-                      "by default from 64 on, where that is sooner; 0: never. --gpu N -ngl 0 does that for all layers."),
+    click.option("--stream-tokens", type=click.IntRange(0), metavar="N", expose_value=False,
+                 callback=keep_flag,
+                 help="Where a GPU is used, send the weights of layers on the CPU through it for prompts of "
+                      "N tokens and more; by default from 64 on, where that is sooner; 0: never. --gpu N "
+                      "-ngl 0 does that for all layers."),
     click.option("--prompts", "prompts_by", type=click.Choice(["exact", "cublas"]), default="exact",
                  show_default=True, expose_value=False, callback=keep_flag,
-                 help="cublas: layers on a GPU read whole chunks of 512 tokens of a prompt with NVIDIA's cuBLAS, "
-                      "in f16. Drafts still change nothing, but the answer is not the CPU's any more, and it "
-                      "depends on how a prompt was cut and on what of it was known before."))
+                 help="cublas: layers on a GPU read whole chunks of 512 tokens of a prompt with NVIDIA's "
+                      "cuBLAS, in f16. Drafts still change nothing, but the answer is not the CPU's any "
+                      "more, and it depends on how a prompt was cut and on what of it was known before."))
 context_option = click.option("-c", "--ctx-size", "context", type=click.IntRange(1), metavar="N",
-                              help="Cap on the context, in tokens; by default what the model was trained for. "
-                                   "More works, and is noted. Memory follows use.")
+                              help="Cap on the context, in tokens; by default what the model was trained "
+                                   "for. More works, and is noted. Memory follows use.")
 json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout.")
 arena_options = options(
     click.option("--rows", type=Rows(1, 1 << 30), default="auto", show_default=True, metavar="auto|N",
@@ -218,23 +222,26 @@ sampling_options = options(
                  help="How many last tokens are recent; -1: all."),
     click.option("-l", "--logit-bias", type=Bias(), multiple=True,
                  help="Make a token likelier or less likely; repeatable."))
-SAMPLING = ("seed", "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty",
-            "repeat_last_n", "logit_bias")
+SAMPLING = ("seed", "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty",
+            "frequency_penalty", "repeat_last_n", "logit_bias")
 
 draft_options = options(
     click.option("--draft", "-md", "--model-draft", "draft", type=File(), metavar="MODEL",
-                 help="A small model that guesses ahead, best with the same vocabulary. The answer is the same, sooner. "
-                      "The bundled model has one by default."),
+                 help="A small model that guesses ahead, best with the same vocabulary. The answer is the "
+                      "same, sooner. The bundled model has one by default."),
     click.option("--draft-max", type=click.IntRange(0), default=16, show_default=True, metavar="N",
                  help="At most N tokens guessed at a time; how many pay is found out."),
     click.option("--draft-min", type=click.IntRange(0), default=0, show_default=True, metavar="N",
                  help="Guess at least N tokens or none."),
-    click.option("--spec", type=click.Choice(["auto", "draft", "mtp", "ngram", "self", "off"]), default="auto", show_default=True,
-                 help="Who guesses: the draft model, the draft head in the model's file (mtp), repetitions in the text (ngram), "
-                      "repetitions and the draft model or head that there is (auto), or in long texts the model itself with less "
-                      "attention (self)."),
-    click.option("-ngld", "--gpu-layers-draft", "draft_gpu_layers", type=Layers(-1), metavar="N|auto", expose_value=False, callback=keep_flag,
-                 help="The same as -ngl for the draft model; by default as many layers as fit where the model is on a GPU."),
+    click.option("--spec", type=click.Choice(["auto", "draft", "mtp", "ngram", "self", "off"]),
+                 default="auto", show_default=True,
+                 help="Who guesses: the draft model, the draft head in the model's file (mtp), repetitions "
+                      "in the text (ngram), repetitions and the draft model or head that there is (auto), or "
+                      "in long texts the model itself with less attention (self)."),
+    click.option("-ngld", "--gpu-layers-draft", "draft_gpu_layers", type=Layers(-1), metavar="N|auto",
+                 expose_value=False, callback=keep_flag,
+                 help="The same as -ngl for the draft model; by default as many layers as fit where the "
+                      "model is on a GPU."),
     click.option("--tint", is_flag=True, help="Colour the tokens that were guessed, on a terminal."))
 
 variable_options = options(
@@ -244,21 +251,24 @@ variable_options = options(
                  help="Whether the model thinks before it answers: enable_thinking for its chat template."))
 template_options = options(
     click.option("--chat-template", type=TemplateSource(),
-                 help="How messages are written, instead of the model's own template: a name (chatml, llama2, "
-                      "llama3, gemma, mistral, phi3, zephyr, vicuna), a Jinja file, or the source itself."),
+                 help="How messages are written, instead of the model's own template: a name (chatml, "
+                      "llama2, llama3, gemma, mistral, phi3, zephyr, vicuna), a Jinja file, "
+                      "or the source itself."),
     variable_options,
     click.option("--reasoning-budget", type=click.IntRange(-1), default=-1, show_default=True, metavar="N",
                  help="At most N tokens of a thought, behind which its end is forced; -1: any number."),
     click.option("--thoughts", type=click.Choice(["show", "hide"]), default="show", show_default=True,
-                 help="Print what stands between <think> and </think> at the beginning of an answer, or leave it "
-                      "out; generate --json always has it."))
+                 help="Print what stands between <think> and </think> at the beginning of an answer, or "
+                      "leave it out; generate --json always has it."))
 
 form_options = options(
     click.option("-j", "--json-schema", type=Text(), metavar="JSON",
-                 help="The answer is compact JSON of this schema; {} is any JSON. A thought before it is free."),
+                 help="The answer is compact JSON of this schema; {} is any JSON. "
+                      "A thought before it is free."),
     click.option("-jf", "--json-schema-file", type=File(), metavar="FILE", help="The same, from a file."),
     click.option("--grammar", type=Text(), metavar="TEXT",
-                 help="The answer follows this grammar: GBNF with a rule root, or Lark with a rule start after %llguidance."),
+                 help="The answer follows this grammar: GBNF with a rule root, or Lark with a rule start "
+                      "after %llguidance."),
     click.option("--grammar-file", type=File(), metavar="FILE", help="The same, from a file."))
 
 text_options = options(
@@ -268,10 +278,10 @@ text_options = options(
 
 
 SECTIONS = {                            # of the help of chat and generate
-    "Model": ("model_option", "context", "threads", "no_repack", "weights_memory", "gpu", "gpu_layers", "stream_tokens", "prompts_by", "rows",
-              "kv_type", "no_preread"),
-    "Text": ("prompt", "prompt_file", "session_file", "system", "as_chat", "prefill", "no_bos", "chat_template",
-             "chat_template_kwargs", "think", "reasoning_budget"),
+    "Model": ("model_option", "context", "threads", "no_repack", "weights_memory", "gpu", "gpu_layers",
+              "stream_tokens", "prompts_by", "rows", "kv_type", "no_preread"),
+    "Text": ("prompt", "prompt_file", "session_file", "system", "as_chat", "prefill", "no_bos",
+             "chat_template", "chat_template_kwargs", "think", "reasoning_budget"),
     "Form": ("json_schema", "json_schema_file", "grammar", "grammar_file"),
     "End": ("max_tokens", "stop", "ignore_eos"),
     "Sampling": SAMPLING,
@@ -309,8 +319,10 @@ def sampling_settings(flags: dict) -> dict:
     return settings
 
 
-FORMS = {"json_schema": ("schema", "-j"), "json_schema_file": ("schema", "-jf"), "grammar": ("grammar", "--grammar"),
-         "grammar_file": ("grammar", "--grammar-file")}         # by flag: the argument of generate(), and how the flag is spelled
+FORMS = {                               # by flag: the argument of generate(), and how the flag is spelled
+    "json_schema": ("schema", "-j"), "json_schema_file": ("schema", "-jf"),
+    "grammar": ("grammar", "--grammar"), "grammar_file": ("grammar", "--grammar-file"),
+}
 
 
 def form_settings(flags: dict) -> dict:
@@ -318,7 +330,8 @@ def form_settings(flags: dict) -> dict:
     given = [(name, value) for name in FORMS if (value := flags.pop(name)) is not None]
     if len(given) > 1:
         raise click.UsageError(f"{' and '.join(FORMS[name][1] for name, _ in given)} are both given")
-    return {FORMS[name][0]: decoded(Path(value).read_bytes(), value) if name.endswith("_file") else value for name, value in given}
+    return {FORMS[name][0]: decoded(Path(value).read_bytes(), value) if name.endswith("_file") else value
+            for name, value in given}
 
 
 def template_variables(flags: dict) -> dict:
@@ -337,8 +350,8 @@ def template_of_model(loaded, source, variables: dict) -> dict:
 
     template = ChatTemplate(source, loaded.tokenizer)
     if template.guessed:
-        note(f"(the file has no chat template: messages are written as for {template.guessed}; --chat-template takes another)",
-             dim=True)
+        note(f"(the file has no chat template: messages are written as for {template.guessed}; "
+             "--chat-template takes another)", dim=True)
     note_unread(template, variables)
     return {"chat_template": template, "chat_template_kwargs": variables}
 
@@ -416,8 +429,8 @@ def asks_for_gpu(draft: bool = False) -> bool:
 
 @contextmanager
 def opened(path: Path, threads, writes: bool = True, gpu: dict | None = None):
-    """The model, loaded behind a progress bar, and the seconds it took. writes: an encoder is refused. gpu: settings about GPUs instead
-    of those of the flags."""
+    """The model, loaded behind a progress bar, and the seconds it took.
+    writes: an encoder is refused. gpu: settings about GPUs instead of those of the flags."""
     from ..engine.model import Model
 
     started = time.perf_counter()
@@ -433,10 +446,12 @@ def opened(path: Path, threads, writes: bool = True, gpu: dict | None = None):
 
 @contextmanager
 def with_draft(flags: dict, bundled: bool, threads):
-    """Settings of generate() about drafting, and the draft model opened. bundled: the model is, so its draft is there too."""
+    """Settings of generate() about drafting, and the draft model opened.
+    bundled: the model is, so its draft is there too."""
     settings = {name: flags.pop(name) for name in ("draft", "draft_max", "draft_min", "spec")}
     if settings["draft_min"] > settings["draft_max"]:
-        raise click.UsageError(f"--draft-min {settings['draft_min']} is more than --draft-max {settings['draft_max']}")
+        raise click.UsageError(f"--draft-min {settings['draft_min']} is more than "
+                               f"--draft-max {settings['draft_max']}")
     path = settings["draft"]
     if path is None and bundled and settings["spec"] in ("auto", "draft"):
         from .. import demo_model

@@ -17,22 +17,25 @@ EXIT_UNPROVEN = 3
 @options.model_option
 @click.option("--draft", "-md", "--model-draft", "draft", type=options.File(), metavar="MODEL",
               help="A draft model, whose drafts are compared too.")
-@click.option("-p", "--prompt", type=options.Text(), help="The text to go on with, instead of a few of its own.")
+@click.option("-p", "--prompt", type=options.Text(),
+              help="The text to go on with, instead of a few of its own.")
 @click.option("-f", "--file", "prompt_file", type=options.File(), metavar="FILE", help="Read it from a file.")
-@click.option("-n", "--n-predict", "max_tokens", type=click.IntRange(2), default=64, show_default=True, metavar="N",
-              help="Tokens to write after each text.")
-@click.option("--temp", "temperatures", type=float, multiple=True, default=(0.0, 0.8), show_default=True, metavar="T",
-              help="Temperature; repeatable.")
-@click.option("-s", "--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the choices.")
+@click.option("-n", "--n-predict", "max_tokens", type=click.IntRange(2), default=64, show_default=True,
+              metavar="N", help="Tokens to write after each text.")
+@click.option("--temp", "temperatures", type=float, multiple=True, default=(0.0, 0.8), show_default=True,
+              metavar="T", help="Temperature; repeatable.")
+@click.option("-s", "--seed", type=int, default=0, show_default=True, metavar="N",
+              help="Seed of the choices.")
 @options.threads_option
 @options.json_option
 def prove(model, model_option, draft, prompt, prompt_file, max_tokens, temperatures, seed, threads, as_json):
     """Show that drafting changes no token and no logit.
 
-    Texts are decoded plainly and speculatively, and compared bit by bit. Drafts of every length, right and wrong on purpose, are checked.
-    With --gpu or -ngl the model is loaded twice, and what the GPU computes is compared with the CPU. With --prompts cublas tokens and
-    logits with drafts and without are compared on the GPU, after prompts of more than 512 tokens, and the distance of its logits from
-    the exact ones is told. Without MODEL the bundled pair is taken. Exit status 3 if anything differs.
+    Texts are decoded plainly and speculatively, and compared bit by bit. Drafts of every length, right and
+    wrong on purpose, are checked. With --gpu or -ngl the model is loaded twice, and what the GPU computes is
+    compared with the CPU. With --prompts cublas tokens and logits with drafts and without are compared on the
+    GPU, after prompts of more than 512 tokens, and the distance of its logits from the exact ones is told.
+    Without MODEL the bundled pair is taken. Exit status 3 if anything differs.
     """
     from ..engine.prove import PROMPTS
     from ..engine.prove import prove as run
@@ -73,15 +76,18 @@ def on_gpu(path, threads):
 
 
 def compared(found) -> str:
-    away = "" if found.distance is None else f"; prompt by cuBLAS: logits up to {found.distance:.3g} from the exact ones"
-    line = (f"prompt {found.prompt + 1}, temperature {found.temperature:g}, {found.drafts}: {found.tokens} tokens, "
-            f"{found.passes} passes, {found.accepted} of {found.drafted} drafted tokens accepted, "
-            f"{found.rows} rows of logits")
+    away = ""
+    if found.distance is not None:
+        away = f"; prompt by cuBLAS: logits up to {found.distance:.3g} from the exact ones"
+    line = (f"prompt {found.prompt + 1}, temperature {found.temperature:g}, {found.drafts}: "
+            f"{found.tokens} tokens, {found.passes} passes, "
+            f"{found.accepted} of {found.drafted} drafted tokens accepted, {found.rows} rows of logits")
     if found.difference is None:
         return f"{line}: equal{away}"
     d = found.difference
-    return (f"{line}: {d.what} differs at position {d.position}, plain {d.plain}, drafted {d.drafted}; the two best plain "
-            f"logits are {d.gap:.6g} apart, logits differ by up to {d.largest:.6g}{away}")
+    return (f"{line}: {d.what} differs at position {d.position}, plain {d.plain}, drafted {d.drafted}; "
+            f"the two best plain logits are {d.gap:.6g} apart, "
+            f"logits differ by up to {d.largest:.6g}{away}")
 
 
 def verdict(results, differ) -> str:
@@ -94,4 +100,7 @@ def verdict(results, differ) -> str:
 def by_cublas(results) -> str:
     """What that means where prompts are by cuBLAS."""
     far = [r.distance for r in results if r.distance is not None]
-    return (f", with drafts and without; prompts by cuBLAS are not the CPU's: logits differ by up to {max(far):.3g}" if far else "")
+    if not far:
+        return ""
+    return (", with drafts and without; prompts by cuBLAS are not the CPU's: "
+            f"logits differ by up to {max(far):.3g}")

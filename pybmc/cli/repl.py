@@ -19,8 +19,8 @@ from . import report
 from .terminal import ReaderLeft, Voice, is_terminal, note, progress, sentence, write
 
 SETTINGS = {                            # what /set calls them, after the flags
-    "temp": "temperature", "top-k": "top_k", "top-p": "top_p", "min-p": "min_p", "seed": "seed", "n": "max_tokens",
-    "repeat-penalty": "repeat_penalty", "presence-penalty": "presence_penalty",
+    "temp": "temperature", "top-k": "top_k", "top-p": "top_p", "min-p": "min_p", "seed": "seed",
+    "n": "max_tokens", "repeat-penalty": "repeat_penalty", "presence-penalty": "presence_penalty",
     "frequency-penalty": "frequency_penalty", "repeat-last-n": "repeat_last_n",
 }
 WHOLE = {"top-k", "seed", "n", "repeat-last-n"}
@@ -52,19 +52,20 @@ class Block(str):
 class Repl:
     """run() talks until the input ends or /exit. COMMANDS names the commands; do_NAME runs one.
 
-    tint: show which tokens were drafted; thoughts: "show" or "hide" what a model thinks before it answers; preread:
-    at a terminal, read ahead while the user types. session_file: where the session and the messages are saved,
-    whenever these have changed.
+    tint: show which tokens were drafted; thoughts: "show" or "hide" what a model thinks before it answers;
+    preread: at a terminal, read ahead while the user types. session_file: where the session and the messages
+    are saved, whenever these have changed.
     """
 
     def __init__(self, conversation: Conversation, messages: Iterator[str] | None = None, tint: bool = False,
-                 thoughts: str = "show", preread: bool = False, session_file: str | os.PathLike | None = None):
+                 thoughts: str = "show", preread: bool = False,
+                 session_file: str | os.PathLike | None = None):
         self.talk, self.tint, self.thoughts = conversation, tint, thoughts
         self.session_file, self.kept = session_file, list(conversation.messages) if session_file else []
         self.terminal = is_terminal(sys.stdin)
         parts: list[str] = []
         ahead = Preread(Reader(conversation)) if preread and self.terminal else None
-        self.messages = messages if messages is not None else joined(lines(self.terminal, ahead, parts), parts)
+        self.messages = joined(lines(self.terminal, ahead, parts), parts) if messages is None else messages
 
     def run(self) -> int:
         """The exit status: 1 where a message from a pipe got no answer."""
@@ -106,8 +107,8 @@ class Repl:
             return
         name, _, rest = message[1:].partition(" ")
         if name not in COMMANDS:
-            raise ArgumentError(f"there is no command /{name:.30}; /help lists them. Between three double quotes "
-                                f'it is a message: """{message:.30}"""')
+            raise ArgumentError(f"there is no command /{name:.30}; /help lists them. "
+                                f'Between three double quotes it is a message: """{message:.30}"""')
         getattr(self, f"do_{name}")(rest.strip())
 
     def answer(self, start: Callable) -> None:
@@ -133,7 +134,8 @@ class Repl:
 
     def voice(self) -> Voice:
         """What prints an answer, once its prompt is known."""
-        return Voice(self.thoughts, splitter_of(self.talk.template, self.talk.model.tokenizer, self.talk.prompt), self.tint)
+        splitter = splitter_of(self.talk.template, self.talk.model.tokenizer, self.talk.prompt)
+        return Voice(self.thoughts, splitter, self.tint)
 
     def remark(self, reason: str | None) -> None:
         if self.terminal and is_terminal(sys.stderr) and self.talk.stats.predicted_tokens > 1:
@@ -271,8 +273,8 @@ def changed(settings: dict, name: str, value: str) -> dict:
 
 
 def joined(read: Iterator[str], parts: list[str] | None = None) -> Iterator[str]:
-    """Messages out of lines: a backslash at the end goes on in the next, \"\"\" opens and closes a Block. parts: an empty
-    list, to hold the lines of a message that goes on."""
+    """Messages out of lines: a backslash at the end goes on in the next, \"\"\" opens and closes a Block.
+    parts: an empty list, to hold the lines of a message that goes on."""
     parts = [] if parts is None else parts
     in_block, kind = False, str
     for line in read:
@@ -316,8 +318,8 @@ def begun(parts: Sequence[str], line: str) -> str:
 def lines(terminal: bool, preread: Preread | None = None, parts: Sequence[str] = ()) -> Iterator[str]:
     """Lines of stdin; at a terminal with editing and a history, and Ctrl-C only clears the line.
 
-    Bytes that are not text are U+FFFD. At a terminal a paste is one line, with ends of lines in it. preread is told
-    what is typed after the lines in parts.
+    Bytes that are not text are U+FFFD. At a terminal a paste is one line, with ends of lines in it. preread
+    is told what is typed after the lines in parts.
     """
     def typed(line: str) -> None:
         if preread:
@@ -347,7 +349,8 @@ def lines(terminal: bool, preread: Preread | None = None, parts: Sequence[str] =
 
 
 def editor(typed: Callable[[str], None]) -> Callable[[str], str]:
-    """How a line is asked for: prompt_toolkit where it is installed, which tells what is typed, else what Python has."""
+    """How a line is asked for: prompt_toolkit where it is installed, which tells what is typed,
+    else what Python has."""
     if is_terminal(sys.stdout):
         try:
             from prompt_toolkit import PromptSession

@@ -25,7 +25,8 @@ def gain(stats) -> str:
 
 
 def why(stats, speculation=None) -> list[str]:
-    """Where the time of an answer went, and what guessing was based on. speculation: the engine's Speculation."""
+    """Where the time of an answer went, and what guessing was based on.
+    speculation: the engine's Speculation."""
     if stats.predicted_tokens < 2:
         return ["nothing was said yet"]
     lines = [split(stats)]
@@ -57,7 +58,9 @@ def costs(speculation) -> list[str]:
     widths = ", ".join(f"{n}: {speculation.seconds(n) / one:.2f}" for n in (2, 4, 8, 16))
     lines = [f"one token takes {one * 1e3:.2f} ms; a pass of more tokens, compared with that: {widths}"]
     draft = speculation.seconds(1, of_draft=True)
-    return lines + [f"a guess of the {drafter(speculation)} takes {draft * 1e3:.2f} ms"] * bool(draft and speculation.draft)
+    if draft and speculation.draft:
+        lines.append(f"a guess of the {drafter(speculation)} takes {draft * 1e3:.2f} ms")
+    return lines
 
 
 def sources(speculation) -> list[str]:

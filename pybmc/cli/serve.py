@@ -42,18 +42,22 @@ place_options = options(
                  help="0: a free one."),
     click.option("--unix", type=File(), metavar="PATH", help="Listen on a Unix socket instead."),
     click.option("--alias", "names", type=Text(), multiple=True, metavar="NAME",
-                 help="The model's id; repeatable, the first one is reported. Default: the file's name without .gguf."),
+                 help="The model's id; repeatable, the first one is reported. Default: the file's name "
+                      "without .gguf."),
     click.option("--strict-model", is_flag=True, help="Refuse requests under /v1 that name another model."))
 door_options = options(
     click.option("--api-key", "keys", type=Text(), multiple=True, metavar="KEY",
-                 help="A key that requests have to bring; repeatable. Needed where the host is not loopback."),
+                 help="A key that requests have to bring; repeatable. "
+                      "Needed where the host is not loopback."),
     click.option("--api-key-file", "key_file", type=File(), metavar="FILE", help="Keys, one a line."),
     click.option("--insecure", is_flag=True, help="Listen on other addresses than loopback without a key."),
     click.option("--allow-host", "hosts", type=Text(), multiple=True, metavar="NAME",
-                 help="A name by which the server may be addressed, besides addresses and local names; repeatable."),
+                 help="A name by which the server may be addressed, besides addresses and local names; "
+                      "repeatable."),
     click.option("--allow-origin", "origins", type=Text(), multiple=True, metavar="ORIGIN",
                  help="An origin whose pages may use the server, besides local ones; repeatable."),
-    click.option("--max-body", type=Size(), default="8M", show_default=True, help="Largest body of a request."))
+    click.option("--max-body", type=Size(), default="8M", show_default=True,
+                 help="Largest body of a request."))
 work_options = options(
     click.option("--parallel", type=click.IntRange(1, 256), default=8, show_default=True, metavar="N",
                  help="Sequences that are written at a time."),
@@ -64,18 +68,22 @@ work_options = options(
     click.option("--max-tokens", type=click.IntRange(1), default=8192, show_default=True, metavar="N",
                  help="Length of an answer where a chat names none."),
     click.option("--memory", type=Size(),
-                 help="For keys and values of all sequences, and of earlier ones whose beginnings are used again. "
-                      "Default: half of what is free once the model is loaded, of a GPU's memory four fifths."),
+                 help="For keys and values of all sequences, and of earlier ones whose beginnings are used "
+                      "again. Default: half of what is free once the model is loaded, "
+                      "of a GPU's memory four fifths."),
     click.option("--pass-ms", type=click.FloatRange(1), default=100, show_default=True, metavar="MS",
                  help="How long a pass that reads prompts may take while answers are written."),
     click.option("--pooling", type=click.Choice(["mean", "first", "last", "none", "rank"]),
-                 help="How embeddings are made; default: as the file says. none: one for each token; rank: scores, for /rerank."),
+                 help="How embeddings are made; default: as the file says. none: one for each token; rank: "
+                      "scores, for /rerank."),
     click.option("--sessions", type=File(), metavar="DIR",
-                 help="A folder of saved sessions, for requests and slots that name one; it is made where there is none."),
+                 help="A folder of saved sessions, for requests and slots that name one; it is made where "
+                      "there is none."),
     click.option("--chat-template", type=TemplateSource(),
                  help="How messages are written, instead of the model's own template."),
     click.option("--reasoning-budget", type=click.IntRange(-1), default=-1, show_default=True, metavar="N",
-                 help="Tokens that a thought may have where a request names none, behind which its end is forced; -1: any number."))
+                 help="Tokens that a thought may have where a request names none, behind which its end is "
+                      "forced; -1: any number."))
 server_options = options(
     click.option("--grace", type=click.FloatRange(0), default=5, show_default=True, metavar="S",
                  help="How long running answers may go on after SIGTERM or Ctrl-C."),
@@ -99,11 +107,13 @@ server_options = options(
 @threads_option
 @server_options
 @json_option
-def serve(model, model_option, host, port, unix, key_file, insecure, grace, no_page, as_json, threads, **flags):
+def serve(model, model_option, host, port, unix, key_file, insecure, grace, no_page, as_json, threads,
+          **flags):
     """Serve a model over HTTP.
 
-    Clients of OpenAI, Anthropic, Ollama and llama-server can use it. Without MODEL it is the bundled model. Sampling flags are what requests get that name nothing else. Every flag can also be
-    set by a variable, as PYBMC_PORT for --port. Ctrl-C ends the server; docs/server.md lists the routes.
+    Clients of OpenAI, Anthropic, Ollama and llama-server can use it. Without MODEL it is the bundled model.
+    Sampling flags are what requests get that name nothing else. Every flag can also be set by a variable, as
+    PYBMC_PORT for --port. Ctrl-C ends the server; docs/server.md lists the routes.
     """
     try:
         from ..serve import run
@@ -117,7 +127,7 @@ def serve(model, model_option, host, port, unix, key_file, insecure, grace, no_p
 
     from .repl import note_unread
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")            # a text at a time needs none of its threads
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")    # texts come one by one, and need no threads
     if flags["allow_pull"] and not find_spec("huggingface_hub"):
         raise BmcError(needs_packages("--allow-pull", "hub"))
     keys = [*flags.pop("keys"), *(read_keys(key_file) if key_file else [])]
@@ -126,7 +136,8 @@ def serve(model, model_option, host, port, unix, key_file, insecure, grace, no_p
     place = run.Place(host, port, unix)
     open_hosts = [host for host in place.hosts if not is_loopback(host)]
     if open_hosts and not keys and not insecure and not unix:
-        raise click.UsageError(f"--host {open_hosts[0]} can be reached from elsewhere: give --api-key, or --insecure")
+        raise click.UsageError(f"--host {open_hosts[0]} can be reached from elsewhere: "
+                               "give --api-key, or --insecure")
     policy = make_policy(flags, keys, place.hosts)
     settings = make_settings(flags)
     path, context, models = find_model(model, model_option), click.get_current_context(), ExitStack()
@@ -159,7 +170,7 @@ def serve(model, model_option, host, port, unix, key_file, insecure, grace, no_p
     models.close()
 
 
-serve.params = [param for param in serve.params if param.name != "tint"]       # there is no terminal to colour
+serve.params = [param for param in serve.params if param.name != "tint"]    # there is no terminal to colour
 for param in serve.params:
     if isinstance(param, click.Option):
         flag = next(name for name in param.opts if name.startswith("--"))
@@ -188,10 +199,10 @@ def make_settings(flags: dict):
     sampling = sampling_settings(flags)
     if flags["seed"] == -1:
         del sampling["seed"]
-    same = ("names", "parallel", "queue", "queue_seconds", "context", "max_tokens", "memory", "pooling", "chat_template",
-            "strict_model", "log_texts", "reasoning_budget", "sessions")
-    return Settings(sampling=sampling, template_variables=template_variables(flags), pass_seconds=flags.pop("pass_ms") / 1e3,
-                    **{name: flags.pop(name) for name in same})
+    same = ("names", "parallel", "queue", "queue_seconds", "context", "max_tokens", "memory", "pooling",
+            "chat_template", "strict_model", "log_texts", "reasoning_budget", "sessions")
+    return Settings(sampling=sampling, template_variables=template_variables(flags),
+                    pass_seconds=flags.pop("pass_ms") / 1e3, **{name: flags.pop(name) for name in same})
 
 
 @contextmanager

@@ -17,8 +17,8 @@ from .terminal import Voice, is_terminal, note, progress, write
 @click.option("-n", "--n-predict", "max_tokens", type=int, default=-1, show_default=True, metavar="N",
               help="At most N tokens an answer; -1: until the model ends.")
 @click.option("--session", "session_file", type=options.File(), metavar="FILE",
-              help="Go on with the conversation that is saved in FILE, if there is one, without reading it again; "
-                   "save it there after each answer.")
+              help="Go on with the conversation that is saved in FILE, if there is one, without reading it "
+                   "again; save it there after each answer.")
 @options.template_options
 @options.form_options
 @options.sampling_options
@@ -27,14 +27,15 @@ from .terminal import Voice, is_terminal, note, progress, write
 @options.threads_option
 @options.arena_options
 @click.option("--no-preread", is_flag=True, help="Read nothing of a message before Enter.")
-def chat(model, model_option, system, max_tokens, session_file, chat_template, thoughts, reasoning_budget, context, threads,
-         rows, kv_type, tint, no_preread, **flags):
+def chat(model, model_option, system, max_tokens, session_file, chat_template, thoughts, reasoning_budget,
+         context, threads, rows, kv_type, tint, no_preread, **flags):
     """Talk with a model; without MODEL the bundled one answers.
 
-    /help lists what can be typed besides messages. A message goes on over several lines after a backslash at the
-    end of a line, or between lines of three double quotes; a paste of several lines is one message. Ctrl-C ends
-    an answer, Ctrl-D the chat. From a pipe each line is a message. At a terminal the words that are certain are read
-    while you type, unless the machine runs on its battery: the answer is the same, and begins sooner.
+    /help lists what can be typed besides messages. A message goes on over several lines after a backslash
+    at the end of a line, or between lines of three double quotes; a paste of several lines is one
+    message. Ctrl-C ends an answer, Ctrl-D the chat. From a pipe each line is a message. At a terminal the
+    words that are certain are read while you type, unless the machine runs on its battery: the answer is
+    the same, and begins sooner.
     """
     from ..chat.conversation import Conversation
     from ..grammar.grammar import grammar_of
@@ -48,13 +49,15 @@ def chat(model, model_option, system, max_tokens, session_file, chat_template, t
             options.opened(options.find_model(model, model_option), threads) as (loaded, _), \
             open_session(loaded, session_file, context, rows, kv_type) as session:
         written = options.template_of_model(loaded, chat_template, variables)
-        talk = Conversation(loaded, session, system, **written, **settings, **drafting, grammar=grammar_of(loaded, **form))
+        talk = Conversation(loaded, session, system, **written, **settings, **drafting,
+                            grammar=grammar_of(loaded, **form))
         if session.saved:
             talk.take_up(system)
             note(f"({len(talk.messages)} messages of {session_file})", dim=True)
         elif session_file:
-            talk.save_session(session_file)         # a file that cannot be written shows before the first message
-        return Repl(talk, tint=tint, thoughts=thoughts, preread=not no_preread, session_file=session_file).run()
+            talk.save_session(session_file)         # so what cannot be written shows before the first message
+        repl = Repl(talk, tint=tint, thoughts=thoughts, preread=not no_preread, session_file=session_file)
+        return repl.run()
 
 
 def open_session(model, path, context, rows, kv_type):
@@ -75,7 +78,8 @@ def open_session(model, path, context, rows, kv_type):
                    "Without MODEL --chat, else --raw.")
 @click.option("-sys", "--system-prompt", "system", type=options.Text(),
               help="With --chat: what the model is told first.")
-@click.option("--prefill", type=options.Text(), help="With --chat: how the answer begins; what follows it is printed.")
+@click.option("--prefill", type=options.Text(),
+              help="With --chat: how the answer begins; what follows it is printed.")
 @options.template_options
 @click.option("-r", "--stop", type=options.Text(), multiple=True, help="End before this text; repeatable.")
 @click.option("--ignore-eos", is_flag=True, help="Go on where the model would end.")
@@ -87,13 +91,14 @@ def open_session(model, path, context, rows, kv_type):
 @options.threads_option
 @options.arena_options
 @options.json_option
-def generate(model, model_option, prompt, prompt_file, max_tokens, as_chat, system, prefill, chat_template, thoughts,
-             reasoning_budget, stop, ignore_eos, no_bos, context, threads, rows, kv_type, as_json, tint, **flags):
+def generate(model, model_option, prompt, prompt_file, max_tokens, as_chat, system, prefill, chat_template,
+             thoughts, reasoning_budget, stop, ignore_eos, no_bos, context, threads, rows, kv_type, as_json,
+             tint, **flags):
     """Continue a text (-p, -f, or stdin).
 
-    What follows the text is printed; `pybmc run` is the same command. In a raw text control tokens such as
-    <|im_start|> count; an empty one is continued from the model's BOS token alone. Without MODEL the bundled model
-    answers.
+    What follows the text is printed; `pybmc run` is the same command. In a raw text control tokens
+    such as <|im_start|> count; an empty one is continued from the model's BOS token alone. Without
+    MODEL the bundled model answers.
     """
     from ..chat.generate import generate as start
     from ..chat.reader import splitter_of
@@ -118,7 +123,8 @@ def generate(model, model_option, prompt, prompt_file, max_tokens, as_chat, syst
                 if content or role == "user"]
     with options.with_draft(flags, not (model or model_option), threads) as drafting, \
             options.opened(options.find_model(model, model_option), threads) as (loaded, load_s), \
-            loaded.session(context=context, rows=rows, kv_type=kv_type) as session, progress("prompt") as update:
+            loaded.session(context=context, rows=rows, kv_type=kv_type) as session, \
+            progress("prompt") as update:
         if no_bos and loaded.tokenizer:
             prompt = loaded.tokenizer.encode(text, bos=False, special=True)
         written = options.template_of_model(loaded, chat_template, variables) if as_chat else {}
@@ -126,7 +132,8 @@ def generate(model, model_option, prompt, prompt_file, max_tokens, as_chat, syst
                        stop_tokens=() if ignore_eos else None, progress=update,
                        reasoning_budget=None if reasoning_budget < 0 else reasoning_budget,
                        **written, **settings, **drafting, **form)
-        voice = Voice(thoughts, splitter_of(written.get("chat_template"), loaded.tokenizer, answer.prompt), tint)
+        splitter = splitter_of(written.get("chat_template"), loaded.tokenizer, answer.prompt)
+        voice = Voice(thoughts, splitter, tint)
         voice.reasoning.push(prefill or "")
         tokens = []
         for token in answer:
@@ -143,7 +150,8 @@ def generate(model, model_option, prompt, prompt_file, max_tokens, as_chat, syst
     else:
         write("\n")
         if is_terminal(sys.stderr):
-            note(summary(answer.stats, arena, settings["seed"] if settings["temperature"] else None), dim=True)
+            seed = settings["seed"] if settings["temperature"] else None
+            note(summary(answer.stats, arena, seed), dim=True)
 
 
 def generation_json(answer, tokens, load_s: float) -> dict:

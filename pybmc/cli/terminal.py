@@ -32,7 +32,8 @@ class ReaderLeft(Exception):
 
 
 def write(text: str, tint: bool = False, dim: bool = False) -> None:
-    """A piece of an answer to stdout, at once. On a terminal it is made safe to show, and perhaps coloured."""
+    """A piece of an answer to stdout, at once.
+    On a terminal it is made safe to show, and perhaps coloured."""
     if sys.stdout is None:
         raise OSError("standard output is closed")
     if is_terminal(sys.stdout):
@@ -66,11 +67,13 @@ def sentence(error: Exception) -> str:
         return " ".join(str(error).split())
     if isinstance(error, MemoryError):
         return "there is not enough memory"
-    return f"internal error: {type(error).__name__}: {' '.join(str(error).split())} (PYBMC_DEBUG=1 shows where)"
+    what = " ".join(str(error).split())
+    return f"internal error: {type(error).__name__}: {what} (PYBMC_DEBUG=1 shows where)"
 
 
 class Voice:
-    """Writes an answer's tokens to stdout. thoughts: "show" or "hide" them; reasoning: what tells them apart."""
+    """Writes an answer's tokens to stdout.
+    thoughts: "show" or "hide" them; reasoning: what tells them apart."""
 
     def __init__(self, thoughts: str = "show", reasoning=None, tint: bool = False):
         self.thoughts, self.tint = thoughts, tint

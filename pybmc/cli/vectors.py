@@ -27,15 +27,15 @@ FORMATS = ("floats", "json", "npy")
 @click.option("-f", "--file", "text_file", type=File(), metavar="FILE",
               help="Read texts from a file, one a line; - is stdin.")
 @click.option("--pooling", type=click.Choice(["mean", "first", "last", "rank", "none"]),
-              help="How the vectors of a text's tokens become one; by default what the file says, else the mean. "
-                   "rank: the scores of a reranker; none: a vector for each token.")
+              help="How the vectors of a text's tokens become one; by default what the file says, else the "
+                   "mean. rank: the scores of a reranker; none: a vector for each token.")
 @click.option("--dimensions", type=click.IntRange(1), metavar="N",
               help="Only the first N values, of models that were trained for that.")
 @click.option("--normalize/--no-normalize", default=True, show_default=True,
               help="Make every vector's length 1.")
 @click.option("--format", "form", type=click.Choice(FORMATS), metavar="|".join(FORMATS),
-              help="floats (default): a line of numbers for each text; json: an object for each text, as --json; "
-                   "npy: a file of numpy's.")
+              help="floats (default): a line of numbers for each text; json: an object for each text, as "
+                   "--json; npy: a file of numpy's.")
 @click.option("-o", "--output", type=File(dir_okay=False), metavar="FILE",
               help="Write there instead of to stdout; npy needs it.")
 @threads_option
@@ -43,8 +43,9 @@ FORMATS = ("floats", "json", "npy")
 def embed(args, model_option, text_file, pooling, dimensions, normalize, form, output, threads, as_json):
     """Embeddings: a vector for each text.
 
-    Texts are each TEXT, or each line of -f FILE or stdin. Those with close meanings have vectors with a large dot
-    product. A text gets the tokens that the model wants around it; its vector does not depend on the other texts.
+    Texts are each TEXT, or each line of -f FILE or stdin. Those with close meanings have vectors
+    with a large dot product. A text gets the tokens that the model wants around it; its vector does
+    not depend on the other texts.
     """
     import numpy as np
 

@@ -2,7 +2,8 @@
 
 from .._lazy import lazy
 
-_HOMES = {"Grammar": "grammar", "grammar_of": "grammar", "grammar_asked": "asked", "State": "state", "After": "after"}
+_HOMES = {"Grammar": "grammar", "grammar_of": "grammar", "grammar_asked": "asked", "State": "state",
+          "After": "after"}
 
 __all__ = [*_HOMES]
 __getattr__, __dir__ = lazy(__name__, _HOMES)

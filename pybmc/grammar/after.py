@@ -14,9 +14,9 @@ ALL = np.uint32(0xFFFFFFFF)
 
 
 class Place(NamedTuple):
-    """Where a text is. kind: "opening" (what opens the free text may still come), "free", "gap" (behind the mark, where some
-    white space may stand) or "inner". seen: the bytes so far of what opens it, of the mark, or of the gap. since: tokens before the
-    grammar's first."""
+    """Where a text is. kind: "opening" (what opens the free text may still come), "free", "gap" (behind the
+    mark, where some white space may stand) or "inner". seen: the bytes so far of what opens it, of the mark,
+    or of the gap. since: tokens before the grammar's first."""
 
     kind: str
     seen: bytes
@@ -24,15 +24,16 @@ class Place(NamedTuple):
 
 
 class After:
-    """A pybmc.engine.Schema: the text is free until a mark, in whichever tokens it is spelled, and follows a grammar
-    from there on.
+    """A pybmc.engine.Schema: the text is free until a mark, in whichever tokens it is spelled, and
+    follows a grammar from there on.
 
-    inner: the grammar's state. opens: how the free text begins, if that is told; a text that begins otherwise follows the grammar
-    from its first token. gap: white space that may stand between the mark and the grammar's text, of which it is no part.
-    ends: whether the text may end before the mark.
+    inner: the grammar's state. opens: how the free text begins, if that is told; a text that begins otherwise
+    follows the grammar from its first token. gap: white space that may stand between the mark and the
+    grammar's text, of which it is no part. ends: whether the text may end before the mark.
     """
 
-    def __init__(self, mark: bytes, inner: State | After, opens: bytes = b"", gap: bytes = b"", ends: bool = True):
+    def __init__(self, mark: bytes, inner: State | After, opens: bytes = b"", gap: bytes = b"",
+                 ends: bool = True):
         self._mark, self._inner, self._opens, self._gap, self._ends = mark, inner, opens, gap, ends
         self._vocabulary: Vocabulary = inner._vocabulary
         self._place = Place("opening", b"") if opens else Place("free", b"")
@@ -77,13 +78,16 @@ class After:
         if place.kind == "gap":
             return Place("gap", place.seen + piece)
         seen = place.seen + piece
-        return Place("opening", seen) if len(seen) < len(self._opens) else self._search(seen[len(self._opens):])
+        if len(seen) < len(self._opens):
+            return Place("opening", seen)
+        return self._search(seen[len(self._opens):])
 
     def _search(self, text: bytes) -> Place:
         found = text.find(self._mark)
         if found >= 0:
             return Place("gap", text[found + len(self._mark):])
-        n = next((n for n in range(min(len(self._mark) - 1, len(text)), 0, -1) if text.endswith(self._mark[:n])), 0)
+        n = next((n for n in range(min(len(self._mark) - 1, len(text)), 0, -1)
+                  if text.endswith(self._mark[:n])), 0)
         return Place("free", text[len(text) - n:])
 
     def _piece(self, token: int) -> bytes:

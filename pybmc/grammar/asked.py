@@ -1,4 +1,5 @@
-"""The fields by which clients ask for a schema or a grammar, in the words of OpenAI, llama-server and Ollama."""
+"""The fields by which clients ask for a schema or a grammar, in the words of OpenAI,
+llama-server and Ollama."""
 
 from __future__ import annotations
 
@@ -30,11 +31,12 @@ class Asked(NamedTuple):
 
 
 def asked(given: Mapping, names: Sequence[str] = FIELDS) -> Asked | None:
-    """What the fields of a request ask for, those that are null or empty left out. Raises ArgumentError where two of them ask,
-    or where one is not what it has to be."""
+    """What the fields of a request ask for, those that are null or empty left out. Raises ArgumentError where
+    two of them ask, or where one is not what it has to be."""
     found = [wish for name in names if given.get(name) is not None and (wish := _READERS[name](given[name]))]
     if len(found) > 1:
-        raise ArgumentError(f"{found[1].field}: expected one of {' and '.join(wish.field for wish in found)}, found both")
+        raise ArgumentError(f"{found[1].field}: expected one of "
+                            f"{' and '.join(wish.field for wish in found)}, found both")
     return found[0] if found else None
 
 

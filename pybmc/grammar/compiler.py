@@ -10,7 +10,8 @@ from ..errors import UnsupportedSchemaError, printable
 
 T = TypeVar("T")
 
-# Bytes of the thread's stack, of which only what is used is taken: the 26,000 levels that a schema of 256 kB may have, by references
+# Bytes of the thread's stack, of which only what is used is taken: the 26,000 levels that a schema of 256 kB
+# may have, by references
 # too, take 100 MB. Usual stacks overflow at 1,500, which ends the process.
 STACK = 256 << 20
 SECONDS = 20.0                          # that a grammar may take

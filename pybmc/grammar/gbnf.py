@@ -1,4 +1,5 @@
-"""llama.cpp's grammars, GBNF: their text as rules, trees of characters, sequences, alternatives, repetitions and names."""
+"""llama.cpp's grammars, GBNF: their text as rules, trees of characters, sequences, alternatives,
+repetitions and names."""
 
 from __future__ import annotations
 
@@ -73,7 +74,7 @@ class _Parser:
         raise SchemaError(f"grammar, line {line}: expected {expected}, found {printable(found) or 'the end'}")
 
     def skip(self, pattern: re.Pattern) -> None:
-        self.at = pattern.match(self.text, self.at).end()       # type: ignore[union-attr]      # it matches nothing too
+        self.at = pattern.match(self.text, self.at).end()       # type: ignore[union-attr]  # "" matches too
 
     def take(self, pattern: re.Pattern) -> re.Match | None:
         found = pattern.match(self.text, self.at)
@@ -217,7 +218,8 @@ def _united(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
 
 def _without_surrogates(ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
     for first, last in ranges:
-        yield from ((a, b) for a, b in ((first, min(last, SURROGATES[0] - 1)), (max(first, SURROGATES[1] + 1), last)) if a <= b)
+        before, behind = (first, min(last, SURROGATES[0] - 1)), (max(first, SURROGATES[1] + 1), last)
+        yield from ((a, b) for a, b in (before, behind) if a <= b)
 
 
 def _complement(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -21,14 +21,16 @@ log = logging.getLogger(__name__)
 
 SIZE, DEPTH = 256 * 1024, 64            # bytes of a schema or grammar, and how deep a schema is nested
 RULES = 1000                            # of a grammar: what compiling takes may grow with their square
-LARK = "%llguidance"                    # a grammar that begins so is Lark, as llguidance reads it; others are GBNF
+LARK = "%llguidance"                    # a grammar that begins so is llguidance's Lark; others are GBNF
 OPTIONS = "x-guidance"                  # llguidance's own, in a schema
-_JSON = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/(?:\\.|[^/\\\n])+/|(?P<json>%json\s*\{)')     # outside of texts and comments
+# Of Lark; texts, comments and regular expressions are matched to be left out.
+_JSON = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/(?:\\.|[^/\\\n])+/|(?P<json>%json\s*\{)')
 _RULE = re.compile(r"^[ \t]*[!?]*[\w-]+(?:\[[^\]\n]*\])?(?:\.-?\d+)?\s*:", re.MULTILINE)
 
 
 class Grammar:
-    """What a text has to follow, compiled for a model's vocabulary. It does not change: start() gives a state for a text.
+    """What a text has to follow, compiled for a model's vocabulary.
+    It does not change: start() gives a state for a text.
 
     ignored: keywords of a schema that have no effect. Raises SchemaError for what is no schema or grammar,
     UnsupportedSchemaError with llguidance's words for what it refuses.
@@ -41,7 +43,8 @@ class Grammar:
 
     @classmethod
     def json(cls, schema: Mapping | str | bool, model: Model, strict: bool = False) -> Grammar:
-        """Compact JSON of a schema: an object, its text, or true for any JSON. strict: refuse keywords that would be ignored."""
+        """Compact JSON of a schema: an object, its text, or true for any JSON.
+        strict: refuse keywords that would be ignored."""
         return cls(vocabulary_of(model), _schema(schema, strict))
 
     @classmethod
@@ -51,8 +54,10 @@ class Grammar:
 
     @classmethod
     def lark(cls, text: str, model: Model) -> Grammar:
-        """llguidance's form of Lark: its rule `start` is the text. JSON of its schemas (%json) is compact too."""
-        return cls(vocabulary_of(model), llguidance().LLMatcher.grammar_from_lark(_compact(_checked("grammar", text))))
+        """llguidance's form of Lark: its rule `start` is the text.
+        JSON of its schemas (%json) is compact too."""
+        return cls(vocabulary_of(model),
+                   llguidance().LLMatcher.grammar_from_lark(_compact(_checked("grammar", text))))
 
     @classmethod
     def gbnf(cls, text: str, model: Model) -> Grammar:
@@ -69,7 +74,8 @@ class Grammar:
     @classmethod
     def regex(cls, pattern: str, model: Model) -> Grammar:
         """The whole text matches a regular expression, in the syntax of Rust's regex."""
-        return cls(vocabulary_of(model), llguidance().LLMatcher.grammar_from_regex(_checked("pattern", pattern)))
+        return cls(vocabulary_of(model),
+                   llguidance().LLMatcher.grammar_from_regex(_checked("pattern", pattern)))
 
     def note_ignored(self) -> None:
         """Log what of the schema has no effect."""
@@ -80,8 +86,10 @@ class Grammar:
         """The state of a new text."""
         return State(self.vocabulary, self._matcher.deep_copy())
 
-    def after(self, mark: str | bytes, opens: str | bytes = b"", gap: str | bytes = b"", ends: bool = True) -> After:
-        """The state of a new text that is free until a mark and follows the grammar behind it. opens, gap, ends: After's."""
+    def after(self, mark: str | bytes, opens: str | bytes = b"", gap: str | bytes = b"",
+              ends: bool = True) -> After:
+        """The state of a new text that is free until a mark and follows the grammar behind it.
+        opens, gap, ends: After's."""
         given = [text.encode() if isinstance(text, str) else text for text in (mark, opens, gap)]
         if not given[0]:
             checks.refuse("mark", "a text that is not empty", mark)
@@ -89,7 +97,8 @@ class Grammar:
 
 
 def grammar_of(model: Model, schema: Any = None, grammar: Any = None) -> Grammar | None:
-    """What callers ask for: a JSON schema, or the text of a grammar, or one that is compiled. None: neither."""
+    """What callers ask for: a JSON schema, or the text of a grammar, or one that is compiled.
+    None: neither."""
     if schema is not None and grammar is not None:
         raise ArgumentError("schema and grammar: expected one of them, found both")
     for given in (schema, grammar):
@@ -117,7 +126,8 @@ def _ignored(warning: str) -> list[str]:
 
 def _schema(schema: Any, strict: bool) -> str:
     """llguidance's grammar of a schema."""
-    value = _parsed(schema) if isinstance(schema, str) else dict(schema) if isinstance(schema, Mapping) else schema
+    value = _parsed(schema) if isinstance(schema, str) else schema
+    value = dict(value) if isinstance(value, Mapping) else value
     if value is True:
         value = {}
     if not isinstance(value, dict):
@@ -145,7 +155,9 @@ def _compact(lark: str) -> str:
         except (ValueError, RecursionError):
             return found[0]                     # llguidance says what is wrong
         more = "," * bool(schema)
-        return found[0] if OPTIONS in schema else f'{found[0]}"{OPTIONS}":{{"whitespace_flexible":false}}{more}'
+        if OPTIONS in schema:
+            return found[0]
+        return f'{found[0]}"{OPTIONS}":{{"whitespace_flexible":false}}{more}'
 
     return _JSON.sub(with_options, lark)
 

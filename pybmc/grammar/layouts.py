@@ -9,7 +9,8 @@ from .gbnf import Node
 
 @dataclass(eq=False)
 class Lexeme:
-    """node: what it matches; a text is no lexeme where it is empty. optional: whether the node matches that too."""
+    """node: what it matches; a text is no lexeme where it is empty.
+    optional: whether the node matches that too."""
 
     number: int
     node: Node

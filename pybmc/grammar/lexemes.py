@@ -1,9 +1,10 @@
 """GBNF to llguidance's Lark.
 
-llguidance reads a text by lexemes: regular expressions, of which the longest match counts. That is fast, and other than
-GBNF, where each way to read a text counts. So what is regular in a grammar becomes a lexeme only where the longest match is
-the only one that may go on: where no character that may follow one of its matches makes a longer one, of itself or of a lexeme
-that may stand in its place. Other expressions become smaller lexemes, down to single characters.
+llguidance reads a text by lexemes: regular expressions, of which the longest match counts. That is fast, and
+other than GBNF, where each way to read a text counts. So what is regular in a grammar becomes a lexeme only
+where the longest match is the only one that may go on: where no character that may follow one of its matches
+makes a longer one, of itself or of a lexeme that may stand in its place. Other expressions become smaller
+lexemes, down to single characters.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def _possible(node: Node, names: set[str]) -> Node | None:
 
 
 def _times(least: int, most: int | None) -> str:
-    return {(0, None): "*", (1, None): "+", (0, 1): "?"}.get((least, most), f"{{{least},{'' if most is None else most}}}")
+    short = {(0, None): "*", (1, None): "+", (0, 1): "?"}.get((least, most))
+    return short or f"{{{least},{'' if most is None else most}}}"
 
 
 def _class(ranges: list[tuple[int, int]]) -> str:
@@ -84,7 +86,8 @@ class _Lexemes:
             self.split |= found
             self._lay_all()
         lines = ["%llguidance {}", "start: " + self._spelled(self.laid["root"])]
-        lines += [f"r{self.numbers[name]}: {self._spelled(layout)}" for name, layout in self.laid.items() if name != "root"]
+        lines += [f"r{self.numbers[name]}: {self._spelled(layout)}" for name, layout in self.laid.items()
+                  if name != "root"]
         for text, lexeme in self.lexemes.items():
             lines.append(f"L{lexeme.number}: ({text})" + (" & /(?s:.)+/" if lexeme.optional else ""))
         return "\n".join([*lines, *self._terminals()]) + "\n"

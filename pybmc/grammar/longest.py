@@ -1,4 +1,5 @@
-"""Where the longest match of a lexeme is not the only one that may go on, so that the lexeme has to become smaller."""
+"""Where the longest match of a lexeme is not the only one that may go on,
+so that the lexeme has to become smaller."""
 
 from __future__ import annotations
 
@@ -11,18 +12,20 @@ from .gbnf import MOST, Chars, Either, Name, Node, Repeat, Sequence
 from .layouts import Choice, Layout, Lexeme, Rule, Series, Times
 
 STATES = 20_000                         # of the automaton of all lexemes
-SETS = 3_000                            # .. of them, that a text may lead to; with more all lexemes become smaller
-PLACES = 500                            # sets of lexemes that may stand side by side; with more all of them may
+SETS = 3_000                            # .. that a text may lead to; beyond, all lexemes become smaller
+PLACES = 500                            # sets of lexemes that may stand side by side; beyond, all of them may
 SECONDS = 10.0                          # for all of that
 COPIES = 8                              # of a part that is repeated: beyond, any number stands for it
 
 
 class Conflicts:
-    """Of lexemes by their texts, and the layouts of rules that they make. Sets of lexemes are bits by their numbers, sets of
-    characters bits by the ranges between all bounds. deadline: in seconds of monotonic()."""
+    """Of lexemes by their texts, and the layouts of rules that they make. Sets of lexemes are bits by their
+    numbers, sets of characters bits by the ranges between all bounds. deadline: in seconds of monotonic()."""
 
-    def __init__(self, rules: dict[str, Node], lexemes: dict[str, Lexeme], laid: dict[str, Layout], deadline: float):
-        self.texts, self.lexemes, self.laid, self.deadline = list(lexemes), list(lexemes.values()), laid, deadline
+    def __init__(self, rules: dict[str, Node], lexemes: dict[str, Lexeme], laid: dict[str, Layout],
+                 deadline: float):
+        self.texts, self.lexemes = list(lexemes), list(lexemes.values())
+        self.laid, self.deadline = laid, deadline
         self.auto = _Automaton(rules, sorted({MOST + 1}.union(*map(_bounds, rules.values()))))
         self.starts = [self.auto.add(lexeme.node, lexeme.number) for lexeme in self.lexemes]
         self.first = [self._characters(start) for start in self.starts]
@@ -86,7 +89,8 @@ class Conflicts:
         elif isinstance(layout, Rule):
             self._behind[layout.name] |= behind
         elif isinstance(layout, Times):
-            self._follow(layout.part, behind | (self._first(layout.part)[0] if layout.most is None or layout.most > 1 else 0))
+            repeats = layout.most is None or layout.most > 1
+            self._follow(layout.part, behind | (self._first(layout.part)[0] if repeats else 0))
         elif isinstance(layout, Choice):
             for part in layout.parts:
                 self._follow(part, behind)
@@ -99,8 +103,8 @@ class Conflicts:
     # -- longest matches
 
     def _in(self, place: int) -> set[int]:
-        """Note which of the lexemes that may stand in a place have to become smaller; the places behind it. A text may have
-        matched several lexemes: what may stand behind any of them may follow."""
+        """Note which of the lexemes that may stand in a place have to become smaller; the places behind it. A
+        text may have matched several lexemes: what may stand behind any of them may follow."""
         places: set[int] = set()
         seen: set[frozenset[int]] = set()
         todo = [self.auto.closure(self.starts[i] for i in _bits(place))]
@@ -125,7 +129,7 @@ class Conflicts:
         return places
 
     def _compare(self, states: frozenset[int], ended: set[int]) -> None:
-        """Where a text ends lexemes, those that end or go on with a character that may follow one become smaller."""
+        """Where a text ends lexemes, those that end or go on with what may follow one become smaller."""
         for chars, behind in self.auto.steps(states):
             for lexeme in ended:
                 if any(self.first[other] & chars for other in _bits(self.next[lexeme])):
@@ -160,7 +164,8 @@ def _bounds(node: Node) -> set[int]:
 
 
 class _Automaton:
-    """Of all lexemes, each with states of its own. A part that is repeated often may be repeated any number of times here."""
+    """Of all lexemes, each with states of its own.
+    A part that is repeated often may be repeated any number of times here."""
 
     def __init__(self, rules: dict[str, Node], bounds: list[int]):
         self.rules, self.bounds = rules, bounds
@@ -179,7 +184,8 @@ class _Automaton:
 
     def _state(self) -> int:
         if len(self.free) == STATES:
-            raise UnsupportedSchemaError(f"the grammar is too large: its rules without recursion have more than {STATES} characters")
+            raise UnsupportedSchemaError("the grammar is too large: "
+                                         f"its rules without recursion have more than {STATES} characters")
         self.free.append([])
         self.moves.append([])
         self.owner.append(self._lexeme)

@@ -13,7 +13,8 @@ from .vocabulary import Vocabulary
 
 
 class State:
-    """A pybmc.engine.Schema. Tokens that only mask() was given are read ahead, and taken back where others follow."""
+    """A pybmc.engine.Schema. Tokens that only mask() was given are read ahead,
+    and taken back where others follow."""
 
     def __init__(self, vocabulary: Vocabulary, matcher: Any):
         self._vocabulary, self._matcher = vocabulary, matcher
@@ -43,7 +44,8 @@ class State:
             self._ahead.clear()
 
     def forced(self) -> list[int]:
-        """Tokens of the text that has to follow, as the vocabulary would cut it; an end token where nothing else can."""
+        """Tokens of the text that has to follow, as the vocabulary would cut it;
+        an end token where nothing else can."""
         if self._ended:
             return []
         self._read(())
@@ -75,4 +77,5 @@ class State:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise UnsupportedSchemaError(f"the grammar cannot be followed further: {sentence(self._matcher.get_error())}")
+            raise UnsupportedSchemaError("the grammar cannot be followed further: "
+                                         f"{sentence(self._matcher.get_error())}")

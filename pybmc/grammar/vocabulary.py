@@ -14,12 +14,12 @@ from .compiler import compiled
 
 COMPILED = 64                           # grammars of a vocabulary that are kept
 PLACES = 256                            # and sets of tokens about marks
-GUARD = "\2"                            # keeps SentencePiece from putting a space before a text: a byte that no token joins
+GUARD = "\2"                            # a byte that no token joins: before a text, no space is put there
 
 
 class Vocabulary:
-    """What llguidance knows of a model's vocabulary. ends: the ids that end a text; size: ids of the model, which
-    may have more than its tokenizer."""
+    """What llguidance knows of a model's vocabulary. ends: the ids that end a text; size: ids of the model,
+    which may have more than its tokenizer."""
 
     def __init__(self, tokenizer: Tokenizer, size: int, source: str):
         self.size = size
@@ -43,10 +43,11 @@ class Vocabulary:
         return frozenset(id for id, piece in enumerate(self.pieces) if piece and text.startswith(piece))
 
     def _passing(self, mark: bytes, seen: bytes, gap: bytes) -> frozenset[int]:
-        """Tokens that, behind a part of a mark, end it and go on with something else than the beginning of the gap."""
+        """Tokens that, behind a part of a mark, end it and do not go on with the beginning of the gap."""
         tails = tuple(mark[n:] for n in range(1, len(seen) + 1) if seen.endswith(mark[:n]))
         found = (id for id, piece in enumerate(self.pieces) if mark in piece or piece.startswith(tails))
-        return frozenset(id for id in found if not gap.startswith((seen + self.pieces[id]).partition(mark)[2]))
+        return frozenset(id for id in found
+                         if not gap.startswith((seen + self.pieces[id]).partition(mark)[2]))
 
 
 class _Tokens:

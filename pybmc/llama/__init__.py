@@ -2,8 +2,9 @@
 
 from .._lazy import lazy
 
-_HOMES = {"Llama": "llama", "LlamaGrammar": "parts", "LlamaPromptLookupDecoding": "parts", "LlamaRAMCache": "cache",
-          "LlamaState": "cache", "LogitsProcessorList": "parts", "StoppingCriteriaList": "parts"}
+_HOMES = {"Llama": "llama", "LlamaGrammar": "parts", "LlamaPromptLookupDecoding": "parts",
+          "LlamaRAMCache": "cache", "LlamaState": "cache", "LogitsProcessorList": "parts",
+          "StoppingCriteriaList": "parts"}
 
 __all__ = [*_HOMES]
 __getattr__, __dir__ = lazy(__name__, _HOMES)

@@ -21,14 +21,16 @@ RANDOM_SEEDS = (0xFFFFFFFF, -1)         # these stand for a new one each time
 POOLINGS = {-1: None, 0: "none", 1: "mean", 2: "first", 3: "last", 4: "rank"}       # llama.cpp's numbers
 
 # Of GPUs, mapping, passes and the type of rows, which are float16.
-WITHOUT_EFFECT = ("n_gpu_layers", "split_mode", "main_gpu", "tensor_split", "use_mmap", "use_mlock", "n_batch", "n_ubatch",
-                  "n_threads_batch", "offload_kqv", "flash_attn", "op_offload", "swa_full", "numa", "type_k", "type_v")
+WITHOUT_EFFECT = ("n_gpu_layers", "split_mode", "main_gpu", "tensor_split", "use_mmap", "use_mlock",
+                  "n_batch", "n_ubatch", "n_threads_batch", "offload_kqv", "flash_attn", "op_offload",
+                  "swa_full", "numa", "type_k", "type_v")
 # These would change the text.
-UNCHANGED = ("kv_overrides", "rope_scaling_type", "attention_type", "rope_freq_base", "rope_freq_scale", "yarn_ext_factor",
-             "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_orig_ctx", "lora_base", "lora_path", "tokenizer",
-             "spm_infill", "typical_p", "mirostat_mode")
+UNCHANGED = ("kv_overrides", "rope_scaling_type", "attention_type", "rope_freq_base", "rope_freq_scale",
+             "yarn_ext_factor", "yarn_attn_factor", "yarn_beta_fast", "yarn_beta_slow", "yarn_orig_ctx",
+             "lora_base", "lora_path", "tokenizer", "spm_infill", "typical_p", "mirostat_mode")
 
-CHAT_FORMATS = {"llama-2": "llama2", "llama-3": "llama3", "mistral-instruct": "mistral"}       # -> names of pybmc's
+# pybmc's names of these.
+CHAT_FORMATS = {"llama-2": "llama2", "llama-3": "llama3", "mistral-instruct": "mistral"}
 
 
 def defaults_of(function: Callable) -> dict:
@@ -43,7 +45,8 @@ def refuse_changes(given: Mapping, defaults: Mapping) -> None:
             checks.refuse(name, f"{defaults[name]!r}, since nothing else is supported", given[name])
 
 
-def note_without_effect(given: Mapping, defaults: Mapping, level: int, effective: Collection[str] = ()) -> None:
+def note_without_effect(given: Mapping, defaults: Mapping, level: int,
+                        effective: Collection[str] = ()) -> None:
     """Log the names of arguments that are given for nothing; effective: those that had an effect for once."""
     names = [name for name in WITHOUT_EFFECT if given[name] != defaults[name] and name not in effective]
     if names:
@@ -53,13 +56,14 @@ def note_without_effect(given: Mapping, defaults: Mapping, level: int, effective
 def sampler_of(given: Mapping, repeat_last_n: int, seed: int) -> Sampler:
     """The sampler of a call's arguments."""
     names = ("top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty")
-    return Sampler(given["temp"] if "temp" in given else given["temperature"], repeat_last_n=repeat_last_n, seed=seed,
+    temperature = given["temp"] if "temp" in given else given["temperature"]
+    return Sampler(temperature, repeat_last_n=repeat_last_n, seed=seed,
                    logit_bias=given.get("logit_bias") or {}, **{name: given[name] for name in names})
 
 
 def source_of_format(chat_format: str | None, metadata: Mapping) -> str | None:
-    """The Jinja source of a chat format: one of llama-cpp-python's or of pybmc's names, one that the file has under that
-    name, a source, or a file. None: the file's own."""
+    """The Jinja source of a chat format: one of llama-cpp-python's or of pybmc's names, one that the file has
+    under that name, a source, or a file. None: the file's own."""
     if chat_format in (None, "chat_template.default"):
         return None
     if not isinstance(chat_format, str):

@@ -14,7 +14,8 @@ from ..engine.session import Session
 
 @dataclass
 class LlamaState:
-    """The tokens of a text, and the seed. The rows are evaluated again when they are needed and not there any more."""
+    """The tokens of a text, and the seed.
+    The rows are evaluated again when they are needed and not there any more."""
 
     input_ids: np.ndarray
     n_tokens: int
@@ -22,12 +23,12 @@ class LlamaState:
 
 
 class LlamaRAMCache:
-    """Rows of ended texts, for texts that begin alike. The one that was not used for longest goes first; the last one stays,
-    however large it is. Llamas, also of different models, may share a cache."""
+    """Rows of ended texts, for texts that begin alike. The one that was not used for longest goes first; the
+    last one stays, however large it is. Llamas, also of different models, may share a cache."""
 
     def __init__(self, capacity_bytes: int = 2 << 30):
         self.capacity_bytes = checks.whole("capacity_bytes", capacity_bytes, 0, float("inf"))
-        self._kept: list[tuple[Session, np.ndarray]] = []       # and the tokens of each, int32; the last used at the end
+        self._kept: list[tuple[Session, np.ndarray]] = []       # with int32 tokens; the last used at the end
         self._lock = threading.Lock()
 
     @property
@@ -40,8 +41,8 @@ class LlamaRAMCache:
         return len(self._kept)
 
     def take(self, model, context: int, tokens: list[int]) -> Session | None:
-        """The session that holds most of a text's beginning; it is the caller's until give(). None where more rows would be
-        lost than used again."""
+        """The session that holds most of a text's beginning; it is the caller's until give(). None where more
+        rows would be lost than used again."""
         wanted = np.asarray(tokens, np.int32)
         with self._lock:
             self._drop_closed()

@@ -1,7 +1,8 @@
 """Llama: one model behind the methods of llama-cpp-python's class of that name.
 
-What the object holds between calls is a text, as ids. Each call takes a session whose rows the text begins with, and gives it
-back: so calls of several threads, and streams that are open beside each other, do not disturb one another.
+What the object holds between calls is a text, as ids. Each call takes a session whose rows the text
+begins with, and gives it back: so calls of several threads, and streams that are open beside each
+other, do not disturb one another.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ from .parts import LlamaPromptLookupDecoding, LogitsProcessorList, StoppingCrite
 
 log = logging.getLogger(__name__)
 
-PIECE = 512                             # tokens of a text that one call reads, so that an interrupt gets through
-STOPPED = -1                            # in place of the id of a last token: a stopping criterion ended the text
+PIECE = 512                             # tokens that one call reads, so that an interrupt gets through
+STOPPED = -1                            # for the id of a last token: a stopping criterion ended the text
 
 
 class Head(answers.Head):
@@ -67,51 +68,61 @@ class Llama:
     """A model and a text that it has read, with the arguments and results of llama_cpp.Llama.
 
     n_ctx caps a text, 0: what the model was trained for. draft_model: a path, a Model, a Llama, or
-    LlamaPromptLookupDecoding(). logprobs need no logits_all, and embeddings no embedding. seed: -1 or the default is a new one
-    for each call. verbose: notes are logged as warnings. n_gpu_layers has an effect where a GPU can be used, and there
-    op_offload=False keeps prompts over the other layers on the CPU; other arguments of GPUs and those of mapping have none; those that would change the text and are not supported raise an ArgumentError.
+    LlamaPromptLookupDecoding(). logprobs need no logits_all, and embeddings no embedding. seed: -1 or the
+    default is a new one for each call. verbose: notes are logged as warnings. n_gpu_layers has an effect
+    where a GPU can be used, and there op_offload=False keeps prompts over the other layers on the CPU;
+    other arguments of GPUs and those of mapping have none; those that would change the text and are not
+    supported raise an ArgumentError.
     """
 
     def __init__(
-        self, model_path, *, n_gpu_layers=0, split_mode=1, main_gpu=0, tensor_split=None, vocab_only=False, use_mmap=True,
-        use_mlock=False, kv_overrides=None, seed=0xFFFFFFFF, n_ctx=0, n_batch=512, n_ubatch=512, n_threads=None,
-        n_threads_batch=None, rope_scaling_type=-1, pooling_type=-1, attention_type=-1, rope_freq_base=0.0, rope_freq_scale=0.0,
-        yarn_ext_factor=-1.0, yarn_attn_factor=1.0, yarn_beta_fast=32.0, yarn_beta_slow=1.0, yarn_orig_ctx=0, logits_all=False,
+        self, model_path, *, n_gpu_layers=0, split_mode=1, main_gpu=0, tensor_split=None, vocab_only=False,
+        use_mmap=True, use_mlock=False, kv_overrides=None, seed=0xFFFFFFFF, n_ctx=0, n_batch=512,
+        n_ubatch=512, n_threads=None, n_threads_batch=None, rope_scaling_type=-1, pooling_type=-1,
+        attention_type=-1, rope_freq_base=0.0, rope_freq_scale=0.0, yarn_ext_factor=-1.0,
+        yarn_attn_factor=1.0, yarn_beta_fast=32.0, yarn_beta_slow=1.0, yarn_orig_ctx=0, logits_all=False,
         embedding=False, offload_kqv=True, flash_attn=False, op_offload=None, swa_full=None, no_perf=False,
-        last_n_tokens_size=64, lora_base=None, lora_scale=1.0, lora_path=None, numa=False, chat_format=None, chat_handler=None,
-        draft_model=None, tokenizer=None, type_k=None, type_v=None, spm_infill=False, verbose=True,
+        last_n_tokens_size=64, lora_base=None, lora_scale=1.0, lora_path=None, numa=False, chat_format=None,
+        chat_handler=None, draft_model=None, tokenizer=None, type_k=None, type_v=None, spm_infill=False,
+        verbose=True,
     ):
         given = {name: value for name, value in locals().items() if name != "self"}
         defaults = arguments.defaults_of(Llama.__init__)
-        self._given = {name: value for name, value in given.items() if name not in defaults or value is not defaults[name]}
+        self._given = {name: value for name, value in given.items() if name not in defaults
+                       or value is not defaults[name]}
         self._model: Model | None = None
         arguments.refuse_changes(given, defaults)
         self.model_path, self.verbose = str(model_path), verbose
         self.chat_format, self.chat_handler, self.draft_model = chat_format, chat_handler, draft_model
         self.last_n_tokens_size = checks.whole("last_n_tokens_size", last_n_tokens_size, -1)
         self.cache: LlamaRAMCache | None = None
-        self._pooling = checks.whole("pooling_type", pooling_type, min(arguments.POOLINGS), max(arguments.POOLINGS))
+        self._pooling = checks.whole("pooling_type", pooling_type, min(arguments.POOLINGS),
+                                     max(arguments.POOLINGS))
         self._logits_all, self._cap = logits_all, checks.whole("n_ctx", n_ctx or 0, 0, 1 << 30)
         self._lock = threading.RLock()              # of these two:
         self._text: list[int] = []
-        self._held: list[np.ndarray] = []           # logits of the last of its tokens, blocks of (n, vocab_size)
+        self._held: list[np.ndarray] = []           # logits of its last tokens, blocks of (n, vocab_size)
         self._last = LlamaRAMCache(0)               # without a cache: the rows of the last text
         self.set_seed(seed)
         if not os.path.isfile(self.model_path):
             raise ArgumentError(f"model_path: expected a GGUF file, found none at {self.model_path}")
         self._open(vocab_only, n_threads, n_gpu_layers, op_offload)
-        effective: set[str] = {"n_gpu_layers", "op_offload"} if self._model is not None and self._model.gpu_layers else set()
-        arguments.note_without_effect(given, defaults, logging.WARNING if verbose else logging.INFO, effective)
+        on_gpu = self._model is not None and self._model.gpu_layers
+        effective = ("n_gpu_layers", "op_offload") if on_gpu else ()
+        level = logging.WARNING if verbose else logging.INFO
+        arguments.note_without_effect(given, defaults, level, effective)
         self._template_source = arguments.source_of_format(chat_format, self._metadata)
 
-    def _open(self, vocab_only: bool, n_threads: int | None, n_gpu_layers: int, op_offload: bool | None) -> None:
+    def _open(self, vocab_only: bool, n_threads: int | None, n_gpu_layers: int,
+              op_offload: bool | None) -> None:
         if vocab_only:
             with GGUF(self.model_path, vocabulary_only=True) as file:
                 self._metadata, self._tokenizer = file.metadata, Tokenizer(file)
             return
         self._draft = draft_of(self.draft_model)
-        self._model = model = Model(self.model_path, threads=n_threads or None, gpu="auto" if n_gpu_layers else "off",
-                                    n_gpu_layers=max(n_gpu_layers, -1), stream_tokens=0 if op_offload is False else None)
+        self._model = model = Model(
+            self.model_path, threads=n_threads or None, gpu="auto" if n_gpu_layers else "off",
+            n_gpu_layers=max(n_gpu_layers, -1), stream_tokens=0 if op_offload is False else None)
         try:
             self._metadata, self._tokenizer = model.metadata, model.tokenizer
             if self._tokenizer is None:
@@ -128,10 +139,10 @@ class Llama:
         return speculation_of(None, self._live, *self._draft, 16, 0)
 
     @classmethod
-    def from_pretrained(cls, repo_id, filename, additional_files=None, local_dir=None, local_dir_use_symlinks="auto",
-                        cache_dir=None, **kwargs) -> Llama:
-        """A Llama of a file of the Hugging Face hub. filename and additional_files, the other parts of a split file, may be
-        patterns that one file fits; kwargs are the class's arguments."""
+    def from_pretrained(cls, repo_id, filename, additional_files=None, local_dir=None,
+                        local_dir_use_symlinks="auto", cache_dir=None, **kwargs) -> Llama:
+        """A Llama of a file of the Hugging Face hub. filename and additional_files, the other parts of a
+        split file, may be patterns that one file fits; kwargs are the class's arguments."""
         try:
             from huggingface_hub import HfApi, hf_hub_download
         except ImportError:
@@ -146,35 +157,38 @@ class Llama:
     # ---- texts and chats
 
     def create_completion(
-        self, prompt, suffix=None, max_tokens=16, temperature=0.8, top_p=0.95, min_p=0.05, typical_p=1.0, logprobs=None,
-        echo=False, stop=(), frequency_penalty=0.0, presence_penalty=0.0, repeat_penalty=1.0, top_k=40, stream=False, seed=None,
-        tfs_z=1.0, mirostat_mode=0, mirostat_tau=5.0, mirostat_eta=0.1, model=None, stopping_criteria=None,
-        logits_processor=None, grammar=None, logit_bias=None,
+        self, prompt, suffix=None, max_tokens=16, temperature=0.8, top_p=0.95, min_p=0.05, typical_p=1.0,
+        logprobs=None, echo=False, stop=(), frequency_penalty=0.0, presence_penalty=0.0, repeat_penalty=1.0,
+        top_k=40, stream=False, seed=None, tfs_z=1.0, mirostat_mode=0, mirostat_tau=5.0, mirostat_eta=0.1,
+        model=None, stopping_criteria=None, logits_processor=None, grammar=None, logit_bias=None,
     ) -> dict | Iterator[dict]:
-        """Continue a text, or a list of ids. max_tokens None, 0 or less: until the model ends or the context is full. suffix:
-        what follows the gap, for models with fill-in tokens. stream: an iterator of chunks. What is wrong with the arguments
-        raises at once."""
+        """Continue a text, or a list of ids. max_tokens None, 0 or less: until the model ends or the context
+        is full. suffix: what follows the gap, for models with fill-in tokens. stream: an iterator of chunks.
+        What is wrong with the arguments raises at once."""
         given = dict(locals())
         text, tokens = self._prompt(prompt, suffix, echo)
         n_top = None if logprobs is None else checks.whole("logprobs", logprobs)
         request = self._request(tokens, given)
         request = replace(request, top=n_top or 0, score=n_top if echo else None)
-        answer = TextAnswer(self._head("cmpl-", model), self._tokenizer, [self._choice()], [(text, tokens)], n_top, echo=echo)
+        answer = TextAnswer(self._head("cmpl-", model), self._tokenizer, [self._choice()], [(text, tokens)],
+                            n_top, echo=echo)
         return self._answer(request, given, answer)
 
     __call__ = create_completion
 
     def create_chat_completion(
-        self, messages, functions=None, function_call=None, tools=None, tool_choice=None, temperature=0.2, top_p=0.95, top_k=40,
-        min_p=0.05, typical_p=1.0, stream=False, stop=(), seed=None, response_format=None, max_tokens=None,
-        presence_penalty=0.0, frequency_penalty=0.0, repeat_penalty=1.0, tfs_z=1.0, mirostat_mode=0, mirostat_tau=5.0,
-        mirostat_eta=0.1, model=None, logits_processor=None, grammar=None, logit_bias=None, logprobs=None, top_logprobs=None,
+        self, messages, functions=None, function_call=None, tools=None, tool_choice=None, temperature=0.2,
+        top_p=0.95, top_k=40, min_p=0.05, typical_p=1.0, stream=False, stop=(), seed=None,
+        response_format=None, max_tokens=None, presence_penalty=0.0, frequency_penalty=0.0,
+        repeat_penalty=1.0, tfs_z=1.0, mirostat_mode=0, mirostat_tau=5.0, mirostat_eta=0.1, model=None,
+        logits_processor=None, grammar=None, logit_bias=None, logprobs=None, top_logprobs=None,
     ) -> dict | Iterator[dict]:
-        """Answer messages, as the model's chat template or chat_format writes them. Where tools or functions are offered, the
-        arguments of a call fit their schemas."""
+        """Answer messages, as the model's chat template or chat_format writes them. Where tools or functions
+        are offered, the arguments of a call fit their schemas."""
         given = dict(locals())
         if self.chat_handler is not None:
-            return self.chat_handler(llama=self, **{name: value for name, value in given.items() if name != "self"})
+            return self.chat_handler(llama=self,
+                                     **{name: value for name, value in given.items() if name != "self"})
         arguments.check_messages(messages)
         if top_logprobs is not None and not logprobs:
             checks.refuse("top_logprobs", "logprobs to be true beside it", top_logprobs)
@@ -182,11 +196,13 @@ class Llama:
         offered = tools_of(tools, tool_choice, functions=functions, function_call=function_call)
         turn = Turn(self._live, self._template, messages, offered, split=False, continue_final_message=False,
                     wish=arguments.wish_of(given))
-        request = self._request(turn.tokens, given | {"stopping_criteria": None, "grammar": None, "response_format": None})
+        request = self._request(turn.tokens,
+                                given | {"stopping_criteria": None, "grammar": None, "response_format": None})
         request = replace(request, top=n_top or 0, schema=turn.schema(), shown=turn.shown)
         turn.note_ignored()
         choice = replace(self._choice(), reader=turn.reader())
-        answer = ChatAnswer(self._head("chatcmpl-", model), self._tokenizer, [choice], n_top, functions=bool(functions))
+        answer = ChatAnswer(self._head("chatcmpl-", model), self._tokenizer, [choice], n_top,
+                            functions=bool(functions))
         return self._answer(request, given, answer)
 
     @cached_property
@@ -214,8 +230,8 @@ class Llama:
         most = given["max_tokens"]
         most = inf if most is None else checks.whole("max_tokens", most, -inf, inf)
         schema = schema_of(arguments.grammar_of(given, self._live), self._tokenizer, tokens)
-        request = Request(tokens, inf if most <= 0 else most, self._sampler(given, given["seed"]), given["stop"] or (),
-                          self._tokenizer.stop_ids, schema=schema)
+        request = Request(tokens, inf if most <= 0 else most, self._sampler(given, given["seed"]),
+                          given["stop"] or (), self._tokenizer.stop_ids, schema=schema)
         return checked(request, self._live)
 
     def _head(self, prefix: str, model: str | None) -> Head:
@@ -227,7 +243,8 @@ class Llama:
     def _answer(self, request: Request, given: Mapping, answer) -> dict | Iterator[dict]:
         processors = functions("logits_processor", given["logits_processor"], LogitsProcessorList)
         criteria = functions("stopping_criteria", given.get("stopping_criteria"), StoppingCriteriaList)
-        updates = self._one_by_one(request, processors, criteria) if processors or criteria else self._written(request)
+        stepped = processors or criteria
+        updates = self._one_by_one(request, processors, criteria) if stepped else self._written(request)
         chunks = self._chunks(updates, answer)
         if given["stream"]:
             return chunks
@@ -251,7 +268,8 @@ class Llama:
             generation = Generation(engine, replace(request, session=session))
             try:
                 for token in generation:
-                    yield Update(0, [token], generation.stats, done=bool(token.finish_reason), scores=generation._sequence.scores)
+                    yield Update(0, [token], generation.stats, done=bool(token.finish_reason),
+                                 scores=generation._sequence.scores)
             except BaseException:
                 generation.close()
                 raise
@@ -266,9 +284,11 @@ class Llama:
             for update in self._written(replace(request, max_tokens=1, top=0, schema=None)):
                 scores = update.scores
         stats, started, tokenizer = Stats(len(request.tokens)), time.perf_counter(), self._tokenizer
-        ending = Ending(tokenizer.stream(shown=request.shown), request.max_tokens, self.n_ctx() - len(request.tokens) + 1,
+        room = self.n_ctx() - len(request.tokens) + 1
+        ending = Ending(tokenizer.stream(shown=request.shown), request.max_tokens, room,
                         StopStrings(request.stop, tokenizer, request.shown), request.stop_ids | {STOPPED})
-        chosen = self._chosen(list(request.tokens), request.sampler, processors, criteria, stats, request.schema)
+        chosen = self._chosen(list(request.tokens), request.sampler, processors, criteria, stats,
+                              request.schema)
         with closing(chosen):
             for id, logits in chosen:
                 logprobs = log_softmax(logits)
@@ -282,25 +302,28 @@ class Llama:
     # ---- token by token
 
     def generate(
-        self, tokens, top_k=40, top_p=0.95, min_p=0.05, typical_p=1.0, temp=0.8, repeat_penalty=1.0, reset=True,
-        frequency_penalty=0.0, presence_penalty=0.0, tfs_z=1.0, mirostat_mode=0, mirostat_tau=5.0, mirostat_eta=0.1,
-        penalize_nl=True, logits_processor=None, stopping_criteria=None, grammar=None,
+        self, tokens, top_k=40, top_p=0.95, min_p=0.05, typical_p=1.0, temp=0.8, repeat_penalty=1.0,
+        reset=True, frequency_penalty=0.0, presence_penalty=0.0, tfs_z=1.0, mirostat_mode=0, mirostat_tau=5.0,
+        mirostat_eta=0.1, penalize_nl=True, logits_processor=None, stopping_criteria=None, grammar=None,
     ) -> Generator[int, Sequence[int] | None, None]:
-        """Ids that follow some tokens (reset=False: and the text before them), without an end: also beyond the model's end of
-        text. What is sent to the generator follows the last id. One token at a time, without guesses."""
+        """Ids that follow some tokens (reset=False: and the text before them), without an end: also
+        beyond the model's end of text. What is sent to the generator follows the last id. One token
+        at a time, without guesses."""
         given = dict(locals())
         arguments.refuse_changes(given, CALL_DEFAULTS)
         text = ([] if reset else list(self._text)) + filled(checks.ids("tokens", tokens, self.n_vocab()))
         self._check_room(text)
-        chosen = self._chosen(text, self._sampler(given), functions("logits_processor", logits_processor, LogitsProcessorList),
-                              functions("stopping_criteria", stopping_criteria, StoppingCriteriaList), Stats(),
-                              schema_of(arguments.grammar_of(given, self._live), self._tokenizer, text))
+        processors = functions("logits_processor", logits_processor, LogitsProcessorList)
+        criteria = functions("stopping_criteria", stopping_criteria, StoppingCriteriaList)
+        schema = schema_of(arguments.grammar_of(given, self._live), self._tokenizer, text)
+        chosen = self._chosen(text, self._sampler(given), processors, criteria, Stats(), schema)
         return sent_through(chosen, self.n_vocab())
 
     def _chosen(self, text: list[int], sampler: Sampler, processors, criteria, stats: Stats,
-                schema: Schema | None = None) -> Generator[tuple[int, np.ndarray], Sequence[int] | None, None]:
-        """Ids that follow a text, with the logits they were chosen from; what is sent follows the last id. It ends where a
-        stopping criterion is true."""
+                schema: Schema | None = None,
+                ) -> Generator[tuple[int, np.ndarray], Sequence[int] | None, None]:
+        """Ids that follow a text, with the logits they were chosen from; what is sent follows the last id. It
+        ends where a stopping criterion is true."""
         with self._lent(text) as session:
             stats.reused_tokens = session.sync(text[:-1])
             while True:
@@ -326,22 +349,25 @@ class Llama:
             self._hold(text, *(self._held if self._logits_all else ()), logits)
 
     def sample(
-        self, top_k=40, top_p=0.95, min_p=0.05, typical_p=1.0, temp=0.8, repeat_penalty=1.0, frequency_penalty=0.0,
-        presence_penalty=0.0, tfs_z=1.0, mirostat_mode=0, mirostat_eta=0.1, mirostat_tau=5.0, penalize_nl=True,
-        logits_processor=None, grammar=None, idx=None,
+        self, top_k=40, top_p=0.95, min_p=0.05, typical_p=1.0, temp=0.8, repeat_penalty=1.0,
+        frequency_penalty=0.0, presence_penalty=0.0, tfs_z=1.0, mirostat_mode=0, mirostat_eta=0.1,
+        mirostat_tau=5.0, penalize_nl=True, logits_processor=None, grammar=None, idx=None,
     ) -> int:
         """The id that follows the text so far, or its token number idx."""
         given = dict(locals())
         arguments.refuse_changes(given, CALL_DEFAULTS)
         if grammar is not None:
-            checks.refuse("grammar", "None, since one token does not tell where in it the text is; generate() takes one", grammar)
+            checks.refuse("grammar",
+                          "None, since one token does not tell where in it the text is; generate() takes one",
+                          grammar)
         with self._lock:
             if not self._text:
                 raise ArgumentError("there is no text yet to continue: expected eval() before sample()")
             n = len(self._text)
             at = n - 1 if idx is None else checks.whole("idx", idx, 0, n - 1)
             logits = self._rows(n - at)[0]
-            return choose(self._sampler(given), functions("logits_processor", logits_processor, LogitsProcessorList),
+            return choose(self._sampler(given),
+                          functions("logits_processor", logits_processor, LogitsProcessorList),
                           self._text[:at + 1], logits)
 
     def reset(self) -> None:
@@ -436,13 +462,15 @@ class Llama:
 
     def _check_room(self, tokens: Sequence[int]) -> None:
         if len(tokens) > self.n_ctx():
-            raise ContextFullError(f"the text has {len(tokens)} tokens, the context has room for {self.n_ctx()}")
+            raise ContextFullError(f"the text has {len(tokens)} tokens, "
+                                   f"the context has room for {self.n_ctx()}")
 
     def _sampler(self, given: Mapping, seed: int | None = None) -> Sampler:
         return arguments.sampler_of(given, self.last_n_tokens_size, self._next_seed(given, seed))
 
     def _next_seed(self, given: Mapping, seed: int | None) -> int:
-        """The seed of a call. One that is given stays for later ones; of create_*(), each call derives a new one."""
+        """The seed of a call. One that is given stays for later ones;
+        of create_*(), each call derives a new one."""
         with self._lock:
             if seed is not None:
                 self.set_seed(seed)
@@ -455,45 +483,52 @@ class Llama:
     def create_embedding(self, input, model=None) -> dict:
         """The embedding of a text, or of each of a list."""
         rows, n = self.embed([input] if isinstance(input, str) else input, return_count=True)
-        return {"object": "list", "data": [{"object": "embedding", "embedding": row, "index": i} for i, row in enumerate(rows)],
-                "model": self.model_path if model is None else model, "usage": {"prompt_tokens": n, "total_tokens": n}}
+        data = [{"object": "embedding", "embedding": row, "index": i} for i, row in enumerate(rows)]
+        return {"object": "list", "data": data, "model": self.model_path if model is None else model,
+                "usage": {"prompt_tokens": n, "total_tokens": n}}
 
     def embed(self, input, normalize=False, truncate=True, return_count=False):
-        """The embedding of a text as a list of numbers, or a list of them; return_count: and how many tokens were read.
-        truncate: what is longer than the context is cut, else refused."""
+        """The embedding of a text as a list of numbers, or a list of them; return_count: and how many tokens
+        were read. truncate: what is longer than the context is cut, else refused."""
         model = self._live
         ids = [self._tokenizer.encode(text) for text in checks.strings("input", input)]
         if not truncate:
             for tokens in ids:
                 self._check_room(tokens)
         ids = [tokens[:self.n_ctx()] for tokens in ids]
-        found = model.embed(ids, normalize=normalize, pooling=arguments.POOLINGS[self._pooling]) if ids else []
-        rows = [row.tolist() for row in found]
+        pooling = arguments.POOLINGS[self._pooling]
+        rows = [row.tolist() for row in model.embed(ids, normalize=normalize, pooling=pooling)] if ids else []
         output = rows[0] if isinstance(input, str) else rows
         return (output, sum(map(len, ids))) if return_count else output
 
     # ---- the vocabulary and the file
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
-        """Ids of a text as UTF-8. add_bos: begin and end it as the file asks; special: control tokens in it count."""
+        """Ids of a text as UTF-8. add_bos: begin and end it as the file asks;
+        special: control tokens in it count."""
         if not isinstance(text, (bytes, bytearray)):
             checks.refuse("text", "bytes", text)
         try:
             return self._tokenizer.encode(text.decode(), bos=add_bos, special=special)
         except UnicodeDecodeError as error:
-            raise ArgumentError(f"text: expected UTF-8, found byte {text[error.start]:#04x} at {error.start}") from None
+            at = error.start
+            raise ArgumentError(f"text: expected UTF-8, found byte {text[at]:#04x} at {at}") from None
 
-    def detokenize(self, tokens: Sequence[int], prev_tokens: Sequence[int] | None = None, special: bool = False) -> bytes:
-        """The bytes of some ids. special shows control tokens. Where the ids begin with BOS, the space that SentencePiece puts
-        before a text is left out."""
-        ids, silent = checks.ids("tokens", tokens, self.n_vocab()), frozenset() if special else self._tokenizer.vocab.silent
+    def detokenize(self, tokens: Sequence[int], prev_tokens: Sequence[int] | None = None,
+                   special: bool = False) -> bytes:
+        """The bytes of some ids. special shows control tokens. Where the ids begin with BOS, the space that
+        SentencePiece puts before a text is left out."""
+        ids = checks.ids("tokens", tokens, self.n_vocab())
+        silent = frozenset() if special else self._tokenizer.vocab.silent
         found = b"".join(self._tokenizer.piece(id) for id in ids if id not in silent)
         codec: Any = self._tokenizer._codec
-        return found.removeprefix(b" ") if codec.space_prefix and ids[:1] == [self._tokenizer.bos_id] else found
+        begins = codec.space_prefix and ids[:1] == [self._tokenizer.bos_id]
+        return found.removeprefix(b" ") if begins else found
 
     def n_ctx(self) -> int:
         """The most tokens of a text."""
-        return self._cap or (self._number("context_length") if self._model is None else self._model.config.n_ctx)
+        trained = self._number("context_length") if self._model is None else self._model.config.n_ctx
+        return self._cap or trained
 
     def n_embd(self) -> int:
         return self._number("embedding_length")
@@ -518,7 +553,8 @@ class Llama:
     @cached_property
     def metadata(self) -> dict[str, str]:
         """What the file says, as texts; without lists."""
-        return {key: written(value) for key, value in self._metadata.items() if isinstance(value, (bool, int, float, str))}
+        return {key: written(value) for key, value in self._metadata.items()
+                if isinstance(value, (bool, int, float, str))}
 
     def _number(self, key: str) -> int:
         value = self._metadata.get(f"{self._metadata.get('general.architecture')}.{key}", 0)
@@ -561,7 +597,8 @@ def draft_of(draft_model) -> tuple[object, str]:
     return draft_model, "auto"
 
 
-def sent_through(chosen: Generator[tuple, Sequence[int] | None, None], vocab_size: int) -> Generator[int, Sequence[int] | None, None]:
+def sent_through(chosen: Generator[tuple, Sequence[int] | None, None],
+                 vocab_size: int) -> Generator[int, Sequence[int] | None, None]:
     """The ids alone; what is sent is checked and passed on."""
     with closing(chosen):
         more: Sequence[int] | None = None
@@ -582,7 +619,8 @@ def read(session: Session, text: list[int], n: int) -> np.ndarray:
     return np.asarray(session.eval(text[end:], "all"))
 
 
-def choose(sampler: Sampler, processors: Callable | None, text: list[int], logits: np.ndarray, schema: Schema | None = None) -> int:
+def choose(sampler: Sampler, processors: Callable | None, text: list[int], logits: np.ndarray,
+           schema: Schema | None = None) -> int:
     if processors:
         logits = processors(np.array(text, np.intc), logits.copy())
     mask = None if schema is None else schema.mask(())
@@ -619,7 +657,8 @@ def matching(repo_id: str, pattern: str, there: Sequence[str]) -> str:
     """The one file that fits a pattern."""
     found = [name for name in there if fnmatch.fnmatch(name, pattern)]
     if len(found) != 1:
-        raise ArgumentError(f"{pattern}: expected one file of {repo_id} to fit, found {', '.join(found or there)}")
+        raise ArgumentError(f"{pattern}: expected one file of {repo_id} to fit, "
+                            f"found {', '.join(found or there)}")
     return found[0]
 
 

@@ -14,7 +14,8 @@ from ..grammar.asked import Asked
 
 
 class LogitsProcessorList(list):
-    """Functions of the ids so far, int32 (n,), and the logits, float32 (vocab_size,): each gives new logits."""
+    """Functions of the ids so far, int32 (n,), and the logits, float32 (vocab_size,):
+    each gives new logits."""
 
     def __call__(self, input_ids: np.ndarray, scores: np.ndarray) -> np.ndarray:
         for processor in self:
@@ -44,8 +45,8 @@ def functions(name: str, value, kind: type):
 
 @dataclass(frozen=True)
 class LlamaPromptLookupDecoding:
-    """As a draft_model: repetitions in the text are guessed. How long they are and how many tokens are guessed is found
-    out while decoding, whatever the values here."""
+    """As a draft_model: repetitions in the text are guessed. How long they are and how many tokens are
+    guessed is found out while decoding, whatever the values here."""
 
     max_ngram_size: int = 2
     num_pred_tokens: int = 10
@@ -53,7 +54,8 @@ class LlamaPromptLookupDecoding:
 
 @dataclass(frozen=True)
 class LlamaGrammar:
-    """A grammar's text, or that of a JSON schema. A Llama compiles it when it is used, and keeps what it compiled."""
+    """A grammar's text, or that of a JSON schema.
+    A Llama compiles it when it is used, and keeps what it compiled."""
 
     _grammar: str = field(kw_only=True)
     _is_schema: bool = field(default=False, kw_only=True)

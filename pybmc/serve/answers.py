@@ -62,12 +62,13 @@ class Offsets:
 
 
 def text_logprobs(tokenizer, entries: Iterable[tuple], n_top: int, offsets: Offsets) -> dict:
-    """The shape of the older completions. entries: (id, its log-probability, the likeliest ids with theirs); the first token of
-    a prompt has None."""
+    """The shape of the older completions. entries: (id, its log-probability, the likeliest ids with theirs);
+    the first token of a prompt has None."""
     found: dict[str, list] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for id, logprob, top in entries:
         name, value = spelled(tokenizer, id), None if logprob is None else finite(logprob)
-        likeliest: dict[str, float | None] = {spelled(tokenizer, other): finite(its) for other, its in top[:n_top]}
+        likeliest: dict[str, float | None] = {spelled(tokenizer, other): finite(its)
+                                              for other, its in top[:n_top]}
         likeliest |= {name: value} if n_top else {}
         for key, its in (("tokens", name), ("token_logprobs", value), ("text_offset", offsets.next(id)),
                          ("top_logprobs", None if logprob is None else likeliest)):
@@ -80,8 +81,9 @@ def text_logprobs(tokenizer, entries: Iterable[tuple], n_top: int, offsets: Offs
 
 @dataclass
 class Update:
-    """What is new of one answer. progress: tokens read, of how many, and the seconds since the first, each time. scores: of
-    the prompt's tokens, once they are known. At the end done is set, and error where it failed."""
+    """What is new of one answer. progress: tokens read, of how many, and the seconds since the first, each
+    time. scores: of the prompt's tokens, once they are known. At the end done is set, and error where it
+    failed."""
 
     index: int
     tokens: list[Token] = field(default_factory=list)
@@ -110,8 +112,8 @@ class Call:
 
 
 def last_tokens(tokens: Sequence[Token], text: str, stops: frozenset[int]) -> list[Token]:
-    """The last of some tokens, as many as a text takes, with those that are parts of its first character. stops: ids that
-    have no text."""
+    """The last of some tokens, as many as a text takes, with those that are parts of its first character.
+    stops: ids that have no text."""
     first, left = len(tokens), len(text)
     while first and (left > 0 or not tokens[first - 1].text):
         first -= 1
@@ -136,6 +138,7 @@ class Choice:
     finish_reason: str | None = None
     stop_string: str | None = None
     _held: list[Token] = field(default_factory=list)    # whose text has not come out yet
+    _n_given: int = 0                       # tokens that news() has given
 
     def take(self, update: Update) -> list[Event]:
         """The events that come with an update."""
@@ -147,7 +150,8 @@ class Choice:
             if token.finish_reason:
                 found += self.reader.flush()
             found = self._shared(found, token)
-            events += [event if isinstance(event, (CallBegin, End)) else replace(event, by=token.by) for event in found]
+            events += [event if isinstance(event, (CallBegin, End)) else replace(event, by=token.by)
+                       for event in found]
         for event in events:
             self._note(event)
         if update.done:
@@ -168,8 +172,8 @@ class Choice:
                 self.calls[index].arguments += text
 
     def _shared(self, events: list[Event], token: Token) -> list[Event]:
-        """The events that came with a token; it belongs to the first of them, or to the next one that has text. Those of
-        thoughts are counted, those of content go with it."""
+        """The events that came with a token; it belongs to the first of them, or to the next one that has
+        text. Those of thoughts are counted, those of content go with it."""
         self._held.append(token)
         if not events:
             return events
@@ -195,19 +199,26 @@ class Choice:
         """Its tokens without the one that only ended it."""
         return [token for token in self.tokens if token.id not in self.stops]
 
+    def news(self) -> list[Token]:
+        """Those of them that came since the last time."""
+        new, self._n_given = self.tokens[self._n_given:], len(self.tokens)
+        return [token for token in new if token.id not in self.stops]
+
 
 # ---- counts ------------------------------------------------------------------------------------------------
 
 
 def usage_of(choices: Sequence[Choice], n: int = 1, predicted: bool = False) -> dict:
-    """What a request took; the prompts count once, whatever the number n of answers to each is. predicted: it brought a
-    text that the answer may repeat."""
+    """What a request took; the prompts count once, whatever the number n of answers to each is. predicted: it
+    brought a text that the answer may repeat."""
     prompts = choices[::n]
-    read, written = sum(c.stats.prompt_tokens for c in prompts), sum(c.stats.predicted_tokens for c in choices)
+    read = sum(c.stats.prompt_tokens for c in prompts)
+    written = sum(c.stats.predicted_tokens for c in choices)
     details = {"reasoning_tokens": sum(c.reasoning_tokens for c in choices)}
     if predicted:
-        details |= {"accepted_prediction_tokens": sum(token.by == "ngram" for c in choices for token in c.tokens),
-                    "rejected_prediction_tokens": sum(c.stats.draft_n - c.stats.draft_n_accepted for c in choices)}
+        accepted = sum(token.by == "ngram" for c in choices for token in c.tokens)
+        rejected = sum(c.stats.draft_n - c.stats.draft_n_accepted for c in choices)
+        details |= {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": rejected}
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written,
             "prompt_tokens_details": {"cached_tokens": sum(c.stats.reused_tokens for c in prompts)},
             "completion_tokens_details": details}
@@ -227,35 +238,44 @@ def timings_of(stats: Stats) -> dict:
             "draft_n_accepted": stats.draft_n_accepted, "plain_per_second": stats.plain_tok_s}
 
 
-def usage_chunk(answer) -> dict:
-    """What a stream ends with where usage was asked for; llama-server's clients look for timings there."""
-    return {"choices": [], "usage": answer.usage(), "timings": timings_of(answer.choices[0].stats)}
-
-
 def progress_of(choice: Choice, update: Update, per_token: bool = False) -> list[dict]:
     """How far the prompt was read, as chunks tell it. per_token: with timings."""
     chunks = []
     for done, total, seconds in update.progress:
-        told = {"total": total, "cache": choice.stats.reused_tokens, "processed": done, "time_ms": 1e3 * seconds}
+        told = {"total": total, "cache": choice.stats.reused_tokens, "processed": done,
+                "time_ms": 1e3 * seconds}
         reading = Stats(done, choice.stats.reused_tokens, seconds)
         chunks.append({"prompt_progress": told} | ({"timings": timings_of(reading)} if per_token else {}))
     return chunks
 
 
-class OneAnswer:
-    """The one answer to a request, on a wire that has no words for several."""
+class Answers:
+    """The answers to a request, n to each prompt.
+    begin(), take() and last() give chunks to stream; whole() gives the answer."""
 
-    def __init__(self, choices: list[Choice]):
-        self.choices, self.choice = choices, choices[0]
+    def __init__(self, choices: list[Choice], n: int = 1):
+        self.choices, self.n = choices, n
 
     def begin(self) -> list[dict]:
         return []
 
+    def last(self) -> list[dict]:
+        """What follows when all answers have ended."""
+        return []
+
     def usage(self) -> dict:
-        return usage_of(self.choices)
+        return usage_of(self.choices, self.n)
 
 
-# ---- chat --------------------------------------------------------------------------------------------------
+class OneAnswer(Answers):
+    """The one answer to a request, on a wire that has no words for several."""
+
+    def __init__(self, choices: list[Choice]):
+        super().__init__(choices)
+        self.choice = choices[0]
+
+
+# ---- OpenAI's ----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -272,9 +292,48 @@ class Head:
                 "system_fingerprint": self.system_fingerprint}
 
 
+class OpenAIAnswers(Answers):
+    """What chats and completions have in common. object: what an answer is; chunk: what its chunks are.
+
+    n_top: None, or how many likeliest ids each token's log-probability comes with. usage: a stream ends with
+    the counts. per_token: chunks tell timings.
+    """
+
+    object = chunk = "text_completion"
+
+    def __init__(self, head: Head, tokenizer, choices: list[Choice], n: int, n_top: int | None, usage: bool,
+                 per_token: bool):
+        super().__init__(choices, n)
+        self.head, self.tokenizer, self.n_top = head, tokenizer, n_top
+        self._usage, self._per_token = usage, per_token
+
+    def last(self) -> list[dict]:
+        """The counts, if they were asked for; llama-server's clients look for timings there."""
+        return [self.head.dict(self.chunk) | {"choices": []} | self._counts()] if self._usage else []
+
+    def whole(self) -> dict:
+        choices = [{"index": choice.index, **self._choice(choice)} for choice in self.choices]
+        return self.head.dict(self.object) | {"choices": choices} | self._counts()
+
+    def _counts(self) -> dict:
+        return {"usage": self.usage(), "timings": timings_of(self.choices[0].stats)}
+
+    def _choice(self, choice: Choice) -> dict:
+        """An answer as a whole."""
+        raise NotImplementedError
+
+    def _told(self, choice: Choice, **told) -> dict:
+        """A chunk that tells something of an answer."""
+        usage = {"usage": None} if self._usage else {}
+        return self.head.dict(self.chunk) | {"choices": [{"index": choice.index, **told}]} | usage
+
+
+# ---- chat --------------------------------------------------------------------------------------------------
+
+
 def deltas(events: Iterable[Event], functions: bool = False) -> Iterator[tuple[dict, list[Event]]]:
-    """OpenAI's deltas of some events, each with the events that it tells; neighbours of one kind share one. functions: the first
-    call is told under its older name, and no other."""
+    """OpenAI's deltas of some events, each with the events that it tells; neighbours of one kind share one.
+    functions: the first call is told under its older name, and no other."""
     for _, its in groupby(events, lambda event: (type(event), getattr(event, "index", 0))):
         found = list(its)
         text = "".join(getattr(event, "text", "") for event in found)
@@ -297,26 +356,25 @@ def told_call(id: str, name: str, arguments: str) -> dict:
     return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-class ChatAnswer:
-    """The answers to a chat request. begin(), take() and last() give chunks to stream; whole() gives the answer.
+class ChatAnswer(OpenAIAnswers):
+    """The answers to a chat request. per_token: chunks also tell who guessed. predicted: as in usage_of.
+    functions: calls go by the older name."""
 
-    n_top: None, or how many likeliest ids each token's log-probability comes with. per_token: chunks tell timings and
-    who guessed. predicted: as in usage_of. functions: calls go by the older name.
-    """
+    object, chunk = "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, head: Head, tokenizer, choices: list[Choice], n_top: int | None = None, usage: bool = False,
-                 per_token: bool = False, predicted: bool = False, functions: bool = False):
-        self.head, self.tokenizer, self.choices, self.n_top = head, tokenizer, choices, n_top
-        self._usage, self._per_token, self._predicted, self._functions = usage, per_token, predicted, functions
-        self._told = [0] * len(choices)         # tokens whose log-probabilities have gone out
+    def __init__(self, head: Head, tokenizer, choices: list[Choice], n_top: int | None = None,
+                 usage: bool = False, per_token: bool = False, predicted: bool = False,
+                 functions: bool = False):
+        super().__init__(head, tokenizer, choices, len(choices), n_top, usage, per_token)
+        self._predicted, self._functions = predicted, functions
 
     def begin(self) -> list[dict]:
         return [self._chunk(choice, {"role": "assistant", "content": ""}) for choice in self.choices]
 
     def take(self, update: Update) -> list[dict]:
-        choice, chunks = self.choices[update.index], []
+        choice = self.choices[update.index]
         events = choice.take(update)
-        chunks += [self._chunk(choice, {}) | told for told in progress_of(choice, update, self._per_token)]
+        chunks = [self._chunk(choice, {}) | told for told in progress_of(choice, update, self._per_token)]
         for delta, its in deltas(events, self._functions):
             chunks.append(self._chunk(choice, delta, self._new_logprobs(choice))
                           | (self._per_token_extras(choice, its) if self._per_token else {}))
@@ -326,24 +384,20 @@ class ChatAnswer:
         return chunks
 
     def _per_token_extras(self, choice: Choice, events: list[Event]) -> dict:
-        pieces = [{"text": event.text, "by": event.by} for event in events if not isinstance(event, (CallBegin, End))]
+        pieces = [{"text": event.text, "by": event.by}
+                  for event in events if not isinstance(event, (CallBegin, End))]
         return {"timings": timings_of(choice.stats), "pybmc": {"pieces": pieces}}
 
-    def last(self) -> list[dict]:
-        """What follows when all answers have ended."""
-        return [self.head.dict("chat.completion.chunk") | usage_chunk(self)] if self._usage else []
-
     def usage(self) -> dict:
-        return usage_of(self.choices, len(self.choices), self._predicted)
+        return usage_of(self.choices, self.n, self._predicted)
 
-    def whole(self) -> dict:
-        choices = [{"index": choice.index, "message": self._message(choice), "logprobs": self._logprobs(choice.shown),
-                    "finish_reason": self._reason(choice)} for choice in self.choices]
-        return self.head.dict("chat.completion") | {"choices": choices, "usage": self.usage(),
-                                                    "timings": timings_of(self.choices[0].stats)}
+    def _choice(self, choice: Choice) -> dict:
+        return {"message": self._message(choice), "logprobs": self._logprobs(choice.shown),
+                "finish_reason": self._reason(choice)}
 
     def _message(self, choice: Choice) -> dict:
-        found: dict = {"role": "assistant", "content": choice.content or (None if choice.calls else ""), "refusal": None}
+        content = choice.content or (None if choice.calls else "")
+        found: dict = {"role": "assistant", "content": content, "refusal": None}
         found |= {"reasoning_content": choice.reasoning} if choice.reasoning else {}
         if self._functions and choice.calls:
             call = choice.calls[0]
@@ -352,35 +406,35 @@ class ChatAnswer:
         return found | ({"tool_calls": calls} if calls else {})
 
     def _reason(self, choice: Choice) -> str | None:
-        return "function_call" if self._functions and choice.finish_reason == "tool_calls" else choice.finish_reason
+        called = self._functions and choice.finish_reason == "tool_calls"
+        return "function_call" if called else choice.finish_reason
 
     def _chunk(self, choice: Choice, delta: dict, logprobs: dict | None = None,
                finish_reason: str | None = None) -> dict:
-        entry = {"index": choice.index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
-        return self.head.dict("chat.completion.chunk") | {"choices": [entry]} | ({"usage": None} if self._usage else {})
+        return self._told(choice, delta=delta, logprobs=logprobs, finish_reason=finish_reason)
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict | None:
         if self.n_top is None:
             return None
-        return {"content": [chat_logprob(self.tokenizer, token, self.n_top) for token in tokens], "refusal": None}
+        found = [chat_logprob(self.tokenizer, token, self.n_top) for token in tokens]
+        return {"content": found, "refusal": None}
 
     def _new_logprobs(self, choice: Choice) -> dict | None:
-        shown = choice.shown if self.n_top is not None else []
-        new, self._told[choice.index] = shown[self._told[choice.index]:], len(shown)
+        new = choice.news()
         return self._logprobs(new) if new else None
 
 
 # ---- completions -------------------------------------------------------------------------------------------
 
 
-class TextAnswer:
-    """The answers to a completion request, n to each prompt. prompts: (text, ids) of each; echo: the text comes first."""
+class TextAnswer(OpenAIAnswers):
+    """The answers to a completion request. prompts: (text, ids) of each; echo: the text comes first."""
 
     def __init__(self, head: Head, tokenizer, choices: list[Choice], prompts: list[tuple[str, list[int]]],
                  n_top: int | None = None, usage: bool = False, echo: bool = False, per_token: bool = False):
-        self.head, self.tokenizer, self.choices, self.prompts, self.n_top = head, tokenizer, choices, prompts, n_top
-        self.n, self.echo, self._usage, self._per_token = len(choices) // len(prompts), echo, usage, per_token
-        self._told = [0] * len(choices)         # tokens whose log-probabilities have gone out
+        super().__init__(head, tokenizer, choices, len(choices) // len(prompts), n_top, usage, per_token)
+        self.prompts, self.echo = prompts, echo
+        self._n_told = [0] * len(choices)       # tokens whose log-probabilities have gone out
         self._offsets = [Offsets(tokenizer) for _ in choices]
 
     def begin(self) -> list[dict]:
@@ -388,30 +442,23 @@ class TextAnswer:
         return [self._chunk(c, self._prompt(c)[0]) for c in self.choices if self.echo and self.n_top is None]
 
     def take(self, update: Update) -> list[dict]:
-        choice, first = self.choices[update.index], not self._told[update.index]
+        choice, first = self.choices[update.index], not self._n_told[update.index]
         text = "".join(event.text for event in choice.take(update) if isinstance(event, Content))
-        told = [self._chunk(choice, "") | progress for progress in progress_of(choice, update, self._per_token)]
+        progress = progress_of(choice, update, self._per_token)
+        told = [self._chunk(choice, "") | one for one in progress]
         if not text and not update.done:
             return told
-        logprobs = self._logprobs(choice, self._told[choice.index], self._offsets[choice.index])
+        logprobs = self._logprobs(choice, self._n_told[choice.index], self._offsets[choice.index])
         if logprobs:
-            self._told[choice.index] += len(logprobs["tokens"])
+            self._n_told[choice.index] += len(logprobs["tokens"])
             text = self._prompt(choice)[0] * (self.echo and first) + text
-        chunk = self._chunk(choice, text, logprobs, choice.finish_reason)
-        return [*told, chunk | {"timings": timings_of(choice.stats)} if update.done or self._per_token else chunk]
+        timings = {"timings": timings_of(choice.stats)} if update.done or self._per_token else {}
+        return [*told, self._chunk(choice, text, logprobs, choice.finish_reason) | timings]
 
-    def last(self) -> list[dict]:
-        return [self.head.dict("text_completion") | usage_chunk(self)] if self._usage else []
-
-    def usage(self) -> dict:
-        return usage_of(self.choices, self.n)
-
-    def whole(self) -> dict:
-        choices = [{"index": choice.index, "text": self._prompt(choice)[0] * self.echo + choice.content,
-                    "logprobs": self._logprobs(choice, 0, Offsets(self.tokenizer)),
-                    "finish_reason": choice.finish_reason} for choice in self.choices]
-        return self.head.dict("text_completion") | {"choices": choices, "usage": self.usage(),
-                                                    "timings": timings_of(self.choices[0].stats)}
+    def _choice(self, choice: Choice) -> dict:
+        return {"text": self._prompt(choice)[0] * self.echo + choice.content,
+                "logprobs": self._logprobs(choice, 0, Offsets(self.tokenizer)),
+                "finish_reason": choice.finish_reason}
 
     def _prompt(self, choice: Choice) -> tuple[str, list[int]]:
         return self.prompts[choice.index // self.n]
@@ -423,9 +470,10 @@ class TextAnswer:
         entries: list[tuple] = [(token.id, token.logprob, token.top) for token in choice.shown]
         if self.echo:
             ids = self._prompt(choice)[1]
-            entries = [(ids[0], None, ()), *((id, *score) for id, score in zip(ids[1:], choice.scores)), *entries]
+            scored = ((id, *score) for id, score in zip(ids[1:], choice.scores))
+            entries = [(ids[0], None, ()), *scored, *entries]
         return text_logprobs(self.tokenizer, entries[told:], self.n_top, offsets)
 
-    def _chunk(self, choice: Choice, text: str, logprobs: dict | None = None, finish_reason: str | None = None) -> dict:
-        entry = {"index": choice.index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
-        return self.head.dict("text_completion") | {"choices": [entry]} | ({"usage": None} if self._usage else {})
+    def _chunk(self, choice: Choice, text: str, logprobs: dict | None = None,
+               finish_reason: str | None = None) -> dict:
+        return self._told(choice, text=text, logprobs=logprobs, finish_reason=finish_reason)

@@ -34,7 +34,8 @@ def content_policy(page: str) -> str:
 def page_route(shown: bool = True) -> Route:
     """GET /: the page for browsers, a line for others."""
     page = PAGE.read_text(encoding="utf-8") if shown and PAGE.is_file() else None
-    headers = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer", "Cache-Control": "no-cache"}
+    headers = {"X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
+               "Cache-Control": "no-cache"}
     if page:
         headers["Content-Security-Policy"] = content_policy(page)
 
@@ -54,13 +55,14 @@ def make_app(policy: Policy | None = None, service: Service | None = None, page:
         if door.service is not None:
             door.service.close()
 
-    routes = [page_route(page), *openai.ROUTES, *responses.ROUTES, *messages.ROUTES, *ollama.ROUTES, *native.ROUTES,
-              *rerank.ROUTES, *slots.ROUTES]
+    routes = [page_route(page), *openai.ROUTES, *responses.ROUTES, *messages.ROUTES, *ollama.ROUTES,
+              *native.ROUTES, *rerank.ROUTES, *slots.ROUTES]
     door = Door(Router(routes, redirect_slashes=False, lifespan=lifespan), policy or Policy(), service)
     return door
 
 
 def app(model, draft=None, policy: Policy | None = None, threads: int | None = None, **settings) -> Door:
-    """The application for a model's file, loaded here: for other ASGI servers. settings: those of Settings."""
+    """The application for a model's file, loaded here: for other ASGI servers.
+    settings: those of Settings."""
     opened = Model(model, threads=threads)
     return make_app(policy, Service(opened, draft and Model(draft, threads=threads), Settings(**settings)))

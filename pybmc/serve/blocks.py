@@ -1,4 +1,5 @@
-"""An answer as blocks, one behind another: thoughts, texts, calls of tools. The Responses and the Messages API tell it so."""
+"""An answer as blocks, one behind another: thoughts, texts, calls of tools.
+The Responses and the Messages API tell it so."""
 
 from __future__ import annotations
 
@@ -17,8 +18,8 @@ SEAL = "pybmc:"                         # what a sealed thought begins with
 
 @dataclass
 class Block:
-    """kind: "thought", "text" or "call". text: of a call its arguments. cut: it ended with the last token that there may be.
-    call: id and name of a call. tokens: of a text; new: those of its last piece."""
+    """kind: "thought", "text" or "call". text: of a call its arguments. cut: it ended with the last token
+    that there may be. call: id and name of a call. tokens: of a text; new: those of its last piece."""
 
     index: int
     kind: str
@@ -46,7 +47,7 @@ class Blocks:
                         yield from self._mark(event)
                 case _:
                     text = "".join(getattr(event, "text", "") for event in several)
-                    tokens = [token for event in several if isinstance(event, Content) for token in event.tokens]
+                    tokens = [token for event in several for token in getattr(event, "tokens", ())]
                     yield from self._piece(kind, text, tokens) if text else ()
 
     def _mark(self, event: Event) -> Iterator[tuple[str, Block, str]]:
@@ -115,7 +116,9 @@ def sealed(thought: str) -> str:
 
 def unsealed(text: str) -> str:
     """The thought in it; "" in one of another server."""
+    if not text.startswith(SEAL):
+        return ""
     try:
-        return base64.b64decode(text.removeprefix(SEAL), validate=True).decode() if text.startswith(SEAL) else ""
+        return base64.b64decode(text.removeprefix(SEAL), validate=True).decode()
     except ValueError:
         return ""

@@ -1,4 +1,5 @@
-"""llama-server's fields about its chain of samplers: those not here are refused where they would change a text."""
+"""llama-server's fields about its chain of samplers:
+those not here are refused where they would change a text."""
 
 from __future__ import annotations
 
@@ -13,14 +14,14 @@ ORDER = {                               # of the samplers, and what leaves one o
 }
 OTHERS = ("dry", "top_n_sigma", "typ_p", "typical_p", "xtc", "adaptive_p", "infill")
 OFF = {                                 # fields of other samplers, and the values that switch those off
-    "dynatemp_range": (0, 0), "typical_p": (1, inf), "tfs_z": (1, inf), "top_n_sigma": (-inf, 0), "mirostat": (0, 0),
-    "dry_multiplier": (0, 0), "xtc_probability": (0, 0), "adaptive_target": (-inf, -1),
+    "dynatemp_range": (0, 0), "typical_p": (1, inf), "tfs_z": (1, inf), "top_n_sigma": (-inf, 0),
+    "mirostat": (0, 0), "dry_multiplier": (0, 0), "xtc_probability": (0, 0), "adaptive_target": (-inf, -1),
 }
 
 
 def left_out(fields: Fields) -> dict:
-    """Settings that leave out the samplers which `samplers` does not name. Refused: another order than ours, and other
-    samplers unless they are switched off."""
+    """Settings that leave out the samplers which `samplers` does not name. Refused: another order than ours,
+    and other samplers unless they are switched off."""
     for name, (low, high) in OFF.items():
         neutral = low if low > -inf else high
         if not low <= fields.number(name, neutral) <= high:
@@ -33,4 +34,5 @@ def left_out(fields: Fields) -> dict:
     ours = [name for name in names if name in ORDER]
     if ours != [name for name in ORDER if name in ours]:
         raise unsupported("samplers", f"in another order than {', '.join(ORDER)} is not supported here")
-    return {setting: value for name, off in ORDER.items() if name not in ours for setting, value in off.items()}
+    return {setting: value for name, off in ORDER.items() if name not in ours
+            for setting, value in off.items()}

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from ..errors import BmcError
-from .errors import Refused, error_body, refusal
+from .errors import Refused, busy, error_body, invalid, refusal
 from .http import Json
 from .worker import Gone
 
@@ -118,8 +118,7 @@ class Visit:
         self.scope, self.receive, self._send = scope, receive, send
         self.path = path_of(scope["path"])
         self.scope = scope | {
-            "path": self.path, "app": door, "pybmc.service": self.service, "pybmc.max_body": self.policy.max_body,
-            "pybmc.slots": self.policy.slots, "pybmc.metrics": self.policy.metrics, "pybmc.pull": self.policy.pull}
+            "path": self.path, "app": door, "pybmc.service": self.service, "pybmc.policy": self.policy}
         self.request = Request(self.scope, receive)
         told = self.request.headers.get("x-request-id", "")
         self.id = self.scope["pybmc.id"] = told if _REQUEST_ID.fullmatch(told) else secrets.token_hex(8)
@@ -135,7 +134,7 @@ class Visit:
                 await self._answer(Response(status_code=204, headers=self._preflight()))
                 return
             if self.service is None:
-                raise Refused(503, "loading_model", "the model is being loaded", headers={"Retry-After": "1"})
+                raise busy("loading_model", "the model is being loaded")
             self._check_key()
             await self.door.routes(self.scope, self.receive, self.send)
         except Gone:
@@ -161,16 +160,17 @@ class Visit:
     def _check_form(self) -> None:
         version = self.scope["http_version"]
         if version not in ("1.0", "1.1", "2", "3"):         # other servers have the later ones
-            raise Refused(400, "invalid_http", f"HTTP/{version} is not served here; expected HTTP/1.1", headers={"Connection": "close"})
+            raise Refused(400, "invalid_http", f"HTTP/{version} is not served here; expected HTTP/1.1",
+                          headers={"Connection": "close"})
         if self.scope.get("pybmc.crowded"):
-            raise Refused(503, "too_many_connections", "the server has as many connections as it takes", headers={"Retry-After": "1"})
+            raise busy("too_many_connections", "the server has as many connections as it takes")
         coding = self.request.headers.get("content-encoding", "identity")
         if coding.lower() != "identity":
             raise Refused(415, "unsupported_encoding", f"Content-Encoding is {coding!r:.40}; expected none")
 
     def _check_places(self) -> None:
         if not self.host and self.scope["http_version"] != "1.0":       # which no browser speaks
-            raise Refused(400, "invalid_value", "the request has no Host header", "Host")
+            raise invalid("Host", "the request has no Host header")
         if self.host and not host_allowed(self.host, self.policy.hosts):
             raise Refused(403, "host_not_allowed",
                           f"the host {self.host!r:.80} is not allowed; --allow-host declares one")
@@ -193,7 +193,8 @@ class Visit:
         given = (bearer or self.request.headers.get("x-api-key", "")).encode("utf-8", "replace")
         found = [i for i, key in enumerate(self.policy.keys) if hmac.compare_digest(key.encode(), given)]
         if not found:
-            raise Refused(401, "invalid_api_key", "the API key is missing or wrong; expected Authorization: Bearer KEY",
+            raise Refused(401, "invalid_api_key",
+                          "the API key is missing or wrong; expected Authorization: Bearer KEY",
                           headers={"WWW-Authenticate": "Bearer"})
         self.scope["pybmc.client"] = found[0]
 

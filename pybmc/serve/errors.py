@@ -1,4 +1,5 @@
-"""What a request may be refused with: a status, a code and a sentence; and how each family of routes writes it."""
+"""What a request may be refused with: a status, a code and a sentence;
+and how each family of routes writes it."""
 
 from __future__ import annotations
 
@@ -13,18 +14,21 @@ from ..errors import (
     UnsupportedSchemaError,
 )
 
-TYPES = {
-    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error",
-    405: "invalid_request_error", 408: "timeout_error", 413: "invalid_request_error", 415: "invalid_request_error", 429: "rate_limit_error",
-    500: "server_error", 501: "not_supported_error", 503: "unavailable_error",
+TYPES = {                               # of errors, by their status
+    400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
+    404: "not_found_error", 405: "invalid_request_error", 408: "timeout_error", 413: "invalid_request_error",
+    415: "invalid_request_error", 429: "rate_limit_error", 500: "server_error", 501: "not_supported_error",
+    503: "unavailable_error",
 }
-ANTHROPIC_TYPES = {500: "api_error", 501: "api_error", 503: "overloaded_error", 413: "request_too_large"}      # where they differ
+ANTHROPIC_TYPES = {                     # .. where they differ
+    413: "request_too_large", 500: "api_error", 501: "api_error", 503: "overloaded_error",
+}
 MESSAGES = ("/v1/messages", "/messages")
 
 
 class Refused(Exception):
-    """A request, or the rest of an answer, is refused. param: the field that is to blame. headers: more of the answer's.
-    counts: the numbers in the message, for programs."""
+    """A request, or the rest of an answer, is refused. param: the field that is to blame. headers: more of
+    the answer's. counts: the numbers in the message, for programs."""
 
     def __init__(self, status: int, code: str | None, message: str, param: str | None = None,
                  headers: dict | None = None, counts: dict | None = None):
@@ -42,25 +46,41 @@ def invalid(param: str, message: str) -> Refused:
     return Refused(400, "invalid_value", message, param)
 
 
+def wrong(param: str, why: str) -> Refused:
+    """The same; why: what is said behind its name."""
+    return invalid(param, f"{param} {why}")
+
+
 def no_model(name: str, names) -> Refused:
-    return Refused(404, "model_not_found", f"model '{name:.80}' not found; expected {', '.join(names)}", "model")
+    return Refused(404, "model_not_found", f"model '{name:.80}' not found; expected {', '.join(names)}",
+                   "model")
 
 
 def unsupported(param: str, why: str = "is not supported here") -> Refused:
     return Refused(400, "unsupported_parameter", f"{param} {why}", param)
 
 
+def busy(code: str, message: str, seconds: int = 1, status: int = 503) -> Refused:
+    """What may be asked for again in some seconds."""
+    return Refused(status, code, message, headers={"Retry-After": str(seconds)})
+
+
+def shutting_down() -> Refused:
+    return Refused(503, "shutting_down", "the server is shutting down")
+
+
 def refusal(error: BmcError, fields=()) -> Refused:
     """What an error of the library means for a request; fields: its names, one of which may be to blame."""
     message = str(error)
     if isinstance(error, OutOfMemoryError):
-        return Refused(503, "out_of_memory", message, headers={"Retry-After": "5"})
+        return busy("out_of_memory", message, 5)
     if isinstance(error, DeviceError):
         return Refused(500, "device_failed", message)
     if isinstance(error, ContextFullError):
         return Refused(400, "context_length_exceeded", message)
     if isinstance(error, SchemaError):
-        return Refused(400, "unsupported_schema" if isinstance(error, UnsupportedSchemaError) else "invalid_schema", message)
+        unknown = isinstance(error, UnsupportedSchemaError)
+        return Refused(400, "unsupported_schema" if unknown else "invalid_schema", message)
     if isinstance(error, ArgumentError):
         words = message.replace(":", " ").split()
         return Refused(400, "invalid_value", message, words[0] if words and words[0] in fields else None)
@@ -70,8 +90,8 @@ def refusal(error: BmcError, fields=()) -> Refused:
 
 
 def openai_error(refused: Refused) -> dict:
-    return {"error": {"message": refused.message, "type": refused.type, "param": refused.param, "code": refused.code}
-            | refused.counts}
+    told = {"message": refused.message, "type": refused.type, "param": refused.param, "code": refused.code}
+    return {"error": told | refused.counts}
 
 
 def ollama_error(refused: Refused) -> dict:
@@ -79,7 +99,8 @@ def ollama_error(refused: Refused) -> dict:
 
 
 def anthropic_error(refused: Refused) -> dict:
-    return {"type": "error", "error": {"type": ANTHROPIC_TYPES.get(refused.status, refused.type), "message": refused.message}}
+    type = ANTHROPIC_TYPES.get(refused.status, refused.type)
+    return {"type": "error", "error": {"type": type, "message": refused.message}}
 
 
 def error_body(path: str, refused: Refused) -> dict:

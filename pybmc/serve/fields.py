@@ -10,7 +10,7 @@ from typing import NoReturn, overload
 
 from .. import checks
 from ..errors import ArgumentError
-from .errors import Refused, invalid, unsupported
+from .errors import Refused, unsupported, wrong
 
 DEPTH = 64                              # nesting of lists and objects
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -73,15 +73,30 @@ class Fields(dict):
         self.where = where
 
     def refuse(self, names) -> None:
-        """Refuse fields that ask for something: null, false, an empty list and an empty text ask for nothing."""
+        """Refuse fields that ask for something: null, false,
+        an empty list and an empty text ask for nothing."""
         for name in names:
             if self.get(name):
                 raise unsupported(self.where + name)
 
+    def wrong(self, name: str, why: str) -> Refused:
+        """A refusal of a field; why: what is said behind its name."""
+        return wrong(self.where + name, why)
+
+    def missing(self, name: str, expected: str) -> Refused:
+        return self.wrong(name, f"is missing; expected {expected}")
+
+    def needed(self, name: str) -> str:
+        """A text that is there, and not empty."""
+        found = self.text(name)
+        if not found:
+            raise self.missing(name, "a text")
+        return found
+
     def bad(self, name: str, expected: str) -> NoReturn:
         value = json.dumps(self[name], ensure_ascii=False)
         shown = value if len(value) <= 60 else value[:60] + ".."
-        raise invalid(self.where + name, f"{self.where}{name} is {shown}; expected {expected}")
+        raise self.wrong(name, f"is {shown}; expected {expected}")
 
     def _checked(self, check: Callable, name: str, default, expected: str, *bounds):
         if name not in self:
@@ -119,7 +134,7 @@ class Fields(dict):
     def listed(self, name: str, most: float = inf) -> list:
         found = self._of(list, name, [], "a list")
         if len(found) > most:
-            raise invalid(self.where + name, f"{self.where}{name} has {len(found)} elements; expected at most {most}")
+            raise self.wrong(name, f"has {len(found)} elements; expected at most {most}")
         return found
 
     def object(self, name: str) -> Fields:
@@ -132,7 +147,7 @@ class Fields(dict):
         if not isinstance(found, list) or not all(isinstance(text, str) and text for text in found):
             self.bad(name, "a text or a list of texts, none of them empty")
         if len(found) > most:
-            raise invalid(name, f"{name} has {len(found)} texts; expected at most {most}")
+            raise self.wrong(name, f"has {len(found)} texts; expected at most {most}")
         return found
 
     def choice(self, name: str, options, default=None):

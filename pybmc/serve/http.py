@@ -1,4 +1,5 @@
-"""From ASGI to fields, and from answers back: bodies with limits, answers whole or as streams, clients that leave."""
+"""From ASGI to fields, and from answers back:
+bodies with limits, answers whole or as streams, clients that leave."""
 
 from __future__ import annotations
 
@@ -6,14 +7,15 @@ import asyncio
 import json
 import logging
 import os
-from collections.abc import Coroutine, Hashable
+from collections.abc import AsyncIterator, Callable, Coroutine, Hashable
 from dataclasses import replace
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from ..errors import BmcError, printable
-from .errors import Refused, error_body, refusal
+from .answers import Update
+from .errors import Refused, busy, error_body, refusal
 from .fields import Fields, parse
 from .service import Service
 from .sessions import Lease
@@ -42,9 +44,10 @@ class Sse:
     """Server-sent events, as OpenAI's clients read them."""
 
     media_type = "text/event-stream"
+    done = b"data: [DONE]\n\n"
 
-    def __init__(self, done: bytes = b"data: [DONE]\n\n"):
-        self.done = done
+    def __init__(self, answer=None):
+        self.answer = answer
 
     @staticmethod
     def encode(chunk: dict) -> bytes:
@@ -59,13 +62,15 @@ class Sse:
         return self.encode(error_body(path, refused))
 
 
-class Named(Sse):
-    """Server-sent events whose names are their types. Clients of these do not count comments, so the answer makes an event
-    that tells that it is alive, and one that tells that it failed."""
+class Bare(Sse):
+    """Server-sent events without a mark at the end, as llama-server's own clients read them."""
 
-    def __init__(self, answer):
-        super().__init__(done=b"")
-        self.answer = answer
+    done = b""
+
+
+class Named(Bare):
+    """Server-sent events whose names are their types. Clients of these do not count comments, so the answer
+    makes an event that tells that it is alive, and one that tells that it failed."""
 
     @staticmethod
     def encode(chunk: dict) -> bytes:
@@ -78,13 +83,10 @@ class Named(Sse):
         return self.encode(self.answer.failed(refused))
 
 
-class Lines(Sse):
+class Lines(Bare):
     """A JSON object a line, as Ollama's clients read them."""
 
     media_type = "application/x-ndjson"
-
-    def __init__(self) -> None:
-        super().__init__(done=b"")
 
     @staticmethod
     def encode(chunk: dict) -> bytes:
@@ -121,7 +123,7 @@ async def fields_of(request: HttpRequest) -> Fields:
 
 
 async def body_of(request: HttpRequest) -> bytes:
-    most = request.scope["pybmc.max_body"]
+    most = request.scope["pybmc.policy"].max_body
     try:
         return await asyncio.wait_for(_read(request, most), BODY_SECONDS)
     except asyncio.TimeoutError:
@@ -149,8 +151,20 @@ async def _read(request: HttpRequest, most: int) -> bytes:
 # ---- answers -----------------------------------------------------------------------------------------------
 
 
-async def respond(request: HttpRequest, task: Task, answer, wire=None) -> Response:
-    """Let the engine write, and answer: whole, or as a stream on a wire. A client that leaves ends it, at once."""
+async def answered(request: HttpRequest, make: Callable, wire: type[Sse], stream: bool = False,
+                   fields: Fields | None = None) -> Response:
+    """The answer to a request for text. make: gives its task and its answer, of service, fields and client.
+    stream: whether it is a stream where the request does not say. fields: the request's, if they are read."""
+    service = writer_of(request)
+    fields = await fields_of(request) if fields is None else fields
+    streams = fields.flag("stream", stream)
+    task, answer = await in_pool(request, make, service, fields, client_of(request))
+    return await respond(request, task, answer, wire(answer) if streams else None)
+
+
+async def respond(request: HttpRequest, task: Task, answer, wire: Sse | None = None) -> Response:
+    """Let the engine write, and answer: whole, or as a stream on a wire.
+    A client that leaves ends it, at once."""
     service = service_of(request)
     lease = await _lease(service, task)
     try:
@@ -163,10 +177,10 @@ async def respond(request: HttpRequest, task: Task, answer, wire=None) -> Respon
     try:
         first = await run.next(service.settings.queue_seconds)
         if first is None:
-            raise Refused(503, "queue_timeout", f"the request waited for {service.settings.queue_seconds:g} seconds",
-                          headers={"Retry-After": "5"})
+            why = f"the request waited for {service.settings.queue_seconds:g} seconds"
+            raise busy("queue_timeout", why, 5)
         if wire:
-            return Stream(going, first, wire)
+            return Stream(wire, going.parts(first, wire), going.close, going.headers)
         going.take(first)
         while going.left:
             going.take(await run.next())
@@ -205,13 +219,10 @@ class Going:
         self.left, self.lease = len(task.requests), lease
         self.headers = {"x-pybmc-seed": str(task.seed), "Cache-Control": "no-store"}
         if task.ignored:
-            self.headers["x-pybmc-schema-ignored"] = printable(", ".join(map(ascii_only, task.ignored)), HEADER)
+            ignored = ", ".join(map(ascii_only, task.ignored))
+            self.headers["x-pybmc-schema-ignored"] = printable(ignored, HEADER)
         self._clock = service.metrics.clock(run.started)
-        self._watcher = asyncio.ensure_future(self._watch())
-
-    async def _watch(self) -> None:
-        await departure(self.request)
-        self.run.leave()
+        self._watcher = when_gone(request, run.leave)
 
     def take(self, update) -> list[dict]:
         self._clock.note(update)
@@ -226,12 +237,31 @@ class Going:
         self.request.scope["pybmc.counts"] = usage["prompt_tokens"], usage["completion_tokens"]
         if self.service.settings.log_texts:
             told = {"id": self.request.scope["pybmc.id"], "path": self.request.url.path,
-                    "prompts": [text for text, _ in self.task.prompts], "answers": [choice.told() for choice in choices]}
+                    "prompts": [text for text, _ in self.task.prompts],
+                    "answers": [choice.told() for choice in choices]}
             try:
                 with open(self.service.settings.log_texts, "ab", 0, opener=_private) as file:
                     file.write(dump(told) + b"\n")
             except OSError as error:
                 log.warning("%s: the texts are not logged: %s", told["id"], error.strerror)
+
+    async def parts(self, update: Update, wire: Sse) -> AsyncIterator[bytes]:
+        """What a stream has of the answer, from its first update on."""
+        try:
+            for chunk in self.answer.begin() + self.take(update):
+                yield wire.encode(chunk)
+            while self.left:
+                new = await self.run.next(SILENCE)
+                if new is None:
+                    yield wire.alive()
+                elif chunks := self.take(new):
+                    yield b"".join(map(wire.encode, chunks))
+            await self.save()
+            for chunk in self.answer.last():
+                yield wire.encode(chunk)
+        except Gone:
+            self.service.metrics.cancelled.inc()
+            raise
 
     async def save(self) -> None:
         """Save the session of an answer that has ended."""
@@ -255,12 +285,14 @@ def _private(path: str, flags: int) -> int:
 
 
 class Stream(Response):
-    """A stream of an answer's chunks; what goes wrong later is its last event."""
+    """A stream of parts on a wire; what goes wrong later is its last one.
+    close: called at the end, whatever that is."""
 
-    def __init__(self, going: Going, first, wire):
-        self.going, self.first, self.wire = going, first, wire
-        headers = going.headers | {"X-Accel-Buffering": "no", "Content-Type": wire.media_type}
-        self.coded = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+    def __init__(self, wire: Sse, parts: AsyncIterator[bytes], close: Callable[[], None], headers: dict):
+        self.wire, self.parts, self.close = wire, parts, close
+        headers = headers | {"X-Accel-Buffering": "no", "Content-Type": wire.media_type}
+        self.coded = [(name.lower().encode("latin-1"), value.encode("latin-1"))
+                      for name, value in headers.items()]
 
     async def __call__(self, scope, receive, send) -> None:
         async def put(data: bytes, more: bool = True) -> None:
@@ -268,37 +300,22 @@ class Stream(Response):
 
         try:
             await send({"type": "http.response.start", "status": 200, "headers": self.coded})
-            async for data in self._events():
-                await put(data)
+            async for part in self.parts:
+                await put(part)
             await put(self.wire.done, more=False)
         except Gone:
-            self.going.service.metrics.cancelled.inc()
+            pass
         except Refused as refused:
             await put(self.wire.failed(scope["path"], refused), more=False)
         finally:
-            self.going.close()
-
-    async def _events(self):
-        going, answer = self.going, self.going.answer
-        for chunk in answer.begin() + going.take(self.first):
-            yield self.wire.encode(chunk)
-        while going.left:
-            update = await going.run.next(SILENCE)
-            if update is None:
-                yield self.wire.alive()
-                continue
-            chunks = going.take(update)
-            if chunks:
-                yield b"".join(map(self.wire.encode, chunks))
-        await going.save()
-        for chunk in answer.last():
-            yield self.wire.encode(chunk)
+            self.close()
 
 
 async def in_pool(request: HttpRequest, function, *args):
     """Work of the pool, whose errors are the request's."""
     try:
-        return await while_here(request, service_of(request).in_pool(request.scope["pybmc.read"], function, *args))
+        work = service_of(request).in_pool(request.scope["pybmc.read"], function, *args)
+        return await while_here(request, work)
     except BmcError as error:
         raise refusal(error) from None
 
@@ -314,6 +331,15 @@ async def while_here(request: HttpRequest, work: Coroutine):
     finally:
         task.cancel()
         left.cancel()
+
+
+def when_gone(request: HttpRequest, leave: Callable[[], None]) -> asyncio.Task:
+    """A task that calls leave() when the client closes the connection."""
+    async def watch() -> None:
+        await departure(request)
+        leave()
+
+    return asyncio.create_task(watch())
 
 
 async def departure(request: HttpRequest) -> None:

@@ -10,67 +10,71 @@ from starlette.routing import Route
 
 from ..chat.calls import new_id
 from ..chat.tools import MOST, Tool, Tools, function_tool, offered
-from ..chat.turn import prompt_of
-from ..errors import ArgumentError
 from ..grammar.asked import Asked
 from .blocks import Block, BlockAnswer, sealed, unsealed
-from .errors import Refused, anthropic_error, invalid, unsupported
+from .errors import Refused, anthropic_error, unsupported, wrong
 from .fields import Fields
-from .http import Json, Named, client_of, fields_of, in_pool, respond, writer_of
-from .openai import check_model
+from .http import Json, Named, answered, fields_of, in_pool, writer_of
 from .service import Service
-from .slots import place_of
-from .tasks import blamed, chat_task_of, refuse_common, template_request, turn_from, turns_of, variables_of
+from .tasks import (
+    blaming,
+    chat_task_of,
+    check_model,
+    count_of,
+    refuse_common,
+    template_request,
+    turn_from,
+    variables_of,
+)
 
 REFUSED = ("container", "mcp_servers")
 CHANGING = "x-anthropic-"               # a system block that begins so differs from request to request
 SPACE = "\n\n"                          # between blocks of text
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
-DELTAS = {"thought": ("thinking_delta", "thinking"), "text": ("text_delta", "text"), "call": ("input_json_delta", "partial_json")}
+DELTAS = {"thought": ("thinking_delta", "thinking"), "text": ("text_delta", "text"),
+          "call": ("input_json_delta", "partial_json")}
 
 
 # ---- a request ---------------------------------------------------------------------------------------------
 
 
 async def messages(request: Request) -> Response:
-    service, fields = writer_of(request), await fields_of(request)
-    task, answer = await in_pool(request, task_of, service, fields, client_of(request))
-    return await respond(request, task, answer, Named(answer) if fields.flag("stream") else None)
+    return await answered(request, task_of, Named)
 
 
 async def count_tokens(request: Request) -> Response:
     service, fields = writer_of(request), await fields_of(request)
 
     def count() -> int:
-        given, tools, variables = asked(service, fields)
-        return len(prompt_of(service.template, given, tools, variables, **turns_of(fields, given)))
+        return count_of(service, fields, *asked(service, fields))
 
     return Json({"input_tokens": await in_pool(request, count)})
 
 
 def task_of(service: Service, fields: Fields, client):
     """The task of a request, and its answer."""
-    fields.flag("stream")
     most = fields.whole("max_tokens")
     if most is None:
-        raise invalid("max_tokens", "max_tokens is missing; expected a whole number, 0 or more")
+        raise fields.missing("max_tokens", "a whole number, 0 or more")
     given, tools, variables = asked(service, fields)
     base = template_request(service, fields, client, most, "stop_sequences")
-    task = chat_task_of(service, base, turn_from(service, fields, given, tools, wish_of(fields), variables),
-                        **place_of(service, fields))
+    turn = turn_from(service, fields, given, tools, wish_of(fields), variables)
+    task = chat_task_of(service, fields, base, turn)
     hidden = fields.object("thinking").choice("display", ("summarized", "omitted")) == "omitted"
     return task, MessageAnswer(task.choices(), service.name, hidden)
 
 
 def asked(service: Service, fields: Fields) -> tuple[list[dict], Tools | None, dict]:
-    """Messages, tools, and what the chat template is told of thinking: without a word about it, that there be none."""
+    """Messages, tools, and what the chat template is told of thinking:
+    without a word about it, that there be none."""
     check_model(service, fields)
     refuse_common(fields)
     fields.refuse(REFUSED)
-    quiet = {} if fields.keys() & {"thinking", "think", "enable_thinking"} else {"thinking": {"type": "disabled"}}
+    told = fields.keys() & {"thinking", "think", "enable_thinking"}
+    quiet = {} if told else {"thinking": {"type": "disabled"}}
     effort = fields.object("output_config").text("effort")
-    variables = variables_of(service, Fields(fields | quiet | ({"reasoning_effort": effort} if effort else {})))
+    variables = variables_of(service, fields, reasoning_effort=effort or None, **quiet)
     return messages_of(fields), tools_of(fields), variables
 
 
@@ -83,25 +87,24 @@ def wish_of(fields: Fields) -> Asked | None:
     given = place.object(name)
     given.choice("type", ("json_schema",))
     if not isinstance(given.get("schema"), dict):
-        raise invalid(f"{given.where}schema", f"{given.where}schema is missing or no object; expected a JSON schema")
+        raise wrong(f"{given.where}schema", "is missing or no object; expected a JSON schema")
     return Asked(f"{place.where}{name}", "schema", given["schema"])
 
 
 def tools_of(fields: Fields) -> Tools | None:
     given = fields.listed("tools", MOST)
-    try:
-        return offered(tuple(tool_of(tool, f"tools[{i}]") for i, tool in enumerate(given)), *choice_of(fields))
-    except ArgumentError as error:
-        raise blamed(error) from None
+    with blaming():
+        tools = tuple(tool_of(tool, f"tools[{i}]") for i, tool in enumerate(given))
+        return offered(tools, *choice_of(fields))
 
 
 def tool_of(given: object, place: str) -> Tool:
     if not isinstance(given, dict):
-        raise invalid(place, f"{place} is no object; expected a tool with name and input_schema")
+        raise wrong(place, "is no object; expected a tool with name and input_schema")
     if (given.get("type") or "custom") != "custom":
         raise unsupported(place, f"is of type {given['type']!r:.40}; expected a tool with input_schema")
     if given.get("input_schema") is None:
-        raise invalid(f"{place}.input_schema", f"{place}.input_schema is missing; expected a JSON schema of an object")
+        raise Fields(given, f"{place}.").missing("input_schema", "a JSON schema of an object")
     return function_tool(given, place, "input_schema")
 
 
@@ -119,27 +122,27 @@ def choice_of(fields: Fields) -> tuple[object, bool]:
 def messages_of(fields: Fields) -> list[dict]:
     given = fields.listed("messages", 4096)
     if not given:
-        raise invalid("messages", "messages is empty; expected at least one message")
-    texts = [block["text"] for block, _ in blocks_of(fields, "system", ("text",))]
+        raise wrong("messages", "is empty; expected at least one message")
+    texts = [block["text"] for block in blocks_of(fields, "system", ("text",))]
     system = [text for text in texts if not text.startswith(CHANGING)]
     found = [{"role": "system", "content": SPACE.join(system)}] if any(system) else []
     names: dict[str, str] = {}                  # of the functions called, by the ids of the calls
     for i, one in enumerate(given):
         place = f"messages[{i}]"
         if not isinstance(one, dict):
-            raise invalid(place, f"{place} is no object; expected one with role and content")
+            raise wrong(place, "is no object; expected one with role and content")
         message = Fields(one, f"{place}.")
         role = message.choice("role", ("user", "assistant", "system"))
         if role is None:
-            raise invalid(f"{place}.role", f"{place}.role is missing; expected user or assistant")
+            raise message.missing("role", "user or assistant")
         if "content" not in message:
-            raise invalid(f"{place}.content", f"{place}.content is missing; expected a text or a list of blocks")
+            raise message.missing("content", "a text or a list of blocks")
         found += [of_assistant(message, names)] if role == "assistant" else of_user(message, role, names)
     return found
 
 
-def blocks_of(fields: Fields, name: str, kinds: Sequence[str]) -> Iterator[tuple[Fields, str]]:
-    """The blocks of a field, each with its place; a text is one."""
+def blocks_of(fields: Fields, name: str, kinds: Sequence[str]) -> Iterator[Fields]:
+    """The blocks of a field; a text is one."""
     given = fields.get(name, [])
     if not isinstance(given, (str, list)):
         fields.bad(name, "a text or a list of blocks")
@@ -149,16 +152,16 @@ def blocks_of(fields: Fields, name: str, kinds: Sequence[str]) -> Iterator[tuple
         if kind not in kinds or not isinstance(block, dict):
             raise unsupported(place, f"is of type {kind!r:.40}; expected {', '.join(kinds)}")
         if kind == "text" and not isinstance(block.get("text"), str):
-            raise invalid(f"{place}.text", f"{place}.text is missing or no text")
-        yield Fields(block, f"{place}."), place
+            raise wrong(f"{place}.text", "is missing or no text")
+        yield Fields(block, f"{place}.")
 
 
 def of_user(message: Fields, role: str, names: dict[str, str]) -> list[dict]:
     """Texts as one message of the role, results of tools as messages of their own, in their order."""
     found: list[dict] = []
-    for block, place in blocks_of(message, "content", ("text", "tool_result")):
+    for block in blocks_of(message, "content", ("text", "tool_result")):
         if block["type"] == "tool_result":
-            found.append(result_of(block, place, names))
+            found.append(result_of(block, names))
         elif found and found[-1]["role"] == role:
             found[-1]["content"] += SPACE + block["text"]
         else:
@@ -166,36 +169,30 @@ def of_user(message: Fields, role: str, names: dict[str, str]) -> list[dict]:
     return found or [{"role": role, "content": ""}]
 
 
-def result_of(block: Fields, place: str, names: dict[str, str]) -> dict:
-    id = needed(block, "tool_use_id", place)
-    text = SPACE.join(part["text"] for part, _ in blocks_of(block, "content", ("text",)))
+def result_of(block: Fields, names: dict[str, str]) -> dict:
+    id = block.needed("tool_use_id")
+    text = SPACE.join(part["text"] for part in blocks_of(block, "content", ("text",)))
     failed = "Error: " if block.flag("is_error") else ""
-    return {"role": "tool", "tool_call_id": id, "content": failed + text} | ({"name": names[id]} if id in names else {})
+    name = {"name": names[id]} if id in names else {}
+    return {"role": "tool", "tool_call_id": id, "content": failed + text} | name
 
 
 def of_assistant(message: Fields, names: dict[str, str]) -> dict:
     texts, thoughts, calls = [], [], []
-    for block, place in blocks_of(message, "content", ("text", "thinking", "redacted_thinking", "tool_use")):
+    for block in blocks_of(message, "content", ("text", "thinking", "redacted_thinking", "tool_use")):
         match block["type"]:
             case "text":
                 texts.append(block["text"])
             case "thinking":
                 thoughts.append(block.text("thinking", "") or unsealed(block.text("signature", "")))
             case "tool_use":
-                id, name = needed(block, "id", place), needed(block, "name", place)
+                id, name = block.needed("id"), block.needed("name")
                 names[id] = name
                 function = {"name": name, "arguments": dict(block.object("input"))}
                 calls.append({"id": id, "type": "function", "function": function})
     thought = SPACE.join(filter(None, thoughts))
     return {"role": "assistant", "content": "".join(texts) or (None if calls else "")} \
         | ({"reasoning_content": thought} if thought else {}) | ({"tool_calls": calls} if calls else {})
-
-
-def needed(block: Fields, name: str, place: str) -> str:
-    found = block.text(name)
-    if not found:
-        raise invalid(f"{place}.{name}", f"{place}.{name} is missing; expected a text")
-    return found
 
 
 # ---- the answer --------------------------------------------------------------------------------------------
@@ -223,7 +220,8 @@ class MessageAnswer(BlockAnswer):
         return anthropic_error(refused)
 
     def begun(self, block: Block, text: str) -> list[dict]:
-        return [{"type": "content_block_start", "index": block.index, "content_block": self._block(block, {})}]
+        return [{"type": "content_block_start", "index": block.index,
+                 "content_block": self._block(block, {})}]
 
     def grown(self, block: Block, text: str) -> list[dict]:
         if self._hidden and block.kind == "thought":
@@ -251,8 +249,8 @@ class MessageAnswer(BlockAnswer):
     # ---- its parts
 
     def _message(self, content: list[dict], reason: str | None) -> dict:
-        return {"id": self._id, "type": "message", "role": "assistant", "model": self._model, "content": content,
-                "stop_reason": reason, "stop_sequence": None, "usage": self._usage()}
+        return {"id": self._id, "type": "message", "role": "assistant", "model": self._model,
+                "content": content, "stop_reason": reason, "stop_sequence": None, "usage": self._usage()}
 
     def _block(self, block: Block, given: dict | None, text: str = "") -> dict:
         match block.kind:

@@ -47,12 +47,13 @@ class Metrics:
         self.read.labels("read").inc(read)
         self.read.labels("cached").inc(stats.reused_tokens)
         self.drafted.inc(stats.draft_n)
-        self._prompt_tokens, self._prompt_seconds = self._prompt_tokens + read, self._prompt_seconds + stats.prompt_s
+        self._prompt_tokens += read
+        self._prompt_seconds += stats.prompt_s
         self._predicted_tokens += stats.predicted_tokens
+        self._predicted_seconds += stats.predicted_s
         self._cached_tokens += stats.reused_tokens
         self._longest = max(self._longest, stats.prompt_tokens + stats.predicted_tokens)
         self._checked += sum(n for k, n in stats.lengths.items() if k)
-        self._predicted_seconds += stats.predicted_s
 
     def embedded(self, n: int) -> None:
         """A pass read n tokens for embeddings."""
@@ -69,7 +70,8 @@ class Metrics:
         for name, help, value in (
                 ("pybmc_waiting", "Requests that wait", waiting),
                 ("pybmc_running", "Sequences that are read or written", len(running)),
-                ("pybmc_rows", "Rows of keys and values, those of ended sequences included; shared ones count each time", rows),
+                ("pybmc_rows", "Rows of keys and values, those of ended sequences included; "
+                               "shared ones count each time", rows),
                 ("pybmc_kept_rows", "Rows of ended sequences", kept.rows),
                 ("llamacpp:requests_processing", "Requests in work", len(running)),
                 ("llamacpp:requests_deferred", "Requests that wait", waiting),
@@ -86,7 +88,8 @@ class Metrics:
                 ("pybmc_steps", "Steps of the engine", worker.steps),
                 ("pybmc_busy_seconds", "Seconds in them", worker.busy_seconds),
                 ("llamacpp:prompt_tokens", "Prompt tokens read", self._prompt_tokens),
-                ("llamacpp:prompt_tokens_cached", "Prompt tokens that were there already", self._cached_tokens),
+                ("llamacpp:prompt_tokens_cached", "Prompt tokens that were there already",
+                 self._cached_tokens),
                 ("llamacpp:n_decode", "Steps of the engine, and passes for embeddings",
                  worker.steps + self._embedding_passes),
                 ("llamacpp:spec_decode_num_draft_tokens", "Guesses that were verified", _value(self.drafted)),

@@ -1,4 +1,5 @@
-"""POST /api/pull: bring a model of the hub to this machine, for clients of Ollama. One at a time, where --allow-pull is given."""
+"""POST /api/pull: bring a model of the hub to this machine, for clients of Ollama.
+One at a time, where --allow-pull is given."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import asyncio
 import logging
 import threading
 import time
+from collections.abc import AsyncIterator
 from contextlib import suppress
 
 from starlette.requests import Request
@@ -13,19 +15,21 @@ from starlette.responses import Response
 
 from ..errors import BmcError
 from ..hub import names, transfer
-from .errors import Refused, error_body, invalid
+from .errors import Refused, busy, shutting_down, unsupported, wrong
 from .fields import Fields
-from .http import Json, Lines, departure, fields_of, service_of
+from .http import Json, Lines, Stream, fields_of, service_of, when_gone
 from .service import Service
 from .worker import Gone
 
 log = logging.getLogger(__name__)
 
 EVERY = 0.2                             # seconds between two lines of progress
+SUCCESS = {"status": "success"}         # the last line
 
 
 class Pull:
-    """A model on its way, in a thread that hands lines to the event loop. leave() ends it at the next bytes that come."""
+    """A model on its way, in a thread that hands lines to the event loop.
+    leave() ends it at the next bytes that come."""
 
     def __init__(self, service: Service, name: str):
         self.service, self.name = service, name
@@ -34,12 +38,14 @@ class Pull:
         service.pulling = self
         threading.Thread(target=self._work, name="pybmc-pull", daemon=True).start()
 
-    async def next(self) -> dict:
-        """The next line. Raises Gone, or the Refused that ended it."""
-        line = await self._lines.get()
-        if isinstance(line, BaseException):
-            raise line
-        return line
+    async def lines(self) -> AsyncIterator[dict]:
+        """A line a step, as Ollama writes them. Raises Gone, or the Refused that ended it."""
+        yield {"status": "pulling manifest"}
+        while (line := await self._lines.get()) != SUCCESS:
+            if isinstance(line, BaseException):
+                raise line
+            yield line
+        yield SUCCESS
 
     def leave(self) -> None:
         """The client has gone, or has its answer."""
@@ -54,7 +60,7 @@ class Pull:
     def _work(self) -> None:
         try:
             transfer.pull(self.name, progress=self._note)
-            end: dict | BaseException = {"status": "success"}
+            end: dict | BaseException = SUCCESS
         except BmcError as error:
             end = Refused(404, "model_not_found", str(error), "model")
         except OSError as error:
@@ -87,68 +93,39 @@ class Pull:
 
 
 async def pull(request: Request) -> Response:
-    if not request.scope["pybmc.pull"]:
-        raise Refused(403, "disabled", "/api/pull is disabled: --allow-pull allows it; on the command line pybmc pull NAME "
-                                       "does it")
+    if not request.scope["pybmc.policy"].pull:
+        raise Refused(403, "disabled", "/api/pull is disabled: --allow-pull allows it; "
+                                       "on the command line pybmc pull NAME does it")
     service, fields = service_of(request), await fields_of(request)
     name, stream = hub_name(fields), fields.flag("stream", True)
     if service.closing:
-        raise Refused(503, "shutting_down", "the server is shutting down")
+        raise shutting_down()
     if service.pulling:
-        raise Refused(429, "queue_full", f"{service.pulling.name} is being pulled; expected one model at a time",
-                      headers={"Retry-After": "5"})
-    answer = PullAnswer(request, Pull(service, name))
-    return answer if stream else await answer.whole()
+        why = f"{service.pulling.name} is being pulled; expected one model at a time"
+        raise busy("queue_full", why, 5, 429)
+    pulled = Pull(service, name)
+    watcher = when_gone(request, pulled.leave)
+
+    def close() -> None:
+        watcher.cancel()
+        pulled.leave()
+
+    if stream:
+        parts = (Lines.encode(line) async for line in pulled.lines())
+        return Stream(Lines(), parts, close, {"Cache-Control": "no-store"})
+    try:
+        return Json([line async for line in pulled.lines()][-1])
+    finally:
+        close()
 
 
 def hub_name(fields: Fields) -> str:
     """The model that is asked for; Ollama's clients may add a tag that the hub does not have."""
     if fields.flag("insecure"):
-        raise Refused(400, "unsupported_parameter", "insecure is not supported here", "insecure")
+        raise unsupported("insecure")
     given = fields.text("model") or fields.text("name") or ""
     name = given.removesuffix(":latest")
     if names.parse(name) is None:
-        raise invalid("model", f"model is {given!r:.80}; expected the name of a model on the hub, as in user/repo:Q4_K_M")
+        raise wrong("model", f"is {given!r:.80}; "
+                             "expected the name of a model on the hub, as in user/repo:Q4_K_M")
     return name
-
-
-class PullAnswer(Response):
-    """A line a step, as Ollama writes them; or the last one alone."""
-
-    def __init__(self, request: Request, pull: Pull):
-        self._request, self._pull = request, pull
-        self._watcher = asyncio.ensure_future(self._watch())
-
-    async def _watch(self) -> None:
-        await departure(self._request)
-        self._pull.leave()
-
-    async def whole(self) -> Json:
-        try:
-            while (line := await self._pull.next()) != {"status": "success"}:
-                pass
-            return Json(line)
-        finally:
-            self._close()
-
-    async def __call__(self, scope, receive, send) -> None:
-        async def put(line: dict, more: bool = True) -> None:
-            await send({"type": "http.response.body", "body": Lines.encode(line), "more_body": more})
-
-        headers = [(b"content-type", Lines.media_type.encode()), (b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
-        try:
-            await send({"type": "http.response.start", "status": 200, "headers": headers})
-            await put(line := {"status": "pulling manifest"})
-            while line != {"status": "success"}:
-                line = await self._pull.next()
-                await put(line, line != {"status": "success"})
-        except Refused as refused:
-            await put(error_body(scope["path"], refused), more=False)
-        except Gone:
-            pass
-        finally:
-            self._close()
-
-    def _close(self) -> None:
-        self._watcher.cancel()
-        self._pull.leave()

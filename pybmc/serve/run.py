@@ -23,15 +23,17 @@ from .door import Door, Policy
 from .errors import Refused, openai_error
 from .http import BODY_SECONDS, dump
 from .service import Service
+from .worker import fulfil
 
 CONNECTIONS, KEEP_ALIVE, HEADER_BYTES = 256, 15, 32 << 10
-STALLED = 60.0                          # seconds in which a client reads nothing of what waits for it, until it is given up
-LOOKS = 0.005, 2.5                      # seconds between looks at a connection that may be closed: the first, and at most
+STALLED = 60.0                          # seconds in which a client reads nothing, until it is given up
+LOOKS = 0.005, 2.5                      # seconds between looks at a connection that may be closed: from, to
 
 
 @dataclass
 class Place:
-    """Where a server listens: hosts, with commas between them, and a port (0: a free one), or the path of a Unix socket."""
+    """Where a server listens: hosts, with commas between them, and a port (0: a free one),
+    or the path of a Unix socket."""
 
     host: str = "127.0.0.1"
     port: int = 8080
@@ -62,8 +64,8 @@ class Place:
         found = socket.socket(family, kind, proto)
         with _closing_on_error(found):
             found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                found.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, len(self.hosts) > 1)      # each host its own
+            if family == socket.AF_INET6:           # several hosts: each has an address of its own
+                found.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, len(self.hosts) > 1)
             found.bind(address)
             found.listen(CONNECTIONS)
         return found
@@ -72,8 +74,9 @@ class Place:
         """The path of a server that has gone is taken over; one of a server that answers is not."""
         found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with _closing_on_error(found):
-            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError), socket.socket(socket.AF_UNIX) as other:
-                other.connect(path)
+            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+                with socket.socket(socket.AF_UNIX) as other:
+                    other.connect(path)
                 raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
             with contextlib.suppress(FileNotFoundError):
                 if not stat.S_ISSOCK(os.lstat(path).st_mode):
@@ -101,8 +104,8 @@ def _closing_on_error(found: socket.socket):
 
 
 class Protocol(H11Protocol):
-    """Closes connections whose headers take too long, and those whose clients do not read. Answers clients that close their side
-    of the connection behind a request, and writes errors as the routes do."""
+    """Closes connections whose headers take too long, and those whose clients do not read. Answers clients
+    that close their side of the connection behind a request, and writes errors as the routes do."""
 
     _timer: asyncio.TimerHandle | None = None           # until headers have to be there
     _look: asyncio.TimerHandle | None = None            # at a client that has closed its side
@@ -135,18 +138,21 @@ class Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def send_400_response(self, msg: str) -> None:
-        refused = Refused(400, "invalid_http", f"the request is no HTTP/1.1, or its headers have more than {HEADER_BYTES} bytes")
+        refused = Refused(400, "invalid_http",
+                          f"the request is no HTTP/1.1, or its headers have more than {HEADER_BYTES} bytes")
         body = dump(openai_error(refused))
-        headers = [("content-length", str(len(body))), ("content-type", "application/json"), ("connection", "close")]
-        for event in (h11.Response(status_code=400, headers=headers, reason="Bad Request"), h11.Data(data=body), h11.EndOfMessage()):
+        headers = [("content-length", str(len(body))), ("content-type", "application/json"),
+                   ("connection", "close")]
+        for event in (h11.Response(status_code=400, headers=headers, reason="Bad Request"),
+                      h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event))
         self.transport.close()
 
     # ---- clients that close their side
 
     def eof_received(self) -> bool:         # type: ignore[override]  # asyncio looks at what it gives
-        """Whether the connection stays open. One that is closed answers whatever is sent with a reset; a client that only
-        says that nothing follows skips an interim answer, and waits for its own."""
+        """Whether the connection stays open. One that is closed answers whatever is sent with a reset; a
+        client that only says that nothing follows skips an interim answer, and waits for its own."""
         waits = self.cycle is not None and not self.cycle.more_body and not self.cycle.response_started
         if waits and self.scope["http_version"] == "1.1":
             self._probe()
@@ -154,7 +160,8 @@ class Protocol(H11Protocol):
 
     def _probe(self) -> None:
         if not self.cycle.response_started:
-            self.transport.write(self.conn.send(h11.InformationalResponse(status_code=100, headers=[], reason="Continue")))
+            interim = h11.InformationalResponse(status_code=100, headers=[], reason="Continue")
+            self.transport.write(self.conn.send(interim))
         self._look_at(LOOKS[0])
 
     def _look_at(self, seconds: float) -> None:
@@ -204,7 +211,8 @@ class Protocol(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, which sleeps while nothing happens, and ends in two steps: answers get `grace` seconds, then an error."""
+    """uvicorn's, which sleeps while nothing happens, and ends in two steps:
+    answers get `grace` seconds, then an error."""
 
     def __init__(self, config: uvicorn.Config, door: Door, grace: float):
         super().__init__(config)
@@ -220,8 +228,9 @@ class Server(uvicorn.Server):
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        signs = [sign for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(sign) != signal.SIG_IGN]
-        for sign in signs:                      # nohup ignores SIGHUP, which is sent where a terminal is closed
+        signs = [sign for sign in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+                 if signal.getsignal(sign) != signal.SIG_IGN]
+        for sign in signs:                      # nohup ignores SIGHUP, which a closed terminal sends
             loop.add_signal_handler(sign, self.stop)
         try:
             yield
@@ -245,9 +254,11 @@ class Server(uvicorn.Server):
 
 
 async def serve(place: Place, policy: Policy, load: Callable[[], Service], ready: Callable[[Service], None],
-                grace: float = 5.0, page: bool = True, started: Callable[[Server], None] = lambda server: None) -> None:
-    """Serve until a signal comes. The socket, bound already, answers while load() runs in a thread; what load() raises
-    ends the server and is raised. ready is called when the model can be used, started when there is a server."""
+                grace: float = 5.0, page: bool = True,
+                started: Callable[[Server], None] = lambda server: None) -> None:
+    """Serve until a signal comes. The socket, bound already, answers while load() runs in a thread;
+    what load() raises ends the server and is raised. ready is called when the model can be used,
+    started when there is a server."""
     door = make_app(policy, page=page)
     config = uvicorn.Config(
         door, http=Protocol, ws="none", lifespan="on", log_config=None, access_log=False, proxy_headers=False,
@@ -279,20 +290,6 @@ async def serve(place: Place, policy: Policy, load: Callable[[], Service], ready
 
 async def _in_thread(function: Callable):
     """The result of a function in a thread that an early end does not wait for."""
-    loop = asyncio.get_running_loop()
-    result = loop.create_future()
-
-    def settle(set_it, value) -> None:
-        if not result.done():
-            set_it(value)
-
-    def work() -> None:
-        try:
-            value, set_it = function(), result.set_result
-        except BaseException as error:
-            value, set_it = error, result.set_exception
-        with contextlib.suppress(RuntimeError):     # the loop is closed
-            loop.call_soon_threadsafe(settle, set_it, value)
-
-    threading.Thread(target=work, daemon=True, name="pybmc-load").start()
+    result = asyncio.get_running_loop().create_future()
+    threading.Thread(target=fulfil, args=(result, function), daemon=True, name="pybmc-load").start()
     return await result

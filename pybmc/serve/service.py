@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .. import __version__
 from ..chat.template import ChatTemplate
 from ..chat.tools import format_of
@@ -21,7 +23,7 @@ from ..engine.memory import usual_memory
 from ..engine.model import Model
 from ..errors import ArgumentError
 from ..spec.speculation import Speculation
-from .errors import Refused
+from .errors import Refused, shutting_down
 from .fill import fill_tokens
 from .metrics import Metrics
 from .sessions import Sessions, open_folder
@@ -33,13 +35,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 THREADS = 2                             # that tokenize and write templates ..
-LARGE = 64 << 10                        # .. of bodies up to this many bytes. Larger ones take turns: they cost seconds and memory
+LARGE = 64 << 10                        # .. of bodies up to this many bytes; larger ones take turns
 
 
 @dataclass
 class Settings:
-    """How a model is served; `pybmc serve --help` says what each means. sampling: pybmc.Sampler's settings; without a seed
-    each request gets a new one. template_variables: what the chat template gets where a request says nothing else."""
+    """How a model is served; `pybmc serve --help` says what each means. sampling: pybmc.Sampler's settings;
+    without a seed each request gets a new one. template_variables: what the chat template gets where a
+    request says nothing else."""
 
     names: Sequence[str] = ()
     parallel: int = 8
@@ -77,7 +80,8 @@ class Service:
     def __init__(self, model: Model, draft: Model | None = None, settings: Settings | None = None,
                  load_seconds: float = 0.0):
         self.model, self.settings = model, settings or Settings()
-        self._files = {path: marks for one in (model, draft) if one for path in one._file.paths if (marks := marks_of(path))}
+        self._files = {path: marks for one in (model, draft) if one for path in one._file.paths
+                       if (marks := marks_of(path))}
         if model.tokenizer is None:
             raise ArgumentError(f"{model.path} has no vocabulary: it cannot be served")
         given = self.settings
@@ -87,8 +91,8 @@ class Service:
         self.context = given.context or (model.config.n_ctx if self.writes else model.pass_tokens)
         self.template = ChatTemplate(given.chat_template, self.tokenizer)
         if self.writes and self.template.guessed:
-            log.warning("%s has no chat template: messages are written as for %s; --chat-template takes another", model.path,
-                        self.template.guessed)
+            log.warning("%s has no chat template: messages are written as for %s; "
+                        "--chat-template takes another", model.path, self.template.guessed)
         self.fill = fill_tokens(self.tokenizer)
         self.fingerprint = f"b{__version__}-{model.fingerprint[:12]}"
         self.metrics = Metrics(self)
@@ -96,13 +100,16 @@ class Service:
         self.pulling: Pull | None = None                # a model on its way from the hub
         memory = given.memory if given.memory is not None else usual_memory(model)
         if draft is not None and not self.writes:
-            raise ArgumentError(f"{model.path} is an encoder: it writes no text, so a draft model has nothing to guess")
+            raise ArgumentError(f"{model.path} is an encoder: it writes no text, "
+                                "so a draft model has nothing to guess")
         if given.sessions is not None and not self.writes:
             raise ArgumentError(f"{model.path} is an encoder: it has no sessions that could be saved")
         folder = None if given.sessions is None else open_folder(given.sessions)
-        self.speculation = Speculation(model, draft, given.spec if self.writes else "off", given.draft_max, given.draft_min)
-        self.worker = Worker(Engine(model, parallel=given.parallel, memory=memory, keep=True,
-                                    speculation=self.speculation, pass_seconds=given.pass_seconds), given.queue)
+        spec = given.spec if self.writes else "off"
+        self.speculation = Speculation(model, draft, spec, given.draft_max, given.draft_min)
+        engine = Engine(model, parallel=given.parallel, memory=memory, keep=True,
+                        speculation=self.speculation, pass_seconds=given.pass_seconds)
+        self.worker = Worker(engine, given.queue)
         self._small, self._large = (ThreadPoolExecutor(n, "pybmc-text") for n in (THREADS, 1))
         self.sessions: Any = None
         if folder is not None:
@@ -118,23 +125,24 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(pool, function, *args)
 
     def check_files(self) -> None:
-        """Refuse to go on with files that were written to: what is mapped of them is not what was loaded. Files that
-        took their names, or none, are no harm."""
+        """Refuse to go on with files that were written to: what is mapped of them is not what was loaded.
+        Files that took their names, or none, are no harm."""
         for path, before in self._files.items():
             now = marks_of(path)
             if now is not None and now[0] == before[0] and now != before:
-                raise Refused(503, "model_changed", "the file of the model was changed while it is served; start the server anew")
+                raise Refused(503, "model_changed",
+                              "the file of the model was changed while it is served; start the server anew")
 
     def submit(self, requests: list, slot: int | None = None) -> Run:
         self.check_files()
         if self.closing:
-            raise Refused(503, "shutting_down", "the server is shutting down")
+            raise shutting_down()
         return self.worker.submit(requests, slot)
 
     def stop(self) -> None:
         """End all answers with an error."""
         self.closing = True
-        over = Refused(503, "shutting_down", "the server is shutting down")
+        over = shutting_down()
         for run in list(self.worker.runs):
             run.fail(over)
         if self.pulling:
@@ -152,12 +160,17 @@ class Service:
             self.closed = True
 
     @cached_property
+    def n_params(self) -> int:
+        return sum(int(np.prod(tensor.shape)) for tensor in self.model._file.tensors.values())
+
+    @cached_property
     def capabilities(self) -> list[str]:
         """What the model can do here, in Ollama's words."""
         embeds = (self.settings.pooling or self.model.config.pooling.kind) != "rank"
         if not self.writes:
             return ["embedding"] * embeds
-        known = {"completion": True, "tools": format_of(self.template).prompts, "thinking": self.template.thinks, "insert": self.fill is not None,
+        known = {"completion": True, "tools": format_of(self.template).prompts,
+                 "thinking": self.template.thinks, "insert": self.fill is not None,
                  "embedding": embeds and self.model.config.pooling.kind != "none"}
         return [name for name, has in known.items() if has]
 

@@ -16,7 +16,7 @@ from ..engine.model import Model
 from ..engine.session import Session
 from ..engine.session_file import load, save
 from ..errors import BmcError, FormatError, OutOfMemoryError
-from .errors import Refused, invalid, refusal
+from .errors import Refused, busy, refusal, wrong
 from .worker import Worker
 
 log = logging.getLogger(__name__)
@@ -26,8 +26,8 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 def checked_name(name: str, field: str) -> str:
     if not NAME.fullmatch(name):
-        raise invalid(field, f"{field} is {name!r:.80}; "
-                      "expected a letter or digit, and up to 63 more of them, or of . _ -")
+        raise wrong(field, f"is {name!r:.80}; "
+                           "expected a letter or digit, and up to 63 more of them, or of . _ -")
     return name
 
 
@@ -47,8 +47,8 @@ def unsaved(name: str, error: Exception, field: str) -> Refused:
 
 
 class Sessions:
-    """Saved sessions in a folder, whose descriptor it closes. seconds: how long a request waits for another one
-    with the same name."""
+    """Saved sessions in a folder, whose descriptor it closes. seconds: how long a request waits for
+    another one with the same name."""
 
     def __init__(self, folder: int, model: Model, worker: Worker, context: int, seconds: float):
         self._folder = folder
@@ -67,13 +67,13 @@ class Sessions:
         try:
             await asyncio.wait_for(lock.acquire(), self.seconds)
         except asyncio.TimeoutError:
-            raise Refused(503, "queue_timeout", f"the session {name} was in use for {self.seconds:g} seconds",
-                          headers={"Retry-After": "5"}) from None
+            why = f"the session {name} was in use for {self.seconds:g} seconds"
+            raise busy("queue_timeout", why, 5) from None
         return Lease(self, name, lock)
 
     async def restore(self, name: str, field: str) -> tuple[list[int], int]:
-        """Let the engine have the rows in a file; their tokens, and bytes read. Raises OutOfMemoryError where it has
-        no room."""
+        """Let the engine have the rows in a file; their tokens, and bytes read. Raises
+        OutOfMemoryError where it has no room."""
         engine, size = self.worker.engine, self._stat(name).st_size
         if not await self.worker.call(lambda: engine.make_way(size)):
             raise OutOfMemoryError(f"the session {name} has {size} bytes, for which there is no memory now")
@@ -110,8 +110,8 @@ class Sessions:
 
 
 class Lease:
-    """A name that one request uses. ended() gets the session of its answer, by the engine's thread; close() lets go
-    of the name, once that session is saved."""
+    """A name that one request uses. ended() gets the session of its answer, by the engine's thread; close()
+    lets go of the name, once that session is saved."""
 
     def __init__(self, sessions: Sessions, name: str, lock: asyncio.Lock):
         self.sessions, self.name = sessions, name

@@ -12,7 +12,7 @@ from starlette.routing import Route
 
 from ..engine.sequence import Sequence
 from ..errors import BmcError
-from .errors import Refused, invalid, refusal, unsupported
+from .errors import Refused, busy, invalid, refusal, wrong
 from .fields import Fields
 from .http import Json, fields_of, service_of
 from .service import Service
@@ -21,23 +21,23 @@ from .worker import Slot
 
 
 async def slots(request: Request) -> Response:
-    if not request.scope["pybmc.slots"]:
+    if not request.scope["pybmc.policy"].slots:
         raise Refused(501, "disabled", "GET /slots is disabled by --no-slots")
     service = service_of(request)
     running = list(service.worker.engine.running)
     n = len(service.worker.slots)
     if len(running) >= n and request.query_params.get("fail_on_no_slot"):
-        raise Refused(503, "queue_full", f"all {n} slots are busy", headers={"Retry-After": "1"})
-    return Json([{"id": i, "n_ctx": service.context} | _described(slot.sequence if slot.sequence in running else None)
+        raise busy("queue_full", f"all {n} slots are busy")
+    return Json([{"id": i, "n_ctx": service.context} | _described(slot.sequence, running)
                  for i, slot in enumerate(service.worker.slots)])
 
 
-def _described(s: Sequence | None) -> dict:
-    told = {"is_processing": s is not None, "state": "idle"}
-    if s is None:
-        return told
-    return told | {"state": "reading" if s.reading else "writing", "n_prompt_tokens": len(s.prompt),
-                   "n_decoded": s.stats.predicted_tokens, "seconds": time.perf_counter() - s.since}
+def _described(s: Sequence | None, running: list[Sequence]) -> dict:
+    if s is None or s not in running:
+        return {"is_processing": False, "state": "idle"}
+    return {"is_processing": True, "state": "reading" if s.reading else "writing",
+            "n_prompt_tokens": len(s.prompt), "n_decoded": s.stats.predicted_tokens,
+            "seconds": time.perf_counter() - s.since}
 
 
 async def change(request: Request) -> Response:
@@ -46,10 +46,10 @@ async def change(request: Request) -> Response:
         raise Refused(501, "disabled", "saved sessions are disabled; pybmc serve --sessions DIR enables them")
     action = request.query_params.get("action", "")
     if action not in ACTIONS:
-        raise invalid("action", f"action is {action!r:.40}; expected one of {', '.join(ACTIONS)}")
+        raise wrong("action", f"is {action!r:.40}; expected one of {', '.join(ACTIONS)}")
     slot, i = _slot(service, request.path_params["id"])
     if slot.sequence in service.worker.engine.running:
-        raise Refused(503, "slot_busy", f"the slot {i} serves a request", headers={"Retry-After": "1"})
+        raise busy("slot_busy", f"the slot {i} serves a request")
     try:
         fields = await fields_of(request) if action != "erase" else Fields({})
         told = await ACTIONS[action](service, slot, fields)
@@ -108,23 +108,6 @@ async def erase(service: Service, slot: Slot, fields: Fields) -> dict:
 
 Action = Callable[[Service, Slot, Fields], Coroutine]
 ACTIONS: dict[str, Action] = {"save": save, "restore": restore, "erase": erase}
-
-
-def place_of(service: Service, fields: Fields) -> dict:
-    """Where a request runs, as arguments of a task: the slot that it asks for, and the session that it goes on with."""
-    slot = fields.whole("id_slot", -1, -1, len(service.worker.slots) - 1)
-    return {"slot": None if slot < 0 else slot, "session": _session_of(service, fields)}
-
-
-def _session_of(service: Service, fields: Fields) -> str | None:
-    name = fields.text("session")
-    if not name:
-        return None
-    if service.sessions is None:
-        raise unsupported("session", "needs a server with a folder for sessions: pybmc serve --sessions DIR")
-    if not fields.flag("cache_prompt", True):
-        raise unsupported("session", "without cache_prompt is not supported here")
-    return checked_name(name, "session")
 
 
 ROUTES = [Route("/slots", slots), Route("/slots/{id}", change, methods=["POST"])]

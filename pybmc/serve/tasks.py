@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from math import inf
 
@@ -13,7 +14,7 @@ from ..chat.events import Reader
 from ..chat.reader import Plain
 from ..chat.template import checked_variables
 from ..chat.tools import Tools, tools_of
-from ..chat.turn import Turn
+from ..chat.turn import Turn, prompt_of
 from ..engine.generate import encode_text
 from ..engine.request import Request
 from ..engine.sampler import Sampler
@@ -23,21 +24,25 @@ from ..grammar.asked import FIELDS, Asked, asked
 from ..grammar.grammar import Grammar
 from .answers import Choice
 from .chain import left_out
-from .errors import Refused, invalid, refusal, unsupported
+from .errors import Refused, invalid, no_model, refusal, unsupported, wrong
 from .fields import Fields
 from .fill import fill_prompt
 from .service import Service
+from .sessions import checked_name
 
 ANSWERS = 64                            # of one request, over all its prompts
 STOP_CHARACTERS = 256                   # of a stop string: it is looked for behind each token
-SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty",
-            "repeat_last_n")
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty",
+            "frequency_penalty", "repeat_last_n")
 BOUNDS = {"temperature": (0, 100), "repeat_penalty": (0.01, 100), "presence_penalty": (-100, 100),
           "frequency_penalty": (-100, 100)}
-REFUSED = ("images", "audio", "files", "web_search_options", "background", "previous_response_id", "conversation",
-           "lora", "post_sampling_probs", "multimodal_data")
+REFUSED = ("images", "audio", "files", "web_search_options", "background", "previous_response_id",
+           "conversation", "lora", "post_sampling_probs", "multimodal_data")
 TEXT_PARTS = ("text", "input_text", "output_text")
-MORE_OF_MESSAGES = ("name", "tool_calls", "function_call", "tool_call_id", "tool_name", "reasoning_content", "thinking")
+MORE_OF_MESSAGES = ("name", "tool_calls", "function_call", "tool_call_id", "tool_name", "reasoning_content",
+                    "thinking")
+
+Prompt = tuple[str, list[int]]          # a text and its ids
 
 
 @dataclass
@@ -47,7 +52,7 @@ class Task:
     requests: list[Request]
     n: int
     seed: int
-    prompts: list[tuple[str, list[int]]]        # text and ids of each
+    prompts: list[Prompt]
     reader: Callable[[], Reader] = Plain        # of each answer
     ignored: tuple[str, ...] = ()               # keywords of its schema without effect
     stops: frozenset[int] = field(default_factory=frozenset)
@@ -58,8 +63,15 @@ class Task:
         return [Choice(i, self.reader(), self.stops) for i in range(len(self.requests))]
 
 
+def check_model(service: Service, fields: Fields) -> None:
+    name = fields.text("model")
+    if service.settings.strict_model and name is not None and name not in service.names:
+        raise no_model(name, service.names)
+
+
 def refuse_common(fields: Fields, but: str = "") -> None:
-    """Fields that ask for what is not there. Those that ask for nothing are fine. but: one that a route has."""
+    """Fields that ask for what is not there. Those that ask for nothing are fine.
+    but: one that a route has."""
     fields.refuse(name for name in REFUSED if name != but)
     if set(fields.listed("modalities")) - {"text"}:
         raise unsupported("modalities", "beyond text are not supported here")
@@ -89,19 +101,18 @@ def sampler_of(service: Service, fields: Fields) -> Sampler:
 def bias_of(service: Service, fields: Fields) -> dict[int, float]:
     """logit_bias: ids or texts, as a mapping or as llama-server's list of pairs, in which false bans."""
     given, found = fields.get("logit_bias", {}), {}
-    pairs = list(given.items()) if isinstance(given, dict) else given
-    if not isinstance(pairs, list) or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
+    pairs, size = list(given.items()) if isinstance(given, dict) else given, service.tokenizer.vocab_size
+    if not isinstance(pairs, list) \
+            or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in pairs):
         fields.bad("logit_bias", "an object of token ids or texts, with numbers from -100 to 100")
     for key, value in pairs:
         if value is False:
             value = -inf
         elif isinstance(value, bool) or not isinstance(value, (int, float)) or not -100 <= value <= 100:
-            raise invalid("logit_bias",
-                          f"logit_bias of {key!r:.40} is {value!r:.40}; expected a number from -100 to 100")
+            raise wrong("logit_bias", f"of {key!r:.40} is {value!r:.40}; expected a number from -100 to 100")
         for id in _biased(service, key):
-            if not 0 <= id < service.tokenizer.vocab_size:
-                raise invalid("logit_bias",
-                              f"logit_bias names token {id}; expected 0 to {service.tokenizer.vocab_size - 1}")
+            if not 0 <= id < size:
+                raise wrong("logit_bias", f"names token {id}; expected 0 to {size - 1}")
             found[id] = float(value)
     return found
 
@@ -110,18 +121,20 @@ def _biased(service: Service, key) -> list[int]:
     if isinstance(key, int) and not isinstance(key, bool):
         return [key]
     if not isinstance(key, str):
-        raise invalid("logit_bias", f"logit_bias names {key!r:.40}; expected a token id or a text")
+        raise wrong("logit_bias", f"names {key!r:.40}; expected a token id or a text")
     if key.isascii() and key.isdecimal() and len(key) < 10:
         return [int(key)]
     return service.tokenizer.encode(key, bos=False, special=True)
 
 
 def speculates(service: Service, fields: Fields) -> bool:
-    """Whether guesses are made. A request can do without; which kind of guesses there are is the server's choice."""
+    """Whether guesses are made. A request can do without;
+    which kind of guesses there are is the server's choice."""
     ours, most = service.settings.spec, service.settings.draft_max
     fields.choice("spec", tuple(dict.fromkeys(("off", "auto", ours))))
     if 0 < fields.whole("draft_max", most) < most:
-        raise unsupported("draft_max", f"other than 0, and less than the server's {most}, is not supported here")
+        raise unsupported("draft_max",
+                          f"other than 0, and less than the server's {most}, is not supported here")
     return fields.get("spec") != "off" and fields.get("draft_max") != 0
 
 
@@ -136,12 +149,13 @@ def prediction_of(service: Service, fields: Fields) -> list[int]:
     return service.tokenizer.encode(text, bos=False)
 
 
-def template_request(service: Service, fields: Fields, client: Hashable, max_tokens: float, stops: str = "stop") -> Request:
+def template_request(service: Service, fields: Fields, client: Hashable, max_tokens: float,
+                     stops: str = "stop") -> Request:
     """A request with everything but the prompt. stops: the field with texts that end an answer."""
     stop = fields.texts(stops, 16)
     if any(len(text) > STOP_CHARACTERS for text in stop):
         longest = max(map(len, stop))
-        raise invalid(stops, f"{stops} has a text of {longest} characters; expected at most {STOP_CHARACTERS}")
+        raise fields.wrong(stops, f"has a text of {longest} characters; expected at most {STOP_CHARACTERS}")
     most, ends = min(max_tokens, service.context + 1), service.tokenizer.stop_ids
     return Request((), most, sampler_of(service, fields), stop, ends,
                    context=service.settings.context, speculate=speculates(service, fields), client=client,
@@ -151,16 +165,18 @@ def template_request(service: Service, fields: Fields, client: Hashable, max_tok
 
 def wish_of(fields: Fields, names: Sequence[str] = FIELDS) -> Asked | None:
     """What the answers have to follow. names: of the fields that may say so."""
-    try:
+    with blaming():
         return asked(fields, names)
+
+
+@contextmanager
+def blaming() -> Iterator[None]:
+    """Errors that begin with the name of a field, or with a place in the messages, are refusals of these."""
+    try:
+        yield
     except ArgumentError as error:
-        raise blamed(error) from None
-
-
-def blamed(error: ArgumentError) -> Refused:
-    """A refusal for an error that begins with the name of a field, or with a place in the messages."""
-    place = re.match(r"(?:messages|input)\[[\w.\[\]]+|text\.[\w.]+|\w+", str(error))
-    return Refused(400, "invalid_value", str(error), place[0] if place else None)
+        place = re.match(r"(?:messages|input)\[[\w.\[\]]+|text\.[\w.]+|\w+", str(error))
+        raise Refused(400, "invalid_value", str(error), place[0] if place else None) from None
 
 
 def compiled(field: str, make: Callable):
@@ -179,26 +195,29 @@ def grammar_of(service: Service, fields: Fields, names: Sequence[str] = FIELDS) 
     return compiled(wish.field, lambda: wish.compiled(service.model)) if wish else None
 
 
-def text_task_of(service: Service, base: Request, prompts: list[tuple[str, list[int]]], n: int = 1,
-                 grammar: Grammar | None = None, **more) -> Task:
-    """n answers to each prompt that is a text."""
-    return task_of(service, base, prompts, n, grammar.start if grammar else lambda: None,
-                   ignored=grammar.ignored if grammar else (), **more)
+def text_task_of(service: Service, fields: Fields, base: Request, prompts: list[Prompt], n: int = 1,
+                 names: Sequence[str] = FIELDS) -> Task:
+    """n answers to each prompt that is a text. names: of the fields that may say what the answers follow."""
+    grammar = grammar_of(service, fields, names)
+    return _task_of(service, fields, base, prompts, n, grammar.start if grammar else lambda: None,
+                    ignored=grammar.ignored if grammar else ())
 
 
-def chat_task_of(service: Service, base: Request, turn: Turn, n: int = 1, **more) -> Task:
+def chat_task_of(service: Service, fields: Fields, base: Request, turn: Turn, n: int = 1) -> Task:
     """n answers to a turn of a chat."""
-    return task_of(service, replace(base, shown=turn.shown), [("", turn.tokens)], n, turn.schema, reader=turn.reader,
-                   ignored=turn.ignored, **more)
+    return _task_of(service, fields, replace(base, shown=turn.shown), [("", turn.tokens)], n, turn.schema,
+                    reader=turn.reader, ignored=turn.ignored)
 
 
-def task_of(service: Service, base: Request, prompts: list[tuple[str, list[int]]], n: int, schema: Callable[[], Schema | None],
-            session: str | None = None, **more) -> Task:
-    """n answers to each prompt: the i-th samples with seed + i. schema: makes the state of what an answer follows."""
+def _task_of(service: Service, fields: Fields, base: Request, prompts: list[Prompt], n: int,
+             schema: Callable[[], Schema | None], **more) -> Task:
+    """n answers to each prompt: the i-th samples with seed + i.
+    schema: makes the state of what an answer follows."""
+    slot, session = slot_of(service, fields), session_of(service, fields)
     if session and n * len(prompts) > 1:
         raise unsupported("session", "with several answers is not supported here")
     if n * len(prompts) > ANSWERS:
-        raise invalid("n", f"n is {n} and there are {len(prompts)} prompts; expected at most {ANSWERS} answers")
+        raise wrong("n", f"is {n} and there are {len(prompts)} prompts; expected at most {ANSWERS} answers")
     for _, ids in prompts:
         if len(ids) > service.context:
             raise Refused(400, "context_length_exceeded",       # clients look for some of these words
@@ -206,21 +225,42 @@ def task_of(service: Service, base: Request, prompts: list[tuple[str, list[int]]
                           f"{service.context} tokens",
                           counts={"n_prompt_tokens": len(ids), "n_ctx": service.context})
     samplers = [replace(base.sampler, seed=base.sampler.seed + i) for i in range(n)]
-    requests = [replace(base, tokens=ids, sampler=sampler, schema=schema()) for _, ids in prompts for sampler in samplers]
-    return Task(requests, n, base.sampler.seed, prompts, stops=service.tokenizer.stop_ids, session=session, **more)
+    requests = [replace(base, tokens=ids, sampler=sampler, schema=schema())
+                for _, ids in prompts for sampler in samplers]
+    return Task(requests, n, base.sampler.seed, prompts, stops=service.tokenizer.stop_ids,
+                session=session, slot=slot, **more)
+
+
+def slot_of(service: Service, fields: Fields) -> int | None:
+    """The slot that a request asks for."""
+    slot = fields.whole("id_slot", -1, -1, len(service.worker.slots) - 1)
+    return None if slot < 0 else slot
+
+
+def session_of(service: Service, fields: Fields) -> str | None:
+    """The saved session that a request goes on with."""
+    name = fields.text("session")
+    if not name:
+        return None
+    if service.sessions is None:
+        raise unsupported("session", "needs a server with a folder for sessions: pybmc serve --sessions DIR")
+    if not fields.flag("cache_prompt", True):
+        raise unsupported("session", "without cache_prompt is not supported here")
+    return checked_name(name, "session")
 
 
 # ---- prompts -----------------------------------------------------------------------------------------------
 
 
-def text_prompts(service: Service, fields: Fields, name: str = "prompt") -> list[tuple[str, list[int]]]:
-    """A text, ids, both mixed in a list, llama-server's {"prompt_string": text}, or up to 64 of them; with their ids."""
+def text_prompts(service: Service, fields: Fields, name: str = "prompt") -> list[Prompt]:
+    """Up to 64 prompts, with their ids: each a text, ids, both mixed in a list, or llama-server's
+    {"prompt_string": text}."""
     given = fields.get(name)
     if given is None:
-        raise invalid(name, f"{name} is missing; expected a text, a list of token ids, or a list of either")
+        raise fields.missing(name, "a text, a list of token ids, or a list of either")
     found = several(given)
     if len(found) > ANSWERS:
-        raise invalid(name, f"{name} has {len(found)} prompts; expected at most {ANSWERS}")
+        raise wrong(name, f"has {len(found)} prompts; expected at most {ANSWERS}")
     return [_text_prompt(service, one, name) for one in found]
 
 
@@ -239,14 +279,14 @@ def plain_prompt(prompt, name: str):
     return parts.text("prompt_string")
 
 
-def _text_prompt(service: Service, given, name: str) -> tuple[str, list[int]]:
+def _text_prompt(service: Service, given, name: str) -> Prompt:
     prompt = plain_prompt(given, name)
     if not isinstance(prompt, (str, list)):
-        raise invalid(name, f"{name} has {json.dumps(given)[:60]}; expected a text or a list of token ids")
+        raise wrong(name, f"has {json.dumps(given)[:60]}; expected a text or a list of token ids")
     try:
         ids = encode_text(service.tokenizer, _ids_of(service, prompt) if isinstance(prompt, list) else prompt)
     except ArgumentError as error:
-        raise Refused(400, "invalid_value", str(error), name) from None
+        raise invalid(name, str(error)) from None
     return prompt if isinstance(prompt, str) else service.tokenizer.decode(ids), ids
 
 
@@ -261,8 +301,7 @@ def _ids_of(service: Service, prompt: list) -> list:
     return found
 
 
-def gap_prompt(service: Service, before: str, behind: str, name: str, begun: str = "",
-               extra=()) -> tuple[str, list[int]]:
+def gap_prompt(service: Service, before: str, behind: str, name: str, begun: str = "", extra=()) -> Prompt:
     if service.fill is None:
         raise unsupported(name, "needs a model with fill-in tokens, which this one does not have")
     return before, fill_prompt(service.tokenizer, service.fill, before, behind, begun, extra)
@@ -274,23 +313,20 @@ def turn_of(service: Service, fields: Fields, names: Sequence[str] = FIELDS, spl
     return turn_from(service, fields, messages, tools, wish, variables_of(service, fields), split)
 
 
-def turn_from(service: Service, fields: Fields, messages: list[dict], tools: Tools | None, wish: Asked | None, variables: dict,
-              split: bool = True) -> Turn:
+def turn_from(service: Service, fields: Fields, messages: list[dict], tools: Tools | None, wish: Asked | None,
+              variables: dict, split: bool = True) -> Turn:
     """The turn of messages and tools that are read from fields, with what else these say of it."""
     budget, turns = budget_of(service, fields), turns_of(fields, messages)
-    try:
+    with blaming():
         return compiled(wish.field if wish else "tools", lambda: Turn(
             service.model, service.template, messages, tools, variables, split, budget, wish=wish, **turns))
-    except ArgumentError as error:
-        raise blamed(error) from None
 
 
 def tools_asked(fields: Fields) -> Tools | None:
-    try:
-        return tools_of(fields.get("tools"), fields.get("tool_choice"), fields.flag("parallel_tool_calls", True),
+    parallel = fields.flag("parallel_tool_calls", True)
+    with blaming():
+        return tools_of(fields.get("tools"), fields.get("tool_choice"), parallel,
                         fields.get("functions"), fields.get("function_call"))
-    except ArgumentError as error:
-        raise blamed(error) from None
 
 
 def budget_of(service: Service, fields: Fields) -> int | None:
@@ -303,16 +339,20 @@ def budget_of(service: Service, fields: Fields) -> int | None:
 
 def turns_of(fields: Fields, messages: list[dict]) -> dict:
     """Whether the last message goes on, and whether an answer begins after it."""
-    begins, continued = fields.flag("add_generation_prompt", True), fields.flag("continue_final_message", True)
+    begins = fields.flag("add_generation_prompt", True)
+    continued = fields.flag("continue_final_message", True)
     if fields.get("add_generation_prompt") and fields.get("continue_final_message"):
         raise invalid("continue_final_message",
-                      "add_generation_prompt and continue_final_message are both true; expected one of them at most")
+                      "add_generation_prompt and continue_final_message are both true; "
+                      "expected one of them at most")
     goes_on = continued and messages[-1]["role"] == "assistant"
     return {"add_generation_prompt": begins or goes_on, "continue_final_message": continued}
 
 
-def variables_of(service: Service, fields: Fields) -> dict:
-    """What the chat template is given besides the messages."""
+def variables_of(service: Service, fields: Fields, **others) -> dict:
+    """What the chat template is given besides the messages. others: what a route's own fields come to, under
+    the names of the common ones; None: nothing."""
+    fields = Fields(fields | Fields(others))
     given = dict(fields.object("chat_template_kwargs"))
     try:
         given = checked_variables(given)
@@ -337,17 +377,23 @@ def reasoning_of(fields: Fields) -> dict:
         | ({} if switch is None else {"enable_thinking": switch, "thinking": switch})
 
 
+def count_of(service: Service, fields: Fields, messages: list[dict], tools: Tools | None,
+             variables: dict) -> int:
+    """How many tokens the prompt of messages and tools has."""
+    return len(prompt_of(service.template, messages, tools, variables, **turns_of(fields, messages)))
+
+
 def messages_of(fields: Fields, name: str = "messages") -> list[dict]:
     """Messages with text alone."""
     given = fields.listed(name, 4096)
     if not given:
-        raise invalid(name, f"{name} is empty; expected at least one message")
+        raise wrong(name, "is empty; expected at least one message")
     return [_message(message, f"{name}[{i}]") for i, message in enumerate(given)]
 
 
 def _message(given, where: str) -> dict:
     if not isinstance(given, dict):
-        raise invalid(where, f"{where} is {json.dumps(given)[:40]}; expected an object with role and content")
+        raise wrong(where, f"is {json.dumps(given)[:40]}; expected an object with role and content")
     message = Fields(given, f"{where}.")
     role = message.text("role")
     if not role:
@@ -358,7 +404,7 @@ def _message(given, where: str) -> dict:
     told = {name: message[name] for name in MORE_OF_MESSAGES if name in message}
     for i, call in enumerate(message.listed("tool_calls")):
         if not isinstance(call, dict):
-            raise invalid(f"{where}.tool_calls[{i}]", f"{where}.tool_calls[{i}] is {json.dumps(call)[:40]}; expected a call")
+            raise wrong(f"{where}.tool_calls[{i}]", f"is {json.dumps(call)[:40]}; expected a call")
     return {"role": {"developer": "system"}.get(role, role), "content": content_of(message, where)} | told
 
 
@@ -372,9 +418,8 @@ def content_of(message: Fields, where: str, name: str = "content") -> str | list
     for i, part in enumerate(content):
         if isinstance(part, str):
             continue
-        if not isinstance(part, dict) or part.get("type") not in TEXT_PARTS or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, dict) else part
+        kind = part.get("type") if isinstance(part, dict) else part
+        if not isinstance(part, dict) or kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
             place = f"{where}.{name}[{i}]"
-            raise Refused(400, "unsupported_parameter",
-                          f"{place} is of type {json.dumps(kind)[:40]}; expected text", place)
+            raise unsupported(place, f"is of type {json.dumps(kind)[:40]}; expected text")
     return [{"type": "text", "text": part if isinstance(part, str) else part["text"]} for part in content]

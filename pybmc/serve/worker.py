@@ -1,7 +1,7 @@
 """The engine's thread, and the way from the event loop to it and back.
 
-The thread owns the engine. Calls reach it through one queue; after each step it hands the loop one bundle of updates.
-Without requests it sleeps in the queue.
+The thread owns the engine. Calls reach it through one queue; after each step it hands the loop one bundle
+of updates. Without requests it sleeps in the queue.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..engine.request import Request
 from ..engine.sequence import Sequence
 from ..errors import BmcError, OutOfMemoryError
 from .answers import Update
-from .errors import Refused, refusal
+from .errors import Refused, busy, refusal
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class Run:
         self.closed = False
         self.left = len(requests)
         self.started = time.perf_counter()
-        self.reading: dict[int, float] = {}     # the thread's: when the step began in which a prompt's reading did
+        self.reading: dict[int, float] = {}     # the thread's: when the first step began that read a prompt
         self._updates: asyncio.Queue[Update | None] = asyncio.Queue()
 
     def deliver(self, updates: list[Update]) -> None:
@@ -57,7 +57,8 @@ class Run:
         self._updates.put_nowait(None)
 
     async def next(self, seconds: float | None = None) -> Update | None:
-        """The next update; None where none comes within some seconds. Raises Gone, or the Refused that ended a sequence."""
+        """The next update; None where none comes within some seconds.
+        Raises Gone, or the Refused that ended a sequence."""
         try:
             update = await asyncio.wait_for(self._updates.get(), seconds)
         except asyncio.TimeoutError:
@@ -111,8 +112,7 @@ class Worker:
         """Queue requests. slot: where they run, if it is free by then. Raises Refused where too many wait."""
         if len(self.waiting) >= self.queue:
             n = len(self.waiting)
-            raise Refused(429, "queue_full", f"{n} requests wait already; expected at most {self.queue}",
-                          headers={"Retry-After": "1"})
+            raise busy("queue_full", f"{n} requests wait already; expected at most {self.queue}", status=429)
         self._loop = asyncio.get_running_loop()
         run = Run(self, requests, slot)
         self.waiting.add(run)
@@ -132,22 +132,8 @@ class Worker:
 
     async def call(self, function: Callable[[], object]):
         """The result of a function that the engine's thread runs between two steps."""
-        loop = asyncio.get_running_loop()
-        result = loop.create_future()
-
-        def settle(set_it, value):
-            if not result.done():
-                set_it(value)
-
-        def call():
-            try:
-                value, set_it = function(), result.set_result
-            except Exception as error:
-                value, set_it = error, result.set_exception
-            with suppress(RuntimeError):        # the loop is closed
-                loop.call_soon_threadsafe(settle, set_it, value)
-
-        self._calls.put(call)
+        result = asyncio.get_running_loop().create_future()
+        self._calls.put(lambda: fulfil(result, function))
         return await result
 
     def close(self) -> None:
@@ -262,6 +248,20 @@ class Worker:
         self._updates = {}
         with suppress(RuntimeError):            # the loop is closed
             self._loop.call_soon_threadsafe(_deliver, dict(bundle))
+
+
+def fulfil(result: asyncio.Future, function: Callable[[], object]) -> None:
+    """Run a function in this thread, and let a future of the event loop have what it gives or raises."""
+    def settle(set_it, value) -> None:
+        if not result.done():
+            set_it(value)
+
+    try:
+        value, set_it = function(), result.set_result
+    except BaseException as error:
+        value, set_it = error, result.set_exception
+    with suppress(RuntimeError):                # the loop is closed
+        result.get_loop().call_soon_threadsafe(settle, set_it, value)
 
 
 def _deliver(bundle: dict[Run, list[Update]]) -> None:
