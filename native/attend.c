@@ -1,8 +1,8 @@
 /* Attention: every query over the rows of the cache that it sees.
  *
- * It is cut into tasks: a KV head and up to TASK_ROWS queries, rows (token, head of the group), token by token. Where that makes too
- * few for all threads, a task is cut into pieces, runs of chunks of the cache. Chunks are summed up one by one and merged in their
- * order either way: a cut changes nothing. */
+ * It is cut into tasks: a KV head and up to TASK_ROWS queries, rows (token, head of the group), token by
+ * token. Where that makes too few for all threads, a task is cut into pieces, runs of chunks of the cache.
+ * Chunks are summed up one by one and merged in their order either way: a cut changes nothing. */
 #include "pass.h"
 
 #include <math.h>
@@ -19,7 +19,8 @@ struct task {
     int begin, end;                 /* chunks that they see */
 };
 
-/* What chunks sum up to for each query: weighted rows, not divided yet, the largest score, the sum of weights. */
+/* What chunks sum up to for each query: weighted rows, not divided yet, the largest
+ * score, the sum of weights. */
 struct sums { float *o, *max, *sum; };
 
 static int group_size(const struct block *b) { return b->c.n_heads / b->c.n_kv_heads; }
@@ -34,8 +35,8 @@ static int task_tokens(const struct pass *p, const struct queries *a, int first)
     return n;
 }
 
-/* The rows that a token sees up to itself: its block's, or fewer where the pass says so. The first chunk is exempt: much
- * of a model's attention rests on a text's first tokens (StreamingLLM, arXiv 2309.17453). */
+/* The rows that a token sees up to itself: its block's, or fewer where the pass says so. The first chunk is
+ * exempt: much of a model's attention rests on a text's first tokens (StreamingLLM, arXiv 2309.17453). */
 static int window_of(const struct pass *p, const struct block *b, int tok, int chunk) {
     int window = b->c.window, last = p->at[tok].last;
     return chunk && last && (!window || last < window) ? last : window;
@@ -103,7 +104,8 @@ static void find_next_tiles(const struct pass *p, const struct queries *a, const
     find_tiles(p, a, t, more ? t->h : t->h + 1, more ? chunk + 1 : t->begin, tiles);
 }
 
-/* ALiBi's slope of a head: powers of 2^(-8/n) for the n heads that are a power of two, and for others those between. */
+/* ALiBi's slope of a head: powers of 2^(-8/n) for the n heads that are a power of two, and
+ * for others those between. */
 float attend_slope(const bmc_block *c, int head) {
     int n = 1;
     while (2 * n <= c->n_heads)
@@ -125,7 +127,8 @@ static void attend_chunk(const struct pass *p, const struct queries *a, const st
         int from[ATTN_ROWS], to[ATTN_ROWS], at[ATTN_ROWS], row = r, taken = 0;
         for (; r < t->n_rows && taken < ATTN_ROWS; r++) {
             int token = t->first + r / group, low = first_seen(p, b, token, chunk), high = end_seen(p, b, token), head = t->h * group + r % group;
-            if (high <= start || low >= start + CHUNK) {      /* sees nothing here; those that do stand together */
+            /* sees nothing here; those that do stand together */
+            if (high <= start || low >= start + CHUNK) {
                 if (taken)
                     break;
                 row = r + 1;
@@ -190,7 +193,8 @@ static void attend(const struct pass *p, const struct queries *a, const struct t
     finish_task(p, a, t, s);
 }
 
-/* The sums of every chunk of a piece, each on its own. Who finishes a task's last piece merges them all, in order. */
+/* The sums of every chunk of a piece, each on its own. Who finishes a task's last piece
+ * merges them all, in order. */
 static void attend_piece(const struct pass *p, const struct cut *c, const struct queries *a, const struct task *t, int piece,
                          float *scratch) {
     const bmc_model *m = p->model;
@@ -218,7 +222,8 @@ static void attend_tasks(const struct pass *p, const struct queries *a, int thre
     const int n_heads = a->block->c.n_kv_heads;
     int64_t from, to;
     while (pool_take(p->model->pool, thread, (int64_t)c.n_tasks * c.n_pieces, &from, &to))
-        for (int first = 0, n = task_tokens(p, a, 0), passed = 0; from < to; from++) {      /* passed: tasks before those of `first` */
+        /* passed: tasks before those of `first` */
+        for (int first = 0, n = task_tokens(p, a, 0), passed = 0; from < to; from++) {
             int number = (int)from / c.n_pieces;
             for (; number >= passed + n_heads; passed += n_heads) {
                 first += n;

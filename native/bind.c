@@ -88,7 +88,8 @@ static const char *full_name(const bmc_model *m, const bmc_tensor *t, char text[
     return text;
 }
 
-/* Where a tensor goes: its role and the part of it: the values themselves, or the bias or factors of a matrix. */
+/* Where a tensor goes: its role and the part of it: the values themselves, or the bias
+ * or factors of a matrix. */
 enum part { VALUES, BIAS, FACTORS };
 struct slot { const struct role *role; enum part part; int64_t n_rows, n_cols; };
 
@@ -115,7 +116,8 @@ static bool names(const struct role *r, const char *name, enum part *part) {
 /* The slot of a tensor: the one whose shape it has, else the first of that name. */
 static struct slot find_slot(const int64_t *e, const struct block *b, const struct role *const *lists, const bmc_tensor *t) {
     struct slot found = { 0 };
-    for (int exact = 1; exact >= 0; exact--)                /* a role of that name goes before a matrix's bias */
+    /* a role of that name goes before a matrix's bias */
+    for (int exact = 1; exact >= 0; exact--)
         for (const struct role *const *list = lists; *list; list++)
             for (const struct role *r = *list; r->name; r++) {
                 enum part part;

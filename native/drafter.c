@@ -10,10 +10,11 @@
 #include <string.h>
 
 static const double NOT_KNOWN = 1e-2;           /* seconds of a pass before one was seen */
-static const int FIRST_WINDOW = 32;             /* tokens of a text that a draft model reads before its first guess */
+/* tokens of a text that a draft model reads before its first guess */
+static const int FIRST_WINDOW = 32;
 
-/* What buckets of confidence promise before anything was seen. Two models' best tokens are the same more often than the draft
- * model is sure; a match of many tokens goes on more often than one of two. */
+/* What buckets of confidence promise before anything was seen. Two models' best tokens are the same more
+ * often than the draft model is sure; a match of many tokens goes on more often than one of two. */
 static void init_model(struct acceptance *a) {
     static const float edges[] = { 0.02f, 0.05f, 0.1f, 0.15f, 0.2f, 0.3f, 0.4f, 0.5f, 0.6f, 0.7f, 0.8f, 0.9f, 0.95f, 0.98f, 0.995f };
     enum { N = sizeof edges / sizeof *edges };

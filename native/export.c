@@ -4,7 +4,8 @@
 
 #include <string.h>
 
-/* What layers on a GPU keep follows what those here do, as if all were here: with the order of the layers, the bytes are the same. */
+/* What layers on a GPU keep follows what those here do, as if all were here: with the order of the layers,
+ * the bytes are the same. */
 enum { HALVES = 2 };
 
 static const struct arena *half_of(const bmc_session *s, int arena, int half) { return &s->arenas[arena + half * GPU_ROWS]; }

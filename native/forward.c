@@ -1,5 +1,6 @@
-/* The forward pass, once, for every architecture, batch and thread: a model is a list of blocks, and each adds to the residual
- * stream x what it makes of norm(x). What attention, feed-forwards and the other kinds do is in layers/. */
+/* The forward pass, once, for every architecture, batch and thread: a model is a list of blocks, and each
+ * adds to the residual stream x what it makes of norm(x). What attention, feed-forwards and the other
+ * kinds do is in layers/. */
 #include "clock.h"
 #include "cuda/cuda.h"
 #include "machine.h"

@@ -29,8 +29,8 @@ static bool chooses(const struct pass *p, int64_t i) {
     return span->next || span->logprob || span->n_top || span->given;
 }
 
-/* Logits of the wanted tokens, HEAD_ROWS of the vocabulary at a time: copied where they are asked for, or only the best
- * of them remembered, so that greedy decoding never writes a vocabulary's worth. */
+/* Logits of the wanted tokens, HEAD_ROWS of the vocabulary at a time: copied where they are asked for, or
+ * only the best of them remembered, so that greedy decoding never writes a vocabulary's worth. */
 static void logits(const struct pass *p, struct tokens in, int thread) {
     const bmc_model *m = p->model;
     const struct matrix *output = p->coarse ? &m->coarse : &m->output;
@@ -57,8 +57,8 @@ static void logits(const struct pass *p, struct tokens in, int thread) {
     }
 }
 
-/* Parts that get a second look. With 12, 24, 48 and 64 of them the best of 128k nearly equal logits was found 258, 283, 293 and
- * 293 times of 300. */
+/* Parts that get a second look. With 12, 24, 48 and 64 of them the best of 128k nearly equal logits was found
+ * 258, 283, 293 and 293 times of 300. */
 enum { LIKED = 48 };
 
 /* The logit that LIKED parts reach, or all of them where there are fewer. */
@@ -76,8 +76,8 @@ static float liked_least(const struct best *parts, int n_parts) {
     return top[n - 1];
 }
 
-/* For each wanted token, the LIKED parts whose best the coarse head likes most get that one's true logit, the threads taking
- * turns; what else they sum up to stays coarse. */
+/* For each wanted token, the LIKED parts whose best the coarse head likes most get that one's true logit, the
+ * threads taking turns; what else they sum up to stays coarse. */
 static void rescore(const struct pass *p, struct tokens in, int thread) {
     const bmc_model *m = p->model;
     float *own = scratch_of(p, thread);      /* (n_out, PANEL_ROWS) */
@@ -98,7 +98,8 @@ static void rescore(const struct pass *p, struct tokens in, int thread) {
     }
 }
 
-/* The best of all parts, the first of equals; sum: of e^(logit - best) over all ids, each logit as it is known best. */
+/* The best of all parts, the first of equals; sum: of e^(logit - best) over all ids, each
+ * logit as it is known best. */
 static struct best best_of_parts(const struct best *parts, size_t n, double *sum) {
     const struct best *best = parts;
     for (const struct best *part = parts; part < parts + n; part++)
@@ -120,9 +121,9 @@ static const bmc_sampler *sampler_of(const bmc_span *span) { return span->sample
 
 static struct candidate *room_of(const struct pass *p, int thread) { return (struct candidate *)(void *)(scratch_of(p, thread)); }
 
-/* The id that follows a token, chosen by a sampler from logits that bias, penalties and a mask may change first. top: the
- * largest logit. Without a sampler but with a mask it is the largest that is allowed. -1: none is. n_left: of candidates, in
- * room_of(). */
+/* The id that follows a token, chosen by a sampler from logits that bias, penalties and a mask may change
+ * first. top: the largest logit. Without a sampler but with a mask it is the largest that is allowed. -1:
+ * none is. n_left: of candidates, in room_of(). */
 static int32_t chosen(const struct pass *p, int64_t i, float top, float *lead, int *n_left, int thread) {
     const bmc_model *m = p->model;
     const bmc_span *span = p->out[i].span;

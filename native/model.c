@@ -63,7 +63,8 @@ static int check_block(const bmc_model *m, const struct block *b) {
     return 0;
 }
 
-/* A draft head is the target's in shape, and needs nothing but rows of what it has read: they can be taken back to any position. */
+/* A draft head is the target's in shape, and needs nothing but rows of what it has read: they can be
+ * taken back to any position. */
 static int check_head(const bmc_model *m) {
     const bmc_config *c = &m->c, *t = &m->target->c;
     const char *missing = !m->eh_proj.data ? "eh_proj" : !m->enorm.v ? "enorm" : !m->hnorm.v ? "hnorm" : NULL;
@@ -116,8 +117,9 @@ static void place(struct matrix *w, void *next) {
     *p += (bytes_of(w) + 63) / 64 * 64;
 }
 
-/* Panels [from, to) of a matrix into those of another, whose type may be another one; floats: room for
- * PANEL_ROWS rows on their way, or NULL. The file's pages are given back as they are done, a megabyte at a time. */
+/* Panels [from, to) of a matrix into those of another, whose type may be another one; floats:
+ * room for PANEL_ROWS rows on their way, or NULL. The file's pages are given back as they are
+ * done, a megabyte at a time. */
 static void make_panels(const struct matrix *w, const struct matrix *out, int64_t from, int64_t to,
                         float *floats) {
     const size_t file_bytes = file_row_bytes(w), cols = (size_t)w->n_cols;
@@ -201,7 +203,8 @@ static int finish_panels(bmc_model *m) {
 
 /* Where panels are made for a few rows at a time. */
 static int make_rooms(bmc_model *m) {
-    m->room_bytes = m->target && !m->cuda ? m->target->room_bytes : SOME;   /* its output matrix is among those */
+    /* its output matrix is among those */
+    m->room_bytes = m->target && !m->cuda ? m->target->room_bytes : SOME;
     model_each_matrix(m, measure_room, &m->room_bytes);
     m->rooms_bytes = 2 * (size_t)pool_size(m->pool) * m->room_bytes;
     m->rooms = memory_map(m->rooms_bytes);
@@ -272,7 +275,8 @@ int bmc_model_pack_within(bmc_model *m, int64_t bytes) {
     return status ? status : BMC_EXPERTS_LATE;
 }
 
-/* Whether reading two bits a weight, and a few rows in full, saves a third of the bytes at least, and many of them. */
+/* Whether reading two bits a weight, and a few rows in full, saves a third of the bytes at
+ * least, and many of them. */
 static bool coarse_pays(const bmc_model *m) {
     const struct matrix *w = &m->output;
     struct panel_size size = panel_size(TYPE_COARSE, w->n_cols);
@@ -511,8 +515,8 @@ static int build(bmc_model *m, const bmc_config *config, const bmc_tensor *tenso
     return status;
 }
 
-/* In a forked process: a pass of another thread is never finished. What it left in the buffers is overwritten by the
- * next pass, except for counters, which are 0 between passes. */
+/* In a forked process: a pass of another thread is never finished. What it left in the buffers is overwritten
+ * by the next pass, except for counters, which are 0 between passes. */
 static void renew(struct forkable *f) {
     bmc_model *m = (bmc_model *)(void *)((char *)f - offsetof(bmc_model, forkable));
     pthread_mutex_init(&m->lock, NULL);

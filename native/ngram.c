@@ -1,8 +1,8 @@
-/* An index of pairs: where each pair of tokens ended last, and for every position where its pair had ended before. Following
- * these places back finds matches, the latest first; a token costs nanoseconds to add.
+/* An index of pairs: where each pair of tokens ended last, and for every position where its pair had ended
+ * before. Following these places back finds matches, the latest first; a token costs nanoseconds to add.
  *
- * An edited copy leaves its source and comes back to it: a token that is close by there is enough, without a pair. The guess after
- * it goes on a match of one, those behind it the copy. */
+ * An edited copy leaves its source and comes back to it: a token that is close by there is enough, without a
+ * pair. The guess after it goes on a match of one, those behind it the copy. */
 #include "ngram.h"
 
 #include "bmc.h"
@@ -21,7 +21,8 @@ enum {
 struct slot { int32_t first, second, end; };        /* end 0: empty */
 
 struct ngrams {
-    int32_t *text, *before;         /* before[i]: where the pair that ends at i (tokens before it: i) ended before, or 0 */
+    int32_t *text, *before;         /* before[i]: where the pair that ends at i (tokens before
+                                       it: i) ended before, or 0 */
     int n, room;
     int hint;                       /* tokens at its beginning that are not the text's */
     struct slot *slots;             /* open addressing; n_slots is a power of two, at least twice room */
@@ -136,7 +137,8 @@ static int match_length(const struct ngrams *g, int place, int end) {
     return length;
 }
 
-/* Where the tokens before `end` were before, and how many of them: the latest of the longest matches; 0 where there is none. */
+/* Where the tokens before `end` were before, and how many of them: the latest of the longest matches;
+ * 0 where there is none. */
 static int match(const struct ngrams *g, int end, int *length) {
     int best = 0;
     *length = 0;
@@ -150,8 +152,8 @@ static int match(const struct ngrams *g, int end, int *length) {
     return best;
 }
 
-/* Where a copy that was left a few tokens ago goes on, as after an edit: behind the last token, where it stands close to
- * the place; 0 where it does not. length: the copy's. */
+/* Where a copy that was left a few tokens ago goes on, as after an edit: behind the last token, where it
+ * stands close to the place; 0 where it does not. length: the copy's. */
 static int rejoined(const struct ngrams *g, int *length) {
     for (int since = 1; since <= EDITED && since < g->n; since++) {
         int left = match(g, g->n - since, length);
@@ -165,7 +167,8 @@ static int rejoined(const struct ngrams *g, int *length) {
 int ngrams_propose(const struct ngrams *g, int k, int32_t *ids, double *lengths) {
     int length, from = match(g, g->n, &length);
     bool back = !from && (from = rejoined(g, &length));
-    for (int i = 0; from && i < k; i++) {           /* a match that reaches the end goes on into the proposal itself */
+    /* a match that reaches the end goes on into the proposal itself */
+    for (int i = 0; from && i < k; i++) {
         ids[i] = from + i < g->n ? g->text[from + i] : ids[from + i - g->n];
         lengths[i] = length + i < NGRAM_LONGEST ? length + i : NGRAM_LONGEST;
     }

@@ -67,7 +67,8 @@ static uint16_t small_float(float x) {
     return (uint16_t)((bits + 0x1000 - (112u << 23)) >> 13);
 }
 
-/* Of four equidistant levels, these are the best for a normal distribution: steps of its own size (Max 1960, table II). */
+/* Of four equidistant levels, these are the best for a normal distribution: steps of its own
+ * size (Max 1960, table II). */
 static void split_coarse(const void *block, struct split *s) {
     const block_coarse *b = block;
     float squares[8] = { 0 }, sum = 0;

@@ -15,12 +15,14 @@
 
 enum { PANEL_ROWS = 16 };
 
-/* Codes of 32 columns. u4: unit g in the low nibbles of byte block g, unit g + 4 in the high ones. u5: u4 and a plane
- * whose bit g is the fifth bit of unit g. u6: u4 and two planes of bit pairs, units 0-3 and 4-7. u2: two planes of bit
- * pairs. u3: u2 and a plane of third bits. u1: a plane whose bit g is unit g's; it stands for 0 or 2. Codes that index a
- * table of values: nl4 and fp4 (IQ4's and MXFP4's), iq3_xxs and iq3_s are u4, iq1 and iq2 are u3. */
+/* Codes of 32 columns. u4: unit g in the low nibbles of byte block g, unit g + 4 in the high ones. u5: u4 and
+ * a plane whose bit g is the fifth bit of unit g. u6: u4 and two planes of bit pairs, units 0-3 and 4-7. u2:
+ * two planes of bit pairs. u3: u2 and a plane of third bits. u1: a plane whose bit g is unit g's; it stands
+ * for 0 or 2. Codes that index a table of values: nl4 and fp4 (IQ4's and MXFP4's), iq3_xxs and iq3_s are
+ * u4, iq1 and iq2 are u3. */
 enum {
-    CODES_u1 = 64, CODES_u2 = 128, CODES_u3 = 192, CODES_u4 = 256, CODES_u5 = 320, CODES_u6 = 384,      /* bytes */
+    /* bytes */
+    CODES_u1 = 64, CODES_u2 = 128, CODES_u3 = 192, CODES_u4 = 256, CODES_u5 = 320, CODES_u6 = 384,
     CODES_u8 = 512, CODES_nl4 = CODES_u4, CODES_fp4 = CODES_u4, CODES_iq1 = CODES_u3, CODES_iq2 = CODES_u3,
     CODES_iq3_xxs = CODES_u4, CODES_iq3_s = CODES_u4,
     BITS_u1 = 2, BITS_u2 = 2, BITS_u3 = 3, BITS_u4 = 4, BITS_u5 = 5, BITS_u6 = 6, BITS_u8 = 8, BITS_nl4 = 8,

@@ -10,9 +10,11 @@ enum { DENSE = 17 };                    /* up to here every width is a knot */
 
 /* Standard deviations of logarithms. */
 static const double NOISE = 0.08;                               /* of a single pass */
-static const double SPEED_WALK = 0.02;                          /* of what all widths share, from pass to pass */
+/* of what all widths share, from pass to pass */
+static const double SPEED_WALK = 0.02;
 static const double SHAPE = 0.12;                               /* of what an octave of width costs more */
-static const double ODD = 2.5;          /* deviations beyond which a pass counts less: the machine did something else meanwhile */
+static const double ODD = 2.5;          /* deviations beyond which a pass counts less:
+                                           the machine did something else meanwhile */
 static const int STREAK = 3;            /* odd passes in a row that may be accidents */
 static const double PER_TOKEN = 0.05;   /* what a token more costs where nothing is known, in passes of one */
 
@@ -103,7 +105,8 @@ void cost_recall(struct pass_cost *c) {
 
 static const double FADE = 0.95;        /* weight of what was seen one guess ago, within a bucket or a text */
 static const double PRIOR = 4;          /* guesses that a prior counts as */
-static const double FIRST_MEAN = 0.75;  /* share of a draft model's guesses that come true, before any was made: worth a try */
+static const double FIRST_MEAN = 0.75;  /* share of a draft model's guesses that come true,
+                                           before any was made: worth a try */
 
 void acceptance_init(struct acceptance *a, const float *edges, const double *priors, int n_classes) {
     *a = (struct acceptance){ .n_classes = n_classes };
@@ -132,8 +135,8 @@ void recent_learn(struct recent *r, double expected, bool came_true) {
 
 double recent_mean(const struct recent *r, double mean) { return (r->hits + PRIOR * mean) / (r->seen + PRIOR); }
 
-/* The odds of a chance are multiplied by the odds ratio of `hits` to `expected` out of `seen` guesses. What is added to all
- * counts lets few outcomes change little. */
+/* The odds of a chance are multiplied by the odds ratio of `hits` to `expected` out of `seen` guesses. What
+ * is added to all counts lets few outcomes change little. */
 double recent_adjust(const struct recent *r, double chance) {
     const double w = PRIOR / 2;
     double odds = (r->hits + w) / (r->seen - r->hits + w) * (r->seen - r->expected + w) / (r->expected + w);
@@ -162,7 +165,8 @@ double acceptance_mean(const struct acceptance *a) {
     return hits / seen;
 }
 
-/* Counts of an earlier run are reduced to PRIOR guesses a bucket, so that this run's texts soon outweigh them. */
+/* Counts of an earlier run are reduced to PRIOR guesses a bucket, so that this run's
+ * texts soon outweigh them. */
 void acceptance_recall(struct acceptance *a) {
     for (int i = 0; i < a->n_classes; i++) {
         double share = a->seen[i] > PRIOR ? PRIOR / a->seen[i] : 1;
@@ -173,7 +177,8 @@ void acceptance_recall(struct acceptance *a) {
 
 /* ---- how much may be lost */
 
-static const double GRANT = 4, BANK = 16;       /* plain tokens: what a sequence begins with, the most it keeps */
+/* plain tokens: what a sequence begins with, the most it keeps */
+static const double GRANT = 4, BANK = 16;
 static const double SHARE = 0.01;               /* of all time */
 
 void budget_pass_time(struct budget *b, double seconds, double one) {

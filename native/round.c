@@ -1,7 +1,9 @@
-/* Rounds of decoding, for one sequence or many: the only place where tokens are verified, chosen, accepted and taken back.
+/* Rounds of decoding, for one sequence or many: the only place where tokens are verified, chosen,
+ * accepted and taken back.
  *
- * A pass of the target over a text's last token and k guesses gives, row by row, what it chooses after each of them. As
- * long as a guess is that very token, the next row counts too. So the text is that of plain decoding, right or wrong as the guesses are. */
+ * A pass of the target over a text's last token and k guesses gives, row by row, what it chooses after each
+ * of them. As long as a guess is that very token, the next row counts too. So the text is that of plain
+ * decoding, right or wrong as the guesses are. */
 #include "clock.h"
 #include "error.h"
 #include "guess.h"
@@ -40,8 +42,8 @@ static uint8_t guesser(const struct turn *t) {
     return self ? 4 : (uint8_t)(t->source + 1);
 }
 
-/* What the round cost a turn, and gave it, against plain decoding. Passes count as what they usually take: how long this very
- * one took says more about the machine's other work. */
+/* What the round cost a turn, and gave it, against plain decoding. Passes count as what they usually take:
+ * how long this very one took says more about the machine's other work. */
 static void account(const struct group *g, struct turn *t, int given, int all_checked) {
     double plain = g->base.seconds / fmax(g->base.tokens, 1), gained = -t->charged;
     if (drafted(t) && all_checked)
@@ -62,7 +64,8 @@ static void settle(const struct group *g, struct turn *t, int all_checked, doubl
     bmc_session_rewind(s, s->position - (t->checked - accepted));
     if (draft && drafted(t)) {
         int known = t->length - draft->offset;                      /* rows of the text before the guesses */
-        if (!t->drafter->hidden)                                    /* a draft head reads those that came true with the target's states */
+        /* a draft head reads those that came true with the target's states */
+        if (!t->drafter->hidden)
             known += accepted;
         bmc_session_rewind(draft, smaller(known, draft->position));
     }

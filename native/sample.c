@@ -88,8 +88,8 @@ static int take(struct candidate *heap, int n, int k, struct candidate c) {
     return n;
 }
 
-/* The k largest, in any order; of equals the lower ids. As many blocks have a largest one of `least` or more, so that hardly
- * anything below them is looked at twice. */
+/* The k largest, in any order; of equals the lower ids. As many blocks have a largest one of `least` or more,
+ * so that hardly anything below them is looked at twice. */
 static int largest_k(const struct kernels *kernels, const float *logits, int n, int k, struct candidate *heap) {
     int found = 0;
     if (k < 1 || k >= n) {
@@ -111,8 +111,9 @@ static int largest_k(const struct kernels *kernels, const float *logits, int n, 
 
 static double weight(struct candidate c, float top) { return (double)expf(c.logit - top); }
 
-/* Moves the fewest candidates that weigh `target` together, the largest, to the front; how many they are, at least one.
- * Splits at a candidate and goes on in the part where the last of them is, until that is worth sorting. */
+/* Moves the fewest candidates that weigh `target` together, the largest, to the front; how many they
+ * are, at least one. Splits at a candidate and goes on in the part where the last of them is, until
+ * that is worth sorting. */
 static int nucleus(struct candidate *c, int n, double target, float top) {
     enum { FEW_LEFT = 64 };
     int low = 0, high = n;              /* the last one is among these; those before weigh `mass` */
@@ -149,8 +150,8 @@ static int nucleus(struct candidate *c, int n, double target, float top) {
 /* The least logit that min-p leaves. */
 static double least_of(const bmc_sampler *s, float top) { return s->min_p > 0 ? top + log(s->min_p) : -INFINITY; }
 
-/* What all filters leave where min-p decides alone, as it often does: no more than top-k are as likely as it asks for, and top-p's share
- * even of these takes in the least of them. 0: not so. */
+/* What all filters leave where min-p decides alone, as it often does: no more than top-k are as likely as it
+ * asks for, and top-p's share even of these takes in the least of them. 0: not so. */
 static int by_min_p(const struct kernels *kernels, const bmc_sampler *s, const float *logits, int n, int k, float top,
                     struct candidate *c) {
     double least = least_of(s, top), total = 0, smallest = 1;
@@ -191,8 +192,8 @@ static int likely(const bmc_sampler *s, struct candidate *c, int n, float top) {
 /* Colder is greedy but for exact ties. */
 static double warmth(const bmc_sampler *s) { return s->temperature > 1e-6 ? s->temperature : 1e-6; }
 
-/* E is more than x, so logit / temperature - log(x) is more than a score, and x's exponent bounds its logarithm: of a whole
- * vocabulary few ids are looked at closely. */
+/* E is more than x, so logit / temperature - log(x) is more than a score, and x's exponent bounds its
+ * logarithm: of a whole vocabulary few ids are looked at closely. */
 static int32_t draw(const bmc_sampler *s, const struct candidate *c, int n, float top, int position, const int32_t *names, float *lead) {
     const double temperature = warmth(s);
     const double ln2 = 0.6931471805599453, loudest = 53 * ln2;
@@ -250,8 +251,9 @@ static bool penalizes(const bmc_sampler *s) {
 
 bool sampler_alters(const bmc_sampler *s, const uint32_t *mask) { return mask || (s && (s->n_bias || penalizes(s))); }
 
-/* A positive logit is divided by the repeat penalty, a negative one multiplied; then the frequency penalty is taken off for
- * each time that the token occurs, and the presence penalty once. counts: (n_vocab,), any values. */
+/* A positive logit is divided by the repeat penalty, a negative one multiplied; then the frequency
+ * penalty is taken off for each time that the token occurs, and the presence penalty once. counts:
+ * (n_vocab,), any values. */
 static void penalize(const bmc_sampler *s, const int32_t *history, int n_history, float *logits, int n_vocab, int32_t *counts) {
     int n = s->last_n >= 0 && s->last_n < n_history ? s->last_n : n_history;
     const int32_t *recent = history + n_history - n;

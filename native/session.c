@@ -122,7 +122,8 @@ int bmc_session_fork(bmc_session *parent, int position, bmc_session **session) {
 }
 
 void bmc_session_free(bmc_session *s) {
-    if (!s || claim(s))             /* in use: by a thread of the parent of a forked process, which left it half changed */
+    if (!s || claim(s))             /* in use: by a thread of the parent of a forked process,
+                                       which left it half changed */
         return;
     for (int i = 0; i < ARENAS; i++)
         arena_free(&s->arenas[i]);
@@ -146,11 +147,12 @@ static bool lacks_rows(const bmc_session *s, int position) {
     return false;
 }
 
-/* How far back a session gets towards a position without evaluating tokens again: states may have to go farther, and where rows of
- * windows are gone it starts anew. */
+/* How far back a session gets towards a position without evaluating tokens again: states may have to go
+ * farther, and where rows of windows are gone it starts anew. */
 static int nearest(const bmc_session *s, int position) {
     int found = position, before;
-    do {                                        /* both places: one may have to go farther back than the other */
+    /* both places: one may have to go farther back than the other */
+    do {
         before = found;
         for (int i = 0; i < PLACES; i++)
             found = states_nearest(&s->states[i], found);
@@ -427,14 +429,16 @@ static int run_pass(struct pass *p) {
 /* Whether each token's logits are sampled from and have no other place to go. */
 static bool takes_rows(const bmc_span *span) { return !span->logits && needs_all(span, span->mask); }
 
-/* Whether a whole chunk for cuBLAS begins with token i of a span. Guesses are in none: they never come with that many tokens. */
+/* Whether a whole chunk for cuBLAS begins with token i of a span. Guesses are in none: they never come
+ * with that many tokens. */
 static bool chunk_begins(const bmc_model *m, const bmc_span *span, int i) {
     return m->cublas && m->cuda && (span->session->position + i) % BMC_PROMPT_CHUNK == 0 && span->n_tok - i >= BMC_PROMPT_CHUNK
            && !(span->want == BMC_WANT_ALL && takes_rows(span));
 }
 
-/* Whether a span that has to stay whole would be cut by the end of a pass. The text of a model that is not causal is read at once,
- * and guesses are in one pass since states can be taken back to where the last pass began. */
+/* Whether a span that has to stay whole would be cut by the end of a pass. The text of a model
+ * that is not causal is read at once, and guesses are in one pass since states can be taken back to
+ * where the last pass began. */
 static bool would_split(const struct pass *p, const bmc_span *span) {
     const bool whole = !p->model->c.causal || (span->want == BMC_WANT_ALL && span->n_tok <= LOG_MAX);
     const int sampled = takes_rows(span) ? span->n_tok : 0;
@@ -446,8 +450,8 @@ static bool is_full(const struct pass *p) {
     return p->n_tok == (p->chunk ? BMC_PROMPT_CHUNK : p->model->pass_max) || p->n_sampled == SAMPLED_MAX;
 }
 
-/* Passes of up to pass_max tokens, SAMPLED_MAX of them with a sampler, over all spans, one after the other. A chunk for cuBLAS is a
- * pass of its own. */
+/* Passes of up to pass_max tokens, SAMPLED_MAX of them with a sampler, over all spans, one after the other. A
+ * chunk for cuBLAS is a pass of its own. */
 static int run_passes(struct pass *p, const bmc_span *spans, int n) {
     int status = 0;
     for (int s = 0; s < n && !status; s++) {
@@ -479,8 +483,9 @@ static void advance(const bmc_model *m, const bmc_span *spans, int n) {
     }
 }
 
-/* The sessions as they were, after a pass that failed: states that it changed go back, and hidden states that it overwrote are gone. How far
- * states on a GPU got is not known: they go back to a snapshot, and the session with them. */
+/* The sessions as they were, after a pass that failed: states that it changed go back, and hidden states
+ * that it overwrote are gone. How far states on a GPU got is not known: they go back to a snapshot, and
+ * the session with them. */
 static void undo(const bmc_span *spans, int n) {
     for (int s = 0; s < n; s++) {
         bmc_session *session = spans[s].session;

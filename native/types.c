@@ -5,7 +5,8 @@
 const int8_t iq4_values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 const int8_t mxfp4_values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
-/* The order of the float operations is the definition of a type: scale times group scale first, then the weight. */
+/* The order of the float operations is the definition of a type: scale times group scale
+ * first, then the weight. */
 
 static void dequantize_f32(const void *blocks, int64_t n, float *out) {
     memcpy(out, blocks, (size_t)n * sizeof *out);

@@ -1,14 +1,16 @@
 /* The tensor types of GGUF: how their bytes lie and what they mean.
  *
- * A type is a block: block_size weights in type_size bytes. The diagrams below go from the first byte to the
- * last; 16-bit fields are little-endian. The structs are packed because a file may start a tensor anywhere. */
+ * A type is a block: block_size weights in type_size bytes. The diagrams below go from the first
+ * byte to the last; 16-bit fields are little-endian. The structs are packed because a file may
+ * start a tensor anywhere. */
 #ifndef TYPES_H
 #define TYPES_H
 
 #include <stdint.h>
 #include <string.h>
 
-enum {                          /* ggml's numbers, as files carry them; a number that is missing was retired */
+enum {                          /* ggml's numbers, as files carry them;
+                                   a number that is missing was retired */
     TYPE_F32 = 0, TYPE_F16 = 1, TYPE_Q4_0 = 2, TYPE_Q4_1 = 3, TYPE_Q5_0 = 6, TYPE_Q5_1 = 7, TYPE_Q8_0 = 8,
     TYPE_Q8_1 = 9, TYPE_Q2_K = 10, TYPE_Q3_K = 11, TYPE_Q4_K = 12, TYPE_Q5_K = 13, TYPE_Q6_K = 14,
     TYPE_Q8_K = 15, TYPE_IQ2_XXS = 16, TYPE_IQ2_XS = 17, TYPE_IQ3_XXS = 18, TYPE_IQ1_S = 19,
@@ -40,7 +42,8 @@ typedef struct { float w[COARSE_BLOCK]; } block_coarse;
 
 #pragma pack(push, 1)
 
-/* Types of 32. w[j] is the low nibble of qs[j], w[j + 16] the high one; bit j of qh is the fifth bit of w[j]. */
+/* Types of 32. w[j] is the low nibble of qs[j], w[j + 16] the high one; bit j of qh is
+ * the fifth bit of w[j]. */
 
 /* Q4_0: w = scale * (q - 8)
  *   | scale f16 | qs[0] .. qs[15] |  */
@@ -139,9 +142,9 @@ _Static_assert(sizeof(block_tq2_0) == 66, "TQ2_0 is 66 bytes on disk");
 typedef struct { uint8_t qs[48]; uint8_t qh[4]; uint16_t scale; } block_tq1_0;
 _Static_assert(sizeof(block_tq1_0) == 54, "TQ1_0 is 54 bytes on disk");
 
-/* The IQ types of up to three bits: an index of a grid (grids.h) stands for 8 levels (IQ3: 4), and s is a scale of
- * four bits (IQ1: three). IQ2 and IQ3 have a sign bit for each weight, 1 where it is negative. "7 signs" are those of
- * eight weights: an even number of the eight is set, so that the last one is left out. */
+/* The IQ types of up to three bits: an index of a grid (grids.h) stands for 8 levels (IQ3: 4), and s is a
+ * scale of four bits (IQ1: three). IQ2 and IQ3 have a sign bit for each weight, 1 where it is negative. "7
+ * signs" are those of eight weights: an even number of the eight is set, so that the last one is left out. */
 
 /* IQ2_XXS: w = scale / 4 * (s + 1/2) * (8, 25 or 43, with its sign)
  *   | scale f16 | 8 times, for 32 weights: qs[0] .. qs[3], indices | signs u32: 4 times 7 signs, then s |  */
@@ -220,7 +223,8 @@ static inline uint16_t f32_to_f16(float f) {
     uint32_t bits = f32_bits(f), sign = bits >> 16 & 0x8000, x = bits & 0x7fffffff;
     if (x > 0x7f800000)
         return (uint16_t)(sign | 0x7e00 | (x >> 13 & 0x3ff));
-    if (x >= f32_bits(65520.0f))                       /* halfway from the largest half to the next power of 2 */
+    /* halfway from the largest half to the next power of 2 */
+    if (x >= f32_bits(65520.0f))
         return (uint16_t)(sign | 0x7c00);
     if (x < f32_bits(0x1p-14f))                        /* 0.5's last bit weighs what a subnormal's does */
         return (uint16_t)(sign | (f32_bits(f32_from_bits(x) + 0.5f) - f32_bits(0.5f)));
@@ -251,7 +255,8 @@ static inline float e4m3_half(uint8_t x) { return f16_to_f32((uint16_t)(x << 7))
 /* A file's scale as e4m3_half takes it: NaN counts as 0, and bit 7 is ignored. */
 static inline uint8_t nvfp4_scale(uint8_t x) { return x == 0x7f ? 0 : x & 0x7f; }
 
-/* Group j < 4 has its 6 bits in one byte; group j >= 4 has 4 in the last bytes and 2 on top of group j - 4. */
+/* Group j < 4 has its 6 bits in one byte; group j >= 4 has 4 in the last bytes and 2
+ * on top of group j - 4. */
 static inline void q4_k_scales(const uint8_t packed[12], uint8_t scales[8], uint8_t mins[8]) {
     for (int j = 0; j < 4; j++) {
         scales[j] = packed[j] & 63;

@@ -1,5 +1,5 @@
-/* What a panel's bytes mean: codes of 32 columns, their scales and mins, and what a block adds to a sum. In the words of
- * lanes_<isa>.h, for the CPU's kernels and the GPU's. */
+/* What a panel's bytes mean: codes of 32 columns, their scales and mins, and what a block adds to a sum. In
+ * the words of lanes_<isa>.h, for the CPU's kernels and the GPU's. */
 
 /* Scales and mins of 16 rows: one pair per 32 columns, or one for each half of them. */
 struct scales { f32x16 scale[2], min[2]; };
@@ -32,7 +32,8 @@ INLINE u8x64 codes_nl4(const uint8_t *p, int g) {
 }
 
 INLINE u8x64 codes_fp4(const uint8_t *p, int g) {
-    static const uint8_t values[16] = { 16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 14, 13, 12, 10, 8, 4 };         /* 2x + 16 */
+    /* 2x + 16 */
+    static const uint8_t values[16] = { 16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 14, 13, 12, 10, 8, 4 };
     return u_lookup(values, codes_u4(p, g));
 }
 

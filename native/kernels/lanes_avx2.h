@@ -15,7 +15,8 @@
 #define ROWS_MAX 6
 #define EACH_SIZE(X) X(1, 4, 4) X(2, 2, 2) X(3, 2, 2) X(4, 1, 1) X(5, 1, 1) X(6, 1, 1)
 #define WIDEN 1
-/* Columns that float weights meet at once, and panels of them: sums in registers, and eight chains of fma at least. */
+/* Columns that float weights meet at once, and panels of them: sums in registers, and eight
+ * chains of fma at least. */
 #define FLOAT_COLS_MAX 6
 #define FLOAT_PANELS(C) ((C) == 1 ? 4 : (C) == 2 ? 2 : 1)
 #define TOGETHER 4      /* columns that a load of weights serves: there are too few registers to keep them */
@@ -143,7 +144,8 @@ INLINE uint32_t f_reaching(f32x16 a, float least) {
 INLINE void f_store_block(struct act_block *act, float d, f32x16 lo, f32x16 hi) {
     __m256i a = _mm256_packs_epi32(_mm256_cvtps_epi32(lo.lo), _mm256_cvtps_epi32(lo.hi));
     __m256i b = _mm256_packs_epi32(_mm256_cvtps_epi32(hi.lo), _mm256_cvtps_epi32(hi.hi));
-    __m256i q = _mm256_packs_epi16(a, b);                                       /* in fours: a0 a8 b0 b8 a4 a12 b4 b12 */
+    /* in fours: a0 a8 b0 b8 a4 a12 b4 b12 */
+    __m256i q = _mm256_packs_epi16(a, b);
     q = _mm256_permutevar8x32_epi32(q, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     __m256i fours = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), q), _mm256_set1_epi16(1));
     act_store(act, d, q, fours);
@@ -170,15 +172,16 @@ INLINE u8x64 u_lookup(const uint8_t table[16], u8x64 a) {
 
 INLINE __m256i spread(const int8_t *a) { return _mm256_set1_epi32(*(const int32_t *)(const void *)a); }
 
-/* sum += products, words of 16 or 32 bits. In assembly, since gcc otherwise computes all products of a block before it
- * adds the first two. */
+/* sum += products, words of 16 or 32 bits. In assembly, since gcc otherwise computes all products of a block
+ * before it adds the first two. */
 #define ADD(bits, sum, products) __asm__("vpadd" bits " %1, %0, %0" : "+x"(sum) : "x"(products))
 /* Keeps both in registers at this point: otherwise gcc decodes ahead, spills, and reloads for each column. */
 #define NOW(a, b) __asm__ volatile("" : "+x"(a), "+x"(b))
 
-/* Products of 8 bits come as pairs summed in 16. With |a| <= 127 several units of narrow weights fit before they
- * overflow: 8 units of 4 bits (8*2*15*127 = 30480), 4 of 5, 2 of 6, 1 of 7. Eight bits do not fit even once: they all have
- * zero == 128, so w - 128 is multiplied, its sign moved to the activation, and nothing is left to subtract. */
+/* Products of 8 bits come as pairs summed in 16. With |a| <= 127 several units of narrow weights fit before
+ * they overflow: 8 units of 4 bits (8*2*15*127 = 30480), 4 of 5, 2 of 6, 1 of 7. Eight bits do not fit
+ * even once: they all have zero == 128, so w - 128 is multiplied, its sign moved to the activation, and
+ * nothing is left to subtract. */
 INLINE void dots_narrow(i32x16 *t, const int C, codes_fn *codes, const uint8_t *p, int g0, int n, const struct act_block *a,
                         const int run) {
     const __m256i ones = _mm256_set1_epi16(1);
@@ -246,7 +249,8 @@ INLINE void i_dots(i32x16 *t, const int C, codes_fn *codes, const uint8_t *p, co
     }
     dots_narrow(t, C, codes, p, g0, n, a, bits <= 4 ? n : bits == 5 ? 4 : bits == 6 ? 2 : 1);
     UNROLL(4)
-    for (int c = 0; zero && c < C; c++) {       /* loaded as a float, or gcc shifts it before it is spread: slower */
+    /* loaded as a float, or gcc shifts it before it is spread: slower */
+    for (int c = 0; zero && c < C; c++) {
         __m256i neg = _mm256_castps_si256(_mm256_broadcast_ss((const float *)(const void *)&a[c].neg_sum[part]));
         neg = _mm256_slli_epi32(neg, __builtin_ctz(zero));
         t[c] = (i32x16){ _mm256_add_epi32(t[c].lo, neg), _mm256_add_epi32(t[c].hi, neg) };

@@ -105,8 +105,8 @@ INLINE i32x16 dot4(i32x16 sum, u8x64 w, const int8_t *a) {
     return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(*(const int32_t *)(const void *)a));
 }
 
-/* Columns take turns, and have two sums each where there are eight products: one waits four cycles for the one before it in
- * its sum. */
+/* Columns take turns, and have two sums each where there are eight products: one waits four cycles for the
+ * one before it in its sum. */
 INLINE void i_dots(i32x16 *t, const int C, codes_fn *codes, const uint8_t *p, const int part, const struct act_block *a, int zero,
                    int bits) {
     const int from = part == SECOND ? 4 : 0, to = part == FIRST ? 4 : 8, split = part == WHOLE;

@@ -1,5 +1,5 @@
-/* Sixteen lanes in four q registers: ARMv8.2 with the dot product (sdot) and, compiled for it, i8mm, ARMv8.6's products of unsigned with
- * signed bytes. Words as in lanes_ref.h. */
+/* Sixteen lanes in four q registers: ARMv8.2 with the dot product (sdot) and, compiled for it, i8mm,
+ * ARMv8.6's products of unsigned with signed bytes. Words as in lanes_ref.h. */
 #ifndef LANES_H
 #define LANES_H
 
@@ -21,7 +21,8 @@
 #define EACH_SIZE(X) X(1, 4, 4) X(2, 2, 2) X(3, 1, 1) X(4, 1, 1)
 #define WIDEN 1
 #define TOGETHER 4      /* columns that a load of weights serves */
-/* Columns that float weights meet at once, and panels of them: sums in registers, and eight chains of fma at least. */
+/* Columns that float weights meet at once, and panels of them: sums in registers, and eight
+ * chains of fma at least. */
 #define FLOAT_COLS_MAX 6
 #define FLOAT_PANELS(C) ((C) == 1 ? 4 : (C) == 2 ? 2 : 1)
 
@@ -204,8 +205,8 @@ INLINE u8x64 u_lookup(const uint8_t table[16], u8x64 a) {
 #ifdef __ARM_FEATURE_MATMUL_INT8
 #define DOT(sums, w, x, lane) vusdotq_laneq_s32(sums, w, x, lane)
 
-/* Rows of eight columns, from two units side by side: two rows times the eight of two tokens are four sums an instruction,
- * [row 0 token 0, row 0 token 1, row 1 token 0, row 1 token 1]. */
+/* Rows of eight columns, from two units side by side: two rows times the eight of two tokens are four sums an
+ * instruction, [row 0 token 0, row 0 token 1, row 1 token 0, row 1 token 1]. */
 #define MATRIX_QUARTER(q, r) { \
         uint32x4_t left = vreinterpretq_u32_u8(w[0].q), right = vreinterpretq_u32_u8(w[1].q); \
         uint8x16_t upper = vreinterpretq_u8_u32(vzip1q_u32(left, right)), lower = vreinterpretq_u8_u32(vzip2q_u32(left, right)); \
@@ -221,7 +222,8 @@ INLINE u8x64 u_lookup(const uint8_t table[16], u8x64 a) {
         t[2 * pair + 1].q = vuzp2q_s32(sums[pair][r], sums[pair][r + 1]); \
     }
 
-/* i_dots for TOGETHER tokens: in 24 instructions instead of 32. With fewer the zips take what the products save. */
+/* i_dots for TOGETHER tokens: in 24 instructions instead of 32. With fewer the zips take
+ * what the products save. */
 INLINE void matrix_dots(i32x16 *t, codes_fn *codes, const uint8_t *p, const int part, const struct act_block *a, int zero) {
     const int from = part == SECOND ? 4 : 0, end = part == FIRST ? 4 : 8;
     int32x4_t sums[2][8];
@@ -253,8 +255,8 @@ INLINE void matrix_dots(i32x16 *t, codes_fn *codes, const uint8_t *p, const int 
     }
 }
 #else
-/* sdot multiplies signed bytes only. Codes of 7 bits are the same signed; those of 8 all have zero == 128: with their top
- * bit turned round they are code - 128, and nothing is left to subtract. */
+/* sdot multiplies signed bytes only. Codes of 7 bits are the same signed; those of 8 all have zero == 128:
+ * with their top bit turned round they are code - 128, and nothing is left to subtract. */
 INLINE int8x16_t signed_codes(uint8x16_t w, int bits) {
     return vreinterpretq_s8_u8(bits < 8 ? w : veorq_u8(w, vdupq_n_u8(0x80)));
 }

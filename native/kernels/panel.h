@@ -30,10 +30,10 @@ INLINE void put(const struct panel_job *j, int panel, int col, f32x16 y) {
     f_store_n(out, y, n);
 }
 
-/* Weights stream from memory while columns keep the core busy for longer than it looks ahead, so they are asked for early:
- * for one or two columns into the first cache. More columns' activations fill that one (a line for each block and column),
- * so that what comes for them waits in the second, and can be asked for earlier: with 4 columns of Q4_K that is 10% of a
- * pass, with 8 of Q8_0 25% (Zen 4). */
+/* Weights stream from memory while columns keep the core busy for longer than it looks ahead, so they are
+ * asked for early: for one or two columns into the first cache. More columns' activations fill that one (a
+ * line for each block and column), so that what comes for them waits in the second, and can be asked for
+ * earlier: with 4 columns of Q4_K that is 10% of a pass, with 8 of Q8_0 25% (Zen 4). */
 enum { AHEAD = 2048, FAR_AHEAD = 6144 };
 
 INLINE void ask_ahead(const uint8_t *p, const int C, int slower) {
@@ -43,8 +43,8 @@ INLINE void ask_ahead(const uint8_t *p, const int C, int slower) {
         __builtin_prefetch(p + FAR_AHEAD / slower, 0, 2);
 }
 
-/* Walks through a panel and does the work for each block: p and sc are 32 columns of it, a the activations of the C tokens
- * they meet. */
+/* Walks through a panel and does the work for each block: p and sc are 32 columns of it, a the activations of
+ * the C tokens they meet. */
 #define EACH_BLOCK(C, work) \
     const uint8_t *p = j->codes + (size_t)panel * j->code_stride, *s = j->scales + (size_t)panel * j->scale_stride; \
     for (int k = 0; k < j->k; k += f.super) { \
@@ -93,8 +93,8 @@ INLINE const uint8_t *decoded(uint8_t kept[CODES_u8], const uint8_t *p, codes_fn
     return kept;
 }
 
-/* One panel times all columns of a tile that is wider than COLS_MAX: there are no registers for their sums. A block is
- * decoded once for all groups of TOGETHER. */
+/* One panel times all columns of a tile that is wider than COLS_MAX: there are no registers for their sums. A
+ * block is decoded once for all groups of TOGETHER. */
 INLINE void panel_all(const struct panel_job *j, int panel, const struct format f, codes_fn *codes, scales_fn *scales) {
     const struct act_block *a = j->act;
     f32x16 y[TILE_COLS];
@@ -157,7 +157,8 @@ INLINE void float_cols(const struct panel_job *j, int panel, const int P, int co
     for (int k = 0; k < j->k; k++, p += unit)
         UNROLL(4)
         for (int i = 0; i < P; i++) {
-            __builtin_prefetch(p + (size_t)i * j->code_stride + ahead, 0, 2);       /* P streams: to the second level */
+            /* P streams: to the second level */
+            __builtin_prefetch(p + (size_t)i * j->code_stride + ahead, 0, 2);
             f32x16 w = load(p + (size_t)i * j->code_stride);
             UNROLL(8)
             for (int c = 0; c < C; c++)

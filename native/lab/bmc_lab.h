@@ -15,8 +15,10 @@
 enum bmc_growth {
     BMC_GROW_CHUNK = 0,             /* segments of r rows are appended; nothing moves */
     BMC_GROW_COPY = 1,              /* a larger segment is mapped, the rows in use are copied to it */
-    BMC_GROW_RESERVE = 2,           /* address space for the session's cap; in it, segments of r rows become memory */
-    BMC_GROW_REMAP = 3,             /* segments of r rows, moved together to where there is room for more (Linux) */
+    BMC_GROW_RESERVE = 2,           /* address space for the session's cap;
+                                       in it, segments of r rows become memory */
+    BMC_GROW_REMAP = 3,             /* segments of r rows, moved together to where there
+                                       is room for more (Linux) */
 };
 
 typedef struct bmc_growth_cost {    /* of one growth, in seconds */
@@ -53,8 +55,10 @@ int64_t     bmc_session_attend_unused(bmc_session *session, int n_tok, double *s
 
 int         bmc_read_bandwidth(int n_threads, double *bytes_per_second);     /* takes a quarter of a second */
 int         bmc_memory_seconds(int probe, int64_t bytes, double *seconds);   /* enum bmc_probe */
-int         bmc_arithmetic(int type, int n_threads, double *ops_per_second); /* a type's kernel, from the cache */
-int         bmc_arithmetic_rate(int n_threads, double *int8, double *f32);   /* products a second, registers */
+/* a type's kernel, from the cache */
+int         bmc_arithmetic(int type, int n_threads, double *ops_per_second);
+/* products a second, registers */
+int         bmc_arithmetic_rate(int n_threads, double *int8, double *f32);
 void        bmc_fail_allocation(int n);         /* for tests: the n-th of the arenas' from now on fails */
 /* </cffi> */
 

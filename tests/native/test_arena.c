@@ -146,7 +146,8 @@ static void every_allocation_may_fail(int r) {
     CHECK(k > 2);
 }
 
-/* Arenas that fork, grow, go back and write: each keeps its own rows, and memory is given back with the last user. */
+/* Arenas that fork, grow, go back and write: each keeps its own rows, and memory is given
+ * back with the last user. */
 static void forks_keep_their_rows(void) {
     enum { ARENAS = 6 };
     static char truth[ARENAS][CAP];

@@ -1,5 +1,5 @@
-/* One number for the bits of each kernel's outputs, from inputs that integers make: a line a kernel, equal on every
- * ISA here, and (make test-arm) on every machine. */
+/* One number for the bits of each kernel's outputs, from inputs that integers make: a line a kernel, equal on
+ * every ISA here, and (make test-arm) on every machine. */
 #include "check.h"
 #include "cpu.h"
 #include "exp.h"
@@ -104,7 +104,8 @@ static void attention(const struct kernels *k, int head_dim, float softcap) {
             k->attend(&job);
             for (int i = 0; i < n; i++)
                 k->attend_merge(&merged_m[i], &merged_l[i], merged + i * v_dim, alone_m[i], alone_l[i], alone + i * v_dim, v_dim);
-            k->attend_merge(merged_m, merged_l, merged, -INFINITY, 0, alone, v_dim);        /* nothing seen: nothing changes */
+            /* nothing seen: nothing changes */
+            k->attend_merge(merged_m, merged_l, merged, -INFINITY, 0, alone, v_dim);
         }
         CHECK(!memcmp(m, merged_m, (size_t)n * sizeof *m) && !memcmp(l, merged_l, (size_t)n * sizeof *l));
         CHECK(!memcmp(o, merged, (size_t)(n * v_dim) * sizeof *o));

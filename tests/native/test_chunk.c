@@ -1,5 +1,5 @@
-/* Products by cuBLAS of matrices that are larger than its buffer: slices of whole panels, every row once. What is queued
- * is looked at and not run. */
+/* Products by cuBLAS of matrices that are larger than its buffer: slices of whole panels, every row once.
+ * What is queued is looked at and not run. */
 #include "check.h"
 #include "cuda/chunk.h"
 
@@ -38,7 +38,8 @@ static void slices_cover_each_row_once(void) {
     const struct product list[] = { of(&large, BMC_PROMPT_CHUNK, false), of(&large, BMC_PROMPT_CHUNK, false) };
     int64_t rows = 0;
     CHECK(chunk_multiply(&p, list, 0) && chunk_multiply(&p, list, 1));
-    CHECK(c.n_queued == 1 + 2 * 3 * 3 && c.queue[0].function == &halve_tokens);     /* the tokens once, three slices each */
+    /* the tokens once, three slices each */
+    CHECK(c.n_queued == 1 + 2 * 3 * 3 && c.queue[0].function == &halve_tokens);
     for (int i = 1; i < c.n_queued; i += 3) {
         struct cuda_halves a;
         struct cublas_product b;

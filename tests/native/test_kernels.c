@@ -1,8 +1,9 @@
-/* Panels, 8-bit blocks and attention, on every ISA this CPU has: the bits of the reference, and the values of plain
- * double arithmetic.
+/* Panels, 8-bit blocks and attention, on every ISA this CPU has: the bits of the reference, and the values of
+ * plain double arithmetic.
  *
- * Tolerances are worst cases of float32 rounding, in units of 2^-24 times the sum of magnitudes; each is shown to
- * fail for zeros and for a small error in the input. Buffers are as large as kernels may use, for the sanitizer. */
+ * Tolerances are worst cases of float32 rounding, in units of 2^-24 times the sum of magnitudes; each
+ * is shown to fail for zeros and for a small error in the input. Buffers are as large as kernels may
+ * use, for the sanitizer. */
 #include "bmc.h"
 #include "isas.h"
 #include "pack.h"
@@ -101,8 +102,9 @@ static void pack(struct product *p) {
                    p->rows - 16 * i < 16 ? p->rows - 16 * i : 16, p->k, p->codes + (size_t)i * p->size.codes, p->scales + (size_t)i * p->size.scales);
 }
 
-/* Rounding, at worst: once a block for the running sum, and 6 times in what is added to it (scales and mins made of
- * two factors each). A weight is scale * code + min, each of which is at most 3 times the largest of its block. */
+/* Rounding, at worst: once a block for the running sum, and 6 times in what is added to it (scales
+ * and mins made of two factors each). A weight is scale * code + min, each of which is at most 3 times
+ * the largest of its block. */
 static void compute_exact(struct product *p) {
     float *w = get_memory((size_t)p->k * sizeof *w);
     int quantized = panel_quantized(p->type);
@@ -204,7 +206,8 @@ static void tolerance_is_sharp(struct product *p) {
     free(y);
 }
 
-/* Columns first .. first + n of the tile: all outputs as the reference has them, everything round them untouched. */
+/* Columns first .. first + n of the tile: all outputs as the reference has them,
+ * everything round them untouched. */
 static void check_tile(const struct kernels *k, const struct product *p, int first_panel, int n_panels, int first, int n,
                        int with_bias, int add) {
     int row = 16 * first_panel, left = p->rows - row, rows = left < 16 * n_panels ? left : 16 * n_panels;
@@ -266,8 +269,9 @@ static void every_panel(void) {
     CHECK(n == 28);
 }
 
-/* Coarse weights: the bits of the reference on every ISA, and the error of the best four equidistant levels for a normal
- * distribution, 0.119 of the variance; noise() is not quite normal. Zeros would have an error of 1. */
+/* Coarse weights: the bits of the reference on every ISA, and the error of the best four equidistant
+ * levels for a normal distribution, 0.119 of the variance; noise() is not quite normal. Zeros
+ * would have an error of 1. */
 static void coarse_panels(void) {
     enum { K = 512, PANELS = 3, ROWS = 16 * PANELS - 3, N = 5 };
     struct panel_size size = panel_size(TYPE_COARSE, K);
@@ -332,8 +336,8 @@ static void extreme_codes(void) {
     }
 }
 
-/* Panels of equal bytes, so that every unit has the same code, those that no file gives too; activations at their
- * limits. */
+/* Panels of equal bytes, so that every unit has the same code, those that no file gives too;
+ * activations at their limits. */
 static void equal_codes(void) {
     for (int type = 0; type < N_TYPES; type++) {
         if (!panel_runs(type) || !panel_quantized(type))
@@ -359,7 +363,8 @@ static void check_block(const struct act_block *a, const float *x) {
     double top = 0;
     int32_t sums[2] = { 0, 0 };
     for (int i = 0; i < 32; i++)
-        top = fabs((double)x[i]) > top ? fabs((double)x[i]) : top;         /* fmax here breaks gcc 12 for arm64 */
+        /* fmax here breaks gcc 12 for arm64 */
+        top = fabs((double)x[i]) > top ? fabs((double)x[i]) : top;
     CHECK(fabs((double)a->d - top / 127) <= ROUNDING * top / 127 + 1e-45);
     for (int i = 0; i < 32; i++) {
         CHECK(a->q[i] >= -127 && a->q[i] <= 127);
@@ -394,7 +399,8 @@ static void quantize_blocks(void) {
                 check_block(&act[b], x + b / STRIDE * 32);
         if (isa == 0)
             memcpy(first, act, (N * STRIDE) * sizeof *act);
-        CHECK(act[21 * STRIDE].q[16] == 0 && act[21 * STRIDE].q[17] == 2 && act[21 * STRIDE].q[14] == -2);     /* 0.5, 1.5, -1.5 */
+        /* 0.5, 1.5, -1.5 */
+        CHECK(act[21 * STRIDE].q[16] == 0 && act[21 * STRIDE].q[17] == 2 && act[21 * STRIDE].q[14] == -2);
         for (int b = 0; b < N; b++)
             CHECK(!memcmp(&act[b * STRIDE], &first[b * STRIDE], offsetof(struct act_block, unused)));
     }
@@ -486,7 +492,8 @@ static void attend(const struct kernels *k, const struct cache *c, int row, int 
                     .softcap = c->softcap, .slope = alibi ? c->slope + row + at : NULL, .at = alibi ? own : NULL,
                 });
         }
-    float *nothing = calloc((size_t)c->v_dim, sizeof *nothing);     /* a sink: a chunk of one token without a value */
+    /* a sink: a chunk of one token without a value */
+    float *nothing = calloc((size_t)c->v_dim, sizeof *nothing);
     CHECK(nothing);
     for (int i = 0; i < n; i++) {
         k->attend_merge(&m[i], &l[i], o + i * c->v_dim, c->sink, 1, nothing, c->v_dim);
@@ -510,7 +517,8 @@ static double score(const struct cache *c, int row, int t, double *size) {
     return s - bias;
 }
 
-/* A score is off by head_dim roundings of its size, and so is its weight, relatively; every sum adds one a token. */
+/* A score is off by head_dim roundings of its size, and so is its weight, relatively;
+ * every sum adds one a token. */
 static double naive(const struct cache *c, int row, double *out) {
     double top = (double)c->sink, total, most = 0, size;
     for (int t = c->first[row]; t < c->limit[row]; t++)
@@ -596,8 +604,8 @@ static void attention(void) {
     CHECK(noticed > 100);
 }
 
-/* With a softcap, ALiBi and a sink, alone and together; without one of them the result is mostly a different one.
- * Queries stand before, among and after the rows they see. */
+/* With a softcap, ALiBi and a sink, alone and together; without one of them the result is mostly a different
+ * one. Queries stand before, among and after the rows they see. */
 static void attention_with_extras(void) {
     int told[3] = { 0 };
     for (int round = 0; round < 48; round++) {
@@ -654,8 +662,8 @@ static void attention_at_the_edges(void) {
     }
 }
 
-/* Values that are the first of the keys give the bits of a cache that has them twice, and nothing beyond a tile of
- * keys is read. */
+/* Values that are the first of the keys give the bits of a cache that has them twice, and nothing beyond
+ * a tile of keys is read. */
 static void check_shared(int head_dim, int v_dim, int n_rows, int n_seen) {
     const int pad = (v_dim + 15) / 16 * 16, from = (int)random_below(&state, n_seen);
     const uint16_t *both[CHUNK / TILE], *keys[CHUNK / TILE];

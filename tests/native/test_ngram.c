@@ -23,8 +23,8 @@ static int search(const int32_t *text, int n, int *length) {
     return best;
 }
 
-/* Four tokens of a match at least, left up to four tokens ago, and the last one within four of where it would be: the place behind
- * it in the source. */
+/* Four tokens of a match at least, left up to four tokens ago, and the last one within four of where it would
+ * be: the place behind it in the source. */
 static int search_rejoined(const int32_t *text, int n, int *length) {
     for (int since = 1; since <= 4 && since < n; since++) {
         int left = search(text, n - since, length);
@@ -102,7 +102,8 @@ static void it_grows(void) {
     ngrams_free(NULL);
 }
 
-/* Whatever it knew before: the same text, a beginning of it, one that goes on, another one. A hint stands before all of them. */
+/* Whatever it knew before: the same text, a beginning of it, one that goes on, another one. A hint
+ * stands before all of them. */
 static void it_follows_any_text(int n_hint) {
     static const int32_t hint[] = { 3, 1, 2, 0, 3, 2, 1 };
     uint64_t state = 9;

@@ -60,7 +60,8 @@ static void chances_are_learned(void) {
     CHECK(acceptance_mean(&a) < 0.6);
 }
 
-/* A text where guesses come true half as often as elsewhere is known for that after a few, and forgotten as soon. */
+/* A text where guesses come true half as often as elsewhere is known for that after a few,
+ * and forgotten as soon. */
 static void a_text_has_its_own_chances(void) {
     struct recent l = { 0 };
     CHECK(fabs(recent_adjust(&l, 0.8) - 0.8) < 1e-9 && recent_mean(&l, 0.8) == 0.8);

@@ -79,7 +79,8 @@ static struct recurrence new_recurrence(enum kind kind, int n_keys, int n_tok) {
     r.d = noises(n_tok * (16 + GAP));
     r.decay = noises(n_tok * (1 + GAP));
     r.beta = noises(n_tok * (1 + GAP));
-    for (int t = 0; t < n_tok; t++) {               /* a key of length 1 and beta below 1: the state stays small */
+    /* a key of length 1 and beta below 1: the state stays small */
+    for (int t = 0; t < n_tok; t++) {
         double square = 0;
         for (int i = 0; i < n_keys; i++)
             square += (double)r.k[t * r.stride + i] * (double)r.k[t * r.stride + i];
@@ -149,7 +150,8 @@ static struct outcome plain(const struct recurrence *r) {
     return out;
 }
 
-/* Is every output near the same in doubles? A token adds n_keys roundings of values that are about 10 at most. */
+/* Is every output near the same in doubles? A token adds n_keys roundings of values
+ * that are about 10 at most. */
 static int near(const struct recurrence *r, const struct outcome *out) {
     double *s = get_memory((size_t)r->n_keys * sizeof *s), worst = 0;
     double slack = 10 * r->n_tok * (r->n_keys + 8) * ROUNDING;

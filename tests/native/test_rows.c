@@ -1,5 +1,5 @@
-/* Rows of floats on every ISA this CPU has: the bits of the reference, and the values of plain double arithmetic,
- * within worst cases of float32 rounding. */
+/* Rows of floats on every ISA this CPU has: the bits of the reference, and the values of plain double
+ * arithmetic, within worst cases of float32 rounding. */
 #include "isas.h"
 
 #include <math.h>
@@ -75,7 +75,8 @@ static void do_softcap(const struct kernels *k, float *y, const float *x, const 
     k->softcap(y, a[0], n);
 }
 
-/* Against mean and deviation in double. n roundings of the largest value move the mean, and with it the deviation. */
+/* Against mean and deviation in double. n roundings of the largest value move the mean, and
+ * with it the deviation. */
 static void norms(void) {
     for (int s = 0; s < N_SIZES; s++) {
         int n = sizes[s];
@@ -107,8 +108,8 @@ static void norms(void) {
 static double sigmoid(double x) { return 1 / (1 + exp(-x)); }
 static double within(double x, double low, double high) { return fmin(fmax(x, low), high); }
 
-/* An activation in double: *size is what its roundings are relative to, *u the argument of e^u, whose own rounding counts |u|
- * times. up: what it is multiplied by. */
+/* An activation in double: *size is what its roundings are relative to, *u the argument of e^u, whose own
+ * rounding counts |u| times. up: what it is multiplied by. */
 static double exact_act(double g, double up, double *size, double *u) {
     double right, low, p, n, b;
     *u = 0;
@@ -141,7 +142,8 @@ static void activation(const float *gate, const float *up, float *y, int n) {
             double size, u, g = (double)gate[i], by = with_up ? (double)up[i] : 1, right = exact_act(g, by, &size, &u);
             double cut = fabs(g) * (fabs(by) + 1) * (u < -86 || g < -86 ? exp(-86) : 0) + fabs(by) * exp(-87);
             double slack = ROUNDING * (24 + 8 * fabs(u)) * size + cut + 1e-37;
-            CHECK(fabs((double)y[i] - right) <= slack || (double)y[i] == (double)(float)right);      /* both infinite */
+            /* both infinite */
+            CHECK(fabs((double)y[i] - right) <= slack || (double)y[i] == (double)(float)right);
         }
     }
     const float nan = NAN, one = 1;
@@ -214,7 +216,8 @@ static void sums_and_scales(void) {
     }
 }
 
-/* e^x alone, as a sum of one: within 1.3e-7 of libm, and an error of the exponent's size where it is not cut to 0. */
+/* e^x alone, as a sum of one: within 1.3e-7 of libm, and an error of the exponent's size
+ * where it is not cut to 0. */
 static void exponentials(void) {
     for (int isa = 0; isa < n_isas; isa++)
         for (int i = 0; i <= 8800; i++) {

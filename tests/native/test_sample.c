@@ -109,7 +109,8 @@ static void choices_are_those_defined(const struct kernels *kernels) {
     }
 }
 
-/* The shares of a draw: they are those of the logits over the temperature, add up to 1, and come in descending order. */
+/* The shares of a draw: they are those of the logits over the temperature, add up to 1, and
+ * come in descending order. */
 static void draws_are_told_as_they_are(const struct kernels *kernels) {
     uint64_t state = 5;
     for (int round = 0; round < 500; round++) {

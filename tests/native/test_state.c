@@ -195,7 +195,8 @@ static void test_a_snapshot_brings_its_anchor_back(void) {
     CHECK(states_bytes(&s->states) == bytes);                       /* that of tokens that are gone is too */
     pass(s, 20);
     check(s);
-    CHECK(states_rewind(&s->states, 30) == 0);                      /* and before all snapshots, from nothing */
+    /* and before all snapshots, from nothing */
+    CHECK(states_rewind(&s->states, 30) == 0);
     s->position = 0;
     write_on(s, &state, 3);
     check(s);
@@ -219,7 +220,8 @@ static void test_a_snapshot_dies_with_its_tokens(void) {
 /* Of more snapshots than there is room for those stay whose loss would cost the most tokens. */
 static void test_many_snapshots(void) {
     static const int PIECES[SNAPSHOTS + 2] = { 30, 20, 25, 2, 22, 29, 24, 23, 21, 28 };
-    static const int LEFT[SNAPSHOTS + 1] = { 242, 212, 189, 164, 138, 107, 79, 30, 0 };     /* without 83 and 52 */
+    /* without 83 and 52 */
+    static const int LEFT[SNAPSHOTS + 1] = { 242, 212, 189, 164, 138, 107, 79, 30, 0 };
     uint64_t state = 3;
     struct sequence *s = begin();
     for (int i = 0; i < SNAPSHOTS + 2; i++) {
@@ -232,11 +234,13 @@ static void test_many_snapshots(void) {
     end(s);
 }
 
-/* A fork has the text and the snapshots of its parent, whose later tokens are nothing to it, and the other way round. */
+/* A fork has the text and the snapshots of its parent, whose later tokens are nothing to it,
+ * and the other way round. */
 static void test_a_fork_goes_its_own_way(void) {
     uint64_t state = 6;
     struct sequence *s = begin(), *fork = begin();
-    CHECK(states_copy(&fork->states, &s->states) == 0 && !fork->states.memory);     /* of one without tokens */
+    /* of one without tokens */
+    CHECK(states_copy(&fork->states, &s->states) == 0 && !fork->states.memory);
     write_on(s, &state, 60);
     write_on(s, &state, 2);
     CHECK(states_snapshot(&s->states) == 0);
