@@ -88,7 +88,8 @@ static inline void *arena_tile(const struct arena *a, int stream, int head, int6
         segment = tile / a->segment_tiles;
         tile -= segment * a->segment_tiles;
     }
-    return a->segments[segment] + s->before * a->segment_tiles + (head * a->segment_tiles + tile) * s->tile_bytes;
+    return a->segments[segment] + s->before * a->segment_tiles
+         + (head * a->segment_tiles + tile) * s->tile_bytes;
 }
 
 /* The r that suits a model, by the bytes of a row over all layers.

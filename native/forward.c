@@ -98,7 +98,9 @@ void keep_wanted(struct pass *p, const struct block *b, const struct rows *more,
     const bmc_model *m = p->model;
     const struct buffers *buffers = p->buffers;
     const size_t stride = padded(m->c.dim);
-    struct rows rows[OWN + MORE] = { { buffers->x, stride }, { buffers->y[0], stride }, { buffers->y[1], stride } };
+    struct rows rows[OWN + MORE] = { { buffers->x, stride },
+                                     { buffers->y[0], stride },
+                                     { buffers->y[1], stride } };
     int n = 3;
     if (b->number != m->last_mixer)
         return;
@@ -130,11 +132,13 @@ static void keep_choosing(struct pass *p, int thread) {
 }
 
 /* Blocks [from, to); returns the one whose result is not in x yet, or NULL. */
-static const struct block *run_blocks(struct pass *p, const struct block *from, const struct block *to, int thread) {
+static const struct block *run_blocks(struct pass *p, const struct block *from, const struct block *to,
+                                      int thread) {
     const struct machine *on = p->machine;
     const struct block *waits = NULL;
     for (const struct block *b = from; b < to; b++) {
-        const struct tokens in = on->norm(p, b->c.beside ? NULL : waits, b->norm, b->norm_bias, p->buffers->input && b->kind->mixes, thread);
+        const struct tokens in = on->norm(p, b->c.beside ? NULL : waits, b->norm, b->norm_bias,
+                                          p->buffers->input && b->kind->mixes, thread);
         b->kind->run(p, b, in, sink_of(p, b), thread);
         on->end(p, thread, BMC_STEP_DOWN);
         keep_wanted(p, b, NULL, 0, thread);
@@ -167,7 +171,8 @@ static void run(void *arg, int thread) {
         join_hidden(p, thread);
     if (!m->cuda || m->cuda->first)
         per_layer_inputs(p, thread);
-    const struct block *waits = run_blocks(p, m->blocks, m->blocks + (m->cuda ? m->cuda->first : m->c.n_blocks), thread);
+    const struct block *waits = run_blocks(p, m->blocks,
+                                           m->blocks + (m->cuda ? m->cuda->first : m->c.n_blocks), thread);
     if (!p->n_tok)
         return;
     if (m->cuda) {

@@ -23,7 +23,9 @@ static int room(const struct turn *t) {
 }
 
 /* The first token of the text that the draft model could read: a draft head needs the hidden state before. */
-static int earliest(const struct turn *t) { return t->drafter->hidden ? t->item->session->hidden.from + 1 : 0; }
+static int earliest(const struct turn *t) {
+    return t->drafter->hidden ? t->item->session->hidden.from + 1 : 0;
+}
 
 /* Whether a draft model, or the target with less attention, can be asked. */
 static bool has_draft(const struct turn *t) {
@@ -50,10 +52,13 @@ void measure_base(struct group *g) {
 }
 
 static double rate_of(const struct group *g, double more_tokens, double more_width, double drafting) {
-    return (g->base.tokens + more_tokens) / (cost_at(&g->policy->target, g->base.width + more_width) + drafting);
+    return (g->base.tokens + more_tokens)
+         / (cost_at(&g->policy->target, g->base.width + more_width) + drafting);
 }
 
-double pass_seconds(const struct group *g, int guesses) { return cost_at(&g->policy->target, g->base.width + guesses); }
+double pass_seconds(const struct group *g, int guesses) {
+    return cost_at(&g->policy->target, g->base.width + guesses);
+}
 
 /* Seconds of a draft model's pass for one of the turns that share it. */
 static double draft_seconds(const struct group *g) {
@@ -74,7 +79,8 @@ static void charge(struct group *g, struct turn *t, double width, double seconds
 static double chance_of(const struct group *g, const struct turn *t, enum source source, float confidence) {
     const struct acceptance *a = &g->policy->of[source];
     const struct recent none = { 0 }, *recent = t->drafter ? &t->drafter->recent[source] : &none;
-    return confidence < 0 ? recent_mean(recent, acceptance_mean(a)) : recent_adjust(recent, acceptance_at(a, confidence));
+    return confidence < 0 ? recent_mean(recent, acceptance_mean(a))
+                          : recent_adjust(recent, acceptance_at(a, confidence));
 }
 
 static void add(const struct group *g, struct turn *t, int32_t id, float confidence) {
@@ -162,7 +168,11 @@ static int read_text(struct group *g, struct turn *t, int n) {
     int32_t tokens[PASS_MAX];
     const float *before[PASS_MAX];
     read_from(t, n, tokens, before);
-    bmc_span span = { .session = draft, .tokens = tokens, .n_tok = n, .want = BMC_WANT_NONE, .before = t->drafter->hidden ? before : NULL };
+    bmc_span span = { .session = draft,
+                      .tokens = tokens,
+                      .n_tok = n,
+                      .want = BMC_WANT_NONE,
+                      .before = t->drafter->hidden ? before : NULL };
     int64_t start = nanoseconds();
     int status = bmc_eval(&span, 1);
     double seconds = seconds_since(start);
@@ -201,7 +211,8 @@ static bool forgotten(const struct turn *t) { return t->length - lag(t) < earlie
 /* Whether the draft model's session has to begin anew: it would read more than its window, or is full. */
 static bool out_of_reach(const struct turn *t) {
     const bmc_session *draft = t->drafter->o.draft;
-    return forgotten(t) || lag(t) > larger(t->drafter->window, LAG) || t->length - draft->offset + GUESSES > draft->cap;
+    return forgotten(t) || lag(t) > larger(t->drafter->window, LAG)
+        || t->length - draft->offset + GUESSES > draft->cap;
 }
 
 /* ---- how many guesses to ask a draft model for */
@@ -279,7 +290,8 @@ static int prepare_draft(struct group *g, struct turn *t) {
         return read_piece(g, t);
     d->reading = false;
     bool restarts = d->o.draft && out_of_reach(t), behind = restarts || lag(t) > LAG;
-    double catch_up = behind ? cost_at(&g->policy->draft, smaller(restarts ? d->window : lag(t), t->length)) : 0;
+    double catch_up = behind ? cost_at(&g->policy->draft, smaller(restarts ? d->window : lag(t), t->length))
+                             : 0;
     if (!choose_draft(g, t, catch_up))
         return 0;
     if (restarts)
@@ -334,7 +346,8 @@ static bmc_span draft_span(struct turn *t) {
         read_from(t, n, t->lacking, t->before);
     t->lead = INFINITY;
     return (bmc_span){
-        .session = d->o.self_window ? t->item->session : d->o.draft, .tokens = t->lacking, .n_tok = n, .want = BMC_WANT_LAST,
+        .session = d->o.self_window ? t->item->session : d->o.draft, .tokens = t->lacking, .n_tok = n,
+        .want = BMC_WANT_LAST,
         .last = d->o.self_window, .sampler = draft_sampler(t), .names = d->o.to_target,
         .before = d->hidden ? t->before : NULL, .hidden = d->hidden, .next = &t->next, .logprob = &t->logprob,
         .lead = &t->lead,
@@ -386,7 +399,8 @@ static bool goes_on(const struct group *g, const struct turn *t, double tokens, 
     if (t->probe || t->n < t->drafter->o.least)
         return true;
     double right = t->right[t->n - 1] * chance_of(g, t, MODEL, -1), more = draft_seconds(g);
-    return rate_of(g, tokens + right, guesses + 1, g->drafting + more) > rate_of(g, tokens, guesses, g->drafting);
+    return rate_of(g, tokens + right, guesses + 1, g->drafting + more)
+         > rate_of(g, tokens, guesses, g->drafting);
 }
 
 static bool anyone_drafts(const struct group *g) {
@@ -425,7 +439,9 @@ static void give_up(struct turn *t) {
 
 /* ---- how many guesses to check */
 
-static bool checks_all(const struct group *g, const struct turn *t) { return !g->policy || (t->drafter && t->drafter->o.fixed); }
+static bool checks_all(const struct group *g, const struct turn *t) {
+    return !g->policy || (t->drafter && t->drafter->o.fixed);
+}
 
 /* The next guess goes to the turn whose next guess is likeliest to come true; as many as give the
  * best rate are checked. */

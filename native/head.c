@@ -18,7 +18,9 @@ static void finish(const bmc_model *m, float *logits, int n) {
 
 static struct best best_of(const bmc_model *m, const float *logits, int n, int first) {
     float largest = m->k.largest(logits, n);
-    struct best best = { .logit = largest, .seen = largest, .sum = m->k.sum_exp(logits, largest, n), .id = first };
+    struct best best = {
+        .logit = largest, .seen = largest, .sum = m->k.sum_exp(logits, largest, n), .id = first
+    };
     while (best.id < first + n - 1 && logits[best.id - first] != largest)
         best.id++;
     return best;
@@ -119,7 +121,9 @@ static const bmc_sampler GREEDY = { .top_k = 1, .top_p = 1, .repeat_penalty = 1 
 
 static const bmc_sampler *sampler_of(const bmc_span *span) { return span->sampler ? span->sampler : &GREEDY; }
 
-static struct candidate *room_of(const struct pass *p, int thread) { return (struct candidate *)(void *)(scratch_of(p, thread)); }
+static struct candidate *room_of(const struct pass *p, int thread) {
+    return (struct candidate *)(void *)(scratch_of(p, thread));
+}
 
 /* The id that follows a token, chosen by a sampler from logits that bias, penalties and a mask may change
  * first. top: the largest logit. Without a sampler but with a mask it is the largest that is allowed. -1:
@@ -132,7 +136,8 @@ static int32_t chosen(const struct pass *p, int64_t i, float top, float *lead, i
     const float *logits = p->out[i].logits;
     if (sampler_alters(span->sampler, p->out[i].mask)) {
         float *altered = m->buffers->altered + (size_t)thread * padded(m->c.vocab_size);
-        top = sampler_alter(&m->k, span->sampler, p->out[i].mask, session->tokens, p->at[i].pos + 1, logits, m->c.vocab_size, altered, room);
+        top = sampler_alter(&m->k, span->sampler, p->out[i].mask, session->tokens, p->at[i].pos + 1, logits,
+                            m->c.vocab_size, altered, room);
         logits = altered;
     }
     if (!isfinite(top))
@@ -155,7 +160,8 @@ void choose_ids(const struct pass *p, int thread) {
         double sum;
         struct best best = best_of_parts(p->best + (size_t)i * n, n, &sum);
         double log_sum = (double)best.logit + log(sum), logprob = -log(sum);
-        int32_t id = best.id, *top_ids = span->n_top ? span->top_ids + (size_t)row * (size_t)span->n_top : NULL;
+        int32_t id = best.id;
+        int32_t *top_ids = span->n_top ? span->top_ids + (size_t)row * (size_t)span->n_top : NULL;
         float *top_logprobs = span->n_top ? span->top_logprobs + (size_t)row * (size_t)span->n_top : NULL;
         int n_left = 1;
         if (span->as_drawn)
@@ -165,9 +171,11 @@ void choose_ids(const struct pass *p, int thread) {
             logprob = id < 0 ? NAN : (double)p->out[i].logits[id] - best.logit - log(sum);
         }
         if (span->as_drawn)
-            logprob = drawn_logprobs(sampler_of(span), room_of(p, thread), id < 0 ? 0 : n_left, id, span->n_top, top_ids, top_logprobs);
+            logprob = drawn_logprobs(sampler_of(span), room_of(p, thread), id < 0 ? 0 : n_left, id,
+                                     span->n_top, top_ids, top_logprobs);
         else if (span->n_top)
-            likeliest(&m->k, p->out[i].logits, m->c.vocab_size, span->n_top, log_sum, top_ids, top_logprobs, room_of(p, thread));
+            likeliest(&m->k, p->out[i].logits, m->c.vocab_size, span->n_top, log_sum, top_ids, top_logprobs,
+                      room_of(p, thread));
         if (span->next)
             span->next[row] = id;
         if (span->logprob)

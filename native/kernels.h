@@ -113,7 +113,8 @@ struct kernels {
 
     void (*attend)(const struct attn_job *job);
     /* m, l and o go on with what a chunk alone came to, as if attend had seen it next. */
-    void (*attend_merge)(float *m, float *l, float *o, float m_chunk, float l_chunk, const float *o_chunk, int v_dim);
+    void (*attend_merge)(float *m, float *l, float *o, float m_chunk, float l_chunk, const float *o_chunk,
+                         int v_dim);
     void (*attend_end)(float *out, const float *o, float l, int n);                     /* out = o / l */
     /* A row's K (k_dim) and V (v_dim) into their slot of a tile; what f16 cannot hold becomes its largest. */
     void (*store_kv)(uint16_t *tile, int slot, const float *k, const float *v, int k_dim, int v_dim);
@@ -140,7 +141,8 @@ struct kernels {
 
     /* y[c] = bias[c] (NULL: 0), then y[c] = fma(weight[i][c], rows[i][c], y[c]) for i = 0 .. k - 1. y may be
      * one of the rows. weight: k rows, `stride` floats apart, each readable up to n rounded up to 16. */
-    void (*conv)(float *y, const float *const *rows, const float *weight, size_t stride, const float *bias, int k, int n);
+    void (*conv)(float *y, const float *const *rows, const float *weight, size_t stride, const float *bias,
+                 int k, int n);
     void (*recur)(const struct recur_job *job);
 
     float (*largest)(const float *x, int n);
@@ -154,6 +156,7 @@ struct kernels {
 void vec_ref(struct kernels *k), attn_ref(struct kernels *k), panel_ref(struct kernels *k);
 void vec_avx2(struct kernels *k), attn_avx2(struct kernels *k), panel_avx2(struct kernels *k);
 void vec_avx512(struct kernels *k), attn_avx512(struct kernels *k), panel_avx512(struct kernels *k);
-void vec_neon(struct kernels *k), attn_neon(struct kernels *k), panel_neon(struct kernels *k), panel_i8mm(struct kernels *k);
+void vec_neon(struct kernels *k), attn_neon(struct kernels *k), panel_neon(struct kernels *k),
+    panel_i8mm(struct kernels *k);
 
 #endif

@@ -33,14 +33,16 @@ struct machine {
     /* Blocks with a state, between their products. */
     void (*recur)(struct pass *p, const struct block *b, const struct recurrence *r, const struct work *w,
                   struct tokens out, int thread);
-    void (*short_conv)(struct pass *p, const struct block *b, const struct work *w, struct tokens out, int thread);
+    void (*short_conv)(struct pass *p, const struct block *b, const struct work *w, struct tokens out,
+                       int thread);
     /* A whole block of experts. */
     void (*experts)(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread);
     /* Inputs of each layer, from the projections; rows times a vector, floats and 8 bits;
      * out (+)= in + norm(y). */
     void (*join_per_layer)(struct pass *p, float *projected, int thread);
     void (*scale_rows)(struct pass *p, struct tokens in, struct vector by, struct tokens out, int thread);
-    void (*add_normed)(struct pass *p, struct tokens in, float *y, struct vector norm, struct sink out, int thread);
+    void (*add_normed)(struct pass *p, struct tokens in, float *y, struct vector norm, struct sink out,
+                       int thread);
     /* AltUp's blocks, after their products. */
     void (*altup)(struct pass *p, const struct block *b, struct sink out, int thread);
     /* Row p->out[i].tok of each list becomes row i; hidden states to whom they are

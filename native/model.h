@@ -118,7 +118,15 @@ struct block {
 /* Tokens in one pass over the weights, of a model that is not causal and of others; of them those whose next
  * is sampled; logits at a time; tasks that keep a thread busy to the end; floats for the sums of chunks whose
  * task is cut; panels made at a time where none are kept. */
-enum { WHOLE_MAX = 8192, PASS_MAX = 512, SAMPLED_MAX = 64, HEAD_ROWS = 256, TASKS_EACH = 8, PART_FLOATS = 4 << 20, ROOM_PANELS = 16 };
+enum {
+    WHOLE_MAX = 8192,
+    PASS_MAX = 512,
+    SAMPLED_MAX = 64,
+    HEAD_ROWS = 256,
+    TASKS_EACH = 8,
+    PART_FLOATS = 4 << 20,
+    ROOM_PANELS = 16
+};
 
 _Static_assert((int)BMC_PROMPT_CHUNK <= (int)PASS_MAX, "a chunk is a pass");
 
@@ -238,7 +246,9 @@ static inline float *hidden_row(const bmc_session *s, int position) {
     return s->hidden.rows + (size_t)(position % HIDDEN_KEPT) * padded(s->model->c.dim);
 }
 
-static inline int64_t matrix_panels(const struct matrix *w) { return (w->n_rows + PANEL_ROWS - 1) / PANEL_ROWS; }
+static inline int64_t matrix_panels(const struct matrix *w) {
+    return (w->n_rows + PANEL_ROWS - 1) / PANEL_ROWS;
+}
 
 static inline int smaller(int a, int b) { return a < b ? a : b; }
 static inline int larger(int a, int b) { return a > b ? a : b; }

@@ -51,7 +51,8 @@ static int grow(struct ngrams *g, int n) {
     while (room < n)
         room *= 2;
     size_t n_slots = 4 * (size_t)room;
-    int32_t *text = malloc((size_t)room * sizeof *text), *before = malloc(((size_t)room + 1) * sizeof *before);
+    int32_t *text = malloc((size_t)room * sizeof *text);
+    int32_t *before = malloc(((size_t)room + 1) * sizeof *before);
     struct slot *slots = calloc(n_slots, sizeof *slots);
     if (!text || !before || !slots) {
         free(text);
@@ -132,7 +133,8 @@ int ngrams_follow(struct ngrams *g, const int32_t *tokens, int n, int32_t last) 
 /* How many tokens before `place` are those before `end`, of which two are known to be. */
 static int match_length(const struct ngrams *g, int place, int end) {
     int length = 2;
-    while (length < NGRAM_LONGEST && length < place && g->text[place - length - 1] == g->text[end - length - 1])
+    while (length < NGRAM_LONGEST && length < place
+           && g->text[place - length - 1] == g->text[end - length - 1])
         length++;
     return length;
 }
@@ -142,7 +144,8 @@ static int match_length(const struct ngrams *g, int place, int end) {
 static int match(const struct ngrams *g, int end, int *length) {
     int best = 0;
     *length = 0;
-    for (int place = end > 0 ? g->before[end] : 0, tries = TRIES; place && tries; place = g->before[place], tries--) {
+    for (int place = end > 0 ? g->before[end] : 0, tries = TRIES; place && tries;
+         place = g->before[place], tries--) {
         int found = match_length(g, place, end);
         if (found > *length) {
             *length = found;

@@ -225,11 +225,19 @@ static inline void head_dm(uint8_t *out, int row, const struct split *s) {
     put_f16(out, row, s->d);
     put_f16(out + 32, row, s->m);
 }
-static inline void scales_d(uint8_t *out, int row, const struct split *s, int b) { (void)b, head_d(out, row, s); }
-static inline void scales_dm(uint8_t *out, int row, const struct split *s, int b) { (void)b, head_dm(out, row, s); }
-static inline void scales_none(uint8_t *out, int row, const struct split *s, int b) { (void)b, head_none(out, row, s); }
+static inline void scales_d(uint8_t *out, int row, const struct split *s, int b) {
+    (void)b, head_d(out, row, s);
+}
+static inline void scales_dm(uint8_t *out, int row, const struct split *s, int b) {
+    (void)b, head_dm(out, row, s);
+}
+static inline void scales_none(uint8_t *out, int row, const struct split *s, int b) {
+    (void)b, head_none(out, row, s);
+}
 static inline void scales_e8(uint8_t *out, int row, const struct split *s, int b) { out[row] = s->scales[b]; }
-static inline void scales_k32(uint8_t *out, int row, const struct split *s, int b) { out[row] = s->scales[b]; }
+static inline void scales_k32(uint8_t *out, int row, const struct split *s, int b) {
+    out[row] = s->scales[b];
+}
 static inline void scales_k(uint8_t *out, int row, const struct split *s, int b) {
     out[row] = s->scales[b];
     out[16 + row] = s->mins[b];
@@ -266,11 +274,19 @@ typedef void head_fn(uint8_t *out, int row, const struct split *s);
 typedef void scales_fn(uint8_t *out, int row, const struct split *s, int b);
 
 /* Where from and where to. */
-struct packing { const uint8_t *rows; size_t row_bytes; int n_rows; int64_t n_cols; uint8_t *codes, *scales; };
+struct packing {
+    const uint8_t *rows;
+    size_t row_bytes;
+    int n_rows;
+    int64_t n_cols;
+    uint8_t *codes, *scales;
+};
 typedef void pack_fn(struct packing p);
 
-static inline __attribute__((always_inline)) void pack_rows(struct packing p, const struct layout f, size_t block_bytes,
-        split_fn *split, put_fn *put_codes, head_fn *put_head, scales_fn *put_scales) {
+static inline __attribute__((always_inline)) void pack_rows(struct packing p, const struct layout f,
+                                                            size_t block_bytes, split_fn *split,
+                                                            put_fn *put_codes, head_fn *put_head,
+                                                            scales_fn *put_scales) {
     struct split s = { 0 };
     int blocks = f.super / 32;
     for (int64_t k = 0; k < p.n_cols; k += f.super, p.rows += block_bytes) {

@@ -5,7 +5,8 @@
 
 /* ---- what passes cost */
 
-static const short KNOT[KNOTS] = { 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512 };
+static const short KNOT[KNOTS] = { 1,  2,  3,  4,  5,  6,  7,  8,  9,  10,  11,  12,  13,  14,
+                                   15, 16, 17, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512 };
 enum { DENSE = 17 };                    /* up to here every width is a knot */
 
 /* Standard deviations of logarithms. */
@@ -67,7 +68,8 @@ void cost_observe(struct pass_cost *c, double width, double seconds) {
         width = KNOT[KNOTS - 1];
     }
     int k = knot_below(width, &share);
-    double surprise = log(fmax(seconds, 1e-9)) - (1 - share) * c->log[k] - share * c->log[k + 1], variance = 0;
+    double surprise = log(fmax(seconds, 1e-9)) - (1 - share) * c->log[k] - share * c->log[k + 1];
+    double variance = 0;
     for (int again = 0; again < 2; again++) {
         for (int i = 0; i < KNOTS; i++)
             common[i] = (1 - share) * c->covariance[k][i] + share * c->covariance[k + 1][i];
@@ -133,7 +135,9 @@ void recent_learn(struct recent *r, double expected, bool came_true) {
     r->seen = FADE * r->seen + 1;
 }
 
-double recent_mean(const struct recent *r, double mean) { return (r->hits + PRIOR * mean) / (r->seen + PRIOR); }
+double recent_mean(const struct recent *r, double mean) {
+    return (r->hits + PRIOR * mean) / (r->seen + PRIOR);
+}
 
 /* The odds of a chance are multiplied by the odds ratio of `hits` to `expected` out of `seen` guesses. What
  * is added to all counts lets few outcomes change little. */

@@ -27,10 +27,11 @@ static int check_session(const bmc_model *m, int64_t cap, int r, int rope) {
     if (r < 0)
         return fail(BMC_EINVAL, "rows: expected 0 or more at a time, found %d", r);
     if (rope < 0 || rope > m->c.long_rope)
-        return fail(BMC_EINVAL, "rope: the model has %d tables for long contexts, number %d is asked for", (int)m->c.long_rope, rope);
+        return fail(BMC_EINVAL, "rope: the model has %d tables for long contexts, number %d is asked for",
+                    (int)m->c.long_rope, rope);
     if (m->position_embd.data && cap > m->c.n_ctx)
-        return fail(BMC_EINVAL, "context: the model has %d learned positions, %lld are asked for", (int)m->c.n_ctx,
-                    (long long)cap);
+        return fail(BMC_EINVAL, "context: the model has %d learned positions, %lld are asked for",
+                    (int)m->c.n_ctx, (long long)cap);
     return 0;
 }
 
@@ -38,7 +39,8 @@ static int init_arenas(bmc_session *s, int r) {
     const bmc_model *m = s->model;
     for (int i = 0; i < ARENAS; i++) {
         const struct arena_config config = {
-            .memory = i >= GPU_ROWS && m->cuda ? &m->cuda->memory : NULL, .streams = m->streams[i], .n_streams = m->n_streams[i], .cap = s->cap, .r = r ? r : arena_auto_rows(m->row_bytes[i]),
+            .memory = i >= GPU_ROWS && m->cuda ? &m->cuda->memory : NULL, .streams = m->streams[i],
+            .n_streams = m->n_streams[i], .cap = s->cap, .r = r ? r : arena_auto_rows(m->row_bytes[i]),
         };
         int status = arena_init(&s->arenas[i], &config);
         if (status)
@@ -189,7 +191,9 @@ int bmc_session_nearest(bmc_session *s, int position) {
 static int go_back(bmc_session *s, int position) {
     int reached = reach(s, position), status = 0;
     if (reached < position) {
-        const bmc_span again = { .session = s, .tokens = s->tokens + reached, .n_tok = position - reached, .want = BMC_WANT_NONE };
+        const bmc_span again = {
+            .session = s, .tokens = s->tokens + reached, .n_tok = position - reached, .want = BMC_WANT_NONE
+        };
         status = reserve(s, again.n_tok);
         if (!status)
             status = evaluate_claimed(&again, 1, false);
@@ -272,7 +276,8 @@ int bmc_session_keep_hidden(bmc_session *s) {
     if (status)
         return status;
     if (!m->c.causal || m->target)
-        status = fail(BMC_EINVAL, "hidden states are kept for a draft head only: expected a model that writes text");
+        status = fail(BMC_EINVAL,
+                      "hidden states are kept for a draft head only: expected a model that writes text");
     else if (!s->hidden.rows) {
         s->hidden.rows = malloc(HIDDEN_KEPT * padded(m->c.dim) * sizeof *s->hidden.rows);
         s->hidden.from = s->position;
@@ -321,14 +326,21 @@ static int check_span(const bmc_span *span, const bmc_model *m) {
     if (span->last < 0)
         return fail(BMC_EINVAL, "last: expected 0 or more rows, found %d", (int)span->last);
     if (!span->before != !m->target)
-        return fail(BMC_EINVAL, m->target ? "this model is a draft head: its tokens come with the hidden states before them"
-                                          : "hidden states come with tokens of a draft head only");
+        return fail(BMC_EINVAL,
+                    m->target
+                        ? "this model is a draft head: its tokens come with the hidden states before them"
+                        : "hidden states come with tokens of a draft head only");
     if (span->sampler && sampler_check(span->sampler, m->c.vocab_size))
         return BMC_EINVAL;
-    if (span->n_top < 0 || span->n_top > m->c.vocab_size || (span->n_top && (!span->top_ids || !span->top_logprobs)))
-        return fail(BMC_EINVAL, "n_top: expected 0 to %d and room for the results, found %d", (int)m->c.vocab_size, (int)span->n_top);
+    if (span->n_top < 0 || span->n_top > m->c.vocab_size
+        || (span->n_top && (!span->top_ids || !span->top_logprobs)))
+        return fail(BMC_EINVAL, "n_top: expected 0 to %d and room for the results, found %d",
+                    (int)m->c.vocab_size, (int)span->n_top);
     if (!m->c.causal && (span->session->position || span->n_tok > m->pass_max))
-        return fail(BMC_EINVAL, "this model reads a text as a whole: expected 1 to %d tokens in an empty session, found %d", m->pass_max, (int)span->n_tok);
+        return fail(BMC_EINVAL,
+                    "this model reads a text as a whole: expected 1 to %d tokens in an empty session, found "
+                    "%d",
+                    m->pass_max, (int)span->n_tok);
     if (!m->c.causal && (span->sampler || span->mask || span->n_top))
         return fail(BMC_EINVAL, "this model reads a text as a whole: no tokens are chosen after it");
     if (!m->output.data && (span->logits || span->next || span->logprob || span->n_top || span->given))
@@ -338,10 +350,12 @@ static int check_span(const bmc_span *span, const bmc_model *m) {
     const int n_wanted = span->want == BMC_WANT_ALL ? span->n_tok : span->want != BMC_WANT_NONE;
     for (int i = 0; span->given && i < n_wanted; i++)
         if (span->given[i] < 0 || span->given[i] >= m->c.vocab_size)
-            return fail(BMC_EINVAL, "given: token ids are 0 to %d, found %d", (int)m->c.vocab_size - 1, (int)span->given[i]);
+            return fail(BMC_EINVAL, "given: token ids are 0 to %d, found %d", (int)m->c.vocab_size - 1,
+                        (int)span->given[i]);
     for (int i = 0; i < span->n_tok; i++)
         if (span->tokens[i] < 0 || span->tokens[i] >= m->c.vocab_size)
-            return fail(BMC_EINVAL, "token ids are 0 to %d, found %d", (int)m->c.vocab_size - 1, (int)span->tokens[i]);
+            return fail(BMC_EINVAL, "token ids are 0 to %d, found %d", (int)m->c.vocab_size - 1,
+                        (int)span->tokens[i]);
     return 0;
 }
 
@@ -358,7 +372,8 @@ static int claim_all(const bmc_span *spans, int n) {
     for (int i = 0; i < n && !status; i++)
         status = reserve(spans[i].session, spans[i].n_tok);
     for (int i = 0; i < n && !status; i++)          /* penalties look at them during the pass */
-        memcpy(spans[i].session->tokens + spans[i].session->position, spans[i].tokens, (size_t)spans[i].n_tok * sizeof(int32_t));
+        memcpy(spans[i].session->tokens + spans[i].session->position, spans[i].tokens,
+               (size_t)spans[i].n_tok * sizeof(int32_t));
     for (int i = 0; status && i < claimed; i++)
         release(spans[i].session);
     return status;
@@ -370,7 +385,9 @@ static bool wanted(const bmc_span *span, int i) {
 }
 
 /* What the choice among logits needs beyond the best of them. */
-static bool needs_all(const bmc_span *span, const uint32_t *mask) { return span->sampler || mask || span->n_top; }
+static bool needs_all(const bmc_span *span, const uint32_t *mask) {
+    return span->sampler || mask || span->n_top;
+}
 
 static void push_wanted(struct pass *p, const bmc_span *span, int i, struct wanted *out) {
     const size_t row = span->want == BMC_WANT_ALL ? (size_t)i : 0, n = (size_t)p->model->c.vocab_size;
@@ -432,8 +449,8 @@ static bool takes_rows(const bmc_span *span) { return !span->logits && needs_all
 /* Whether a whole chunk for cuBLAS begins with token i of a span. Guesses are in none: they never come
  * with that many tokens. */
 static bool chunk_begins(const bmc_model *m, const bmc_span *span, int i) {
-    return m->cublas && m->cuda && (span->session->position + i) % BMC_PROMPT_CHUNK == 0 && span->n_tok - i >= BMC_PROMPT_CHUNK
-           && !(span->want == BMC_WANT_ALL && takes_rows(span));
+    return m->cublas && m->cuda && (span->session->position + i) % BMC_PROMPT_CHUNK == 0
+        && span->n_tok - i >= BMC_PROMPT_CHUNK && !(span->want == BMC_WANT_ALL && takes_rows(span));
 }
 
 /* Whether a span that has to stay whole would be cut by the end of a pass. The text of a model
@@ -498,7 +515,9 @@ static void undo(const bmc_span *spans, int n) {
 /* What a pass notes down, made for one call. */
 static struct pass *make_pass(bmc_model *m, int n_tok) {
     const size_t n = (size_t)smaller(n_tok, m->pass_max), parts = m->output.data ? (size_t)head_parts(m) : 0;
-    const size_t bytes = n * (sizeof(struct place) + sizeof(struct wanted) + sizeof(struct run) + parts * sizeof(struct best) + sizeof(float));
+    const size_t bytes = n
+                       * (sizeof(struct place) + sizeof(struct wanted) + sizeof(struct run)
+                          + parts * sizeof(struct best) + sizeof(float));
     struct pass *p = malloc(sizeof *p + bytes + 64);
     if (!p) {
         fail(BMC_ENOMEM, "no memory for a pass over %d tokens", n_tok);

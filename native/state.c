@@ -70,7 +70,9 @@ void states_free(struct states *s) {
 static double megabytes(size_t floats) { return (double)floats * sizeof(float) / 1e6; }
 
 static int check_lost(const struct states *s) {
-    return s->lost ? fail(BMC_EDEVICE, "the states of this session are lost: the GPU failed while they were changed") : 0;
+    return s->lost ? fail(BMC_EDEVICE,
+                          "the states of this session are lost: the GPU failed while they were changed")
+                   : 0;
 }
 
 int states_reserve(struct states *s) {

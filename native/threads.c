@@ -190,8 +190,8 @@ static bool take_of(struct pool *p, int thread, uint64_t step, int64_t n, int64_
         if (at >= end)
             return false;
         *to = at + (end - at + 1) / 2;
-    } while (!atomic_compare_exchange_weak_explicit(taken, &seen, step << 32 | (uint64_t)(*to - begin), memory_order_relaxed,
-                                                    memory_order_relaxed));
+    } while (!atomic_compare_exchange_weak_explicit(taken, &seen, step << 32 | (uint64_t)(*to - begin),
+                                                    memory_order_relaxed, memory_order_relaxed));
     *from = at;
     return true;
 }

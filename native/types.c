@@ -145,7 +145,8 @@ static void dequantize_q5_k(const void *blocks, int64_t n, float *out) {
         uint8_t scales[8], mins[8];
         q4_k_scales(b->scales, scales, mins);
         for (int j = 0; j < 256; j++) {
-            int g = j / 32, q = (b->qs[j / 64 * 32 + j % 32] >> g % 2 * 4 & 15) | (b->qh[j % 32] >> g & 1) << 4;
+            int g = j / 32;
+            int q = (b->qs[j / 64 * 32 + j % 32] >> g % 2 * 4 & 15) | (b->qh[j % 32] >> g & 1) << 4;
             out[j] = scale * (float)scales[g] * (float)q - min * (float)mins[g];
         }
     }
@@ -197,8 +198,8 @@ PLAIN_CODES(tq1_0, 256, 1)
 PLAIN_CODES(tq2_0, 256, 1)
 
 /* w = d * unit * (s + 1/2) * values[code], s per 16 or 32 weights */
-static inline void grid_codes(const void *blocks, int64_t n, float *out, split_fn *split, size_t bytes, int per,
-                              float unit, const float *values) {
+static inline void grid_codes(const void *blocks, int64_t n, float *out, split_fn *split, size_t bytes,
+                              int per, float unit, const float *values) {
     struct split s;
     for (const char *b = blocks; n > 0; n -= 256, out += 256, b += bytes) {
         split(b, &s);

@@ -11,12 +11,14 @@ INLINE int lane(int t) { return t < 0 ? 0 : t > 16 ? 16 : t; }
  * prefetcher. One half of the chunk goes with the keys of this one, the other with its values; i counts a
  * tile's columns. To the second level, since the first is smaller than a chunk. */
 INLINE void fetch(const struct attn_job *j, int half, int tile, int i) {
-    __builtin_prefetch(j->next[half * CHUNK / TILE / 2 + tile / 2] + (tile % 2 * j->head_dim + i) * TILE, 0, 2);
+    __builtin_prefetch(j->next[half * CHUNK / TILE / 2 + tile / 2] + (tile % 2 * j->head_dim + i) * TILE, 0,
+                       2);
 }
 
 /* s[r][t] = q[row + r] . K[t] for R rows and the tokens of T tiles: one fma chain over head_dim a score.
  * wide: the tile's keys as floats, or NULL. */
-INLINE void score(const struct attn_job *j, int row, const int R, int tile, const int T, const float *wide, float s[][CHUNK]) {
+INLINE void score(const struct attn_job *j, int row, const int R, int tile, const int T, const float *wide,
+                  float s[][CHUNK]) {
     f32x16 acc[ROWS_MAX][4];
     const float *q[ROWS_MAX];
     const uint16_t *k[4];
@@ -48,8 +50,8 @@ INLINE void score(const struct attn_job *j, int row, const int R, int tile, cons
             f_store(s[r] + (tile + t) * TILE, acc[r][t]);
 }
 
-INLINE void score_tiles(const struct attn_job *j, int row, const int R, int tile, int end, const int T, const float *wide,
-                        float s[][CHUNK]) {
+INLINE void score_tiles(const struct attn_job *j, int row, const int R, int tile, int end, const int T,
+                        const float *wide, float s[][CHUNK]) {
     if (wide) {
         score(j, row, R, tile, 1, wide, s);
         return;
@@ -119,8 +121,8 @@ INLINE void mix(float *o, f32x16 x, float keep, float gain) {
 
 /* acc[r][i] += s[r][t] V[t], in lanes d + 16 i of R rows, for the tokens t of a tile that lie in `from` ..
  * `to`, ascending. wide: those lanes of the chunk as floats, or NULL. */
-INLINE void add_values(const struct attn_job *j, const int R, int d, const int D, int tile, int from, int to, const float *wide,
-                       float s[][CHUNK], f32x16 acc[][4]) {
+INLINE void add_values(const struct attn_job *j, const int R, int d, const int D, int tile, int from, int to,
+                       const float *wide, float s[][CHUNK], f32x16 acc[][4]) {
     const uint16_t *v = j->tiles[tile] + j->head_dim * TILE + d;
     const float *weights = s[0] + tile * TILE;
     UNROLL_BY(4)
@@ -161,8 +163,8 @@ INLINE void gather(const struct attn_job *j, int row, const int R, int d, const 
 /* The same in all lanes, for as many rows as leave registers for 16: tile by tile, each read once in memory
  * order, where lanes by lanes would read half lines of a chunk that the first cache cannot hold. sums: (R,
  * v_dim), between tiles. */
-INLINE void gather_tiles(const struct attn_job *j, int row, const int R, int from, int to, float *sums, float s[][CHUNK],
-                         const float *keep, const float *gain) {
+INLINE void gather_tiles(const struct attn_job *j, int row, const int R, int from, int to, float *sums,
+                         float s[][CHUNK], const float *keep, const float *gain) {
     const int v_dim = j->v_dim;
     for (int i = 0; i < R * v_dim; i += 16)
         f_store(sums + i, f_zero());
@@ -184,7 +186,8 @@ INLINE void gather_tiles(const struct attn_job *j, int row, const int R, int fro
 }
 
 INLINE void gather_lanes(const struct attn_job *j, int row, const int R, int d, const int D, int from, int to,
-                         const float *wide, float *memory, float s[][CHUNK], const float *keep, const float *gain) {
+                         const float *wide, float *memory, float s[][CHUNK], const float *keep,
+                         const float *gain) {
     if (wide) {
         gather(j, row, R, d, 1, from, to, wide, s, keep, gain);
         return;
@@ -315,7 +318,8 @@ static void attend(const struct attn_job *job) {
     }
 }
 
-static void attend_merge(float *m, float *l, float *o, float m_chunk, float l_chunk, const float *o_chunk, int v_dim) {
+static void attend_merge(float *m, float *l, float *o, float m_chunk, float l_chunk, const float *o_chunk,
+                         int v_dim) {
     float keep, gain;
     if (m_chunk == -INFINITY)       /* sees nothing there */
         return;

@@ -14,7 +14,8 @@ INLINE u8x64 codes_u5(const uint8_t *p, int g) {
 
 INLINE u8x64 codes_u6(const uint8_t *p, int g) {
     u8x64 plane = u_load(p + 256 + 64 * (g / 4));
-    return u_or(codes_u4(p, g), g % 4 < 2 ? u_shl(plane, 4 - g % 4 * 2, 48) : u_shr(plane, g % 4 * 2 - 4, 48));
+    return u_or(codes_u4(p, g),
+                g % 4 < 2 ? u_shl(plane, 4 - g % 4 * 2, 48) : u_shr(plane, g % 4 * 2 - 4, 48));
 }
 
 INLINE u8x64 codes_u8(const uint8_t *p, int g) { return u_load(p + 64 * g); }
@@ -84,7 +85,9 @@ INLINE void e8_scales(struct scales *s, const uint8_t *head, const uint8_t *p) {
     s->scale[0] = f_load_e8m0_half(p);
 }
 
-INLINE f32x16 head_f16(const uint8_t *head, int i) { return f_load_f16((const uint16_t *)(const void *)head + 16 * i); }
+INLINE f32x16 head_f16(const uint8_t *head, int i) {
+    return f_load_f16((const uint16_t *)(const void *)head + 16 * i);
+}
 
 INLINE void k_scales(struct scales *s, const uint8_t *head, const uint8_t *p) {
     s->scale[0] = f_mul(head_f16(head, 0), f_load_u8(p));
@@ -147,8 +150,8 @@ struct format { int super, code_bytes, scale_bytes, head_bytes, halves, mins, ze
 typedef void scales_fn(struct scales *s, const uint8_t *head, const uint8_t *p);
 
 /* What 32 columns add to the sums of C tokens, up to TOGETHER, but for the activations' own scale. */
-INLINE void terms(const struct format f, codes_fn *codes, const uint8_t *p, const struct scales *s, const struct act_block *a, f32x16 *t,
-                  const int C) {
+INLINE void terms(const struct format f, codes_fn *codes, const uint8_t *p, const struct scales *s,
+                  const struct act_block *a, f32x16 *t, const int C) {
     i32x16 dots[TOGETHER];
     i_dots(dots, C, codes, p, f.halves ? FIRST : WHOLE, a, f.zero, f.bits);
     UNROLL(4)

@@ -121,8 +121,8 @@ INLINE u8x64 u_lookup(const uint8_t table[16], u8x64 a) { EACH_BYTE(table[a.v[i]
  * up to TOGETHER: row i of t[c] is the sum of (code - zero) * a[c].q over those columns. zero is
  * 0 or a power of two; bits, how wide a weight is at most, decides how ISAs without a four-way dot
  * product go about it. Exact. */
-INLINE void i_dots(i32x16 *t, const int C, codes_fn *codes, const uint8_t *p, const int part, const struct act_block *a, int zero,
-                   int bits) {
+INLINE void i_dots(i32x16 *t, const int C, codes_fn *codes, const uint8_t *p, const int part,
+                   const struct act_block *a, int zero, int bits) {
     const int from = part == SECOND ? 4 : 0, n = part == WHOLE ? 8 : 4;
     (void)bits;
     for (int c = 0; c < C; c++) {

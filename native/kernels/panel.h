@@ -61,8 +61,8 @@ INLINE void ask_ahead(const uint8_t *p, const int C, int slower) {
     }
 
 /* One panel times all C columns of the tile. */
-INLINE void panel_cols(const struct panel_job *j, int panel, const int C, const struct format f, codes_fn *codes,
-                       scales_fn *scales) {
+INLINE void panel_cols(const struct panel_job *j, int panel, const int C, const struct format f,
+                       codes_fn *codes, scales_fn *scales) {
     const struct act_block *a = j->act;
     f32x16 y[COLS_MAX];
     UNROLL(16)
@@ -95,7 +95,8 @@ INLINE const uint8_t *decoded(uint8_t kept[CODES_u8], const uint8_t *p, codes_fn
 
 /* One panel times all columns of a tile that is wider than COLS_MAX: there are no registers for their sums. A
  * block is decoded once for all groups of TOGETHER. */
-INLINE void panel_all(const struct panel_job *j, int panel, const struct format f, codes_fn *codes, scales_fn *scales) {
+INLINE void panel_all(const struct panel_job *j, int panel, const struct format f, codes_fn *codes,
+                      scales_fn *scales) {
     const struct act_block *a = j->act;
     f32x16 y[TILE_COLS];
     uint8_t kept[CODES_u8] __attribute__((aligned(64)));
@@ -144,7 +145,8 @@ INLINE f32x16 load_f32(const uint8_t *p) { return f_load((const float *)(const v
 INLINE f32x16 load_f16(const uint8_t *p) { return f_load_f16((const uint16_t *)(const void *)p); }
 INLINE f32x16 load_bf16(const uint8_t *p) { return f_load_bf16((const uint16_t *)(const void *)p); }
 
-INLINE void float_cols(const struct panel_job *j, int panel, const int P, int col, const int C, int unit, load_fn *load) {
+INLINE void float_cols(const struct panel_job *j, int panel, const int P, int col, const int C, int unit,
+                       load_fn *load) {
     const uint8_t *p = j->codes + (size_t)panel * j->code_stride;
     const float *x = j->x + (size_t)col * j->x_stride;
     const size_t ahead = C <= 2 ? AHEAD / 2 : 2 * AHEAD;
@@ -172,7 +174,8 @@ INLINE void float_cols(const struct panel_job *j, int panel, const int P, int co
 }
 
 /* P_MAX panels, or one, times C columns; fewer at a time where there are too few registers for all. */
-INLINE void float_block(const struct panel_job *j, int panel, const int many, int col, const int C, int unit, load_fn *load) {
+INLINE void float_block(const struct panel_job *j, int panel, const int many, int col, const int C, int unit,
+                        load_fn *load) {
     const int P = many ? FLOAT_PANELS(C) : 1;
     for (int i = 0; i < (many ? P_MAX : 1); i += P)
         float_cols(j, panel + i, P, col, C, unit, load);

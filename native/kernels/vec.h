@@ -123,7 +123,8 @@ static void rope_halves(float *x, const float *cos, const float *sin, int n) {
     }
 }
 
-static void conv(float *y, const float *const *rows, const float *weight, size_t stride, const float *bias, int k, int n) {
+static void conv(float *y, const float *const *rows, const float *weight, size_t stride, const float *bias,
+                 int k, int n) {
     EACH_16(n) {
         f32x16 sum = bias ? f_load_n(bias + i, m) : f_zero();
         for (int j = 0; j < k; j++)

@@ -51,7 +51,8 @@ void recurrent_run(struct pass *p, const struct block *b, const struct recurrenc
                    struct sink out, int thread);
 
 /* The steps of that on the CPU: all but the product; and of the short convolution. */
-void recur(struct pass *p, const struct block *b, const struct recurrence *r, const struct work *w, struct tokens out, int thread);
+void recur(struct pass *p, const struct block *b, const struct recurrence *r, const struct work *w,
+           struct tokens out, int thread);
 void short_conv(struct pass *p, const struct block *b, const struct work *w, struct tokens out, int thread);
 
 /* The run of token t; `run` is the one of an earlier token. */

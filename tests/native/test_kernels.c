@@ -61,7 +61,8 @@ static void random_block(int type, uint8_t *block) {
     if (type == TYPE_IQ1_M)
         set_iq1_m(block, random_f16());
     if (type == TYPE_MXFP4)
-        block[0] = (uint8_t)(random_below(&state, 16) ? 120 + random_below(&state, 10) : random_below(&state, 3));
+        block[0] = (uint8_t)(random_below(&state, 16) ? 120 + random_below(&state, 10)
+                                                      : random_below(&state, 3));
 }
 
 static void random_row(int type, uint8_t *row, int k) {
@@ -99,7 +100,8 @@ static void pack(struct product *p) {
     p->scales = get_memory((size_t)panels * p->size.scales);
     for (int i = 0; i < panels; i++)
         pack_panel(p->type, p->file + (size_t)i * 16 * p->row_bytes, p->row_bytes,
-                   p->rows - 16 * i < 16 ? p->rows - 16 * i : 16, p->k, p->codes + (size_t)i * p->size.codes, p->scales + (size_t)i * p->size.scales);
+                   p->rows - 16 * i < 16 ? p->rows - 16 * i : 16, p->k, p->codes + (size_t)i * p->size.codes,
+                   p->scales + (size_t)i * p->size.scales);
 }
 
 /* Rounding, at worst: once a block for the running sum, and 6 times in what is added to it (scales
@@ -132,13 +134,15 @@ static void compute_exact(struct product *p) {
 }
 
 static void run(const struct kernels *k, const struct product *p, int first_panel, int n_panels,
-                const struct act_block *act, const float *x, int n_cols, int with_bias, int add, float *out, size_t stride) {
+                const struct act_block *act, const float *x, int n_cols, int with_bias, int add, float *out,
+                size_t stride) {
     int left = p->rows - 16 * first_panel;
     k->panel[p->type](&(struct panel_job){
         .codes = p->codes + (size_t)first_panel * p->size.codes,
         .scales = p->scales + (size_t)first_panel * p->size.scales,
         .code_stride = p->size.codes, .scale_stride = p->size.scales, .n_panels = n_panels,
-        .n_rows = left < 16 * n_panels ? left : 16 * n_panels, .k = p->k, .n_cols = n_cols, .act = act, .x = x,
+        .n_rows = left < 16 * n_panels ? left : 16 * n_panels, .k = p->k, .n_cols = n_cols, .act = act,
+        .x = x,
         .x_stride = (size_t)p->k, .bias = with_bias ? p->bias + 16 * first_panel : NULL,
         .out = out, .out_stride = stride, .add = add,
     });
@@ -173,7 +177,8 @@ static struct product new_product(int type, int rows, int k) {
 }
 
 static void free_product(struct product *p) {
-    void *parts[] = { p->file, p->codes, p->scales, p->x, p->act, p->bias, p->before, p->exact, p->slack, p->ref };
+    void *parts[] = { p->file, p->codes,  p->scales, p->x,     p->act,
+                      p->bias, p->before, p->exact,  p->slack, p->ref };
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
         free(parts[i]);
 }
@@ -208,8 +213,8 @@ static void tolerance_is_sharp(struct product *p) {
 
 /* Columns first .. first + n of the tile: all outputs as the reference has them,
  * everything round them untouched. */
-static void check_tile(const struct kernels *k, const struct product *p, int first_panel, int n_panels, int first, int n,
-                       int with_bias, int add) {
+static void check_tile(const struct kernels *k, const struct product *p, int first_panel, int n_panels,
+                       int first, int n, int with_bias, int add) {
     int row = 16 * first_panel, left = p->rows - row, rows = left < 16 * n_panels ? left : 16 * n_panels;
     int stride = rows + 3;
     struct act_block *act = get_memory((size_t)(p->k / 32 * n) * sizeof *act);
@@ -251,7 +256,8 @@ static void panels_of_type(int type) {
             for (int n = 1; n <= TILE_COLS; n++) {
                 int mode = n + panels, first = (int)random_below(&state, TILE_COLS - n + 1);
                 check_tile(&isas[i], &p, 0, panels, first, n, mode & 1, mode >> 1 & 1);
-                check_tile(&isas[i], &p, panels / 2, panels - panels / 2, TILE_COLS - n, n, ~mode & 1, mode >> 1 & 1);
+                check_tile(&isas[i], &p, panels / 2, panels - panels / 2, TILE_COLS - n, n, ~mode & 1,
+                           mode >> 1 & 1);
             }
         free_product(&p);
     }
@@ -279,13 +285,14 @@ static void coarse_panels(void) {
     float *rows = noises(ROWS * K), *x = noises(N * K), out[2][N * ROWS], error = 0, sum = 0;
     struct act_block act[K / 32 * N];
     for (int i = 0; i < PANELS; i++)
-        pack_panel(TYPE_COARSE, rows + 16 * i * K, K * sizeof *rows, i < PANELS - 1 ? 16 : ROWS % 16, K, codes + (size_t)i * size.codes,
-                   scales + (size_t)i * size.scales);
+        pack_panel(TYPE_COARSE, rows + 16 * i * K, K * sizeof *rows, i < PANELS - 1 ? 16 : ROWS % 16, K,
+                   codes + (size_t)i * size.codes, scales + (size_t)i * size.scales);
     for (int c = 0; c < N; c++)
         isas[0].quantize(act + c, N, x + c * K, K / 32);
     for (int i = 0; i < n_isas; i++) {
         isas[i].panel[TYPE_COARSE](&(struct panel_job){
-            .codes = codes, .scales = scales, .code_stride = size.codes, .scale_stride = size.scales, .n_panels = PANELS,
+            .codes = codes, .scales = scales, .code_stride = size.codes, .scale_stride = size.scales,
+            .n_panels = PANELS,
             .n_rows = ROWS, .k = K, .n_cols = N, .act = act, .out = out[i > 0], .out_stride = ROWS });
         CHECK(!memcmp(out[0], out[i > 0], sizeof out[0]));
     }
@@ -379,9 +386,12 @@ static void check_block(const struct act_block *a, const float *x) {
 /* Ordinary blocks, zeros, one value alone, ties, and sizes at the ends of what a float holds. */
 static void quantize_blocks(void) {
     enum { N = 24, STRIDE = 3 };
-    static const float scales[] = { 1, 1e-3f, 1e4f, 0, 1e30f, 3e38f, 1e-30f, 1e-36f, 1e-38f, 1e-40f, 1e-44f, 1 };
+    static const float scales[] = {
+        1, 1e-3f, 1e4f, 0, 1e30f, 3e38f, 1e-30f, 1e-36f, 1e-38f, 1e-40f, 1e-44f, 1
+    };
     float *x = noises(N * 32);
-    struct act_block *act = get_memory((N * STRIDE) * sizeof *act), *first = get_memory((N * STRIDE) * sizeof *act);
+    struct act_block *act = get_memory((N * STRIDE) * sizeof *act);
+    struct act_block *first = get_memory((N * STRIDE) * sizeof *act);
     for (int i = 0; i < N * 32; i++)
         x[i] = i < 12 * 32 ? x[i] / 3 * scales[i / 32] : i < 20 * 32 ? (float)(i % 255 - 127) / 2 : x[i];
     for (int i = 20 * 32; i < 21 * 32; i++)
@@ -428,7 +438,9 @@ static void store(const struct kernels *kernels, struct cache *c, int token, con
 }
 
 static struct cache new_cache(int head_dim, int n_rows, int from, int to) {
-    struct cache c = { .head_dim = head_dim, .v_dim = (head_dim + 15) / 16 * 16, .n_rows = n_rows, .sink = -INFINITY };
+    struct cache c = {
+        .head_dim = head_dim, .v_dim = (head_dim + 15) / 16 * 16, .n_rows = n_rows, .sink = -INFINITY
+    };
     size_t tile = (size_t)(TILE * (c.head_dim + c.v_dim));
     c.k = noises(TOKENS * head_dim);
     c.v = noises(TOKENS * head_dim);
@@ -488,8 +500,10 @@ static void attend(const struct kernels *k, const struct cache *c, int row, int 
             if (taken)
                 k->attend(&(struct attn_job){
                     .tiles = (const uint16_t *const *)c->tiles + chunk / TILE,
-                    .head_dim = c->head_dim, .v_dim = c->v_dim, .n_rows = taken, .q = q, .first = first, .limit = limit, .m = m + at, .l = l + at, .o = o + at * c->v_dim,
-                    .softcap = c->softcap, .slope = alibi ? c->slope + row + at : NULL, .at = alibi ? own : NULL,
+                    .head_dim = c->head_dim, .v_dim = c->v_dim, .n_rows = taken, .q = q, .first = first,
+                    .limit = limit, .m = m + at, .l = l + at, .o = o + at * c->v_dim,
+                    .softcap = c->softcap, .slope = alibi ? c->slope + row + at : NULL,
+                    .at = alibi ? own : NULL,
                 });
         }
     /* a sink: a chunk of one token without a value */
@@ -698,11 +712,13 @@ static void check_shared(int head_dim, int v_dim, int n_rows, int n_seen) {
             }
             isas[isa].attend(&(struct attn_job){
                 .tiles = shared ? keys : both, .head_dim = head_dim, .v_dim = pad, .shared = shared,
-                .n_rows = n_rows, .q = q, .first = first, .limit = limit, .m = m[shared], .l = l[shared], .o = o[shared],
+                .n_rows = n_rows, .q = q, .first = first, .limit = limit, .m = m[shared], .l = l[shared],
+                .o = o[shared],
             });
         }
         for (int r = 0; r < n_rows; r++)
-            CHECK(same(o[0] + r * pad, o[1] + r * pad, (size_t)v_dim) && m[0][r] == m[1][r] && l[0][r] == l[1][r]);
+            CHECK(same(o[0] + r * pad, o[1] + r * pad, (size_t)v_dim) && m[0][r] == m[1][r]
+                  && l[0][r] == l[1][r]);
     }
     for (int i = 0; i < CHUNK / TILE; i++)
         free((void *)both[i]), free((void *)keys[i]);

@@ -45,7 +45,8 @@ static void matches_are_those_found_by_searching(void) {
         int n = 0, symbols = 12 + (int)random_below(&state, 60);
         CHECK(g && ngrams_propose(g, K, ids, lengths) == 0);
         while (n < N) {                         /* runs that were there before, and others */
-            int from = n ? (int)random_below(&state, n) : 0, more = 1 + (int)random_below(&state, 30), copy = n && random_below(&state, 3);
+            int from = n ? (int)random_below(&state, n) : 0, more = 1 + (int)random_below(&state, 30);
+            int copy = n && random_below(&state, 3);
             more = more < N - n ? more : N - n;
             more = copy && more > n - from ? n - from : more;
             for (int i = 0; i < more; i++)
@@ -58,7 +59,10 @@ static void matches_are_those_found_by_searching(void) {
             CHECK(found == (end ? K : 0));
             for (int i = 0; i < found; i++) {
                 CHECK(ids[i] == (end + i < n ? text[end + i] : ids[end + i - n]));
-                CHECK(lengths[i] == (back && !i ? 1 : length + i < NGRAM_LONGEST ? length + i : NGRAM_LONGEST));
+                CHECK(lengths[i]
+                      == (back && !i                   ? 1
+                          : length + i < NGRAM_LONGEST ? length + i
+                                                       : NGRAM_LONGEST));
             }
         }
         ngrams_free(g);

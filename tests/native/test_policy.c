@@ -6,9 +6,13 @@
 
 static double truth(double width, double speed) { return speed * fmax(1, 0.4 + 0.15 * width); }
 
-static double noisy(uint64_t *state, double seconds) { return seconds * (0.95 + 0.1 * (double)random_below(state, 1000) / 1000); }
+static double noisy(uint64_t *state, double seconds) {
+    return seconds * (0.95 + 0.1 * (double)random_below(state, 1000) / 1000);
+}
 
-static double off(const struct pass_cost *c, double width, double speed) { return fabs(log(cost_at(c, width) / truth(width, speed))); }
+static double off(const struct pass_cost *c, double width, double speed) {
+    return fabs(log(cost_at(c, width) / truth(width, speed)));
+}
 
 /* Widths that are seen are known to a few percent, and widths between them too. */
 static void costs_are_found(void) {

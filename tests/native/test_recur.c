@@ -112,14 +112,15 @@ static struct outcome begin(const struct recurrence *r) {
 }
 
 /* Tokens from .. to. given: d is what `out` has; silent: without an output. */
-static void advance(const struct kernels *k, const struct recurrence *r, struct outcome *out, int from, int to,
-                    int given, int silent) {
+static void advance(const struct kernels *k, const struct recurrence *r, struct outcome *out, int from,
+                    int to, int given, int silent) {
     k->recur(&(struct recur_job){
         .s = out->s, .n_keys = r->n_keys, .n_tok = to - from, .decay = r->decay + from * (1 + GAP),
         .k = r->k + from * r->stride, .q = silent ? NULL : r->q + from * r->stride,
         .v = given ? NULL : r->v + from * (16 + GAP), .beta = given ? NULL : r->beta + from * (1 + GAP),
         .d = out->d + from * (16 + GAP), .o = out->o + from * (16 + GAP), .decay_stride = 1 + GAP,
-        .k_stride = (size_t)r->stride, .q_stride = (size_t)r->stride, .v_stride = 16 + GAP, .beta_stride = 1 + GAP,
+        .k_stride = (size_t)r->stride, .q_stride = (size_t)r->stride, .v_stride = 16 + GAP,
+        .beta_stride = 1 + GAP,
         .d_stride = 16 + GAP, .o_stride = 16 + GAP,
     });
 }

@@ -122,7 +122,8 @@ static void take_once(void *arg, int thread) {
     int64_t from, to, begin, end;
     pool_share(t->pool, thread, t->n, 1, &begin, &end);
     for (int step = 0; step < 3; step++) {
-        CHECK(pool_take(t->pool, thread, t->n, &from, &to) && from == begin && to == begin + (end - begin + 1) / 2);
+        CHECK(pool_take(t->pool, thread, t->n, &from, &to) && from == begin
+              && to == begin + (end - begin + 1) / 2);
         pool_barrier(t->pool);
     }
 }
