@@ -130,9 +130,9 @@ static void attend_chunk(const struct pass *p, const struct queries *a, const st
         float slope[ATTN_ROWS];
         int from[ATTN_ROWS], to[ATTN_ROWS], at[ATTN_ROWS], row = r, taken = 0;
         for (; r < t->n_rows && taken < ATTN_ROWS; r++) {
-            int token = t->first + r / group, low = first_seen(p, b, token, chunk);
-            int high = end_seen(p, b, token), head = t->h * group + r % group;
-            /* sees nothing here; those that do stand together */
+            int token = t->first + r / group, head = t->h * group + r % group;
+            int low = first_seen(p, b, token, chunk), high = end_seen(p, b, token);
+            /* It sees nothing here; those that do stand together. */
             if (high <= start || low >= start + CHUNK) {
                 if (taken)
                     break;
@@ -148,8 +148,8 @@ static void attend_chunk(const struct pass *p, const struct queries *a, const st
         if (!taken)
             break;
         p->model->k.attend(&(struct attn_job){
-            .tiles = tiles, .next = fetched ? NULL : next, .head_dim = a->k_dim, .v_dim = pad,
-            .shared = a->shared,
+            .tiles = tiles, .next = fetched ? NULL : next,
+            .head_dim = a->k_dim, .v_dim = pad, .shared = a->shared,
             .n_rows = taken, .q = q, .first = from, .limit = to, .softcap = b->c.attn_softcap,
             .slope = b->c.alibi > 0 ? slope : NULL, .at = at,
             .m = s.max + row, .l = s.sum + row, .o = s.o + (size_t)row * (size_t)pad,

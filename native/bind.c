@@ -42,13 +42,19 @@ static const struct role common_roles[] = {
 
 const struct kind *kind_find(int kind) {
     static const struct kind *const kinds[BMC_KINDS] = {
-        [BMC_ATTENTION] = &attention_kind, [BMC_MLA] = &mla_kind, [BMC_DELTA_NET] = &delta_net_kind,
+        [BMC_ATTENTION] = &attention_kind,
+        [BMC_MLA] = &mla_kind,
+        [BMC_DELTA_NET] = &delta_net_kind,
         [BMC_MAMBA2] = &mamba2_kind,
-        [BMC_SHORT_CONV] = &short_conv_kind, [BMC_DENSE] = &dense_kind, [BMC_EXPERTS] = &experts_kind,
+        [BMC_SHORT_CONV] = &short_conv_kind,
+        [BMC_DENSE] = &dense_kind,
+        [BMC_EXPERTS] = &experts_kind,
         [BMC_PER_LAYER] = &per_layer_kind,
-        [BMC_LAUREL] = &laurel_kind, [BMC_ALTUP_BEGIN] = &altup_begin_kind,
+        [BMC_LAUREL] = &laurel_kind,
+        [BMC_ALTUP_BEGIN] = &altup_begin_kind,
         [BMC_ALTUP_PREDICT] = &altup_predict_kind,
-        [BMC_ALTUP_CORRECT] = &altup_correct_kind, [BMC_ALTUP_END] = &altup_end_kind,
+        [BMC_ALTUP_CORRECT] = &altup_correct_kind,
+        [BMC_ALTUP_END] = &altup_end_kind,
     };
     return kind >= 0 && kind < BMC_KINDS ? kinds[kind] : NULL;
 }
@@ -175,9 +181,8 @@ static float *floats(bmc_model *m, const bmc_tensor *t, bool transposed) {
     const struct type *type = type_find(t->type);
     const size_t rows = (size_t)t->n_rows, cols = (size_t)t->n_cols;
     const size_t row_bytes = cols / (size_t)type->block_size * (size_t)type->type_size;
-    float *values = model_own(m,
-                              (padded(t->n_cols) + cols * padded(t->n_rows) + rows * cols) * sizeof *values);
-    float *all = values;
+    const size_t n = padded(t->n_cols) + cols * padded(t->n_rows) + rows * cols;
+    float *values = model_own(m, n * sizeof *values), *all = values;
     if (!values) {
         fail(BMC_ENOMEM, "no memory for %s", t->role);
         return NULL;

@@ -16,8 +16,8 @@ static const int FIRST_WINDOW = 32;
 /* What buckets of confidence promise before anything was seen. Two models' best tokens are the same more
  * often than the draft model is sure; a match of many tokens goes on more often than one of two. */
 static void init_model(struct acceptance *a) {
-    static const float edges[] = { 0.02f, 0.05f, 0.1f, 0.15f, 0.2f,  0.3f,  0.4f,  0.5f,
-                                   0.6f,  0.7f,  0.8f, 0.9f,  0.95f, 0.98f, 0.995f };
+    static const float edges[] = { 0.02f, 0.05f, 0.1f, 0.15f, 0.2f, 0.3f, 0.4f, 0.5f,
+                                   0.6f, 0.7f, 0.8f, 0.9f, 0.95f, 0.98f, 0.995f };
     enum { N = sizeof edges / sizeof *edges };
     double priors[N + 1];
     for (int i = 0; i <= N; i++) {
@@ -123,8 +123,8 @@ static int check_options(const bmc_drafter_options *o) {
         return fail(BMC_EINVAL, "bmc_drafter_new: expected 0 <= least <= most, found %d and %d",
                     (int)o->least, (int)o->most);
     if (!!o->draft + !!o->self_window + !!o->external > 1)
-        return fail(BMC_EINVAL, "bmc_drafter_new: expected one of a draft model, the model itself and "
-                                "guesses of the caller");
+        return fail(BMC_EINVAL, "bmc_drafter_new: expected one of a draft model, "
+                                "the model itself and guesses of the caller");
     return 0;
 }
 

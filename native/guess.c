@@ -168,11 +168,10 @@ static int read_text(struct group *g, struct turn *t, int n) {
     int32_t tokens[PASS_MAX];
     const float *before[PASS_MAX];
     read_from(t, n, tokens, before);
-    bmc_span span = { .session = draft,
-                      .tokens = tokens,
-                      .n_tok = n,
-                      .want = BMC_WANT_NONE,
-                      .before = t->drafter->hidden ? before : NULL };
+    bmc_span span = {
+        .session = draft, .tokens = tokens, .n_tok = n, .want = BMC_WANT_NONE,
+        .before = t->drafter->hidden ? before : NULL,
+    };
     int64_t start = nanoseconds();
     int status = bmc_eval(&span, 1);
     double seconds = seconds_since(start);

@@ -88,7 +88,8 @@ struct attn_job {
  *     d = beta * (v - s^T k)              where v is given
  *     s_i = fma(k_i, d, s_i)              for every key i
  *     o = s^T q                           where q is given
- * A dot product is four sums over ascending keys, key i in sum i % 4, each a chain of fma, folded (0 + 1) + (2 + 3).
+ * A dot product is four sums over ascending keys, key i in sum i % 4, each a chain of fma, folded
+ * (0 + 1) + (2 + 3).
  * Tokens in one call or in several give the same bits; k, d and decay of a token update an older s again. */
 struct recur_job {
     float *s;
@@ -156,7 +157,7 @@ struct kernels {
 void vec_ref(struct kernels *k), attn_ref(struct kernels *k), panel_ref(struct kernels *k);
 void vec_avx2(struct kernels *k), attn_avx2(struct kernels *k), panel_avx2(struct kernels *k);
 void vec_avx512(struct kernels *k), attn_avx512(struct kernels *k), panel_avx512(struct kernels *k);
-void vec_neon(struct kernels *k), attn_neon(struct kernels *k), panel_neon(struct kernels *k),
-    panel_i8mm(struct kernels *k);
+void vec_neon(struct kernels *k), attn_neon(struct kernels *k);
+void panel_neon(struct kernels *k), panel_i8mm(struct kernels *k);
 
 #endif

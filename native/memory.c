@@ -73,5 +73,7 @@ static int host_zero(void *of, void *memory, size_t bytes) { return (void)of, me
 
 static int host_wait(void *of) { return (void)of, 0; }
 
-const struct memory memory_host = { NULL,      host_whole, host_map,  host_unmap, host_copy,
-                                    host_zero, host_copy,  host_copy, host_wait };
+const struct memory memory_host = {
+    .whole = host_whole, .map = host_map, .unmap = host_unmap, .copy = host_copy, .zero = host_zero,
+    .fetch = host_copy, .send = host_copy, .wait = host_wait,
+};

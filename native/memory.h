@@ -19,12 +19,9 @@ void memory_give_back(const void *file, size_t bytes);
 
 /* Where memory comes from: the host, or a GPU, whose addresses are only passed on. */
 struct memory {
-    /* the first argument of the functions */
-    void *of;
-    /* rounded up to what it gives at a time */
-    size_t (*whole)(void *of, size_t bytes);
-    /* zeroed; NULL where there is none left */
-    void *(*map)(void *of, size_t bytes);
+    void *of;                                       /* the first argument of the functions */
+    size_t (*whole)(void *of, size_t bytes);        /* rounded up to what it gives at a time */
+    void *(*map)(void *of, size_t bytes);           /* zeroed; NULL where there is none left */
     void (*unmap)(void *of, void *memory, size_t bytes);
     int (*copy)(void *of, void *to, const void *from, size_t bytes);        /* 0, or -1 */
     int (*zero)(void *of, void *memory, size_t bytes);

@@ -294,16 +294,16 @@ static bool coarse_pays(const bmc_model *m) {
 }
 
 static int coarsen(bmc_model *m) {
+    const struct matrix *w = &m->output;
     m->coarse = (struct matrix){
-        .type = TYPE_COARSE, .n_rows = m->output.n_rows, .n_cols = m->output.n_cols, .bias = m->output.bias
+        .type = TYPE_COARSE, .n_rows = w->n_rows, .n_cols = w->n_cols, .bias = w->bias,
     };
     m->coarse_bytes = 0;
     measure(&m->coarse, &m->coarse_bytes);
     m->coarse_bytes = memory_whole(m->coarse_bytes);
     uint8_t *next = m->coarse_panels = memory_map(m->coarse_bytes);
-    struct packing p = { m, &m->output, &m->coarse, NULL };
-    p.floats = malloc((size_t)(pool_size(m->pool) * PANEL_ROWS) * (size_t)m->output.n_cols
-                      * sizeof *p.floats);
+    struct packing p = { m, w, &m->coarse, NULL };
+    p.floats = malloc((size_t)(pool_size(m->pool) * PANEL_ROWS) * (size_t)w->n_cols * sizeof *p.floats);
     if (next && p.floats) {
         place(&m->coarse, &next);
         pool_run(m->pool, pack_share, &p);
@@ -312,9 +312,9 @@ static int coarsen(bmc_model *m) {
         m->coarse_panels = NULL;
     }
     free(p.floats);
-    return m->coarse.codes
-             ? 1
-             : fail(BMC_ENOMEM, "no memory for %.0f MB of a coarse head", (double)m->coarse_bytes / 1e6);
+    if (!m->coarse.codes)
+        return fail(BMC_ENOMEM, "no memory for %.0f MB of a coarse head", (double)m->coarse_bytes / 1e6);
+    return 1;
 }
 
 /* The target's coarse head, where a draft head has its output matrix. */

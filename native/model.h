@@ -115,24 +115,20 @@ struct block {
     };
 };
 
-/* Tokens in one pass over the weights, of a model that is not causal and of others; of them those whose next
- * is sampled; logits at a time; tasks that keep a thread busy to the end; floats for the sums of chunks whose
- * task is cut; panels made at a time where none are kept. */
 enum {
-    WHOLE_MAX = 8192,
-    PASS_MAX = 512,
-    SAMPLED_MAX = 64,
-    HEAD_ROWS = 256,
-    TASKS_EACH = 8,
-    PART_FLOATS = 4 << 20,
-    ROOM_PANELS = 16
+    PASS_MAX = 512,             /* tokens in one pass over the weights */
+    WHOLE_MAX = 8192,           /* of a model that is not causal */
+    SAMPLED_MAX = 64,           /* those of a pass whose next token is sampled */
+    HEAD_ROWS = 256,            /* logits at a time */
+    TASKS_EACH = 8,             /* tasks that keep a thread busy to the end */
+    PART_FLOATS = 4 << 20,      /* for the sums of chunks whose task is cut */
+    ROOM_PANELS = 16,           /* panels made at a time where none are kept */
 };
 
 _Static_assert((int)BMC_PROMPT_CHUNK <= (int)PASS_MAX, "a chunk is a pass");
 
 /* Keys and values of blocks that see all rows, and of those that see a window: of the latter, rows that are
- * WINDOW_SPARE behind the window are given back. */
-/* GPU_: the same of blocks that are on a GPU */
+ * WINDOW_SPARE behind the window are given back. GPU_: the same of blocks that are on a GPU. */
 enum { ALL_ROWS, WINDOWS, GPU_ROWS, GPU_WINDOWS, ARENAS };
 enum { WINDOW_SPARE = 1024 };
 

@@ -1,5 +1,6 @@
 #include "pack.h"
 
+#include "kernels/inline.h"
 #include "panels.h"
 #include "split.h"
 
@@ -234,7 +235,6 @@ static inline void scales_dm(uint8_t *out, int row, const struct split *s, int b
 static inline void scales_none(uint8_t *out, int row, const struct split *s, int b) {
     (void)b, head_none(out, row, s);
 }
-static inline void scales_e8(uint8_t *out, int row, const struct split *s, int b) { out[row] = s->scales[b]; }
 static inline void scales_k32(uint8_t *out, int row, const struct split *s, int b) {
     out[row] = s->scales[b];
 }
@@ -250,6 +250,7 @@ static inline void scales_k16(uint8_t *out, int row, const struct split *s, int 
 #define scales_km16 scales_k16
 #define scales_e4m3 scales_k16
 #define scales_one scales_none
+#define scales_e8 scales_k32
 #define scales_s32 scales_k32
 #define scales_q32 scales_k32
 #define scales_q16 scales_k32
@@ -283,10 +284,8 @@ struct packing {
 };
 typedef void pack_fn(struct packing p);
 
-static inline __attribute__((always_inline)) void pack_rows(struct packing p, const struct layout f,
-                                                            size_t block_bytes, split_fn *split,
-                                                            put_fn *put_codes, head_fn *put_head,
-                                                            scales_fn *put_scales) {
+INLINE void pack_rows(struct packing p, const struct layout f, size_t block_bytes, split_fn *split,
+                      put_fn *put_codes, head_fn *put_head, scales_fn *put_scales) {
     struct split s = { 0 };
     int blocks = f.super / 32;
     for (int64_t k = 0; k < p.n_cols; k += f.super, p.rows += block_bytes) {

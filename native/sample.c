@@ -1,13 +1,15 @@
-/* The order is llama.cpp's: bias, penalties, top-k, top-p, min-p, temperature, then a random choice among what is left.
+/* The order is llama.cpp's: bias, penalties, top-k, top-p, min-p, temperature, then a random choice among
+ * what is left.
  *
- * SplitMix64 gives every id at every position a number x in (0, 1); E = -log(1 - x) is its exponential noise, -log(E) its
- * Gumbel noise, and the token is the id with the largest
+ * SplitMix64 gives every id at every position a number x in (0, 1); E = -log(1 - x) is its exponential
+ * noise, -log(E) its Gumbel noise, and the token is the id with the largest
  *
  *     logit / temperature - log(E)
  *
- * which is distributed as softmax(logits / temperature). The choice depends on the logits, the seed and the position
- * alone: no state is carried from token to token, and a filter does not change the noise of the ids it keeps. So a
- * draft model finds the target's choice wherever the two agree, and a verification finds that of plain decoding. */
+ * which is distributed as softmax(logits / temperature). The choice depends on the logits, the seed and the
+ * position alone: no state is carried from token to token, and a filter does not change the noise of the
+ * ids it keeps. So a draft model finds the target's choice wherever the two agree, and a verification finds
+ * that of plain decoding. */
 #include "sample.h"
 
 #include "cpu.h"

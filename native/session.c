@@ -300,7 +300,9 @@ int bmc_session_stats(const bmc_session *s, bmc_arena_stats *stats) {
     for (int i = ARENAS - 1; i >= 0; i--)
         if (s->model->n_streams[order[i]])
             a = &s->arenas[order[i]];
-    *stats = (bmc_arena_stats){ .rows_reserved = a->rows_reserved, .rows_used = s->position, .r = a->config.r };
+    *stats = (bmc_arena_stats){
+        .rows_reserved = a->rows_reserved, .rows_used = s->position, .r = a->config.r,
+    };
     for (int i = 0; i < PLACES; i++) {
         stats->bytes_reserved += states_bytes(&s->states[i]);
         stats->state_bytes += (int64_t)(s->states[i].floats * sizeof(float));
@@ -326,10 +328,9 @@ static int check_span(const bmc_span *span, const bmc_model *m) {
     if (span->last < 0)
         return fail(BMC_EINVAL, "last: expected 0 or more rows, found %d", (int)span->last);
     if (!span->before != !m->target)
-        return fail(BMC_EINVAL,
-                    m->target
-                        ? "this model is a draft head: its tokens come with the hidden states before them"
-                        : "hidden states come with tokens of a draft head only");
+        return fail(BMC_EINVAL, "%s",
+                    m->target ? "this model is a draft head: its tokens come with the hidden states before them"
+                              : "hidden states come with tokens of a draft head only");
     if (span->sampler && sampler_check(span->sampler, m->c.vocab_size))
         return BMC_EINVAL;
     if (span->n_top < 0 || span->n_top > m->c.vocab_size
@@ -338,9 +339,8 @@ static int check_span(const bmc_span *span, const bmc_model *m) {
                     (int)m->c.vocab_size, (int)span->n_top);
     if (!m->c.causal && (span->session->position || span->n_tok > m->pass_max))
         return fail(BMC_EINVAL,
-                    "this model reads a text as a whole: expected 1 to %d tokens in an empty session, found "
-                    "%d",
-                    m->pass_max, (int)span->n_tok);
+                    "this model reads a text as a whole: "
+                    "expected 1 to %d tokens in an empty session, found %d", m->pass_max, (int)span->n_tok);
     if (!m->c.causal && (span->sampler || span->mask || span->n_top))
         return fail(BMC_EINVAL, "this model reads a text as a whole: no tokens are chosen after it");
     if (!m->output.data && (span->logits || span->next || span->logprob || span->n_top || span->given))
@@ -411,7 +411,9 @@ static void push(struct pass *p, const bmc_span *span, int i) {
     const bool kept = span->session->hidden.rows && i >= span->n_tok - HIDDEN_KEPT;
     if (kept || wanted(span, i)) {
         struct wanted *out = &p->out[p->n_out++];
-        *out = (struct wanted){ .span = span, .tok = p->n_tok, .kept = kept ? hidden_row(span->session, pos) : NULL };
+        *out = (struct wanted){
+            .span = span, .tok = p->n_tok, .kept = kept ? hidden_row(span->session, pos) : NULL,
+        };
         if (wanted(span, i))
             push_wanted(p, span, i, out);
     }
@@ -515,10 +517,9 @@ static void undo(const bmc_span *spans, int n) {
 /* What a pass notes down, made for one call. */
 static struct pass *make_pass(bmc_model *m, int n_tok) {
     const size_t n = (size_t)smaller(n_tok, m->pass_max), parts = m->output.data ? (size_t)head_parts(m) : 0;
-    const size_t bytes = n
-                       * (sizeof(struct place) + sizeof(struct wanted) + sizeof(struct run)
-                          + parts * sizeof(struct best) + sizeof(float));
-    struct pass *p = malloc(sizeof *p + bytes + 64);
+    const size_t each = sizeof(struct place) + sizeof(struct wanted) + sizeof(struct run)
+                      + parts * sizeof(struct best) + sizeof(float);
+    struct pass *p = malloc(sizeof *p + n * each + 64);
     if (!p) {
         fail(BMC_ENOMEM, "no memory for a pass over %d tokens", n_tok);
         return NULL;

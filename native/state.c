@@ -70,9 +70,10 @@ void states_free(struct states *s) {
 static double megabytes(size_t floats) { return (double)floats * sizeof(float) / 1e6; }
 
 static int check_lost(const struct states *s) {
-    return s->lost ? fail(BMC_EDEVICE,
-                          "the states of this session are lost: the GPU failed while they were changed")
-                   : 0;
+    if (s->lost)
+        return fail(BMC_EDEVICE,
+                    "the states of this session are lost: the GPU failed while they were changed");
+    return 0;
 }
 
 int states_reserve(struct states *s) {

@@ -11,8 +11,8 @@ INLINE int lane(int t) { return t < 0 ? 0 : t > 16 ? 16 : t; }
  * prefetcher. One half of the chunk goes with the keys of this one, the other with its values; i counts a
  * tile's columns. To the second level, since the first is smaller than a chunk. */
 INLINE void fetch(const struct attn_job *j, int half, int tile, int i) {
-    __builtin_prefetch(j->next[half * CHUNK / TILE / 2 + tile / 2] + (tile % 2 * j->head_dim + i) * TILE, 0,
-                       2);
+    const uint16_t *next = j->next[half * CHUNK / TILE / 2 + tile / 2];
+    __builtin_prefetch(next + (tile % 2 * j->head_dim + i) * TILE, 0, 2);
 }
 
 /* s[r][t] = q[row + r] . K[t] for R rows and the tokens of T tiles: one fma chain over head_dim a score.
@@ -311,7 +311,10 @@ static void attend(const struct attn_job *job) {
             widen_values(&j, d, begin, end, values);
         for (int row = 0, left = n_groups, n; row < j.n_rows; row += n, left--) {
             n = (j.n_rows - row) / left;
-#define CASE(R, T, D) case R: gather_lanes(&j, row, R, d, D, from, to, values, memory, s + row, keep + row, gain + row); break;
+#define CASE(R, T, D) \
+            case R: \
+                gather_lanes(&j, row, R, d, D, from, to, values, memory, s + row, keep + row, gain + row); \
+                break;
             switch (n) { EACH_SIZE(CASE) }
 #undef CASE
         }

@@ -28,7 +28,9 @@ INLINE u8x64 codes_u3(const uint8_t *p, int g) {
 }
 
 INLINE u8x64 codes_nl4(const uint8_t *p, int g) {
-    static const uint8_t values[16] = { 1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241 };   /* + 128 */
+    static const uint8_t values[16] = {         /* + 128 */
+        1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241,
+    };
     return u_lookup(values, codes_u4(p, g));
 }
 

@@ -47,8 +47,8 @@ INLINE f32x16 f_load_f16(const uint16_t *p) {
                      _mm256_cvtph_ps(_mm_loadu_si128((const void *)(p + 8))) };
 }
 INLINE __m256 bf16_half(const uint16_t *p) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p)),
-                                                 16));
+    __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
 }
 INLINE f32x16 f_load_bf16(const uint16_t *p) { return (f32x16){ bf16_half(p), bf16_half(p + 8) }; }
 INLINE f32x16 f_load_u8(const uint8_t *p) {
@@ -60,8 +60,8 @@ INLINE f32x16 f_load_i8(const int8_t *p) {
                      _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(p + 8)))) };
 }
 INLINE __m256 u4_half(const uint8_t *p, int shift) {
-    __m256i x = _mm256_srl_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p)),
-                                 _mm_cvtsi32_si128(shift));
+    __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p));
+    x = _mm256_srl_epi32(x, _mm_cvtsi32_si128(shift));
     return _mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(15)));
 }
 INLINE f32x16 f_load_u4(const uint8_t *p, int shift) {
@@ -111,8 +111,8 @@ INLINE f32x16 f_round(f32x16 a) {
 }
 INLINE __m256 scale_half(__m256 a, __m256 n) {
     __m256i e = _mm256_cvttps_epi32(_mm256_max_ps(n, _mm256_set1_ps(-126.0f)));
-    return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)),
-                                                                  23)));
+    e = _mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23);
+    return _mm256_mul_ps(a, _mm256_castsi256_ps(e));
 }
 INLINE f32x16 f_scale(f32x16 a, f32x16 n) { return F2(scale_half, a, n); }
 INLINE f32x16 f_zero_below(f32x16 a, f32x16 x, float limit) {
@@ -259,8 +259,8 @@ INLINE void i_dots(i32x16 *t, const int C, codes_fn *codes, const uint8_t *p, co
     UNROLL(4)
     /* loaded as a float, or gcc shifts it before it is spread: slower */
     for (int c = 0; zero && c < C; c++) {
-        __m256i neg
-            = _mm256_castps_si256(_mm256_broadcast_ss((const float *)(const void *)&a[c].neg_sum[part]));
+        const float *sum = (const float *)(const void *)&a[c].neg_sum[part];
+        __m256i neg = _mm256_castps_si256(_mm256_broadcast_ss(sum));
         neg = _mm256_slli_epi32(neg, __builtin_ctz(zero));
         t[c] = (i32x16){ _mm256_add_epi32(t[c].lo, neg), _mm256_add_epi32(t[c].hi, neg) };
     }

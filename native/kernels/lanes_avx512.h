@@ -35,8 +35,8 @@ INLINE f32x16 f_load_n(const float *p, int n) {
 }
 INLINE f32x16 f_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
 INLINE f32x16 f_load_bf16(const uint16_t *p) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)),
-                                                 16));
+    __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
 }
 INLINE f32x16 f_load_u8(const uint8_t *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p)));
@@ -45,16 +45,16 @@ INLINE f32x16 f_load_i8(const int8_t *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)));
 }
 INLINE f32x16 f_load_u4(const uint8_t *p, int shift) {
-    __m512i x = _mm512_srl_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p)),
-                                 _mm_cvtsi32_si128(shift));
+    __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p));
+    x = _mm512_srl_epi32(x, _mm_cvtsi32_si128(shift));
     return _mm512_cvtepi32_ps(_mm512_and_si512(x, _mm512_set1_epi32(15)));
 }
 INLINE f32x16 f_load_e8m0_half(const uint8_t *p) {
     __m512i e = _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p));
     __m512i normal = _mm512_slli_epi32(_mm512_sub_epi32(e, _mm512_set1_epi32(1)), 23);
     __m512i tiny = _mm512_sllv_epi32(_mm512_set1_epi32(0x200000), e);
-    return _mm512_castsi512_ps(_mm512_mask_blend_epi32(_mm512_cmplt_epi32_mask(e, _mm512_set1_epi32(2)),
-                                                       normal, tiny));
+    __mmask16 small = _mm512_cmplt_epi32_mask(e, _mm512_set1_epi32(2));
+    return _mm512_castsi512_ps(_mm512_mask_blend_epi32(small, normal, tiny));
 }
 INLINE f32x16 f_load_e4m3_half(const uint8_t *p) {
     __m256i f16 = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const void *)p)), 7);

@@ -33,17 +33,18 @@ typedef struct { uint8x16_t q0, q1, q2, q3; } u8x64;
 typedef u8x64 codes_fn(const uint8_t *p, int g);
 
 #define Q1(type, op, a) ((type){ op((a).q0), op((a).q1), op((a).q2), op((a).q3) })
-#define Q2(type, op, a, b) ((type){ op((a).q0, (b).q0), op((a).q1, (b).q1), op((a).q2, (b).q2), op((a).q3, (b).q3) })
+#define Q2(type, op, a, b) \
+    ((type){ op((a).q0, (b).q0), op((a).q1, (b).q1), op((a).q2, (b).q2), op((a).q3, (b).q3) })
 
 INLINE u32x16 widen_u8(uint8x16_t x) {
     uint16x8_t lo = vmovl_u8(vget_low_u8(x)), hi = vmovl_high_u8(x);
-    return (u32x16){ vmovl_u16(vget_low_u16(lo)), vmovl_high_u16(lo), vmovl_u16(vget_low_u16(hi)),
-                     vmovl_high_u16(hi) };
+    return (u32x16){ vmovl_u16(vget_low_u16(lo)), vmovl_high_u16(lo),
+                     vmovl_u16(vget_low_u16(hi)), vmovl_high_u16(hi) };
 }
 INLINE i32x16 widen_i8(int8x16_t x) {
     int16x8_t lo = vmovl_s8(vget_low_s8(x)), hi = vmovl_high_s8(x);
-    return (i32x16){ vmovl_s16(vget_low_s16(lo)), vmovl_high_s16(lo), vmovl_s16(vget_low_s16(hi)),
-                     vmovl_high_s16(hi) };
+    return (i32x16){ vmovl_s16(vget_low_s16(lo)), vmovl_high_s16(lo),
+                     vmovl_s16(vget_low_s16(hi)), vmovl_high_s16(hi) };
 }
 
 INLINE f32x16 f_set(float a) {
@@ -63,8 +64,8 @@ INLINE f32x16 f_load_n(const float *p, int n) {
 }
 INLINE f32x16 f_load_f16(const uint16_t *p) {
     float16x8_t lo = vreinterpretq_f16_u16(vld1q_u16(p)), hi = vreinterpretq_f16_u16(vld1q_u16(p + 8));
-    return (f32x16){ vcvt_f32_f16(vget_low_f16(lo)), vcvt_high_f32_f16(lo), vcvt_f32_f16(vget_low_f16(hi)),
-                     vcvt_high_f32_f16(hi) };
+    return (f32x16){ vcvt_f32_f16(vget_low_f16(lo)), vcvt_high_f32_f16(lo),
+                     vcvt_f32_f16(vget_low_f16(hi)), vcvt_high_f32_f16(hi) };
 }
 INLINE float32x4_t bf16_quarter(const uint16_t *p) {
     return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(vld1_u16(p)), 16));
@@ -130,8 +131,8 @@ INLINE f32x16 f_max(f32x16 a, f32x16 b) { return Q2(f32x16, max_quarter, a, b); 
 INLINE f32x16 f_min(f32x16 a, f32x16 b) { return Q2(f32x16, min_quarter, a, b); }
 INLINE f32x16 f_abs(f32x16 a) { return Q1(f32x16, vabsq_f32, a); }
 INLINE f32x16 f_fma(f32x16 a, f32x16 b, f32x16 c) {
-    return (f32x16){ vfmaq_f32(c.q0, a.q0, b.q0), vfmaq_f32(c.q1, a.q1, b.q1), vfmaq_f32(c.q2, a.q2, b.q2),
-                     vfmaq_f32(c.q3, a.q3, b.q3) };
+    return (f32x16){ vfmaq_f32(c.q0, a.q0, b.q0), vfmaq_f32(c.q1, a.q1, b.q1),
+                     vfmaq_f32(c.q2, a.q2, b.q2), vfmaq_f32(c.q3, a.q3, b.q3) };
 }
 INLINE f32x16 f_round(f32x16 a) { return Q1(f32x16, vrndnq_f32, a); }
 INLINE float32x4_t scale_quarter(float32x4_t a, float32x4_t n) {
@@ -224,7 +225,8 @@ INLINE u8x64 u_lookup(const uint8_t table[16], u8x64 a) {
  * instruction, [row 0 token 0, row 0 token 1, row 1 token 0, row 1 token 1]. */
 #define MATRIX_QUARTER(q, r) { \
         uint32x4_t left = vreinterpretq_u32_u8(w[0].q), right = vreinterpretq_u32_u8(w[1].q); \
-        uint8x16_t upper = vreinterpretq_u8_u32(vzip1q_u32(left, right)), lower = vreinterpretq_u8_u32(vzip2q_u32(left, right)); \
+        uint8x16_t upper = vreinterpretq_u8_u32(vzip1q_u32(left, right)); \
+        uint8x16_t lower = vreinterpretq_u8_u32(vzip2q_u32(left, right)); \
         UNROLL(2) \
         for (int pair = 0; pair < 2; pair++) { \
             sums[pair][r] = vusmmlaq_s32(sums[pair][r], upper, x[pair]); \

@@ -46,7 +46,8 @@ INLINE void ask_ahead(const uint8_t *p, const int C, int slower) {
 /* Walks through a panel and does the work for each block: p and sc are 32 columns of it, a the activations of
  * the C tokens they meet. */
 #define EACH_BLOCK(C, work) \
-    const uint8_t *p = j->codes + (size_t)panel * j->code_stride, *s = j->scales + (size_t)panel * j->scale_stride; \
+    const uint8_t *p = j->codes + (size_t)panel * j->code_stride; \
+    const uint8_t *s = j->scales + (size_t)panel * j->scale_stride; \
     for (int k = 0; k < j->k; k += f.super) { \
         const uint8_t *head = s; \
         s += f.head_bytes; \
@@ -123,7 +124,8 @@ INLINE void panels(const struct panel_job *j, const struct format f, codes_fn *c
             COLS(3) COLS(4)
 #endif
 #if COLS_MAX > 4
-            COLS(5) COLS(6) COLS(7) COLS(8) COLS(9) COLS(10) COLS(11) COLS(12) COLS(13) COLS(14) COLS(15) COLS(16)
+            COLS(5) COLS(6) COLS(7) COLS(8) COLS(9) COLS(10)
+            COLS(11) COLS(12) COLS(13) COLS(14) COLS(15) COLS(16)
 #endif
         default: panel_all(j, panel, f, codes, scales);
         }

@@ -55,8 +55,8 @@ static void attend_part(struct unused *u, const struct block *b, int head, int f
     const bmc_model *m = u->session->model;
     const uint16_t *tiles[CHUNK / TILE];
     const float *q[ATTN_ROWS];
-    int first[ATTN_ROWS] = { 0 }, limit[ATTN_ROWS], D = b->c.k_dim, group = b->c.n_heads / b->c.n_kv_heads;
-    int pad = (int)padded(b->c.v_dim);
+    int first[ATTN_ROWS] = { 0 }, limit[ATTN_ROWS];
+    int D = b->c.k_dim, group = b->c.n_heads / b->c.n_kv_heads, pad = (int)padded(b->c.v_dim);
     float *max = sums + (size_t)n_rows * (size_t)pad, *sum = max + n_rows;
     memset(sums, 0, (size_t)n_rows * ((size_t)pad + 2) * sizeof *sums);
     for (int i = 0; from + i * TILE < to; i++)
@@ -90,12 +90,12 @@ static void attend_share(void *arg, int thread) {
     const bmc_model *m = u->session->model;
     float *sums = m->buffers->scratch + (size_t)thread * m->buffers->scratch_stride;
     int n = 0;
-    for (const struct block *b = m->blocks; b < m->blocks + m->c.n_blocks; b++)
-        for (int head = 0;
-             b->c.kind == BMC_ATTENTION && b->stream >= 0 && b->rows == ALL_ROWS && head < b->c.n_kv_heads;
-             head++)
+    for (const struct block *b = m->blocks; b < m->blocks + m->c.n_blocks; b++) {
+        const bool has_rows = b->c.kind == BMC_ATTENTION && b->stream >= 0 && b->rows == ALL_ROWS;
+        for (int head = 0; has_rows && head < b->c.n_kv_heads; head++)
             if (n++ % pool_size(m->pool) == thread)
                 attend_head(u, b, head, sums);
+    }
 }
 
 int64_t bmc_session_attend_unused(bmc_session *s, int n_tok, double *spent) {

@@ -50,10 +50,9 @@ static size_t log_row(const struct block *b, struct work *w) {
 
 void recurrent_stream(bmc_model *m, struct block *b) {
     struct work w;
-    const size_t row = log_row(b, &w);
-    add_state(m, b,
-              (struct state_size){
-                  .floats = w.values * (size_t)b->extent[STATE], .row = row, .n_before = b->c.conv - 1 });
+    struct state_size size = { .row = log_row(b, &w), .n_before = b->c.conv - 1 };
+    size.floats = w.values * (size_t)b->extent[STATE];
+    add_state(m, b, size);
 }
 
 size_t recurrent_work(const bmc_model *m, const struct block *b, float *work, struct work *w) {
@@ -264,9 +263,8 @@ static void finish(const struct pass *p, const struct block *b, const struct rec
 /* Columns [from, to) of the rows that a run leaves. */
 static void keep_columns(const struct run *run, int stream, const struct work *w, int from, int to) {
     const struct states *states = &run->session->states[HERE];
-    const int start = run->states[HERE].start;
-    for (int pos = state_first_kept(states, stream, &run->states[HERE]); pos < start + run->states[HERE].n;
-         pos++) {
+    const int start = run->states[HERE].start, end = start + run->states[HERE].n;
+    for (int pos = state_first_kept(states, stream, &run->states[HERE]); pos < end; pos++) {
         const float *row = row_of(w->row, w->stride, run->first + pos - start);
         memcpy(state_row(states, stream, pos) + from, row + from, (size_t)(to - from) * sizeof *row);
     }

@@ -59,10 +59,8 @@ static void matches_are_those_found_by_searching(void) {
             CHECK(found == (end ? K : 0));
             for (int i = 0; i < found; i++) {
                 CHECK(ids[i] == (end + i < n ? text[end + i] : ids[end + i - n]));
-                CHECK(lengths[i]
-                      == (back && !i                   ? 1
-                          : length + i < NGRAM_LONGEST ? length + i
-                                                       : NGRAM_LONGEST));
+                int told = length + i < NGRAM_LONGEST ? length + i : NGRAM_LONGEST;
+                CHECK(lengths[i] == (back && !i ? 1 : told));
             }
         }
         ngrams_free(g);

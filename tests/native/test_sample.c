@@ -116,8 +116,8 @@ static void draws_are_told_as_they_are(const struct kernels *kernels) {
     uint64_t state = 5;
     for (int round = 0; round < 500; round++) {
         enum { MOST = 100 };
-        int n = 1 + (int)random_below(&state, MOST), k = (int)random_below(&state, MOST + 3), left = 0;
-        int told = 0;
+        int n = 1 + (int)random_below(&state, MOST), k = (int)random_below(&state, MOST + 3);
+        int left = 0, told = 0;
         float logits[MOST], logprobs[MOST + 2] = { 0 };
         struct candidate room[MOST];
         int32_t ids[MOST + 2];
@@ -137,9 +137,8 @@ static void draws_are_told_as_they_are(const struct kernels *kernels) {
                   || (logits[ids[i - 1]] == logits[ids[i]] && ids[i - 1] < ids[i]));
             CHECK(ids[i] != id || (double)logprobs[i] == its);
             if (isfinite(logits[ids[i]]) && isfinite(logits[id]))
-                CHECK(fabs((double)(logits[ids[i]] - logits[id]) / s.temperature
-                           - ((double)logprobs[i] - its))
-                      < 1e-4);
+                double ahead = (double)(logits[ids[i]] - logits[id]) / s.temperature;
+                CHECK(fabs(ahead - ((double)logprobs[i] - its)) < 1e-4);
         }
         for (int i = told; i < k; i++)
             CHECK(ids[i] == -1 && logprobs[i] == -INFINITY);
