@@ -1,14 +1,14 @@
-/* The KV arena: rows of keys and values for every stream (an attention block's) and KV head, which grow by segments of r rows.
- * Nothing ever moves.
+/* The KV arena: rows of keys and values for every stream (an attention block's) and KV head, which grow by
+ * segments of r rows. Nothing ever moves.
  *
  * A tile holds 16 rows of one (stream, head): first their keys, then their values; the arena only knows its
  * size. A segment holds tiles [first, first + segment_tiles) of every stream and head:
  *
  *   | stream 0: head 0: tile tile .. tile | head 1: tile .. tile | .. | stream 1: .. |
  *
- * and the arena is a list of segments. New memory is zero. On the host it comes from mmap, in huge pages from 2 MB up:
- * with 4 KB pages attention would wait for the TLB; a GPU has a table of its own (cuda/driver.c). native/lab/grow.c fills the same list in other ways,
- * to measure what they cost. */
+ * and the arena is a list of segments. New memory is zero. On the host it comes from mmap, in huge pages from
+ * 2 MB up: with 4 KB pages attention would wait for the TLB; a GPU has a table of its own (cuda/driver.c).
+ * native/lab/grow.c fills the same list in other ways, to measure what they cost. */
 #ifndef ARENA_H
 #define ARENA_H
 

@@ -129,7 +129,7 @@ static bool names(const struct role *r, const char *name, enum part *part) {
 static struct slot find_slot(const int64_t *e, const struct block *b, const struct role *const *lists,
                              const bmc_tensor *t) {
     struct slot found = { 0 };
-    /* a role of that name goes before a matrix's bias */
+    /* A role of that name goes before a matrix's bias. */
     for (int exact = 1; exact >= 0; exact--)
         for (const struct role *const *list = lists; *list; list++)
             for (const struct role *r = *list; r->name; r++) {

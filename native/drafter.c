@@ -10,7 +10,7 @@
 #include <string.h>
 
 static const double NOT_KNOWN = 1e-2;           /* seconds of a pass before one was seen */
-/* tokens of a text that a draft model reads before its first guess */
+/* Tokens of a text that a draft model reads before its first guess. */
 static const int FIRST_WINDOW = 32;
 
 /* What buckets of confidence promise before anything was seen. Two models' best tokens are the same more

@@ -140,7 +140,7 @@ void draft_follow(struct turn *t) {
     int kept = 0, n = t->length - 1 - draft->offset;
     while (kept < n && kept < draft->position && draft->tokens[kept] == text_token(t, draft->offset + kept))
         kept++;
-    /* what states cannot be taken back to is read again, as other text is */
+    /* What states cannot be taken back to is read again, as other text is. */
     if (bmc_session_sync(draft, draft->tokens, kept) < 1)
         draft->offset = earliest(t);
 }
@@ -241,7 +241,7 @@ static double plan_draft(const struct group *g, struct turn *t, double catch_up)
     t->probe = best <= g->base.tokens / g->base.seconds;
     if (t->probe)
         k = smaller(k, larger(1, d->o.least));
-    /* early probes find what guesses cost and give */
+    /* Early probes find what guesses cost and give. */
     bool first = t == g->turns && !acceptance_known(&g->policy->of[MODEL]);
     while (k > 0 && !budget_allows(&d->budget, catch_up + loss_of(g, k), t->probe && !first))
         k = k > d->o.least ? k - 1 : 0;
@@ -515,7 +515,7 @@ void guess(struct group *g) {
         int before = t->length - t->n_pending;
         if (failed && (t->drafting || (drafted(t) && has_draft(t))))
             give_up(t);
-        /* the target's own drafts are in rows that its pass writes anew */
+        /* The target's own drafts are in rows that its pass writes anew. */
         if (s->position > before)
             bmc_session_rewind(s, before);
     }

@@ -35,8 +35,8 @@ static inline void act_set(struct act_block *act, float d, int32_t first, int32_
 
 /* y(n_cols, rows) = W(rows, k) * x(k, n_cols), for n_panels consecutive panels of W and one tile of columns
  * (tokens). Each output is sum over blocks of 32 columns, ascending, of fma(t, d, y) where t = scale * dot
- * (+ second half's) + min * sum, all in float32; the dot product is an exact integer. Float weights: fma(w,
- * x, y) over ascending k. */
+ * (+ second half's) + min * sum, all in float32; the dot product is an exact integer.
+ * Float weights: fma(w, x, y) over ascending k. */
 struct panel_job {
     const uint8_t *codes;       /* of the first panel */
     const uint8_t *scales;      /* NULL for float types */
@@ -77,8 +77,8 @@ struct attn_job {
     float *o;                       /* (n_rows, v_dim) running weighted sum,
                                        not divided by l yet; 0 at the start */
     float softcap;                  /* scores become softcap * tanh(score / softcap); 0: off */
-    const float *slope;             /* (n_rows,) ALiBi, after softcap: fma(-slope,
-                                       |at - t|, score); NULL: off */
+    const float *slope;             /* (n_rows,) ALiBi, after softcap:
+                                       fma(-slope, |at - t|, score); NULL: off */
     const int *at;                  /* (n_rows,) the queries' own rows,
                                        relative to the chunk as t is; for slope */
 };
@@ -100,7 +100,7 @@ struct recur_job {
     const float *v, *beta;          /* 16 values and one a token; NULL: d is given */
     float *d;                       /* 16 values a token: written where v is given, else read */
     float *o;                       /* 16 values a token */
-    /* floats, token to token */
+    /* Floats, token to token. */
     size_t decay_stride, k_stride, q_stride, v_stride, beta_stride, d_stride, o_stride;
 };
 
@@ -116,7 +116,7 @@ struct kernels {
     /* m, l and o go on with what a chunk alone came to, as if attend had seen it next. */
     void (*attend_merge)(float *m, float *l, float *o, float m_chunk, float l_chunk, const float *o_chunk,
                          int v_dim);
-    void (*attend_end)(float *out, const float *o, float l, int n);                     /* out = o / l */
+    void (*attend_end)(float *out, const float *o, float l, int n);     /* out = o / l */
     /* A row's K (k_dim) and V (v_dim) into their slot of a tile; what f16 cannot hold becomes its largest. */
     void (*store_kv)(uint16_t *tile, int slot, const float *k, const float *v, int k_dim, int v_dim);
 
@@ -130,12 +130,11 @@ struct kernels {
      * XIELU: p, n, b, e of f(g) = p g^2 + b g where g > 0, else (expm1(min(g, e)) - g) n + b g.
      * SWIGLU_OAI: g sigmoid(1.702 g) (u + 1), g = min(gate, 7), u = x within -7 .. 7; x is not NULL. */
     void (*act[BMC_ACTS])(float *y, const float *x, const float *gate, int n, const float *param);
-    /* x = cap * tanh(x / cap) */
-    void (*softcap)(float *x, float cap, int n);
+    void (*softcap)(float *x, float cap, int n);                        /* x = cap * tanh(x / cap) */
     void (*add)(float *y, const float *x, int n);
     void (*mul)(float *y, const float *x, int n);
     void (*scale)(float *y, float s, int n);
-    void (*axpy)(float *y, float a, const float *x, int n);                             /* y = fma(a, x, y) */
+    void (*axpy)(float *y, float a, const float *x, int n);             /* y = fma(a, x, y) */
     /* cos and sin: (n / 2,) */
     void (*rope_pairs)(float *x, const float *cos, const float *sin, int n);
     void (*rope_halves)(float *x, const float *cos, const float *sin, int n);
@@ -147,10 +146,8 @@ struct kernels {
     void (*recur)(const struct recur_job *job);
 
     float (*largest)(const float *x, int n);
-    /* bit i: x[i] >= least; n <= 64 */
-    uint64_t (*reaching)(const float *x, int n, float least);
-    /* sum of e^(x - max) */
-    float (*sum_exp)(const float *x, float max, int n);
+    uint64_t (*reaching)(const float *x, int n, float least);           /* bit i: x[i] >= least; n <= 64 */
+    float (*sum_exp)(const float *x, float max, int n);                 /* sum of e^(x - max) */
 };
 
 /* Each fills its family: kernels/<family>_<isa>.c. */

@@ -9,12 +9,12 @@
 void *memory_map(size_t bytes);
 void memory_unmap(void *memory, size_t bytes);      /* the same number of bytes; NULL is fine */
 
-/* in whole pages; in huge ones where that adds less than an eighth */
+/* In whole pages; in huge ones where that adds less than an eighth. */
 size_t memory_whole(size_t bytes);
 
-/* a part of a file mapping that is read soon, all of it */
+/* A part of a file mapping that is read soon, all of it. */
 void memory_expect(const void *file, size_t bytes);
-/* whole pages of a file mapping that are not needed for now */
+/* Whole pages of a file mapping that are not needed for now. */
 void memory_give_back(const void *file, size_t bytes);
 
 /* Where memory comes from: the host, or a GPU, whose addresses are only passed on. */

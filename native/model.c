@@ -212,7 +212,7 @@ static int finish_panels(bmc_model *m) {
 
 /* Where panels are made for a few rows at a time. */
 static int make_rooms(bmc_model *m) {
-    /* its output matrix is among those */
+    /* Its output matrix is among those. */
     m->room_bytes = m->target && !m->cuda ? m->target->room_bytes : SOME;
     model_each_matrix(m, measure_room, &m->room_bytes);
     m->rooms_bytes = 2 * (size_t)pool_size(m->pool) * m->room_bytes;

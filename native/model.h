@@ -212,14 +212,14 @@ struct bmc_session {
 
 int model_bind(bmc_model *m, const bmc_tensor *t);
 int model_check_bound(const bmc_model *m);
-/* those with panels */
+/* Those with panels. */
 void model_each_matrix(bmc_model *m, void (*fn)(struct matrix *, void *), void *arg);
 void model_extents(bmc_model *m);
-/* pages of the file are given back */
+/* Pages of the file are given back. */
 void model_make_panels(const struct matrix *w, int64_t from, int64_t to);
 void model_streams(bmc_model *m);               /* rows and states of all blocks, where they are now */
 void model_measure(bmc_model *m);               /* bytes of panels, of those that are here */
-/* by all threads */
+/* By all threads. */
 void model_pack_panels(bmc_model *m, const struct matrix *file, struct matrix *panels);
 void *model_own(bmc_model *m, size_t bytes);    /* zeroed memory that lives as long as the model; NULL */
 void model_release(bmc_model *model);           /* one user less */

@@ -170,7 +170,7 @@ static int rejoined(const struct ngrams *g, int *length) {
 int ngrams_propose(const struct ngrams *g, int k, int32_t *ids, double *lengths) {
     int length, from = match(g, g->n, &length);
     bool back = !from && (from = rejoined(g, &length));
-    /* a match that reaches the end goes on into the proposal itself */
+    /* A match that reaches the end goes on into the proposal itself. */
     for (int i = 0; from && i < k; i++) {
         ids[i] = from + i < g->n ? g->text[from + i] : ids[from + i - g->n];
         lengths[i] = length + i < NGRAM_LONGEST ? length + i : NGRAM_LONGEST;

@@ -53,10 +53,10 @@ struct pass {
     const struct buffers *buffers;  /* there */
 };
 
-/* What one pass works on; (n, d) are n rows of d floats, row strides rounded up to 16. */
-enum { FEW = 8 };                   /* tokens that every thread norms for itself:
-                                       sooner done than waited for */
+/* Tokens that every thread norms for itself: sooner done than waited for. */
+enum { FEW = 8 };
 
+/* What one pass works on; (n, d) are n rows of d floats, row strides rounded up to 16. */
 struct buffers {
     float *x;                       /* (pass_max, dim) the residual stream */
     float *y[2];                    /* (pass_max, dim) results of blocks that are not
@@ -107,23 +107,31 @@ struct kind {
     const char *name;
     const struct role *roles;       /* its tensors; the last has no name */
     int (*check)(const bmc_model *m, const bmc_block *c);           /* settings; 0, or a failure */
-    /* the sizes its tensors' shapes are made of */
+    /* The sizes that its tensors' shapes are made of. */
     void (*measure)(const bmc_model *m, const bmc_block *c, int64_t *extent);
     struct need (*need)(const bmc_model *m, const struct block *b);
     bool mixes;                     /* tokens see others */
-    /* a tensor that these settings need; NULL: none; or NULL */
+    /* A tensor that these settings need and the file lacks, or NULL. May be NULL itself, and so may stream,
+     * which asks for rows or a state in every session. */
     const char *(*missing)(const struct block *b);
-    /* asks for rows or a state in every session; or NULL */
     void (*stream)(bmc_model *m, struct block *b);
     void (*run)(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread);
 };
-extern const struct kind attention_kind, mla_kind, delta_net_kind, mamba2_kind, short_conv_kind, dense_kind, experts_kind, per_layer_kind;
-extern const struct kind laurel_kind, altup_begin_kind, altup_predict_kind, altup_correct_kind, altup_end_kind;
+extern const struct kind attention_kind, mla_kind, delta_net_kind, mamba2_kind, short_conv_kind;
+extern const struct kind dense_kind, experts_kind, per_layer_kind, laurel_kind;
+extern const struct kind altup_begin_kind, altup_predict_kind, altup_correct_kind, altup_end_kind;
 const struct kind *kind_find(int kind);         /* NULL */
 
 /* Tensors of a kind. A matrix may come with biases (rows,) and factors, one float, also of each expert. */
 enum form { VECTOR, MATRIX, MATRICES, TRANSPOSED };
-struct role { const char *name; size_t offset; enum form form; enum extent rows, cols; bool required; enum extent count; };     /* count: of MATRICES, EXPERTS if 0 */
+struct role {
+    const char *name;
+    size_t offset;                  /* IN_BLOCK */
+    enum form form;
+    enum extent rows, cols;
+    bool required;
+    enum extent count;              /* of MATRICES; 0: EXPERTS */
+};
 #define IN_BLOCK(field) offsetof(struct block, field)
 
 int forward(struct pass *pass);     /* 0, or the failure of a GPU */
@@ -151,7 +159,8 @@ static inline float *scratch_of(const struct pass *p, int thread) {
 }
 
 /* y = norm(x); a vector that the model does not have is neutral. y may be x. */
-static inline void norm_row(const bmc_model *m, float *y, const float *x, struct vector weight, struct vector bias, int n) {
+static inline void norm_row(const bmc_model *m, float *y, const float *x, struct vector weight,
+                            struct vector bias, int n) {
     (m->c.norm == BMC_NORM_RMS ? m->k.rmsnorm : m->k.layernorm)(y, x, weight.v, bias.v, n, m->c.norm_eps);
 }
 
@@ -171,13 +180,12 @@ static inline struct product product_into(const struct matrix *w, struct tokens 
     return (struct product){ w, in, out.y, padded(w->n_rows), out.add };
 }
 
-/* products side by side; those without weights are left out */
+/* Products side by side, those without weights left out; one product, all of it by this thread. */
 void multiply(struct pass *p, const struct product *list, int n, int thread);
-/* all of it by this thread */
 void multiply_alone(const struct pass *p, const struct product *r, int thread);
-/* blocks [from, to) of 32 values of a row */
+
+/* Blocks [from, to) of 32 values of a row; all rows, shared out. */
 void quantize(const struct pass *p, struct tokens in, int k, int tok, int from, int to);
-/* all rows, shared out */
 void quantize_rows(struct pass *p, struct tokens in, int k, int thread);
 
 /* A gated feed-forward's first half: hidden = act(W_gate x) * W_up x, floats in `up` and 8 bits.
@@ -195,7 +203,8 @@ void gate_up(const struct pass *p, const struct gate_up *job, int from, int to, 
 void gate_up_all(struct pass *p, const struct gate_up *job, int thread);
 
 /* The rest of a feed-forward's first half after its products: out = act(gate) * up, floats and 8 bits, rows
- * of n values. sparsity > 0: only gates above their row's mean + sparsity * its standard deviation count. */
+ * of n values. sparsity > 0: only gates above their row's mean + sparsity * its standard deviation count.
+ * In layers/dense.c. */
 struct gating {
     float *gate;                    /* (tokens, n); sparse ones change */
     const float *up;                /* (tokens, up_stride) */
@@ -205,7 +214,6 @@ struct gating {
     const float *param;
     float sparsity;
 };
-/* layers/dense.c */
 void gate_rows(struct pass *p, const struct gating *g, int thread);
 
 /* Groups [from, to) of rows of W times tokens, into `part` (n, (to - from) GROUP_ROWS): for those who
@@ -213,7 +221,8 @@ void gate_rows(struct pass *p, const struct gating *g, int thread);
 enum { GROUP = 4, GROUP_ROWS = GROUP * 16 };
 int n_groups(const struct matrix *w);
 int stretch(const struct matrix *w, int n_tok, int groups);       /* how many are best done at a time */
-void multiply_groups(const struct pass *p, const struct matrix *w, struct tokens in, int from, int to, float *part, int thread);
+void multiply_groups(const struct pass *p, const struct matrix *w, struct tokens in, int from, int to,
+                     float *part, int thread);
 
 /* Panels [from, to) of a matrix, and one tile of tokens times them: for the head, which looks at logits
  * while they are cached. */
@@ -232,14 +241,14 @@ static inline uint16_t *tile_of(const bmc_session *s, const struct block *b, int
 /* Rows of an attention block in the work buffer: layers/attention.c. */
 struct heads { float *q, *k, *v, *gate, *out; };
 void place_heads(struct pass *p, const struct block *b, const struct heads *w, int thread);
-/* a head's first values, by the token's position */
+/* A head's first values, by the token's position. */
 void turn(const struct pass *p, const struct block *b, float *head, int t);
 
 /* Rows of a block of compressed attention: layers/mla.c. */
 struct latents { float *q_a, *q, *kv, *nope, *query, *sum, *out; };
 void place_latents(struct pass *p, const struct block *b, const struct latents *w, int thread);
 
-/* what a query is multiplied by */
+/* What a query is multiplied by. */
 float query_scale(const struct block *b, int pos);
 
 /* Attention over rows of the cache: attend.c. */
@@ -260,12 +269,15 @@ void attend_all(struct pass *p, const struct queries *a, int thread);
 size_t attend_scratch(const struct block *b, int v_dim);    /* floats, for each thread */
 float attend_slope(const bmc_block *c, int head);           /* ALiBi's */
 
-/* The last block that mixes tokens calls it when its rows are stored; from then on the pass has only tokens
- * that are wanted. Moves their x, y and n_more other rows of floats. */
+/* A row of floats for each token. stride 0: there are none. */
 struct rows { float *x; size_t stride; };
+
+/* After the last block that mixes tokens, the pass goes on with those that are wanted. Blocks that still have
+ * to do with their tokens call it as soon as their keys and values are stored; own: rows of theirs. */
+void keep_wanted(struct pass *p, const struct block *b, const struct rows own[2], int thread);
 void pass_kept(struct pass *p);     /* rows have moved: token i is the one of out[i] */
-void keep_wanted(struct pass *p, const struct block *b, const struct rows *more, int n_more, int thread);
-/* x += what waits for it: steps_cpu.c */
+
+/* x += what waits for it: steps_cpu.c. */
 void settle_rows(struct pass *p, const struct block *waits, int thread);
 
 /* Vectors of every layer for each token. Their rows of the table come from the file, to the CPU's buffers;
@@ -278,7 +290,8 @@ struct per_layer_factors per_layer_factors(const bmc_model *m);
 /* Steps of these on the CPU: per_layer.c; rows times a vector; laurel.c: out (+)= in + norm(y), y changes. */
 void join_per_layer(struct pass *p, float *projected, int thread);
 void scale_rows(struct pass *p, struct tokens in, struct vector by, struct tokens out, int thread);
-void add_normed_rows(struct pass *p, struct tokens in, float *y, struct vector norm, struct sink out, int thread);
+void add_normed_rows(struct pass *p, struct tokens in, float *y, struct vector norm, struct sink out,
+                     int thread);
 
 /* AltUp: what a block does with the versions of x once its products are there; y is added to the other
  * versions of a token's x: layers/altup.c. */
@@ -289,11 +302,11 @@ void altup_add(const bmc_model *m, int n_altup, const float *y, int64_t t);
 void run_experts(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread);
 
 /* The head: head.c. */
-/* hidden states to whom they are for */
+/* Hidden states to whom they are for. */
 void give_hidden(struct pass *p, struct tokens in, int thread);
-/* logits where they are asked for, and p->best */
+/* Logits where they are asked for, and p->best. */
 void head(struct pass *p, struct tokens in, int thread);
-/* ids and log-probabilities, from these */
+/* Ids and log-probabilities, from these. */
 void choose_ids(const struct pass *p, int thread);
 
 #endif

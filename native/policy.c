@@ -11,7 +11,7 @@ enum { DENSE = 17 };                    /* up to here every width is a knot */
 
 /* Standard deviations of logarithms. */
 static const double NOISE = 0.08;                               /* of a single pass */
-/* of what all widths share, from pass to pass */
+/* Of what all widths share, from pass to pass. */
 static const double SPEED_WALK = 0.02;
 static const double SHAPE = 0.12;                               /* of what an octave of width costs more */
 static const double ODD = 2.5;          /* deviations beyond which a pass counts less:
@@ -181,7 +181,7 @@ void acceptance_recall(struct acceptance *a) {
 
 /* ---- how much may be lost */
 
-/* plain tokens: what a sequence begins with, the most it keeps */
+/* Plain tokens: what a sequence begins with, the most it keeps. */
 static const double GRANT = 4, BANK = 16;
 static const double SHARE = 0.01;               /* of all time */
 

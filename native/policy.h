@@ -22,12 +22,10 @@ struct pass_cost {
     bool known;                         /* something was observed */
 };
 
-/* one: a guess at a pass of one token */
-void cost_init(struct pass_cost *c, double one);
+void cost_init(struct pass_cost *c, double one);            /* one: a guess at a pass of one token */
 void cost_observe(struct pass_cost *c, double width, double seconds);
-double cost_at(const struct pass_cost *c, double width);                    /* width may be a mean */
-/* log holds what another run found */
-void cost_recall(struct pass_cost *c);
+double cost_at(const struct pass_cost *c, double width);    /* width may be a mean */
+void cost_recall(struct pass_cost *c);                      /* log holds what another run found */
 
 /* ---- how often guesses come true */
 
@@ -42,21 +40,18 @@ struct acceptance {
 
 void acceptance_init(struct acceptance *a, const float *edges, const double *priors, int n_classes);
 void acceptance_learn(struct acceptance *a, float confidence, bool came_true);
-/* chance that such a guess comes true */
+/* The chance that such a guess comes true; that any does, before it is made. */
 double acceptance_at(const struct acceptance *a, float confidence);
-/* .. that any does, before it is made */
 double acceptance_mean(const struct acceptance *a);
-/* whether it has seen more than its priors count as */
-bool acceptance_known(const struct acceptance *a);
-/* hits and seen are of another run */
-void acceptance_recall(struct acceptance *a);
+bool acceptance_known(const struct acceptance *a);      /* it has seen more than its priors count as */
+void acceptance_recall(struct acceptance *a);           /* hits and seen are of another run */
 
 /* Texts differ: how often a source's guesses came true in one text, against what was expected of them. */
 struct recent { double hits, expected, seen; };
 
 void recent_learn(struct recent *r, double expected, bool came_true);
-double recent_adjust(const struct recent *r, double chance);                    /* a chance in this text */
-/* .. of any guess, before it is made; mean: in all texts */
+/* A chance in this text; that of any guess, before it is made. mean: in all texts. */
+double recent_adjust(const struct recent *r, double chance);
 double recent_mean(const struct recent *r, double mean);
 
 /* ---- how much may be lost */
@@ -69,9 +64,9 @@ struct budget {
     bool begun;
 };
 
-/* time that passed; one: seconds of a plain token */
+/* Time that passed; one: seconds of a plain token. */
 void budget_pass_time(struct budget *b, double seconds, double one);
-/* seconds that a round gained or lost */
+/* Seconds that a round gained or lost. */
 void budget_enter(struct budget *b, double gained, double one, bool probe);
 bool budget_allows(const struct budget *b, double loss, bool probe);
 

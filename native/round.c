@@ -65,7 +65,7 @@ static void settle(const struct group *g, struct turn *t, int all_checked, doubl
     bmc_session_rewind(s, s->position - (t->checked - accepted));
     if (draft && drafted(t)) {
         int known = t->length - draft->offset;                      /* rows of the text before the guesses */
-        /* a draft head reads those that came true with the target's states */
+        /* A draft head reads those that came true with the target's states. */
         if (!t->drafter->hidden)
             known += accepted;
         bmc_session_rewind(draft, smaller(known, draft->position));

@@ -6,7 +6,7 @@
 #include "policy.h"
 
 enum { GUESSES = 32 };                  /* of one sequence in a pass, at most */
-/* MODEL: also the target itself with less attention */
+/* MODEL: also the target itself with less attention. */
 enum source { GIVEN = 0, NGRAMS = 1, MODEL = 2, N_SOURCES = 3 };
 
 struct bmc_policy {

@@ -153,7 +153,7 @@ static bool lacks_rows(const bmc_session *s, int position) {
  * farther, and where rows of windows are gone it starts anew. */
 static int nearest(const bmc_session *s, int position) {
     int found = position, before;
-    /* both places: one may have to go farther back than the other */
+    /* Both places: one may have to go farther back than the other. */
     do {
         before = found;
         for (int i = 0; i < PLACES; i++)
@@ -328,9 +328,9 @@ static int check_span(const bmc_span *span, const bmc_model *m) {
     if (span->last < 0)
         return fail(BMC_EINVAL, "last: expected 0 or more rows, found %d", (int)span->last);
     if (!span->before != !m->target)
-        return fail(BMC_EINVAL, "%s",
-                    m->target ? "this model is a draft head: its tokens come with the hidden states before them"
-                              : "hidden states come with tokens of a draft head only");
+        return m->target ? fail(BMC_EINVAL, "this model is a draft head: "
+                                            "its tokens come with the hidden states before them")
+                         : fail(BMC_EINVAL, "hidden states come with tokens of a draft head only");
     if (span->sampler && sampler_check(span->sampler, m->c.vocab_size))
         return BMC_EINVAL;
     if (span->n_top < 0 || span->n_top > m->c.vocab_size

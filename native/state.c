@@ -283,7 +283,7 @@ int states_import(struct states *s, int position, int n_log, bool as_snapshot, c
     if (as_snapshot)
         return import_snapshot(s, position, values);
     s->base = position;
-    /* beyond its end: the next pass does the log again */
+    /* Beyond its end: the next pass does the log again. */
     s->current = n_log ? position + n_log + 1 : position;
     load(s, n_log, values, on->send);
     const int status = on->wait(on->of);

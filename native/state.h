@@ -56,7 +56,7 @@ size_t states_measure(struct state_size *sizes, int n);
 
 void states_init(struct states *s, const struct state_size *sizes, int n);
 void states_free(struct states *s);
-/* memory for them; 0, BMC_ENOMEM, or BMC_EDEVICE once they are lost */
+/* Memory for them; 0, BMC_ENOMEM, or BMC_EDEVICE once they are lost. */
 int states_reserve(struct states *s);
 
 /* What a pass over n tokens from `start` on has to do; start is within base .. current. */

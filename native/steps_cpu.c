@@ -85,8 +85,9 @@ static void norm_rows(struct pass *p, struct tokens in, int n, struct vector wei
 }
 
 static void move_row(struct rows rows, int to, int from) {
-    memmove(rows.x + (size_t)to * rows.stride, rows.x + (size_t)from * rows.stride,
-            rows.stride * sizeof *rows.x);
+    if (rows.stride)
+        memmove(rows.x + (size_t)to * rows.stride, rows.x + (size_t)from * rows.stride,
+                rows.stride * sizeof *rows.x);
 }
 
 static void keep(struct pass *p, const struct rows *rows, int n, int thread) {

@@ -41,7 +41,7 @@ struct pool {
     _Alignas(64) pthread_mutex_t lock;      /* for sleeping only */
     pthread_cond_t wake;
     atomic_int asleep;
-    /* of each thread's own things: step << 32 | how many */
+    /* Of each thread's own things: step << 32 | how many. */
     struct own { _Alignas(64) atomic_uint_fast64_t taken; } own[];
 };
 
@@ -138,7 +138,7 @@ void pool_run(struct pool *p, void (*fn)(void *, int), void *arg) {
     pthread_mutex_lock(&p->turn);
     if (p->alone) {
         p->alone = false;
-        /* if the system refuses some: results do not depend on their number */
+        /* If the system refuses some: results do not depend on their number. */
         start_workers(p, p->n);
     }
     if (p->n == 1) {

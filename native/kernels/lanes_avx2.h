@@ -151,7 +151,7 @@ INLINE uint32_t f_reaching(f32x16 a, float least) {
 INLINE void f_store_block(struct act_block *act, float d, f32x16 lo, f32x16 hi) {
     __m256i a = _mm256_packs_epi32(_mm256_cvtps_epi32(lo.lo), _mm256_cvtps_epi32(lo.hi));
     __m256i b = _mm256_packs_epi32(_mm256_cvtps_epi32(hi.lo), _mm256_cvtps_epi32(hi.hi));
-    /* in fours: a0 a8 b0 b8 a4 a12 b4 b12 */
+    /* In fours: a0 a8 b0 b8 a4 a12 b4 b12. */
     __m256i q = _mm256_packs_epi16(a, b);
     q = _mm256_permutevar8x32_epi32(q, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     __m256i fours = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), q), _mm256_set1_epi16(1));
@@ -257,7 +257,7 @@ INLINE void i_dots(i32x16 *t, const int C, codes_fn *codes, const uint8_t *p, co
     }
     dots_narrow(t, C, codes, p, g0, n, a, bits <= 4 ? n : bits == 5 ? 4 : bits == 6 ? 2 : 1);
     UNROLL(4)
-    /* loaded as a float, or gcc shifts it before it is spread: slower */
+    /* Loaded as a float, or gcc shifts it before it is spread: slower. */
     for (int c = 0; zero && c < C; c++) {
         const float *sum = (const float *)(const void *)&a[c].neg_sum[part];
         __m256i neg = _mm256_castps_si256(_mm256_broadcast_ss(sum));

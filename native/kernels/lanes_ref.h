@@ -18,7 +18,7 @@
 #define COLS_MAX 2          /* sums a panel kernel keeps */
 #define TOGETHER 1          /* tokens that i_dots takes */
 #define ROWS_MAX 2          /* queries an attention kernel keeps */
-/* number of queries; then tiles of keys and vectors of values at a time */
+/* Number of queries; then tiles of keys and vectors of values at a time. */
 #define EACH_SIZE(X) X(1, 4, 4) X(2, 2, 1)
 #define WIDEN 1
 #define FLOAT_COLS_MAX 1
@@ -42,7 +42,7 @@ INLINE f32x16 f_load_f16(const uint16_t *p) { EACH(f16_to_f32(p[i])); }
 INLINE f32x16 f_load_bf16(const uint16_t *p) { EACH(bf16_to_f32(p[i])); }
 INLINE f32x16 f_load_u8(const uint8_t *p) { EACH((float)p[i]); }
 INLINE f32x16 f_load_i8(const int8_t *p) { EACH((float)p[i]); }
-/* one nibble of each byte */
+/* One nibble of each byte. */
 INLINE f32x16 f_load_u4(const uint8_t *p, int shift) { EACH((float)(p[i] >> shift & 15)); }
 INLINE f32x16 f_load_e8m0_half(const uint8_t *p) { EACH(e8m0_half(p[i])); }
 INLINE f32x16 f_load_e4m3_half(const uint8_t *p) { EACH(e4m3_half(p[i])); }
@@ -58,7 +58,7 @@ INLINE f32x16 f_max(f32x16 a, f32x16 b) { EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]
 INLINE f32x16 f_min(f32x16 a, f32x16 b) { EACH(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 INLINE f32x16 f_abs(f32x16 a) { EACH(fabsf(a.v[i])); }
 INLINE f32x16 f_fma(f32x16 a, f32x16 b, f32x16 c) { EACH(fmaf(a.v[i], b.v[i], c.v[i])); }
-/* to nearest, ties to even */
+/* To nearest, ties to even. */
 INLINE f32x16 f_round(f32x16 a) { EACH(rintf(a.v[i])); }
 /* a 2^n, n whole; n below -126 is taken for that */
 INLINE float scale_one(float a, float n) {

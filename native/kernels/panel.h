@@ -161,7 +161,7 @@ INLINE void float_cols(const struct panel_job *j, int panel, const int P, int co
     for (int k = 0; k < j->k; k++, p += unit)
         UNROLL(4)
         for (int i = 0; i < P; i++) {
-            /* P streams: to the second level */
+            /* P streams: to the second level. */
             __builtin_prefetch(p + (size_t)i * j->code_stride + ahead, 0, 2);
             f32x16 w = load(p + (size_t)i * j->code_stride);
             UNROLL(8)

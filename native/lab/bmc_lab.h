@@ -55,9 +55,9 @@ int64_t     bmc_session_attend_unused(bmc_session *session, int n_tok, double *s
 
 int         bmc_read_bandwidth(int n_threads, double *bytes_per_second);     /* takes a quarter of a second */
 int         bmc_memory_seconds(int probe, int64_t bytes, double *seconds);   /* enum bmc_probe */
-/* a type's kernel, from the cache */
+/* A type's kernel, from the cache. */
 int         bmc_arithmetic(int type, int n_threads, double *ops_per_second);
-/* products a second, registers */
+/* Products a second, registers. */
 int         bmc_arithmetic_rate(int n_threads, double *int8, double *f32);
 void        bmc_fail_allocation(int n);         /* for tests: the n-th of the arenas' from now on fails */
 /* </cffi> */

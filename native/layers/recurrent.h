@@ -40,7 +40,7 @@ void recurrent_measure(const bmc_model *m, const bmc_block *c, int64_t *extent);
 int recurrent_check(const bmc_model *m, const bmc_block *c);
 struct need recurrent_need(const bmc_model *m, const struct block *b);
 void recurrent_stream(bmc_model *m, struct block *b);
-/* floats of a token */
+/* Floats of a token. */
 size_t recurrent_work(const bmc_model *m, const struct block *b, float *work, struct work *w);
 
 /* e^(a dt) in the place of x, dt = softplus(x + its bias); returns dt. */

@@ -119,7 +119,7 @@ static void attention(const struct kernels *k, int head_dim, float softcap) {
             for (int i = 0; i < n; i++)
                 k->attend_merge(&merged_m[i], &merged_l[i], merged + i * v_dim, alone_m[i], alone_l[i],
                                 alone + i * v_dim, v_dim);
-            /* nothing seen: nothing changes */
+            /* Nothing seen: nothing changes. */
             k->attend_merge(merged_m, merged_l, merged, -INFINITY, 0, alone, v_dim);
         }
         CHECK(!memcmp(m, merged_m, (size_t)n * sizeof *m) && !memcmp(l, merged_l, (size_t)n * sizeof *l));

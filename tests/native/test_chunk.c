@@ -39,7 +39,7 @@ static void slices_cover_each_row_once(void) {
                                     of(&large, BMC_PROMPT_CHUNK, false) };
     int64_t rows = 0;
     CHECK(chunk_multiply(&p, list, 0) && chunk_multiply(&p, list, 1));
-    /* the tokens once, three slices each */
+    /* The tokens once, three slices each. */
     CHECK(c.n_queued == 1 + 2 * 3 * 3 && c.queue[0].function == &halve_tokens);
     for (int i = 1; i < c.n_queued; i += 3) {
         struct cuda_halves a;

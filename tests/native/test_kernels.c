@@ -506,7 +506,7 @@ static void attend(const struct kernels *k, const struct cache *c, int row, int 
                     .at = alibi ? own : NULL,
                 });
         }
-    /* a sink: a chunk of one token without a value */
+    /* A sink: a chunk of one token without a value. */
     float *nothing = calloc((size_t)c->v_dim, sizeof *nothing);
     CHECK(nothing);
     for (int i = 0; i < n; i++) {

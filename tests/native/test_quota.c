@@ -47,7 +47,7 @@ int main(void) {
     CHECK(quota("0::/a\n") == 2.5 && quota("0::/\n") == HUGE_VAL);
     CHECK(quota("0::/elsewhere/c\n") == HUGE_VAL && quota("0::/a/elsewhere\n") == 2.5);
     put("mount/cpu.max", "100000 100000\n");
-    /* the root of what is mounted always counts */
+    /* The root of what is mounted always counts. */
     CHECK(quota("0::/elsewhere\n") == 1 && quota("") == 1);
     put("mount/cpu.max", "max 100000\n");
 

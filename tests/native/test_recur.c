@@ -79,7 +79,7 @@ static struct recurrence new_recurrence(enum kind kind, int n_keys, int n_tok) {
     r.d = noises(n_tok * (16 + GAP));
     r.decay = noises(n_tok * (1 + GAP));
     r.beta = noises(n_tok * (1 + GAP));
-    /* a key of length 1 and beta below 1: the state stays small */
+    /* A key of length 1 and beta below 1: the state stays small. */
     for (int t = 0; t < n_tok; t++) {
         double square = 0;
         for (int i = 0; i < n_keys; i++)

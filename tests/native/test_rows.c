@@ -155,7 +155,7 @@ static void activation(const float *gate, const float *up, float *y, int n) {
             double right = exact_act(g, by, &size, &u);
             double cut = fabs(g) * (fabs(by) + 1) * (u < -86 || g < -86 ? exp(-86) : 0) + fabs(by) * exp(-87);
             double slack = ROUNDING * (24 + 8 * fabs(u)) * size + cut + 1e-37;
-            /* both infinite */
+            /* Both infinite. */
             CHECK(fabs((double)y[i] - right) <= slack || (double)y[i] == (double)(float)right);
         }
     }

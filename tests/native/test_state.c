@@ -200,7 +200,7 @@ static void test_a_snapshot_brings_its_anchor_back(void) {
     CHECK(states_bytes(&s->states) == bytes);                       /* that of tokens that are gone is too */
     pass(s, 20);
     check(s);
-    /* and before all snapshots, from nothing */
+    /* And before all snapshots, from nothing. */
     CHECK(states_rewind(&s->states, 30) == 0);
     s->position = 0;
     write_on(s, &state, 3);
@@ -225,7 +225,7 @@ static void test_a_snapshot_dies_with_its_tokens(void) {
 /* Of more snapshots than there is room for those stay whose loss would cost the most tokens. */
 static void test_many_snapshots(void) {
     static const int PIECES[SNAPSHOTS + 2] = { 30, 20, 25, 2, 22, 29, 24, 23, 21, 28 };
-    /* without 83 and 52 */
+    /* Without 83 and 52. */
     static const int LEFT[SNAPSHOTS + 1] = { 242, 212, 189, 164, 138, 107, 79, 30, 0 };
     uint64_t state = 3;
     struct sequence *s = begin();
@@ -244,7 +244,7 @@ static void test_many_snapshots(void) {
 static void test_a_fork_goes_its_own_way(void) {
     uint64_t state = 6;
     struct sequence *s = begin(), *fork = begin();
-    /* of one without tokens */
+    /* Of one without tokens. */
     CHECK(states_copy(&fork->states, &s->states) == 0 && !fork->states.memory);
     write_on(s, &state, 60);
     write_on(s, &state, 2);
