@@ -136,8 +136,8 @@ static void draws_are_told_as_they_are(const struct kernels *kernels) {
             CHECK(!i || logits[ids[i - 1]] > logits[ids[i]]
                   || (logits[ids[i - 1]] == logits[ids[i]] && ids[i - 1] < ids[i]));
             CHECK(ids[i] != id || (double)logprobs[i] == its);
+            double ahead = (double)(logits[ids[i]] - logits[id]) / s.temperature;
             if (isfinite(logits[ids[i]]) && isfinite(logits[id]))
-                double ahead = (double)(logits[ids[i]] - logits[id]) / s.temperature;
                 CHECK(fabs(ahead - ((double)logprobs[i] - its)) < 1e-4);
         }
         for (int i = told; i < k; i++)
