@@ -49,7 +49,7 @@ static int check_config(const bmc_config *c) {
 
 static int check_block(const bmc_model *m, const struct block *b) {
     const bmc_block *c = &b->c;
-    const struct block *rows = b - c->kv_from;
+    const struct block *rows = c->kv_from > 0 && c->kv_from <= b->number ? b - c->kv_from : NULL;
     if (!b->kind)
         return fail(BMC_EFORMAT, "layer %d: there is no kind %d of block", (int)c->layer, (int)c->kind);
     if (c->others && (c->kind != BMC_PER_LAYER || c->n_altup < 2 || c->n_altup > ALTUP_MAX))
@@ -60,10 +60,10 @@ static int check_block(const bmc_model *m, const struct block *b) {
     int status = b->kind->check(m, c);
     if (status || !c->kv_from)
         return status;
-    if (c->kv_from < 0 || c->kv_from > b->number || rows->c.kind != c->kind || rows->c.kv_from
-        || rows->c.n_kv_heads != c->n_kv_heads || rows->c.k_dim != c->k_dim || rows->c.v_dim != c->v_dim)
+    if (!rows || rows->c.kind != c->kind || rows->c.kv_from || rows->c.n_kv_heads != c->n_kv_heads
+        || rows->c.k_dim != c->k_dim || rows->c.v_dim != c->v_dim)
         return fail(BMC_EFORMAT, "layer %d: it cannot read the keys and values of layer %d", (int)c->layer,
-                    c->kv_from <= b->number ? (int)rows->c.layer : -1);
+                    rows ? (int)rows->c.layer : -1);
     return 0;
 }
 

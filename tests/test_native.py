@@ -87,6 +87,18 @@ def test_importing_pybmc_loads_nothing_heavy():
     assert in_a_process(code) == ["[]"]
 
 
+@pytest.mark.parametrize("kv_from", [-1, -10**6, -2**31, 2, 2**31 - 1])
+def test_rows_of_a_block_that_is_not_there(kv_from):
+    attention = dict(kind=lib.BMC_ATTENTION, layer=7, n_heads=1, n_kv_heads=1, k_dim=16, v_dim=16,
+                     attn_scale=0.25)
+    blocks = ffi.new("bmc_block[]", [attention, attention | dict(kv_from=kv_from)])
+    sizes = dict(dim=32, vocab_size=8, n_ctx=8, n_layers=1, causal=1, n_blocks=2)
+    config = ffi.new("bmc_config *", sizes | dict(blocks=blocks))
+    tensors, model = ffi.new("bmc_tensor[1]"), ffi.new("bmc_model **")
+    with pytest.raises(pybmc.FormatError, match="layer 7: it cannot read the keys and values of layer -1"):
+        check(lib.bmc_model_new(config, tensors, 1, 1, model))
+
+
 def test_as_array_accepts_what_fits():
     tokens = np.arange(5, dtype=np.int32)
     assert np.shares_memory(as_array(tokens, np.int32), tokens)
