@@ -55,6 +55,9 @@ static int check_block(const bmc_model *m, const struct block *b) {
     if (c->others && (c->kind != BMC_PER_LAYER || c->n_altup < 2 || c->n_altup > ALTUP_MAX))
         return fail(BMC_EFORMAT, "layer %d: only per-layer inputs go to 1 to 7 other versions of x",
                     (int)c->layer);
+    if (c->act < 0 || c->act >= BMC_ACTS || c->route < BMC_ROUTE_NORMED || c->route > BMC_ROUTE_SCALED)
+        return fail(BMC_EFORMAT, "layer %d: there is no activation %d, or no input %d of a router",
+                    (int)c->layer, (int)c->act, (int)c->route);
     if (c->beside && (b == m->blocks || (b - 1)->c.beside))
         return fail(BMC_EFORMAT, "layer %d: at most two blocks stand side by side", (int)c->layer);
     int status = b->kind->check(m, c);
