@@ -9,8 +9,7 @@
 
 #include <math.h>
 
-static const int WIDER = 4;         /* how many times more of the text a draft model reads,
-                                       once guessing has earned that */
+static const int WIDER = 4;         /* times more text that a draft model reads once guessing earned it */
 static const double LATENCY = 3;    /* passes without guesses that a round may take: tokens come evenly */
 
 /* How many guesses its settings, its length and its context leave room for. */
@@ -345,11 +344,10 @@ static bmc_span draft_span(struct turn *t) {
         read_from(t, n, t->lacking, t->before);
     t->lead = INFINITY;
     return (bmc_span){
-        .session = d->o.self_window ? t->item->session : d->o.draft, .tokens = t->lacking, .n_tok = n,
-        .want = BMC_WANT_LAST,
-        .last = d->o.self_window, .sampler = draft_sampler(t), .names = d->o.to_target,
-        .before = d->hidden ? t->before : NULL, .hidden = d->hidden, .next = &t->next, .logprob = &t->logprob,
-        .lead = &t->lead,
+        .session = d->o.self_window ? t->item->session : d->o.draft, .last = d->o.self_window,
+        .tokens = t->lacking, .n_tok = n, .before = d->hidden ? t->before : NULL,
+        .want = BMC_WANT_LAST, .sampler = draft_sampler(t), .names = d->o.to_target,
+        .hidden = d->hidden, .next = &t->next, .logprob = &t->logprob, .lead = &t->lead,
     };
 }
 

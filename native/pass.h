@@ -17,6 +17,11 @@ struct place {
     const float *before;            /* as in bmc_span */
 };
 
+/* Whether an id is chosen after a span's wanted tokens, or something is told of their logits; where not even
+ * these are asked for, the head does not run. */
+static inline bool span_chooses(const bmc_span *s) { return s->next || s->logprob || s->n_top || s->given; }
+static inline bool span_has_logits(const bmc_span *s) { return s->logits || span_chooses(s); }
+
 /* A token whose results are wanted, or whose hidden state is kept. */
 struct wanted {
     const bmc_span *span;

@@ -238,8 +238,8 @@ int bmc_round(bmc_item *const *items, int n, const bmc_limits *limits) {
         return status;
     const int64_t start = nanoseconds();
     struct group g = {
-        .turns = malloc((size_t)n * sizeof *g.turns), .spans = malloc((size_t)n * sizeof *g.spans), .n = n,
-        .policy = limits->policy,
+        .turns = malloc((size_t)n * sizeof *g.turns), .spans = malloc((size_t)n * sizeof *g.spans),
+        .n = n, .policy = limits->policy,
     };
     for (int i = 0; i < n; i++)
         items[i]->n = items[i]->ended = items[i]->wanted = 0;

@@ -343,7 +343,7 @@ static int check_span(const bmc_span *span, const bmc_model *m) {
                     "expected 1 to %d tokens in an empty session, found %d", m->pass_max, (int)span->n_tok);
     if (!m->c.causal && (span->sampler || span->mask || span->n_top))
         return fail(BMC_EINVAL, "this model reads a text as a whole: no tokens are chosen after it");
-    if (!m->output.data && (span->logits || span->next || span->logprob || span->n_top || span->given))
+    if (!m->output.data && span_has_logits(span))
         return fail(BMC_EINVAL, "this model has no logits, only hidden states");
     if (span->given && !span->given_logprob)
         return fail(BMC_EINVAL, "given: the log-probabilities of these ids need room");
@@ -393,7 +393,7 @@ static void push_wanted(struct pass *p, const bmc_span *span, int i, struct want
     const size_t row = span->want == BMC_WANT_ALL ? (size_t)i : 0, n = (size_t)p->model->c.vocab_size;
     out->row = (int)row;
     out->hidden = span->hidden ? span->hidden + row * (size_t)p->model->c.dim : NULL;
-    out->chooses = span->logits || span->next || span->logprob || span->n_top || span->given;
+    out->chooses = span_has_logits(span);
     p->n_choosing += out->chooses;
     out->mask = span->mask ? span->mask + row * ((n + 31) / 32) : NULL;
     if (span->logits)
