@@ -5,8 +5,8 @@
 #include "clock.h"
 #include "round.h"
 
-enum { LAG = GUESSES };             /* tokens that a draft model may lack before it guesses:
-                                       they share its first pass */
+/* Tokens that a draft model may lack before it guesses: they share its first pass. */
+enum { LAG = GUESSES };
 
 /* One item in one round. */
 struct turn {
