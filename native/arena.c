@@ -21,7 +21,8 @@ int64_t arena_streams(struct arena_stream *streams, int n) {
     for (int i = 0; i < n; i++) {
         streams[i].before = sum;
         if (streams[i].n_heads < 1 || streams[i].tile_bytes < 1
-            || __builtin_mul_overflow(streams[i].n_heads, streams[i].tile_bytes, &bytes) || __builtin_add_overflow(sum, bytes, &sum))
+            || __builtin_mul_overflow(streams[i].n_heads, streams[i].tile_bytes, &bytes)
+            || __builtin_add_overflow(sum, bytes, &sum))
             return -1;
     }
     return sum;
@@ -110,7 +111,8 @@ int arena_init(struct arena *a, const struct arena_config *config) {
     if (config->n_streams < 0 || (config->n_streams && !config->streams))
         return fail(BMC_EINVAL, "an arena needs 0 or more streams, not %d", config->n_streams);
     if (config->cap < 1 || config->cap > MAX_ROWS)
-        return fail(BMC_EINVAL, "the cap on rows is between 1 and %d, not %lld", MAX_ROWS, (long long)config->cap);
+        return fail(BMC_EINVAL, "the cap on rows is between 1 and %d, not %lld", MAX_ROWS,
+                    (long long)config->cap);
     if (config->r < 1)
         return fail(BMC_EINVAL, "an arena grows by 1 row or more, not by %d", config->r);
     a->config = *config;
@@ -216,8 +218,8 @@ int64_t arena_mapped(const struct arena *a) {
 
 int arena_reserve(struct arena *a, int64_t rows) {
     if (rows > a->config.cap)
-        return fail(BMC_EFULL, "the context is full: %lld rows are needed and its cap is %lld", (long long)rows,
-                    (long long)a->config.cap);
+        return fail(BMC_EFULL, "the context is full: %lld rows are needed and its cap is %lld",
+                    (long long)rows, (long long)a->config.cap);
     if (rows <= a->rows_reserved)
         return 0;
     int64_t wanted = round_up(rows, a->config.r);
@@ -245,7 +247,8 @@ int arena_export(const struct arena *a, int64_t from, int64_t to, char *bytes, i
         const struct arena_stream *s = &a->config.streams[i];
         for (int head = 0; head < s->n_heads; head++)
             for (int64_t tile = from; tile < to; tile++)
-                m->fetch(m->of, bytes + place_in_bytes(s, head, tile - from, stride), arena_tile(a, i, head, tile), (size_t)s->tile_bytes);
+                m->fetch(m->of, bytes + place_in_bytes(s, head, tile - from, stride),
+                         arena_tile(a, i, head, tile), (size_t)s->tile_bytes);
     }
     return m->wait(m->of);
 }
@@ -256,7 +259,8 @@ int arena_import(struct arena *a, int64_t from, int64_t to, const char *bytes, i
         const struct arena_stream *s = &a->config.streams[i];
         for (int head = 0; head < s->n_heads; head++)
             for (int64_t tile = from; tile < to; tile++)
-                m->send(m->of, arena_tile(a, i, head, tile), bytes + place_in_bytes(s, head, tile - from, stride), (size_t)s->tile_bytes);
+                m->send(m->of, arena_tile(a, i, head, tile),
+                        bytes + place_in_bytes(s, head, tile - from, stride), (size_t)s->tile_bytes);
     }
     return m->wait(m->of);
 }

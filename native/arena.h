@@ -1,14 +1,14 @@
-/* The KV arena: rows of keys and values for every stream (an attention block's) and KV head, which grow by segments of r rows.
- * Nothing ever moves.
+/* The KV arena: rows of keys and values for every stream (an attention block's) and KV head, which grow by
+ * segments of r rows. Nothing ever moves.
  *
  * A tile holds 16 rows of one (stream, head): first their keys, then their values; the arena only knows its
  * size. A segment holds tiles [first, first + segment_tiles) of every stream and head:
  *
  *   | stream 0: head 0: tile tile .. tile | head 1: tile .. tile | .. | stream 1: .. |
  *
- * and the arena is a list of segments. New memory is zero. On the host it comes from mmap, in huge pages from 2 MB up:
- * with 4 KB pages attention would wait for the TLB; a GPU has a table of its own (cuda/driver.c). native/lab/grow.c fills the same list in other ways,
- * to measure what they cost. */
+ * and the arena is a list of segments. New memory is zero. On the host it comes from mmap, in huge pages from
+ * 2 MB up: with 4 KB pages attention would wait for the TLB; a GPU has a table of its own (cuda/driver.c).
+ * native/lab/grow.c fills the same list in other ways, to measure what they cost. */
 #ifndef ARENA_H
 #define ARENA_H
 
@@ -23,8 +23,10 @@ enum { TILE_ROWS = 16, MAX_ROWS = 1 << 30 };
 
 struct arena_stream {
     int n_heads;                    /* KV heads */
-    int64_t tile_bytes;             /* K and V of 16 rows of one head; a multiple of 64 keeps tiles aligned to it */
-    int64_t before;                 /* bytes of one tile of every head of the streams before it: arena_streams counts them */
+    int64_t tile_bytes;             /* K and V of 16 rows of one head;
+                                       a multiple of 64 keeps tiles aligned to it */
+    int64_t before;                 /* bytes of one tile of every head of the streams before it:
+                                       arena_streams counts them */
 };
 
 struct arena_config {
@@ -38,16 +40,19 @@ struct arena_config {
 struct arena {
     struct arena_config config;     /* r as it is used */
     char **segments;                /* (n_segments,) */
-    atomic_int **users;             /* (n_segments,) how many arenas share the segment; NULL: it is this one's alone */
+    atomic_int **users;             /* (n_segments,) how many arenas share the segment; NULL:
+                                       it is this one's alone */
     int64_t n_segments, n_slots;
-    int64_t n_dropped;              /* the first ones, whose rows nobody will read: only their places are left */
+    int64_t n_dropped;              /* the first ones, whose rows nobody will read:
+                                       only their places are left */
     int64_t first;                  /* rows before it are gone */
     int64_t segment_tiles;          /* tiles of one head in each segment */
     size_t segment_bytes;           /* mapped for each segment */
     int64_t rows_reserved;
 };
 
-/* Fills in `before`; returns the bytes of one tile of every head of all streams, -1 if that overflows or a stream is empty. */
+/* Fills in `before`; returns the bytes of one tile of every head of all streams, -1 if that
+ * overflows or a stream is empty. */
 int64_t arena_streams(struct arena_stream *streams, int n);
 
 /* 0, BMC_EINVAL or BMC_ENOMEM, with the sentence recorded and the arena empty. */
@@ -57,8 +62,9 @@ void arena_free(struct arena *a);               /* twice is fine */
 /* Room for `rows` rows in all. BMC_EFULL beyond the cap, BMC_ENOMEM: then the arena is as it was. */
 int arena_reserve(struct arena *a, int64_t rows);
 
-/* An arena with the first `rows` rows of another, which has the same configuration: whole segments are shared, the rest is copied. A
- * shared segment is never written: arena_own has to come before rows are. 0, or BMC_ENOMEM and the child is empty. */
+/* An arena with the first `rows` rows of another, which has the same configuration: whole segments are
+ * shared, the rest is copied. A shared segment is never written: arena_own has to come before rows are. 0, or
+ * BMC_ENOMEM and the child is empty. */
 int arena_fork(struct arena *child, struct arena *parent, int64_t rows);
 
 /* Makes rows [from, to) this arena's own. 0 or BMC_ENOMEM. */
@@ -68,8 +74,8 @@ int arena_own(struct arena *a, int64_t from, int64_t to);
 void arena_drop(struct arena *a, int64_t rows);
 void arena_clear(struct arena *a);              /* no rows any more */
 
-/* Tiles [from, to), which are reserved and not dropped, as bytes: each of all streams and heads, `stride` bytes after the one before. 0,
- * or the failure of a GPU. */
+/* Tiles [from, to), which are reserved and not dropped, as bytes: each of all streams and heads, `stride`
+ * bytes after the one before. 0, or the failure of a GPU. */
 int arena_export(const struct arena *a, int64_t from, int64_t to, char *bytes, int64_t stride);
 int arena_import(struct arena *a, int64_t from, int64_t to, const char *bytes, int64_t stride);
 int64_t arena_mapped(const struct arena *a);    /* bytes, a shared segment divided among its users */
@@ -82,7 +88,8 @@ static inline void *arena_tile(const struct arena *a, int stream, int head, int6
         segment = tile / a->segment_tiles;
         tile -= segment * a->segment_tiles;
     }
-    return a->segments[segment] + s->before * a->segment_tiles + (head * a->segment_tiles + tile) * s->tile_bytes;
+    return a->segments[segment] + s->before * a->segment_tiles
+         + (head * a->segment_tiles + tile) * s->tile_bytes;
 }
 
 /* The r that suits a model, by the bytes of a row over all layers.

@@ -1,8 +1,8 @@
 /* Attention: every query over the rows of the cache that it sees.
  *
- * It is cut into tasks: a KV head and up to TASK_ROWS queries, rows (token, head of the group), token by token. Where that makes too
- * few for all threads, a task is cut into pieces, runs of chunks of the cache. Chunks are summed up one by one and merged in their
- * order either way: a cut changes nothing. */
+ * It is cut into tasks: a KV head and up to TASK_ROWS queries, rows (token, head of the group), token by
+ * token. Where that makes too few for all threads, a task is cut into pieces, runs of chunks of the cache.
+ * Chunks are summed up one by one and merged in their order either way: a cut changes nothing. */
 #include "pass.h"
 
 #include <math.h>
@@ -19,7 +19,8 @@ struct task {
     int begin, end;                 /* chunks that they see */
 };
 
-/* What chunks sum up to for each query: weighted rows, not divided yet, the largest score, the sum of weights. */
+/* What chunks sum up to for each query: weighted rows, not divided yet, the largest
+ * score, the sum of weights. */
 struct sums { float *o, *max, *sum; };
 
 static int group_size(const struct block *b) { return b->c.n_heads / b->c.n_kv_heads; }
@@ -34,8 +35,8 @@ static int task_tokens(const struct pass *p, const struct queries *a, int first)
     return n;
 }
 
-/* The rows that a token sees up to itself: its block's, or fewer where the pass says so. The first chunk is exempt: much
- * of a model's attention rests on a text's first tokens (StreamingLLM, arXiv 2309.17453). */
+/* The rows that a token sees up to itself: its block's, or fewer where the pass says so. The first chunk is
+ * exempt: much of a model's attention rests on a text's first tokens (StreamingLLM, arXiv 2309.17453). */
 static int window_of(const struct pass *p, const struct block *b, int tok, int chunk) {
     int window = b->c.window, last = p->at[tok].last;
     return chunk && last && (!window || last < window) ? last : window;
@@ -43,7 +44,8 @@ static int window_of(const struct pass *p, const struct block *b, int tok, int c
 
 /* The first row that a token sees in a chunk, and the one after the last. */
 static int first_seen(const struct pass *p, const struct block *b, int tok, int chunk) {
-    int pos = p->at[tok].pos, window = window_of(p, b, tok, chunk), back = p->model->c.causal ? window - 1 : window / 2;
+    int pos = p->at[tok].pos, window = window_of(p, b, tok, chunk);
+    int back = p->model->c.causal ? window - 1 : window / 2;
     return window && pos > back ? pos - back : 0;
 }
 
@@ -91,19 +93,22 @@ static struct cut make_cut(const struct pass *p, const struct queries *a) {
 }
 
 /* A chunk's tiles; where it is not full, the last of them again. */
-static void find_tiles(const struct pass *p, const struct queries *a, const struct task *t, int h, int chunk, const uint16_t *tiles[]) {
+static void find_tiles(const struct pass *p, const struct queries *a, const struct task *t, int h, int chunk,
+                       const uint16_t *tiles[]) {
     int last = (p->at[t->first + t->n_rows / group_size(a->block) - 1].end - 1) / TILE;
     for (int i = 0; i < CHUNK / TILE; i++)
         tiles[i] = tile_of(p->at[t->first].session, a->rows, h, smaller(chunk * (CHUNK / TILE) + i, last));
 }
 
 /* What is likely to be read next: the head's next chunk, or the next head's first. */
-static void find_next_tiles(const struct pass *p, const struct queries *a, const struct task *t, int chunk, const uint16_t *tiles[]) {
+static void find_next_tiles(const struct pass *p, const struct queries *a, const struct task *t, int chunk,
+                            const uint16_t *tiles[]) {
     bool more = chunk + 1 < t->end || t->h + 1 == a->block->c.n_kv_heads;
     find_tiles(p, a, t, more ? t->h : t->h + 1, more ? chunk + 1 : t->begin, tiles);
 }
 
-/* ALiBi's slope of a head: powers of 2^(-8/n) for the n heads that are a power of two, and for others those between. */
+/* ALiBi's slope of a head: powers of 2^(-8/n) for the n heads that are a power of two, and
+ * for others those between. */
 float attend_slope(const bmc_block *c, int head) {
     int n = 1;
     while (2 * n <= c->n_heads)
@@ -112,7 +117,8 @@ float attend_slope(const bmc_block *c, int head) {
     return (float)exp2(-(double)c->alibi * power);
 }
 
-static void attend_chunk(const struct pass *p, const struct queries *a, const struct task *t, int chunk, struct sums s) {
+static void attend_chunk(const struct pass *p, const struct queries *a, const struct task *t, int chunk,
+                         struct sums s) {
     const struct block *b = a->block;
     const uint16_t *tiles[CHUNK / TILE], *next[CHUNK / TILE];
     const int group = group_size(b), start = chunk * CHUNK, pad = v_pad(a);
@@ -124,8 +130,10 @@ static void attend_chunk(const struct pass *p, const struct queries *a, const st
         float slope[ATTN_ROWS];
         int from[ATTN_ROWS], to[ATTN_ROWS], at[ATTN_ROWS], row = r, taken = 0;
         for (; r < t->n_rows && taken < ATTN_ROWS; r++) {
-            int token = t->first + r / group, low = first_seen(p, b, token, chunk), high = end_seen(p, b, token), head = t->h * group + r % group;
-            if (high <= start || low >= start + CHUNK) {      /* sees nothing here; those that do stand together */
+            int token = t->first + r / group, head = t->h * group + r % group;
+            int low = first_seen(p, b, token, chunk), high = end_seen(p, b, token);
+            /* It sees nothing here; those that do stand together. */
+            if (high <= start || low >= start + CHUNK) {
                 if (taken)
                     break;
                 row = r + 1;
@@ -140,7 +148,8 @@ static void attend_chunk(const struct pass *p, const struct queries *a, const st
         if (!taken)
             break;
         p->model->k.attend(&(struct attn_job){
-            .tiles = tiles, .next = fetched ? NULL : next, .head_dim = a->k_dim, .v_dim = pad, .shared = a->shared,
+            .tiles = tiles, .next = fetched ? NULL : next,
+            .head_dim = a->k_dim, .v_dim = pad, .shared = a->shared,
             .n_rows = taken, .q = q, .first = from, .limit = to, .softcap = b->c.attn_softcap,
             .slope = b->c.alibi > 0 ? slope : NULL, .at = at,
             .m = s.max + row, .l = s.sum + row, .o = s.o + (size_t)row * (size_t)pad,
@@ -152,7 +161,8 @@ static void attend_chunk(const struct pass *p, const struct queries *a, const st
 /* One more score of a head, without a value. */
 static void add_sink(const struct pass *p, const struct queries *a, struct sums s, int r, float sink) {
     const float nothing[1024] = { 0 };
-    p->model->k.attend_merge(&s.max[r], &s.sum[r], s.o + (size_t)r * (size_t)v_pad(a), sink, 1, nothing, v_pad(a));
+    p->model->k.attend_merge(&s.max[r], &s.sum[r], s.o + (size_t)r * (size_t)v_pad(a), sink, 1, nothing,
+                             v_pad(a));
 }
 
 /* A task's heads are done: divided, through their gates, and in 8 bits too where they are whole blocks. */
@@ -190,9 +200,10 @@ static void attend(const struct pass *p, const struct queries *a, const struct t
     finish_task(p, a, t, s);
 }
 
-/* The sums of every chunk of a piece, each on its own. Who finishes a task's last piece merges them all, in order. */
-static void attend_piece(const struct pass *p, const struct cut *c, const struct queries *a, const struct task *t, int piece,
-                         float *scratch) {
+/* The sums of every chunk of a piece, each on its own. Who finishes a task's last piece
+ * merges them all, in order. */
+static void attend_piece(const struct pass *p, const struct cut *c, const struct queries *a,
+                         const struct task *t, int piece, float *scratch) {
     const bmc_model *m = p->model;
     const struct buffers *b = m->buffers;
     size_t size = sums_size(a, t->n_rows), pad = (size_t)v_pad(a);
@@ -207,7 +218,8 @@ static void attend_piece(const struct pass *p, const struct cut *c, const struct
     for (int i = 0; i < n; i++, parts += size)
         for (int r = 0; r < t->n_rows; r++) {
             const float *max = parts + (size_t)t->n_rows * pad + r, *sum = max + t->n_rows;
-            m->k.attend_merge(&s.max[r], &s.sum[r], s.o + (size_t)r * pad, *max, *sum, parts + (size_t)r * pad, (int)pad);
+            m->k.attend_merge(&s.max[r], &s.sum[r], s.o + (size_t)r * pad, *max, *sum,
+                              parts + (size_t)r * pad, (int)pad);
         }
     finish_task(p, a, t, s);
 }
@@ -218,7 +230,8 @@ static void attend_tasks(const struct pass *p, const struct queries *a, int thre
     const int n_heads = a->block->c.n_kv_heads;
     int64_t from, to;
     while (pool_take(p->model->pool, thread, (int64_t)c.n_tasks * c.n_pieces, &from, &to))
-        for (int first = 0, n = task_tokens(p, a, 0), passed = 0; from < to; from++) {      /* passed: tasks before those of `first` */
+        /* passed: tasks before those of `first` */
+        for (int first = 0, n = task_tokens(p, a, 0), passed = 0; from < to; from++) {
             int number = (int)from / c.n_pieces;
             for (; number >= passed + n_heads; passed += n_heads) {
                 first += n;

@@ -42,10 +42,19 @@ static const struct role common_roles[] = {
 
 const struct kind *kind_find(int kind) {
     static const struct kind *const kinds[BMC_KINDS] = {
-        [BMC_ATTENTION] = &attention_kind, [BMC_MLA] = &mla_kind, [BMC_DELTA_NET] = &delta_net_kind, [BMC_MAMBA2] = &mamba2_kind,
-        [BMC_SHORT_CONV] = &short_conv_kind, [BMC_DENSE] = &dense_kind, [BMC_EXPERTS] = &experts_kind, [BMC_PER_LAYER] = &per_layer_kind,
-        [BMC_LAUREL] = &laurel_kind, [BMC_ALTUP_BEGIN] = &altup_begin_kind, [BMC_ALTUP_PREDICT] = &altup_predict_kind,
-        [BMC_ALTUP_CORRECT] = &altup_correct_kind, [BMC_ALTUP_END] = &altup_end_kind,
+        [BMC_ATTENTION] = &attention_kind,
+        [BMC_MLA] = &mla_kind,
+        [BMC_DELTA_NET] = &delta_net_kind,
+        [BMC_MAMBA2] = &mamba2_kind,
+        [BMC_SHORT_CONV] = &short_conv_kind,
+        [BMC_DENSE] = &dense_kind,
+        [BMC_EXPERTS] = &experts_kind,
+        [BMC_PER_LAYER] = &per_layer_kind,
+        [BMC_LAUREL] = &laurel_kind,
+        [BMC_ALTUP_BEGIN] = &altup_begin_kind,
+        [BMC_ALTUP_PREDICT] = &altup_predict_kind,
+        [BMC_ALTUP_CORRECT] = &altup_correct_kind,
+        [BMC_ALTUP_END] = &altup_end_kind,
     };
     return kind >= 0 && kind < BMC_KINDS ? kinds[kind] : NULL;
 }
@@ -88,13 +97,17 @@ static const char *full_name(const bmc_model *m, const bmc_tensor *t, char text[
     return text;
 }
 
-/* Where a tensor goes: its role and the part of it: the values themselves, or the bias or factors of a matrix. */
+/* Where a tensor goes: its role and the part of it: the values themselves, or the bias
+ * or factors of a matrix. */
 enum part { VALUES, BIAS, FACTORS };
 struct slot { const struct role *role; enum part part; int64_t n_rows, n_cols; };
 
-static int64_t copies(const struct block *b, const struct role *r) { return r->form == MATRICES ? b->extent[r->count ? r->count : EXPERTS] : 1; }
+static int64_t copies(const struct block *b, const struct role *r) {
+    return r->form == MATRICES ? b->extent[r->count ? r->count : EXPERTS] : 1;
+}
 
-static struct slot slot_of(const int64_t *e, const struct block *b, const struct role *r, enum part part, const bmc_tensor *t) {
+static struct slot slot_of(const int64_t *e, const struct block *b, const struct role *r, enum part part,
+                           const bmc_tensor *t) {
     int64_t n = t->expert >= 0 ? 1 : copies(b, r);
     if (part == BIAS)
         return (struct slot){ r, part, r->form == MATRICES ? n : 1, e[r->rows] };
@@ -113,9 +126,11 @@ static bool names(const struct role *r, const char *name, enum part *part) {
 }
 
 /* The slot of a tensor: the one whose shape it has, else the first of that name. */
-static struct slot find_slot(const int64_t *e, const struct block *b, const struct role *const *lists, const bmc_tensor *t) {
+static struct slot find_slot(const int64_t *e, const struct block *b, const struct role *const *lists,
+                             const bmc_tensor *t) {
     struct slot found = { 0 };
-    for (int exact = 1; exact >= 0; exact--)                /* a role of that name goes before a matrix's bias */
+    /* A role of that name goes before a matrix's bias. */
+    for (int exact = 1; exact >= 0; exact--)
         for (const struct role *const *list = lists; *list; list++)
             for (const struct role *r = *list; r->name; r++) {
                 enum part part;
@@ -136,13 +151,15 @@ static int check_tensor(const bmc_model *m, const bmc_tensor *t, const struct sl
     const bool matrix = s->part == VALUES && (s->role->form == MATRIX || s->role->form == MATRICES);
     full_name(m, t, name);
     if (!type || !type->dequantize || (matrix && !panel_runs(t->type)))
-        return fail(BMC_EFORMAT, "%s: pybmc does not compute with type %s", name, type ? type->name : "unknown");
+        return fail(BMC_EFORMAT, "%s: pybmc does not compute with type %s", name,
+                    type ? type->name : "unknown");
     if (t->n_cols != s->n_cols || t->n_rows != s->n_rows)
-        return fail(BMC_EFORMAT, "%s: expected %lld rows of %lld values, found %lld of %lld (%s)", name, (long long)s->n_rows,
-                    (long long)s->n_cols, (long long)t->n_rows, (long long)t->n_cols, type->name);
+        return fail(BMC_EFORMAT, "%s: expected %lld rows of %lld values, found %lld of %lld (%s)", name,
+                    (long long)s->n_rows, (long long)s->n_cols, (long long)t->n_rows, (long long)t->n_cols,
+                    type->name);
     if (t->n_cols < 1 || t->n_cols % type->block_size)
-        return fail(BMC_EFORMAT, "%s: rows of %lld are not whole blocks of %s (%d)", name, (long long)t->n_cols, type->name,
-                    type->block_size);
+        return fail(BMC_EFORMAT, "%s: rows of %lld are not whole blocks of %s (%d)", name,
+                    (long long)t->n_cols, type->name, type->block_size);
     return t->data ? 0 : fail(BMC_EINVAL, "%s: data is NULL", name);
 }
 
@@ -162,8 +179,10 @@ void *model_own(bmc_model *m, size_t bytes) {
 /* All values of a tensor as floats; columns first where `transposed`, each column's rows padded. */
 static float *floats(bmc_model *m, const bmc_tensor *t, bool transposed) {
     const struct type *type = type_find(t->type);
-    const size_t rows = (size_t)t->n_rows, cols = (size_t)t->n_cols, row_bytes = cols / (size_t)type->block_size * (size_t)type->type_size;
-    float *values = model_own(m, (padded(t->n_cols) + cols * padded(t->n_rows) + rows * cols) * sizeof *values), *all = values;
+    const size_t rows = (size_t)t->n_rows, cols = (size_t)t->n_cols;
+    const size_t row_bytes = cols / (size_t)type->block_size * (size_t)type->type_size;
+    const size_t n = padded(t->n_cols) + cols * padded(t->n_rows) + rows * cols;
+    float *values = model_own(m, n * sizeof *values), *all = values;
     if (!values) {
         fail(BMC_ENOMEM, "no memory for %s", t->role);
         return NULL;
@@ -231,7 +250,8 @@ static int bind_slot(bmc_model *m, struct block *b, const bmc_tensor *t, const s
 int model_bind(bmc_model *m, const bmc_tensor *t) {
     char name[96];
     if (t->block < -1 || t->block >= m->c.n_blocks)
-        return fail(BMC_EFORMAT, "%s: the model has %d blocks, not %d", t->role, (int)m->c.n_blocks, (int)t->block + 1);
+        return fail(BMC_EFORMAT, "%s: the model has %d blocks, not %d", t->role, (int)m->c.n_blocks,
+                    (int)t->block + 1);
     struct block *b = t->block >= 0 ? &m->blocks[t->block] : NULL;
     const struct role *const lists[] = { b ? b->kind->roles : model_roles, b ? common_roles : NULL, NULL };
     const struct slot s = find_slot(b ? b->extent : m->extent, b, lists, t);
@@ -256,12 +276,14 @@ static bool is_bound(const char *base, const struct block *b, const struct role 
     return list;
 }
 
-static int check_roles(const bmc_model *m, const char *base, const struct block *b, const struct role *roles) {
+static int check_roles(const bmc_model *m, const char *base, const struct block *b,
+                       const struct role *roles) {
     char name[96];
     for (; roles->name; roles++) {
         const bool bound = is_bound(base, b, roles);
         const struct bmc_tensor shown = { .role = roles->name, .block = b ? b->number : -1 };
-        if (!bound && roles->form == MATRICES && ((const struct matrices *)(const void *)(base + roles->offset))->of)
+        if (!bound && roles->form == MATRICES
+            && ((const struct matrices *)(const void *)(base + roles->offset))->of)
             return fail(BMC_EFORMAT, "%s: not all experts are there", full_name(m, &shown, name));
         if (!bound && roles->required)
             return fail(BMC_EFORMAT, "%s is missing", full_name(m, &shown, name));
@@ -289,7 +311,8 @@ int model_check_bound(const bmc_model *m) {
         char name[96];
         const char *role = b->kind->missing ? b->kind->missing(b) : NULL;
         if (role)
-            status = fail(BMC_EFORMAT, "%s is missing", full_name(m, &(bmc_tensor){ .role = role, .block = i }, name));
+            status = fail(BMC_EFORMAT, "%s is missing",
+                          full_name(m, &(bmc_tensor){ .role = role, .block = i }, name));
     }
     return status;
 }

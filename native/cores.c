@@ -27,8 +27,8 @@ static bool first_line(char *text, int size, const char *folder, const char *nam
     return found;
 }
 
-/* The quota of one group: cgroup v2 says "max 100000" or "150000 100000", v1 has a file for each number, in which
- * -1 is no limit. */
+/* The quota of one group: cgroup v2 says "max 100000" or "150000 100000", v1 has a file for each number,
+ * in which -1 is no limit. */
 static double group_quota(const char *folder) {
     char text[64], period_text[64];
     double quota = 0, period = 0;
@@ -42,8 +42,8 @@ static double group_quota(const char *folder) {
     return quota > 0 && period > 0 ? quota / period : HUGE_VAL;
 }
 
-/* The least quota of a group and those above it. In a container the path may be the host's: then only the root is
- * there. */
+/* The least quota of a group and those above it. In a container the path may be the host's: then
+ * only the root is there. */
 static double path_quota(const char *mount, const char *hierarchy, const char *path) {
     char folder[PATH_MAX];
     int root = snprintf(folder, sizeof folder, "%s%s", mount, hierarchy);

@@ -36,8 +36,10 @@ static int has_f16c(void) {                     /* gcc before 11 has no __builti
 static int best_level(void) {
     if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !has_f16c())
         return 0;
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")
-        && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") ? 2 : 1;
+    const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
+        && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")
+        && __builtin_cpu_supports("avx512vnni");
+    return avx512 ? 2 : 1;
 }
 #elif defined(__aarch64__)
 static const struct level levels[] = { LEVEL(ref), LEVEL(neon), { "i8mm", vec_neon, attn_neon, panel_i8mm } };

@@ -10,12 +10,14 @@
 #include <string.h>
 
 static const double NOT_KNOWN = 1e-2;           /* seconds of a pass before one was seen */
-static const int FIRST_WINDOW = 32;             /* tokens of a text that a draft model reads before its first guess */
+/* Tokens of a text that a draft model reads before its first guess. */
+static const int FIRST_WINDOW = 32;
 
-/* What buckets of confidence promise before anything was seen. Two models' best tokens are the same more often than the draft
- * model is sure; a match of many tokens goes on more often than one of two. */
+/* What buckets of confidence promise before anything was seen. Two models' best tokens are the same more
+ * often than the draft model is sure; a match of many tokens goes on more often than one of two. */
 static void init_model(struct acceptance *a) {
-    static const float edges[] = { 0.02f, 0.05f, 0.1f, 0.15f, 0.2f, 0.3f, 0.4f, 0.5f, 0.6f, 0.7f, 0.8f, 0.9f, 0.95f, 0.98f, 0.995f };
+    static const float edges[] = { 0.02f, 0.05f, 0.1f, 0.15f, 0.2f, 0.3f, 0.4f, 0.5f,
+                                   0.6f, 0.7f, 0.8f, 0.9f, 0.95f, 0.98f, 0.995f };
     enum { N = sizeof edges / sizeof *edges };
     double priors[N + 1];
     for (int i = 0; i <= N; i++) {
@@ -118,14 +120,17 @@ static int copy_vocabulary(bmc_drafter *d, const bmc_drafter_options *o, int n_v
 
 static int check_options(const bmc_drafter_options *o) {
     if (o->most < 0 || o->least < 0 || o->least > o->most || o->fixed < 0 || o->self_window < 0)
-        return fail(BMC_EINVAL, "bmc_drafter_new: expected 0 <= least <= most, found %d and %d", (int)o->least, (int)o->most);
+        return fail(BMC_EINVAL, "bmc_drafter_new: expected 0 <= least <= most, found %d and %d",
+                    (int)o->least, (int)o->most);
     if (!!o->draft + !!o->self_window + !!o->external > 1)
-        return fail(BMC_EINVAL, "bmc_drafter_new: expected one of a draft model, the model itself and guesses of the caller");
+        return fail(BMC_EINVAL, "bmc_drafter_new: expected one of a draft model, "
+                                "the model itself and guesses of the caller");
     return 0;
 }
 
 int bmc_drafter_new(const bmc_drafter_options *options, int n_vocab, bmc_drafter **drafter) {
-    int status = options && drafter ? check_options(options) : fail(BMC_EINVAL, "bmc_drafter_new: needs options");
+    int status = options && drafter ? check_options(options)
+                                    : fail(BMC_EINVAL, "bmc_drafter_new: needs options");
     if (status)
         return status;
     bmc_drafter *d = calloc(1, sizeof *d);
@@ -142,7 +147,8 @@ int bmc_drafter_new(const bmc_drafter_options *options, int n_vocab, bmc_drafter
         status = ngrams_hint(d->ngrams, options->hint, options->n_hint);
     if (!status && options->draft && options->to_draft)
         status = copy_vocabulary(d, options, n_vocab);
-    if (!status && options->draft && options->draft->model->target && !(d->hidden = malloc((size_t)options->draft->model->c.dim * sizeof *d->hidden)))
+    if (!status && options->draft && options->draft->model->target
+        && !(d->hidden = malloc((size_t)options->draft->model->c.dim * sizeof *d->hidden)))
         status = fail(BMC_ENOMEM, "no memory for a drafter");
     if (status)
         bmc_drafter_free(d);
@@ -166,7 +172,8 @@ static int time_guess(bmc_session *draft, const float *hidden, double *seconds) 
     int32_t token = 0, next;
     float logprob;
     const bmc_span span = {
-        .session = draft, .tokens = &token, .n_tok = 1, .want = BMC_WANT_LAST, .before = hidden ? &hidden : NULL, .next = &next, .logprob = &logprob,
+        .session = draft, .tokens = &token, .n_tok = 1, .want = BMC_WANT_LAST,
+        .before = hidden ? &hidden : NULL, .next = &next, .logprob = &logprob,
     };
     *seconds = INFINITY;
     for (int i = 0; i < 4; i++) {                   /* the first ones touch the model's memory */
@@ -183,7 +190,8 @@ int bmc_draft_seconds(bmc_session *draft, double *seconds) {
     if (!draft || !seconds)
         return fail(BMC_EINVAL, "bmc_draft_seconds: needs a session and room for the result");
     float *zeros = draft->model->target ? calloc((size_t)draft->model->c.dim, sizeof *zeros) : NULL;
-    int status = draft->model->target && !zeros ? fail(BMC_ENOMEM, "no memory for a hidden state") : time_guess(draft, zeros, seconds);
+    int status = draft->model->target && !zeros ? fail(BMC_ENOMEM, "no memory for a hidden state")
+                                                : time_guess(draft, zeros, seconds);
     free(zeros);
     return status;
 }

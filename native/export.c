@@ -4,10 +4,13 @@
 
 #include <string.h>
 
-/* What layers on a GPU keep follows what those here do, as if all were here: with the order of the layers, the bytes are the same. */
+/* What layers on a GPU keep follows what those here do, as if all were here: with the order of the layers,
+ * the bytes are the same. */
 enum { HALVES = 2 };
 
-static const struct arena *half_of(const bmc_session *s, int arena, int half) { return &s->arenas[arena + half * GPU_ROWS]; }
+static const struct arena *half_of(const bmc_session *s, int arena, int half) {
+    return &s->arenas[arena + half * GPU_ROWS];
+}
 
 static int64_t tile_bytes(const bmc_session *s, int arena) {
     return arena_tile_bytes(half_of(s, arena, 0)) + arena_tile_bytes(half_of(s, arena, 1));
@@ -48,7 +51,8 @@ static int arena_of(const bmc_part *part) {
 
 static int64_t part_bytes(const bmc_session *s, const bmc_part *part) {
     const int arena = arena_of(part);
-    return arena >= 0 ? (part->end - part->start) / TILE_ROWS * tile_bytes(s, arena) : float_bytes(s, part->end - part->start);
+    return arena >= 0 ? (part->end - part->start) / TILE_ROWS * tile_bytes(s, arena)
+                      : float_bytes(s, part->end - part->start);
 }
 
 /* The first row that both halves of the windows have. */
@@ -57,7 +61,9 @@ static int first_window(const bmc_session *s) {
 }
 
 /* States of one place, where there are some; the others are at the same positions. */
-static const struct states *some_states(const bmc_session *s) { return &s->states[s->states[HERE].n ? HERE : ON_GPU]; }
+static const struct states *some_states(const bmc_session *s) {
+    return &s->states[s->states[HERE].n ? HERE : ON_GPU];
+}
 
 static bool has_states(const bmc_session *s) {
     for (int i = 0; i < PLACES; i++)
@@ -75,7 +81,8 @@ static bool has_snapshot(const bmc_session *s, int position) {
 
 static int list_parts(const bmc_session *s, int from, bmc_part *parts) {
     const struct states *states = some_states(s);
-    const int tile = from / TILE_ROWS * TILE_ROWS, end = (s->position + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
+    const int tile = from / TILE_ROWS * TILE_ROWS;
+    const int end = (s->position + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
     int n = 0;
     if (from < s->position && tile_bytes(s, ALL_ROWS))
         parts[n++] = (bmc_part){ BMC_PART_ROWS, tile, end };
@@ -93,8 +100,9 @@ int bmc_session_parts(bmc_session *s, int from, bmc_part *parts) {
     int status = claim(s);
     if (status)
         return status;
-    status = from >= 0 && from <= s->position ? list_parts(s, from, parts)
-                                              : fail(BMC_EINVAL, "parts: expected 0 to %d, found %d", s->position, from);
+    status = from >= 0 && from <= s->position
+               ? list_parts(s, from, parts)
+               : fail(BMC_EINVAL, "parts: expected 0 to %d, found %d", s->position, from);
     release(s);
     return status;
 }
@@ -111,16 +119,21 @@ static bool has_rows(const bmc_session *s, int arena, const bmc_part *part) {
 /* 0, or what is wrong with a part of a session. */
 static int check_part(const bmc_session *s, const bmc_part *part, int64_t n) {
     const int arena = arena_of(part);
-    if (part->kind < BMC_PART_ROWS || part->kind > BMC_PART_STATES || part->start < 0 || part->end < part->start)
-        return fail(BMC_EINVAL, "there is no part %d from %d to %d", (int)part->kind, (int)part->start, (int)part->end);
+    if (part->kind < BMC_PART_ROWS || part->kind > BMC_PART_STATES || part->start < 0
+        || part->end < part->start)
+        return fail(BMC_EINVAL, "there is no part %d from %d to %d", (int)part->kind, (int)part->start,
+                    (int)part->end);
     if (arena >= 0) {
         if (!has_rows(s, arena, part))
-            return fail(BMC_EINVAL, "rows %d to %d are not whole tiles of the session", (int)part->start, (int)part->end);
+            return fail(BMC_EINVAL, "rows %d to %d are not whole tiles of the session", (int)part->start,
+                        (int)part->end);
     } else if (!has_states(s) || part->end > s->position || part->end - part->start > LOG_MAX
                || (part->kind == BMC_PART_SNAPSHOT ? part->start != part->end : part->end != s->position))
-        return fail(BMC_EINVAL, "states of %d to %d tokens are not those of the session", (int)part->start, (int)part->end);
+        return fail(BMC_EINVAL, "states of %d to %d tokens are not those of the session", (int)part->start,
+                    (int)part->end);
     if (n != part_bytes(s, part))
-        return fail(BMC_EINVAL, "a part: expected %lld bytes, found %lld", (long long)part_bytes(s, part), (long long)n);
+        return fail(BMC_EINVAL, "a part: expected %lld bytes, found %lld", (long long)part_bytes(s, part),
+                    (long long)n);
     return 0;
 }
 
@@ -135,7 +148,8 @@ static int import_rows(bmc_session *s, int arena, const bmc_part *part, const ch
     struct arena *here = &s->arenas[arena], *gpu = &s->arenas[arena + GPU_ROWS];
     const int from = part->start / TILE_ROWS, to = part->end / TILE_ROWS;
     const int status = arena_import(here, from, to, bytes, tile_bytes(s, arena));
-    return status ? status : arena_import(gpu, from, to, bytes + arena_tile_bytes(here), tile_bytes(s, arena));
+    return status ? status
+                  : arena_import(gpu, from, to, bytes + arena_tile_bytes(here), tile_bytes(s, arena));
 }
 
 static int export_part(bmc_session *s, const bmc_part *part, void *bytes) {
@@ -160,7 +174,8 @@ static int import_part(bmc_session *s, const bmc_part *part, const void *bytes) 
         return import_rows(s, arena, part, bytes);
     for (int i = 0; i < PLACES && !status; i++) {
         if (s->states[i].n)
-            status = states_import(&s->states[i], part->start, n_log, part->kind == BMC_PART_SNAPSHOT, values);
+            status = states_import(&s->states[i], part->start, n_log, part->kind == BMC_PART_SNAPSHOT,
+                                   values);
         values += states_floats(&s->states[i], n_log);
     }
     return status;
@@ -204,12 +219,14 @@ int bmc_session_import(bmc_session *s, const bmc_part *part, const void *bytes, 
 
 static int check_tokens(const bmc_session *s, int from, const int32_t *tokens, int n, int window) {
     if (from < 0 || from > s->position || n < 0 || n > MAX_ROWS - from || (n && !tokens))
-        return fail(BMC_EINVAL, "extend: expected tokens after 0 to %d others, found %d after %d", s->position, n, from);
+        return fail(BMC_EINVAL, "extend: expected tokens after 0 to %d others, found %d after %d",
+                    s->position, n, from);
     if (window < 0 || window > from + n || window % TILE_ROWS)
         return fail(BMC_EINVAL, "extend: expected rows of windows from 0 to %d, found %d", from + n, window);
     for (int i = 0; i < n; i++)
         if (tokens[i] < 0 || tokens[i] >= s->model->c.vocab_size)
-            return fail(BMC_EINVAL, "token ids are 0 to %d, found %d", (int)s->model->c.vocab_size - 1, (int)tokens[i]);
+            return fail(BMC_EINVAL, "token ids are 0 to %d, found %d", (int)s->model->c.vocab_size - 1,
+                        (int)tokens[i]);
     return 0;
 }
 
@@ -244,8 +261,9 @@ int bmc_session_extend(bmc_session *s, int from, const int32_t *tokens, int n, i
     int status = claim(s);
     if (status)
         return status;
-    status = s->model->c.causal && !s->model->target ? check_tokens(s, from, tokens, n, window)
-                                                     : fail(BMC_EINVAL, "extend: expected a session of a model that writes text");
+    status = s->model->c.causal && !s->model->target
+               ? check_tokens(s, from, tokens, n, window)
+               : fail(BMC_EINVAL, "extend: expected a session of a model that writes text");
     if (!status)
         status = extend(s, from, tokens, n, window);
     release(s);

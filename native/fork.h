@@ -1,6 +1,7 @@
-/* Locks and threads across a fork. The child has only the thread that forked: a lock that another thread of the parent
- * held stays locked there, and what that thread was doing is never finished. An object with locks or threads is added
- * to a list; its renew() makes them new in every forked process before anything else runs there. */
+/* Locks and threads across a fork. The child has only the thread that forked: a lock that another thread
+ * of the parent held stays locked there, and what that thread was doing is never finished. An object
+ * with locks or threads is added to a list; its renew() makes them new in every forked process before
+ * anything else runs there. */
 #ifndef FORK_H
 #define FORK_H
 

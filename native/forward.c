@@ -1,5 +1,6 @@
-/* The forward pass, once, for every architecture, batch and thread: a model is a list of blocks, and each adds to the residual
- * stream x what it makes of norm(x). What attention, feed-forwards and the other kinds do is in layers/. */
+/* The forward pass, once, for every architecture, batch and thread: a model is a list of blocks, and each
+ * adds to the residual stream x what it makes of norm(x). What attention, feed-forwards and the other
+ * kinds do is in layers/. */
 #include "clock.h"
 #include "cuda/cuda.h"
 #include "machine.h"
@@ -92,28 +93,23 @@ void pass_kept(struct pass *p) {
     p->n_tok = p->n_out;
 }
 
-void keep_wanted(struct pass *p, const struct block *b, const struct rows *more, int n_more, int thread) {
-    enum { OWN = 6, MORE = 3 };
+void keep_wanted(struct pass *p, const struct block *b, const struct rows own[2], int thread) {
     const bmc_model *m = p->model;
     const struct buffers *buffers = p->buffers;
-    const size_t stride = padded(m->c.dim);
-    struct rows rows[OWN + MORE] = { { buffers->x, stride }, { buffers->y[0], stride }, { buffers->y[1], stride } };
-    int n = 3;
+    const size_t dim = padded(m->c.dim);
+    const struct rows rows[] = {
+        { buffers->x, dim }, { buffers->y[0], dim }, { buffers->y[1], dim },
+        { buffers->input, buffers->input ? dim : 0 },
+        { buffers->kept, buffers->kept_stride },
+        { buffers->per_layer, padded(m->extent[PER_LAYERS]) },
+        own[0], own[1],
+    };
     if (b->number != m->last_mixer)
         return;
     if (thread == 0)
         p->chunk = false;               /* what follows is the same whether all tokens are wanted or a few */
-    if (p->n_out == p->n_tok)
-        return;
-    if (buffers->input)
-        rows[n++] = (struct rows){ buffers->input, stride };
-    if (buffers->kept)
-        rows[n++] = (struct rows){ buffers->kept, buffers->kept_stride };
-    if (m->c.per_layer_dim)
-        rows[n++] = (struct rows){ buffers->per_layer, padded(m->extent[PER_LAYERS]) };
-    for (int i = 0; i < n_more; i++)
-        rows[n++] = more[i];
-    p->machine->keep(p, rows, n, thread);
+    if (p->n_out < p->n_tok)
+        p->machine->keep(p, rows, sizeof rows / sizeof *rows, thread);
 }
 
 /* Of tokens whose hidden states are given, only those for which the head runs go on. */
@@ -129,14 +125,17 @@ static void keep_choosing(struct pass *p, int thread) {
 }
 
 /* Blocks [from, to); returns the one whose result is not in x yet, or NULL. */
-static const struct block *run_blocks(struct pass *p, const struct block *from, const struct block *to, int thread) {
+static const struct block *run_blocks(struct pass *p, const struct block *from, const struct block *to,
+                                      int thread) {
+    static const struct rows none[2];
     const struct machine *on = p->machine;
     const struct block *waits = NULL;
     for (const struct block *b = from; b < to; b++) {
-        const struct tokens in = on->norm(p, b->c.beside ? NULL : waits, b->norm, b->norm_bias, p->buffers->input && b->kind->mixes, thread);
+        const struct tokens in = on->norm(p, b->c.beside ? NULL : waits, b->norm, b->norm_bias,
+                                          p->buffers->input && b->kind->mixes, thread);
         b->kind->run(p, b, in, sink_of(p, b), thread);
         on->end(p, thread, BMC_STEP_DOWN);
-        keep_wanted(p, b, NULL, 0, thread);
+        keep_wanted(p, b, none, thread);
         if (!p->n_tok)
             return NULL;
         waits = direct(b) ? NULL : b;
@@ -166,7 +165,8 @@ static void run(void *arg, int thread) {
         join_hidden(p, thread);
     if (!m->cuda || m->cuda->first)
         per_layer_inputs(p, thread);
-    const struct block *waits = run_blocks(p, m->blocks, m->blocks + (m->cuda ? m->cuda->first : m->c.n_blocks), thread);
+    const int n_here = m->cuda ? m->cuda->first : m->c.n_blocks;
+    const struct block *waits = run_blocks(p, m->blocks, m->blocks + n_here, thread);
     if (!p->n_tok)
         return;
     if (m->cuda) {

@@ -1,5 +1,6 @@
-/* The grids of the IQ types: the levels of 8 weights (IQ3: 4) that an index of a file stands for. An entry holds them
- * from its lowest bits up, in two bits each (0 to 2), those of IQ3 in four (0 to 7). types.h has what a level means. */
+/* The grids of the IQ types: the levels of 8 weights (IQ3: 4) that an index of a file stands for. An entry
+ * holds them from its lowest bits up, in two bits each (0 to 2), those of IQ3 in four (0 to 7). types.h
+ * has what a level means. */
 #ifndef GRIDS_H
 #define GRIDS_H
 

@@ -1,5 +1,6 @@
-/* Each text's source of guesses is chosen by the rate of tokens that it promises. Draft models guess for all their texts in
- * common passes. Then the likeliest guesses of all texts are taken, as many as give the best rate. */
+/* Each text's source of guesses is chosen by the rate of tokens that it promises. Draft models guess
+ * for all their texts in common passes. Then the likeliest guesses of all texts are taken, as many
+ * as give the best rate. */
 #include "guess.h"
 
 #include "error.h"
@@ -8,7 +9,7 @@
 
 #include <math.h>
 
-static const int WIDER = 4;         /* how many times more of the text a draft model reads, once guessing has earned that */
+static const int WIDER = 4;         /* times more text that a draft model reads once guessing earned it */
 static const double LATENCY = 3;    /* passes without guesses that a round may take: tokens come evenly */
 
 /* How many guesses its settings, its length and its context leave room for. */
@@ -21,7 +22,9 @@ static int room(const struct turn *t) {
 }
 
 /* The first token of the text that the draft model could read: a draft head needs the hidden state before. */
-static int earliest(const struct turn *t) { return t->drafter->hidden ? t->item->session->hidden.from + 1 : 0; }
+static int earliest(const struct turn *t) {
+    return t->drafter->hidden ? t->item->session->hidden.from + 1 : 0;
+}
 
 /* Whether a draft model, or the target with less attention, can be asked. */
 static bool has_draft(const struct turn *t) {
@@ -48,10 +51,13 @@ void measure_base(struct group *g) {
 }
 
 static double rate_of(const struct group *g, double more_tokens, double more_width, double drafting) {
-    return (g->base.tokens + more_tokens) / (cost_at(&g->policy->target, g->base.width + more_width) + drafting);
+    return (g->base.tokens + more_tokens)
+         / (cost_at(&g->policy->target, g->base.width + more_width) + drafting);
 }
 
-double pass_seconds(const struct group *g, int guesses) { return cost_at(&g->policy->target, g->base.width + guesses); }
+double pass_seconds(const struct group *g, int guesses) {
+    return cost_at(&g->policy->target, g->base.width + guesses);
+}
 
 /* Seconds of a draft model's pass for one of the turns that share it. */
 static double draft_seconds(const struct group *g) {
@@ -67,11 +73,13 @@ static void charge(struct group *g, struct turn *t, double width, double seconds
     g->drafting += usual;
 }
 
-/* The chance that a guess of a source comes true in a turn's text; confidence < 0: any guess, before it is made. */
+/* The chance that a guess of a source comes true in a turn's text; confidence < 0: any
+ * guess, before it is made. */
 static double chance_of(const struct group *g, const struct turn *t, enum source source, float confidence) {
     const struct acceptance *a = &g->policy->of[source];
     const struct recent none = { 0 }, *recent = t->drafter ? &t->drafter->recent[source] : &none;
-    return confidence < 0 ? recent_mean(recent, acceptance_mean(a)) : recent_adjust(recent, acceptance_at(a, confidence));
+    return confidence < 0 ? recent_mean(recent, acceptance_mean(a))
+                          : recent_adjust(recent, acceptance_at(a, confidence));
 }
 
 static void add(const struct group *g, struct turn *t, int32_t id, float confidence) {
@@ -81,8 +89,8 @@ static void add(const struct group *g, struct turn *t, int32_t id, float confide
     t->right[t->n++] = before * (g->policy ? chance_of(g, t, t->source, confidence) : 1);
 }
 
-/* The best rate that the first of a turn's guesses give, the other turns having none; *n: how many those are, 0 where plain decoding
- * is as good. */
+/* The best rate that the first of a turn's guesses give, the other turns having none; *n: how many those are,
+ * 0 where plain decoding is as good. */
 static double rate_alone(const struct group *g, const struct turn *t, int *n) {
     double tokens = 0, best = rate_of(g, 0, 0, 0);
     *n = 0;
@@ -131,7 +139,8 @@ void draft_follow(struct turn *t) {
     int kept = 0, n = t->length - 1 - draft->offset;
     while (kept < n && kept < draft->position && draft->tokens[kept] == text_token(t, draft->offset + kept))
         kept++;
-    if (bmc_session_sync(draft, draft->tokens, kept) < 1)       /* what states cannot be taken back to is read again, as other text is */
+    /* What states cannot be taken back to is read again, as other text is. */
+    if (bmc_session_sync(draft, draft->tokens, kept) < 1)
         draft->offset = earliest(t);
 }
 
@@ -142,7 +151,8 @@ static void restart(struct turn *t, int most) {
     draft->offset = larger(earliest(t), t->length - smaller(most, (int)draft->cap / 2));
 }
 
-/* The next n tokens of the text that the draft model has not read; for a draft head also the hidden states before them. */
+/* The next n tokens of the text that the draft model has not read; for a draft head also the
+ * hidden states before them. */
 static void read_from(const struct turn *t, int n, int32_t *tokens, const float **before) {
     const int first = t->length - lag(t);
     for (int i = 0; i < n; i++) {
@@ -157,7 +167,10 @@ static int read_text(struct group *g, struct turn *t, int n) {
     int32_t tokens[PASS_MAX];
     const float *before[PASS_MAX];
     read_from(t, n, tokens, before);
-    bmc_span span = { .session = draft, .tokens = tokens, .n_tok = n, .want = BMC_WANT_NONE, .before = t->drafter->hidden ? before : NULL };
+    bmc_span span = {
+        .session = draft, .tokens = tokens, .n_tok = n, .want = BMC_WANT_NONE,
+        .before = t->drafter->hidden ? before : NULL,
+    };
     int64_t start = nanoseconds();
     int status = bmc_eval(&span, 1);
     double seconds = seconds_since(start);
@@ -196,7 +209,8 @@ static bool forgotten(const struct turn *t) { return t->length - lag(t) < earlie
 /* Whether the draft model's session has to begin anew: it would read more than its window, or is full. */
 static bool out_of_reach(const struct turn *t) {
     const bmc_session *draft = t->drafter->o.draft;
-    return forgotten(t) || lag(t) > larger(t->drafter->window, LAG) || t->length - draft->offset + GUESSES > draft->cap;
+    return forgotten(t) || lag(t) > larger(t->drafter->window, LAG)
+        || t->length - draft->offset + GUESSES > draft->cap;
 }
 
 /* ---- how many guesses to ask a draft model for */
@@ -206,8 +220,8 @@ static double loss_of(const struct group *g, int k) {
     return pass_seconds(g, k) - g->base.seconds + k * draft_seconds(g);
 }
 
-/* Those with the best rate, as far as the budget goes, which also pays what the draft model reads before: catch_up seconds. The rate is
- * 0 where it is not worth asking. */
+/* Those with the best rate, as far as the budget goes, which also pays what the draft model reads before:
+ * catch_up seconds. The rate is 0 where it is not worth asking. */
 static double plan_draft(const struct group *g, struct turn *t, double catch_up) {
     bmc_drafter *d = t->drafter;
     double chance = chance_of(g, t, MODEL, -1), right = 1, tokens = 0, best = 0;
@@ -226,15 +240,17 @@ static double plan_draft(const struct group *g, struct turn *t, double catch_up)
     t->probe = best <= g->base.tokens / g->base.seconds;
     if (t->probe)
         k = smaller(k, larger(1, d->o.least));
-    bool first = t == g->turns && !acceptance_known(&g->policy->of[MODEL]);     /* early probes find what guesses cost and give */
+    /* Early probes find what guesses cost and give. */
+    bool first = t == g->turns && !acceptance_known(&g->policy->of[MODEL]);
     while (k > 0 && !budget_allows(&d->budget, catch_up + loss_of(g, k), t->probe && !first))
         k = k > d->o.least ? k - 1 : 0;
     t->planned = k;
     return k && !t->probe ? best : 0;
 }
 
-/* Plans guesses of a draft model for a turn whose repetitions are known. They have to promise a better rate than those and than plain
- * decoding; a probe is made only where nothing is repeated. Returns how many; 0: none. */
+/* Plans guesses of a draft model for a turn whose repetitions are known. They have to promise a
+ * better rate than those and than plain decoding; a probe is made only where nothing is repeated.
+ * Returns how many; 0: none. */
 static int choose_draft(const struct group *g, struct turn *t, double catch_up) {
     int n;
     double rate = plan_draft(g, t, catch_up);
@@ -262,8 +278,8 @@ static void begin_draft(struct turn *t) {
     t->drafting = true;
 }
 
-/* Whether and how the draft model takes part in a turn, whose repetitions are known: it guesses, or it reads a piece of the
- * text. Once it has begun to read, it goes on to the end of the text before it guesses. */
+/* Whether and how the draft model takes part in a turn, whose repetitions are known: it guesses, or it reads
+ * a piece of the text. Once it has begun to read, it goes on to the end of the text before it guesses. */
 static int prepare_draft(struct group *g, struct turn *t) {
     bmc_drafter *d = t->drafter;
     if (d->o.draft && !d->reading)
@@ -272,7 +288,8 @@ static int prepare_draft(struct group *g, struct turn *t) {
         return read_piece(g, t);
     d->reading = false;
     bool restarts = d->o.draft && out_of_reach(t), behind = restarts || lag(t) > LAG;
-    double catch_up = behind ? cost_at(&g->policy->draft, smaller(restarts ? d->window : lag(t), t->length)) : 0;
+    double catch_up = behind ? cost_at(&g->policy->draft, smaller(restarts ? d->window : lag(t), t->length))
+                             : 0;
     if (!choose_draft(g, t, catch_up))
         return 0;
     if (restarts)
@@ -327,10 +344,10 @@ static bmc_span draft_span(struct turn *t) {
         read_from(t, n, t->lacking, t->before);
     t->lead = INFINITY;
     return (bmc_span){
-        .session = d->o.self_window ? t->item->session : d->o.draft, .tokens = t->lacking, .n_tok = n, .want = BMC_WANT_LAST,
-        .last = d->o.self_window, .sampler = draft_sampler(t), .names = d->o.to_target,
-        .before = d->hidden ? t->before : NULL, .hidden = d->hidden, .next = &t->next, .logprob = &t->logprob,
-        .lead = &t->lead,
+        .session = d->o.self_window ? t->item->session : d->o.draft, .last = d->o.self_window,
+        .tokens = t->lacking, .n_tok = n, .before = d->hidden ? t->before : NULL,
+        .want = BMC_WANT_LAST, .sampler = draft_sampler(t), .names = d->o.to_target,
+        .hidden = d->hidden, .next = &t->next, .logprob = &t->logprob, .lead = &t->lead,
     };
 }
 
@@ -356,7 +373,8 @@ static int draft_pass(struct group *g) {
     return 0;
 }
 
-/* How sure a guess is, from 0 to 1: its probability, or with a sampler 1 - e^-lead, where lead is how far its score is ahead. */
+/* How sure a guess is, from 0 to 1: its probability, or with a sampler 1 - e^-lead, where lead is how
+ * far its score is ahead. */
 static float confidence_of(const struct turn *t) {
     const bmc_sampler *s = t->item->sampler;
     float sure = s && s->temperature > 0 ? -expm1f(-t->lead) : expf(t->logprob);
@@ -378,7 +396,8 @@ static bool goes_on(const struct group *g, const struct turn *t, double tokens, 
     if (t->probe || t->n < t->drafter->o.least)
         return true;
     double right = t->right[t->n - 1] * chance_of(g, t, MODEL, -1), more = draft_seconds(g);
-    return rate_of(g, tokens + right, guesses + 1, g->drafting + more) > rate_of(g, tokens, guesses, g->drafting);
+    return rate_of(g, tokens + right, guesses + 1, g->drafting + more)
+         > rate_of(g, tokens, guesses, g->drafting);
 }
 
 static bool anyone_drafts(const struct group *g) {
@@ -417,9 +436,12 @@ static void give_up(struct turn *t) {
 
 /* ---- how many guesses to check */
 
-static bool checks_all(const struct group *g, const struct turn *t) { return !g->policy || (t->drafter && t->drafter->o.fixed); }
+static bool checks_all(const struct group *g, const struct turn *t) {
+    return !g->policy || (t->drafter && t->drafter->o.fixed);
+}
 
-/* The next guess goes to the turn whose next guess is likeliest to come true; as many as give the best rate are checked. */
+/* The next guess goes to the turn whose next guess is likeliest to come true; as many as give the
+ * best rate are checked. */
 static void cut(struct group *g) {
     double tokens = 0, best = rate_of(g, 0, 0, g->drafting);
     for (int n = 1;; n++) {
@@ -491,7 +513,8 @@ void guess(struct group *g) {
         int before = t->length - t->n_pending;
         if (failed && (t->drafting || (drafted(t) && has_draft(t))))
             give_up(t);
-        if (s->position > before)                   /* the target's own drafts are in rows that its pass writes anew */
+        /* The target's own drafts are in rows that its pass writes anew. */
+        if (s->position > before)
             bmc_session_rewind(s, before);
     }
     for (int i = 0; i < g->n; i++) {

@@ -5,7 +5,8 @@
 #include "clock.h"
 #include "round.h"
 
-enum { LAG = GUESSES };             /* tokens that a draft model may lack before it guesses: they share its first pass */
+/* Tokens that a draft model may lack before it guesses: they share its first pass. */
+enum { LAG = GUESSES };
 
 /* One item in one round. */
 struct turn {
@@ -37,7 +38,7 @@ struct group {
     bmc_span *spans;                /* (n,) room for those of a pass */
     int n;
     bmc_policy *policy;             /* NULL: only guesses of the caller are taken, and all of them checked */
-    struct { double tokens, width, seconds; } base;     /* a round without guesses: tokens that it gives; its pass */
+    struct { double tokens, width, seconds; } base;     /* of a round without guesses, and its pass */
     int drafters;                   /* turns that a draft model may guess for: a pass of it serves them all */
     int repetitions;                /* guesses of other sources that are expected to pay */
     double drafting;                /* seconds that the guesses of this round usually take */
@@ -47,10 +48,14 @@ static inline bool drafted(const struct turn *t) { return t->source == MODEL; }
 
 static inline double seconds_since(int64_t start) { return 1e-9 * (double)(nanoseconds() - start); }
 
-double pass_seconds(const struct group *g, int guesses);    /* of the target's pass, with this number of guesses in all */
-void draft_follow(struct turn *t);                          /* the draft model forgets what is not the text's any more */
+/* Of the target's pass, with this number of guesses in all. */
+double pass_seconds(const struct group *g, int guesses);
+/* The draft model forgets what is not the text's any more. */
+void draft_follow(struct turn *t);
 void measure_base(struct group *g);
-int wanted_guesses(const struct group *g, struct turn *t);  /* how many to ask the caller for, who has a draft model */
-void guess(struct group *g);                                /* makes guesses for all turns, and says how many of each are checked */
+/* How many to ask the caller for, who has a draft model. */
+int wanted_guesses(const struct group *g, struct turn *t);
+/* Makes guesses for all turns, and says how many of each are checked. */
+void guess(struct group *g);
 
 #endif

@@ -18,19 +18,16 @@ static void finish(const bmc_model *m, float *logits, int n) {
 
 static struct best best_of(const bmc_model *m, const float *logits, int n, int first) {
     float largest = m->k.largest(logits, n);
-    struct best best = { .logit = largest, .seen = largest, .sum = m->k.sum_exp(logits, largest, n), .id = first };
+    struct best best = {
+        .logit = largest, .seen = largest, .sum = m->k.sum_exp(logits, largest, n), .id = first
+    };
     while (best.id < first + n - 1 && logits[best.id - first] != largest)
         best.id++;
     return best;
 }
 
-static bool chooses(const struct pass *p, int64_t i) {
-    const bmc_span *span = p->out[i].span;
-    return span->next || span->logprob || span->n_top || span->given;
-}
-
-/* Logits of the wanted tokens, HEAD_ROWS of the vocabulary at a time: copied where they are asked for, or only the best
- * of them remembered, so that greedy decoding never writes a vocabulary's worth. */
+/* Logits of the wanted tokens, HEAD_ROWS of the vocabulary at a time: copied where they are asked for, or
+ * only the best of them remembered, so that greedy decoding never writes a vocabulary's worth. */
 static void logits(const struct pass *p, struct tokens in, int thread) {
     const bmc_model *m = p->model;
     const struct matrix *output = p->coarse ? &m->coarse : &m->output;
@@ -44,21 +41,22 @@ static void logits(const struct pass *p, struct tokens in, int thread) {
         for (int tile = 0; tile * TILE_COLS < p->n_out; tile++)
             project(p, &r, &w, 0, tile);
         for (int i = 0; i < p->n_out; i++) {
+            const struct wanted *out = &p->out[i];
             float *own = part + (size_t)i * HEAD_ROWS;
             finish(m, own, rows);
-            if (p->out[i].logits)
-                memcpy(p->out[i].logits + row, own, (size_t)rows * sizeof *own);
-            const int32_t *given = p->out[i].span->given ? p->out[i].span->given + p->out[i].row : NULL;
+            if (out->logits)
+                memcpy(out->logits + row, own, (size_t)rows * sizeof *own);
+            const int32_t *given = out->span->given ? out->span->given + out->row : NULL;
             if (given && *given >= row && *given < row + rows)
                 p->given[i] = own[*given - row];
-            if (chooses(p, i))
+            if (span_chooses(out->span))
                 p->best[(int64_t)i * head_parts(m) + from] = best_of(m, own, rows, row);
         }
     }
 }
 
-/* Parts that get a second look. With 12, 24, 48 and 64 of them the best of 128k nearly equal logits was found 258, 283, 293 and
- * 293 times of 300. */
+/* Parts that get a second look. With 12, 24, 48 and 64 of them the best of 128k nearly equal logits was found
+ * 258, 283, 293 and 293 times of 300. */
 enum { LIKED = 48 };
 
 /* The logit that LIKED parts reach, or all of them where there are fewer. */
@@ -76,8 +74,8 @@ static float liked_least(const struct best *parts, int n_parts) {
     return top[n - 1];
 }
 
-/* For each wanted token, the LIKED parts whose best the coarse head likes most get that one's true logit, the threads taking
- * turns; what else they sum up to stays coarse. */
+/* For each wanted token, the LIKED parts whose best the coarse head likes most get that one's true logit, the
+ * threads taking turns; what else they sum up to stays coarse. */
 static void rescore(const struct pass *p, struct tokens in, int thread) {
     const bmc_model *m = p->model;
     float *own = scratch_of(p, thread);      /* (n_out, PANEL_ROWS) */
@@ -98,7 +96,8 @@ static void rescore(const struct pass *p, struct tokens in, int thread) {
     }
 }
 
-/* The best of all parts, the first of equals; sum: of e^(logit - best) over all ids, each logit as it is known best. */
+/* The best of all parts, the first of equals; sum: of e^(logit - best) over all ids, each
+ * logit as it is known best. */
 static struct best best_of_parts(const struct best *parts, size_t n, double *sum) {
     const struct best *best = parts;
     for (const struct best *part = parts; part < parts + n; part++)
@@ -118,55 +117,64 @@ static const bmc_sampler GREEDY = { .top_k = 1, .top_p = 1, .repeat_penalty = 1 
 
 static const bmc_sampler *sampler_of(const bmc_span *span) { return span->sampler ? span->sampler : &GREEDY; }
 
-static struct candidate *room_of(const struct pass *p, int thread) { return (struct candidate *)(void *)(scratch_of(p, thread)); }
+static struct candidate *room_of(const struct pass *p, int thread) {
+    return (struct candidate *)(void *)(scratch_of(p, thread));
+}
 
-/* The id that follows a token, chosen by a sampler from logits that bias, penalties and a mask may change first. top: the
- * largest logit. Without a sampler but with a mask it is the largest that is allowed. -1: none is. n_left: of candidates, in
- * room_of(). */
+/* The id that follows a token, chosen by a sampler from logits that bias, penalties and a mask may change
+ * first. top: the largest logit. Without a sampler but with a mask it is the largest that is allowed. -1:
+ * none is. n_left: of candidates, in room_of(). */
 static int32_t chosen(const struct pass *p, int64_t i, float top, float *lead, int *n_left, int thread) {
     const bmc_model *m = p->model;
     const bmc_span *span = p->out[i].span;
     const bmc_session *session = p->at[i].session;
-    struct candidate *room = room_of(p, thread);
+    const uint32_t *mask = p->out[i].mask;
     const float *logits = p->out[i].logits;
-    if (sampler_alters(span->sampler, p->out[i].mask)) {
-        float *altered = m->buffers->altered + (size_t)thread * padded(m->c.vocab_size);
-        top = sampler_alter(&m->k, span->sampler, p->out[i].mask, session->tokens, p->at[i].pos + 1, logits, m->c.vocab_size, altered, room);
+    const int n_vocab = m->c.vocab_size, n_read = p->at[i].pos + 1;
+    struct candidate *room = room_of(p, thread);
+    if (sampler_alters(span->sampler, mask)) {
+        float *altered = m->buffers->altered + (size_t)thread * padded(n_vocab);
+        top = sampler_alter(&m->k, span->sampler, mask, session->tokens, n_read, logits, n_vocab, altered,
+                            room);
         logits = altered;
     }
     if (!isfinite(top))
         return -1;
-    return sample(&m->k, sampler_of(span), logits, m->c.vocab_size, top, session->offset + p->at[i].pos + 1,
-                  span->names, room, lead, n_left);
+    return sample(&m->k, sampler_of(span), logits, n_vocab, top, session->offset + n_read, span->names, room,
+                  lead, n_left);
 }
 
 /* Each wanted token's next id, the best or the sampler's, its log-probability, and the likeliest ids. */
 void choose_ids(const struct pass *p, int thread) {
     const bmc_model *m = p->model;
     const size_t n = (size_t)head_parts(m);
+    struct candidate *room = room_of(p, thread);
     int64_t from, to;
     share(p, thread, p->n_out, &from, &to);
     for (int64_t i = from; i < to; i++) {
-        const bmc_span *span = p->out[i].span;
-        const int row = p->out[i].row;
-        if (!chooses(p, i))
+        const struct wanted *out = &p->out[i];
+        const bmc_span *span = out->span;
+        const int row = out->row, n_top = span->n_top;
+        if (!span_chooses(span))
             continue;
         double sum;
         struct best best = best_of_parts(p->best + (size_t)i * n, n, &sum);
         double log_sum = (double)best.logit + log(sum), logprob = -log(sum);
-        int32_t id = best.id, *top_ids = span->n_top ? span->top_ids + (size_t)row * (size_t)span->n_top : NULL;
-        float *top_logprobs = span->n_top ? span->top_logprobs + (size_t)row * (size_t)span->n_top : NULL;
+        int32_t id = best.id;
+        int32_t *top_ids = n_top ? span->top_ids + (size_t)row * (size_t)n_top : NULL;
+        float *top_logprobs = n_top ? span->top_logprobs + (size_t)row * (size_t)n_top : NULL;
         int n_left = 1;
         if (span->as_drawn)
-            room_of(p, thread)[0] = (struct candidate){ best.logit, id };
-        if ((span->sampler || p->out[i].mask) && isfinite(best.logit)) {
+            room[0] = (struct candidate){ best.logit, id };
+        if ((span->sampler || out->mask) && isfinite(best.logit)) {
             id = chosen(p, i, best.logit, span->lead ? span->lead + row : NULL, &n_left, thread);
-            logprob = id < 0 ? NAN : (double)p->out[i].logits[id] - best.logit - log(sum);
+            logprob = id < 0 ? NAN : (double)out->logits[id] - best.logit - log(sum);
         }
         if (span->as_drawn)
-            logprob = drawn_logprobs(sampler_of(span), room_of(p, thread), id < 0 ? 0 : n_left, id, span->n_top, top_ids, top_logprobs);
-        else if (span->n_top)
-            likeliest(&m->k, p->out[i].logits, m->c.vocab_size, span->n_top, log_sum, top_ids, top_logprobs, room_of(p, thread));
+            logprob = drawn_logprobs(sampler_of(span), room, id < 0 ? 0 : n_left, id, n_top, top_ids,
+                                     top_logprobs);
+        else if (n_top)
+            likeliest(&m->k, out->logits, m->c.vocab_size, n_top, log_sum, top_ids, top_logprobs, room);
         if (span->next)
             span->next[row] = id;
         if (span->logprob)

@@ -17,7 +17,8 @@ static int columns(int n_tok, int tile, int width) { return smaller(n_tok - tile
 void quantize(const struct pass *p, struct tokens in, int k, int tok, int from, int to) {
     int width = tile_width(in.n), tile = tok / width, cols = columns(in.n, tile, width);
     struct act_block *act = in.act + (size_t)tile * (size_t)width * (size_t)(k / 32) + tok % width;
-    p->model->k.quantize(act + (size_t)from * (size_t)cols, cols, in.x + (size_t)tok * padded(k) + 32 * from, to - from);
+    p->model->k.quantize(act + (size_t)from * (size_t)cols, cols, in.x + (size_t)tok * padded(k) + 32 * from,
+                         to - from);
 }
 
 /* Rows that are not whole blocks only meet float weights. */
@@ -64,7 +65,8 @@ static struct panel_job job_of(const struct product *r, const struct matrix *par
         .k = (int)part->n_cols, .n_cols = n_cols,
         .act = r->in.act + (size_t)first * (wide / 32) + (size_t)(r->in.from / 32 * n_cols),
         .x = r->in.x + (size_t)first * padded((int64_t)wide) + r->in.from, .x_stride = padded((int64_t)wide),
-        .bias = part->bias, .out = r->y + (size_t)first * r->y_stride + row, .out_stride = r->y_stride, .add = r->add,
+        .bias = part->bias, .out = r->y + (size_t)first * r->y_stride + row, .out_stride = r->y_stride,
+        .add = r->add,
     };
 }
 
@@ -94,8 +96,9 @@ void project(const struct pass *p, const struct product *r, const struct matrix 
         p->model->k.panel[part->type](&job);
 }
 
-/* Rows are taken by whoever is free, its own first, in groups of four panels: a multiple of a block of 32, and few enough to stay
- * cached while tiles take turns at them. Which thread computes a row changes nothing. */
+/* Rows are taken by whoever is free, its own first, in groups of four panels: a multiple of a
+ * block of 32, and few enough to stay cached while tiles take turns at them. Which thread computes
+ * a row changes nothing. */
 int n_groups(const struct matrix *w) { return (int)((w->n_rows + GROUP_ROWS - 1) / GROUP_ROWS); }
 
 /* How many groups are done at a time: a lone tile streams through all of them. */
@@ -126,9 +129,12 @@ void multiply(struct pass *p, const struct product *list, int n, int thread) {
         }
 }
 
-void multiply_alone(const struct pass *p, const struct product *r, int thread) { project_groups(p, r, 0, n_groups(r->w), thread); }
+void multiply_alone(const struct pass *p, const struct product *r, int thread) {
+    project_groups(p, r, 0, n_groups(r->w), thread);
+}
 
-void multiply_groups(const struct pass *p, const struct matrix *w, struct tokens in, int from, int to, float *part, int thread) {
+void multiply_groups(const struct pass *p, const struct matrix *w, struct tokens in, int from, int to,
+                     float *part, int thread) {
     const struct product r = { w, in, part, (size_t)(to - from) * GROUP_ROWS, false };
     const struct matrix rows = slice(p, w, from * GROUP, smaller(to * GROUP, n_panels(w->n_rows)), thread, 0);
     for (int tile = 0; tile < n_tiles(in.n); tile++)
@@ -140,11 +146,13 @@ int gate_up_groups(const struct gate_up *job) { return n_groups(job->up); }
 /* hidden = act(gate) * up, floats and 8 bits: rows [first, last) of a tile's tokens. */
 static void activate(const struct pass *p, const struct gate_up *job, int first, int last, int tile) {
     const struct kernels *k = &p->model->k;
-    int dim = (int)job->up->n_rows, n = job->in.n, width = tile_width(n), begin = tile * width, end = begin + columns(n, tile, width);
+    int dim = (int)job->up->n_rows, n = job->in.n, width = tile_width(n), begin = tile * width;
+    int end = begin + columns(n, tile, width);
     for (int t = begin; t < end; t++) {
         float *up = job->hidden.x + (size_t)t * padded(dim) + first;
         if (job->gate->data)
-            k->act[job->act](up, up, job->gate_out + (size_t)t * padded(dim) + first, last - first, job->param);
+            k->act[job->act](up, up, job->gate_out + (size_t)t * padded(dim) + first, last - first,
+                             job->param);
         else
             k->act[job->act](up, NULL, up, last - first, job->param);
         quantize(p, job->hidden, dim, t, first / 32, last / 32);
@@ -153,7 +161,8 @@ static void activate(const struct pass *p, const struct gate_up *job, int first,
 
 /* Groups of both matrices: their rows meet while they are cached. */
 static void gate_up_part(const struct pass *p, const struct gate_up *job, int from, int to, int thread) {
-    const struct product gate = product(job->gate, job->in, job->gate_out), up = product(job->up, job->in, job->hidden.x);
+    const struct product gate = product(job->gate, job->in, job->gate_out);
+    const struct product up = product(job->up, job->in, job->hidden.x);
     struct matrix gate_part = { 0 };
     int panel = from * GROUP, end = smaller(to * GROUP, n_panels(up.w->n_rows)), row = panel * PANEL_ROWS;
     if (gate.w->data)
@@ -170,7 +179,8 @@ static void gate_up_part(const struct pass *p, const struct gate_up *job, int fr
 }
 
 void gate_up(const struct pass *p, const struct gate_up *job, int from, int to, int thread) {
-    for (int step = smaller(stretch(job->up, job->in.n, to - from), job->gate->data ? stretch(job->gate, job->in.n, to - from) : 1 << 20);
+    for (int step = smaller(stretch(job->up, job->in.n, to - from),
+                            job->gate->data ? stretch(job->gate, job->in.n, to - from) : 1 << 20);
          from < to; from += step)
         gate_up_part(p, job, from, smaller(from + step, to), thread);
 }

@@ -25,23 +25,28 @@ struct machine {
     void (*multiply)(struct pass *p, const struct product *list, int n, int thread);
     void (*gate_up)(struct pass *p, const struct gate_up *job, int thread);
     void (*gate)(struct pass *p, const struct gating *g, int thread);
-    /* Attention: norms and turns, K and V to the arena; the same of compressed attention; what the queries see. */
+    /* Attention: norms and turns, K and V to the arena; the same of compressed attention; what the queries
+     * see. */
     void (*place)(struct pass *p, const struct block *b, const struct heads *w, int thread);
     void (*compress)(struct pass *p, const struct block *b, const struct latents *w, int thread);
     void (*attend)(struct pass *p, const struct queries *a, int thread);
     /* Blocks with a state, between their products. */
     void (*recur)(struct pass *p, const struct block *b, const struct recurrence *r, const struct work *w,
                   struct tokens out, int thread);
-    void (*short_conv)(struct pass *p, const struct block *b, const struct work *w, struct tokens out, int thread);
+    void (*short_conv)(struct pass *p, const struct block *b, const struct work *w, struct tokens out,
+                       int thread);
     /* A whole block of experts. */
     void (*experts)(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread);
-    /* Inputs of each layer, from the projections; rows times a vector, floats and 8 bits; out (+)= in + norm(y). */
+    /* Inputs of each layer, from the projections; rows times a vector, floats and 8 bits;
+     * out (+)= in + norm(y). */
     void (*join_per_layer)(struct pass *p, float *projected, int thread);
     void (*scale_rows)(struct pass *p, struct tokens in, struct vector by, struct tokens out, int thread);
-    void (*add_normed)(struct pass *p, struct tokens in, float *y, struct vector norm, struct sink out, int thread);
+    void (*add_normed)(struct pass *p, struct tokens in, float *y, struct vector norm, struct sink out,
+                       int thread);
     /* AltUp's blocks, after their products. */
     void (*altup)(struct pass *p, const struct block *b, struct sink out, int thread);
-    /* Row p->out[i].tok of each list becomes row i; hidden states to whom they are for; logits, and p->best. */
+    /* Row p->out[i].tok of each list becomes row i; hidden states to whom they are
+     * for; logits, and p->best. */
     void (*keep)(struct pass *p, const struct rows *rows, int n, int thread);
     void (*give)(struct pass *p, struct tokens in, int thread);
     void (*head)(struct pass *p, struct tokens in, int thread);

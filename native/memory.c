@@ -65,10 +65,15 @@ static void *host_map(void *of, size_t bytes) { return (void)of, memory_map(byte
 
 static void host_unmap(void *of, void *memory, size_t bytes) { (void)of, memory_unmap(memory, bytes); }
 
-static int host_copy(void *of, void *to, const void *from, size_t bytes) { return (void)of, memcpy(to, from, bytes), 0; }
+static int host_copy(void *of, void *to, const void *from, size_t bytes) {
+    return (void)of, memcpy(to, from, bytes), 0;
+}
 
 static int host_zero(void *of, void *memory, size_t bytes) { return (void)of, memset(memory, 0, bytes), 0; }
 
 static int host_wait(void *of) { return (void)of, 0; }
 
-const struct memory memory_host = { NULL, host_whole, host_map, host_unmap, host_copy, host_zero, host_copy, host_copy, host_wait };
+const struct memory memory_host = {
+    .whole = host_whole, .map = host_map, .unmap = host_unmap, .copy = host_copy, .zero = host_zero,
+    .fetch = host_copy, .send = host_copy, .wait = host_wait,
+};

@@ -22,8 +22,10 @@ static int in_range(const char *name, int64_t value, int64_t low, int64_t high) 
 
 static int check_ropes(const bmc_config *c) {
     for (int i = 0; i < c->n_ropes; i++)
-        if (!c->ropes || !c->ropes[i].freq || in_range("rope.dim", c->ropes[i].dim, 2, 1024) || c->ropes[i].dim % 2)
-            return fail(BMC_EFORMAT, "rope table %d: expected 2 to 1024 values, an even number, and their frequencies", i);
+        if (!c->ropes || !c->ropes[i].freq || in_range("rope.dim", c->ropes[i].dim, 2, 1024)
+            || c->ropes[i].dim % 2)
+            return fail(BMC_EFORMAT,
+                        "rope table %d: expected 2 to 1024 values, an even number, and their frequencies", i);
     return 0;
 }
 
@@ -47,31 +49,39 @@ static int check_config(const bmc_config *c) {
 
 static int check_block(const bmc_model *m, const struct block *b) {
     const bmc_block *c = &b->c;
-    const struct block *rows = b - c->kv_from;
+    const struct block *rows = c->kv_from > 0 && c->kv_from <= b->number ? b - c->kv_from : NULL;
     if (!b->kind)
         return fail(BMC_EFORMAT, "layer %d: there is no kind %d of block", (int)c->layer, (int)c->kind);
     if (c->others && (c->kind != BMC_PER_LAYER || c->n_altup < 2 || c->n_altup > ALTUP_MAX))
-        return fail(BMC_EFORMAT, "layer %d: only per-layer inputs go to 1 to 7 other versions of x", (int)c->layer);
+        return fail(BMC_EFORMAT, "layer %d: only per-layer inputs go to 1 to 7 other versions of x",
+                    (int)c->layer);
+    if (c->act < 0 || c->act >= BMC_ACTS || c->route < BMC_ROUTE_NORMED || c->route > BMC_ROUTE_SCALED)
+        return fail(BMC_EFORMAT, "layer %d: there is no activation %d, or no input %d of a router",
+                    (int)c->layer, (int)c->act, (int)c->route);
     if (c->beside && (b == m->blocks || (b - 1)->c.beside))
         return fail(BMC_EFORMAT, "layer %d: at most two blocks stand side by side", (int)c->layer);
     int status = b->kind->check(m, c);
     if (status || !c->kv_from)
         return status;
-    if (c->kv_from < 0 || c->kv_from > b->number || rows->c.kind != c->kind || rows->c.kv_from || rows->c.n_kv_heads != c->n_kv_heads
+    if (!rows || rows->c.kind != c->kind || rows->c.kv_from || rows->c.n_kv_heads != c->n_kv_heads
         || rows->c.k_dim != c->k_dim || rows->c.v_dim != c->v_dim)
-        return fail(BMC_EFORMAT, "layer %d: it cannot read the keys and values of layer %d", (int)c->layer, c->kv_from <= b->number ? (int)rows->c.layer : -1);
+        return fail(BMC_EFORMAT, "layer %d: it cannot read the keys and values of layer %d", (int)c->layer,
+                    rows ? (int)rows->c.layer : -1);
     return 0;
 }
 
-/* A draft head is the target's in shape, and needs nothing but rows of what it has read: they can be taken back to any position. */
+/* A draft head is the target's in shape, and needs nothing but rows of what it has read: they can be
+ * taken back to any position. */
 static int check_head(const bmc_model *m) {
     const bmc_config *c = &m->c, *t = &m->target->c;
     const char *missing = !m->eh_proj.data ? "eh_proj" : !m->enorm.v ? "enorm" : !m->hnorm.v ? "hnorm" : NULL;
     if (c->dim != t->dim || c->vocab_size != t->vocab_size)
-        return fail(BMC_EFORMAT, "draft head: expected %d values and %d tokens as the model has, found %d and %d", t->dim,
+        return fail(BMC_EFORMAT,
+                    "draft head: expected %d values and %d tokens as the model has, found %d and %d", t->dim,
                     t->vocab_size, c->dim, c->vocab_size);
     if (!c->causal || m->target->target || m->n_states[HERE] || m->n_states[ON_GPU] || m->window)
-        return fail(BMC_EFORMAT, "draft head: expected a layer of a model that writes text, with attention to all rows");
+        return fail(BMC_EFORMAT,
+                    "draft head: expected a layer of a model that writes text, with attention to all rows");
     return missing ? fail(BMC_EFORMAT, "draft head: nextn.%s is missing", missing) : 0;
 }
 
@@ -116,8 +126,9 @@ static void place(struct matrix *w, void *next) {
     *p += (bytes_of(w) + 63) / 64 * 64;
 }
 
-/* Panels [from, to) of a matrix into those of another, whose type may be another one; floats: room for
- * PANEL_ROWS rows on their way, or NULL. The file's pages are given back as they are done, a megabyte at a time. */
+/* Panels [from, to) of a matrix into those of another, whose type may be another one; floats:
+ * room for PANEL_ROWS rows on their way, or NULL. The file's pages are given back as they are
+ * done, a megabyte at a time. */
 static void make_panels(const struct matrix *w, const struct matrix *out, int64_t from, int64_t to,
                         float *floats) {
     const size_t file_bytes = file_row_bytes(w), cols = (size_t)w->n_cols;
@@ -129,8 +140,9 @@ static void make_panels(const struct matrix *w, const struct matrix *out, int64_
         for (int i = 0; floats && i < n; i++)
             type_find(w->type)->dequantize(data + (size_t)i * file_bytes, w->n_cols,
                                            floats + (size_t)i * cols);
-        pack_panel(out->type, floats ? (const void *)floats : data, floats ? cols * sizeof *floats : file_bytes,
-                   n, w->n_cols, out->codes + (size_t)panel * out->code_stride,
+        pack_panel(out->type, floats ? (const void *)floats : data,
+                   floats ? cols * sizeof *floats : file_bytes, n, w->n_cols,
+                   out->codes + (size_t)panel * out->code_stride,
                    out->scales + (size_t)panel * out->scale_stride);
         const size_t done = (size_t)(row + n - kept) * file_bytes;
         if (w->mapped && (done >= 1 << 20 || panel == to - 1)) {
@@ -140,7 +152,9 @@ static void make_panels(const struct matrix *w, const struct matrix *out, int64_
     }
 }
 
-void model_make_panels(const struct matrix *w, int64_t from, int64_t to) { make_panels(w, w, from, to, NULL); }
+void model_make_panels(const struct matrix *w, int64_t from, int64_t to) {
+    make_panels(w, w, from, to, NULL);
+}
 
 /* floats: where the panels are of coarse weights, rows on their way, (threads, PANEL_ROWS, n_cols). */
 struct packing { bmc_model *model; const struct matrix *file; struct matrix *panels; float *floats; };
@@ -201,7 +215,8 @@ static int finish_panels(bmc_model *m) {
 
 /* Where panels are made for a few rows at a time. */
 static int make_rooms(bmc_model *m) {
-    m->room_bytes = m->target && !m->cuda ? m->target->room_bytes : SOME;   /* its output matrix is among those */
+    /* Its output matrix is among those. */
+    m->room_bytes = m->target && !m->cuda ? m->target->room_bytes : SOME;
     model_each_matrix(m, measure_room, &m->room_bytes);
     m->rooms_bytes = 2 * (size_t)pool_size(m->pool) * m->room_bytes;
     m->rooms = memory_map(m->rooms_bytes);
@@ -272,7 +287,8 @@ int bmc_model_pack_within(bmc_model *m, int64_t bytes) {
     return status ? status : BMC_EXPERTS_LATE;
 }
 
-/* Whether reading two bits a weight, and a few rows in full, saves a third of the bytes at least, and many of them. */
+/* Whether reading two bits a weight, and a few rows in full, saves a third of the bytes at
+ * least, and many of them. */
 static bool coarse_pays(const bmc_model *m) {
     const struct matrix *w = &m->output;
     struct panel_size size = panel_size(TYPE_COARSE, w->n_cols);
@@ -281,13 +297,16 @@ static bool coarse_pays(const bmc_model *m) {
 }
 
 static int coarsen(bmc_model *m) {
-    m->coarse = (struct matrix){ .type = TYPE_COARSE, .n_rows = m->output.n_rows, .n_cols = m->output.n_cols, .bias = m->output.bias };
+    const struct matrix *w = &m->output;
+    m->coarse = (struct matrix){
+        .type = TYPE_COARSE, .n_rows = w->n_rows, .n_cols = w->n_cols, .bias = w->bias,
+    };
     m->coarse_bytes = 0;
     measure(&m->coarse, &m->coarse_bytes);
     m->coarse_bytes = memory_whole(m->coarse_bytes);
     uint8_t *next = m->coarse_panels = memory_map(m->coarse_bytes);
-    struct packing p = { m, &m->output, &m->coarse, NULL };
-    p.floats = malloc((size_t)(pool_size(m->pool) * PANEL_ROWS) * (size_t)m->output.n_cols * sizeof *p.floats);
+    struct packing p = { m, w, &m->coarse, NULL };
+    p.floats = malloc((size_t)(pool_size(m->pool) * PANEL_ROWS) * (size_t)w->n_cols * sizeof *p.floats);
     if (next && p.floats) {
         place(&m->coarse, &next);
         pool_run(m->pool, pack_share, &p);
@@ -296,7 +315,9 @@ static int coarsen(bmc_model *m) {
         m->coarse_panels = NULL;
     }
     free(p.floats);
-    return m->coarse.codes ? 1 : fail(BMC_ENOMEM, "no memory for %.0f MB of a coarse head", (double)m->coarse_bytes / 1e6);
+    if (!m->coarse.codes)
+        return fail(BMC_ENOMEM, "no memory for %.0f MB of a coarse head", (double)m->coarse_bytes / 1e6);
+    return 1;
 }
 
 /* The target's coarse head, where a draft head has its output matrix. */
@@ -341,8 +362,9 @@ static struct need needs(const bmc_model *m) {
     all.floats = largest(all.floats, padded(m->extent[PER_LAYERS]));
     for (const struct block *b = m->blocks; b < m->blocks + m->c.n_blocks; b++) {
         const struct need n = b->kind->need(m, b);
-        all = (struct need){ largest(all.floats, n.floats), largest(all.blocks, n.blocks), largest(all.ids, n.ids),
-                             largest(all.kept, n.kept), largest(all.scratch, n.scratch) };
+        all = (struct need){ largest(all.floats, n.floats), largest(all.blocks, n.blocks),
+                             largest(all.ids, n.ids), largest(all.kept, n.kept),
+                             largest(all.scratch, n.scratch) };
     }
     return all;
 }
@@ -366,7 +388,8 @@ static bool keeps_input(const bmc_model *m) {
 static size_t lay_out(const bmc_model *m, struct need need, struct buffers *b, char *memory) {
     const bmc_config *c = &m->c;
     char *next = memory;
-    const size_t n = (size_t)m->pass_max, row = n * padded(c->dim) * sizeof(float), blocks = (size_t)c->dim / 32 + 1;
+    const size_t n = (size_t)m->pass_max, row = n * padded(c->dim) * sizeof(float);
+    const size_t blocks = (size_t)c->dim / 32 + 1;
     const size_t threads = (size_t)pool_size(m->pool), block = sizeof(struct act_block);
     b->turns = most_turns(c);
     b->x = take(&next, row);
@@ -387,7 +410,8 @@ static size_t lay_out(const bmc_model *m, struct need need, struct buffers *b, c
     b->sin = take(&next, (size_t)(c->n_ropes * b->turns) * n * sizeof(float));
     b->rows = take(&next, SAMPLED_MAX * (size_t)c->vocab_size * sizeof(float));
     b->scratch_stride = largest(padded((int64_t)need.scratch), n * HEAD_ROWS);
-    b->scratch_stride = largest(b->scratch_stride, padded((int64_t)(c->vocab_size * sizeof(struct candidate) / sizeof(float))));
+    b->scratch_stride = largest(b->scratch_stride,
+                                padded((int64_t)(c->vocab_size * sizeof(struct candidate) / sizeof(float))));
     b->scratch = take(&next, threads * b->scratch_stride * sizeof(float));
     b->altered = take(&next, threads * padded(c->vocab_size) * sizeof(float));
     b->pieces_done = take(&next, threads * TASKS_EACH * sizeof *b->pieces_done);
@@ -427,10 +451,12 @@ static int copy_ropes(bmc_model *m, const bmc_config *config) {
 }
 
 void add_rows(bmc_model *m, struct block *b, int n_heads, int k_dim, int v_dim) {
-    b->rows = (b->c.window && m->c.causal ? WINDOWS : ALL_ROWS) + (m->cuda && b->number >= m->cuda->first ? GPU_ROWS : 0);
+    b->rows = (b->c.window && m->c.causal ? WINDOWS : ALL_ROWS)
+            + (m->cuda && b->number >= m->cuda->first ? GPU_ROWS : 0);
     b->stream = m->n_streams[b->rows]++;
     m->streams[b->rows][b->stream] = (struct arena_stream){
-        .n_heads = n_heads, .tile_bytes = (int64_t)TILE * (int64_t)((size_t)k_dim + padded(v_dim)) * (int64_t)sizeof(uint16_t),
+        .n_heads = n_heads,
+        .tile_bytes = (int64_t)TILE * (int64_t)((size_t)k_dim + padded(v_dim)) * (int64_t)sizeof(uint16_t),
     };
     if (b->c.window && m->c.causal)
         m->window = larger(m->window, b->c.window);
@@ -486,7 +512,8 @@ static int make_blocks(bmc_model *m, const bmc_config *config) {
     return 0;
 }
 
-static int build(bmc_model *m, const bmc_config *config, const bmc_tensor *tensors, int n_tensors, int n_threads) {
+static int build(bmc_model *m, const bmc_config *config, const bmc_tensor *tensors, int n_tensors,
+                 int n_threads) {
     const struct kernels *kernels = kernels_find();
     int status = kernels ? check_config(config) : BMC_EINVAL;
     if (!status)
@@ -511,8 +538,8 @@ static int build(bmc_model *m, const bmc_config *config, const bmc_tensor *tenso
     return status;
 }
 
-/* In a forked process: a pass of another thread is never finished. What it left in the buffers is overwritten by the
- * next pass, except for counters, which are 0 between passes. */
+/* In a forked process: a pass of another thread is never finished. What it left in the buffers is overwritten
+ * by the next pass, except for counters, which are 0 between passes. */
 static void renew(struct forkable *f) {
     bmc_model *m = (bmc_model *)(void *)((char *)f - offsetof(bmc_model, forkable));
     pthread_mutex_init(&m->lock, NULL);
@@ -521,9 +548,11 @@ static void renew(struct forkable *f) {
         atomic_init(&m->buffers->pieces_done[i], 0);
 }
 
-int bmc_model_new(const bmc_config *config, const bmc_tensor *tensors, int n_tensors, int n_threads, bmc_model **model) {
+int bmc_model_new(const bmc_config *config, const bmc_tensor *tensors, int n_tensors, int n_threads,
+                  bmc_model **model) {
     if (!config || !tensors || n_tensors < 1 || n_threads < 1 || n_threads > 1024 || !model)
-        return fail(BMC_EINVAL, "bmc_model_new: needs settings, tensors and 1 to 1024 threads (%d)", n_threads);
+        return fail(BMC_EINVAL, "bmc_model_new: needs settings, tensors and 1 to 1024 threads (%d)",
+                    n_threads);
     bmc_model *m = calloc(1, sizeof *m);
     if (!m)
         return fail(BMC_ENOMEM, "no memory for a model");

@@ -15,8 +15,8 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 
-/* A weight matrix (n_rows, n_cols). data is the file's; codes and scales are its panels, NULL where they are made anew in
- * every pass. A matrix whose data is NULL is one that the model does not have. */
+/* A weight matrix (n_rows, n_cols). data is the file's; codes and scales are its panels, NULL where they are
+ * made anew in every pass. A matrix whose data is NULL is one that the model does not have. */
 struct matrix {
     int type;
     bool mapped;                    /* data's pages can be given back */
@@ -40,14 +40,17 @@ struct attention {
     struct matrix q, k, v, output, gate;
     struct matrix q_a, q_b, kv_a;                       /* MLA */
     struct matrices k_b, v_b;                           /* of each head */
-    struct vector q_norm, k_norm;                       /* (k_dim,), (n_heads, k_dim) or, of all heads together, (n_heads k_dim,) */
+    struct vector q_norm, k_norm;                       /* (k_dim,), (n_heads, k_dim) or,
+                                                           of all heads together, (n_heads k_dim,) */
     struct vector q_norm_bias, k_norm_bias;
     struct vector q_a_norm, kv_a_norm;
-    struct vector sinks;                                /* (n_heads,) one more score of each head, without a value */
+    struct vector sinks;                                /* (n_heads,) one more score of
+                                                           each head, without a value */
 };
 
 struct recurrent {
-    struct matrix qkv, gate, alpha, beta, in, out;      /* delta net: the first four and out; others: in and out */
+    struct matrix qkv, gate, alpha, beta, in, out;      /* delta net:
+                                                           the first four and out; others: in and out */
     struct vector conv, conv_bias;                      /* (conv, channels): transposed when it is bound */
     struct vector dt_bias, a, d, norm;
 };
@@ -56,7 +59,8 @@ struct dense { struct matrix gate, up, down; };
 
 struct experts {
     struct matrix router;
-    struct vector router_scale, choice_bias;            /* (dim,) with BMC_ROUTE_SCALED; (n_experts,) added for the choice only */
+    struct vector router_scale, choice_bias;            /* (dim,) with BMC_ROUTE_SCALED;
+                                                           (n_experts,) added for the choice only */
     struct matrices gate, up, down;
     int number;                                         /* of the first, counted over all blocks */
     struct dense shared;
@@ -66,13 +70,15 @@ struct experts {
 
 struct per_layer {
     struct matrix gate, proj;
-    struct vector scale;                                /* (dim,) x is multiplied by it, where the model has it */
+    struct vector scale;                                /* (dim,) x is multiplied by it,
+                                                           where the model has it */
 };
 
 struct laurel { struct matrix l, r; struct vector norm; };
 
 struct altup {
-    struct matrices proj;                               /* (dim, dim) of each version but the first: begin and end */
+    struct matrices proj;                               /* (dim, dim) of each version but
+                                                           the first: begin and end */
     struct matrix router;                               /* (n_altup, dim): prediction and correction */
     struct vector coef;                                 /* (n_altup^2, n_altup) or (n_altup, n_altup) */
 };
@@ -95,7 +101,8 @@ struct block {
     struct vector sum_norm;                             /* of the sum of blocks side by side */
     struct vector out_norm, out_norm_bias;              /* x becomes its norm after the sum */
     struct vector out_scale;                            /* (1,) x is multiplied by it at the end */
-    int rows;                                           /* which arena its rows are in: ALL_ROWS .. GPU_WINDOWS */
+    int rows;                                           /* which arena its rows are in:
+                                                           ALL_ROWS .. GPU_WINDOWS */
     int stream;                                         /* there, or of the states of its place; -1: none */
     union {
         struct attention attention;
@@ -108,22 +115,28 @@ struct block {
     };
 };
 
-/* Tokens in one pass over the weights, of a model that is not causal and of others; of them those whose next is sampled; logits
- * at a time; tasks that keep a thread busy to the end; floats for the sums of chunks whose task is cut; panels made at a time
- * where none are kept. */
-enum { WHOLE_MAX = 8192, PASS_MAX = 512, SAMPLED_MAX = 64, HEAD_ROWS = 256, TASKS_EACH = 8, PART_FLOATS = 4 << 20, ROOM_PANELS = 16 };
+enum {
+    PASS_MAX = 512,             /* tokens in one pass over the weights */
+    WHOLE_MAX = 8192,           /* of a model that is not causal */
+    SAMPLED_MAX = 64,           /* those of a pass whose next token is sampled */
+    HEAD_ROWS = 256,            /* logits at a time */
+    TASKS_EACH = 8,             /* tasks that keep a thread busy to the end */
+    PART_FLOATS = 4 << 20,      /* for the sums of chunks whose task is cut */
+    ROOM_PANELS = 16,           /* panels made at a time where none are kept */
+};
 
 _Static_assert((int)BMC_PROMPT_CHUNK <= (int)PASS_MAX, "a chunk is a pass");
 
-/* Keys and values of blocks that see all rows, and of those that see a window: of the latter, rows that are WINDOW_SPARE behind
- * the window are given back. */
-enum { ALL_ROWS, WINDOWS, GPU_ROWS, GPU_WINDOWS, ARENAS };      /* GPU_: the same of blocks that are on a GPU */
+/* Keys and values of blocks that see all rows, and of those that see a window: of the latter, rows that are
+ * WINDOW_SPARE behind the window are given back. GPU_: the same of blocks that are on a GPU. */
+enum { ALL_ROWS, WINDOWS, GPU_ROWS, GPU_WINDOWS, ARENAS };
 enum { WINDOW_SPARE = 1024 };
 
 /* Where states are: those of blocks on the CPU, and of blocks on a GPU. */
 enum { HERE, ON_GPU, PLACES };
 
-/* Weights of a head that a coarse one is worth its memory for: from here on it is read from memory for each token. */
+/* Weights of a head that a coarse one is worth its memory for: from here on it is read from
+ * memory for each token. */
 enum { COARSE_LEAST = 1 << 24 };
 
 struct bmc_model {
@@ -161,14 +174,16 @@ struct bmc_model {
     size_t coarse_bytes;
     size_t early_bytes;             /* mapped for them */
     struct residents *residents;    /* where late ones are; NULL: there are none */
-    char *rooms;                    /* for matrices without panels: ROOM_PANELS of one, twice for each thread */
+    char *rooms;                    /* for matrices without panels:
+                                       ROOM_PANELS of one, twice for each thread */
     size_t room_bytes, rooms_bytes; /* of one, of all */
     _Atomic int64_t packed;         /* bytes of them that are made */
     struct { void **items; int n; } owned;      /* small arrays: norms, biases, tables */
     struct buffers *buffers;
     struct cuda *cuda;              /* NULL, or its last blocks and the head are on a GPU */
     struct cuda_stage *stage;       /* NULL, or long passes of the blocks on the CPU multiply on a GPU */
-    const char *cublas;             /* NULL, or whole chunks of prompts are by cuBLAS there: its file, or "" */
+    const char *cublas;             /* NULL, or whole chunks of prompts are by cuBLAS
+                                       there: its file, or "" */
     struct profile profile;
 };
 
@@ -183,11 +198,13 @@ struct bmc_session {
     int position;                   /* rows in use */
     int32_t *tokens;                /* (n_tokens,) the first `position` of them are those of the rows */
     int n_tokens;
-    int offset;                     /* tokens of the text before the first row: a draft model may read the end of a text only */
+    int offset;                     /* tokens of the text before the first row:
+                                       a draft model may read the end of a text only */
     int rope;                       /* 1: table 1 for every layer */
     int unchanged;                  /* rows before it are those of the last bmc_session_mark */
     struct {
-        float *rows;                /* (HIDDEN_KEPT, dim) the state of position p is row p % HIDDEN_KEPT; NULL: none are kept */
+        float *rows;                /* (HIDDEN_KEPT, dim) the state of position p is row p %
+                                       HIDDEN_KEPT; NULL: none are kept */
         int from;                   /* those of positions from .. position - 1 are there */
     } hidden;
     atomic_flag busy;
@@ -195,16 +212,20 @@ struct bmc_session {
 
 int model_bind(bmc_model *m, const bmc_tensor *t);
 int model_check_bound(const bmc_model *m);
-void model_each_matrix(bmc_model *m, void (*fn)(struct matrix *, void *), void *arg);      /* those with panels */
+/* Those with panels. */
+void model_each_matrix(bmc_model *m, void (*fn)(struct matrix *, void *), void *arg);
 void model_extents(bmc_model *m);
-void model_make_panels(const struct matrix *w, int64_t from, int64_t to);   /* pages of the file are given back */
+/* Pages of the file are given back. */
+void model_make_panels(const struct matrix *w, int64_t from, int64_t to);
 void model_streams(bmc_model *m);               /* rows and states of all blocks, where they are now */
 void model_measure(bmc_model *m);               /* bytes of panels, of those that are here */
-void model_pack_panels(bmc_model *m, const struct matrix *file, struct matrix *panels);        /* by all threads */
+/* By all threads. */
+void model_pack_panels(bmc_model *m, const struct matrix *file, struct matrix *panels);
 void *model_own(bmc_model *m, size_t bytes);    /* zeroed memory that lives as long as the model; NULL */
 void model_release(bmc_model *model);           /* one user less */
 
-/* bmc_eval; coarse: the best ids of wanted rows are looked for with the coarse head, where the model has one. */
+/* bmc_eval; coarse: the best ids of wanted rows are looked for with the coarse head,
+ * where the model has one. */
 int evaluate(const bmc_span *spans, int n_spans, bool coarse);
 
 static inline int head_parts(const bmc_model *m) { return (m->c.vocab_size + HEAD_ROWS - 1) / HEAD_ROWS; }
@@ -221,7 +242,9 @@ static inline float *hidden_row(const bmc_session *s, int position) {
     return s->hidden.rows + (size_t)(position % HIDDEN_KEPT) * padded(s->model->c.dim);
 }
 
-static inline int64_t matrix_panels(const struct matrix *w) { return (w->n_rows + PANEL_ROWS - 1) / PANEL_ROWS; }
+static inline int64_t matrix_panels(const struct matrix *w) {
+    return (w->n_rows + PANEL_ROWS - 1) / PANEL_ROWS;
+}
 
 static inline int smaller(int a, int b) { return a < b ? a : b; }
 static inline int larger(int a, int b) { return a > b ? a : b; }

@@ -1,8 +1,8 @@
-/* An index of pairs: where each pair of tokens ended last, and for every position where its pair had ended before. Following
- * these places back finds matches, the latest first; a token costs nanoseconds to add.
+/* An index of pairs: where each pair of tokens ended last, and for every position where its pair had ended
+ * before. Following these places back finds matches, the latest first; a token costs nanoseconds to add.
  *
- * An edited copy leaves its source and comes back to it: a token that is close by there is enough, without a pair. The guess after
- * it goes on a match of one, those behind it the copy. */
+ * An edited copy leaves its source and comes back to it: a token that is close by there is enough, without a
+ * pair. The guess after it goes on a match of one, those behind it the copy. */
 #include "ngram.h"
 
 #include "bmc.h"
@@ -21,7 +21,8 @@ enum {
 struct slot { int32_t first, second, end; };        /* end 0: empty */
 
 struct ngrams {
-    int32_t *text, *before;         /* before[i]: where the pair that ends at i (tokens before it: i) ended before, or 0 */
+    int32_t *text, *before;         /* before[i]: where the pair that ends at i (tokens before
+                                       it: i) ended before, or 0 */
     int n, room;
     int hint;                       /* tokens at its beginning that are not the text's */
     struct slot *slots;             /* open addressing; n_slots is a power of two, at least twice room */
@@ -50,7 +51,8 @@ static int grow(struct ngrams *g, int n) {
     while (room < n)
         room *= 2;
     size_t n_slots = 4 * (size_t)room;
-    int32_t *text = malloc((size_t)room * sizeof *text), *before = malloc(((size_t)room + 1) * sizeof *before);
+    int32_t *text = malloc((size_t)room * sizeof *text);
+    int32_t *before = malloc(((size_t)room + 1) * sizeof *before);
     struct slot *slots = calloc(n_slots, sizeof *slots);
     if (!text || !before || !slots) {
         free(text);
@@ -131,16 +133,19 @@ int ngrams_follow(struct ngrams *g, const int32_t *tokens, int n, int32_t last) 
 /* How many tokens before `place` are those before `end`, of which two are known to be. */
 static int match_length(const struct ngrams *g, int place, int end) {
     int length = 2;
-    while (length < NGRAM_LONGEST && length < place && g->text[place - length - 1] == g->text[end - length - 1])
+    while (length < NGRAM_LONGEST && length < place
+           && g->text[place - length - 1] == g->text[end - length - 1])
         length++;
     return length;
 }
 
-/* Where the tokens before `end` were before, and how many of them: the latest of the longest matches; 0 where there is none. */
+/* Where the tokens before `end` were before, and how many of them: the latest of the longest matches;
+ * 0 where there is none. */
 static int match(const struct ngrams *g, int end, int *length) {
     int best = 0;
     *length = 0;
-    for (int place = end > 0 ? g->before[end] : 0, tries = TRIES; place && tries; place = g->before[place], tries--) {
+    for (int place = end > 0 ? g->before[end] : 0, tries = TRIES; place && tries;
+         place = g->before[place], tries--) {
         int found = match_length(g, place, end);
         if (found > *length) {
             *length = found;
@@ -150,8 +155,8 @@ static int match(const struct ngrams *g, int end, int *length) {
     return best;
 }
 
-/* Where a copy that was left a few tokens ago goes on, as after an edit: behind the last token, where it stands close to
- * the place; 0 where it does not. length: the copy's. */
+/* Where a copy that was left a few tokens ago goes on, as after an edit: behind the last token, where it
+ * stands close to the place; 0 where it does not. length: the copy's. */
 static int rejoined(const struct ngrams *g, int *length) {
     for (int since = 1; since <= EDITED && since < g->n; since++) {
         int left = match(g, g->n - since, length);
@@ -165,7 +170,8 @@ static int rejoined(const struct ngrams *g, int *length) {
 int ngrams_propose(const struct ngrams *g, int k, int32_t *ids, double *lengths) {
     int length, from = match(g, g->n, &length);
     bool back = !from && (from = rejoined(g, &length));
-    for (int i = 0; from && i < k; i++) {           /* a match that reaches the end goes on into the proposal itself */
+    /* A match that reaches the end goes on into the proposal itself. */
+    for (int i = 0; from && i < k; i++) {
         ids[i] = from + i < g->n ? g->text[from + i] : ids[from + i - g->n];
         lengths[i] = length + i < NGRAM_LONGEST ? length + i : NGRAM_LONGEST;
     }

@@ -1,5 +1,6 @@
 #include "pack.h"
 
+#include "kernels/inline.h"
 #include "panels.h"
 #include "split.h"
 
@@ -67,7 +68,8 @@ static uint16_t small_float(float x) {
     return (uint16_t)((bits + 0x1000 - (112u << 23)) >> 13);
 }
 
-/* Of four equidistant levels, these are the best for a normal distribution: steps of its own size (Max 1960, table II). */
+/* Of four equidistant levels, these are the best for a normal distribution: steps of its own
+ * size (Max 1960, table II). */
 static void split_coarse(const void *block, struct split *s) {
     const block_coarse *b = block;
     float squares[8] = { 0 }, sum = 0;
@@ -224,11 +226,18 @@ static inline void head_dm(uint8_t *out, int row, const struct split *s) {
     put_f16(out, row, s->d);
     put_f16(out + 32, row, s->m);
 }
-static inline void scales_d(uint8_t *out, int row, const struct split *s, int b) { (void)b, head_d(out, row, s); }
-static inline void scales_dm(uint8_t *out, int row, const struct split *s, int b) { (void)b, head_dm(out, row, s); }
-static inline void scales_none(uint8_t *out, int row, const struct split *s, int b) { (void)b, head_none(out, row, s); }
-static inline void scales_e8(uint8_t *out, int row, const struct split *s, int b) { out[row] = s->scales[b]; }
-static inline void scales_k32(uint8_t *out, int row, const struct split *s, int b) { out[row] = s->scales[b]; }
+static inline void scales_d(uint8_t *out, int row, const struct split *s, int b) {
+    (void)b, head_d(out, row, s);
+}
+static inline void scales_dm(uint8_t *out, int row, const struct split *s, int b) {
+    (void)b, head_dm(out, row, s);
+}
+static inline void scales_none(uint8_t *out, int row, const struct split *s, int b) {
+    (void)b, head_none(out, row, s);
+}
+static inline void scales_k32(uint8_t *out, int row, const struct split *s, int b) {
+    out[row] = s->scales[b];
+}
 static inline void scales_k(uint8_t *out, int row, const struct split *s, int b) {
     out[row] = s->scales[b];
     out[16 + row] = s->mins[b];
@@ -241,6 +250,7 @@ static inline void scales_k16(uint8_t *out, int row, const struct split *s, int 
 #define scales_km16 scales_k16
 #define scales_e4m3 scales_k16
 #define scales_one scales_none
+#define scales_e8 scales_k32
 #define scales_s32 scales_k32
 #define scales_q32 scales_k32
 #define scales_q16 scales_k32
@@ -265,11 +275,17 @@ typedef void head_fn(uint8_t *out, int row, const struct split *s);
 typedef void scales_fn(uint8_t *out, int row, const struct split *s, int b);
 
 /* Where from and where to. */
-struct packing { const uint8_t *rows; size_t row_bytes; int n_rows; int64_t n_cols; uint8_t *codes, *scales; };
+struct packing {
+    const uint8_t *rows;
+    size_t row_bytes;
+    int n_rows;
+    int64_t n_cols;
+    uint8_t *codes, *scales;
+};
 typedef void pack_fn(struct packing p);
 
-static inline __attribute__((always_inline)) void pack_rows(struct packing p, const struct layout f, size_t block_bytes,
-        split_fn *split, put_fn *put_codes, head_fn *put_head, scales_fn *put_scales) {
+INLINE void pack_rows(struct packing p, const struct layout f, size_t block_bytes, split_fn *split,
+                      put_fn *put_codes, head_fn *put_head, scales_fn *put_scales) {
     struct split s = { 0 };
     int blocks = f.super / 32;
     for (int64_t k = 0; k < p.n_cols; k += f.super, p.rows += block_bytes) {

@@ -1,26 +1,27 @@
 /* Panels: the layout the matmul kernels read. Made once from GGUF rows by pack.c, read by kernels/panel.h.
  *
- * A panel is 16 rows of a matrix, so that a row is a SIMD lane. It has two streams, so that the wide one stays
- * aligned to cache lines:
+ * A panel is 16 rows of a matrix, so that a row is a SIMD lane. It has two streams, so that the wide one
+ * stays aligned to cache lines:
  *
  *   codes    for every 32 columns: 8 units of 64 bytes when a code has 8 bits, fewer when it has less.
  *            A unit holds 16 rows x 4 columns, row-major: what one vpdpbusd eats.
  *   scales   for every 256 columns (K types) a head, then for every 32 columns 16 scales (and mins).
  *
- * Codes are unsigned. A weight is scale * (code - zero), or scale * code + min. Byte counts are the file's (K types
- * with 6-bit scales: theirs take 8 bits here, 2.8% of the tensor). Rows beyond the last are zero scales.
- * Float types have no scales and one unit per column: 16 values. */
+ * Codes are unsigned. A weight is scale * (code - zero), or scale * code + min. Byte counts are the file's
+ * (K types with 6-bit scales: theirs take 8 bits here, 2.8% of the tensor). Rows beyond the last are zero
+ * scales. Float types have no scales and one unit per column: 16 values. */
 #ifndef PANELS_H
 #define PANELS_H
 
 enum { PANEL_ROWS = 16 };
 
-/* Codes of 32 columns. u4: unit g in the low nibbles of byte block g, unit g + 4 in the high ones. u5: u4 and a plane
- * whose bit g is the fifth bit of unit g. u6: u4 and two planes of bit pairs, units 0-3 and 4-7. u2: two planes of bit
- * pairs. u3: u2 and a plane of third bits. u1: a plane whose bit g is unit g's; it stands for 0 or 2. Codes that index a
- * table of values: nl4 and fp4 (IQ4's and MXFP4's), iq3_xxs and iq3_s are u4, iq1 and iq2 are u3. */
-enum {
-    CODES_u1 = 64, CODES_u2 = 128, CODES_u3 = 192, CODES_u4 = 256, CODES_u5 = 320, CODES_u6 = 384,      /* bytes */
+/* Codes of 32 columns. u4: unit g in the low nibbles of byte block g, unit g + 4 in the high ones. u5: u4 and
+ * a plane whose bit g is the fifth bit of unit g. u6: u4 and two planes of bit pairs, units 0-3 and 4-7. u2:
+ * two planes of bit pairs. u3: u2 and a plane of third bits. u1: a plane whose bit g is unit g's; it stands
+ * for 0 or 2. Codes that index a table of values: nl4 and fp4 (IQ4's and MXFP4's), iq3_xxs and iq3_s are
+ * u4, iq1 and iq2 are u3. */
+enum {      /* bytes */
+    CODES_u1 = 64, CODES_u2 = 128, CODES_u3 = 192, CODES_u4 = 256, CODES_u5 = 320, CODES_u6 = 384,
     CODES_u8 = 512, CODES_nl4 = CODES_u4, CODES_fp4 = CODES_u4, CODES_iq1 = CODES_u3, CODES_iq2 = CODES_u3,
     CODES_iq3_xxs = CODES_u4, CODES_iq3_s = CODES_u4,
     BITS_u1 = 2, BITS_u2 = 2, BITS_u3 = 3, BITS_u4 = 4, BITS_u5 = 5, BITS_u6 = 6, BITS_u8 = 8, BITS_nl4 = 8,
@@ -33,7 +34,8 @@ enum {
  *   k16  head d f16; sc i8 per 16 columns        k32  head d f16; sc i8 per 32
  *   km16 head d f16, -dmin f16; sc u8, m u8 per 16 columns, both in one byte (sc the low nibble)
  *   s32  head d f16; s u8 per 32 columns: d (s + 1/2)
- *   q32  the same: d/4 (s + 1/2)                 q16  head d f16; s per 16, a byte's two nibbles: d/4 (s + 1/2)
+ *   q32  the same: d/4 (s + 1/2)
+ *   q16  head d f16; s per 16 columns, a byte's two nibbles: d/4 (s + 1/2)
  *   b32  head d f16; sc i8 per 32 columns: scale d |sc|, m is d/8 sc
  *   one  head d f16                              e4m3 half of an unsigned E4M3 per 16 columns
  *   half head d f16, m is -1.5 d: codes of two bits stand for -1.5, -0.5, 0.5 and 1.5 */

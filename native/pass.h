@@ -1,7 +1,8 @@
 /* One pass over the weights: its tokens, its buffers, and the steps that blocks are made of.
  *
- * All threads walk through the same steps, each does its share, and a barrier stands wherever a step reads what another thread
- * wrote. No sum is ever split between threads, so their number changes nothing. Shapes are (tokens, values). */
+ * All threads walk through the same steps, each does its share, and a barrier stands wherever a step
+ * reads what another thread wrote. No sum is ever split between threads, so their number changes nothing.
+ * Shapes are (tokens, values). */
 #ifndef PASS_H
 #define PASS_H
 
@@ -16,6 +17,11 @@ struct place {
     const float *before;            /* as in bmc_span */
 };
 
+/* Whether an id is chosen after a span's wanted tokens, or something is told of their logits; where not even
+ * these are asked for, the head does not run. */
+static inline bool span_chooses(const bmc_span *s) { return s->next || s->logprob || s->n_top || s->given; }
+static inline bool span_has_logits(const bmc_span *s) { return s->logits || span_chooses(s); }
+
 /* A token whose results are wanted, or whose hidden state is kept. */
 struct wanted {
     const bmc_span *span;
@@ -26,8 +32,9 @@ struct wanted {
     const uint32_t *mask;           /* allowed ids, or NULL */
 };
 
-/* What is left of HEAD_ROWS logits: the largest and its id; seen, what the head that ran takes it for (a coarse one errs, and then
- * the true logit is looked up); and the sum of e^(logit - seen) over what that head saw. */
+/* What is left of HEAD_ROWS logits: the largest and its id; seen, what the head that ran takes it
+ * for (a coarse one errs, and then the true logit is looked up); and the sum of e^(logit - seen)
+ * over what that head saw. */
 struct best { float logit, seen, sum; int32_t id; };
 
 /* Neighbouring tokens of a session, in models whose blocks keep states. */
@@ -39,7 +46,8 @@ struct pass {
     int n_choosing;                 /* of those that are wanted, for which the head runs */
     int n_sampled;                  /* .. with a row of the buffers */
     bool chunk;                     /* it is a chunk of a prompt, and products on a GPU are by cuBLAS */
-    bool coarse;                    /* only the best ids are wanted: chosen among the few that the coarse head likes best */
+    bool coarse;                    /* only the best ids are wanted:
+                                       chosen among the few that the coarse head likes best */
     struct place *at;               /* (n_tok,) */
     struct wanted *out;             /* (n_out,) */
     struct run *runs;               /* (n_runs,) */
@@ -50,14 +58,18 @@ struct pass {
     const struct buffers *buffers;  /* there */
 };
 
-/* What one pass works on; (n, d) are n rows of d floats, row strides rounded up to 16. */
-enum { FEW = 8 };                   /* tokens that every thread norms for itself: sooner done than waited for */
+/* Tokens that every thread norms for itself: sooner done than waited for. */
+enum { FEW = 8 };
 
+/* What one pass works on; (n, d) are n rows of d floats, row strides rounded up to 16. */
 struct buffers {
     float *x;                       /* (pass_max, dim) the residual stream */
-    float *y[2];                    /* (pass_max, dim) results of blocks that are not added to x as they are */
-    float *input;                   /* (pass_max, dim) the input of the layer, for routers that read it; or NULL */
-    float *kept;                    /* (pass_max, kept_stride) what blocks keep of each token for later ones; or NULL */
+    float *y[2];                    /* (pass_max, dim) results of blocks that are not
+                                       added to x as they are */
+    float *input;                   /* (pass_max, dim) the input of the layer,
+                                       for routers that read it; or NULL */
+    float *kept;                    /* (pass_max, kept_stride) what blocks keep of each token
+                                       for later ones; or NULL */
     size_t kept_stride;
     float *xb;                      /* (pass_max, dim) normed */
     float *own_xb;                  /* (threads, FEW, dim) normed by each thread for itself */
@@ -69,7 +81,8 @@ struct buffers {
     int32_t *work_ids;              /* (pass_max * work_ids,) */
     float *cos, *sin;               /* (n_ropes, pass_max, turns) */
     int turns;                      /* the largest dim / 2 of the rope tables */
-    float *rows;                    /* (SAMPLED_MAX, vocab_size) logits that are sampled from and not asked for */
+    float *rows;                    /* (SAMPLED_MAX, vocab_size) logits that are sampled
+                                       from and not asked for */
     float *altered;                 /* (threads, vocab_size) logits with bias, penalties and mask */
     float *scratch;                 /* (threads, scratch_stride) */
     size_t scratch_stride;
@@ -79,8 +92,8 @@ struct buffers {
     size_t bytes;
 };
 
-/* n tokens: rows of floats, and the same in 8 bits, as tiles of columns. wide > 0: the rows have that many values, and a product reads
- * those from `from` on, both whole blocks of 32 where it reads 8 bits. */
+/* n tokens: rows of floats, and the same in 8 bits, as tiles of columns. wide > 0: the rows have that many
+ * values, and a product reads those from `from` on, both whole blocks of 32 where it reads 8 bits. */
 struct tokens { float *x; struct act_block *act; int n; int wide, from; };
 
 /* Where a block's result goes: rows of dim floats; add: to what is there. */
@@ -99,20 +112,31 @@ struct kind {
     const char *name;
     const struct role *roles;       /* its tensors; the last has no name */
     int (*check)(const bmc_model *m, const bmc_block *c);           /* settings; 0, or a failure */
-    void (*measure)(const bmc_model *m, const bmc_block *c, int64_t *extent);           /* the sizes its tensors' shapes are made of */
+    /* The sizes that its tensors' shapes are made of. */
+    void (*measure)(const bmc_model *m, const bmc_block *c, int64_t *extent);
     struct need (*need)(const bmc_model *m, const struct block *b);
     bool mixes;                     /* tokens see others */
-    const char *(*missing)(const struct block *b);                  /* a tensor that these settings need; NULL: none; or NULL */
-    void (*stream)(bmc_model *m, struct block *b);                  /* asks for rows or a state in every session; or NULL */
+    /* A tensor that these settings need and the file lacks, or NULL. May be NULL itself, and so may stream,
+     * which asks for rows or a state in every session. */
+    const char *(*missing)(const struct block *b);
+    void (*stream)(bmc_model *m, struct block *b);
     void (*run)(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread);
 };
-extern const struct kind attention_kind, mla_kind, delta_net_kind, mamba2_kind, short_conv_kind, dense_kind, experts_kind, per_layer_kind;
-extern const struct kind laurel_kind, altup_begin_kind, altup_predict_kind, altup_correct_kind, altup_end_kind;
+extern const struct kind attention_kind, mla_kind, delta_net_kind, mamba2_kind, short_conv_kind;
+extern const struct kind dense_kind, experts_kind, per_layer_kind, laurel_kind;
+extern const struct kind altup_begin_kind, altup_predict_kind, altup_correct_kind, altup_end_kind;
 const struct kind *kind_find(int kind);         /* NULL */
 
 /* Tensors of a kind. A matrix may come with biases (rows,) and factors, one float, also of each expert. */
 enum form { VECTOR, MATRIX, MATRICES, TRANSPOSED };
-struct role { const char *name; size_t offset; enum form form; enum extent rows, cols; bool required; enum extent count; };     /* count: of MATRICES, EXPERTS if 0 */
+struct role {
+    const char *name;
+    size_t offset;                  /* IN_BLOCK */
+    enum form form;
+    enum extent rows, cols;
+    bool required;
+    enum extent count;              /* of MATRICES; 0: EXPERTS */
+};
 #define IN_BLOCK(field) offsetof(struct block, field)
 
 int forward(struct pass *pass);     /* 0, or the failure of a GPU */
@@ -140,7 +164,8 @@ static inline float *scratch_of(const struct pass *p, int thread) {
 }
 
 /* y = norm(x); a vector that the model does not have is neutral. y may be x. */
-static inline void norm_row(const bmc_model *m, float *y, const float *x, struct vector weight, struct vector bias, int n) {
+static inline void norm_row(const bmc_model *m, float *y, const float *x, struct vector weight,
+                            struct vector bias, int n) {
     (m->c.norm == BMC_NORM_RMS ? m->k.rmsnorm : m->k.layernorm)(y, x, weight.v, bias.v, n, m->c.norm_eps);
 }
 
@@ -160,12 +185,16 @@ static inline struct product product_into(const struct matrix *w, struct tokens 
     return (struct product){ w, in, out.y, padded(w->n_rows), out.add };
 }
 
-void multiply(struct pass *p, const struct product *list, int n, int thread);              /* products side by side; those without weights are left out */
-void multiply_alone(const struct pass *p, const struct product *r, int thread);            /* all of it by this thread */
-void quantize(const struct pass *p, struct tokens in, int k, int tok, int from, int to);  /* blocks [from, to) of 32 values of a row */
-void quantize_rows(struct pass *p, struct tokens in, int k, int thread);                  /* all rows, shared out */
+/* Products side by side, those without weights left out; one product, all of it by this thread. */
+void multiply(struct pass *p, const struct product *list, int n, int thread);
+void multiply_alone(const struct pass *p, const struct product *r, int thread);
 
-/* A gated feed-forward's first half: hidden = act(W_gate x) * W_up x, floats in `up` and 8 bits. gate.data NULL: act(W_up x). */
+/* Blocks [from, to) of 32 values of a row; all rows, shared out. */
+void quantize(const struct pass *p, struct tokens in, int k, int tok, int from, int to);
+void quantize_rows(struct pass *p, struct tokens in, int k, int thread);
+
+/* A gated feed-forward's first half: hidden = act(W_gate x) * W_up x, floats in `up` and 8 bits.
+ * gate.data NULL: act(W_up x). */
 struct gate_up {
     const struct matrix *gate, *up;
     struct tokens in;
@@ -178,8 +207,9 @@ int gate_up_groups(const struct gate_up *job);              /* in how many parts
 void gate_up(const struct pass *p, const struct gate_up *job, int from, int to, int thread);
 void gate_up_all(struct pass *p, const struct gate_up *job, int thread);
 
-/* The rest of a feed-forward's first half after its products: out = act(gate) * up, floats and 8 bits, rows of n values. sparsity > 0:
- * only gates above their row's mean + sparsity * its standard deviation count. */
+/* The rest of a feed-forward's first half after its products: out = act(gate) * up, floats and 8 bits, rows
+ * of n values. sparsity > 0: only gates above their row's mean + sparsity * its standard deviation count.
+ * In layers/dense.c. */
 struct gating {
     float *gate;                    /* (tokens, n); sparse ones change */
     const float *up;                /* (tokens, up_stride) */
@@ -189,15 +219,18 @@ struct gating {
     const float *param;
     float sparsity;
 };
-void gate_rows(struct pass *p, const struct gating *g, int thread);                         /* layers/dense.c */
+void gate_rows(struct pass *p, const struct gating *g, int thread);
 
-/* Groups [from, to) of rows of W times tokens, into `part` (n, (to - from) GROUP_ROWS): for those who add them up themselves. */
+/* Groups [from, to) of rows of W times tokens, into `part` (n, (to - from) GROUP_ROWS): for those who
+ * add them up themselves. */
 enum { GROUP = 4, GROUP_ROWS = GROUP * 16 };
 int n_groups(const struct matrix *w);
 int stretch(const struct matrix *w, int n_tok, int groups);       /* how many are best done at a time */
-void multiply_groups(const struct pass *p, const struct matrix *w, struct tokens in, int from, int to, float *part, int thread);
+void multiply_groups(const struct pass *p, const struct matrix *w, struct tokens in, int from, int to,
+                     float *part, int thread);
 
-/* Panels [from, to) of a matrix, and one tile of tokens times them: for the head, which looks at logits while they are cached. */
+/* Panels [from, to) of a matrix, and one tile of tokens times them: for the head, which looks at logits
+ * while they are cached. */
 struct matrix slice(const struct pass *p, const struct matrix *w, int from, int to, int thread, int room);
 void project(const struct pass *p, const struct product *r, const struct matrix *part, int row, int tile);
 int tile_width(int n_tok);
@@ -213,13 +246,15 @@ static inline uint16_t *tile_of(const bmc_session *s, const struct block *b, int
 /* Rows of an attention block in the work buffer: layers/attention.c. */
 struct heads { float *q, *k, *v, *gate, *out; };
 void place_heads(struct pass *p, const struct block *b, const struct heads *w, int thread);
-void turn(const struct pass *p, const struct block *b, float *head, int t);     /* a head's first values, by the token's position */
+/* A head's first values, by the token's position. */
+void turn(const struct pass *p, const struct block *b, float *head, int t);
 
 /* Rows of a block of compressed attention: layers/mla.c. */
 struct latents { float *q_a, *q, *kv, *nope, *query, *sum, *out; };
 void place_latents(struct pass *p, const struct block *b, const struct latents *w, int thread);
 
-float query_scale(const struct block *b, int pos);                              /* what a query is multiplied by */
+/* What a query is multiplied by. */
+float query_scale(const struct block *b, int pos);
 
 /* Attention over rows of the cache: attend.c. */
 
@@ -239,15 +274,19 @@ void attend_all(struct pass *p, const struct queries *a, int thread);
 size_t attend_scratch(const struct block *b, int v_dim);    /* floats, for each thread */
 float attend_slope(const bmc_block *c, int head);           /* ALiBi's */
 
-/* The last block that mixes tokens calls it when its rows are stored; from then on the pass has only tokens that are wanted. Moves
- * their x, y and n_more other rows of floats. */
+/* A row of floats for each token. stride 0: there are none. */
 struct rows { float *x; size_t stride; };
-void pass_kept(struct pass *p);     /* rows have moved: token i is the one of out[i] */
-void keep_wanted(struct pass *p, const struct block *b, const struct rows *more, int n_more, int thread);
-void settle_rows(struct pass *p, const struct block *waits, int thread);        /* x += what waits for it: steps_cpu.c */
 
-/* Vectors of every layer for each token. Their rows of the table come from the file, to the CPU's buffers; inputs are made of
- * them and of x where the first block runs: layers/per_layer.c. */
+/* After the last block that mixes tokens, the pass goes on with those that are wanted. Blocks that still have
+ * to do with their tokens call it as soon as their keys and values are stored; own: rows of theirs. */
+void keep_wanted(struct pass *p, const struct block *b, const struct rows own[2], int thread);
+void pass_kept(struct pass *p);     /* rows have moved: token i is the one of out[i] */
+
+/* x += what waits for it: steps_cpu.c. */
+void settle_rows(struct pass *p, const struct block *waits, int thread);
+
+/* Vectors of every layer for each token. Their rows of the table come from the file, to the CPU's buffers;
+ * inputs are made of them and of x where the first block runs: layers/per_layer.c. */
 void per_layer_rows(const struct pass *p, int thread);
 void per_layer_inputs(struct pass *p, int thread);
 struct per_layer_factors { float projected, row, sum; };       /* what each of them is multiplied by */
@@ -256,10 +295,11 @@ struct per_layer_factors per_layer_factors(const bmc_model *m);
 /* Steps of these on the CPU: per_layer.c; rows times a vector; laurel.c: out (+)= in + norm(y), y changes. */
 void join_per_layer(struct pass *p, float *projected, int thread);
 void scale_rows(struct pass *p, struct tokens in, struct vector by, struct tokens out, int thread);
-void add_normed_rows(struct pass *p, struct tokens in, float *y, struct vector norm, struct sink out, int thread);
+void add_normed_rows(struct pass *p, struct tokens in, float *y, struct vector norm, struct sink out,
+                     int thread);
 
-/* AltUp: what a block does with the versions of x once its products are there; y is added to the other versions of a token's x:
- * layers/altup.c. */
+/* AltUp: what a block does with the versions of x once its products are there; y is added to the other
+ * versions of a token's x: layers/altup.c. */
 void altup_step(struct pass *p, const struct block *b, struct sink out, int thread);
 void altup_add(const bmc_model *m, int n_altup, const float *y, int64_t t);
 
@@ -267,8 +307,11 @@ void altup_add(const bmc_model *m, int n_altup, const float *y, int64_t t);
 void run_experts(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread);
 
 /* The head: head.c. */
-void give_hidden(struct pass *p, struct tokens in, int thread);             /* hidden states to whom they are for */
-void head(struct pass *p, struct tokens in, int thread);                    /* logits where they are asked for, and p->best */
-void choose_ids(const struct pass *p, int thread);                              /* ids and log-probabilities, from these */
+/* Hidden states to whom they are for. */
+void give_hidden(struct pass *p, struct tokens in, int thread);
+/* Logits where they are asked for, and p->best. */
+void head(struct pass *p, struct tokens in, int thread);
+/* Ids and log-probabilities, from these. */
+void choose_ids(const struct pass *p, int thread);
 
 #endif

@@ -5,14 +5,17 @@
 
 /* ---- what passes cost */
 
-static const short KNOT[KNOTS] = { 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512 };
+static const short KNOT[KNOTS] = { 1,  2,  3,  4,  5,  6,  7,  8,  9,  10,  11,  12,  13,  14,
+                                   15, 16, 17, 20, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512 };
 enum { DENSE = 17 };                    /* up to here every width is a knot */
 
 /* Standard deviations of logarithms. */
 static const double NOISE = 0.08;                               /* of a single pass */
-static const double SPEED_WALK = 0.02;                          /* of what all widths share, from pass to pass */
+/* Of what all widths share, from pass to pass. */
+static const double SPEED_WALK = 0.02;
 static const double SHAPE = 0.12;                               /* of what an octave of width costs more */
-static const double ODD = 2.5;          /* deviations beyond which a pass counts less: the machine did something else meanwhile */
+static const double ODD = 2.5;          /* deviations beyond which a pass counts less:
+                                           the machine did something else meanwhile */
 static const int STREAK = 3;            /* odd passes in a row that may be accidents */
 static const double PER_TOKEN = 0.05;   /* what a token more costs where nothing is known, in passes of one */
 
@@ -65,7 +68,8 @@ void cost_observe(struct pass_cost *c, double width, double seconds) {
         width = KNOT[KNOTS - 1];
     }
     int k = knot_below(width, &share);
-    double surprise = log(fmax(seconds, 1e-9)) - (1 - share) * c->log[k] - share * c->log[k + 1], variance = 0;
+    double surprise = log(fmax(seconds, 1e-9)) - (1 - share) * c->log[k] - share * c->log[k + 1];
+    double variance = 0;
     for (int again = 0; again < 2; again++) {
         for (int i = 0; i < KNOTS; i++)
             common[i] = (1 - share) * c->covariance[k][i] + share * c->covariance[k + 1][i];
@@ -103,7 +107,8 @@ void cost_recall(struct pass_cost *c) {
 
 static const double FADE = 0.95;        /* weight of what was seen one guess ago, within a bucket or a text */
 static const double PRIOR = 4;          /* guesses that a prior counts as */
-static const double FIRST_MEAN = 0.75;  /* share of a draft model's guesses that come true, before any was made: worth a try */
+static const double FIRST_MEAN = 0.75;  /* share of a draft model's guesses that come true,
+                                           before any was made: worth a try */
 
 void acceptance_init(struct acceptance *a, const float *edges, const double *priors, int n_classes) {
     *a = (struct acceptance){ .n_classes = n_classes };
@@ -130,10 +135,12 @@ void recent_learn(struct recent *r, double expected, bool came_true) {
     r->seen = FADE * r->seen + 1;
 }
 
-double recent_mean(const struct recent *r, double mean) { return (r->hits + PRIOR * mean) / (r->seen + PRIOR); }
+double recent_mean(const struct recent *r, double mean) {
+    return (r->hits + PRIOR * mean) / (r->seen + PRIOR);
+}
 
-/* The odds of a chance are multiplied by the odds ratio of `hits` to `expected` out of `seen` guesses. What is added to all
- * counts lets few outcomes change little. */
+/* The odds of a chance are multiplied by the odds ratio of `hits` to `expected` out of `seen` guesses. What
+ * is added to all counts lets few outcomes change little. */
 double recent_adjust(const struct recent *r, double chance) {
     const double w = PRIOR / 2;
     double odds = (r->hits + w) / (r->seen - r->hits + w) * (r->seen - r->expected + w) / (r->expected + w);
@@ -162,7 +169,8 @@ double acceptance_mean(const struct acceptance *a) {
     return hits / seen;
 }
 
-/* Counts of an earlier run are reduced to PRIOR guesses a bucket, so that this run's texts soon outweigh them. */
+/* Counts of an earlier run are reduced to PRIOR guesses a bucket, so that this run's
+ * texts soon outweigh them. */
 void acceptance_recall(struct acceptance *a) {
     for (int i = 0; i < a->n_classes; i++) {
         double share = a->seen[i] > PRIOR ? PRIOR / a->seen[i] : 1;
@@ -173,7 +181,8 @@ void acceptance_recall(struct acceptance *a) {
 
 /* ---- how much may be lost */
 
-static const double GRANT = 4, BANK = 16;       /* plain tokens: what a sequence begins with, the most it keeps */
+/* Plain tokens: what a sequence begins with, the most it keeps. */
+static const double GRANT = 4, BANK = 16;
 static const double SHARE = 0.01;               /* of all time */
 
 void budget_pass_time(struct budget *b, double seconds, double one) {

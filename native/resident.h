@@ -8,7 +8,8 @@
 /* Marks the matrices of experts as those whose panels are made late; returns the bytes of a slot, the largest
  * expert's panels, or 0: there are no experts. */
 size_t residents_mark(bmc_model *m);
-int residents_open(bmc_model *m, size_t slot_bytes, size_t bytes);  /* as many slots as fit; 0 or BMC_ENOMEM */
+/* As many slots as fit; 0 or BMC_ENOMEM. */
+int residents_open(bmc_model *m, size_t slot_bytes, size_t bytes);
 void residents_close(bmc_model *m);
 void residents_forget(bmc_model *m);        /* in a forked process: nothing is there */
 

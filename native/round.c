@@ -1,7 +1,9 @@
-/* Rounds of decoding, for one sequence or many: the only place where tokens are verified, chosen, accepted and taken back.
+/* Rounds of decoding, for one sequence or many: the only place where tokens are verified, chosen,
+ * accepted and taken back.
  *
- * A pass of the target over a text's last token and k guesses gives, row by row, what it chooses after each of them. As
- * long as a guess is that very token, the next row counts too. So the text is that of plain decoding, right or wrong as the guesses are. */
+ * A pass of the target over a text's last token and k guesses gives, row by row, what it chooses after each
+ * of them. As long as a guess is that very token, the next row counts too. So the text is that of plain
+ * decoding, right or wrong as the guesses are. */
 #include "clock.h"
 #include "error.h"
 #include "guess.h"
@@ -40,12 +42,13 @@ static uint8_t guesser(const struct turn *t) {
     return self ? 4 : (uint8_t)(t->source + 1);
 }
 
-/* What the round cost a turn, and gave it, against plain decoding. Passes count as what they usually take: how long this very
- * one took says more about the machine's other work. */
+/* What the round cost a turn, and gave it, against plain decoding. Passes count as what they usually take:
+ * how long this very one took says more about the machine's other work. */
 static void account(const struct group *g, struct turn *t, int given, int all_checked) {
     double plain = g->base.seconds / fmax(g->base.tokens, 1), gained = -t->charged;
     if (drafted(t) && all_checked)
-        gained += (given - 1) * plain - (pass_seconds(g, all_checked) - g->base.seconds) * t->checked / all_checked;
+        gained += (given - 1) * plain
+                - (pass_seconds(g, all_checked) - g->base.seconds) * t->checked / all_checked;
     budget_pass_time(&t->drafter->budget, plain, plain);
     budget_enter(&t->drafter->budget, gained, plain, t->probe);
 }
@@ -62,7 +65,8 @@ static void settle(const struct group *g, struct turn *t, int all_checked, doubl
     bmc_session_rewind(s, s->position - (t->checked - accepted));
     if (draft && drafted(t)) {
         int known = t->length - draft->offset;                      /* rows of the text before the guesses */
-        if (!t->drafter->hidden)                                    /* a draft head reads those that came true with the target's states */
+        /* A draft head reads those that came true with the target's states. */
+        if (!t->drafter->hidden)
             known += accepted;
         bmc_session_rewind(draft, smaller(known, draft->position));
     }
@@ -75,7 +79,8 @@ static void settle(const struct group *g, struct turn *t, int all_checked, doubl
     item->stats.draft_s += t->spent;
     item->stats.verify_s += seconds;
     item->n += given;
-    item->ended = item->n >= item->max_tokens || stops(item, ids[accepted]) || !isfinite(item->logprobs[item->n - 1]);
+    item->ended = item->n >= item->max_tokens || stops(item, ids[accepted])
+               || !isfinite(item->logprobs[item->n - 1]);
     if (!t->drafter)
         return;
     if (t->drafter->ngrams && t->n_pending == 1)            /* else it does not know the prompt yet */
@@ -177,16 +182,21 @@ static int check_items(bmc_item *const *items, int n, const bmc_limits *limits) 
             return fail(BMC_EINVAL, "bmc_round: this model reads a text as a whole and writes none");
         if (item->drafter && !limits->policy)
             return fail(BMC_EINVAL, "bmc_round: item %d has a drafter, and there is no policy", i);
-        if (item->drafter && item->drafter->hidden && item->drafter->o.draft->model->target != item->session->model)
+        if (item->drafter && item->drafter->hidden
+            && item->drafter->o.draft->model->target != item->session->model)
             return fail(BMC_EINVAL, "bmc_round: item %d has the draft head of another model", i);
         if (item->choose && (item->max_tokens < 1 || !item->ids || !item->logprobs || !item->drafted))
-            return fail(BMC_EINVAL, "bmc_round: item %d: expected room for 1 or more tokens, found %d", i, (int)item->max_tokens);
+            return fail(BMC_EINVAL, "bmc_round: item %d: expected room for 1 or more tokens, found %d", i,
+                        (int)item->max_tokens);
         if (item->masks && item->drafter && !item->allow)
-            return fail(BMC_EINVAL, "bmc_round: item %d has a drafter, whose guesses its masks do not know", i);
+            return fail(BMC_EINVAL, "bmc_round: item %d has a drafter, whose guesses its masks do not know",
+                        i);
         if (item->n_stops < 0 || (item->n_stops && !item->stops))
-            return fail(BMC_EINVAL, "bmc_round: item %d has %d stops, and no ids of them", i, (int)item->n_stops);
+            return fail(BMC_EINVAL, "bmc_round: item %d has %d stops, and no ids of them", i,
+                        (int)item->n_stops);
         if (item->n_guesses < 0 || item->n_guesses > GUESSES || (item->n_guesses && !item->guesses))
-            return fail(BMC_EINVAL, "bmc_round: expected up to %d guesses, found %d", GUESSES, (int)item->n_guesses);
+            return fail(BMC_EINVAL, "bmc_round: expected up to %d guesses, found %d", GUESSES,
+                        (int)item->n_guesses);
         int n_vocab = item->session->model->c.vocab_size;
         int status = check_ids(item->pending, item->n_pending, n_vocab);
         if (!status)
@@ -228,7 +238,8 @@ int bmc_round(bmc_item *const *items, int n, const bmc_limits *limits) {
         return status;
     const int64_t start = nanoseconds();
     struct group g = {
-        .turns = malloc((size_t)n * sizeof *g.turns), .spans = malloc((size_t)n * sizeof *g.spans), .n = n, .policy = limits->policy,
+        .turns = malloc((size_t)n * sizeof *g.turns), .spans = malloc((size_t)n * sizeof *g.spans),
+        .n = n, .policy = limits->policy,
     };
     for (int i = 0; i < n; i++)
         items[i]->n = items[i]->ended = items[i]->wanted = 0;

@@ -6,7 +6,8 @@
 #include "policy.h"
 
 enum { GUESSES = 32 };                  /* of one sequence in a pass, at most */
-enum source { GIVEN = 0, NGRAMS = 1, MODEL = 2, N_SOURCES = 3 };      /* MODEL: also the target itself with less attention */
+/* MODEL: also the target itself with less attention. */
+enum source { GIVEN = 0, NGRAMS = 1, MODEL = 2, N_SOURCES = 3 };
 
 struct bmc_policy {
     struct pass_cost target, draft;     /* draft: of the draft model, or of the target with a window */
@@ -19,7 +20,8 @@ struct bmc_drafter {
     float *hidden;                      /* (dim,) a draft head's own, after its last guess; or NULL */
     struct recent recent[N_SOURCES];        /* of this text's guesses */
     struct budget budget;               /* of the draft model; repetitions cost nothing to look for */
-    int window;                         /* tokens from the end of the text that the draft model reads before it guesses */
+    int window;                         /* tokens from the end of the text that the draft model
+                                           reads before it guesses */
     bool reading;                       /* it has begun to read them */
     bool failed;                        /* the draft model is not asked any more */
 };

@@ -1,13 +1,15 @@
-/* The order is llama.cpp's: bias, penalties, top-k, top-p, min-p, temperature, then a random choice among what is left.
+/* The order is llama.cpp's: bias, penalties, top-k, top-p, min-p, temperature, then a random choice among
+ * what is left.
  *
- * SplitMix64 gives every id at every position a number x in (0, 1); E = -log(1 - x) is its exponential noise, -log(E) its
- * Gumbel noise, and the token is the id with the largest
+ * SplitMix64 gives every id at every position a number x in (0, 1); E = -log(1 - x) is its exponential
+ * noise, -log(E) its Gumbel noise, and the token is the id with the largest
  *
  *     logit / temperature - log(E)
  *
- * which is distributed as softmax(logits / temperature). The choice depends on the logits, the seed and the position
- * alone: no state is carried from token to token, and a filter does not change the noise of the ids it keeps. So a
- * draft model finds the target's choice wherever the two agree, and a verification finds that of plain decoding. */
+ * which is distributed as softmax(logits / temperature). The choice depends on the logits, the seed and the
+ * position alone: no state is carried from token to token, and a filter does not change the noise of the
+ * ids it keeps. So a draft model finds the target's choice wherever the two agree, and a verification finds
+ * that of plain decoding. */
 #include "sample.h"
 
 #include "cpu.h"
@@ -45,7 +47,9 @@ static int exponent(double x) {
 /* ---- what filters leave */
 
 /* Where candidates are sorted a stands before b: the larger logit, of equals the lower id. */
-static bool before(struct candidate a, struct candidate b) { return a.logit > b.logit || (a.logit == b.logit && a.id < b.id); }
+static bool before(struct candidate a, struct candidate b) {
+    return a.logit > b.logit || (a.logit == b.logit && a.id < b.id);
+}
 
 /* The few, in order. */
 static void sort(struct candidate *c, int n) {
@@ -88,9 +92,10 @@ static int take(struct candidate *heap, int n, int k, struct candidate c) {
     return n;
 }
 
-/* The k largest, in any order; of equals the lower ids. As many blocks have a largest one of `least` or more, so that hardly
- * anything below them is looked at twice. */
-static int largest_k(const struct kernels *kernels, const float *logits, int n, int k, struct candidate *heap) {
+/* The k largest, in any order; of equals the lower ids. As many blocks have a largest one of `least` or more,
+ * so that hardly anything below them is looked at twice. */
+static int largest_k(const struct kernels *kernels, const float *logits, int n, int k,
+                     struct candidate *heap) {
     int found = 0;
     if (k < 1 || k >= n) {
         for (int i = 0; i < n; i++)
@@ -98,11 +103,13 @@ static int largest_k(const struct kernels *kernels, const float *logits, int n, 
         return n;
     }
     for (int i = 0; i < n; i += BLOCK)
-        found = take(heap, found, k, (struct candidate){ kernels->largest(logits + i, n - i < BLOCK ? n - i : BLOCK), i });
+        found = take(heap, found, k,
+                     (struct candidate){ kernels->largest(logits + i, n - i < BLOCK ? n - i : BLOCK), i });
     float least = found == k ? heap[0].logit : -INFINITY;
     found = 0;
     for (int i = 0; i < n; i += BLOCK)
-        for (uint64_t left = kernels->reaching(logits + i, n - i < BLOCK ? n - i : BLOCK, least); left; left &= left - 1) {
+        for (uint64_t left = kernels->reaching(logits + i, n - i < BLOCK ? n - i : BLOCK, least); left;
+             left &= left - 1) {
             int id = i + __builtin_ctzll(left);
             found = take(heap, found, k, (struct candidate){ logits[id], id });
         }
@@ -111,8 +118,9 @@ static int largest_k(const struct kernels *kernels, const float *logits, int n, 
 
 static double weight(struct candidate c, float top) { return (double)expf(c.logit - top); }
 
-/* Moves the fewest candidates that weigh `target` together, the largest, to the front; how many they are, at least one.
- * Splits at a candidate and goes on in the part where the last of them is, until that is worth sorting. */
+/* Moves the fewest candidates that weigh `target` together, the largest, to the front; how many they
+ * are, at least one. Splits at a candidate and goes on in the part where the last of them is, until
+ * that is worth sorting. */
 static int nucleus(struct candidate *c, int n, double target, float top) {
     enum { FEW_LEFT = 64 };
     int low = 0, high = n;              /* the last one is among these; those before weigh `mass` */
@@ -147,19 +155,22 @@ static int nucleus(struct candidate *c, int n, double target, float top) {
 }
 
 /* The least logit that min-p leaves. */
-static double least_of(const bmc_sampler *s, float top) { return s->min_p > 0 ? top + log(s->min_p) : -INFINITY; }
+static double least_of(const bmc_sampler *s, float top) {
+    return s->min_p > 0 ? top + log(s->min_p) : -INFINITY;
+}
 
-/* What all filters leave where min-p decides alone, as it often does: no more than top-k are as likely as it asks for, and top-p's share
- * even of these takes in the least of them. 0: not so. */
-static int by_min_p(const struct kernels *kernels, const bmc_sampler *s, const float *logits, int n, int k, float top,
-                    struct candidate *c) {
+/* What all filters leave where min-p decides alone, as it often does: no more than top-k are as likely as it
+ * asks for, and top-p's share even of these takes in the least of them. 0: not so. */
+static int by_min_p(const struct kernels *kernels, const bmc_sampler *s, const float *logits, int n, int k,
+                    float top, struct candidate *c) {
     double least = least_of(s, top), total = 0, smallest = 1;
     int found = 0;
     if (s->min_p <= 0)
         return 0;
     k = k < 1 || k > n ? n : k;
     for (int i = 0; i < n; i += BLOCK)
-        for (uint64_t left = kernels->reaching(logits + i, n - i < BLOCK ? n - i : BLOCK, (float)least); left; left &= left - 1) {
+        for (uint64_t left = kernels->reaching(logits + i, n - i < BLOCK ? n - i : BLOCK, (float)least); left;
+             left &= left - 1) {
             struct candidate one = { logits[i + __builtin_ctzll(left)], i + __builtin_ctzll(left) };
             if (one.logit < least)
                 continue;
@@ -191,9 +202,10 @@ static int likely(const bmc_sampler *s, struct candidate *c, int n, float top) {
 /* Colder is greedy but for exact ties. */
 static double warmth(const bmc_sampler *s) { return s->temperature > 1e-6 ? s->temperature : 1e-6; }
 
-/* E is more than x, so logit / temperature - log(x) is more than a score, and x's exponent bounds its logarithm: of a whole
- * vocabulary few ids are looked at closely. */
-static int32_t draw(const bmc_sampler *s, const struct candidate *c, int n, float top, int position, const int32_t *names, float *lead) {
+/* E is more than x, so logit / temperature - log(x) is more than a score, and x's exponent bounds its
+ * logarithm: of a whole vocabulary few ids are looked at closely. */
+static int32_t draw(const bmc_sampler *s, const struct candidate *c, int n, float top, int position,
+                    const int32_t *names, float *lead) {
     const double temperature = warmth(s);
     const double ln2 = 0.6931471805599453, loudest = 53 * ln2;
     const uint64_t start = splitmix64(s->seed, (uint64_t)position);
@@ -237,9 +249,11 @@ int sampler_check(const bmc_sampler *s, int n_vocab) {
         return fail(BMC_EINVAL, "sampler: last_n is %d, n_bias %d", (int)s->last_n, (int)s->n_bias);
     for (int i = 0; i < s->n_bias; i++) {
         if (s->bias_id[i] < 0 || s->bias_id[i] >= n_vocab)
-            return fail(BMC_EINVAL, "logit_bias names token %d, but the vocabulary has %d tokens", (int)s->bias_id[i], n_vocab);
+            return fail(BMC_EINVAL, "logit_bias names token %d, but the vocabulary has %d tokens",
+                        (int)s->bias_id[i], n_vocab);
         if (isnan(s->bias[i]) || s->bias[i] == INFINITY)
-            return fail(BMC_EINVAL, "logit_bias of token %d: expected a number or -inf, found %g", (int)s->bias_id[i], (double)s->bias[i]);
+            return fail(BMC_EINVAL, "logit_bias of token %d: expected a number or -inf, found %g",
+                        (int)s->bias_id[i], (double)s->bias[i]);
     }
     return 0;
 }
@@ -248,11 +262,15 @@ static bool penalizes(const bmc_sampler *s) {
     return s->last_n && (s->repeat_penalty != 1 || s->presence_penalty != 0 || s->frequency_penalty != 0);
 }
 
-bool sampler_alters(const bmc_sampler *s, const uint32_t *mask) { return mask || (s && (s->n_bias || penalizes(s))); }
+bool sampler_alters(const bmc_sampler *s, const uint32_t *mask) {
+    return mask || (s && (s->n_bias || penalizes(s)));
+}
 
-/* A positive logit is divided by the repeat penalty, a negative one multiplied; then the frequency penalty is taken off for
- * each time that the token occurs, and the presence penalty once. counts: (n_vocab,), any values. */
-static void penalize(const bmc_sampler *s, const int32_t *history, int n_history, float *logits, int n_vocab, int32_t *counts) {
+/* A positive logit is divided by the repeat penalty, a negative one multiplied; then the frequency
+ * penalty is taken off for each time that the token occurs, and the presence penalty once. counts:
+ * (n_vocab,), any values. */
+static void penalize(const bmc_sampler *s, const int32_t *history, int n_history, float *logits, int n_vocab,
+                     int32_t *counts) {
     int n = s->last_n >= 0 && s->last_n < n_history ? s->last_n : n_history;
     const int32_t *recent = history + n_history - n;
     memset(counts, 0, (size_t)n_vocab * sizeof *counts);
@@ -270,8 +288,9 @@ static void penalize(const bmc_sampler *s, const int32_t *history, int n_history
     }
 }
 
-float sampler_alter(const struct kernels *kernels, const bmc_sampler *s, const uint32_t *mask, const int32_t *history, int n_history,
-                    const float *logits, int n, float *altered, struct candidate *room) {
+float sampler_alter(const struct kernels *kernels, const bmc_sampler *s, const uint32_t *mask,
+                    const int32_t *history, int n_history, const float *logits, int n, float *altered,
+                    struct candidate *room) {
     memcpy(altered, logits, (size_t)n * sizeof *altered);
     for (int i = 0; s && i < s->n_bias; i++)
         altered[s->bias_id[i]] += s->bias[i];
@@ -285,8 +304,8 @@ float sampler_alter(const struct kernels *kernels, const bmc_sampler *s, const u
 
 /* ---- the choice */
 
-int32_t sample(const struct kernels *kernels, const bmc_sampler *s, const float *logits, int n, float top, int position,
-               const int32_t *names, struct candidate *room, float *lead, int *n_left) {
+int32_t sample(const struct kernels *kernels, const bmc_sampler *s, const float *logits, int n, float top,
+               int position, const int32_t *names, struct candidate *room, float *lead, int *n_left) {
     int k = s->temperature > 0 ? s->top_k : 1, left = by_min_p(kernels, s, logits, n, k, top, room);
     if (!left)
         left = likely(s, room, largest_k(kernels, logits, n, k, room), top);
@@ -295,8 +314,8 @@ int32_t sample(const struct kernels *kernels, const bmc_sampler *s, const float 
     return draw(s, room, left, top, position, names, lead);
 }
 
-void likeliest(const struct kernels *kernels, const float *logits, int n, int k, double log_sum, int32_t *ids, float *logprobs,
-               struct candidate *room) {
+void likeliest(const struct kernels *kernels, const float *logits, int n, int k, double log_sum, int32_t *ids,
+               float *logprobs, struct candidate *room) {
     k = largest_k(kernels, logits, n, k, room);
     sort(room, k);
     for (int i = 0; i < k; i++) {
@@ -317,7 +336,8 @@ static void first_k(struct candidate *c, int n, int k) {
     sort(c, k);
 }
 
-float drawn_logprobs(const bmc_sampler *s, struct candidate *c, int n, int32_t id, int k, int32_t *ids, float *logprobs) {
+float drawn_logprobs(const bmc_sampler *s, struct candidate *c, int n, int32_t id, int k, int32_t *ids,
+                     float *logprobs) {
     const double temperature = warmth(s);
     double sum = 0, its = NAN;
     float top = -INFINITY;
@@ -337,7 +357,8 @@ float drawn_logprobs(const bmc_sampler *s, struct candidate *c, int n, int32_t i
     return (float)(its - log(sum));
 }
 
-int bmc_choose(const float *logits, int n, const bmc_sampler *s, int position, const int32_t *history, int n_history, int32_t *id) {
+int bmc_choose(const float *logits, int n, const bmc_sampler *s, int position, const int32_t *history,
+               int n_history, int32_t *id) {
     if (!logits || n < 1 || !s || !id || position < 0 || n_history < 0 || (n_history && !history))
         return fail(BMC_EINVAL, "bmc_choose: needs logits, a sampler, a position and the tokens before");
     const struct kernels *kernels = kernels_find();
@@ -349,7 +370,8 @@ int bmc_choose(const float *logits, int n, const bmc_sampler *s, int position, c
     struct candidate *room = malloc((size_t)n * (sizeof *room + sizeof(float)));
     if (!room)
         return fail(BMC_ENOMEM, "no memory for %d candidates", n);
-    float *altered = (float *)(void *)(room + n), top = sampler_alter(kernels, s, NULL, history, n_history, logits, n, altered, room);
+    float *altered = (float *)(void *)(room + n);
+    float top = sampler_alter(kernels, s, NULL, history, n_history, logits, n, altered, room);
     for (int i = 0; i < n; i++)
         top = isnan(altered[i]) ? NAN : top;
     if (isfinite(top))

@@ -27,10 +27,11 @@ static int check_session(const bmc_model *m, int64_t cap, int r, int rope) {
     if (r < 0)
         return fail(BMC_EINVAL, "rows: expected 0 or more at a time, found %d", r);
     if (rope < 0 || rope > m->c.long_rope)
-        return fail(BMC_EINVAL, "rope: the model has %d tables for long contexts, number %d is asked for", (int)m->c.long_rope, rope);
+        return fail(BMC_EINVAL, "rope: the model has %d tables for long contexts, number %d is asked for",
+                    (int)m->c.long_rope, rope);
     if (m->position_embd.data && cap > m->c.n_ctx)
-        return fail(BMC_EINVAL, "context: the model has %d learned positions, %lld are asked for", (int)m->c.n_ctx,
-                    (long long)cap);
+        return fail(BMC_EINVAL, "context: the model has %d learned positions, %lld are asked for",
+                    (int)m->c.n_ctx, (long long)cap);
     return 0;
 }
 
@@ -38,7 +39,8 @@ static int init_arenas(bmc_session *s, int r) {
     const bmc_model *m = s->model;
     for (int i = 0; i < ARENAS; i++) {
         const struct arena_config config = {
-            .memory = i >= GPU_ROWS && m->cuda ? &m->cuda->memory : NULL, .streams = m->streams[i], .n_streams = m->n_streams[i], .cap = s->cap, .r = r ? r : arena_auto_rows(m->row_bytes[i]),
+            .memory = i >= GPU_ROWS && m->cuda ? &m->cuda->memory : NULL, .streams = m->streams[i],
+            .n_streams = m->n_streams[i], .cap = s->cap, .r = r ? r : arena_auto_rows(m->row_bytes[i]),
         };
         int status = arena_init(&s->arenas[i], &config);
         if (status)
@@ -122,7 +124,8 @@ int bmc_session_fork(bmc_session *parent, int position, bmc_session **session) {
 }
 
 void bmc_session_free(bmc_session *s) {
-    if (!s || claim(s))             /* in use: by a thread of the parent of a forked process, which left it half changed */
+    if (!s || claim(s))             /* in use: by a thread of the parent of a forked process,
+                                       which left it half changed */
         return;
     for (int i = 0; i < ARENAS; i++)
         arena_free(&s->arenas[i]);
@@ -146,11 +149,12 @@ static bool lacks_rows(const bmc_session *s, int position) {
     return false;
 }
 
-/* How far back a session gets towards a position without evaluating tokens again: states may have to go farther, and where rows of
- * windows are gone it starts anew. */
+/* How far back a session gets towards a position without evaluating tokens again: states may have to go
+ * farther, and where rows of windows are gone it starts anew. */
 static int nearest(const bmc_session *s, int position) {
     int found = position, before;
-    do {                                        /* both places: one may have to go farther back than the other */
+    /* Both places: one may have to go farther back than the other. */
+    do {
         before = found;
         for (int i = 0; i < PLACES; i++)
             found = states_nearest(&s->states[i], found);
@@ -187,7 +191,9 @@ int bmc_session_nearest(bmc_session *s, int position) {
 static int go_back(bmc_session *s, int position) {
     int reached = reach(s, position), status = 0;
     if (reached < position) {
-        const bmc_span again = { .session = s, .tokens = s->tokens + reached, .n_tok = position - reached, .want = BMC_WANT_NONE };
+        const bmc_span again = {
+            .session = s, .tokens = s->tokens + reached, .n_tok = position - reached, .want = BMC_WANT_NONE
+        };
         status = reserve(s, again.n_tok);
         if (!status)
             status = evaluate_claimed(&again, 1, false);
@@ -270,7 +276,8 @@ int bmc_session_keep_hidden(bmc_session *s) {
     if (status)
         return status;
     if (!m->c.causal || m->target)
-        status = fail(BMC_EINVAL, "hidden states are kept for a draft head only: expected a model that writes text");
+        status = fail(BMC_EINVAL,
+                      "hidden states are kept for a draft head only: expected a model that writes text");
     else if (!s->hidden.rows) {
         s->hidden.rows = malloc(HIDDEN_KEPT * padded(m->c.dim) * sizeof *s->hidden.rows);
         s->hidden.from = s->position;
@@ -293,7 +300,9 @@ int bmc_session_stats(const bmc_session *s, bmc_arena_stats *stats) {
     for (int i = ARENAS - 1; i >= 0; i--)
         if (s->model->n_streams[order[i]])
             a = &s->arenas[order[i]];
-    *stats = (bmc_arena_stats){ .rows_reserved = a->rows_reserved, .rows_used = s->position, .r = a->config.r };
+    *stats = (bmc_arena_stats){
+        .rows_reserved = a->rows_reserved, .rows_used = s->position, .r = a->config.r,
+    };
     for (int i = 0; i < PLACES; i++) {
         stats->bytes_reserved += states_bytes(&s->states[i]);
         stats->state_bytes += (int64_t)(s->states[i].floats * sizeof(float));
@@ -319,27 +328,34 @@ static int check_span(const bmc_span *span, const bmc_model *m) {
     if (span->last < 0)
         return fail(BMC_EINVAL, "last: expected 0 or more rows, found %d", (int)span->last);
     if (!span->before != !m->target)
-        return fail(BMC_EINVAL, m->target ? "this model is a draft head: its tokens come with the hidden states before them"
-                                          : "hidden states come with tokens of a draft head only");
+        return m->target ? fail(BMC_EINVAL, "this model is a draft head: "
+                                            "its tokens come with the hidden states before them")
+                         : fail(BMC_EINVAL, "hidden states come with tokens of a draft head only");
     if (span->sampler && sampler_check(span->sampler, m->c.vocab_size))
         return BMC_EINVAL;
-    if (span->n_top < 0 || span->n_top > m->c.vocab_size || (span->n_top && (!span->top_ids || !span->top_logprobs)))
-        return fail(BMC_EINVAL, "n_top: expected 0 to %d and room for the results, found %d", (int)m->c.vocab_size, (int)span->n_top);
+    if (span->n_top < 0 || span->n_top > m->c.vocab_size
+        || (span->n_top && (!span->top_ids || !span->top_logprobs)))
+        return fail(BMC_EINVAL, "n_top: expected 0 to %d and room for the results, found %d",
+                    (int)m->c.vocab_size, (int)span->n_top);
     if (!m->c.causal && (span->session->position || span->n_tok > m->pass_max))
-        return fail(BMC_EINVAL, "this model reads a text as a whole: expected 1 to %d tokens in an empty session, found %d", m->pass_max, (int)span->n_tok);
+        return fail(BMC_EINVAL,
+                    "this model reads a text as a whole: "
+                    "expected 1 to %d tokens in an empty session, found %d", m->pass_max, (int)span->n_tok);
     if (!m->c.causal && (span->sampler || span->mask || span->n_top))
         return fail(BMC_EINVAL, "this model reads a text as a whole: no tokens are chosen after it");
-    if (!m->output.data && (span->logits || span->next || span->logprob || span->n_top || span->given))
+    if (!m->output.data && span_has_logits(span))
         return fail(BMC_EINVAL, "this model has no logits, only hidden states");
     if (span->given && !span->given_logprob)
         return fail(BMC_EINVAL, "given: the log-probabilities of these ids need room");
     const int n_wanted = span->want == BMC_WANT_ALL ? span->n_tok : span->want != BMC_WANT_NONE;
     for (int i = 0; span->given && i < n_wanted; i++)
         if (span->given[i] < 0 || span->given[i] >= m->c.vocab_size)
-            return fail(BMC_EINVAL, "given: token ids are 0 to %d, found %d", (int)m->c.vocab_size - 1, (int)span->given[i]);
+            return fail(BMC_EINVAL, "given: token ids are 0 to %d, found %d", (int)m->c.vocab_size - 1,
+                        (int)span->given[i]);
     for (int i = 0; i < span->n_tok; i++)
         if (span->tokens[i] < 0 || span->tokens[i] >= m->c.vocab_size)
-            return fail(BMC_EINVAL, "token ids are 0 to %d, found %d", (int)m->c.vocab_size - 1, (int)span->tokens[i]);
+            return fail(BMC_EINVAL, "token ids are 0 to %d, found %d", (int)m->c.vocab_size - 1,
+                        (int)span->tokens[i]);
     return 0;
 }
 
@@ -356,7 +372,8 @@ static int claim_all(const bmc_span *spans, int n) {
     for (int i = 0; i < n && !status; i++)
         status = reserve(spans[i].session, spans[i].n_tok);
     for (int i = 0; i < n && !status; i++)          /* penalties look at them during the pass */
-        memcpy(spans[i].session->tokens + spans[i].session->position, spans[i].tokens, (size_t)spans[i].n_tok * sizeof(int32_t));
+        memcpy(spans[i].session->tokens + spans[i].session->position, spans[i].tokens,
+               (size_t)spans[i].n_tok * sizeof(int32_t));
     for (int i = 0; status && i < claimed; i++)
         release(spans[i].session);
     return status;
@@ -368,13 +385,15 @@ static bool wanted(const bmc_span *span, int i) {
 }
 
 /* What the choice among logits needs beyond the best of them. */
-static bool needs_all(const bmc_span *span, const uint32_t *mask) { return span->sampler || mask || span->n_top; }
+static bool needs_all(const bmc_span *span, const uint32_t *mask) {
+    return span->sampler || mask || span->n_top;
+}
 
 static void push_wanted(struct pass *p, const bmc_span *span, int i, struct wanted *out) {
     const size_t row = span->want == BMC_WANT_ALL ? (size_t)i : 0, n = (size_t)p->model->c.vocab_size;
     out->row = (int)row;
     out->hidden = span->hidden ? span->hidden + row * (size_t)p->model->c.dim : NULL;
-    out->chooses = span->logits || span->next || span->logprob || span->n_top || span->given;
+    out->chooses = span_has_logits(span);
     p->n_choosing += out->chooses;
     out->mask = span->mask ? span->mask + row * ((n + 31) / 32) : NULL;
     if (span->logits)
@@ -392,7 +411,9 @@ static void push(struct pass *p, const bmc_span *span, int i) {
     const bool kept = span->session->hidden.rows && i >= span->n_tok - HIDDEN_KEPT;
     if (kept || wanted(span, i)) {
         struct wanted *out = &p->out[p->n_out++];
-        *out = (struct wanted){ .span = span, .tok = p->n_tok, .kept = kept ? hidden_row(span->session, pos) : NULL };
+        *out = (struct wanted){
+            .span = span, .tok = p->n_tok, .kept = kept ? hidden_row(span->session, pos) : NULL,
+        };
         if (wanted(span, i))
             push_wanted(p, span, i, out);
     }
@@ -427,14 +448,16 @@ static int run_pass(struct pass *p) {
 /* Whether each token's logits are sampled from and have no other place to go. */
 static bool takes_rows(const bmc_span *span) { return !span->logits && needs_all(span, span->mask); }
 
-/* Whether a whole chunk for cuBLAS begins with token i of a span. Guesses are in none: they never come with that many tokens. */
+/* Whether a whole chunk for cuBLAS begins with token i of a span. Guesses are in none: they never come
+ * with that many tokens. */
 static bool chunk_begins(const bmc_model *m, const bmc_span *span, int i) {
-    return m->cublas && m->cuda && (span->session->position + i) % BMC_PROMPT_CHUNK == 0 && span->n_tok - i >= BMC_PROMPT_CHUNK
-           && !(span->want == BMC_WANT_ALL && takes_rows(span));
+    return m->cublas && m->cuda && (span->session->position + i) % BMC_PROMPT_CHUNK == 0
+        && span->n_tok - i >= BMC_PROMPT_CHUNK && !(span->want == BMC_WANT_ALL && takes_rows(span));
 }
 
-/* Whether a span that has to stay whole would be cut by the end of a pass. The text of a model that is not causal is read at once,
- * and guesses are in one pass since states can be taken back to where the last pass began. */
+/* Whether a span that has to stay whole would be cut by the end of a pass. The text of a model
+ * that is not causal is read at once, and guesses are in one pass since states can be taken back to
+ * where the last pass began. */
 static bool would_split(const struct pass *p, const bmc_span *span) {
     const bool whole = !p->model->c.causal || (span->want == BMC_WANT_ALL && span->n_tok <= LOG_MAX);
     const int sampled = takes_rows(span) ? span->n_tok : 0;
@@ -446,8 +469,8 @@ static bool is_full(const struct pass *p) {
     return p->n_tok == (p->chunk ? BMC_PROMPT_CHUNK : p->model->pass_max) || p->n_sampled == SAMPLED_MAX;
 }
 
-/* Passes of up to pass_max tokens, SAMPLED_MAX of them with a sampler, over all spans, one after the other. A chunk for cuBLAS is a
- * pass of its own. */
+/* Passes of up to pass_max tokens, SAMPLED_MAX of them with a sampler, over all spans, one after the other. A
+ * chunk for cuBLAS is a pass of its own. */
 static int run_passes(struct pass *p, const bmc_span *spans, int n) {
     int status = 0;
     for (int s = 0; s < n && !status; s++) {
@@ -479,8 +502,9 @@ static void advance(const bmc_model *m, const bmc_span *spans, int n) {
     }
 }
 
-/* The sessions as they were, after a pass that failed: states that it changed go back, and hidden states that it overwrote are gone. How far
- * states on a GPU got is not known: they go back to a snapshot, and the session with them. */
+/* The sessions as they were, after a pass that failed: states that it changed go back, and hidden states
+ * that it overwrote are gone. How far states on a GPU got is not known: they go back to a snapshot, and
+ * the session with them. */
 static void undo(const bmc_span *spans, int n) {
     for (int s = 0; s < n; s++) {
         bmc_session *session = spans[s].session;
@@ -493,8 +517,9 @@ static void undo(const bmc_span *spans, int n) {
 /* What a pass notes down, made for one call. */
 static struct pass *make_pass(bmc_model *m, int n_tok) {
     const size_t n = (size_t)smaller(n_tok, m->pass_max), parts = m->output.data ? (size_t)head_parts(m) : 0;
-    const size_t bytes = n * (sizeof(struct place) + sizeof(struct wanted) + sizeof(struct run) + parts * sizeof(struct best) + sizeof(float));
-    struct pass *p = malloc(sizeof *p + bytes + 64);
+    const size_t each = sizeof(struct place) + sizeof(struct wanted) + sizeof(struct run)
+                      + parts * sizeof(struct best) + sizeof(float);
+    struct pass *p = malloc(sizeof *p + n * each + 64);
     if (!p) {
         fail(BMC_ENOMEM, "no memory for a pass over %d tokens", n_tok);
         return NULL;

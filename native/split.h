@@ -6,7 +6,8 @@
 
 struct split {
     uint8_t codes[256];     /* unsigned, one a byte */
-    uint8_t scales[16];     /* per 32 or 16 columns; of IQ1_M, IQ2_XS, IQ2_S two in a byte, the low nibble first */
+    uint8_t scales[16];     /* per 32 or 16 columns; of IQ1_M, IQ2_XS,
+                               IQ2_S two in a byte, the low nibble first */
     uint8_t mins[16];
     uint16_t d, m;          /* f16; m is what code 0 stands for, so that w = d*scale*code + m*min */
 };

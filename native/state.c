@@ -9,8 +9,8 @@
 #include <stdlib.h>
 #include <string.h>
 
-/* Of each stream the anchor and the rows before it, never changed. on: where the values are; NULL: the heap, as there may be more
- * of them than a process may have mappings. */
+/* Of each stream the anchor and the rows before it, never changed. on: where the values are; NULL: the heap,
+ * as there may be more of them than a process may have mappings. */
 struct copy { atomic_int users; const struct memory *on; float *values; size_t bytes; };
 
 static const struct memory *place_of(const struct states *s) { return s->on ? s->on : &memory_host; }
@@ -70,7 +70,10 @@ void states_free(struct states *s) {
 static double megabytes(size_t floats) { return (double)floats * sizeof(float) / 1e6; }
 
 static int check_lost(const struct states *s) {
-    return s->lost ? fail(BMC_EDEVICE, "the states of this session are lost: the GPU failed while they were changed") : 0;
+    if (s->lost)
+        return fail(BMC_EDEVICE,
+                    "the states of this session are lost: the GPU failed while they were changed");
+    return 0;
 }
 
 int states_reserve(struct states *s) {
@@ -280,7 +283,8 @@ int states_import(struct states *s, int position, int n_log, bool as_snapshot, c
     if (as_snapshot)
         return import_snapshot(s, position, values);
     s->base = position;
-    s->current = n_log ? position + n_log + 1 : position;       /* beyond its end: the next pass does the log again */
+    /* Beyond its end: the next pass does the log again. */
+    s->current = n_log ? position + n_log + 1 : position;
     load(s, n_log, values, on->send);
     const int status = on->wait(on->of);
     s->lost |= status != 0;

@@ -8,8 +8,8 @@
  * that is full, the anchor moves on to LOG_KEPT tokens before the end. Farther back there are snapshots of
  * anchors.
  *
- * A block's stream holds, one after the other: the current state, the anchor, and a ring of log rows, one
- * for each token from n_before before `base` on: the inputs of its convolution and what it did to the state. */
+ * A block's stream holds, one after the other: the current state, the anchor, and a ring of log rows, one for
+ * each token from n_before before `base` on: the inputs of its convolution and what it did to the state. */
 #ifndef STATE_H
 #define STATE_H
 
@@ -56,7 +56,8 @@ size_t states_measure(struct state_size *sizes, int n);
 
 void states_init(struct states *s, const struct state_size *sizes, int n);
 void states_free(struct states *s);
-int states_reserve(struct states *s);                           /* memory for them; 0, BMC_ENOMEM, or BMC_EDEVICE once they are lost */
+/* Memory for them; 0, BMC_ENOMEM, or BMC_EDEVICE once they are lost. */
+int states_reserve(struct states *s);
 
 /* What a pass over n tokens from `start` on has to do; start is within base .. current. */
 struct state_run states_plan(const struct states *s, int start, int n);
@@ -65,13 +66,15 @@ void states_done(struct states *s, const struct state_run *run);
 /* How far back towards `position` the states get without evaluating tokens again. */
 int states_nearest(const struct states *s, int position);
 
-/* Takes the states back to `position`, or to an earlier one, from where tokens have to be evaluated again; which one. */
+/* Takes the states back to `position`, or to an earlier one, from where tokens have to be
+ * evaluated again; which one. */
 int states_rewind(struct states *s, int position);
 
 /* What they are is not known: the next rewind goes to a snapshot, or to the beginning. */
 void states_doubt(struct states *s);
 
-/* Keeps a copy of the anchors: to come back to where the states are will need few tokens. 0, BMC_ENOMEM or BMC_EDEVICE. */
+/* Keeps a copy of the anchors: to come back to where the states are will need few tokens. 0,
+ * BMC_ENOMEM or BMC_EDEVICE. */
 int states_snapshot(struct states *s);
 
 /* to: empty, of the same sizes and in the same place. 0, BMC_ENOMEM or BMC_EDEVICE. */
@@ -79,12 +82,15 @@ int states_copy(struct states *to, const struct states *from);
 
 int64_t states_bytes(const struct states *s);
 
-/* Anchors as numbers, with the log of n_log tokens: those at base, or of the snapshot of a position, whose log is empty. */
+/* Anchors as numbers, with the log of n_log tokens: those at base, or of the snapshot of a
+ * position, whose log is empty. */
 size_t states_floats(const struct states *s, int n_log);
 bool states_has_snapshot(const struct states *s, int position);
-int states_export(const struct states *s, int position, int n_log, float *values);     /* 0, BMC_EINVAL: there are none, or BMC_EDEVICE */
+/* 0, BMC_EINVAL: there are none, or BMC_EDEVICE */
+int states_export(const struct states *s, int position, int n_log, float *values);
 
-/* The other way: as the states after position + n_log tokens, or as a snapshot. 0, BMC_ENOMEM or BMC_EDEVICE. */
+/* The other way: as the states after position + n_log tokens, or as a snapshot. 0,
+ * BMC_ENOMEM or BMC_EDEVICE. */
 int states_import(struct states *s, int position, int n_log, bool as_snapshot, const float *values);
 void states_forget(struct states *s, int position);            /* snapshots of more tokens */
 

@@ -85,8 +85,9 @@ static void norm_rows(struct pass *p, struct tokens in, int n, struct vector wei
 }
 
 static void move_row(struct rows rows, int to, int from) {
-    memmove(rows.x + (size_t)to * rows.stride, rows.x + (size_t)from * rows.stride,
-            rows.stride * sizeof *rows.x);
+    if (rows.stride)
+        memmove(rows.x + (size_t)to * rows.stride, rows.x + (size_t)from * rows.stride,
+                rows.stride * sizeof *rows.x);
 }
 
 static void keep(struct pass *p, const struct rows *rows, int n, int thread) {
@@ -103,6 +104,7 @@ const struct machine cpu_machine = {
     .name = "CPU", .norm = normed, .norm_rows = norm_rows, .quantize = quantize_rows, .multiply = multiply,
     .gate_up = gate_up_all, .place = place_heads, .compress = place_latents, .attend = attend_all,
     .recur = recur, .short_conv = short_conv, .experts = run_experts, .gate = gate_rows,
-    .join_per_layer = join_per_layer, .scale_rows = scale_rows, .add_normed = add_normed_rows, .altup = altup_step, .keep = keep, .give = give_hidden,
+    .join_per_layer = join_per_layer, .scale_rows = scale_rows, .add_normed = add_normed_rows,
+    .altup = altup_step, .keep = keep, .give = give_hidden,
     .head = head, .end = barrier,
 };

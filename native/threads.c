@@ -16,10 +16,10 @@
 #define pause_cpu() ((void)0)
 #endif
 
-/* How often a waiting thread polls before it sleeps. Within a run about 50 us: on a busy machine the thread it waits for may need
- * this core. Between runs about 2 ms: that covers showing tokens and preparing the next call, and waking up takes longer than a
- * barrier of a small model, on a core that has slowed down. With more threads than cores a spinning thread occupies the core that
- * the other one needs, so it sleeps at once. */
+/* How often a waiting thread polls before it sleeps. Within a run about 50 us: on a busy machine the thread
+ * it waits for may need this core. Between runs about 2 ms: that covers showing tokens and preparing the next
+ * call, and waking up takes longer than a barrier of a small model, on a core that has slowed down. With more
+ * threads than cores a spinning thread occupies the core that the other one needs, so it sleeps at once. */
 enum { PATIENCE = 1500, IDLE_PATIENCE = 60000 };
 
 struct pool {
@@ -41,7 +41,8 @@ struct pool {
     _Alignas(64) pthread_mutex_t lock;      /* for sleeping only */
     pthread_cond_t wake;
     atomic_int asleep;
-    struct own { _Alignas(64) atomic_uint_fast64_t taken; } own[];      /* of each thread's own things: step << 32 | how many */
+    /* Of each thread's own things: step << 32 | how many. */
+    struct own { _Alignas(64) atomic_uint_fast64_t taken; } own[];
 };
 
 struct worker { struct pool *pool; int thread; };
@@ -137,7 +138,8 @@ void pool_run(struct pool *p, void (*fn)(void *, int), void *arg) {
     pthread_mutex_lock(&p->turn);
     if (p->alone) {
         p->alone = false;
-        start_workers(p, p->n);         /* if the system refuses some: results do not depend on their number */
+        /* If the system refuses some: results do not depend on their number. */
+        start_workers(p, p->n);
     }
     if (p->n == 1) {
         atomic_fetch_add_explicit(&p->run, 1, memory_order_relaxed);
@@ -176,8 +178,8 @@ void pool_share(const struct pool *p, int thread, int64_t n, int64_t unit, int64
         *from = *to;
 }
 
-/* Half of what is left of a thread's own share of n things. A count from an earlier step is ignored: steps are separated by a
- * barrier or by the end of the run. */
+/* Half of what is left of a thread's own share of n things. A count from an earlier step is ignored: steps
+ * are separated by a barrier or by the end of the run. */
 static bool take_of(struct pool *p, int thread, uint64_t step, int64_t n, int64_t *from, int64_t *to) {
     atomic_uint_fast64_t *taken = &p->own[thread].taken;
     uint_fast64_t seen = atomic_load_explicit(taken, memory_order_relaxed);
@@ -188,8 +190,8 @@ static bool take_of(struct pool *p, int thread, uint64_t step, int64_t n, int64_
         if (at >= end)
             return false;
         *to = at + (end - at + 1) / 2;
-    } while (!atomic_compare_exchange_weak_explicit(taken, &seen, step << 32 | (uint64_t)(*to - begin), memory_order_relaxed,
-                                                    memory_order_relaxed));
+    } while (!atomic_compare_exchange_weak_explicit(taken, &seen, step << 32 | (uint64_t)(*to - begin),
+                                                    memory_order_relaxed, memory_order_relaxed));
     *from = at;
     return true;
 }

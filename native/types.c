@@ -5,7 +5,8 @@
 const int8_t iq4_values[16] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
 const int8_t mxfp4_values[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12};
 
-/* The order of the float operations is the definition of a type: scale times group scale first, then the weight. */
+/* The order of the float operations is the definition of a type: scale times group scale
+ * first, then the weight. */
 
 static void dequantize_f32(const void *blocks, int64_t n, float *out) {
     memcpy(out, blocks, (size_t)n * sizeof *out);
@@ -144,7 +145,8 @@ static void dequantize_q5_k(const void *blocks, int64_t n, float *out) {
         uint8_t scales[8], mins[8];
         q4_k_scales(b->scales, scales, mins);
         for (int j = 0; j < 256; j++) {
-            int g = j / 32, q = (b->qs[j / 64 * 32 + j % 32] >> g % 2 * 4 & 15) | (b->qh[j % 32] >> g & 1) << 4;
+            int g = j / 32;
+            int q = (b->qs[j / 64 * 32 + j % 32] >> g % 2 * 4 & 15) | (b->qh[j % 32] >> g & 1) << 4;
             out[j] = scale * (float)scales[g] * (float)q - min * (float)mins[g];
         }
     }
@@ -196,8 +198,8 @@ PLAIN_CODES(tq1_0, 256, 1)
 PLAIN_CODES(tq2_0, 256, 1)
 
 /* w = d * unit * (s + 1/2) * values[code], s per 16 or 32 weights */
-static inline void grid_codes(const void *blocks, int64_t n, float *out, split_fn *split, size_t bytes, int per,
-                              float unit, const float *values) {
+static inline void grid_codes(const void *blocks, int64_t n, float *out, split_fn *split, size_t bytes,
+                              int per, float unit, const float *values) {
     struct split s;
     for (const char *b = blocks; n > 0; n -= 256, out += 256, b += bytes) {
         split(b, &s);

@@ -1,14 +1,16 @@
 /* The tensor types of GGUF: how their bytes lie and what they mean.
  *
- * A type is a block: block_size weights in type_size bytes. The diagrams below go from the first byte to the
- * last; 16-bit fields are little-endian. The structs are packed because a file may start a tensor anywhere. */
+ * A type is a block: block_size weights in type_size bytes. The diagrams below go from the first
+ * byte to the last; 16-bit fields are little-endian. The structs are packed because a file may
+ * start a tensor anywhere. */
 #ifndef TYPES_H
 #define TYPES_H
 
 #include <stdint.h>
 #include <string.h>
 
-enum {                          /* ggml's numbers, as files carry them; a number that is missing was retired */
+enum {                          /* ggml's numbers, as files carry them;
+                                   a number that is missing was retired */
     TYPE_F32 = 0, TYPE_F16 = 1, TYPE_Q4_0 = 2, TYPE_Q4_1 = 3, TYPE_Q5_0 = 6, TYPE_Q5_1 = 7, TYPE_Q8_0 = 8,
     TYPE_Q8_1 = 9, TYPE_Q2_K = 10, TYPE_Q3_K = 11, TYPE_Q4_K = 12, TYPE_Q5_K = 13, TYPE_Q6_K = 14,
     TYPE_Q8_K = 15, TYPE_IQ2_XXS = 16, TYPE_IQ2_XS = 17, TYPE_IQ3_XXS = 18, TYPE_IQ1_S = 19,
@@ -40,7 +42,8 @@ typedef struct { float w[COARSE_BLOCK]; } block_coarse;
 
 #pragma pack(push, 1)
 
-/* Types of 32. w[j] is the low nibble of qs[j], w[j + 16] the high one; bit j of qh is the fifth bit of w[j]. */
+/* Types of 32. w[j] is the low nibble of qs[j], w[j + 16] the high one; bit j of qh is
+ * the fifth bit of w[j]. */
 
 /* Q4_0: w = scale * (q - 8)
  *   | scale f16 | qs[0] .. qs[15] |  */
@@ -81,7 +84,8 @@ _Static_assert(sizeof(block_mxfp4) == 17, "MXFP4 is 17 bytes on disk");
 
 /* Q2_K: w = scale * (sm & 15) * q - min * (sm >> 4), sm = scales[j / 16]
  *   | scales[0] .. scales[15] | qs[0] .. qs[63] | scale f16 | min f16 |
- *   each 128 weights take 32 bytes of qs: bits 0-1 hold w[0..31], 2-3 w[32..63], 4-5 w[64..95], 6-7 w[96..127]  */
+ *   each 128 weights take 32 bytes of qs: bits 0-1 hold w[0..31], 2-3 w[32..63], 4-5 w[64..95] and
+ *   6-7 w[96..127]  */
 typedef struct { uint8_t scales[16]; uint8_t qs[64]; uint16_t scale, min; } block_q2_k;
 _Static_assert(sizeof(block_q2_k) == 84, "Q2_K is 84 bytes on disk");
 
@@ -92,7 +96,8 @@ typedef struct { uint8_t hmask[32]; uint8_t qs[64]; uint8_t scales[12]; uint16_t
 _Static_assert(sizeof(block_q3_k) == 110, "Q3_K is 110 bytes on disk");
 
 /* Q4_K: w = scale * scales[j / 32] * q - min * mins[j / 32]
- *   | scale f16 | min f16 | scales[12]: eight scales and eight mins of 6 bits, q4_k_scales | qs[0] .. qs[127] |
+ *   | scale f16 | min f16 | scales[12] | qs[0] .. qs[127] |
+ *   scales: eight scales and eight mins of 6 bits, q4_k_scales
  *   each 64 weights take 32 bytes of qs: low nibbles hold w[0..31], high ones w[32..63]  */
 typedef struct { uint16_t scale, min; uint8_t scales[12]; uint8_t qs[128]; } block_q4_k;
 _Static_assert(sizeof(block_q4_k) == 144, "Q4_K is 144 bytes on disk");
@@ -105,7 +110,8 @@ _Static_assert(sizeof(block_q5_k) == 176, "Q5_K is 176 bytes on disk");
 /* Q6_K: w = scale * scales[j / 16] * (q - 32)
  *   | ql[0] .. ql[127] | qh[0] .. qh[63] | scales[0] .. scales[15], signed | scale f16 |
  *   each 128 weights take 64 bytes of ql: low nibbles hold w[0..63], high ones w[64..127];
- *   and 32 bytes of qh: bits 0-1 belong to w[0..31], 2-3 to w[32..63], 4-5 to w[64..95], 6-7 to w[96..127]  */
+ *   and 32 bytes of qh: bits 0-1 belong to w[0..31], 2-3 to w[32..63], 4-5 to w[64..95] and 6-7 to
+ *   w[96..127]  */
 typedef struct { uint8_t ql[128]; uint8_t qh[64]; int8_t scales[16]; uint16_t scale; } block_q6_k;
 _Static_assert(sizeof(block_q6_k) == 210, "Q6_K is 210 bytes on disk");
 
@@ -134,14 +140,14 @@ _Static_assert(sizeof(block_tq2_0) == 66, "TQ2_0 is 66 bytes on disk");
 
 /* TQ1_0: w = scale * (t - 1)
  *   | qs[0] .. qs[47] | qh[0] .. qh[3] | scale f16 |
- *   a byte is 256 times the fraction 0.t0 t1 t2 t3 t4 of base 3 (of qh: four digits), rounded up. Digit i of qs[j]
- *   is w[32i + j], of qs[32 + j] w[160 + 16i + j], of qh[j] w[240 + 4i + j].  */
+ *   a byte is 256 times the fraction 0.t0 t1 t2 t3 t4 of base 3 (of qh: four digits), rounded up.
+ *   Digit i of qs[j] is w[32i + j], of qs[32 + j] w[160 + 16i + j], of qh[j] w[240 + 4i + j].  */
 typedef struct { uint8_t qs[48]; uint8_t qh[4]; uint16_t scale; } block_tq1_0;
 _Static_assert(sizeof(block_tq1_0) == 54, "TQ1_0 is 54 bytes on disk");
 
-/* The IQ types of up to three bits: an index of a grid (grids.h) stands for 8 levels (IQ3: 4), and s is a scale of
- * four bits (IQ1: three). IQ2 and IQ3 have a sign bit for each weight, 1 where it is negative. "7 signs" are those of
- * eight weights: an even number of the eight is set, so that the last one is left out. */
+/* The IQ types of up to three bits: an index of a grid (grids.h) stands for 8 levels (IQ3: 4), and s is a
+ * scale of four bits (IQ1: three). IQ2 and IQ3 have a sign bit for each weight, 1 where it is negative. "7
+ * signs" are those of eight weights: an even number of the eight is set, so that the last one is left out. */
 
 /* IQ2_XXS: w = scale / 4 * (s + 1/2) * (8, 25 or 43, with its sign)
  *   | scale f16 | 8 times, for 32 weights: qs[0] .. qs[3], indices | signs u32: 4 times 7 signs, then s |  */
@@ -149,7 +155,8 @@ typedef struct { uint16_t scale; struct { uint8_t qs[4]; uint32_t signs; } group
 _Static_assert(sizeof(block_iq2_xxs) == 66, "IQ2_XXS is 66 bytes on disk");
 
 /* IQ2_XS: as IQ2_XXS, s per 16 weights
- *   | scale f16 | qs u16 [32]: index of 9 bits, then 7 signs | scales[0] .. scales[7]: two s, the low nibble first |  */
+ *   | scale f16 | qs u16 [32]: index of 9 bits, then 7 signs | scales[0] .. scales[7] |
+ *   scales: two s in a byte, the low nibble first  */
 typedef struct { uint16_t scale, qs[32]; uint8_t scales[8]; } block_iq2_xs;
 _Static_assert(sizeof(block_iq2_xs) == 74, "IQ2_XS is 74 bytes on disk");
 
@@ -172,7 +179,8 @@ _Static_assert(sizeof(block_iq3_s) == 110, "IQ3_S is 110 bytes on disk");
 
 /* IQ1_S: w = scale * (2s + 1) * (level - 1 + shift)
  *   | scale f16 | qs[0] .. qs[31] | qh u16 [8] |
- *   qh, for 32 weights: 4 times the three high bits of an index, then s, then 0 where shift is 1/8, 1 where -1/8  */
+ *   qh, for 32 weights: 4 times the three high bits of an index, then s, then the shift: 0 for 1/8,
+ *   1 for -1/8  */
 typedef struct { uint16_t scale; uint8_t qs[32]; uint16_t qh[8]; } block_iq1_s;
 _Static_assert(sizeof(block_iq1_s) == 50, "IQ1_S is 50 bytes on disk");
 
@@ -220,7 +228,8 @@ static inline uint16_t f32_to_f16(float f) {
     uint32_t bits = f32_bits(f), sign = bits >> 16 & 0x8000, x = bits & 0x7fffffff;
     if (x > 0x7f800000)
         return (uint16_t)(sign | 0x7e00 | (x >> 13 & 0x3ff));
-    if (x >= f32_bits(65520.0f))                       /* halfway from the largest half to the next power of 2 */
+    /* Halfway from the largest half to the next power of 2. */
+    if (x >= f32_bits(65520.0f))
         return (uint16_t)(sign | 0x7c00);
     if (x < f32_bits(0x1p-14f))                        /* 0.5's last bit weighs what a subnormal's does */
         return (uint16_t)(sign | (f32_bits(f32_from_bits(x) + 0.5f) - f32_bits(0.5f)));
@@ -251,7 +260,8 @@ static inline float e4m3_half(uint8_t x) { return f16_to_f32((uint16_t)(x << 7))
 /* A file's scale as e4m3_half takes it: NaN counts as 0, and bit 7 is ignored. */
 static inline uint8_t nvfp4_scale(uint8_t x) { return x == 0x7f ? 0 : x & 0x7f; }
 
-/* Group j < 4 has its 6 bits in one byte; group j >= 4 has 4 in the last bytes and 2 on top of group j - 4. */
+/* Group j < 4 has its 6 bits in one byte; group j >= 4 has 4 in the last bytes and 2
+ * on top of group j - 4. */
 static inline void q4_k_scales(const uint8_t packed[12], uint8_t scales[8], uint8_t mins[8]) {
     for (int j = 0; j < 4; j++) {
         scales[j] = packed[j] & 63;

@@ -87,6 +87,29 @@ def test_importing_pybmc_loads_nothing_heavy():
     assert in_a_process(code) == ["[]"]
 
 
+def refusal(*blocks):
+    """What a model says that is made of these blocks."""
+    sizes = dict(dim=32, vocab_size=8, n_ctx=8, n_layers=1, causal=1, n_blocks=len(blocks))
+    kept = ffi.new("bmc_block[]", [dict(layer=7) | block for block in blocks])
+    config, tensors = ffi.new("bmc_config *", sizes | dict(blocks=kept)), ffi.new("bmc_tensor[1]")
+    with pytest.raises(pybmc.FormatError) as error:
+        check(lib.bmc_model_new(config, tensors, 1, 1, ffi.new("bmc_model **")))
+    return str(error.value)
+
+
+@pytest.mark.parametrize("kv_from", [-1, -10**6, -2**31, 2, 2**31 - 1])
+def test_rows_of_a_block_that_is_not_there(kv_from):
+    attention = dict(kind=lib.BMC_ATTENTION, n_heads=1, n_kv_heads=1, k_dim=16, v_dim=16, attn_scale=0.25)
+    assert "cannot read the keys and values of layer -1" in refusal(attention, attention | dict(kv_from=kv_from))
+
+
+@pytest.mark.parametrize("setting", [dict(act=-1), dict(act=lib.BMC_ACTS), dict(route=-1), dict(route=3)])
+@pytest.mark.parametrize("kind", ["BMC_DENSE", "BMC_EXPERTS", "BMC_PER_LAYER"])
+def test_functions_that_are_not_there(kind, setting):
+    sizes = dict(kind=getattr(lib, kind), hidden_dim=32, n_experts=4, n_active=2, gating=1)
+    assert "layer 7: there is no activation" in refusal(sizes | setting)
+
+
 def test_as_array_accepts_what_fits():
     tokens = np.arange(5, dtype=np.int32)
     assert np.shares_memory(as_array(tokens, np.int32), tokens)

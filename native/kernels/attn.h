@@ -6,17 +6,19 @@
 
 INLINE int lane(int t) { return t < 0 ? 0 : t > 16 ? 16 : t; }
 
-/* The next chunk is fetched meanwhile, line by line at an even pace, in the order of memory as far as it goes: a burst would
- * delay the current reads, and K and V of a tile are too short for the hardware prefetcher. One half of the
- * chunk goes with the keys of this one, the other with its values; i counts a tile's columns. To the second level, since
- * the first is smaller than a chunk. */
+/* The next chunk is fetched meanwhile, line by line at an even pace, in the order of memory as far as
+ * it goes: a burst would delay the current reads, and K and V of a tile are too short for the hardware
+ * prefetcher. One half of the chunk goes with the keys of this one, the other with its values; i counts a
+ * tile's columns. To the second level, since the first is smaller than a chunk. */
 INLINE void fetch(const struct attn_job *j, int half, int tile, int i) {
-    __builtin_prefetch(j->next[half * CHUNK / TILE / 2 + tile / 2] + (tile % 2 * j->head_dim + i) * TILE, 0, 2);
+    const uint16_t *next = j->next[half * CHUNK / TILE / 2 + tile / 2];
+    __builtin_prefetch(next + (tile % 2 * j->head_dim + i) * TILE, 0, 2);
 }
 
 /* s[r][t] = q[row + r] . K[t] for R rows and the tokens of T tiles: one fma chain over head_dim a score.
  * wide: the tile's keys as floats, or NULL. */
-INLINE void score(const struct attn_job *j, int row, const int R, int tile, const int T, const float *wide, float s[][CHUNK]) {
+INLINE void score(const struct attn_job *j, int row, const int R, int tile, const int T, const float *wide,
+                  float s[][CHUNK]) {
     f32x16 acc[ROWS_MAX][4];
     const float *q[ROWS_MAX];
     const uint16_t *k[4];
@@ -48,8 +50,8 @@ INLINE void score(const struct attn_job *j, int row, const int R, int tile, cons
             f_store(s[r] + (tile + t) * TILE, acc[r][t]);
 }
 
-INLINE void score_tiles(const struct attn_job *j, int row, const int R, int tile, int end, const int T, const float *wide,
-                        float s[][CHUNK]) {
+INLINE void score_tiles(const struct attn_job *j, int row, const int R, int tile, int end, const int T,
+                        const float *wide, float s[][CHUNK]) {
     if (wide) {
         score(j, row, R, tile, 1, wide, s);
         return;
@@ -60,8 +62,8 @@ INLINE void score_tiles(const struct attn_job *j, int row, const int R, int tile
         score(j, row, R, tile, 1, NULL, s);
 }
 
-/* A chunk's maximum and sum of weights join those before it. keep and gain: what the rows gathered so far and the chunk's
- * have to be multiplied with when they are added. */
+/* A chunk's maximum and sum of weights join those before it. keep and gain: what the rows gathered so far and
+ * the chunk's have to be multiplied with when they are added. */
 INLINE void join(float *m, float *l, float m_chunk, float l_chunk, float *keep, float *gain) {
     float m_old = *m, factors[16] = { 0 };
     *m = m_chunk > m_old ? m_chunk : m_old;
@@ -117,10 +119,10 @@ INLINE void mix(float *o, f32x16 x, float keep, float gain) {
     f_store(o, f_fma(f_add(x, f_zero()), f_set(gain), f_mul(f_load(o), f_set(keep))));
 }
 
-/* acc[r][i] += s[r][t] V[t], in lanes d + 16 i of R rows, for the tokens t of a tile that lie in `from` .. `to`, ascending.
- * wide: those lanes of the chunk as floats, or NULL. */
-INLINE void add_values(const struct attn_job *j, const int R, int d, const int D, int tile, int from, int to, const float *wide,
-                       float s[][CHUNK], f32x16 acc[][4]) {
+/* acc[r][i] += s[r][t] V[t], in lanes d + 16 i of R rows, for the tokens t of a tile that lie in `from` ..
+ * `to`, ascending. wide: those lanes of the chunk as floats, or NULL. */
+INLINE void add_values(const struct attn_job *j, const int R, int d, const int D, int tile, int from, int to,
+                       const float *wide, float s[][CHUNK], f32x16 acc[][4]) {
     const uint16_t *v = j->tiles[tile] + j->head_dim * TILE + d;
     const float *weights = s[0] + tile * TILE;
     UNROLL_BY(4)
@@ -158,10 +160,11 @@ INLINE void gather(const struct attn_job *j, int row, const int R, int d, const 
             mix(j->o + (size_t)(row + r) * (size_t)j->v_dim + d + 16 * i, acc[r][i], keep[r], gain[r]);
 }
 
-/* The same in all lanes, for as many rows as leave registers for 16: tile by tile, each read once in memory order, where
- * lanes by lanes would read half lines of a chunk that the first cache cannot hold. sums: (R, v_dim), between tiles. */
-INLINE void gather_tiles(const struct attn_job *j, int row, const int R, int from, int to, float *sums, float s[][CHUNK],
-                         const float *keep, const float *gain) {
+/* The same in all lanes, for as many rows as leave registers for 16: tile by tile, each read once in memory
+ * order, where lanes by lanes would read half lines of a chunk that the first cache cannot hold. sums: (R,
+ * v_dim), between tiles. */
+INLINE void gather_tiles(const struct attn_job *j, int row, const int R, int from, int to, float *sums,
+                         float s[][CHUNK], const float *keep, const float *gain) {
     const int v_dim = j->v_dim;
     for (int i = 0; i < R * v_dim; i += 16)
         f_store(sums + i, f_zero());
@@ -183,7 +186,8 @@ INLINE void gather_tiles(const struct attn_job *j, int row, const int R, int fro
 }
 
 INLINE void gather_lanes(const struct attn_job *j, int row, const int R, int d, const int D, int from, int to,
-                         const float *wide, float *memory, float s[][CHUNK], const float *keep, const float *gain) {
+                         const float *wide, float *memory, float s[][CHUNK], const float *keep,
+                         const float *gain) {
     if (wide) {
         gather(j, row, R, d, 1, from, to, wide, s, keep, gain);
         return;
@@ -270,13 +274,14 @@ static void widen_values(const struct attn_job *j, int d, int begin, int end, fl
     }
 }
 
-/* Rows go in groups whose sums fill the registers. Where there are several and conversion is expensive (WIDEN), the tile's
- * keys, or 16 lanes of the chunk's values, become floats once for all of them: `wide`, in the first cache.
+/* Rows go in groups whose sums fill the registers. Where there are several and conversion is expensive
+ * (WIDEN), the tile's keys, or 16 lanes of the chunk's values, become floats once for all of them:
+ * `wide`, in the first cache.
  *
- * Shared values always do. A tile of keys has tokens side by side, and a sum of values takes those of one
- * token, so each 16 x 16 of them are turned over: 96 shuffles of 8 values, beside 16 multiplications of 16
- * values for each query, of which a head of shared values has many. And a row is read from memory once, not
- * twice. */
+ * Shared values always do. A tile of keys has tokens side by side, and a sum of values takes those of
+ * one token, so each 16 x 16 of them are turned over: 96 shuffles of 8 values, beside 16 multiplications
+ * of 16 values for each query, of which a head of shared values has many. And a row is read from
+ * memory once, not twice. */
 static void attend(const struct attn_job *job) {
     float s[ATTN_ROWS][CHUNK], keep[ATTN_ROWS], gain[ATTN_ROWS], memory[CHUNK * 16];
     struct attn_job j = *job;
@@ -306,14 +311,18 @@ static void attend(const struct attn_job *job) {
             widen_values(&j, d, begin, end, values);
         for (int row = 0, left = n_groups, n; row < j.n_rows; row += n, left--) {
             n = (j.n_rows - row) / left;
-#define CASE(R, T, D) case R: gather_lanes(&j, row, R, d, D, from, to, values, memory, s + row, keep + row, gain + row); break;
+#define CASE(R, T, D) \
+            case R: \
+                gather_lanes(&j, row, R, d, D, from, to, values, memory, s + row, keep + row, gain + row); \
+                break;
             switch (n) { EACH_SIZE(CASE) }
 #undef CASE
         }
     }
 }
 
-static void attend_merge(float *m, float *l, float *o, float m_chunk, float l_chunk, const float *o_chunk, int v_dim) {
+static void attend_merge(float *m, float *l, float *o, float m_chunk, float l_chunk, const float *o_chunk,
+                         int v_dim) {
     float keep, gain;
     if (m_chunk == -INFINITY)       /* sees nothing there */
         return;

@@ -1,5 +1,5 @@
-/* What a panel's bytes mean: codes of 32 columns, their scales and mins, and what a block adds to a sum. In the words of
- * lanes_<isa>.h, for the CPU's kernels and the GPU's. */
+/* What a panel's bytes mean: codes of 32 columns, their scales and mins, and what a block adds to a sum. In
+ * the words of lanes_<isa>.h, for the CPU's kernels and the GPU's. */
 
 /* Scales and mins of 16 rows: one pair per 32 columns, or one for each half of them. */
 struct scales { f32x16 scale[2], min[2]; };
@@ -14,7 +14,8 @@ INLINE u8x64 codes_u5(const uint8_t *p, int g) {
 
 INLINE u8x64 codes_u6(const uint8_t *p, int g) {
     u8x64 plane = u_load(p + 256 + 64 * (g / 4));
-    return u_or(codes_u4(p, g), g % 4 < 2 ? u_shl(plane, 4 - g % 4 * 2, 48) : u_shr(plane, g % 4 * 2 - 4, 48));
+    return u_or(codes_u4(p, g),
+                g % 4 < 2 ? u_shl(plane, 4 - g % 4 * 2, 48) : u_shr(plane, g % 4 * 2 - 4, 48));
 }
 
 INLINE u8x64 codes_u8(const uint8_t *p, int g) { return u_load(p + 64 * g); }
@@ -27,12 +28,15 @@ INLINE u8x64 codes_u3(const uint8_t *p, int g) {
 }
 
 INLINE u8x64 codes_nl4(const uint8_t *p, int g) {
-    static const uint8_t values[16] = { 1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241 };   /* + 128 */
+    static const uint8_t values[16] = {         /* + 128 */
+        1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241,
+    };
     return u_lookup(values, codes_u4(p, g));
 }
 
 INLINE u8x64 codes_fp4(const uint8_t *p, int g) {
-    static const uint8_t values[16] = { 16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 14, 13, 12, 10, 8, 4 };         /* 2x + 16 */
+    /* 2x + 16 */
+    static const uint8_t values[16] = { 16, 17, 18, 19, 20, 22, 24, 28, 16, 15, 14, 13, 12, 10, 8, 4 };
     return u_lookup(values, codes_u4(p, g));
 }
 
@@ -83,7 +87,9 @@ INLINE void e8_scales(struct scales *s, const uint8_t *head, const uint8_t *p) {
     s->scale[0] = f_load_e8m0_half(p);
 }
 
-INLINE f32x16 head_f16(const uint8_t *head, int i) { return f_load_f16((const uint16_t *)(const void *)head + 16 * i); }
+INLINE f32x16 head_f16(const uint8_t *head, int i) {
+    return f_load_f16((const uint16_t *)(const void *)head + 16 * i);
+}
 
 INLINE void k_scales(struct scales *s, const uint8_t *head, const uint8_t *p) {
     s->scale[0] = f_mul(head_f16(head, 0), f_load_u8(p));
@@ -146,8 +152,8 @@ struct format { int super, code_bytes, scale_bytes, head_bytes, halves, mins, ze
 typedef void scales_fn(struct scales *s, const uint8_t *head, const uint8_t *p);
 
 /* What 32 columns add to the sums of C tokens, up to TOGETHER, but for the activations' own scale. */
-INLINE void terms(const struct format f, codes_fn *codes, const uint8_t *p, const struct scales *s, const struct act_block *a, f32x16 *t,
-                  const int C) {
+INLINE void terms(const struct format f, codes_fn *codes, const uint8_t *p, const struct scales *s,
+                  const struct act_block *a, f32x16 *t, const int C) {
     i32x16 dots[TOGETHER];
     i_dots(dots, C, codes, p, f.halves ? FIRST : WHOLE, a, f.zero, f.bits);
     UNROLL(4)

@@ -1,4 +1,5 @@
-/* Functions that are always inlined and loops that are always unrolled: otherwise sums would not stay in registers. */
+/* Functions that are always inlined and loops that are always unrolled: otherwise sums would
+ * not stay in registers. */
 #ifndef INLINE_H
 #define INLINE_H
 

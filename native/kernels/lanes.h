@@ -51,9 +51,9 @@ INLINE f32x16 f_sigmoid(f32x16 x) {
     return f_div(f_set(1.0f), f_add(f_set(1.0f), f_exp(f_sub(f_zero(), x))));
 }
 
-/* e^x for x <= 0, a softmax's weight, with half the work of f_exp: within 1.3e-7, and within four roundings, and one and a half for
- * each unit of x, of its own size; 0 below -87. It is 2^(x log2 e): 2^f on [-1/2, 1/2] has the polynomial whose largest relative
- * error, 1e-7, is the least. */
+/* e^x for x <= 0, a softmax's weight, with half the work of f_exp: within 1.3e-7, and within four roundings,
+ * and one and a half for each unit of x, of its own size; 0 below -87. It is 2^(x log2 e): 2^f on [-1/2, 1/2]
+ * has the polynomial whose largest relative error, 1e-7, is the least. */
 INLINE f32x16 f_weight(f32x16 x) {
     f32x16 t = f_mul(x, f_set(1.44269504f)), n = f_round(t), f = f_sub(t, n);
     f32x16 p = f_set(1.326472731e-3f);

@@ -15,7 +15,8 @@
 #define ROWS_MAX 6
 #define EACH_SIZE(X) X(1, 4, 4) X(2, 2, 2) X(3, 2, 2) X(4, 1, 1) X(5, 1, 1) X(6, 1, 1)
 #define WIDEN 1
-/* Columns that float weights meet at once, and panels of them: sums in registers, and eight chains of fma at least. */
+/* Columns that float weights meet at once, and panels of them: sums in registers, and eight
+ * chains of fma at least. */
 #define FLOAT_COLS_MAX 6
 #define FLOAT_PANELS(C) ((C) == 1 ? 4 : (C) == 2 ? 2 : 1)
 #define TOGETHER 4      /* columns that a load of weights serves: there are too few registers to keep them */
@@ -42,10 +43,12 @@ INLINE f32x16 f_load_n(const float *p, int n) {         /* masks are slow, most 
     return (f32x16){ _mm256_maskload_ps(p, first_lanes(n)), _mm256_maskload_ps(p + 8, first_lanes(n - 8)) };
 }
 INLINE f32x16 f_load_f16(const uint16_t *p) {
-    return (f32x16){ _mm256_cvtph_ps(_mm_loadu_si128((const void *)p)), _mm256_cvtph_ps(_mm_loadu_si128((const void *)(p + 8))) };
+    return (f32x16){ _mm256_cvtph_ps(_mm_loadu_si128((const void *)p)),
+                     _mm256_cvtph_ps(_mm_loadu_si128((const void *)(p + 8))) };
 }
 INLINE __m256 bf16_half(const uint16_t *p) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p)), 16));
+    __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
 }
 INLINE f32x16 f_load_bf16(const uint16_t *p) { return (f32x16){ bf16_half(p), bf16_half(p + 8) }; }
 INLINE f32x16 f_load_u8(const uint8_t *p) {
@@ -57,10 +60,13 @@ INLINE f32x16 f_load_i8(const int8_t *p) {
                      _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const void *)(p + 8)))) };
 }
 INLINE __m256 u4_half(const uint8_t *p, int shift) {
-    __m256i x = _mm256_srl_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p)), _mm_cvtsi32_si128(shift));
+    __m256i x = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p));
+    x = _mm256_srl_epi32(x, _mm_cvtsi32_si128(shift));
     return _mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(15)));
 }
-INLINE f32x16 f_load_u4(const uint8_t *p, int shift) { return (f32x16){ u4_half(p, shift), u4_half(p + 8, shift) }; }
+INLINE f32x16 f_load_u4(const uint8_t *p, int shift) {
+    return (f32x16){ u4_half(p, shift), u4_half(p + 8, shift) };
+}
 INLINE __m256 e8m0_ymm(const uint8_t *p) {
     __m256i e = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p));
     __m256i normal = _mm256_slli_epi32(_mm256_sub_epi32(e, _mm256_set1_epi32(1)), 23);
@@ -105,12 +111,14 @@ INLINE f32x16 f_round(f32x16 a) {
 }
 INLINE __m256 scale_half(__m256 a, __m256 n) {
     __m256i e = _mm256_cvttps_epi32(_mm256_max_ps(n, _mm256_set1_ps(-126.0f)));
-    return _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23)));
+    e = _mm256_slli_epi32(_mm256_add_epi32(e, _mm256_set1_epi32(127)), 23);
+    return _mm256_mul_ps(a, _mm256_castsi256_ps(e));
 }
 INLINE f32x16 f_scale(f32x16 a, f32x16 n) { return F2(scale_half, a, n); }
 INLINE f32x16 f_zero_below(f32x16 a, f32x16 x, float limit) {
     __m256 l = _mm256_set1_ps(limit);
-    return (f32x16){ _mm256_and_ps(_mm256_cmp_ps(x.lo, l, _CMP_NLT_UQ), a.lo), _mm256_and_ps(_mm256_cmp_ps(x.hi, l, _CMP_NLT_UQ), a.hi) };
+    return (f32x16){ _mm256_and_ps(_mm256_cmp_ps(x.lo, l, _CMP_NLT_UQ), a.lo),
+                     _mm256_and_ps(_mm256_cmp_ps(x.hi, l, _CMP_NLT_UQ), a.hi) };
 }
 INLINE __m256 keep_half(__m256 a, float other, int lo, int hi) {
     __m256i in = _mm256_andnot_si256(first_lanes(lo), first_lanes(hi));
@@ -143,7 +151,8 @@ INLINE uint32_t f_reaching(f32x16 a, float least) {
 INLINE void f_store_block(struct act_block *act, float d, f32x16 lo, f32x16 hi) {
     __m256i a = _mm256_packs_epi32(_mm256_cvtps_epi32(lo.lo), _mm256_cvtps_epi32(lo.hi));
     __m256i b = _mm256_packs_epi32(_mm256_cvtps_epi32(hi.lo), _mm256_cvtps_epi32(hi.hi));
-    __m256i q = _mm256_packs_epi16(a, b);                                       /* in fours: a0 a8 b0 b8 a4 a12 b4 b12 */
+    /* In fours: a0 a8 b0 b8 a4 a12 b4 b12. */
+    __m256i q = _mm256_packs_epi16(a, b);
     q = _mm256_permutevar8x32_epi32(q, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     __m256i fours = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_set1_epi8(1), q), _mm256_set1_epi16(1));
     act_store(act, d, q, fours);
@@ -170,17 +179,18 @@ INLINE u8x64 u_lookup(const uint8_t table[16], u8x64 a) {
 
 INLINE __m256i spread(const int8_t *a) { return _mm256_set1_epi32(*(const int32_t *)(const void *)a); }
 
-/* sum += products, words of 16 or 32 bits. In assembly, since gcc otherwise computes all products of a block before it
- * adds the first two. */
+/* sum += products, words of 16 or 32 bits. In assembly, since gcc otherwise computes all products of a block
+ * before it adds the first two. */
 #define ADD(bits, sum, products) __asm__("vpadd" bits " %1, %0, %0" : "+x"(sum) : "x"(products))
 /* Keeps both in registers at this point: otherwise gcc decodes ahead, spills, and reloads for each column. */
 #define NOW(a, b) __asm__ volatile("" : "+x"(a), "+x"(b))
 
-/* Products of 8 bits come as pairs summed in 16. With |a| <= 127 several units of narrow weights fit before they
- * overflow: 8 units of 4 bits (8*2*15*127 = 30480), 4 of 5, 2 of 6, 1 of 7. Eight bits do not fit even once: they all have
- * zero == 128, so w - 128 is multiplied, its sign moved to the activation, and nothing is left to subtract. */
-INLINE void dots_narrow(i32x16 *t, const int C, codes_fn *codes, const uint8_t *p, int g0, int n, const struct act_block *a,
-                        const int run) {
+/* Products of 8 bits come as pairs summed in 16. With |a| <= 127 several units of narrow weights fit before
+ * they overflow: 8 units of 4 bits (8*2*15*127 = 30480), 4 of 5, 2 of 6, 1 of 7. Eight bits do not fit
+ * even once: they all have zero == 128, so w - 128 is multiplied, its sign moved to the activation, and
+ * nothing is left to subtract. */
+INLINE void dots_narrow(i32x16 *t, const int C, codes_fn *codes, const uint8_t *p, int g0, int n,
+                        const struct act_block *a, const int run) {
     const __m256i ones = _mm256_set1_epi16(1);
     UNROLL(8)
     for (int u = g0; u < g0 + n; u += run) {
@@ -227,7 +237,8 @@ INLINE void dots_narrow(i32x16 *t, const int C, codes_fn *codes, const uint8_t *
                 ADD("d", t[c].half, x); \
         } \
     }
-INLINE void dots_signed(i32x16 *t, const int C, codes_fn *codes, const uint8_t *p, int g0, int n, const struct act_block *a) {
+INLINE void dots_signed(i32x16 *t, const int C, codes_fn *codes, const uint8_t *p, int g0, int n,
+                        const struct act_block *a) {
     const __m256i flip = _mm256_set1_epi8((char)0x80), ones = _mm256_set1_epi16(1);
     UNROLL(8)
     for (int i = g0; i < g0 + n; i++) {
@@ -237,8 +248,8 @@ INLINE void dots_signed(i32x16 *t, const int C, codes_fn *codes, const uint8_t *
     }
 }
 
-INLINE void i_dots(i32x16 *t, const int C, codes_fn *codes, const uint8_t *p, const int part, const struct act_block *a, int zero,
-                   int bits) {
+INLINE void i_dots(i32x16 *t, const int C, codes_fn *codes, const uint8_t *p, const int part,
+                   const struct act_block *a, int zero, int bits) {
     const int n = part == WHOLE ? 8 : 4, g0 = part == SECOND ? 4 : 0;
     if (bits > 7) {
         dots_signed(t, C, codes, p, g0, n, a);
@@ -246,8 +257,10 @@ INLINE void i_dots(i32x16 *t, const int C, codes_fn *codes, const uint8_t *p, co
     }
     dots_narrow(t, C, codes, p, g0, n, a, bits <= 4 ? n : bits == 5 ? 4 : bits == 6 ? 2 : 1);
     UNROLL(4)
-    for (int c = 0; zero && c < C; c++) {       /* loaded as a float, or gcc shifts it before it is spread: slower */
-        __m256i neg = _mm256_castps_si256(_mm256_broadcast_ss((const float *)(const void *)&a[c].neg_sum[part]));
+    /* Loaded as a float, or gcc shifts it before it is spread: slower. */
+    for (int c = 0; zero && c < C; c++) {
+        const float *sum = (const float *)(const void *)&a[c].neg_sum[part];
+        __m256i neg = _mm256_castps_si256(_mm256_broadcast_ss(sum));
         neg = _mm256_slli_epi32(neg, __builtin_ctz(zero));
         t[c] = (i32x16){ _mm256_add_epi32(t[c].lo, neg), _mm256_add_epi32(t[c].hi, neg) };
     }

@@ -30,22 +30,31 @@ INLINE __mmask16 first_lanes(int n) { return (__mmask16)((1u << n) - 1); }
 INLINE f32x16 f_zero(void) { return _mm512_setzero_ps(); }
 INLINE f32x16 f_set(float a) { return _mm512_set1_ps(a); }
 INLINE f32x16 f_load(const float *p) { return _mm512_loadu_ps(p); }
-INLINE f32x16 f_load_n(const float *p, int n) { return n >= 16 ? f_load(p) : _mm512_maskz_loadu_ps(first_lanes(n), p); }
+INLINE f32x16 f_load_n(const float *p, int n) {
+    return n >= 16 ? f_load(p) : _mm512_maskz_loadu_ps(first_lanes(n), p);
+}
 INLINE f32x16 f_load_f16(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
 INLINE f32x16 f_load_bf16(const uint16_t *p) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p)), 16));
+    __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
 }
-INLINE f32x16 f_load_u8(const uint8_t *p) { return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p))); }
-INLINE f32x16 f_load_i8(const int8_t *p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p))); }
+INLINE f32x16 f_load_u8(const uint8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p)));
+}
+INLINE f32x16 f_load_i8(const int8_t *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const void *)p)));
+}
 INLINE f32x16 f_load_u4(const uint8_t *p, int shift) {
-    __m512i x = _mm512_srl_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p)), _mm_cvtsi32_si128(shift));
+    __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p));
+    x = _mm512_srl_epi32(x, _mm_cvtsi32_si128(shift));
     return _mm512_cvtepi32_ps(_mm512_and_si512(x, _mm512_set1_epi32(15)));
 }
 INLINE f32x16 f_load_e8m0_half(const uint8_t *p) {
     __m512i e = _mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p));
     __m512i normal = _mm512_slli_epi32(_mm512_sub_epi32(e, _mm512_set1_epi32(1)), 23);
     __m512i tiny = _mm512_sllv_epi32(_mm512_set1_epi32(0x200000), e);
-    return _mm512_castsi512_ps(_mm512_mask_blend_epi32(_mm512_cmplt_epi32_mask(e, _mm512_set1_epi32(2)), normal, tiny));
+    __mmask16 small = _mm512_cmplt_epi32_mask(e, _mm512_set1_epi32(2));
+    return _mm512_castsi512_ps(_mm512_mask_blend_epi32(small, normal, tiny));
 }
 INLINE f32x16 f_load_e4m3_half(const uint8_t *p) {
     __m256i f16 = _mm256_slli_epi16(_mm256_cvtepu8_epi16(_mm_loadu_si128((const void *)p)), 7);
@@ -58,7 +67,9 @@ INLINE void f_store_n(float *p, f32x16 a, int n) {
     else
         _mm512_mask_storeu_ps(p, first_lanes(n), a);
 }
-INLINE void f_store_f16(uint16_t *p, f32x16 a) { _mm256_storeu_si256((void *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT)); }
+INLINE void f_store_f16(uint16_t *p, f32x16 a) {
+    _mm256_storeu_si256((void *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+}
 INLINE f32x16 f_add(f32x16 a, f32x16 b) { return _mm512_add_ps(a, b); }
 INLINE f32x16 f_sub(f32x16 a, f32x16 b) { return _mm512_sub_ps(a, b); }
 INLINE f32x16 f_mul(f32x16 a, f32x16 b) { return _mm512_mul_ps(a, b); }
@@ -67,7 +78,9 @@ INLINE f32x16 f_max(f32x16 a, f32x16 b) { return _mm512_max_ps(a, b); }
 INLINE f32x16 f_min(f32x16 a, f32x16 b) { return _mm512_min_ps(a, b); }
 INLINE f32x16 f_abs(f32x16 a) { return _mm512_abs_ps(a); }
 INLINE f32x16 f_fma(f32x16 a, f32x16 b, f32x16 c) { return _mm512_fmadd_ps(a, b, c); }
-INLINE f32x16 f_round(f32x16 a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE f32x16 f_round(f32x16 a) {
+    return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 INLINE f32x16 f_scale(f32x16 a, f32x16 n) { return _mm512_scalef_ps(a, n); }
 INLINE f32x16 f_zero_below(f32x16 a, f32x16 x, float limit) {
     return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(limit), _CMP_NLT_UQ), a);
@@ -84,10 +97,14 @@ INLINE float f_sum(f32x16 a) {
 }
 
 INLINE float f_max_lane(f32x16 a) { return _mm512_reduce_max_ps(a); }
-INLINE uint32_t f_reaching(f32x16 a, float least) { return _mm512_cmp_ps_mask(a, _mm512_set1_ps(least), _CMP_GE_OQ); }
+INLINE uint32_t f_reaching(f32x16 a, float least) {
+    return _mm512_cmp_ps_mask(a, _mm512_set1_ps(least), _CMP_GE_OQ);
+}
 INLINE void f_store_block(struct act_block *act, float d, f32x16 lo, f32x16 hi) {
-    __m128i a = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(lo)), b = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(hi));
-    __m256i q = _mm256_set_m128i(b, a), fours = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), q);
+    __m128i a = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(lo));
+    __m128i b = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(hi));
+    __m256i q = _mm256_set_m128i(b, a);
+    __m256i fours = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), q);
     act_store(act, d, q, fours);
 }
 INLINE f32x16 i_to_f(i32x16 a) { return _mm512_cvtepi32_ps(a); }
@@ -105,16 +122,17 @@ INLINE i32x16 dot4(i32x16 sum, u8x64 w, const int8_t *a) {
     return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(*(const int32_t *)(const void *)a));
 }
 
-/* Columns take turns, and have two sums each where there are eight products: one waits four cycles for the one before it in
- * its sum. */
-INLINE void i_dots(i32x16 *t, const int C, codes_fn *codes, const uint8_t *p, const int part, const struct act_block *a, int zero,
-                   int bits) {
+/* Columns take turns, and have two sums each where there are eight products: one waits four cycles for the
+ * one before it in its sum. */
+INLINE void i_dots(i32x16 *t, const int C, codes_fn *codes, const uint8_t *p, const int part,
+                   const struct act_block *a, int zero, int bits) {
     const int from = part == SECOND ? 4 : 0, to = part == FIRST ? 4 : 8, split = part == WHOLE;
     i32x16 odd[TOGETHER];
     (void)bits;
     UNROLL(4)
     for (int c = 0; c < C; c++) {
-        t[c] = zero ? _mm512_slli_epi32(_mm512_set1_epi32(a[c].neg_sum[part]), __builtin_ctz(zero)) : _mm512_setzero_si512();
+        t[c] = zero ? _mm512_slli_epi32(_mm512_set1_epi32(a[c].neg_sum[part]), __builtin_ctz(zero))
+                    : _mm512_setzero_si512();
         odd[c] = _mm512_setzero_si512();
     }
     UNROLL(8)

@@ -1,5 +1,5 @@
-/* Sixteen lanes in four q registers: ARMv8.2 with the dot product (sdot) and, compiled for it, i8mm, ARMv8.6's products of unsigned with
- * signed bytes. Words as in lanes_ref.h. */
+/* Sixteen lanes in four q registers: ARMv8.2 with the dot product (sdot) and, compiled for it, i8mm,
+ * ARMv8.6's products of unsigned with signed bytes. Words as in lanes_ref.h. */
 #ifndef LANES_H
 #define LANES_H
 
@@ -21,7 +21,8 @@
 #define EACH_SIZE(X) X(1, 4, 4) X(2, 2, 2) X(3, 1, 1) X(4, 1, 1)
 #define WIDEN 1
 #define TOGETHER 4      /* columns that a load of weights serves */
-/* Columns that float weights meet at once, and panels of them: sums in registers, and eight chains of fma at least. */
+/* Columns that float weights meet at once, and panels of them: sums in registers, and eight
+ * chains of fma at least. */
 #define FLOAT_COLS_MAX 6
 #define FLOAT_PANELS(C) ((C) == 1 ? 4 : (C) == 2 ? 2 : 1)
 
@@ -32,15 +33,18 @@ typedef struct { uint8x16_t q0, q1, q2, q3; } u8x64;
 typedef u8x64 codes_fn(const uint8_t *p, int g);
 
 #define Q1(type, op, a) ((type){ op((a).q0), op((a).q1), op((a).q2), op((a).q3) })
-#define Q2(type, op, a, b) ((type){ op((a).q0, (b).q0), op((a).q1, (b).q1), op((a).q2, (b).q2), op((a).q3, (b).q3) })
+#define Q2(type, op, a, b) \
+    ((type){ op((a).q0, (b).q0), op((a).q1, (b).q1), op((a).q2, (b).q2), op((a).q3, (b).q3) })
 
 INLINE u32x16 widen_u8(uint8x16_t x) {
     uint16x8_t lo = vmovl_u8(vget_low_u8(x)), hi = vmovl_high_u8(x);
-    return (u32x16){ vmovl_u16(vget_low_u16(lo)), vmovl_high_u16(lo), vmovl_u16(vget_low_u16(hi)), vmovl_high_u16(hi) };
+    return (u32x16){ vmovl_u16(vget_low_u16(lo)), vmovl_high_u16(lo),
+                     vmovl_u16(vget_low_u16(hi)), vmovl_high_u16(hi) };
 }
 INLINE i32x16 widen_i8(int8x16_t x) {
     int16x8_t lo = vmovl_s8(vget_low_s8(x)), hi = vmovl_high_s8(x);
-    return (i32x16){ vmovl_s16(vget_low_s16(lo)), vmovl_high_s16(lo), vmovl_s16(vget_low_s16(hi)), vmovl_high_s16(hi) };
+    return (i32x16){ vmovl_s16(vget_low_s16(lo)), vmovl_high_s16(lo),
+                     vmovl_s16(vget_low_s16(hi)), vmovl_high_s16(hi) };
 }
 
 INLINE f32x16 f_set(float a) {
@@ -48,7 +52,9 @@ INLINE f32x16 f_set(float a) {
     return (f32x16){ q, q, q, q };
 }
 INLINE f32x16 f_zero(void) { return f_set(0.0f); }
-INLINE f32x16 f_load(const float *p) { return (f32x16){ vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12) }; }
+INLINE f32x16 f_load(const float *p) {
+    return (f32x16){ vld1q_f32(p), vld1q_f32(p + 4), vld1q_f32(p + 8), vld1q_f32(p + 12) };
+}
 INLINE f32x16 f_load_n(const float *p, int n) {
     if (n >= 16)
         return f_load(p);
@@ -58,9 +64,12 @@ INLINE f32x16 f_load_n(const float *p, int n) {
 }
 INLINE f32x16 f_load_f16(const uint16_t *p) {
     float16x8_t lo = vreinterpretq_f16_u16(vld1q_u16(p)), hi = vreinterpretq_f16_u16(vld1q_u16(p + 8));
-    return (f32x16){ vcvt_f32_f16(vget_low_f16(lo)), vcvt_high_f32_f16(lo), vcvt_f32_f16(vget_low_f16(hi)), vcvt_high_f32_f16(hi) };
+    return (f32x16){ vcvt_f32_f16(vget_low_f16(lo)), vcvt_high_f32_f16(lo),
+                     vcvt_f32_f16(vget_low_f16(hi)), vcvt_high_f32_f16(hi) };
 }
-INLINE float32x4_t bf16_quarter(const uint16_t *p) { return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(vld1_u16(p)), 16)); }
+INLINE float32x4_t bf16_quarter(const uint16_t *p) {
+    return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(vld1_u16(p)), 16));
+}
 INLINE f32x16 f_load_bf16(const uint16_t *p) {
     return (f32x16){ bf16_quarter(p), bf16_quarter(p + 4), bf16_quarter(p + 8), bf16_quarter(p + 12) };
 }
@@ -78,7 +87,8 @@ INLINE f32x16 f_load_u4(const uint8_t *p, int shift) {
     return Q1(f32x16, vcvtq_f32_u32, x);
 }
 INLINE float32x4_t e8m0_quarter(uint32x4_t e) {
-    uint32x4_t normal = vshlq_n_u32(vsubq_u32(e, vdupq_n_u32(1)), 23), tiny = vshlq_u32(vdupq_n_u32(0x200000), vreinterpretq_s32_u32(e));
+    uint32x4_t normal = vshlq_n_u32(vsubq_u32(e, vdupq_n_u32(1)), 23);
+    uint32x4_t tiny = vshlq_u32(vdupq_n_u32(0x200000), vreinterpretq_s32_u32(e));
     return vreinterpretq_f32_u32(vbslq_u32(vcltq_u32(e, vdupq_n_u32(2)), tiny, normal));
 }
 INLINE f32x16 f_load_e8m0_half(const uint8_t *p) {
@@ -121,7 +131,8 @@ INLINE f32x16 f_max(f32x16 a, f32x16 b) { return Q2(f32x16, max_quarter, a, b); 
 INLINE f32x16 f_min(f32x16 a, f32x16 b) { return Q2(f32x16, min_quarter, a, b); }
 INLINE f32x16 f_abs(f32x16 a) { return Q1(f32x16, vabsq_f32, a); }
 INLINE f32x16 f_fma(f32x16 a, f32x16 b, f32x16 c) {
-    return (f32x16){ vfmaq_f32(c.q0, a.q0, b.q0), vfmaq_f32(c.q1, a.q1, b.q1), vfmaq_f32(c.q2, a.q2, b.q2), vfmaq_f32(c.q3, a.q3, b.q3) };
+    return (f32x16){ vfmaq_f32(c.q0, a.q0, b.q0), vfmaq_f32(c.q1, a.q1, b.q1),
+                     vfmaq_f32(c.q2, a.q2, b.q2), vfmaq_f32(c.q3, a.q3, b.q3) };
 }
 INLINE f32x16 f_round(f32x16 a) { return Q1(f32x16, vrndnq_f32, a); }
 INLINE float32x4_t scale_quarter(float32x4_t a, float32x4_t n) {
@@ -152,15 +163,17 @@ INLINE float f_sum(f32x16 a) {
     return vget_lane_f32(c, 0) + vget_lane_f32(c, 1);
 }
 
-INLINE float f_max_lane(f32x16 a) { return vmaxnmvq_f32(vmaxnmq_f32(vmaxnmq_f32(a.q0, a.q2), vmaxnmq_f32(a.q1, a.q3))); }
+INLINE float f_max_lane(f32x16 a) {
+    return vmaxnmvq_f32(vmaxnmq_f32(vmaxnmq_f32(a.q0, a.q2), vmaxnmq_f32(a.q1, a.q3)));
+}
 
 INLINE uint32_t reaching_quarter(float32x4_t a, float least) {
     const uint32x4_t bits = { 1, 2, 4, 8 };
     return vaddvq_u32(vandq_u32(vcgeq_f32(a, vdupq_n_f32(least)), bits));
 }
 INLINE uint32_t f_reaching(f32x16 a, float least) {
-    return reaching_quarter(a.q0, least) | reaching_quarter(a.q1, least) << 4 | reaching_quarter(a.q2, least) << 8
-           | reaching_quarter(a.q3, least) << 12;
+    return reaching_quarter(a.q0, least) | reaching_quarter(a.q1, least) << 4
+         | reaching_quarter(a.q2, least) << 8 | reaching_quarter(a.q3, least) << 12;
 }
 
 INLINE int32_t store_sixteen(int8_t *p, f32x16 a) {
@@ -177,7 +190,9 @@ INLINE void f_store_block(struct act_block *act, float d, f32x16 lo, f32x16 hi) 
 
 INLINE f32x16 i_to_f(i32x16 a) { return Q1(f32x16, vcvtq_f32_s32, a); }
 
-INLINE u8x64 u_load(const uint8_t *p) { return (u8x64){ vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48) }; }
+INLINE u8x64 u_load(const uint8_t *p) {
+    return (u8x64){ vld1q_u8(p), vld1q_u8(p + 16), vld1q_u8(p + 32), vld1q_u8(p + 48) };
+}
 INLINE void u_store(uint8_t *p, u8x64 a) {
     vst1q_u8(p, a.q0);
     vst1q_u8(p + 16, a.q1);
@@ -188,7 +203,9 @@ INLINE u8x64 u_or(u8x64 a, u8x64 b) { return Q2(u8x64, vorrq_u8, a, b); }
 /* Bytes shift alone here: a mask is due only where it hides something of what the shift left. */
 INLINE u8x64 u_mask(u8x64 a, int mask, int left) {
     uint8x16_t m = vdupq_n_u8((uint8_t)mask);
-    return left & ~mask ? (u8x64){ vandq_u8(a.q0, m), vandq_u8(a.q1, m), vandq_u8(a.q2, m), vandq_u8(a.q3, m) } : a;
+    return left & ~mask
+             ? (u8x64){ vandq_u8(a.q0, m), vandq_u8(a.q1, m), vandq_u8(a.q2, m), vandq_u8(a.q3, m) }
+             : a;
 }
 INLINE u8x64 u_shift(u8x64 a, int left) {
     int8x16_t s = vdupq_n_s8((int8_t)left);
@@ -204,11 +221,12 @@ INLINE u8x64 u_lookup(const uint8_t table[16], u8x64 a) {
 #ifdef __ARM_FEATURE_MATMUL_INT8
 #define DOT(sums, w, x, lane) vusdotq_laneq_s32(sums, w, x, lane)
 
-/* Rows of eight columns, from two units side by side: two rows times the eight of two tokens are four sums an instruction,
- * [row 0 token 0, row 0 token 1, row 1 token 0, row 1 token 1]. */
+/* Rows of eight columns, from two units side by side: two rows times the eight of two tokens are four sums an
+ * instruction, [row 0 token 0, row 0 token 1, row 1 token 0, row 1 token 1]. */
 #define MATRIX_QUARTER(q, r) { \
         uint32x4_t left = vreinterpretq_u32_u8(w[0].q), right = vreinterpretq_u32_u8(w[1].q); \
-        uint8x16_t upper = vreinterpretq_u8_u32(vzip1q_u32(left, right)), lower = vreinterpretq_u8_u32(vzip2q_u32(left, right)); \
+        uint8x16_t upper = vreinterpretq_u8_u32(vzip1q_u32(left, right)); \
+        uint8x16_t lower = vreinterpretq_u8_u32(vzip2q_u32(left, right)); \
         UNROLL(2) \
         for (int pair = 0; pair < 2; pair++) { \
             sums[pair][r] = vusmmlaq_s32(sums[pair][r], upper, x[pair]); \
@@ -221,8 +239,10 @@ INLINE u8x64 u_lookup(const uint8_t table[16], u8x64 a) {
         t[2 * pair + 1].q = vuzp2q_s32(sums[pair][r], sums[pair][r + 1]); \
     }
 
-/* i_dots for TOGETHER tokens: in 24 instructions instead of 32. With fewer the zips take what the products save. */
-INLINE void matrix_dots(i32x16 *t, codes_fn *codes, const uint8_t *p, const int part, const struct act_block *a, int zero) {
+/* i_dots for TOGETHER tokens: in 24 instructions instead of 32. With fewer the zips take
+ * what the products save. */
+INLINE void matrix_dots(i32x16 *t, codes_fn *codes, const uint8_t *p, const int part,
+                        const struct act_block *a, int zero) {
     const int from = part == SECOND ? 4 : 0, end = part == FIRST ? 4 : 8;
     int32x4_t sums[2][8];
     UNROLL(2)
@@ -253,8 +273,8 @@ INLINE void matrix_dots(i32x16 *t, codes_fn *codes, const uint8_t *p, const int 
     }
 }
 #else
-/* sdot multiplies signed bytes only. Codes of 7 bits are the same signed; those of 8 all have zero == 128: with their top
- * bit turned round they are code - 128, and nothing is left to subtract. */
+/* sdot multiplies signed bytes only. Codes of 7 bits are the same signed; those of 8 all have zero == 128:
+ * with their top bit turned round they are code - 128, and nothing is left to subtract. */
 INLINE int8x16_t signed_codes(uint8x16_t w, int bits) {
     return vreinterpretq_s8_u8(bits < 8 ? w : veorq_u8(w, vdupq_n_u8(0x80)));
 }
@@ -273,8 +293,8 @@ INLINE int8x16_t signed_codes(uint8x16_t w, int bits) {
     }
 
 /* Activations come 16 at a time. */
-INLINE void i_dots(i32x16 *t, const int C, codes_fn *codes, const uint8_t *p, const int part, const struct act_block *a, int zero,
-                   int bits) {
+INLINE void i_dots(i32x16 *t, const int C, codes_fn *codes, const uint8_t *p, const int part,
+                   const struct act_block *a, int zero, int bits) {
     const int from = part == SECOND ? 4 : 0, end = part == FIRST ? 4 : 8;
 #ifdef __ARM_FEATURE_MATMUL_INT8
     bits = 0;                               /* no width needs a sign */

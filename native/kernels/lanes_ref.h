@@ -18,7 +18,8 @@
 #define COLS_MAX 2          /* sums a panel kernel keeps */
 #define TOGETHER 1          /* tokens that i_dots takes */
 #define ROWS_MAX 2          /* queries an attention kernel keeps */
-#define EACH_SIZE(X) X(1, 4, 4) X(2, 2, 1)      /* number of queries; then tiles of keys and vectors of values at a time */
+/* Number of queries; then tiles of keys and vectors of values at a time. */
+#define EACH_SIZE(X) X(1, 4, 4) X(2, 2, 1)
 #define WIDEN 1
 #define FLOAT_COLS_MAX 1
 #define FLOAT_PANELS(C) 4
@@ -41,7 +42,8 @@ INLINE f32x16 f_load_f16(const uint16_t *p) { EACH(f16_to_f32(p[i])); }
 INLINE f32x16 f_load_bf16(const uint16_t *p) { EACH(bf16_to_f32(p[i])); }
 INLINE f32x16 f_load_u8(const uint8_t *p) { EACH((float)p[i]); }
 INLINE f32x16 f_load_i8(const int8_t *p) { EACH((float)p[i]); }
-INLINE f32x16 f_load_u4(const uint8_t *p, int shift) { EACH((float)(p[i] >> shift & 15)); }      /* one nibble of each byte */
+/* One nibble of each byte. */
+INLINE f32x16 f_load_u4(const uint8_t *p, int shift) { EACH((float)(p[i] >> shift & 15)); }
 INLINE f32x16 f_load_e8m0_half(const uint8_t *p) { EACH(e8m0_half(p[i])); }
 INLINE f32x16 f_load_e4m3_half(const uint8_t *p) { EACH(e4m3_half(p[i])); }
 INLINE void f_store(float *p, f32x16 a) { memcpy(p, a.v, sizeof a); }
@@ -51,11 +53,13 @@ INLINE f32x16 f_add(f32x16 a, f32x16 b) { EACH(a.v[i] + b.v[i]); }
 INLINE f32x16 f_sub(f32x16 a, f32x16 b) { EACH(a.v[i] - b.v[i]); }
 INLINE f32x16 f_mul(f32x16 a, f32x16 b) { EACH(a.v[i] * b.v[i]); }
 INLINE f32x16 f_div(f32x16 a, f32x16 b) { EACH(a.v[i] / b.v[i]); }
-INLINE f32x16 f_max(f32x16 a, f32x16 b) { EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }      /* b where either is NaN */
+/* b where either is NaN */
+INLINE f32x16 f_max(f32x16 a, f32x16 b) { EACH(a.v[i] > b.v[i] ? a.v[i] : b.v[i]); }
 INLINE f32x16 f_min(f32x16 a, f32x16 b) { EACH(a.v[i] < b.v[i] ? a.v[i] : b.v[i]); }
 INLINE f32x16 f_abs(f32x16 a) { EACH(fabsf(a.v[i])); }
 INLINE f32x16 f_fma(f32x16 a, f32x16 b, f32x16 c) { EACH(fmaf(a.v[i], b.v[i], c.v[i])); }
-INLINE f32x16 f_round(f32x16 a) { EACH(rintf(a.v[i])); }                                  /* to nearest, ties to even */
+/* To nearest, ties to even. */
+INLINE f32x16 f_round(f32x16 a) { EACH(rintf(a.v[i])); }
 /* a 2^n, n whole; n below -126 is taken for that */
 INLINE float scale_one(float a, float n) {
     return a * f32_from_bits((uint32_t)((int32_t)(n > -126 ? n : -126) + 127) << 23);
@@ -113,11 +117,12 @@ INLINE u8x64 u_shr_(u8x64 a, int s, int mask) { EACH_BYTE((a.v[i] >> s) & mask);
 INLINE u8x64 u_shl_(u8x64 a, int s, int mask) { EACH_BYTE((a.v[i] << s) & mask); }
 INLINE u8x64 u_lookup(const uint8_t table[16], u8x64 a) { EACH_BYTE(table[a.v[i] & 15]); }
 
-/* Dot products of a block's weights, the WHOLE or its FIRST or SECOND 16 columns, with C tokens, up to TOGETHER: row i of
- * t[c] is the sum of (code - zero) * a[c].q over those columns. zero is 0 or a power of two; bits, how wide a weight is at
- * most, decides how ISAs without a four-way dot product go about it. Exact. */
-INLINE void i_dots(i32x16 *t, const int C, codes_fn *codes, const uint8_t *p, const int part, const struct act_block *a, int zero,
-                   int bits) {
+/* Dot products of a block's weights, the WHOLE or its FIRST or SECOND 16 columns, with C tokens,
+ * up to TOGETHER: row i of t[c] is the sum of (code - zero) * a[c].q over those columns. zero is
+ * 0 or a power of two; bits, how wide a weight is at most, decides how ISAs without a four-way dot
+ * product go about it. Exact. */
+INLINE void i_dots(i32x16 *t, const int C, codes_fn *codes, const uint8_t *p, const int part,
+                   const struct act_block *a, int zero, int bits) {
     const int from = part == SECOND ? 4 : 0, n = part == WHOLE ? 8 : 4;
     (void)bits;
     for (int c = 0; c < C; c++) {

@@ -30,10 +30,10 @@ INLINE void put(const struct panel_job *j, int panel, int col, f32x16 y) {
     f_store_n(out, y, n);
 }
 
-/* Weights stream from memory while columns keep the core busy for longer than it looks ahead, so they are asked for early:
- * for one or two columns into the first cache. More columns' activations fill that one (a line for each block and column),
- * so that what comes for them waits in the second, and can be asked for earlier: with 4 columns of Q4_K that is 10% of a
- * pass, with 8 of Q8_0 25% (Zen 4). */
+/* Weights stream from memory while columns keep the core busy for longer than it looks ahead, so they are
+ * asked for early: for one or two columns into the first cache. More columns' activations fill that one (a
+ * line for each block and column), so that what comes for them waits in the second, and can be asked for
+ * earlier: with 4 columns of Q4_K that is 10% of a pass, with 8 of Q8_0 25% (Zen 4). */
 enum { AHEAD = 2048, FAR_AHEAD = 6144 };
 
 INLINE void ask_ahead(const uint8_t *p, const int C, int slower) {
@@ -43,10 +43,11 @@ INLINE void ask_ahead(const uint8_t *p, const int C, int slower) {
         __builtin_prefetch(p + FAR_AHEAD / slower, 0, 2);
 }
 
-/* Walks through a panel and does the work for each block: p and sc are 32 columns of it, a the activations of the C tokens
- * they meet. */
+/* Walks through a panel and does the work for each block: p and sc are 32 columns of it, a the activations of
+ * the C tokens they meet. */
 #define EACH_BLOCK(C, work) \
-    const uint8_t *p = j->codes + (size_t)panel * j->code_stride, *s = j->scales + (size_t)panel * j->scale_stride; \
+    const uint8_t *p = j->codes + (size_t)panel * j->code_stride; \
+    const uint8_t *s = j->scales + (size_t)panel * j->scale_stride; \
     for (int k = 0; k < j->k; k += f.super) { \
         const uint8_t *head = s; \
         s += f.head_bytes; \
@@ -61,8 +62,8 @@ INLINE void ask_ahead(const uint8_t *p, const int C, int slower) {
     }
 
 /* One panel times all C columns of the tile. */
-INLINE void panel_cols(const struct panel_job *j, int panel, const int C, const struct format f, codes_fn *codes,
-                       scales_fn *scales) {
+INLINE void panel_cols(const struct panel_job *j, int panel, const int C, const struct format f,
+                       codes_fn *codes, scales_fn *scales) {
     const struct act_block *a = j->act;
     f32x16 y[COLS_MAX];
     UNROLL(16)
@@ -93,9 +94,10 @@ INLINE const uint8_t *decoded(uint8_t kept[CODES_u8], const uint8_t *p, codes_fn
     return kept;
 }
 
-/* One panel times all columns of a tile that is wider than COLS_MAX: there are no registers for their sums. A block is
- * decoded once for all groups of TOGETHER. */
-INLINE void panel_all(const struct panel_job *j, int panel, const struct format f, codes_fn *codes, scales_fn *scales) {
+/* One panel times all columns of a tile that is wider than COLS_MAX: there are no registers for their sums. A
+ * block is decoded once for all groups of TOGETHER. */
+INLINE void panel_all(const struct panel_job *j, int panel, const struct format f, codes_fn *codes,
+                      scales_fn *scales) {
     const struct act_block *a = j->act;
     f32x16 y[TILE_COLS];
     uint8_t kept[CODES_u8] __attribute__((aligned(64)));
@@ -122,7 +124,8 @@ INLINE void panels(const struct panel_job *j, const struct format f, codes_fn *c
             COLS(3) COLS(4)
 #endif
 #if COLS_MAX > 4
-            COLS(5) COLS(6) COLS(7) COLS(8) COLS(9) COLS(10) COLS(11) COLS(12) COLS(13) COLS(14) COLS(15) COLS(16)
+            COLS(5) COLS(6) COLS(7) COLS(8) COLS(9) COLS(10)
+            COLS(11) COLS(12) COLS(13) COLS(14) COLS(15) COLS(16)
 #endif
         default: panel_all(j, panel, f, codes, scales);
         }
@@ -144,7 +147,8 @@ INLINE f32x16 load_f32(const uint8_t *p) { return f_load((const float *)(const v
 INLINE f32x16 load_f16(const uint8_t *p) { return f_load_f16((const uint16_t *)(const void *)p); }
 INLINE f32x16 load_bf16(const uint8_t *p) { return f_load_bf16((const uint16_t *)(const void *)p); }
 
-INLINE void float_cols(const struct panel_job *j, int panel, const int P, int col, const int C, int unit, load_fn *load) {
+INLINE void float_cols(const struct panel_job *j, int panel, const int P, int col, const int C, int unit,
+                       load_fn *load) {
     const uint8_t *p = j->codes + (size_t)panel * j->code_stride;
     const float *x = j->x + (size_t)col * j->x_stride;
     const size_t ahead = C <= 2 ? AHEAD / 2 : 2 * AHEAD;
@@ -157,7 +161,8 @@ INLINE void float_cols(const struct panel_job *j, int panel, const int P, int co
     for (int k = 0; k < j->k; k++, p += unit)
         UNROLL(4)
         for (int i = 0; i < P; i++) {
-            __builtin_prefetch(p + (size_t)i * j->code_stride + ahead, 0, 2);       /* P streams: to the second level */
+            /* P streams: to the second level. */
+            __builtin_prefetch(p + (size_t)i * j->code_stride + ahead, 0, 2);
             f32x16 w = load(p + (size_t)i * j->code_stride);
             UNROLL(8)
             for (int c = 0; c < C; c++)
@@ -171,7 +176,8 @@ INLINE void float_cols(const struct panel_job *j, int panel, const int P, int co
 }
 
 /* P_MAX panels, or one, times C columns; fewer at a time where there are too few registers for all. */
-INLINE void float_block(const struct panel_job *j, int panel, const int many, int col, const int C, int unit, load_fn *load) {
+INLINE void float_block(const struct panel_job *j, int panel, const int many, int col, const int C, int unit,
+                        load_fn *load) {
     const int P = many ? FLOAT_PANELS(C) : 1;
     for (int i = 0; i < (many ? P_MAX : 1); i += P)
         float_cols(j, panel + i, P, col, C, unit, load);

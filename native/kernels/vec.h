@@ -1,5 +1,5 @@
-/* Rows of floats: norms, activations, quantization, convolutions, recurrences. Written in lanes, compiled once
- * per ISA. */
+/* Rows of floats: norms, activations, quantization, convolutions, recurrences. Written in lanes,
+ * compiled once per ISA. */
 #include "values.h"
 
 static void quantize(struct act_block *act, int stride, const float *x, int n_blocks) {
@@ -123,7 +123,8 @@ static void rope_halves(float *x, const float *cos, const float *sin, int n) {
     }
 }
 
-static void conv(float *y, const float *const *rows, const float *weight, size_t stride, const float *bias, int k, int n) {
+static void conv(float *y, const float *const *rows, const float *weight, size_t stride, const float *bias,
+                 int k, int n) {
     EACH_16(n) {
         f32x16 sum = bias ? f_load_n(bias + i, m) : f_zero();
         for (int j = 0; j < k; j++)
@@ -134,7 +135,8 @@ static void conv(float *y, const float *const *rows, const float *weight, size_t
 
 /* A recurrence's state, key by key. */
 
-/* Key i: v = decay * s; with k it is fma(k, d, v), and stored. Returns fma(x, v, sum), or sum where x is NULL. */
+/* Key i: v = decay * s; with k it is fma(k, d, v), and stored. Returns fma(x, v, sum),
+ * or sum where x is NULL. */
 INLINE f32x16 visit_key(float *s, int i, f32x16 decay, const float *k, f32x16 d, const float *x, f32x16 sum) {
     f32x16 v = f_mul(decay, f_load(s + i * 16));
     if (k) {

@@ -15,8 +15,8 @@
 enum bmc_growth {
     BMC_GROW_CHUNK = 0,             /* segments of r rows are appended; nothing moves */
     BMC_GROW_COPY = 1,              /* a larger segment is mapped, the rows in use are copied to it */
-    BMC_GROW_RESERVE = 2,           /* address space for the session's cap; in it, segments of r rows become memory */
-    BMC_GROW_REMAP = 3,             /* segments of r rows, moved together to where there is room for more (Linux) */
+    BMC_GROW_RESERVE = 2,           /* address space for the cap, where segments of r rows become memory */
+    BMC_GROW_REMAP = 3,             /* segments of r rows, moved together to where more fit (Linux) */
 };
 
 typedef struct bmc_growth_cost {    /* of one growth, in seconds */
@@ -51,11 +51,14 @@ int         bmc_session_fill(bmc_session *session, int rows);       /* rows of n
  * a query and a row there were. */
 int64_t     bmc_session_attend_unused(bmc_session *session, int n_tok, double *seconds);
 
-int         bmc_read_bandwidth(int n_threads, double *bytes_per_second);     /* takes a quarter of a second */
-int         bmc_memory_seconds(int probe, int64_t bytes, double *seconds);   /* enum bmc_probe */
-int         bmc_arithmetic(int type, int n_threads, double *ops_per_second); /* a type's kernel, from the cache */
-int         bmc_arithmetic_rate(int n_threads, double *int8, double *f32);   /* products a second, registers */
-void        bmc_fail_allocation(int n);         /* for tests: the n-th of the arenas' from now on fails */
+/* Takes a quarter of a second. probe: enum bmc_probe. */
+int         bmc_read_bandwidth(int n_threads, double *bytes_per_second);
+int         bmc_memory_seconds(int probe, int64_t bytes, double *seconds);
+/* A type's kernel, from the cache; products a second, in registers. */
+int         bmc_arithmetic(int type, int n_threads, double *ops_per_second);
+int         bmc_arithmetic_rate(int n_threads, double *int8, double *f32);
+/* For tests: the n-th allocation of the arenas from now on fails. */
+void        bmc_fail_allocation(int n);
 /* </cffi> */
 
 #pragma GCC visibility pop

@@ -54,7 +54,8 @@ static void copy_rows(const struct growth *g, char *to, int64_t to_tiles) {
     int64_t used = tiles_of(g->rows_used);
     for (int stream = 0; stream < c->n_streams; stream++)
         for (int head = 0; head < c->streams[stream].n_heads; head++) {
-            size_t new_bytes = (size_t)(to_tiles * c->streams[stream].tile_bytes), copied = (size_t)(used * c->streams[stream].tile_bytes);
+            size_t new_bytes = (size_t)(to_tiles * c->streams[stream].tile_bytes);
+            size_t copied = (size_t)(used * c->streams[stream].tile_bytes);
             touch(g, to, new_bytes);
             double began = seconds();
             memcpy(to, arena_tile(a, stream, head, 0), copied);

@@ -93,7 +93,8 @@ static double run_probe(int probe, size_t bytes) {
 }
 
 int bmc_memory_seconds(int probe, int64_t bytes, double *least) {
-    if (probe < BMC_PROBE_MAP || probe > BMC_PROBE_COPY || bytes < PAGE || bytes % PAGE || bytes > 1LL << 36 || !least)
+    if (probe < BMC_PROBE_MAP || probe > BMC_PROBE_COPY || bytes < PAGE || bytes % PAGE || bytes > 1LL << 36
+        || !least)
         return fail(BMC_EINVAL, "bmc_memory_seconds: no probe %d of %lld bytes", probe, (long long)bytes);
     if ((probe == BMC_PROBE_REMAP || probe == BMC_PROBE_REMAP_SMALL) && !space_moves())
         return fail(BMC_EINVAL, "bmc_memory_seconds: this system cannot remap memory");
@@ -137,7 +138,8 @@ static double arithmetic_rate(struct work *w, struct pool *pool) {
 
 int bmc_arithmetic(int type, int n_threads, double *ops_per_second) {
     if (n_threads < 1 || n_threads > 1024 || !panel_runs(type) || !ops_per_second)
-        return fail(BMC_EINVAL, "bmc_arithmetic: expected a type that computes and 1 to 1024 threads, found %d and %d",
+        return fail(BMC_EINVAL,
+                    "bmc_arithmetic: expected a type that computes and 1 to 1024 threads, found %d and %d",
                     type, n_threads);
     const struct kernels *kernels = kernels_find();
     if (!kernels)
@@ -145,7 +147,8 @@ int bmc_arithmetic(int type, int n_threads, double *ops_per_second) {
     struct work w = { .panel = kernels->panel[type], .out_stride = TILE_COLS * PANELS * PANEL_HEIGHT };
     struct panel_size size = panel_size(type, COLUMNS);
     size_t act = TILE_COLS * COLUMNS / 32 * sizeof(struct act_block), x = TILE_COLS * COLUMNS * sizeof(float);
-    size_t out = (size_t)n_threads * w.out_stride * sizeof(float), panels = PANELS * (size.codes + size.scales);
+    size_t out = (size_t)n_threads * w.out_stride * sizeof(float);
+    size_t panels = PANELS * (size.codes + size.scales);
     char *memory = memory_map(panels + act + x + out);
     struct pool *pool = memory ? pool_new(n_threads) : NULL;
     if (pool) {
@@ -154,7 +157,8 @@ int bmc_arithmetic(int type, int n_threads, double *ops_per_second) {
         memset(memory, 60, panels);
         memset(memory + panels, 0, act + x + out);
         w.job = (struct panel_job){
-            .codes = (uint8_t *)memory, .scales = (uint8_t *)memory + PANELS * size.codes, .code_stride = size.codes,
+            .codes = (uint8_t *)memory, .scales = (uint8_t *)memory + PANELS * size.codes,
+            .code_stride = size.codes,
             .scale_stride = size.scales, .n_panels = PANELS, .n_rows = PANELS * PANEL_HEIGHT, .k = COLUMNS,
             .n_cols = TILE_COLS, .act = (struct act_block *)(void *)(memory + panels),
             .x = (float *)(void *)(memory + panels + act), .x_stride = COLUMNS,

@@ -42,7 +42,8 @@ static void read_share(void *arg, int thread) {
     int64_t from, to;
     pool_share(roof->pool, thread, ROOF_BYTES, 1 << 21, &from, &to);
     const char *memory = roof->memory + from;
-    atomic_fetch_add(&roof->sum, roof->ahead ? read_lines(memory, to - from, true) : read_lines(memory, to - from, false));
+    atomic_fetch_add(&roof->sum, roof->ahead ? read_lines(memory, to - from, true)
+                                             : read_lines(memory, to - from, false));
 }
 
 int bmc_read_bandwidth(int n_threads, double *bytes_per_second) {

@@ -28,7 +28,8 @@ static void use_huge_pages(void *memory, size_t bytes) {
 /* The space before the first huge page and behind the last byte is given back. */
 char *space_map(size_t bytes) {
     size_t whole = (bytes + page_size() - 1) / page_size() * page_size();
-    char *start = mmap(NULL, whole + HUGE_PAGE, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    char *start = mmap(NULL, whole + HUGE_PAGE, PROT_NONE,
+                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (start == MAP_FAILED)
         return NULL;
     size_t head = -(uintptr_t)start % HUGE_PAGE;

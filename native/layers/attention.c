@@ -210,8 +210,8 @@ static void run(struct pass *p, const struct block *b, struct tokens in, struct 
     on->place(p, b, &w, thread);
     on->end(p, thread, BMC_STEP_STORE);
     const size_t gate_stride = a->gate.data ? padded(a->gate.n_rows) : 0;
-    const struct rows more[] = { { w.q, padded(b->extent[QUERY]) }, { w.gate, gate_stride } };
-    keep_wanted(p, b, more, 2, thread);
+    const struct rows own[] = { { w.q, padded(b->extent[QUERY]) }, { w.gate, gate_stride } };
+    keep_wanted(p, b, own, thread);
     if (!p->n_tok)
         return;
     const struct queries q = queries(p, b, &w);

@@ -14,7 +14,7 @@ static const struct role roles[] = {
 
 static int check(const bmc_model *m, const bmc_block *c) {
     (void)m;
-    if (c->hidden_dim < 1 || c->hidden_dim > 1 << 22 || c->act < 0 || c->act >= BMC_ACTS)
+    if (c->hidden_dim < 1 || c->hidden_dim > 1 << 22)
         return fail(BMC_EFORMAT, "layer %d: feed-forward: expected 1 to %d values, found %d", c->layer,
                     1 << 22, c->hidden_dim);
     if (!(c->sparsity >= 0 && c->sparsity < 1e3f))

@@ -149,8 +149,8 @@ static void run(struct pass *p, const struct block *b, struct tokens in, struct 
     project_all(p, b, &w, in, thread);
     on->compress(p, b, &w, thread);
     on->end(p, thread, BMC_STEP_STORE);
-    const struct rows more[] = { { w.nope, padded(nope) }, { w.query, padded(heads * row) } };
-    keep_wanted(p, b, more, 2, thread);
+    const struct rows own[] = { { w.nope, padded(nope) }, { w.query, padded(heads * row) } };
+    keep_wanted(p, b, own, thread);
     if (!p->n_tok)
         return;
     const struct tokens parts = { .x = w.nope, .act = act, .n = p->n_tok, .wide = nope };

@@ -50,8 +50,9 @@ static size_t log_row(const struct block *b, struct work *w) {
 
 void recurrent_stream(bmc_model *m, struct block *b) {
     struct work w;
-    const size_t row = log_row(b, &w);
-    add_state(m, b, (struct state_size){ .floats = w.values * (size_t)b->extent[STATE], .row = row, .n_before = b->c.conv - 1 });
+    struct state_size size = { .row = log_row(b, &w), .n_before = b->c.conv - 1 };
+    size.floats = w.values * (size_t)b->extent[STATE];
+    add_state(m, b, size);
 }
 
 size_t recurrent_work(const bmc_model *m, const struct block *b, float *work, struct work *w) {
@@ -78,7 +79,8 @@ size_t recurrent_work(const bmc_model *m, const struct block *b, float *work, st
 
 struct need recurrent_need(const bmc_model *m, const struct block *b) {
     struct work w;
-    return (struct need){ .floats = recurrent_work(m, b, NULL, &w), .blocks = (size_t)b->extent[INNER] / 32 + 1 };
+    return (struct need){ .floats = recurrent_work(m, b, NULL, &w),
+                          .blocks = (size_t)b->extent[INNER] / 32 + 1 };
 }
 
 void convolve(const struct pass *p, const struct block *b, const struct work *w, const struct run *run, int t,
@@ -214,7 +216,8 @@ static struct walk walk_of(const struct pass *p, const struct block *b, const st
     const size_t key = (size_t)(g * b->c.state_dim), value = (size_t)(slice * SLICE);
     float *row = row_of(w->row, w->stride, t);
     struct walk walk = {
-        .kernels = &p->model->k, .states = &run->session->states[HERE], .run = &run->states[HERE], .stream = b->stream,
+        .kernels = &p->model->k, .states = &run->session->states[HERE], .run = &run->states[HERE],
+        .stream = b->stream,
         .slice = (size_t)slice, .decay = w->decay + (size_t)h, .k = w->k + key, .d = w->d + value,
     };
     walk.job = (struct recur_job){
@@ -260,8 +263,8 @@ static void finish(const struct pass *p, const struct block *b, const struct rec
 /* Columns [from, to) of the rows that a run leaves. */
 static void keep_columns(const struct run *run, int stream, const struct work *w, int from, int to) {
     const struct states *states = &run->session->states[HERE];
-    const int start = run->states[HERE].start;
-    for (int pos = state_first_kept(states, stream, &run->states[HERE]); pos < start + run->states[HERE].n; pos++) {
+    const int start = run->states[HERE].start, end = start + run->states[HERE].n;
+    for (int pos = state_first_kept(states, stream, &run->states[HERE]); pos < end; pos++) {
         const float *row = row_of(w->row, w->stride, run->first + pos - start);
         memcpy(state_row(states, stream, pos) + from, row + from, (size_t)(to - from) * sizeof *row);
     }
@@ -278,7 +281,8 @@ void keep_log(const struct pass *p, const struct block *b, const struct work *w,
     }
 }
 
-void recur(struct pass *p, const struct block *b, const struct recurrence *r, const struct work *w, struct tokens out, int thread) {
+void recur(struct pass *p, const struct block *b, const struct recurrence *r, const struct work *w,
+           struct tokens out, int thread) {
     prepare(p, b, r, w, thread);
     barrier(p, thread, BMC_STEP_STORE);
     walk_all(p, b, w, thread);

@@ -40,7 +40,8 @@ void recurrent_measure(const bmc_model *m, const bmc_block *c, int64_t *extent);
 int recurrent_check(const bmc_model *m, const bmc_block *c);
 struct need recurrent_need(const bmc_model *m, const struct block *b);
 void recurrent_stream(bmc_model *m, struct block *b);
-size_t recurrent_work(const bmc_model *m, const struct block *b, float *work, struct work *w);  /* floats of a token */
+/* Floats of a token. */
+size_t recurrent_work(const bmc_model *m, const struct block *b, float *work, struct work *w);
 
 /* e^(a dt) in the place of x, dt = softplus(x + its bias); returns dt. */
 float decay(const bmc_model *m, const struct block *b, const struct work *w, int t, int h);
@@ -50,7 +51,8 @@ void recurrent_run(struct pass *p, const struct block *b, const struct recurrenc
                    struct sink out, int thread);
 
 /* The steps of that on the CPU: all but the product; and of the short convolution. */
-void recur(struct pass *p, const struct block *b, const struct recurrence *r, const struct work *w, struct tokens out, int thread);
+void recur(struct pass *p, const struct block *b, const struct recurrence *r, const struct work *w,
+           struct tokens out, int thread);
 void short_conv(struct pass *p, const struct block *b, const struct work *w, struct tokens out, int thread);
 
 /* The run of token t; `run` is the one of an earlier token. */

@@ -126,7 +126,8 @@ static int one_failure(int r, int k) {
         struct arena before = a;
         int status = arena_reserve(&a, STEPS[i]);
         if (status) {
-            CHECK(status == BMC_ENOMEM && arena_fail_in == 0 && strstr(error_message(), "rows of keys and values"));
+            CHECK(status == BMC_ENOMEM && arena_fail_in == 0
+                  && strstr(error_message(), "rows of keys and values"));
             CHECK(a.n_segments == before.n_segments && a.rows_reserved == before.rows_reserved);
             check_rows(&a, length);
         }
@@ -146,7 +147,8 @@ static void every_allocation_may_fail(int r) {
     CHECK(k > 2);
 }
 
-/* Arenas that fork, grow, go back and write: each keeps its own rows, and memory is given back with the last user. */
+/* Arenas that fork, grow, go back and write: each keeps its own rows, and memory is given
+ * back with the last user. */
 static void forks_keep_their_rows(void) {
     enum { ARENAS = 6 };
     static char truth[ARENAS][CAP];
@@ -200,7 +202,8 @@ static void dropped_rows_are_given_back(void) {
     CHECK(!arena_fork(&fork, &a, 190) && fork.n_dropped == 6);
     for (int64_t row = 96; row < 190; row++)
         for (int l = 0; l < LAYERS; l++)
-            CHECK(!memcmp(plain[row][l][1], slice(&a, l, 1, row), SLICE) && !memcmp(plain[row][l][1], slice(&fork, l, 1, row), SLICE));
+            CHECK(!memcmp(plain[row][l][1], slice(&a, l, 1, row), SLICE)
+                  && !memcmp(plain[row][l][1], slice(&fork, l, 1, row), SLICE));
     arena_free(&fork);
     init(&fork, way);
     CHECK(!arena_fork(&fork, &a, 90) && fork.n_dropped == 6 && fork.n_segments == 6 && !arena_mapped(&fork));
@@ -248,7 +251,8 @@ static void other_growths_set_the_cap(void) {
         struct arena a;
         init(&a, WAYS[i]);
         CHECK(!reserve(&a, WAYS[i], 30, 0));
-        CHECK((arena_reserve(&a, a.rows_reserved + 1) == BMC_EFULL) == (WAYS[i].growth != BMC_GROW_CHUNK || a.rows_reserved > CAP));
+        CHECK((arena_reserve(&a, a.rows_reserved + 1) == BMC_EFULL)
+              == (WAYS[i].growth != BMC_GROW_CHUNK || a.rows_reserved > CAP));
         arena_free(&a);
     }
 }
@@ -262,7 +266,8 @@ static void copies_are_counted(void) {
     for (int i = 0; i < 100; i++) {
         int64_t copied = tiles(length) * LAYERS * HEADS * TILE_ROWS * SLICE;
         append(&a, way, &length, 1, &state);
-        CHECK(cost.bytes_copied == copied && (cost.copy > 0) == (i > 0) && cost.allocate > 0 && cost.touch == 0);
+        CHECK(cost.bytes_copied == copied && (cost.copy > 0) == (i > 0) && cost.allocate > 0
+              && cost.touch == 0);
         CHECK(a.rows_reserved == i + 1 && a.n_segments == 1);
     }
     CHECK(arena_row_bytes(&a) == LAYERS * HEADS * SLICE);
@@ -292,8 +297,12 @@ static void others_copy_nothing(void) {
 
 static void absurd_sizes_are_refused(void) {
     const struct arena_config bad[] = {
-        config_of(1, 1, 64, 0, 1), config_of(1, 1, 64, 1LL << 40, 1), config_of(1, 1, 64, 16, 0), config_of(1, 1, 64, 16, -5),
-        { .n_streams = -1, .cap = 16, .r = 16 }, { .n_streams = 1, .cap = 16, .r = 16 },
+        config_of(1, 1, 64, 0, 1),
+        config_of(1, 1, 64, 1LL << 40, 1),
+        config_of(1, 1, 64, 16, 0),
+        config_of(1, 1, 64, 16, -5),
+        { .n_streams = -1, .cap = 16, .r = 16 },
+        { .n_streams = 1, .cap = 16, .r = 16 },
     };
     struct arena a;
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
@@ -313,7 +322,8 @@ static void absurd_sizes_are_refused(void) {
         arena_free(&a);
     }
     init(&a, WAYS[0]);
-    CHECK(arena_grow(&a, -1, 1, 0, false, &cost) == BMC_EINVAL && arena_grow(&a, 9, 1, 0, false, &cost) == BMC_EINVAL);
+    CHECK(arena_grow(&a, -1, 1, 0, false, &cost) == BMC_EINVAL
+          && arena_grow(&a, 9, 1, 0, false, &cost) == BMC_EINVAL);
     CHECK(arena_grow(&a, BMC_GROW_COPY, -1, 0, false, &cost) == BMC_EINVAL);
     arena_free(&a);
 }

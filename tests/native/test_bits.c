@@ -1,5 +1,5 @@
-/* One number for the bits of each kernel's outputs, from inputs that integers make: a line a kernel, equal on every
- * ISA here, and (make test-arm) on every machine. */
+/* One number for the bits of each kernel's outputs, from inputs that integers make: a line a kernel, equal on
+ * every ISA here, and (make test-arm) on every machine. */
 #include "check.h"
 #include "cpu.h"
 #include "exp.h"
@@ -54,8 +54,10 @@ static void panels(const struct kernels *k, int type) {
         for (int col = 0; col < n; col++)
             k->quantize(act + col, n, x + col * K, K / 32);
         k->panel[type](&(struct panel_job){
-            .codes = codes, .scales = scales, .code_stride = size.codes, .scale_stride = size.scales, .n_panels = PANELS, .n_rows = ROWS,
-            .k = K, .n_cols = n, .act = act, .x = x, .x_stride = K, .bias = n % 2 ? bias : NULL, .out = out, .out_stride = ROWS, .add = n % 3 == 2,
+            .codes = codes, .scales = scales, .code_stride = size.codes, .scale_stride = size.scales,
+            .n_panels = PANELS, .n_rows = ROWS,
+            .k = K, .n_cols = n, .act = act, .x = x, .x_stride = K, .bias = n % 2 ? bias : NULL, .out = out,
+            .out_stride = ROWS, .add = n % 3 == 2,
         });
         fold(out, (size_t)(n * ROWS) * sizeof *out);
     }
@@ -65,7 +67,8 @@ static void panels(const struct kernels *k, int type) {
 static void attention(const struct kernels *k, int head_dim, float softcap) {
     enum { MOST = 256, CHUNKS = 2 };
     static uint16_t cache[CHUNKS * CHUNK / TILE][2 * TILE * MOST];
-    static float q[ATTN_ROWS * MOST], o[ATTN_ROWS * MOST], alone[ATTN_ROWS * MOST], merged[ATTN_ROWS * MOST], row[2 * MOST];
+    static float q[ATTN_ROWS * MOST], o[ATTN_ROWS * MOST], alone[ATTN_ROWS * MOST], merged[ATTN_ROWS * MOST],
+        row[2 * MOST];
     int v_dim = (head_dim + 15) / 16 * 16;
     for (int n = 1; n <= ATTN_ROWS; n++) {
         float m[ATTN_ROWS], l[ATTN_ROWS] = { 0 }, merged_m[ATTN_ROWS], merged_l[ATTN_ROWS] = { 0 };
@@ -83,7 +86,8 @@ static void attention(const struct kernels *k, int head_dim, float softcap) {
                 tiles[i] = cache[chunk * (CHUNK / TILE) + i];
             for (int t = 0; t < CHUNK; t++) {
                 numbers(row, 2 * head_dim, random_below(&state, 50) ? 1.0f : 1e5f * (float)(t % 2));
-                k->store_kv(cache[chunk * (CHUNK / TILE) + t / TILE], t % TILE, row, row + head_dim, head_dim, head_dim);
+                k->store_kv(cache[chunk * (CHUNK / TILE) + t / TILE], t % TILE, row, row + head_dim, head_dim,
+                            head_dim);
             }
             for (int i = 0; i < n; i++) {
                 rows[i] = q + i * head_dim;
@@ -93,9 +97,19 @@ static void attention(const struct kernels *k, int head_dim, float softcap) {
                 slope[i] = 1.0f / (float)(8 + i);
             }
             float alone_m[ATTN_ROWS], alone_l[ATTN_ROWS] = { 0 };
-            struct attn_job job = { .tiles = tiles, .head_dim = head_dim, .v_dim = v_dim, .n_rows = n, .q = rows,
-                                    .first = first, .limit = limit, .m = m, .l = l, .o = o, .softcap = softcap,
-                                    .slope = softcap > 0 ? slope : NULL, .at = own };
+            struct attn_job job = { .tiles = tiles,
+                                    .head_dim = head_dim,
+                                    .v_dim = v_dim,
+                                    .n_rows = n,
+                                    .q = rows,
+                                    .first = first,
+                                    .limit = limit,
+                                    .m = m,
+                                    .l = l,
+                                    .o = o,
+                                    .softcap = softcap,
+                                    .slope = softcap > 0 ? slope : NULL,
+                                    .at = own };
             k->attend(&job);
             memset(alone, 0, sizeof alone);
             for (int i = 0; i < n; i++)
@@ -103,8 +117,10 @@ static void attention(const struct kernels *k, int head_dim, float softcap) {
             job.m = alone_m, job.l = alone_l, job.o = alone;
             k->attend(&job);
             for (int i = 0; i < n; i++)
-                k->attend_merge(&merged_m[i], &merged_l[i], merged + i * v_dim, alone_m[i], alone_l[i], alone + i * v_dim, v_dim);
-            k->attend_merge(merged_m, merged_l, merged, -INFINITY, 0, alone, v_dim);        /* nothing seen: nothing changes */
+                k->attend_merge(&merged_m[i], &merged_l[i], merged + i * v_dim, alone_m[i], alone_l[i],
+                                alone + i * v_dim, v_dim);
+            /* Nothing seen: nothing changes. */
+            k->attend_merge(merged_m, merged_l, merged, -INFINITY, 0, alone, v_dim);
         }
         CHECK(!memcmp(m, merged_m, (size_t)n * sizeof *m) && !memcmp(l, merged_l, (size_t)n * sizeof *l));
         CHECK(!memcmp(o, merged, (size_t)(n * v_dim) * sizeof *o));
@@ -146,7 +162,8 @@ static void rows(const struct kernels *k) {
 /* Convolutions of 1 to 5 rows, then their results as keys, values and queries of a recurrence. */
 static void recurrences(const struct kernels *k) {
     enum { TOKENS = 9, N = 150, STRIDE = 160 };
-    float x[(TOKENS + 4) * N], weight[5 * STRIDE], bias[N], y[TOKENS][N], s[N * 16], d[TOKENS * 16], o[TOKENS * 16];
+    float x[(TOKENS + 4) * N], weight[5 * STRIDE], bias[N], y[TOKENS][N], s[N * 16], d[TOKENS * 16],
+        o[TOKENS * 16];
     for (int width = 1; width <= 5; width++) {
         numbers(x, (TOKENS + 4) * N, 1);
         numbers(weight, 5 * STRIDE, 0.5f);
@@ -161,7 +178,8 @@ static void recurrences(const struct kernels *k) {
         }
         fold(y, sizeof y);
         k->recur(&(struct recur_job){
-            .s = s, .n_keys = N - 30 + width, .n_tok = TOKENS, .decay = x, .k = y[0], .q = y[0] + 20, .v = x + 1,
+            .s = s, .n_keys = N - 30 + width, .n_tok = TOKENS, .decay = x, .k = y[0], .q = y[0] + 20,
+            .v = x + 1,
             .beta = x + 17, .d = d, .o = o, .decay_stride = N, .k_stride = N, .q_stride = N, .v_stride = N,
             .beta_stride = N, .d_stride = 16, .o_stride = 16,
         });

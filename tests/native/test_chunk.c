@@ -1,5 +1,5 @@
-/* Products by cuBLAS of matrices that are larger than its buffer: slices of whole panels, every row once. What is queued
- * is looked at and not run. */
+/* Products by cuBLAS of matrices that are larger than its buffer: slices of whole panels, every row once.
+ * What is queued is looked at and not run. */
 #include "check.h"
 #include "cuda/chunk.h"
 
@@ -35,10 +35,12 @@ static void slices_cover_each_row_once(void) {
     struct cuda c = new_cuda();
     bmc_model m = { .cuda = &c };
     struct pass p = { .model = &m, .chunk = true };
-    const struct product list[] = { of(&large, BMC_PROMPT_CHUNK, false), of(&large, BMC_PROMPT_CHUNK, false) };
+    const struct product list[] = { of(&large, BMC_PROMPT_CHUNK, false),
+                                    of(&large, BMC_PROMPT_CHUNK, false) };
     int64_t rows = 0;
     CHECK(chunk_multiply(&p, list, 0) && chunk_multiply(&p, list, 1));
-    CHECK(c.n_queued == 1 + 2 * 3 * 3 && c.queue[0].function == &halve_tokens);     /* the tokens once, three slices each */
+    /* The tokens once, three slices each. */
+    CHECK(c.n_queued == 1 + 2 * 3 * 3 && c.queue[0].function == &halve_tokens);
     for (int i = 1; i < c.n_queued; i += 3) {
         struct cuda_halves a;
         struct cublas_product b;
@@ -48,10 +50,13 @@ static void slices_cover_each_row_once(void) {
         memcpy(&b, c.args + c.queue[i + 1].args, sizeof b);
         memcpy(&f, c.args + c.queue[i + 2].args, sizeof f);
         const int n = rows + FIT < ROWS ? FIT : (int)(ROWS - rows);
-        CHECK(c.queue[i].function == &halves && !c.queue[i + 1].grid.threads && c.queue[i + 2].function == &finish);
-        CHECK(a.of.n_rows == n && a.of.codes == codes + rows / 16 * CODE && a.of.scales == scales + rows / 16 * SCALE);
+        CHECK(c.queue[i].function == &halves && !c.queue[i + 1].grid.threads
+              && c.queue[i + 2].function == &finish);
+        CHECK(a.of.n_rows == n && a.of.codes == codes + rows / 16 * CODE
+              && a.of.scales == scales + rows / 16 * SCALE);
         CHECK(b.m == n && b.n == BMC_PROMPT_CHUNK && b.k == COLUMNS && b.stride >= n);
-        CHECK(f.n_rows == n && f.out == list[0].y + rows && f.bias == large.bias + rows && f.add && f.factor == 0.5f);
+        CHECK(f.n_rows == n && f.out == list[0].y + rows && f.bias == large.bias + rows && f.add
+              && f.factor == 0.5f);
         CHECK(f.sum_stride == (size_t)b.stride && f.out_stride == STRIDE);
         rows += n;
     }
@@ -64,8 +69,8 @@ static void other_products_are_left(void) {
     struct cuda c = new_cuda();
     bmc_model m = { .cuda = &c };
     struct pass p = { .model = &m, .chunk = true };
-    const struct product list[] = { of(&large, BMC_PROMPT_CHUNK - 1, false), of(&large, BMC_PROMPT_CHUNK, true),
-                                    of(&large, BMC_PROMPT_CHUNK, false) };
+    const struct product list[] = { of(&large, BMC_PROMPT_CHUNK - 1, false),
+                                    of(&large, BMC_PROMPT_CHUNK, true), of(&large, BMC_PROMPT_CHUNK, false) };
     CHECK(!chunk_multiply(&p, list, 0) && !chunk_multiply(&p, list, 1));
     p.chunk = false;
     CHECK(!chunk_multiply(&p, list, 2) && c.n_queued == 0);

@@ -1,8 +1,9 @@
-/* Panels, 8-bit blocks and attention, on every ISA this CPU has: the bits of the reference, and the values of plain
- * double arithmetic.
+/* Panels, 8-bit blocks and attention, on every ISA this CPU has: the bits of the reference, and the values of
+ * plain double arithmetic.
  *
- * Tolerances are worst cases of float32 rounding, in units of 2^-24 times the sum of magnitudes; each is shown to
- * fail for zeros and for a small error in the input. Buffers are as large as kernels may use, for the sanitizer. */
+ * Tolerances are worst cases of float32 rounding, in units of 2^-24 times the sum of magnitudes; each
+ * is shown to fail for zeros and for a small error in the input. Buffers are as large as kernels may
+ * use, for the sanitizer. */
 #include "bmc.h"
 #include "isas.h"
 #include "pack.h"
@@ -60,7 +61,8 @@ static void random_block(int type, uint8_t *block) {
     if (type == TYPE_IQ1_M)
         set_iq1_m(block, random_f16());
     if (type == TYPE_MXFP4)
-        block[0] = (uint8_t)(random_below(&state, 16) ? 120 + random_below(&state, 10) : random_below(&state, 3));
+        block[0] = (uint8_t)(random_below(&state, 16) ? 120 + random_below(&state, 10)
+                                                      : random_below(&state, 3));
 }
 
 static void random_row(int type, uint8_t *row, int k) {
@@ -98,11 +100,13 @@ static void pack(struct product *p) {
     p->scales = get_memory((size_t)panels * p->size.scales);
     for (int i = 0; i < panels; i++)
         pack_panel(p->type, p->file + (size_t)i * 16 * p->row_bytes, p->row_bytes,
-                   p->rows - 16 * i < 16 ? p->rows - 16 * i : 16, p->k, p->codes + (size_t)i * p->size.codes, p->scales + (size_t)i * p->size.scales);
+                   p->rows - 16 * i < 16 ? p->rows - 16 * i : 16, p->k, p->codes + (size_t)i * p->size.codes,
+                   p->scales + (size_t)i * p->size.scales);
 }
 
-/* Rounding, at worst: once a block for the running sum, and 6 times in what is added to it (scales and mins made of
- * two factors each). A weight is scale * code + min, each of which is at most 3 times the largest of its block. */
+/* Rounding, at worst: once a block for the running sum, and 6 times in what is added to it (scales
+ * and mins made of two factors each). A weight is scale * code + min, each of which is at most 3 times
+ * the largest of its block. */
 static void compute_exact(struct product *p) {
     float *w = get_memory((size_t)p->k * sizeof *w);
     int quantized = panel_quantized(p->type);
@@ -130,13 +134,15 @@ static void compute_exact(struct product *p) {
 }
 
 static void run(const struct kernels *k, const struct product *p, int first_panel, int n_panels,
-                const struct act_block *act, const float *x, int n_cols, int with_bias, int add, float *out, size_t stride) {
+                const struct act_block *act, const float *x, int n_cols, int with_bias, int add, float *out,
+                size_t stride) {
     int left = p->rows - 16 * first_panel;
     k->panel[p->type](&(struct panel_job){
         .codes = p->codes + (size_t)first_panel * p->size.codes,
         .scales = p->scales + (size_t)first_panel * p->size.scales,
         .code_stride = p->size.codes, .scale_stride = p->size.scales, .n_panels = n_panels,
-        .n_rows = left < 16 * n_panels ? left : 16 * n_panels, .k = p->k, .n_cols = n_cols, .act = act, .x = x,
+        .n_rows = left < 16 * n_panels ? left : 16 * n_panels, .k = p->k, .n_cols = n_cols, .act = act,
+        .x = x,
         .x_stride = (size_t)p->k, .bias = with_bias ? p->bias + 16 * first_panel : NULL,
         .out = out, .out_stride = stride, .add = add,
     });
@@ -171,7 +177,8 @@ static struct product new_product(int type, int rows, int k) {
 }
 
 static void free_product(struct product *p) {
-    void *parts[] = { p->file, p->codes, p->scales, p->x, p->act, p->bias, p->before, p->exact, p->slack, p->ref };
+    void *parts[] = { p->file, p->codes,  p->scales, p->x,     p->act,
+                      p->bias, p->before, p->exact,  p->slack, p->ref };
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++)
         free(parts[i]);
 }
@@ -204,9 +211,10 @@ static void tolerance_is_sharp(struct product *p) {
     free(y);
 }
 
-/* Columns first .. first + n of the tile: all outputs as the reference has them, everything round them untouched. */
-static void check_tile(const struct kernels *k, const struct product *p, int first_panel, int n_panels, int first, int n,
-                       int with_bias, int add) {
+/* Columns first .. first + n of the tile: all outputs as the reference has them,
+ * everything round them untouched. */
+static void check_tile(const struct kernels *k, const struct product *p, int first_panel, int n_panels,
+                       int first, int n, int with_bias, int add) {
     int row = 16 * first_panel, left = p->rows - row, rows = left < 16 * n_panels ? left : 16 * n_panels;
     int stride = rows + 3;
     struct act_block *act = get_memory((size_t)(p->k / 32 * n) * sizeof *act);
@@ -248,7 +256,8 @@ static void panels_of_type(int type) {
             for (int n = 1; n <= TILE_COLS; n++) {
                 int mode = n + panels, first = (int)random_below(&state, TILE_COLS - n + 1);
                 check_tile(&isas[i], &p, 0, panels, first, n, mode & 1, mode >> 1 & 1);
-                check_tile(&isas[i], &p, panels / 2, panels - panels / 2, TILE_COLS - n, n, ~mode & 1, mode >> 1 & 1);
+                check_tile(&isas[i], &p, panels / 2, panels - panels / 2, TILE_COLS - n, n, ~mode & 1,
+                           mode >> 1 & 1);
             }
         free_product(&p);
     }
@@ -266,8 +275,9 @@ static void every_panel(void) {
     CHECK(n == 28);
 }
 
-/* Coarse weights: the bits of the reference on every ISA, and the error of the best four equidistant levels for a normal
- * distribution, 0.119 of the variance; noise() is not quite normal. Zeros would have an error of 1. */
+/* Coarse weights: the bits of the reference on every ISA, and the error of the best four equidistant
+ * levels for a normal distribution, 0.119 of the variance; noise() is not quite normal. Zeros
+ * would have an error of 1. */
 static void coarse_panels(void) {
     enum { K = 512, PANELS = 3, ROWS = 16 * PANELS - 3, N = 5 };
     struct panel_size size = panel_size(TYPE_COARSE, K);
@@ -275,13 +285,14 @@ static void coarse_panels(void) {
     float *rows = noises(ROWS * K), *x = noises(N * K), out[2][N * ROWS], error = 0, sum = 0;
     struct act_block act[K / 32 * N];
     for (int i = 0; i < PANELS; i++)
-        pack_panel(TYPE_COARSE, rows + 16 * i * K, K * sizeof *rows, i < PANELS - 1 ? 16 : ROWS % 16, K, codes + (size_t)i * size.codes,
-                   scales + (size_t)i * size.scales);
+        pack_panel(TYPE_COARSE, rows + 16 * i * K, K * sizeof *rows, i < PANELS - 1 ? 16 : ROWS % 16, K,
+                   codes + (size_t)i * size.codes, scales + (size_t)i * size.scales);
     for (int c = 0; c < N; c++)
         isas[0].quantize(act + c, N, x + c * K, K / 32);
     for (int i = 0; i < n_isas; i++) {
         isas[i].panel[TYPE_COARSE](&(struct panel_job){
-            .codes = codes, .scales = scales, .code_stride = size.codes, .scale_stride = size.scales, .n_panels = PANELS,
+            .codes = codes, .scales = scales, .code_stride = size.codes, .scale_stride = size.scales,
+            .n_panels = PANELS,
             .n_rows = ROWS, .k = K, .n_cols = N, .act = act, .out = out[i > 0], .out_stride = ROWS });
         CHECK(!memcmp(out[0], out[i > 0], sizeof out[0]));
     }
@@ -332,8 +343,8 @@ static void extreme_codes(void) {
     }
 }
 
-/* Panels of equal bytes, so that every unit has the same code, those that no file gives too; activations at their
- * limits. */
+/* Panels of equal bytes, so that every unit has the same code, those that no file gives too;
+ * activations at their limits. */
 static void equal_codes(void) {
     for (int type = 0; type < N_TYPES; type++) {
         if (!panel_runs(type) || !panel_quantized(type))
@@ -359,7 +370,8 @@ static void check_block(const struct act_block *a, const float *x) {
     double top = 0;
     int32_t sums[2] = { 0, 0 };
     for (int i = 0; i < 32; i++)
-        top = fabs((double)x[i]) > top ? fabs((double)x[i]) : top;         /* fmax here breaks gcc 12 for arm64 */
+        /* fmax here breaks gcc 12 for arm64 */
+        top = fabs((double)x[i]) > top ? fabs((double)x[i]) : top;
     CHECK(fabs((double)a->d - top / 127) <= ROUNDING * top / 127 + 1e-45);
     for (int i = 0; i < 32; i++) {
         CHECK(a->q[i] >= -127 && a->q[i] <= 127);
@@ -374,9 +386,12 @@ static void check_block(const struct act_block *a, const float *x) {
 /* Ordinary blocks, zeros, one value alone, ties, and sizes at the ends of what a float holds. */
 static void quantize_blocks(void) {
     enum { N = 24, STRIDE = 3 };
-    static const float scales[] = { 1, 1e-3f, 1e4f, 0, 1e30f, 3e38f, 1e-30f, 1e-36f, 1e-38f, 1e-40f, 1e-44f, 1 };
+    static const float scales[] = {
+        1, 1e-3f, 1e4f, 0, 1e30f, 3e38f, 1e-30f, 1e-36f, 1e-38f, 1e-40f, 1e-44f, 1
+    };
     float *x = noises(N * 32);
-    struct act_block *act = get_memory((N * STRIDE) * sizeof *act), *first = get_memory((N * STRIDE) * sizeof *act);
+    struct act_block *act = get_memory((N * STRIDE) * sizeof *act);
+    struct act_block *first = get_memory((N * STRIDE) * sizeof *act);
     for (int i = 0; i < N * 32; i++)
         x[i] = i < 12 * 32 ? x[i] / 3 * scales[i / 32] : i < 20 * 32 ? (float)(i % 255 - 127) / 2 : x[i];
     for (int i = 20 * 32; i < 21 * 32; i++)
@@ -394,7 +409,8 @@ static void quantize_blocks(void) {
                 check_block(&act[b], x + b / STRIDE * 32);
         if (isa == 0)
             memcpy(first, act, (N * STRIDE) * sizeof *act);
-        CHECK(act[21 * STRIDE].q[16] == 0 && act[21 * STRIDE].q[17] == 2 && act[21 * STRIDE].q[14] == -2);     /* 0.5, 1.5, -1.5 */
+        /* 0.5, 1.5, -1.5 */
+        CHECK(act[21 * STRIDE].q[16] == 0 && act[21 * STRIDE].q[17] == 2 && act[21 * STRIDE].q[14] == -2);
         for (int b = 0; b < N; b++)
             CHECK(!memcmp(&act[b * STRIDE], &first[b * STRIDE], offsetof(struct act_block, unused)));
     }
@@ -422,7 +438,9 @@ static void store(const struct kernels *kernels, struct cache *c, int token, con
 }
 
 static struct cache new_cache(int head_dim, int n_rows, int from, int to) {
-    struct cache c = { .head_dim = head_dim, .v_dim = (head_dim + 15) / 16 * 16, .n_rows = n_rows, .sink = -INFINITY };
+    struct cache c = {
+        .head_dim = head_dim, .v_dim = (head_dim + 15) / 16 * 16, .n_rows = n_rows, .sink = -INFINITY
+    };
     size_t tile = (size_t)(TILE * (c.head_dim + c.v_dim));
     c.k = noises(TOKENS * head_dim);
     c.v = noises(TOKENS * head_dim);
@@ -482,11 +500,14 @@ static void attend(const struct kernels *k, const struct cache *c, int row, int 
             if (taken)
                 k->attend(&(struct attn_job){
                     .tiles = (const uint16_t *const *)c->tiles + chunk / TILE,
-                    .head_dim = c->head_dim, .v_dim = c->v_dim, .n_rows = taken, .q = q, .first = first, .limit = limit, .m = m + at, .l = l + at, .o = o + at * c->v_dim,
-                    .softcap = c->softcap, .slope = alibi ? c->slope + row + at : NULL, .at = alibi ? own : NULL,
+                    .head_dim = c->head_dim, .v_dim = c->v_dim, .n_rows = taken, .q = q, .first = first,
+                    .limit = limit, .m = m + at, .l = l + at, .o = o + at * c->v_dim,
+                    .softcap = c->softcap, .slope = alibi ? c->slope + row + at : NULL,
+                    .at = alibi ? own : NULL,
                 });
         }
-    float *nothing = calloc((size_t)c->v_dim, sizeof *nothing);     /* a sink: a chunk of one token without a value */
+    /* A sink: a chunk of one token without a value. */
+    float *nothing = calloc((size_t)c->v_dim, sizeof *nothing);
     CHECK(nothing);
     for (int i = 0; i < n; i++) {
         k->attend_merge(&m[i], &l[i], o + i * c->v_dim, c->sink, 1, nothing, c->v_dim);
@@ -510,7 +531,8 @@ static double score(const struct cache *c, int row, int t, double *size) {
     return s - bias;
 }
 
-/* A score is off by head_dim roundings of its size, and so is its weight, relatively; every sum adds one a token. */
+/* A score is off by head_dim roundings of its size, and so is its weight, relatively;
+ * every sum adds one a token. */
 static double naive(const struct cache *c, int row, double *out) {
     double top = (double)c->sink, total, most = 0, size;
     for (int t = c->first[row]; t < c->limit[row]; t++)
@@ -596,8 +618,8 @@ static void attention(void) {
     CHECK(noticed > 100);
 }
 
-/* With a softcap, ALiBi and a sink, alone and together; without one of them the result is mostly a different one.
- * Queries stand before, among and after the rows they see. */
+/* With a softcap, ALiBi and a sink, alone and together; without one of them the result is mostly a different
+ * one. Queries stand before, among and after the rows they see. */
 static void attention_with_extras(void) {
     int told[3] = { 0 };
     for (int round = 0; round < 48; round++) {
@@ -654,8 +676,8 @@ static void attention_at_the_edges(void) {
     }
 }
 
-/* Values that are the first of the keys give the bits of a cache that has them twice, and nothing beyond a tile of
- * keys is read. */
+/* Values that are the first of the keys give the bits of a cache that has them twice, and nothing beyond
+ * a tile of keys is read. */
 static void check_shared(int head_dim, int v_dim, int n_rows, int n_seen) {
     const int pad = (v_dim + 15) / 16 * 16, from = (int)random_below(&state, n_seen);
     const uint16_t *both[CHUNK / TILE], *keys[CHUNK / TILE];
@@ -690,11 +712,13 @@ static void check_shared(int head_dim, int v_dim, int n_rows, int n_seen) {
             }
             isas[isa].attend(&(struct attn_job){
                 .tiles = shared ? keys : both, .head_dim = head_dim, .v_dim = pad, .shared = shared,
-                .n_rows = n_rows, .q = q, .first = first, .limit = limit, .m = m[shared], .l = l[shared], .o = o[shared],
+                .n_rows = n_rows, .q = q, .first = first, .limit = limit, .m = m[shared], .l = l[shared],
+                .o = o[shared],
             });
         }
         for (int r = 0; r < n_rows; r++)
-            CHECK(same(o[0] + r * pad, o[1] + r * pad, (size_t)v_dim) && m[0][r] == m[1][r] && l[0][r] == l[1][r]);
+            CHECK(same(o[0] + r * pad, o[1] + r * pad, (size_t)v_dim) && m[0][r] == m[1][r]
+                  && l[0][r] == l[1][r]);
     }
     for (int i = 0; i < CHUNK / TILE; i++)
         free((void *)both[i]), free((void *)keys[i]);

@@ -23,8 +23,8 @@ static int search(const int32_t *text, int n, int *length) {
     return best;
 }
 
-/* Four tokens of a match at least, left up to four tokens ago, and the last one within four of where it would be: the place behind
- * it in the source. */
+/* Four tokens of a match at least, left up to four tokens ago, and the last one within four of where it would
+ * be: the place behind it in the source. */
 static int search_rejoined(const int32_t *text, int n, int *length) {
     for (int since = 1; since <= 4 && since < n; since++) {
         int left = search(text, n - since, length);
@@ -45,7 +45,8 @@ static void matches_are_those_found_by_searching(void) {
         int n = 0, symbols = 12 + (int)random_below(&state, 60);
         CHECK(g && ngrams_propose(g, K, ids, lengths) == 0);
         while (n < N) {                         /* runs that were there before, and others */
-            int from = n ? (int)random_below(&state, n) : 0, more = 1 + (int)random_below(&state, 30), copy = n && random_below(&state, 3);
+            int from = n ? (int)random_below(&state, n) : 0, more = 1 + (int)random_below(&state, 30);
+            int copy = n && random_below(&state, 3);
             more = more < N - n ? more : N - n;
             more = copy && more > n - from ? n - from : more;
             for (int i = 0; i < more; i++)
@@ -58,7 +59,8 @@ static void matches_are_those_found_by_searching(void) {
             CHECK(found == (end ? K : 0));
             for (int i = 0; i < found; i++) {
                 CHECK(ids[i] == (end + i < n ? text[end + i] : ids[end + i - n]));
-                CHECK(lengths[i] == (back && !i ? 1 : length + i < NGRAM_LONGEST ? length + i : NGRAM_LONGEST));
+                int told = length + i < NGRAM_LONGEST ? length + i : NGRAM_LONGEST;
+                CHECK(lengths[i] == (back && !i ? 1 : told));
             }
         }
         ngrams_free(g);
@@ -102,7 +104,8 @@ static void it_grows(void) {
     ngrams_free(NULL);
 }
 
-/* Whatever it knew before: the same text, a beginning of it, one that goes on, another one. A hint stands before all of them. */
+/* Whatever it knew before: the same text, a beginning of it, one that goes on, another one. A hint
+ * stands before all of them. */
 static void it_follows_any_text(int n_hint) {
     static const int32_t hint[] = { 3, 1, 2, 0, 3, 2, 1 };
     uint64_t state = 9;

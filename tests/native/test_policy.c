@@ -6,9 +6,13 @@
 
 static double truth(double width, double speed) { return speed * fmax(1, 0.4 + 0.15 * width); }
 
-static double noisy(uint64_t *state, double seconds) { return seconds * (0.95 + 0.1 * (double)random_below(state, 1000) / 1000); }
+static double noisy(uint64_t *state, double seconds) {
+    return seconds * (0.95 + 0.1 * (double)random_below(state, 1000) / 1000);
+}
 
-static double off(const struct pass_cost *c, double width, double speed) { return fabs(log(cost_at(c, width) / truth(width, speed))); }
+static double off(const struct pass_cost *c, double width, double speed) {
+    return fabs(log(cost_at(c, width) / truth(width, speed)));
+}
 
 /* Widths that are seen are known to a few percent, and widths between them too. */
 static void costs_are_found(void) {
@@ -60,7 +64,8 @@ static void chances_are_learned(void) {
     CHECK(acceptance_mean(&a) < 0.6);
 }
 
-/* A text where guesses come true half as often as elsewhere is known for that after a few, and forgotten as soon. */
+/* A text where guesses come true half as often as elsewhere is known for that after a few,
+ * and forgotten as soon. */
 static void a_text_has_its_own_chances(void) {
     struct recent l = { 0 };
     CHECK(fabs(recent_adjust(&l, 0.8) - 0.8) < 1e-9 && recent_mean(&l, 0.8) == 0.8);

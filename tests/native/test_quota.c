@@ -1,4 +1,5 @@
-/* The quota of control groups: each group on the way to the root counts, in both versions' files, and what is not there does not. */
+/* The quota of control groups: each group on the way to the root counts, in both versions' files, and what
+ * is not there does not. */
 #include "check.h"
 #include "cores.h"
 
@@ -46,7 +47,8 @@ int main(void) {
     CHECK(quota("0::/a\n") == 2.5 && quota("0::/\n") == HUGE_VAL);
     CHECK(quota("0::/elsewhere/c\n") == HUGE_VAL && quota("0::/a/elsewhere\n") == 2.5);
     put("mount/cpu.max", "100000 100000\n");
-    CHECK(quota("0::/elsewhere\n") == 1 && quota("") == 1);         /* the root of what is mounted always counts */
+    /* The root of what is mounted always counts. */
+    CHECK(quota("0::/elsewhere\n") == 1 && quota("") == 1);
     put("mount/cpu.max", "max 100000\n");
 
     put("mount/cpu,cpuacct/s/cpu.cfs_quota_us", "-1\n");

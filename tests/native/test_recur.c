@@ -79,7 +79,8 @@ static struct recurrence new_recurrence(enum kind kind, int n_keys, int n_tok) {
     r.d = noises(n_tok * (16 + GAP));
     r.decay = noises(n_tok * (1 + GAP));
     r.beta = noises(n_tok * (1 + GAP));
-    for (int t = 0; t < n_tok; t++) {               /* a key of length 1 and beta below 1: the state stays small */
+    /* A key of length 1 and beta below 1: the state stays small. */
+    for (int t = 0; t < n_tok; t++) {
         double square = 0;
         for (int i = 0; i < n_keys; i++)
             square += (double)r.k[t * r.stride + i] * (double)r.k[t * r.stride + i];
@@ -111,14 +112,15 @@ static struct outcome begin(const struct recurrence *r) {
 }
 
 /* Tokens from .. to. given: d is what `out` has; silent: without an output. */
-static void advance(const struct kernels *k, const struct recurrence *r, struct outcome *out, int from, int to,
-                    int given, int silent) {
+static void advance(const struct kernels *k, const struct recurrence *r, struct outcome *out, int from,
+                    int to, int given, int silent) {
     k->recur(&(struct recur_job){
         .s = out->s, .n_keys = r->n_keys, .n_tok = to - from, .decay = r->decay + from * (1 + GAP),
         .k = r->k + from * r->stride, .q = silent ? NULL : r->q + from * r->stride,
         .v = given ? NULL : r->v + from * (16 + GAP), .beta = given ? NULL : r->beta + from * (1 + GAP),
         .d = out->d + from * (16 + GAP), .o = out->o + from * (16 + GAP), .decay_stride = 1 + GAP,
-        .k_stride = (size_t)r->stride, .q_stride = (size_t)r->stride, .v_stride = 16 + GAP, .beta_stride = 1 + GAP,
+        .k_stride = (size_t)r->stride, .q_stride = (size_t)r->stride, .v_stride = 16 + GAP,
+        .beta_stride = 1 + GAP,
         .d_stride = 16 + GAP, .o_stride = 16 + GAP,
     });
 }
@@ -149,7 +151,8 @@ static struct outcome plain(const struct recurrence *r) {
     return out;
 }
 
-/* Is every output near the same in doubles? A token adds n_keys roundings of values that are about 10 at most. */
+/* Is every output near the same in doubles? A token adds n_keys roundings of values
+ * that are about 10 at most. */
 static int near(const struct recurrence *r, const struct outcome *out) {
     double *s = get_memory((size_t)r->n_keys * sizeof *s), worst = 0;
     double slack = 10 * r->n_tok * (r->n_keys + 8) * ROUNDING;

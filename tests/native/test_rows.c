@@ -1,5 +1,5 @@
-/* Rows of floats on every ISA this CPU has: the bits of the reference, and the values of plain double arithmetic,
- * within worst cases of float32 rounding. */
+/* Rows of floats on every ISA this CPU has: the bits of the reference, and the values of plain double
+ * arithmetic, within worst cases of float32 rounding. */
 #include "isas.h"
 
 #include <math.h>
@@ -10,7 +10,8 @@ enum { N_SIZES = sizeof sizes / sizeof *sizes };
 typedef void row_fn(const struct kernels *k, float *y, const float *x, const float *a, const float *b, int n);
 
 /* Every ISA gives the bits of the reference, in place too, and writes n values. Leaves them in y. */
-static void check_row(row_fn *fn, float *y, const float *x, const float *a, const float *b, int n, int in_place) {
+static void check_row(row_fn *fn, float *y, const float *x, const float *a, const float *b, int n,
+                      int in_place) {
     for (int i = 0; i < n_isas; i++) {
         float *out = guards((size_t)n + 2), *exact_size = get_memory((size_t)n * sizeof *y);
         fn(&isas[i], out + 1, x, a, b, n);
@@ -27,10 +28,12 @@ static void check_row(row_fn *fn, float *y, const float *x, const float *a, cons
     }
 }
 
-static void do_rmsnorm(const struct kernels *k, float *y, const float *x, const float *a, const float *b, int n) {
+static void do_rmsnorm(const struct kernels *k, float *y, const float *x, const float *a, const float *b,
+                       int n) {
     k->rmsnorm(y, x, a, b, n, 1e-5f);
 }
-static void do_layernorm(const struct kernels *k, float *y, const float *x, const float *a, const float *b, int n) {
+static void do_layernorm(const struct kernels *k, float *y, const float *x, const float *a, const float *b,
+                         int n) {
     k->layernorm(y, x, a, b, n, 1e-5f);
 }
 static int act;                                     /* of do_act: enum bmc_act */
@@ -39,7 +42,8 @@ static void do_act(const struct kernels *k, float *y, const float *x, const floa
     (void)b;
     k->act[act](y, a, x, n, param);
 }
-static void do_act_of(const struct kernels *k, float *y, const float *x, const float *a, const float *b, int n) {
+static void do_act_of(const struct kernels *k, float *y, const float *x, const float *a, const float *b,
+                      int n) {
     (void)b;
     k->act[act](y, x, a, n, param);
 }
@@ -49,7 +53,8 @@ static void do_add(const struct kernels *k, float *y, const float *x, const floa
         memcpy(y, x, (size_t)n * sizeof *y);
     k->add(y, a, n);
 }
-static void do_scale(const struct kernels *k, float *y, const float *x, const float *a, const float *b, int n) {
+static void do_scale(const struct kernels *k, float *y, const float *x, const float *a, const float *b,
+                     int n) {
     (void)a, (void)b;
     if (y != x)
         memcpy(y, x, (size_t)n * sizeof *y);
@@ -61,21 +66,24 @@ static void do_mul(const struct kernels *k, float *y, const float *x, const floa
         memcpy(y, x, (size_t)n * sizeof *y);
     k->mul(y, a, n);
 }
-static void do_axpy(const struct kernels *k, float *y, const float *x, const float *a, const float *b, int n) {
+static void do_axpy(const struct kernels *k, float *y, const float *x, const float *a, const float *b,
+                    int n) {
     (void)b;
     if (y != x)
         memcpy(y, x, (size_t)n * sizeof *y);
     k->axpy(y, 1.7f, a, n);
 }
 /* a: one value, the cap. */
-static void do_softcap(const struct kernels *k, float *y, const float *x, const float *a, const float *b, int n) {
+static void do_softcap(const struct kernels *k, float *y, const float *x, const float *a, const float *b,
+                       int n) {
     (void)b;
     if (y != x)
         memcpy(y, x, (size_t)n * sizeof *y);
     k->softcap(y, a[0], n);
 }
 
-/* Against mean and deviation in double. n roundings of the largest value move the mean, and with it the deviation. */
+/* Against mean and deviation in double. n roundings of the largest value move the mean, and
+ * with it the deviation. */
 static void norms(void) {
     for (int s = 0; s < N_SIZES; s++) {
         int n = sizes[s];
@@ -107,22 +115,27 @@ static void norms(void) {
 static double sigmoid(double x) { return 1 / (1 + exp(-x)); }
 static double within(double x, double low, double high) { return fmin(fmax(x, low), high); }
 
-/* An activation in double: *size is what its roundings are relative to, *u the argument of e^u, whose own rounding counts |u|
- * times. up: what it is multiplied by. */
+/* An activation in double: *size is what its roundings are relative to, *u the argument of e^u, whose own
+ * rounding counts |u| times. up: what it is multiplied by. */
 static double exact_act(double g, double up, double *size, double *u) {
     double right, low, p, n, b;
     *u = 0;
     switch (act) {
     case BMC_ACT_SILU: right = g * sigmoid(g) * up; break;
-    case BMC_ACT_GELU: *u = 2 * 0.7978845608028654 * (g + 0.044715 * g * g * g), right = g * sigmoid(*u) * up; break;
+    case BMC_ACT_GELU:
+        *u = 2 * 0.7978845608028654 * (g + 0.044715 * g * g * g), right = g * sigmoid(*u) * up;
+        break;
     case BMC_ACT_RELU: right = fmax(g, 0) * up; break;
     case BMC_ACT_RELU2: right = fmax(g, 0) * fmax(g, 0) * up; break;
     case BMC_ACT_SIGMOID: right = sigmoid(g) * up; break;
     case BMC_ACT_SOFTPLUS: right = (fmax(g, 0) + log1p(exp(-fabs(g)))) * up; break;
-    case BMC_ACT_SWIGLU_OAI: g = fmin(g, 7), *u = 1.702 * g, right = g * sigmoid(*u) * (within(up, -7, 7) + 1); break;
+    case BMC_ACT_SWIGLU_OAI:
+        g = fmin(g, 7), *u = 1.702 * g, right = g * sigmoid(*u) * (within(up, -7, 7) + 1);
+        break;
     default:
         CHECK(act == BMC_ACT_XIELU);
-        p = (double)param[0], n = (double)param[1], b = (double)param[2], low = expm1(fmin(g, (double)param[3]));
+        p = (double)param[0], n = (double)param[1], b = (double)param[2];
+        low = expm1(fmin(g, (double)param[3]));
         *size = (g > 0 ? p * g * g : n * (fabs(low) + fabs(g))) + fabs(b * g);
         *size *= fabs(up);
         return ((g > 0 ? p * g * g : n * (low - g)) + b * g) * up;
@@ -138,10 +151,12 @@ static void activation(const float *gate, const float *up, float *y, int n) {
         if (with_up)
             check_row(do_act_of, y, up, gate, NULL, n, 1);
         for (int i = 0; i < n; i++) {
-            double size, u, g = (double)gate[i], by = with_up ? (double)up[i] : 1, right = exact_act(g, by, &size, &u);
+            double size, u, g = (double)gate[i], by = with_up ? (double)up[i] : 1;
+            double right = exact_act(g, by, &size, &u);
             double cut = fabs(g) * (fabs(by) + 1) * (u < -86 || g < -86 ? exp(-86) : 0) + fabs(by) * exp(-87);
             double slack = ROUNDING * (24 + 8 * fabs(u)) * size + cut + 1e-37;
-            CHECK(fabs((double)y[i] - right) <= slack || (double)y[i] == (double)(float)right);      /* both infinite */
+            /* Both infinite. */
+            CHECK(fabs((double)y[i] - right) <= slack || (double)y[i] == (double)(float)right);
         }
     }
     const float nan = NAN, one = 1;
@@ -156,7 +171,9 @@ static void activations(void) {
     static const float xielu[] = { 0.8f, 1.3f, 0.5f, -1e-6f };
     float *x = get_memory(N * sizeof *x), *up = noises(N), *y = get_memory(N * sizeof *y);
     for (int i = 0; i < N; i++)
-        x[i] = i < 2000 ? (float)(i - 1000) / 10 : i < 2900 ? noise() * 4 : i < 3000 ? ldexpf(noise(), i - 2990)
+        x[i] = i < 2000 ? (float)(i - 1000) / 10
+             : i < 2900 ? noise() * 4
+             : i < 3000 ? ldexpf(noise(), i - 2990)
                         : ldexpf(noise(), (i - 3400) / 4);
     x[0] = 0, x[1] = -0.0f, x[2] = 1e30f, x[3] = -1e30f, x[4] = 1e12f, up[5] = 50, up[6] = -50;
     for (act = 0; act < BMC_ACTS; act++) {
@@ -214,13 +231,15 @@ static void sums_and_scales(void) {
     }
 }
 
-/* e^x alone, as a sum of one: within 1.3e-7 of libm, and an error of the exponent's size where it is not cut to 0. */
+/* e^x alone, as a sum of one: within 1.3e-7 of libm, and an error of the exponent's size
+ * where it is not cut to 0. */
 static void exponentials(void) {
     for (int isa = 0; isa < n_isas; isa++)
         for (int i = 0; i <= 8800; i++) {
             float x = -(float)i / 100, ours = isas[isa].sum_exp(&x, 0, 1);
             double right = exp((double)x);
-            CHECK(x < -87 ? ours == 0 : fabs((double)ours - right) <= fmin(1.3e-7, (4 - 1.5 * (double)x) * ROUNDING * right));
+            double slack = fmin(1.3e-7, (4 - 1.5 * (double)x) * ROUNDING * right);
+            CHECK(x < -87 ? ours == 0 : fabs((double)ours - right) <= slack);
         }
 }
 
@@ -259,7 +278,8 @@ static void rope(void) {
     static const int dims[] = { 2, 4, 10, 32, 48, 64, 80, 96, 128, 256 };
     for (size_t s = 0; s < sizeof dims / sizeof *dims; s++) {
         int n = dims[s];
-        float *x = noises(n), *cs = get_memory((size_t)n * sizeof *cs), *first = get_memory((size_t)n * sizeof *first);
+        float *x = noises(n), *cs = get_memory((size_t)n * sizeof *cs);
+        float *first = get_memory((size_t)n * sizeof *first);
         for (int i = 0; i < n / 2; i++)
             cs[i] = (float)cos(0.1 + i), cs[n / 2 + i] = (float)sin(0.1 + i);
         for (int halves = 0; halves < 2; halves++)

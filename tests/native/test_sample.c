@@ -94,7 +94,8 @@ static void choices_are_those_defined(const struct kernels *kernels) {
         struct candidate *room = malloc(left * sizeof *room);
         int32_t *names = random_ids(&state, n, n), id = -1, best = 0;
         for (int named = 0; named < 2; named++) {
-            int32_t found = sample(kernels, &s, logits, n, top, position, named ? names : NULL, room, &lead, NULL);
+            int32_t found = sample(kernels, &s, logits, n, top, position, named ? names : NULL, room, &lead,
+                                   NULL);
             CHECK(found == defined(&s, logits, n, position, named ? names : NULL, &right) && lead == right);
         }
         CHECK(bmc_choose(logits, n, &s, position, NULL, 0, &id) == 0);
@@ -109,12 +110,14 @@ static void choices_are_those_defined(const struct kernels *kernels) {
     }
 }
 
-/* The shares of a draw: they are those of the logits over the temperature, add up to 1, and come in descending order. */
+/* The shares of a draw: they are those of the logits over the temperature, add up to 1, and
+ * come in descending order. */
 static void draws_are_told_as_they_are(const struct kernels *kernels) {
     uint64_t state = 5;
     for (int round = 0; round < 500; round++) {
         enum { MOST = 100 };
-        int n = 1 + (int)random_below(&state, MOST), k = (int)random_below(&state, MOST + 3), left = 0, told = 0;
+        int n = 1 + (int)random_below(&state, MOST), k = (int)random_below(&state, MOST + 3);
+        int left = 0, told = 0;
         float logits[MOST], logprobs[MOST + 2] = { 0 };
         struct candidate room[MOST];
         int32_t ids[MOST + 2];
@@ -130,10 +133,12 @@ static void draws_are_told_as_they_are(const struct kernels *kernels) {
             sum += exp((double)logprobs[told++]);
         CHECK(told == (k < left ? k : left) && (told < left ? sum < 1 + 1e-5 : fabs(sum - 1) < 1e-5));
         for (int i = 0; i < told; i++) {
-            CHECK(!i || logits[ids[i - 1]] > logits[ids[i]] || (logits[ids[i - 1]] == logits[ids[i]] && ids[i - 1] < ids[i]));
+            CHECK(!i || logits[ids[i - 1]] > logits[ids[i]]
+                  || (logits[ids[i - 1]] == logits[ids[i]] && ids[i - 1] < ids[i]));
             CHECK(ids[i] != id || (double)logprobs[i] == its);
+            double ahead = (double)(logits[ids[i]] - logits[id]) / s.temperature;
             if (isfinite(logits[ids[i]]) && isfinite(logits[id]))
-                CHECK(fabs((double)(logits[ids[i]] - logits[id]) / s.temperature - ((double)logprobs[i] - its)) < 1e-4);
+                CHECK(fabs(ahead - ((double)logprobs[i] - its)) < 1e-4);
         }
         for (int i = told; i < k; i++)
             CHECK(ids[i] == -1 && logprobs[i] == -INFINITY);

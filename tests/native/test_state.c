@@ -58,7 +58,8 @@ static void plain(const struct sequence *s, int stream, float (*made)[16]) {
             before[i] = t - conv + 1 + i >= 0 ? rows[t - conv + 1 + i] : none;
         make(before, conv, rows[t], q, v, &beta);
         const struct recur_job job = {
-            .s = state, .n_keys = N_KEYS, .n_tok = 1, .decay = &rows[t][AT_DECAY], .k = rows[t] + AT_K, .q = q, .v = v,
+            .s = state, .n_keys = N_KEYS, .n_tok = 1, .decay = &rows[t][AT_DECAY], .k = rows[t] + AT_K,
+            .q = q, .v = v,
             .beta = &beta, .d = rows[t] + AT_D, .o = made[t],
         };
         memcpy(made[t], v, sizeof v);
@@ -74,7 +75,8 @@ static void pass(struct sequence *s, int n) {
     CHECK(states_reserve(&s->states) == 0);
     const struct state_run run = states_plan(&s->states, start, n);
     CHECK(run.next_base >= run.base && start + n - run.next_base <= LOG_MAX && run.base <= start);
-    CHECK(run.next_base == run.base || (n > 1 ? run.next_base >= start : start + 1 - run.next_base >= LOG_KEPT));
+    CHECK(run.next_base == run.base
+          || (n > 1 ? run.next_base >= start : start + 1 - run.next_base >= LOG_KEPT));
     for (int stream = 0; stream < STREAMS; stream++) {
         const int conv = SIZES[stream].n_before + 1;
         for (int t = 0; t < n; t++)
@@ -92,7 +94,8 @@ static void pass(struct sequence *s, int n) {
             .kernels = &kernels, .states = &s->states, .run = &run, .stream = stream,
             .decay = AT_DECAY, .k = AT_K, .d = AT_D,
             .job = {
-                .n_keys = N_KEYS, .decay = &rows[0][AT_DECAY], .k = rows[0] + AT_K, .d = rows[0] + AT_D, .q = q[0],
+                .n_keys = N_KEYS, .decay = &rows[0][AT_DECAY], .k = rows[0] + AT_K, .d = rows[0] + AT_D,
+                .q = q[0],
                 .v = v[0], .beta = beta, .o = s->made[stream][start], .decay_stride = ROW, .k_stride = ROW,
                 .d_stride = ROW, .q_stride = N_KEYS, .v_stride = 16, .beta_stride = 1, .o_stride = 16,
             },
@@ -134,7 +137,8 @@ static struct sequence *begin(void) {
     memcpy(s->sizes, SIZES, sizeof SIZES);
     const size_t floats = states_measure(s->sizes, STREAMS);
     states_init(&s->states, s->sizes, STREAMS);
-    CHECK(s->states.floats == floats && s->sizes[1].at > 2 * SIZES[0].floats && states_bytes(&s->states) == 0);
+    CHECK(s->states.floats == floats && s->sizes[1].at > 2 * SIZES[0].floats
+          && states_bytes(&s->states) == 0);
     return s;
 }
 
@@ -152,7 +156,8 @@ static void test_any_order_of_passes_and_rewinds(void) {
             const int most = kind < 4 ? 1 : kind == 4 ? 33 : kind == 5 ? 100 : 0;
             const int near = s->position < LOG_MAX ? s->position + 1 : LOG_MAX;
             if (most && left > most)
-                for (int i = kind < 2 ? (int)random_below(&state, 60) : 1; i > 0 && s->position < LONGEST; i--)
+                for (int i = kind < 2 ? (int)random_below(&state, 60) : 1; i > 0 && s->position < LONGEST;
+                     i--)
                     write_on(s, &state, 1 + (int)random_below(&state, most));
             else if (kind == 6)
                 CHECK(states_snapshot(&s->states) == 0);
@@ -195,7 +200,8 @@ static void test_a_snapshot_brings_its_anchor_back(void) {
     CHECK(states_bytes(&s->states) == bytes);                       /* that of tokens that are gone is too */
     pass(s, 20);
     check(s);
-    CHECK(states_rewind(&s->states, 30) == 0);                      /* and before all snapshots, from nothing */
+    /* And before all snapshots, from nothing. */
+    CHECK(states_rewind(&s->states, 30) == 0);
     s->position = 0;
     write_on(s, &state, 3);
     check(s);
@@ -219,7 +225,8 @@ static void test_a_snapshot_dies_with_its_tokens(void) {
 /* Of more snapshots than there is room for those stay whose loss would cost the most tokens. */
 static void test_many_snapshots(void) {
     static const int PIECES[SNAPSHOTS + 2] = { 30, 20, 25, 2, 22, 29, 24, 23, 21, 28 };
-    static const int LEFT[SNAPSHOTS + 1] = { 242, 212, 189, 164, 138, 107, 79, 30, 0 };     /* without 83 and 52 */
+    /* Without 83 and 52. */
+    static const int LEFT[SNAPSHOTS + 1] = { 242, 212, 189, 164, 138, 107, 79, 30, 0 };
     uint64_t state = 3;
     struct sequence *s = begin();
     for (int i = 0; i < SNAPSHOTS + 2; i++) {
@@ -232,11 +239,13 @@ static void test_many_snapshots(void) {
     end(s);
 }
 
-/* A fork has the text and the snapshots of its parent, whose later tokens are nothing to it, and the other way round. */
+/* A fork has the text and the snapshots of its parent, whose later tokens are nothing to it,
+ * and the other way round. */
 static void test_a_fork_goes_its_own_way(void) {
     uint64_t state = 6;
     struct sequence *s = begin(), *fork = begin();
-    CHECK(states_copy(&fork->states, &s->states) == 0 && !fork->states.memory);     /* of one without tokens */
+    /* Of one without tokens. */
+    CHECK(states_copy(&fork->states, &s->states) == 0 && !fork->states.memory);
     write_on(s, &state, 60);
     write_on(s, &state, 2);
     CHECK(states_snapshot(&s->states) == 0);
@@ -268,9 +277,11 @@ static struct sequence *copied(const struct sequence *s, const int *snapshots, i
     static float values[1 << 16];
     struct sequence *copy = begin();
     const int n_log = s->position - s->states.base;
-    CHECK(states_floats(&s->states, n_log) <= sizeof values / sizeof *values && states_reserve(&copy->states) == 0);
+    CHECK(states_floats(&s->states, n_log) <= sizeof values / sizeof *values
+          && states_reserve(&copy->states) == 0);
     for (int i = 0; i < n; i++) {
-        CHECK(states_export(&s->states, snapshots[i], 0, values) == 0 && states_has_snapshot(&s->states, snapshots[i]));
+        CHECK(states_export(&s->states, snapshots[i], 0, values) == 0
+              && states_has_snapshot(&s->states, snapshots[i]));
         CHECK(states_import(&copy->states, snapshots[i], 0, true, values) == 0);
     }
     CHECK(states_export(&s->states, s->states.base, n_log, values) == 0);

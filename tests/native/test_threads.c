@@ -1,5 +1,5 @@
-/* The pool: every thread runs, nobody passes a barrier early, every item is somebody's and only once, and all of that in a
- * forked process too. */
+/* The pool: every thread runs, nobody passes a barrier early, every item is somebody's and only once, and all
+ * of that in a forked process too. */
 #include "check.h"
 #include "cores.h"
 #include "threads.h"
@@ -115,13 +115,15 @@ static void what_is_taken_is_whole(int n) {
     pool_free(t.pool);
 }
 
-/* Nobody who has something of its own left takes from others, and with a barrier everything is there again. */
+/* Nobody who has something of its own left takes from others, and with a barrier
+ * everything is there again. */
 static void take_once(void *arg, int thread) {
     struct items *t = arg;
     int64_t from, to, begin, end;
     pool_share(t->pool, thread, t->n, 1, &begin, &end);
     for (int step = 0; step < 3; step++) {
-        CHECK(pool_take(t->pool, thread, t->n, &from, &to) && from == begin && to == begin + (end - begin + 1) / 2);
+        CHECK(pool_take(t->pool, thread, t->n, &from, &to) && from == begin
+              && to == begin + (end - begin + 1) / 2);
         pool_barrier(t->pool);
     }
 }
