@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
 from typing import Any
 
 from .. import checks
 from ..engine.model import Model
-from ..errors import ArgumentError, SchemaError, printable
+from ..errors import ArgumentError, SchemaError, UnsupportedSchemaError, printable
 from .after import After
 from .compiler import in_time
 from .lexemes import lark_of
@@ -20,10 +21,13 @@ from .vocabulary import Vocabulary, llguidance, vocabulary_of
 log = logging.getLogger(__name__)
 
 SIZE, DEPTH = 256 * 1024, 64            # bytes of a schema or grammar, and how deep a schema is nested
+LOWEST = -9e18                          # that a maximum may be: near -2^63 llguidance's recursion ends the process
+MULTIPLE = 100_000                      # digits of multipleOf as a number: time and memory grow with it, without an end from 10^6 on
 RULES = 1000                            # of a grammar: what compiling takes may grow with their square
 LARK = "%llguidance"                    # a grammar that begins so is Lark, as llguidance reads it; others are GBNF
 OPTIONS = "x-guidance"                  # llguidance's own, in a schema
 _JSON = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/(?:\\.|[^/\\\n])+/|(?P<json>%json\s*\{)')     # outside of texts and comments
+_SCHEMA = re.compile(r"%json\s*(?=\{)")
 _RULE = re.compile(r"^[ \t]*[!?]*[\w-]+(?:\[[^\]\n]*\])?(?:\.-?\d+)?\s*:", re.MULTILINE)
 
 
@@ -123,6 +127,7 @@ def _schema(schema: Any, strict: bool) -> str:
     if not isinstance(value, dict):
         raise SchemaError(f"schema: expected an object, found {checks.shown(value)}")
     _check_depth(value)
+    _check_numbers(value)
     options = {"whitespace_flexible": False, "lenient": not strict}
     try:
         text = json.dumps(value, allow_nan=False)
@@ -137,6 +142,9 @@ def _schema(schema: Any, strict: bool) -> str:
 
 def _compact(lark: str) -> str:
     """A grammar in Lark whose schemas ask for compact JSON, unless they have options of their own."""
+    for found in _SCHEMA.finditer(lark):        # in texts and comments too: nothing tells these for certain
+        _check_inline(lark, found.end())
+
     def with_options(found: re.Match) -> str:
         if not found["json"]:
             return found[0]
@@ -158,14 +166,52 @@ def _parsed(text: str) -> Any:
         raise SchemaError(f"schema: expected JSON: {error}") from None
 
 
-def _check_depth(value: Any) -> None:
-    level, depth = [value], 0
+def _levels(value: Any) -> Iterator[list]:
+    """The values of a schema, level by level."""
+    level = [value]
     while level:
-        depth += 1
-        if depth > DEPTH + 1:
-            raise SchemaError(f"schema: expected at most {DEPTH} levels, found more")
+        yield level
         level = [inner for item in level if isinstance(item, (dict, list, tuple))
                  for inner in (item.values() if isinstance(item, dict) else item)]
+
+
+def _check_depth(value: Any) -> None:
+    for depth, _ in enumerate(_levels(value)):
+        if depth > DEPTH:
+            raise SchemaError(f"schema: expected at most {DEPTH} levels, found more")
+
+
+def _check_numbers(value: Any) -> None:
+    """Refuse numbers that llguidance does not survive."""
+    for item in (item for level in _levels(value) for item in level if isinstance(item, dict)):
+        for key in ("maximum", "exclusiveMaximum"):
+            if _is_number(item.get(key)) and item[key] < LOWEST:
+                raise UnsupportedSchemaError(f"schema: expected {key} to be {LOWEST:g} or more, found {checks.shown(item[key])}")
+        step = item.get("multipleOf")
+        if _is_number(step) and _digits(step) > MULTIPLE:
+            raise UnsupportedSchemaError(f"schema: expected multipleOf with digits up to {MULTIPLE}, zeros at the end not counted, "
+                                         f"found {checks.shown(step)}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _digits(number: float) -> int:
+    """A number's digits as a whole number, without zeros at the end and the decimal point."""
+    digits = "".join(map(str, Decimal(repr(number)).as_tuple().digits)).rstrip("0")
+    return int(digits or "0") if len(digits) < 20 else 10 ** len(digits)
+
+
+def _check_inline(lark: str, at: int) -> None:
+    """The same for a schema within a grammar."""
+    try:
+        schema, _ = json.JSONDecoder(parse_int=float, strict=False).raw_decode(lark, at)
+    except RecursionError:
+        raise SchemaError(f"schema: expected at most {DEPTH} levels, found more") from None
+    except ValueError:
+        return                                  # llguidance says what is wrong
+    _check_numbers(schema)
 
 
 def _check_size(name: str, text: str) -> None:
