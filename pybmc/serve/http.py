@@ -152,7 +152,7 @@ async def _read(request: HttpRequest, most: int) -> bytes:
 async def respond(request: HttpRequest, task: Task, answer, wire=None) -> Response:
     """Let the engine write, and answer: whole, or as a stream on a wire. A client that leaves ends it, at once."""
     service = service_of(request)
-    lease = await _lease(service, task)
+    lease = await _lease_while_here(request, service, task)
     try:
         run = service.submit(task.requests, task.slot)
     except BaseException:
@@ -180,6 +180,22 @@ async def respond(request: HttpRequest, task: Task, answer, wire=None) -> Respon
         raise
     going.close()
     return Json(answer.whole(), headers=going.headers)
+
+
+async def _lease_while_here(request: HttpRequest, service: Service, task: Task) -> Lease | None:
+    """The same as _lease(). A client that leaves while another request has the session does not wait for it."""
+    waiting = asyncio.ensure_future(_lease(service, task))
+    try:
+        return await while_here(request, waiting)
+    except BaseException:
+        waiting.add_done_callback(_let_go)
+        raise
+
+
+def _let_go(waiting: asyncio.Future) -> None:
+    """Close a lease that came too late."""
+    if not waiting.cancelled() and not waiting.exception() and waiting.result():
+        waiting.result().close()
 
 
 async def _lease(service: Service, task: Task) -> Lease | None:
@@ -303,7 +319,7 @@ async def in_pool(request: HttpRequest, function, *args):
         raise refusal(error) from None
 
 
-async def while_here(request: HttpRequest, work: Coroutine):
+async def while_here(request: HttpRequest, work: Coroutine | asyncio.Future):
     """The result of some work. A client that leaves before ends it: raises Gone."""
     task, left = asyncio.ensure_future(work), asyncio.ensure_future(departure(request))
     try:
