@@ -146,8 +146,8 @@ def test_windows_keep_their_rows_only(tmp_path):
                 assert other.nearest(2590) == 2590 and other.nearest(900) == 0
                 other.rewind(1500)
                 assert np.array_equal(other.eval([*text[1500:], 7]), next_logits(session))
-                other.save(tmp_path / "again")
-            with model.load_session(tmp_path / "again") as again:
+                other.save(os.fsencode(tmp_path / "again"))
+            with model.load_session(os.fsencode(tmp_path / "again")) as again:
                 assert again.tokens == [*text, 7] and again.nearest(2590) == 2590
 
 

@@ -146,7 +146,7 @@ class Record:
 def save(session: Session, path: str | os.PathLike, dir_fd: int | None = None) -> None:
     """Session.save; with dir_fd the path is a name in that folder."""
     session.model.check_writes()
-    path = os.fspath(path) if dir_fd is not None else os.path.realpath(path)
+    path = os.fspath(path) if dir_fd is not None else os.path.realpath(os.fsdecode(path))
     notes = _encoded(session.notes)
     with session._claimed(moves=False) as handle:
         layout = Layout(handle)
@@ -370,7 +370,7 @@ def load(model: Model, path: str | os.PathLike, context: int | None = None, rows
     """Model.load_session; with dir_fd the path is a name in that folder."""
     model.check_writes()
     context = None if context is None else checks.whole("context", context, 1, 1 << 30)
-    path = os.fspath(path) if dir_fd is not None else os.path.realpath(path)
+    path = os.fspath(path) if dir_fd is not None else os.path.realpath(os.fsdecode(path))
     with _opened(path, os.O_RDONLY | os.O_NONBLOCK, dir_fd) as fd:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise FormatError(f"{path} is no saved session: it is no regular file")
