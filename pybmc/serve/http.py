@@ -244,8 +244,7 @@ class Going:
             told = {"id": self.request.scope["pybmc.id"], "path": self.request.url.path,
                     "prompts": [text for text, _ in self.task.prompts], "answers": [choice.told() for choice in choices]}
             try:
-                with open(self.service.settings.log_texts, "ab", 0, opener=_private) as file:
-                    file.write(dump(told) + b"\n")
+                append_private(self.service.settings.log_texts, dump(told) + b"\n")
             except OSError as error:
                 log.warning("%s: the texts are not logged: %s", told["id"], error.strerror)
 
@@ -265,9 +264,10 @@ def ascii_only(text: str) -> str:
     return text.encode("ascii", "replace").decode()
 
 
-def _private(path: str, flags: int) -> int:
-    """Open a file that, where it is new, only its owner may read."""
-    return os.open(path, flags, 0o600)
+def append_private(path: str, data: bytes) -> None:
+    """Append to a file that, where it is new, only its owner may read."""
+    with open(path, "ab", 0, opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+        file.write(data)
 
 
 class Stream(Response):
