@@ -148,13 +148,23 @@ def save(session: Session, path: str | os.PathLike, dir_fd: int | None = None) -
     session.model.check_writes()
     path = os.fspath(path) if dir_fd is not None else os.path.realpath(os.fsdecode(path))
     notes = _encoded(session.notes)
-    with session._claimed(moves=False) as handle:
+    with _named_errors(path), session._claimed(moves=False) as handle:
         layout = Layout(handle)
         if session.saved and _append(session, session.saved, handle, layout, path, dir_fd, notes):
             return
         record = _record(session, handle, 0, frozenset(), notes)
         session.saved = _write_anew(session, handle, layout, path, dir_fd, record)
         check(lib.bmc_session_mark(handle))
+
+
+@contextmanager
+def _named_errors(path: str) -> Iterator[None]:
+    """Errors of writing, which have no name, get that of the file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or path
+        raise
 
 
 def _encoded(notes: Any) -> bytes:
