@@ -371,7 +371,9 @@ def test_numbers_that_llguidance_does_not_survive_are_refused(model, schema):
 
 
 @pytest.mark.parametrize("schema, text", [
-    ({"type": "integer", "minimum": -9e18, "maximum": 2 ** 63 - 1}, "7"), ({"type": "number", "multipleOf": 0.01}, "0.25"),
+    ({"type": "integer", "minimum": -2 ** 63, "maximum": 2 ** 63 - 1}, "-7"),
+    ({"anyOf": [{"type": "number", "exclusiveMinimum": -1.7e308, "exclusiveMaximum": 1.7e308}]}, "-7.5"),
+    ({"const": {"maximum": 10 ** 19}}, '{"maximum":10000000000000000000}'), ({"type": "number", "multipleOf": 0.01}, "0.25"),
     ({"type": "integer", "multipleOf": 3_600_000}, "7200000"), ({"const": {"maximum": True}}, '{"maximum":true}')])
 def test_large_numbers_of_usual_schemas_are_fine(model, schema, text):
     state = Grammar.json(schema, model).start()

@@ -21,10 +21,12 @@ from .vocabulary import Vocabulary, llguidance, vocabulary_of
 log = logging.getLogger(__name__)
 
 SIZE, DEPTH = 256 * 1024, 64            # bytes of a schema or grammar, and how deep a schema is nested
-LOWEST = -9e18                          # that a maximum may be: near -2^63 llguidance's recursion ends the process
+LARGEST = 9e18                          # of bounds of numbers: llguidance has no expression for larger ones, and a maximum near
+                                        # -2^63 ends the process by recursion
 MULTIPLE = 100_000                      # digits of multipleOf as a number: time and memory grow with it, without an end from 10^6 on
 RULES = 1000                            # of a grammar: what compiling takes may grow with their square
 LARK = "%llguidance"                    # a grammar that begins so is Lark, as llguidance reads it; others are GBNF
+VALUES = ("const", "enum", "default", "examples")                           # of a schema that are none
 OPTIONS = "x-guidance"                  # llguidance's own, in a schema
 _JSON = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/(?:\\.|[^/\\\n])+/|(?P<json>%json\s*\{)')     # outside of texts and comments
 _SCHEMA = re.compile(r"%json\s*(?=\{)")
@@ -130,7 +132,7 @@ def _schema(schema: Any, strict: bool) -> str:
     _check_numbers(value)
     options = {"whitespace_flexible": False, "lenient": not strict}
     try:
-        text = json.dumps(value, allow_nan=False)
+        text = json.dumps(narrowed(value), allow_nan=False)
     except (ValueError, TypeError, RecursionError) as error:
         raise SchemaError(f"schema: {printable(str(error))}") from None
     _check_size("schema", text)
@@ -185,12 +187,26 @@ def _check_numbers(value: Any) -> None:
     """Refuse numbers that llguidance does not survive."""
     for item in (item for level in _levels(value) for item in level if isinstance(item, dict)):
         for key in ("maximum", "exclusiveMaximum"):
-            if _is_number(item.get(key)) and item[key] < LOWEST:
-                raise UnsupportedSchemaError(f"schema: expected {key} to be {LOWEST:g} or more, found {checks.shown(item[key])}")
+            if _is_number(item.get(key)) and item[key] < -LARGEST:
+                raise UnsupportedSchemaError(f"schema: expected {key} to be {-LARGEST:g} or more, found {checks.shown(item[key])}")
         step = item.get("multipleOf")
         if _is_number(step) and _digits(step) > MULTIPLE:
             raise UnsupportedSchemaError(f"schema: expected multipleOf with digits up to {MULTIPLE}, zeros at the end not counted, "
                                          f"found {checks.shown(step)}")
+
+
+def narrowed(schema: Any) -> Any:
+    """A schema whose numbers are between -LARGEST and LARGEST where it allows more, as for all of int64."""
+    if isinstance(schema, Mapping):
+        return {key: value if key in VALUES else _bound(key, value) if _is_number(value) else narrowed(value)
+                for key, value in schema.items()}
+    return [narrowed(item) for item in schema] if isinstance(schema, (list, tuple)) else schema
+
+
+def _bound(key: str, value: float) -> float:
+    if key in ("minimum", "exclusiveMinimum"):
+        return max(value, -LARGEST)
+    return min(value, LARGEST) if key in ("maximum", "exclusiveMaximum") else value
 
 
 def _is_number(value: Any) -> TypeGuard[float]:
