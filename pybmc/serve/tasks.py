@@ -101,7 +101,7 @@ def bias_of(service: Service, fields: Fields) -> dict[int, float]:
         for id in _biased(service, key):
             if not 0 <= id < service.tokenizer.vocab_size:
                 raise invalid("logit_bias",
-                              f"logit_bias names token {id}; expected 0 to {service.tokenizer.vocab_size - 1}")
+                              f"logit_bias names token {id!r:.40}; expected 0 to {service.tokenizer.vocab_size - 1}")
             found[id] = float(value)
     return found
 
