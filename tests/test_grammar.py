@@ -383,6 +383,12 @@ def test_large_numbers_of_usual_schemas_are_fine(model, schema, text):
     assert state.accepts
 
 
+@pytest.mark.parametrize("schema", [{"multipleOf": 10 ** 5000 + 1}, {"maximum": -10 ** 5000}])
+def test_numbers_that_python_does_not_write_are_refused(model, schema):
+    with pytest.raises(UnsupportedSchemaError, match="too many digits"):
+        Grammar.json(schema, model)
+
+
 def chain(n, rule, last):
     return "\n".join(rule.format(i, i + 1) for i in range(n)) + "\n" + last.format(n)
 

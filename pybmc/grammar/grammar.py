@@ -26,7 +26,7 @@ LARGEST = 9e18                          # of bounds of numbers: llguidance has n
 MULTIPLE = 100_000                      # digits of multipleOf as a number: time and memory grow with it, without an end from 10^6 on
 RULES = 1000                            # of a grammar: what compiling takes may grow with their square
 LARK = "%llguidance"                    # a grammar that begins so is Lark, as llguidance reads it; others are GBNF
-VALUES = ("const", "enum", "default", "examples")                           # of a schema that are none
+VALUES = ("const", "enum", "default", "examples")      # keywords whose values are no schemas
 OPTIONS = "x-guidance"                  # llguidance's own, in a schema
 _JSON = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/(?:\\.|[^/\\\n])+/|(?P<json>%json\s*\{)')     # outside of texts and comments
 _SCHEMA = re.compile(r"%json\s*(?=\{)")
@@ -215,7 +215,7 @@ def _is_number(value: Any) -> TypeGuard[float]:
 
 def _digits(number: float) -> int:
     """A number's digits as a whole number, without zeros at the end and the decimal point."""
-    digits = "".join(map(str, Decimal(repr(number)).as_tuple().digits)).rstrip("0")
+    digits = "".join(map(str, Decimal(number if isinstance(number, int) else repr(number)).as_tuple().digits)).rstrip("0")
     return int(digits or "0") if len(digits) < 20 else 10 ** len(digits)
 
 
