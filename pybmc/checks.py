@@ -17,7 +17,10 @@ INT32_MAX = (1 << 31) - 1
 
 def shown(found) -> str:
     """A value in a message."""
-    return printable(repr(found), 60)
+    try:
+        return printable(repr(found), 60)
+    except ValueError:                      # Python writes no whole number of some thousand digits
+        return "a number with too many digits"
 
 
 def refuse(name: str, expected: str, found) -> NoReturn:

@@ -46,6 +46,11 @@ def test_what_is_no_number_in_range(value):
         checks.number("x", value, 0, 1)
 
 
+def test_a_number_with_thousands_of_digits_is_refused_in_words():
+    with pytest.raises(ArgumentError, match="n: expected a whole number.* found a number with too many digits"):
+        checks.whole("n", 10 ** 5000)
+
+
 def test_infinity_is_a_number_where_that_is_allowed():
     assert checks.number("x", -inf, infinite=True) == -inf
     with pytest.raises(ArgumentError, match="x: expected a number, found nan"):

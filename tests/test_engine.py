@@ -515,7 +515,10 @@ def test_closed_engines_have_let_go(model):
     engine.close()
     engine.close()
     assert all(s.done for s in sequences) and engine.step() == []
-    with pytest.raises(ArgumentError, match="parallel"):
-        Engine(model, parallel=0)
+    for wrong in ({"parallel": 0}, {"parallel": "x"}, {"parallel": 1.5}, {"memory": "x"}, {"memory": float("nan")}):
+        with pytest.raises(ArgumentError, match=f"^{next(iter(wrong))}: expected a"):
+            Engine(model, **wrong)
+    with pytest.raises(ArgumentError, match="^spec: expected one of"):
+        next(pybmc.generate(model, "x", 1, spec=[]))
     with pytest.raises(BmcError):
         Engine(model, spec="draft")

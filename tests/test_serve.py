@@ -667,6 +667,11 @@ def test_metrics_count(model):
     ({"response_format": {"type": "yaml"}}, "invalid_value", "response_format"), ({"response_format": "json"}, "invalid_value", "response_format"),
     ({"grammar": 5}, "invalid_value", "grammar"), ({"json_schema": [1]}, "invalid_value", "json_schema"),
     ({"modalities": ["text", "audio"]}, "unsupported_parameter", "modalities"), ({"audio": {"voice": "x"}}, "unsupported_parameter", "audio"),
+    ({"modalities": [{"type": "text"}]}, "unsupported_parameter", "modalities"), ({"functions": 5}, "invalid_value", "functions"),
+    ({"messages": [{"role": "tool", "tool_call_id": ["a"], "content": "x"}]}, "invalid_value", "messages[0].tool_call_id"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"id": {}, "function": {"name": "f"}}]}]}, "invalid_value",
+     "messages[0].tool_calls[0].id"),
+    ({"json_schema": {"type": "integer", "minimum": -2 ** 63, "maximum": -2 ** 63}}, "unsupported_schema", "json_schema"),
     ({"web_search_options": {"x": 1}}, "unsupported_parameter", "web_search_options"), ({"session": "a"}, "unsupported_parameter", "session"),
     ({"best_of": 2}, "unsupported_parameter", "best_of"), ({"draft_max": 3}, "unsupported_parameter", "draft_max"),
     ({"spec": "draft"}, "invalid_value", "spec"), ({"repeat_penalty": 0}, "invalid_value", "repeat_penalty"),
@@ -700,7 +705,7 @@ def test_completions_that_cannot_be_honoured_are_refused(server, fields, param):
     (b"", "JSON"), (b"{", "JSON"), (b"[]", "object"), (b'"x"', "object"), (b'{"a": NaN}', "NaN"), (b'{"a": -Infinity}', "Infinity"),
     (b'{"a": 1e999}', "large"), (b'{"a": "\xff"}', "UTF-8"), (b'{"a": "\\ud800"}', "surrogate"), (b'{"\\udc00": 1}', "surrogate"),
     (b'{"a":' + b"[" * 64 + b"]" * 64 + b"}", "nested"), (b"[" * 100_000, "nested"), (b'{"a":' * 5000 + b"1" + b"}" * 5000, "nested"),
-    (b'{"a": ' + b"9" * 10_000 + b"}", "JSON"), (b"\xef\xbb\xbf{", "JSON"), (b"{}\xef\xbb\xbf", "JSON"),
+    (b'{"a": ' + b"9" * 10_000 + b"}", "too many digits"), (b"\xef\xbb\xbf{", "JSON"), (b"{}\xef\xbb\xbf", "JSON"),
 ], ids=lambda value: repr(value)[:24])
 def test_hostile_json_is_refused(server, body, word):
     response = server.client.post("/v1/chat/completions", content=body)

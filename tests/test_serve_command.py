@@ -100,10 +100,16 @@ def test_a_file_that_is_no_model_is_status_1(capfd, tmp_path):
     (["--port", "70000"], "70000"), (["--memory", "much"], "8G"), (["--temp", "-1"], "temperature"), (["--parallel", "0"], "parallel"),
     (["--draft-min", "9", "--draft-max", "3"], "draft-min"), (["--tint"], "tint"),
     (["--chat-template-kwargs", "[1]"], "JSON object"), (["--think", "maybe"], "off"),
+    (["--grace", "nan"], "finite"), (["--grace", "inf"], "finite"), (["--queue-seconds", "nan"], "finite"), (["--pass-ms", "inf"], "finite"),
+    (["--host", ""], "found ''"), (["--host", "127.0.0.1,"], "found '127.0.0.1,'"), (["--alias", ""], "alias is empty"),
 ])
 def test_wrong_flags_are_status_2(capfd, args, words):
     found, told = status(capfd, tiny.model("llama"), "--port", 0, *args)
     assert found == 2 and words in told
+
+
+def test_a_log_that_cannot_be_written_is_status_1(capfd, tmp_path):
+    assert status(capfd, tiny.model("llama"), "--port", 0, "--log-texts", tmp_path) == (1, f"pybmc: {tmp_path}: Is a directory\n")
 
 
 def test_keys_come_from_a_file(capfd, tmp_path):

@@ -165,6 +165,23 @@ def test_a_client_that_leaves_saves_nothing_and_frees_the_name(llama, tmp_path):
         assert not server.engine.lent
 
 
+def test_a_client_that_leaves_waits_for_no_name(llama, tmp_path):
+    """Else some hundred of them would be more connections than a server has."""
+    body = {"messages": [{"role": "user", "content": "one"}], "session": "talk"} | SETTINGS
+    with served(llama, sessions=str(tmp_path)) as server:
+        gate, tasks = Gate(server), server.server.server_state.tasks
+        first = server.begin("/v1/chat/completions", body)
+        until(lambda: server.service.worker.runs)
+        others = [server.begin("/v1/chat/completions", body) for _ in range(3)]
+        until(lambda: len(tasks) == 4)
+        for other in others[:2]:
+            other.close()
+        until(lambda: len(tasks) == 2)
+        gate.open()
+        assert b"200 OK" in first.recv(1000) and b"200 OK" in others[2].recv(1000)
+        assert ask(server, body["messages"])[1]
+
+
 def test_a_session_that_cannot_be_saved_is_an_error(llama, tmp_path, monkeypatch):
     messages = [{"role": "user", "content": "one"}]
     with served(llama, sessions=str(tmp_path)) as server:

@@ -1,5 +1,6 @@
 """Sessions in files: saved, loaded, cut, damaged, killed while they are written."""
 
+import errno
 import json
 import os
 import random
@@ -146,8 +147,8 @@ def test_windows_keep_their_rows_only(tmp_path):
                 assert other.nearest(2590) == 2590 and other.nearest(900) == 0
                 other.rewind(1500)
                 assert np.array_equal(other.eval([*text[1500:], 7]), next_logits(session))
-                other.save(tmp_path / "again")
-            with model.load_session(tmp_path / "again") as again:
+                other.save(os.fsencode(tmp_path / "again"))
+            with model.load_session(os.fsencode(tmp_path / "again")) as again:
                 assert again.tokens == [*text, 7] and again.nearest(2590) == 2590
 
 
@@ -513,6 +514,18 @@ def test_a_full_disk_leaves_the_last_save(anew, tmp_path):
         assert os.listdir(tmp_path) == ["s"]
         session.save(path)
         assert_same(model.load_session(path), session)
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with small().session() as session:
+        session.eval([1, 2, 3])
+        monkeypatch.setattr(os, "pwrite", full)
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            session.save(tmp_path / "s")
+        assert caught.value.filename == str(tmp_path / "s") and not os.listdir(tmp_path)
 
 
 def test_an_interrupt_while_it_saves_leaves_the_last_save(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Mapping
 
+from ..grammar.grammar import narrowed
 from ..tokenizers import Tokenizer
 from .calls import HARMONY_ENDS, is_raw, named
 from .tools import Format, Tool, Tools
@@ -51,7 +52,7 @@ class Rules:
 
     def json(self, schema: Mapping, strict: bool = False, form: Mapping = JSON) -> str:
         options = {**(COMPACT if self.apart else form), "lenient": not strict}
-        return self.new("%json " + json.dumps({**schema, "x-guidance": options}))
+        return self.new("%json " + json.dumps({**narrowed(schema), "x-guidance": options}))
 
     def arguments(self, tool: Tool) -> str:
         return self.json(tool.parameters, tool.strict)

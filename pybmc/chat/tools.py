@@ -58,9 +58,11 @@ def tools_of(tools: Sequence | None, choice: object = None, parallel: bool = Tru
         raise ArgumentError("tools and functions: expected one of them, found both")
     where = "functions" if functions else "tools"
     older = choice is None and function_call is not None
-    given = [{"type": "function", "function": f} for f in functions or ()] if functions else tools or []
+    given = functions or tools or []
     if not isinstance(given, (list, tuple)) or len(given) > MOST:
         checks.refuse(where, f"a list of at most {MOST} tools", given)
+    if functions:
+        given = [{"type": "function", "function": function} for function in given]
     found = tuple(tool_of(tool, f"{where}[{i}]") for i, tool in enumerate(given))
     wanted, named = (function_call, "function_call") if older else (choice, "tool_choice")
     return offered(found, wanted, parallel and not functions, where, named)
@@ -178,6 +180,7 @@ def with_calls(messages: Sequence[Mapping]) -> list[dict]:
 
 
 def _with_calls(message: dict, where: str) -> dict:
+    _check_id(message.get("tool_call_id"), f"{where}.tool_call_id")
     given = message.pop("tool_calls", None) or []
     old = message.pop("function_call", None)
     given = [{"type": "function", "function": old}] if old and not given else given
@@ -198,6 +201,7 @@ def _call(call: object, where: str) -> dict:
     if not isinstance(call, Mapping) or not isinstance(function, Mapping) \
             or not isinstance(function.get("name"), str):
         checks.refuse(where, "a call of a function with a name", call)
+    _check_id(call.get("id"), f"{where}.id")
     arguments = function.get("arguments")
     try:
         parsed = json.loads(arguments) if isinstance(arguments, str) and arguments else arguments
@@ -205,6 +209,11 @@ def _call(call: object, where: str) -> dict:
         parsed = arguments
     return {**call, "type": "function",
             "function": {**function, "arguments": {} if parsed in (None, "") else parsed}}
+
+
+def _check_id(id: object, where: str) -> None:
+    if not isinstance(id, (str, int, type(None))):
+        checks.refuse(where, "a text", id)
 
 
 def one_by_one(messages: list[dict]) -> list[dict]:

@@ -6,6 +6,7 @@ import re
 import sys
 import time
 from contextlib import contextmanager, suppress
+from math import isfinite
 from pathlib import Path
 
 import click
@@ -91,6 +92,16 @@ class File(click.Path):
         if not value:
             self.fail("the name of the file is empty", param, ctx)
         return super().convert(value, param, ctx)
+
+
+class Number(click.FloatRange):
+    """A number in a range, neither NaN nor infinite."""
+
+    def convert(self, value, param, ctx):
+        found = super().convert(value, param, ctx)
+        if not isfinite(found):
+            self.fail(f"expected a finite number, found {value}", param, ctx)
+        return found
 
 
 class Rows(click.IntRange):

@@ -14,6 +14,7 @@ import click
 from ..errors import BmcError, needs_packages
 from .options import (
     File,
+    Number,
     Size,
     TemplateSource,
     Text,
@@ -63,7 +64,7 @@ work_options = options(
                  help="Sequences that are written at a time."),
     click.option("--queue", type=click.IntRange(1), default=64, show_default=True, metavar="N",
                  help="Requests that may wait; more are refused with 429."),
-    click.option("--queue-seconds", type=click.FloatRange(0, min_open=True), default=600, show_default=True,
+    click.option("--queue-seconds", type=Number(0, min_open=True), default=600, show_default=True,
                  metavar="S", help="How long a request may wait."),
     click.option("--max-tokens", type=click.IntRange(1), default=8192, show_default=True, metavar="N",
                  help="Length of an answer where a chat names none."),
@@ -71,7 +72,7 @@ work_options = options(
                  help="For keys and values of all sequences, and of earlier ones whose beginnings are used "
                       "again. Default: half of what is free once the model is loaded, "
                       "of a GPU's memory four fifths."),
-    click.option("--pass-ms", type=click.FloatRange(1), default=100, show_default=True, metavar="MS",
+    click.option("--pass-ms", type=Number(1), default=100, show_default=True, metavar="MS",
                  help="How long a pass that reads prompts may take while answers are written."),
     click.option("--pooling", type=click.Choice(["mean", "first", "last", "none", "rank"]),
                  help="How embeddings are made; default: as the file says. none: one for each token; rank: "
@@ -85,7 +86,7 @@ work_options = options(
                  help="Tokens that a thought may have where a request names none, behind which its end is "
                       "forced; -1: any number."))
 server_options = options(
-    click.option("--grace", type=click.FloatRange(0), default=5, show_default=True, metavar="S",
+    click.option("--grace", type=Number(0), default=5, show_default=True, metavar="S",
                  help="How long running answers may go on after SIGTERM or Ctrl-C."),
     click.option("--no-page", is_flag=True, help="No page at /."),
     click.option("--no-slots", is_flag=True, help="No list of slots: GET /slots."),
@@ -118,6 +119,7 @@ def serve(model, model_option, host, port, unix, key_file, insecure, grace, no_p
     try:
         from ..serve import run
         from ..serve.door import is_loopback
+        from ..serve.http import append_private
         from ..serve.service import Service
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("pybmc"):
@@ -133,7 +135,11 @@ def serve(model, model_option, host, port, unix, key_file, insecure, grace, no_p
     keys = [*flags.pop("keys"), *(read_keys(key_file) if key_file else [])]
     if not all(keys):
         raise click.UsageError("an API key is empty")
+    if not all(flags["names"]):
+        raise click.UsageError("an alias is empty")
     place = run.Place(host, port, unix)
+    if not all(place.hosts):
+        raise click.UsageError(f"--host: expected addresses with commas between them, found {host!r}")
     open_hosts = [host for host in place.hosts if not is_loopback(host)]
     if open_hosts and not keys and not insecure and not unix:
         raise click.UsageError(f"--host {open_hosts[0]} can be reached from elsewhere: "
@@ -141,6 +147,8 @@ def serve(model, model_option, host, port, unix, key_file, insecure, grace, no_p
     policy = make_policy(flags, keys, place.hosts)
     settings = make_settings(flags)
     path, context, models = find_model(model, model_option), click.get_current_context(), ExitStack()
+    if settings.log_texts:
+        append_private(settings.log_texts, b"")
     place.bind()
     services = []
 

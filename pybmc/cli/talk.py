@@ -109,7 +109,7 @@ def generate(model, model_option, prompt, prompt_file, max_tokens, as_chat, syst
     text = options.read_text(prompt, prompt_file)
     as_chat = as_chat if as_chat is not None else not (model or model_option)
     for flag, given in (("-sys", system), ("--prefill", prefill), ("--chat-template", chat_template),
-                        ("--chat-template-kwargs and --think", variables)):
+                        ("--chat-template-kwargs or --think", variables)):
         if given and not as_chat:
             raise click.UsageError(f"{flag} needs --chat")
     if no_bos and as_chat:

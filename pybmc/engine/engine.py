@@ -14,6 +14,7 @@ from contextlib import ExitStack, suppress
 
 import numpy as np
 
+from .. import checks
 from .._native import check, ffi, lib
 from ..errors import ArgumentError, BmcError, BusyError, OutOfMemoryError
 from ..spec.speculation import Speculation
@@ -48,12 +49,13 @@ class Engine:
     that. add() and cancel() may be called between steps; one thread at a time uses an engine.
     """
 
-    def __init__(self, model: Model, draft: Model | None = None, spec: str = "auto",
-                 draft_max: int = 16, draft_min: int = 0, parallel: int = 8, memory: float | None = None,
+    def __init__(self, model: Model, draft: Model | None = None, spec: str = "auto", draft_max: int = 16,
+                 draft_min: int = 0, parallel: int = 8, memory: float | None = None,
                  speculation: Speculation | None = None, keep: bool = False,
                  pass_seconds: float = PASS_SECONDS):
-        if parallel < 1:
-            raise ArgumentError(f"parallel is {parallel}; expected 1 or more")
+        parallel = checks.whole("parallel", parallel, 1)
+        if memory is not None:
+            memory = checks.number("memory", memory, infinite=True)
         if keep and memory is None:
             raise ArgumentError("keep is True; expected memory to bound what is kept, found None")
         self.model, self.parallel, self.memory, self.keep = model, parallel, memory, keep

@@ -13,7 +13,7 @@ from typing import Any
 
 from .. import checks
 from ..errors import ArgumentError, BusyError
-from ..spec.speculation import Speculation
+from ..spec.speculation import SPECS, Speculation
 from ..tokenizers import Tokenizer
 from .engine import Engine
 from .model import Model
@@ -161,6 +161,7 @@ def speculation_of(session: Session | None, model: Model, draft: Any, spec: str,
         return draft
     if not (draft is None or is_path(draft) or isinstance(draft, Model)):
         checks.refuse("draft", "a Model or a path", draft)
+    checks.choice("spec", spec, SPECS)
     most, least = checks.draft_bounds(most, least)
     if draft is not None and spec in ("auto", "draft"):
         small = opened(model, draft) if is_path(draft) else draft

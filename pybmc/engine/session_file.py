@@ -152,15 +152,25 @@ class Record:
 def save(session: Session, path: str | os.PathLike, dir_fd: int | None = None) -> None:
     """Session.save; with dir_fd the path is a name in that folder."""
     session.model.check_writes()
-    path = os.fspath(path) if dir_fd is not None else os.path.realpath(path)
+    path = os.fspath(path) if dir_fd is not None else os.path.realpath(os.fsdecode(path))
     notes = _encoded(session.notes)
-    with session._claimed(moves=False) as handle:
+    with _named_errors(path), session._claimed(moves=False) as handle:
         layout = Layout(handle)
         if session.saved and _append(session, session.saved, handle, layout, path, dir_fd, notes):
             return
         record = _record(session, handle, 0, frozenset(), notes)
         session.saved = _write_anew(session, handle, layout, path, dir_fd, record)
         check(lib.bmc_session_mark(handle))
+
+
+@contextmanager
+def _named_errors(path: str) -> Iterator[None]:
+    """Errors of writing, which have no name, get that of the file."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or path
+        raise
 
 
 def _encoded(notes: Any) -> bytes:
@@ -372,7 +382,7 @@ def load(model: Model, path: str | os.PathLike, context: int | None = None, rows
     """Model.load_session; with dir_fd the path is a name in that folder."""
     model.check_writes()
     context = None if context is None else checks.whole("context", context, 1, 1 << 30)
-    path = os.fspath(path) if dir_fd is not None else os.path.realpath(path)
+    path = os.fspath(path) if dir_fd is not None else os.path.realpath(os.fsdecode(path))
     with _opened(path, os.O_RDONLY | os.O_NONBLOCK, dir_fd) as fd:
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             raise FormatError(f"{path} is no saved session: it is no regular file")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
+from typing import Any, TypeGuard
 
 from .. import checks
 from ..engine.model import Model
-from ..errors import ArgumentError, SchemaError, printable
+from ..errors import ArgumentError, SchemaError, UnsupportedSchemaError, printable
 from .after import After
 from .compiler import in_time
 from .lexemes import lark_of
@@ -20,11 +21,17 @@ from .vocabulary import Vocabulary, llguidance, vocabulary_of
 log = logging.getLogger(__name__)
 
 SIZE, DEPTH = 256 * 1024, 64            # bytes of a schema or grammar, and how deep a schema is nested
+LARGEST = 9e18                          # of bounds: llguidance has no expression for larger ones, and a maximum
+                                        # near -2^63 ends the process by recursion
+MULTIPLE = 100_000                      # digits of multipleOf as a number: time and memory grow with it, without
+                                        # an end from 10^6 on
 RULES = 1000                            # of a grammar: what compiling takes may grow with their square
 LARK = "%llguidance"                    # a grammar that begins so is llguidance's Lark; others are GBNF
+VALUES = ("const", "enum", "default", "examples")      # keywords whose values are no schemas
 OPTIONS = "x-guidance"                  # llguidance's own, in a schema
 # Of Lark; texts, comments and regular expressions are matched to be left out.
 _JSON = re.compile(r'"(?:\\.|[^"\\\n])*"|//[^\n]*|/(?:\\.|[^/\\\n])+/|(?P<json>%json\s*\{)')
+_SCHEMA = re.compile(r"%json\s*(?=\{)")
 _RULE = re.compile(r"^[ \t]*[!?]*[\w-]+(?:\[[^\]\n]*\])?(?:\.-?\d+)?\s*:", re.MULTILINE)
 
 
@@ -133,9 +140,10 @@ def _schema(schema: Any, strict: bool) -> str:
     if not isinstance(value, dict):
         raise SchemaError(f"schema: expected an object, found {checks.shown(value)}")
     _check_depth(value)
+    _check_numbers(value)
     options = {"whitespace_flexible": False, "lenient": not strict}
     try:
-        text = json.dumps(value, allow_nan=False)
+        text = json.dumps(narrowed(value), allow_nan=False)
     except (ValueError, TypeError, RecursionError) as error:
         raise SchemaError(f"schema: {printable(str(error))}") from None
     _check_size("schema", text)
@@ -147,6 +155,9 @@ def _schema(schema: Any, strict: bool) -> str:
 
 def _compact(lark: str) -> str:
     """A grammar in Lark whose schemas ask for compact JSON, unless they have options of their own."""
+    for found in _SCHEMA.finditer(lark):        # in texts and comments too: nothing tells these for certain
+        _check_inline(lark, found.end())
+
     def with_options(found: re.Match) -> str:
         if not found["json"]:
             return found[0]
@@ -170,14 +181,68 @@ def _parsed(text: str) -> Any:
         raise SchemaError(f"schema: expected JSON: {error}") from None
 
 
-def _check_depth(value: Any) -> None:
-    level, depth = [value], 0
+def _levels(value: Any) -> Iterator[list]:
+    """The values of a schema, level by level."""
+    level = [value]
     while level:
-        depth += 1
-        if depth > DEPTH + 1:
-            raise SchemaError(f"schema: expected at most {DEPTH} levels, found more")
+        yield level
         level = [inner for item in level if isinstance(item, (dict, list, tuple))
                  for inner in (item.values() if isinstance(item, dict) else item)]
+
+
+def _check_depth(value: Any) -> None:
+    for depth, _ in enumerate(_levels(value)):
+        if depth > DEPTH:
+            raise SchemaError(f"schema: expected at most {DEPTH} levels, found more")
+
+
+def _check_numbers(value: Any) -> None:
+    """Refuse numbers that llguidance does not survive."""
+    for item in (item for level in _levels(value) for item in level if isinstance(item, dict)):
+        for key in ("maximum", "exclusiveMaximum"):
+            if _is_number(item.get(key)) and item[key] < -LARGEST:
+                raise UnsupportedSchemaError(f"schema: expected {key} to be {-LARGEST:g} or more, "
+                                             f"found {checks.shown(item[key])}")
+        step = item.get("multipleOf")
+        if _is_number(step) and _digits(step) > MULTIPLE:
+            raise UnsupportedSchemaError(f"schema: expected multipleOf with digits up to {MULTIPLE}, zeros at the end "
+                                         f"not counted, found {checks.shown(step)}")
+
+
+def narrowed(schema: Any) -> Any:
+    """A schema whose numbers are between -LARGEST and LARGEST where it allows more, as for all of int64."""
+    if isinstance(schema, Mapping):
+        return {key: value if key in VALUES else _bound(key, value) if _is_number(value) else narrowed(value)
+                for key, value in schema.items()}
+    return [narrowed(item) for item in schema] if isinstance(schema, (list, tuple)) else schema
+
+
+def _bound(key: str, value: float) -> float:
+    if key in ("minimum", "exclusiveMinimum"):
+        return max(value, -LARGEST)
+    return min(value, LARGEST) if key in ("maximum", "exclusiveMaximum") else value
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _digits(number: float) -> int:
+    """A number's digits as a whole number, without zeros at the end and the decimal point."""
+    exact = Decimal(number if isinstance(number, int) else repr(number))
+    digits = "".join(map(str, exact.as_tuple().digits)).rstrip("0")
+    return int(digits or "0") if len(digits) < 20 else 10 ** len(digits)
+
+
+def _check_inline(lark: str, at: int) -> None:
+    """The same for a schema within a grammar."""
+    try:
+        schema, _ = json.JSONDecoder(parse_int=float, strict=False).raw_decode(lark, at)
+    except RecursionError:
+        raise SchemaError(f"schema: expected at most {DEPTH} levels, found more") from None
+    except ValueError:
+        return                                  # llguidance says what is wrong
+    _check_numbers(schema)
 
 
 def _check_size(name: str, text: str) -> None:

@@ -24,8 +24,10 @@ def parse(data: bytes) -> Fields:
         raise _broken(f"the body is not UTF-8 text (byte {error.start})") from None
     except RecursionError:
         raise _broken(f"the body is nested deeper than {DEPTH}") from None
-    except ValueError as error:
+    except json.JSONDecodeError as error:
         raise _broken(f"the body is not JSON: {error}") from None
+    except ValueError:
+        raise _broken("a number has too many digits") from None
     if not isinstance(value, dict):
         raise _broken(f"expected a JSON object, found {_kind(value)}")
     _check(value)
@@ -37,7 +39,7 @@ def _broken(message: str) -> Refused:
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number of JSON")
+    raise _broken(f"the body is not JSON: {name} is no number of JSON")
 
 
 def _check(value) -> None:

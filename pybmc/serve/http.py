@@ -166,7 +166,7 @@ async def respond(request: HttpRequest, task: Task, answer, wire: Sse | None = N
     """Let the engine write, and answer: whole, or as a stream on a wire.
     A client that leaves ends it, at once."""
     service = service_of(request)
-    lease = await _lease(service, task)
+    lease = await _lease_while_here(request, service, task)
     try:
         run = service.submit(task.requests, task.slot)
     except BaseException:
@@ -194,6 +194,22 @@ async def respond(request: HttpRequest, task: Task, answer, wire: Sse | None = N
         raise
     going.close()
     return Json(answer.whole(), headers=going.headers)
+
+
+async def _lease_while_here(request: HttpRequest, service: Service, task: Task) -> Lease | None:
+    """The same as _lease(); a client that leaves while another request has the session does not wait."""
+    waiting = asyncio.ensure_future(_lease(service, task))
+    try:
+        return await while_here(request, waiting)
+    except BaseException:
+        waiting.add_done_callback(_let_go)
+        raise
+
+
+def _let_go(waiting: asyncio.Future) -> None:
+    """Close a lease that came too late."""
+    if not waiting.cancelled() and not waiting.exception() and waiting.result():
+        waiting.result().close()
 
 
 async def _lease(service: Service, task: Task) -> Lease | None:
@@ -240,8 +256,7 @@ class Going:
                     "prompts": [text for text, _ in self.task.prompts],
                     "answers": [choice.told() for choice in choices]}
             try:
-                with open(self.service.settings.log_texts, "ab", 0, opener=_private) as file:
-                    file.write(dump(told) + b"\n")
+                append_private(self.service.settings.log_texts, dump(told) + b"\n")
             except OSError as error:
                 log.warning("%s: the texts are not logged: %s", told["id"], error.strerror)
 
@@ -279,9 +294,10 @@ def ascii_only(text: str) -> str:
     return text.encode("ascii", "replace").decode()
 
 
-def _private(path: str, flags: int) -> int:
-    """Open a file that, where it is new, only its owner may read."""
-    return os.open(path, flags, 0o600)
+def append_private(path: str, data: bytes) -> None:
+    """Append to a file that, where it is new, only its owner may read."""
+    with open(path, "ab", 0, opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+        file.write(data)
 
 
 class Stream(Response):
@@ -320,7 +336,7 @@ async def in_pool(request: HttpRequest, function, *args):
         raise refusal(error) from None
 
 
-async def while_here(request: HttpRequest, work: Coroutine):
+async def while_here(request: HttpRequest, work: Coroutine | asyncio.Future):
     """The result of some work. A client that leaves before ends it: raises Gone."""
     task, left = asyncio.ensure_future(work), asyncio.ensure_future(departure(request))
     try:

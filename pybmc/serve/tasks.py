@@ -73,7 +73,7 @@ def refuse_common(fields: Fields, but: str = "") -> None:
     """Fields that ask for what is not there. Those that ask for nothing are fine.
     but: one that a route has."""
     fields.refuse(name for name in REFUSED if name != but)
-    if set(fields.listed("modalities")) - {"text"}:
+    if any(name != "text" for name in fields.listed("modalities")):
         raise unsupported("modalities", "beyond text are not supported here")
     if "best_of" in fields and fields.whole("best_of") > fields.whole("n", 1):
         raise unsupported("best_of", "beyond n is not supported here")
@@ -112,7 +112,7 @@ def bias_of(service: Service, fields: Fields) -> dict[int, float]:
             raise wrong("logit_bias", f"of {key!r:.40} is {value!r:.40}; expected a number from -100 to 100")
         for id in _biased(service, key):
             if not 0 <= id < size:
-                raise wrong("logit_bias", f"names token {id}; expected 0 to {size - 1}")
+                raise wrong("logit_bias", f"names token {id!r:.40}; expected 0 to {size - 1}")
             found[id] = float(value)
     return found
 
