@@ -191,6 +191,8 @@ static void copy_async(thread &t, const instruction &i) {
     t.copies.push_back({ to, find(t, i, GLOBAL, 1, 1, bytes, false), bytes, t.groups });
     note_use(t, (size_t)(to - t.shared), bytes, true, true);
 }
+/* The ISA does not say what comes of an address outside of memory, so there may be none. */
+static void prefetch(thread &t, const instruction &i) { find(t, i, GLOBAL, 0, 0, 1, false); }
 static void commit_copies(thread &t, const instruction &) { t.groups++; }
 static void wait_copies(thread &t, const instruction &i) {
     const int done = t.groups - t.get<int32_t>(i.slot[0]);
@@ -519,6 +521,7 @@ static table make_table() {
         { "cvta.to.shared.u64", from_generic<SHARED_WINDOW> }, { "cvta.shared.u64", to_generic<SHARED_WINDOW> },
         { "cvta.to.local.u64", from_generic<LOCAL_WINDOW> }, { "cvta.local.u64", to_generic<LOCAL_WINDOW> },
         { "cp.async.cg.shared.global", copy_async }, { "cp.async.ca.shared.global", copy_async },
+        { "prefetch.global.L2", prefetch },
         { "cp.async.commit_group", commit_copies }, { "cp.async.wait_group", wait_copies },
         { "bar.sync", block_barrier }, { "bar.warp.sync", warp_barrier },
         { "shfl.sync.up.b32", shuffle<UP> }, { "shfl.sync.down.b32", shuffle<DOWN> },
