@@ -71,4 +71,4 @@ static int host_zero(void *of, void *memory, size_t bytes) { return (void)of, me
 
 static int host_wait(void *of) { return (void)of, 0; }
 
-const struct memory memory_host = { NULL, host_whole, host_map, host_unmap, host_copy, host_zero, host_copy, host_copy, host_wait };
+const struct memory memory_host = { NULL, host_whole, host_map, host_unmap, host_copy, host_zero, host_wait, host_copy, host_copy, host_wait };

@@ -302,6 +302,33 @@ def test_no_memory_for_rows_is_no_harm(fake):
         assert_same(session.eval(tokens(8), "all"), right)
 
 
+@pytest.mark.parametrize("maps, calls", [(1, 5), (0, 3)])
+def test_memory_that_the_gpu_fails_to_give_is_no_lack_of_it(maps, calls, fake):
+    """For rows: current context, addresses, memory, its place, access (or an allocation), zeros."""
+    path = tiny.model("llama")
+    with fake.set(maps=maps), pybmc.Model(path, threads=1, n_gpu_layers=-1) as model:
+        for nth in range(1, calls + 1):
+            for code, failure in (999, pybmc.DeviceError), (2, pybmc.OutOfMemoryError):
+                if nth == 1 and code == 2:
+                    continue            # setting the context takes no memory
+                with model.session(rows=16) as session, fake.set(fail_in=nth, fail_code=code), \
+                        pytest.raises(failure, match="GPU 0: " if code == 999 else "no memory for 48 rows"):
+                    session.reserve(40)
+
+
+def test_a_request_that_the_gpu_has_no_memory_for_says_so(fake):
+    """And names no bound that has room left."""
+    with pybmc.Model(tiny.model("llama"), threads=1, n_gpu_layers=-1) as model:
+        with Engine(model, parallel=1, memory=1e9, spec="off") as engine, fake.set(memory=fake["bytes"]):
+            sequence = engine.add(Request(tokens(9).tolist(), 4, pybmc.Sampler(temperature=0)))
+            while not sequence.done:
+                try:
+                    engine.step()
+                except pybmc.OutOfMemoryError:
+                    assert engine.relieve()
+            assert str(sequence.error) == "9 tokens fill the memory that is left"
+
+
 def test_no_memory_for_a_model_is_a_sentence(fake):
     why = r"GPU 0: \d+ MB for buffers: out of memory"
     with fake.set(memory=1 << 20), pytest.raises(pybmc.OutOfMemoryError, match=why):
