@@ -1,7 +1,7 @@
 """What a GPU computes, compared with the CPU bit by bit, and how fast: one command, a line for each result,
 JSON in a folder.
 
-    make CUDA=1                                 the library, and the kernels where nvcc or its wheels are found
+    make CUDA=1                                 the library, and the kernels by nvcc or its wheels
     python -m tools.gpu_check --out DIR [--gpu N] [--parts bits,golden,..] [--models DIR]
     python -m tools.gpu_check --out DIR --toy   the same parts at the sizes of the tests, for a slow machine
 

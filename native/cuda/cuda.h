@@ -11,7 +11,8 @@ enum cuda_kernel {
     CUDA_NORM, CUDA_NORM_ROWS, CUDA_QUANTIZE, CUDA_PLACE, CUDA_ATTEND, CUDA_ATTEND_MERGE, CUDA_ACTIVATE,
     CUDA_KEEP_ROWS, CUDA_BEST, CUDA_ROUTE, CUDA_SORT, CUDA_COMBINE, CUDA_SWITCH, CUDA_COMPRESS,
     CUDA_RECUR_PREPARE, CUDA_RECUR_WALK, CUDA_RECUR_FINISH, CUDA_RECUR_KEEP, CUDA_SHORT_CONV,
-    CUDA_JOIN_PER_LAYER, CUDA_SCALE_ROWS, CUDA_ADD_NORMED, CUDA_THIN_OUT, CUDA_ALTUP_LENGTHS, CUDA_ALTUP_PREDICT, CUDA_ALTUP_CORRECT, CUDA_KERNELS
+    CUDA_JOIN_PER_LAYER, CUDA_SCALE_ROWS, CUDA_ADD_NORMED, CUDA_THIN_OUT, CUDA_ALTUP_LENGTHS,
+    CUDA_ALTUP_PREDICT, CUDA_ALTUP_CORRECT, CUDA_KERNELS
 };
 
 /* What a pass has queued, in its order: a kernel with its arguments; a product by cuBLAS, a struct cublas as
@@ -96,7 +97,7 @@ struct cuda {
     struct hidden *hidden;          /* (n_hidden,) */
     int n_sessions, n_hidden;
     int64_t n_passes;
-    uint64_t last_hash[GRAPH_TOKENS + 1];       /* by the tokens of a pass: of its last queue that was no graph */
+    uint64_t last_hash[GRAPH_TOKENS + 1];       /* of the last queue that was no graph, by tokens */
     struct graph graphs[GRAPHS];
 };
 

@@ -29,7 +29,8 @@ static int open_driver(void) {
         if (!found) {
             dlclose(library);
             return fail(BMC_EDEVICE,
-                        "no GPU can be used: the driver has no %s: expected version 470 or later, found an older one",
+                        "no GPU can be used: the driver has no %s: expected version 470 or later, found an "
+                        "older one",
                         list[i].name);
         }
         memcpy(list[i].place, &found, sizeof found);
@@ -398,7 +399,8 @@ static int copy_segment(void *of, void *to, const void *from, size_t bytes) {
     const struct gpu *g = s->gpu;
     failure = gpu_enter(g);
     return !failure
-                   && did(g, g->cu->cuMemcpyDtoDAsync_v2(cuda_address(to), cuda_address(from), bytes, s->stream))
+                   && did(g, g->cu->cuMemcpyDtoDAsync_v2(cuda_address(to), cuda_address(from), bytes,
+                                                         s->stream))
                    && did(g, g->cu->cuStreamSynchronize(s->stream)) ? 0 : -1;
 }
 

@@ -82,7 +82,8 @@ struct cuda_allocation {
     X(cuModuleUnload, (void *module)) \
     X(cuModuleGetFunction, (void **function, void *module, const char *name)) \
     X(cuLaunchKernel, (void *function, unsigned gx, unsigned gy, unsigned gz, \
-                       unsigned bx, unsigned by, unsigned bz, unsigned shared, void *stream, void **args, void **extra)) \
+                       unsigned bx, unsigned by, unsigned bz, unsigned shared, \
+                       void *stream, void **args, void **extra)) \
     X(cuStreamBeginCapture_v2, (void *stream, int mode)) \
     X(cuStreamEndCapture, (void *stream, void **graph)) \
     X(cuGraphInstantiateWithFlags, (void **program, void *graph, unsigned long long flags)) \

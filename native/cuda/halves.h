@@ -1,6 +1,6 @@
 /* Prompts by cuBLAS: weights and activations as f16, each row multiplied by a power of two so that its
- * largest value is in [2^14, 2^15). So nothing overflows, and values down to 2^-29 of the largest keep all 11 bits:
- * as many as TF32 has, and BF16 weights lose none. "finish" takes the powers off again. */
+ * largest value is in [2^14, 2^15). So nothing overflows, and values down to 2^-29 of the largest keep all 11
+ * bits: as many as TF32 has, and BF16 weights lose none. "finish" takes the powers off again. */
 
 /* The power of two that a row's values are multiplied by, and its inverse, from the largest of them. */
 struct power { float by, inverse; };
