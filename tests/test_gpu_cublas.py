@@ -199,6 +199,22 @@ def test_text_does_not_depend_on_other_sequences():
     assert together == alone
 
 
+@pytest.mark.parametrize("arch", ["llama", "qwen35"])
+def test_layers_on_both_machines_and_a_file_for_the_cpu(arch, tmp_path):
+    """The layers on the CPU by way of the GPU or not; what follows a chunk is exact, so also where it is loaded."""
+    path = tiny.model(arch, n_ctx=2048, n_layers=2)
+    found = []
+    for least in (0, 5):
+        with pybmc.Model(path, threads=1, n_gpu_layers=1, prompts="cublas", stream_tokens=least) as model, \
+                model.session() as session:
+            session.eval(tokens(CHUNK + 1), "none")
+            session.save(tmp_path / "s")
+            found.append(session.eval(tokens(2, 1), "all"))
+    with pybmc.Model(path, threads=1) as model, model.load_session(tmp_path / "s") as session:
+        found.append(session.eval(tokens(2, 1), "all"))
+    assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
+
+
 def proven(path, seed=0):
     with pybmc.Model(path, threads=1) as model, opened(path) as other:
         return next(prove(model, ["abc"], 8, temperatures=(0.0,), gpu=other))
