@@ -71,9 +71,9 @@ static int host_copy(void *of, void *to, const void *from, size_t bytes) {
 
 static int host_zero(void *of, void *memory, size_t bytes) { return (void)of, memset(memory, 0, bytes), 0; }
 
-static int host_wait(void *of) { return (void)of, 0; }
+static int host_no_failure(void *of) { return (void)of, 0; }
 
 const struct memory memory_host = {
     .whole = host_whole, .map = host_map, .unmap = host_unmap, .copy = host_copy, .zero = host_zero,
-    .fetch = host_copy, .send = host_copy, .wait = host_wait,
+    .failed = host_no_failure, .fetch = host_copy, .send = host_copy, .wait = host_no_failure,
 };

@@ -21,10 +21,12 @@ void memory_give_back(const void *file, size_t bytes);
 struct memory {
     void *of;                                       /* the first argument of the functions */
     size_t (*whole)(void *of, size_t bytes);        /* rounded up to what it gives at a time */
-    void *(*map)(void *of, size_t bytes);           /* zeroed; NULL where there is none left */
+    void *(*map)(void *of, size_t bytes);           /* zeroed; NULL: see `failed` */
     void (*unmap)(void *of, void *memory, size_t bytes);
     int (*copy)(void *of, void *to, const void *from, size_t bytes);        /* 0, or -1 */
     int (*zero)(void *of, void *memory, size_t bytes);
+    /* What the thread's last map or copy failed of, with its sentence; 0: no memory was left. */
+    int (*failed)(void *of);
     /* Pieces to the host and from it. `send` has read its bytes when it returns; `fetch` has written them
      * after `wait`, which follows in any case, on the same thread. 0, or the first failure since the last
      * `wait`, with its sentence. A GPU's are for one thread at a time. */

@@ -76,13 +76,18 @@ static int check_lost(const struct states *s) {
     return 0;
 }
 
+static int no_memory(const struct states *s, const char *what, size_t floats) {
+    const int failed = place_of(s)->failed(place_of(s)->of);
+    return failed ? failed : fail(BMC_ENOMEM, "no memory for %s of %.0f MB", what, megabytes(floats));
+}
+
 int states_reserve(struct states *s) {
     if (check_lost(s))
         return BMC_EDEVICE;
     if (!s->n || s->memory)
         return 0;
     s->memory = place_of(s)->map(place_of(s)->of, whole(s, s->floats));
-    return s->memory ? 0 : fail(BMC_ENOMEM, "no memory for %.0f MB of states", megabytes(s->floats));
+    return s->memory ? 0 : no_memory(s, "states", s->floats);
 }
 
 int64_t states_bytes(const struct states *s) {
@@ -215,14 +220,14 @@ bool states_has_snapshot(const struct states *s, int position) {
     return last && last->position == position;
 }
 
-/* Room for a snapshot's values, which are still to come. NULL: no memory. */
-static struct copy *make_copy(const struct states *s) {
+/* Room for a snapshot's values, which are still to come. NULL: a failure, in *status. */
+static struct copy *make_copy(const struct states *s, int *status) {
     const size_t bytes = s->on ? whole(s, snapshot_floats(s)) : snapshot_floats(s) * sizeof(float);
     struct copy *copy = malloc(sizeof *copy);
     float *values = !copy ? NULL : s->on ? s->on->map(s->on->of, bytes) : malloc(bytes);
     if (!values) {
         free(copy);
-        fail(BMC_ENOMEM, "no memory for a snapshot of %.0f MB", megabytes(snapshot_floats(s)));
+        *status = no_memory(s, "a snapshot", snapshot_floats(s));
         return NULL;
     }
     *copy = (struct copy){ .on = s->on, .values = values, .bytes = bytes };
@@ -247,8 +252,9 @@ int states_snapshot(struct states *s) {
         return BMC_EDEVICE;
     if (!s->n || !s->base || states_has_snapshot(s, s->base))
         return 0;
-    struct copy *copy = make_copy(s);
-    return copy ? add_snapshot(s, s->base, copy, save(s, 0, copy->values, place_of(s)->copy)) : BMC_ENOMEM;
+    int status = 0;
+    struct copy *copy = make_copy(s, &status);
+    return copy ? add_snapshot(s, s->base, copy, save(s, 0, copy->values, place_of(s)->copy)) : status;
 }
 
 int states_export(const struct states *s, int position, int n_log, float *values) {
@@ -267,11 +273,12 @@ int states_export(const struct states *s, int position, int n_log, float *values
 
 static int import_snapshot(struct states *s, int position, const float *values) {
     const struct memory *on = place_of(s);
-    struct copy *copy = make_copy(s);
+    int status = 0;
+    struct copy *copy = make_copy(s, &status);
     if (!copy)
-        return BMC_ENOMEM;
+        return status;
     move_floats(s, on->send, copy->values, values, snapshot_floats(s));
-    const int status = on->wait(on->of);
+    status = on->wait(on->of);
     if (!status)
         return add_snapshot(s, position, copy, 0);
     drop(&(struct snapshot){ position, copy });

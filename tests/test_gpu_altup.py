@@ -1,4 +1,5 @@
-"""Inputs of each layer, AltUp, LAuReL and sparse gates on a GPU, by the driver of tests/gpu.py: the CPU's bits at every split, and which splits there are."""
+"""Inputs of each layer, AltUp, LAuReL and sparse gates on a GPU, by the driver of tests/gpu.py: the CPU's
+bits at every split, and which splits there are."""
 
 import numpy as np
 import places
@@ -9,7 +10,7 @@ from test_gpu import assert_same, fake_driver, nothing_is_left, passes, tokens  
 
 import pybmc
 
-MODELS = {"per-layer inputs": 4, "AltUp": 4}        # the fewest last layers that read no others' keys and values
+MODELS = {"per-layer inputs": 4, "AltUp": 4}    # the fewest last layers that read no others' keys and values
 
 
 def splits(path):
@@ -59,7 +60,9 @@ def test_sessions_of_one_pass(layers):
     for n in (0, layers):
         with pybmc.Model(path, threads=1, n_gpu_layers=n) as model:
             sessions = [model.session(rows=16) for _ in texts]
-            rows = [row for _ in range(2) for row in pybmc.eval_batch([(s, text, "all") for s, text in zip(sessions, texts)])]
+            rows = []
+            for _ in range(2):
+                rows += pybmc.eval_batch([(s, text, "all") for s, text in zip(sessions, texts)])
             rows += pybmc.eval_batch([(s, text, "last") for s, text in zip(sessions, texts)])
             found.append(np.concatenate([np.atleast_2d(row) for row in rows]))
             for session in sessions:
@@ -83,7 +86,8 @@ def test_a_graph_takes_each_token_s_own_rows(layers, fake):  # noqa: F811
 @pytest.mark.parametrize("layers", [4, 5])
 def test_a_pass_that_fails_is_a_sentence_and_moves_nothing(layers, fake):  # noqa: F811
     """Wherever it fails, what it brings with it among the calls."""
-    with pybmc.Model(tiny_kinds.model("AltUp"), threads=1, n_gpu_layers=layers) as model, model.session() as session:
+    path = tiny_kinds.model("AltUp")
+    with pybmc.Model(path, threads=1, n_gpu_layers=layers) as model, model.session() as session:
         session.eval(tokens(4), "none")
         right, failed = session.eval(tokens(3, 1), "all"), []
         for nth in range(1, 100):
@@ -97,7 +101,8 @@ def test_a_pass_that_fails_is_a_sentence_and_moves_nothing(layers, fake):  # noq
             failed.append(fake.failed)
             assert session.position == 4
             assert_same(session.eval(tokens(3, 1), "all"), right)
-        assert failed.count("cuMemcpyHtoDAsync_v2") == (4 if layers == 4 else 3)    # tokens, x, per-layer rows, versions that the CPU kept
+        # tokens, x, per-layer rows, and versions that the CPU kept
+        assert failed.count("cuMemcpyHtoDAsync_v2") == (4 if layers == 4 else 3)
 
 
 def test_experts_of_several_types_stay_on_the_cpu(tmp_path, caplog):

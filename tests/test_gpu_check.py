@@ -1,4 +1,5 @@
-"""The check of a GPU, by the driver that runs the kernels on the CPU: each part at toy sizes, its limits, and what it makes of failures."""
+"""The check of a GPU, by the driver that runs the kernels on the CPU: each part at toy sizes, its limits, and
+what it makes of failures."""
 
 import json
 import os
@@ -78,7 +79,8 @@ def report(tmp_path):
 
 
 def saying(*lines, code=0):
-    return [sys.executable, "-c", f"import sys\nfor line in {lines!r}: print(line, flush=True)\nsys.exit({code})"]
+    program = f"import sys\nfor line in {lines!r}: print(line, flush=True)\nsys.exit({code})"
+    return [sys.executable, "-c", program]
 
 
 def test_results_are_kept_at_once(report, capsys):
@@ -94,29 +96,40 @@ def test_results_are_kept_at_once(report, capsys):
     (["-c", "import os; print('said', flush=True); os.abort()"], -6, "failed", "the process ended with -6"),
 ], ids=["hangs", "crashes"])
 def test_a_part_that_does_not_end_well(command, code, name, why, report):
-    assert gpu_check.run(report, "bits", [sys.executable, *command], 0.5 if name == "not done" else 60) == code
+    seconds = 0.5 if name == "not done" else 60
+    assert gpu_check.run(report, "bits", [sys.executable, *command], seconds) == code
     assert any(row["name"] == name and row["why"] == why for row in report.results)
 
 
 def test_what_follows_other_bits(report, monkeypatch):
     """The rest of what compares bits is run, rates are not."""
     ran = []
-    monkeypatch.setattr(gpu_check, "run", lambda report, name, command, seconds: ran.append(name) or (3 if name == "bits" else 0))
+
+    def part(report, name, command, seconds):
+        ran.append(name)
+        return 3 if name == "bits" else 0
+
+    monkeypatch.setattr(gpu_check, "run", part)
     arguments = ["--out", str(report.out), "--parts", "bits,golden,rates_1b"]
-    assert gpu_check.run_all(report, gpu_check.parsed(arguments), report.out) == 3 and ran == ["bits", "golden"]
+    assert gpu_check.run_all(report, gpu_check.parsed(arguments), report.out) == 3
+    assert ran == ["bits", "golden"]
     ran.clear()
-    assert gpu_check.run_all(report, gpu_check.parsed([*arguments, "--go-on"]), report.out) == 3 and ran == ["bits", "golden", "rates_1b"]
+    assert gpu_check.run_all(report, gpu_check.parsed([*arguments, "--go-on"]), report.out) == 3
+    assert ran == ["bits", "golden", "rates_1b"]
 
 
 def test_the_whole_takes_less_than_eight_minutes():
     assert sum(seconds for _, seconds in gpu_parts.PARTS.values()) <= 480
-    assert set(gpu_parts.EQUALITY) < set(gpu_parts.PARTS) and list(gpu_parts.PARTS)[:3] == list(gpu_parts.EQUALITY)
+    parts = list(gpu_parts.PARTS)
+    assert set(gpu_parts.EQUALITY) < set(parts) and parts[:3] == list(gpu_parts.EQUALITY)
     for name in gpu_parts.PARTS:                    # the two calls that its docstring names
         assert name in gpu_check.__doc__
 
 
 def test_a_part_in_its_process(fake, tmp_path):
-    arguments = [sys.executable, "-m", "tools.gpu_check", "--out", tmp_path / "out", "--toy", "--parts", "golden,roofs"]
+    arguments = [
+        sys.executable, "-m", "tools.gpu_check", "--out", tmp_path / "out", "--toy", "--parts", "golden,roofs"
+    ]
     found = subprocess.run(arguments, capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert found.returncode == 0, found.stdout + found.stderr
     kept = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
@@ -129,7 +142,8 @@ def test_a_gpu_that_fails_is_a_part_that_fails(check, monkeypatch, capsys, tmp_p
         raise pybmc.DeviceError("GPU 0: computing: unspecified launch failure (719)")
 
     monkeypatch.setitem(gpu_parts.PARTS, "roofs", (part, 20))
-    options = gpu_check.parsed(["--out", str(tmp_path), "--models", str(tmp_path), "--only", "roofs", "--toy"])
+    folder = str(tmp_path)
+    options = gpu_check.parsed(["--out", folder, "--models", folder, "--only", "roofs", "--toy"])
     assert gpu_check.child(options) == 1
     last = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert last["name"] == "failed" and "unspecified launch failure" in last["why"]
@@ -143,12 +157,15 @@ def test_sizes_are_those_of_real_models():
 
 def test_without_a_gpu(tmp_path):
     env = os.environ | {"PYBMC_CUDA_DRIVER": str(tmp_path / "none.so")}
-    found = subprocess.run([sys.executable, "-m", "tools.gpu_check", "--out", tmp_path], capture_output=True, text=True, env=env, cwd=ROOT, timeout=60)
-    assert found.returncode == 1 and found.stdout == "" and "no GPU can be used" in found.stderr and found.stderr.count("\n") == 1
+    found = subprocess.run([sys.executable, "-m", "tools.gpu_check", "--out", tmp_path], capture_output=True,
+                           text=True, env=env, cwd=ROOT, timeout=60)
+    assert found.returncode == 1 and found.stdout == ""
+    assert "no GPU can be used" in found.stderr and found.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("arguments, what", [
-    (["--parts", "bits,all"], "found all"), (["--gpu", "x"], "invalid int"), (["--limit", "0"], "more than 0 seconds, found 0"),
+    (["--parts", "bits,all"], "found all"), (["--gpu", "x"], "invalid int"),
+    (["--limit", "0"], "more than 0 seconds, found 0"),
 ], ids=str)
 def test_wrong_arguments(arguments, what, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:

@@ -1,5 +1,6 @@
-"""Prompts by cuBLAS: which products it gets, how near the logits stay to the exact ones, what still has to hold, failures, commands. By
-the driver that runs the kernels on the CPU, and a cuBLAS beside it (tests/cuda/cublas.cpp)."""
+"""Prompts by cuBLAS: which products it gets, how near the logits stay to the exact ones, what still has to
+hold, failures, commands. By the driver that runs the kernels on the CPU, and a cuBLAS beside it
+(tests/cuda/cublas.cpp)."""
 
 import contextlib
 import ctypes
@@ -22,7 +23,7 @@ from pybmc.engine.request import Request
 from tools import gpu_parts
 
 CHUNK = 512
-FLOAT = 1e-3                            # error of float weights, of the logits' spread, as in test_golden.py: f16 rounds to 2^-12
+FLOAT = 1e-3    # error of float weights, of the logits' spread, as in test_golden.py: f16 rounds to 2^-12
 SMALL = tiny.SMALL | {"n_ctx": 2048}
 
 
@@ -117,7 +118,8 @@ def products(fake, model, *spans):
 
 
 def test_whole_chunks_of_one_sequence_alone(fake):
-    """The last layer's feed-forward and attn_output see only the token that is asked for: q, k and v of a chunk are left."""
+    """The last layer's feed-forward and attn_output see only the token asked for: q, k and v of a chunk are
+    left."""
     with opened(tiny.model("llama", **SMALL)) as model:
         assert products(fake, model, (0, CHUNK - 1)) == 0
         assert products(fake, model, (5, CHUNK)) == 0
@@ -128,9 +130,11 @@ def test_whole_chunks_of_one_sequence_alone(fake):
 
 
 def test_one_shape_for_each_matrix(fake):
-    """q (32), k and v (16) of 32 columns; in the first of two layers attn_output (32), gate and up (48), down too."""
+    """q (32), k and v (16) of 32 columns; in the first of two layers attn_output (32), gate, up (48), down
+    too."""
     before = fake["cublas_shapes"]
-    with opened(tiny.model("llama", **SMALL | {"n_layers": 2, "hidden_dim": 48, "n_heads": 4, "n_kv_heads": 2})) as model:
+    shape = SMALL | {"n_layers": 2, "hidden_dim": 48, "n_heads": 4, "n_kv_heads": 2}
+    with opened(tiny.model("llama", **shape)) as model:
         after_a_chunk(model)
         first = fake["cublas_shapes"]
         after_a_chunk(model)
@@ -153,7 +157,8 @@ def test_exact_is_exact(fake):
 
 
 @pytest.mark.parametrize("at, n, end, piece", [
-    (0, 64, 2000, 512), (0, 600, 2000, 512), (0, 1100, 2000, 1024), (0, 2000, 2000, 2000), (0, 64, 500, 64), (0, 512, 512, 512),
+    (0, 64, 2000, 512), (0, 600, 2000, 512), (0, 1100, 2000, 1024), (0, 2000, 2000, 2000),
+    (0, 64, 500, 64), (0, 512, 512, 512),
     (100, 64, 2000, 64), (100, 500, 2000, 412), (1536, 64, 2000, 64), (512, 16, 1024, 512),
 ])
 def test_pieces_cut_no_chunk(at, n, end, piece):
@@ -167,13 +172,13 @@ def test_pieces_cut_no_chunk(at, n, end, piece):
 def write(model, speculation, n=24, prompts=((CHUNK + 40, 0),)):
     with Engine(model, speculation=speculation, parallel=len(prompts)) as engine:
         sampler = pybmc.Sampler(temperature=0.8, seed=3)
-        sequences = [engine.add(Request(tokens(length, seed).tolist(), n, sampler)) for length, seed in prompts]
+        sequences = [engine.add(Request(tokens(size, seed).tolist(), n, sampler)) for size, seed in prompts]
         found = {sequence: [] for sequence in sequences}
         while not all(sequence.done for sequence in sequences):
             for sequence, token in engine.step():
                 found[sequence].append((token.id, token.logprob))
         assert not any(sequence.error for sequence in sequences)
-        return [found[sequence] for sequence in sequences], sum(sequence.stats.draft_n for sequence in sequences)
+        return [found[each] for each in sequences], sum(each.stats.draft_n for each in sequences)
 
 
 def test_text_is_the_same_with_drafts_and_without(fake):
@@ -181,16 +186,33 @@ def test_text_is_the_same_with_drafts_and_without(fake):
     with opened(path) as model, pybmc.Model(path, threads=1) as draft:
         before = fake["cublas_products"]
         plain, _ = write(model, pybmc.Speculation(model, None, spec="off"))
-        assert fake["cublas_products"] == before + 3        # though the first piece of a prompt is of 64 tokens
+        assert fake["cublas_products"] == before + 3    # though the first piece of a prompt is of 64 tokens
         drafted, n = write(model, pybmc.Speculation(model, draft, spec="draft", fixed=5))
     assert drafted == plain and n > 0
 
 
 def test_text_does_not_depend_on_other_sequences():
     with opened(tiny.model("llama", **SMALL)) as model:
-        alone = [write(model, pybmc.Speculation(model, None, spec="off"), 4, [prompt])[0][0] for prompt in ((600, 1), (520, 2))]
-        together, _ = write(model, pybmc.Speculation(model, None, spec="off"), 4, [(600, 1), (520, 2)])
+        off, prompts = pybmc.Speculation(model, None, spec="off"), ((600, 1), (520, 2))
+        alone = [write(model, off, 4, [prompt])[0][0] for prompt in prompts]
+        together, _ = write(model, off, 4, prompts)
     assert together == alone
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen35"])
+def test_layers_on_both_machines_and_a_file_for_the_cpu(arch, tmp_path):
+    """The layers on the CPU by way of the GPU or not; what follows a chunk is exact, so also where it is loaded."""
+    path = tiny.model(arch, n_ctx=2048, n_layers=2)
+    found = []
+    for least in (0, 5):
+        with pybmc.Model(path, threads=1, n_gpu_layers=1, prompts="cublas", stream_tokens=least) as model, \
+                model.session() as session:
+            session.eval(tokens(CHUNK + 1), "none")
+            session.save(tmp_path / "s")
+            found.append(session.eval(tokens(2, 1), "all"))
+    with pybmc.Model(path, threads=1) as model, model.load_session(tmp_path / "s") as session:
+        found.append(session.eval(tokens(2, 1), "all"))
+    assert np.array_equal(found[0], found[1]) and np.array_equal(found[0], found[2])
 
 
 def proven(path, seed=0):
@@ -200,7 +222,8 @@ def proven(path, seed=0):
 
 def test_prove_tells_the_distance():
     found = proven(tiny.model("llama", **SMALL))
-    assert found.drafts == BY_CUBLAS and found.difference is None and found.rows >= 7 and 0 < found.distance < 0.1
+    assert found.drafts == BY_CUBLAS and found.difference is None
+    assert found.rows >= 7 and 0 < found.distance < 0.1
 
 
 def test_prove_finds_a_cublas_that_varies(fake):
@@ -215,26 +238,31 @@ def test_each_call_that_fails_is_a_sentence_and_moves_nothing(fake):
     path, seen = tiny.model("llama", **SMALL), []
     for nth in range(1, 7):
         fake["cublas_fail_in"] = nth
-        with pytest.raises(pybmc.DeviceError, match=r"GPU 0: cuBLAS: .*: execution failed \(13\)"), opened(path) as model, \
-                model.session() as session:
+        with pytest.raises(pybmc.DeviceError, match=r"GPU 0: cuBLAS: .*: execution failed \(13\)"), \
+                opened(path) as model, model.session() as session:
             try:
                 session.eval(tokens(CHUNK), "last")
             finally:
                 assert session.position == 0
                 assert session.eval(tokens(3), "last").shape == (300,)
         seen.append(fake.failed)
-    assert seen == ["cublasCreate_v2", "cublasSetStream_v2", "cublasSetWorkspace_v2", "cublasSetMathMode", "cublasGemmEx", "cublasGemmEx"]
+    assert seen == [
+        "cublasCreate_v2", "cublasSetStream_v2", "cublasSetWorkspace_v2", "cublasSetMathMode", "cublasGemmEx",
+        "cublasGemmEx"
+    ]
     fake["cublas_fail_in"] = 0
 
 
 def test_no_memory_for_cublas(fake):
-    with fake.set(cublas_fail_in=1, cublas_fail_code=3), pytest.raises(pybmc.OutOfMemoryError, match="cuBLAS: .*: out of memory"):
+    with fake.set(cublas_fail_in=1, cublas_fail_code=3), \
+            pytest.raises(pybmc.OutOfMemoryError, match="cuBLAS: .*: out of memory"):
         opened(tiny.model("llama", **SMALL))
 
 
 @pytest.mark.parametrize("library, what", [
     ("/none/libcublas.so.13", "cuBLAS cannot be opened: /none/libcublas.so.13"),
-    ("libm.so.6", "cuBLAS: libm.so.6 has no cublasCreate_v2: expected version 11 or later; pip install nvidia-cublas"),
+    ("libm.so.6",
+     "cuBLAS: libm.so.6 has no cublasCreate_v2: expected version 11 or later; pip install nvidia-cublas"),
 ])
 def test_no_library_that_can_be_used(library, what, monkeypatch):
     monkeypatch.setenv("PYBMC_CUBLAS", library)
@@ -249,13 +277,15 @@ def test_a_missing_library_says_what_to_install(monkeypatch):
             pytest.skip("the system has cuBLAS")
     monkeypatch.delenv("PYBMC_CUBLAS")
     monkeypatch.setattr(gpus, "find_spec", lambda name: None)
-    with pytest.raises(pybmc.DeviceError, match=r"cuBLAS is missing: libcublas.so.11: .*; pip install nvidia-cublas brings it"):
+    with pytest.raises(pybmc.DeviceError,
+                       match=r"cuBLAS is missing: libcublas.so.11: .*; pip install nvidia-cublas brings it"):
         opened(tiny.model("llama", **SMALL))
 
 
 def test_the_newest_wheel_is_found(monkeypatch, tmp_path):
     monkeypatch.delenv("PYBMC_CUBLAS")
-    for name in ("cu98/lib/libcublas.so.98", "cu99/lib/libcublas.so.99", "cublas/lib/libcublas.so.9", "cu99/lib/libcublas.so.old"):
+    for name in ("cu98/lib/libcublas.so.98", "cu99/lib/libcublas.so.99", "cublas/lib/libcublas.so.9",
+                 "cu99/lib/libcublas.so.old"):
         path = tmp_path / "nvidia" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
@@ -263,7 +293,8 @@ def test_the_newest_wheel_is_found(monkeypatch, tmp_path):
     assert gpus.cublas() == str(tmp_path / "nvidia/cu99/lib/libcublas.so.99")
 
 
-@pytest.mark.parametrize("settings", [{}, {"n_gpu_layers": 0}, {"gpu": "off"}, {"gpu": 0, "n_gpu_layers": 0}], ids=str)
+@pytest.mark.parametrize("settings",
+                         [{}, {"n_gpu_layers": 0}, {"gpu": "off"}, {"gpu": 0, "n_gpu_layers": 0}], ids=str)
 def test_without_layers_on_a_gpu(settings, monkeypatch):
     monkeypatch.setenv("PYBMC_CUBLAS", "/none")
     with pytest.raises(pybmc.DeviceError, match="prompts by cuBLAS: expected layers on a GPU .*, found none"):
@@ -298,7 +329,10 @@ def test_its_buffers_are_counted(fake):
 
 def test_commands(capsys, fake):
     path = str(tiny.model("llama", **SMALL))
-    command = ["generate", path, "-p", "the mill " * 300, "-n", "4", "--temp", "0", "-t", "1", "-ngl", "-1", "--prompts", "cublas"]
+    command = [
+        "generate", path, "-p", "the mill " * 300, "-n", "4", "--temp", "0", "-t", "1", "-ngl", "-1",
+        "--prompts", "cublas"
+    ]
     assert run(command) == 0
     plain = capsys.readouterr().out
     assert fake["cublas_products"] > 0
@@ -310,8 +344,8 @@ def test_commands(capsys, fake):
 
 
 def test_prove_command(capsys):
-    command = ["prove", str(tiny.model("llama", **SMALL)), "-n", "3", "-p", "the mill", "--temp", "0", "-t", "1",
-               "-ngl", "1", "--prompts", "cublas"]
+    command = ["prove", str(tiny.model("llama", **SMALL)), "-n", "3", "-p", "the mill", "--temp", "0",
+               "-t", "1", "-ngl", "1", "--prompts", "cublas"]
     assert run(command) == 0
     out = capsys.readouterr().out
     assert BY_CUBLAS in out and "prompts by cuBLAS are not the CPU's: logits differ by up to" in out
@@ -323,5 +357,6 @@ def test_prove_command(capsys):
 def test_the_check_of_a_gpu_times_both(tmp_path, fake):
     told = []
     gpu_parts.run_part(gpu_parts.Check(gpus.describe(0), gpu_parts.TOY, tmp_path, told.append), "prompts")
-    assert [(row["name"], row["different"]) for row in told if "tok_s" in row] == [("exact", 0), ("cublas", 0)]
+    found = [(row["name"], row["different"]) for row in told if "tok_s" in row]
+    assert found == [("exact", 0), ("cublas", 0)]
     assert fake["cublas_products"] > 0

@@ -1,4 +1,5 @@
-"""The host code of GPUs against rules of a real driver: threads beside a capture, contexts, errors that stay, kernels that do not fit."""
+"""The host code of GPUs against rules of a real driver: threads beside a capture, contexts, errors that stay,
+kernels that do not fit."""
 
 import threading
 from pathlib import Path
@@ -34,7 +35,8 @@ def on_gpu(**settings):
 
 
 def test_sessions_come_and_go_while_a_pass_is_captured(fake):
-    """Their memory is zeroed, copied and freed on other threads: nothing of that may get into the graph, or end it."""
+    """Their memory is zeroed, copied and freed on other threads, which may neither get into the graph nor end
+    it."""
     def passes(session):                    # the second one of a width becomes a graph
         return np.concatenate([session.eval(list(range(n)), "all") for n in range(1, 7) for _ in range(2)])
 
@@ -50,7 +52,8 @@ def test_sessions_come_and_go_while_a_pass_is_captured(fake):
         except pybmc.BmcError as error:
             failed.append(error)
 
-    with fake.set(capture_us=3000), on_gpu() as model, model.session(rows=16) as parent, model.session(rows=16) as session:
+    with fake.set(capture_us=3000), on_gpu() as model, \
+            model.session(rows=16) as parent, model.session(rows=16) as session:
         parent.eval(list(range(24)), "none")
         graphs = fake["graphs"]
         thread = threading.Thread(target=others, args=(model, parent))
@@ -67,16 +70,19 @@ def test_sessions_come_and_go_while_a_pass_is_captured(fake):
 
 @pytest.mark.parametrize("code", [UNSUPPORTED_PTX, NO_BINARY])
 def test_kernels_that_do_not_fit(code, fake):
-    with fake.set(module_code=code), pytest.raises(pybmc.DeviceError, match=rf"GPU 0: loading the kernels of .*\({code}\): expected .* 7.5 or later.*"
-                                                   r"found capability 9.0 and a driver of CUDA 12.4"):
+    why = (rf"GPU 0: loading the kernels of .*\({code}\): expected .* 7.5 or later.*"
+           r"found capability 9.0 and a driver of CUDA 12.4")
+    with fake.set(module_code=code), pytest.raises(pybmc.DeviceError, match=why):
         on_gpu()
 
 
 def test_an_error_that_stays_is_said_and_harms_nothing_else(fake):
-    """After an illegal address the driver gives the same error for everything: closing still works, and a new start does too."""
+    """After an illegal address the driver gives the same error for everything: closing and a new start still
+    work."""
     with fake.set(stays_broken=1), on_gpu() as model, model.session() as session:
         session.eval([1, 2], "none")
-        with fake.set(fail_in=2, fail_code=ILLEGAL_ADDRESS), pytest.raises(pybmc.DeviceError, match="cannot use the GPU any more"):
+        with fake.set(fail_in=2, fail_code=ILLEGAL_ADDRESS), \
+                pytest.raises(pybmc.DeviceError, match="cannot use the GPU any more"):
             session.eval([3], "last")
         assert session.position == 2
     with on_gpu() as model, model.session() as session:
@@ -106,4 +112,3 @@ def test_a_busy_gpu_does_not_hide_the_others(fake):
             pybmc.Model(path, threads=1, gpu=0)
     with fake.set(busy=1), pybmc.Model(path, threads=1, gpu="auto") as model:
         assert model.gpu_layers == 0
-

@@ -1,4 +1,5 @@
-"""What else there is besides passes, with layers on a GPU: shared beginnings, memory, drafts, times, commands."""
+"""What else there is besides passes, with layers on a GPU: shared beginnings, memory, drafts, times,
+commands."""
 
 import json
 
@@ -25,7 +26,7 @@ def loaded(path, layers, **settings):
 
 
 def answers(engine, requests):
-    """What each request is answered, and how many tokens of its prompt were there already. Where memory runs out rows make way."""
+    """What each request is answered, and how many tokens of its prompt were there already. Rows make way."""
     sequences, found = list(map(engine.add, requests)), {}
     while engine.running or engine.waiting:
         try:
@@ -43,7 +44,8 @@ def test_requests_share_the_beginnings_of_their_texts(arch):
     rounds = [[Request(begin + [i], 4, GREEDY) for i in range(3)] for _ in range(2)]
     found = []
     for layers in (0, 1, -1):
-        with loaded(path, layers) as model, Engine(model, parallel=2, memory=1e9, keep=True, spec="off") as engine:
+        with loaded(path, layers) as model, \
+                Engine(model, parallel=2, memory=1e9, keep=True, spec="off") as engine:
             found.append([answers(engine, requests) for requests in rounds])
     assert found[0] == found[1] == found[2]
     assert all(reused for _, reused in found[0][1])
@@ -78,7 +80,8 @@ def test_the_memory_of_sessions_is_bounded_where_they_are(fake, monkeypatch):
 
 
 def test_times_on_the_gpu_are_a_step(fake):
-    with loaded(tiny.model("llama", n_layers=3), 1) as model, model.session() as session, model.profile() as profile:
+    path = tiny.model("llama", n_layers=3)
+    with loaded(path, 1) as model, model.session() as session, model.profile() as profile:
         session.eval(tokens(5))
     assert profile.steps["on the GPU"] > 0 and profile.steps["attention"] > 0
     assert sum(profile.steps.values()) <= profile.calls_s
@@ -93,7 +96,8 @@ def test_times_on_the_gpu_are_a_step(fake):
 def written(model, draft, **settings):
     texts = []
     for temperature in (0.0, 0.8):
-        stream = pybmc.generate(model, "the mill", 16, draft=draft, temperature=temperature, seed=1, **settings)
+        stream = pybmc.generate(model, "the mill", 16, draft=draft, temperature=temperature, seed=1,
+                                **settings)
         texts.append(([token.id for token in stream], stream.stats.draft_n > 0))
     return texts
 
@@ -124,13 +128,16 @@ def test_a_draft_named_by_its_path_goes_where_the_model_is():
 
 @pytest.mark.long
 def test_a_draft_on_the_gpu_has_no_coarse_head(tmp_path):
-    """Of a size for which one is made on the CPU: on the GPU the head itself guesses, and the text is the same."""
-    metadata, tensors = tiny.parts(types="Q8_0", vocab="spm", vocab_size=1 << 16, dim=256, n_layers=1, tied=True)
+    """Of a size for which one is made on the CPU: on the GPU the head itself guesses; the text is the
+    same."""
+    shape = dict(vocab="spm", vocab_size=1 << 16, dim=256, n_layers=1, tied=True)
+    metadata, tensors = tiny.parts(types="Q8_0", **shape)
     path = tiny.save(tmp_path / "wide.gguf", metadata, tensors)
     request = Request([5, 6, 7], 4, GREEDY)
     with loaded(path, 0) as model:
         def write(draft):
-            with Engine(model, speculation=Speculation(model, draft, "draft" if draft else "off", fixed=3 if draft else 0)) as engine:
+            spec, fixed = ("draft", 3) if draft else ("off", 0)
+            with Engine(model, speculation=Speculation(model, draft, spec, fixed=fixed)) as engine:
                 sequence = engine.add(request)
                 ids = []
                 while not sequence.done:
@@ -158,10 +165,12 @@ def test_what_was_learned_on_the_gpu_is_kept_apart():
 # ---- commands
 
 
-@pytest.mark.parametrize("flags", [["--gpu", "0"], ["-ngl", "2"], ["-ngl", "auto"], ["-ngld", "2"]], ids=" ".join)
+@pytest.mark.parametrize("flags",
+                         [["--gpu", "0"], ["-ngl", "2"], ["-ngl", "auto"], ["-ngld", "2"]], ids=" ".join)
 def test_nodes_of_a_cluster_have_no_gpu(flags, tmp_path, capsys):
     (tmp_path / "in").write_text('{"prompt": "a"}\n')
-    assert run(["batch", str(tmp_path / "in"), str(tmp_path / "out"), "-m", str(tiny.model("llama")), "--ray", "local", *flags]) == 2
+    batch = ["batch", str(tmp_path / "in"), str(tmp_path / "out"), "-m", str(tiny.model("llama"))]
+    assert run([*batch, "--ray", "local", *flags]) == 2
     assert "--gpu, -ngl, -ngld and --prompts have no effect there" in capsys.readouterr().err
 
 

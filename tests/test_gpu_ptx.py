@@ -1,7 +1,8 @@
-"""The compiled kernels, as PTX, behind the fake driver: its own text is loaded as a real driver does it, and models give the CPU's bits.
+"""The compiled kernels, as PTX, behind the fake driver: their text is loaded as a real driver does it, and
+models give the CPU's bits.
 
-make test-ptx compiles the kernels and names the files in PYBMC_PTX. Without it only texts that are no kernels are tried.
-"""
+make test-ptx compiles the kernels and names the files in PYBMC_PTX. Without it only texts that are no kernels
+are tried."""
 
 import os
 import re
@@ -27,7 +28,7 @@ def fake():
 
 @pytest.fixture
 def driver(monkeypatch, fake):
-    """Sets which file the kernels are from; the library opens a driver once, so this one has to be the first."""
+    """Sets which file the kernels are from. The library opens a driver once: this has to be the first."""
     monkeypatch.setenv("PYBMC_CUDA_DRIVER", str(gpu.DRIVER))
     yield lambda path: monkeypatch.setenv("PYBMC_CUDA_KERNELS", str(path))
     assert (fake["alive"], fake["bytes"]) == (0, 0)
@@ -74,7 +75,8 @@ def test_what_stops_a_kernel_is_told(driver, tmp_path):
 
 @pytest.mark.parametrize("text, message", [
     ("// no kernels\n", r"expected PTX with a \.target and kernels"),
-    ("//\n.target sm_80\n.visible .entry norm_tokens(\n\t.param .align 8 .b8 norm_tokens_param_0[16]\n)\n{\n\tret;\n}\n",
+    ("//\n.target sm_80\n.visible .entry norm_tokens(\n\t.param .align 8 .b8 norm_tokens_param_0[16]\n)\n"
+     "{\n\tret;\n}\n",
      r"norm_tokens: expected \d+ bytes of arguments .* found 16 and 0"),
 ])
 def test_a_file_that_is_no_kernels_is_refused(text, message, driver, tmp_path):

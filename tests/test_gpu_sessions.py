@@ -1,5 +1,5 @@
-"""Sessions with layers on a GPU, in files: saved by one machine and loaded by another, the same bits; and every call of the driver that may
-fail on the way."""
+"""Sessions with layers on a GPU, in files: saved by one machine and loaded by another, the same bits; and
+every call of the driver that may fail on the way."""
 
 import io
 import itertools
@@ -75,7 +75,8 @@ def test_golden_models_carry_a_session_to_the_gpu_and_back(path, tmp_path):
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_split_opens_what_another_one_saved(name, tmp_path):
-    """The file that one machine wrote is what the next one goes on from, after every layer where the machines may take over."""
+    """The next machine goes on from the file that one wrote, at every layer where the machines may take
+    over."""
     path = kind(name)
     with loaded(path, 0) as model, model.session() as session:
         write(session)
@@ -226,7 +227,8 @@ def test_a_save_that_fails_leaves_the_one_before(name, tmp_path, fake):
 def test_pinned_memory_that_is_missing_is_a_sentence(tmp_path, fake):
     with loaded(kind("llama"), 1) as model, model.session() as session:
         write(session)
-        with fake.set(fail_in=2, fail_code=2), pytest.raises(pybmc.OutOfMemoryError, match="GPU 0: pinned memory: out of memory"):
+        with fake.set(fail_in=2, fail_code=2), \
+                pytest.raises(pybmc.OutOfMemoryError, match="GPU 0: pinned memory: out of memory"):
             session.save(tmp_path / "s")
         assert fake.failed == "cuMemHostAlloc" and not os.listdir(tmp_path)
         session.save(tmp_path / "s")
@@ -245,13 +247,16 @@ def test_a_load_that_fails_leaves_nothing(name, maps, tmp_path, fake):
         before = fake["alive"], fake["bytes"]
 
         def load():
-            assert (fake["alive"], fake["bytes"]) == before, fake.failed        # what the failure before has left
+            assert (fake["alive"], fake["bytes"]) == before, fake.failed    # what the failure before has left
             session = model.load_session(tmp_path / "s")
             with fake.set(fail_in=0):               # calls that give memory back are not made to fail
                 session.close()
 
         seen = each_failure(fake, load)
-        assert {"cuMemcpyHtoDAsync_v2", "cuStreamSynchronize", "cuMemsetD8Async", "cuMemMap" if maps else "cuMemAlloc_v2"} <= seen
+        assert {
+            "cuMemcpyHtoDAsync_v2", "cuStreamSynchronize", "cuMemsetD8Async",
+            "cuMemMap" if maps else "cuMemAlloc_v2"
+        } <= seen
         assert (fake["alive"], fake["bytes"]) == before
         with model.load_session(tmp_path / "s") as session:
             assert_same(go_on(session), right)
@@ -278,11 +283,13 @@ def test_a_session_whose_states_are_lost_is_not_saved(tmp_path, fake):
     """Nor forked: the GPU failed while a snapshot was copied back."""
     with loaded(kind("qwen35"), -1) as model, model.session() as session:
         write(session)
-        with fake.set(fail_in=2), pytest.raises(pybmc.DeviceError, match="the states of this session are lost"):
+        lost = "the states of this session are lost"
+        with fake.set(fail_in=2), pytest.raises(pybmc.DeviceError, match=lost):
             session.rewind(9)
         assert session.position == 6
-        for use in (lambda: session.save(tmp_path / "s"), session.fork, session.snapshot, lambda: session.eval([7])):
-            with pytest.raises(pybmc.DeviceError, match="the states of this session are lost"):
+        for use in (session.fork, session.snapshot, lambda: session.save(tmp_path / "s"),
+                    lambda: session.eval([7])):
+            with pytest.raises(pybmc.DeviceError, match=lost):
                 use()
         assert not os.listdir(tmp_path)
 
@@ -370,7 +377,8 @@ def test_a_server_saves_and_restores(arch, tmp_path):
                 body = {"messages": messages, "max_tokens": 6, "seed": 3, "session": "talk"}
                 answer = server.post("/v1/chat/completions", body).json()
                 messages.append({"role": "assistant", "content": answer["choices"][0]["message"]["content"]})
-                told.append((messages[-1]["content"], answer["usage"]["prompt_tokens_details"]["cached_tokens"]))
+                cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+                told.append((messages[-1]["content"], cached))
         (folder / "talk").unlink()
         return told
 
@@ -382,7 +390,8 @@ def test_a_server_saves_and_restores(arch, tmp_path):
 
 def test_a_server_whose_gpu_fails_while_it_saves(tmp_path, fake):
     with loaded(tiny.model("llama", n_ctx=2000), 1) as model, served(model, sessions=str(tmp_path)) as server:
-        assert server.post("/completion", {"prompt": "Once upon", "n_predict": 4, "id_slot": 0}).status_code == 200
+        body = {"prompt": "Once upon", "n_predict": 4, "id_slot": 0}
+        assert server.post("/completion", body).status_code == 200
         with fake.set(fail_in=1):
             answer = server.post("/slots/0?action=save", {"filename": "slot.bin"})
         error = answer.json()["error"]

@@ -1,5 +1,5 @@
-"""Long passes of layers on the CPU whose products a GPU does, by the driver of tests/cuda: the same bits, slices, memory, failures, and
-what the commands say."""
+"""Long passes of layers on the CPU whose products a GPU does, by the driver of tests/cuda: the same bits,
+slices, memory, failures, and what the commands say."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from pybmc.engine.prove import ON_GPU, prove
 from pybmc.engine.request import Request
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.gguf"))
-ALL = {"gpu": 0, "n_gpu_layers": 0, "stream_tokens": 2}         # every pass of two tokens and more, all layers on the CPU
+ALL = {"gpu": 0, "n_gpu_layers": 0, "stream_tokens": 2}     # layers on the CPU, passes of two tokens and more
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,7 +58,8 @@ def bits(rows):
 
 def assert_same(ours, right):
     assert ours.shape == right.shape
-    assert np.array_equal(bits(ours), bits(right)), f"{(bits(ours) != bits(right)).sum()} of {ours.size} differ"
+    n = (bits(ours) != bits(right)).sum()
+    assert not n, f"{n} of {ours.size} differ"
 
 
 def launched(fake, call):
@@ -83,7 +84,8 @@ def test_a_split_after_every_layer(arch):
         assert_same(passes(path, (3, 70), gpu=0, n_gpu_layers=layers, stream_tokens=20), right)
 
 
-@pytest.mark.parametrize("name, types", [*((name, "Q8_0") for name in tiny_kinds.NAMES), ("MLA", "F16"), ("experts", "F16")])
+@pytest.mark.parametrize("name, types", [*((name, "Q8_0") for name in tiny_kinds.NAMES),
+                                         ("MLA", "F16"), ("experts", "F16")])
 def test_each_kind_of_block(name, types, fake):
     """Copies to the GPU happen as soon as they may; in the other tests as late as they may."""
     path = tiny_kinds.model(name, types)
@@ -131,7 +133,8 @@ def test_sessions_of_one_pass_and_prompts_of_several():
             sessions = [model.session(context=1024) for _ in range(3)]
             texts = [tokens(n, seed=n) for n in (3, 1, 40)]
             rows = pybmc.eval_batch([(session, text, "all") for session, text in zip(sessions, texts)])
-            found.append(np.concatenate([*rows, sessions[0].eval(tokens(530), "last")[None], sessions[0].eval(tokens(1), "last")[None]]))
+            rows += [sessions[0].eval(tokens(n), "last")[None] for n in (530, 1)]
+            found.append(np.concatenate(rows))
             for session in sessions:
                 session.close()
     assert_same(found[1], found[0])
@@ -147,26 +150,30 @@ def test_experts_that_are_packed_when_they_are_used_stay_on_the_cpu(fake):
             if not model.streams:
                 break
             late = model.experts is not None
-            counts[late] = launched(fake, lambda: assert_same(session.eval(tokens(20, seed=20), "all"), right))
+            text = tokens(20, seed=20)
+            counts[late] = launched(fake, lambda: assert_same(session.eval(text, "all"), right))
     assert 0 < counts[True] < counts[False]
 
 
 # Which passes.
 
 
-@pytest.mark.parametrize("n_tok, stream_tokens, there", [(63, None, False), (64, None, True), (10, 11, False), (11, 11, True), (100, 0, False)])
+@pytest.mark.parametrize("n_tok, stream_tokens, there", [
+    (63, None, False), (64, None, True), (10, 11, False), (11, 11, True), (100, 0, False),
+])
 def test_passes_by_their_tokens(n_tok, stream_tokens, there, fake):
-    path = tiny.model("llama", types="Q4_0")
-    with pybmc.Model(path, threads=1, gpu=0, n_gpu_layers=0, stream_tokens=stream_tokens) as model, model.session() as session:
+    path, settings = tiny.model("llama", types="Q4_0"), ALL | {"stream_tokens": stream_tokens}
+    with pybmc.Model(path, threads=1, **settings) as model, model.session() as session:
         assert bool(launched(fake, lambda: session.eval(tokens(n_tok), "none"))) is there
         assert not launched(fake, lambda: session.eval(tokens(1), "last"))
 
 
 def test_an_engine_reads_prompts_in_whole_passes(fake):
-    """However slow it takes the model for: pieces by the time that they take would never go through the GPU."""
+    """However slow it takes the model for: pieces by the time they take would never go through the GPU."""
     found = []
     for settings in ({}, {"gpu": 0, "n_gpu_layers": 0}):
-        with pybmc.Model(tiny.model("llama", types="Q4_0"), threads=1, **settings) as model, Engine(model, parallel=1) as engine:
+        with pybmc.Model(tiny.model("llama", types="Q4_0"), threads=1, **settings) as model, \
+                Engine(model, parallel=1) as engine:
             engine._prompt_rate = 1.0
             sequence = engine.add(Request(tokens(90).tolist(), 4, pybmc.Sampler(temperature=0)))
             rounds = 0
@@ -182,9 +189,10 @@ def test_an_engine_reads_prompts_in_whole_passes(fake):
 
 
 def test_many_threads_compute_themselves(fake):
-    """A rule, not a measurement: 64 tokens are not worth sending Q8_0 where 12 threads compute, and 256 are."""
+    """A rule, not a measurement: with 12 threads 64 tokens are not worth sending Q8_0 for, and 256 are."""
     path = tiny.model("llama", types="Q8_0", n_layers=2, dim=32, n_heads=2, hidden_dim=2048)
-    with pybmc.Model(path, threads=12, gpu=0, n_gpu_layers=0) as model, model.session(context=1024) as session:
+    settings = dict(threads=12, gpu=0, n_gpu_layers=0)
+    with pybmc.Model(path, **settings) as model, model.session(context=1024) as session:
         assert not launched(fake, lambda: session.eval(tokens(64), "none"))
         assert launched(fake, lambda: session.eval(tokens(256), "none"))
 
@@ -206,7 +214,8 @@ def test_the_plan_says_what_is_taken(name, fake):
     path = tiny.model(name) if name == "llama" else tiny_kinds.model(name)
     with pybmc.Model(path, threads=1, **ALL) as model:
         assert fake["bytes"] == plan(model._handle, 0).stream_bytes == plan(model._handle, 0).bytes(4096) > 0
-        assert plan(model._handle, 0).bytes(4096, streams=False) == plan(model._handle, model.config.n_layers).stream_bytes == 0
+        assert plan(model._handle, 0).bytes(4096, streams=False) == 0
+        assert plan(model._handle, model.config.n_layers).stream_bytes == 0
 
 
 def test_no_memory_is_a_note_or_an_error(fake, caplog):
@@ -214,7 +223,8 @@ def test_no_memory_is_a_note_or_an_error(fake, caplog):
     with fake.set(memory=1000):
         with pybmc.Model(path, threads=1, gpu=0, n_gpu_layers=0) as model:
             assert not model.streams
-        assert "long prompts do not go through the GPU: GPU 0: 1 MB for weights of long passes: out of memory" in caplog.text
+        why = "long prompts do not go through the GPU: GPU 0: 1 MB for weights of long passes: out of memory"
+        assert why in caplog.text
         with pytest.raises(pybmc.OutOfMemoryError, match="weights of long passes"):
             pybmc.Model(path, threads=1, **ALL)
 
@@ -263,9 +273,13 @@ def test_each_call_that_fails_is_a_sentence_and_moves_nothing(fake):
             seen.add(fake.failed)
         finally:
             fake["fail_in"] = 0
-        assert (fake["alive"], fake["bytes"], fake["registered"]) == (0, 0, 0), f"after call {nth}, {fake.failed}"
-    assert {"cuStreamCreate", "cuEventCreate", "cuEventRecord", "cuStreamWaitEvent", "cuMemcpy2DAsync_v2", "cuMemcpyHtoDAsync_v2", "cuLaunchKernel",
-            "cuStreamSynchronize", "cuMemAlloc_v2", "cuModuleGetFunction"} <= seen
+        left = fake["alive"], fake["bytes"], fake["registered"]
+        assert left == (0, 0, 0), f"after call {nth}, {fake.failed}"
+    assert {
+        "cuStreamCreate", "cuEventCreate", "cuEventRecord", "cuStreamWaitEvent", "cuMemcpy2DAsync_v2",
+        "cuMemcpyHtoDAsync_v2", "cuLaunchKernel", "cuStreamSynchronize", "cuMemAlloc_v2",
+        "cuModuleGetFunction"
+    } <= seen
 
 
 @pytest.mark.parametrize("settings", [{"n_gpu_layers": 0}, {"n_gpu_layers": 1}], ids=str)
@@ -274,7 +288,8 @@ def test_states_come_back_after_a_failure(settings, fake):
     with pybmc.Model(path, threads=1) as model, model.session() as session:
         session.eval(tokens(60), "none")
         right = session.eval(tokens(5, 1), "all")
-    with pybmc.Model(path, threads=1, gpu=0, stream_tokens=30, **settings) as model, model.session() as session:
+    settings = dict(gpu=0, stream_tokens=30) | settings
+    with pybmc.Model(path, threads=1, **settings) as model, model.session() as session:
         session.eval(tokens(60), "none")
         session.snapshot()
         with fake.set(fail_in=12), pytest.raises(pybmc.DeviceError):
@@ -301,7 +316,8 @@ assert np.array_equal(model.session().eval(list(range(40)), "last"), right)
 
 
 def test_a_forked_process_computes_itself():
-    subprocess.run([sys.executable, "-c", FORKED, str(tiny.model("llama"))], check=True, cwd=Path(__file__).parents[1], timeout=60)
+    subprocess.run([sys.executable, "-c", FORKED, str(tiny.model("llama"))], check=True,
+                   cwd=Path(__file__).parents[1], timeout=60)
 
 
 # Commands.
@@ -309,7 +325,8 @@ def test_a_forked_process_computes_itself():
 
 def test_zero_layers_alone_ask_no_driver(monkeypatch):
     monkeypatch.setenv("PYBMC_CUDA_KERNELS", os.devnull + "/none")
-    for settings in ({"n_gpu_layers": 0}, {"gpu": "off", "stream_tokens": 5}, {"gpu": 0, "n_gpu_layers": 0, "stream_tokens": 0}, {"stream_tokens": 5}):
+    for settings in ({"n_gpu_layers": 0}, {"gpu": "off", "stream_tokens": 5}, ALL | {"stream_tokens": 0},
+                     {"stream_tokens": 5}):
         with pybmc.Model(tiny.model("llama"), threads=1, **settings) as model:
             assert not model.streams
     with pytest.raises(pybmc.DeviceError, match="built without kernels"):
@@ -327,9 +344,11 @@ def test_prove_sends_layers_of_the_cpu_through_the_gpu(capsys, fake):
     with pybmc.Model(path, threads=1) as model, pybmc.Model(path, threads=1, **ALL) as other:
         found = [f for f in prove(model, ["abc"], 12, gpu=other) if f.drafts == ON_GPU]
     assert len(found) == 2 and all(f.difference is None and f.rows >= 25 for f in found)
-    with pybmc.Model(path, threads=1) as model, pybmc.Model(tiny.model("llama", types="Q8_0", seed=7), threads=1, **ALL) as other:
+    changed = tiny.model("llama", types="Q8_0", seed=7)
+    with pybmc.Model(path, threads=1) as model, pybmc.Model(changed, threads=1, **ALL) as other:
         assert next(prove(model, ["abc"], 8, temperatures=(0.0,), gpu=other)).difference is not None
-    command = ["prove", str(path), "-n", "16", "-p", "the mill", "--temp", "0", "-t", "1", "--gpu", "0", "-ngl", "0"]
+    command = ["prove", str(path), "-n", "16", "-p", "the mill", "--temp", "0", "-t", "1",
+               "--gpu", "0", "-ngl", "0"]
     assert launched(fake, lambda: run(command)) > 0
     out = capsys.readouterr().out
     assert ON_GPU in out and "proven" in out
@@ -338,10 +357,12 @@ def test_prove_sends_layers_of_the_cpu_through_the_gpu(capsys, fake):
 
 
 def test_commands(capsys, fake):
-    plain = ["generate", str(tiny.model("llama", types="Q8_0")), "-p", "the mill and the mill " * 20, "-n", "4", "--temp", "0", "-t", "1"]
+    plain = ["generate", str(tiny.model("llama", types="Q8_0")), "-p", "the mill and the mill " * 20,
+             "-n", "4", "--temp", "0", "-t", "1"]
     assert run(plain) == 0
     text = capsys.readouterr().out
-    for more, there in (["--gpu", "0", "-ngl", "0"], True), (["--gpu", "0", "-ngl", "0", "--stream-tokens", "500"], False), (["-ngl", "1"], True):
+    none = ["--gpu", "0", "-ngl", "0"]
+    for more, there in (none, True), ([*none, "--stream-tokens", "500"], False), (["-ngl", "1"], True):
         assert bool(launched(fake, lambda more=more: run([*plain, *more]))) is there
         assert capsys.readouterr().out == text
     assert run([*plain, "--stream-tokens", "-1"]) == 2
@@ -361,6 +382,7 @@ def test_show_counts_their_memory(capsys, fake):
 
 def test_llama_class(fake):
     path = str(tiny.model("llama", n_layers=3))
-    for settings, streams in ({"n_gpu_layers": 1}, True), ({"n_gpu_layers": 1, "op_offload": False}, False), ({}, False):
+    for settings, streams in (({"n_gpu_layers": 1}, True), ({"n_gpu_layers": 1, "op_offload": False}, False),
+                              ({}, False)):
         with pybmc.Llama(path, verbose=False, **settings) as llama:
             assert llama._model.streams is streams

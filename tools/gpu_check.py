@@ -1,16 +1,19 @@
-"""What a GPU computes, compared with the CPU bit by bit, and how fast: one command, a line for each result, JSON in a folder.
+"""What a GPU computes, compared with the CPU bit by bit, and how fast: one command, a line for each result,
+JSON in a folder.
 
-    make CUDA=1                                         the library, and the kernels where there is a compiler for them
+    make CUDA=1                                 the library, and the kernels by nvcc or its wheels
     python -m tools.gpu_check --out DIR [--gpu N] [--parts bits,golden,..] [--models DIR]
-    python -m tools.gpu_check --out DIR --toy           the same parts at sizes for a slow machine, as the tests run them
+    python -m tools.gpu_check --out DIR --toy   the same parts at the sizes of the tests, for a slow machine
 
-Each part is a process of its own with a limit in seconds, and one that fails, hangs or ends the driver's context leaves the others alone.
-Exceptions: after other bits than the CPU's the rates are left out (exit code 3) unless --go-on is given. The exit code is 1 if a part
-failed. DIR/gpu_check.jsonl gets each result at once, DIR/gpu_check.json all of them at the end. Nothing is downloaded: models are made here,
-of random weights, and kept in --models for another run. All parts together take less than eight minutes.
+Each part is a process of its own with a limit in seconds, and one that fails, hangs or ends the driver's
+context leaves the others alone. Exceptions: after other bits than the CPU's the rates are left out (exit code
+3) unless --go-on is given. The exit code is 1 if a part failed. DIR/gpu_check.jsonl gets each result at once,
+DIR/gpu_check.json all of them at the end. Nothing is downloaded: models are made here, of random weights, and
+kept in --models for another run. All parts together take less than eight minutes.
 
-On a machine that is lent for a quarter of an hour and has no registry of packages: carry the checkout, pybmc/libpybmc.so,
-pybmc/kernels.fatbin (make CUDA=1 before), and a folder of wheels for what its Python lacks (import: numpy, cffi, gguf, tokenizers, sentencepiece),
+On a machine that is lent for a quarter of an hour and has no registry of packages: carry the checkout,
+pybmc/libpybmc.so, pybmc/kernels.fatbin (make CUDA=1 before), and a folder of wheels for what its Python lacks
+(import: numpy, cffi, gguf, tokenizers, sentencepiece),
 
     pip download --only-binary :all: --no-deps --python-version 3.12 -d build/wheels cffi pycparser gguf
 
@@ -18,10 +21,10 @@ and make two calls, so that a failure of the first can be mended before the seco
 
     pip install --no-index --find-links build/wheels --no-deps cffi pycparser gguf &&
     python -m tools.gpu_check --out $OUT --models /tmp/models --parts bits,golden,models,launches
-    python -m tools.gpu_check --out $OUT --models /tmp/models --parts rates_8b,prompts,rates_1b,growth,speculation,roofs,transformers,rates_few
+    python -m tools.gpu_check --out $OUT --models /tmp/models \\
+        --parts rates_8b,prompts,rates_1b,growth,speculation,roofs,transformers,rates_few
 
-The first takes 190 s at most, the second 290. PyTorch and transformers are used where they are installed.
-"""
+The first takes 190 s at most, the second 290. PyTorch and transformers are used where they are installed."""
 
 from __future__ import annotations
 
@@ -67,7 +70,8 @@ class Report:
             file.write(json.dumps(result) + "\n")
 
     def end(self, gpu: GPU, code: int) -> None:
-        (self.out / "gpu_check.json").write_text(json.dumps({"gpu": vars(gpu), "exit_code": code, "results": self.results}, indent=1) + "\n")
+        (self.out / "gpu_check.json").write_text(
+            json.dumps({"gpu": vars(gpu), "exit_code": code, "results": self.results}, indent=1) + "\n")
 
 
 def child(options: argparse.Namespace) -> int:
@@ -91,7 +95,8 @@ def child(options: argparse.Namespace) -> int:
 def run(report: Report, name: str, command: list[str], seconds: float) -> int:
     """A part; its exit code. What it says that is no result is shown, and told if it ends badly."""
     began, said = time.perf_counter(), []
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, errors="replace")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
+                               errors="replace")
     timer = threading.Timer(seconds, process.kill)
     timer.start()
     assert process.stdout
@@ -107,7 +112,8 @@ def run(report: Report, name: str, command: list[str], seconds: float) -> int:
     if late:
         report.tell({"part": name, "name": "not done", "why": f"its {seconds:g} seconds are over"})
     elif code not in (0, 1, DIFFERS):
-        report.tell({"part": name, "name": "failed", "why": f"the process ended with {code}", "said": said[-20:]})
+        why = f"the process ended with {code}"
+        report.tell({"part": name, "name": "failed", "why": why, "said": said[-20:]})
     report.tell({"part": name, "name": "took", "seconds": time.perf_counter() - began})
     return 1 if late else code
 
@@ -119,7 +125,8 @@ def run_all(report: Report, options: argparse.Namespace, models: Path) -> int:
         if DIFFERS in codes.values() and name not in EQUALITY and not options.go_on:
             report.tell({"part": name, "name": "left out", "why": "the bits differ"})
             continue
-        command = [sys.executable, "-m", "tools.gpu_check", "--only", name, "--out", str(options.out), "--models", str(models), "--gpu", str(options.gpu)]
+        command = [sys.executable, "-m", "tools.gpu_check", "--only", name, "--out", str(options.out),
+                   "--models", str(models), "--gpu", str(options.gpu)]
         codes[name] = run(report, name, command + ["--toy"] * options.toy, options.limit or PARTS[name][1])
     return DIFFERS if DIFFERS in codes.values() else int(any(codes.values()))
 
@@ -128,12 +135,15 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where gpu_check.json goes")
     parser.add_argument("--gpu", type=int, default=0, metavar="N", help="which GPU")
-    parser.add_argument("--parts", default=",".join(PARTS), metavar="LIST", help=f"of {', '.join(PARTS)}; in this order by default")
-    parser.add_argument("--models", type=Path, metavar="DIR", help="where model files are made and kept; by default they go with the check")
-    parser.add_argument("--limit", type=float, metavar="SECONDS", help="of each part, in the place of its own")
+    parser.add_argument("--parts", default=",".join(PARTS), metavar="LIST",
+                        help=f"of {', '.join(PARTS)}; in this order by default")
+    parser.add_argument("--models", type=Path, metavar="DIR",
+                        help="where model files are made and kept; by default they go with the check")
+    parser.add_argument("--limit", type=float, metavar="SECONDS",
+                        help="of each part, in the place of its own")
     parser.add_argument("--toy", action="store_true", help="small models, to try the check itself")
     parser.add_argument("--go-on", action="store_true", help="measure rates although bits differ")
-    parser.add_argument("--only", choices=PARTS, help=argparse.SUPPRESS)            # a part, in a process of its own
+    parser.add_argument("--only", choices=PARTS, help=argparse.SUPPRESS)    # a part, in a process of its own
     options = parser.parse_args(arguments)
     if wrong := [name for name in options.parts.split(",") if name not in PARTS]:
         parser.error(f"--parts: expected some of {', '.join(PARTS)}, found {wrong[0]}")
@@ -156,7 +166,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     options.out.mkdir(parents=True, exist_ok=True)
     report = Report(options.out)
-    report.tell({"part": "gpu", "name": gpu.name, "memory_GB": gpu.memory / 1e9, "capability": gpu.capability, "cores": os.cpu_count()})
+    report.tell({"part": "gpu", "name": gpu.name, "memory_GB": gpu.memory / 1e9, "capability": gpu.capability,
+                 "cores": os.cpu_count()})
     with tempfile.TemporaryDirectory() as temporary:
         models = options.models or Path(temporary)
         models.mkdir(parents=True, exist_ok=True)

@@ -54,9 +54,12 @@ class Sizes:
     copied: int = 1 << 30                   # bytes
 
 
-TOY = Sizes(small=Shape("llama", 256, 2, 8, 4, 256, "tiny", 512), types=("F16", "Q4_K"), widths=(1, 3), golden=2,
-            one=Shape("llama", 256, 2, 4, 2, 256, "tiny", 512, tied=True), eight=Shape("llama", 256, 4, 4, 2, 512, "tiny", 512), few_layers=2, chunk=("chunk", Shape("llama", 64, 1, 2, 1, 64, "tiny", 1024)),
-                        splits=(0, 1, -1), proven=2, prompt=5, written=2, verified=(2,), depths=(0,), reps=1, thin=(1, 2), growth=(16,), text=4, gemm=32, copied=1 << 12)
+TOY = Sizes(small=Shape("llama", 256, 2, 8, 4, 256, "tiny", 512), types=("F16", "Q4_K"), widths=(1, 3),
+            golden=2, one=Shape("llama", 256, 2, 4, 2, 256, "tiny", 512, tied=True),
+            eight=Shape("llama", 256, 4, 4, 2, 512, "tiny", 512), few_layers=2,
+            chunk=("chunk", Shape("llama", 64, 1, 2, 1, 64, "tiny", 1024)), splits=(0, 1, -1), proven=2,
+            prompt=5, written=2, verified=(2,), depths=(0,), reps=1, thin=(1, 2), growth=(16,), text=4,
+            gemm=32, copied=1 << 12)
 
 
 @dataclass
@@ -85,7 +88,8 @@ class Check:
 
     @contextmanager
     def opened(self, path: Path, layers: int | str = -1) -> Iterator[pybmc.Model]:
-        """With layers on the GPU, where there have to be some; passes of 5 tokens and more do the others' products there too."""
+        """With layers on the GPU, where there have to be some; passes of 5 tokens and more do the others'
+        products there too."""
         with pybmc.Model(path, gpu=self.gpu.index, n_gpu_layers=layers, stream_tokens=5) as model:
             if layers and not model.gpu_layers:
                 raise pybmc.DeviceError(f"{path.name}: no layer runs on the GPU")
@@ -96,11 +100,13 @@ class Check:
 
 
 def passes(model: pybmc.Model, widths: tuple[int, ...], rows: int | str = "auto") -> list[np.ndarray]:
-    """Logits of passes of each width, one after the other, each twice: the second of a narrow one is a graph."""
+    """Logits of passes of each width, one after the other, each twice: the second of a narrow one is a
+    graph."""
     rng = np.random.default_rng(0)
     size = model.config.vocab_size
     with model.session(rows=rows) as session:
-        return [session.eval(rng.integers(0, size, n).astype(np.int32), "all" if n <= 64 else "last").reshape(-1, size) for n in widths for _ in range(2)]
+        texts = [rng.integers(0, size, n).astype(np.int32) for n in widths for _ in range(2)]
+        return [session.eval(text, "all" if len(text) <= 64 else "last").reshape(-1, size) for text in texts]
 
 
 def differing(ours: list[np.ndarray], right: list[np.ndarray], widths: tuple[int, ...]) -> dict[int, str]:
@@ -113,7 +119,8 @@ def differing(ours: list[np.ndarray], right: list[np.ndarray], widths: tuple[int
     return found
 
 
-def compare(check: Check, path: Path, widths: tuple[int, ...], layers: tuple[int, ...] = (-1,), rows: tuple[int | str, ...] = ("auto",)) -> int:
+def compare(check: Check, path: Path, widths: tuple[int, ...], layers: tuple[int, ...] = (-1,),
+            rows: tuple[int | str, ...] = ("auto",)) -> int:
     """One model on both machines: how many comparisons found other bits."""
     wrong = 0
     with pybmc.Model(path) as model:
@@ -123,8 +130,9 @@ def compare(check: Check, path: Path, widths: tuple[int, ...], layers: tuple[int
             for r in rows:
                 found = differing(passes(model, widths, r), right, widths)
                 wrong += bool(found)
-                check.tell(path.stem, layers=model.gpu_layers, rows_at_a_time=r, logits=sum(map(len, right)), different=len(found),
-                           **{f"width {width}": what for width, what in found.items()})
+                by_width = {f"width {width}": what for width, what in found.items()}
+                check.tell(path.stem, layers=model.gpu_layers, rows_at_a_time=r, logits=sum(map(len, right)),
+                           different=len(found), **by_width)
     return wrong
 
 
@@ -137,7 +145,8 @@ def must_be_equal(wrong: int) -> None:
 def part_bits(check: Check) -> None:
     """Every type and width, on a small model."""
     s = check.sizes
-    must_be_equal(sum(compare(check, check.model("small", s.small, f"pure-{file_type}"), s.widths) for file_type in s.types))
+    paths = (check.model("small", s.small, f"pure-{file_type}") for file_type in s.types)
+    must_be_equal(sum(compare(check, path, s.widths) for path in paths))
 
 
 def part_golden(check: Check) -> None:
@@ -153,7 +162,8 @@ def part_models(check: Check) -> None:
     wrong = compare(check, path, s.widths, s.splits, (16, 256))
     with pybmc.Model(path) as model, check.opened(path) as on_gpu:
         for found in prove(model, ["The mill", "def f(n):"], s.proven, temperatures=(0.0,), gpu=on_gpu):
-            check.tell(f"prove, {found.drafts}", tokens=found.tokens, rows=found.rows, equal=found.difference is None)
+            check.tell(f"prove, {found.drafts}", tokens=found.tokens, rows=found.rows,
+                       equal=found.difference is None)
             wrong += found.difference is not None
     must_be_equal(wrong)
 
@@ -162,7 +172,8 @@ def part_models(check: Check) -> None:
 
 
 def torch_of(check: Check) -> tuple[Any, Any]:
-    """PyTorch and its device: the CPU where its GPU is not there, for a toy run. (None, None) without it, which is told."""
+    """PyTorch and its device: the CPU where its GPU is not there, for a toy run. (None, None) without it,
+    which is told."""
     try:
         import torch
     except ImportError:
@@ -194,20 +205,23 @@ def wait(torch: Any, device: Any) -> None:
 
 
 def part_launches(check: Check) -> None:
-    """A token of a model whose layers have next to no work: what launches, graphs and the host take, by layer."""
+    """A token of a model whose layers have next to no work: what launches, graphs and the host take, by
+    layer."""
     times = {}
     few, many = check.sizes.thin
     reps = 2 if check.sizes is TOY else 32
     for layers in (few, many):
         shape = replace(check.sizes.small, n_layers=layers)
-        with check.opened(check.model(f"thin-{layers}", shape, "pure-Q4_K")) as model, model.session(rows=256) as session:
+        path = check.model(f"thin-{layers}", shape, "pure-Q4_K")
+        with check.opened(path) as model, model.session(rows=256) as session:
             for _ in range(3):              # the second makes the graph
                 session.eval([1], "argmax")
             began = time.perf_counter()
             for _ in range(reps):
                 session.eval([1], "argmax")
             times[layers] = (time.perf_counter() - began) / reps
-    check.tell("a token of thin layers", layer_us=1e6 * (times[many] - times[few]) / (many - few), token_us=1e6 * times[few])
+    check.tell("a token of thin layers", layer_us=1e6 * (times[many] - times[few]) / (many - few),
+               token_us=1e6 * times[few])
 
 
 def part_roofs(check: Check) -> None:
@@ -224,14 +238,16 @@ def part_roofs(check: Check) -> None:
 
 
 def rates(check: Check, name: str, path: Path) -> None:
-    """Prompts, generation and verification at each depth; c: what a pass costs, in tokens generated one by one."""
+    """Prompts, generation and verification at each depth; c: what a pass costs, in tokens generated one by
+    one."""
     s = check.sizes
     with check.opened(path) as model:
         one: dict[int, float] = {}
         for r in bench(model, (s.prompt,), (s.written,), s.verified, s.depths, reps=s.reps):
             one |= {r.depth: r.tok_s} if r.test == "tg" else {}
             cost = {"c": r.n * one[r.depth] / r.tok_s} if r.test == "verify" else {}
-            check.tell(f"{name}, {r.test} {r.n} @{r.depth}", tok_s=r.tok_s, least=r.tok_s_min, most=r.tok_s_max, GB_s=r.gb_s, **cost)
+            check.tell(f"{name}, {r.test} {r.n} @{r.depth}", tok_s=r.tok_s, least=r.tok_s_min,
+                       most=r.tok_s_max, GB_s=r.gb_s, **cost)
 
 
 def part_rates_8b(check: Check) -> None:
@@ -248,7 +264,8 @@ def part_rates_few(check: Check) -> None:
     """Some layers of 8B, in types whose file would be large."""
     few = check.sizes.few_layers
     for file_type in ("Q8_0", "F16"):
-        rates(check, f"8b, {few} layers, {file_type}", check.model(f"8b-{few}", replace(check.sizes.eight, n_layers=few), file_type))
+        rates(check, f"8b, {few} layers, {file_type}",
+              check.model(f"8b-{few}", replace(check.sizes.eight, n_layers=few), file_type))
 
 
 def part_prompts(check: Check) -> None:
@@ -267,12 +284,13 @@ def part_prompts(check: Check) -> None:
                 different = int((one.eval(tokens, "last") != other.eval(tokens, "last")).sum())
         check.tell(prompts, tok_s=tok_s, different=different)
         if different:
-            raise DiffersError(f"{path.name}, prompts {prompts}: {different} logits differ from those of the same call before")
+            raise DiffersError(f"{path.name}, prompts {prompts}: {different} logits differ from those of "
+                               "the same call before")
 
 
 def part_growth(check: Check) -> None:
-    """The claim about growing by r rows: a text of many tokens with each r, the memory it holds, what a growth costs, and the token
-    after it, whose graph may be new."""
+    """The claim about growing by r rows: a text of many tokens with each r, the memory it holds, what a
+    growth costs, and the token after it, whose graph may be new."""
     s = check.sizes
     with check.opened(check.model("1b", s.one, "Q4_K_M")) as model:
         for r in s.growth:
@@ -300,19 +318,22 @@ def clocked(work: Callable, *arguments: Any) -> float:
 
 
 def part_speculation(check: Check) -> None:
-    """The same text with guesses and without: from repetitions, and from a draft on the same GPU that always agrees."""
+    """The same text with guesses and without: from repetitions, and from a draft on the same GPU that always
+    agrees."""
     s = check.sizes
     path = check.model("1b", s.one, "Q4_K_M")
     with check.opened(path) as model, check.opened(path) as draft:
         tokens = np.random.default_rng(0).integers(0, model.config.vocab_size, 8).tolist() * 4
         sampler = pybmc.Sampler(temperature=0.0)
         plain: list[int] = []
-        for name, who, settings in (("off", None, {"spec": "off"}), ("ngram", None, {"spec": "ngram"}), ("draft", draft, {"spec": "draft", "fixed": 4})):
+        for name, who, settings in (("off", None, {"spec": "off"}), ("ngram", None, {"spec": "ngram"}),
+                                    ("draft", draft, {"spec": "draft", "fixed": 4})):
             began = time.perf_counter()
             found, stats = decode(model, tokens, 2 * s.written, sampler, who, settings)
             seconds, ids = time.perf_counter() - began, [token.id for token in found]
             plain = plain or ids
-            check.tell(name, tok_s=len(ids) / seconds, guesses=stats.draft_n, accepted=stats.draft_n_accepted, equal=ids == plain)
+            check.tell(name, tok_s=len(ids) / seconds, guesses=stats.draft_n, accepted=stats.draft_n_accepted,
+                       equal=ids == plain)
             if ids != plain:
                 raise DiffersError(f"speculation, {name}: another text than without")
 
@@ -329,15 +350,17 @@ def part_transformers(check: Check) -> None:
         return
     s, shape = check.sizes, check.sizes.one
     vocab = 256 if s is TOY else 128256
-    config = transformers.LlamaConfig(hidden_size=shape.dim, num_hidden_layers=shape.n_layers, num_attention_heads=shape.n_heads,
-                                      num_key_value_heads=shape.n_kv_heads, intermediate_size=shape.hidden_dim,
-                                      head_dim=shape.head_dim or shape.dim // shape.n_heads, vocab_size=vocab, tie_word_embeddings=True)
+    config = transformers.LlamaConfig(
+        hidden_size=shape.dim, num_hidden_layers=shape.n_layers, num_attention_heads=shape.n_heads,
+        num_key_value_heads=shape.n_kv_heads, intermediate_size=shape.hidden_dim, vocab_size=vocab,
+        head_dim=shape.head_dim or shape.dim // shape.n_heads, tie_word_embeddings=True)
     torch.set_default_dtype(torch.bfloat16)
     with device:                            # weights are drawn there
         model = transformers.LlamaForCausalLM(config).eval()
     ids = torch.randint(0, vocab, (1, s.prompt), device=device)
     with torch.no_grad():
-        check.tell(f"1b bf16, pp {s.prompt}", tok_s=s.prompt / timed(torch, device, lambda: model(ids, use_cache=False), 5))
+        check.tell(f"1b bf16, pp {s.prompt}",
+                   tok_s=s.prompt / timed(torch, device, lambda: model(ids, use_cache=False), 5))
         cache = model(ids[:, :16], use_cache=True).past_key_values
         began = time.perf_counter()
         for _ in range(s.written):
@@ -354,7 +377,8 @@ def captured_decode(check: Check, torch: Any, device: Any, transformers: Any, mo
     token, position = ids[:, :1].clone(), torch.tensor([16], device=device)
 
     def step() -> Any:
-        return model(token, past_key_values=cache, cache_position=position, position_ids=position[None], use_cache=True).logits
+        return model(token, past_key_values=cache, cache_position=position, position_ids=position[None],
+                     use_cache=True).logits
 
     model(ids[:, :16], past_key_values=cache, cache_position=torch.arange(16, device=device), use_cache=True)
     run = step
@@ -378,9 +402,18 @@ def captured_decode(check: Check, torch: Any, device: Any, transformers: Any, mo
 
 # In this order: what decides first. Seconds; together under eight minutes.
 PARTS: dict[str, tuple[Callable[[Check], None], int]] = {
-    "bits": (part_bits, 80), "golden": (part_golden, 40), "models": (part_models, 55), "launches": (part_launches, 15), "rates_8b": (part_rates_8b, 70),
-    "prompts": (part_prompts, 45), "rates_1b": (part_rates_1b, 50), "growth": (part_growth, 25), "speculation": (part_speculation, 25),
-    "roofs": (part_roofs, 15), "transformers": (part_transformers, 25), "rates_few": (part_rates_few, 35),
+    "bits": (part_bits, 80),
+    "golden": (part_golden, 40),
+    "models": (part_models, 55),
+    "launches": (part_launches, 15),
+    "rates_8b": (part_rates_8b, 70),
+    "prompts": (part_prompts, 45),
+    "rates_1b": (part_rates_1b, 50),
+    "growth": (part_growth, 25),
+    "speculation": (part_speculation, 25),
+    "roofs": (part_roofs, 15),
+    "transformers": (part_transformers, 25),
+    "rates_few": (part_rates_few, 35),
 }
 EQUALITY = ("bits", "golden", "models")
 

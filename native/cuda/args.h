@@ -23,7 +23,8 @@ struct cuda_grid { unsigned x, y, z, threads; };
 
 static inline unsigned cuda_over(int64_t n, int64_t by) { return (unsigned)((n + by - 1) / by); }
 
-/* A copy of rows, which is no launch: CUDA_MEMCPY2D of the driver. type: 1 host, 2 device; x, y, array: unused. */
+/* A copy of rows, which is no launch: CUDA_MEMCPY2D of the driver. type: 1 host, 2 device; x, y, array:
+ * unused. */
 struct cuda_side { size_t x, y; int32_t type; uint64_t host, device; void *array; size_t pitch; };
 struct cuda_copy2d { struct cuda_side from, to; size_t width, height; };
 
@@ -68,7 +69,7 @@ struct cuda_norm {
     int kind;                       /* enum bmc_norm */
     float eps;
     float sum_scale;                /* of x, before the norm of the result; 1: none */
-    float *others;                  /* n_others vectors of a token, which what waits joins instead of x; or NULL */
+    float *others;                  /* n_others vectors of a token that what waits joins, not x; or NULL */
     size_t others_stride;
     int n_others;
 };
@@ -209,8 +210,8 @@ static inline struct cuda_grid product_grid(enum cuda_way way, const struct cuda
 
 /* ---- prompts by cuBLAS: products of rows in f16, halves.h ---- */
 
-/* "halves_<type>": rows of panels as f16, of.n_rows of them, each multiplied by a power of two. Columns beyond
- * of.k are 0. */
+/* "halves_<type>": rows of panels as f16, of.n_rows of them, each multiplied by a power of two. Columns
+ * beyond of.k are 0. */
 struct cuda_halves {
     struct cuda_product of;         /* its codes, scales, n_rows and k, from the first panel on */
     uint16_t *out;                  /* (of.n_rows, stride), stride a multiple of 16 */

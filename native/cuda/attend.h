@@ -102,7 +102,8 @@ struct attend_room {
 };
 
 /* sum[r] = fma(x, y[r], sum[r]) for the n values at x, `pitch` apart, in their order; `pair` gives y. */
-template <int R, int N, class Pair> DEVICE void add_some(float *sum, const uint16_t *x, int pitch, Pair pair) {
+template <int R, int N, class Pair>
+DEVICE void add_some(float *sum, const uint16_t *x, int pitch, Pair pair) {
     uint16_t v[N];
     UNROLL(16)
     for (int i = 0; i < N; i++)
@@ -113,7 +114,8 @@ template <int R, int N, class Pair> DEVICE void add_some(float *sum, const uint1
         for (int r = 0; r < R; r++)
             sum[r] = fmaf(pair(r, i), half_to_float(v[i]), sum[r]);
 }
-template <int R, class Pair> DEVICE void add_values(float *sum, const uint16_t *x, int pitch, int n, Pair pair) {
+template <int R, class Pair>
+DEVICE void add_values(float *sum, const uint16_t *x, int pitch, int n, Pair pair) {
     int i = 0;
     for (; i + TILE <= n; i += TILE)
         add_some<R, TILE>(sum, x + i * pitch, pitch, [=](int r, int j) { return pair(r, i + j); });
@@ -221,7 +223,8 @@ template <int R> DEVICE void gather(const struct cuda_attend &a, struct batch b,
             const int end = least(any.limit, (t / TILE + 1) * TILE);
             const uint16_t *v =
                 find_tile(rows, a.before, a.tile_bytes, b.h, chunk * (CHUNK / TILE) + t / TILE) + place;
-            add_values<R>(sum, v + t % TILE * pitch, pitch, end - t, [&](int r, int i) { return s.s[r][t + i]; });
+            add_values<R>(sum, v + t % TILE * pitch, pitch, end - t,
+                          [&](int r, int i) { return s.s[r][t + i]; });
             t = end;
         }
         UNROLL(16)

@@ -11,7 +11,8 @@ enum { SLICE_BYTES = 64 << 20 };
 
 /* Rows of a slice: whole panels, as many as fit. */
 static int64_t slice_rows(const struct matrix *w) {
-    const int64_t fit = SLICE_BYTES / (int64_t)(padded(w->n_cols) * sizeof(uint16_t)) / PANEL_ROWS * PANEL_ROWS;
+    const int64_t row = (int64_t)(padded(w->n_cols) * sizeof(uint16_t)),
+                  fit = SLICE_BYTES / row / PANEL_ROWS * PANEL_ROWS;
     const int64_t rows = fit > PANEL_ROWS ? fit : PANEL_ROWS;
     return rows < w->n_rows ? rows : w->n_rows;
 }

@@ -27,8 +27,8 @@ static int status_of(int gpu, const char *what, int code) {
         return 0;
     for (size_t i = 0; i < sizeof list / sizeof *list; i++)
         text = list[i].code == code ? list[i].text : text;
-    return fail(code == ALLOC_FAILED ? BMC_ENOMEM : BMC_EDEVICE, "GPU %d: cuBLAS: %s: %s (%d)", gpu, what, text,
-                code);
+    return fail(code == ALLOC_FAILED ? BMC_ENOMEM : BMC_EDEVICE, "GPU %d: cuBLAS: %s: %s (%d)", gpu, what,
+                text, code);
 }
 
 /* libcublas needs libcublasLt; beside a file that is named, it may be where the system does not look. */
@@ -54,8 +54,8 @@ static void *open_library(const char *path) {
     for (size_t i = 0; i < sizeof names / sizeof *names && !library; i++)
         library = dlopen(names[i], RTLD_NOW | RTLD_LOCAL);
     if (!library)
-        fail(BMC_EDEVICE, "cuBLAS is missing: %s; pip install nvidia-cublas brings it (with a driver before 580: "
-                          "nvidia-cublas-cu12)", dlerror());
+        fail(BMC_EDEVICE, "cuBLAS is missing: %s; pip install nvidia-cublas brings it (with a driver before "
+                          "580: nvidia-cublas-cu12)", dlerror());
     return library;
 }
 
@@ -73,14 +73,16 @@ int cublas_find(const char *path, struct cublas_functions *found) {
         if (!function) {
             dlclose(library);
             return fail(BMC_EDEVICE, "cuBLAS: %s has no %s: expected version 11 or later; pip install "
-                                     "nvidia-cublas brings a new one", *path ? path : "libcublas", list[i].name);
+                                     "nvidia-cublas brings a new one",
+                        *path ? path : "libcublas", list[i].name);
         }
         memcpy(list[i].place, &function, sizeof function);
     }
     return 0;
 }
 
-int cublas_open(const struct gpu *gpu, const char *path, void *stream, void *workspace, struct cublas **made) {
+int cublas_open(const struct gpu *gpu, const char *path, void *stream, void *workspace,
+                struct cublas **made) {
     struct cublas *b = calloc(1, sizeof *b);
     if (!b)
         return fail(BMC_ENOMEM, "no memory for cuBLAS");
@@ -88,7 +90,8 @@ int cublas_open(const struct gpu *gpu, const char *path, void *stream, void *wor
     b->gpu = gpu->index;
     int status = cublas_find(path, &b->f);
     if (!status)
-        status = status_of(b->gpu, "getting ready (the driver may be too old for it)", b->f.cublasCreate_v2(&b->handle));
+        status = status_of(b->gpu, "getting ready (the driver may be too old for it)",
+                           b->f.cublasCreate_v2(&b->handle));
     if (!status)                            /* before the workspace, which this call takes away */
         status = status_of(b->gpu, "taking the stream", b->f.cublasSetStream_v2(b->handle, stream));
     if (!status)
@@ -109,7 +112,7 @@ void cublas_close(struct cublas *b) {
 int cublas_multiply(const struct cublas *b, const struct cublas_product *p) {
     static const float one = 1, zero = 0;
     return status_of(b->gpu, "multiplying",
-                     b->f.cublasGemmEx(b->handle, TRANSPOSED_MATRIX, AS_IT_IS, p->m, p->n, p->k, &one, p->rows,
-                                       REAL_16F, p->k, p->tokens, REAL_16F, p->k, &zero, p->sums, REAL_32F,
-                                       p->stride, COMPUTE_32F, DEFAULT_ALGORITHM));
+                     b->f.cublasGemmEx(b->handle, TRANSPOSED_MATRIX, AS_IT_IS, p->m, p->n, p->k, &one,
+                                       p->rows, REAL_16F, p->k, p->tokens, REAL_16F, p->k, &zero, p->sums,
+                                       REAL_32F, p->stride, COMPUTE_32F, DEFAULT_ALGORITHM));
 }

@@ -1,5 +1,5 @@
-/* A model's last blocks and its head on a GPU. offload.c puts them there; a pass over them is steps, which
- * steps.c makes the launches of, in a queue, which queue.c runs. */
+/* A model's last blocks and its head on a GPU. offload.c puts them there. A pass over them is steps: steps.c
+ * queues the launches of each, and queue.c runs the queue. */
 #ifndef CUDA_CUDA_H
 #define CUDA_CUDA_H
 
@@ -10,8 +10,9 @@
 enum cuda_kernel {
     CUDA_NORM, CUDA_NORM_ROWS, CUDA_QUANTIZE, CUDA_PLACE, CUDA_ATTEND, CUDA_ATTEND_MERGE, CUDA_ACTIVATE,
     CUDA_KEEP_ROWS, CUDA_BEST, CUDA_ROUTE, CUDA_SORT, CUDA_COMBINE, CUDA_SWITCH, CUDA_COMPRESS,
-    CUDA_RECUR_PREPARE, CUDA_RECUR_WALK, CUDA_RECUR_FINISH, CUDA_RECUR_KEEP, CUDA_SHORT_CONV, CUDA_JOIN_PER_LAYER, CUDA_SCALE_ROWS,
-    CUDA_ADD_NORMED, CUDA_THIN_OUT, CUDA_ALTUP_LENGTHS, CUDA_ALTUP_PREDICT, CUDA_ALTUP_CORRECT, CUDA_KERNELS
+    CUDA_RECUR_PREPARE, CUDA_RECUR_WALK, CUDA_RECUR_FINISH, CUDA_RECUR_KEEP, CUDA_SHORT_CONV,
+    CUDA_JOIN_PER_LAYER, CUDA_SCALE_ROWS, CUDA_ADD_NORMED, CUDA_THIN_OUT, CUDA_ALTUP_LENGTHS,
+    CUDA_ALTUP_PREDICT, CUDA_ALTUP_CORRECT, CUDA_KERNELS
 };
 
 /* What a pass has queued, in its order: a kernel with its arguments; a product by cuBLAS, a struct cublas as
@@ -96,7 +97,7 @@ struct cuda {
     struct hidden *hidden;          /* (n_hidden,) */
     int n_sessions, n_hidden;
     int64_t n_passes;
-    uint64_t last_hash[GRAPH_TOKENS + 1];       /* of the last queue that was no graph, by the tokens of its pass */
+    uint64_t last_hash[GRAPH_TOKENS + 1];       /* of the last queue that was no graph, by tokens */
     struct graph graphs[GRAPHS];
 };
 

@@ -29,7 +29,8 @@ static int open_driver(void) {
         if (!found) {
             dlclose(library);
             return fail(BMC_EDEVICE,
-                        "no GPU can be used: the driver has no %s: expected version 470 or later, found an older one",
+                        "no GPU can be used: the driver has no %s: expected version 470 or later, found an "
+                        "older one",
                         list[i].name);
         }
         memcpy(list[i].place, &found, sizeof found);
@@ -130,7 +131,8 @@ int bmc_gpu(int i, bmc_gpu_info *info) {
                              cu->cuDeviceGetName(info->name, (int)sizeof info->name, device));
     if (!status)
         status = ask(cu, i, device,
-                     (struct attribute[]){ { CUDA_ATTRIBUTE_MAJOR, &major }, { CUDA_ATTRIBUTE_MINOR, &minor } },
+                     (struct attribute[]){ { CUDA_ATTRIBUTE_MAJOR, &major },
+                                           { CUDA_ATTRIBUTE_MINOR, &minor } },
                      2);
     if (!status)
         status = ask_available(cu, i, device, &available, &total);
@@ -169,8 +171,8 @@ static int unsuitable(const struct gpu *g, const char *path, int code) {
     g->cu->cuDeviceGetAttribute(&minor, CUDA_ATTRIBUTE_MINOR, g->device);
     return fail(BMC_EDEVICE,
                 "GPU %d: loading the kernels of %s: %s (%d): expected compute capability 7.5 or later and a "
-                "driver of the CUDA that compiled them (580 or later for CUDA 13), found capability %d.%d and a "
-                "driver of CUDA %d.%d",
+                "driver of the CUDA that compiled them (580 or later for CUDA 13), found capability %d.%d "
+                "and a driver of CUDA %d.%d",
                 g->index, path, text ? text : "unknown error", code, major, minor, version / 1000,
                 version % 1000 / 10);
 }
@@ -182,7 +184,8 @@ static int load_kernels(struct gpu *g, const char *path) {
     const int code = g->cu->cuModuleLoadData(&g->module, image);
     free(image);
     switch (code) {
-    case CUDA_INVALID_IMAGE: case CUDA_NO_BINARY: case CUDA_INVALID_PTX: case CUDA_NO_JIT: case CUDA_UNSUPPORTED_PTX:
+    case CUDA_INVALID_IMAGE: case CUDA_NO_BINARY: case CUDA_INVALID_PTX: case CUDA_NO_JIT:
+    case CUDA_UNSUPPORTED_PTX:
         return unsuitable(g, path, code);
     }
     return cuda_status(g->index, "loading the kernels", code);
@@ -315,19 +318,36 @@ static size_t segment_whole(void *of, size_t bytes) {
     return (bytes + unit - 1) / unit * unit;
 }
 
+/* What the thread's last segment failed of, where it is not for lack of memory. */
+static _Thread_local int failure;
+
+/* Whether a call worked. */
+static bool did(const struct gpu *g, int code) {
+    if (code && code != CUDA_OUT_OF_MEMORY)
+        failure = cuda_status(g->index, "making memory of a session", code);
+    return !code;
+}
+
+static int take_failure(void *of) {
+    const int taken = failure;
+    (void)of;
+    failure = 0;
+    return taken;
+}
+
 /* Memory at addresses of its own; 0 without. */
 static uint64_t map_segment(const struct gpu *g, size_t bytes) {
     const struct cuda_allocation kind = on_device(g);
     const struct cuda_access access = { kind.location, CUDA_READ_WRITE };
     unsigned long long memory = 0;
     uint64_t address = 0;
-    if (g->cu->cuMemAddressReserve(&address, bytes, 0, 0, 0))
+    if (!did(g, g->cu->cuMemAddressReserve(&address, bytes, 0, 0, 0)))
         return 0;
-    bool made = !g->cu->cuMemCreate(&memory, bytes, &kind, 0),
-         mapped = made && !g->cu->cuMemMap(address, bytes, 0, memory, 0);
+    bool made = did(g, g->cu->cuMemCreate(&memory, bytes, &kind, 0)),
+         mapped = made && did(g, g->cu->cuMemMap(address, bytes, 0, memory, 0));
     if (made)
         g->cu->cuMemRelease(memory);            /* it lives as long as it is mapped */
-    if (mapped && !g->cu->cuMemSetAccess(address, bytes, &access, 1))
+    if (mapped && did(g, g->cu->cuMemSetAccess(address, bytes, &access, 1)))
         return address;
     if (mapped)
         g->cu->cuMemUnmap(address, bytes);
@@ -352,18 +372,20 @@ static void unmap_segment(void *of, void *memory, size_t bytes) {
 /* 0, or -1. */
 static int zero(const struct gpu_segments *s, uint64_t address, size_t bytes) {
     const struct cuda_driver *cu = s->gpu->cu;
-    return cu->cuMemsetD8Async(address, 0, bytes, s->stream) || cu->cuStreamSynchronize(s->stream) ? -1 : 0;
+    return did(s->gpu, cu->cuMemsetD8Async(address, 0, bytes, s->stream))
+                   && did(s->gpu, cu->cuStreamSynchronize(s->stream)) ? 0 : -1;
 }
 
 static void *new_segment(void *of, size_t bytes) {
     const struct gpu_segments *s = of;
     const struct gpu *g = s->gpu;
     uint64_t address = 0;
-    if (gpu_enter(g))
+    failure = gpu_enter(g);
+    if (failure)
         return NULL;
     if (g->granularity)
         address = map_segment(g, bytes);
-    else if (g->cu->cuMemAlloc_v2(&address, bytes))
+    else if (!did(g, g->cu->cuMemAlloc_v2(&address, bytes)))
         address = 0;
     if (address && zero(s, address, bytes)) {
         unmap_segment(of, (void *)(uintptr_t)address, bytes);
@@ -374,10 +396,12 @@ static void *new_segment(void *of, size_t bytes) {
 
 static int copy_segment(void *of, void *to, const void *from, size_t bytes) {
     const struct gpu_segments *s = of;
-    const struct cuda_driver *cu = s->gpu->cu;
-    if (gpu_enter(s->gpu) || cu->cuMemcpyDtoDAsync_v2(cuda_address(to), cuda_address(from), bytes, s->stream))
-        return -1;
-    return cu->cuStreamSynchronize(s->stream) ? -1 : 0;
+    const struct gpu *g = s->gpu;
+    failure = gpu_enter(g);
+    return !failure
+                   && did(g, g->cu->cuMemcpyDtoDAsync_v2(cuda_address(to), cuda_address(from), bytes,
+                                                         s->stream))
+                   && did(g, g->cu->cuStreamSynchronize(s->stream)) ? 0 : -1;
 }
 
 static int zero_segment(void *of, void *memory, size_t bytes) {
@@ -387,5 +411,5 @@ static int zero_segment(void *of, void *memory, size_t bytes) {
 
 struct memory gpu_memory(struct gpu_segments *of) {
     return (struct memory){ of,           segment_whole, new_segment, unmap_segment, copy_segment,
-                            zero_segment, gpu_fetch,     gpu_send,    gpu_wait };
+                            zero_segment, take_failure,  gpu_fetch,   gpu_send,      gpu_wait };
 }

@@ -19,7 +19,9 @@ enum {
     CUDA_HARDWARE_STACK = 714, CUDA_ILLEGAL_INSTRUCTION = 715, CUDA_MISALIGNED = 716,
     CUDA_ADDRESS_SPACE = 717, CUDA_INVALID_PC = 718, CUDA_LAUNCH_FAILED = 719,
 };
-enum { CUDA_ATTRIBUTE_SMS = 16, CUDA_ATTRIBUTE_MAJOR = 75, CUDA_ATTRIBUTE_MINOR = 76, CUDA_ATTRIBUTE_MAPS = 102 };
+enum {
+    CUDA_ATTRIBUTE_SMS = 16, CUDA_ATTRIBUTE_MAJOR = 75, CUDA_ATTRIBUTE_MINOR = 76, CUDA_ATTRIBUTE_MAPS = 102
+};
 enum { CUDA_STREAM_NON_BLOCKING = 1, CUDA_CAPTURE_THREAD = 1 };
 enum { CUDA_ON_DEVICE = 1, CUDA_PINNED = 1, CUDA_READ_WRITE = 3, CUDA_GRANULARITY_LEAST = 0 };
 
@@ -27,7 +29,7 @@ enum { CUDA_ON_DEVICE = 1, CUDA_PINNED = 1, CUDA_READ_WRITE = 3, CUDA_GRANULARIT
 struct cuda_location { int32_t type, id; };                         /* type: CUDA_ON_DEVICE */
 struct cuda_access { struct cuda_location location; int32_t flags; };       /* flags: CUDA_READ_WRITE */
 struct cuda_allocation {
-    int32_t type, handle_types;                                     /* type: CUDA_PINNED: it stays where it is */
+    int32_t type, handle_types;                                 /* type: CUDA_PINNED: it stays where it is */
     struct cuda_location location;
     void *win32;
     uint8_t flags[8];
@@ -59,11 +61,14 @@ struct cuda_allocation {
     X(cuMemcpyDtoDAsync_v2, (uint64_t to, uint64_t from, size_t bytes, void *stream)) \
     X(cuMemsetD8Async, (uint64_t memory, unsigned char value, size_t bytes, void *stream)) \
     X(cuMemGetAllocationGranularity, (size_t *bytes, const struct cuda_allocation *kind, int recommended)) \
-    X(cuMemAddressReserve, (uint64_t *address, size_t bytes, size_t alignment, uint64_t wished, unsigned long long flags)) \
+    X(cuMemAddressReserve, (uint64_t *address, size_t bytes, size_t alignment, uint64_t wished, \
+                            unsigned long long flags)) \
     X(cuMemAddressFree, (uint64_t address, size_t bytes)) \
-    X(cuMemCreate, (unsigned long long *memory, size_t bytes, const struct cuda_allocation *kind, unsigned long long flags)) \
+    X(cuMemCreate, (unsigned long long *memory, size_t bytes, const struct cuda_allocation *kind, \
+                    unsigned long long flags)) \
     X(cuMemRelease, (unsigned long long memory)) \
-    X(cuMemMap, (uint64_t address, size_t bytes, size_t offset, unsigned long long memory, unsigned long long flags)) \
+    X(cuMemMap, (uint64_t address, size_t bytes, size_t offset, unsigned long long memory, \
+                 unsigned long long flags)) \
     X(cuMemUnmap, (uint64_t address, size_t bytes)) \
     X(cuMemSetAccess, (uint64_t address, size_t bytes, const struct cuda_access *access, size_t n)) \
     X(cuStreamCreate, (void **stream, unsigned flags)) \
@@ -76,8 +81,9 @@ struct cuda_allocation {
     X(cuModuleLoadData, (void **module, const void *image)) \
     X(cuModuleUnload, (void *module)) \
     X(cuModuleGetFunction, (void **function, void *module, const char *name)) \
-    X(cuLaunchKernel, (void *function, unsigned gx, unsigned gy, unsigned gz, unsigned bx, unsigned by, unsigned bz, \
-                       unsigned shared, void *stream, void **args, void **extra)) \
+    X(cuLaunchKernel, (void *function, unsigned gx, unsigned gy, unsigned gz, \
+                       unsigned bx, unsigned by, unsigned bz, unsigned shared, \
+                       void *stream, void **args, void **extra)) \
     X(cuStreamBeginCapture_v2, (void *stream, int mode)) \
     X(cuStreamEndCapture, (void *stream, void **graph)) \
     X(cuGraphInstantiateWithFlags, (void **program, void *graph, unsigned long long flags)) \
@@ -94,8 +100,8 @@ struct cuda_driver {
 /* The driver, opened by the first call; NULL with the sentence recorded. */
 const struct cuda_driver *cuda_driver(void);
 
-/* 0, or what a code of the driver means, with its sentence: "GPU 0: WHAT: out of memory". After some of them the
- * driver computes nothing more for this process: the sentence says so. */
+/* 0, or what a code of the driver means, with its sentence: "GPU 0: WHAT: out of memory". After some of them
+ * the driver computes nothing more for this process: the sentence says so. */
 int cuda_status(int gpu, const char *what, int code);
 
 /* A GPU that is in use, with the kernels loaded: shared by all who open it. */
@@ -112,7 +118,7 @@ struct gpu {
     struct gpu *next;
 };
 
-int gpu_open(int index, const char *kernels, struct gpu **gpu);     /* kernels: a file of the compiled kernels */
+int gpu_open(int index, const char *kernels, struct gpu **gpu);     /* kernels: their file */
 void gpu_close(struct gpu *gpu);
 int gpu_enter(const struct gpu *gpu);       /* before calls of the driver, on each thread; 0 or BMC_EDEVICE */
 void *gpu_function(const struct gpu *gpu, const char *name);        /* NULL with the sentence recorded */

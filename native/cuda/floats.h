@@ -55,8 +55,8 @@ template <int P, int C, int K, int N> DEVICE void floats(const struct cuda_produ
             put(a, s, ((int)blockIdx.x * P + p) * PANEL_ROWS + lane(), col + c, y[p][c]);
 }
 
-/* Few tokens: stretches of K columns of a panel as they lie, and of the activations, are on their way to shared
- * memory while the one before them is added up, STAGES of them in turn. */
+/* Few tokens: stretches of K columns of a panel as they lie, and of the activations, are on their way to
+ * shared memory while the one before them is added up, STAGES of them in turn. */
 enum { STAGES = 4, FEW = 8 };
 template <int K, int SIZE> struct streamed_room {
     alignas(16) uint8_t w[STAGES][K * PANEL_ROWS * SIZE];
@@ -77,8 +77,8 @@ template <int K, int SIZE> DEVICE void stream_stretch(const struct cuda_product 
     end_copies();
 }
 
-template <int K, int SIZE> DEVICE void streamed(const struct cuda_product &a, struct streamed_room<K, SIZE> &room,
-                                              value_fn *value) {
+template <int K, int SIZE>
+DEVICE void streamed(const struct cuda_product &a, struct streamed_room<K, SIZE> &room, value_fn *value) {
     const struct share s = find_share(a, FEW);
     const int col = half_warp();
     float y = 0;
@@ -89,7 +89,7 @@ template <int K, int SIZE> DEVICE void streamed(const struct cuda_product &a, st
     for (int i = 0; i * K < a.k; i++) {
         const int side = i % STAGES, n = col < s.n ? least(a.k - i * K, K) : 0;
         wait_copies<STAGES - 2>();
-        __syncthreads();                        /* all have their copies, and are done with the stretch before */
+        __syncthreads();                    /* all have their copies, and are done with the stretch before */
         stream_stretch(a, s, room, i + STAGES - 1);
         UNROLL(16)
         for (int k = 0; k < n; k++)

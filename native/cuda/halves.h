@@ -1,6 +1,6 @@
-/* Prompts by cuBLAS: weights and activations as f16, each row multiplied by a power of two so that its largest
- * value is in [2^14, 2^15). So nothing overflows, and values down to 2^-29 of the largest keep all 11 bits:
- * as many as TF32 has, and BF16 weights lose none. "finish" takes the powers off again. */
+/* Prompts by cuBLAS: weights and activations as f16, each row multiplied by a power of two so that its
+ * largest value is in [2^14, 2^15). So nothing overflows, and values down to 2^-29 of the largest keep all 11
+ * bits: as many as TF32 has, and BF16 weights lose none. "finish" takes the powers off again. */
 
 /* The power of two that a row's values are multiplied by, and its inverse, from the largest of them. */
 struct power { float by, inverse; };
@@ -8,7 +8,8 @@ DEVICE struct power power_of(float largest) {
     union { float f; uint32_t bits; } x;
     x.f = largest;
     const int exponent = most((int)(x.bits >> 23 & 255), 15);       /* the inverse is normal */
-    return { bits_to_float((uint32_t)(268 - exponent) << 23), bits_to_float((uint32_t)(exponent - 14) << 23) };
+    return { bits_to_float((uint32_t)(268 - exponent) << 23),
+             bits_to_float((uint32_t)(exponent - 14) << 23) };
 }
 
 DEVICE void store_halves(uint16_t *out, const float *x, float by) {
@@ -19,8 +20,8 @@ DEVICE void store_halves(uint16_t *out, const float *x, float by) {
     *(uint64_t *)(void *)out = four;
 }
 
-/* A panel a block of threads: each sixteen take 32 columns of its rows in turn, once for the largest value and
- * once to store them. decode(b, w): columns 32 b and on of this thread's row, 0 beyond the last. */
+/* A panel a block of threads: each sixteen take 32 columns of its rows in turn, once for the largest value
+ * and once to store them. decode(b, w): columns 32 b and on of this thread's row, 0 beyond the last. */
 struct halves_room { float largest[2 * WARPS][PANEL_ROWS]; };
 
 template <class D> DEVICE void halves(const struct cuda_halves &a, struct halves_room &s, D decode) {

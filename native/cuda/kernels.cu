@@ -17,8 +17,8 @@
 #define DEVICE static __device__ __forceinline__
 #define PRAGMA(words) _Pragma(#words)
 #define UNROLL(n) PRAGMA(unroll n)
-/* A kernel of `threads` threads with the arguments `a` and the shared memory `s`; its body follows. Two blocks
- * of up to 256 threads have to fit a multiprocessor's registers. */
+/* A kernel of `threads` threads with the arguments `a` and the shared memory `s`; its body follows. Two
+ * blocks of up to 256 threads have to fit a multiprocessor's registers. */
 #define KERNEL(name, threads, arguments, room) \
     DEVICE void body_##name(const arguments &a, room &s); \
     extern "C" __global__ void __launch_bounds__(threads, threads <= 256 ? 2 : 1) name(const arguments a) { \

@@ -464,7 +464,8 @@ static int open_on(bmc_model *m, struct cuda *c, int gpu, const char *kernels) {
     if (!status)
         status = gpu_enter(c->gpu);
     if (!status)
-        status = cuda_status(gpu, "making a stream", c->gpu->cu->cuStreamCreate(&c->stream, CUDA_STREAM_NON_BLOCKING));
+        status = cuda_status(gpu, "making a stream",
+                             c->gpu->cu->cuStreamCreate(&c->stream, CUDA_STREAM_NON_BLOCKING));
     if (!status)
         status = find_kernels(m, c);
     if (!status)
@@ -538,7 +539,8 @@ static void send_matrix(struct matrix *w, void *visit) {
     struct visit *v = visit;
     if (v->status || !w->on_gpu)
         return;
-    const int64_t n = matrix_panels(w), each = larger(1, (int)(SENT_AT_ONCE / (w->code_stride + w->scale_stride)));
+    const int64_t n = matrix_panels(w),
+                  each = larger(1, (int)(SENT_AT_ONCE / (w->code_stride + w->scale_stride)));
     w->codes = v->next;
     w->scales = w->codes + (size_t)n * w->code_stride;
     v->next += matrix_bytes(w);

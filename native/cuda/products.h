@@ -320,7 +320,8 @@ DEVICE void tiles(const struct cuda_product &a, struct tiles_room &room, const s
 
 #define MMA_KERNEL(name, way, room, super, codes, scales, zero) \
     KERNEL(name, 32 * WARPS, struct cuda_product, room) { \
-        way(a, s, FORMAT(super, codes, scales, zero), low::codes_##codes, high::codes_##codes, low::scales##_scales, high::scales##_scales); \
+        way(a, s, FORMAT(super, codes, scales, zero), low::codes_##codes, high::codes_##codes, \
+            low::scales##_scales, high::scales##_scales); \
     }
 #define MMA_KERNELS(name, ...) \
     MMA_KERNEL(wide8_##name, wide<1>, struct wide_room<1>, __VA_ARGS__) \
@@ -339,7 +340,9 @@ DEVICE void tiles(const struct cuda_product &a, struct tiles_room &room, const s
         narrow<C>(a, s, FORMAT(super, codes, scales, zero), codes_##codes, scales##_scales); \
     }
 #define PRODUCT_KERNELS(TYPE, name, ...) \
-    NARROW_KERNEL(1, name, __VA_ARGS__) NARROW_KERNEL(2, name, __VA_ARGS__) NARROW_KERNEL(4, name, __VA_ARGS__) \
+    NARROW_KERNEL(1, name, __VA_ARGS__) \
+    NARROW_KERNEL(2, name, __VA_ARGS__) \
+    NARROW_KERNEL(4, name, __VA_ARGS__) \
     MMA_KERNELS(name, __VA_ARGS__)
 #ifndef CUDA_TYPES      /* a test may compile fewer */
 #define CUDA_TYPES PANEL_TYPES

@@ -28,7 +28,7 @@ DEVICE uint32_t shuffle_bits(uint32_t x, int lane) {
     return __shfl_xor_sync(0xffffu << (threadIdx.x & 16), x, lane, 16);
 }
 
-/* The 32 bytes at p, which may be out of bounds, come closer to where they are read soon. */
+/* The 32 bytes at p come closer to where they are read soon. PTX allows no address out of bounds here. */
 DEVICE void prefetch(const void *p) { asm volatile("prefetch.global.L2 [%0];" : : "l"(p)); }
 
 #if __CUDA_ARCH__ >= 800

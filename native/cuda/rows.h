@@ -4,8 +4,9 @@
 enum { STRETCH = 4096 };
 struct row_room { float values[STRETCH], sum; };
 
-/* What `take` gives for the elements of a row is put in their places: a thread has the elements i % blockDim.x,
- * and takes AT_ONCE of them before it puts the first, so that their loads are under way together. */
+/* What `take` gives for the elements of a row is put in their places: a thread has the elements
+ * i % blockDim.x, and takes AT_ONCE of them before it puts the first, so that their loads are under way
+ * together. */
 enum { AT_ONCE = 4 };
 template <class Take, class Put> DEVICE void each(int n, Take take, Put put) {
     const int step = (int)blockDim.x;

@@ -68,8 +68,8 @@ static void multiply_some(struct cuda *c, const struct product *r, int first, in
     launch_product(c, r->w->type, &a);
 }
 
-/* Gate and up, keys and values: one launch where few tokens make the time of a launch, and the multiprocessors
- * that a small matrix leaves idle, a part of the whole. */
+/* Gate and up, keys and values: one launch where few tokens make the time of a launch, and the
+ * multiprocessors that a small matrix leaves idle, a part of the whole. */
 static bool together(const struct product *r, const struct product *s) {
     return r->in.n <= GRAPH_TOKENS && s->w->data && r->w->type == s->w->type && r->w->n_rows == s->w->n_rows
            && r->w->n_cols == s->w->n_cols && r->in.act == s->in.act && r->in.x == s->in.x

@@ -410,8 +410,8 @@ static void find_kernels(struct matrix *w, void *arg) {
 static int open_stage(bmc_model *m, struct cuda_stage *s, int first) {
     struct measured v = { .m = m, .first = first };
     s->status = gpu_enter(s->gpu);
-    CALL(s, "making a stream", cuStreamCreate(&s->work, 1));
-    CALL(s, "making a stream", cuStreamCreate(&s->copies, 1));
+    CALL(s, "making a stream", cuStreamCreate(&s->work, CUDA_STREAM_NON_BLOCKING));
+    CALL(s, "making a stream", cuStreamCreate(&s->copies, CUDA_STREAM_NON_BLOCKING));
     for (int i = 0; i < SLOTS; i++) {
         CALL(s, "making an event", cuEventCreate(&s->sent[i], 2));
         CALL(s, "making an event", cuEventCreate(&s->used[i], 2));

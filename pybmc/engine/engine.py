@@ -315,12 +315,13 @@ class Engine:
         size = self._room.snapshot_bytes if self._room else 0
         return not size or self.make_way(size)
 
-    def _drop_youngest(self, owned: list[Sequence]) -> None:
-        """Put the youngest sequence aside. One that is alone begins anew without snapshots; then it ends."""
+    def _drop_youngest(self, owned: list[Sequence], bounded: bool = True) -> None:
+        """Put the youngest sequence aside. One that is alone begins anew without snapshots; then it ends. bounded: for the engine's own
+        bound, not for a system that has no memory left."""
         sequence, alone = max(owned, key=lambda s: s.number), len(self.running) == 1
         if alone and (sequence.bare or not (self._room and self._room.snapshot_bytes)):
             n = len(sequence.text)
-            room = f", which has room for {self._room.most}" if self._room else ""
+            room = f", which has room for {self._room.most}" if self._room and bounded else " that is left"
             sequence.error = OutOfMemoryError(f"{n} tokens fill the memory{room}")
             self._end(self.running, sequence)
             return
@@ -337,7 +338,7 @@ class Engine:
             return True
         owned = [s for s in self.running if s.owned]
         if owned:
-            self._drop_youngest(owned)
+            self._drop_youngest(owned, bounded=False)
             self.prefixes.evict()
         return bool(owned)
 

@@ -1,7 +1,8 @@
-/* The driver as native/cuda/driver.h declares it against NVIDIA's cuda.h: compiled by make cuda-check, never run.
+/* The driver as native/cuda/driver.h declares it against NVIDIA's cuda.h: compiled by make cuda-check, never
+ * run.
  *
- * Every prototype: the same number of parameters, and each of the same kind (pointer or integer) and size. Every
- * struct: sizes and offsets. Every number that the library knows by its own name. */
+ * Every prototype: the same number of parameters, and each of the same kind (pointer or integer) and size.
+ * Every struct: sizes and offsets. Every number that the library knows by its own name. */
 #include <cuda.h>
 
 #define _Static_assert static_assert
@@ -20,7 +21,8 @@ template <class... A, class... B> constexpr bool same_call(int (*)(A...), CUresu
 }
 
 #define CHECK(name, args) \
-    static_assert(same_call((int (*) args)nullptr, (decltype(&::name))nullptr), #name " is declared otherwise in cuda.h");
+    static_assert(same_call((int (*) args)nullptr, (decltype(&::name))nullptr), \
+                  #name " is declared otherwise in cuda.h");
 CUDA_DRIVER(CHECK)
 
 #define SAME(ours, theirs) static_assert((int)(ours) == (int)(theirs), #theirs)
@@ -52,7 +54,8 @@ SAME(CUDA_READ_WRITE, CU_MEM_ACCESS_FLAGS_PROT_READWRITE);
 SAME(CUDA_GRANULARITY_LEAST, CU_MEM_ALLOC_GRANULARITY_MINIMUM);
 
 #define FIELD(ours, a, theirs, b) \
-    static_assert(offsetof(ours, a) == offsetof(theirs, b) && sizeof(ours::a) == sizeof(theirs::b), #theirs "." #b);
+    static_assert(offsetof(ours, a) == offsetof(theirs, b) && sizeof(ours::a) == sizeof(theirs::b), \
+                  #theirs "." #b);
 SAME(sizeof(cuda_location), sizeof(CUmemLocation));
 FIELD(cuda_location, type, CUmemLocation, type)
 FIELD(cuda_location, id, CUmemLocation, id)

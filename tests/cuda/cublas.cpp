@@ -1,10 +1,10 @@
-/* cuBLAS without a GPU: part of the driver of driver.cpp, in whose memory and streams it works. It takes the one
- * kind of product that pybmc asks for, and is stricter about it than a real one. Products happen when the stream
- * is awaited.
+/* cuBLAS without a GPU: part of the driver of driver.cpp, in whose memory and streams it works. It takes the
+ * one kind of product that pybmc asks for, and is stricter about it than a real one. Products happen when the
+ * stream is awaited.
  *
  * What tests set: which call from now on fails ("cublas_fail_in", 0: none), with which code; whether
- * neighbouring ones differ by a little ("cublas_varies"). What they ask: "cublas_products" so far, of how many
- * shapes ("cublas_shapes"). */
+ * neighbouring ones differ by a little ("cublas_varies"). What they ask: "cublas_products" so far, of how
+ * many shapes ("cublas_shapes"). */
 #include <set>
 #include <tuple>
 
@@ -77,7 +77,8 @@ static std::vector<float> floats_of(const uint16_t *p, size_t n) {
 }
 
 /* c[j * stride + i] = by * sum over k of a[i][k] b[j][k], in eight sums: an order that is not ours. */
-static int multiply(const uint16_t *a, const uint16_t *b, float *c, int m, int n, int k, int stride, float by) {
+static int multiply(const uint16_t *a, const uint16_t *b, float *c, int m, int n, int k, int stride,
+                    float by) {
     const size_t depth = (size_t)k;
     if (!inside((uint64_t)a, 2 * depth * (size_t)m) || !inside((uint64_t)b, 2 * depth * (size_t)n)
         || !inside((uint64_t)c, 4 * ((size_t)stride * (size_t)(n - 1) + (size_t)m)))
@@ -95,8 +96,8 @@ static int multiply(const uint16_t *a, const uint16_t *b, float *c, int m, int n
 }
 
 API int cublasGemmEx(void *handle, int op_a, int op_b, int m, int n, int k, const void *alpha, const void *a,
-                     int a_type, int lda, const void *b, int b_type, int ldb, const void *beta, void *c, int c_type,
-                     int ldc, int compute, int algorithm) {
+                     int a_type, int lda, const void *b, int b_type, int ldb, const void *beta, void *c,
+                     int c_type, int ldc, int compute, int algorithm) {
     BEGIN_CUBLAS();
     const cublas *own = (cublas *)handle;
     if (!own->stream || !own->workspace || own->mode != 16 || ((stream *)own->stream)->capturing)
@@ -104,7 +105,7 @@ API int cublasGemmEx(void *handle, int op_a, int op_b, int m, int n, int k, cons
     const bool kinds = op_a == 1 && op_b == 0 && a_type == 2 && b_type == 2 && c_type == 0 && compute == 68
                        && algorithm == -1,
                sizes = m > 0 && k > 0 && n == COLUMNS && lda == k && ldb == k && ldc >= m,
-               aligned = k % 8 == 0 && ldc % 4 == 0 && (uint64_t)a % 16 == 0 && (uint64_t)b % 16 == 0 && (uint64_t)c % 16 == 0;
+               aligned = k % 8 == 0 && ldc % 4 == 0 && ((uint64_t)a | (uint64_t)b | (uint64_t)c) % 16 == 0;
     if (!kinds || !sizes || !aligned || *(const float *)alpha != 1 || *(const float *)beta != 0)
         return INVALID_VALUE;
     shapes.insert({ m, n, k });

@@ -571,7 +571,8 @@ API int cuLaunchKernel(void *function, unsigned gx, unsigned gy, unsigned gz, un
                        unsigned, unsigned, void *s, void **args, void **) {
     BEGIN(true);
     const grid_kernel *kernel = (const grid_kernel *)function;
-    if (!gx || !gy || !gz || gx > 0x7fffffff || gy > 65535 || gz > 65535 || !threads || threads > kernel->threads)
+    if (!gx || !gy || !gz || gx > 0x7fffffff || gy > 65535 || gz > 65535 || !threads
+        || threads > kernel->threads)
         return INVALID;
     std::vector<char> copy((char *)args[0], (char *)args[0] + kernel->args);
     return enqueue(s, [=] {

@@ -19,8 +19,8 @@
 
 struct dim3 { unsigned x, y, z; };
 
-/* A kernel: its name, how it is called, the bytes of its arguments and of its shared memory, threads at most. ptx: see
- * ptx_grid.h. */
+/* A kernel: its name, how it is called, the bytes of its arguments and of its shared memory, threads at most.
+ * ptx: see ptx_grid.h. */
 struct grid_kernel {
     const char *name;
     void (*call)(const void *args, void *shared);
@@ -192,7 +192,8 @@ static inline void grid_run_block(int n) {
 }
 
 /* The blocks of a launch may run in any order, so they do. What went wrong, or an empty text. */
-static inline const char *grid_launch(const grid_kernel *kernel, dim3 size, unsigned threads, const void *args) {
+static inline const char *grid_launch(const grid_kernel *kernel, dim3 size, unsigned threads,
+                                      const void *args) {
     const unsigned n = size.x * size.y * size.z;
     const bool backwards = grid.order & 1;
     grid.kernel = kernel, grid.args = args, grid.block_size = { threads, 1, 1 }, grid.size = size;

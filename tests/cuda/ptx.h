@@ -42,7 +42,7 @@ struct start { uint16_t slot; int8_t special; uint64_t value; };
 struct kernel {
     std::string name;
     size_t params = 0, shared = 0, align = 1, local = 0;
-    std::string text;               /* of its body, from line `line` of the file on; decoded when it first runs */
+    std::string text;               /* of its body, from line `line` of the file on; decoded when it runs */
     unsigned line = 0;
     std::vector<instruction> code;
     std::vector<start> starts;
@@ -56,7 +56,7 @@ struct module { int target = 0; std::vector<kernel> kernels; };
 std::string read(const std::string &file, const std::string &text, module &to);
 void decode(kernel &k);
 handler find_handler(const std::string &name);      /* NULL: not known */
-handler skip_unless(bool wanted);                   /* the next instruction, unless the predicate is `wanted` */
+handler skip_unless(bool wanted);               /* the next instruction, unless the predicate is `wanted` */
 handler unknown();                                  /* stops when it runs */
 
 /* Which thread of which block this is; `serial` tells blocks apart. */
@@ -64,7 +64,7 @@ struct position { unsigned serial, thread, threads; unsigned block[3], grid[3]; 
 
 /* What a thread asks of those who run it. */
 struct host {
-    void (*barrier)();                              /* returns when all threads of the block have come to it */
+    void (*barrier)();                              /* returns when all threads of the block have come */
     void (*sync_warp)(uint32_t mask);               /* .. those of its warp */
     bool (*is_global)(uint64_t at, size_t bytes);   /* memory that a kernel may use */
     void (*fault)(const std::string &what);         /* does not return */

@@ -50,7 +50,8 @@ static std::string ptx_load(const std::string &file, const std::string &text, pt
     for (ptx::kernel &k : to.read.kernels) {
         const grid_kernel *ours = grid_find(k.name.c_str());
         wrong += ptx_differs(k, ours);
-        to.kernels.push_back({ k.name.c_str(), ptx_call, k.params, k.shared, ours ? ours->threads : 1024, &k });
+        const unsigned threads = ours ? ours->threads : 1024;
+        to.kernels.push_back({ k.name.c_str(), ptx_call, k.params, k.shared, threads, &k });
     }
     return wrong;
 }

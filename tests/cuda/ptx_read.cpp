@@ -126,7 +126,7 @@ struct decoder {
         return true;
     }
 
-    /* The name of a handler: loads and stores give away their space, and moves of pairs say which side is one. */
+    /* The name of a handler: loads and stores without their space, moves of pairs with their side. */
     static std::string handler_name(const std::string &op, const std::string &rest, instruction &i) {
         std::istringstream parts(op);
         std::string name, part;

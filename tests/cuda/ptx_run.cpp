@@ -48,8 +48,8 @@ struct thread {
     thread &lane(unsigned of) const;
 };
 
-/* Who used a byte of shared memory last: a thread, several of a warp, threads of several warps, or a copy that
- * is not awaited yet. */
+/* Who used a byte of shared memory last: a thread, several of a warp, threads of several warps, or a copy
+ * that is not awaited yet. */
 enum : uint16_t { SEVERAL = 0x8000, COPY = 0xfffe, MANY = 0xffff };
 struct use { uint32_t epoch; uint16_t who, warp_syncs; };
 struct cell { use wrote, read; };
@@ -87,7 +87,7 @@ static std::string hex(uint64_t x) {
 
 static int warp_of(const use &u) { return u.who & SEVERAL ? u.who - SEVERAL : u.who / 32; }
 
-/* A use comes before all that the thread does now: a barrier of the block lies between, or one of its warp. */
+/* A use comes before all that the thread does now: a barrier of the block or of its warp lies between. */
 static bool ordered(const thread &t, const use &u) {
     if (u.who == COPY)
         return u.epoch < block.first;
@@ -191,6 +191,8 @@ static void copy_async(thread &t, const instruction &i) {
     t.copies.push_back({ to, find(t, i, GLOBAL, 1, 1, bytes, false), bytes, t.groups });
     note_use(t, (size_t)(to - t.shared), bytes, true, true);
 }
+/* The ISA does not say what comes of an address outside of memory, so there may be none. */
+static void prefetch(thread &t, const instruction &i) { find(t, i, GLOBAL, 0, 0, 1, false); }
 static void commit_copies(thread &t, const instruction &) { t.groups++; }
 static void wait_copies(thread &t, const instruction &i) {
     const int done = t.groups - t.get<int32_t>(i.slot[0]);
@@ -259,8 +261,8 @@ template <shuffle_kind kind> static void shuffle(thread &t, const instruction &i
     t.put(i.slot[1], within);
 }
 
-/* d = c + a (16 x K, u8) b (K x 8, s8), a row of a and a column of b by the ISA's fragments: element i of a thread
- * with group = lane / 4 and member = lane % 4 is
+/* d = c + a (16 x K, u8) b (K x 8, s8), a row of a and a column of b by the ISA's fragments: element i of a
+ * thread with group = lane / 4 and member = lane % 4 is
  *     a: row group, or group + 8 where i is in the second or fourth register (K 32), or in the second (K 16);
  *        column 4 member + i % 4, and 16 more in the third and fourth
  *     b: row 4 member + i % 4, and 16 more in the second register; column group
@@ -423,11 +425,21 @@ static void float_to_half(thread &t, const instruction &i) {
 
 #define TO(T, slot_, x) t.put<T>(i.slot[slot_], (T)(x))
 #define ONE(T, x) [](thread &t, const instruction &i) { const T a = t.get<T>(i.slot[1]); TO(T, 0, x); }
-#define TWO(D, T, x) [](thread &t, const instruction &i) { const T a = t.get<T>(i.slot[1]), b = t.get<T>(i.slot[2]); TO(D, 0, x); }
+#define TWO(D, T, x) \
+    [](thread &t, const instruction &i) { \
+        const T a = t.get<T>(i.slot[1]), b = t.get<T>(i.slot[2]); TO(D, 0, x); \
+    }
 #define THREE(D, A, C, x) \
-    [](thread &t, const instruction &i) { const A a = t.get<A>(i.slot[1]), b = t.get<A>(i.slot[2]); const C c = t.get<C>(i.slot[3]); TO(D, 0, x); }
-#define SHIFT(T, x) [](thread &t, const instruction &i) { const T a = t.get<T>(i.slot[1]); const uint32_t n = t.get<uint32_t>(i.slot[2]); TO(T, 0, x); }
-#define SELECT(T) [](thread &t, const instruction &i) { TO(T, 0, t.get<T>(i.slot[t.get<bool>(i.slot[3]) ? 1 : 2])); }
+    [](thread &t, const instruction &i) { \
+        const A a = t.get<A>(i.slot[1]), b = t.get<A>(i.slot[2]); \
+        const C c = t.get<C>(i.slot[3]); TO(D, 0, x); \
+    }
+#define SHIFT(T, x) \
+    [](thread &t, const instruction &i) { \
+        const T a = t.get<T>(i.slot[1]); const uint32_t n = t.get<uint32_t>(i.slot[2]); TO(T, 0, x); \
+    }
+#define SELECT(T) \
+    [](thread &t, const instruction &i) { TO(T, 0, t.get<T>(i.slot[t.get<bool>(i.slot[3]) ? 1 : 2])); }
 #define FOUR(T, N, x) \
     [](thread &t, const instruction &i) { \
         const T a = t.get<T>(i.slot[1]); const N b = t.get<N>(i.slot[2]); \
@@ -436,40 +448,52 @@ static void float_to_half(thread &t, const instruction &i) {
 
 /* Without .rn a sum and a product may become one operation: those are not in the table. */
 #define FLOATS(name, T, fused) \
-    { "add.rn." #name, TWO(T, T, plain(a + b)) }, { "sub.rn." #name, TWO(T, T, plain(a - b)) }, { "mul.rn." #name, TWO(T, T, plain(a * b)) }, \
-    { "div.rn." #name, TWO(T, T, plain(a / b)) }, { "rcp.rn." #name, ONE(T, plain(1 / a)) }, { "sqrt.rn." #name, ONE(T, plain(std::sqrt(a))) }, \
-    { "fma.rn." #name, THREE(T, T, T, plain(fused(a, b, c))) }, { "min." #name, TWO(T, T, plain(smaller(a, b))) }, \
-    { "max." #name, TWO(T, T, plain(larger(a, b))) }, { "abs." #name, ONE(T, std::fabs(a)) }, { "neg." #name, ONE(T, -a) }, \
+    { "add.rn." #name, TWO(T, T, plain(a + b)) }, { "sub.rn." #name, TWO(T, T, plain(a - b)) }, \
+    { "mul.rn." #name, TWO(T, T, plain(a * b)) }, \
+    { "div.rn." #name, TWO(T, T, plain(a / b)) }, { "rcp.rn." #name, ONE(T, plain(1 / a)) }, \
+    { "sqrt.rn." #name, ONE(T, plain(std::sqrt(a))) }, \
+    { "fma.rn." #name, THREE(T, T, T, plain(fused(a, b, c))) }, \
+    { "min." #name, TWO(T, T, plain(smaller(a, b))) }, \
+    { "max." #name, TWO(T, T, plain(larger(a, b))) }, { "abs." #name, ONE(T, std::fabs(a)) }, \
+    { "neg." #name, ONE(T, -a) }, \
     { "setp.equ." #name, TWO(bool, T, !(a < b || a > b)) }, { "setp.neu." #name, TWO(bool, T, a != b) }, \
     { "setp.ltu." #name, TWO(bool, T, !(a >= b)) }, { "setp.leu." #name, TWO(bool, T, !(a > b)) }, \
     { "setp.gtu." #name, TWO(bool, T, !(a <= b)) }, { "setp.geu." #name, TWO(bool, T, !(a < b)) }, \
-    { "setp.num." #name, TWO(bool, T, a == a && b == b) }, { "setp.nan." #name, TWO(bool, T, a != a || b != b) }, \
+    { "setp.num." #name, TWO(bool, T, a == a && b == b) }, \
+    { "setp.nan." #name, TWO(bool, T, a != a || b != b) }, \
     { "setp.ne." #name, TWO(bool, T, a < b || a > b) }, COMPARED(name, T)
 #define COMPARED(name, T) \
-    { "setp.eq." #name, TWO(bool, T, a == b) }, { "setp.lt." #name, TWO(bool, T, a < b) }, { "setp.le." #name, TWO(bool, T, a <= b) }, \
+    { "setp.eq." #name, TWO(bool, T, a == b) }, { "setp.lt." #name, TWO(bool, T, a < b) }, \
+    { "setp.le." #name, TWO(bool, T, a <= b) }, \
     { "setp.gt." #name, TWO(bool, T, a > b) }, { "setp.ge." #name, TWO(bool, T, a >= b) }, ANY(name, T)
 #define ANY(name, T) { "mov." #name, ONE(T, a) }, { "selp." #name, SELECT(T) }
 #define INTEGERS(name, T) \
-    { "add." #name, TWO(T, T, a + b) }, { "sub." #name, TWO(T, T, a - b) }, { "mul.lo." #name, TWO(T, T, a * b) }, \
+    { "add." #name, TWO(T, T, a + b) }, { "sub." #name, TWO(T, T, a - b) }, \
+    { "mul.lo." #name, TWO(T, T, a * b) }, \
     { "mad.lo." #name, THREE(T, T, T, a * b + c) }, { "div." #name, TWO(T, T, quotient(a, b)) }, \
-    { "rem." #name, TWO(T, T, b ? a - quotient(a, b) * b : a) }, { "min." #name, TWO(T, T, std::min(a, b)) }, \
-    { "max." #name, TWO(T, T, std::max(a, b)) }, { "neg." #name, ONE(T, -a) }, { "abs." #name, ONE(T, magnitude(a)) }, \
-    { "shr." #name, SHIFT(T, shift_right(a, n)) }, { "setp.ne." #name, TWO(bool, T, a != b) }, COMPARED(name, T)
+    { "rem." #name, TWO(T, T, b ? a - quotient(a, b) * b : a) }, \
+    { "min." #name, TWO(T, T, std::min(a, b)) }, \
+    { "max." #name, TWO(T, T, std::max(a, b)) }, { "neg." #name, ONE(T, -a) }, \
+    { "abs." #name, ONE(T, magnitude(a)) }, \
+    { "shr." #name, SHIFT(T, shift_right(a, n)) }, \
+    { "setp.ne." #name, TWO(bool, T, a != b) }, COMPARED(name, T)
 #define WIDE(name, T, D) \
     { "mul.wide." #name, TWO(D, T, (D)a * (D)b) }, { "mad.wide." #name, THREE(D, T, D, (D)a * (D)b + c) }, \
     { "mul.hi." #name, TWO(T, T, (D)a * (D)b >> 8 * sizeof(T)) }
 #define FIELDS(name, T) { "bfe." #name, THREE(T, T, uint32_t, extract(a, (uint32_t)b, c)) }
 #define BITS(name, T) \
-    { "and." #name, TWO(T, T, a & b) }, { "or." #name, TWO(T, T, a | b) }, { "xor." #name, TWO(T, T, a ^ b) }, { "not." #name, ONE(T, ~a) }, \
-    { "shl." #name, SHIFT(T, shift_left(a, n)) }, { "shr." #name, SHIFT(T, shift_right(a, n)) }, { "bfi." #name, FOUR(T, T, insert(a, b, c, d)) }, \
+    { "and." #name, TWO(T, T, a & b) }, { "or." #name, TWO(T, T, a | b) }, \
+    { "xor." #name, TWO(T, T, a ^ b) }, { "not." #name, ONE(T, ~a) }, \
+    { "shl." #name, SHIFT(T, shift_left(a, n)) }, { "shr." #name, SHIFT(T, shift_right(a, n)) }, \
+    { "bfi." #name, FOUR(T, T, insert(a, b, c, d)) }, \
     { "setp.eq." #name, TWO(bool, T, a == b) }, { "setp.ne." #name, TWO(bool, T, a != b) }, ANY(name, T)
 #define PAIRS(name, T, H) \
-    { "mov." #name ".split", [](thread &t, const instruction &i) { const T a = t.get<T>(i.slot[2]); TO(H, 0, a), TO(H, 1, a >> 8 * sizeof(H)); } }, \
+    { "mov." #name ".split", [](thread &t, const instruction &i) { \
+          const T a = t.get<T>(i.slot[2]); TO(H, 0, a), TO(H, 1, a >> 8 * sizeof(H)); } }, \
     { "mov." #name ".join", TWO(T, H, (T)b << 8 * sizeof(H) | a) }
 #define FUNNEL(name, x) { "shf." #name ".b32", THREE(uint32_t, uint32_t, uint32_t, (x)) }
 #define PAIR (((uint64_t)b << 32) | a)
 #define DOT(name, A, B) { "dp4a." #name, THREE(int32_t, uint32_t, int32_t, (dot<A, B>(a, b, c))) }
-
 
 using table = std::unordered_map<std::string, handler>;
 
@@ -500,25 +524,32 @@ template <class S> static void add_conversions(table &to, const std::string &s) 
 static table make_table() {
     table all = {
         FLOATS(f32, float, fmaf), FLOATS(f64, double, fma),
-        INTEGERS(s16, int16_t), INTEGERS(u16, uint16_t), INTEGERS(s32, int32_t), INTEGERS(u32, uint32_t), INTEGERS(s64, int64_t), INTEGERS(u64, uint64_t),
-        WIDE(s16, int16_t, int32_t), WIDE(u16, uint16_t, uint32_t), WIDE(s32, int32_t, int64_t), WIDE(u32, uint32_t, uint64_t),
+        INTEGERS(s16, int16_t), INTEGERS(u16, uint16_t), INTEGERS(s32, int32_t), INTEGERS(u32, uint32_t),
+        INTEGERS(s64, int64_t), INTEGERS(u64, uint64_t),
+        WIDE(s16, int16_t, int32_t), WIDE(u16, uint16_t, uint32_t), WIDE(s32, int32_t, int64_t),
+        WIDE(u32, uint32_t, uint64_t),
         FIELDS(s32, int32_t), FIELDS(u32, uint32_t),
         BITS(b16, uint16_t), BITS(b32, uint32_t), BITS(b64, uint64_t),
         PAIRS(b32, uint32_t, uint16_t), PAIRS(b64, uint64_t, uint32_t),
-        { "and.pred", TWO(bool, bool, a && b) }, { "or.pred", TWO(bool, bool, a || b) }, { "xor.pred", TWO(bool, bool, a != b) },
+        { "and.pred", TWO(bool, bool, a && b) }, { "or.pred", TWO(bool, bool, a || b) },
+        { "xor.pred", TWO(bool, bool, a != b) },
         { "not.pred", ONE(bool, !a) }, { "mov.pred", ONE(bool, a) },
         FUNNEL(l.wrap, PAIR << (c & 31) >> 32), FUNNEL(r.wrap, PAIR >> (c & 31)),
         FUNNEL(l.clamp, PAIR << std::min(c, 32u) >> 32), FUNNEL(r.clamp, PAIR >> std::min(c, 32u)),
         { "prmt.b32", THREE(uint32_t, uint32_t, uint32_t, choose_bytes(a, b, c)) },
         { "lop3.b32", FOUR(uint32_t, uint32_t, look_up(a, b, c, d)) },
-        { "clz.b32", ONE(uint32_t, a ? __builtin_clz(a) : 32) }, { "popc.b32", ONE(uint32_t, __builtin_popcount(a)) },
-        DOT(u32.u32, uint8_t, uint8_t), DOT(u32.s32, uint8_t, int8_t), DOT(s32.u32, int8_t, uint8_t), DOT(s32.s32, int8_t, int8_t),
+        { "clz.b32", ONE(uint32_t, a ? __builtin_clz(a) : 32) },
+        { "popc.b32", ONE(uint32_t, __builtin_popcount(a)) },
+        DOT(u32.u32, uint8_t, uint8_t), DOT(u32.s32, uint8_t, int8_t), DOT(s32.u32, int8_t, uint8_t),
+        DOT(s32.s32, int8_t, int8_t),
         { "cvt.rn.f32.f64", convert_float<float, double> }, { "cvt.f64.f32", convert_float<double, float> },
         { "cvt.f32.f16", half_to_float }, { "cvt.rn.f16.f32", float_to_half },
         { "cvta.to.global.u64", from_generic<0> }, { "cvta.global.u64", to_generic<0> },
-        { "cvta.to.shared.u64", from_generic<SHARED_WINDOW> }, { "cvta.shared.u64", to_generic<SHARED_WINDOW> },
+        { "cvta.to.shared.u64", from_generic<SHARED_WINDOW> },
+        { "cvta.shared.u64", to_generic<SHARED_WINDOW> },
         { "cvta.to.local.u64", from_generic<LOCAL_WINDOW> }, { "cvta.local.u64", to_generic<LOCAL_WINDOW> },
         { "cp.async.cg.shared.global", copy_async }, { "cp.async.ca.shared.global", copy_async },
+        { "prefetch.global.L2", prefetch },
         { "cp.async.commit_group", commit_copies }, { "cp.async.wait_group", wait_copies },
         { "bar.sync", block_barrier }, { "bar.warp.sync", warp_barrier },
         { "shfl.sync.up.b32", shuffle<UP> }, { "shfl.sync.down.b32", shuffle<DOWN> },

@@ -185,7 +185,8 @@ enum {
 };
 struct layout { int super, head, scales, what; };
 static struct layout layout_of(int type) {
-#define LAYOUT(TYPE, name, super, codes, scales, zero) case TYPE: return (struct layout){ super, HEAD_##scales, SCALES_##scales, SCALES_##scales##_ARE };
+#define LAYOUT(TYPE, name, super, codes, scales, zero) \
+    case TYPE: return (struct layout){ super, HEAD_##scales, SCALES_##scales, SCALES_##scales##_ARE };
     switch (type) { PANEL_TYPES(LAYOUT) }
     return (struct layout){ 0 };
 }

@@ -37,7 +37,9 @@ void reference_place_compressed(const struct cuda_place_compressed *a) {
                             .segment_tiles = a->at.rows[token->session].segment_tiles };
         at[t] = (struct place){ .session = session, .pos = token->pos };
     }
-    struct pass p = { .model = &m, .machine = &cpu_machine, .buffers = &buffers, .n_tok = a->n_tok, .at = at };
+    struct pass p = {
+        .model = &m, .machine = &cpu_machine, .buffers = &buffers, .n_tok = a->n_tok, .at = at
+    };
     struct place_call call = { &p,
                                &b,
                                { .q = (float *)a->q, .kv = a->kv, .nope = a->nopes, .query = a->query } };

@@ -299,7 +299,8 @@ static std::vector<float> weights_by_products(weights &w) {
 }
 
 /* Rows of n floats as f16, the largest of each in [2^14, 2^15). */
-static void halve_rows(const float *x, size_t x_stride, int rows, int n, uint16_t *out, size_t stride, float *powers) {
+static void halve_rows(const float *x, size_t x_stride, int rows, int n, uint16_t *out, size_t stride,
+                       float *powers) {
     for (int r = 0; r < rows; r++) {
         float largest = 0;
         int exponent = 0;
@@ -376,14 +377,15 @@ static void halves_of_tokens(void) {
 static void finishing(void) {
     const int n_tok = 5, rows = 301;
     for (int mode = 0; mode < 8; mode++) {
-        std::vector<float> sums = noises(n_tok * 304), row_powers(rows), token_powers(n_tok), bias = noises(rows),
-                           result = noises(n_tok * 310);
+        std::vector<float> sums = noises(n_tok * 304), row_powers(rows), token_powers(n_tok),
+                           bias = noises(rows), result = noises(n_tok * 310);
         for (float &p : row_powers)
             p = ldexpf(1, (int)(random_number() % 40) - 20);
         for (float &p : token_powers)
             p = ldexpf(1, (int)(random_number() % 40) - 20);
         const cuda_finish a = { n_tok, rows, sums.data(), 304, row_powers.data(), token_powers.data(),
-                                mode & 1 ? bias.data() : NULL, mode & 2 ? 0.7f : 0, result.data(), 310, mode >> 2 };
+                                mode & 1 ? bias.data() : NULL, mode & 2 ? 0.7f : 0, result.data(), 310,
+                                mode >> 2 };
         check(
             text("finish: mode %d", mode), { out(result) },
             [&] {
@@ -454,7 +456,8 @@ static void norms(void) {
             a.kind = mode & 2 ? BMC_NORM_LAYER : BMC_NORM_RMS, a.eps = 1e-5f;
             check(
                 text("norm_tokens: %d values, mode %d", dim, mode),
-                { out(x), out(y0), out(y1), out(input), out(result), out(act), out(others) }, [&] { reference_norm(&a); },
+                { out(x), out(y0), out(y1), out(input), out(result), out(act), out(others) },
+                [&] { reference_norm(&a); },
                 [&] { launch("norm_tokens", norm_grid(&a), a); });
         }
 }
@@ -695,8 +698,8 @@ static void attend_case(const attention_case &c, int number) {
 }
 
 static void attending(void) {
-    /* heads, heads of keys, k_dim, v_dim, tokens, position, window, causal, last, softcap, ALiBi, sinks, gate,
-     * shared */
+    /* heads, heads of keys, k_dim, v_dim, tokens, position, window, causal, last, softcap, ALiBi, sinks,
+     * gate, shared */
     static const attention_case cases[] = {
         { 8, 2, 64, 64, 1, 700, 0, 1, 0, 0, 0, 0, 0 },      { 8, 2, 64, 64, 7, 250, 0, 1, 0, 0, 0, 0, 1 },
         { 4, 1, 128, 128, 5, 510, 0, 1, 0, 30, 0, 0, 0 },   { 4, 4, 80, 80, 20, 500, 0, 1, 0, 0, 8, 0, 0 },

@@ -76,6 +76,7 @@ static void arithmetic(void) {
     gives("mov.b64 %rd5, {%rd4, %rd3};", 1, 2, 0x100000002);
     gives("{ .reg .b64 %tmp; mov.b64 {%tmp, %rd5}, %rd3; }", 0x500000006, 0, 5);
     gives("selp.b32 %rd5, %rd3, %rd4, 0;", 1, 2, 2);
+    gives("prefetch.global.L2 [%rd1+17]; add.s64 %rd5, %rd3, 1;", 1, 0, 2);
     gives("setp.lt.s32 %p1, %rd3, %rd4; @!%p1 bra $end; add.s64 %rd5, %rd3, 1;\n$end:", 1, 2, 2);
     gives("setp.lt.s32 %p1, %rd3, %rd4; @!%p1 add.s64 %rd5, %rd3, 1;", 5, 4, 6);
     gives("setp.lt.s32 %p1, %rd3, %rd4; @%p1 add.s64 %rd5, %rd3, 1;", 5, 4, 0);
@@ -188,6 +189,7 @@ static void faults(void) {
     stops("\tld.shared.v4.u32 {%r2, %r3, %r4, %r5}, [_Zs];\n", "is not a multiple of 16");
     stops("\tmov.u64 %rd3, _Zs;\n\tcvta.shared.u64 %rd4, %rd3;\n\tcvta.to.global.u64 %rd5, %rd4;\n", "an address of another space");
     stops("\tmov.u64 %rd3, 64;\n\tld.global.u32 %r2, [%rd3];\n", "outside of global memory");
+    stops("\tmov.u64 %rd3, 64;\n\tprefetch.global.L2 [%rd3];\n", "outside of global memory");
     stops("\ttrap;\n", "a trap");
     stops("\tadd.f32 %f1, %f2, %f3;\n", "does not know");                   /* it may become a part of an fma */
     stops("\tmov.u64 %rd3, elsewhere;\n", "does not know");
