@@ -316,8 +316,8 @@ class Engine:
         return not size or self.make_way(size)
 
     def _drop_youngest(self, owned: list[Sequence], bounded: bool = True) -> None:
-        """Put the youngest sequence aside. One that is alone begins anew without snapshots; then it ends. bounded: for the engine's own
-        bound, not for a system that has no memory left."""
+        """Put the youngest sequence aside. One that is alone begins anew without snapshots; then it ends.
+        bounded: for the engine's own bound, not for a system that has no memory left."""
         sequence, alone = max(owned, key=lambda s: s.number), len(self.running) == 1
         if alone and (sequence.bare or not (self._room and self._room.snapshot_bytes)):
             n = len(sequence.text)

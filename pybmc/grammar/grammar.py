@@ -21,10 +21,10 @@ from .vocabulary import Vocabulary, llguidance, vocabulary_of
 log = logging.getLogger(__name__)
 
 SIZE, DEPTH = 256 * 1024, 64            # bytes of a schema or grammar, and how deep a schema is nested
-LARGEST = 9e18                          # of bounds: llguidance has no expression for larger ones, and a maximum
-                                        # near -2^63 ends the process by recursion
-MULTIPLE = 100_000                      # digits of multipleOf as a number: time and memory grow with it, without
-                                        # an end from 10^6 on
+LARGEST = 9e18                          # of bounds: llguidance has no expression for larger ones, and
+                                        # a maximum near -2^63 ends the process by recursion
+MULTIPLE = 100_000                      # digits of multipleOf as a number: time and memory grow with it,
+                                        # without an end from 10^6 on
 RULES = 1000                            # of a grammar: what compiling takes may grow with their square
 LARK = "%llguidance"                    # a grammar that begins so is llguidance's Lark; others are GBNF
 VALUES = ("const", "enum", "default", "examples")      # keywords whose values are no schemas
@@ -205,8 +205,8 @@ def _check_numbers(value: Any) -> None:
                                              f"found {checks.shown(item[key])}")
         step = item.get("multipleOf")
         if _is_number(step) and _digits(step) > MULTIPLE:
-            raise UnsupportedSchemaError(f"schema: expected multipleOf with digits up to {MULTIPLE}, zeros at the end "
-                                         f"not counted, found {checks.shown(step)}")
+            raise UnsupportedSchemaError(f"schema: expected multipleOf with digits up to {MULTIPLE}, zeros at "
+                                         f"the end not counted, found {checks.shown(step)}")
 
 
 def narrowed(schema: Any) -> Any:
