@@ -11,12 +11,14 @@ import pytest
 from hypothesis import settings
 from places import SHARED
 
-settings.register_profile("suite", deadline=None, derandomize=True)      # the same examples every time, on any machine
+# the same examples every time, on any machine
+settings.register_profile("suite", deadline=None, derandomize=True)
 settings.load_profile("suite")
 
 signal.signal(signal.SIGINT, signal.default_int_handler)    # ignored at the start of a background job
 
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="pybmc-cache-")       # what is measured here is kept nowhere
+# what is measured here is kept nowhere
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="pybmc-cache-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 

@@ -1,4 +1,5 @@
-"""The fake CUDA driver of tests/cuda/driver.cpp: built where there is a C++ compiler, opened in the place of the real one."""
+"""The fake CUDA driver of tests/cuda/driver.cpp: built where there is a C++ compiler,
+opened in the place of the real one."""
 
 import ctypes
 import fcntl
@@ -15,7 +16,8 @@ DRIVER = ROOT / "build" / "release" / "tests" / "cuda" / "driver.so"
 
 
 def build() -> Path:
-    """The driver's library. Skips the test where it cannot be made; processes that make it at once take turns."""
+    """The driver's library. Skips the test where it cannot be made;
+    processes that make it at once take turns."""
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
     if not compiler or not shutil.which("make") or not (ROOT / "Makefile").is_file():
         pytest.skip("needs make and a C++ compiler: the fake GPU is made of the kernels' source")
@@ -23,7 +25,8 @@ def build() -> Path:
     with open(DRIVER.parent / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         subprocess.run(["make", "-s", "fake-driver", f"CXX={compiler}"], cwd=ROOT, check=True,
-                       env={k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")})
+                       env={k: v for k, v in os.environ.items()
+                            if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")})
     return DRIVER
 
 

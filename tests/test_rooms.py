@@ -1,4 +1,5 @@
-"""The rooms of the package: a module uses those below it, never those above, and no import is hidden in a function."""
+"""The rooms of the package: a module uses those below it, never those above,
+and no import is hidden in a function."""
 
 import ast
 from pathlib import Path
@@ -7,11 +8,12 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "pybmc"
 FLOORS = (
-    {"errors", "cache", "_lazy"}, {"_native", "checks"}, {"files"}, {"tokenizers"}, {"models"}, {"spec"}, {"engine"}, {"chat", "grammar", "show"},
-    {"hub"}, {"batch"}, {"serve"}, {"cli", "llama"},
+    {"errors", "cache", "_lazy"}, {"_native", "checks"}, {"files"}, {"tokenizers"}, {"models"}, {"spec"},
+    {"engine"}, {"chat", "grammar", "show"}, {"hub"}, {"batch"}, {"serve"}, {"cli", "llama"},
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.stem not in ("__init__", "__main__"))
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE
+                 or path.stem not in ("__init__", "__main__"))
 
 
 def room_of(path):
