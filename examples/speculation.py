@@ -1,5 +1,5 @@
-"""A draft model guesses ahead; the text is the same: python examples/speculation.py [MODEL.gguf
-DRAFT.gguf]"""
+"""A draft model guesses ahead; the text is the same:
+python examples/speculation.py [MODEL.gguf DRAFT.gguf]"""
 
 import sys
 

@@ -101,12 +101,12 @@ CASES = [
     (mistral, "just text [TOOL", ["just text [TOOL"]),
     (harmony, "<|channel|>analysis<|message|>Hm so<|end|><|start|>assistant<|channel|>final<|message|>Yes.",
      [Thought("Hm so"), "Yes."]),
-    (harmony, "<|channel|>analysis<|message|>a<|end|><|start|>assistant<|channel|>commentary "
-              "to=functions.get <|constrain|>json"
+    (harmony, "<|channel|>analysis<|message|>a<|end|>"
+              "<|start|>assistant<|channel|>commentary to=functions.get <|constrain|>json"
               f"<|message|>{json.dumps(ARGUMENTS)}<|call|>", [Thought("a"), ("get", ARGUMENTS)]),
     (harmony, ' to=functions.add<|channel|>commentary json<|message|>{"n": 1}', [("add", {"n": 1})]),
-    (harmony,
-     "<|channel|>commentary<|message|>First.<|end|><|start|>assistant<|channel|>final<|message|>Then.",
+    (harmony, "<|channel|>commentary<|message|>First.<|end|>"
+              "<|start|>assistant<|channel|>final<|message|>Then.",
      ["First.\n\nThen."]),
     (harmony, "<|channel|>commentary to=functions.other<|message|>{}", ["{}"]),
     (harmony, "plain text", ["plain text"]),

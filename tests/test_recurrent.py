@@ -186,8 +186,8 @@ def test_alphas_and_betas_in_one_matrix(tmp_path):
         rows = [part[2 * group:2 * group + 2] for group in range(2) for part in (beta, alpha)]
         tensors[f"blk.{layer}.ssm_ba.weight"] = kind, np.concatenate(rows)
     path = tiny.save(tmp_path / "ba.gguf", metadata, tensors)
-    with pybmc.Model(path, threads=1) as model, model.session() as ours, pybmc.Model(
-            tiny.model("qwen35"), threads=1).session() as right:
+    with pybmc.Model(path, threads=1) as model, pybmc.Model(tiny.model("qwen35"), threads=1) as plain, \
+            model.session() as ours, plain.session() as right:
         assert_same(ours.eval(text()[:30], logits="all"), right.eval(text()[:30], logits="all"))
 
 

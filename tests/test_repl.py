@@ -202,8 +202,8 @@ def test_thinking_is_switched_and_shown_or_hidden(talk, capsys):
 
 def test_an_answer_whose_prompt_opened_the_thought(talk, capsys):
     talk.prompt = talk.model.tokenizer.encode("<|im_start|>assistant\n<think>\n", special=True)
-    Repl(talk, [],
-         thoughts="hide").answer(lambda update: (Token(1, text, -1.0) for text in ("a</th", "ink>\n\nb")))
+    pieces = ("a</th", "ink>\n\nb")
+    Repl(talk, [], thoughts="hide").answer(lambda update: (Token(1, text, -1.0) for text in pieces))
     assert capsys.readouterr().out == "b\n"
 
 

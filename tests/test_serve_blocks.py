@@ -180,16 +180,15 @@ def test_streams_of_messages_tell_the_same_in_order(servers, name):
     for index, block in enumerate(whole["content"]):
         its = [event for event in middle if event["index"] == index]
         assert its[0]["type"] == "content_block_start" and its[-1]["type"] == "content_block_stop"
-        text = "".join(
-            event["delta"].get("text", event["delta"].get("thinking", event["delta"].get("partial_json", "")))
-            for event in its[1:-1])
+        text = "".join(next((event["delta"][key] for key in ("text", "thinking", "partial_json")
+                             if key in event["delta"]), "") for event in its[1:-1])
         assert ((json.loads(text) if block["type"] == "tool_use" else text)
                 == block.get("input", block.get("text", block.get("thinking"))))
         empty = {"text": {"text": ""}, "thinking": {"thinking": "", "signature": ""},
                  "tool_use": {"input": {}}}[block["type"]]
         assert (its[0]["content_block"]
-                == {k: v for k, v in block.items() if k in ("type", "name")} | empty | (
-                    {"id": its[0]["content_block"]["id"]} if block["type"] == "tool_use" else {}))
+                == {k: v for k, v in block.items() if k in ("type", "name")} | empty
+                | ({"id": its[0]["content_block"]["id"]} if block["type"] == "tool_use" else {}))
     assert [event["index"] for event in middle] == sorted(event["index"] for event in middle)
 
 
@@ -383,9 +382,11 @@ def test_tools_of_other_kinds_are_left_out_of_responses(server):
                    max_output_tokens=1).json()["tool_choice"] == "none"
 
 
-@pytest.mark.parametrize("choice", [{"type": "function", "name": "paint"},
-                                    {"type": "allowed_tools", "mode": "required", "tools": [
-                                        {"type": "function", "name": "paint"}]}])
+PAINT_ONLY = {"type": "function", "name": "paint"}
+
+
+@pytest.mark.parametrize("choice", [PAINT_ONLY,
+                                    {"type": "allowed_tools", "mode": "required", "tools": [PAINT_ONLY]}])
 def test_one_tool_may_be_forced(server, choice):
     for seed in range(3):
         calls = told_by_response(respond(server, tools=FUNCTIONS, tool_choice=choice, seed=seed).json())[2]
@@ -459,8 +460,8 @@ def test_log_probabilities_of_a_response_are_those_of_its_text(servers, name):
     whole = respond(server, **LOGPROBS | told).json()
     part, = next(item for item in whole["output"] if item["type"] == "message")["content"]
     assert whole["top_logprobs"] == 3 and part["text"] and len(part["logprobs"]) > 1
-    assert b"".join(bytes(one["bytes"]) for one in part["logprobs"]).decode(errors="replace").rstrip(
-        "\ufffd").startswith(part["text"].rstrip("\ufffd"))
+    told = b"".join(bytes(one["bytes"]) for one in part["logprobs"]).decode(errors="replace")
+    assert told.rstrip("\ufffd").startswith(part["text"].rstrip("\ufffd"))
     for one in part["logprobs"]:
         assert one["logprob"] <= 0 and len(one["top_logprobs"]) == 3
         assert set(one) == {"token", "logprob", "bytes", "top_logprobs"}
@@ -509,8 +510,8 @@ def test_counts_are_those_of_the_answer(thinker):
     body = {"system": "Be brief.", "messages": BLOCKS, "tools": SCHEMAS}
     for path in ("/v1/messages/count_tokens", "/messages/count_tokens",
                  "/v1/messages/count_tokens/?beta=true"):
-        assert thinker.post(path, body).json() == {"input_tokens": len(
-            thinker.service.tokenizer.encode(prompt(thinker, MESSAGES, body), special=True, bos=False))}
+        ids = thinker.service.tokenizer.encode(prompt(thinker, MESSAGES, body), special=True, bos=False)
+        assert thinker.post(path, body).json() == {"input_tokens": len(ids)}
 
 
 def test_prompts_of_one_beginning_share_it(server):

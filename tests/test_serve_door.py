@@ -132,8 +132,12 @@ def test_clients_are_keys_or_addresses(locked, server):
     seen = []
     for at, headers in ((locked, {"x-api-key": "second-key"}), (server, {})):
         submit = at.service.submit
-        at.service.submit = lambda requests, *more, submit=submit: seen.append(requests[0].client) or submit(
-            requests, *more)
+
+        def note(requests, *more, submit=submit):
+            seen.append(requests[0].client)
+            return submit(requests, *more)
+
+        at.service.submit = note
         at.post("/v1/completions", {"prompt": "a", "max_tokens": 1}, headers=headers)
         at.service.submit = submit
     assert seen == [1, "127.0.0.1"]
@@ -303,10 +307,10 @@ def test_a_client_that_reads_slowly_is_not_given_up():
     """Only one of which all waits that waited before."""
     for waiting, ended in ((100, True), (99, False)):
         aborted, later = [], []
-        protocol = SimpleNamespace(_give_up=None, loop=SimpleNamespace(
-            call_later=lambda *args, later=later: later.append(args)), transport=SimpleNamespace(
-                get_write_buffer_size=lambda waiting=waiting: waiting,
-                abort=lambda aborted=aborted: aborted.append(True)))
+        loop = SimpleNamespace(call_later=lambda *args, later=later: later.append(args))
+        transport = SimpleNamespace(get_write_buffer_size=lambda waiting=waiting: waiting,
+                                    abort=lambda aborted=aborted: aborted.append(True))
+        protocol = SimpleNamespace(_give_up=None, loop=loop, transport=transport)
         run.Protocol._give_up(protocol, 100)
         assert (bool(aborted), later) == (ended, [] if ended else [(run.STALLED, None, 99)])
 

@@ -171,12 +171,11 @@ KINDS = {
                                          head_dim=HEAD_DIM, n=6, n_active=2, expert_dim=32, shared_dim=64,
                                          latent_dim=32, state_dim=32, n_groups=2, n_states=4, inner=64,
                                          n_ctx=2048),
-    "blocks side by "
-    "side": lambda: simple("cohere2", cohere2, 4, {"logit_scale": 0.5, "attention.sliding_window": 16}, True,
-                           layer_norm=True),
+    "blocks side by side": lambda: simple("cohere2", cohere2, 4,
+                                          {"logit_scale": 0.5, "attention.sliding_window": 16}, True,
+                                          layer_norm=True),
     "gates of heads": lambda: simple("laguna", laguna, 4, laguna_keys),
-    "gates of "
-    "values": lambda: simple("afmoe", afmoe, 4, expert_keys(6, 2, 32) | {"attention.sliding_window": 16}),
+    "gates of values": lambda: simple("afmoe", afmoe, 4, expert_keys(6, 2, 32) | {"attention.sliding_window": 16}),
     "router first": lambda: simple("smallthinker", smallthinker, 2, expert_keys(6, 2, 32)
                                    | {"attention.sliding_window": 16, "expert_gating_func": 1}),
     "ALiBi": lambda: simple("bloom", bloom, 2, BLOOM,

@@ -127,8 +127,8 @@ def told(found: dict) -> str:
     lines = [f"{'':10}{'to first':>10}{'tokens/s':>10}{'total':>10}"]
     for name in ("http", "generate"):
         its = found[name]
-        lines.append(
-            f"{name:10}{its['first_ms']:10.1f}{its['tokens_per_second']:10.1f}{its['total_ms']:10.1f}")
+        lines.append(f"{name:10}{its['first_ms']:10.1f}{its['tokens_per_second']:10.1f}"
+                     f"{its['total_ms']:10.1f}")
     return "\n".join([*lines,
                       f"ratio {found['ratio']:.3f} ({found['smallest']:.3f} to {found['largest']:.3f})"])
 
@@ -148,8 +148,8 @@ def told(found: dict) -> str:
 def main(model, tokens, prompt, reps, threads, within, as_json):
     messages = [{"role": "user", "content": words(random.Random(0), prompt)}]
     flags = ["-t", str(threads)] if threads else []
-    with server(model, flags) as url, httpx.Client(base_url=url, timeout=600) as client, pybmc.Model(
-            model, threads=threads) as loaded:
+    with server(model, flags) as url, httpx.Client(base_url=url, timeout=600) as client, \
+            pybmc.Model(model, threads=threads) as loaded:
         pairs = compare(lambda: over_http(client, messages, tokens),
                         lambda: by_generate(loaded, messages, tokens), reps)
     different = [pair for pair in pairs if pair[0].text != pair[1].text]

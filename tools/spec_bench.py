@@ -238,8 +238,8 @@ def line(row: Row) -> str:
 def verdict(rows: list[Row]) -> str:
     drafts = rows[0].of_best
     return "; ".join(
-        "with "
-        f"{d}: {statistics.geometric_mean(r.seconds[PLAIN] / r.seconds[f'all with {d}'] for r in rows):.2f} "
+        f"with {d}: "
+        f"{statistics.geometric_mean(r.seconds[PLAIN] / r.seconds[f'all with {d}'] for r in rows):.2f} "
         f"times plain decoding, at least {min(r.of_best[d] for r in rows):.2f} of the best single source"
         for d in drafts)
 
