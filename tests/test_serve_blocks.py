@@ -460,8 +460,8 @@ def test_log_probabilities_of_a_response_are_those_of_its_text(servers, name):
     whole = respond(server, **LOGPROBS | told).json()
     part, = next(item for item in whole["output"] if item["type"] == "message")["content"]
     assert whole["top_logprobs"] == 3 and part["text"] and len(part["logprobs"]) > 1
-    told = b"".join(bytes(one["bytes"]) for one in part["logprobs"]).decode(errors="replace")
-    assert told.rstrip("\ufffd").startswith(part["text"].rstrip("\ufffd"))
+    pieces = b"".join(bytes(one["bytes"]) for one in part["logprobs"]).decode(errors="replace")
+    assert pieces.rstrip("\ufffd").startswith(part["text"].rstrip("\ufffd"))
     for one in part["logprobs"]:
         assert one["logprob"] <= 0 and len(one["top_logprobs"]) == 3
         assert set(one) == {"token", "logprob", "bytes", "top_logprobs"}

@@ -175,7 +175,8 @@ KINDS = {
                                           {"logit_scale": 0.5, "attention.sliding_window": 16}, True,
                                           layer_norm=True),
     "gates of heads": lambda: simple("laguna", laguna, 4, laguna_keys),
-    "gates of values": lambda: simple("afmoe", afmoe, 4, expert_keys(6, 2, 32) | {"attention.sliding_window": 16}),
+    "gates of values": lambda: simple("afmoe", afmoe, 4,
+                                      expert_keys(6, 2, 32) | {"attention.sliding_window": 16}),
     "router first": lambda: simple("smallthinker", smallthinker, 2, expert_keys(6, 2, 32)
                                    | {"attention.sliding_window": 16, "expert_gating_func": 1}),
     "ALiBi": lambda: simple("bloom", bloom, 2, BLOOM,

@@ -238,8 +238,8 @@ def chat_documents(books, seed, rounds, limit, simulated_share=0.0):
     return documents
 
 
-KINDS = ("king queen miller tailor fox wolf raven goose fisherman soldier witch giant dwarf princess shepherd "
-         "cat").split()
+KINDS = ("king queen miller tailor fox wolf raven goose fisherman soldier "
+         "witch giant dwarf princess shepherd cat").split()
 PLACES = "forest mill castle river mountain meadow garden well cave village bridge tower".split()
 LOOKS = "old young golden proud merry clever lazy hungry gentle brave silver quiet".split()
 PATTERNS = (
