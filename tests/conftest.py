@@ -11,8 +11,7 @@ import pytest
 from hypothesis import settings
 from places import SHARED
 
-# the same examples every time, on any machine
-settings.register_profile("suite", deadline=None, derandomize=True)
+settings.register_profile("suite", deadline=None, derandomize=True)      # the same examples on any machine
 settings.load_profile("suite")
 
 signal.signal(signal.SIGINT, signal.default_int_handler)    # ignored at the start of a background job

@@ -29,13 +29,13 @@ class Policy:
 
 
 POLICIES = {
-    "copy": Policy(lib.BMC_GROW_COPY, "rows", copies=True),    # a larger array, to which rows are copied
-    "geometric": Policy(lib.BMC_GROW_COPY, "factor", copies=True),      # likewise, a factor larger each time
-    "chunk": Policy(lib.BMC_GROW_CHUNK, "rows"),    # chunks of r rows, as the product has them
-    "reserve": Policy(lib.BMC_GROW_RESERVE, "rows"),    # address space for the cap, made memory
-    "remap": Policy(lib.BMC_GROW_REMAP, "rows"),    # one mapping, moved where it can grow (Linux)
-    "max": Policy(lib.BMC_GROW_COPY, spare=False),                      # all memory at once, touched
-    "max-lazy": Policy(lib.BMC_GROW_COPY, spare=False),                 # all at once, memory as it is written
+    "copy": Policy(lib.BMC_GROW_COPY, "rows", copies=True),           # a larger array, rows are copied to it
+    "geometric": Policy(lib.BMC_GROW_COPY, "factor", copies=True),    # likewise, a factor larger each time
+    "chunk": Policy(lib.BMC_GROW_CHUNK, "rows"),                      # chunks of r rows, as in the product
+    "reserve": Policy(lib.BMC_GROW_RESERVE, "rows"),                  # address space for the cap, made memory
+    "remap": Policy(lib.BMC_GROW_REMAP, "rows"),                      # one mapping that moves to grow (Linux)
+    "max": Policy(lib.BMC_GROW_COPY, spare=False),                    # all memory at once, touched
+    "max-lazy": Policy(lib.BMC_GROW_COPY, spare=False),               # all at once, memory as it is written
 }
 
 

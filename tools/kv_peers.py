@@ -1,9 +1,8 @@
 """What a KV cache costs in other runtimes:
 memory and start-up of llama.cpp, rates of Hugging Face transformers.
 
-    python -m tools.kv_peers memory MODEL [-c 32768] [-p 200] --peer-python PYTHON      # with
-    llama-cpp-python python -m tools.kv_peers rates MODEL [-p 16,2048] [-n 64] --peer-python PYTHON      #
-    with torch and transformers
+    python -m tools.kv_peers memory MODEL [-c 32768] [-p 200] --peer-python PYTHON     # llama-cpp-python
+    python -m tools.kv_peers rates MODEL [-p 16,2048] [-n 64] --peer-python PYTHON     # torch, transformers
 
 memory: a context of -c tokens is opened and a prompt of -p tokens taken in: what the process grows by, and
 the seconds until the first token. rates: greedy decoding, tokens a second behind each prompt, against

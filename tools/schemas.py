@@ -88,8 +88,9 @@ def _integer(rng: Random, depth: int) -> dict:
 
 def _number(rng: Random, depth: int) -> dict:
     low = rng.randint(-50, 50) / rng.choice((1, 4))
-    return {"type": "number", "minimum": low, rng.choice(("maximum", "exclusiveMaximum")): low
-            + rng.randint(1, 40), "multipleOf": rng.choice((0.5, 0.25, 1))}
+    return {"type": "number", "minimum": low,
+            rng.choice(("maximum", "exclusiveMaximum")): low + rng.randint(1, 40),
+            "multipleOf": rng.choice((0.5, 0.25, 1))}
 
 
 def _words(rng: Random, depth: int) -> dict:

@@ -14,17 +14,17 @@ token without and with the prefix in the server's cache.
 \b
     to first    from when a request was due to the first text of its answer, ms: p50 and p99 of the requests
     per token   from there to the end, by each further token, ms: p50 and p99 of the requests
-    gap         between two events that carry text, ms: p50 and p99 of the gaps. One event may carry several
-    tokens tokens/s    tokens of answers, from the first request to the last answer good/s      requests a
-    second whose times to the first and per token are within --first-ms and --token-ms (goodput) errors
-    requests that failed, and why the first did
+    gap         between two events that carry text, ms: p50 and p99. One event may carry several tokens
+    tokens/s    tokens of answers, from the first request to the last answer
+    good/s      requests a second whose times are within --first-ms and --token-ms (goodput)
+    errors      requests that failed, and why the first did
 
 \b
 To compare two servers, with 8 users and prompts of 100 to 1,500 tokens, half of them behind the same 600,
 ask both for the same:
-    python -m tools.serve_bench URL --users 8 --rates 0.1 -n 24 --seconds 100 --prefix 6 --prompt-words
-    100,1500 --answer-tokens 64,256
-        --system-words 600 --share 0.5 --first-ms 3000 --token-ms 250 --fields '{"logit_bias": {"END": -100}}'
+    python -m tools.serve_bench URL --users 8 --rates 0.1 -n 24 --seconds 100 --prefix 6
+        --prompt-words 100,1500 --answer-tokens 64,256 --system-words 600 --share 0.5
+        --first-ms 3000 --token-ms 250 --fields '{"logit_bias": {"END": -100}}'
 
 END is the id of the model's end token, which a logit_bias bans in any server;
 pybmc, vLLM and llama-server also take --ignore-eos.

@@ -1,8 +1,8 @@
 """What speculative decoding brings: plain decoding, each source of guesses alone, and all of them, in turn.
 
-    python -m tools.spec_bench --real DIR           ten tasks of a real pair: DIR/qwen-1.5b.gguf and
-    DIR/qwen-0.5b.gguf python -m tools.spec_bench --pairs DIR          pairs of a 1B model's shape that agree
-    to a set degree (tools.synth) python -m tools.spec_bench                      the bundled pair
+    python -m tools.spec_bench --real DIR     ten tasks of a real pair: DIR/qwen-1.5b.gguf and qwen-0.5b.gguf
+    python -m tools.spec_bench --pairs DIR    pairs of a 1B model's shape that agree to a set degree
+    python -m tools.spec_bench                the bundled pair
 
 Each task runs in every way, one right after the other, in an order that changes from run to run; what is
 reported are medians. Seconds are those from the request to the last token, prompt included. Every text is
@@ -65,10 +65,10 @@ class Row:
     prompt: int
     tokens: int
     seconds: dict[str, float]
-    best: str                           # the best way with one source or none
+    best: str                    # the best way with one source or none
     of_best: dict[str, float]    # for each draft: the rate of all sources over that of the best single one
-    first: dict[str, float]             # time to the first token over plain decoding's
-    gap: dict[str, float]               # the longest gap in plain tokens
+    first: dict[str, float]      # time to the first token over plain decoding's
+    gap: dict[str, float]        # the longest gap in plain tokens
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------

@@ -220,7 +220,7 @@ TASKS = [
     Task("summarise, sampled", "Retell this text for children of ten years, in your own words.\n\n"
                                f"{ARTICLE}", 0.8),
     Task("translate", f"Translate this documentation into German.\n\n{DOCSTRING}", 0.0),
-    Task("chat turn, long prompt", f"Here is a file:\n\n{QUEUE}\n\nAnd another one:\n\n{CSV}\n\nAnd a note:\n"
-                                   f"\n{ARTICLE}\n\n"
-                                   "In one sentence: which of the two files uses threads?", 0.0, 30),
+    Task("chat turn, long prompt",
+         f"Here is a file:\n\n{QUEUE}\n\nAnd another one:\n\n{CSV}\n\nAnd a note:\n\n{ARTICLE}\n\n"
+         "In one sentence: which of the two files uses threads?", 0.0, 30),
 ]

@@ -123,10 +123,10 @@ class Block:
     """Where a type keeps its scale, and the standard deviation of its values at scale 1 with random codes."""
 
     unit: float
-    scale: object    # offset of the f16 scale in a block, or a function that sets all blocks' scales
-    minimum: int = -1           # offset of the f16 minimum, where the type has one ..
-    centre: float = 0.0         # .. which is set to this many scales, so that the mean is 0
-    fix: object = None          # called with the (n_blocks, type_size) bytes: repeat scales as minima ..
+    scale: object           # offset of the f16 scale in a block, or a function that sets all blocks' scales
+    minimum: int = -1       # offset of the f16 minimum, where the type has one ..
+    centre: float = 0.0     # .. which is set to this many scales, so that the mean is 0
+    fix: object = None      # called with the (n_blocks, type_size) bytes: repeat scales as minima ..
 
 
 def q8_without_128(raw):

@@ -15,8 +15,8 @@ from .generate import CHAT, batches, write_texts
 from .text import DETERMINERS, FUNCTION, GO_ON, OPEN_REQUESTS, REQUESTS
 from .tokens import ask
 
-RUN, RUNS = 4, 0.08     # so many tokens that stood there before are a repetition; the largest share of them
-LOOP = 6    # of a greedy text, the last of so many tokens that stood there before is not to be said
+RUN, RUNS = 4, 0.08     # this many tokens that stood there before are a repetition; their largest share
+LOOP = 6                # of a greedy text, the last of this many tokens that stood there before is avoided
 HANG = 2.0              # weight of what hangs together beside what is likely at all
 BLIND = 8               # tokens at the start of a second half are a surprise wherever it was cut
 FORM = DETERMINERS | FUNCTION | set(re.findall("[a-z]+",

@@ -16,8 +16,7 @@ from .model import KVCache
 from .tokens import END_OF_TURN, ask
 
 K = 4                       # tokens drafted a round
-# so many tokens in a row that stand in one of so many simulated tales are its words
-KNOWN, SIMULATED = 8, 10_000
+KNOWN, SIMULATED = 8, 10_000    # this many tokens in a row of one of that many simulated tales are its words
 MIN_P = CHAT["min_p"]       # what is less likely than this share of the likeliest is not chosen for a tale
 
 

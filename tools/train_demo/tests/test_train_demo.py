@@ -1,7 +1,6 @@
 """The training of the bundled pair at toy size: all stages, and a pair that an engine can open.
 
-    pip install -e '.[train,test]' && python -m pytest tools/train_demo/tests        (make
-    test does not run these)
+    pip install -e '.[train,test]' && python -m pytest tools/train_demo/tests     (make test leaves them out)
 """
 
 import json
