@@ -52,8 +52,8 @@ def parts(arch="qwen35", layer=1, **shape):
     """A model of tiny.parts() and, as its head, a layer of another one with random norms and projection."""
     metadata, tensors = tiny.parts(arch, n_ctx=2048, **shape)
     _, others = tiny.parts(arch, n_ctx=2048, **shape | {"seed": 9})
-    n, dim, rng = (metadata[f"{arch}.block_count"], metadata[f"{arch}.embedding_length"],
-                   np.random.default_rng(5))
+    n, dim = metadata[f"{arch}.block_count"], metadata[f"{arch}.embedding_length"]
+    rng = np.random.default_rng(5)
     metadata |= {key: [*value, value[layer]] for key, value in metadata.items() if key.startswith(f"{arch}.")
                  and isinstance(value, list)}
     metadata |= {f"{arch}.block_count": n + 1, f"{arch}.nextn_predict_layers": 1}
@@ -62,8 +62,8 @@ def parts(arch="qwen35", layer=1, **shape):
     for name in ("enorm", "hnorm", "shared_head_norm"):
         tensors[f"blk.{n}.nextn.{name}.weight"] = float32(1 + 0.2 * rng.standard_normal(dim))
     type = tiny.fitting(shape.get("types", "F16"), 2 * dim)
-    tensors[f"blk.{n}.nextn.eh_proj.weight"] = type, tiny.random_tensor(rng, type, dim, 2 * dim,
-                                                                        (2 * dim) ** -0.5)
+    projection = tiny.random_tensor(rng, type, dim, 2 * dim, (2 * dim) ** -0.5)
+    tensors[f"blk.{n}.nextn.eh_proj.weight"] = type, projection
     return metadata, tensors
 
 
@@ -96,8 +96,8 @@ def clairvoyant(reads):
         elif name.endswith("_norm.weight") or name.endswith(("enorm.weight", "hnorm.weight")):
             tensors[name] = float32(np.ones_like(tiny.values(kind, rows)))
     tensors |= {"token_embd.weight": float32(embedding), "output.weight": float32(output)}
-    tensors["blk.1.nextn.eh_proj.weight"] = float32(np.hstack([nothing, turned] if reads == "state"
-                                                              else [np.eye(dim), nothing]))
+    halves = [nothing, turned] if reads == "state" else [np.eye(dim), nothing]
+    tensors["blk.1.nextn.eh_proj.weight"] = float32(np.hstack(halves))
     return pybmc.Model(tiny.save(tiny.folder() / f"clairvoyant-{reads}.gguf", metadata, tensors), threads=2)
 
 
@@ -109,12 +109,12 @@ def evaluate(*spans):
     The logits and the head's own hidden states of each."""
     array, kept, results = ffi.new("bmc_span[]", len(spans)), [], []
     for span, (session, tokens, states) in zip(array, spans):
-        config, ids, rows = (session.model.config, np.asarray(tokens, np.int32),
-                             [np.ascontiguousarray(row) for row in states])
+        config, ids = session.model.config, np.asarray(tokens, np.int32)
+        rows = [np.ascontiguousarray(row) for row in states]
         logits, hidden = (np.empty((len(ids), size), np.float32) for size in (config.vocab_size, config.dim))
         before = ffi.new("float *[]", list(map(pointer, rows)))
-        span.session, span.tokens, span.n_tok, span.want, span.before = (session._live(), pointer(ids),
-                                                                         len(ids), lib.BMC_WANT_ALL, before)
+        span.session, span.tokens, span.n_tok = session._live(), pointer(ids), len(ids)
+        span.want, span.before = lib.BMC_WANT_ALL, before
         span.logits, span.hidden = pointer(logits), pointer(hidden)
         kept += [ids, rows, before]
         results.append((logits, hidden))
@@ -458,8 +458,8 @@ def test_hidden_states_go_with_tokens_of_a_head_only():
 
 
 def write_with(session, made):
-    item, limits = ffi.new("bmc_item *"), ffi.new("bmc_limits *",
-                                                  {"n_rounds": 1, "seconds": 1e9, "policy": made.policy})
+    item = ffi.new("bmc_item *")
+    limits = ffi.new("bmc_limits *", {"n_rounds": 1, "seconds": 1e9, "policy": made.policy})
     drafter, ids, logprobs, drafted = made.drafter(), *(ffi.new(f"{kind}[]", [1])
                                                         for kind in ("int32_t", "float", "uint8_t"))
     item.session, item.drafter, item.pending, item.n_pending = session._live(), drafter.native, ids, 1

@@ -116,8 +116,8 @@ def test_a_text_stands_between_cls_and_sep(load):
                     {"bos_token_id": None, "cls_token_id": 0}, {"bos_token_id": 0, "cls_token_id": -1}):
         tokenizer = load(wordpiece(**changes))
         assert spelled(tokenizer, "he") == ["[CLS]", "▁he", "[SEP]"] and tokenizer.encode("") == [0, 1]
-        assert (tokenizer.bos_id, tokenizer.sep_id, tokenizer.add_sep, tokenizer.add_eos) == (0, 1,
-                                                                                              True, False)
+        assert ((tokenizer.bos_id, tokenizer.sep_id, tokenizer.add_sep, tokenizer.add_eos)
+                == (0, 1, True, False))
     many = load(wordpiece(*map(str, range(200)), bos_token_id=None, seperator_token_id=None,
                           unknown_token_id=None))
     assert (many.bos_id, many.sep_id, many.vocab.unknown_id) == (101, 102, 100)
@@ -244,8 +244,8 @@ def test_spaces(load, prefix, merge, words):
 
 def test_what_begins_and_ends_a_text_of_unigram(load):
     tokenizer = load(unigram(LETTERS))
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos, tokenizer.add_eos) == (None, 1,
-                                                                                          False, True)
+    assert ((tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos, tokenizer.add_eos)
+            == (None, 1, False, True))
     assert spelled(tokenizer, "a") == ["▁a", "</s>"]
     assert spelled(load(unigram(LETTERS, add_eos_token=False)), "a") == ["▁a"]
     both = load(unigram(LETTERS, bos_token_id=0, add_bos_token=True))

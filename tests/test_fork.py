@@ -65,8 +65,7 @@ def test_a_fork_costs_no_memory_for_what_is_shared():
         session.eval(tokens(320))
         alone = session.arena_stats().bytes_reserved
         forks = [session.fork(320) for _ in range(9)]
-        together = session.arena_stats().bytes_reserved + sum(fork.arena_stats().bytes_reserved
-                                                              for fork in forks)
+        together = sum(one.arena_stats().bytes_reserved for one in (session, *forks))
         assert alone / 11 <= session.arena_stats().bytes_reserved < alone / 5 and together <= 1.01 * alone
         for fork in forks:
             fork.close()

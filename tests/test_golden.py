@@ -267,8 +267,8 @@ def test_positions_whose_experts_are_nearly_a_tie_are_left_out():
     theirs = np.repeat(np.float32([[0.1], [0.1], [5.0], [0.1]]), 8, axis=1)    # the third chose other experts
     made = {"tokens": np.arange(4), "ref": ref, "llamacpp": theirs}
     assert golden.routed(made).tolist() == [True] * 4
-    assert golden.routed(made | {"route_gap": np.array([0.3, 0.21, 0.05, 0.19])}).tolist() == [True, True,
-                                                                                               False, False]
+    assert (golden.routed(made | {"route_gap": np.array([0.3, 0.21, 0.05, 0.19])}).tolist()
+            == [True, True, False, False])
 
 
 def test_a_scale_beside_nvfp4_multiplies_its_values():

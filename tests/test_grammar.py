@@ -225,11 +225,11 @@ def test_a_text_that_does_not_open_begins_with_the_grammar(model):
 FORMS = [
     PERSON, {"enum": ["a long string that is forced once it has begun", "another"]},
     {"type": "array", "items": {"type": "boolean"}, "maxItems": 5},
-    {"type": "object", "properties": {"first name": {"type": "string", "maxLength": 12},
-                                      "kind": {"enum": ["miller", "king"]}, "rooms": {
-                                          "type": "array",
-                                          "items": {"type": "integer", "minimum": 1, "maximum": 30},
-                                          "minItems": 2, "maxItems": 3}},
+    {"type": "object",
+     "properties": {"first name": {"type": "string", "maxLength": 12},
+                    "kind": {"enum": ["miller", "king"]},
+                    "rooms": {"type": "array", "items": {"type": "integer", "minimum": 1, "maximum": 30},
+                              "minItems": 2, "maxItems": 3}},
      "required": ["first name", "kind", "rooms"], "additionalProperties": False}]
 SAMPLERS = [Sampler(), Sampler(temperature=1.2, seed=3, repeat_penalty=1.1)]
 
@@ -241,8 +241,8 @@ def requests(model, n=80):
         grammar = Grammar.json(form, model)
         for sampler in SAMPLERS:
             for start in (grammar.start, lambda grammar=grammar: grammar.after(" the", gap="\n")):
-                yield lambda start=start, sampler=sampler: Request(model.tokenizer.encode("Once upon a time"),
-                                                                   n, sampler, schema=start(), stop_ids=ends)
+                yield lambda start=start, sampler=sampler: Request(
+                    model.tokenizer.encode("Once upon a time"), n, sampler, schema=start(), stop_ids=ends)
 
 
 def one_by_one(model, request):
@@ -317,8 +317,8 @@ def test_schema_and_grammar_of_generate(model):
     for wrong in ({"schema": {}, "grammar": "x"}, {"schema": 5}, {"grammar": 5}, {"schema": False}):
         with pytest.raises(ArgumentError):
             pybmc.generate(model, "a", **wrong)
-    with pybmc.Model(pybmc.demo_model(draft=True), threads=1) as other, pytest.raises(ArgumentError,
-                                                                                      match="same model"):
+    with pybmc.Model(pybmc.demo_model(draft=True), threads=1) as other, \
+            pytest.raises(ArgumentError, match="same model"):
         pybmc.generate(other, "a", grammar=Grammar.regex("x", model))
 
 

@@ -34,8 +34,8 @@ def test_an_example_runs(server, language, code, tmp_path):
     shell = tmp_path / "pybmc"          # as if it was installed
     shell.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m pybmc "$@"\n')
     shell.chmod(0o755)
-    code = code.replace("http://localhost:8080", server.url).replace('"model.gguf"',
-                                                                     repr(str(pybmc.demo_model())))
+    code = code.replace("http://localhost:8080", server.url)
+    code = code.replace('"model.gguf"', repr(str(pybmc.demo_model())))
     command = ["bash", "-ec", code] if language == "sh" else [sys.executable, "-c", code]
     root = str(Path(pybmc.__file__).parents[1])
     env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": root}

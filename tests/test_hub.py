@@ -215,8 +215,8 @@ def test_a_quantization_that_several_files_have_is_asked_for(hub, model, capsys)
     assert status == 1 and "found 2: large-Q4_K_M.gguf, small-Q4_K_M.gguf" in err
     assert command(capsys, "pull", REPO, "--file", "small-Q4_K_M.gguf")[0] == 0
     assert command(capsys, "pull", f"{REPO}/large-Q4_K_M.gguf")[0] == 0
-    assert {model.name for model in store.models()} == {f"{REPO}/small-Q4_K_M.gguf",
-                                                        f"{REPO}/large-Q4_K_M.gguf"}
+    assert ({model.name for model in store.models()}
+            == {f"{REPO}/small-Q4_K_M.gguf", f"{REPO}/large-Q4_K_M.gguf"})
 
 
 @pytest.mark.parametrize("fault, says", [
@@ -421,8 +421,8 @@ def test_list_shows_what_is_here_and_whether_it_runs(hub, model, capsys):
     found = {entry["name"]: entry for entry in map(json.loads, out.splitlines())}
     assert status == 0 and set(found) == {f"{REPO}:Q4_K_M", f"{REPO}:Q8_0", "demo", "demo-draft"}
     good = found[f"{REPO}:Q4_K_M"]
-    assert (good["bytes"], good["quantization"], good["architecture"], good["runs"]) == (len(model), "Q4_K_M",
-                                                                                         "llama", True)
+    assert ((good["bytes"], good["quantization"], good["architecture"], good["runs"])
+            == (len(model), "Q4_K_M", "llama", True))
     assert not found[f"{REPO}:Q8_0"]["runs"] and "web page" in found[f"{REPO}:Q8_0"]["why_not"]
     lines = command(capsys, "list")[1].splitlines()
     assert len(lines) == 5 and re.match(rf"{REPO}:Q4_K_M +\d.* Q4_K_M +llama +yes", lines[2])

@@ -113,8 +113,8 @@ def test_the_floor_is_that_of_the_curve_and_not_of_a_point():
     rows = [1, 16, 64, 80, 256, 1024]
     exact = [10 + 400 / r + 0.1 * r for r in rows]
     assert kvbench.floor_of(rows, exact, 63) == (63, pytest.approx(1, abs=1e-4))
-    assert kvbench.floor_of(rows, exact, 126)[1] == pytest.approx((10 + 400 / 126 + 12.6)
-                                                                  / (10 + 2 * 40**0.5), rel=1e-3)
+    assert (kvbench.floor_of(rows, exact, 126)[1]
+            == pytest.approx((10 + 400 / 126 + 12.6) / (10 + 2 * 40**0.5), rel=1e-3))
     noisy = [t * f for t, f in zip(exact, (1.02, 0.98, 1.03, 1.02, 0.97, 1.01))]
     best, ratio = kvbench.floor_of(rows, noisy, 63)
     assert 50 < best < 80 and 1 <= ratio < 1.01
@@ -161,8 +161,8 @@ def test_the_command(quick, tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "lines.json").write_text(done.stdout)
     assert run("--from", tmp_path / "lines.json", "--figures", tmp_path / "drawn").exit_code == 0
-    assert {p.name for p in (tmp_path / "drawn").iterdir()} == {"bmc-curve.svg", "bmc-parts.svg",
-                                                                "bmc-memory.svg"}
+    assert ({p.name for p in (tmp_path / "drawn").iterdir()}
+            == {"bmc-curve.svg", "bmc-parts.svg", "bmc-memory.svg"})
 
 
 @pytest.mark.parametrize("text, said", [

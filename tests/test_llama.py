@@ -181,8 +181,8 @@ def test_arguments_without_effect_are_noted_once(path, caplog):
     with Llama(path, n_gpu_layers=-1, flash_attn=True, use_mmap=False, type_k=8, verbose=True):
         pass
     notes = [record for record in caplog.records if "without effect" in record.message]
-    assert [(n.levelname, n.args[0]) for n in notes] == [("WARNING",
-                                                          "n_gpu_layers, use_mmap, flash_attn, type_k")]
+    assert ([(n.levelname, n.args[0]) for n in notes]
+            == [("WARNING", "n_gpu_layers, use_mmap, flash_attn, type_k")])
     caplog.clear()
     with Llama(path, n_gpu_layers=-1, verbose=False):
         pass
@@ -287,8 +287,8 @@ def test_logprobs_are_the_models_own(llm, functions):
     n = len(ids)
     assert told["token_logprobs"][0] is None and told["top_logprobs"][0] is None
     assert len(told["tokens"]) == n + 4
-    assert told["token_logprobs"][1:n] == pytest.approx([logprobs[i, ids[i + 1]] for i in range(n - 1)],
-                                                        abs=1e-4)
+    assert (told["token_logprobs"][1:n]
+            == pytest.approx([logprobs[i, ids[i + 1]] for i in range(n - 1)], abs=1e-4))
     assert max(told["top_logprobs"][n].values()) == pytest.approx(logprobs[-1].max(), abs=1e-4)
     alone = llm(PROMPT, max_tokens=4, temperature=0, repeat_penalty=1.5, logprobs=3,
                 **functions)["choices"][0]["logprobs"]
@@ -680,8 +680,8 @@ def test_tokens_are_bytes_and_back(arch):
             ids = llm.tokenize(text.encode())
             assert ids == tokenizer.encode(text) and llm.detokenize(ids).decode() == text
             assert llm.tokenize(text.encode(), False) == tokenizer.encode(text, bos=False)
-        assert llm.tokenize(b"<|im_end|>", False, True) == tokenizer.encode("<|im_end|>", bos=False,
-                                                                            special=True)
+        assert (llm.tokenize(b"<|im_end|>", False, True)
+                == tokenizer.encode("<|im_end|>", bos=False, special=True))
         bos = tokenizer.piece(llm.token_bos())
         assert llm.detokenize([llm.token_bos()]) == b""
         assert llm.detokenize([llm.token_bos()], special=True) == bos

@@ -56,8 +56,8 @@ def test_contrast(mode):
     def ratio(one, other):
         low, high = sorted((colours[one], colours[other]))
         return (high + 0.05) / (low + 0.05)
-    texts = [("text", back) for back in ("back", "mine", "code")] + [("soft", "back"), ("wrong", "back"),
-                                                                     ("on-act", "act")]
+    texts = [("text", "back"), ("text", "mine"), ("text", "code"), ("soft", "back"), ("wrong", "back"),
+             ("on-act", "act")]
     for pair in texts:
         assert ratio(*pair) >= 4.5, pair
     for mark in ("draft", "ngram", "schema", "line", "act"):
@@ -80,8 +80,8 @@ class Stub(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     def reset(self):
-        self.chunks, self.hold, self.key, self.requests, self.left, self.status = ([], False, None, [],
-                                                                                   threading.Event(), 200)
+        self.chunks, self.hold, self.key = [], False, None
+        self.requests, self.left, self.status = [], threading.Event(), 200
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -228,8 +228,8 @@ def test_a_thought_that_the_template_leaves_out_is_read_again_before_the_message
 
 # ---- power -------------------------------------------------------------------------------------------------
 
-BATTERY, MAINS, MOUSE = {"type": "Battery"}, {"type": "Mains"}, {"type": "Battery", "scope": "Device",
-                                                                 "status": "Discharging"}
+BATTERY, MAINS = {"type": "Battery"}, {"type": "Mains"}
+MOUSE = {"type": "Battery", "scope": "Device", "status": "Discharging"}
 EMPTYING, FILLING, FULL = (BATTERY | {"status": status} for status in ("Discharging", "Charging", "Full"))
 ON, OFF = MAINS | {"online": "1"}, MAINS | {"online": "0"}
 

@@ -170,8 +170,8 @@ def test_memory_that_sessions_may_take_includes_states():
 def test_rows_of_first_files_of_qwen3next():
     """Two groups of one key head and two value heads each; a row's number says what it is."""
     block = DeltaNet(conv=4, state_dim=2, n_groups=2, n_heads=4, inner_dim=8)
-    assert {name: rows.tolist() for name, rows in block.rows("ssm_ba").items()} == {"ssm_beta": [0, 1, 4, 5],
-                                                                                    "ssm_alpha": [2, 3, 6, 7]}
+    assert ({name: rows.tolist() for name, rows in block.rows("ssm_ba").items()}
+            == {"ssm_beta": [0, 1, 4, 5], "ssm_alpha": [2, 3, 6, 7]})
     rows = block.rows("ssm_in")
     assert rows["attn_qkv"].tolist() == [0, 1, 12, 13, 2, 3, 14, 15, 4, 5, 6, 7, 16, 17, 18, 19]
     assert rows["attn_gate"].tolist() == [8, 9, 10, 11, 20, 21, 22, 23] and block.rows("ssm_out") == {}

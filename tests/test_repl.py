@@ -124,10 +124,10 @@ def test_blocks_and_pasted_lines_are_messages_even_after_a_slash(talk, capsys, m
 
 def test_only_a_block_is_marked_as_one():
     lines = ['"""/exit"""', "/exit", '"""', "/a", '"""', '"""/open', "/exit"]
-    assert [(str(m), type(m) is Block) for m in joined(iter(lines))] == [("/exit", True), ("/exit", False),
-                                                                         ("/a", True), ("/open\n/exit", True)]
-    assert [is_command(m) for m in joined(iter(['"""/exit"""', "/exit", "/a\\", "b"]))] == [False,
-                                                                                            True, False]
+    assert ([(str(m), type(m) is Block) for m in joined(iter(lines))]
+            == [("/exit", True), ("/exit", False), ("/a", True), ("/open\n/exit", True)])
+    assert ([is_command(m) for m in joined(iter(['"""/exit"""', "/exit", "/a\\", "b"]))]
+            == [False, True, False])
 
 
 def test_an_unknown_command_tells_how_to_send_it(talk, capsys):

@@ -195,8 +195,8 @@ def test_pieces_tell_who_guessed(model):
         found = events(chat(server, [{"role": "user", "content": "a b c d " * 20}], temperature=0,
                             stream=True, max_tokens=60, timings_per_token=True))
     pieces = [piece for e in found for piece in e.get("pybmc", {}).get("pieces", [])]
-    assert "".join(p["text"] for p in pieces) == "".join(e["choices"][0]["delta"].get("content", "")
-                                                         for e in found)
+    assert ("".join(p["text"] for p in pieces)
+            == "".join(e["choices"][0]["delta"].get("content", "") for e in found))
     assert {p["by"] for p in pieces} <= {None, "ngram"}
     assert all("timings" in e for e in found if "pybmc" in e)
 

@@ -312,8 +312,8 @@ def test_thoughts_may_be_sealed_or_left_out(servers, thinker):
     thought = plain["content"][0]["text"]
     assert thought and "encrypted_content" not in plain and unsealed(item["encrypted_content"]) == thought
     lost = {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": sealed("Which?")}
-    assert prompt(thinker, RESPONSES, {"input": [*ITEMS[:2], lost, *ITEMS[3:]]}) == prompt(thinker, RESPONSES,
-                                                                                           {"input": ITEMS})
+    assert (prompt(thinker, RESPONSES, {"input": [*ITEMS[:2], lost, *ITEMS[3:]]})
+            == prompt(thinker, RESPONSES, {"input": ITEMS}))
     summed = respond(server, max_output_tokens=10, logit_bias={},
                      reasoning={"summary": "auto"}).json()["output"][0]
     assert summed["summary"] == [{"type": "summary_text", "text": thought}] and "content" not in summed
@@ -326,12 +326,11 @@ def test_thoughts_may_be_sealed_or_left_out(servers, thinker):
     assert "".join(event["delta"] for event in found
                    if event["type"] == "response.reasoning_summary_text.delta") == thought
     lost = {"type": "reasoning", "id": "rs_1", "summary": [{"type": "summary_text", "text": "Which?"}]}
-    assert prompt(thinker, RESPONSES, {"input": [*ITEMS[:2], lost, *ITEMS[3:]]}) == prompt(thinker, RESPONSES,
-                                                                                           {"input": ITEMS})
+    assert (prompt(thinker, RESPONSES, {"input": [*ITEMS[:2], lost, *ITEMS[3:]]})
+            == prompt(thinker, RESPONSES, {"input": ITEMS}))
     hidden = {"type": "enabled", "budget_tokens": 4, "display": "omitted"}
     asked = {"max_tokens": 10, "logit_bias": {}}
-    shown, left = message(server, **asked).json()["content"], message(server, thinking=hidden,
-                                                                      **asked).json()["content"]
+    shown, left = (message(server, **more, **asked).json()["content"] for more in ({}, {"thinking": hidden}))
     assert left[0]["thinking"] == "" and unsealed(left[0]["signature"]) == shown[0]["thinking"]
     assert left[1:] == shown[1:]
     streamed = events(message(server, thinking=hidden, stream=True, **asked))
@@ -782,8 +781,8 @@ def test_no_value_of_another_type_is_an_internal_error(server, path):
             if isinstance(body, dict) and body != other:
                 response = server.post(path, body | {most: 0})
                 assert response.status_code in (200, 400), (body, response.text)
-                assert response.status_code == 200 or shape_of(response, path) == (400,
-                                                                                   "invalid_request_error")
+                assert (response.status_code == 200
+                        or shape_of(response, path) == (400, "invalid_request_error"))
 
 
 # ---- the official clients

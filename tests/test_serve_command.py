@@ -88,8 +88,8 @@ def test_a_server_on_several_addresses():
 def test_a_port_that_is_taken_is_status_1(capfd):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert status(capfd, tiny.model("llama"), "--port", port) == (1, f"pybmc: 127.0.0.1:{port}: Address "
-                                                                         "already in use\n")
+        assert (status(capfd, tiny.model("llama"), "--port", port)
+                == (1, f"pybmc: 127.0.0.1:{port}: Address " "already in use\n"))
 
 
 def test_a_file_that_is_no_model_is_status_1(capfd, tmp_path):

@@ -108,8 +108,8 @@ def test_company_changes_no_answer(model, draft, seed, spec, rows, monkeypatch):
         reused = server.client.get("/metrics").text
     assert len(found) >= 7
     for key, answers in found.items():
-        for (text, why, logprobs), (text_alone, why_alone, logprobs_alone) in zip(answers,
-                                                                                  alone(model, asked[key])):
+        pairs = zip(answers, alone(model, asked[key]))
+        for (text, why, logprobs), (text_alone, why_alone, logprobs_alone) in pairs:
             assert (text, why) == (text_alone, {"context": "length"}.get(why_alone, why_alone)), asked[key]
             assert logprobs == logprobs_alone
     assert 'pybmc_prompt_tokens_total{how="cached"}' in reused

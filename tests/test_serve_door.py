@@ -56,8 +56,8 @@ def test_hosts(server, host, allowed):
     if allowed:
         assert server.client.get("/health", headers={"host": host}).status_code == 200
     elif "[" not in host:
-        assert error_of(server.client.get("/health", headers={"host": host})) == (403, "permission_error",
-                                                                                  "host_not_allowed")
+        assert (error_of(server.client.get("/health", headers={"host": host}))
+                == (403, "permission_error", "host_not_allowed"))
 
 
 def test_a_missing_host_is_400(server):
@@ -123,8 +123,8 @@ def test_keys(locked, headers, allowed):
             assert response.status_code != 401
         else:
             assert response.status_code == 401 and response.headers["www-authenticate"] == "Bearer"
-            assert path.startswith("/api") or error_of(response) == (401, "authentication_error",
-                                                                     "invalid_api_key")
+            assert (path.startswith("/api")
+                    or error_of(response) == (401, "authentication_error", "invalid_api_key"))
     assert locked.client.get("/health").status_code == 200 == locked.client.get("/").status_code
 
 
@@ -148,8 +148,8 @@ def test_clients_are_keys_or_addresses(locked, server):
 
 def test_bodies_that_are_too_large_are_413(server):
     large = json.dumps({"prompt": "a" * 6000}).encode()
-    assert error_of(server.client.post("/v1/completions", content=large)) == (413, "invalid_request_error",
-                                                                              "body_too_large")
+    assert (error_of(server.client.post("/v1/completions", content=large))
+            == (413, "invalid_request_error", "body_too_large"))
     chunks = iter([large[:3000], large[3000:]])
     assert error_of(server.client.post("/v1/completions", content=chunks))[0] == 413
     with server.connect() as connection:            # what is announced is enough

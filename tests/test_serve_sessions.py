@@ -242,8 +242,8 @@ def test_what_a_session_cannot_be_joined_with(llama, tmp_path):
             assert errors(response) == (400, "unsupported_parameter", "session")
         for path, body in (("/v1/completions", {"prompt": ["a", "b"]}),
                            ("/completion", {"prompt": "a", "n_cmpl": 2})):
-            assert errors(server.post(path, body | {"session": "a"})) == (400,
-                                                                          "unsupported_parameter", "session")
+            assert (errors(server.post(path, body | {"session": "a"}))
+                    == (400, "unsupported_parameter", "session"))
     with served(llama) as server:
         response = server.post("/v1/chat/completions", {"messages": messages, "session": "a"})
         assert errors(response) == (400, "unsupported_parameter", "session")
@@ -257,8 +257,8 @@ def test_a_session_that_does_not_fit_the_memory_is_read_anew(llama, tmp_path):
         answer, _ = ask(server, messages)
     with served(llama, sessions=str(tmp_path)) as server:
         server.engine.make_way = lambda size: size != os.path.getsize(tmp_path / "talk")
-        assert errors(server.post("/slots/0?action=restore", {"filename": "talk"})) == (503,
-                                                                                        "out_of_memory", None)
+        assert (errors(server.post("/slots/0?action=restore", {"filename": "talk"}))
+                == (503, "out_of_memory", None))
         assert ask(server, messages) == (answer, 0)
 
 

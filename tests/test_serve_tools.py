@@ -304,8 +304,8 @@ def test_llama_class(servers):
                                                   for c in whole["message"]["tool_calls"]]
         slow = llama.create_chat_completion(HELLO, logits_processor=lambda ids, logits: logits,
                                             **given)["choices"][0]
-        assert [c["function"] for c in slow["message"]["tool_calls"]] == [c["function"] for c
-                                                                          in whole["message"]["tool_calls"]]
+        assert ([c["function"] for c in slow["message"]["tool_calls"]]
+                == [c["function"] for c in whole["message"]["tool_calls"]])
         old = llama.create_chat_completion(HELLO, functions=[PAINT["function"]],
                                            function_call={"name": "paint"}, max_tokens=300,
                                            seed=1)["choices"][0]

@@ -31,8 +31,8 @@ def test_an_example_runs(server, language, code, tmp_path):
     if language == "sh" and "curl" in code and not shutil.which("curl"):
         pytest.skip("needs curl")
     os.symlink(tiny.model("llama", n_ctx=500), tmp_path / "model.gguf")
-    code = code.replace("http://localhost:8080", server.url).replace("| pybmc ",
-                                                                     f"| {sys.executable} -m pybmc ")
+    code = code.replace("http://localhost:8080", server.url)
+    code = code.replace("| pybmc ", f"| {sys.executable} -m pybmc ")
     command = ["bash", "-ec", code] if language == "sh" else [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, check=False,
                           env=os.environ | {"PYTHONPATH": str(ROOT)})

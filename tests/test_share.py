@@ -125,8 +125,8 @@ def test_answers_to_one_prompt_read_it_once(arch):
         read = count_reads(slow(engine))
         sequences = [engine.add(Request(prompt, 5, Sampler(temperature=1.0, seed=i))) for i in range(4)]
         found = finish(engine)
-        assert [outcome(found[s]) for s in sequences] == [outcome(alone(load(arch), s.request))
-                                                          for s in sequences]
+        assert ([outcome(found[s]) for s in sequences]
+                == [outcome(alone(load(arch), s.request)) for s in sequences])
         assert sum(read) <= 200 + 3 and [s.stats.reused_tokens for s in sequences] == [0, 199, 199, 199]
 
 
@@ -237,8 +237,8 @@ def test_who_was_put_aside_finds_what_is_left():
         sequences = [engine.add(Request(ids(30, i), 350)) for i in range(2)]
         found = finish(engine)
         assert engine.put_aside
-        assert [outcome(found[s]) for s in sequences] == [outcome(alone(load(), s.request))
-                                                          for s in sequences]
+        assert ([outcome(found[s]) for s in sequences]
+                == [outcome(alone(load(), s.request)) for s in sequences])
 
 
 def test_another_one_may_take_what_was_put_aside():

@@ -17,8 +17,8 @@ def weight_counts(model) -> tuple[Counter, Counter]:
     layers, head, tensors = Counter(), Counter(), model._file.tensors
     for tensor in tensors.values():
         if tensor.name.startswith("blk.") and len(tensor.shape) > 1:
-            layers[tensor.type.id] += math.prod(tensor.shape) * (experts_taken(model, 1)
-                                                                 if is_expert(tensor) else 1)
+            share = experts_taken(model, 1) if is_expert(tensor) else 1
+            layers[tensor.type.id] += math.prod(tensor.shape) * share
     tensor = tensors.get("output.weight", tensors["token_embd.weight"])
     head[tensor.type.id] = math.prod(tensor.shape)
     return layers, head

@@ -66,8 +66,8 @@ def attention(dim, n_heads, n_kv_heads, head_dim, qk_norm=False, bias=False, gat
 
 def dense(dim, hidden_dim, gated=True, bias=False):
     gate = matrix("ffn_gate", dim, hidden_dim, bias=bias) if gated else []
-    return gate + matrix("ffn_up", dim, hidden_dim, bias=bias) + matrix("ffn_down", hidden_dim,
-                                                                        dim, bias=bias)
+    return [*gate, *matrix("ffn_up", dim, hidden_dim, bias=bias),
+            *matrix("ffn_down", hidden_dim, dim, bias=bias)]
 
 
 def experts(dim, n, expert_dim, shared_dim=0, gated=True, bias=False, choice_bias=False, latent_dim=0):

@@ -58,8 +58,8 @@ def open_llama(path, threads, n, b):
         width = max(width or n * b, n)
         params = api.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = width
-        params.n_seq_max, params.embeddings, params.n_threads, params.n_threads_batch = (b, True,
-                                                                                         threads, threads)
+        params.n_seq_max, params.embeddings = b, True
+        params.n_threads = params.n_threads_batch = threads
         context = api.llama_init_from_model(model, params)
         # the file names none: ours is the mean
         if api.llama_pooling_type(context) == api.LLAMA_POOLING_TYPE_NONE:

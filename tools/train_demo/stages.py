@@ -37,8 +37,8 @@ class Job:
         return text.read_books(self.corpus) if self.corpus else text.invented_books(self.recipe.seed)
 
     def heldout_books(self):
-        return text.read_books(self.heldout) if self.heldout else text.invented_books(self.recipe.seed + 1,
-                                                                                      n_books=1, n_tales=20)
+        return (text.read_books(self.heldout) if self.heldout
+                else text.invented_books(self.recipe.seed + 1, n_books=1, n_tales=20))
 
     def tokenizer(self):
         return Tokenizer.from_file(str(self.work / "tokenizer.json"))

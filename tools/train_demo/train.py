@@ -65,8 +65,8 @@ class Trainer:
         self.checkpoint, self.save_every, self.end = Path(checkpoint), save_every, until * schedule.seconds
         self.step, self.seconds, self.tokens, self.cursor = 0, 0.0, 0, dict(cursor or {})
         if after:
-            self.step, self.seconds, self.tokens, self.cursor = (after.step, after.seconds, after.tokens,
-                                                                 dict(after.cursor))
+            self.step, self.seconds = after.step, after.seconds
+            self.tokens, self.cursor = after.tokens, dict(after.cursor)
         if self.checkpoint.exists():
             self.load()
 

@@ -176,8 +176,8 @@ def test_subjects_are_what_a_tale_should_name():
 @given(st.lists(st.integers(0, 3), max_size=40), st.integers(1, 5))
 def test_a_token_is_repeated_where_its_run_stood_before(ids, n):
     runs = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
-    assert choose.repeated(ids, n) == [False] * (len(ids) - len(runs)) + [run in runs[:i]
-                                                                          for i, run in enumerate(runs)]
+    assert (choose.repeated(ids, n)
+            == [False] * (len(ids) - len(runs)) + [run in runs[:i] for i, run in enumerate(runs)])
 
 
 def test_the_best_answer_is_named_sound_and_liked():
