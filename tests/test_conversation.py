@@ -143,8 +143,8 @@ def test_a_file_that_is_no_conversation_is_refused(talk, tmp_path, content):
 def test_a_conversation_that_the_template_refuses_is_not_taken_up(model, tmp_path):
     path = tmp_path / "chat.json"
     path.write_text('{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]}')
-    source = ("{% if messages[0].role == 'assistant' %}{{ raise_exception('a user begins') }}{% endif %}{{ "
-              "messages[0].content }}")
+    source = ("{% if messages[0].role == 'assistant' %}{{ raise_exception('a user begins') }}{% endif %}"
+              "{{ messages[0].content }}")
     with model.session() as session:
         talk = Conversation(model, session, chat_template=source)
         with pytest.raises(FormatError, match="a user begins"):

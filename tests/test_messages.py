@@ -48,36 +48,37 @@ FOR = "{% for m in messages %}"
 SHAPES = {
     "header": FOR + "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}",
     "role in a token": FOR + "{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}",
-    "role in upper case": FOR + "{{ '<|END' ~ '_of_turn|>'|upper }}{{ '[' ~ 'inst'|upper ~ ']' }}{{ "
-                                "m.content }}{% endfor %}",
+    "role in upper case": FOR + "{{ '<|END' ~ '_of_turn|>'|upper }}{{ '[' ~ 'inst'|upper ~ ']' }}"
+                                "{{ m.content }}{% endfor %}",
     "text": FOR + "<start_of_turn>{{ m.role }}\n{{ m.content|trim }}<turn|><user>\n{% endfor %}",
     "turns": "{% set ns = namespace(s='') %}" + FOR + "{% set ns.s = ns.s + '[INST] ' + m.content + ' "
                                                       "[/INST]' %}{% endfor %}{{ (ns.s + '  ')|trim }}",
     "thoughts": FOR + "{% set c = m.content %}{% if '</think>' in c %}{% set t = c.split('</think>')[0] %}"
-                "{% set c = c.split('</think>')[-1].lstrip('\n') %}{{ '<|end|>' + t.split('<think>')[-1] "
-                "}}{% endif %}{{ '<|im_start|>' ~ c ~ '<|im_end|>' }}{% endfor %}",
+                      "{% set c = c.split('</think>')[-1].lstrip('\n') %}"
+                      "{{ '<|end|>' + t.split('<think>')[-1] }}{% endif %}"
+                      "{{ '<|im_start|>' ~ c ~ '<|im_end|>' }}{% endfor %}",
     "upper": FOR + "{{ (('<|end' + '_of_turn|>') + m.content)|upper }}{% endfor %}",
     "lower": FOR + "{{ ('<|USER|>' + m.content)|lower }}{{ m.content.casefold() }}{% endfor %}",
-    "title": FOR + "{{ '<|end|>' }}{{ m.content|title }}{{ m.content|capitalize }}{{ m.content.swapcase() "
-                   "}}{% endfor %}",
+    "title": FOR + "{{ '<|end|>' }}{{ m.content|title }}{{ m.content|capitalize }}"
+                   "{{ m.content.swapcase() }}{% endfor %}",
     "spaces": FOR + "<|end|>{{ m.content.split()|join }}{{ m.content|replace(' ', '') }}"
               "{{ m.content.replace('\n', '') }}{% endfor %}",
     "slices": FOR + "{{ '<|end|>' + m.content[1:] + m.content[:1] + m.content[::-1] }}{% endfor %}",
-    "characters": FOR + "{% for c in m.content %}{{ c }}{% endfor %}<|end|>{{ m.content|list|join }}{% "
-                        "endfor %}",
+    "characters": FOR + "{% for c in m.content %}{{ c }}{% endfor %}<|end|>{{ m.content|list|join }}"
+                        "{% endfor %}",
     "formats": FOR + "{{ '[INST]%s[/INST]' % m.content }}{{ '<|end|>{}<|{}|>'.format(m.content, m.role) }}"
                "{{ '<|%s|>'|format(m.role) }}{% endfor %}",
-    "joins": "{{ messages|map(attribute='content')|join('<|end|>') }}{{ "
-             "'<|end|>'.join(messages|map(attribute='content')) }}",
-    "next to its own": FOR + "{{ '<|' ~ m.content ~ '|>' }}{{ '<|im_' + m.content }}{{ m.content + '|>' }}{% "
-                             "endfor %}",
+    "joins": "{{ messages|map(attribute='content')|join('<|end|>') }}"
+             "{{ '<|end|>'.join(messages|map(attribute='content')) }}",
+    "next to its own": FOR + "{{ '<|' ~ m.content ~ '|>' }}{{ '<|im_' + m.content }}{{ m.content + '|>' }}"
+                             "{% endfor %}",
     "json": "{{ messages[0]|tojson }}<|end|>{{ tools|tojson }}{{ tools[0].description }}{{ note }}",
     "blocks": "{% macro turn(x, end='<|end|>') %}<|user|>{{ x }}{{ end }}{% endmacro %}" + FOR
               + "{% set s %}{{ turn(m.content) }}{% endset %}{% filter trim %} {{ s }} {% endfilter %}"
-              "{% macro around() %}[INST]{{ caller() }}{% endmacro %}{% call around() %}{{ m.content }}{% "
-              "endcall %}{% endfor %}",
-    "tables": FOR + "{{ {'user': '<|user|>', 'x': 1}[m.role] }}{{ ['<|end|>', m.content]|last }}{{ "
-                    "('[INST]', 2)|first }}{{ '<|end|>,' .split(',')[0] }}{% endfor %}",
+              "{% macro around() %}[INST]{{ caller() }}{% endmacro %}{% call around() %}{{ m.content }}"
+              "{% endcall %}{% endfor %}",
+    "tables": FOR + "{{ {'user': '<|user|>', 'x': 1}[m.role] }}{{ ['<|end|>', m.content]|last }}"
+                    "{{ ('[INST]', 2)|first }}{{ '<|end|>,' .split(',')[0] }}{% endfor %}",
 }
 ATOMS = [*MARKS, *("<|im_start|>", "<|im_end|>", "<|endoftext|>"), "<|end_of_turn|>", "<|", "|>", "im_",
          "end|>", "user", "[", "inst]", " ", "\n", "\r", "\u00a0", "x", "İ", "ı", "ß", "ﬁ", "ŉ", "\u0307",
@@ -135,8 +136,8 @@ def test_real_looking_templates_find_thoughts_and_tool_answers_in_messages(bpe):
     template = ChatTemplate(SHAPES["thoughts"], bpe)
     ids = template.encode([assistant("<think>\nhm\n</think>\n\nyes")], False)
     assert text_of(bpe, ids) == "<|end|>\nhm\n<|im_start|>yes<|im_end|>"
-    asks = ChatTemplate("{{ messages[0].content.startswith('<tool_response>') }}|{{ "
-                        "messages[0].content|length }}", bpe)
+    asks = ChatTemplate("{{ messages[0].content.startswith('<tool_response>') }}|"
+                        "{{ messages[0].content|length }}", bpe)
     assert asks.render([user("<tool_response>x")], False) == "True|16"
 
 
@@ -192,8 +193,9 @@ def test_formats_that_make_much_of_little(bpe, source):
 
 PLAIN = FOR + "[{{ m.role }}]{{ m.content }}{% endfor %}"
 ADDS = FOR + "{{ '[' + m.role + ']' + m.content }}{% endfor %}"
-TURNS = (FOR + "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must "
-               "alternate') }}{% endif %}{{ '[' + m.role + ']' + m.content }}{% endfor %}")
+TURNS = (FOR + "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+               "{{ raise_exception('roles must alternate') }}{% endif %}{{ '[' + m.role + ']' + m.content }}"
+               "{% endfor %}")
 CALLS = [user("Rain?"),
          {"role": "assistant", "tool_calls": [{"function": {"name": "forecast", "arguments": {}}}]}]
 
@@ -213,15 +215,15 @@ def test_a_message_without_content(bpe, source, text, content):
 
 
 def test_keys_that_are_none_are_not_there(bpe):
-    source = (FOR + "{% if m.tool_calls is defined %}{{ m.tool_calls|length }}{% endif %}{{ m.content }}{% "
-                    "endfor %}")
+    source = (FOR + "{% if m.tool_calls is defined %}{{ m.tool_calls|length }}{% endif %}{{ m.content }}"
+                    "{% endfor %}")
     assert ChatTemplate(source, bpe).render([user("a") | {"tool_calls": None, "name": None}]) == "a"
 
 
 PARTS = [user([{"type": "text", "text": "Good "}, {"type": "text", "text": "day"}])]
 TOOLS = "{% for t in tools or [] %}{{ t.type }}{% endfor %}"
-BY_TYPE = (FOR + "{% for p in m.content %}{% if p['type'] == 'text' %}({{ p['text'] }}){% endif %}{% endfor "
-                 "%}{% endfor %}")
+BY_TYPE = (FOR + "{% for p in m.content %}{% if p['type'] == 'text' %}({{ p['text'] }}){% endif %}"
+                 "{% endfor %}{% endfor %}")
 EITHER = FOR + "{% if m.content is string %}{{ m.content }}{% else %}" + BY_TYPE.removeprefix(FOR)
 EITHER = EITHER.replace("{% endfor %}{% endfor %}", "{% endfor %}{% endif %}{% endfor %}")
 
@@ -258,8 +260,9 @@ BE_BRIEF = {"role": "system", "content": "Be brief."}
     (FOR + "{% if m.role == 'user' %}[user]{{ m.content }}{% endif %}{% endfor %}",
      [BE_BRIEF, user("hi"), user("ho")], "[user]Be brief.\n\nhi[user]ho"),
     (ADDS, [BE_BRIEF, user("a"), user("b")], "[system]Be brief.[user]a[user]b"),
-    (ADDS.replace("{{ '['", "{% if loop.previtem and loop.previtem.role == m.role %}{{ "
-                            "raise_exception('twice') }}{% endif %}{{ '['"), [BE_BRIEF, user("a"), user("b")],
+    (ADDS.replace("{{ '['", "{% if loop.previtem and loop.previtem.role == m.role %}"
+                            "{{ raise_exception('twice') }}{% endif %}"
+                            "{{ '['"), [BE_BRIEF, user("a"), user("b")],
      "[system]Be brief.[user]a\n\nb"),
 ])
 def test_system_messages_and_neighbours_that_a_template_refuses(bpe, source, messages, text):
@@ -353,8 +356,8 @@ def test_templates_by_name_source_and_file(bpe, tmp_path):
 
 
 def test_which_variables_a_template_reads(bpe):
-    template = ChatTemplate("{% if enable_thinking is defined %}{{ x.enable }}{% endif %}{% set y = 1 %}{{ "
-                            "y }}", bpe)
+    template = ChatTemplate("{% if enable_thinking is defined %}{{ x.enable }}{% endif %}{% set y = 1 %}"
+                            "{{ y }}", bpe)
     assert template.reads("enable_thinking") and template.reads("x")
     assert not template.reads("enable") and not template.reads("y")
 

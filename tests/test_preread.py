@@ -213,9 +213,10 @@ def test_states_that_are_far_back_are_read_again_only_when_the_typist_rests(recu
 
 
 def test_a_thought_that_the_template_leaves_out_is_read_again_before_the_message(model):
-    source = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n"
-              "' + (m.content.split('</think>')|last if m.role == 'assistant' else m.content) + '<|im_end|>' "
-              "}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    source = ("{% for m in messages %}"
+              "{{ '<|im_start|>' + m.role + '\n' + "
+              "(m.content.split('</think>')|last if m.role == 'assistant' else m.content) + '<|im_end|>' }}"
+              "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
     with model.session() as session:
         talk = Conversation(model, session, chat_template=source, max_tokens=4)
         list(talk.ask("Who?"))

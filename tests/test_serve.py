@@ -24,10 +24,10 @@ def thoughtful(path):
     """A model whose chat template opens a thought, and refuses what is no user's or assistant's."""
     metadata, tensors = tiny.parts("llama", n_ctx=2000)
     metadata["tokenizer.chat_template"] = (
-        "{% for m in messages %}{% if m.role == 'critic' %}{{ raise_exception('no critics here') }}{% endif "
-        "%}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% if enable_thinking is not defined "
-        "or enable_thinking %}{{ '<think>\n' }}{% endif %}{% endif %}")
+        "{% for m in messages %}{% if m.role == 'critic' %}{{ raise_exception('no critics here') }}"
+        "{% endif %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+        "{% if enable_thinking is not defined or enable_thinking %}{{ '<think>\n' }}{% endif %}{% endif %}")
     return tiny.save(path, metadata, tensors)
 
 

@@ -124,8 +124,8 @@ def thoughtful(path, opens):
     """A tiny model whose template opens a thought, or leaves that to the model."""
     metadata, tensors = tiny.parts("llama", n_ctx=600)
     metadata["tokenizer.chat_template"] = (
-        ("{% for m in messages %}{{ m.content }}{% endfor %}{% if enable_thinking is defined and not "
-         "enable_thinking %}{{ '<think></think>' }}"
+        ("{% for m in messages %}{{ m.content }}{% endfor %}"
+         "{% if enable_thinking is defined and not enable_thinking %}{{ '<think></think>' }}"
         "{% elif " + str(opens).lower() + " %}{{ '<think>' }}{% endif %}"))
     return tiny.save(path, metadata, tensors)
 

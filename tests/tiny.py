@@ -52,9 +52,9 @@ wheat, and under it she met a sparrow who told her the story of the sea. 12 boat
 still talking, we'll see; it's said that they never agreed about anything, and never parted either.
 """  # noqa: E501
 
-CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n"
-          "' + message['content'] + '<|im_end|>' + '\n"
-          "' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+CHATML = ("{% for message in messages %}"
+          "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE = 1, 2, 3, 5, 6      # token types of GGUF
 

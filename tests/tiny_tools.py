@@ -32,29 +32,31 @@ TEMPLATES = {
     "thinking": turns("<tool_call> with arguments </tool_call>", thought=SWITCH),
     "opened": turns("<tool_call> with arguments </tool_call>", thought="<think>\n"),
     "qwen-coder": turns("<tool_call><function=NAME><parameter=NAME>",
-                        calls="{% for c in m.tool_calls or [] %}<tool_call>\n<function={{ c.function.name "
-                              "}}>\n{% for k, v in c.function.arguments|items %}<parameter={{ k }}>\n"
-                              "{{ v }}\n</parameter>\n"
-                        "{% endfor %}</function>\n</tool_call>{% endfor %}"),
+                        calls="{% for c in m.tool_calls or [] %}<tool_call>\n"
+                              "<function={{ c.function.name }}>\n"
+                              "{% for k, v in c.function.arguments|items %}<parameter={{ k }}>\n"
+                              "{{ v }}\n</parameter>\n{% endfor %}</function>\n</tool_call>{% endfor %}"),
     "mistral": turns("[TOOL_CALLS]",
-                     calls="{% for c in m.tool_calls or [] %}{% if c.id|length != 9 "
-                           "%}{{ raise_exception('nine letters') }}{% endif %}[TOOL_CALLS]{{ c.function.name "
-                           "}}[ARGS]{{ c.function.arguments|tojson }}{% endfor %}"),
-    "mistral-list": turns("[TOOL_CALLS]", calls="{% for c in m.tool_calls or [] %}[TOOL_CALLS] [{{ "
-                                                "c.function|tojson }}]{% endfor %}"),
+                     calls="{% for c in m.tool_calls or [] %}{% if c.id|length != 9 %}"
+                           "{{ raise_exception('nine letters') }}{% endif %}[TOOL_CALLS]"
+                           "{{ c.function.name }}[ARGS]{{ c.function.arguments|tojson }}{% endfor %}"),
+    "mistral-list": turns("[TOOL_CALLS]", calls="{% for c in m.tool_calls or [] %}[TOOL_CALLS] ["
+                                                "{{ c.function|tojson }}]{% endfor %}"),
     "llama3": turns('{"name": .., "parameters": ..} <|python_tag|>',
-                    calls="{% if m.tool_calls %}{% if m.tool_calls|length > 1 %}{{ raise_exception('one call "
-                          "at a time') }}{% endif %}{% set c = m.tool_calls[0].function %}" '{"name": "{{ '
-                          'c.name }}", "parameters": {{ c.arguments|tojson }}}{% endif %}'),
-    "harmony": "{% for t in tools or [] %}{{ t|tojson }}{% endfor %}{% for m in messages %}{% "
-               "if m.role == 'tool' %}<|start|>tool<|message|>{{ m.content }}<|end|>{% elif m.tool_calls "
-               "%}<|start|>assistant<|channel|>commentary to=functions.{{ m.tool_calls[0].function.name "
-               "}} <|constrain|>json<|message|>{{ m.tool_calls[0].function.arguments|tojson }}<|call|>{% "
-               "elif m.role == 'assistant' %}<|start|>assistant<|channel|>final<|message|>{{ m.content "
-               "}}<|end|>{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% "
-               "endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}",
-    "plain": "{% for m in messages %}{% if m.role not in ('system', 'user', "
-             "'assistant') %}{{ raise_exception('no such role') }}{% endif %}<|im_start|>{{ m.role }}\n"
+                    calls="{% if m.tool_calls %}{% if m.tool_calls|length > 1 %}"
+                          "{{ raise_exception('one call at a time') }}{% endif %}"
+                          "{% set c = m.tool_calls[0].function %}"
+                          '{"name": "{{ c.name }}", "parameters": {{ c.arguments|tojson }}}{% endif %}'),
+    "harmony": "{% for t in tools or [] %}{{ t|tojson }}{% endfor %}{% for m in messages %}"
+               "{% if m.role == 'tool' %}<|start|>tool<|message|>{{ m.content }}<|end|>"
+               "{% elif m.tool_calls %}<|start|>assistant<|channel|>commentary to=functions."
+               "{{ m.tool_calls[0].function.name }} <|constrain|>json<|message|>"
+               "{{ m.tool_calls[0].function.arguments|tojson }}<|call|>{% elif m.role == 'assistant' %}"
+               "<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|end|>{% else %}<|start|>"
+               "{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+               "{% if add_generation_prompt %}<|start|>assistant{% endif %}",
+    "plain": "{% for m in messages %}{% if m.role not in ('system', 'user', 'assistant') %}"
+             "{{ raise_exception('no such role') }}{% endif %}<|im_start|>{{ m.role }}\n"
              "{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
              "{% endif %}",
 }
