@@ -363,8 +363,8 @@ def test_names_of_tools_may_have_signs(models):
         text = '```json\n{"name": "aS.b/c:d-e_1", "arguments": {}}'
         assert name != "hermes" or follow(turn(models, name, tools=[tool]), text) == (text, True)
         made = turn(models, name, tools=[tool], choice="required", parallel=False)
-        generated = pybmc.engine.request.Request(made.tokens, 80, schema=made.schema(), shown=made.shown,
-                                                 stop_ids=made.template.tokenizer.stop_ids)
+        generated = pybmc.Request(made.tokens, 80, schema=made.schema(), shown=made.shown,
+                                  stop_ids=made.template.tokenizer.stop_ids)
         with pybmc.Engine(made.model) as engine:
             engine.add(generated)
             text = ""
