@@ -1,7 +1,7 @@
 """The build hook: make compiles the library, the package carries it.
 
-Editable installs use pybmc/libpybmc.so of the checkout and native/bmc.h; wheels get copies of both in pybmc/, and the kernels
-for GPUs, where make CUDA=1 has made them.
+Editable installs use pybmc/libpybmc.so of the checkout and native/bmc.h;
+wheels get copies of both in pybmc/, and the kernels for GPUs, where make CUDA=1 has made them.
 """
 
 import os
@@ -34,7 +34,8 @@ class BuildNative(Command):
         self.set_undefined_options("build_py", ("build_lib", "build_lib"))
 
     def run(self):
-        env = {key: value for key, value in os.environ.items() if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
+        env = {key: value for key, value in os.environ.items()
+               if key not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")}
         subprocess.run([env.get("MAKE", "make"), "all"], check=True, env=env)
         if not self.editable_mode:
             for source, target in self.get_output_mapping_all():

@@ -1,4 +1,5 @@
-"""Which text is closest to a question: python examples/embed.py [MODEL.gguf], best with one made for embeddings."""
+"""Which text is closest to a question: python examples/embed.py [MODEL.gguf],
+best with one made for embeddings."""
 
 import sys
 

@@ -7,7 +7,8 @@ import pybmc
 path = sys.argv[1] if len(sys.argv) > 1 else pybmc.demo_model()
 with pybmc.Model(path) as model, pybmc.Engine(model, parallel=4) as engine:
     def request(prompt, **settings):
-        return engine.add(pybmc.Request(model.tokenizer.encode(prompt), max_tokens=40, sampler=pybmc.Sampler(**settings)))
+        return engine.add(pybmc.Request(model.tokenizer.encode(prompt), max_tokens=40,
+                                        sampler=pybmc.Sampler(**settings)))
 
     first, second = request("Once upon a time"), request("There was a king", temperature=0.8, seed=3)
     texts = {first: "", second: ""}

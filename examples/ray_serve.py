@@ -1,8 +1,8 @@
 """The server under Ray Serve, a replica on each node: python examples/ray_serve.py [MODEL.gguf]
 
-Needs pip install 'ray[data,serve]' starlette uvicorn prometheus-client. It answers on port 8000 until Ctrl-C, as `pybmc
-serve` does. A client that sends the whole conversation each time may reach any replica; a replica that has read its
-beginning already is the quicker one.
+Needs pip install 'ray[data,serve]' starlette uvicorn prometheus-client. It answers on port 8000 until Ctrl-C,
+as `pybmc serve` does. A client that sends the whole conversation each time may reach any replica; a replica
+that has read its beginning already is the quicker one.
 """
 
 import sys
@@ -21,7 +21,8 @@ def build(model=MODEL):
 
 
 # One replica takes a whole node's cores in a cluster of equal nodes: set num_cpus to their number.
-replicas = serve.deployment(serve.ingress(build)(), num_replicas=1, ray_actor_options={"num_cpus": 1}, max_ongoing_requests=64)
+replicas = serve.deployment(serve.ingress(build)(), num_replicas=1, ray_actor_options={"num_cpus": 1},
+                            max_ongoing_requests=64)
 
 if __name__ == "__main__":
     serve.run(replicas.bind(), blocking=True)

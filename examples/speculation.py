@@ -1,4 +1,5 @@
-"""A draft model guesses ahead; the text is the same: python examples/speculation.py [MODEL.gguf DRAFT.gguf]"""
+"""A draft model guesses ahead; the text is the same:
+python examples/speculation.py [MODEL.gguf DRAFT.gguf]"""
 
 import sys
 
@@ -10,5 +11,6 @@ with pybmc.Model(path) as model, pybmc.Model(small) as draft:
         answer = pybmc.generate(model, "Once upon a time", max_tokens=100, **settings)
         text = "".join(token.text for token in answer)
         stats = answer.stats
-        print(f"{name}: {stats.predicted_tok_s:.0f} tokens/s, {stats.draft_n_accepted} of {stats.draft_n} guesses accepted")
+        print(f"{name}: {stats.predicted_tok_s:.0f} tokens/s, {stats.draft_n_accepted} of {stats.draft_n} "
+              "guesses accepted")
         print(f"  ...{text[-60:]!r}")

@@ -11,12 +11,16 @@ import pytest
 from hypothesis import settings
 from places import SHARED
 
-settings.register_profile("suite", deadline=None, derandomize=True)      # the same examples every time, on any machine
+settings.register_profile("suite", deadline=None, derandomize=True)      # the same examples on any machine
 settings.load_profile("suite")
+
+# Oracles multiply small matrices: OpenBLAS's threads would spin more than they compute. Read when numpy loads.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 signal.signal(signal.SIGINT, signal.default_int_handler)    # ignored at the start of a background job
 
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="pybmc-cache-")       # what is measured here is kept nowhere
+# what is measured here is kept nowhere
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="pybmc-cache-")
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 

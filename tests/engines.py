@@ -14,7 +14,8 @@ def events(engine, most=20_000):
 
 
 def write(model, request, speculation=None):
-    """A request's tokens in an engine of its own, without who guessed them, and its Stats. Without a Speculation decoding is plain."""
+    """A request's tokens in an engine of its own, without who guessed them, and its Stats.
+    Without a Speculation decoding is plain."""
     with Engine(model, speculation=speculation or Speculation(model, spec="off"), parallel=1) as engine:
         sequence = engine.add(request)
         found = [token._replace(from_draft=False, by=None) for _, token in events(engine)]

@@ -16,7 +16,8 @@ DRIVER = ROOT / "build" / "release" / "tests" / "cuda" / "driver.so"
 
 
 def build() -> Path:
-    """The driver's library. Skips the test where it cannot be made; processes take turns to make it."""
+    """The driver's library. Skips the test where it cannot be made;
+    processes that make it at once take turns."""
     compiler = shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++")
     if not compiler or not shutil.which("make") or not (ROOT / "Makefile").is_file():
         pytest.skip("needs make and a C++ compiler: the fake GPU is made of the kernels' source")

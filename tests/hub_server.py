@@ -13,9 +13,11 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(ThreadingHTTPServer):
-    """files: repository -> {name: bytes}. sums: name -> a sum that is not the file's. log: (method, path, range) of each request.
+    """files: repository -> {name: bytes}. sums: name -> a sum that is not the file's.
+    log: (method, path, range) of each request.
 
-    breaks: how often an answer ends in the middle; pace: seconds between pieces; status: of every answer, if set.
+    breaks: how often an answer ends in the middle; pace: seconds between pieces;
+    status: of every answer, if set.
     """
 
     daemon_threads = True
@@ -34,11 +36,15 @@ class Hub(ThreadingHTTPServer):
         return sum(n for *_, n in self.log)
 
     def use(self, monkeypatch, folder, files):
-        """Serve these files and nothing else; huggingface_hub and pybmc of this process come here, and keep what they fetch in the folder."""
+        """Serve these files and nothing else; huggingface_hub and pybmc of this process come here,
+        and keep what they fetch in the folder."""
         from huggingface_hub import constants
 
-        self.__dict__.update(files=files, sums={}, etags={}, log=[], breaks=0, pace=0.0, status=None, commit=COMMIT, gated=False)
-        for name, value in (("ENDPOINT", self.url), ("HUGGINGFACE_CO_URL_TEMPLATE", self.url + "/{repo_id}/resolve/{revision}/{filename}"),
+        self.__dict__.update(files=files, sums={}, etags={}, log=[], breaks=0, pace=0.0, status=None,
+                             commit=COMMIT, gated=False)
+        for name, value in (("ENDPOINT", self.url),
+                            ("HUGGINGFACE_CO_URL_TEMPLATE",
+                             self.url + "/{repo_id}/resolve/{revision}/{filename}"),
                             ("HF_HUB_OFFLINE", False)):
             monkeypatch.setattr(constants, name, value)
         monkeypatch.setenv("HF_HUB_CACHE", str(folder / "hub"))
@@ -87,8 +93,9 @@ class Handler(BaseHTTPRequestHandler):
         siblings = [{"rfilename": name, "size": len(data), "blobId": hashlib.sha1(data).hexdigest(),
                      "lfs": {"sha256": self.sum(name, data), "size": len(data), "pointerSize": 134}}
                     for name, data in hub.files[repo].items()]
-        return self.give(200, json.dumps({"id": repo, "modelId": repo, "sha": hub.commit, "siblings": siblings,
-                                          "tags": [], "private": False, "downloads": 0}).encode(), {}, body)
+        return self.give(200,
+                         json.dumps({"id": repo, "modelId": repo, "sha": hub.commit, "siblings": siblings,
+                                     "tags": [], "private": False, "downloads": 0}).encode(), {}, body)
 
     def sum(self, name, data):
         return self.server.sums.get(name) or hashlib.sha256(data).hexdigest()
@@ -100,14 +107,16 @@ class Handler(BaseHTTPRequestHandler):
             return self.give(403, b"", {"X-Error-Code": "GatedRepo"}, body)
         if data is None:
             return self.give(404, b"", {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": hub.commit}, body)
-        headers = {"ETag": f'"{hub.etags.get(name) or self.sum(name, data)}"', "X-Repo-Commit": hub.commit, "Accept-Ranges": "bytes"}
+        headers = {"ETag": f'"{hub.etags.get(name) or self.sum(name, data)}"', "X-Repo-Commit": hub.commit,
+                   "Accept-Ranges": "bytes"}
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if not wanted:
             return self.give(200, data, headers, body)
         begin, end = int(wanted[1]), min(int(wanted[2] or len(data)) + 1, len(data))
         if begin >= len(data):
             return self.give(416, b"", headers, body)
-        return self.give(206, data[begin:end], headers | {"Content-Range": f"bytes {begin}-{end - 1}/{len(data)}"}, body)
+        return self.give(206, data[begin:end],
+                         headers | {"Content-Range": f"bytes {begin}-{end - 1}/{len(data)}"}, body)
 
     def give(self, status, data, headers, body):
         hub = self.server

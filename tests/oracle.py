@@ -97,7 +97,8 @@ class Oracle:
 
     def window(self, layer):
         """Rows that a token of this layer sees, itself included."""
-        rows, pattern = self.key("attention.sliding_window", 0), self.key("attention.sliding_window_pattern", 6)
+        rows, pattern = (self.key("attention.sliding_window", 0),
+                         self.key("attention.sliding_window_pattern", 6))
         if self.arch != "gemma3" or not rows or not self.windows:
             return None
         local = pattern[layer] if isinstance(pattern, list) else (layer + 1) % pattern != 0
@@ -130,7 +131,8 @@ class Oracle:
         return self.tensors.get("rope_freqs.weight", np.ones(n))
 
     def yarn(self, freq, n, base, factor):
-        """Dimensions that turn often keep their pace, those that turn less than once are stretched; a ramp between."""
+        """Dimensions that turn often keep their pace, those that turn less than once are stretched;
+        a ramp between."""
         trained = self.key("rope.scaling.original_context_length", self.key("context_length"))
 
         def dimension(turns):

@@ -1,4 +1,5 @@
-"""Files made by llama.cpp: those of the repository, and more where a folder `shared` lies beside the checkout."""
+"""Files made by llama.cpp: those of the repository, and more where a folder `shared` lies beside
+the checkout."""
 
 from pathlib import Path
 
@@ -20,4 +21,5 @@ GOLDEN = [path for path in _models.values() if path.with_suffix(".npz").is_file(
 
 # "llama-spm" -> ggml-vocab-llama-spm.gguf.xz, beside its .inp and .out
 _packed = _by_name("ggml-vocab-*.gguf.xz", HERE / "vocab", SHARED / "data" / "vocab")
-VOCABULARIES = {name.removeprefix("ggml-vocab-").removesuffix(".gguf.xz"): path for name, path in _packed.items()}
+VOCABULARIES = {name.removeprefix("ggml-vocab-").removesuffix(".gguf.xz"): path
+                for name, path in _packed.items()}

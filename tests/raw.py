@@ -123,5 +123,6 @@ class Raw:
         return out
 
     def save(self, path: Path) -> Path:
+        path.unlink(missing_ok=True)        # ext4 waits for the disk where a file is cut and written again
         path.write_bytes(self.bytes())
         return path

@@ -26,7 +26,8 @@ class Recurrent(Oracle):
         self.layers = tiny.RECURRENT[self.arch]
         self.n_kv = int(np.max(self.n_kv))
         self.rope = self.arch not in ("granitehybrid", "nemotron_h")
-        self.heads, self.groups, self.keys = (self.key(f"ssm.{name}", 0) for name in ("time_step_rank", "group_count", "state_size"))
+        self.heads, self.groups, self.keys = (self.key(f"ssm.{name}", 0)
+                                              for name in ("time_step_rank", "group_count", "state_size"))
         self.inner = self.key("ssm.inner_size", 0)
 
     def tensor(self, b, name):
@@ -47,7 +48,8 @@ class Recurrent(Oracle):
     def delta_net(self, x, layer):
         b, n, keys = f"blk.{layer}", len(x), self.groups * self.keys
         mixed = silu(convolution(self.linear(x, f"{b}.attn_qkv"), self.tensors[f"{b}.ssm_conv1d.weight"]))
-        q, k = (part.reshape(n, self.groups, self.keys) for part in (mixed[:, :keys], mixed[:, keys:2 * keys]))
+        q, k = (part.reshape(n, self.groups, self.keys)
+                for part in (mixed[:, :keys], mixed[:, keys:2 * keys]))
         q, k = (part / np.sqrt((part**2).sum(-1, keepdims=True) + self.eps) for part in (q, k))
         v = mixed[:, 2 * keys:].reshape(n, self.heads, -1)
         _, decay = self.step(b, self.linear(x, f"{b}.ssm_alpha"))
@@ -64,9 +66,11 @@ class Recurrent(Oracle):
     def mamba2(self, x, layer):
         b, n, inner, keys = f"blk.{layer}", len(x), self.inner, self.groups * self.keys
         z, mixed, raw = np.split(self.linear(x, f"{b}.ssm_in"), [inner, 2 * inner + 2 * keys], -1)
-        mixed = silu(convolution(mixed, self.tensors[f"{b}.ssm_conv1d.weight"], self.tensors[f"{b}.ssm_conv1d.bias"]))
+        mixed = silu(convolution(mixed, self.tensors[f"{b}.ssm_conv1d.weight"],
+                                 self.tensors[f"{b}.ssm_conv1d.bias"]))
         v = mixed[:, :inner].reshape(n, self.heads, -1)
-        k, q = (part.reshape(n, self.groups, self.keys) for part in (mixed[:, inner:inner + keys], mixed[:, inner + keys:]))
+        k, q = (part.reshape(n, self.groups, self.keys)
+                for part in (mixed[:, inner:inner + keys], mixed[:, inner + keys:]))
         (dt, decay), d, out = self.step(b, raw), self.tensor(b, "ssm_d"), np.empty_like(v)
         for h in range(self.heads):
             s, g = np.zeros((v.shape[2], self.keys)), h // (self.heads // self.groups)
@@ -82,7 +86,8 @@ class Recurrent(Oracle):
 
     def short_convolution(self, x, layer):
         before, after, x = np.split(self.linear(x, f"blk.{layer}.shortconv.in_proj"), 3, -1)
-        return self.linear(after * convolution(before * x, self.tensors[f"blk.{layer}.shortconv.conv.weight"]),
+        return self.linear(after
+                           * convolution(before * x, self.tensors[f"blk.{layer}.shortconv.conv.weight"]),
                            f"blk.{layer}.shortconv.out_proj")
 
     def feed_forward(self, x, layer):
@@ -92,7 +97,8 @@ class Recurrent(Oracle):
 
     def run(self, tokens):
         x, scale = self.tensors["token_embd.weight"][tokens], self.key("residual_scale", 1.0)
-        mixers = {"A": self.attention, "Q": self.gated_attention, "D": self.delta_net, "M": self.mamba2, "C": self.short_convolution}
+        mixers = {"A": self.attention, "Q": self.gated_attention, "D": self.delta_net, "M": self.mamba2,
+                  "C": self.short_convolution}
         for layer, blocks in enumerate(self.layers):
             b, second = f"blk.{layer}", "post_attention_norm" if self.arch == "qwen35" else "ffn_norm"
             h = self.norm(x, f"{b}.attn_norm")

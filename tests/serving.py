@@ -27,7 +27,8 @@ class Served:
         self.url = self.place.url
         self.service = self._error = self.gate = None
         self._started, self._ready = threading.Event(), threading.Event()
-        coroutine = run.serve(self.place, policy or Policy(), load, self._note, grace, page, self._note_server)
+        coroutine = run.serve(self.place, policy or Policy(), load, self._note, grace, page,
+                              self._note_server)
         self._thread = threading.Thread(target=self._run, args=(coroutine,))
         self._thread.start()
         self._started.wait(10)
@@ -77,7 +78,8 @@ class Served:
     def begin(self, path, body):
         """Send a request by a plain socket, and read nothing."""
         data, connection = json.dumps(body).encode(), self.connect()
-        connection.sendall(b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (path.encode(), len(data)) + data)
+        connection.sendall(b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n"
+                           b"\r\n" % (path.encode(), len(data)) + data)
         return connection
 
 
@@ -92,7 +94,8 @@ def served(model, policy=None, draft=None, grace=0.2, page=True, **settings):
 
 @contextlib.contextmanager
 def served_by_name(load, *policy):
-    """What gives the server of a name's model; started when it is first asked for. load: makes a model of a name."""
+    """What gives the server of a name's model; started when it is first asked for.
+    load: makes a model of a name."""
     with contextlib.ExitStack() as stack:
         @functools.cache
         def get(name):

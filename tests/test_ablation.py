@@ -1,4 +1,5 @@
-"""The simulation that weighs the constants of speculative decoding: the library's own decisions, repeatable."""
+"""The simulation that weighs the constants of speculative decoding:
+the library's own decisions, repeatable."""
 
 import shutil
 

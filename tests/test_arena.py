@@ -44,7 +44,8 @@ def sizes():
 
 
 class Arena(RuleBasedStateMachine):
-    """A session holds the beginning of text(), or a few other tokens after that; `tokens` is what it should hold."""
+    """A session holds the beginning of text(), or a few other tokens after that;
+    `tokens` is what it should hold."""
 
     @initialize(rows=sizes(), cap=st.sampled_from([CAP, 64, 1]))
     def open(self, rows, cap):
@@ -109,8 +110,10 @@ class Arena(RuleBasedStateMachine):
         if not hasattr(self, "session"):
             return
         stats = self.session.arena_stats()
-        assert self.session.tokens == self.tokens and stats.rows_used == len(self.tokens) <= stats.rows_reserved
-        assert stats.bytes_reserved >= stats.rows_reserved * stats.row_bytes and stats.rows_reserved % stats.r == 0
+        assert self.session.tokens == self.tokens
+        assert stats.rows_used == len(self.tokens) <= stats.rows_reserved
+        assert stats.bytes_reserved >= stats.rows_reserved * stats.row_bytes
+        assert stats.rows_reserved % stats.r == 0
 
     def teardown(self):
         if hasattr(self, "session"):
@@ -124,7 +127,8 @@ TestArena.settings = settings(max_examples=60, stateful_step_count=25, deadline=
 @pytest.mark.long
 @pytest.mark.parametrize("rows", [16, "auto"])
 def test_every_allocation_may_fail(rows):
-    """The first, the second, .. until none is left: a MemoryError, and the session goes on at its old length."""
+    """The first, the second, .. until none is left: a MemoryError,
+    and the session goes on at its old length."""
     fail, failed = 1, True
     while failed:
         failed = one_failure(rows, fail)
@@ -156,19 +160,21 @@ def test_auto_rows_are_4_mb_and_16_to_256_rows():
         assert other.arena_stats().r == 48
 
 
-# ---- the ways to grow that tools.kvbench compares -----------------------------------------------------------------
+# ---- the ways to grow that tools.kvbench compares ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("spelled, growth", [
-    ("chunk:128", Growth("chunk", 128)), ("geometric:1.5", Growth("geometric", 0, 1.5)), ("copy", Growth("copy")),
-    ("max", Growth("max")), ("max-lazy", Growth("max-lazy")), ("reserve:7", Growth("reserve", 7)),
+    ("chunk:128", Growth("chunk", 128)), ("geometric:1.5", Growth("geometric", 0, 1.5)),
+    ("copy", Growth("copy")), ("max", Growth("max")), ("max-lazy", Growth("max-lazy")),
+    ("reserve:7", Growth("reserve", 7)),
 ])
 def test_a_policy_is_spelled_with_its_number(spelled, growth):
     assert parse(spelled) == growth and str(growth) == spelled and parse(spelled, pad=True).pad
 
 
-@pytest.mark.parametrize("spelled", ["", "auto", "most", "chunk:", "chunk:0", "chunk:x", "max:5", "geometric:1", "geometric:nan",
-                                     "geometric:99", "copy:-3", f"copy:{2**31}"])
+@pytest.mark.parametrize("spelled",
+                         ["", "auto", "most", "chunk:", "chunk:0", "chunk:x", "max:5", "geometric:1",
+                          "geometric:nan", "geometric:99", "copy:-3", f"copy:{2**31}"])
 def test_other_spellings_are_refused(spelled):
     with pytest.raises(pybmc.ArgumentError, match="policy: expected one of copy"):
         parse(spelled)
@@ -176,8 +182,9 @@ def test_other_spellings_are_refused(spelled):
 
 @pytest.mark.skipif(LINUX, reason="Linux can remap")
 def test_a_system_that_cannot_remap_says_so():
-    with GrowingSession(model(), Growth("remap"), CAP) as session, pytest.raises(pybmc.ArgumentError, match="cannot remap"):
-        session.reserve(1)
+    with GrowingSession(model(), Growth("remap"), CAP) as session:
+        with pytest.raises(pybmc.ArgumentError, match="cannot remap"):
+            session.reserve(1)
 
 
 @names
@@ -190,7 +197,8 @@ def test_a_session_grows_as_its_policy_says(name, r):
                 reserved = grown(growth, n, reserved, CAP)
             logits = session.eval([text()[n - 1]])
             assert session.rows == reserved, n
-        assert (logits == truth()[CAP - 1]).all() and (session.bytes_copied > 0) == (name in ("copy", "geometric"))
+        assert (logits == truth()[CAP - 1]).all()
+        assert (session.bytes_copied > 0) == (name in ("copy", "geometric"))
 
 
 def test_a_copied_arena_takes_no_rows_but_those_it_has():
@@ -208,7 +216,8 @@ def test_seconds_are_told_apart():
     with GrowingSession(model(), Growth("chunk"), CAP) as session:
         spent = session.evaluate(7)
         assert spent["wall"] > spent["attention"] > 0 and spent["allocate"] > 0
-        assert session.spent["copy"] == session.spent["touch"] == session.bytes_copied == session.position == 0
+        assert (session.spent["copy"] == session.spent["touch"] == session.bytes_copied
+                == session.position == 0)
 
 
 @pytest.mark.parametrize("n", [1, 5, 40])

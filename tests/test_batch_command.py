@@ -15,7 +15,8 @@ from pybmc.batch.lines import Output, read_lines
 from pybmc.batch.worker import Worker
 from pybmc.cli import run
 
-PROMPTS = ["Once upon a time", "The cat", "She said", "The mill", "In spring", "12 boats", "and one for", "The great wheel"]
+PROMPTS = ["Once upon a time", "The cat", "She said", "The mill", "In spring", "12 boats", "and one for",
+           "The great wheel"]
 
 
 @pytest.fixture(scope="module")
@@ -44,23 +45,29 @@ def batch(path, names, *args):
 
 def test_lines_follow_their_schemas(path, files):
     pytest.importorskip("llguidance", reason="schemas need llguidance")
-    schema = {"type": "object", "properties": {"a": {"enum": ["xx", "yy"]}}, "required": ["a"], "additionalProperties": False}
-    asked = [{"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}}, {"json_schema": schema},
-             {"grammar": 'root ::= "yes" | "no"'}, {"response_format": {"type": "text"}}, {"response_format": {"type": "yaml"}},
-             {"json_schema": {"type": "wurst"}}, {"messages": [{"role": "user", "content": "hello"}], "json_schema": schema},
+    schema = {"type": "object", "properties": {"a": {"enum": ["xx", "yy"]}}, "required": ["a"],
+              "additionalProperties": False}
+    asked = [{"response_format": {"type": "json_schema", "json_schema": {"schema": schema}}},
+             {"json_schema": schema},
+             {"grammar": 'root ::= "yes" | "no"'}, {"response_format": {"type": "text"}},
+             {"response_format": {"type": "yaml"}}, {"json_schema": {"type": "wurst"}},
+             {"messages": [{"role": "user", "content": "hello"}], "json_schema": schema},
              {"json_schema": schema | {"if": {}}}]
-    names = files(*[({} if "messages" in fields else {"prompt": "Once"}) | {"temperature": 1.5, "max_tokens": 30} | fields for fields in asked])
+    names = files(*[({} if "messages" in fields else {"prompt": "Once"})
+                    | {"temperature": 1.5, "max_tokens": 30} | fields for fields in asked])
     assert batch(path, names) == 1
     found = answers(names[1])
     objects = ('{"a":"xx"}', '{"a":"yy"}')
-    assert all(found[i]["text"] in objects for i in (0, 1, 6)) and found[2]["text"] in ("yes", "no") and found[3]["text"]
+    assert all(found[i]["text"] in objects for i in (0, 1, 6)) and found[2]["text"] in ("yes", "no")
+    assert found[3]["text"]
     assert "yaml" in found[4]["error"] and "wurst" in found[5]["error"]
     assert found[7]["schema_ignored"] == ["if"] and "schema_ignored" not in found[0]
 
 
 def test_each_line_is_what_generate_writes(path, files, capsys):
     names = files(*[{"prompt": prompt, "id": number * 10} for number, prompt in enumerate(PROMPTS)],
-                  {"messages": [{"role": "user", "content": "hello"}], "temperature": 0.9, "seed": 4, "max_tokens": 5, "id": "chat"},
+                  {"messages": [{"role": "user", "content": "hello"}], "temperature": 0.9, "seed": 4,
+                   "max_tokens": 5, "id": "chat"},
                   {"prompt": [5, 6, 7], "stop": None, "logit_bias": {"9": -1.5}})
     assert batch(path, names, "-np", "3") == 0
     found = answers(names[1])
@@ -68,11 +75,13 @@ def test_each_line_is_what_generate_writes(path, files, capsys):
         def alone(prompt, n=12, **settings):
             return "".join(token.text for token in pybmc.generate(model, prompt, n, **settings))
         expected = [alone(prompt) for prompt in PROMPTS]
-        expected += [alone([{"role": "user", "content": "hello"}], 5, temperature=0.9, seed=4), alone([5, 6, 7], logit_bias={9: -1.5})]
+        expected += [alone([{"role": "user", "content": "hello"}], 5, temperature=0.9, seed=4),
+                     alone([5, 6, 7], logit_bias={9: -1.5})]
     assert [answer["text"] for answer in found] == expected
     assert [answer["index"] for answer in found] == list(range(10))
     assert [answer.get("id") for answer in found] == [*(number * 10 for number in range(8)), "chat", None]
-    assert found[8]["seed"] == 4 and found[8]["completion_tokens"] <= 5 and found[8]["finish_reason"] in ("stop", "length")
+    assert found[8]["seed"] == 4 and found[8]["completion_tokens"] <= 5
+    assert found[8]["finish_reason"] in ("stop", "length")
     assert capsys.readouterr().out == ""
 
 
@@ -87,14 +96,18 @@ def test_a_seed_is_told_and_gives_the_same_text(path, files):
 
 
 BAD = [
-    (b"{", "expected a JSON object"), (b"[1]", "expected a JSON object, found [1]"), (b"\xff\xfe{}", "not UTF-8"),
-    (b"[" * 10**5, "JSON object"), ({}, "expected prompt or messages, found neither"),
-    ({"prompt": "a", "messages": []}, "found both"), ({"prompt": "a", "temprature": 1}, "did you mean temperature?"),
+    (b"{", "expected a JSON object"), (b"[1]", "expected a JSON object, found [1]"),
+    (b"\xff\xfe{}", "not UTF-8"), (b"[" * 10**5, "JSON object"),
+    ({}, "expected prompt or messages, found neither"),
+    ({"prompt": "a", "messages": []}, "found both"),
+    ({"prompt": "a", "temprature": 1}, "did you mean temperature?"),
     ({"prompt": "a", "temperature": -1}, "temperature: expected a number from 0 up, found -1"),
-    (b'{"prompt": "a", "temperature": NaN}', "found NaN"), ({"prompt": "a", "max_tokens": "many"}, "max_tokens"),
-    ({"prompt": 3}, "prompt"), ({"prompt": {"a": 1}}, "prompt"),
-    ({"prompt": [10**9]}, "token ids"), ({"messages": "hello"}, "messages"), ({"messages": [{"role": 3}]}, ""),
-    ({"prompt": "a", "stop": [""]}, "stop"), ({"prompt": "a " * 3000}, "context"), ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias"),
+    (b'{"prompt": "a", "temperature": NaN}', "found NaN"),
+    ({"prompt": "a", "max_tokens": "many"}, "max_tokens"), ({"prompt": 3}, "prompt"),
+    ({"prompt": {"a": 1}}, "prompt"),
+    ({"prompt": [10**9]}, "token ids"), ({"messages": "hello"}, "messages"),
+    ({"messages": [{"role": 3}]}, ""), ({"prompt": "a", "stop": [""]}, "stop"),
+    ({"prompt": "a " * 3000}, "context"), ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias"),
     ({"prompt": "a\ud800"}, "surrogate"), ({"prompt": "a", "chat_template_kwargs": {"b": 1}}, "template"),
 ]
 
@@ -133,8 +146,10 @@ def test_a_run_goes_on_after_any_part_of_its_output(path, files):
 
 
 def test_a_killed_run_goes_on_and_writes_the_same(path, files):
-    names = files(*({"prompt": prompt, "max_tokens": 40 * (1 + number % 3)} for number, prompt in enumerate(PROMPTS * 12)))
-    command = [sys.executable, "-m", "pybmc", "batch", *names, "-m", path, "-t", "1", "--temp", "0", "-np", "2"]
+    names = files(*({"prompt": prompt, "max_tokens": 40 * (1 + number % 3)}
+                    for number, prompt in enumerate(PROMPTS * 12)))
+    command = [sys.executable, "-m", "pybmc", "batch", *names, "-m", path, "-t", "1", "--temp",
+               "0", "-np", "2"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     for _ in range(3000):
         if os.path.exists(names[1]) and os.path.getsize(names[1]) > 500 or process.poll() is not None:
@@ -157,7 +172,8 @@ def test_a_killed_run_goes_on_and_writes_the_same(path, files):
 
 
 @pytest.mark.parametrize("change, says", [
-    ("input", "was changed"), ("settings", "was changed"), ("shorter", "no such line"), ("foreign", "expected an answer of pybmc batch"),
+    ("input", "was changed"), ("settings", "was changed"), ("shorter", "no such line"),
+    ("foreign", "expected an answer of pybmc batch"),
 ])
 def test_an_output_that_belongs_to_something_else_is_kept(path, files, capsys, change, says):
     names = files({"prompt": "a"}, {"prompt": "b"})
@@ -202,7 +218,8 @@ def test_a_slow_line_holds_back_a_bounded_number(path, tmp_path):
     """Lines are read as they are needed, not all at once."""
     read = []
     source = tmp_path / "in.jsonl"
-    source.write_text("".join(json.dumps({"prompt": "a", "max_tokens": 300 if number == 0 else 1}) + "\n" for number in range(200)))
+    source.write_text("".join(json.dumps({"prompt": "a", "max_tokens": 300 if number == 0 else 1}) + "\n"
+                              for number in range(200)))
 
     def lines():
         for line in read_lines(source, {}):

@@ -39,7 +39,8 @@ def test_a_cluster_gives_the_same_answers(source, tmp_path):
     files = [tmp_path / "local.jsonl", tmp_path / "ray.jsonl"]
     common = ["-m", str(tiny.model("llama")), "-t", "1", "-np", "2", "--temp", "0.8", "-s", "3"]
     assert run(["batch", str(source), str(files[0]), *common]) == 1
-    assert run(["batch", str(source), str(files[1]), *common, "--ray", "auto"]) == 1       # its last line is broken
+    # its last line is broken
+    assert run(["batch", str(source), str(files[1]), *common, "--ray", "auto"]) == 1
     assert files[0].read_bytes() == files[1].read_bytes()
     done = files[1].read_bytes()
     files[1].write_bytes(done[:len(done) // 2])

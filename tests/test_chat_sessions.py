@@ -77,8 +77,10 @@ def test_another_system_message_replaces_the_saved_one(model, tmp_path):
     assert [m["content"] for m in talk.messages[:2]] == ["be long", "one"] and answers(talk, "two")
 
 
-@pytest.mark.parametrize("notes", [None, [], {}, {"messages": 1, "after": None}, {"messages": [{"role": "x", "content": "a"}], "after": None},
-                                   {"messages": [], "after": [-1]}, {"messages": [], "after": ["a"]}, {"messages": [{}], "after": []}])
+@pytest.mark.parametrize("notes", [None, [], {}, {"messages": 1, "after": None},
+                                   {"messages": [{"role": "x", "content": "a"}], "after": None},
+                                   {"messages": [], "after": [-1]}, {"messages": [], "after": ["a"]},
+                                   {"messages": [{}], "after": []}])
 def test_a_session_without_a_conversation_is_refused(model, tmp_path, notes):
     with model.session() as session:
         session.eval([1, 2], "none")
@@ -117,9 +119,11 @@ def test_the_command_refuses_what_it_cannot_go_on_with(chat, tmp_path):
     chat("--session", path, lines="hello")
     status, out, err = chat("--session", path, lines="hello", model="qwen3")
     assert status == 1 and not out and err.count("\n") == 1
-    assert f"expected a session of {tiny.model('qwen3').name} (qwen3, " in err and f"found one of {tiny.model('llama').name} (llama, " in err
+    assert f"expected a session of {tiny.model('qwen3').name} (qwen3, " in err
+    assert f"found one of {tiny.model('llama').name} (llama, " in err
     (tmp_path / "letter").write_text("dear")
-    for name, says in (("letter", "is no saved session"), (".", "is no saved session: it is no regular file"), ("none/talk", "No such file")):
+    for name, says in (("letter", "is no saved session"), (".", "is no saved session: it is no regular file"),
+                       ("none/talk", "No such file")):
         status, out, err = chat("--session", tmp_path / name, lines="hello")
         assert status == 1 and not out and says in err and err.count("\n") == 1
     assert (tmp_path / "letter").read_text() == "dear"
@@ -142,11 +146,13 @@ def test_a_save_that_fails_is_told_and_the_chat_goes_on(tmp_path, capsys, monkey
 @pytest.mark.parametrize("sign", [signal.SIGINT, signal.SIGKILL])
 def test_a_chat_that_is_ended_while_it_answers_keeps_the_turns_before(tmp_path, sign):
     path = tmp_path / "talk"
-    command = [sys.executable, "-m", "pybmc", "chat", str(tiny.model("llama", n_ctx=4000)), "-t", "1", "--session", str(path), "-n", "-1",
-               "-l", "398-inf", "-l", "400-inf"]
-    with subprocess.Popen([*command[:-5], "5"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as first:
+    command = [sys.executable, "-m", "pybmc", "chat", str(tiny.model("llama", n_ctx=4000)), "-t", "1",
+               "--session", str(path), "-n", "-1", "-l", "398-inf", "-l", "400-inf"]
+    with subprocess.Popen([*command[:-5], "5"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as first:
         first.communicate("hello\n", timeout=60)
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as second:
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          stderr=subprocess.DEVNULL) as second:
         second.stdin.write(b"and then?\n")
         second.stdin.flush()
         assert os.read(second.stdout.fileno(), 1)           # it answers

@@ -1,4 +1,5 @@
-"""Arguments of every kind: what is meant works, everything else is an ArgumentError that names the argument."""
+"""Arguments of every kind: what is meant works, everything else is an ArgumentError that names
+the argument."""
 
 from fractions import Fraction
 from math import inf, nan
@@ -22,13 +23,15 @@ def model():
 # ---- the checks --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [5, 5.0, np.int64(5), np.uint8(5), np.float32(5), np.array(5), Fraction(5)], ids=repr)
+@pytest.mark.parametrize("value", [5, 5.0, np.int64(5), np.uint8(5), np.float32(5), np.array(5), Fraction(5)],
+                         ids=repr)
 def test_whole_numbers_of_every_kind(value):
     found = checks.whole("n", value)
     assert found == 5 and type(found) is int
 
 
-@pytest.mark.parametrize("value", [5.5, True, np.True_, "5", b"5", None, nan, inf, -inf, [5], -1, 10, 1e300, 10**400, 5j], ids=repr)
+@pytest.mark.parametrize("value", [5.5, True, np.True_, "5", b"5", None, nan, inf, -inf, [5], -1, 10, 1e300,
+                                   10**400, 5j], ids=repr)
 def test_what_is_no_whole_number_in_range(value):
     with pytest.raises(ArgumentError, match="n: expected a whole number from 0 to 9, found "):
         checks.whole("n", value, 0, 9)
@@ -69,7 +72,8 @@ def test_ids_of_every_kind():
     for value in ([1, 2], (1, 2), np.array([1, 2]), iter([1, 2]), [np.int64(1), 2], range(1, 3)):
         found = checks.ids("t", value, 3)
         assert found == [1, 2] and set(map(type, found)) == {int}
-    for wrong in ("12", b"12", 5, None, {1: 2}, [1.0], ["1"], [True], [3], [-1], [None], np.array([1.5]), np.array([[1]])):
+    for wrong in ("12", b"12", 5, None, {1: 2}, [1.0], ["1"], [True], [3], [-1], [None], np.array([1.5]),
+                  np.array([[1]])):
         with pytest.raises(ArgumentError, match="t: expected"):
             checks.ids("t", wrong, 3)
 
@@ -87,9 +91,10 @@ def test_an_unknown_setting_names_the_nearest_one(model):
 
 
 @pytest.mark.parametrize("settings", [
-    {"stop": None}, {"seed": None}, {"temperature": None}, {"logit_bias": None}, {"top_p": None}, {"stop_tokens": None},
-    {"seed": np.int64(5), "temperature": 0.8}, {"seed": 2**70, "temperature": 0.8}, {"temperature": np.float32(0.5)},
-    {"top_k": np.int32(3), "temperature": 1}, {"top_k": -1, "temperature": 1}, {"max_tokens": 3.0}, {"max_tokens": np.int64(3)},
+    {"stop": None}, {"seed": None}, {"temperature": None}, {"logit_bias": None}, {"top_p": None},
+    {"stop_tokens": None}, {"seed": np.int64(5), "temperature": 0.8}, {"seed": 2**70, "temperature": 0.8},
+    {"temperature": np.float32(0.5)}, {"top_k": np.int32(3), "temperature": 1},
+    {"top_k": -1, "temperature": 1}, {"max_tokens": 3.0}, {"max_tokens": np.int64(3)},
     {"logit_bias": {"5": -100}}, {"logit_bias": {np.int64(5): np.float64(-100)}}, {"logit_bias": {5: -inf}},
     {"stop_tokens": 5}, {"stop_tokens": np.int64(5)}, {"stop_tokens": np.array([5, 6])}, {"stop": ("x", "y")},
     {"spec": "ngram", "draft_max": np.int64(3), "draft_min": 1.0},
@@ -108,20 +113,22 @@ def test_generators_as_stop_settings_are_read_once(model):
     free = "".join(t.text for t in pybmc.generate(model, "Once", 12, stop_tokens=()))
     stop = free[4:6]
     found = {0: "", 1: ""}
-    for number, token in pybmc.generate_batch(model, ["Once", "Once"], 12, stop=(s for s in [stop]), stop_tokens=iter(())):
+    for number, token in pybmc.generate_batch(model, ["Once", "Once"], 12, stop=(s for s in [stop]),
+                                              stop_tokens=iter(())):
         found[number] += token.text
     assert found == {0: free[:free.index(stop)], 1: free[:free.index(stop)]}
 
 
 @pytest.mark.parametrize("name, value", [
     ("max_tokens", "5"), ("max_tokens", True), ("max_tokens", 1.5), ("max_tokens", -1), ("max_tokens", nan),
-    ("temperature", "hot"), ("temperature", True), ("top_k", -2), ("top_k", 1.5), ("seed", "x"), ("seed", True), ("top_p", nan),
-    ("logit_bias", [5]), ("logit_bias", {"x": 1}), ("logit_bias", {-1: 1}), ("logit_bias", {5: "1"}), ("logit_bias", {5: nan}),
-    ("logit_bias", {401: 1}), ("logit_bias", {"5": 1, 5: 2}), ("logit_bias", {True: 1}),
-    ("stop", b"x"), ("stop", 5), ("stop", [None]), ("stop_tokens", "5"), ("stop_tokens", [401]), ("stop_tokens", [-1]),
-    ("stop_tokens", True), ("stop_tokens", 5.5),
-    ("draft", 5), ("draft", b"x"), ("draft", ""), ("spec", None), ("spec", "all"), ("draft_max", -1), ("draft_max", 1.5),
-    ("draft_min", 99), ("draft_max", "x"),
+    ("temperature", "hot"), ("temperature", True), ("top_k", -2), ("top_k", 1.5),
+    ("seed", "x"), ("seed", True), ("top_p", nan), ("logit_bias", [5]), ("logit_bias", {"x": 1}),
+    ("logit_bias", {-1: 1}), ("logit_bias", {5: "1"}), ("logit_bias", {5: nan}), ("logit_bias", {401: 1}),
+    ("logit_bias", {"5": 1, 5: 2}), ("logit_bias", {True: 1}), ("stop", b"x"), ("stop", 5), ("stop", [None]),
+    ("stop_tokens", "5"), ("stop_tokens", [401]), ("stop_tokens", [-1]), ("stop_tokens", True),
+    ("stop_tokens", 5.5),
+    ("draft", 5), ("draft", b"x"), ("draft", ""), ("spec", None), ("spec", "all"), ("draft_max", -1),
+    ("draft_max", 1.5), ("draft_min", 99), ("draft_max", "x"),
 ], ids=repr)
 def test_settings_that_are_none(model, name, value):
     for start in (lambda: pybmc.generate(model, "Once", **{name: value}),
@@ -130,8 +137,9 @@ def test_settings_that_are_none(model, name, value):
             start()
 
 
-@pytest.mark.parametrize("prompt", [b"hi", bytearray(b"hi"), 5, None, {"role": "user", "content": "hi"}, ["a"], [1, "a"], [True],
-                                    [1.0], [401], [-1], [[1, 2]], np.array([0.5]), ...], ids=repr)
+@pytest.mark.parametrize("prompt",
+                         [b"hi", bytearray(b"hi"), 5, None, {"role": "user", "content": "hi"}, ["a"],
+                          [1, "a"], [True], [1.0], [401], [-1], [[1, 2]], np.array([0.5]), ...], ids=repr)
 def test_prompts_that_are_none(model, prompt):
     with pytest.raises(ArgumentError, match="prompt"):
         pybmc.generate(model, prompt)
@@ -152,7 +160,8 @@ def test_a_batch_wants_a_list_of_prompts(model, prompts):
         pybmc.generate_batch(model, prompts)
 
 
-@pytest.mark.parametrize("settings", [{"parallel": 1.5}, {"parallel": True}, {"context": 0}, {"context": -1}, {"context": "8"}])
+@pytest.mark.parametrize("settings", [{"parallel": 1.5}, {"parallel": True}, {"context": 0}, {"context": -1},
+                                      {"context": "8"}])
 def test_a_batchs_own_settings(model, settings):
     with pytest.raises(ArgumentError, match=next(iter(settings))):
         pybmc.generate_batch(model, ["x"], **settings)
@@ -176,16 +185,21 @@ def test_a_session_is_one_of_the_same_model(model):
 
 @pytest.mark.parametrize("call", [
     lambda s: s.sync(["x"]), lambda s: s.sync([0.5]), lambda s: s.sync([[1]]),
-    lambda s: s.eval([1], last=True), lambda s: s.eval([1], last="x"), lambda s: s.eval([1], "best", sampler={"temperature": 1}),
-    lambda s: s.eval([1], logits=[]), lambda s: s.rewind("0"), lambda s: s.rewind(None), lambda s: s.rewind(False),
-    lambda s: s.reserve(True), lambda s: s.reserve(1.5), lambda s: pybmc.eval_batch([5]), lambda s: pybmc.eval_batch([(s, [1])]),
-    lambda s: pybmc.eval_batch([("s", [1], "last")]), lambda s: s.model.session(context=True), lambda s: s.model.session(rows=True),
-    lambda s: s.model.session(kv_type=None), lambda s: s.model.session(context=nan), lambda s: pybmc.Model(s.model.path, threads=True),
-    lambda s: pybmc.Model(None), lambda s: pybmc.Model(5), lambda s: pybmc.Model(""), lambda s: pybmc.Tokenizer(None),
-    lambda s: s.model.tokenizer.piece("5"), lambda s: s.model.tokenizer.piece([5]), lambda s: s.model.tokenizer.piece(1.5),
-    lambda s: s.model.tokenizer.decode(5), lambda s: s.model.tokenizer.decode("5"), lambda s: s.model.tokenizer.decode(b"5"),
-    lambda s: s.model.tokenizer.decode([401]), lambda s: s.model.tokenizer.encode(b"x"), lambda s: s.model.tokenizer.encode(None),
-    lambda s: s.model.tokenizer.is_control(None), lambda s: perplexity(s.model, "x", 3), lambda s: perplexity(s.model, "x", "8"),
+    lambda s: s.eval([1], last=True), lambda s: s.eval([1], last="x"),
+    lambda s: s.eval([1], "best", sampler={"temperature": 1}), lambda s: s.eval([1], logits=[]),
+    lambda s: s.rewind("0"), lambda s: s.rewind(None), lambda s: s.rewind(False),
+    lambda s: s.reserve(True), lambda s: s.reserve(1.5), lambda s: pybmc.eval_batch([5]),
+    lambda s: pybmc.eval_batch([(s, [1])]), lambda s: pybmc.eval_batch([("s", [1], "last")]),
+    lambda s: s.model.session(context=True), lambda s: s.model.session(rows=True),
+    lambda s: s.model.session(kv_type=None), lambda s: s.model.session(context=nan),
+    lambda s: pybmc.Model(s.model.path, threads=True), lambda s: pybmc.Model(None), lambda s: pybmc.Model(5),
+    lambda s: pybmc.Model(""), lambda s: pybmc.Tokenizer(None), lambda s: s.model.tokenizer.piece("5"),
+    lambda s: s.model.tokenizer.piece([5]), lambda s: s.model.tokenizer.piece(1.5),
+    lambda s: s.model.tokenizer.decode(5), lambda s: s.model.tokenizer.decode("5"),
+    lambda s: s.model.tokenizer.decode(b"5"), lambda s: s.model.tokenizer.decode([401]),
+    lambda s: s.model.tokenizer.encode(b"x"), lambda s: s.model.tokenizer.encode(None),
+    lambda s: s.model.tokenizer.is_control(None), lambda s: perplexity(s.model, "x", 3),
+    lambda s: perplexity(s.model, "x", "8"),
     lambda s: perplexity(s.model, b"x", 8),
 ])
 def test_arguments_of_the_wrong_kind(model, call):

@@ -54,8 +54,8 @@ def test_generate_json_has_the_documented_keys(path, capsys):
     assert run(["run", "-m", path, "-p", "Once upon", "-n", "5", "-s", "3", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert list(result) == ["text", "tokens", "prompt_tokens", "finish_reason", "timings"]
-    assert list(result["timings"]) == ["load_s", "prompt_s", "prompt_tok_s", "predicted_s", "predicted_tok_s", "draft_n",
-                                       "draft_n_accepted"]
+    assert list(result["timings"]) == ["load_s", "prompt_s", "prompt_tok_s", "predicted_s", "predicted_tok_s",
+                                       "draft_n", "draft_n_accepted"]
     assert len(result["tokens"]) == 5 and result["finish_reason"] == "length" and result["prompt_tokens"] > 1
 
 
@@ -68,7 +68,8 @@ def test_a_seed_names_a_text(path, capsys):
 
 
 GRAMMAR, YES = 'root ::= "yes" | "no"', ("yes\n", "no\n")
-SCHEMA, ONE = '{"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": false}', ('{"a":1}\n', '{"a":2}\n')
+SCHEMA, ONE = ('{"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], '
+               '"additionalProperties": false}', ('{"a":1}\n', '{"a":2}\n'))
 
 
 @pytest.mark.parametrize("command", ["generate", "chat"])
@@ -94,8 +95,9 @@ def test_an_answer_that_is_cut_before_its_schema_ends_is_noted(path, capsys, tok
 
 @pytest.mark.parametrize("command", ["generate", "chat"])
 @pytest.mark.parametrize("flags, status, word", [
-    (["--grammar", "x"], 1, "grammar"), (["-j", "x"], 1, "schema"), (["-j", "{}", "--grammar", GRAMMAR], 2, "-j and --grammar"),
-    (["-jf", "/nonexistent"], 1, "nonexistent"), (["-j", '{"type": "wurst"}'], 1, "wurst")])
+    (["--grammar", "x"], 1, "grammar"), (["-j", "x"], 1, "schema"),
+    (["-j", "{}", "--grammar", GRAMMAR], 2, "-j and --grammar"), (["-jf", "/nonexistent"], 1, "nonexistent"),
+    (["-j", '{"type": "wurst"}'], 1, "wurst")])
 def test_bad_forms_are_one_sentence(path, pipe, capsys, command, flags, status, word):
     pytest.importorskip("llguidance", reason="grammars need llguidance")
     pipe(b"Once upon")
@@ -130,7 +132,8 @@ def test_stop_strings_and_biases_reach_the_sampler(path, capsys):
     run(["generate", path, "-p", "Once", "-n", "20", "--temp", "0", "--json", "--ignore-eos", "-r", stop])
     stopped = json.loads(capsys.readouterr().out)
     assert stopped["text"] == free["text"][:free["text"].index(stop)] and stopped["finish_reason"] == "stop"
-    run(["generate", path, "-p", "Once", "-n", "20", "--temp", "0", "--json", "-l", f"{free['tokens'][0]}-inf"])
+    run(["generate", path, "-p", "Once", "-n", "20", "--temp", "0", "--json", "-l",
+         f"{free['tokens'][0]}-inf"])
     assert free["tokens"][0] not in json.loads(capsys.readouterr().out)["tokens"]
 
 
@@ -143,7 +146,8 @@ def test_a_chat_template_by_name_file_or_source(path, capsys, tmp_path):
     tokenizer = pybmc.Tokenizer(path)
     (tmp_path / "mine.jinja").write_text("{{ messages[0].content }} and {{ word }}")
     for template in (str(tmp_path / "mine.jinja"), "{{ messages[0].content }} and {{ word }}"):
-        args = [path, "--chat", "-p", "one", "--chat-template", template, "--chat-template-kwargs", '{"word": "two"}']
+        args = [path, "--chat", "-p", "one", "--chat-template", template, "--chat-template-kwargs",
+                '{"word": "two"}']
         assert prompt_tokens(args, capsys) == len(tokenizer.encode("one and two"))
     counts = {name: prompt_tokens([path, "--chat", "-p", "one", "--chat-template", name], capsys)
               for name in ("chatml", "gemma", "vicuna")}
@@ -163,8 +167,10 @@ def test_the_help_lists_options_by_section(command, capsys):
     run([command, "--help"])
     help = capsys.readouterr().out
     sections = re.findall(r"^(\w+):\n((?:  .*\n?)+)", help, re.MULTILINE)
-    assert [name for name, _ in sections][:7] == ["Model", "Text", "Form", "End", "Sampling", "Speculation", "Output"]
-    assert re.findall("^  (?=-)", dict(sections)["Other"], re.MULTILINE) == ["  "], "an option without a section"
+    assert [name for name, _ in sections][:7] == ["Model", "Text", "Form", "End", "Sampling",
+                                                  "Speculation", "Output"]
+    assert re.findall("^  (?=-)", dict(sections)["Other"],
+                      re.MULTILINE) == ["  "], "an option without a section"
     options = {option for param in cli.commands[command].params for option in param.opts if option[0] == "-"}
     assert options <= set(re.split(r"[\s,]+", help))
 
@@ -195,8 +201,8 @@ def test_thinking_is_a_variable_of_the_template(path, capsys):
 
 def test_a_prefilled_answer_is_continued(path, capsys):
     source = "{% for m in messages %}{{ m.role }}: {{ m.content }}.\n{% endfor %}"
-    assert run(["generate", path, "--chat", "-p", "one", "--prefill", "two", "--chat-template", source, "-n", "8", "--temp",
-                "0"]) == 0
+    assert run(["generate", path, "--chat", "-p", "one", "--prefill", "two", "--chat-template", source, "-n",
+                "8", "--temp", "0"]) == 0
     out = capsys.readouterr().out
     with pybmc.Model(path, threads=1) as model:
         assert out == "".join(t.text for t in pybmc.generate(model, "user: one.\nassistant: two", 8)) + "\n"
@@ -237,13 +243,15 @@ def test_show_tells_what_a_file_is(path, capsys):
     assert run(["show", path, "--json"]) == 0
     info = json.loads(capsys.readouterr().out)
     with pybmc.Model(path) as model:
-        assert info["layers"] == model.config.n_layers and info["kv_bytes_per_token"] == model.config.kv_row_bytes
+        assert info["layers"] == model.config.n_layers
+        assert info["kv_bytes_per_token"] == model.config.kv_row_bytes
     assert info["architecture"] == "llama" and info["runs"] and info["why_not"] is None
     assert info["bytes"] == os.path.getsize(path)
     assert sum(t["share"] for t in info["types"].values()) == pytest.approx(1, abs=1e-3)
     assert run(["show", path]) == 0
     out = capsys.readouterr().out
-    for label in ("architecture", "parameters", "types", "tokenizer", "context", "chat template", "KV cache", "runs"):
+    for label in ("architecture", "parameters", "types", "tokenizer", "context", "chat template",
+                  "KV cache", "runs"):
         assert label in out
 
 
@@ -276,11 +284,14 @@ def test_show_says_why_a_model_does_not_run(tmp_path, capsys):
 
 
 def test_bench_prints_a_json_line_for_each_test(path, capsys):
-    assert run(["bench", path, "-p", "8", "-n", "4", "-b", "1,3", "-d", "0,5", "-r", "2", "-t", "1", "--json"]) == 0
+    assert run(["bench", path, "-p", "8", "-n", "4", "-b", "1,3", "-d", "0,5", "-r", "2", "-t", "1",
+                "--json"]) == 0
     results = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert list(results[0]) == ["test", "n", "depth", "threads", "gpu_layers", "tok_s", "tok_s_min", "tok_s_max", "reps", "gb_s"]
+    assert list(results[0]) == ["test", "n", "depth", "threads", "gpu_layers", "tok_s", "tok_s_min",
+                                "tok_s_max", "reps", "gb_s"]
     assert [(r["test"], r["n"], r["depth"]) for r in results] == [
-        (test, n, depth) for depth in (0, 5) for test, n in (("pp", 8), ("tg", 4), ("verify", 1), ("verify", 3))]
+        (test, n, depth) for depth in (0, 5)
+        for test, n in (("pp", 8), ("tg", 4), ("verify", 1), ("verify", 3))]
     for r in results:
         assert 0 < r["tok_s_min"] <= r["tok_s"] <= r["tok_s_max"] and r["gb_s"] > 0
         assert r["reps"] == 2 and r["threads"] == 1
@@ -322,9 +333,11 @@ def test_perplexity_json(path, capsys, tmp_path):
 def test_a_draft_changes_nothing_but_the_counts(path, capsys):
     results = []
     draft = str(tiny.model("llama", seed=1))
-    for flags in ([], ["--draft", path], ["-md", draft, "--draft-max", "3", "--draft-min", "2"], ["--spec", "ngram"],
-                  ["--draft", path, "--spec", "draft", "--tint"], ["--draft", path, "--spec", "off"]):
-        assert run(["generate", path, "-p", "Once upon", "-n", "40", "-s", "5", "-t", "1", "--ignore-eos", "--json", *flags]) == 0
+    for flags in ([], ["--draft", path], ["-md", draft, "--draft-max", "3", "--draft-min", "2"],
+                  ["--spec", "ngram"], ["--draft", path, "--spec", "draft", "--tint"],
+                  ["--draft", path, "--spec", "off"]):
+        assert run(["generate", path, "-p", "Once upon", "-n", "40", "-s", "5", "-t", "1", "--ignore-eos",
+                    "--json", *flags]) == 0
         results.append(json.loads(capsys.readouterr().out))
     for result in results:
         assert result["tokens"] == results[0]["tokens"] and result["text"] == results[0]["text"]
@@ -418,7 +431,8 @@ def test_the_encoding_of_a_text(path, pipe, capsys, tmp_path, data, status, says
         assert json.loads(out)["tokens"] == pybmc.Tokenizer(path).encode("Once upon")
 
 
-@pytest.mark.parametrize("bias, value", [("300+1e-1", 0.1), ("300-1e+2", -100), ("300-inf", -float("inf")), ("300+.5", 0.5)])
+@pytest.mark.parametrize("bias, value",
+                         [("300+1e-1", 0.1), ("300-1e+2", -100), ("300-inf", -float("inf")), ("300+.5", 0.5)])
 def test_a_bias_is_any_number(bias, value):
     assert options.Bias().convert(bias, None, None) == (300, value)
 
@@ -438,20 +452,23 @@ def test_no_bos_leaves_it_out(capsys, tmp_path):
 
 def test_a_text_is_utf8_where_the_locale_is_ascii(path):
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    done = pybmc_process("tokenize", path, "-p", "M\u00fcller".encode(), "--json", env=environment, stdout=subprocess.PIPE)
+    done = pybmc_process("tokenize", path, "-p", "M\u00fcller".encode(), "--json", env=environment,
+                         stdout=subprocess.PIPE)
     assert json.loads(done.communicate()[0])["pieces"] and done.returncode == 0
 
 
 def test_top_k_of_minus_one_is_all(path, capsys):
     texts = []
     for k in ("0", "-1", "1"):
-        assert run(["generate", path, "-p", "Once", "-n", "12", "-s", "3", "--temp", "1.5", "--top-p", "1", "--min-p", "0", "--top-k", k]) == 0
+        assert run(["generate", path, "-p", "Once", "-n", "12", "-s", "3", "--temp", "1.5", "--top-p", "1",
+                    "--min-p", "0", "--top-k", k]) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1] != texts[2]
 
 
 def test_every_exception_has_a_sentence():
-    assert sentence(FileNotFoundError(2, "No such file or directory", "a.gguf")) == "a.gguf: No such file or directory"
+    assert (sentence(FileNotFoundError(2, "No such file or directory", "a.gguf"))
+            == "a.gguf: No such file or directory")
     assert sentence(MemoryError()) == "there is not enough memory"
     assert sentence(ZeroDivisionError("oh\nno")).startswith("internal error: ZeroDivisionError: oh no")
 
@@ -468,19 +485,22 @@ def test_a_missing_bundled_model_is_explained(capsys, monkeypatch, tmp_path):
 @pytest.mark.parametrize("args", [["--help"], ["--version"], ["generate", "--help"]])
 def test_help_loads_nothing_heavy(args):
     """Of what pip installs only click."""
-    code = ("import sys\nbefore = set(sys.modules)\nfrom pybmc.cli import run\nassert run(sys.argv[1:]) == 0\n"
+    code = ("import sys\nbefore = set(sys.modules)\nfrom pybmc.cli import run\n"
+            "assert run(sys.argv[1:]) == 0\n"
             "new = set(sys.modules) - before\n"
             "foreign = {name.split('.')[0] for name in new} - sys.stdlib_module_names\n"
             "assert foreign == {'click', 'pybmc'}, foreign\n"
             "print(*foreign, *(name for name in new if name.startswith('pybmc.')), file=sys.stderr)")
     done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=True)
     own = {"options", "batch", "files", "hub", "measure", "proof", "serve", "talk", "terminal", "vectors"}
-    assert set(done.stderr.split()) <= {"click", "pybmc", "pybmc._lazy", "pybmc.errors", "pybmc.chat", "pybmc.chat.reasoning",
-                                        "pybmc.cli", *(f"pybmc.cli.{name}" for name in own)}
+    assert set(done.stderr.split()) <= {"click", "pybmc", "pybmc._lazy",
+                                        "pybmc.errors", "pybmc.chat", "pybmc.chat.reasoning", "pybmc.cli",
+                                        *(f"pybmc.cli.{name}" for name in own)}
 
 
 def test_a_reader_that_leaves_ends_it_quietly(path):
-    process = pybmc_process("generate", path, "-p", "x", "-n", "-1", "--ignore-eos", "-t", "1", stdout=subprocess.PIPE)
+    process = pybmc_process("generate", path, "-p", "x", "-n", "-1", "--ignore-eos", "-t", "1",
+                            stdout=subprocess.PIPE)
     process.stdout.read(3)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait(60) == 0
@@ -510,8 +530,8 @@ def test_a_closed_stdout_is_a_failure(path):
     (["generate", "MODEL", "-p", "x", "-n", "2", "-c", "100000"], 2, 0, b""),
 ])
 def test_a_closed_stream_is_no_internal_error(path, args, closed, status, says):
-    process = pybmc_process(*(path if a == "MODEL" else a for a in args), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                            preexec_fn=lambda: os.close(closed))
+    process = pybmc_process(*(path if a == "MODEL" else a for a in args), stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE, preexec_fn=lambda: os.close(closed))
     out, err = process.communicate(timeout=60)
     assert process.returncode == status and says in err
     for stream in (out, err):
@@ -519,15 +539,16 @@ def test_a_closed_stream_is_no_internal_error(path, args, closed, status, says):
     assert bool(out) == (status == 0)
 
 
-@pytest.mark.parametrize("args", [["generate", "-p", "Hello", "-n", "2"], ["show", "MODEL"], ["generate", "MODEL", "-p", "x", "-n", "20",
-                                  "--spec", "ngram"]])
+@pytest.mark.parametrize("args", [["generate", "-p", "Hello", "-n", "2"], ["show", "MODEL"],
+                                  ["generate", "MODEL", "-p", "x", "-n", "20", "--spec", "ngram"]])
 def test_nobody_needs_a_home_directory(path, args):
     """A user without an entry in the password file, and no HOME."""
     code = ("import pwd, sys\ndef nobody(uid): raise KeyError('uid not found')\npwd.getpwuid = nobody\n"
             "from pybmc.cli import main\nmain(sys.argv[1:])")
     env = {k: v for k, v in os.environ.items() if k not in ("HOME", "XDG_CACHE_HOME", "XDG_STATE_HOME")}
     args = [path if a == "MODEL" else a for a in args]
-    done = subprocess.run([sys.executable, "-c", code, *args], env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, *args], env=env, capture_output=True,
+                          text=True, timeout=60)
     assert done.returncode == 0 and done.stdout and done.stderr == ""
 
 
@@ -579,7 +600,8 @@ def test_ctrl_c_exits_with_130(path):
 
 def test_no_module_but_pull_opens_a_socket():
     """Everything but a download works without a network."""
-    code = ("import socket, pybmc.cli\ndef no(*a, **k): raise AssertionError('a socket')\nsocket.socket = no\n"
+    code = ("import socket, pybmc.cli\ndef no(*a, **k): raise AssertionError('a socket')\n"
+            "socket.socket = no\n"
             "raise SystemExit(pybmc.cli.run(['show', '/dev/null']))")
     assert subprocess.run([sys.executable, "-c", code], stderr=subprocess.DEVNULL).returncode == 1
 
@@ -601,7 +623,8 @@ def test_packages_to_install_are_those_of_the_extras():
     tomllib = pytest.importorskip("tomllib", reason="needs Python 3.11")
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
     wanted = {extra: [re.match(r"[\w.,\[\]-]+", package)[0] for package in packages]
-              for extra, packages in project["optional-dependencies"].items() if extra not in ("test", "train")}
+              for extra, packages in project["optional-dependencies"].items()
+              if extra not in ("test", "train")}
     assert {extra: shlex.split(packages) for extra, packages in EXTRAS.items()} == wanted
 
 

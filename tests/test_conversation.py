@@ -18,7 +18,8 @@ def model():
 
 @pytest.fixture(scope="module")
 def letters(model):
-    """A bias to whole letters: random weights would also write halves of characters, which no text can repeat."""
+    """A bias to whole letters: random weights would also write halves of characters,
+    which no text can repeat."""
     tokenizer = model.tokenizer
     return {i: float("-inf") for i in range(tokenizer.vocab_size)
             if tokenizer.is_control(i) or not tokenizer.piece(i).strip().isalpha()}
@@ -27,7 +28,8 @@ def letters(model):
 @pytest.fixture
 def talk(model, letters):
     with model.session(context=600) as session:
-        yield Conversation(model, session, "Be brief.", max_tokens=12, temperature=1.0, seed=5, logit_bias=letters)
+        yield Conversation(model, session, "Be brief.", max_tokens=12, temperature=1.0, seed=5,
+                           logit_bias=letters)
 
 
 def said(stream):
@@ -36,12 +38,14 @@ def said(stream):
 
 def test_messages_are_remembered_in_order(talk):
     answer = said(talk.ask("Who are you?"))
-    assert talk.messages == [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Who are you?"},
+    assert talk.messages == [{"role": "system", "content": "Be brief."},
+                             {"role": "user", "content": "Who are you?"},
                              {"role": "assistant", "content": answer}]
 
 
 def test_a_turn_evaluates_only_what_is_new(talk):
-    """Random weights write words in tokens that the tokenizer would not choose: they must be kept all the same."""
+    """Random weights write words in tokens that the tokenizer would not choose:
+    they must be kept all the same."""
     for turn in range(4):
         held = talk.session.position
         answer = said(talk.ask(f"question {turn}"))
@@ -49,7 +53,7 @@ def test_a_turn_evaluates_only_what_is_new(talk):
         kept = talk.stats.reused_tokens
         assert kept == held, "rows of the conversation were evaluated again"
         new = talk.stats.prompt_tokens - kept
-        assert new < 60                             # the message, the marks around it, the answer's last token
+        assert new < 60    # the message, the marks around it, the answer's last token
 
 
 def test_what_a_session_held_does_not_change_the_answer(model, talk):
@@ -115,11 +119,13 @@ def test_a_conversation_can_be_saved_and_taken_up(talk, tmp_path):
     assert talk.messages == messages
 
 
-STRANGE = ["", "[]", "{}", '{"messages": 3}', '{"messages": [{"role": "user"}]}', "\0", "[" * 10**5, "GGUF\3\0\0\0",
-           '{"messages": {}}', '{"messages": ["a"]}', '{"messages": [[]]}', '{"messages": null}', "caf\udce9",
-           '{"messages": [{"role": "user", "content": 5}]}', '{"messages": [{"role": "user", "content": null}]}',
-           '{"messages": [{"role": "tool", "content": "a"}]}', '{"messages": [{"role": ["user"], "content": "a"}]}',
-           '{"messages": ' + "[" * 10**5, '{"messages": [' + "9" * 5000 + "]}", '{"messages": [{"role": 1e999}]}']
+STRANGE = ["", "[]", "{}", '{"messages": 3}', '{"messages": [{"role": "user"}]}', "\0",
+           "[" * 10**5, "GGUF\3\0\0\0", '{"messages": {}}', '{"messages": ["a"]}', '{"messages": [[]]}',
+           '{"messages": null}', "caf\udce9", '{"messages": [{"role": "user", "content": 5}]}',
+           '{"messages": [{"role": "user", "content": null}]}',
+           '{"messages": [{"role": "tool", "content": "a"}]}',
+           '{"messages": [{"role": ["user"], "content": "a"}]}', '{"messages": ' + "[" * 10**5,
+           '{"messages": [' + "9" * 5000 + "]}", '{"messages": [{"role": 1e999}]}']
 
 
 @pytest.mark.parametrize("content", STRANGE)
@@ -137,7 +143,8 @@ def test_a_file_that_is_no_conversation_is_refused(talk, tmp_path, content):
 def test_a_conversation_that_the_template_refuses_is_not_taken_up(model, tmp_path):
     path = tmp_path / "chat.json"
     path.write_text('{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]}')
-    source = "{% if messages[0].role == 'assistant' %}{{ raise_exception('a user begins') }}{% endif %}{{ messages[0].content }}"
+    source = ("{% if messages[0].role == 'assistant' %}{{ raise_exception('a user begins') }}{% endif %}"
+              "{{ messages[0].content }}")
     with model.session() as session:
         talk = Conversation(model, session, chat_template=source)
         with pytest.raises(FormatError, match="a user begins"):

@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 def header() -> Path:
     """The folder of cuda.h: a toolkit's, or that of the nvcc in PATH."""
     nvcc = shutil.which("nvcc")
-    folders = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include", *sorted(Path("/usr/local").glob("cuda-*/include"))]
+    folders = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include",
+               *sorted(Path("/usr/local").glob("cuda-*/include"))]
     if nvcc:
         folders.insert(0, Path(nvcc).resolve().parents[1] / "include")
     for folder in folders:
@@ -25,8 +26,8 @@ def header() -> Path:
 
 def compiled(folder: Path, include: Path) -> str:
     compiler = shutil.which("c++") or shutil.which("g++") or pytest.skip("there is no C++ compiler here")
-    found = subprocess.run([compiler, "-std=c++17", "-fsyntax-only", f"-I{include}", folder / "tests" / "cuda" / "abi.cpp"], capture_output=True, text=True,
-                           timeout=60)
+    found = subprocess.run([compiler, "-std=c++17", "-fsyntax-only", f"-I{include}", folder / "tests" / "cuda"
+                            / "abi.cpp"], capture_output=True, text=True, timeout=60)
     return found.stderr
 
 
@@ -35,8 +36,10 @@ def test_the_driver_is_declared_as_in_its_header():
 
 
 @pytest.mark.parametrize("old, new, what", [
-    (r"X\(cuMemUnmap, \(uint64_t", "X(cuMemUnmap, (int", "cuMemUnmap"), (r"cuStreamCreate, \(void \*\*stream, unsigned flags", "cuStreamCreate, (void **stream", "cuStreamCreate"),
-    (r"\{ int32_t type, id; \}", "{ int32_t id, type; }", "CUmemLocation"), (r"MAPS = 102", "MAPS = 103", "VIRTUAL_MEMORY"),
+    (r"X\(cuMemUnmap, \(uint64_t", "X(cuMemUnmap, (int", "cuMemUnmap"),
+    (r"cuStreamCreate, \(void \*\*stream, unsigned flags", "cuStreamCreate, (void **stream",
+     "cuStreamCreate"), (r"\{ int32_t type, id; \}", "{ int32_t id, type; }", "CUmemLocation"),
+    (r"MAPS = 102", "MAPS = 103", "VIRTUAL_MEMORY"),
 ], ids=lambda value: None)
 def test_a_wrong_declaration_is_found(old, new, what, tmp_path):
     include = header()

@@ -39,7 +39,7 @@ def test_stop_strings_do_not_depend_on_how_the_text_is_cut(text, strings, cuts):
     cuts = [0, *sorted(min(c, len(text)) for c in cuts), len(text)]
     chunks = [text[a:b] for a, b in zip(cuts, cuts[1:])]
     expected = (text, None)
-    for end in range(1, len(text) + 1):                     # the first string to be complete, the longest of these
+    for end in range(1, len(text) + 1):    # the first string to be complete, the longest of these
         complete = [s for s in strings if text[:end].endswith(s)]
         if complete:
             found = max(complete, key=len)

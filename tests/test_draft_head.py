@@ -1,7 +1,7 @@
 """Draft heads: the layer of a file that predicts one token further.
 
-Its logits are those of a float64 oracle; guesses change no text; and guesses that are right by construction come true, so that
-each token of the head meets the right hidden state whatever happened to the session.
+Its logits are those of a float64 oracle; guesses change no text; and guesses that are right by construction
+come true, so that each token of the head meets the right hidden state whatever happened to the session.
 """
 
 import math
@@ -52,14 +52,18 @@ def parts(arch="qwen35", layer=1, **shape):
     """A model of tiny.parts() and, as its head, a layer of another one with random norms and projection."""
     metadata, tensors = tiny.parts(arch, n_ctx=2048, **shape)
     _, others = tiny.parts(arch, n_ctx=2048, **shape | {"seed": 9})
-    n, dim, rng = metadata[f"{arch}.block_count"], metadata[f"{arch}.embedding_length"], np.random.default_rng(5)
-    metadata |= {key: [*value, value[layer]] for key, value in metadata.items() if key.startswith(f"{arch}.") and isinstance(value, list)}
+    n, dim = metadata[f"{arch}.block_count"], metadata[f"{arch}.embedding_length"]
+    rng = np.random.default_rng(5)
+    metadata |= {key: [*value, value[layer]] for key, value in metadata.items() if key.startswith(f"{arch}.")
+                 and isinstance(value, list)}
     metadata |= {f"{arch}.block_count": n + 1, f"{arch}.nextn_predict_layers": 1}
-    tensors |= {name.replace(f"blk.{layer}.", f"blk.{n}."): tensor for name, tensor in others.items() if name.startswith(f"blk.{layer}.")}
+    tensors |= {name.replace(f"blk.{layer}.", f"blk.{n}."): tensor for name, tensor in others.items()
+                if name.startswith(f"blk.{layer}.")}
     for name in ("enorm", "hnorm", "shared_head_norm"):
         tensors[f"blk.{n}.nextn.{name}.weight"] = float32(1 + 0.2 * rng.standard_normal(dim))
     type = tiny.fitting(shape.get("types", "F16"), 2 * dim)
-    tensors[f"blk.{n}.nextn.eh_proj.weight"] = type, tiny.random_tensor(rng, type, dim, 2 * dim, (2 * dim) ** -0.5)
+    projection = tiny.random_tensor(rng, type, dim, 2 * dim, (2 * dim) ** -0.5)
+    tensors[f"blk.{n}.nextn.eh_proj.weight"] = type, projection
     return metadata, tensors
 
 
@@ -75,10 +79,11 @@ def load(arch="qwen35", threads=2, **shape):
 
 @lru_cache(maxsize=None)
 def clairvoyant(reads):
-    """Tokens follow one another in a cycle, whatever came before. The head knows the cycle by what it `reads`: the token before, or
-    the hidden state alone, its own where it guesses on."""
-    dim, metadata, tensors = 512, *parts("qwen3", 0, dim=512, n_heads=2, head_dim=16, hidden_dim=32, n_layers=1, types="F32")
-    after = np.random.default_rng(2).permutation(SIZE)                  # of the cycle that this makes, the token after each
+    """Tokens follow one another in a cycle, whatever came before. The head knows the cycle by what it
+    `reads`: the token before, or the hidden state alone, its own where it guesses on."""
+    dim, metadata, tensors = 512, *parts("qwen3", 0, dim=512, n_heads=2, head_dim=16, hidden_dim=32,
+                                         n_layers=1, types="F32")
+    after = np.random.default_rng(2).permutation(SIZE)    # of the cycle that this makes, the token after each
     follows = np.empty(SIZE, int)
     follows[after] = np.roll(after, -1)
     embedding, turned, nothing = np.eye(SIZE, dim), np.zeros((dim, dim)), np.zeros((dim, dim))
@@ -91,7 +96,8 @@ def clairvoyant(reads):
         elif name.endswith("_norm.weight") or name.endswith(("enorm.weight", "hnorm.weight")):
             tensors[name] = float32(np.ones_like(tiny.values(kind, rows)))
     tensors |= {"token_embd.weight": float32(embedding), "output.weight": float32(output)}
-    tensors["blk.1.nextn.eh_proj.weight"] = float32(np.hstack([nothing, turned] if reads == "state" else [np.eye(dim), nothing]))
+    halves = [nothing, turned] if reads == "state" else [np.eye(dim), nothing]
+    tensors["blk.1.nextn.eh_proj.weight"] = float32(np.hstack(halves))
     return pybmc.Model(tiny.save(tiny.folder() / f"clairvoyant-{reads}.gguf", metadata, tensors), threads=2)
 
 
@@ -99,14 +105,16 @@ def clairvoyant(reads):
 
 
 def evaluate(*spans):
-    """Tokens of sessions of a head in one pass: (session, tokens, hidden states before them (n, dim)). The logits and the head's own
-    hidden states of each."""
+    """Tokens of sessions of a head in one pass: (session, tokens, hidden states before them (n, dim)).
+    The logits and the head's own hidden states of each."""
     array, kept, results = ffi.new("bmc_span[]", len(spans)), [], []
     for span, (session, tokens, states) in zip(array, spans):
-        config, ids, rows = session.model.config, np.asarray(tokens, np.int32), [np.ascontiguousarray(row) for row in states]
+        config, ids = session.model.config, np.asarray(tokens, np.int32)
+        rows = [np.ascontiguousarray(row) for row in states]
         logits, hidden = (np.empty((len(ids), size), np.float32) for size in (config.vocab_size, config.dim))
         before = ffi.new("float *[]", list(map(pointer, rows)))
-        span.session, span.tokens, span.n_tok, span.want, span.before = session._live(), pointer(ids), len(ids), lib.BMC_WANT_ALL, before
+        span.session, span.tokens, span.n_tok = session._live(), pointer(ids), len(ids)
+        span.want, span.before = lib.BMC_WANT_ALL, before
         span.logits, span.hidden = pointer(logits), pointer(hidden)
         kept += [ids, rows, before]
         results.append((logits, hidden))
@@ -120,13 +128,16 @@ def hidden_states(model, tokens):
 
 
 def head_logits(oracle, layer, tokens, hidden):
-    """The head's logits after each token, whose hidden states before are given: float64, from the description of the format."""
+    """The head's logits after each token, whose hidden states before are given:
+    float64, from the description of the format."""
     b, embedding = f"blk.{layer}", oracle.tensors["token_embd.weight"]
     attention = oracle.gated_attention if oracle.arch == "qwen35" else oracle.attention
-    both = [oracle.norm(embedding[tokens], f"{b}.nextn.enorm"), oracle.norm(hidden.astype(float), f"{b}.nextn.hnorm")]
+    both = [oracle.norm(embedding[tokens], f"{b}.nextn.enorm"),
+            oracle.norm(hidden.astype(float), f"{b}.nextn.hnorm")]
     x = oracle.linear(np.concatenate(both, -1), f"{b}.nextn.eh_proj")
     x = x + attention(oracle.norm(x, f"{b}.attn_norm"), layer)
-    x = x + oracle.feed_forward(oracle.norm(x, f"{b}.post_attention_norm" if oracle.arch == "qwen35" else f"{b}.ffn_norm"), layer)
+    x = x + oracle.feed_forward(oracle.norm(x, f"{b}.post_attention_norm" if oracle.arch == "qwen35"
+                                            else f"{b}.ffn_norm"), layer)
     return oracle.norm(x, f"{b}.nextn.shared_head_norm") @ oracle.tensors.get("output.weight", embedding).T
 
 
@@ -157,7 +168,8 @@ def test_logits_of_a_golden_file_equal_the_oracle():
     metadata, values = read(golden)
     values = {name: value.reshape(-1) if "norm" in name else value for name, value in values.items()}
     with pybmc.Model(golden, threads=2) as model:
-        assert error(model, recurrent_oracle.Recurrent(metadata, values), [id % 290 for id in text(40)]) < 1e-3
+        assert error(model, recurrent_oracle.Recurrent(metadata, values),
+                     [id % 290 for id in text(40)]) < 1e-3
 
 
 @pytest.mark.parametrize("arch", ["qwen35", "qwen3"])
@@ -190,7 +202,8 @@ def test_matrices_of_its_own(tmp_path, own):
     with pybmc.Model(tiny.save(tmp_path / "own.gguf", metadata, changed), threads=1) as model:
         values = weights(tensors)
         assert error(model, Oracle(metadata, values), text(30)) > 0.1
-        assert error(model, Oracle(metadata, values | {f"{role}.weight": values[f"{role}.weight"][::-1]}), text(30)) < 1e-3
+        assert error(model, Oracle(metadata, values | {f"{role}.weight": values[f"{role}.weight"][::-1]}),
+                     text(30)) < 1e-3
 
 
 def test_without_a_norm_of_its_own_it_is_the_models(tmp_path):
@@ -205,11 +218,13 @@ def test_without_a_norm_of_its_own_it_is_the_models(tmp_path):
 # Guesses
 
 
-SAMPLERS = [Sampler(), Sampler(temperature=0.9, seed=3, top_k=0), Sampler(temperature=0.7, repeat_penalty=1.2, logit_bias={5: 2.0})]
+SAMPLERS = [Sampler(), Sampler(temperature=0.9, seed=3, top_k=0),
+            Sampler(temperature=0.7, repeat_penalty=1.2, logit_bias={5: 2.0})]
 
 
 @pytest.mark.parametrize("arch", ["qwen35", "qwen3"])
-@pytest.mark.parametrize("settings", [{"spec": "mtp", "fixed": 5}, {"spec": "mtp"}, {"spec": "auto"}, {"spec": "auto", "fixed": 3}], ids=str)
+@pytest.mark.parametrize("settings", [{"spec": "mtp", "fixed": 5}, {"spec": "mtp"}, {"spec": "auto"},
+                                      {"spec": "auto", "fixed": 3}], ids=str)
 def test_the_text_is_plain_decodings(arch, settings):
     """Of three at a time, with prompts of a token, of some and of more than a session keeps states of."""
     model = load(arch)
@@ -223,7 +238,8 @@ def test_the_text_is_plain_decodings(arch, settings):
         assert all(sequence.stats.draft_n > 60 for sequence in sequences)
 
 
-@pytest.mark.parametrize("name, layer", [("glm4moe", None), ("qwen35moe", 3), ("qwen3next", 3), ("deepseek2", 2)])
+@pytest.mark.parametrize("name, layer",
+                         [("glm4moe", None), ("qwen35moe", 3), ("qwen3next", 3), ("deepseek2", 2)])
 def test_heads_with_experts_and_with_compressed_rows(tmp_path, name, layer):
     """Golden files; where one has no head, a layer of its own becomes one."""
     file = SHARED / "golden-breadth" / f"{name}.F16.gguf"
@@ -250,9 +266,11 @@ def with_a_layer_as_head(file, layer):
     tensors = {t.name: (t.tensor_type.name, t.data.view(np.uint8)) for t in reader.tensors}
     arch = metadata["general.architecture"]
     n, dim = metadata[f"{arch}.block_count"], metadata[f"{arch}.embedding_length"]
-    metadata |= {key: [*value, value[layer]] for key, value in metadata.items() if key.startswith(f"{arch}.") and isinstance(value, list)}
+    metadata |= {key: [*value, value[layer]] for key, value in metadata.items() if key.startswith(f"{arch}.")
+                 and isinstance(value, list)}
     metadata |= {f"{arch}.block_count": n + 1, f"{arch}.nextn_predict_layers": 1}
-    tensors |= {name.replace(f"blk.{layer}.", f"blk.{n}."): tensor for name, tensor in tensors.items() if name.startswith(f"blk.{layer}.")}
+    tensors |= {name.replace(f"blk.{layer}.", f"blk.{n}."): tensor for name, tensor in tensors.items()
+                if name.startswith(f"blk.{layer}.")}
     tensors |= {f"blk.{n}.nextn.{name}.weight": float32(np.ones(dim)) for name in ("enorm", "hnorm")}
     tensors[f"blk.{n}.nextn.eh_proj.weight"] = float32(rng.standard_normal((dim, 2 * dim)) * dim**-0.5)
     return metadata, tensors
@@ -270,8 +288,8 @@ def test_guesses_that_are_right_come_true(reads, fixed, n):
 
 @pytest.mark.parametrize("n, least", [(5, 100), (60, 150), (700, KEPT)])
 def test_the_head_reads_more_of_the_text_as_its_guesses_pay(monkeypatch, n, least):
-    """Every round believes that the head takes a ten-thousandth of the model's time: guesses are made from the last 32 tokens on, and
-    then from all whose hidden states are kept."""
+    """Every round believes that the head takes a ten-thousandth of the model's time:
+    guesses are made from the last 32 tokens on, and then from all whose hidden states are kept."""
     monkeypatch.setattr(pybmc.engine.engine, "CALL_SECONDS", 0.0)           # a round a step
     model, request = clairvoyant("state"), Request(text(n), 200)
     made = Speculation(model, spec="mtp")
@@ -307,9 +325,11 @@ def attentive():
 
 @pytest.mark.parametrize("n", [3, 40, KEPT + 100])
 def test_guesses_are_those_of_a_head_that_has_read_all_it_can(n):
-    """A round's guesses, made here by the head alone: from every hidden state that is kept, and then from its own."""
+    """A round's guesses, made here by the head alone:
+    from every hidden state that is kept, and then from its own."""
     model, k = attentive(), 3
-    sampler = Sampler(temperature=3.0, seed=2, top_k=0, top_p=1.0, min_p=0.0, logit_bias={id: 1000.0 for id in range(5, 9)})
+    sampler = Sampler(temperature=3.0, seed=2, top_k=0, top_p=1.0, min_p=0.0,
+                      logit_bias={id: 1000.0 for id in range(5, 9)})
     request = Request(text(n), 90, sampler)
     with Engine(model, speculation=Speculation(model, spec="mtp", fixed=k)) as engine:
         engine.add(request)
@@ -337,7 +357,8 @@ def test_sessions_that_go_back_and_on():
     model = clairvoyant("state")
     made, prompt = Speculation(model, spec="mtp", fixed=4), text(600)
     with model.session() as session:
-        for words in (prompt, prompt[:590], [*prompt[:300], *text(20, 1)], [*prompt[:300], *text(700, 2)], prompt[:3]):
+        for words in (prompt, prompt[:590], [*prompt[:300], *text(20, 1)], [*prompt[:300], *text(700, 2)],
+                      prompt[:3]):
             found, stats = write(model, Request(words, 40, session=session), made)
             assert found == write(model, Request(words, 40))[0]
             assert stats.draft_n_accepted == stats.draft_n > 0
@@ -383,7 +404,8 @@ def test_weights_left_in_the_file_give_the_same():
 @pytest.mark.long
 def test_a_coarse_head_is_shared(tmp_path):
     """65,536 ids of 256 values, the least for which one is made."""
-    metadata, tensors = parts("qwen3", 0, types="Q8_0", vocab="spm", vocab_size=1 << 16, dim=256, n_layers=1, tied=True)
+    metadata, tensors = parts("qwen3", 0, types="Q8_0", vocab="spm", vocab_size=1 << 16, dim=256,
+                              n_layers=1, tied=True)
     with pybmc.Model(tiny.save(tmp_path / "coarse.gguf", metadata, tensors), threads=2) as model:
         made = Speculation(model, spec="mtp", fixed=3)
         assert model.coarsen() and model.head.coarsen()
@@ -436,8 +458,10 @@ def test_hidden_states_go_with_tokens_of_a_head_only():
 
 
 def write_with(session, made):
-    item, limits = ffi.new("bmc_item *"), ffi.new("bmc_limits *", {"n_rounds": 1, "seconds": 1e9, "policy": made.policy})
-    drafter, ids, logprobs, drafted = made.drafter(), *(ffi.new(f"{kind}[]", [1]) for kind in ("int32_t", "float", "uint8_t"))
+    item = ffi.new("bmc_item *")
+    limits = ffi.new("bmc_limits *", {"n_rounds": 1, "seconds": 1e9, "policy": made.policy})
+    drafter, ids, logprobs, drafted = made.drafter(), *(ffi.new(f"{kind}[]", [1])
+                                                        for kind in ("int32_t", "float", "uint8_t"))
     item.session, item.drafter, item.pending, item.n_pending = session._live(), drafter.native, ids, 1
     item.choose, item.max_tokens, item.ids, item.logprobs, item.drafted = 1, 1, ids, logprobs, drafted
     check(lib.bmc_round(ffi.new("bmc_item *[]", [item]), 1, limits))
@@ -465,9 +489,12 @@ def test_what_the_key_counts_may_be_missing(tmp_path, caplog, change):
 
 @pytest.mark.parametrize("change, message", [
     (without("attn_q"), "blk.2.attn_q.weight is missing"),
-    (lambda m, t: t.update({"blk.2.nextn.eh_proj.weight": float32(np.ones((64, 64)))}), "expected 64 rows of 128 values, found 64 of 64"),
-    (lambda m, t: t.update({"blk.2.nextn.more.weight": float32(np.ones((64, 64)))}), "does not know this tensor of a draft head"),
-    (lambda m, t: t.update({"blk.2.nextn.shared_head_head.weight": float32(np.ones((9, 64)))}), "expected 401 rows of 64 values, found 9"),
+    (lambda m, t: t.update({"blk.2.nextn.eh_proj.weight": float32(np.ones((64, 64)))}),
+     "expected 64 rows of 128 values, found 64 of 64"),
+    (lambda m, t: t.update({"blk.2.nextn.more.weight": float32(np.ones((64, 64)))}),
+     "does not know this tensor of a draft head"),
+    (lambda m, t: t.update({"blk.2.nextn.shared_head_head.weight": float32(np.ones((9, 64)))}),
+     "expected 401 rows of 64 values, found 9"),
 ])
 def test_a_head_with_something_wrong_is_left_out(tmp_path, caplog, change, message):
     metadata, tensors = parts("qwen3")
@@ -480,7 +507,8 @@ def test_a_head_with_something_wrong_is_left_out(tmp_path, caplog, change, messa
 
 
 def test_a_head_that_does_not_keep_rows_is_none():
-    """A recurrent layer, or one that sees a window: what it has read could not be taken back to any position."""
+    """A recurrent layer, or one that sees a window:
+    what it has read could not be taken back to any position."""
     for arch, layer in (("lfm2", 0), ("gemma3", 0)):
         with GGUF(path(arch, layer)) as file:
             assert read_config(file).head is None
@@ -494,10 +522,12 @@ def test_show_tells_of_a_head():
 def test_layers_beyond_the_first_are_left_out(tmp_path):
     metadata, tensors = parts("qwen3")
     metadata |= {"qwen3.block_count": 4, "qwen3.nextn_predict_layers": 2}
-    tensors |= {name.replace("blk.2.", "blk.3."): tensor for name, tensor in tensors.items() if name.startswith("blk.2.")}
+    tensors |= {name.replace("blk.2.", "blk.3."): tensor for name, tensor in tensors.items()
+                if name.startswith("blk.2.")}
     with pybmc.Model(tiny.save(tmp_path / "two.gguf", metadata, tensors), threads=1) as model:
         assert model.head.config.first_layer == 2
-        assert {role.tensor.name[:5] for role in bind_head(model._file, model.head.config) if role.block >= 0} == {"blk.2"}
+        assert {role.tensor.name[:5] for role in bind_head(model._file, model.head.config)
+                if role.block >= 0} == {"blk.2"}
 
 
 def test_why_names_the_head():

@@ -121,7 +121,8 @@ def test_hidden_states_equal_float64(encoders, arch, n):
 
 @pytest.fixture(scope="module")
 def windowed(tmp_path_factory):
-    """A gemma-embedding whose file does not say that it is no causal model. Its layers see 8 tokens to each side."""
+    """A gemma-embedding whose file does not say that it is no causal model.
+    Its layers see 8 tokens to each side."""
     metadata, tensors = tiny.parts("gemma3", n_layers=3, n_ctx=1024, window=16)
     metadata = {key.replace("gemma3.", "gemma-embedding."): value for key, value in metadata.items()}
     path = tiny.save(
@@ -364,7 +365,8 @@ class Words:
         return self.metadata.get(key, default)
 
     def split(self, text, special):
-        return [1 if part == "<s>" else part for part in re.split("(<s>)", text) if part] if special else [text]
+        return ([1 if part == "<s>" else part for part in re.split("(<s>)", text) if part] if special
+                else [text])
 
     def encode(self, text):
         return [1, text, 2]
@@ -634,7 +636,8 @@ def test_other_commands_on_an_encoder(encoders, decoder, capsys, pipe, args):
         assert (
             out == ""
             and err
-            == f"pybmc: {encoder} is an encoder (bert): it writes no text, it gives embeddings (pybmc embed)\n"
+            == f"pybmc: {encoder} is an encoder (bert): it writes no text, it gives embeddings "
+               "(pybmc embed)\n"
         )
 
 
@@ -646,7 +649,8 @@ def test_the_examples_of_the_page_run(tmp_path, monkeypatch, capsys):
     tiny.save(tmp_path / "encoder.gguf", *tiny_encoders.parts("bert"))
     score = {"cls.output.weight": matrix(1, 64), "cls.output.bias": matrix(1, 1)}
     tiny.save(tmp_path / "reranker.gguf", *changed(tiny_encoders.parts("bert", pooling=4), (), score))
-    blocks = re.findall(r"```python\n(.*?)```", (HERE.parent / "docs" / "embeddings.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```",
+                        (HERE.parent / "docs" / "embeddings.md").read_text(), re.DOTALL)
     names = {}
     for block in blocks:
         exec(block, names)

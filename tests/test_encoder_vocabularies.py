@@ -67,8 +67,8 @@ def test_any_text_has_ids(trained, text):
 # -- WordPiece
 
 PIECES = [
-    *["▁hello", "▁he", "llo", "▁wor", "ld", "▁,", "▁!", "▁東", "▁京", "▁a", "b", "▁$", "▁½", "▁ab", "cab", "ç"],
-    *["▁é", "▁İ", "▁i", "\u0307", "▁ᄒ", "▁[", "▁mask", "▁]", "▁END"],
+    *["▁hello", "▁he", "llo", "▁wor", "ld", "▁,", "▁!", "▁東", "▁京", "▁a", "b", "▁$", "▁½", "▁ab", "cab"],
+    *["ç", "▁é", "▁İ", "▁i", "\u0307", "▁ᄒ", "▁[", "▁mask", "▁]", "▁END"],
 ]
 
 
@@ -112,12 +112,14 @@ def test_case_and_accents_are_options(load, lower, accents, words):
 
 
 def test_a_text_stands_between_cls_and_sep(load):
-    for changes in ({}, {"add_bos_token": False, "add_eos_token": False}, {"bos_token_id": None, "cls_token_id": 0},
-                    {"bos_token_id": 0, "cls_token_id": -1}):
+    for changes in ({}, {"add_bos_token": False, "add_eos_token": False},
+                    {"bos_token_id": None, "cls_token_id": 0}, {"bos_token_id": 0, "cls_token_id": -1}):
         tokenizer = load(wordpiece(**changes))
         assert spelled(tokenizer, "he") == ["[CLS]", "▁he", "[SEP]"] and tokenizer.encode("") == [0, 1]
-        assert (tokenizer.bos_id, tokenizer.sep_id, tokenizer.add_sep, tokenizer.add_eos) == (0, 1, True, False)
-    many = load(wordpiece(*map(str, range(200)), bos_token_id=None, seperator_token_id=None, unknown_token_id=None))
+        assert ((tokenizer.bos_id, tokenizer.sep_id, tokenizer.add_sep, tokenizer.add_eos)
+                == (0, 1, True, False))
+    many = load(wordpiece(*map(str, range(200)), bos_token_id=None, seperator_token_id=None,
+                          unknown_token_id=None))
     assert (many.bos_id, many.sep_id, many.vocab.unknown_id) == (101, 102, 100)
 
 
@@ -186,8 +188,10 @@ def unigram(pieces, **changes):
     more = changes.pop("more", {})                      # {text: (type, score)}
     tokens = {"<pad>": CONTROL, "</s>": CONTROL, "<unk>": UNKNOWN}
     tokens |= dict.fromkeys(pieces, NORMAL) | {text: kind for text, (kind, _) in more.items()}
-    scores = [0.0] * 3 + [float(score) for score in [*pieces.values(), *(score for _, score in more.values())]]
-    return vocabulary("t5", tokens, {"scores": np.array(scores, np.float32), "add_space_prefix": True} | changes)
+    scores = [0.0] * 3 + [float(score)
+                          for score in [*pieces.values(), *(score for _, score in more.values())]]
+    return vocabulary("t5", tokens,
+                      {"scores": np.array(scores, np.float32), "add_space_prefix": True} | changes)
 
 
 LETTERS = {"▁": -4, "a": -3, "b": -3.5, "ab": -5, "▁a": -6, "ba": -6.25, "abab": -9, "▁b": -9.5, "xa": -2}
@@ -240,7 +244,8 @@ def test_spaces(load, prefix, merge, words):
 
 def test_what_begins_and_ends_a_text_of_unigram(load):
     tokenizer = load(unigram(LETTERS))
-    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos, tokenizer.add_eos) == (None, 1, False, True)
+    assert ((tokenizer.bos_id, tokenizer.eos_id, tokenizer.add_bos, tokenizer.add_eos)
+            == (None, 1, False, True))
     assert spelled(tokenizer, "a") == ["▁a", "</s>"]
     assert spelled(load(unigram(LETTERS, add_eos_token=False)), "a") == ["▁a"]
     both = load(unigram(LETTERS, bos_token_id=0, add_bos_token=True))
@@ -335,7 +340,8 @@ def test_a_map_cut_at_every_length():
             Charsmap(data[:length])
 
 
-@given(flips=st.dictionaries(st.integers(0, 10_000), st.integers(1, 255), min_size=1, max_size=8), text=st.text())
+@given(flips=st.dictionaries(st.integers(0, 10_000), st.integers(1, 255), min_size=1, max_size=8),
+       text=st.text())
 @settings(max_examples=200, deadline=None)
 def test_a_broken_map_is_an_error_or_a_map(flips, text):
     data = bytearray(charsmap(TABLE))
@@ -377,15 +383,20 @@ def damaged(at, value, table=TABLE):
     (vocabulary("t5", {"a": NORMAL}, {}), "unknown_token_id: expected one of 1 tokens, found none"),
     (unigram(LETTERS, scores=[0.0] * 3), "scores: expected 12 values, one for each token, found 3"),
     (unigram(LETTERS, scores=[0.0, float("nan")] * 6), "scores: value 1 is not a number"),
-    (unigram(LETTERS, scores=[0.0] * 11 + [float("-inf")]), "scores: value 11: expected a finite number, found -inf"),
+    (unigram(LETTERS, scores=[0.0] * 11 + [float("-inf")]),
+     "scores: value 11: expected a finite number, found -inf"),
     (unigram(LETTERS, scores="x"), "scores: expected an array of numbers, found str"),
     (unigram(LETTERS, add_space_prefix=1), "add_space_prefix: expected bool, found int"),
     (unigram(LETTERS, remove_extra_whitespaces=1), "remove_extra_whitespaces: expected bool, found int"),
-    (unigram(LETTERS, precompiled_charsmap="x"), "precompiled_charsmap: expected an array of bytes, found str"),
-    (unigram(LETTERS, precompiled_charsmap=[1, 2]), "precompiled_charsmap: expected an array of bytes, found int32"),
-    (unigram(LETTERS, precompiled_charsmap=np.zeros(3, np.uint8)), "expected a trie and replacements, found 3 bytes"),
+    (unigram(LETTERS, precompiled_charsmap="x"),
+     "precompiled_charsmap: expected an array of bytes, found str"),
+    (unigram(LETTERS, precompiled_charsmap=[1, 2]),
+     "precompiled_charsmap: expected an array of bytes, found int32"),
+    (unigram(LETTERS, precompiled_charsmap=np.zeros(3, np.uint8)),
+     "expected a trie and replacements, found 3 bytes"),
     (unigram(LETTERS, precompiled_charsmap=damaged(0, 1 << 31)), "with a trie of 2147483648"),
-    (unigram(LETTERS, precompiled_charsmap=damaged(4, 0x7FFFFC00)), "expected children within the trie's .* units"),
+    (unigram(LETTERS, precompiled_charsmap=damaged(4, 0x7FFFFC00)),
+     "expected children within the trie's .* units"),
     (unigram(LETTERS, precompiled_charsmap=damaged(4 + 4 * 512, 1 << 31 | 99)),
      "expected a replacement with a zero byte after it, found none"),
     (unigram(LETTERS, precompiled_charsmap=np.frombuffer(charsmap({"a": "é"})[:-3] + b"\xc3\0", np.uint8)),
@@ -432,4 +443,5 @@ def test_empty_tokens(load):
 
 def test_small_bytes_are_a_map_too(load):
     data = np.frombuffer(charsmap(TABLE), np.int8)
-    assert spelled(load(unigram(LETTERS, precompiled_charsmap=data)), "!a b", bos=False) == ["▁", "<unk>", "▁", "b"]
+    assert (spelled(load(unigram(LETTERS, precompiled_charsmap=data)), "!a b", bos=False)
+            == ["▁", "<unk>", "▁", "b"])

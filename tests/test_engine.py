@@ -12,7 +12,16 @@ import pytest
 import tiny
 
 import pybmc
-from pybmc import ArgumentError, BmcError, BusyError, ClosedError, ContextFullError, Engine, OutOfMemoryError, Request
+from pybmc import (
+    ArgumentError,
+    BmcError,
+    BusyError,
+    ClosedError,
+    ContextFullError,
+    Engine,
+    OutOfMemoryError,
+    Request,
+)
 from pybmc.engine.sampler import Sampler
 from pybmc.spec import speculation
 from pybmc.spec.speculation import Speculation
@@ -127,7 +136,7 @@ def random_engine(rng, model, drafts):
                        fixed=rng.choice([0, 0, 0, 1, 3, 8]))
     row = model.session(16)
     row.eval([1])
-    memory = rng.choice([None, rng.randint(460, 900) * row.arena_stats().row_bytes])      # any request fits alone
+    memory = rng.choice([None, rng.randint(460, 900) * row.arena_stats().row_bytes])  # any request fits alone
     return Engine(model, speculation=made, parallel=rng.choice([1, 2, 3, 8]), memory=memory,
                   keep=memory is not None and rng.random() < 0.7)
 

@@ -1,4 +1,5 @@
-"""Experts: how they are chosen and weighed, against float64; and passes in which they have one token, all tokens, or none."""
+"""Experts: how they are chosen and weighed, against float64;
+and passes in which they have one token, all tokens, or none."""
 
 from functools import lru_cache
 
@@ -150,7 +151,8 @@ def evaluate(path, tokens, width=None, threads=1):
 
 
 def check(tmp_path, metadata, tensors, mutations=(), without=()):
-    """Our logits are the oracle's, and not those of an oracle that leaves one of these out, or does without a bias."""
+    """Our logits are the oracle's, and not those of an oracle that leaves one of these out,
+    or does without a bias."""
     words = text(40)
     ours = evaluate(tiny.save(tmp_path / "m.gguf", metadata, tensors), words)
     weights = oracle.weights(tensors)
@@ -279,7 +281,8 @@ def test_the_bias_of_the_choice_by_its_name_without_a_suffix(tmp_path):
 
 @lru_cache(maxsize=None)
 def unbalanced(types, how):
-    """A file in which every token takes the same experts ("same"), or each expert has few tokens, or one, or none."""
+    """A file in which every token takes the same experts ("same"), or each expert has few tokens, or one,
+    or none."""
     metadata, tensors = model_parts(
         {"expert_shared_feed_forward_length": 64}, types=types, n=N if how == "same" else 96, shared_dim=64
     )
@@ -292,7 +295,8 @@ def unbalanced(types, how):
 @pytest.mark.parametrize("how", ["same", "few"])
 @pytest.mark.parametrize("types", ["F16", "Q8_0", "Q4_0"])
 def test_any_number_of_tokens_for_an_expert(how, types):
-    """500 tokens that all take two experts, or 96 experts for them; in one pass, in passes of 7 and 100, and one by one."""
+    """500 tokens that all take two experts, or 96 experts for them;
+    in one pass, in passes of 7 and 100, and one by one."""
     words = text(500)
     right = evaluate(unbalanced(types, how), words)
     for width, threads in ((7, 1), (100, 3), (499, 2)):

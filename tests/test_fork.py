@@ -21,7 +21,8 @@ def fresh(model, text):
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])
 @pytest.mark.parametrize("rows", [16, 48])
 def test_forks_read_what_their_own_text_says(arch, rows):
-    """Sessions that fork, go on, go back and close in any order: each gives the logits of its text read anew."""
+    """Sessions that fork, go on, go back and close in any order:
+    each gives the logits of its text read anew."""
     rng = random.Random(rows)
     with pybmc.Model(tiny.model(arch), threads=2) as model:
         sessions = [(model.session(rows=rows), [])]
@@ -50,7 +51,8 @@ def test_forks_read_what_their_own_text_says(arch, rows):
 
 def test_forks_where_windows_grow_by_other_rows_than_the_rest():
     """Rows of windows and the others have segments of their own size, as the library chooses them."""
-    with pybmc.Model(tiny.model("gemma3", n_heads=4, n_kv_heads=4, head_dim=256, n_ctx=2048), threads=2) as model, model.session() as session:
+    with pybmc.Model(tiny.model("gemma3", n_heads=4, n_kv_heads=4, head_dim=256, n_ctx=2048),
+                     threads=2) as model, model.session() as session:
         text = tokens(700)
         session.eval(text)
         for position in (700, 300, 15):
@@ -63,7 +65,7 @@ def test_a_fork_costs_no_memory_for_what_is_shared():
         session.eval(tokens(320))
         alone = session.arena_stats().bytes_reserved
         forks = [session.fork(320) for _ in range(9)]
-        together = session.arena_stats().bytes_reserved + sum(fork.arena_stats().bytes_reserved for fork in forks)
+        together = sum(one.arena_stats().bytes_reserved for one in (session, *forks))
         assert alone / 11 <= session.arena_stats().bytes_reserved < alone / 5 and together <= 1.01 * alone
         for fork in forks:
             fork.close()
@@ -117,7 +119,8 @@ def test_a_fork_outlives_its_parent_and_stays_in_its_cap():
 
 
 def test_windows_give_back_rows_and_keep_the_text():
-    """gemma3 with a window of 16, six of seven layers: far behind it rows go, and going back there reads the text anew."""
+    """gemma3 with a window of 16, six of seven layers:
+    far behind it rows go, and going back there reads the text anew."""
     text = tokens(2600)
     with pybmc.Model(tiny.model("gemma3", n_ctx=4096), threads=2) as model, model.session(rows=16) as session:
         for start in range(0, len(text), 200):

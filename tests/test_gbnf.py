@@ -1,4 +1,5 @@
-"""GBNF: what it says, what is wrong with it, and that a text is accepted exactly where some way to read it exists."""
+"""GBNF: what it says, what is wrong with it, and that a text is accepted exactly where some
+way to read it exists."""
 
 import itertools
 import os
@@ -39,7 +40,8 @@ def accepts(grammar, text):
 
 
 def ends(rules, text):
-    """Where the rules may end in a text, by where they begin: what changes nothing any more is all there is."""
+    """Where the rules may end in a text, by where they begin:
+    what changes nothing any more is all there is."""
     known = {(name, at): frozenset() for name in rules for at in range(len(text) + 1)}
 
     def of(node, at):
@@ -69,18 +71,21 @@ def ends(rules, text):
 
 
 @pytest.mark.parametrize("grammar, good, bad", [
-    (JSON, ['{"a": [1, -2.5e3, "x\\u00e9\\n"], "b": {}}', "{}", '{\n "ü": true }'], ['{"a"}', '{"a": 01x}', "[1]", '{"a":1} x']),
+    (JSON, ['{"a": [1, -2.5e3, "x\\u00e9\\n"], "b": {}}', "{}", '{\n "ü": true }'],
+     ['{"a"}', '{"a": 01x}', "[1]", '{"a":1} x']),
     ('root ::= [a-z ]+ " end"', ["ab end", "x end end"], ["ab", " end x"]),
     ('root ::= word " " word\nword ::= [a-z ]+', ["a b", "a  b c"], ["ab", " "]),
     ('root ::= ("ab" | "abc") "cd"', ["abcd", "abccd"], ["abd"]),
     ('root ::= "(" inner ")"\ninner ::= root | [^)]* "!"', ["((a!))", "(!)", "(!!!)"], ["()", "((a!)a)"]),
-    ('root ::= e\ne ::= e "+" t | t\nt ::= [0-9]+ | "(" e ")" | [0-9]+ "0"', ["1+20+(3)", "100"], ["1+", "+1"]),
+    ('root ::= e\ne ::= e "+" t | t\nt ::= [0-9]+ | "(" e ")" | [0-9]+ "0"', ["1+20+(3)", "100"],
+     ["1+", "+1"]),
     ('root ::= a\n# a comment\na ::= "x" |\n  "y" (\n "1"\n | "2" )', ["x", "y1", "y2"], ["y"]),
     ('root ::= "a"{2,3} "b"{2} "c"{1,} "d"{,1}', ["aabbc", "aaabbccd"], ["abbc", "aabbcdd"]),
     ('root ::= "\\x41\\u00e9\\U0001F600\\"\\\\" [\\]\\-\\[^]', ['Aé😀"\\]', 'Aé😀"\\^'], ['Aé😀"\\a']),
     ('root ::= [^a-c\\n] [-a] [a-]', ["x--", "é-a"], ["a--", "\n--", "xb-"]),
     ("root ::= . .", ["ab", "a\n", "é😀"], ["a", "abc"]),
-    ('root ::= Rule-A ruleA rule_a start\nRule-A ::= "1"\nruleA ::= "2"\nrule_a ::= "3"\nstart ::= "4"', ["1234"], ["1"]),
+    ('root ::= Rule-A ruleA rule_a start\nRule-A ::= "1"\nruleA ::= "2"\nrule_a ::= "3"\nstart ::= "4"',
+     ["1234"], ["1"]),
     ('root ::= "" | "a"', ["", "a"], ["b"]), ('root ::= ("x" root)?', ["", "xxx"], ["y"]),
     ('root ::= "/" [/"] "*"', ['//*', '/"*'], ["/"]),
 ], ids=lambda value: repr(value)[:30])
@@ -127,16 +132,21 @@ def test_texts_are_accepted_where_some_way_to_read_them_exists(seed):
     except UnsupportedSchemaError as error:     # rules that contain themselves in endless ways pass a limit
         assert "Too many items" in str(error) or not any(expected), (source, error)
         return
-    assert found == expected, (source, [text for text, one, other in zip(texts, found, expected) if one != other][:5], lark_of(source))
+    assert found == expected, (source,
+                               [text for text, one, other in zip(texts, found, expected) if one != other][:5],
+                               lark_of(source))
 
 
 @pytest.mark.parametrize("grammar, message", [
-    ("", "expected a text"), ("root", "line 1: expected a name and ::="), ("x ::= [a]", "no rule root"), ("root ::= x", "no rule x"),
-    ('root ::= "a', 'expected ", found the end'), ("root ::= [a", "expected ], found the end"), ("root ::= (a", r"expected \), found the end"),
-    ('root ::= "\\q"', "expected an escape"), ('root ::= "\\ud800"', "escape of a character"), ("root ::= [z-a]", "a range in order"),
-    ('root ::= "a"{3,2}', "repetition of up to"), ('root ::= "a"{}', "expected {m}"), ('root ::= "a"{999999}', "repetition of up to"),
-    ('root ::= "a"\nroot ::= "b"', "root is there twice"), ('root ::= "a" )', "end of the line"), ('\n\nroot = "a"', "line 3"),
-    ("root ::= " + "(" * 100 + '"a"' + ")" * 100, "levels of parentheses"), ('root ::= "a"' + "?" * 100, "repetitions of a repetition"),
+    ("", "expected a text"), ("root", "line 1: expected a name and ::="), ("x ::= [a]", "no rule root"),
+    ("root ::= x", "no rule x"), ('root ::= "a', 'expected ", found the end'),
+    ("root ::= [a", "expected ], found the end"), ("root ::= (a", r"expected \), found the end"),
+    ('root ::= "\\q"', "expected an escape"), ('root ::= "\\ud800"', "escape of a character"),
+    ("root ::= [z-a]", "a range in order"), ('root ::= "a"{3,2}', "repetition of up to"),
+    ('root ::= "a"{}', "expected {m}"), ('root ::= "a"{999999}', "repetition of up to"),
+    ('root ::= "a"\nroot ::= "b"', "root is there twice"), ('root ::= "a" )', "end of the line"),
+    ('\n\nroot = "a"', "line 3"), ("root ::= " + "(" * 100 + '"a"' + ")" * 100, "levels of parentheses"),
+    ('root ::= "a"' + "?" * 100, "repetitions of a repetition"),
     ('root ::= <token>', "end of the line, found <token>"), ("root ::= *", "end of the line")])
 def test_bad_grammars_say_where(grammar, message):
     with pytest.raises(SchemaError if grammar else ValueError, match=message):

@@ -10,7 +10,7 @@ from places import SHARED
 
 import pybmc
 
-FLOAT = 2e-3        # error over spread: keys and values in f16, and a gate beside the threshold may count or not
+FLOAT = 2e-3    # error over spread: keys and values in f16, and a gate beside the threshold may count or not
 
 
 def made(types="F16"):
@@ -81,8 +81,8 @@ def test_keys_and_values_of_layers_that_read_others_are_not_loaded(tmp_path):
 def test_twenty_layers_have_keys_and_values_where_the_key_is_absent(tmp_path):
     absent = dict.fromkeys(("attention.shared_kv_layers", "activation_sparsity_scale",
                             "attention.sliding_window_pattern"))
-    shape = tiny_kinds.simple("gemma3n", tiny_kinds.gemma3n, 22, lambda m: tiny_kinds.gemma3n_keys(m) | absent,
-                              True, tiny_kinds.gemma3n_outside)
+    shape = tiny_kinds.simple("gemma3n", tiny_kinds.gemma3n, 22,
+                              lambda m: tiny_kinds.gemma3n_keys(m) | absent, True, tiny_kinds.gemma3n_outside)
     metadata, tensors = tiny_kinds.parts(shape)
     own = ("attn_k", "attn_v", "attn_k_norm")
     tensors |= {f"blk.{i}.{name}.weight": tensors[f"blk.0.{name}.weight"] for i in range(3, 20)
@@ -113,8 +113,8 @@ def test_keys_out_of_range(keys, message, tmp_path):
 
 
 @pytest.mark.parametrize("name", [
-    "per_layer_token_embd", "per_layer_model_proj", "per_layer_proj_norm", "altup_proj", "altup_unembd_proj", "blk.1.altup_router", "blk.1.altup_router_norm",
-    "blk.2.altup_predict_coef", "blk.2.altup_correct_coef",
+    "per_layer_token_embd", "per_layer_model_proj", "per_layer_proj_norm", "altup_proj", "altup_unembd_proj",
+    "blk.1.altup_router", "blk.1.altup_router_norm", "blk.2.altup_predict_coef", "blk.2.altup_correct_coef",
     "blk.0.altup_correct_scale", "blk.3.laurel_l", "blk.3.laurel_r", "blk.3.laurel_post_norm",
     "blk.3.ffn_gate", "blk.1.attn_k_norm",
     "blk.4.attn_q_norm", "blk.0.post_norm",

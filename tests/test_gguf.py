@@ -65,7 +65,8 @@ def test_every_kind_of_value(path):
 def test_text_that_is_only_shown_may_be_in_any_encoding(path):
     pairs = {"general.name": "Mus\xe9e".encode("latin-1"), "general.tags": [b"a", "\xe9".encode("latin-1")],
              "general.architecture": "llama"}
-    assert GGUF(Raw(pairs).save(path)).metadata == {"general.name": "Mus\ufffde", "general.tags": ["a", "\ufffd"],
+    assert GGUF(Raw(pairs).save(path)).metadata == {"general.name": "Mus\ufffde",
+                                                    "general.tags": ["a", "\ufffd"],
                                                     "general.architecture": "llama"}
     for key in ("general.architecture", "tokenizer.ggml.model", "tokenizer.chat_template"):
         Raw({key: b"\xe9"}).save(path)
@@ -73,8 +74,8 @@ def test_text_that_is_only_shown_may_be_in_any_encoding(path):
             GGUF(path)
 
 
-@pytest.mark.parametrize("dims, shape", [((32, 4, 1), (32, 4)), ((32, 1, 1, 1), (32,)), ((1, 1), (1,)), ((1, 4, 1), (1, 4)),
-                                         ((32, 1, 4), (32, 1, 4))])
+@pytest.mark.parametrize("dims, shape", [((32, 4, 1), (32, 4)), ((32, 1, 1, 1), (32,)), ((1, 1), (1,)),
+                                         ((1, 4, 1), (1, 4)), ((32, 1, 4), (32, 1, 4))])
 def test_dimensions_of_one_at_the_end_mean_nothing(path, dims, shape):
     tensor = GGUF(Raw(tensors=[f32(*dims)]).save(path)).tensors["t"]
     assert tensor.shape == shape and tensor.nbytes == 4 * np.prod(dims)
@@ -321,7 +322,8 @@ def test_products_that_wrap_to_something_small(path, dims):
         ),
         (Entry("t", (4,), 99, data=bytes(64)), "tensor 't': unknown tensor type 99"),
         (Entry("t", (4,), 4, data=bytes(64)), "unknown tensor type 4"),  # a number that was taken back
-        (Entry("t", (4,), 31, data=bytes(64)), r"unknown tensor type 31 \(Q4_0_4_4 of 2024; take a Q4_0 file\)"),
+        (Entry("t", (4,), 31, data=bytes(64)),
+         r"unknown tensor type 31 \(Q4_0_4_4 of 2024; take a Q4_0 file\)"),
         (Entry("t", (4,), 36, data=bytes(64)), r"unknown tensor type 36 \(I2_S of bitnet.cpp"),
         (Entry("t", (4,), 139, data=bytes(64)), r"unknown tensor type 139 \(a type of ik_llama.cpp's own"),
         (Entry("t", (4,), 0xFFFFFFFF, data=bytes(64)), "unknown tensor type 4294967295"),
@@ -344,7 +346,8 @@ def test_an_incomplete_file_says_so_with_both_sizes(path):
     whole = Raw(tensors=[Entry(name, (64,), data=bytes(256)) for name in ("a", "b", "c")]).bytes()
     for lost in (1, 200, 300):
         path.write_bytes(whole[:-lost])
-        with pytest.raises(FormatError, match=f"tensor 'c' ends at byte {len(whole)}, the file at {len(whole) - lost}: it is "
+        with pytest.raises(FormatError, match=f"tensor 'c' ends at byte {len(whole)}, the file at "
+                                              f"{len(whole) - lost}: it is "
                                               "incomplete, as when a download broke off"):
             GGUF(path)
     Raw(tensors=[Entry("large", (1 << 20,), data=bytes(64))]).save(path)

@@ -16,8 +16,9 @@ from tools import golden
 
 ROOT = Path(__file__).parents[1]
 
-# Error over spread of the logits. Float weights leave what keys and values lose in f16 (11 bits), measured 1.3e-4
-# to 3.4e-4; quantized ones what activations lose in 8 bits: 4e-3 to 2e-2. A step left out is seen, as shown below.
+# Error over spread of the logits. Float weights leave what keys and values lose in f16 (11 bits), measured
+# 1.3e-4 to 3.4e-4; quantized ones what activations lose in 8 bits: 4e-3 to 2e-2. A step left out is seen, as
+# shown below.
 FLOAT, QUANTIZED = 1e-3, 3e-2
 FLOATS = ("F32", "F16", "BF16")
 ORACLES = [f"{arch}.F16" for arch in (*tiny.ARCHITECTURES, "llama3")]
@@ -263,10 +264,11 @@ def test_golden_models(path):
 
 def test_positions_whose_experts_are_nearly_a_tie_are_left_out():
     ref = np.zeros((4, 8), np.float32)
-    theirs = np.repeat(np.float32([[0.1], [0.1], [5.0], [0.1]]), 8, axis=1)     # the third chose other experts
+    theirs = np.repeat(np.float32([[0.1], [0.1], [5.0], [0.1]]), 8, axis=1)    # the third chose other experts
     made = {"tokens": np.arange(4), "ref": ref, "llamacpp": theirs}
     assert golden.routed(made).tolist() == [True] * 4
-    assert golden.routed(made | {"route_gap": np.array([0.3, 0.21, 0.05, 0.19])}).tolist() == [True, True, False, False]
+    assert (golden.routed(made | {"route_gap": np.array([0.3, 0.21, 0.05, 0.19])}).tolist()
+            == [True, True, False, False])
 
 
 def test_a_scale_beside_nvfp4_multiplies_its_values():
@@ -284,7 +286,8 @@ def test_a_scale_beside_nvfp4_multiplies_its_values():
     assert error(oracle.logits(metadata, values, tokens, context), ref) > 0.1
 
 
-@pytest.mark.parametrize("path", [path for path in GOLDEN if path.stem in ORACLES], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in GOLDEN if path.stem in ORACLES],
+                         ids=lambda path: path.stem)
 def test_the_oracle_equals_golden_logits(path):
     """llama.cpp takes GELU from a table of f16, 2e-3 off at worst; everything else is float32."""
     with np.load(path.with_suffix(".npz")) as file:

@@ -1,4 +1,5 @@
-"""Grammars compiled for a vocabulary: their states, guesses that are taken back, and texts that follow them."""
+"""Grammars compiled for a vocabulary: their states, guesses that are taken back,
+and texts that follow them."""
 
 import gc
 import json
@@ -32,7 +33,8 @@ from tools.schemas import draw, fits
 
 LLMatcher = pytest.importorskip("llguidance", reason="schemas need llguidance").LLMatcher
 
-PERSON = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "minimum": 0, "maximum": 99}},
+PERSON = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 8},
+                                           "age": {"type": "integer", "minimum": 0, "maximum": 99}},
           "required": ["name", "age"], "additionalProperties": False}
 
 
@@ -57,7 +59,8 @@ def ids(model, text):
 def write_with_stats(model, schema, n=80, sampler=None, **engine):
     with Engine(model, **engine) as made:
         prompt = model.tokenizer.encode("Once upon a time")
-        sequence = made.add(Request(prompt, n, sampler or Sampler(), schema=schema, stop_ids=model.tokenizer.stop_ids))
+        sequence = made.add(Request(prompt, n, sampler or Sampler(), schema=schema,
+                                    stop_ids=model.tokenizer.stop_ids))
         tokens = [token for _, token in engines.events(made)]
         if sequence.error:
             raise sequence.error
@@ -135,12 +138,15 @@ def test_ends_are_allowed_exactly_where_the_grammar_accepts(model):
     assert allowed(state.mask(())) == ends
 
 
-@pytest.mark.parametrize("name", sorted(VOCABULARIES.keys() - {"wordpiece", "unigram"}))      # with which no text is written
+# with which no text is written
+@pytest.mark.parametrize("name", sorted(VOCABULARIES.keys() - {"wordpiece", "unigram"}))
 def test_forced_tokens_are_those_of_the_tokenizer(name, tmp_path):
-    """The text that has to follow is cut as it would be in a longer text; what more text could change is left out."""
+    """The text that has to follow is cut as it would be in a longer text;
+    what more text could change is left out."""
     (tmp_path / "vocabulary.gguf").write_bytes(lzma.decompress(VOCABULARIES[name].read_bytes()))
     tokenizer = Tokenizer(tmp_path / "vocabulary.gguf")
-    grammar = Grammar(Vocabulary(tokenizer, tokenizer.vocab_size, name), LLMatcher.grammar_from_regex('\\{"name of  the\\n größe":"[a-z]+"'))
+    grammar = Grammar(Vocabulary(tokenizer, tokenizer.vocab_size, name),
+                      LLMatcher.grammar_from_regex('\\{"name of  the\\n größe":"[a-z]+"'))
     text = '{"name of  the\n größe":"'
     for more in ("abc", "the", "z"):
         state = grammar.start()
@@ -152,8 +158,10 @@ def test_forced_tokens_are_those_of_the_tokenizer(name, tmp_path):
 
 
 def test_a_tokenizer_that_changes_the_text_forces_nothing(model, monkeypatch):
-    monkeypatch.setattr(vocabulary, "continued", lambda tokenizer, text: tokenizer.encode(text.upper(), bos=False))
-    state = Grammar(Vocabulary(model.tokenizer, model.config.vocab_size, "altered"), LLMatcher.grammar_from_regex("abc def")).start()
+    monkeypatch.setattr(vocabulary, "continued",
+                        lambda tokenizer, text: tokenizer.encode(text.upper(), bos=False))
+    state = Grammar(Vocabulary(model.tokenizer, model.config.vocab_size, "altered"),
+                    LLMatcher.grammar_from_regex("abc def")).start()
     assert state.forced() == [] and allowed(state.mask(()))
 
 
@@ -180,7 +188,8 @@ def test_a_mark_is_found_however_it_is_cut(model, cut):
 
 def test_no_token_passes_the_mark(model):
     """Tokens that end the mark and go on with other text would escape the grammar."""
-    longer = next(piece for piece in map(model.tokenizer.piece, range(300, 4096)) if re.fullmatch(rb" [a-z]{4,}", piece))
+    longer = next(piece for piece in map(model.tokenizer.piece, range(300, 4096))
+                  if re.fullmatch(rb" [a-z]{4,}", piece))
     mark = longer[1:3]
     state = Grammar.json(PERSON, model).after(mark)
     mask = allowed(state.mask(()))
@@ -214,9 +223,13 @@ def test_a_text_that_does_not_open_begins_with_the_grammar(model):
 # ---- texts -------------------------------------------------------------------------------------------------
 
 FORMS = [
-    PERSON, {"enum": ["a long string that is forced once it has begun", "another"]}, {"type": "array", "items": {"type": "boolean"}, "maxItems": 5},
-    {"type": "object", "properties": {"first name": {"type": "string", "maxLength": 12}, "kind": {"enum": ["miller", "king"]}, "rooms": {
-        "type": "array", "items": {"type": "integer", "minimum": 1, "maximum": 30}, "minItems": 2, "maxItems": 3}},
+    PERSON, {"enum": ["a long string that is forced once it has begun", "another"]},
+    {"type": "array", "items": {"type": "boolean"}, "maxItems": 5},
+    {"type": "object",
+     "properties": {"first name": {"type": "string", "maxLength": 12},
+                    "kind": {"enum": ["miller", "king"]},
+                    "rooms": {"type": "array", "items": {"type": "integer", "minimum": 1, "maximum": 30},
+                              "minItems": 2, "maxItems": 3}},
      "required": ["first name", "kind", "rooms"], "additionalProperties": False}]
 SAMPLERS = [Sampler(), Sampler(temperature=1.2, seed=3, repeat_penalty=1.1)]
 
@@ -228,7 +241,8 @@ def requests(model, n=80):
         grammar = Grammar.json(form, model)
         for sampler in SAMPLERS:
             for start in (grammar.start, lambda grammar=grammar: grammar.after(" the", gap="\n")):
-                yield lambda start=start, sampler=sampler: Request(model.tokenizer.encode("Once upon a time"), n, sampler, schema=start(), stop_ids=ends)
+                yield lambda start=start, sampler=sampler: Request(
+                    model.tokenizer.encode("Once upon a time"), n, sampler, schema=start(), stop_ids=ends)
 
 
 def one_by_one(model, request):
@@ -249,7 +263,8 @@ def test_texts_are_json_of_their_schema(model, expected):
         assert tokens[-1].finish_reason == "stop" and fits(json.loads(text), FORMS[i // 4]), text
 
 
-@pytest.mark.parametrize("spec, fixed", [("off", 0), ("ngram", 0), ("ngram", 4), ("self", 3), ("draft", 0), ("draft", 5)])
+@pytest.mark.parametrize("spec, fixed",
+                         [("off", 0), ("ngram", 0), ("ngram", 4), ("self", 3), ("draft", 0), ("draft", 5)])
 def test_guesses_and_forced_tokens_change_nothing(model, expected, spec, fixed):
     with pybmc.Model(pybmc.demo_model(draft=True), threads=1) as draft:
         made = Speculation(model, draft if spec == "draft" else None, spec, fixed=fixed)
@@ -259,15 +274,18 @@ def test_guesses_and_forced_tokens_change_nothing(model, expected, spec, fixed):
 
 def test_a_draft_head_changes_nothing():
     model = test_draft_head.load()
-    for grammar in (Grammar.json({"enum": ["abcab", "abcbc", "bc"]}, model), Grammar.regex("(ab|c){3,9}d", model)):
-        make = lambda: Request([1, 2, 3], 30, SAMPLERS[1], schema=grammar.start(), stop_ids=model.tokenizer.stop_ids)       # noqa: B023
+    for grammar in (Grammar.json({"enum": ["abcab", "abcbc", "bc"]}, model),
+                    Grammar.regex("(ab|c){3,9}d", model)):
+        make = lambda: Request([1, 2, 3], 30, SAMPLERS[1], schema=grammar.start(),
+                               stop_ids=model.tokenizer.stop_ids)
         for fixed in (0, 3):
-            assert engines.write(model, make(), Speculation(model, spec="mtp", fixed=fixed))[0] == one_by_one(model, make())
+            assert (engines.write(model, make(), Speculation(model, spec="mtp", fixed=fixed))[0]
+                    == one_by_one(model, make()))
 
 
 @pytest.mark.parametrize("room", [None, 130])
 def test_company_and_short_memory_change_nothing(model, expected, room, monkeypatch):
-    monkeypatch.setattr("pybmc.engine.sequence.ANSWER", 1)      # all are admitted, and some are put aside later
+    monkeypatch.setattr("pybmc.engine.sequence.ANSWER", 1)    # all are admitted, and some are put aside later
     with model.session(rows=16) as session:
         session.reserve(room or 1)
         memory = session.arena_stats().bytes_reserved if room else None
@@ -285,26 +303,28 @@ def test_a_grammar_begins_behind_a_thought(model, monkeypatch, draft):
     monkeypatch.setattr("pybmc.chat.schema.THINK", Marks("<think>", ","))
     with pybmc.Model(pybmc.demo_model(draft=True), threads=1) as small:
         for seed in range(3):
-            text = text_of(pybmc.generate(model, "Once <think>", 200, grammar='root ::= "yes" | "no"', temperature=0.8, seed=seed,
-                                          draft=small if draft else None))
+            text = text_of(pybmc.generate(model, "Once <think>", 200, grammar='root ::= "yes" | "no"',
+                                          temperature=0.8, seed=seed, draft=small if draft else None))
             thought, mark, answer = text.partition(",")
             assert thought and mark and answer.lstrip("\n") in ("yes", "no")
 
 
 def test_schema_and_grammar_of_generate(model):
-    texts = [text_of([t for _, t in pybmc.generate_batch(model, ["a", [5, 6]], 20, grammar=Grammar.regex("x{3}", model))])]
+    texts = [text_of([t for _, t in pybmc.generate_batch(model, ["a", [5, 6]], 20,
+                                                         grammar=Grammar.regex("x{3}", model))])]
     assert texts == ["xxxxxx"]
     assert text_of(pybmc.generate(model, "a", 20, schema='{"const": 5}', stop_tokens=())) == "5"
     for wrong in ({"schema": {}, "grammar": "x"}, {"schema": 5}, {"grammar": 5}, {"schema": False}):
         with pytest.raises(ArgumentError):
             pybmc.generate(model, "a", **wrong)
-    with pybmc.Model(pybmc.demo_model(draft=True), threads=1) as other, pytest.raises(ArgumentError, match="same model"):
+    with pybmc.Model(pybmc.demo_model(draft=True), threads=1) as other, \
+            pytest.raises(ArgumentError, match="same model"):
         pybmc.generate(other, "a", grammar=Grammar.regex("x", model))
 
 
 def test_forced_tokens_share_passes(model):
     grammar = Grammar.json(FORMS[3], model)
-    always = Speculation(model, spec="ngram", fixed=16)         # all guesses are checked, whatever passes cost here
+    always = Speculation(model, spec="ngram", fixed=16)   # all guesses are checked, whatever passes cost here
     tokens, stats = write_with_stats(model, grammar.start(), speculation=always)
     slow, plain = write_with_stats(model, unforced(grammar.start()), spec="off")
     assert [t.id for t in tokens] == [t.id for t in slow] and stats.rounds < 0.7 * plain.rounds
@@ -320,13 +340,15 @@ def test_random_schemas_are_followed(rng):
     model = demo()
     grammar = Grammar.json(schema, model, strict=True)
     assert grammar.ignored == ()
-    tokens = write(model, grammar.start(), 300, sampler=Sampler(temperature=1.0, seed=rng.randrange(1000)), spec="ngram")
+    tokens = write(model, grammar.start(), 300, sampler=Sampler(temperature=1.0, seed=rng.randrange(1000)),
+                   spec="ngram")
     text, replay = text_of(tokens), grammar.start()
     for token in tokens:
         assert token.id in allowed(replay.mask(()))
         replay.accept(token.id)
     assert tokens[-1].finish_reason == "length" or fits(json.loads(text), schema), (schema, text)
-    assert not re.search(r"\s", re.sub(r'"(\\.|[^"\\])*"', "", text)) or tokens[-1].finish_reason == "length", text       # compact
+    outside = re.sub(r'"(\\.|[^"\\])*"', "", text)
+    assert not re.search(r"\s", outside) or tokens[-1].finish_reason == "length", text       # compact
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------
@@ -394,7 +416,8 @@ def chain(n, rule, last):
 
 
 def references(n):
-    return {"$ref": "#/$defs/d0", "$defs": {f"d{n}": {"type": "null"}} | {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(n)}}
+    return {"$ref": "#/$defs/d0",
+            "$defs": {f"d{n}": {"type": "null"}} | {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(n)}}
 
 
 def test_deep_references_do_not_end_the_process(model):
@@ -409,14 +432,17 @@ def test_deep_references_do_not_end_the_process(model):
 
 
 @pytest.mark.parametrize("schema, loose", [
-    ('{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": false}', False),
-    ('{"x-guidance": {"whitespace_flexible": true}, "type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"]}', True),
+    ('{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], '
+     '"additionalProperties": false}', False),
+    ('{"x-guidance": {"whitespace_flexible": true}, "type": "object", "properties": {"a": {"enum": [1]}}, '
+     '"required": ["a"]}', True),
 ])
 def test_json_in_lark_is_compact_unless_it_says_otherwise(model, schema, loose):
     """Also behind texts, expressions and comments that look like one."""
     lark = f'%llguidance {{}}\nstart: "%json {{" x // %json {{\nx: /[%]json [{{]/ y\ny: %json {schema}\n'
     before, encode = "%json {%json {", model.tokenizer.encode
-    for text, allowed in ((before + '{"a":1}', True), (before + '{"a": 1}', loose), (before + '{ "a":1}', loose)):
+    for text, allowed in ((before + '{"a":1}', True), (before + '{"a": 1}', loose),
+                          (before + '{ "a":1}', loose)):
         ids = encode(text, bos=False)
         assert (Grammar.lark(lark, model)._matcher.deep_copy().try_consume_tokens(ids) == len(ids)) == allowed
     with pytest.raises(SchemaError):
@@ -444,7 +470,8 @@ def test_what_compiles_too_long_is_given_up(model, monkeypatch):
 
 @pytest.mark.parametrize("make", [
     lambda m: Grammar.regex("a[^\\s\\S]", m), lambda m: Grammar.json({"$ref": "#"}, m),
-    lambda m: Grammar.json({"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(900)}}, m)])
+    lambda m: Grammar.json({"type": "object",
+                            "properties": {f"p{i}": {"type": "string"} for i in range(900)}}, m)])
 def test_what_fails_at_the_first_tokens_is_refused_at_once(model, make):
     with pytest.raises(UnsupportedSchemaError):
         make(model)
@@ -455,11 +482,13 @@ def test_a_closed_model_leaves_nothing_behind():
         state = Grammar.json(PERSON, model).after("!")
         state.mask(())
         known = weakref.ref(vocabulary.vocabulary_of(model))
-        assert Grammar.json(PERSON, model)._matcher is Grammar.json(dict(PERSON), model)._matcher       # compiled once
+        # compiled once
+        assert Grammar.json(PERSON, model)._matcher is Grammar.json(dict(PERSON), model)._matcher
     del model, state
     gc.collect()
     assert known() is None
 
 
 def test_ignored_keywords_are_listed(model):
-    assert any("uniqueItems" in word for word in Grammar.json({"type": "array", "uniqueItems": True}, model).ignored)
+    assert any("uniqueItems" in word
+               for word in Grammar.json({"type": "array", "uniqueItems": True}, model).ignored)

@@ -1,4 +1,5 @@
-"""Models of the hub: names, choosing, fetching what breaks and what lies, the cache, and what removes from it."""
+"""Models of the hub: names, choosing, fetching what breaks and what lies, the cache,
+and what removes from it."""
 
 import json
 import os
@@ -61,7 +62,8 @@ def command(capsys, *args):
     ("hf.co/user/repo:q8_0", Name("user/repo", "q8_0")),
     ("https://huggingface.co/user/repo/", Name("user/repo")),
     ("https://huggingface.co/user/repo/blob/main/sub/a.gguf", Name("user/repo", None, "sub/a.gguf", "main")),
-    ("https://huggingface.co/user/repo/resolve/v1/a.gguf?download=true", Name("user/repo", None, "a.gguf", "v1")),
+    ("https://huggingface.co/user/repo/resolve/v1/a.gguf?download=true",
+     Name("user/repo", None, "a.gguf", "v1")),
     ("user/repo/a.gguf", Name("user/repo", None, "a.gguf")),
     ("hf://user/repo.gguf", Name("user/repo.gguf")),
 ])
@@ -70,17 +72,19 @@ def test_a_name_is_read(text, name):
 
 
 @pytest.mark.parametrize("text", [
-    "model.gguf", "folder/model.gguf", "./user/repo", "/user/repo", "~/user/repo", "../user/repo", "user/../repo", "user/..", "a/b/c",
-    "user/repo/../../x.gguf", "user/repo:", "user/repo:a/b", "user/re--po", "user/repo\n", "", "/", "user/", "user/repo:Q4\x1b[0m",
-    "user/repo/a\x1b.gguf", "user/repo/a\\b.gguf", "hf.co/user",
+    "model.gguf", "folder/model.gguf", "./user/repo", "/user/repo", "~/user/repo", "../user/repo",
+    "user/../repo", "user/..", "a/b/c", "user/repo/../../x.gguf", "user/repo:", "user/repo:a/b",
+    "user/re--po", "user/repo\n", "", "/", "user/", "user/repo:Q4\x1b[0m", "user/repo/a\x1b.gguf",
+    "user/repo/a\\b.gguf", "hf.co/user",
 ])
 def test_what_is_no_name_of_the_hub(text):
     assert parse(text) is None
 
 
 @pytest.mark.parametrize("file, quant", [
-    ("Qwen2.5-7B-Instruct-Q4_K_M.gguf", "Q4_K_M"), ("qwen2.5-0.5b-instruct-q4_k_m.gguf", "Q4_K_M"), ("model.Q8_0.gguf", "Q8_0"),
-    ("BF16/m-BF16-00001-of-00003.gguf", "BF16"), ("m-UD-Q4_K_XL.gguf", "UD-Q4_K_XL"), ("IQ2_XXS.gguf", "IQ2_XXS"), ("m-fp16.gguf", "FP16"),
+    ("Qwen2.5-7B-Instruct-Q4_K_M.gguf", "Q4_K_M"), ("qwen2.5-0.5b-instruct-q4_k_m.gguf", "Q4_K_M"),
+    ("model.Q8_0.gguf", "Q8_0"), ("BF16/m-BF16-00001-of-00003.gguf", "BF16"),
+    ("m-UD-Q4_K_XL.gguf", "UD-Q4_K_XL"), ("IQ2_XXS.gguf", "IQ2_XXS"), ("m-fp16.gguf", "FP16"),
     ("gpt-oss-MXFP4.gguf", "MXFP4"), ("model.gguf", None), ("q4-thoughts.gguf", None),
 ])
 def test_the_quantization_is_in_a_files_name(file, quant):
@@ -103,10 +107,12 @@ def test_pull_brings_a_model_whose_name_stands_for_it_everywhere(hub, model, cap
     path = out.strip()
     assert status == 0 and open(path, "rb").read() == model
     assert f"{REPO}:Q4_K_M" in err and "llama, runs here" in err
-    for name in (REPO, f"{REPO}:q4_k_m", REPO.lower(), f"hf.co/{REPO}", f"{REPO}/tiny.Q4_K_M.gguf", f"hf://{REPO}"):
+    for name in (REPO, f"{REPO}:q4_k_m", REPO.lower(), f"hf.co/{REPO}", f"{REPO}/tiny.Q4_K_M.gguf",
+                 f"hf://{REPO}"):
         assert store.find(name) == store.find(path), name
     hub.status = 500                    # from here on everything is local
-    for args in (["show", REPO], ["tokenize", REPO, "-p", "Once"], ["generate", REPO, "-p", "Once", "-n", "2"],
+    for args in (["show", REPO],
+                 ["tokenize", REPO, "-p", "Once"], ["generate", REPO, "-p", "Once", "-n", "2"],
                  ["generate", path, "--draft", f"{REPO}:Q4_K_M", "-p", "Once", "-n", "2"]):
         assert command(capsys, *args)[0] == 0, args
 
@@ -117,8 +123,10 @@ def test_pull_reads_the_header_before_it_fetches(hub, capsys):
     unknown = tiny.save(tiny.folder() / "unknown.gguf", metadata, tensors).read_bytes()
     hub.files[REPO] = {"tiny.Q4_K_M.gguf": unknown}
     status, out, err = command(capsys, "pull", REPO)
-    assert status == 1 and out == "" and "does not run here" in err and "mamba9" in err and "pybmc-" not in err
-    assert not any(method == "GET" and asked is None and "resolve" in path for method, path, asked, _ in hub.log)
+    assert status == 1 and out == "" and "does not run here" in err and "mamba9" in err
+    assert "pybmc-" not in err
+    assert not any(method == "GET" and asked is None and "resolve" in path
+                   for method, path, asked, _ in hub.log)
     assert list(store.models()) == []
 
 
@@ -127,7 +135,8 @@ def test_pull_json_is_one_object_a_model(hub, model, capsys):
     status, out, err = command(capsys, "pull", REPO, "--draft", "user/draft", "--json")
     objects = [json.loads(line) for line in out.splitlines()]
     assert status == 0 and [o["name"] for o in objects] == [f"{REPO}:Q4_K_M", "user/draft:Q8_0"]
-    assert all(set(o) == {"name", "path", "bytes", "architecture"} and o["bytes"] == len(model) for o in objects)
+    assert all(set(o) == {"name", "path", "bytes", "architecture"} and o["bytes"] == len(model)
+               for o in objects)
 
 
 @pytest.mark.parametrize("files, chosen", [
@@ -142,9 +151,11 @@ def test_without_a_quantization_the_usual_ones_come_first(hub, model, files, cho
 
 def test_else_it_is_the_smallest_that_runs(hub, model):
     metadata, tensors = tiny.parts("llama")
-    broken = tiny.save(tiny.folder() / "small.gguf", metadata, {k: v for k, v in tensors.items() if "attn_q" not in k}).read_bytes()
+    broken = tiny.save(tiny.folder() / "small.gguf", metadata,
+                       {k: v for k, v in tensors.items() if "attn_q" not in k}).read_bytes()
     assert len(broken) < len(model)
-    hub.files[REPO] = {"a-F32.gguf": model + bytes(4096), "a-IQ3_M.gguf": broken, "a-F16.gguf": model, "a-IQ1_S.gguf": b"<html>"}
+    hub.files[REPO] = {"a-F32.gguf": model + bytes(4096), "a-IQ3_M.gguf": broken, "a-F16.gguf": model,
+                       "a-IQ1_S.gguf": b"<html>"}
     assert transfer.pull(REPO).path.name == "a-F16.gguf"
 
 
@@ -204,11 +215,13 @@ def test_a_quantization_that_several_files_have_is_asked_for(hub, model, capsys)
     assert status == 1 and "found 2: large-Q4_K_M.gguf, small-Q4_K_M.gguf" in err
     assert command(capsys, "pull", REPO, "--file", "small-Q4_K_M.gguf")[0] == 0
     assert command(capsys, "pull", f"{REPO}/large-Q4_K_M.gguf")[0] == 0
-    assert {model.name for model in store.models()} == {f"{REPO}/small-Q4_K_M.gguf", f"{REPO}/large-Q4_K_M.gguf"}
+    assert ({model.name for model in store.models()}
+            == {f"{REPO}/small-Q4_K_M.gguf", f"{REPO}/large-Q4_K_M.gguf"})
 
 
 @pytest.mark.parametrize("fault, says", [
-    ({"status": 503}, "status 503"), ({"gated": True}, "is gated: accept its terms"), ({"commit": "../../../evil"}, "expected a commit"),
+    ({"status": 503}, "status 503"), ({"gated": True}, "is gated: accept its terms"),
+    ({"commit": "../../../evil"}, "expected a commit"),
 ])
 def test_a_hub_that_refuses_or_lies(hub, capsys, fault, says):
     hub.__dict__.update(fault)
@@ -236,7 +249,8 @@ def cached_files():
 def test_after_broken_transfers_the_file_is_whole(hub, model, capsys):
     found = transfer._search(names.parse(REPO))
     hub.breaks = 2
-    with suppress(BmcError), transfer._told(names.parse(REPO)):       # an older huggingface_hub does not try again by itself
+    # an older huggingface_hub does not try again by itself
+    with suppress(BmcError), transfer._told(names.parse(REPO)):
         transfer._fetch(found, found.parts[0])
     assert hub.breaks < 2 and all(path.read_bytes() == model for path in cached_files())
     hub.breaks = 0
@@ -272,7 +286,8 @@ def test_a_cache_behind_a_link_is_cleaned_too(hub, capsys, tmp_path, monkeypatch
     hub.sums["tiny.Q4_K_M.gguf"] = "ab" * 32
     assert command(capsys, "pull", REPO)[0] == 1 and cached_files() == []
     hub.sums.clear()
-    assert command(capsys, "pull", REPO)[0] == 0 and command(capsys, "rm", REPO, "-y")[0] == 0 and cached_files() == []
+    assert command(capsys, "pull", REPO)[0] == 0 and command(capsys, "rm", REPO, "-y")[0] == 0
+    assert cached_files() == []
 
 
 def test_a_sum_is_checked_once(hub, capsys, monkeypatch):
@@ -303,7 +318,8 @@ def test_a_disk_that_fills_is_a_sentence(hub, capsys, monkeypatch):
     assert list(store.models()) == [] and cached_files() == []
 
 
-@pytest.mark.parametrize("name", ["../../evil-Q4_K_M.gguf", "/etc/evil-Q4_K_M.gguf", "a/../../evil-Q4_K_M.gguf", "evil\x1b[2J-Q4_K_M.gguf",
+@pytest.mark.parametrize("name", ["../../evil-Q4_K_M.gguf", "/etc/evil-Q4_K_M.gguf",
+                                  "a/../../evil-Q4_K_M.gguf", "evil\x1b[2J-Q4_K_M.gguf",
                                   "a\\..\\evil-Q4_K_M.gguf", "evil\u202e-Q4_K_M.gguf", "./evil-Q4_K_M.gguf"])
 def test_a_hostile_name_is_never_fetched_nor_printed(hub, model, capsys, tmp_path, name):
     hub.files[REPO] = {name: model}
@@ -323,9 +339,11 @@ def test_an_etag_that_leads_out_of_the_cache_is_refused(hub, capsys, tmp_path):
 
 def test_an_interrupt_leaves_no_half_file_under_a_good_name(hub, model, tmp_path):
     hub.files[REPO]["tiny.Q4_K_M.gguf"] = model + bytes(1 << 22)
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_CACHE": ""}
+    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"),
+                   "HF_HUB_CACHE": ""}
     hub.pace = 0.2
-    process = subprocess.Popen([sys.executable, "-m", "pybmc", "pull", REPO], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen([sys.executable, "-m", "pybmc", "pull", REPO], env=environment,
+                               stderr=subprocess.PIPE, stdout=subprocess.PIPE)
     for _ in range(600):
         if any(method == "GET" and asked is None and "resolve" in path for method, path, asked, _ in hub.log):
             break
@@ -335,8 +353,10 @@ def test_an_interrupt_leaves_no_half_file_under_a_good_name(hub, model, tmp_path
     assert process.returncode == 130 and out == b"" and b"Traceback" not in err, err
     assert not any(path.suffix == ".gguf" for path in (tmp_path / "home").rglob("*"))
     hub.pace = 0
-    done = subprocess.run([sys.executable, "-m", "pybmc", "pull", REPO, "--json"], env=environment, capture_output=True, timeout=60)
-    assert done.returncode == 0 and json.loads(done.stdout)["path"].startswith(str(tmp_path / "home" / "hub")), done.stderr
+    done = subprocess.run([sys.executable, "-m", "pybmc", "pull", REPO, "--json"], env=environment,
+                          capture_output=True, timeout=60)
+    assert (done.returncode == 0
+            and json.loads(done.stdout)["path"].startswith(str(tmp_path / "home" / "hub"))), done.stderr
 
 
 def test_offline_only_what_is_here_is_found(hub, capsys, monkeypatch):
@@ -401,7 +421,8 @@ def test_list_shows_what_is_here_and_whether_it_runs(hub, model, capsys):
     found = {entry["name"]: entry for entry in map(json.loads, out.splitlines())}
     assert status == 0 and set(found) == {f"{REPO}:Q4_K_M", f"{REPO}:Q8_0", "demo", "demo-draft"}
     good = found[f"{REPO}:Q4_K_M"]
-    assert (good["bytes"], good["quantization"], good["architecture"], good["runs"]) == (len(model), "Q4_K_M", "llama", True)
+    assert ((good["bytes"], good["quantization"], good["architecture"], good["runs"])
+            == (len(model), "Q4_K_M", "llama", True))
     assert not found[f"{REPO}:Q8_0"]["runs"] and "web page" in found[f"{REPO}:Q8_0"]["why_not"]
     lines = command(capsys, "list")[1].splitlines()
     assert len(lines) == 5 and re.match(rf"{REPO}:Q4_K_M +\d.* Q4_K_M +llama +yes", lines[2])
@@ -435,8 +456,8 @@ def test_rm_leaves_what_a_link_out_of_the_cache_leads_to(hub, model, capsys, tmp
 
 
 @pytest.mark.parametrize("name, status, says", [
-    ("demo", 1, "only models of the hub's cache"), ("user/none", 1, "nothing to remove"), ("/etc/passwd", 1, "only models"),
-    ("../x", 1, "only models"), ("user/none:Q4_0", 1, "not here"),
+    ("demo", 1, "only models of the hub's cache"), ("user/none", 1, "nothing to remove"),
+    ("/etc/passwd", 1, "only models"), ("../x", 1, "only models"), ("user/none:Q4_0", 1, "not here"),
 ])
 def test_rm_of_what_is_not_in_the_cache(hub, capsys, name, status, says):
     found, _, err = command(capsys, "rm", name, "-y")
@@ -460,11 +481,13 @@ def test_no_other_command_opens_a_connection(hub, capsys, monkeypatch, tmp_path)
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(socket, "create_connection", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    for args in (["list"], ["show", REPO], ["tokenize", REPO, "-p", "a"], ["generate", REPO, "-p", "a", "-n", "1"],
-                 ["perplexity", REPO, "-f", __file__, "-c", "32"], ["rm", REPO, "-y"]):
+    for args in (["list"], ["show", REPO], ["tokenize", REPO, "-p", "a"],
+                 ["generate", REPO, "-p", "a", "-n", "1"], ["perplexity", REPO, "-f", __file__, "-c", "32"],
+                 ["rm", REPO, "-y"]):
         assert command(capsys, *args)[0] == 0, args
-    for args in (["chat", REPO], ["generate", REPO, "-p", "a"], ["bench", REPO], ["prove", REPO], ["tokenize", REPO, "-p", "a"],
-                 ["generate", "-p", "a", "--draft", REPO], ["perplexity", REPO, "-f", __file__], ["rm", REPO, "-y"]):
+    for args in (["chat", REPO], ["generate", REPO, "-p", "a"], ["bench", REPO],
+                 ["prove", REPO], ["tokenize", REPO, "-p", "a"], ["generate", "-p", "a", "--draft", REPO],
+                 ["perplexity", REPO, "-f", __file__], ["rm", REPO, "-y"]):
         status, _, err = command(capsys, *args)
         assert status == 1 and ("pybmc pull" in err or "nothing to remove" in err), args
 

@@ -1,8 +1,8 @@
 """A result is a function of the model and the tokens before it, to the last bit.
 
-The model's logits for a text, evaluated in one call with one thread, are the truth here; every other way to get
-them gives the same bits: cut into other passes, with more threads, in another arena, beside other sessions, after
-a rewind, on another ISA.
+The model's logits for a text, evaluated in one call with one thread, are the truth here; every other way to
+get them gives the same bits: cut into other passes, with more threads, in another arena, beside other
+sessions, after a rewind, on another ISA.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from pybmc._native import cpu_levels
 from pybmc.spec.speculation import Speculation, plain
 from tools.growth import GrowingSession, parse
 
-# Each brings something of its own: types with activations of 8 bits, floats, windows, learned positions, sizes that
-# no vector divides.
+# Each brings something of its own: types with activations of 8 bits, floats, windows, learned positions,
+# sizes that no vector divides.
 MODELS = {
     "Q4_K_M": dict(
         arch="llama", types={"*": "Q4_K", "ffn_down": "Q6_K", "attn_v": "Q6_K"}, dim=256, hidden_dim=512,
@@ -45,7 +45,8 @@ MODELS = {
 }
 TEXT = 700      # tokens: two passes of 512, three chunks of 256
 ROWS = ["auto", 1, 3, 16, 50, 1000]
-GROWTHS = [parse(name) for name in ("copy:1", "copy:50", "geometric", "geometric:1.3", "chunk:16", "reserve", "max", "max-lazy")]
+GROWTHS = [parse(name) for name
+           in ("copy:1", "copy:50", "geometric", "geometric:1.3", "chunk:16", "reserve", "max", "max-lazy")]
 GROWTHS += [parse("copy:48", pad=True, touch=True), parse("chunk:112", pad=True)]
 if sys.platform == "linux":
     GROWTHS += [parse("remap"), parse("remap:32")]
@@ -233,7 +234,8 @@ def test_best_is_the_same_one_by_one_in_a_pass_and_in_rounds(name):
 def test_a_coarse_head_drafts_nearly_the_same_and_changes_nothing_else(tmp_path, company):
     """65,536 ids of 256 values, the least for which a coarse head is made: a model's guesses for itself, in
     rounds of one sequence or many, are nearly always its choices, and its passes have the same bits."""
-    metadata, tensors = tiny.parts(types="Q8_0", vocab="spm", vocab_size=1 << 16, dim=256, n_layers=1, tied=True)
+    metadata, tensors = tiny.parts(types="Q8_0", vocab="spm", vocab_size=1 << 16, dim=256,
+                                   n_layers=1, tied=True)
     path = tiny.save(tmp_path / "wide.gguf", metadata, tensors)
     words = np.random.default_rng(5).integers(0, 1 << 16, 60).tolist()
     with pybmc.Model(path, threads=2) as model, model.session() as session:
@@ -287,13 +289,15 @@ def test_windows_across_chunks(window):
 @pytest.mark.parametrize("threads", [2, 3, 7, 16])
 def test_attention_that_is_cut_into_pieces(threads):
     """Few KV heads, many threads, a long context: chunks of one head go to several threads."""
-    model = pybmc.Model(tiny.model("llama", types="F16", n_heads=2, n_kv_heads=1, n_ctx=4096), threads=threads)
+    model = pybmc.Model(tiny.model("llama", types="F16", n_heads=2, n_kv_heads=1, n_ctx=4096),
+                        threads=threads)
     alone = pybmc.Model(model.path, threads=1)
     words = np.random.default_rng(0).integers(0, 401, 2600).astype(np.int32)
     with model.session() as ours, alone.session() as right:
         for n in (2300, 1, 8, 250, 17, 1):
             at = ours.position
-            assert_same(ours.eval(words[at: at + n], logits="all"), right.eval(words[at: at + n], logits="all"))
+            assert_same(ours.eval(words[at: at + n], logits="all"),
+                        right.eval(words[at: at + n], logits="all"))
     model.close(), alone.close()
 
 

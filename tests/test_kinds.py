@@ -1,7 +1,7 @@
 """Every kind of layer, and every way in which layers vary, at work in a model.
 
-The logits of a text in one pass on one thread are the truth. Cut otherwise, beside other sequences, on other threads and
-instruction sets, after any number of rewinds and with any guesses, they have the same bits.
+The logits of a text in one pass on one thread are the truth. Cut otherwise, beside other sequences, on other
+threads and instruction sets, after any number of rewinds and with any guesses, they have the same bits.
 """
 
 import hashlib
@@ -63,7 +63,8 @@ def test_every_width(name):
 
 
 @names
-@pytest.mark.parametrize("cuts", [(1, 512, 513), (511, 512, 514), (47, 48, 49, 97, 98), (300,), range(1, 120)], ids=str)
+@pytest.mark.parametrize("cuts", [(1, 512, 513), (511, 512, 514), (47, 48, 49, 97, 98), (300,),
+                                  range(1, 120)], ids=str)
 def test_long_texts(name, cuts):
     """Passes end beside the edges: of the log, and of what one pass takes."""
     edges = [0, *cuts, LONG]
@@ -79,9 +80,10 @@ def digests():
 @lru_cache(maxsize=None)
 def run_on(level):
     here = Path(__file__).parent
-    result = subprocess.run([sys.executable, "-c", "import test_kinds; print(test_kinds.digests())"], capture_output=True,
-                            text=True, timeout=120,
-                            env=os.environ | {"PYBMC_CPU": level, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"})
+    result = subprocess.run([sys.executable, "-c", "import test_kinds; print(test_kinds.digests())"],
+                            capture_output=True, text=True, timeout=120,
+                            env=os.environ
+                            | {"PYBMC_CPU": level, "PYTHONPATH": f"{here}{os.pathsep}{here.parent}"})
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 
@@ -97,7 +99,8 @@ def test_sequences_side_by_side(name):
     model = load(name, 2)
     sessions = [model.session() for _ in range(5)]
     for _ in range(12):
-        parts = [(i, sessions[i].position, rng.choice([1, 1, 2, 7, 30])) for i in rng.sample(range(5), rng.randint(1, 5))]
+        parts = [(i, sessions[i].position, rng.choice([1, 1, 2, 7, 30]))
+                 for i in rng.sample(range(5), rng.randint(1, 5))]
         results = pybmc.eval_batch([(sessions[i], text(LONG, i)[at:at + n], "all") for i, at, n in parts])
         for (i, at, n), ours in zip(parts, results):
             assert_same(ours, truth(name, LONG, i)[at:at + n])
@@ -121,7 +124,8 @@ def test_compressed_values_are_kept_once():
 # Going back and guessing
 
 
-@pytest.mark.parametrize("name, seed", [(name, seed) for name in tiny_kinds.NAMES for seed in range(4 if name in tiny.RECURRENT else 1)])
+@pytest.mark.parametrize("name, seed", [(name, seed) for name in tiny_kinds.NAMES
+                                        for seed in range(4 if name in tiny.RECURRENT else 1)])
 def test_rewinds_to_anywhere(name, seed):
     """Between passes of all widths, with other words in between that are forgotten again."""
     rng = random.Random(seed)
@@ -154,13 +158,14 @@ def written(model, requests, **settings):
 
 @names
 def test_guesses_change_nothing(name):
-    """Of repetitions, of a draft model of the same kind, of one that is always right and of the model itself; three at a time."""
+    """Of repetitions, of a draft model of the same kind, of one that is always right and of the model
+    itself; three at a time."""
     model, other = load(name), load(name, seed=1)
     requests = [Request(text(20, 3).tolist(), 70), Request([5, 6, 7] * 8, 70),
                 Request(text(60, 4).tolist(), 70, Sampler(temperature=0.9, seed=3))]
     right, _ = written(model, requests, spec="off")
-    for settings in ({"spec": "ngram", "fixed": 7}, {"draft": other, "spec": "draft", "fixed": 5}, {"draft": model, "spec": "draft", "fixed": 16},
-                     {"spec": "self", "fixed": 9}):
+    for settings in ({"spec": "ngram", "fixed": 7}, {"draft": other, "spec": "draft", "fixed": 5},
+                     {"draft": model, "spec": "draft", "fixed": 16}, {"spec": "self", "fixed": 9}):
         ours, sequences = written(model, requests, **settings)
         assert ours == right
         if settings["spec"] != "ngram":

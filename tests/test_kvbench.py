@@ -59,7 +59,7 @@ def test_filled_rows_survive_growth(model):
     assert all((result == results[0]).all() for result in results)
 
 
-# ---- constants -------------------------------------------------------------------------------------------------
+# ---- constants ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("probe", range(lib.BMC_PROBE_COPY + 1))
@@ -75,10 +75,11 @@ def test_there_are_no_other_probes(probe, n_bytes):
 
 def test_constants_are_measured(quick):
     found = vars(machine.measure_machine())
-    assert all(seconds > 0 for name, seconds in found.items() if not name.startswith("remap")) and min(found.values()) >= 0
+    assert all(seconds > 0 for name, seconds in found.items() if not name.startswith("remap"))
+    assert min(found.values()) >= 0
 
 
-# ---- the bench -------------------------------------------------------------------------------------------------
+# ---- the bench ---------------------------------------------------------------------------------------------
 
 
 PLAN = kv_study.Plan(shapes=("small",), prompts=(20, 40), generated=64, rows=(1, 16, 64), ks=(0, 3), reps=2,
@@ -112,17 +113,19 @@ def test_the_floor_is_that_of_the_curve_and_not_of_a_point():
     rows = [1, 16, 64, 80, 256, 1024]
     exact = [10 + 400 / r + 0.1 * r for r in rows]
     assert kvbench.floor_of(rows, exact, 63) == (63, pytest.approx(1, abs=1e-4))
-    assert kvbench.floor_of(rows, exact, 126)[1] == pytest.approx((10 + 400 / 126 + 12.6) / (10 + 2 * 40**0.5), rel=1e-3)
+    assert (kvbench.floor_of(rows, exact, 126)[1]
+            == pytest.approx((10 + 400 / 126 + 12.6) / (10 + 2 * 40**0.5), rel=1e-3))
     noisy = [t * f for t, f in zip(exact, (1.02, 0.98, 1.03, 1.02, 0.97, 1.01))]
     best, ratio = kvbench.floor_of(rows, noisy, 63)
     assert 50 < best < 80 and 1 <= ratio < 1.01
-    assert kvbench.floor_of(rows, [300 - 0.1 * r for r in rows], 63)[0] == 0      # ever cheaper: no floor between
+    assert kvbench.floor_of(rows, [300 - 0.1 * r for r in rows], 63)[0] == 0  # ever cheaper: no floor between
     assert kvbench.floor_of([1, 16, 64], exact[:3], 16)[0] == 0        # three points fit any three numbers
 
 
 def test_the_sample_has_the_arena_of_the_whole(model):
     """Reserved rows are those of a run over every token."""
-    for growth in (Growth("copy", 1), Growth("copy", 16), Growth("geometric", 16), Growth("chunk", 32), Growth("max")):
+    for growth in (Growth("copy", 1), Growth("copy", 16), Growth("geometric", 16), Growth("chunk", 32),
+                   Growth("max")):
         for k in (0, 3):
             s = kv_study.Setting("small", growth, 20, 100, k)
             with GrowingSession(model, growth, s.cap) as session:
@@ -158,11 +161,13 @@ def test_the_command(quick, tmp_path):
     pytest.importorskip("matplotlib")
     (tmp_path / "lines.json").write_text(done.stdout)
     assert run("--from", tmp_path / "lines.json", "--figures", tmp_path / "drawn").exit_code == 0
-    assert {p.name for p in (tmp_path / "drawn").iterdir()} == {"bmc-curve.svg", "bmc-parts.svg", "bmc-memory.svg"}
+    assert ({p.name for p in (tmp_path / "drawn").iterdir()}
+            == {"bmc-curve.svg", "bmc-parts.svg", "bmc-memory.svg"})
 
 
 @pytest.mark.parametrize("text, said", [
-    ("", "no measurement"), ('{"x"', "line 1"), ("[]", "line 1"), ('{"test": "kv"}\nx', "line 2"), ('{"test": "stall"}', "no measurement")])
+    ("", "no measurement"), ('{"x"', "line 1"), ("[]", "line 1"), ('{"test": "kv"}\nx', "line 2"),
+    ('{"test": "stall"}', "no measurement")])
 def test_what_it_did_not_print_is_refused(text, said, tmp_path):
     (tmp_path / "lines.json").write_text(text)
     done = run("--from", tmp_path / "lines.json")

@@ -1,4 +1,5 @@
-"""pybmc.Llama: what code for llama-cpp-python's class relies on, and that no call changes what another one gives."""
+"""pybmc.Llama: what code for llama-cpp-python's class relies on,
+and that no call changes what another one gives."""
 
 import contextlib
 import inspect
@@ -38,34 +39,45 @@ N_CTX = 300
 # ---- llama-cpp-python 0.3: names, order and defaults of arguments, as text; "-" is none
 
 _SAMPLING = "mirostat_mode=0 mirostat_tau=5.0 mirostat_eta=0.1"
-_COMPLETION = ("prompt=- suffix=None max_tokens=16 temperature=0.8 top_p=0.95 min_p=0.05 typical_p=1.0 logprobs=None echo=False "
-               "stop=[] frequency_penalty=0.0 presence_penalty=0.0 repeat_penalty=1.0 top_k=40 stream=False seed=None tfs_z=1.0 "
-               f"{_SAMPLING} model=None stopping_criteria=None logits_processor=None grammar=None logit_bias=None")
+_COMPLETION = ("prompt=- suffix=None max_tokens=16 temperature=0.8 top_p=0.95 min_p=0.05 "
+               "typical_p=1.0 logprobs=None echo=False stop=[] frequency_penalty=0.0 presence_penalty=0.0 "
+               "repeat_penalty=1.0 top_k=40 stream=False seed=None tfs_z=1.0 "
+               f"{_SAMPLING} model=None stopping_criteria=None logits_processor=None grammar=None "
+               "logit_bias=None")
 SIGNATURES = {
-    "__init__": "model_path=- n_gpu_layers=0 split_mode=1 main_gpu=0 tensor_split=None vocab_only=False use_mmap=True use_mlock=False "
-                "kv_overrides=None seed=4294967295 n_ctx=512 n_batch=512 n_ubatch=512 n_threads=None n_threads_batch=None "
-                "rope_scaling_type=-1 pooling_type=-1 attention_type=-1 rope_freq_base=0.0 rope_freq_scale=0.0 yarn_ext_factor=-1.0 "
-                "yarn_attn_factor=1.0 yarn_beta_fast=32.0 yarn_beta_slow=1.0 yarn_orig_ctx=0 logits_all=False embedding=False "
-                "offload_kqv=True flash_attn=False op_offload=None swa_full=None no_perf=False last_n_tokens_size=64 lora_base=None "
-                "lora_scale=1.0 lora_path=None numa=False chat_format=None chat_handler=None draft_model=None tokenizer=None "
-                "type_k=None type_v=None spm_infill=False verbose=True",
+    "__init__": "model_path=- n_gpu_layers=0 split_mode=1 main_gpu=0 tensor_split=None vocab_only=False "
+                "use_mmap=True use_mlock=False kv_overrides=None seed=4294967295 n_ctx=512 n_batch=512 "
+                "n_ubatch=512 n_threads=None n_threads_batch=None rope_scaling_type=-1 pooling_type=-1 "
+                "attention_type=-1 rope_freq_base=0.0 rope_freq_scale=0.0 yarn_ext_factor=-1.0 "
+                "yarn_attn_factor=1.0 yarn_beta_fast=32.0 yarn_beta_slow=1.0 yarn_orig_ctx=0 "
+                "logits_all=False embedding=False offload_kqv=True flash_attn=False op_offload=None "
+                "swa_full=None no_perf=False last_n_tokens_size=64 lora_base=None lora_scale=1.0 "
+                "lora_path=None numa=False chat_format=None chat_handler=None draft_model=None "
+                "tokenizer=None type_k=None type_v=None spm_infill=False verbose=True",
     "create_completion": _COMPLETION,
     "__call__": _COMPLETION,
-    "create_chat_completion": "messages=- functions=None function_call=None tools=None tool_choice=None temperature=0.2 top_p=0.95 "
-                              "top_k=40 min_p=0.05 typical_p=1.0 stream=False stop=[] seed=None response_format=None max_tokens=None "
-                              "presence_penalty=0.0 frequency_penalty=0.0 repeat_penalty=1.0 tfs_z=1.0 " + _SAMPLING +
-                              " model=None logits_processor=None grammar=None logit_bias=None logprobs=None top_logprobs=None",
-    "generate": "tokens=- top_k=40 top_p=0.95 min_p=0.05 typical_p=1.0 temp=0.8 repeat_penalty=1.0 reset=True frequency_penalty=0.0 "
-                f"presence_penalty=0.0 tfs_z=1.0 {_SAMPLING} penalize_nl=True logits_processor=None stopping_criteria=None grammar=None",
-    "sample": "top_k=40 top_p=0.95 min_p=0.05 typical_p=1.0 temp=0.8 repeat_penalty=1.0 frequency_penalty=0.0 presence_penalty=0.0 "
-              "tfs_z=1.0 mirostat_mode=0 mirostat_eta=0.1 mirostat_tau=5.0 penalize_nl=True logits_processor=None grammar=None idx=None",
-    "from_pretrained": "repo_id=- filename=- additional_files=None local_dir=None local_dir_use_symlinks='auto' cache_dir=None kwargs=-",
+    "create_chat_completion": "messages=- functions=None function_call=None tools=None tool_choice=None "
+                              "temperature=0.2 top_p=0.95 top_k=40 min_p=0.05 typical_p=1.0 stream=False "
+                              "stop=[] seed=None response_format=None max_tokens=None presence_penalty=0.0 "
+                              "frequency_penalty=0.0 repeat_penalty=1.0 tfs_z=1.0 " + _SAMPLING +
+                              " model=None logits_processor=None grammar=None logit_bias=None logprobs=None "
+                              "top_logprobs=None",
+    "generate": "tokens=- top_k=40 top_p=0.95 min_p=0.05 typical_p=1.0 temp=0.8 repeat_penalty=1.0 "
+                "reset=True frequency_penalty=0.0 "
+                f"presence_penalty=0.0 tfs_z=1.0 {_SAMPLING} penalize_nl=True logits_processor=None "
+                "stopping_criteria=None grammar=None",
+    "sample": "top_k=40 top_p=0.95 min_p=0.05 typical_p=1.0 temp=0.8 repeat_penalty=1.0 "
+              "frequency_penalty=0.0 presence_penalty=0.0 tfs_z=1.0 mirostat_mode=0 mirostat_eta=0.1 "
+              "mirostat_tau=5.0 penalize_nl=True logits_processor=None grammar=None idx=None",
+    "from_pretrained": "repo_id=- filename=- additional_files=None local_dir=None "
+                       "local_dir_use_symlinks='auto' cache_dir=None kwargs=-",
     "embed": "input=- normalize=False truncate=True return_count=False",
     "create_embedding": "input=- model=None",
     "tokenize": "text=- add_bos=True special=False",
     "detokenize": "tokens=- prev_tokens=None special=False",
     "eval": "tokens=-", "set_cache": "cache=-", "set_seed": "seed=-", "load_state": "state=-",
-    **dict.fromkeys(("reset", "save_state", "n_ctx", "n_vocab", "n_embd", "token_bos", "token_eos", "token_nl", "close"), ""),
+    **dict.fromkeys(("reset", "save_state", "n_ctx", "n_vocab", "n_embd", "token_bos", "token_eos",
+                     "token_nl", "close"), ""),
 }
 MEANT = {"n_ctx=512": "n_ctx=0", "stop=[]": "stop=()"}         # our defaults that differ
 
@@ -92,7 +104,8 @@ EMBEDDING = {"object": str, "data": [{"object": str, "embedding": [float], "inde
 def fits(value, shape):
     """Whether a result has all keys of a shape, with values of its types."""
     if isinstance(shape, dict):
-        return isinstance(value, dict) and all(key in value and fits(value[key], its) for key, its in shape.items())
+        return isinstance(value, dict) and all(key in value and fits(value[key], its)
+                                               for key, its in shape.items())
     if isinstance(shape, list):
         return isinstance(value, list) and bool(value) and all(fits(item, shape[0]) for item in value)
     return type(value) is shape
@@ -143,10 +156,12 @@ def test_answers_have_the_keys_and_types(llm):
     *chunks, last = llm(PROMPT, stream=True, **settings)
     assert all(fits(chunk, CHUNK) for chunk in chunks) and fits(last, CHUNK | {"choices": [_TEXT]})
     assert fits(llm.create_chat_completion(CHAT, **settings), CHAT_ANSWER)
-    told = llm.create_chat_completion(CHAT, logprobs=True, top_logprobs=2, **settings)["choices"][0]["logprobs"]
+    told = llm.create_chat_completion(CHAT, logprobs=True, top_logprobs=2,
+                                      **settings)["choices"][0]["logprobs"]
     assert fits(told, CHAT_LOGPROBS) and len(told["content"][0]["top_logprobs"]) == 2
     first, *chunks, last = llm.create_chat_completion(CHAT, stream=True, **settings)
-    assert fits(first, CHAT_FIRST) and all(fits(chunk, CHAT_CHUNK) for chunk in chunks) and fits(last, CHAT_LAST)
+    assert fits(first, CHAT_FIRST) and all(fits(chunk, CHAT_CHUNK) for chunk in chunks)
+    assert fits(last, CHAT_LAST)
 
 
 def test_the_model_is_named_by_its_path_or_as_asked(llm, path):
@@ -156,7 +171,8 @@ def test_the_model_is_named_by_its_path_or_as_asked(llm, path):
 
 
 def test_unknown_arguments_raise_a_type_error(llm, path):
-    for call in (lambda: Llama(path, n_cxt=5), lambda: llm(PROMPT, temprature=1), lambda: llm.create_chat_completion(CHAT, n=2)):
+    for call in (lambda: Llama(path, n_cxt=5), lambda: llm(PROMPT, temprature=1),
+                 lambda: llm.create_chat_completion(CHAT, n=2)):
         with pytest.raises(TypeError):
             call()
 
@@ -165,7 +181,8 @@ def test_arguments_without_effect_are_noted_once(path, caplog):
     with Llama(path, n_gpu_layers=-1, flash_attn=True, use_mmap=False, type_k=8, verbose=True):
         pass
     notes = [record for record in caplog.records if "without effect" in record.message]
-    assert [(n.levelname, n.args[0]) for n in notes] == [("WARNING", "n_gpu_layers, use_mmap, flash_attn, type_k")]
+    assert ([(n.levelname, n.args[0]) for n in notes]
+            == [("WARNING", "n_gpu_layers, use_mmap, flash_attn, type_k")])
     caplog.clear()
     with Llama(path, n_gpu_layers=-1, verbose=False):
         pass
@@ -173,11 +190,13 @@ def test_arguments_without_effect_are_noted_once(path, caplog):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("kv_overrides", {"a": 1}), ("rope_freq_base", 5e5), ("rope_scaling_type", 2), ("yarn_orig_ctx", 64), ("attention_type", 1),
-    ("lora_path", "x"), ("tokenizer", object()), ("spm_infill", True), ("pooling_type", 9), ("n_ctx", -1), ("n_threads", "four"),
-    ("chat_format", "no such"), ("chat_format", 5), ("draft_model", 5), ("seed", "x"), ("last_n_tokens_size", -2)])
+    ("kv_overrides", {"a": 1}), ("rope_freq_base", 5e5), ("rope_scaling_type", 2), ("yarn_orig_ctx", 64),
+    ("attention_type", 1), ("lora_path", "x"), ("tokenizer", object()), ("spm_infill", True),
+    ("pooling_type", 9), ("n_ctx", -1), ("n_threads", "four"), ("chat_format", "no such"), ("chat_format", 5),
+    ("draft_model", 5), ("seed", "x"), ("last_n_tokens_size", -2)])
 def test_constructor_arguments_that_cannot_be_honoured_are_refused_by_name(path, name, value):
-    with pytest.raises(ArgumentError, match="chat template" if value == "no such" else "threads" if name == "n_threads" else name):
+    with pytest.raises(ArgumentError, match="chat template" if value == "no such" else "threads"
+                       if name == "n_threads" else name):
         Llama(path, **{name: value})
 
 
@@ -192,8 +211,9 @@ def test_a_missing_file_is_a_value_error_and_a_broken_one_a_format_error(tmp_pat
 # ---- completions
 
 
-@pytest.mark.parametrize("settings", [{"temperature": 0}, {"temperature": 0.9, "seed": 7}, {"seed": 3, "repeat_penalty": 1.3},
-                                      {"seed": 3, "frequency_penalty": 0.5, "presence_penalty": 0.1, "top_k": 5, "logit_bias": {"300": 4}}])
+@pytest.mark.parametrize("settings", [
+    {"temperature": 0}, {"temperature": 0.9, "seed": 7}, {"seed": 3, "repeat_penalty": 1.3},
+    {"seed": 3, "frequency_penalty": 0.5, "presence_penalty": 0.1, "top_k": 5, "logit_bias": {"300": 4}}])
 def test_a_completion_is_the_text_of_generate(llm, settings):
     tokens = plain(llm, **({"temperature": 0.8} | settings))
     answer = llm(PROMPT, max_tokens=30, **settings)
@@ -201,7 +221,8 @@ def test_a_completion_is_the_text_of_generate(llm, settings):
     assert answer["usage"]["completion_tokens"] == len(tokens)
     streamed = llm(PROMPT, max_tokens=30, stream=True, **settings)
     assert "".join(map(text_of, streamed)) == text_of(answer)
-    assert text_of(llm(PROMPT, max_tokens=30, logits_processor=[lambda ids, logits: logits], **settings)) == text_of(answer)
+    assert (text_of(llm(PROMPT, max_tokens=30, logits_processor=[lambda ids, logits: logits], **settings))
+            == text_of(answer))
 
 
 def test_a_chat_is_written_by_the_template(llm):
@@ -213,8 +234,9 @@ def test_a_chat_is_written_by_the_template(llm):
     assert joined == answer["choices"][0]["message"]["content"]
 
 
-@pytest.mark.parametrize("given, ours", [("chatml", "chatml"), ("llama-2", "llama2"), ("mistral-instruct", "mistral"),
-                                         ("{{ messages[-1]['content'] }}", "{{ messages[-1]['content'] }}")])
+@pytest.mark.parametrize("given, ours",
+                         [("chatml", "chatml"), ("llama-2", "llama2"), ("mistral-instruct", "mistral"),
+                          ("{{ messages[-1]['content'] }}", "{{ messages[-1]['content'] }}")])
 def test_chat_formats_have_their_names(path, given, ours):
     chat = [{"role": "user", "content": "Hello"}]
     with Llama(path, chat_format=given, n_threads=1, verbose=False) as llm:
@@ -226,8 +248,10 @@ def test_chat_formats_have_their_names(path, given, ours):
 def test_a_template_that_the_file_has_under_a_name_is_found(tmp_path):
     metadata, tensors = tiny.parts("llama", n_ctx=64)
     metadata["tokenizer.chat_template.short"] = "{{ messages[0]['content'] }}"
-    with Llama(tiny.save(tmp_path / "m.gguf", metadata, tensors), chat_format="chat_template.short", verbose=False) as llm:
-        assert llm.create_chat_completion(CHAT, max_tokens=1)["usage"]["prompt_tokens"] == len(llm.tokenize(b"Be brief."))
+    with Llama(tiny.save(tmp_path / "m.gguf", metadata, tensors), chat_format="chat_template.short",
+               verbose=False) as llm:
+        assert (llm.create_chat_completion(CHAT, max_tokens=1)["usage"]["prompt_tokens"]
+                == len(llm.tokenize(b"Be brief.")))
 
 
 def test_a_last_message_of_the_assistant_is_closed_not_continued(llm):
@@ -245,23 +269,29 @@ def test_a_chat_handler_gets_the_arguments(path):
 def test_echo_puts_the_prompt_before_the_text(llm):
     answer = text_of(llm(PROMPT, max_tokens=5, temperature=0))
     assert text_of(llm(PROMPT, max_tokens=5, temperature=0, echo=True)) == PROMPT + answer
-    assert "".join(map(text_of, llm(PROMPT, max_tokens=5, temperature=0, echo=True, stream=True))) == PROMPT + answer
+    assert ("".join(map(text_of, llm(PROMPT, max_tokens=5, temperature=0, echo=True, stream=True)))
+            == PROMPT + answer)
     ids = llm.tokenize(PROMPT.encode())
     assert text_of(llm(ids, max_tokens=5, temperature=0, echo=True)) == PROMPT + answer
 
 
-@pytest.mark.parametrize("functions", [{}, {"logits_processor": lambda ids, logits: logits}], ids=["engine", "one by one"])
+@pytest.mark.parametrize("functions", [{}, {"logits_processor": lambda ids, logits: logits}],
+                         ids=["engine", "one by one"])
 def test_logprobs_are_the_models_own(llm, functions):
     ids = llm.tokenize(PROMPT.encode())
     with llm._model.session() as session:
         rows = session.eval(ids, "all").astype(np.float64)
     logprobs = rows - np.log(np.exp(rows).sum(1, keepdims=True))
-    told = llm(PROMPT, max_tokens=4, temperature=0, repeat_penalty=1.5, logprobs=3, echo=True, **functions)["choices"][0]["logprobs"]
+    told = llm(PROMPT, max_tokens=4, temperature=0, repeat_penalty=1.5, logprobs=3, echo=True,
+               **functions)["choices"][0]["logprobs"]
     n = len(ids)
-    assert told["token_logprobs"][0] is None and told["top_logprobs"][0] is None and len(told["tokens"]) == n + 4
-    assert told["token_logprobs"][1:n] == pytest.approx([logprobs[i, ids[i + 1]] for i in range(n - 1)], abs=1e-4)
+    assert told["token_logprobs"][0] is None and told["top_logprobs"][0] is None
+    assert len(told["tokens"]) == n + 4
+    assert (told["token_logprobs"][1:n]
+            == pytest.approx([logprobs[i, ids[i + 1]] for i in range(n - 1)], abs=1e-4))
     assert max(told["top_logprobs"][n].values()) == pytest.approx(logprobs[-1].max(), abs=1e-4)
-    alone = llm(PROMPT, max_tokens=4, temperature=0, repeat_penalty=1.5, logprobs=3, **functions)["choices"][0]["logprobs"]
+    alone = llm(PROMPT, max_tokens=4, temperature=0, repeat_penalty=1.5, logprobs=3,
+                **functions)["choices"][0]["logprobs"]
     assert alone["tokens"] == told["tokens"][n:] and alone["token_logprobs"] == told["token_logprobs"][n:]
 
 
@@ -270,7 +300,8 @@ def test_logprobs_without_any_likeliest_ones(llm):
     assert len(told["token_logprobs"]) == 2 and told["top_logprobs"] == [{}, {}]
 
 
-@pytest.mark.parametrize("functions", [{}, {"stopping_criteria": lambda ids, logits: False}], ids=["engine", "one by one"])
+@pytest.mark.parametrize("functions", [{}, {"stopping_criteria": lambda ids, logits: False}],
+                         ids=["engine", "one by one"])
 def test_stop_strings_end_the_text(llm, functions):
     whole = text_of(llm(PROMPT, max_tokens=40, temperature=0))
     stop = whole[10:12]
@@ -281,20 +312,23 @@ def test_stop_strings_end_the_text(llm, functions):
     assert llm(PROMPT, max_tokens=4, **functions)["choices"][0]["finish_reason"] == "length"
 
 
-@pytest.mark.parametrize("functions", [{}, {"stopping_criteria": lambda ids, logits: False}], ids=["engine", "one by one"])
+@pytest.mark.parametrize("functions", [{}, {"stopping_criteria": lambda ids, logits: False}],
+                         ids=["engine", "one by one"])
 def test_the_context_ends_a_text_without_max_tokens(llm, functions):
     n = len(llm.tokenize(PROMPT.encode()))
     for most in (None, 0, -1):
-        answer = llm(PROMPT, max_tokens=most, temperature=0, logit_bias={id: -100 for id in llm._tokenizer.stop_ids}, **functions)
-        assert answer["usage"]["completion_tokens"] == N_CTX - n + 1 and answer["choices"][0]["finish_reason"] == "length"
+        answer = llm(PROMPT, max_tokens=most, temperature=0,
+                     logit_bias={id: -100 for id in llm._tokenizer.stop_ids}, **functions)
+        assert answer["usage"]["completion_tokens"] == N_CTX - n + 1
+        assert answer["choices"][0]["finish_reason"] == "length"
 
 
 def test_n_ctx_caps_a_text(path):
     with Llama(path, n_ctx=20, n_threads=1, verbose=False) as llm:
         assert llm.n_ctx() == 20
         assert llm([5] * 20, max_tokens=None)["usage"]["completion_tokens"] == 1
-        for call in (lambda: llm([5] * 21), lambda: llm([5] * 21, stream=True), lambda: llm.eval([5] * 21), lambda: llm.generate([5] * 21),
-                     lambda: llm.create_chat_completion(CHAT)):
+        for call in (lambda: llm([5] * 21), lambda: llm([5] * 21, stream=True), lambda: llm.eval([5] * 21),
+                     lambda: llm.generate([5] * 21), lambda: llm.create_chat_completion(CHAT)):
             with pytest.raises(ContextFullError, match="room for 20"):
                 call()
         assert llm.n_tokens in (20, 0)
@@ -303,7 +337,8 @@ def test_n_ctx_caps_a_text(path):
 def test_a_prompt_is_a_text_or_ids(llm):
     ids = llm.tokenize(PROMPT.encode())
     wanted = text_of(llm(PROMPT, temperature=0))
-    assert [text_of(llm(prompt, temperature=0)) for prompt in (ids, tuple(ids), np.array(ids))] == [wanted] * 3
+    assert ([text_of(llm(prompt, temperature=0)) for prompt in (ids, tuple(ids), np.array(ids))]
+            == [wanted] * 3)
     assert llm("", max_tokens=1)["usage"]["prompt_tokens"] == 1         # BOS
     for bad in ([], [1, "a"], [-1], [10 ** 6], None, 5, b"x", {"a": 1}):
         with pytest.raises(ArgumentError):
@@ -311,9 +346,10 @@ def test_a_prompt_is_a_text_or_ids(llm):
 
 
 @pytest.mark.parametrize("given", [
-    {"max_tokens": "x"}, {"temperature": -1}, {"top_k": -3}, {"stop": [""]}, {"stop": 5}, {"logprobs": -1}, {"logprobs": 1.5}, {"seed": "x"},
-    {"logit_bias": {10 ** 6: 1}}, {"logit_bias": [1]}, {"typical_p": 0.5}, {"mirostat_mode": 2}, {"grammar": "root ::= x"}, {"suffix": "x"},
-    {"logits_processor": 5}, {"logits_processor": [5]}, {"stopping_criteria": "x"}])
+    {"max_tokens": "x"}, {"temperature": -1}, {"top_k": -3}, {"stop": [""]}, {"stop": 5}, {"logprobs": -1},
+    {"logprobs": 1.5}, {"seed": "x"}, {"logit_bias": {10 ** 6: 1}}, {"logit_bias": [1]}, {"typical_p": 0.5},
+    {"mirostat_mode": 2}, {"grammar": "root ::= x"}, {"suffix": "x"}, {"logits_processor": 5},
+    {"logits_processor": [5]}, {"stopping_criteria": "x"}])
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_is_wrong_with_a_call_is_said_at_once(llm, given, stream):
     with pytest.raises(BmcError, match=next(iter(given))):
@@ -321,18 +357,21 @@ def test_what_is_wrong_with_a_call_is_said_at_once(llm, given, stream):
 
 
 @pytest.mark.parametrize("given", [
-    {"tools": [{"type": "function"}]}, {"functions": [{"name": ""}]}, {"tool_choice": "required"}, {"function_call": {"name": "f"}},
-    {"response_format": {"type": "yaml"}}, {"response_format": "json"}, {"top_logprobs": 2}, {"messages": []}, {"messages": "Hello"},
-    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, {"messages": [5]}, {"typical_p": 0.5}])
+    {"tools": [{"type": "function"}]}, {"functions": [{"name": ""}]},
+    {"tool_choice": "required"}, {"function_call": {"name": "f"}}, {"response_format": {"type": "yaml"}},
+    {"response_format": "json"}, {"top_logprobs": 2}, {"messages": []}, {"messages": "Hello"},
+    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, {"messages": [5]},
+    {"typical_p": 0.5}])
 def test_a_chat_refuses_what_it_does_not_honour(llm, given):
     with pytest.raises(ArgumentError, match="message" if "messages" in given else next(iter(given))):
         llm.create_chat_completion(**({"messages": CHAT} | given))
 
 
 def test_asking_for_nothing_is_fine(llm):
-    llm.create_chat_completion(CHAT, max_tokens=1, tools=[], functions=None, tool_choice="none", response_format={"type": "text"}, stop=None,
-                               logprobs=False)
-    parts = [{"role": "user", "content": [{"type": "text", "text": "Tell a "}, {"type": "text", "text": "story"}]}]
+    llm.create_chat_completion(CHAT, max_tokens=1, tools=[], functions=None, tool_choice="none",
+                               response_format={"type": "text"}, stop=None, logprobs=False)
+    parts = [{"role": "user",
+              "content": [{"type": "text", "text": "Tell a "}, {"type": "text", "text": "story"}]}]
     joined = [{"role": "user", "content": "Tell a story"}]
     one, other = (llm.create_chat_completion(chat, max_tokens=5, temperature=0) for chat in (parts, joined))
     assert one["choices"] == other["choices"]
@@ -371,7 +410,8 @@ def test_a_seed_of_a_call_and_set_seed_begin_anew(llm):
     one = text_of(llm(PROMPT, temperature=2.0, seed=9))
     then = text_of(llm(PROMPT, temperature=2.0))
     assert one != then
-    assert [text_of(llm(PROMPT, temperature=2.0, seed=9)), text_of(llm(PROMPT, temperature=2.0))] == [one, then]
+    assert ([text_of(llm(PROMPT, temperature=2.0, seed=9)), text_of(llm(PROMPT, temperature=2.0))]
+            == [one, then])
     llm.set_seed(9)
     assert text_of(llm(PROMPT, temperature=2.0)) == then
     assert text_of(llm(PROMPT, temperature=2.0, seed=-1)) != text_of(llm(PROMPT, temperature=2.0, seed=-1))
@@ -390,21 +430,27 @@ def test_a_processor_sees_ids_and_logits_and_bans_tokens(llm):
         return logits
 
     answer = llm(PROMPT, max_tokens=5, temperature=0, logits_processor=LogitsProcessorList([ban]))
-    assert text_of(answer) == text_of(llm(PROMPT, max_tokens=5, temperature=0, logit_bias={id: -100 for id in first}))
-    assert seen[0] == (ids, np.int32, np.float32, (llm.n_vocab(),)) and [len(s[0]) for s in seen] == [len(ids) + i for i in range(5)]
+    assert text_of(answer) == text_of(llm(PROMPT, max_tokens=5, temperature=0,
+                                          logit_bias={id: -100 for id in first}))
+    assert seen[0] == (ids, np.int32, np.float32, (llm.n_vocab(),))
+    assert [len(s[0]) for s in seen] == [len(ids) + i for i in range(5)]
 
 
 def test_processors_follow_one_another_and_streams_have_them_too(llm):
     plus, calls = lambda ids, logits: logits + (np.arange(len(logits)) == 301) * np.float32(1000), []
     second = lambda ids, logits: calls.append(int(logits.argmax())) or logits
     text = llm.detokenize([301]).decode() * 3
-    assert text_of(llm(PROMPT, max_tokens=3, temperature=0, logits_processor=[plus, second])) == text and calls == [301] * 3
-    assert "".join(map(text_of, llm(PROMPT, max_tokens=3, temperature=0, logits_processor=[plus], stream=True))) == text
-    chat = llm.create_chat_completion(CHAT, max_tokens=3, temperature=0, logits_processor=LogitsProcessorList([plus]))
+    assert text_of(llm(PROMPT, max_tokens=3, temperature=0, logits_processor=[plus, second])) == text
+    assert calls == [301] * 3
+    assert "".join(map(text_of, llm(PROMPT, max_tokens=3, temperature=0, logits_processor=[plus],
+                                    stream=True))) == text
+    chat = llm.create_chat_completion(CHAT, max_tokens=3, temperature=0,
+                                      logits_processor=LogitsProcessorList([plus]))
     assert chat["choices"][0]["message"]["content"] == text
 
 
-@pytest.mark.parametrize("broken, why", [(lambda i, l: l[:5], "logits_processor"), (lambda i, l: l * np.nan, "nan"), (lambda i, l: l - np.inf, "-inf")])
+@pytest.mark.parametrize("broken, why", [(lambda i, l: l[:5], "logits_processor"),
+                                         (lambda i, l: l * np.nan, "nan"), (lambda i, l: l - np.inf, "-inf")])
 def test_a_processor_that_gives_no_logits_is_an_error_and_the_next_call_is_fine(llm, broken, why):
     with pytest.raises(ArgumentError, match=why):
         llm(PROMPT, logits_processor=broken)
@@ -420,9 +466,11 @@ def test_a_stopping_criterion_ends_the_text_before_the_next_token(llm):
         seen.append((len(ids), logits.shape))
         return len(ids) >= n + 3
 
-    answer = llm(PROMPT, max_tokens=10, temperature=0, stopping_criteria=StoppingCriteriaList([long_enough]), logprobs=1)
+    answer = llm(PROMPT, max_tokens=10, temperature=0,
+                 stopping_criteria=StoppingCriteriaList([long_enough]), logprobs=1)
     assert answer["usage"]["completion_tokens"] == 3 and answer["choices"][0]["finish_reason"] == "stop"
-    assert text_of(answer) == "".join(token.text for token in plain(llm, n=3)) and len(answer["choices"][0]["logprobs"]["tokens"]) == 3
+    assert text_of(answer) == "".join(token.text for token in plain(llm, n=3))
+    assert len(answer["choices"][0]["logprobs"]["tokens"]) == 3
     assert seen == [(n + i, (llm.n_vocab(),)) for i in range(4)]
     nothing = llm(PROMPT, stopping_criteria=lambda ids, logits: True)
     assert text_of(nothing) == "" and nothing["choices"][0]["finish_reason"] == "stop"
@@ -443,7 +491,8 @@ def test_generate_gives_the_ids_of_a_completion_and_goes_on_beyond_its_end(llm):
             break
     assert found == [token.id for token in wanted]
     eos = lambda ids, logits: np.where(np.arange(len(logits)) == llm.token_eos(), np.float32(100), logits)
-    ends = llm.generate(ids, logits_processor=eos, stopping_criteria=lambda text, logits: len(text) == len(ids) + 4)
+    ends = llm.generate(ids, logits_processor=eos,
+                        stopping_criteria=lambda text, logits: len(text) == len(ids) + 4)
     assert list(ends) == [llm.token_eos()] * 4
 
 
@@ -478,8 +527,9 @@ def test_eval_and_sample_make_a_loop(llm):
     assert found == [token.id for token in plain(llm, n=6)] and llm.n_tokens == len(ids) + 6
     assert llm.sample(temp=0, idx=len(ids) - 1) == found[0]
     assert llm.sample(temp=0, logits_processor=[lambda ids, logits: -logits]) != llm.sample(temp=0)
-    for bad in (lambda: llm.eval([]), lambda: llm.eval([10 ** 6]), lambda: llm.eval("abc"), lambda: llm.sample(idx=400), lambda: llm.sample(temp=-1),
-                lambda: llm.generate([]), lambda: llm.generate(ids, typical_p=0.3)):
+    for bad in (lambda: llm.eval([]), lambda: llm.eval([10 ** 6]), lambda: llm.eval("abc"),
+                lambda: llm.sample(idx=400), lambda: llm.sample(temp=-1), lambda: llm.generate([]),
+                lambda: llm.generate(ids, typical_p=0.3)):
         with pytest.raises(ArgumentError):
             bad()
     assert llm.n_tokens == len(ids) + 6
@@ -503,7 +553,8 @@ def test_scores_are_the_logits_of_all_tokens(path, llm):
             rows = session.eval(ids, "all")
         all_of_them.eval(ids[:4])
         all_of_them.eval(ids[4:])
-        assert np.array_equal(all_of_them.scores, rows) and np.array_equal(np.array(all_of_them.eval_logits, np.float32), rows)
+        assert np.array_equal(all_of_them.scores, rows)
+        assert np.array_equal(np.array(all_of_them.eval_logits, np.float32), rows)
         all_of_them(PROMPT, max_tokens=1)
         assert np.array_equal(all_of_them.scores, rows)
     llm.eval(ids)
@@ -520,7 +571,8 @@ def test_a_state_is_a_place_to_come_back_to(llm):
     llm.load_state(state)
     assert llm.n_tokens == len(ids) and llm.sample() == plain(llm, ids, 1, temperature=0.8, seed=12)[0].id
     llm(PROMPT, max_tokens=5)
-    assert llm.input_ids[:len(ids)].tolist() == ids and llm.n_tokens == len(ids) + 4      # what a completion has read
+    # what a completion has read
+    assert llm.input_ids[:len(ids)].tolist() == ids and llm.n_tokens == len(ids) + 4
     state.input_ids[0] = 10 ** 6
     for bad in (state, None, ids):
         with pytest.raises(ArgumentError):
@@ -552,7 +604,7 @@ def test_a_cache_keeps_more_texts_up_to_its_capacity(path):
         cache.capacity_bytes = 0
         llm(prompts[0], max_tokens=1)
         assert len(cache) == 1 and reused(llm(prompts[1], max_tokens=1)) == 0
-        with Llama(path, n_threads=1, verbose=False) as other:          # another model's rows are none of its own
+        with Llama(path, n_threads=1, verbose=False) as other:    # another model's rows are none of its own
             other.set_cache(cache)
             assert reused(other(prompts[1], max_tokens=1)) == 0
         with pytest.raises(ArgumentError, match="cache"):
@@ -578,14 +630,16 @@ def test_a_stream_that_is_left_gives_its_rows_back(llm):
     for _ in range(3):
         next(stream)
     stream.close()
-    assert len(llm._last) == 1 and not [s for s in llm._model._sessions if s.position and s is not llm._last._kept[0][0]]
+    assert len(llm._last) == 1
+    assert not [s for s in llm._model._sessions if s.position and s is not llm._last._kept[0][0]]
     assert reused(llm(PROMPT, max_tokens=1)) == len(llm.tokenize(PROMPT.encode())) - 1
     llm(PROMPT, stream=True)                                     # never begun
 
 
 def test_threads_that_share_an_object_get_what_they_would_get_alone(llm):
     calls = [lambda i=i: text_of(llm(f"{PROMPT} {i % 3}", max_tokens=25, seed=i)) for i in range(4)]
-    calls += [lambda i=i: text_of(llm(PROMPT, max_tokens=25, seed=i, logits_processor=lambda ids, logits: -logits)) for i in range(2)]
+    calls += [lambda i=i: text_of(llm(PROMPT, max_tokens=25, seed=i,
+                                      logits_processor=lambda ids, logits: -logits)) for i in range(2)]
     wanted, found = [call() for call in calls], [None] * len(calls)
 
     def work(i):
@@ -606,7 +660,8 @@ def test_draft_models_do_not_change_the_text(path, llm):
     small = tiny.model("llama", n_ctx=N_CTX, types="Q4_0")
     wanted = text_of(llm(PROMPT, max_tokens=60, temperature=0))
     with pybmc.Model(small, threads=1) as model, Llama(small, n_threads=1, verbose=False) as other:
-        for draft in (small, str(small), model, other, LlamaPromptLookupDecoding(), LlamaPromptLookupDecoding(num_pred_tokens=3)):
+        for draft in (small, str(small), model, other, LlamaPromptLookupDecoding(),
+                      LlamaPromptLookupDecoding(num_pred_tokens=3)):
             with Llama(path, draft_model=draft, n_threads=1, verbose=False) as guided:
                 has_model = not isinstance(draft, LlamaPromptLookupDecoding)
                 assert (guided._speculation.draft is not None) is has_model and guided.draft_model is draft
@@ -625,12 +680,16 @@ def test_tokens_are_bytes_and_back(arch):
             ids = llm.tokenize(text.encode())
             assert ids == tokenizer.encode(text) and llm.detokenize(ids).decode() == text
             assert llm.tokenize(text.encode(), False) == tokenizer.encode(text, bos=False)
-        assert llm.tokenize(b"<|im_end|>", False, True) == tokenizer.encode("<|im_end|>", bos=False, special=True)
+        assert (llm.tokenize(b"<|im_end|>", False, True)
+                == tokenizer.encode("<|im_end|>", bos=False, special=True))
         bos = tokenizer.piece(llm.token_bos())
-        assert llm.detokenize([llm.token_bos()]) == b"" and llm.detokenize([llm.token_bos()], special=True) == bos
-        assert llm.detokenize([llm.token_nl()]) == b"\n" and llm.detokenize([tokenizer.byte_id(0xf0)]) == b"\xf0"
+        assert llm.detokenize([llm.token_bos()]) == b""
+        assert llm.detokenize([llm.token_bos()], special=True) == bos
+        assert llm.detokenize([llm.token_nl()]) == b"\n"
+        assert llm.detokenize([tokenizer.byte_id(0xf0)]) == b"\xf0"
         assert llm.detokenize([], prev_tokens=[1, 2]) == b""
-        for bad in (lambda: llm.tokenize("text"), lambda: llm.tokenize(b"a\xff"), lambda: llm.detokenize([10 ** 6]), lambda: llm.detokenize("ab")):
+        for bad in (lambda: llm.tokenize("text"), lambda: llm.tokenize(b"a\xff"),
+                    lambda: llm.detokenize([10 ** 6]), lambda: llm.detokenize("ab")):
             with pytest.raises(ArgumentError):
                 bad()
 
@@ -638,9 +697,12 @@ def test_tokens_are_bytes_and_back(arch):
 def test_numbers_and_metadata_of_the_file(llm, path):
     config = llm._model.config
     assert (llm.n_ctx(), llm.n_vocab(), llm.n_embd()) == (N_CTX, config.vocab_size, config.dim)
-    assert (llm.token_bos(), llm.token_eos()) == (llm._tokenizer.bos_id, llm._tokenizer.eos_id) and llm.pooling_type() == -1
-    assert llm.metadata["llama.context_length"] == str(N_CTX) and llm.metadata["llama.rope.freq_base"] == "10000.000000"
-    assert all(isinstance(value, str) for value in llm.metadata.values()) and "tokenizer.ggml.tokens" not in llm.metadata
+    assert (llm.token_bos(), llm.token_eos()) == (llm._tokenizer.bos_id, llm._tokenizer.eos_id)
+    assert llm.pooling_type() == -1
+    assert llm.metadata["llama.context_length"] == str(N_CTX)
+    assert llm.metadata["llama.rope.freq_base"] == "10000.000000"
+    assert all(isinstance(value, str) for value in llm.metadata.values())
+    assert "tokenizer.ggml.tokens" not in llm.metadata
     assert llm.model_path == str(path) and str(path) in repr(llm)
 
 
@@ -648,7 +710,8 @@ def test_vocab_only_reads_no_weights(path, llm):
     with Llama(path, vocab_only=True, verbose=False) as small:
         assert small.tokenize(PROMPT.encode()) == llm.tokenize(PROMPT.encode())
         assert (small.n_vocab(), small.n_embd(), small.n_ctx()) == (llm.n_vocab(), llm.n_embd(), llm.n_ctx())
-        for call in (lambda: small(PROMPT), lambda: small.eval([1]), lambda: small.embed("x"), lambda: small.create_chat_completion(CHAT)):
+        for call in (lambda: small(PROMPT), lambda: small.eval([1]), lambda: small.embed("x"),
+                     lambda: small.create_chat_completion(CHAT)):
             with pytest.raises(ArgumentError, match="vocab_only"):
                 call()
 
@@ -665,8 +728,10 @@ def test_embeddings_come_from_the_model(path, monkeypatch):
         answer = llm.create_embedding(["one", "two words"])
         assert fits(answer, EMBEDDING) and [row["embedding"][0] for row in answer["data"]] == [len(a), len(b)]
         assert [row["index"] for row in answer["data"]] == [0, 1]
-        assert answer["usage"] == {"prompt_tokens": len(a) + len(b), "total_tokens": len(a) + len(b)} and answer["model"] == str(path)
-        assert asked == [([a, b], False, "last")] and fits(llm.create_embedding("one", model="mine"), EMBEDDING)
+        assert answer["usage"] == {"prompt_tokens": len(a) + len(b), "total_tokens": len(a) + len(b)}
+        assert answer["model"] == str(path)
+        assert asked == [([a, b], False, "last")]
+        assert fits(llm.create_embedding("one", model="mine"), EMBEDDING)
         assert llm.embed("one", normalize=True, return_count=True) == ([len(a), 2.0], len(a)) and asked[-1][1]
         assert llm.embed([]) == [] and llm.embed("word " * 50)[0] == 20
         with pytest.raises(ContextFullError, match="room for 20"):
@@ -675,7 +740,8 @@ def test_embeddings_come_from_the_model(path, monkeypatch):
             llm.embed(5)
 
 
-SCHEMA = '{"type": "object", "properties": {"a": {"enum": ["xx", "yy"]}}, "required": ["a"], "additionalProperties": false}'
+SCHEMA = ('{"type": "object", "properties": {"a": {"enum": ["xx", "yy"]}}, "required": ["a"], '
+          '"additionalProperties": false}')
 OBJECTS = ('{"a":"xx"}', '{"a":"yy"}')
 
 
@@ -683,7 +749,8 @@ OBJECTS = ('{"a":"xx"}', '{"a":"yy"}')
 def grammar(tmp_path):
     pytest.importorskip("llguidance", reason="grammars need llguidance")
     (tmp_path / "yes.gbnf").write_text('root ::= "yes" | "no"')
-    return {"string": LlamaGrammar.from_string('root ::= "yes" | "no"'), "file": LlamaGrammar.from_file(tmp_path / "yes.gbnf", verbose=False),
+    return {"string": LlamaGrammar.from_string('root ::= "yes" | "no"'),
+            "file": LlamaGrammar.from_file(tmp_path / "yes.gbnf", verbose=False),
             "schema": LlamaGrammar.from_json_schema(SCHEMA)}
 
 
@@ -694,13 +761,17 @@ def test_texts_follow_a_grammar(llm, grammar, name, plain):
     allowed = OBJECTS if name == "schema" else ("yes", "no")
     more = {} if plain else {"logits_processor": lambda ids, logits: logits * 0 + 5}
     for seed in range(3):
-        assert text_of(llm(PROMPT, grammar=grammar[name], seed=seed, max_tokens=40, temperature=2.0, **more)) in allowed
-        found = llm.create_chat_completion(CHAT, grammar=grammar[name], seed=seed, max_tokens=40, temperature=2.0, **more)
-        assert found["choices"][0]["message"]["content"] in allowed and found["choices"][0]["finish_reason"] == "stop"
+        assert (text_of(llm(PROMPT, grammar=grammar[name], seed=seed, max_tokens=40, temperature=2.0, **more))
+                in allowed)
+        found = llm.create_chat_completion(CHAT, grammar=grammar[name], seed=seed, max_tokens=40,
+                                           temperature=2.0, **more)
+        assert found["choices"][0]["message"]["content"] in allowed
+        assert found["choices"][0]["finish_reason"] == "stop"
 
 
 @pytest.mark.parametrize("asked", [
-    {"type": "json_object", "schema": json.loads(SCHEMA)}, {"type": "json_schema", "json_schema": {"schema": json.loads(SCHEMA)}}], ids=repr)
+    {"type": "json_object", "schema": json.loads(SCHEMA)},
+    {"type": "json_schema", "json_schema": {"schema": json.loads(SCHEMA)}}], ids=repr)
 def test_a_response_format_is_followed(llm, grammar, asked):
     for stream in (False, True):
         found = llm.create_chat_completion(CHAT, response_format=asked, max_tokens=40, stream=stream)
@@ -722,7 +793,8 @@ def test_bad_grammars_are_refused(llm, grammar):
     for make in (lambda: LlamaGrammar.from_string(""), lambda: LlamaGrammar.from_json_schema(5),
                  lambda: llm(PROMPT, grammar=LlamaGrammar.from_string("root ::= (")),
                  lambda: llm(PROMPT, grammar=LlamaGrammar.from_json_schema("{")),
-                 lambda: llm.create_chat_completion(CHAT, grammar=grammar["string"], response_format={"type": "json_object"})):
+                 lambda: llm.create_chat_completion(CHAT, grammar=grammar["string"],
+                                                    response_format={"type": "json_object"})):
         with pytest.raises(ArgumentError):
             make()
     llm.eval([1, 2])
@@ -734,19 +806,22 @@ def test_bad_grammars_are_refused(llm, grammar):
 
 
 def test_from_pretrained_takes_the_one_file_that_fits(path, monkeypatch):
-    there, asked = ["README.md", "m-Q4_K_M.gguf", "sub/m-Q8_0.gguf", "m-f16-00001-of-00002.gguf", "m-f16-00002-of-00002.gguf"], []
+    there, asked = ["README.md", "m-Q4_K_M.gguf", "sub/m-Q8_0.gguf", "m-f16-00001-of-00002.gguf",
+                    "m-f16-00002-of-00002.gguf"], []
 
     def download(repo_id, name, **more):
         asked.append((repo_id, name, more))
         return str(path)
 
-    hub = types.SimpleNamespace(HfApi=lambda: types.SimpleNamespace(list_repo_files=lambda repo_id: there), hf_hub_download=download)
+    hub = types.SimpleNamespace(HfApi=lambda: types.SimpleNamespace(list_repo_files=lambda repo_id: there),
+                                hf_hub_download=download)
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     more = {"local_dir": None, "cache_dir": "/c"}
     with Llama.from_pretrained("user/repo", "*Q8_0.gguf", cache_dir="/c", n_ctx=30, verbose=False) as llm:
         assert asked == [("user/repo", "sub/m-Q8_0.gguf", more)] and llm.n_ctx() == 30
     asked.clear()
-    Llama.from_pretrained("user/repo", "*-00001-of*", additional_files=["*-00002-of*"], cache_dir="/c", verbose=False).close()
+    Llama.from_pretrained("user/repo", "*-00001-of*", additional_files=["*-00002-of*"], cache_dir="/c",
+                          verbose=False).close()
     assert [name for _, name, _ in asked] == there[3:]
     for pattern, found in (("*Q3*", "README.md"), ("*.gguf", "m-Q4_K_M.gguf, sub/")):
         with pytest.raises(ArgumentError, match=re.escape(found)):
@@ -762,14 +837,16 @@ def test_close_twice_and_calls_after_it(path):
     next(stream)
     llm.close()
     llm.close()
-    for call in (lambda: llm(PROMPT), lambda: llm.eval([1]), lambda: next(llm.generate([1])), lambda: list(stream)):
+    for call in (lambda: llm(PROMPT), lambda: llm.eval([1]), lambda: next(llm.generate([1])),
+                 lambda: list(stream)):
         with pytest.raises(ClosedError):
             call()
     assert llm.detokenize(llm.tokenize(b"still there")) == b"still there"
 
 
 def test_an_object_is_pickled_by_its_arguments(path):
-    with Llama(path, n_ctx=40, seed=3, n_threads=1, verbose=False) as llm, pickle.loads(pickle.dumps(llm)) as other:
+    with Llama(path, n_ctx=40, seed=3, n_threads=1,
+               verbose=False) as llm, pickle.loads(pickle.dumps(llm)) as other:
         assert other.n_ctx() == 40 and text_of(other(PROMPT)) == text_of(llm(PROMPT))
 
 
@@ -782,9 +859,11 @@ def test_verbose_tells_counts_in_the_log(path, caplog):
 
 
 def test_the_class_needs_no_server_packages():
-    code = ("import sys\nfor name in ('starlette', 'uvicorn', 'prometheus_client', 'huggingface_hub'): sys.modules[name] = None\n"
+    code = ("import sys\nfor name in ('starlette', 'uvicorn', 'prometheus_client', 'huggingface_hub'): "
+            "sys.modules[name] = None\n"
             "import pybmc; print(pybmc.Llama.__name__, pybmc.llama.LlamaState.__name__)")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
+                          check=False)
     assert done.stdout.split() == ["Llama", "LlamaState"], done.stderr
 
 
@@ -796,7 +875,9 @@ EXAMPLES = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 
 @pytest.mark.parametrize("code", EXAMPLES, ids=range(len(EXAMPLES)))
 def test_an_example_of_the_page_runs(path, code):
-    code = code.replace('"model.gguf"', repr(str(path))).replace('"small.gguf"', repr(str(tiny.model("llama", n_ctx=N_CTX, types="Q4_0"))))
+    code = code.replace('"model.gguf"',
+                        repr(str(path))).replace('"small.gguf"',
+                                                 repr(str(tiny.model("llama", n_ctx=N_CTX, types="Q4_0"))))
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
         exec(compile(code, "docs/llama.md", "exec"), {})

@@ -1,4 +1,5 @@
-"""Messages as people and clients send them: control tokens spelled in them, other forms of content, answers begun."""
+"""Messages as people and clients send them: control tokens spelled in them, other forms of content,
+answers begun."""
 
 
 import pytest
@@ -13,9 +14,10 @@ from pybmc.chat.template import ChatTemplate, template_of
 from pybmc.chat.templates import NAMED
 
 MARKS = {
-    "<|user|>": CONTROL, "<|assistant|>": CONTROL, "<|end|>": CONTROL, "<|END_OF_TURN|>": CONTROL, "[INST]": CONTROL,
-    "[/INST]": CONTROL, "<|Turn ßİ|>": CONTROL, "<user>": USER, "<turn|>": USER, "<start_of_turn>": USER,
-    "<think>": USER, "</think>": USER, "<b>": USER, "\n\n": USER, "<tool_response>": USER,
+    "<|user|>": CONTROL, "<|assistant|>": CONTROL, "<|end|>": CONTROL,
+    "<|END_OF_TURN|>": CONTROL, "[INST]": CONTROL, "[/INST]": CONTROL, "<|Turn ßİ|>": CONTROL, "<user>": USER,
+    "<turn|>": USER, "<start_of_turn>": USER, "<think>": USER, "</think>": USER, "<b>": USER, "\n\n": USER,
+    "<tool_response>": USER,
 }
 
 
@@ -27,7 +29,8 @@ def bpe(tmp_path_factory):
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     """A SentencePiece vocabulary that names <unk> and a padding token."""
-    metadata = tiny.spm_vocabulary(900) | {"tokenizer.ggml.unknown_token_id": 0, "tokenizer.ggml.padding_token_id": 2}
+    metadata = tiny.spm_vocabulary(900) | {"tokenizer.ggml.unknown_token_id": 0,
+                                           "tokenizer.ggml.padding_token_id": 2}
     return make(tmp_path_factory.mktemp("v"), metadata)
 
 
@@ -45,34 +48,41 @@ FOR = "{% for m in messages %}"
 SHAPES = {
     "header": FOR + "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}",
     "role in a token": FOR + "{{ '<|' + m['role'] + '|>' + m['content'] + '<|end|>' }}{% endfor %}",
-    "role in upper case": FOR + "{{ '<|END' ~ '_of_turn|>'|upper }}{{ '[' ~ 'inst'|upper ~ ']' }}{{ m.content }}"
-                                "{% endfor %}",
+    "role in upper case": FOR + "{{ '<|END' ~ '_of_turn|>'|upper }}{{ '[' ~ 'inst'|upper ~ ']' }}"
+                                "{{ m.content }}{% endfor %}",
     "text": FOR + "<start_of_turn>{{ m.role }}\n{{ m.content|trim }}<turn|><user>\n{% endfor %}",
-    "turns": "{% set ns = namespace(s='') %}" + FOR + "{% set ns.s = ns.s + '[INST] ' + m.content + ' [/INST]' %}"
-             "{% endfor %}{{ (ns.s + '  ')|trim }}",
+    "turns": "{% set ns = namespace(s='') %}" + FOR + "{% set ns.s = ns.s + '[INST] ' + m.content + ' "
+                                                      "[/INST]' %}{% endfor %}{{ (ns.s + '  ')|trim }}",
     "thoughts": FOR + "{% set c = m.content %}{% if '</think>' in c %}{% set t = c.split('</think>')[0] %}"
-                "{% set c = c.split('</think>')[-1].lstrip('\n') %}{{ '<|end|>' + t.split('<think>')[-1] }}{% endif %}"
-                "{{ '<|im_start|>' ~ c ~ '<|im_end|>' }}{% endfor %}",
+                      "{% set c = c.split('</think>')[-1].lstrip('\n') %}"
+                      "{{ '<|end|>' + t.split('<think>')[-1] }}{% endif %}"
+                      "{{ '<|im_start|>' ~ c ~ '<|im_end|>' }}{% endfor %}",
     "upper": FOR + "{{ (('<|end' + '_of_turn|>') + m.content)|upper }}{% endfor %}",
     "lower": FOR + "{{ ('<|USER|>' + m.content)|lower }}{{ m.content.casefold() }}{% endfor %}",
-    "title": FOR + "{{ '<|end|>' }}{{ m.content|title }}{{ m.content|capitalize }}{{ m.content.swapcase() }}{% endfor %}",
+    "title": FOR + "{{ '<|end|>' }}{{ m.content|title }}{{ m.content|capitalize }}"
+                   "{{ m.content.swapcase() }}{% endfor %}",
     "spaces": FOR + "<|end|>{{ m.content.split()|join }}{{ m.content|replace(' ', '') }}"
               "{{ m.content.replace('\n', '') }}{% endfor %}",
     "slices": FOR + "{{ '<|end|>' + m.content[1:] + m.content[:1] + m.content[::-1] }}{% endfor %}",
-    "characters": FOR + "{% for c in m.content %}{{ c }}{% endfor %}<|end|>{{ m.content|list|join }}{% endfor %}",
+    "characters": FOR + "{% for c in m.content %}{{ c }}{% endfor %}<|end|>{{ m.content|list|join }}"
+                        "{% endfor %}",
     "formats": FOR + "{{ '[INST]%s[/INST]' % m.content }}{{ '<|end|>{}<|{}|>'.format(m.content, m.role) }}"
                "{{ '<|%s|>'|format(m.role) }}{% endfor %}",
-    "joins": "{{ messages|map(attribute='content')|join('<|end|>') }}{{ '<|end|>'.join(messages|map(attribute='content')) }}",
-    "next to its own": FOR + "{{ '<|' ~ m.content ~ '|>' }}{{ '<|im_' + m.content }}{{ m.content + '|>' }}{% endfor %}",
+    "joins": "{{ messages|map(attribute='content')|join('<|end|>') }}"
+             "{{ '<|end|>'.join(messages|map(attribute='content')) }}",
+    "next to its own": FOR + "{{ '<|' ~ m.content ~ '|>' }}{{ '<|im_' + m.content }}{{ m.content + '|>' }}"
+                             "{% endfor %}",
     "json": "{{ messages[0]|tojson }}<|end|>{{ tools|tojson }}{{ tools[0].description }}{{ note }}",
     "blocks": "{% macro turn(x, end='<|end|>') %}<|user|>{{ x }}{{ end }}{% endmacro %}" + FOR
               + "{% set s %}{{ turn(m.content) }}{% endset %}{% filter trim %} {{ s }} {% endfilter %}"
-              "{% macro around() %}[INST]{{ caller() }}{% endmacro %}{% call around() %}{{ m.content }}{% endcall %}{% endfor %}",
-    "tables": FOR + "{{ {'user': '<|user|>', 'x': 1}[m.role] }}{{ ['<|end|>', m.content]|last }}{{ ('[INST]', 2)|first }}"
-              "{{ '<|end|>,' .split(',')[0] }}{% endfor %}",
+              "{% macro around() %}[INST]{{ caller() }}{% endmacro %}{% call around() %}{{ m.content }}"
+              "{% endcall %}{% endfor %}",
+    "tables": FOR + "{{ {'user': '<|user|>', 'x': 1}[m.role] }}{{ ['<|end|>', m.content]|last }}"
+                    "{{ ('[INST]', 2)|first }}{{ '<|end|>,' .split(',')[0] }}{% endfor %}",
 }
-ATOMS = [*MARKS, *("<|im_start|>", "<|im_end|>", "<|endoftext|>"), "<|end_of_turn|>", "<|", "|>", "im_", "end|>", "user",
-         "[", "inst]", " ", "\n", "\r", "\u00a0", "x", "İ", "ı", "ß", "ﬁ", "ŉ", "\u0307", "Σ", "\ufdd0", "\\u003c", "ﬀ<|END_OF_TURN|>"]
+ATOMS = [*MARKS, *("<|im_start|>", "<|im_end|>", "<|endoftext|>"), "<|end_of_turn|>", "<|", "|>", "im_",
+         "end|>", "user", "[", "inst]", " ", "\n", "\r", "\u00a0", "x", "İ", "ı", "ß", "ﬁ", "ŉ", "\u0307",
+         "Σ", "\ufdd0", "\\u003c", "ﬀ<|END_OF_TURN|>"]
 hostile = st.lists(st.sampled_from(ATOMS), max_size=8).map("".join)
 
 
@@ -82,11 +92,12 @@ def marked(tokenizer, template, ids):
     return [tokenizer.tokens[id] for id in ids if tokenizer.is_control(id) or tokenizer.tokens[id] in used]
 
 
-TOKENS_OF_SHAPES = {"upper": ["<|END_OF_TURN|>"], "lower": ["<|user|>"], "formats": ["[INST]", "[/INST]", "<|end|>", "<|user|>", "<|user|>"],
+TOKENS_OF_SHAPES = {"upper": ["<|END_OF_TURN|>"], "lower": ["<|user|>"],
+                    "formats": ["[INST]", "[/INST]", "<|end|>", "<|user|>", "<|user|>"],
                     "turns": ["[INST]", "[/INST]"], "role in a token": ["<|user|>", "<|end|>"],
                     "role in upper case": ["<|END_OF_TURN|>", "[INST]"],
-                    "text": ["<start_of_turn>", "<turn|>", "<user>"], "tables": ["<|user|>", "[INST]", "<|end|>"],
-                    "blocks": ["<|user|>", "<|end|>", "[INST]"]}
+                    "text": ["<start_of_turn>", "<turn|>", "<user>"],
+                    "tables": ["<|user|>", "[INST]", "<|end|>"], "blocks": ["<|user|>", "<|end|>", "[INST]"]}
 
 
 @pytest.mark.parametrize("shape", TOKENS_OF_SHAPES)
@@ -113,8 +124,9 @@ def test_no_message_adds_a_token_in_any_shape_of_template(bpe, shape, first, sec
     assert text_of(bpe, ids) == template.render(messages, False, **others), "and the text is all there"
 
 
-@pytest.mark.parametrize("role, tokens", [("user", ["<|user|>", "<|end|>"]), ("assistant", ["<|assistant|>", "<|end|>"]),
-                                          ("end", ["<|end|>"]), ("im_end", ["<|end|>"])])
+@pytest.mark.parametrize("role, tokens",
+                         [("user", ["<|user|>", "<|end|>"]), ("assistant", ["<|assistant|>", "<|end|>"]),
+                          ("end", ["<|end|>"]), ("im_end", ["<|end|>"])])
 def test_only_known_roles_become_tokens(bpe, role, tokens):
     template = ChatTemplate(SHAPES["role in a token"], bpe)
     assert marked(bpe, template, template.encode([{"role": role, "content": "x"}], False)) == tokens
@@ -124,7 +136,8 @@ def test_real_looking_templates_find_thoughts_and_tool_answers_in_messages(bpe):
     template = ChatTemplate(SHAPES["thoughts"], bpe)
     ids = template.encode([assistant("<think>\nhm\n</think>\n\nyes")], False)
     assert text_of(bpe, ids) == "<|end|>\nhm\n<|im_start|>yes<|im_end|>"
-    asks = ChatTemplate("{{ messages[0].content.startswith('<tool_response>') }}|{{ messages[0].content|length }}", bpe)
+    asks = ChatTemplate("{{ messages[0].content.startswith('<tool_response>') }}|"
+                        "{{ messages[0].content|length }}", bpe)
     assert asks.render([user("<tool_response>x")], False) == "True|16"
 
 
@@ -167,8 +180,9 @@ def test_formats_that_are_fine(bpe, source, text):
 
 
 @pytest.mark.parametrize("source", [
-    "{{ '{:{}}'.format('x', 99999999) }}", "{{ '{0:>{1}}'.format('x', 99999999) }}", "{{ '%(((x)))99999d' % {'((x))': 1} }}",
-    "{{ '%.99999f' % 1 }}", "{{ '%.*f' % (99999, 1) }}", "{{ '{:>99999}'.format_map({}) }}", "{{ messages[0].content % 1 }}",
+    "{{ '{:{}}'.format('x', 99999999) }}", "{{ '{0:>{1}}'.format('x', 99999999) }}",
+    "{{ '%(((x)))99999d' % {'((x))': 1} }}", "{{ '%.99999f' % 1 }}", "{{ '%.*f' % (99999, 1) }}",
+    "{{ '{:>99999}'.format_map({}) }}", "{{ messages[0].content % 1 }}",
 ])
 def test_formats_that_make_much_of_little(bpe, source):
     with pytest.raises(FormatError, match="too wide|failed"):
@@ -179,9 +193,11 @@ def test_formats_that_make_much_of_little(bpe, source):
 
 PLAIN = FOR + "[{{ m.role }}]{{ m.content }}{% endfor %}"
 ADDS = FOR + "{{ '[' + m.role + ']' + m.content }}{% endfor %}"
-TURNS = (FOR + "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
-         "{{ '[' + m.role + ']' + m.content }}{% endfor %}")
-CALLS = [user("Rain?"), {"role": "assistant", "tool_calls": [{"function": {"name": "forecast", "arguments": {}}}]}]
+TURNS = (FOR + "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+               "{{ raise_exception('roles must alternate') }}{% endif %}{{ '[' + m.role + ']' + m.content }}"
+               "{% endfor %}")
+CALLS = [user("Rain?"),
+         {"role": "assistant", "tool_calls": [{"function": {"name": "forecast", "arguments": {}}}]}]
 
 
 @pytest.mark.parametrize("content", [{}, {"content": None}])
@@ -199,13 +215,15 @@ def test_a_message_without_content(bpe, source, text, content):
 
 
 def test_keys_that_are_none_are_not_there(bpe):
-    source = FOR + "{% if m.tool_calls is defined %}{{ m.tool_calls|length }}{% endif %}{{ m.content }}{% endfor %}"
+    source = (FOR + "{% if m.tool_calls is defined %}{{ m.tool_calls|length }}{% endif %}{{ m.content }}"
+                    "{% endfor %}")
     assert ChatTemplate(source, bpe).render([user("a") | {"tool_calls": None, "name": None}]) == "a"
 
 
 PARTS = [user([{"type": "text", "text": "Good "}, {"type": "text", "text": "day"}])]
 TOOLS = "{% for t in tools or [] %}{{ t.type }}{% endfor %}"
-BY_TYPE = FOR + "{% for p in m.content %}{% if p['type'] == 'text' %}({{ p['text'] }}){% endif %}{% endfor %}{% endfor %}"
+BY_TYPE = (FOR + "{% for p in m.content %}{% if p['type'] == 'text' %}({{ p['text'] }}){% endif %}"
+                 "{% endfor %}{% endfor %}")
 EITHER = FOR + "{% if m.content is string %}{{ m.content }}{% else %}" + BY_TYPE.removeprefix(FOR)
 EITHER = EITHER.replace("{% endfor %}{% endfor %}", "{% endfor %}{% endif %}{% endfor %}")
 
@@ -233,16 +251,19 @@ BE_BRIEF = {"role": "system", "content": "Be brief."}
 @pytest.mark.parametrize("source, messages, text", [
     (TURNS, [BE_BRIEF, user("hi")], "[user]Be brief.\n\nhi"),
     (TURNS, [BE_BRIEF], "[user]Be brief."),
-    (TURNS, [user("a"), user("b"), assistant("c"), assistant("d"), user("e")], "[user]a\n\nb[assistant]c\n\nd[user]e"),
+    (TURNS, [user("a"), user("b"), assistant("c"), assistant("d"), user("e")],
+     "[user]a\n\nb[assistant]c\n\nd[user]e"),
     (TURNS, [BE_BRIEF, user("a"), user("b")], "[user]Be brief.\n\na\n\nb"),
     (TURNS, [BE_BRIEF, user([{"type": "text", "text": "hi"}])], "[user]Be brief.\n\nhi"),
     ("{% if messages[0].role == 'system' %}{% set messages = messages[1:] %}{% endif %}" + TURNS,
      [BE_BRIEF, user("hi")], "[user]Be brief.\n\nhi"),
-    (FOR + "{% if m.role == 'user' %}[user]{{ m.content }}{% endif %}{% endfor %}", [BE_BRIEF, user("hi"), user("ho")],
-     "[user]Be brief.\n\nhi[user]ho"),
+    (FOR + "{% if m.role == 'user' %}[user]{{ m.content }}{% endif %}{% endfor %}",
+     [BE_BRIEF, user("hi"), user("ho")], "[user]Be brief.\n\nhi[user]ho"),
     (ADDS, [BE_BRIEF, user("a"), user("b")], "[system]Be brief.[user]a[user]b"),
-    (ADDS.replace("{{ '['", "{% if loop.previtem and loop.previtem.role == m.role %}{{ raise_exception('twice') }}{% endif %}"
-                  "{{ '['"), [BE_BRIEF, user("a"), user("b")], "[system]Be brief.[user]a\n\nb"),
+    (ADDS.replace("{{ '['", "{% if loop.previtem and loop.previtem.role == m.role %}"
+                            "{{ raise_exception('twice') }}{% endif %}"
+                            "{{ '['"), [BE_BRIEF, user("a"), user("b")],
+     "[system]Be brief.[user]a\n\nb"),
 ])
 def test_system_messages_and_neighbours_that_a_template_refuses(bpe, source, messages, text):
     assert ChatTemplate(source, bpe).render(messages) == text
@@ -254,7 +275,8 @@ def test_what_a_template_still_refuses_is_told_in_its_words(bpe):
 
 
 def test_special_tokens_that_the_vocabulary_names(llama, bpe):
-    assert ChatTemplate("{{ unk_token }}{{ pad_token }}{{ cls_token is defined }}", llama).render([]) == "<unk></s>False"
+    assert ChatTemplate("{{ unk_token }}{{ pad_token }}{{ cls_token is defined }}",
+                        llama).render([]) == "<unk></s>False"
     assert ChatTemplate("{{ unk_token is defined }}", bpe).render([]) == "False"
 
 
@@ -284,7 +306,8 @@ def test_messages_that_nest_too_deep_are_refused(bpe):
 def test_an_answer_that_is_begun_is_continued(bpe, name):
     template = ChatTemplate(NAMED[name], bpe)
     text = template.render([user("Hi"), assistant("Sure, ")])
-    assert text.endswith("Sure, ") and template.render([user("Hi"), assistant("Sure, ")], False).count("Sure,") == 1
+    assert text.endswith("Sure, ")
+    assert template.render([user("Hi"), assistant("Sure, ")], False).count("Sure,") == 1
     assert template.render([user("Hi"), assistant("Sure, ")], False) != text
     assert text_of(bpe, template.encode([user("Hi"), assistant("Sure, ")])).endswith("Sure, ")
     begun = [user("Hi"), assistant([{"type": "text", "text": "Sure, "}])]
@@ -308,7 +331,8 @@ def test_a_begun_answer_whose_end_cannot_be_found_is_refused(bpe, source, found)
 
 def test_an_answer_without_text_or_with_tool_calls_is_not_continued(bpe):
     template = ChatTemplate(NAMED["chatml"], bpe)
-    for answer in (assistant(""), assistant(None), assistant("a") | {"tool_calls": [{"function": {"name": "f"}}]}):
+    for answer in (assistant(""), assistant(None),
+                   assistant("a") | {"tool_calls": [{"function": {"name": "f"}}]}):
         assert template.render([user("Hi"), answer]).endswith("<|im_end|>\n<|im_start|>assistant\n")
 
 
@@ -332,7 +356,8 @@ def test_templates_by_name_source_and_file(bpe, tmp_path):
 
 
 def test_which_variables_a_template_reads(bpe):
-    template = ChatTemplate("{% if enable_thinking is defined %}{{ x.enable }}{% endif %}{% set y = 1 %}{{ y }}", bpe)
+    template = ChatTemplate("{% if enable_thinking is defined %}{{ x.enable }}{% endif %}{% set y = 1 %}"
+                            "{{ y }}", bpe)
     assert template.reads("enable_thinking") and template.reads("x")
     assert not template.reads("enable") and not template.reads("y")
 
@@ -340,9 +365,11 @@ def test_which_variables_a_template_reads(bpe):
 def test_generate_takes_a_template_and_its_variables():
     with pybmc.Model(tiny.model("llama"), threads=1) as model:
         source = "{{ messages[0].content }}{{ word }}"
-        with_word = pybmc.generate(model, [user("a ")], 1, chat_template=source, chat_template_kwargs={"word": "b"})
+        with_word = pybmc.generate(model, [user("a ")], 1, chat_template=source,
+                                   chat_template_kwargs={"word": "b"})
         assert with_word.prompt == model.tokenizer.encode("a b")
-        batch = pybmc.generate_batch(model, [[user("a ")]], 2, chat_template=source, chat_template_kwargs={"word": "b"})
+        batch = pybmc.generate_batch(model, [[user("a ")]], 2, chat_template=source,
+                                     chat_template_kwargs={"word": "b"})
         alone = [token.id for token in pybmc.generate(model, "a b", 2)]
         assert [token.id for _, token in batch] == alone
         for wrong in ({"chat_template": "chatml"}, {"chat_template_kwargs": {"a": 1}}):

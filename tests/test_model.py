@@ -84,7 +84,8 @@ def test_unknown_architecture_is_named(tmp_path):
         file.pairs["general.architecture"] = name
         refuse(
             file.save(tmp_path / "m.gguf"),
-            f"{name!r} is not supported; expected one of the {len(REGISTRY)} that docs/architectures.md lists",
+            f"{name!r} is not supported; expected one of the {len(REGISTRY)} that "
+            "docs/architectures.md lists",
         )
     del file.pairs["general.architecture"]
     refuse(file.save(tmp_path / "m.gguf"), "None is not supported")
@@ -203,10 +204,11 @@ NONSENSE = [
 
 
 ROPE_VALUES = (1.0, 0.0, -1.0, math.nan, math.inf, -math.inf, 1e-30, 1e30, 1.0000001,
-               *(raw.Typed(raw.F64, struct.pack("<d", x)) for x in (5e-324, 1e-300, 1e300, 1 + 2**-52, -1e300, math.nan)))
-ROPE_KEYS = ("rope.freq_base", "rope.freq_base_swa", "rope.scaling.factor", "rope.scale_linear", "rope.scaling.attn_factor",
-             "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow", "rope.scaling.yarn_ext_factor",
-             "attention.layer_norm_rms_epsilon")
+               *(raw.Typed(raw.F64, struct.pack("<d", x))
+                 for x in (5e-324, 1e-300, 1e300, 1 + 2**-52, -1e300, math.nan)))
+ROPE_KEYS = ("rope.freq_base", "rope.freq_base_swa", "rope.scaling.factor", "rope.scale_linear",
+             "rope.scaling.attn_factor", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
+             "rope.scaling.yarn_ext_factor", "attention.layer_norm_rms_epsilon")
 
 
 @pytest.mark.parametrize("key", ROPE_KEYS)
@@ -214,7 +216,8 @@ ROPE_KEYS = ("rope.freq_base", "rope.freq_base_swa", "rope.scaling.factor", "rop
 def test_numbers_that_break_arithmetic_are_refused_by_name(key, scaling, tmp_path):
     """Logits that are numbers, or a FormatError that names the key; and show says the same."""
     file = raw_model("gemma3", vocab="llama", n_layers=7)
-    pairs = file.pairs | ({"gemma3.rope.scaling.type": scaling, "gemma3.rope.scaling.factor": 4.0} if scaling else {})
+    pairs = file.pairs | ({"gemma3.rope.scaling.type": scaling, "gemma3.rope.scaling.factor": 4.0}
+                          if scaling else {})
     refused = 0
     for value in ROPE_VALUES:
         path = raw.Raw(pairs | {f"gemma3.{key}": value}, file.tensors).save(tmp_path / "m.gguf")
@@ -248,7 +251,8 @@ def test_a_file_that_ends_in_zeros_is_incomplete(tmp_path):
     for n in (len(last.data), len(whole) // 2):
         path = tmp_path / "m.gguf"
         path.write_bytes(whole[:-n] + bytes(n))
-        refuse(path, f"incomplete, as when a download broke off: {last.name}, the last of its tensors, is {len(last.data)} zeros")
+        refuse(path, f"incomplete, as when a download broke off: {last.name}, the last of its tensors, is "
+                     f"{len(last.data)} zeros")
         assert "incomplete" in describe(path)["why_not"]
 
 
@@ -260,12 +264,14 @@ def test_names_from_a_file_do_not_break_a_line(tmp_path):
     extra = raw.Entry(strange, (32, 32), 0, data=b"\1" * 4096)
     shown += lines(describe(raw.Raw(file.pairs, [*file.tensors, extra]).save(tmp_path / "n.gguf")))
     texts = [text for _, text in shown]
-    assert all(text.isprintable() for text in texts) and sum(r"a\nruns yes\x1b[2J\u202e\u2028b" in text for text in texts) == 3
+    assert all(text.isprintable() for text in texts)
+    assert sum(r"a\nruns yes\x1b[2J\u202e\u2028b" in text for text in texts) == 3
 
 
 @pytest.mark.parametrize("arch", tiny.ARCHITECTURES)
 def test_every_value_may_be_nonsense(arch, tmp_path):
-    """Each value of the metadata replaced by another kind of value: a FormatError, or a model that evaluates."""
+    """Each value of the metadata replaced by another kind of value:
+    a FormatError, or a model that evaluates."""
     file = raw_model(arch, vocab="llama", n_layers=2)
     keys = [
         *(key for key in file.pairs if arch == "llama" or key.startswith(arch)),
@@ -411,7 +417,8 @@ def test_a_profile_counts_from_its_beginning_to_its_end():
             session.eval([4], logits="none")
             session.eval([5, 6])
         session.eval([7])
-        assert profile.passes == 2 and len(profile.steps) == lib.BMC_STEPS - 2 and profile.steps["attention"] > 0
+        assert profile.passes == 2 and len(profile.steps) == lib.BMC_STEPS - 2
+        assert profile.steps["attention"] > 0
         assert 0 < sum(profile.steps.values()) <= profile.calls_s <= profile.wall_s
         with model.profile() as nothing:
             pass

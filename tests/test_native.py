@@ -20,10 +20,11 @@ PRODUCT, LAB = ROOT / "native" / "bmc.h", ROOT / "native" / "lab" / "bmc_lab.h"
 
 
 def test_every_status_is_an_exception_of_its_own():
-    statuses = {name: value for name in dir(lib) if re.fullmatch("BMC_E[A-Z]+", name) and (value := getattr(lib, name)) < 0}
+    statuses = {name: value for name in dir(lib) if re.fullmatch("BMC_E[A-Z]+", name)
+                and (value := getattr(lib, name)) < 0}
     assert len(statuses) >= 5 and set(ERRORS) == set(statuses.values())
     for error in ERRORS.values():
-        assert issubclass(error, pybmc.BmcError) and len(error.__mro__) > 4      # and a builtin besides Exception
+        assert issubclass(error, pybmc.BmcError) and len(error.__mro__) > 4  # and a builtin besides Exception
 
 
 def test_check_gives_counts_back_and_raises_the_sentence():
@@ -56,7 +57,8 @@ def test_the_product_knows_nothing_of_experiments():
 
 @pytest.mark.skipif(not shutil.which("nm"), reason="needs nm")
 def test_the_library_exports_nothing_else():
-    listing = subprocess.run(["nm", "-g", "-D", _native._LIBRARY], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(["nm", "-g", "-D", _native._LIBRARY], capture_output=True, text=True,
+                             check=True).stdout
     exported = re.findall(r" [TDBRV] _?(\w+)$", listing, re.MULTILINE)
     assert exported and [name for name in exported if not name.startswith("bmc_")] == []
 
@@ -78,12 +80,14 @@ def test_an_older_library_says_what_to_do(monkeypatch):
     class OlderFFI:
         dlopen = staticmethod(lambda path: Older)
 
-    with pytest.raises(pybmc.BmcError, match=f"has version {lib.BMC_VERSION - 1}, pybmc needs {lib.BMC_VERSION}; run make"):
+    with pytest.raises(pybmc.BmcError,
+                       match=f"has version {lib.BMC_VERSION - 1}, pybmc needs {lib.BMC_VERSION}; run make"):
         _native._load(OlderFFI)
 
 
 def test_importing_pybmc_loads_nothing_heavy():
-    code = "import sys, pybmc; print(sorted({'numpy', 'cffi', 'jinja2', 'tokenizers', 'click'} & set(sys.modules)))"
+    code = ("import sys, pybmc; print(sorted({'numpy', 'cffi', 'jinja2', 'tokenizers', 'click'} & "
+            "set(sys.modules)))")
     assert in_a_process(code) == ["[]"]
 
 
@@ -120,7 +124,8 @@ def test_as_array_accepts_what_fits():
     assert as_array([], np.int32, (None,)).shape == (0,)
 
 
-@pytest.mark.parametrize("x", [[1.5], ["a"], [2**31], [2**70], [[1], [2, 3]], 7, [[1]], [None], b"ab", [True]])
+@pytest.mark.parametrize("x",
+                         [[1.5], ["a"], [2**31], [2**70], [[1], [2, 3]], 7, [[1]], [None], b"ab", [True]])
 def test_as_array_refuses_what_does_not(x):
     with pytest.raises(pybmc.ArgumentError, match="^tokens: "):
         as_array(x, np.int32, (None,), "tokens")

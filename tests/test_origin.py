@@ -1,4 +1,5 @@
-"""Text that knows its origin: whatever is done to it, no character of a message counts as the template's own."""
+"""Text that knows its origin: whatever is done to it, no character of a message counts as
+the template's own."""
 
 import pytest
 from hypothesis import given
@@ -70,10 +71,12 @@ CHANGES = [
     lambda s, t: s.lower(), lambda s, t: s.title(), lambda s, t: s.capitalize(), lambda s, t: s.swapcase(),
     lambda s, t: s.casefold(), lambda s, t: s.replace(t[:1], t), lambda s, t: s.replace("a", t, 1),
     lambda s, t: t.join(s), lambda s, t: t.join(s.split()), lambda s, t: t.join(s.split(t[:1] or "a", 2)),
-    lambda s, t: t.join(s.rsplit(None, 1)), lambda s, t: t.join(s.splitlines()), lambda s, t: t.join(s.splitlines(True)),
-    lambda s, t: t.join(s.partition(t[-1:] or "x")), lambda s, t: t.join(s.rpartition("x")),
+    lambda s, t: t.join(s.rsplit(None, 1)), lambda s, t: t.join(s.splitlines()),
+    lambda s, t: t.join(s.splitlines(True)), lambda s, t: t.join(s.partition(t[-1:] or "x")),
+    lambda s, t: t.join(s.rpartition("x")),
     lambda s, t: s.removeprefix(t[:2]), lambda s, t: s.removesuffix(t[:2]), lambda s, t: s.zfill(9),
-    lambda s, t: (s.replace("%", "") + own("%s") if isinstance(s, Traced) else s.replace("%", "") + "%s") % (t,),
+    lambda s, t: (s.replace("%", "") + own("%s") if isinstance(s, Traced) else s.replace("%", "") + "%s")
+    % (t,),
 ]
 
 
@@ -96,13 +99,14 @@ def test_no_sequence_of_operations_makes_foreign_text_own(data, changes):
 
 def test_an_operation_that_is_not_known_is_followed_by_plain_text():
     text = own("<a>")
-    for made in (text.center(9), text.expandtabs(), text.zfill(9), f"{text:4}", "".join([text, text]), repr(text)):
+    for made in (text.center(9), text.expandtabs(), text.zfill(9), f"{text:4}", "".join([text, text]),
+                 repr(text)):
         assert not any(own_of(made))
 
 
 @pytest.mark.parametrize("format, widths", [
-    ("**%s** 12345", [""]), ("%5d %-.3f %% %(a(b)c)12345s", ["5", "3", "", "12345"]), ("%*d", ["*"]), ("%.*f", ["*"]),
-    ("%(((x)))99999d", ["99999"]), ("100%", [""]), ("%(open", [""]),
+    ("**%s** 12345", [""]), ("%5d %-.3f %% %(a(b)c)12345s", ["5", "3", "", "12345"]), ("%*d", ["*"]),
+    ("%.*f", ["*"]), ("%(((x)))99999d", ["99999"]), ("100%", [""]), ("%(open", [""]),
 ])
 def test_conversions_of_a_format(format, widths):
     assert [one.width for one in conversions(format)] == widths

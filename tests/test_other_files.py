@@ -22,7 +22,8 @@ def written(path, change=lambda metadata, tensors: (metadata, tensors)) -> str:
 
 
 @pytest.mark.parametrize("pairs, says", [
-    ({"general.type": "adapter", "general.architecture": "llama", "adapter.type": "lora"}, "found a LoRA adapter"),
+    ({"general.type": "adapter", "general.architecture": "llama", "adapter.type": "lora"},
+     "found a LoRA adapter"),
     ({"general.type": "imatrix"}, "found an importance matrix"),
     ({"general.type": "mmproj", "general.architecture": "clip"}, "found an encoder of images or sound"),
     ({"general.architecture": "clip"}, "take the model's own file"),
@@ -30,7 +31,8 @@ def written(path, change=lambda metadata, tensors: (metadata, tensors)) -> str:
     ({"general.architecture": "controlvector"}, "found a control vector"),
 ])
 def test_what_is_no_language_model_is_told_apart(tmp_path, pairs, says):
-    file = raw.Raw(pairs=pairs, tensors=[raw.Entry("blk.0.attn_q.weight", (4,), data=bytes(16))]).save(tmp_path / "m.gguf")
+    file = raw.Raw(pairs=pairs,
+                   tensors=[raw.Entry("blk.0.attn_q.weight", (4,), data=bytes(16))]).save(tmp_path / "m.gguf")
     with GGUF(file) as opened, pytest.raises(FormatError, match=says):
         read_config(opened)
     assert says in describe(file)["why_not"]
@@ -38,13 +40,16 @@ def test_what_is_no_language_model_is_told_apart(tmp_path, pairs, says):
 
 def test_an_encoder_in_the_file_is_named(tmp_path):
     vision = "F32", np.zeros((4, 64), np.uint8)
-    path = written(tmp_path, lambda metadata, tensors: (metadata | {"llama.vision.block_count": 1}, tensors | {"v.patch_embd.weight": vision}))
-    assert describe(path)["why_not"].startswith("v.patch_embd.weight: an encoder of images or sound is part of the file")
+    path = written(tmp_path, lambda metadata, tensors: (metadata | {"llama.vision.block_count": 1},
+                                                        tensors | {"v.patch_embd.weight": vision}))
+    assert describe(path)["why_not"].startswith("v.patch_embd.weight: an encoder of images or sound is part "
+                                                "of the file")
 
 
 @pytest.mark.parametrize("kind", [None, "none", "no_vocab"])
 def test_a_model_without_a_vocabulary_cannot_chat(tmp_path, capsys, kind):
-    path = written(tmp_path, lambda metadata, tensors: (without(metadata, "tokenizer.") | {"tokenizer.ggml.model": kind}, tensors))
+    path = written(tmp_path, lambda metadata, tensors: (without(metadata, "tokenizer.")
+                                                        | {"tokenizer.ggml.model": kind}, tensors))
     assert describe(path)["runs"]
     assert run(["chat", path]) == 1 and "has no vocabulary: it cannot chat" in capsys.readouterr().err
     assert run(["generate", path, "-p", "a"]) == 1 and "has no vocabulary" in capsys.readouterr().err
@@ -73,7 +78,8 @@ def test_a_missing_chat_template_is_told(tmp_path, capsys, marks, name):
 @pytest.mark.parametrize("pairs", [
     {"quantize.imatrix.file": "a.dat", "quantize.imatrix.entries_count": 3},
     {"general.sampling.temp": 0.6}, {"llama.expert_count": 0, "llama.expert_used_count": 0},
-    {"llama.tensor_data_layout": "Meta AI original pth"}, {"llama.rope.scaling.type": "none", "llama.rope.scaling.finetuned": False},
+    {"llama.tensor_data_layout": "Meta AI original pth"},
+    {"llama.rope.scaling.type": "none", "llama.rope.scaling.finetuned": False},
     {"tokenizer.ggml.padding_token_id": 4294967295},
 ])
 def test_keys_that_change_no_text_are_read_over(tmp_path, pairs):

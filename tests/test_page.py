@@ -1,4 +1,5 @@
-"""The page of the server: in Chromium against a server that streams canned chunks, and what can be said of its source alone."""
+"""The page of the server: in Chromium against a server that streams canned chunks,
+and what can be said of its source alone."""
 
 import base64
 import hashlib
@@ -17,11 +18,14 @@ SOURCE = PAGE.read_text("utf-8")
 
 
 def policy() -> str:
-    """The header that the server sends: nothing is loaded, one script and one style are known by their sums."""
+    """The header that the server sends: nothing is loaded,
+    one script and one style are known by their sums."""
     def sums(tag):
         found = re.findall(rf"<{tag}>(.*?)</{tag}>", SOURCE, re.DOTALL)
-        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in found)
-    return (f"default-src 'none'; script-src {sums('script')}; style-src {sums('style')}; img-src data:; connect-src 'self'; base-uri 'none'; "
+        return " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+                        for text in found)
+    return (f"default-src 'none'; script-src {sums('script')}; style-src {sums('style')}; img-src data:; "
+            "connect-src 'self'; base-uri 'none'; "
             "form-action 'none'; frame-ancestors 'none'")
 
 
@@ -31,7 +35,8 @@ def policy() -> str:
 def test_the_page_is_one_small_file_of_its_own():
     assert len(SOURCE.encode()) < 20_000
     assert not re.search(r"https?://|@import|url\(|<img|\bsrc=", SOURCE)
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function", SOURCE)
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|new Function",
+                         SOURCE)
     assert not re.search(r"\son\w+=|\sstyle=", SOURCE)
     assert len(re.findall(r"<script", SOURCE)) == len(re.findall(r"<style", SOURCE)) == 1
 
@@ -51,7 +56,8 @@ def test_contrast(mode):
     def ratio(one, other):
         low, high = sorted((colours[one], colours[other]))
         return (high + 0.05) / (low + 0.05)
-    texts = [("text", back) for back in ("back", "mine", "code")] + [("soft", "back"), ("wrong", "back"), ("on-act", "act")]
+    texts = [("text", "back"), ("text", "mine"), ("text", "code"), ("soft", "back"), ("wrong", "back"),
+             ("on-act", "act")]
     for pair in texts:
         assert ratio(*pair) >= 4.5, pair
     for mark in ("draft", "ngram", "schema", "line", "act"):
@@ -62,7 +68,8 @@ def test_contrast(mode):
 
 
 class Stub(ThreadingHTTPServer):
-    """chunks: what an answer streams; hold: it then stays open until the client leaves; key: wanted, if set; requests: bodies."""
+    """chunks: what an answer streams; hold: it then stays open until the client leaves;
+    key: wanted, if set; requests: bodies."""
 
     daemon_threads = True
 
@@ -73,7 +80,8 @@ class Stub(ThreadingHTTPServer):
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     def reset(self):
-        self.chunks, self.hold, self.key, self.requests, self.left, self.status = [], False, None, [], threading.Event(), 200
+        self.chunks, self.hold, self.key = [], False, None
+        self.requests, self.left, self.status = [], threading.Event(), 200
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -89,8 +97,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         if self.path == "/":
-            self.give(200, "text/html; charset=utf-8", PAGE.read_bytes(), Content_Security_Policy=policy(), X_Content_Type_Options="nosniff",
-                      Referrer_Policy="no-referrer")
+            self.give(200, "text/html; charset=utf-8", PAGE.read_bytes(), Content_Security_Policy=policy(),
+                      X_Content_Type_Options="nosniff", Referrer_Policy="no-referrer")
         elif self.path == "/v1/models":
             self.give(200, "application/json", json.dumps({"data": [{"id": "tiny-model"}]}).encode())
         else:
@@ -103,7 +111,8 @@ class Handler(BaseHTTPRequestHandler):
             return self.give(401, "application/json", b'{"error": {"message": "wrong key"}}')
         server.requests.append(body)
         if server.status != 200:
-            return self.give(server.status, "application/json", b'{"error": {"message": "the prompt is too long"}}')
+            return self.give(server.status, "application/json",
+                             b'{"error": {"message": "the prompt is too long"}}')
         self.give(200, "text/event-stream", b": ping\n\n")
         for chunk in server.chunks:
             self.wfile.write(f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n".encode())
@@ -125,8 +134,8 @@ def chunk(*pieces, kind="content", **more):
             "pybmc": {"pieces": [{"text": text, "by": by} for text, by in pieces]}, **more}
 
 
-TIMINGS = {"predicted_per_second": 41.27, "plain_per_second": 20.5, "draft_n": 8, "draft_n_accepted": 6, "predicted_n": 12, "prompt_n": 34,
-           "cache_n": 5}
+TIMINGS = {"predicted_per_second": 41.27, "plain_per_second": 20.5, "draft_n": 8, "draft_n_accepted": 6,
+           "predicted_n": 12, "prompt_n": 34, "cache_n": 5}
 
 
 @pytest.fixture(scope="module")
@@ -157,11 +166,12 @@ def page(browser, stub):
     page = context.new_page()
     page.set_default_timeout(5000)
     page.errors, hosts = [], set()
-    page.on("console", lambda message: page.errors.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("console", lambda message: page.errors.append(message.text)
+            if message.type in ("error", "warning") else None)
     page.on("pageerror", lambda error: page.errors.append(str(error)))
     page.on("request", lambda request: hosts.add(request.url.split("/")[2]))
     page.goto(stub.url)
-    expect(page.get_by_label("Message", exact=True)).to_be_focused()            # a moment after the page is loaded
+    expect(page.get_by_label("Message", exact=True)).to_be_focused()    # a moment after the page is loaded
     yield page
     stub.hold = False
     context.close()
@@ -181,8 +191,8 @@ def send(page, text):
 
 
 def test_a_message_is_sent_and_its_answer_is_tinted(page, stub):
-    stub.chunks = [chunk(), chunk(("Hello", None), (" big", "draft"), (" wide", "draft")), chunk((" <b>world</b> ", "ngram")),
-                   chunk(("é!", "schema")), chunk(timings=TIMINGS)]
+    stub.chunks = [chunk(), chunk(("Hello", None), (" big", "draft"), (" wide", "draft")),
+                   chunk((" <b>world</b> ", "ngram")), chunk(("é!", "schema")), chunk(timings=TIMINGS)]
     expect(page.get_by_role("heading", name="tiny-model")).to_be_visible()
     send(page, "hi <i>there</i>")
     log = page.get_by_role("log")
@@ -193,13 +203,15 @@ def test_a_message_is_sent_and_its_answer_is_tinted(page, stub):
     expect(log.locator(".schema")).to_have_text("é!")
     expect(log.locator(".draft")).to_have_css("text-decoration-style", "solid")
     expect(log.locator(".ngram")).to_have_css("text-decoration-style", "dotted")
-    expect(page.locator("#stats")).to_have_text("41.3 tokens/s, plain about 20.5, 75% of 8 guesses accepted, 12 written, 34 read, 5 cached")
+    expect(page.locator("#stats")).to_have_text("41.3 tokens/s, plain about 20.5, 75% of 8 guesses accepted, "
+                                                "12 written, 34 read, 5 cached")
     expect(page.get_by_role("status")).to_have_text("Answer complete, 12 tokens.")
     expect(page.get_by_label("Message", exact=True)).to_be_focused()
     page.get_by_label("Show guesses").uncheck()
     expect(log.locator(".draft")).to_have_css("text-decoration-line", "none")
     body = stub.requests[0]
-    assert body["messages"] == [{"role": "user", "content": "hi <i>there</i>"}] and body["stream"] and body["timings_per_token"]
+    assert body["messages"] == [{"role": "user", "content": "hi <i>there</i>"}] and body["stream"]
+    assert body["timings_per_token"]
     send(page, "more")
     expect(log.locator("article.assistant")).to_have_count(2)
     expect(page.get_by_role("button", name="Send")).to_be_visible()
@@ -277,7 +289,8 @@ def test_a_key_that_is_not_given_is_an_error_in_the_conversation(page, stub):
 
 
 @pytest.mark.parametrize("status, chunks, says", [
-    (400, [], "Error: the prompt is too long"), (200, [chunk(("part", None)), {"error": {"message": "out of memory"}}], "Error: out of memory"),
+    (400, [], "Error: the prompt is too long"),
+    (200, [chunk(("part", None)), {"error": {"message": "out of memory"}}], "Error: out of memory"),
 ])
 def test_an_error_is_shown_and_the_chat_goes_on(page, stub, status, chunks, says):
     stub.status, stub.chunks = status, chunks
@@ -293,7 +306,8 @@ def test_an_error_is_shown_and_the_chat_goes_on(page, stub, status, chunks, says
 
 def test_code_and_thoughts_have_their_own_blocks(page, stub):
     text = "Look:\n```python\nprint('`hi`')\n  ```\nThat `is` all. ``` no\n```\nopen"
-    stub.chunks = [chunk(("Let me think", None), kind="reasoning_content"), *(chunk((character, "draft")) for character in text)]
+    stub.chunks = [chunk(("Let me think", None), kind="reasoning_content"),
+                   *(chunk((character, "draft")) for character in text)]
     send(page, "code")
     expect(page.get_by_role("status")).to_contain_text("complete")
     answer = page.locator("article.assistant")
@@ -309,7 +323,8 @@ def test_the_log_is_not_read_out_and_the_page_fits_a_narrow_window(page, stub):
     expect(page.get_by_role("log")).to_have_attribute("aria-live", "off")
     send(page, "x" * 300)
     expect(page.get_by_role("status")).to_contain_text("complete")
-    for locator in (page.locator("article"), page.locator("button"), page.locator("textarea"), page.locator("footer p")):
+    for locator in (page.locator("article"), page.locator("button"), page.locator("textarea"),
+                    page.locator("footer p")):
         for box in (item.bounding_box() for item in locator.all() if item.is_visible()):
             assert box["x"] >= 0 and box["x"] + box["width"] <= 320
 

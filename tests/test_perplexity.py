@@ -58,7 +58,8 @@ def test_a_text_shorter_than_a_window_is_refused(model):
 @pytest.mark.parametrize("depth", [0, 5])
 def test_a_measurement_leaves_the_session_as_it_was(model, kind, depth):
     tokens = bench.random_tokens(model, 20)
-    assert tokens.tolist() == bench.random_tokens(model, 20).tolist() and tokens.max() < model.config.vocab_size
+    assert tokens.tolist() == bench.random_tokens(model, 20).tolist()
+    assert tokens.max() < model.config.vocab_size
     with model.session() as session:
         bench.go_to(session, tokens, depth)
         assert bench.measure(session, kind, tokens[depth:depth + 6]) > 0

@@ -1,4 +1,5 @@
-"""Reading ahead while a message is typed: what is read, what is taken back, when it stops, and that no text depends on it."""
+"""Reading ahead while a message is typed: what is read, what is taken back, when it stops,
+and that no text depends on it."""
 
 import json
 import threading
@@ -139,7 +140,8 @@ def test_words_are_read_while_they_are_typed(talk):
     assert talk.stats.reused_tokens == seen[-1] and talk.stats.prompt_tokens - seen[-1] < 16
 
 
-KEYS = st.lists(st.one_of(st.sampled_from(["a", " ", "\n", "mouse ", "the sea ", "  \n", "é", "12", "<|im_end|>", "故事" * 9]),
+KEYS = st.lists(st.one_of(st.sampled_from(["a", " ", "\n", "mouse ", "the sea ", "  \n", "é", "12",
+                                           "<|im_end|>", "故事" * 9]),
                           st.integers(1, 30).map(lambda n: "\b" * n)), max_size=12).map("".join)
 
 
@@ -152,7 +154,8 @@ def test_no_answer_depends_on_what_was_read_ahead(model, recurrent, name):
     @settings(max_examples=15)
     def check(typed):
         with made.session() as one, made.session() as other:
-            ahead, plain = (Conversation(made, session, "Be brief.", max_tokens=6, temperature=1.0, seed=5) for session in (one, other))
+            ahead, plain = (Conversation(made, session, "Be brief.", max_tokens=6, temperature=1.0, seed=5)
+                            for session in (one, other))
             clock = Clock()
             reader = reader_of(ahead, clock=clock)
             for keys in typed:
@@ -210,20 +213,24 @@ def test_states_that_are_far_back_are_read_again_only_when_the_typist_rests(recu
 
 
 def test_a_thought_that_the_template_leaves_out_is_read_again_before_the_message(model):
-    source = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + (m.content.split('</think>')|last if m.role == 'assistant' else"
-              " m.content) + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+    source = ("{% for m in messages %}"
+              "{{ '<|im_start|>' + m.role + '\n' + "
+              "(m.content.split('</think>')|last if m.role == 'assistant' else m.content) + '<|im_end|>' }}"
+              "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
     with model.session() as session:
         talk = Conversation(model, session, chat_template=source, max_tokens=4)
         list(talk.ask("Who?"))
         talk.messages[-1]["content"] = "<think>much of it</think>A mouse of the mill, and no other."
         rest(reader_of(talk))
         held = model.tokenizer.decode(session.tokens, special=True)
-        assert held.endswith("A mouse of the mill, and no other.<|im_end|><|im_start|>user\n") and "much" not in held
+        assert held.endswith("A mouse of the mill, and no other.<|im_end|><|im_start|>user\n")
+        assert "much" not in held
 
 
 # ---- power -------------------------------------------------------------------------------------------------
 
-BATTERY, MAINS, MOUSE = {"type": "Battery"}, {"type": "Mains"}, {"type": "Battery", "scope": "Device", "status": "Discharging"}
+BATTERY, MAINS = {"type": "Battery"}, {"type": "Mains"}
+MOUSE = {"type": "Battery", "scope": "Device", "status": "Discharging"}
 EMPTYING, FILLING, FULL = (BATTERY | {"status": status} for status in ("Discharging", "Charging", "Full"))
 ON, OFF = MAINS | {"online": "1"}, MAINS | {"online": "0"}
 
@@ -236,8 +243,9 @@ def supply(folder, *supplies):
 
 
 @pytest.mark.parametrize("supplies, runs_on_battery", [
-    ((), False), ((ON,), False), ((EMPTYING,), True), ((FILLING,), False), ((FULL,), False), ((EMPTYING, OFF), True),
-    ((EMPTYING, ON), False), ((FULL, EMPTYING), True), ((MOUSE,), False), ((MOUSE, EMPTYING), True),
+    ((), False), ((ON,), False), ((EMPTYING,), True), ((FILLING,), False), ((FULL,), False),
+    ((EMPTYING, OFF), True), ((EMPTYING, ON), False), ((FULL, EMPTYING), True), ((MOUSE,), False),
+    ((MOUSE, EMPTYING), True),
     ((EMPTYING, {"type": "USB", "online": "1"}), False), ((EMPTYING, {"type": "USB", "online": "0"}), True),
     ((BATTERY,), False), (({},), False), ((BATTERY | {"status": "Unknown"}, OFF), False),
 ])
@@ -318,7 +326,8 @@ def test_enter_waits_for_one_pass_at_most(talk):
     free.join()
 
 
-@pytest.mark.parametrize("error", [pybmc.OutOfMemoryError("full"), pybmc.ContextFullError("full"), MemoryError(), ValueError("odd")])
+@pytest.mark.parametrize("error", [pybmc.OutOfMemoryError("full"), pybmc.ContextFullError("full"),
+                                   MemoryError(), ValueError("odd")])
 def test_an_error_ends_it_until_the_next_message_and_nobody_is_told(talk, error, capfd):
     def fail(*_):
         raise error
@@ -366,8 +375,9 @@ def test_an_interrupt_while_it_stops_leaves_no_thread(talk, monkeypatch):
 
 
 @pytest.mark.parametrize("parts, line, text", [
-    ([], "hello wor", "hello wor"), ([], "/set temp", ""), ([], "/api\nis new", "/api\nis new"), ([], '"""/api ', "/api "),
-    (["one", "two"], "thr", "one\ntwo\nthr"), ([""], "/exit", "/exit"), (["/a"], "/b", "/a\n/b"), ([], "caf\udce9 ", "caf\ufffd "),
+    ([], "hello wor", "hello wor"), ([], "/set temp", ""), ([], "/api\nis new", "/api\nis new"),
+    ([], '"""/api ', "/api "), (["one", "two"], "thr", "one\ntwo\nthr"), ([""], "/exit", "/exit"),
+    (["/a"], "/b", "/a\n/b"), ([], "caf\udce9 ", "caf\ufffd "),
     (["one"], '"""', 'one\n"""'),
 ])
 def test_the_message_that_is_typed(parts, line, text):
@@ -399,11 +409,13 @@ def test_it_reads_while_a_line_is_asked_for_and_at_no_other_time(talk, monkeypat
     assert list(read) == [] and threads() == [] and seen == [1, 1, 1, 1]
 
 
-@pytest.mark.parametrize("flags, terminal, reads", [([], True, True), (["--no-preread"], True, False), ([], False, False)])
+@pytest.mark.parametrize("flags, terminal, reads",
+                         [([], True, True), (["--no-preread"], True, False), ([], False, False)])
 def test_it_reads_at_a_terminal_unless_a_flag_forbids_it(monkeypatch, flags, terminal, reads):
     given = []
     monkeypatch.setattr("pybmc.cli.repl.is_terminal", lambda stream: terminal)
-    monkeypatch.setattr("pybmc.cli.repl.lines", lambda terminal, ahead, parts: given.append(ahead) or iter(()))
+    monkeypatch.setattr("pybmc.cli.repl.lines", lambda terminal, ahead, parts: given.append(ahead)
+                        or iter(()))
     run = CliRunner().invoke(cli, ["chat", str(tiny.model("llama")), *flags])
     assert run.exit_code == 0 and [ahead is not None for ahead in given] == [reads], run.output
 
@@ -429,12 +441,13 @@ def test_the_line_editor_tells_what_is_typed(monkeypatch):
 
 
 def test_the_bench_types_a_message_both_ways():
-    run = CliRunner().invoke(main, [str(tiny.model("llama")), "--answer", "9", "--wpm", "1e6", "--runs", "1", "--message", "Who are you?",
-                                    "--json"])
+    run = CliRunner().invoke(main, [str(tiny.model("llama")), "--answer", "9", "--wpm", "1e6", "--runs", "1",
+                                    "--message", "Who are you?", "--json"])
     assert run.exit_code == 0, run.output
     found = json.loads(run.stdout)
     (without,), (with_it,) = found["without"], found["with"]
-    assert with_it["prompt"] == without["prompt"] and 0 < with_it["read"] <= without["read"] and found["ratio"] > 0
+    assert with_it["prompt"] == without["prompt"] and 0 < with_it["read"] <= without["read"]
+    assert found["ratio"] > 0
 
 
 @pytest.mark.parametrize("flags", [["--message", " "], ["--wpm", "0"], ["--answer", "0"]])

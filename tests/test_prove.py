@@ -23,7 +23,8 @@ def model():
 def test_a_steady_engine_is_proven(model):
     with pybmc.Model(tiny.model("llama", types="Q4_0"), threads=1) as draft:
         found = list(prove(model, ["abc", "xyz"], 30, draft))
-    assert len(found) == 2 * 2 * sum("head" not in kind for kind in KINDS) and all(f.difference is None and f.tokens == 30 for f in found)
+    assert len(found) == 2 * 2 * sum("head" not in kind for kind in KINDS)
+    assert all(f.difference is None and f.tokens == 30 for f in found)
     rehearsed = [f for f in found if f.drafts == "rehearsed"]
     assert all(f.rows >= 30 and f.accepted < f.drafted for f in rehearsed)
     assert all(f.drafted > 0 for f in found if f.drafts == "draft of 5")

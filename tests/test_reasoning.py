@@ -1,4 +1,5 @@
-"""Thoughts before an answer: where they begin and end, however the text was cut, and what is printed of them."""
+"""Thoughts before an answer: where they begin and end, however the text was cut,
+and what is printed of them."""
 
 import pytest
 from hypothesis import given
@@ -34,7 +35,8 @@ def test_where_thoughts_end(text, inside, thoughts, answer):
     assert split([text], inside) == split(list(text), inside) == (thoughts, answer, text)
 
 
-@given(st.lists(st.sampled_from(["<think>", "</think>", "<", "think>", "</", " ", "\n", "a"]), max_size=8).map("".join),
+@given(st.lists(st.sampled_from(["<think>", "</think>", "<", "think>", "</", " ", "\n", "a"]),
+                max_size=8).map("".join),
        st.lists(st.integers(0, 40), max_size=6), st.booleans())
 def test_the_split_does_not_depend_on_how_the_text_was_cut(text, cuts, inside):
     cuts = [0, *sorted(min(c, len(text)) for c in cuts), len(text)]
@@ -55,7 +57,8 @@ def test_thoughts_are_shown_or_hidden(capsys, monkeypatch):
     assert spoken(capsys, answer, "show") == ("".join(answer), "")
     assert spoken(capsys, answer, "hide") == ("Hello", "")
     assert spoken(capsys, ["hm</think>", "Hello"], "hide", Reasoning(True)) == ("Hello", "")
-    assert spoken(capsys, answer[:2], "hide") == ("", "(the answer ended within its thoughts, which are hidden)\n")
+    assert spoken(capsys, answer[:2], "hide") == ("", "(the answer ended within its thoughts, which are "
+                                                      "hidden)\n")
     monkeypatch.setattr("pybmc.cli.terminal.is_terminal", lambda stream: True)
     monkeypatch.delenv("NO_COLOR", raising=False)
     out, _ = spoken(capsys, ["<think>hm</think>", "Hello"], "show")

@@ -1,4 +1,5 @@
-"""Recurrent layers: gated delta nets, Mamba 2, short convolutions. What holds for every kind of layer is in test_kinds.py."""
+"""Recurrent layers: gated delta nets, Mamba 2, short convolutions.
+What holds for every kind of layer is in test_kinds.py."""
 
 import numpy as np
 import pytest
@@ -43,7 +44,8 @@ def test_tokens_one_by_one_and_back(arch):
 
 
 def test_guesses_of_many_sequences_can_all_be_taken_back():
-    """72 rows with a sampler are more than one pass has room for: a sequence's own stay in one, however many there are."""
+    """72 rows with a sampler are more than one pass has room for:
+    a sequence's own stay in one, however many there are."""
     model, sampler = load("qwen35"), pybmc.Sampler(temperature=0.7)
     sessions = [model.session() for _ in range(8)]
     for session in sessions:
@@ -54,7 +56,8 @@ def test_guesses_of_many_sequences_can_all_be_taken_back():
 
 @archs
 def test_sync_keeps_what_needs_no_other_tokens(arch):
-    """Without a snapshot a text that differs early is read anew; with one, from a little before the snapshot."""
+    """Without a snapshot a text that differs early is read anew;
+    with one, from a little before the snapshot."""
     other = text(LONG, 1)
     with load(arch).session() as session:
         session.eval(text()[:300], logits="none")
@@ -79,7 +82,8 @@ def test_a_fork_has_the_states(arch):
             check(lib.bmc_session_fork(session._handle, position, handle))
             row = np.empty((1, SIZE), np.float32)
             token = ffi.new("int32_t *", int(text()[position]))
-            span = ffi.new("bmc_span *", {"session": handle[0], "tokens": token, "n_tok": 1, "want": 1, "logits": ffi.from_buffer("float[]", row)})
+            span = ffi.new("bmc_span *", {"session": handle[0], "tokens": token, "n_tok": 1, "want": 1,
+                                          "logits": ffi.from_buffer("float[]", row)})
             check(lib.bmc_eval(span, 1))
             assert_same(row, truth(arch)[position:position + 1])
             lib.bmc_session_free(handle[0])
@@ -166,7 +170,8 @@ def test_memory_that_sessions_may_take_includes_states():
 def test_rows_of_first_files_of_qwen3next():
     """Two groups of one key head and two value heads each; a row's number says what it is."""
     block = DeltaNet(conv=4, state_dim=2, n_groups=2, n_heads=4, inner_dim=8)
-    assert {name: rows.tolist() for name, rows in block.rows("ssm_ba").items()} == {"ssm_beta": [0, 1, 4, 5], "ssm_alpha": [2, 3, 6, 7]}
+    assert ({name: rows.tolist() for name, rows in block.rows("ssm_ba").items()}
+            == {"ssm_beta": [0, 1, 4, 5], "ssm_alpha": [2, 3, 6, 7]})
     rows = block.rows("ssm_in")
     assert rows["attn_qkv"].tolist() == [0, 1, 12, 13, 2, 3, 14, 15, 4, 5, 6, 7, 16, 17, 18, 19]
     assert rows["attn_gate"].tolist() == [8, 9, 10, 11, 20, 21, 22, 23] and block.rows("ssm_out") == {}
@@ -176,11 +181,13 @@ def test_alphas_and_betas_in_one_matrix(tmp_path):
     """The same model in both layouts."""
     metadata, tensors = tiny.parts("qwen35")
     for layer in (0, 2):
-        (kind, alpha), (_, beta) = (tensors.pop(f"blk.{layer}.ssm_{name}.weight") for name in ("alpha", "beta"))
+        (kind, alpha), (_, beta) = (tensors.pop(f"blk.{layer}.ssm_{name}.weight")
+                                    for name in ("alpha", "beta"))
         rows = [part[2 * group:2 * group + 2] for group in range(2) for part in (beta, alpha)]
         tensors[f"blk.{layer}.ssm_ba.weight"] = kind, np.concatenate(rows)
     path = tiny.save(tmp_path / "ba.gguf", metadata, tensors)
-    with pybmc.Model(path, threads=1) as model, model.session() as ours, pybmc.Model(tiny.model("qwen35"), threads=1).session() as right:
+    with pybmc.Model(path, threads=1) as model, pybmc.Model(tiny.model("qwen35"), threads=1) as plain, \
+            model.session() as ours, plain.session() as right:
         assert_same(ours.eval(text()[:30], logits="all"), right.eval(text()[:30], logits="all"))
 
 
@@ -208,10 +215,13 @@ def renamed(name, other, n):
     ("qwen35", without("blk.0.ssm_a"), "blk.0.ssm_a.* is missing"),
     ("qwen35", key("qwen35.ssm.group_count", 3), "4 heads cannot share 3 groups"),
     ("qwen35", key("qwen35.ssm.inner_size", 130), "4 heads cannot share 130 values"),
-    ("qwen35", key("qwen35.ssm.conv_kernel", 5), r"ssm_conv1d.*expected 256 rows of 5 values, found 256 of 4"),
+    ("qwen35", key("qwen35.ssm.conv_kernel", 5),
+     r"ssm_conv1d.*expected 256 rows of 5 values, found 256 of 4"),
     ("qwen35", key("qwen35.ssm.state_size", 0), "ssm.state_size: expected 1 to 1024, found 0"),
-    ("qwen35", renamed("blk.0.ssm_alpha.weight", "blk.0.ssm_ba.weight", 3), "ssm_ba.weight: expected 8 rows, found 3"),
-    ("granitehybrid", rows("blk.0.ssm_in.weight", 200), r"blk.0.ssm_in.weight: expected 214 rows of 64 values, found 200 of 64"),
+    ("qwen35", renamed("blk.0.ssm_alpha.weight", "blk.0.ssm_ba.weight", 3),
+     "ssm_ba.weight: expected 8 rows, found 3"),
+    ("granitehybrid", rows("blk.0.ssm_in.weight", 200),
+     r"blk.0.ssm_in.weight: expected 214 rows of 64 values, found 200 of 64"),
     ("nemotron_h", without("blk.0.ssm_dt.bias"), "blk.0.ssm_dt.bias is missing"),
     ("nemotron_h", key("nemotron_h.ssm.time_step_rank", 5), "cannot share"),
     ("lfm2", without("blk.0.shortconv.conv.weight"), "blk.0.shortconv.conv.* is missing"),

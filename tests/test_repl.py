@@ -87,13 +87,14 @@ def test_commands_change_the_conversation(talk, capsys, tmp_path):
 
 def test_settings_can_be_changed_and_seen(talk, capsys):
     _, err = play(talk, "/set temp 0", "/set top-k 7", "/set n -1", "/set", capsys=capsys)
-    assert talk.settings["temperature"] == 0 and talk.settings["top_k"] == 7 and talk.settings["max_tokens"] is None
+    assert talk.settings["temperature"] == 0 and talk.settings["top_k"] == 7
+    assert talk.settings["max_tokens"] is None
     assert "temp 0" in err and "top-k 7" in err and "n -1" in err
     assert changed({}, "n", "5") == {"max_tokens": 5}
 
 
-@pytest.mark.parametrize("line", ["/nope", "/set temp", "/set temp hot", "/set top-k 1.5", "/set temp -1", "/set x 1",
-                                  "/save", "/load /no/such/file", "/undo", "/regen"])
+@pytest.mark.parametrize("line", ["/nope", "/set temp", "/set temp hot", "/set top-k 1.5", "/set temp -1",
+                                  "/set x 1", "/save", "/load /no/such/file", "/undo", "/regen"])
 def test_a_wrong_command_is_a_sentence_and_the_chat_goes_on(talk, capsys, line):
     out, err = play(talk, line, "hello", capsys=capsys)
     assert err and "Traceback" not in err and len(talk.messages) == 2
@@ -109,11 +110,13 @@ def test_every_command_is_in_the_help(talk, capsys):
 
 def test_help_needs_no_docstrings():
     code = "from pybmc.cli.repl import Repl; Repl(None, ['/help']).run()"
-    run = subprocess.run([sys.executable, "-OO", "-B", "-c", code], capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-OO", "-B", "-c", code], capture_output=True,
+                         text=True, check=True)
     assert "/save FILE: write the conversation to a file\n" in run.stderr
 
 
-@pytest.mark.parametrize("message", [Block("/exit"), Block("/api/orders now returns a list"), "/api/orders\nMay it break?"])
+@pytest.mark.parametrize("message", [Block("/exit"), Block("/api/orders now returns a list"),
+                                     "/api/orders\nMay it break?"])
 def test_blocks_and_pasted_lines_are_messages_even_after_a_slash(talk, capsys, message):
     play(talk, message, capsys=capsys)
     assert talk.messages[0] == {"role": "user", "content": str(message)} and len(talk.messages) == 2
@@ -121,9 +124,10 @@ def test_blocks_and_pasted_lines_are_messages_even_after_a_slash(talk, capsys, m
 
 def test_only_a_block_is_marked_as_one():
     lines = ['"""/exit"""', "/exit", '"""', "/a", '"""', '"""/open', "/exit"]
-    assert [(str(m), type(m) is Block) for m in joined(iter(lines))] == [("/exit", True), ("/exit", False), ("/a", True),
-                                                                       ("/open\n/exit", True)]
-    assert [is_command(m) for m in joined(iter(['"""/exit"""', "/exit", "/a\\", "b"]))] == [False, True, False]
+    assert ([(str(m), type(m) is Block) for m in joined(iter(lines))]
+            == [("/exit", True), ("/exit", False), ("/a", True), ("/open\n/exit", True)])
+    assert ([is_command(m) for m in joined(iter(['"""/exit"""', "/exit", "/a\\", "b"]))]
+            == [False, True, False])
 
 
 def test_an_unknown_command_tells_how_to_send_it(talk, capsys):
@@ -132,8 +136,9 @@ def test_an_unknown_command_tells_how_to_send_it(talk, capsys):
 
 
 @pytest.mark.parametrize("rest, name", [
-    ("it's.json", "it's.json"), ("my chat.json", "my chat.json"), ("'my chat.json'", "my chat.json"), ('"a b"', "a b"),
-    ("my\\ chat.json", "my chat.json"), ("it's my chat", "it's my chat"), ("a.json", "a.json"),
+    ("it's.json", "it's.json"), ("my chat.json", "my chat.json"), ("'my chat.json'", "my chat.json"),
+    ('"a b"', "a b"), ("my\\ chat.json", "my chat.json"), ("it's my chat", "it's my chat"),
+    ("a.json", "a.json"),
 ])
 def test_file_names_as_people_type_them(rest, name):
     assert named(rest) == name
@@ -185,7 +190,8 @@ def test_bytes_that_are_not_utf_8_are_replaced(talk, monkeypatch, capsys):
 
 def test_thinking_is_switched_and_shown_or_hidden(talk, capsys):
     _, err = play(talk, "/think on", "/think", "/think sometimes", capsys=capsys)
-    assert talk.variables == {"enable_thinking": True} and err.count("think on") == 2 and "not 'sometimes'" in err
+    assert talk.variables == {"enable_thinking": True} and err.count("think on") == 2
+    assert "not 'sometimes'" in err
     _, err = play(talk, "/set think off", "/set thoughts hide", "/set think maybe", "/set", capsys=capsys)
     assert talk.variables == {"enable_thinking": False} and "think off" in err and "thoughts hide" in err
     assert "does not read enable_thinking" in err and "think is on or off, not 'maybe'" in err
@@ -196,13 +202,15 @@ def test_thinking_is_switched_and_shown_or_hidden(talk, capsys):
 
 def test_an_answer_whose_prompt_opened_the_thought(talk, capsys):
     talk.prompt = talk.model.tokenizer.encode("<|im_start|>assistant\n<think>\n", special=True)
-    Repl(talk, [], thoughts="hide").answer(lambda update: (Token(1, text, -1.0) for text in ("a</th", "ink>\n\nb")))
+    pieces = ("a</th", "ink>\n\nb")
+    Repl(talk, [], thoughts="hide").answer(lambda update: (Token(1, text, -1.0) for text in pieces))
     assert capsys.readouterr().out == "b\n"
 
 
 def test_why_tells_where_the_time_went(talk, model, capsys):
     _, err = play(talk, "/why", "hello", "/why", capsys=capsys)
-    assert "nothing was said yet" in err and "verify" in err and "repetitions:" in err and "draft model" not in err
+    assert "nothing was said yet" in err and "verify" in err and "repetitions:" in err
+    assert "draft model" not in err
     talk.settings |= {"draft": model, "max_tokens": 60, "stop_tokens": ()}
     out, err = play(talk, "hello", "/why", capsys=capsys)
     assert "accepted" in err and "draft model:" in err and "repetitions:" in err and "one token takes" in err

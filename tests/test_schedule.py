@@ -1,4 +1,5 @@
-"""What the engine decides: whose turn it is, which rows are kept and used again, who is put aside; and scores of prompts."""
+"""What the engine decides: whose turn it is, which rows are kept and used again, who is put aside;
+and scores of prompts."""
 
 import random
 
@@ -31,7 +32,8 @@ def short_calls(monkeypatch):
 
 
 def served(turns, requests, rounds):
-    """Who is served in each of some rounds of one unit of 10 tokens; requests: number -> client, all of equal length."""
+    """Who is served in each of some rounds of one unit of 10 tokens;
+    requests: number -> client, all of equal length."""
     order = []
     for _ in range(rounds):
         number = min(requests, key=lambda n: turns.key(requests[n], 10, 0.0, n))
@@ -92,7 +94,8 @@ def test_a_client_with_many_requests_does_not_hold_up_another(model, short_calls
 
 
 def bounded(model, rows, **more):
-    return Engine(model, spec=more.pop("spec", "off"), memory=rows * model.config.kv_row_bytes, keep=True, **more)
+    return Engine(model, spec=more.pop("spec", "off"), memory=rows * model.config.kv_row_bytes,
+                  keep=True, **more)
 
 
 def test_rows_of_an_ended_request_serve_the_next_one_that_begins_alike(model):
@@ -184,14 +187,15 @@ def test_what_does_not_fit_alone_ends_with_an_error(model):
 
 
 def test_a_session_that_was_given_is_never_taken_away(model, short_calls):
-    with bounded(model, 200) as engine, model.session() as large:           # it grows by more rows than there are
+    with bounded(model, 200) as engine, model.session() as large:    # it grows by more rows than there are
         given = engine.add(Request([1, 2], 40, session=large))
         waits = engine.add(Request([3], 5))
         for _ in range(3):
             engine.step()
         assert engine.running == [given] and engine.waiting == [waits]
         finish(engine)
-        assert given.stats.predicted_tokens == 40 and waits.stats.predicted_tokens == 5 and large.position == 41
+        assert given.stats.predicted_tokens == 40 and waits.stats.predicted_tokens == 5
+        assert large.position == 41
 
 
 def test_a_session_that_is_closed_ends_its_sequence_alone(model, short_calls):
@@ -224,7 +228,8 @@ def test_a_hint_is_guessed_from_and_changes_nothing(model):
     request = Request([5, 6, 7], 80)
     expected = alone(model, request)
     ids = [t.id for t in expected]
-    for hint, accepted in ((ids, True), (ids[:40] + [9] + ids[40:], True), ([1, 2, 3], False), ([5] * 2000, False)):
+    for hint, accepted in ((ids, True), (ids[:40] + [9] + ids[40:], True), ([1, 2, 3], False),
+                           ([5] * 2000, False)):
         made = Speculation(model, None, "ngram", fixed=8)
         with Engine(model, speculation=made) as engine:
             sequence = engine.add(Request([5, 6, 7], 80, hint=hint))
@@ -263,8 +268,9 @@ def test_the_library_checks_given_ids(model):
         for given, room in (([401, 0], 2), ([0, -1], 2), ([0, 0], 0)):
             ids, out = ffi.new("int32_t[]", [1, 2]), ffi.new("float[]", 2)
             known = ffi.new("int32_t[]", given)
-            span = ffi.new("bmc_span *", {"session": handle, "tokens": ids, "n_tok": 2, "want": lib.BMC_WANT_ALL, "given": known,
-                                          "given_logprob": out if room else ffi.NULL})
+            span = ffi.new("bmc_span *",
+                           {"session": handle, "tokens": ids, "n_tok": 2, "want": lib.BMC_WANT_ALL,
+                            "given": known, "given_logprob": out if room else ffi.NULL})
             with pytest.raises(ArgumentError, match="given"):
                 check(lib.bmc_eval(span, 1))
 

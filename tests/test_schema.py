@@ -126,7 +126,7 @@ def test_forbidden_guesses_are_not_verified(model, drafts):
 
 def test_forced_tokens_share_a_pass(model):
     request = Request([1, 2, 3], 60, schema=Cycle([7], [8], [9], [10], DIGITS))
-    always = Speculation(model, spec="ngram", fixed=16)         # all guesses are checked, whatever passes cost here
+    always = Speculation(model, spec="ngram", fixed=16)   # all guesses are checked, whatever passes cost here
     found, stats = write(model, request, always)
     assert [t.id for t in found][:4] == [7, 8, 9, 10]
     assert stats.rounds < 40 and stats.draft_n_accepted > 20

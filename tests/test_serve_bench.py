@@ -1,4 +1,5 @@
-"""tools.serve_bench: what it sends, what it makes of answers, and its sums, against a server that streams canned events."""
+"""tools.serve_bench: what it sends, what it makes of answers, and its sums,
+against a server that streams canned events."""
 
 import json
 import random
@@ -57,9 +58,11 @@ class Handler(BaseHTTPRequestHandler):
 def stream(n, usage=None, end=True):
     def data(delta, **more):
         return "data: " + json.dumps({"choices": [{"index": 0, "delta": delta}], **more})
-    lines = [": ping", data({"role": "assistant", "content": ""}), *(data({"content": f"{i}"}) for i in range(n))]
+    lines = [": ping", data({"role": "assistant", "content": ""}),
+             *(data({"content": f"{i}"}) for i in range(n))]
     if usage is not None:
-        lines.append("data: " + json.dumps({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": usage}}))
+        lines.append("data: "
+                     + json.dumps({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": usage}}))
     return lines + ["data: [DONE]"] * end
 
 
@@ -72,16 +75,20 @@ def stub():
 
 
 def bench(stub, *args):
-    return CliRunner().invoke(main, [f"http://127.0.0.1:{stub.server_port}", "--rates", "500", "-n", "10", *args])
+    return CliRunner().invoke(main,
+                              [f"http://127.0.0.1:{stub.server_port}", "--rates", "500", "-n", "10", *args])
 
 
 def test_it_sends_streams_and_counts_what_the_server_counted(stub):
-    done = bench(stub, "--json", "--rates", "400,800", "--answer-tokens", "9,9", "--api-key", "k", "--model", "m")
+    done = bench(stub, "--json", "--rates", "400,800", "--answer-tokens", "9,9", "--api-key", "k",
+                 "--model", "m")
     assert done.exit_code == 0, done.output
     first, second = map(json.loads, done.output.splitlines())
     assert (first["rate"], second["rate"]) == (400, 800)
-    assert first["requests"] == 10 and first["tokens"] == 90 and first["prompt_tokens"] == 70 and first["errors"] == {}
-    assert first["first_ms"][0] <= first["first_ms"][1] and first["tokens_per_second"] == pytest.approx(90 / first["seconds"])
+    assert first["requests"] == 10 and first["tokens"] == 90 and first["prompt_tokens"] == 70
+    assert first["errors"] == {}
+    assert first["first_ms"][0] <= first["first_ms"][1]
+    assert first["tokens_per_second"] == pytest.approx(90 / first["seconds"])
     assert len(stub.requests) == 21                     # one of them is to warm up
     path, body, key = stub.requests[3]
     assert path == "/v1/chat/completions" and key == "Bearer k" and body["model"] == "m"
@@ -92,8 +99,9 @@ def test_it_sends_streams_and_counts_what_the_server_counted(stub):
 
 
 @pytest.mark.parametrize("answer, reason", [
-    (503, "status 503"), (stream(3, end=False), "stream ended early"), (["data: {"], "broken event"), (["data: [1]"], "broken event"),
-    (['data: {"error": {"message": "x"}}'], "error in the stream"), (stream(0), "no text"),
+    (503, "status 503"), (stream(3, end=False), "stream ended early"), (["data: {"], "broken event"),
+    (["data: [1]"], "broken event"), (['data: {"error": {"message": "x"}}'], "error in the stream"),
+    (stream(0), "no text"),
 ])
 def test_what_fails_is_counted_with_its_reason(stub, answer, reason):
     stub.answers = ["ok", "ok", answer, answer]
@@ -103,7 +111,8 @@ def test_what_fails_is_counted_with_its_reason(stub, answer, reason):
     assert 0 < result["good_per_second"] <= 8 / result["seconds"] * 1.001
     stub.answers = [answer]
     done = bench(stub)
-    assert done.exit_code == 1 and f"the first request failed: {reason}" in done.output and "Traceback" not in done.output
+    assert done.exit_code == 1 and f"the first request failed: {reason}" in done.output
+    assert "Traceback" not in done.output
 
 
 def test_a_server_without_usage_has_its_events_counted(stub):
@@ -115,12 +124,14 @@ def test_a_table_has_a_line_for_each_rate(stub):
     stub.answers = ["ok", 500]
     done = bench(stub, "--rates", "300,600")
     lines = done.output.splitlines()
-    assert len(lines) == 3 and "good/s" in lines[0] and lines[1].endswith("1  (status 500)") and lines[2].strip().startswith("600")
+    assert len(lines) == 3 and "good/s" in lines[0] and lines[1].endswith("1  (status 500)")
+    assert lines[2].strip().startswith("600")
 
 
 def test_prompts_come_from_a_file(stub, tmp_path):
     path = tmp_path / "prompts.jsonl"
-    path.write_text('{"prompt": "one", "max_tokens": 3}\n\n{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "two"}]}\n')
+    path.write_text('{"prompt": "one", "max_tokens": 3}\n\n{"messages": [{"role": "system", "content": "s"}, '
+                    '{"role": "user", "content": "two"}]}\n')
     assert bench(stub, "--file", str(path), "--answer-tokens", "5,5").exit_code == 0
     bodies = [body for _, body, _ in stub.requests]
     ones = [body for body in bodies if body["messages"][-1]["content"] == "one"]
@@ -151,23 +162,28 @@ def test_a_plan_sends_nothing_after_its_seconds(stub):
 def test_prefixes_are_sent_twice_with_another_question(stub):
     done = bench(stub, "--json", "--prefix", "3", "--rates", "0", "--system-words", "30")
     found = json.loads(done.output)
-    assert found["prefixes"] == 3 and found["prompt_tokens"] == 7 and found["errors"] == {} and found["new_ms"][0] > 0 < found["known_ms"][0]
-    systems, questions = zip(*((body["messages"][0]["content"], body["messages"][1]["content"]) for _, body, _ in stub.requests[1:]))
+    assert found["prefixes"] == 3 and found["prompt_tokens"] == 7 and found["errors"] == {}
+    assert found["new_ms"][0] > 0 < found["known_ms"][0]
+    systems, questions = zip(*((body["messages"][0]["content"], body["messages"][1]["content"])
+                               for _, body, _ in stub.requests[1:]))
     assert systems[::2] == systems[1::2] and len(set(systems)) == 3 and len(set(questions)) == 6
     stub.answers = ["ok", "ok", 500]
-    assert bench(stub, "--prefix", "1", "--rates", "0").output.endswith("prefix known -; failed: status 500\n")
+    assert bench(stub, "--prefix", "1", "--rates",
+                 "0").output.endswith("prefix known -; failed: status 500\n")
 
 
 def test_a_share_of_prompts_has_the_system_prompt_which_counts():
     bodies = drawn(random.Random(1), 40, (100, 1500), (64, 256), ["s " * 600], 0.5)
     lengths = [sum(len(message["content"].split()) for message in body["messages"]) for body in bodies]
     shared = [length for body, length in zip(bodies, lengths) if len(body["messages"]) == 2]
-    assert len(shared) == 20 and min(shared) > 600 and min(lengths) < 600 and 100 <= min(lengths) and max(lengths) <= 1502
+    assert len(shared) == 20 and min(shared) > 600 and min(lengths) < 600 and 100 <= min(lengths)
+    assert max(lengths) <= 1502
     assert all(64 <= body["max_tokens"] <= 256 for body in bodies)
 
 
 @pytest.mark.parametrize("args, says", [
-    (["--rates", "0"], "nothing to measure"), (["--rates", "0,1"], "above 0"), (["--fields", "[]"], "a JSON object"),
+    (["--rates", "0"], "nothing to measure"), (["--rates", "0,1"], "above 0"),
+    (["--fields", "[]"], "a JSON object"),
     (["--share", "2"], "2.0 is not in the range"),
     (["--rates", "a"], "above 0"), (["--prompt-words", "9,3"], "the lower first"),
     (["--answer-tokens", "1,2,3"], "two counts"), (["-n", "0"], "0 is not in the range"),
@@ -189,7 +205,8 @@ def test_a_broken_file_and_a_server_that_is_not_there_are_sentences(stub, tmp_pa
 
 
 def test_sums_of_known_records():
-    records = [Record(0.0, [0.1, 0.2, 0.4], 0.4, 5, 4), Record(1.0, [3.5, 3.6], 4.0, 5, 2), Record(2.0, [], 2.5, error="status 500")]
+    records = [Record(0.0, [0.1, 0.2, 0.4], 0.4, 5, 4), Record(1.0, [3.5, 3.6], 4.0, 5, 2),
+               Record(2.0, [], 2.5, error="status 500")]
     plan = Plan([], 2.0)
     result = summary(plan, records, Limits(2000, 150))
     assert result.seconds == 4.0 and result.tokens == 6 and result.tokens_per_second == 1.5
@@ -206,7 +223,8 @@ def test_arrivals_are_a_poisson_process():
     gaps = sorted(later - earlier for earlier, later in zip(times, times[1:]))
     assert times[0] == 0 and times == sorted(times)
     assert sum(gaps) / len(gaps) == pytest.approx(0.2, rel=0.05)
-    assert gaps[len(gaps) // 2] == pytest.approx(0.2 * 0.693, rel=0.07)      # the median of an exponential distribution
+    # the median of an exponential distribution
+    assert gaps[len(gaps) // 2] == pytest.approx(0.2 * 0.693, rel=0.07)
     assert arrivals(random.Random(1), 5.0, 10) == times[:10]
 
 

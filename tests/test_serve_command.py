@@ -15,14 +15,14 @@ from pybmc.cli import run
 
 
 def start(*args, **env):
-    return subprocess.Popen([sys.executable, "-m", "pybmc", "serve", *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env=os.environ | env)
+    return subprocess.Popen([sys.executable, "-m", "pybmc", "serve", *map(str, args)], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, env=os.environ | env)
 
 
 def test_a_server_from_start_to_end():
     """A ready line, flags by variables, an answer, one line of log, and status 0 after SIGTERM."""
-    server = start(tiny.model("llama"), "--json", "--alias", "mine", "-t", "1", PYBMC_PORT="0", PYBMC_SEED="7", PYBMC_MAX_TOKENS="5",
-                   PYBMC_API_KEY="one two", PYBMC_TEMP="0.5")
+    server = start(tiny.model("llama"), "--json", "--alias", "mine", "-t", "1", PYBMC_PORT="0",
+                   PYBMC_SEED="7", PYBMC_MAX_TOKENS="5", PYBMC_API_KEY="one two", PYBMC_TEMP="0.5")
     try:
         ready = json.loads(server.stdout.readline())
         assert ready["model"] == "mine" and ready["pid"] == server.pid
@@ -42,11 +42,13 @@ def test_ctrl_c_or_a_closed_terminal_ends_a_server_on_a_unix_socket(tmp_path, na
     path = tmp_path / "socket"
     code = ("import signal, sys; signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"         # nohup ignores it
             "from pybmc.cli import main; main(['serve', *sys.argv[1:]])")
-    server = subprocess.Popen([sys.executable, "-c", code, str(tiny.model("llama")), "--unix", str(path), "-t", "1"],
+    server = subprocess.Popen([sys.executable, "-c", code, str(tiny.model("llama")), "--unix",
+                               str(path), "-t", "1"],
                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
         assert server.stdout.readline().endswith(f" at unix:{path}\n")
-        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)), base_url="http://localhost") as client:
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path)),
+                          base_url="http://localhost") as client:
             assert client.get("/health").json() == {"status": "ok"}
         server.send_signal(getattr(signal, name))
         assert server.wait(20) == 0 and not path.exists()
@@ -86,7 +88,8 @@ def test_a_server_on_several_addresses():
 def test_a_port_that_is_taken_is_status_1(capfd):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        assert status(capfd, tiny.model("llama"), "--port", port) == (1, f"pybmc: 127.0.0.1:{port}: Address already in use\n")
+        assert (status(capfd, tiny.model("llama"), "--port", port)
+                == (1, f"pybmc: 127.0.0.1:{port}: Address " "already in use\n"))
 
 
 def test_a_file_that_is_no_model_is_status_1(capfd, tmp_path):
@@ -96,12 +99,14 @@ def test_a_file_that_is_no_model_is_status_1(capfd, tmp_path):
 
 
 @pytest.mark.parametrize("args, words", [
-    (["--host", "0.0.0.0"], "--api-key"), (["--host", "example.org"], "--api-key"), (["--host", "127.0.0.1,0.0.0.0"], "0.0.0.0 can"), (["--api-key", ""], "empty"),
-    (["--port", "70000"], "70000"), (["--memory", "much"], "8G"), (["--temp", "-1"], "temperature"), (["--parallel", "0"], "parallel"),
-    (["--draft-min", "9", "--draft-max", "3"], "draft-min"), (["--tint"], "tint"),
-    (["--chat-template-kwargs", "[1]"], "JSON object"), (["--think", "maybe"], "off"),
-    (["--grace", "nan"], "finite"), (["--grace", "inf"], "finite"), (["--queue-seconds", "nan"], "finite"), (["--pass-ms", "inf"], "finite"),
-    (["--host", ""], "found ''"), (["--host", "127.0.0.1,"], "found '127.0.0.1,'"), (["--alias", ""], "alias is empty"),
+    (["--host", "0.0.0.0"], "--api-key"), (["--host", "example.org"], "--api-key"),
+    (["--host", "127.0.0.1,0.0.0.0"], "0.0.0.0 can"), (["--api-key", ""], "empty"),
+    (["--port", "70000"], "70000"), (["--memory", "much"], "8G"), (["--temp", "-1"], "temperature"),
+    (["--parallel", "0"], "parallel"), (["--draft-min", "9", "--draft-max", "3"], "draft-min"),
+    (["--tint"], "tint"), (["--chat-template-kwargs", "[1]"], "JSON object"), (["--think", "maybe"], "off"),
+    (["--grace", "nan"], "finite"), (["--grace", "inf"], "finite"), (["--queue-seconds", "nan"], "finite"),
+    (["--pass-ms", "inf"], "finite"), (["--host", ""], "found ''"),
+    (["--host", "127.0.0.1,"], "found '127.0.0.1,'"), (["--alias", ""], "alias is empty"),
 ])
 def test_wrong_flags_are_status_2(capfd, args, words):
     found, told = status(capfd, tiny.model("llama"), "--port", 0, *args)
@@ -124,13 +129,16 @@ def test_keys_come_from_a_file(capfd, tmp_path):
 
 @pytest.mark.parametrize("missing", ["starlette", "uvicorn", "prometheus_client"])
 def test_a_missing_package_is_one_sentence(missing):
-    code = f"import sys; sys.modules[{missing!r}] = None\nfrom pybmc.cli import main; main(['serve', {str(tiny.model('llama'))!r}])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    code = (f"import sys; sys.modules[{missing!r}] = None\n"
+            f"from pybmc.cli import main; main(['serve', {str(tiny.model('llama'))!r}])")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
+                          check=False)
     assert done.returncode == 1 and "pip install starlette uvicorn prometheus-client" in done.stderr
     assert done.stderr.count("\n") == 1 and missing in done.stderr
 
 
-@pytest.mark.parametrize("text, size", [("8G", 8e9), ("512Mi", 512 << 20), ("1.5 gb", 1.5e9), ("100", 100), ("64kib", 64 << 10)])
+@pytest.mark.parametrize("text, size", [("8G", 8e9), ("512Mi", 512 << 20), ("1.5 gb", 1.5e9), ("100", 100),
+                                        ("64kib", 64 << 10)])
 def test_sizes(text, size):
     from pybmc.cli.options import Size
 

@@ -35,20 +35,25 @@ def random_request(rng):
     words = ["Once", "upon", "a time", "there was", "a mouse", "1 2 3 1 2 3", "who lived", "in a mill"]
     system = [{"role": "system", "content": "Tell a story. " * rng.choice([1, 15])}] * rng.randint(0, 1)
     user = {"role": "user", "content": " ".join(rng.choice(words) for _ in range(rng.choice([2, 5, 60])))}
-    fields = {"messages": [*system, user], "seed": rng.randrange(100), "max_tokens": rng.choice([1, 20, 60, 150]), "n": rng.choice([1, 1, 1, 3]),
-              "temperature": rng.choice([0, 0.7, 1.5]), "min_p": rng.choice([0, 0.05]), "logprobs": True, "top_logprobs": rng.choice([0, 2])}
-    more = rng.choice([{}, {"stop": ["e", "zz"]}, {"frequency_penalty": 0.5}, {"spec": "off"}, {"logit_bias": {"300": 5}}, {"cache_prompt": False}])
+    fields = {"messages": [*system, user], "seed": rng.randrange(100),
+              "max_tokens": rng.choice([1, 20, 60, 150]), "n": rng.choice([1, 1, 1, 3]),
+              "temperature": rng.choice([0, 0.7, 1.5]), "min_p": rng.choice([0, 0.05]), "logprobs": True,
+              "top_logprobs": rng.choice([0, 2])}
+    more = rng.choice([{}, {"stop": ["e", "zz"]}, {"frequency_penalty": 0.5}, {"spec": "off"},
+                       {"logit_bias": {"300": 5}}, {"cache_prompt": False}])
     return fields | more
 
 
 def alone(model, fields):
     """Texts and reasons of the answers, from the library, without guesses, company or kept rows."""
-    settings = {name: fields[name] for name in ("temperature", "min_p", "frequency_penalty", "logit_bias") if name in fields}
+    settings = {name: fields[name] for name in ("temperature", "min_p", "frequency_penalty", "logit_bias")
+                if name in fields}
     found = []
     for i in range(fields["n"]):
-        tokens = list(pybmc.generate(model, fields["messages"], fields["max_tokens"], spec="off", seed=fields["seed"] + i,
-                                     stop=fields.get("stop", ()), **settings))
-        found.append(("".join(t.text for t in tokens), tokens[-1].finish_reason, [t.logprob for t in tokens if t.id not in model.tokenizer.stop_ids]))
+        tokens = list(pybmc.generate(model, fields["messages"], fields["max_tokens"], spec="off",
+                                     seed=fields["seed"] + i, stop=fields.get("stop", ()), **settings))
+        found.append(("".join(t.text for t in tokens), tokens[-1].finish_reason,
+                      [t.logprob for t in tokens if t.id not in model.tokenizer.stop_ids]))
     return found
 
 
@@ -80,9 +85,11 @@ async def ask(client, rng_seed, fields, found):
     found[rng_seed] = told(response, streamed, fields["n"])
 
 
-@pytest.mark.parametrize("seed, spec, rows", [(1, "auto", 3000), (2, "ngram", 900), (3, "off", 700), (4, "draft", 1200)])
+@pytest.mark.parametrize("seed, spec, rows",
+                         [(1, "auto", 3000), (2, "ngram", 900), (3, "off", 700), (4, "draft", 1200)])
 def test_company_changes_no_answer(model, draft, seed, spec, rows, monkeypatch):
-    """Random requests together, in little memory, with kept rows, guesses, several answers, and clients that leave."""
+    """Random requests together, in little memory, with kept rows, guesses, several answers,
+    and clients that leave."""
     monkeypatch.setattr("pybmc.engine.engine.CALL_SECONDS", 0.001)
     rng = random.Random(seed)
     asked = {f"{seed}.{i}": random_request(rng) for i in range(14)}
@@ -93,15 +100,16 @@ def test_company_changes_no_answer(model, draft, seed, spec, rows, monkeypatch):
         async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
             await asyncio.gather(*(ask(client, key, fields, found) for key, fields in asked.items()))
 
-    with served(model, draft=draft if spec in ("auto", "draft") else None, spec=spec, parallel=4, memory=rows * model.config.kv_row_bytes,
-                pass_seconds=0.005) as server:
+    with served(model, draft=draft if spec in ("auto", "draft") else None, spec=spec, parallel=4,
+                memory=rows * model.config.kv_row_bytes, pass_seconds=0.005) as server:
         asyncio.run(all_at_once(server.url))
         until(lambda: not server.engine.running and not server.engine.waiting)
         assert not server.service.worker._sequences and not server.service.worker.runs
         reused = server.client.get("/metrics").text
     assert len(found) >= 7
     for key, answers in found.items():
-        for (text, why, logprobs), (text_alone, why_alone, logprobs_alone) in zip(answers, alone(model, asked[key])):
+        pairs = zip(answers, alone(model, asked[key]))
+        for (text, why, logprobs), (text_alone, why_alone, logprobs_alone) in pairs:
             assert (text, why) == (text_alone, {"context": "length"}.get(why_alone, why_alone)), asked[key]
             assert logprobs == logprobs_alone
     assert 'pybmc_prompt_tokens_total{how="cached"}' in reused
@@ -115,7 +123,8 @@ def live_sessions(model):
     return sum(bool(session._handle) for session in model._sessions)
 
 
-LONG = {"messages": [{"role": "user", "content": "a " * 500}], "max_tokens": 900, "temperature": 0, "logit_bias": {}}
+LONG = {"messages": [{"role": "user", "content": "a " * 500}], "max_tokens": 900, "temperature": 0,
+        "logit_bias": {}}
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -135,7 +144,8 @@ def test_a_closed_connection_frees_its_rows_within_one_pass(model, where, stream
         connection = server.begin("/v1/chat/completions", LONG | {"stream": stream, "n": 2})
         until(lambda: len(worker.runs) == 1 + (where == "waiting"))
         gate.let(3 if where != "writing" else 6)
-        ours = [s for s in (*engine.running, *engine.waiting) if s.request.max_tokens == 900][-1 if where == "waiting" else 0]
+        ours = [s for s in (*engine.running, *engine.waiting)
+                if s.request.max_tokens == 900][-1 if where == "waiting" else 0]
         assert {"waiting": not ours.started, "reading": ours.started and ours.reading,
                 "writing": ours.started and not ours.reading}[where]
         connection.close()
@@ -143,7 +153,8 @@ def test_a_closed_connection_frees_its_rows_within_one_pass(model, where, stream
         steps = gate.steps
         gate.allow()
         until(lambda: ours.done)
-        assert gate.steps <= steps + 1 and ours not in (*engine.running, *engine.waiting)
+        assert gate.steps <= steps + 1
+        until(lambda: ours not in (*engine.running, *engine.waiting))      # it leaves them after it is done
         if where == "waiting":
             assert len(engine.running) == 1
             first.close()
@@ -158,7 +169,8 @@ def test_a_closed_connection_frees_its_rows_within_one_pass(model, where, stream
 def test_a_body_that_is_cut_short_leaves_nothing(model):
     with served(model) as server:
         connection = server.connect()
-        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 500\r\n\r\n{\"mess")
+        connection.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 500\r\n"
+                           b"\r\n{\"mess")
         connection.close()
         assert server.client.get("/health").status_code == 200
         until(lambda: not server.server.server_state.tasks)
@@ -166,14 +178,16 @@ def test_a_body_that_is_cut_short_leaves_nothing(model):
 
 
 @pytest.mark.parametrize("path, fields", [
-    ("/v1/completions", {"prompt": "a"}), ("/v1/chat/completions", {"messages": LONG["messages"]}), ("/api/chat", {"messages": LONG["messages"]}),
-    ("/tokenize", {"content": "a"}), ("/v1/embeddings", {"input": "a"}),
+    ("/v1/completions", {"prompt": "a"}), ("/v1/chat/completions", {"messages": LONG["messages"]}),
+    ("/api/chat", {"messages": LONG["messages"]}), ("/tokenize", {"content": "a"}),
+    ("/v1/embeddings", {"input": "a"}),
 ])
 def test_a_text_whose_client_has_left_is_not_tokenized(model, path, fields):
     with served(model, names=["tiny"]) as server:
         free, entered = threading.Event(), []
         for _ in range(THREADS):                # nobody is free for it
-            server.loop.call_soon_threadsafe(server.service._small.submit, lambda: (entered.append(1), free.wait(20)))
+            server.loop.call_soon_threadsafe(server.service._small.submit,
+                                             lambda: (entered.append(1), free.wait(20)))
         until(lambda: len(entered) == THREADS)
         queue = server.service._small._work_queue
         connection = server.begin(path, fields | {"model": "tiny"})
@@ -230,7 +244,8 @@ def test_small_texts_do_not_wait_for_large_ones(model):
 
 def test_a_reader_that_is_slow_gets_everything(model):
     with served(model) as server:
-        connection = server.begin("/v1/chat/completions", {"messages": LONG["messages"], "max_tokens": 300, "stream": True, "temperature": 0})
+        connection = server.begin("/v1/chat/completions", {"messages": LONG["messages"], "max_tokens": 300,
+                                                           "stream": True, "temperature": 0})
         data = b""
         connection.settimeout(20)
         while b"[DONE]" not in data:

@@ -49,7 +49,8 @@ def hub(its_hub, monkeypatch, tmp_path, server):
 
 
 def lines(response):
-    assert response.status_code == 200 and response.headers["content-type"] == "application/x-ndjson", response.text
+    assert (response.status_code == 200
+            and response.headers["content-type"] == "application/x-ndjson"), response.text
     return [json.loads(line) for line in response.text.splitlines()]
 
 
@@ -58,19 +59,22 @@ def here():
     return found is not None and found.complete
 
 
-@pytest.mark.parametrize("name, field", [(NAME, "model"), (NAME, "name"), (REPO, "model"), (f"{REPO}:latest", "model"),
-                                         (f"hf.co/{NAME}", "model"), (f"{REPO}/{FILE}", "model")])
+@pytest.mark.parametrize("name, field",
+                         [(NAME, "model"), (NAME, "name"), (REPO, "model"), (f"{REPO}:latest", "model"),
+                          (f"hf.co/{NAME}", "model"), (f"{REPO}/{FILE}", "model")])
 def test_a_model_is_brought_and_checked(server, hub, name, field):
     told = lines(server.post("/api/pull", {field: name, "insecure": False}))
     size = len(hub.files[REPO][FILE])
-    assert told[0] == {"status": "pulling manifest"} and told[-2:] == [{"status": "verifying sha256 digest"}, {"status": "success"}]
+    assert told[0] == {"status": "pulling manifest"}
+    assert told[-2:] == [{"status": "verifying sha256 digest"}, {"status": "success"}]
     steps = told[1:-2]
     assert steps and all(line["total"] == size and line["digest"].startswith("sha256:") for line in steps)
     done = [line["completed"] for line in steps]
     assert done == sorted(done) and done[-1] == size and here()
     with pybmc.Model(store.find(NAME)):
         pass
-    assert [line["status"] for line in lines(server.post("/api/pull", {field: name}))] == ["pulling manifest", "success"]
+    assert ([line["status"] for line in lines(server.post("/api/pull", {field: name}))]
+            == ["pulling manifest", "success"])
 
 
 def test_without_a_stream_the_end_alone_is_told(server, hub):
@@ -78,8 +82,10 @@ def test_without_a_stream_the_end_alone_is_told(server, hub):
     assert response.status_code == 200 and response.json() == {"status": "success"} and here()
 
 
-@pytest.mark.parametrize("name", ["", "llama3.2", "llama3.2:1b", "library/../x", "/etc/passwd", "../user/repo.gguf", "user/repo/../../x.gguf",
-                                  "https://example.org/user/repo", "user/repo:Q4:Q5", "a/b\x1b[31m", "--help/x"])
+@pytest.mark.parametrize("name",
+                         ["", "llama3.2", "llama3.2:1b", "library/../x", "/etc/passwd", "../user/repo.gguf",
+                          "user/repo/../../x.gguf", "https://example.org/user/repo", "user/repo:Q4:Q5",
+                          "a/b\x1b[31m", "--help/x"])
 def test_only_names_of_the_hub_are_taken(server, hub, name):
     for field in ("model", "name"):
         response = server.post("/api/pull", {field: name})
@@ -87,7 +93,8 @@ def test_only_names_of_the_hub_are_taken(server, hub, name):
     assert hub.log == []
 
 
-@pytest.mark.parametrize("body, word", [({}, "model"), ({"model": 5}, "model"), ({"model": NAME, "insecure": True}, "insecure"),
+@pytest.mark.parametrize("body, word", [({}, "model"), ({"model": 5}, "model"),
+                                        ({"model": NAME, "insecure": True}, "insecure"),
                                         ({"model": NAME, "stream": 3}, "stream"), ([], "object")])
 def test_wrong_fields_are_400(server, hub, body, word):
     response = server.post("/api/pull", body)
@@ -95,8 +102,10 @@ def test_wrong_fields_are_400(server, hub, body, word):
 
 
 @pytest.mark.parametrize("fault, words", [
-    (lambda hub: hub.files.clear(), "no repository"), (lambda hub: hub.sums.update({FILE: "0" * 64}), "expected sha256"),
-    (lambda hub: setattr(hub, "status", 500), "status 500"), (lambda hub: hub.files.update({REPO: {FILE: b"no model"}}), FILE[:4]),
+    (lambda hub: hub.files.clear(), "no repository"),
+    (lambda hub: hub.sums.update({FILE: "0" * 64}), "expected sha256"),
+    (lambda hub: setattr(hub, "status", 500), "status 500"),
+    (lambda hub: hub.files.update({REPO: {FILE: b"no model"}}), FILE[:4]),
 ])
 def test_what_the_hub_does_not_give_is_a_sentence(server, hub, fault, words):
     fault(hub)
@@ -107,7 +116,8 @@ def test_what_the_hub_does_not_give_is_a_sentence(server, hub, fault, words):
 
 
 @pytest.mark.parametrize("error, status, words", [
-    (OSError(28, "No space left on device", "/secret/path"), 500, "No space left on device"), (ValueError("/secret/path"), 500, "internal error"),
+    (OSError(28, "No space left on device", "/secret/path"), 500, "No space left on device"),
+    (ValueError("/secret/path"), 500, "internal error"),
 ])
 def test_other_failures_tell_no_path(server, hub, monkeypatch, error, status, words):
     def fail(*_, **__):
@@ -115,7 +125,8 @@ def test_other_failures_tell_no_path(server, hub, monkeypatch, error, status, wo
 
     monkeypatch.setattr("pybmc.hub.transfer.pull", fail)
     response = server.post("/api/pull", {"model": NAME, "stream": False})
-    assert response.status_code == status and words in response.json()["error"] and "secret" not in response.text
+    assert response.status_code == status and words in response.json()["error"]
+    assert "secret" not in response.text
     assert words in lines(server.post("/api/pull", {"model": NAME}))[-1]["error"]
 
 
@@ -148,7 +159,8 @@ def test_one_model_is_pulled_at_a_time_while_others_are_served(server, hub, held
     connection = server.begin("/api/pull", {"model": NAME})
     until(lambda: held)
     response = server.post("/api/pull", {"model": "user/other"})
-    assert response.status_code == 429 and NAME in response.json()["error"] and "retry-after" in response.headers
+    assert response.status_code == 429 and NAME in response.json()["error"]
+    assert "retry-after" in response.headers
     assert server.post("/v1/completions", {"prompt": "a", "max_tokens": 2}).status_code == 200
     connection.close()
 
@@ -182,7 +194,8 @@ def test_the_end_of_the_server_ends_a_pull(model, hub, held):
 def test_it_is_403_without_the_flag_and_401_without_the_key(model, hub):
     with served(model) as server:
         response = server.post("/api/pull", {"model": NAME})
-        assert response.status_code == 403 and "--allow-pull" in response.json()["error"] and "pybmc pull" in response.json()["error"]
+        assert response.status_code == 403 and "--allow-pull" in response.json()["error"]
+        assert "pybmc pull" in response.json()["error"]
     with served(model, Policy(pull=True, keys=["secret"])) as server:
         assert server.post("/api/pull", {"model": NAME}).status_code == 401
     assert hub.log == []
@@ -200,4 +213,5 @@ def test_ollamas_client_pulls(server, hub):
 def test_a_missing_package_is_told_at_the_start(monkeypatch, capfd):
     monkeypatch.setattr("pybmc.cli.serve.find_spec", lambda name: None)
     assert run(["serve", str(tiny.model("llama")), "--port", "0", "--allow-pull"]) == 1
-    assert capfd.readouterr().err == "pybmc: --allow-pull needs packages that are not installed: pip install huggingface-hub\n"
+    assert (capfd.readouterr().err == "pybmc: --allow-pull needs packages that are not installed: pip "
+                                      "install huggingface-hub\n")

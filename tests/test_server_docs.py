@@ -15,7 +15,8 @@ from pybmc.serve import errors
 
 DOCS = Path(__file__).parents[1] / "docs"
 TEXT = (DOCS / "server.md").read_text("utf-8")
-EXAMPLES = re.findall(r"^```(\w+)\n(.*?)^```", TEXT + (DOCS / "llama-server.md").read_text("utf-8"), re.DOTALL | re.MULTILINE)
+EXAMPLES = re.findall(r"^```(\w+)\n(.*?)^```", TEXT + (DOCS / "llama-server.md").read_text("utf-8"),
+                      re.DOTALL | re.MULTILINE)
 NEEDS = {"openai": "OpenAI(", "anthropic": "Anthropic(", "ollama": "ollama."}
 
 
@@ -35,7 +36,8 @@ def test_an_example_runs(server, language, code):
             pytest.importorskip(package, reason=f"needs the {package} package")
     command = ["bash", "-ec", code] if language == "sh" else [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0 and done.stdout.strip() and not re.search(r'"error":\s*[{"]|event: error|response.failed', done.stdout), done.stdout + done.stderr
+    failed = re.search(r'"error":\s*[{"]|event: error|response.failed', done.stdout)
+    assert done.returncode == 0 and done.stdout.strip() and not failed, done.stdout + done.stderr
 
 
 def test_every_code_and_flag_of_the_page_is_real():

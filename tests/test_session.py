@@ -203,7 +203,8 @@ def test_a_forked_process_goes_on_alone():
     """The pool's threads stay behind in the parent; the child must not wait for them."""
     code = (
         "import os, pybmc\n"
-        f"model = pybmc.Model({str(tiny.model('llama', **tiny.SMALL))!r}, threads=3)\nsession = model.session()\n"
+        f"model = pybmc.Model({str(tiny.model('llama', **tiny.SMALL))!r}, threads=3)\n"
+        "session = model.session()\n"
         "right = session.eval([1, 2, 3]).tobytes()\nsession.rewind(0)\nchild = os.fork()\n"
         "assert session.eval([1, 2, 3]).tobytes() == right\nmodel.close()\n"
         "if child: assert os.waitpid(child, 0)[1] == 0"
@@ -213,12 +214,15 @@ def test_a_forked_process_goes_on_alone():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_forks_beside_a_generation_go_on():
-    """Another thread is in the middle of a pass: its locks, threads and counters are made new in the child."""
+    """Another thread is in the middle of a pass:
+    its locks, threads and counters are made new in the child."""
     code = (
         "import faulthandler, os, threading, traceback, numpy as np, pybmc\n"
         f"model = pybmc.Model({str(tiny.model('llama'))!r}, threads=3)\n"
-        "pybmc.generate                      # a fork while another thread imports this would hang in Python's own lock\n"
-        "text, idle = list(range(1, 300)), model.session()\nright = model.session().eval(text, logits='all')\n"
+        "pybmc.generate                      # a fork while another thread imports this would hang in "
+        "Python's own lock\n"
+        "text, idle = list(range(1, 300)), model.session()\n"
+        "right = model.session().eval(text, logits='all')\n"
         "idle.eval(text[:100])\ndone = False\nused = model.session()\n"
         "def busy():\n"
         "    while not done:\n"
@@ -245,7 +249,8 @@ def test_forks_beside_a_generation_go_on():
         "    failed += os.waitpid(pid, 0)[1] != 0\n"
         "done = True\nthread.join()\nassert not failed, failed"
     )
-    result = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, timeout=120, capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-c", code], cwd=HERE.parent, timeout=120,
+                            capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
 
 
@@ -262,7 +267,8 @@ def test_more_threads_than_cores_are_noted_once_and_change_nothing(caplog):
         with pybmc.Model(path, threads=cores + 6) as model:
             assert (model.session().eval(TOKENS, logits="all") == right).all()
     assert [r.getMessage() for r in caplog.records] == [
-        f"{cores + 6} threads are asked for, this process may use {cores} cores: that is slower than {cores} threads"]
+        f"{cores + 6} threads are asked for, this process may use {cores} cores: that is slower than "
+        f"{cores} threads"]
 
 
 def test_a_context_beyond_the_training_is_noted_once(model, caplog):
@@ -271,7 +277,8 @@ def test_a_context_beyond_the_training_is_noted_once(model, caplog):
     for _ in range(2):
         with model.session(context=model.config.n_ctx + 1) as session:
             session.eval(TOKENS)
-    assert [f"a context of {model.config.n_ctx + 1} tokens is more than the {model.config.n_ctx}" in r.getMessage()
+    assert [f"a context of {model.config.n_ctx + 1} tokens is more than the {model.config.n_ctx}"
+            in r.getMessage()
             for r in caplog.records] == [True]
 
 
@@ -392,7 +399,8 @@ def test_threads_with_sessions_of_their_own(model):
 
 @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs setitimer")
 def test_interrupts_leave_a_session_whole(model):
-    """An exception out of a signal, at any moment: position and tokens still agree, and the next eval is right."""
+    """An exception out of a signal, at any moment:
+    position and tokens still agree, and the next eval is right."""
 
     class Interrupt(Exception):
         pass
@@ -492,4 +500,4 @@ def test_memory_follows_use(tmp_path):
     for (rows, context), got in zip(ways, json.loads(result.stdout)):
         assert got["packed"] > 60 * MB and got["loaded"] < 1.05 * got["packed"] + 4 * MB, (rows, context, got)
         assert got["opened"] < MB, (rows, context, got)
-        assert got["used"] < 400 * got["row"] + 24 * MB, (rows, context, got)       # a pass's buffers among it
+        assert got["used"] < 400 * got["row"] + 24 * MB, (rows, context, got)    # a pass's buffers among it

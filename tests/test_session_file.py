@@ -77,7 +77,8 @@ def saved_thrice(path):
 
 @names
 def test_a_session_goes_on_as_if_it_had_never_been_saved(name, tmp_path):
-    """Saved after each step, in the way of a chat, and loaded each time: with other segments, and beside what the live one gives."""
+    """Saved after each step, in the way of a chat, and loaded each time:
+    with other segments, and beside what the live one gives."""
     path, steps = tmp_path / "s", ((37, 0), (5, 0), (100, 20), (1, 0), (60, 50), (3, 120), (5, 0))
     with load(name).session(rows=48) as session:
         for i, (n, back) in enumerate(steps):
@@ -103,7 +104,8 @@ def _rewound(session, at):
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "qwen35", "MLA", "per-layer inputs"])
 def test_any_order_of_steps(name, tmp_path):
-    """Evaluate, go back, sync, snapshot, fork, save and load at random: each session gives the logits of its text read anew."""
+    """Evaluate, go back, sync, snapshot, fork, save and load at random:
+    each session gives the logits of its text read anew."""
     rng, model = random.Random(1), load(name)
     session, text = model.session(rows=16), []
     for step in range(50):
@@ -133,7 +135,8 @@ def test_any_order_of_steps(name, tmp_path):
 
 
 def test_windows_keep_their_rows_only(tmp_path):
-    """Six of seven layers see 16 rows: far behind them nothing is saved, and going back there reads the text anew."""
+    """Six of seven layers see 16 rows: far behind them nothing is saved,
+    and going back there reads the text anew."""
     model, text = load("gemma3"), tokens(2600)
     with model.session(rows=256) as session:
         for start in range(0, len(text), 200):
@@ -163,10 +166,12 @@ def test_other_kernels_give_the_same_logits(tmp_path):
             files += [load(name).path, str(tmp_path / name)]
             right += session.eval([7]).tobytes()
     code = ("import sys, pybmc\nfor model, path in zip(sys.argv[1::2], sys.argv[2::2]):\n"
-            "    sys.stdout.buffer.write(pybmc.Model(model, threads=1).load_session(path).eval([7]).tobytes())")
+            "    sys.stdout.buffer.write(pybmc.Model(model, "
+            "threads=1).load_session(path).eval([7]).tobytes())")
     for level in cpu_levels():
-        done = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, timeout=120, check=False,
-                              env=os.environ | {"PYBMC_CPU": level, "PYTHONPATH": str(Path(__file__).parents[1])})
+        done = subprocess.run([sys.executable, "-c", code, *files],
+                              capture_output=True, timeout=120, check=False, env=os.environ
+                              | {"PYBMC_CPU": level, "PYTHONPATH": str(Path(__file__).parents[1])})
         assert done.stdout == right, done.stderr.decode()
 
 
@@ -324,7 +329,8 @@ def test_what_is_no_session_of_this_model(tmp_path):
         session.eval(tokens(30), "none")
         session.save(path)
     llama, gemma = Path(load("llama").path).name, Path(load("gemma3").path).name
-    with pytest.raises(FormatError, match=rf"expected a session of {gemma} \(gemma3, \w+\), found one of {llama} \(llama, \w+\)$"):
+    with pytest.raises(FormatError, match=rf"expected a session of {gemma} \(gemma3, \w+\), found one of "
+                                          rf"{llama} \(llama, \w+\)$"):
         load("gemma3").load_session(path)
     with pytest.raises(ContextFullError, match="30 rows are needed and its cap is 20"):
         load("llama").load_session(path, context=20)
@@ -337,8 +343,10 @@ def test_what_is_no_session_of_this_model(tmp_path):
     for version, change, message in ((0, {}, "expected a session of version 1, found version 0"),
                                      (2, {}, "expected a session of version 1, found version 2"),
                                      (1, {"kv_type": "q8_0"}, "KV type: expected f16, found q8_0"),
-                                     (1, {"layout": [1, 2]}, r"bytes of rows and states: expected \[.*\], found \[1, 2\]"),
-                                     (1, {"fingerprint": "0" * 64, "name": "a\nb\x1b"}, r"found one of a\\nb\\x1b \(llama, 0{12}\)$")):
+                                     (1, {"layout": [1, 2]},
+                                      r"bytes of rows and states: expected \[.*\], found \[1, 2\]"),
+                                     (1, {"fingerprint": "0" * 64, "name": "a\nb\x1b"},
+                                      r"found one of a\\nb\\x1b \(llama, 0{12}\)$")):
         path.write_bytes(_opening(version, opening | change) + data[start + 8 + length + 4:])
         with pytest.raises(FormatError, match=message):
             load("llama").load_session(path)
@@ -363,9 +371,10 @@ def forged(path, name, **changes):
     for key, value in changes.items():
         setattr(record, key, value)
     body = bytes(max(record.bytes(layout), 0))
-    front = session_file.HEAD.pack(session_file.SAVE, record.context, record.kept, len(record.tokens), record.window, len(record.parts),
-                                   len(record.notes), len(body))
-    front += b"".join(session_file.PART.pack(*part) for part in record.parts) + record.tokens.tobytes() + record.notes
+    front = session_file.HEAD.pack(session_file.SAVE, record.context, record.kept, len(record.tokens),
+                                   record.window, len(record.parts), len(record.notes), len(body))
+    front += (b"".join(session_file.PART.pack(*part) for part in record.parts) + record.tokens.tobytes()
+              + record.notes)
     path.write_bytes(data[:start] + front + _crc(front) + body + _crc(body))
 
 
@@ -374,16 +383,21 @@ def _crc(data):
 
 
 @pytest.mark.parametrize("name, changes", [
-    ("llama", {"context": 1 << 31, "tokens": np.array([9999], np.int32)}), ("llama", {"tokens": np.array([-1], np.int32)}),
-    ("llama", {"parts": []}), ("llama", {"parts": [(0, 0, 64)]}), ("llama", {"parts": [(0, 16, 48)]}), ("llama", {"parts": [(7, 0, 0)]}),
-    ("llama", {"parts": [(0, 0, 48), (3, 0, 40)]}), ("llama", {"parts": [(0, 0, 48)] * 2}), ("llama", {"parts": [(0, 48, 0)]}),
-    ("llama", {"window": 5}), ("llama", {"kept": 1}), ("llama", {"notes": b"{"}), ("llama", {"notes": b"[" * 100_000}),
-    ("qwen35", {"parts": [(0, 0, 48)]}), ("qwen35", {"parts": [(0, 0, 48), (3, 0, 39)]}), ("qwen35", {"parts": [(0, 0, 48), (2, 40, 40)]}),
-    ("qwen35", {"parts": [(0, 0, 48), (2, 99, 99), (3, 0, 40)]}), ("gemma3", {"window": 48, "parts": [(0, 0, 48), (1, 48, 48)]}),
+    ("llama", {"context": 1 << 31, "tokens": np.array([9999], np.int32)}),
+    ("llama", {"tokens": np.array([-1], np.int32)}),
+    ("llama", {"parts": []}), ("llama", {"parts": [(0, 0, 64)]}),
+    ("llama", {"parts": [(0, 16, 48)]}), ("llama", {"parts": [(7, 0, 0)]}),
+    ("llama", {"parts": [(0, 0, 48), (3, 0, 40)]}), ("llama", {"parts": [(0, 0, 48)] * 2}),
+    ("llama", {"parts": [(0, 48, 0)]}), ("llama", {"window": 5}), ("llama", {"kept": 1}),
+    ("llama", {"notes": b"{"}), ("llama", {"notes": b"[" * 100_000}), ("qwen35", {"parts": [(0, 0, 48)]}),
+    ("qwen35", {"parts": [(0, 0, 48), (3, 0, 39)]}), ("qwen35", {"parts": [(0, 0, 48), (2, 40, 40)]}),
+    ("qwen35", {"parts": [(0, 0, 48), (2, 99, 99), (3, 0, 40)]}),
+    ("gemma3", {"window": 48, "parts": [(0, 0, 48), (1, 48, 48)]}),
     ("gemma3", {"window": 32, "parts": [(0, 0, 48), (1, 32, 48)]}), ("gemma3", {"parts": [(0, 0, 48)]}),
 ])
 def test_a_forged_file_is_one_sentence(name, changes, tmp_path):
-    changes = {key: [session_file.Part(*part) for part in value] if key == "parts" else value for key, value in changes.items()}
+    changes = {key: [session_file.Part(*part) for part in value] if key == "parts" else value
+               for key, value in changes.items()}
     forged(tmp_path / "s", name, **changes)
     with pytest.raises(FormatError, match=r"^[^\n]*$"):
         load(name).load_session(tmp_path / "s")
@@ -553,7 +567,8 @@ def test_a_draft_head_guesses_on_in_a_loaded_session(tmp_path):
         right = [token.id for token in pybmc.generate(model, [1, 2, 3], 60, spec="off", **settings)]
         session, found = model.session(), [1, 2, 3]
         for _ in range(3):
-            found += [token.id for token in pybmc.generate(model, found, 20, session=session, spec="mtp", **settings)]
+            found += [token.id
+                      for token in pybmc.generate(model, found, 20, session=session, spec="mtp", **settings)]
             session.save(tmp_path / "s")
             session = model.load_session(tmp_path / "s")
         assert found[3:] == right
@@ -568,14 +583,17 @@ def test_parts_are_checked():
     with load("qwen35").session() as session, load("qwen35").session() as other:
         session.eval(tokens(40), "none")
         ids, handle, parts = np.array([5, 6], np.int32), other._handle, ffi.new("bmc_part[]", lib.BMC_PARTS)
-        assert [(p.kind, p.start, p.end) for p in parts[0:lib.bmc_session_parts(session._handle, 20, parts)]] == [
-            (lib.BMC_PART_ROWS, 16, 48), (lib.BMC_PART_STATES, 0, 40)]
-        for from_, tokens_, window in ((1, ids, 0), (-1, ids, 0), (0, np.array([1, 9999], np.int32), 0), (0, ids, 16), (0, ids, 1)):
+        n_parts = lib.bmc_session_parts(session._handle, 20, parts)
+        assert ([(p.kind, p.start, p.end) for p in parts[0:n_parts]]
+                == [(lib.BMC_PART_ROWS, 16, 48), (lib.BMC_PART_STATES, 0, 40)])
+        for from_, tokens_, window in ((1, ids, 0), (-1, ids, 0), (0, np.array([1, 9999], np.int32), 0),
+                                       (0, ids, 16), (0, ids, 1)):
             with pytest.raises(ArgumentError):
                 check(lib.bmc_session_extend(handle, from_, pointer(tokens_), len(tokens_), window))
         check(lib.bmc_session_extend(handle, 0, pointer(ids), 2, 0))
-        for kind, start, end, n in ((0, 0, 16, 5), (0, 3, 16, 99), (0, 0, 1 << 20, 99), (1, 16, 0, 0), (9, 0, 16, 0), (2, 0, 1, 0),
-                                    (3, 0, 1, 0), (3, 0, 99, 0), (2, 5, 5, 0), (0, -16, 0, 0)):
+        for kind, start, end, n in ((0, 0, 16, 5), (0, 3, 16, 99), (0, 0, 1 << 20, 99), (1, 16, 0, 0),
+                                    (9, 0, 16, 0), (2, 0, 1, 0), (3, 0, 1, 0), (3, 0, 99, 0), (2, 5, 5, 0),
+                                    (0, -16, 0, 0)):
             data = ffi.new("char[]", 100)
             for function in (lib.bmc_session_export, lib.bmc_session_import):
                 with pytest.raises(ArgumentError):

@@ -77,18 +77,20 @@ def tree(rng, n):
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3", *RECURRENT, "draft head"])
 def test_company_that_begins_alike_changes_nothing(arch, monkeypatch):
-    """Forks of running and of kept sessions, several answers, sequences put aside and cancelled, in all orders."""
+    """Forks of running and of kept sessions, several answers, sequences put aside and cancelled,
+    in all orders."""
     monkeypatch.setattr("pybmc.engine.sequence.ANSWER", 8)        # so that memory gets short later
     model, shared, aside = load(arch), 0, 0
     for seed in range(3 if arch == "draft head" else 10):
         rng = random.Random(seed)
         requests = [Request(prompt, rng.randint(1, 50), Sampler(temperature=rng.choice([0, 0.8]), seed=i),
-                            priority=rng.choice([0, 0, 1]), score=rng.choice([None] * 9 + [0]), reuse=rng.random() < 0.9)
+                            priority=rng.choice([0, 0, 1]), score=rng.choice([None] * 9 + [0]),
+                            reuse=rng.random() < 0.9)
                     for prompt in tree(rng, 7) for i in range(rng.choice([1, 1, 3]))]
         rows, states = costs(model, rng.choice([300, 400, 900]))
         memory = rows + rng.choice([1, 2, 3]) * states
-        with Engine(model, spec=rng.choice(["auto", "mtp"] if model.head else ["off", "ngram"]), parallel=rng.choice([2, 3, 5]), memory=memory,
-                    keep=rng.random() < 0.7) as engine:
+        with Engine(model, spec=rng.choice(["auto", "mtp"] if model.head else ["off", "ngram"]),
+                    parallel=rng.choice([2, 3, 5]), memory=memory, keep=rng.random() < 0.7) as engine:
             if rng.random() < 0.7:
                 slow(engine)
             found, cancelled, later = {}, set(), requests[len(requests) // 2:]
@@ -123,7 +125,8 @@ def test_answers_to_one_prompt_read_it_once(arch):
         read = count_reads(slow(engine))
         sequences = [engine.add(Request(prompt, 5, Sampler(temperature=1.0, seed=i))) for i in range(4)]
         found = finish(engine)
-        assert [outcome(found[s]) for s in sequences] == [outcome(alone(load(arch), s.request)) for s in sequences]
+        assert ([outcome(found[s]) for s in sequences]
+                == [outcome(alone(load(arch), s.request)) for s in sequences])
         assert sum(read) <= 200 + 3 and [s.stats.reused_tokens for s in sequences] == [0, 199, 199, 199]
 
 
@@ -144,7 +147,8 @@ def test_shared_rows_count_once():
 def test_the_second_of_two_unread_texts_waits_for_the_first():
     stem = ids(120)
     with slow(Engine(load(), spec="off")) as engine:
-        first, second, other = (engine.add(Request(text, 4)) for text in ([*stem, *ids(100, 1)], [*stem, *ids(9, 2)], ids(20, 3)))
+        first, second, other = (engine.add(Request(text, 4))
+                                for text in ([*stem, *ids(100, 1)], [*stem, *ids(9, 2)], ids(20, 3)))
         engine.step()
         assert engine.running == [first, other] and second.awaits is first
         while not second.started:
@@ -152,7 +156,8 @@ def test_the_second_of_two_unread_texts_waits_for_the_first():
             assert second.started or first.session.position <= 120
         assert first.session.position < 160 and first.reading
         found = finish(engine)
-        assert second.stats.reused_tokens == 120 and outcome(found[second]) == outcome(alone(load(), second.request))
+        assert second.stats.reused_tokens == 120
+        assert outcome(found[second]) == outcome(alone(load(), second.request))
 
 
 def test_nobody_waits_for_a_few_tokens():
@@ -182,7 +187,8 @@ def test_who_waited_for_a_cancelled_request_reads_itself():
         first, second = engine.add(Request([*stem, 5], 3)), engine.add(Request([*stem, 6], 3))
         engine.step()
         engine.cancel(first)
-        assert outcome(finish(engine)[second]) == outcome(alone(load(), second.request)) and not second.stats.reused_tokens
+        assert outcome(finish(engine)[second]) == outcome(alone(load(), second.request))
+        assert not second.stats.reused_tokens
 
 
 def test_a_text_that_is_written_can_be_forked():
@@ -192,7 +198,8 @@ def test_a_text_that_is_written_can_be_forked():
             engine.step()
         second = engine.add(Request([*ids(40), 1, 2], 5))
         found = finish(engine)
-        assert second.stats.reused_tokens == 40 and outcome(found[second]) == outcome(alone(load(), second.request))
+        assert second.stats.reused_tokens == 40
+        assert outcome(found[second]) == outcome(alone(load(), second.request))
         assert outcome(found[first]) == outcome(alone(load(), first.request))[-len(found[first]):]
 
 
@@ -230,7 +237,8 @@ def test_who_was_put_aside_finds_what_is_left():
         sequences = [engine.add(Request(ids(30, i), 350)) for i in range(2)]
         found = finish(engine)
         assert engine.put_aside
-        assert [outcome(found[s]) for s in sequences] == [outcome(alone(load(), s.request)) for s in sequences]
+        assert ([outcome(found[s]) for s in sequences]
+                == [outcome(alone(load(), s.request)) for s in sequences])
 
 
 def test_another_one_may_take_what_was_put_aside():
@@ -256,7 +264,8 @@ def test_a_kept_session_makes_way_for_its_own_fork():
         engine.add(Request(ids(350), 10))
         finish(engine)
         sequence = engine.add(Request([*ids(20), *ids(330, 1)], 10))
-        assert outcome(finish(engine)[sequence]) == outcome(alone(model, sequence.request)) and not engine.put_aside
+        assert outcome(finish(engine)[sequence]) == outcome(alone(model, sequence.request))
+        assert not engine.put_aside
         assert engine.used <= engine.memory
 
 
@@ -356,10 +365,12 @@ def test_the_longest_beginning_is_found():
     for _ in range(200):
         kept, sessions = Prefixes(), []
         for _ in range(rng.randint(0, 12)):
-            sessions.append(Told([rng.randrange(2) for _ in range(rng.randint(1, 9))], rng.choice([1, 1, 2, 3])))
+            sessions.append(Told([rng.randrange(2) for _ in range(rng.randint(1, 9))],
+                                 rng.choice([1, 1, 2, 3])))
             kept.give(sessions[-1])
         tokens = np.array([rng.randrange(2) for _ in range(rng.randint(0, 9))], np.int32)
-        best = max((s.nearest(prefixes.common(np.array(s.tokens, np.int32), tokens)) for s in sessions), default=0)
+        best = max((s.nearest(prefixes.common(np.array(s.tokens, np.int32), tokens)) for s in sessions),
+                   default=0)
         found = kept.match(tokens, 7)
         assert (found.n if found else 0) == best
         assert not found or found.session.tokens[:found.n] == tokens[:found.n].tolist()

@@ -1,4 +1,5 @@
-"""The tales that the bundled teller learns cause and effect from: sound sentences, about what they say they are about."""
+"""The tales that the bundled teller learns cause and effect from:
+sound sentences, about what they say they are about."""
 
 import random
 import re
@@ -25,7 +26,8 @@ def test_a_tale_is_sound_english(seed):
         assert not re.search(r"[\[\]|{}<>]|  | [,.;:?!]|,,|\.\.", paragraph), "markup or spaces left"
         assert paragraph.count('"') % 2 == 0
         assert re.match(r'["A-Z]', paragraph) and re.search(r'[.!?]"?$', paragraph)
-        assert not re.search(r'[.!?] [a-z]|[.]" [a-z]|[!?]" (?!cried|said|asked|thought)[a-z]|[!?]" (Cried|Said|Asked|Thought)', paragraph), "a capital"
+        assert not re.search(r'[.!?] [a-z]|[.]" [a-z]|[!?]" (?!cried|said|asked|thought)[a-z]|[!?]" '
+                             r'(Cried|Said|Asked|Thought)', paragraph), "a capital"
         assert not re.search(r"\b[Aa] [aeiou]|\b[Aa]n (?!hour)[^aeiou]", paragraph)
 
 
@@ -44,7 +46,8 @@ def test_a_seed_makes_its_tale(seed):
 
 def test_nobody_changes_between_he_and_she():
     told = {" ".join(tale.paragraphs): tale for tale in tales(60)}
-    men = [t for t, tale in told.items() if all(noun.he == "he" for noun in tale.about) and not re.search("daughter|old woman", t)]
+    men = [t for t, tale in told.items() if all(noun.he == "he" for noun in tale.about)
+           and not re.search("daughter|old woman", t)]
     assert len(men) > 200
     assert not any(re.search(r"\b([Ss]he|herself)\b", t) for t in men)
 
@@ -73,7 +76,8 @@ def test_a_helper_has_the_skill_that_is_needed():
     for seed in range(200):
         facts = simulate.choose_facts(random.Random(seed), plot)
         assert facts["need"] in [c["need"] for c in plot["facts"]["way_out"] if c["skill"] == facts["skill"]]
-        assert facts["trouble"] in [c["trouble"] for c in plot["facts"]["misfortune"] if c.get("skill", facts["skill"]) == facts["skill"]]
+        assert facts["trouble"] in [c["trouble"] for c in plot["facts"]["misfortune"]
+                                    if c.get("skill", facts["skill"]) == facts["skill"]]
 
 
 def documents(n=600):
@@ -81,9 +85,11 @@ def documents(n=600):
 
 
 def test_requests_ask_for_what_is_told():
-    asked = [(turn[0], " ".join(passage for _, passage in d.turns)) for d in documents() for turn in d.turns[:1]]
+    asked = [(turn[0], " ".join(passage for _, passage in d.turns)) for d in documents()
+             for turn in d.turns[:1]]
     nouns = {word for kind in ("person", "animal", "thing") for word in simulate.KINDS[kind]}
-    named = [(re.findall("[a-z-]+", request.lower()), told) for request, told in asked if request not in text.OPEN_REQUESTS]
+    named = [(re.findall("[a-z-]+", request.lower()), told) for request, told in asked
+             if request not in text.OPEN_REQUESTS]
     assert all(word in told for words, told in named for word in words if word in nouns) and len(named) > 500
 
 

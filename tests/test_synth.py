@@ -63,7 +63,8 @@ def known_type(path):
     return path.name.split(".")[1].removeprefix("pure-") in synth.MIXES.keys() | synth.BLOCKS.keys()
 
 
-@pytest.mark.parametrize("path", [path for path in GOLDEN if known_type(path) and path.stem != "gemma3n.F16"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in GOLDEN if known_type(path) and path.stem != "gemma3n.F16"],
+                         ids=lambda path: path.stem)
 def test_mixtures_equal_those_of_files_made_by_llama_quantize(path):
     file_type = path.name.split(".")[1]
     reader = gguf.GGUFReader(path)
@@ -82,7 +83,8 @@ def test_mixtures_equal_those_of_files_made_by_llama_quantize(path):
             continue
         place = synth.Place(layer, n_layers, gqa)
         is_output = parts[0] == "output" or parts[0] == "token_embd" and "output.weight" not in found
-        ours = synth.tensor_type(file_type, ".".join(parts[2:-1] if layer >= 0 else parts[:-1]), n_cols, place, is_output)
+        ours = synth.tensor_type(file_type, ".".join(parts[2:-1] if layer >= 0 else parts[:-1]), n_cols,
+                                 place, is_output)
         assert ours == kind, (path.name, tensor)
         compared += 1
     assert compared >= 8
@@ -104,7 +106,8 @@ def test_sizes_are_those_of_the_real_models():
 @pytest.mark.parametrize("name", synth_vocab.VOCABS)
 def test_vocabularies_have_their_size_and_no_duplicates(name):
     vocab = synth_vocab.VOCABS[name]
-    make = {"gpt2": synth_vocab.bpe_vocabulary, "llama": synth_vocab.spm_vocabulary, "bert": synth_vocab.wordpiece_vocabulary}
+    make = {"gpt2": synth_vocab.bpe_vocabulary, "llama": synth_vocab.spm_vocabulary,
+            "bert": synth_vocab.wordpiece_vocabulary}
     tokens, types, *extra = make[vocab.model](vocab)
     assert len(tokens) == len(types) == len(set(tokens)) == vocab.size
     assert vocab.bos in tokens and vocab.eos in tokens
@@ -172,8 +175,9 @@ def test_models_whose_layers_differ(name, file_type, tmp_path):
 
 
 @pytest.mark.parametrize("name, billions", [
-    ("qwen3-30b-a3b", 30.5), ("gpt-oss-20b", 20.9), ("qwen3.5-4b", 4.2), ("lfm2-1.2b", 1.17), ("lfm2-8b-a1b", 8.3), ("granite-4-tiny", 6.9),
-    ("gemma-4-e2b", 4.65), ("nemotron-3-nano", 31.6), ("deepseek-v2-lite", 15.7), ("bge-small", 0.0334),
+    ("qwen3-30b-a3b", 30.5), ("gpt-oss-20b", 20.9), ("qwen3.5-4b", 4.2), ("lfm2-1.2b", 1.17),
+    ("lfm2-8b-a1b", 8.3), ("granite-4-tiny", 6.9), ("gemma-4-e2b", 4.65), ("nemotron-3-nano", 31.6),
+    ("deepseek-v2-lite", 15.7), ("bge-small", 0.0334),
 ])
 def test_models_have_as_many_parameters_as_the_real_ones(name, billions):
     total = sum(int(np.prod(dims)) for _, _, dims, _ in synth.tensors(synth.MODELS[name], "Q4_K_M"))
@@ -186,12 +190,15 @@ def test_fewer_layers_are_the_first_ones():
     keys = shape.keys(shape)
     assert keys["attention.shared_kv_layers"] == 7 and len(keys["feed_forward_length"]) == 12
     names = {name for name, *_ in synth.tensors(shape, "Q8_0")}
-    assert "blk.4.attn_k.weight" in names and "blk.5.attn_k.weight" not in names and "blk.12.attn_q.weight" not in names
+    assert "blk.4.attn_k.weight" in names and "blk.5.attn_k.weight" not in names
+    assert "blk.12.attn_q.weight" not in names
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["gpt-oss-20b", "--layers", "99"], "--layers: expected 1 to 24, found 99"), (["gpt-oss-20b", "--layers", "-1"], "expected 1 to 24, found -1"),
-    (["gpt-oss-20b", "--pair", "0.8"], "there are no pairs of gpt-oss-20b"), (["gpt-oss-20b", "--type", "Q9"], "unknown type Q9"),
+    (["gpt-oss-20b", "--layers", "99"], "--layers: expected 1 to 24, found 99"),
+    (["gpt-oss-20b", "--layers", "-1"], "expected 1 to 24, found -1"),
+    (["gpt-oss-20b", "--pair", "0.8"], "there are no pairs of gpt-oss-20b"),
+    (["gpt-oss-20b", "--type", "Q9"], "unknown type Q9"),
 ])
 def test_wrong_arguments(arguments, words, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["synth", *arguments])

@@ -479,7 +479,8 @@ def characters(**changes):
 def test_whitespace_only_separates_words(load):
     tokenizer = load(characters())
     assert tokenizer.encode("ab  a\nb\u3000中文") == [7, 2, 3, 8]
-    assert tokenizer.encode("a🦙b Ab") == [2, 3, 3], "what has no token is dropped, and its neighbours stay apart"
+    assert tokenizer.encode("a🦙b Ab") == [2, 3, 3], ("what has no token is dropped, and its neighbours "
+                                                     "stay apart")
     lower = load(characters(**{"normalizer.lowercase": True}))
     assert lower.encode("AB Ä") == [7, 4]
 
@@ -487,7 +488,8 @@ def test_whitespace_only_separates_words(load):
 def test_missing_bytes_keep_their_neighbours_apart(load):
     vocabulary = bpe()
     tokens = vocabulary["tokenizer.ggml.tokens"]
-    merge = next(merge for merge in vocabulary["tokenizer.ggml.merges"] if len(merge) == 3 and merge.isascii())
+    merge = next(merge for merge in vocabulary["tokenizer.ggml.merges"] if len(merge) == 3
+                 and merge.isascii())
     a, b = merge.split(" ")
     tokens = ["?" if token == "Ã" else "?!" if token == "?" else token for token in tokens]
     tokenizer = load(vocabulary | {"tokenizer.ggml.tokens": tokens})
@@ -535,7 +537,8 @@ def test_wrong_arguments(both):
         (bpe(token_type=[0.5] * 600), "token_type: expected an array of numbers, found float32"),
         (bpe(token_type=3), "token_type: expected an array of numbers, found int"),
         (bpe(merges=None), "tokenizer.ggml.merges: expected an array of strings, found nothing"),
-        (characters(bos_token_id=None, pre="gemma4", tokens=["a"], token_type=[1]), "bos_token_id: expected one of 1"),
+        (characters(bos_token_id=None, pre="gemma4", tokens=["a"], token_type=[1]),
+         "bos_token_id: expected one of 1"),
         (bpe(bos_token_id="x"), "bos_token_id: expected int, found str"),
         (bpe(add_bos_token=1), "add_bos_token: expected bool, found int"),
         (

@@ -76,7 +76,8 @@ def test_the_whole_table_names_its_tests_as_they_are_printed():
         assert ", ".join(map(versus.test_name, entry.cells)) == entry.tests
         assert entry.shape in synth.MODELS
     assert {entry.section for entry in versus.chosen("depth, 7b", False)} == {"depth", "7b"}
-    assert not any(entry.cpu for entry in versus.chosen("", False)) and len(versus.chosen("", True)) == len(versus.TABLE)
+    assert not any(entry.cpu for entry in versus.chosen("", False))
+    assert len(versus.chosen("", True)) == len(versus.TABLE)
     with pytest.raises(click.UsageError, match="Q9"):
         versus.chosen("Q9", False)
 
@@ -94,7 +95,8 @@ def test_the_table_is_markdown_with_a_line_for_each_row():
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert {len(line) for line in cells} == {7} and len({len(line) for line in lines}) == 1
     assert cells[2] == ["open, s", "0.45", "1.00", "2.25", "2.00..2.50", "", ""]
-    assert cells[3] == ["verify 8 @4096", "2500", "100.0", "25.00", "20.00..50.00", "50% memory", "no flash attention"]
+    assert cells[3] == ["verify 8 @4096", "2500", "100.0", "25.00", "20.00..50.00", "50% memory",
+                        "no flash attention"]
 
 
 def test_each_run_is_held_against_the_limit_of_its_moment():
@@ -120,7 +122,8 @@ def test_a_limit_is_memory_or_kernels(loaded):
         least, by = slow.seconds(loaded, test, 8, 0, 100)
         assert by == "kernels" and least == pytest.approx((times * n_layers + heads * n_head) / 1e6)
     deep = limits.Limits(1e6, slow.weights | dict.fromkeys(slow.weights, 1e18), 1e18)
-    assert deep.seconds(loaded, "tg", 2, 10, 1000) == (pytest.approx((loaded.packed_bytes + 11_000) / 1e6), "memory")
+    assert deep.seconds(loaded, "tg", 2, 10, 1000) == (pytest.approx((loaded.packed_bytes + 11_000) / 1e6),
+                                                       "memory")
     attention = limits.Limits(1e18, deep.weights, 1e6)
     products = 2 * loaded.config.n_layers * loaded.config.q_dim * (10 + 1) * 2
     assert attention.seconds(loaded, "pp", 2, 10, 1) == (pytest.approx(products / 1e6), "kernels")
@@ -140,8 +143,10 @@ def test_limits_are_measured(loaded, monkeypatch):
 def test_json_lines_keep_every_measurement():
     row = versus.Row("verify 8", [300.0, 100.0], [100.0, 100.0], mode="m", cell=versus.Cell("verify", 8, 0))
     line = json.loads(json.dumps(versus.json_line("a.gguf", 2, row)))
-    assert line["test"] == "verify" and (line["n"], line["depth"], line["threads"], line["reps"]) == (8, 0, 2, 2)
-    assert (line["pybmc"], line["llama_cpp"], line["ratio"], line["ratio_min"], line["ratio_max"]) == (200, 100, 2, 1, 3)
+    assert line["test"] == "verify"
+    assert (line["n"], line["depth"], line["threads"], line["reps"]) == (8, 0, 2, 2)
+    assert ((line["pybmc"], line["llama_cpp"], line["ratio"], line["ratio_min"], line["ratio_max"])
+            == (200, 100, 2, 1, 3))
     assert line["pybmc_all"] == [300, 100] and line["mode"] == "m"
 
 
@@ -220,8 +225,8 @@ def test_an_engine_that_fails_or_dies_is_one_sentence(fake):
 
 def test_without_the_peer_the_message_says_what_to_install(tmp_path):
     (tmp_path / "llama_cpp.py").write_text("raise ImportError('none here')")
-    done = subprocess.run([sys.executable, "-m", "tools.versus_worker", "llama.cpp"], capture_output=True, text=True, cwd=ROOT,
-                          env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    done = subprocess.run([sys.executable, "-m", "tools.versus_worker", "llama.cpp"], capture_output=True,
+                          text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(tmp_path)})
     assert done.returncode == 1
     assert "pip install llama-cpp-python" in json.loads(done.stdout)["error"]
 
@@ -231,7 +236,8 @@ def test_the_worker_serves_pybmc(tmp_path):
     requests = [{"do": "open", "path": path, "threads": 1, "context": 32, "outputs": 4},
                 {"do": "tokens", "text": "in the end"},
                 {"do": "logits", "tokens": [5, 6, 7], "file": str(file), "width": 2},
-                {"do": "run", "kind": "verify", "n": 4, "depth": 16, "mode": ""}, {"do": "close"}, {"do": "fly"}]
+                {"do": "run", "kind": "verify", "n": 4, "depth": 16, "mode": ""}, {"do": "close"},
+                {"do": "fly"}]
     worker = versus_worker.Worker(versus_worker.Pybmc())
     versus_worker.serve(worker, {"version": ""}, map(json.dumps, requests), out.append)
     about, opened, tokens, logits, run, closed, unknown = map(json.loads, out)
@@ -247,7 +253,8 @@ def test_against_the_real_peer(tmp_path):
     python = os.environ.get("PYBMC_PEER_PYTHON", sys.executable)
     if subprocess.run([python, "-c", "import llama_cpp"], capture_output=True).returncode:
         pytest.skip(f"{python} has no llama_cpp")
-    arguments = ["-p", "64", "-n", "4", "-b", "2", "-d", "0,32", "-r", "1", "-t", "1", "--peer-python", python, "--json"]
+    arguments = ["-p", "64", "-n", "4", "-b", "2", "-d", "0,32", "-r", "1", "-t", "1", "--peer-python",
+                 python, "--json"]
     done = CliRunner().invoke(versus.main, [tiny(tmp_path), *arguments])
     assert done.exit_code == 0, done.output
     *rows, machine = map(json.loads, done.output.splitlines())

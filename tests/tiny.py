@@ -5,8 +5,8 @@
     metadata, tensors = tiny.parts("phi3")                    for files with something wrong in them: change
     tiny.save(path, metadata, tensors)                        what parts() gives and save it
 
-Rows that a type's blocks do not divide get a smaller type, as llama.cpp's quantizer does it. Weights are scaled so
-that logits spread by about 3.
+Rows that a type's blocks do not divide get a smaller type, as llama.cpp's quantizer does it.
+Weights are scaled so that logits spread by about 3.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ ARCHITECTURES = ("llama", "qwen2", "qwen3", "gpt2", "gemma3", "phi3")
 # Blocks of each layer of those with recurrent ones, Attention, gated attention (Q), gated Delta
 # net, Mamba 2, short Convolution, Feed-forward.
 RECURRENT = {
-    "qwen35": ("DF", "QF", "DF"), "lfm2": ("CF", "AF", "CF"), "granitehybrid": ("MF", "AF", "MF"), "nemotron_h": ("M", "F", "A", "M"),
+    "qwen35": ("DF", "QF", "DF"), "lfm2": ("CF", "AF", "CF"), "granitehybrid": ("MF", "AF", "MF"),
+    "nemotron_h": ("M", "F", "A", "M"),
     "falcon-h1": ("AMF", "AMF"),
 }
 
 TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
-         "IQ4_NL", "IQ4_XS", "MXFP4", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "TQ1_0",
-         "TQ2_0", "NVFP4")
+         "IQ4_NL", "IQ4_XS", "MXFP4", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S",
+         "TQ1_0", "TQ2_0", "NVFP4")
 OWN_TYPES = ("Q1_0", "Q2_0")        # that the gguf package does not decode
 NUMBERS = {quant.name: int(quant) for quant in GGMLQuantizationType} | {"Q2_0": 42}
 GGML_QUANT_SIZES.setdefault(NUMBERS["Q2_0"], (64, 18))
@@ -49,10 +50,11 @@ the cat was old and the nights were cold, and in the end they shared the warm pl
 came the mouse went down to the river with the third grain, and there she planted it. It grew into a tall ear of
 wheat, and under it she met a sparrow who told her the story of the sea. 12 boats, 345 sails, 6789 waves. They're
 still talking, we'll see; it's said that they never agreed about anything, and never parted either.
-"""
+"""  # noqa: E501
 
-CHATML = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' "
-          "+ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+CHATML = ("{% for message in messages %}"
+          "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
+          "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 NORMAL, UNKNOWN, CONTROL, UNUSED, BYTE = 1, 2, 3, 5, 6      # token types of GGUF
 
@@ -63,7 +65,8 @@ SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 
 @lru_cache
 def _trained(spaces: bool):
-    """(pieces in the order of training, merges as pairs) of BPE on TEXT, over words with "▁" or over bytes."""
+    """(pieces in the order of training, merges as pairs) of BPE on TEXT,
+    over words with "▁" or over bytes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = (pre_tokenizers.Metaspace() if spaces
                                else pre_tokenizers.ByteLevel(add_prefix_space=False))
@@ -109,7 +112,7 @@ def spm_vocabulary(size: int) -> dict:
     """SentencePiece BPE as Llama's: <unk> <s> </s>, 256 bytes, then pieces that score by their rank."""
     pieces, _ = _trained(spaces=True)
     merged = [p for p in pieces if len(p) > 1]
-    ranked = [*merged, *(p for p in pieces if len(p) == 1)]         # single characters come last and score lowest
+    ranked = [*merged, *(p for p in pieces if len(p) == 1)]    # single characters come last and score lowest
     singles = len(pieces) - len(merged)
     if size < 259 + singles:
         raise ValueError(f"this SentencePiece vocabulary has at least {259 + singles} tokens, not {size}")
@@ -147,17 +150,19 @@ VOCABULARIES = {
 
 def fitting(type: str, n_cols: int) -> str:
     """The type, or what llama.cpp's quantizer takes instead where its blocks do not divide n_cols."""
-    smaller = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
+    smaller = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0",
+               "IQ4_XS": "IQ4_NL"}
     while n_cols % GGML_QUANT_SIZES[NUMBERS[type]][0]:
         type = smaller.get(type, "F16")
     return type
 
 
-# Types that the gguf package does not write: where a block's f16 scale and min stand, and min in units of scale, so
-# that the mean of random blocks is zero. _put_scale is used where the scale is no f16 in one piece.
+# Types that the gguf package does not write: where a block's f16 scale and min stand, and min in units of
+# scale, so that the mean of random blocks is zero. _put_scale is used where the scale is no f16 in one piece.
 RANDOM_BLOCKS = {
-    "Q2_K": (80, 82, 1.5), "Q3_K": (108, None, 0), "Q4_K": (0, 2, 7.5), "Q5_K": (0, 2, 15.5), "Q6_K": (208, None, 0),
-    "IQ4_NL": (0, None, 0), "IQ4_XS": (0, None, 0), "IQ1_S": (0, None, 0), "IQ1_M": (49, None, 0),
+    "Q2_K": (80, 82, 1.5), "Q3_K": (108, None, 0), "Q4_K": (0, 2, 7.5), "Q5_K": (0, 2, 15.5),
+    "Q6_K": (208, None, 0), "IQ4_NL": (0, None, 0), "IQ4_XS": (0, None, 0), "IQ1_S": (0, None, 0),
+    "IQ1_M": (49, None, 0),
     "IQ2_XXS": (0, None, 0), "IQ2_XS": (0, None, 0), "IQ2_S": (0, None, 0), "IQ3_XXS": (0, None, 0),
     "IQ3_S": (0, None, 0), "NVFP4": (0, None, 0), "Q1_0": (0, None, 0), "Q2_0": (0, None, 0),
 }
@@ -246,20 +251,24 @@ def _layer(make: _Tensors, arch, i, dim, hidden_dim, n_heads, n_kv_heads, head_d
     if arch == "gemma3":
         make.norm(b + "post_ffw_norm", dim)
     if gpt2:
-        for role, n in (("attn_qkv", q_dim + 2 * kv_dim), ("attn_output", dim), ("ffn_up", hidden_dim), ("ffn_down", dim)):
+        for role, n in (("attn_qkv", q_dim + 2 * kv_dim), ("attn_output", dim), ("ffn_up", hidden_dim),
+                        ("ffn_down", dim)):
             make.vector(b + role + ".bias", n)
 
 
 def _recurrent_metadata(arch, dim, hidden_dim, n_kv_heads, head_dim):
-    """What the blocks of RECURRENT add: sizes that vectors do not divide, for Mamba 2, and states of two slices a head."""
+    """What the blocks of RECURRENT add: sizes that vectors do not divide, for Mamba 2,
+    and states of two slices a head."""
     blocks = RECURRENT[arch]
-    metadata = {f"{arch}.attention.head_count_kv": [n_kv_heads * ("A" in layer or "Q" in layer) for layer in blocks],
+    metadata = {f"{arch}.attention.head_count_kv": [n_kv_heads * ("A" in layer or "Q" in layer)
+                                                    for layer in blocks],
                 f"{arch}.attention.key_length": head_dim, f"{arch}.attention.value_length": head_dim}
     if arch == "lfm2":
         return metadata | {"lfm2.shortconv.l_cache": 3}
     delta = arch == "qwen35"
-    metadata |= {f"{arch}.ssm.conv_kernel": 4, f"{arch}.ssm.state_size": 32 if delta else 9, f"{arch}.ssm.time_step_rank": 4,
-                 f"{arch}.ssm.group_count": 1 if arch == "granitehybrid" else 2, f"{arch}.ssm.inner_size": 128 if delta else 96}
+    metadata |= {f"{arch}.ssm.conv_kernel": 4, f"{arch}.ssm.state_size": 32 if delta else 9,
+                 f"{arch}.ssm.time_step_rank": 4, f"{arch}.ssm.group_count": 1 if arch == "granitehybrid"
+                 else 2, f"{arch}.ssm.inner_size": 128 if delta else 96}
     if delta:
         metadata |= {"qwen35.full_attention_interval": 2, "qwen35.attention.head_count_kv": n_kv_heads}
     if arch == "granitehybrid":
@@ -277,7 +286,8 @@ def _recurrent_layer(make: _Tensors, arch, i, dim, hidden_dim, n_heads, n_kv_hea
     heads, inner, keys = size("time_step_rank"), size("inner_size"), size("state_size") * size("group_count")
     make.norm(b + "attn_norm", dim)
     if "A" in blocks or "Q" in blocks:
-        for role, n_rows in (("attn_q", n_heads * head_dim * (1 + ("Q" in blocks))), ("attn_k", n_kv_heads * head_dim), ("attn_v", n_kv_heads * head_dim)):
+        for role, n_rows in (("attn_q", n_heads * head_dim * (1 + ("Q" in blocks))),
+                             ("attn_k", n_kv_heads * head_dim), ("attn_v", n_kv_heads * head_dim)):
             make.matrix(b + role, n_rows, dim)
         make.matrix(b + "attn_output", dim, n_heads * head_dim)
         if arch in ("qwen35", "lfm2"):
@@ -288,7 +298,8 @@ def _recurrent_layer(make: _Tensors, arch, i, dim, hidden_dim, n_heads, n_kv_hea
         make.matrix(b + "shortconv.conv", dim, 3, type="F32")
         make.matrix(b + "shortconv.out_proj", dim, dim)
     if "D" in blocks:
-        for role, n_rows in (("attn_qkv", 2 * keys + inner), ("attn_gate", inner), ("ssm_alpha", heads), ("ssm_beta", heads)):
+        for role, n_rows in (("attn_qkv", 2 * keys + inner), ("attn_gate", inner), ("ssm_alpha", heads),
+                             ("ssm_beta", heads)):
             make.matrix(b + role, n_rows, dim)
         make.norm(b + "ssm_norm", inner // heads)
     if "M" in blocks:
@@ -314,13 +325,14 @@ def _recurrent_layer(make: _Tensors, arch, i, dim, hidden_dim, n_heads, n_kv_hea
 
 # Files
 
-def parts(arch="llama", types="F16", dim=64, hidden_dim=96, n_layers=None, n_heads=4, n_kv_heads=None, head_dim=None,
-          vocab_size=401, n_ctx=512, tied=None, vocab=None, rope_factors=False, window=16, seed=0):
+def parts(arch="llama", types="F16", dim=64, hidden_dim=96, n_layers=None, n_heads=4, n_kv_heads=None,
+          head_dim=None, vocab_size=401, n_ctx=512, tied=None, vocab=None, rope_factors=False,
+          window=16, seed=0):
     """metadata {key: value} and tensors {name: (type, uint8 rows)} of a model.
 
-    n_kv_heads is 2 (gpt2: n_heads), head_dim is dim / n_heads, n_layers is 2 (gemma3: 7, of which the sixth sees
-    everything), tied is True for gpt2 and gemma3. vocab names the vocabulary of another architecture, or "spm".
-    rope_factors adds Llama-3's rope_freqs, or phi3's long and short factors.
+    n_kv_heads is 2 (gpt2: n_heads), head_dim is dim / n_heads, n_layers is 2 (gemma3: 7, of which the sixth
+    sees everything), tied is True for gpt2 and gemma3. vocab names the vocabulary of another architecture, or
+    "spm". rope_factors adds Llama-3's rope_freqs, or phi3's long and short factors.
     """
     n_layers = n_layers or (7 if arch == "gemma3" else len(RECURRENT.get(arch, "12")))
     n_kv_heads = n_kv_heads or (n_heads if arch == "gpt2" else min(2, n_heads))
@@ -370,7 +382,8 @@ def parts(arch="llama", types="F16", dim=64, hidden_dim=96, n_layers=None, n_hea
 
 
 def save(path, metadata: dict, tensors: dict) -> Path:
-    """Write a GGUF. Integers become uint32 (int32 in arrays), floats float32; a value of None leaves its key out."""
+    """Write a GGUF. Integers become uint32 (int32 in arrays), floats float32;
+    a value of None leaves its key out."""
     writer = gguf.GGUFWriter(path, metadata["general.architecture"])
     kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
              list: writer.add_array}
@@ -426,7 +439,8 @@ def shuffled(path, order: list[int], **shape) -> Path:
 
 @lru_cache(maxsize=None)
 def _model(arguments) -> Path:
-    arguments = {key: dict(value) if key == "types" and isinstance(value, tuple) else value for key, value in arguments}
+    arguments = {key: dict(value) if key == "types" and isinstance(value, tuple) else value
+                 for key, value in arguments}
     return save(folder() / f"{arguments['arch']}-{_model.cache_info().misses}.gguf", *parts(**arguments))
 
 

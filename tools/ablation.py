@@ -4,8 +4,8 @@
     python -m tools.ablation --seeds 100    more texts of each task
 
 No model runs and no clock is read: tools/simulated.c gives the library's own rounds (native/guess.c, round.c,
-policy.c, ngram.c) texts that are known in advance, and passes that take what a measured curve says. So a table is
-the same on every machine.
+policy.c, ngram.c) texts that are known in advance, and passes that take what a measured curve says.
+So a table is the same on every machine.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CURVES = {
     "1.5B": [.0221, .0238, .0240, .0252, .0427, .083, .16, .30, .58, 1.14],
     "0.5B": [.0086, .0101, .0110, .0116, .0155, .026, .048, .09, .17, .333],
     "1.5B, AVX-512": [.0149, .0152, .0165, .0233, .0400, .075, .146, .29, .58, 1.15],
-    "0.5B, AVX-512": [.0043, .0049, .0058, .0082, .0155, .030, .058, .115, .23, .45],       # 32 tokens take as long as seven passes of one
+    "0.5B, AVX-512": [.0043, .0049, .0058, .0082, .0155, .030, .058, .115, .23, .45],  # 32: as 7 of 1
     "F16": [.0769, .0774, .0945, .123, .235, .40, .73, 1.4, 2.7, 5.2],     # a CPU that arithmetic soon limits
 }
 
@@ -98,8 +98,8 @@ MECHANISMS = {                          # what can only be removed
 @dataclass(frozen=True)
 class Task:
     """What is written, and who may guess. copied: share of the answer that stands in the prompt. right: how
-    often the draft model is; both in each stretch of a text in turn, or in each text (whole). honest: whether the
-    draft model knows how often."""
+    often the draft model is; both in each stretch of a text in turn, or in each text (whole).
+    honest: whether the draft model knows how often."""
 
     name: str
     copied: tuple[float, ...] = (0.0,)

@@ -1,7 +1,9 @@
-"""The cost model of a cache that grows: allocation, copies, first touch, unused rows, and the r that balances them.
+"""The cost model of a cache that grows: allocation, copies, first touch, unused rows,
+and the r that balances them.
 
-The idea is BMC's (arXiv 2511.12031); docs/bmc.md derives the formulas. Letters: s bytes of a row over all layers, r
-rows added at a time, n rows in use, u seconds that attention takes for a row, tau tokens that a pass brings.
+The idea is BMC's (arXiv 2511.12031); docs/bmc.md derives the formulas. Letters: s bytes of a row over all
+layers, r rows added at a time, n rows in use, u seconds that attention takes for a row, tau tokens that a
+pass brings.
 """
 
 from __future__ import annotations
@@ -36,11 +38,12 @@ class Cost:
         return Cost(self.allocate / n, self.copy / n, self.touch / n, self.attention / n)
 
 
-# ---- one growth ----------------------------------------------------------------------------------------------
+# ---- one growth --------------------------------------------------------------------------------------------
 
 
 def growth_cost(growth: Growth, machine: Machine, s: float, used: int, old: int, new: int) -> Cost:
-    """Seconds of one growth from old to new rows, used of them in use. First touch counts here, whenever it happens."""
+    """Seconds of one growth from old to new rows, used of them in use.
+    First touch counts here, whenever it happens."""
     copies = POLICIES[growth.policy].copies
     mapped = s * (new if copies or growth.policy in ("remap", "max", "max-lazy") else new - old)
     huge = mapped >= HUGE_PAGE
@@ -52,14 +55,16 @@ def growth_cost(growth: Growth, machine: Machine, s: float, used: int, old: int,
     return Cost(allocate, machine.copy * s * used * copies, machine.touch(huge) * touched)
 
 
-# ---- a text --------------------------------------------------------------------------------------------------
+# ---- a text ------------------------------------------------------------------------------------------------
 
 
-def predict(growth: Growth, machine: Machine, s: float, attention: tuple[float, float], prompt: int, generated: int,
-            cap: int, width: int = 1, tau: float = 1.0) -> Cost:
-    """Seconds a token of generating tokens after a prompt, without the weights; the cache's start is among them.
+def predict(growth: Growth, machine: Machine, s: float, attention: tuple[float, float], prompt: int,
+            generated: int, cap: int, width: int = 1, tau: float = 1.0) -> Cost:
+    """Seconds a token of generating tokens after a prompt, without the weights;
+    the cache's start is among them.
 
-    attention: seconds of a pass of this width over no rows, and over each row. Passes take `width` rows and leave tau.
+    attention: seconds of a pass of this width over no rows, and over each row.
+    Passes take `width` rows and leave tau.
     """
     reserved = grown(growth, prompt, 0, cap)
     cost, seen, passes = growth_cost(growth, machine, s, 0, 0, reserved), 0, max(1, round(generated / tau))
@@ -76,7 +81,8 @@ def best_r(machine: Machine, s: float, u: float, rows: float, width: int = 1, ta
            phi: float = 1.0) -> int:
     """r* = sqrt(2 tau (a + s (F + 1/B_c) n) / (u phi)) for caches that are copied, in whole tiles.
 
-    phi is the share of unused rows that attention computes; F is first touch of the new rows and release of the old.
+    phi is the share of unused rows that attention computes;
+    F is first touch of the new rows and release of the old.
     """
     huge = s * rows >= HUGE_PAGE
     per_growth = machine.map_s + s * rows * (machine.touch(huge) + machine.unmap(huge) + machine.copy)

@@ -1,4 +1,5 @@
-"""The figures of docs/bmc.md, drawn from what `python -m tools.kvbench --json` printed. Needs matplotlib, the extra [plot]."""
+"""The figures of docs/bmc.md, drawn from what `python -m tools.kvbench --json` printed.
+Needs matplotlib, the extra [plot]."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ def draw(lines: list[dict], folder) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     kv = [line for line in lines if line.get("test") == "kv"]
     drawn = []
-    for name, figure in (("curve", _curves), ("parts", _parts), ("memory", _memory), ("speculation", _speculation)):
+    for name, figure in (("curve", _curves), ("parts", _parts), ("memory", _memory),
+                         ("speculation", _speculation)):
         made = figure(plt, kv)
         if made is not None:
             drawn.append(folder / f"bmc-{name}.svg")
@@ -34,8 +36,9 @@ def _pyplot():
     except ImportError as error:
         raise BmcError(needs_packages("a figure", "plot")) from error
     matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "bmc", "svg.fonttype": "none", "font.size": 9, "axes.spines.top": False,
-                                "axes.spines.right": False, "axes.axisbelow": True, "legend.frameon": False})
+    matplotlib.rcParams.update({"svg.hashsalt": "bmc", "svg.fonttype": "none", "font.size": 9,
+                                "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True,
+                                "legend.frameon": False})
     import matplotlib.pyplot as plt
     return plt
 
@@ -79,11 +82,13 @@ def _one_curve(ax, copies: list[dict], whole: list[dict]) -> None:
     at = [line["r"] for line in copies] + [n] * len(whole)
     rest = sorted(line["rest_ms"] for line in both)[len(both) // 2]
     ax.plot(at, [line["predicted_ms"] + rest for line in both], color=LINES[0], label="predicted")
-    ax.plot(at, [line["cache_ms"] + rest for line in both], "o", color=LINES[1], markersize=4, label="measured")
+    ax.plot(at, [line["cache_ms"] + rest for line in both], "o", color=LINES[1], markersize=4,
+            label="measured")
     stars = [line["r"] for line in copies if line["r_star"]]
     if stars:
         ax.axvline(stars[0], color="#999999", linestyle=":")
-        ax.text(stars[0], 1.2 * max(line["total_ms"] for line in both), f" r* = {stars[0]}", fontsize=7, va="top")
+        ax.text(stars[0], 1.2 * max(line["total_ms"] for line in both), f" r* = {stars[0]}",
+                fontsize=7, va="top")
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     shown = [r for r in at if r in (1, 16, 64, 256, 1024)] + [n]
@@ -120,7 +125,8 @@ def _parts(plt, kv: list[dict]):
 def _memory(plt, kv: list[dict]):
     """MB reserved while tokens come."""
     shown = ("copy", "geometric", "chunk", "max")
-    kv = [line for line in kv if not line["pad"] and line["rows"] != "copy:1" and line["rows"].split(":")[0] in shown]
+    kv = [line for line in kv if not line["pad"] and line["rows"] != "copy:1"
+          and line["rows"].split(":")[0] in shown]
     shapes = _values(kv, "shape")
     if not kv:
         return None
@@ -153,8 +159,9 @@ def _speculation(plt, kv: list[dict]):
         plain = {line["rows"]: line["total_ms"] for line in here if line["k"] == 0}
         for colour, k in zip(LINES, sorted(_values([line for line in here if line["k"]], "k"))):
             copies, _ = _curve([x for x in here if x["k"] == k and x["rows"] in plain])
-            ax.plot([line["r"] for line in copies], [plain[line["rows"]] / line["total_ms"] for line in copies], "o-",
-                    color=colour, markersize=3, linewidth=1, label=f"k = {k}")
+            ax.plot([line["r"] for line in copies],
+                    [plain[line["rows"]] / line["total_ms"] for line in copies], "o-", color=colour,
+                    markersize=3, linewidth=1, label=f"k = {k}")
         ax.axhline(1, color="#999999", linewidth=0.7)
         ax.set_xscale("log", base=2)
         ax.set_title(f"{shape}, prompt {prompt}", fontsize=9)

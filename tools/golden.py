@@ -3,17 +3,18 @@
     python -m tools.golden [DIR] [--json]        DIR: tests/golden of the repository
 
 A pair NAME.gguf and NAME.npz gives a row. The npz holds tokens, ref (float32 logits of the dequantized
-weights), llamacpp (llama.cpp's own logits), greedy_prompt, greedy_tokens, greedy_gap (the run that ref continues
-with), n_ctx (the context) and, where there are experts, route_gap (how clear each token's choice of experts is, in
-routing logits). Three bounds, exit code 3 where one does not hold:
+weights), llamacpp (llama.cpp's own logits), greedy_prompt, greedy_tokens, greedy_gap (the run that ref
+continues with), n_ctx (the context) and, where there are experts, route_gap (how clear each token's choice of
+experts is, in routing logits). Three bounds, exit code 3 where one does not hold:
 
   error    the rms of (ours - ref) is at most 1.1 times llama.cpp's plus 1e-3 of the spread of ref
   top-1    where ref's best leads by a clear gap and llama.cpp finds it, so do we
   greedy   each token of the greedy run with a clear gap is our best one too
 
 A gap is clear from 6 times llama.cpp's rms up: two logits that are each off by that rms differ by 1.4 of it.
-Positions whose experts are nearly a tie are left out of the first two bounds: another choice is no error there, and logits
-jump. Nearly a tie is a gap up to 2 times llama.cpp's usual error, the median over positions, which its own jumps leave as it is.
+Positions whose experts are nearly a tie are left out of the first two bounds: another choice is no error
+there, and logits jump. Nearly a tie is a gap up to 2 times llama.cpp's usual error, the median over
+positions, which its own jumps leave as it is.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ TIE = 2.0           # in its median over positions
 
 @dataclass(frozen=True)
 class Row:
-    """One file. compared: how many positions; rms, max: our error there; limit: the most rms may be; top1, greedy: how many
-    of the clear ones agree."""
+    """One file. compared: how many positions; rms, max: our error there; limit: the most rms may be;
+    top1, greedy: how many of the clear ones agree."""
 
     file: str
     compared: int
@@ -96,8 +97,9 @@ def compare(path: Path) -> Row:
     clear = (lead(ref) > CLEAR * their_rms) & (theirs.argmax(-1) == ref.argmax(-1))
     clear_steps = golden["greedy_gap"] > CLEAR * their_rms
     return Row(
-        file=path.stem, compared=len(ref), rms=rms(ours - ref), max=float(np.abs(ours - ref).max()), llamacpp_rms=their_rms,
-        ratio=rms(ours - ref) / their_rms, limit=1.1 * their_rms + 1e-3 * float(ref.std()),
+        file=path.stem, compared=len(ref), rms=rms(ours - ref),
+        max=float(np.abs(ours - ref).max()), llamacpp_rms=their_rms, ratio=rms(ours - ref) / their_rms,
+        limit=1.1 * their_rms + 1e-3 * float(ref.std()),
         top1=int((ours.argmax(-1) == ref.argmax(-1))[clear].sum()), top1_clear=int(clear.sum()),
         greedy=int((best == golden["greedy_tokens"])[clear_steps].sum()), greedy_clear=int(clear_steps.sum()),
     )
@@ -108,7 +110,8 @@ def models(folder: Path) -> list[Path]:
 
 
 def table(rows: list[Row]) -> str:
-    lines = ["| File | positions | our rms | llama.cpp's | ratio | top-1 where clear | greedy where clear | verdict |",
+    lines = ["| File | positions | our rms | llama.cpp's | ratio | top-1 where clear | greedy where clear | "
+             "verdict |",
              "|---|---|---|---|---|---|---|---|"]
     lines += [f"| {row.file} | {row.compared} | {row.rms:.2e} | {row.llamacpp_rms:.2e} | {row.ratio:.2f} | "
               f"{row.top1} of {row.top1_clear} | {row.greedy} of {row.greedy_clear} | "

@@ -19,8 +19,8 @@ MOST = 1 << 30
 
 @dataclass(frozen=True)
 class Policy:
-    """growth: its part of enum bmc_growth. takes: what may follow its name after a colon, "rows" added at a time
-    or the "factor" of a growth. copies: a growth copies. spare: rows are reserved some at a time."""
+    """growth: its part of enum bmc_growth. takes: what may follow its name after a colon, "rows" added at a
+    time or the "factor" of a growth. copies: a growth copies. spare: rows are reserved some at a time."""
 
     growth: int
     takes: str = ""
@@ -29,13 +29,13 @@ class Policy:
 
 
 POLICIES = {
-    "copy": Policy(lib.BMC_GROW_COPY, "rows", copies=True),             # a larger array, to which rows are copied
-    "geometric": Policy(lib.BMC_GROW_COPY, "factor", copies=True),      # likewise, a factor larger each time
-    "chunk": Policy(lib.BMC_GROW_CHUNK, "rows"),                        # chunks of r rows, as the product has them
-    "reserve": Policy(lib.BMC_GROW_RESERVE, "rows"),                    # address space for the cap, made memory
-    "remap": Policy(lib.BMC_GROW_REMAP, "rows"),                        # one mapping, moved where it can grow (Linux)
-    "max": Policy(lib.BMC_GROW_COPY, spare=False),                      # all memory at once, touched
-    "max-lazy": Policy(lib.BMC_GROW_COPY, spare=False),                 # all at once, memory as it is written
+    "copy": Policy(lib.BMC_GROW_COPY, "rows", copies=True),           # a larger array, rows are copied to it
+    "geometric": Policy(lib.BMC_GROW_COPY, "factor", copies=True),    # likewise, a factor larger each time
+    "chunk": Policy(lib.BMC_GROW_CHUNK, "rows"),                      # chunks of r rows, as in the product
+    "reserve": Policy(lib.BMC_GROW_RESERVE, "rows"),                  # address space for the cap, made memory
+    "remap": Policy(lib.BMC_GROW_REMAP, "rows"),                      # one mapping that moves to grow (Linux)
+    "max": Policy(lib.BMC_GROW_COPY, spare=False),                    # all memory at once, touched
+    "max-lazy": Policy(lib.BMC_GROW_COPY, spare=False),               # all at once, memory as it is written
 }
 
 
@@ -43,8 +43,8 @@ POLICIES = {
 class Growth:
     """A policy with its numbers. r 0: what suits the model; factor 0: 2.
 
-    touch: first touch at growth and not at the first write, so that its time is counted. pad: attention works on unused
-    rows too, as kernels over whole arrays do; it changes nothing but the time.
+    touch: first touch at growth and not at the first write, so that its time is counted.
+    pad: attention works on unused rows too, as kernels over whole arrays do; it changes nothing but the time.
     """
 
     policy: str = "chunk"
@@ -59,7 +59,8 @@ class Growth:
 
 
 def parse(text: str, **switches: bool) -> Growth:
-    """A policy's name, alone or with its number: "chunk", "copy:128", "geometric:1.5". Raises ArgumentError."""
+    """A policy's name, alone or with its number: "chunk", "copy:128", "geometric:1.5".
+    Raises ArgumentError."""
     name, colon, number = text.partition(":")
     takes = POLICIES[name].takes if name in POLICIES else ""
     try:
@@ -71,8 +72,8 @@ def parse(text: str, **switches: bool) -> Growth:
             return Growth(name, factor=float(number), **switches)
     except ValueError:
         pass
-    raise ArgumentError(f"policy: expected one of {', '.join(POLICIES)}, or one with its rows (chunk:128) or factor "
-                        f"(geometric:1.5), found {text!r}")
+    raise ArgumentError(f"policy: expected one of {', '.join(POLICIES)}, or one with its rows (chunk:128) or "
+                        f"factor (geometric:1.5), found {text!r}")
 
 
 def tiles(rows: int) -> int:
@@ -143,8 +144,8 @@ class GrowingSession:
         self.session.rewind(position)
 
     def evaluate(self, width: int) -> dict[str, float]:
-        """A pass of some tokens, which are forgotten again: its seconds ("wall"), those of a growth that it had to
-        wait for, and those of attention."""
+        """A pass of some tokens, which are forgotten again:
+        its seconds ("wall"), those of a growth that it had to wait for, and those of attention."""
         position, before = self.position, dict(self.spent)
         with self.model.profile() as profile:
             started = time.perf_counter()

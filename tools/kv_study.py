@@ -1,12 +1,13 @@
 """What a KV cache costs by the way it grows, measured on the real arena and kernels, beside a prediction.
 
-A setting is a shape, a prompt length, a number of drafted tokens and a way to grow. Of the tokens that follow the
-prompt a sample is evaluated, spread evenly: passes at different fillings of the reserved rows, and growths with the
-pass that they interrupt. Rows in between are filled with noise. What costs the same every time need not be done a
-thousand times; `whole` does it nevertheless, to check the sampling.
+A setting is a shape, a prompt length, a number of drafted tokens and a way to grow. Of the tokens that follow
+the prompt a sample is evaluated, spread evenly: passes at different fillings of the reserved rows, and
+growths with the pass that they interrupt. Rows in between are filled with noise. What costs the same every
+time need not be done a thousand times; `whole` does it nevertheless, to check the sampling.
 
-The rows of a growth are touched at once, so that first touch is a cost of its own. With `pad` attention works on
-every row reserved, as kernels over whole arrays do: that is where the paper's trade-off lives (docs/bmc.md).
+The rows of a growth are touched at once, so that first touch is a cost of its own. With `pad` attention works
+on every row reserved, as kernels over whole arrays do: that is where the paper's trade-off lives
+(docs/bmc.md).
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from .machine import Machine, attention_times, lines_through, measure_machine
 from .synthetic import SyntheticModel
 
 R_GRID = (1, 16, 32, 64, 128, 256, 512, 1024)
-POLICIES = ("copy:1", "copy:128", "geometric:1.5", "geometric", "chunk", "reserve", "remap", "max-lazy", "max")
+POLICIES = ("copy:1", "copy:128", "geometric:1.5", "geometric", "chunk", "reserve", "remap",
+            "max-lazy", "max")
 ACCEPTED = 0.7                          # chance that a drafted token comes true, if those before it did
 SAMPLED, PASSES, REPS = 8, 10, 3        # growths and passes of a setting; evaluations of each pass
 LENGTHS = (512, 2048, 8192, 32768)      # at which stalls are looked for
@@ -104,9 +106,11 @@ class Result:
     def line(self) -> dict:
         """For --json."""
         s = self.setting
-        values = {name: value for name, value in asdict(self).items() if name not in ("setting", "predicted", "memory")}
-        return ({"test": "kv", "shape": s.shape, "rows": str(s.growth), "pad": s.growth.pad, "prompt": s.prompt,
-                 "generated": s.generated, "k": s.k, "accepted": s.accepted, "tau": s.tau, "r_star": s.r_star} | values
+        values = {name: value for name, value in asdict(self).items()
+                  if name not in ("setting", "predicted", "memory")}
+        return ({"test": "kv", "shape": s.shape, "rows": str(s.growth), "pad": s.growth.pad,
+                 "prompt": s.prompt, "generated": s.generated, "k": s.k, "accepted": s.accepted, "tau": s.tau,
+                 "r_star": s.r_star} | values
                 | {"cache_ms": self.cache_ms, "total_ms": self.total_ms, "predicted_ms": self.predicted_ms,
                    "predicted": {name: 1e3 * value for name, value in asdict(self.predicted).items()},
                    "memory": [[n, round(mb, 2)] for n, mb in self.memory]})
@@ -134,7 +138,8 @@ def growths_of(s: Setting) -> list[Grow]:
 
 
 def measure(model, s: Setting, whole: bool = False, reference: Callable[[], float] = lambda: 1.0) -> Result:
-    """One setting, in a session of its own. With a reference, passes are in times of it instead of milliseconds."""
+    """One setting, in a session of its own.
+    With a reference, passes are in times of it instead of milliseconds."""
     warm_up(model, grown(s.growth, s.prompt, 0, s.cap))
     with GrowingSession(model, s.growth, s.cap) as session:
         run = _Run(session, s, reference)
@@ -150,8 +155,9 @@ def measure(model, s: Setting, whole: bool = False, reference: Callable[[], floa
 
 
 def warm_up(model, rows: int) -> None:
-    """Touch the pages that the next rows are going to take. In a virtual machine those that nobody has touched for a
-    few seconds may be the host's again: getting one back costs 20 times what a page costs otherwise."""
+    """Touch the pages that the next rows are going to take. In a virtual machine those that nobody has
+    touched for a few seconds may be the host's again: getting one back costs 20 times what a page costs
+    otherwise."""
     with GrowingSession(model, Growth("max"), rows):
         pass
 
@@ -190,7 +196,7 @@ class _Run:
         self.grown.append((growth.used, self.evaluate()))
 
     def one_pass(self) -> None:
-        self.evaluate()                                 # what the jump left in the caches is not this pass's fault
+        self.evaluate()    # what the jump left in the caches is not this pass's fault
         runs = [self.evaluate() | {"reference": self.reference()} for _ in range(REPS)]
         self.passes.append({name: statistics.median(run[name] for run in runs) for name in runs[0]})
 
@@ -225,7 +231,8 @@ class _Run:
             self.passes.append(spent | {"reference": self.reference()})
 
     def growth_seconds(self, plan: list[Grow], name: str) -> float:
-        """Of all growths: those that were done, or as many times what they suggest. What is copied costs by the row."""
+        """Of all growths: those that were done, or as many times what they suggest.
+        What is copied costs by the row."""
         costs = [spent[name] for _, spent in self.grown]
         if len(costs) == len(plan):
             return sum(costs)
@@ -237,7 +244,8 @@ class _Run:
     def result(self, start: dict, plan: list[Grow]) -> Result:
         s, stats = self.s, self.session.session.arena_stats()
         n = max(1, round(s.generated / s.tau)) * s.tau
-        growing = {name: start[name] + self.growth_seconds(plan, name) for name in ("allocate", "copy", "touch")}
+        growing = {name: start[name] + self.growth_seconds(plan, name)
+                   for name in ("allocate", "copy", "touch")}
         mean = {name: statistics.fmean(p[name] / p["reference"] for p in self.passes) / s.tau
                 for name in ("wall", "attention")}
         median = statistics.median(p["wall"] for p in self.passes)
@@ -247,8 +255,8 @@ class _Run:
         peak = max([stats.rows_reserved] + [g.after + (g.before if copies else 0) for g in plan]) * mb
         return Result(
             s, stats.r, stats.row_bytes, *(1e3 * growing[name] / n for name in ("allocate", "copy", "touch")),
-            1e3 * mean["attention"], 1e3 * (mean["wall"] - mean["attention"]), len(plan), 1e3 * worst, 1e3 * median,
-            sum(g.used for g in plan) * mb * copies, peak, memory_over_tokens(s, plan, mb))
+            1e3 * mean["attention"], 1e3 * (mean["wall"] - mean["attention"]), len(plan), 1e3 * worst,
+            1e3 * median, sum(g.used for g in plan) * mb * copies, peak, memory_over_tokens(s, plan, mb))
 
 
 def memory_over_tokens(s: Setting, plan: list[Grow], mb: float) -> list[tuple[int, float]]:
@@ -257,17 +265,19 @@ def memory_over_tokens(s: Setting, plan: list[Grow], mb: float) -> list[tuple[in
     reserved = grown(s.growth, s.prompt, 0, s.cap)
     corners = [(s.prompt, reserved * mb)]
     for growth in plan[:: max(1, len(plan) // 128)]:
-        corners += [(growth.used, growth.before * mb), (growth.used, (growth.after + growth.before * copies) * mb),
+        corners += [(growth.used, growth.before * mb),
+                    (growth.used, (growth.after + growth.before * copies) * mb),
                     (growth.used, growth.after * mb)]
     return [*corners, (s.prompt + s.generated, max([reserved] + [g.after for g in plan]) * mb)]
 
 
-# ---- the experiments -----------------------------------------------------------------------------------------
+# ---- the experiments ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured. rows: sizes of a growth; ks: drafted tokens; policies: those compared at the middle prompt."""
+    """What is measured. rows: sizes of a growth; ks: drafted tokens;
+    policies: those compared at the middle prompt."""
 
     shapes: Sequence[str] = ("1b-gqa", "gpt2-medium", "7b-mha")
     prompts: Sequence[int] = (1024,)
@@ -281,14 +291,15 @@ class Plan:
     lengths: Sequence[int] = LENGTHS
 
 
-QUICK = Plan(shapes=("1b-gqa",), generated=256, rows=(1, 16, 64, 256), policies=("copy:1", "chunk", "max"), reps=1,
-             lengths=(512,))
+QUICK = Plan(shapes=("1b-gqa",), generated=256, rows=(1, 16, 64, 256), policies=("copy:1", "chunk", "max"),
+             reps=1, lengths=(512,))
 FULL = Plan(prompts=(128, 1024, 4096), rows=(1, 16, 64, 256, 1024), ks=(0, 3, 7, 15), reps=2)
 
 
 @dataclass(frozen=True)
 class Found:
-    """What the predictions for a shape and a prompt are made of, measured in the same run: experiments E1 and E2."""
+    """What the predictions for a shape and a prompt are made of, measured in the same run:
+    experiments E1 and E2."""
 
     shape: str
     row_bytes: int
@@ -302,7 +313,8 @@ class Found:
 
 def bench_kv(plan: Plan, threads: int | None = None, model=None,
              progress: Callable[[int, int], None] | None = None) -> Iterator[Result | Found | Stall]:
-    """For each shape and prompt its constants, then a Result for each setting. model: its shape alone is measured."""
+    """For each shape and prompt its constants, then a Result for each setting.
+    model: its shape alone is measured."""
     _check(plan)
     shapes = [None] if model else plan.shapes
     n_blocks, done, machine = len(shapes) * len(plan.prompts), 0, None
@@ -317,15 +329,16 @@ def bench_kv(plan: Plan, threads: int | None = None, model=None,
 
 
 def _check(plan: Plan) -> None:
-    if not (plan.rows and plan.ks and plan.prompts and min(*plan.prompts, *plan.rows) >= 1 and min(plan.ks) >= 0):
+    if not (plan.rows and plan.ks and plan.prompts and min(*plan.prompts, *plan.rows) >= 1
+            and min(plan.ks) >= 0):
         raise ArgumentError("expected lists of prompts and rows from 1 up, and of drafted tokens from 0 up")
     if plan.generated < 16 or max(plan.ks) > 63:
         raise ArgumentError("expected 16 tokens to generate or more, and 63 drafted ones at most")
 
 
 class _Reference:
-    """A pass that is always the same. What a machine gives changes from second to second, so passes are told in times of
-    the reference's beside them, and turned into seconds by what it takes on the whole."""
+    """A pass that is always the same. What a machine gives changes from second to second, so passes are told
+    in times of the reference's beside them, and turned into seconds by what it takes on the whole."""
 
     def __init__(self, session: GrowingSession, rows: int):
         session.fill(rows)
@@ -340,8 +353,8 @@ class _Reference:
 
 
 class _Block:
-    """One shape and prompt. All settings are measured in each of a few rounds, in another order every time; and so are
-    the constants that predict them."""
+    """One shape and prompt. All settings are measured in each of a few rounds,
+    in another order every time; and so are the constants that predict them."""
 
     def __init__(self, model, plan: Plan, prompt: int, machine: Machine):
         self.model, self.plan, self.prompt, self.machine = model, plan, prompt, machine
@@ -367,7 +380,8 @@ class _Block:
     def times(self, reference: _Reference) -> dict[tuple[int, int], float]:
         """What attention takes, in times of the reference."""
         widths = sorted({1, *(k + 1 for k in self.plan.ks)})
-        return attention_times(self.model, widths, (self.prompt, self.prompt + self.plan.generated), reference)
+        return attention_times(self.model, widths,
+                               (self.prompt, self.prompt + self.plan.generated), reference)
 
     def found(self, times: list[dict], reference: _Reference) -> Found:
         usual = {at: reference.usual() * statistics.median(t[at] for t in times) for at in times[0]}
@@ -383,13 +397,16 @@ class _Block:
             return replace(setting, growth=session.growth)
 
     def settings(self, found: Found) -> Iterator[Setting]:
-        """Growth by copies with padded attention over all r and drafts; at the middle prompt, policies as they come."""
+        """Growth by copies with padded attention over all r and drafts;
+        at the middle prompt, policies as they come."""
         plan = self.plan
         for k in plan.ks:
             for accepted in plan.accepted if k else plan.accepted[:1]:
-                base = Setting(self.name, Growth("max", touch=True, pad=True), self.prompt, plan.generated, k, accepted)
+                base = Setting(self.name, Growth("max", touch=True, pad=True), self.prompt, plan.generated,
+                               k, accepted)
                 for r in sorted({*(r for r in plan.rows if r <= plan.generated), r_star(base, found)}):
-                    yield replace(base, growth=Growth("copy", r, touch=True, pad=True), r_star=r == r_star(base, found))
+                    yield replace(base, growth=Growth("copy", r, touch=True, pad=True),
+                                  r_star=r == r_star(base, found))
                 yield base
         if self.prompt == sorted(plan.prompts)[len(plan.prompts) // 2]:
             for name in plan.policies:
@@ -397,33 +414,34 @@ class _Block:
 
 
 def r_star(s: Setting, found: Found) -> int:
-    return balance.best_r(found.machine, found.row_bytes, found.attention[s.width][1], s.prompt + s.generated / 2,
-                          s.width, s.tau)
+    return balance.best_r(found.machine, found.row_bytes, found.attention[s.width][1],
+                          s.prompt + s.generated / 2, s.width, s.tau)
 
 
 def combined(results: list[Result]) -> Result:
     """Of several runs of a setting the median of every time."""
     names = [f.name for f in fields(Result) if f.name.endswith("_ms")]
-    return replace(results[0], **{name: statistics.median(getattr(r, name) for r in results) for name in names})
+    return replace(results[0],
+                   **{name: statistics.median(getattr(r, name) for r in results) for name in names})
 
 
 def predicted(result: Result, found: Found) -> Result:
     s, machine = result.setting, found.machine
-    cost = balance.predict(s.growth, machine, found.row_bytes, found.attention[s.width], s.prompt, s.generated, s.cap,
-                           s.width, s.tau)
+    cost = balance.predict(s.growth, machine, found.row_bytes, found.attention[s.width], s.prompt,
+                           s.generated, s.cap, s.width, s.tau)
     if s.growth.policy == "max-lazy":       # the noise has touched its pages: what they cost elsewhere
         touched = machine.touch_huge * found.row_bytes * (s.prompt + s.generated) / s.generated
         cost, result = replace(cost, touch=touched), replace(result, touch_ms=1e3 * touched)
     return replace(result, predicted=cost)
 
 
-# ---- stalls --------------------------------------------------------------------------------------------------
+# ---- stalls ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Stall:
-    """A pass that waits for a growth of a chunk, at a length: milliseconds, the median and the worst of a few, and
-    of passes that do not wait."""
+    """A pass that waits for a growth of a chunk, at a length:
+    milliseconds, the median and the worst of a few, and of passes that do not wait."""
 
     shape: str
     rows: int
@@ -450,4 +468,5 @@ def stalls(model, lengths: Sequence[int] = LENGTHS, tries: int = 5) -> Iterator[
                 growing.append(run.evaluate()["wall"])
                 assert session.rows > before
                 others += [run.evaluate()["wall"] for _ in range(REPS)]
-            yield Stall(name, n, 1e3 * statistics.median(growing), 1e3 * max(growing), 1e3 * statistics.median(others))
+            yield Stall(name, n, 1e3 * statistics.median(growing), 1e3 * max(growing),
+                        1e3 * statistics.median(others))

@@ -1,4 +1,5 @@
-"""One engine in a process of its own, told what to do by kv_peers.py: a JSON object a line in, one a line out.
+"""One engine in a process of its own, told what to do by kv_peers.py: a JSON object a line in,
+one a line out.
 
     python -m tools.kv_worker pybmc|llama.cpp|transformers
 
@@ -58,7 +59,8 @@ class LlamaCpp:
         self.threads = threads
 
     def open(self, context, mode):
-        self.session = versus_worker.LlamaSession(self.engine, self.threads, context, 1, flash=mode != "no flash attention")
+        self.session = versus_worker.LlamaSession(self.engine, self.threads, context, 1,
+                                                  flash=mode != "no flash attention")
 
     def prompt(self, ids):
         self.next = int(self.session.eval(ids)[0].argmax())
@@ -90,8 +92,9 @@ class Transformers:
         self.torch.set_num_threads(threads)
         config = self.api.LlamaConfig(
             vocab_size=shape["vocab_size"], hidden_size=shape["dim"], intermediate_size=shape["hidden_dim"],
-            num_hidden_layers=shape["n_layers"], num_attention_heads=shape["n_heads"], head_dim=shape["head_dim"],
-            num_key_value_heads=shape["n_kv_heads"], max_position_embeddings=shape["n_ctx"], tie_word_embeddings=True)
+            num_hidden_layers=shape["n_layers"], num_attention_heads=shape["n_heads"],
+            head_dim=shape["head_dim"], num_key_value_heads=shape["n_kv_heads"],
+            max_position_embeddings=shape["n_ctx"], tie_word_embeddings=True)
         default = self.torch.get_default_dtype()
         self.torch.set_default_dtype(self.torch.bfloat16)
         try:
@@ -105,10 +108,11 @@ class Transformers:
                       self.api.StaticCache(config=config, max_cache_len=context))
 
     def prompt(self, ids):
-        """The last token is generate()'s. Rows of noise stand for those before it: without instructions for bf16 a long
-        prompt takes minutes, and how long a token takes does not depend on what rows hold."""
+        """The last token is generate()'s. Rows of noise stand for those before it: without instructions for
+        bf16 a long prompt takes minutes, and how long a token takes does not depend on what rows hold."""
         self.ids, config = self.torch.tensor([ids]), self.model.config
-        rows = self.torch.randn(1, config.num_key_value_heads, len(ids) - 1, config.head_dim, dtype=self.torch.bfloat16)
+        rows = self.torch.randn(1, config.num_key_value_heads, len(ids) - 1, config.head_dim,
+                                dtype=self.torch.bfloat16)
         for layer in range(config.num_hidden_layers if len(ids) > 1 else 0):
             self.cache.update(rows, rows, layer)
 
@@ -124,8 +128,8 @@ class Transformers:
                 pass
 
         with self.torch.inference_mode():
-            self.model.generate(self.ids, attention_mask=self.torch.ones_like(self.ids), do_sample=False, streamer=Clock(),
-                                max_new_tokens=n + 1, min_new_tokens=n + 1, pad_token_id=0,
+            self.model.generate(self.ids, attention_mask=self.torch.ones_like(self.ids), do_sample=False,
+                                streamer=Clock(), max_new_tokens=n + 1, min_new_tokens=n + 1, pad_token_id=0,
                                 past_key_values=self.cache, disable_compile=True)
         yield from times[1:]                # the first put is the prompt's own tokens
 
@@ -153,8 +157,8 @@ class Worker:
         self._engine.open(context, mode)
         opened, after_opening = time.perf_counter(), memory()
         self._engine.prompt(ids)
-        return {"open_s": opened - started, "first_token_s": time.perf_counter() - started, "opened": after_opening,
-                "used": memory(), "cache_mb": self._engine.cache_bytes() / 1e6}
+        return {"open_s": opened - started, "first_token_s": time.perf_counter() - started,
+                "opened": after_opening, "used": memory(), "cache_mb": self._engine.cache_bytes() / 1e6}
 
     def rate(self, n):
         """Tokens a second of n tokens, one at a time."""

@@ -1,4 +1,5 @@
-"""Measure what a KV cache costs by the way it grows, beside a prediction, and draw it: the study of docs/bmc.md.
+"""Measure what a KV cache costs by the way it grows, beside a prediction, and draw it:
+the study of docs/bmc.md.
 
     python -m tools.kvbench [MODEL] [--quick | --full] [--json]      a MODEL of yours instead of the shapes
     python -m tools.kvbench --from kv.jsonl --figures docs           needs matplotlib
@@ -26,16 +27,17 @@ from . import kv_study
 from .figures import draw
 from .kv_study import Plan, Result, Stall
 
-# ---- what it says --------------------------------------------------------------------------------------------
+# ---- what it says ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A U-curve: the best r measured and predicted, what taking the predicted one costs, how far off the curve is.
+    """A U-curve: the best r measured and predicted, what taking the predicted one costs,
+    how far off the curve is.
 
-    The best r is where the curve a + b / r + c r through the measured times is lowest, and times at r* are that curve's: near
-    its floor a factor 2 in r moves it by less than single points are off, and the best of them would be an accident. Where the
-    points do not bend so, it is the best of them all the same.
+    The best r is where the curve a + b / r + c r through the measured times is lowest, and times at r* are
+    that curve's: near its floor a factor 2 in r moves it by less than single points are off, and the best of
+    them would be an accident. Where the points do not bend so, it is the best of them all the same.
     """
 
     shape: str
@@ -81,18 +83,19 @@ def _verdict(curve: list[Result]) -> Verdict:
     each = next((result for result in curve if result.setting.growth.r == 1), at_once)
     errors = [abs(result.predicted_ms - result.cache_ms) / ms(result) for result in curve]
     best_r, star_r, point = best.setting.growth.r, star.setting.growth.r, ms(star) / ms(best)
-    bend, at_star = floor_of([result.setting.growth.r for result in copies], [ms(result) for result in copies], star_r)
+    bend, at_star = floor_of([result.setting.growth.r for result in copies],
+                             [ms(result) for result in copies], star_r)
     if bend and best is not at_once:
         best_r, ratio = bend, at_star
     else:
         ratio = point
-    return Verdict(s.shape, s.prompt, s.k, s.accepted, best_r, star_r, ratio, point, statistics.median(errors),
-                   max(errors), ms(each) / ms(star), ms(at_once) / ms(star))
+    return Verdict(s.shape, s.prompt, s.k, s.accepted, best_r, star_r, ratio, point,
+                   statistics.median(errors), max(errors), ms(each) / ms(star), ms(at_once) / ms(star))
 
 
 def floor_of(rows: Sequence[int], times: Sequence[float], r: int) -> tuple[int, float]:
-    """Where t = a + b / r + c r through the times is lowest, within the rows measured, and t(r) over t there; points
-    weigh by their relative error. (0, 1.0) for points that do not bend so."""
+    """Where t = a + b / r + c r through the times is lowest, within the rows measured,
+    and t(r) over t there; points weigh by their relative error. (0, 1.0) for points that do not bend so."""
     if len(set(rows)) < 4:
         return 0, 1.0
 
@@ -115,8 +118,9 @@ def sentences(results: Sequence) -> list[str]:
     lines = [sentence(v) for v in found]
     if found:
         near = sum(v.holds for v in found)
-        lines.append(f"{near} of {len(found)}: r* within a factor 2 of the best r measured, its time within 5% of the "
-                     f"best; curves predicted within {statistics.median(v.error for v in found):.0%} (median), "
+        lines.append(f"{near} of {len(found)}: "
+                     "r* within a factor 2 of the best r measured, its time within 5% of the best; "
+                     f"curves predicted within {statistics.median(v.error for v in found):.0%} (median), "
                      f"{max(v.worst_error for v in found):.0%} (worst point).")
     return lines + [f"{s.shape}, chunks at {s.rows} rows: a pass takes {s.pass_ms:.2f} ms, with a growth "
                     f"{s.growth_ms:.2f} (worst {s.worst_ms:.2f})." for s in results if isinstance(s, Stall)]
@@ -125,13 +129,14 @@ def sentences(results: Sequence) -> list[str]:
 def sentence(v: Verdict) -> str:
     drafts = f", {v.k} drafted ({v.accepted:.0%} accepted)" if v.k else ""
     best = f"r = {v.best_r}" if v.best_r else "everything at once"
-    return (f"{v.shape}, prompt {v.prompt}{drafts}: best {best}, r* = {v.r_star} takes {v.time_at_r_star:.2f} of its "
-            f"time ({v.point_at_r_star:.2f} by single points), is {v.over_each_token:.2f} times faster than growing "
-            f"each token and {v.over_at_once:.2f} than everything at once; curve predicted within {v.error:.0%}.")
+    return (f"{v.shape}, prompt {v.prompt}{drafts}: best {best}, r* = {v.r_star} "
+            f"takes {v.time_at_r_star:.2f} of its time ({v.point_at_r_star:.2f} by single points), "
+            f"is {v.over_each_token:.2f} times faster than growing each token and {v.over_at_once:.2f} than "
+            f"everything at once; curve predicted within {v.error:.0%}.")
 
 
-HEADER = ("shape", "rows", "pad", "prompt", "k", "allocate", "copy", "touch", "attention", "rest", "total", "predicted",
-          "worst", "MB")
+HEADER = ("shape", "rows", "pad", "prompt", "k", "allocate", "copy", "touch", "attention", "rest", "total",
+          "predicted", "worst", "MB")
 
 
 def cells(r: Result) -> tuple[str, ...]:
@@ -142,7 +147,7 @@ def cells(r: Result) -> tuple[str, ...]:
             *(f"{t:.3g}" for t in times), f"{r.peak_mb:.0f}")
 
 
-# ---- the command -----------------------------------------------------------------------------------------------
+# ---- the command -------------------------------------------------------------------------------------------
 
 
 @click.command()
@@ -150,7 +155,8 @@ def cells(r: Result) -> tuple[str, ...]:
 @click.option("--shapes", default="1b-gqa,gpt2-medium,7b-mha", show_default=True, metavar="NAME,..",
               help="Models whose attention is measured, with random values; a MODEL is measured instead.")
 @click.option("-p", "--n-prompt", "prompts", type=Counts(), help="Prompt lengths.  [default: 1024]")
-@click.option("-n", "--n-gen", "generated", type=click.IntRange(16), help="Tokens after each.  [default: 1024]")
+@click.option("-n", "--n-gen", "generated", type=click.IntRange(16),
+              help="Tokens after each.  [default: 1024]")
 @click.option("--rows", type=Counts(), help="Rows added at a time.  [default: 1,16,32,..,1024]")
 @click.option("-k", "--drafted", "ks", type=Counts(), help="Drafted tokens in a pass.  [default: 0,7]")
 @click.option("--accepted", type=click.FloatRange(0, 0.99), default=0.7, show_default=True,
@@ -159,12 +165,15 @@ def cells(r: Result) -> tuple[str, ...]:
 @click.option("--quick", "size", flag_value="QUICK", help="One shape, few settings, 256 tokens: 15 seconds.")
 @click.option("--full", "size", flag_value="FULL", help="Prompts 128 to 4096, 0 to 15 drafted: half an hour.")
 @click.option("--every-token", "whole", is_flag=True, help="Evaluate every token instead of a sample; slow.")
-@click.option("--figures", type=click.Path(file_okay=False), metavar="DIR", help="Draw SVGs there (needs matplotlib).")
+@click.option("--figures", type=click.Path(file_okay=False), metavar="DIR",
+              help="Draw SVGs there (needs matplotlib).")
 @click.option("--from", "source", type=click.Path(exists=True, dir_okay=False), metavar="FILE",
               help="Draw what an earlier --json printed, and measure nothing.")
-@click.option("-t", "--threads", type=click.IntRange(1, 512), metavar="N", help="Threads; default: the usable cores.")
+@click.option("-t", "--threads", type=click.IntRange(1, 512), metavar="N",
+              help="Threads; default: the usable cores.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout.")
-def main(model, shapes, prompts, generated, rows, ks, accepted, reps, size, whole, figures, source, threads, as_json):
+def main(model, shapes, prompts, generated, rows, ks, accepted, reps, size, whole, figures, source,
+         threads, as_json):
     """Measure what the growth of a KV cache costs: copies, first touch, unused rows, memory; and predict it.
 
     About two minutes a shape, on a machine that does nothing else.
@@ -219,9 +228,11 @@ def kept_lines(path: Path) -> list[dict]:
         except ValueError:
             lines.append(None)
         if not isinstance(lines[-1], dict) or "test" not in lines[-1]:
-            raise FormatError(f"{path}: line {number}: expected what tools.kvbench --json prints, found {text[:40]!r}")
+            raise FormatError(f"{path}: line {number}: expected what tools.kvbench --json prints, found "
+                              f"{text[:40]!r}")
     if not any(line["test"] == "kv" for line in lines):
-        raise FormatError(f"{path}: expected what tools.kvbench --json prints, found no measurement in {len(lines)} lines")
+        raise FormatError(f"{path}: expected what tools.kvbench --json prints, found no measurement in "
+                          f"{len(lines)} lines")
     return lines
 
 

@@ -34,8 +34,8 @@ def fill(session, rows: int) -> None:
 
 
 def attend_unused(session, n_tok: int) -> tuple[float, int]:
-    """What kernels over whole arrays do besides for the last n tokens, attention on unused rows: its seconds, and
-    how many pairs of a query and a row there were."""
+    """What kernels over whole arrays do besides for the last n tokens, attention on unused rows:
+    its seconds, and how many pairs of a query and a row there were."""
     seconds = ffi.new("double *")
     with session._claimed(moves=False) as handle:
         pairs = check(lib.bmc_session_attend_unused(handle, n_tok, seconds))
@@ -64,7 +64,8 @@ def arithmetic(type_id: int, threads: int) -> float:
 
 
 def arithmetic_rate(threads: int) -> tuple[float, float]:
-    """Products a second that the threads sum up from registers, of 8-bit integers and of floats, measured now."""
+    """Products a second that the threads sum up from registers, of 8-bit integers and of floats,
+    measured now."""
     int8, f32 = ffi.new("double *"), ffi.new("double *")
     check(lib.bmc_arithmetic_rate(threads, int8, f32))
     return int8[0], f32[0]

@@ -53,9 +53,9 @@ def measure_machine() -> Machine:
             return 0.0                          # this system moves no pages, and refuses to grow so
 
     return Machine(
-        memory_seconds(lib.BMC_PROBE_MAP, MAPPED), per_byte(lib.BMC_PROBE_TOUCH_SMALL), per_byte(lib.BMC_PROBE_TOUCH),
-        per_byte(lib.BMC_PROBE_UNMAP_SMALL), per_byte(lib.BMC_PROBE_UNMAP), moved(lib.BMC_PROBE_REMAP_SMALL),
-        moved(lib.BMC_PROBE_REMAP), per_byte(lib.BMC_PROBE_COPY))
+        memory_seconds(lib.BMC_PROBE_MAP, MAPPED), per_byte(lib.BMC_PROBE_TOUCH_SMALL),
+        per_byte(lib.BMC_PROBE_TOUCH), per_byte(lib.BMC_PROBE_UNMAP_SMALL), per_byte(lib.BMC_PROBE_UNMAP),
+        moved(lib.BMC_PROBE_REMAP_SMALL), moved(lib.BMC_PROBE_REMAP), per_byte(lib.BMC_PROBE_COPY))
 
 
 def attention_times(model, widths, rows,
@@ -80,8 +80,9 @@ def attention_seconds(session: GrowingSession, width: int, reference: Callable[[
 
 
 def lines_through(times: dict[tuple[int, int], float]) -> dict[int, tuple[float, float]]:
-    """Width -> seconds over no rows, and over each row: the line through the least and the most rows measured. Where
-    few rows still fit the cache, the first may be below zero: it is a line, and holds between the two."""
+    """Width -> seconds over no rows, and over each row: the line through the least and the most rows
+    measured. Where few rows still fit the cache, the first may be below zero: it is a line, and holds between
+    the two."""
     low, high = min(n for n, _ in times), max(n for n, _ in times)
     lines = {}
     for width in sorted({width for _, width in times}):

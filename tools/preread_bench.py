@@ -1,12 +1,13 @@
-"""Measure what reading ahead brings in a chat: the time from Enter to the first token of an answer, with and without.
+"""Measure what reading ahead brings in a chat: the time from Enter to the first token of an answer,
+with and without.
 
 \b
     python -m tools.preread_bench model.gguf
     python -m tools.preread_bench model.gguf --answer 1000 --wpm 40 --runs 3 --json
 
-The model writes an answer of --answer tokens. Then a message is typed, key by key, at --wpm words a minute (a word is five keys), and
-the first token of its answer is waited for; with and without reading ahead in turns, each time from the same conversation. The
-battery is not looked at.
+The model writes an answer of --answer tokens. Then a message is typed, key by key, at --wpm words a minute (a
+word is five keys), and the first token of its answer is waited for; with and without reading ahead in turns,
+each time from the same conversation. The battery is not looked at.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from pybmc.cli.terminal import note
 
 KEYS_A_WORD = 5
 QUESTION = "Explain how a mill grinds grain, step by step and in detail."
-MESSAGE = ("Thank you, that helps. Now tell me please which part of it wears out first, how often the miller has to repair it, and what "
-           "would happen if nobody did so for a whole year.")
+MESSAGE = ("Thank you, that helps. Now tell me please which part of it wears out first, how often the miller "
+           "has to repair it, and what would happen if nobody did so for a whole year.")
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Turn:
     prompt: int
 
 
-def turn(talk: Conversation, message: str, key_seconds: float, preread: bool, sleep: Callable[[float], None] = time.sleep) -> Turn:
+def turn(talk: Conversation, message: str, key_seconds: float, preread: bool,
+         sleep: Callable[[float], None] = time.sleep) -> Turn:
     """Type a message that follows a conversation, which stays as it is."""
     talk = copy.copy(talk)
     talk.messages = list(talk.messages)
@@ -79,10 +81,13 @@ def answered(model: Model, session, tokens: int) -> Conversation:
 
 @click.command(help=__doc__)
 @click.argument("model")
-@click.option("--answer", type=click.IntRange(1), default=1000, show_default=True, metavar="N", help="Tokens of the answer before.")
+@click.option("--answer", type=click.IntRange(1), default=1000, show_default=True, metavar="N",
+              help="Tokens of the answer before.")
 @click.option("--message", default=MESSAGE, help="What is typed.")
-@click.option("--wpm", type=click.FloatRange(0, min_open=True), default=40, show_default=True, help="Words a minute.")
-@click.option("--runs", type=click.IntRange(1), default=3, show_default=True, metavar="N", help="Messages typed, each way.")
+@click.option("--wpm", type=click.FloatRange(0, min_open=True), default=40, show_default=True,
+              help="Words a minute.")
+@click.option("--runs", type=click.IntRange(1), default=3, show_default=True, metavar="N",
+              help="Messages typed, each way.")
 @click.option("-t", "--threads", type=click.IntRange(1, 512), metavar="N", help="Threads of the model.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object.")
 def main(model, answer, message, wpm, runs, threads, as_json):
@@ -94,10 +99,12 @@ def main(model, answer, message, wpm, runs, threads, as_json):
     medians = {name: statistics.median(turn.seconds for turn in found) for name, found in turns.items()}
     ratio = medians["with"] / medians["without"]
     if as_json:
-        print_json({name: [asdict(turn) for turn in found] for name, found in turns.items()} | {"ratio": ratio})
+        print_json({name: [asdict(turn) for turn in found] for name, found in turns.items()}
+                   | {"ratio": ratio})
         return
     for name, found in turns.items():
-        click.echo(f"{name:8} reading ahead: {1e3 * medians[name]:7.0f} ms to the first token, {found[-1].read} of {found[-1].prompt} "
+        click.echo(f"{name:8} reading ahead: {1e3 * medians[name]:7.0f} ms to the first token, "
+                   f"{found[-1].read} of {found[-1].prompt} "
                    "tokens read after Enter")
     click.echo(f"ratio {ratio:.2f}")
 

@@ -9,8 +9,9 @@ N schemas are drawn (tools/schemas.py), and for each a text is written in three 
     masked        under it, token by token
     forced        under it, where tokens that have to follow share a pass
 
-invalid counts texts that ended and are no JSON of their schema, differing those that forced tokens changed: both have to be 0. cut
-counts texts that --max-tokens ended. Compiling is timed without a cache; masks are what the grammar takes for a token, in all.
+invalid counts texts that ended and are no JSON of their schema, differing those that forced tokens changed:
+both have to be 0. cut counts texts that --max-tokens ended. Compiling is timed without a cache; masks are
+what the grammar takes for a token, in all.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class Timed:
 
 @dataclass
 class Way:
-    """Texts written in one way: their tokens, seconds from the first token on, passes, and seconds in the grammar."""
+    """Texts written in one way: their tokens, seconds from the first token on, passes,
+    and seconds in the grammar."""
 
     tokens: int = 0
     seconds: float = 0.0
@@ -87,7 +89,8 @@ class Result:
 
     def told(self) -> dict:
         found = asdict(self) | {"compile_ms": {f"p{p}": percentile(self.compile_ms, p) for p in (50, 99)}}
-        found["ways"] = {name: asdict(way) | {"tokens_per_second": way.rate} for name, way in self.ways.items()}
+        found["ways"] = {name: asdict(way) | {"tokens_per_second": way.rate}
+                         for name, way in self.ways.items()}
         return found
 
 
@@ -107,7 +110,8 @@ def write(model, speculation, request: Request, way: Way) -> tuple[str, list[int
     way.seconds += sequence.stats.predicted_s
     way.passes += sequence.stats.rounds
     way.grammar += getattr(request.schema, "seconds", 0.0)
-    return "".join(t.text for t in tokens), [t.id for t in tokens], bool(tokens) and tokens[-1].finish_reason == "stop"
+    return ("".join(t.text for t in tokens), [t.id for t in tokens],
+            bool(tokens) and tokens[-1].finish_reason == "stop")
 
 
 def measure(model, speculation, schemas: list[dict], most: int, temperature: float, update=None) -> Result:
@@ -124,7 +128,8 @@ def measure(model, speculation, schemas: list[dict], most: int, temperature: flo
         result.compile_ms.append(1e3 * (time.perf_counter() - started))
         texts = {}
         for name in ("masked", "forced"):
-            request = Request(prompt, most, Sampler(temperature=temperature, seed=seed), stop_ids=model.tokenizer.stop_ids,
+            request = Request(prompt, most,
+                              Sampler(temperature=temperature, seed=seed), stop_ids=model.tokenizer.stop_ids,
                               schema=Timed(grammar.start(), name == "forced"))
             texts[name] = write(model, speculation, request, result.ways[name])
         text, ids, ended = texts["forced"]
@@ -147,19 +152,23 @@ def is_valid(text: str, schema: dict) -> bool:
 
 def table(result: Result) -> str:
     ms = result.compile_ms
-    lines = [f"{result.schemas} schemas: {result.refused} refused, {result.invalid} invalid, {result.differing} differing, {result.cut} cut",
+    lines = [f"{result.schemas} schemas: {result.refused} refused, {result.invalid} invalid, "
+             f"{result.differing} differing, {result.cut} cut",
              f"compiling, ms: p50 {percentile(ms, 50):.2f}, p99 {percentile(ms, 99):.2f}", "",
              "way       tokens/s  tokens a pass  grammar, ms a token"]
     for name, way in result.ways.items():
-        lines.append(f"{name:8}  {way.rate:8.1f}  {way.tokens / max(way.passes, 1):13.2f}  {1e3 * way.grammar / max(way.tokens, 1):19.3f}")
+        lines.append(f"{name:8}  {way.rate:8.1f}  {way.tokens / max(way.passes, 1):13.2f}  "
+                     f"{1e3 * way.grammar / max(way.tokens, 1):19.3f}")
     return "\n".join(lines)
 
 
 @click.command(help=__doc__)
 @click.argument("path", required=False, metavar="[MODEL]")
-@click.option("-n", "count", type=click.IntRange(1), default=100, show_default=True, metavar="N", help="Schemas.")
+@click.option("-n", "count", type=click.IntRange(1), default=100, show_default=True, metavar="N",
+              help="Schemas.")
 @click.option("--draft", metavar="MODEL", help="A draft model; every way has it.")
-@click.option("--spec", default="off", show_default=True, help="Who guesses besides the schema, as in pybmc generate.")
+@click.option("--spec", default="off", show_default=True,
+              help="Who guesses besides the schema, as in pybmc generate.")
 @click.option("--max-tokens", type=click.IntRange(1), default=300, show_default=True, metavar="N")
 @click.option("--temperature", type=click.FloatRange(0), default=0.8, show_default=True)
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the first schema.")

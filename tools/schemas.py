@@ -1,5 +1,5 @@
-"""Random JSON schemas out of what public schemas are made of, and whether a value fits one: the check is independent of the
-engine that writes the value."""
+"""Random JSON schemas out of what public schemas are made of, and whether a value fits one:
+the check is independent of the engine that writes the value."""
 
 from __future__ import annotations
 
@@ -15,26 +15,32 @@ from uuid import UUID
 NAMES = ("id", "name", "age", "unit", "city name", "kind", "größe", "a/b", 'quo"te', "x")
 WORDS = ("red", "green", "Ann", "", "a\nb", "ü", "true", "12")
 PATTERNS = ("^[a-z]{1,4}$", "^[A-Z][a-z]+-[0-9]{2}$", "^(yes|no|maybe)$", "^\\d{3}$", "[aeiou]")
-TYPES: dict[str, type | tuple] = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
+TYPES: dict[str, type | tuple] = {"object": dict, "array": list, "string": str, "boolean": bool,
+                                  "null": type(None)}
 
 
 # ---- schemas
 
 
 def draw(rng: Random, depth: int = 3) -> dict:
-    """A schema of a text of bounded length. The outermost may have definitions, which may contain themselves."""
+    """A schema of a text of bounded length.
+    The outermost may have definitions, which may contain themselves."""
     if rng.random() < 0.2:
-        node = {"type": "object", "properties": {"value": draw_inner(rng, 0), "next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}},
+        node = {"type": "object",
+                "properties": {"value": draw_inner(rng, 0),
+                               "next": {"anyOf": [{"$ref": "#/$defs/node"}, {"type": "null"}]}},
                 "required": ["value", "next"], "additionalProperties": False}
         return {"$defs": {"node": node, "leaf": draw_inner(rng, 1)},
-                "type": "object", "properties": {"list": {"$ref": "#/$defs/node"}, "one": {"$ref": "#/$defs/leaf"}},
+                "type": "object",
+                "properties": {"list": {"$ref": "#/$defs/node"}, "one": {"$ref": "#/$defs/leaf"}},
                 "required": ["list"], "additionalProperties": False}
     return draw_inner(rng, depth)
 
 
 def draw_inner(rng: Random, depth: int) -> dict:
     flat = (_string, _string, _integer, _number, _words, _constant, _choice)
-    return rng.choice(flat if depth == 0 else (*flat, _object, _object, _object, _array, _array, _either, _tuple))(rng, depth)
+    return rng.choice(flat if depth == 0
+                      else (*flat, _object, _object, _object, _array, _array, _either, _tuple))(rng, depth)
 
 
 def _object(rng: Random, depth: int) -> dict:
@@ -42,18 +48,21 @@ def _object(rng: Random, depth: int) -> dict:
     found: dict = {"type": "object", "properties": {name: draw_inner(rng, depth - 1) for name in names},
                    "required": [name for name in names if rng.random() < 0.7], "additionalProperties": False}
     if rng.random() < 0.2:              # such bounds are followed where all names are required
-        found |= {"additionalProperties": draw_inner(rng, 0), "required": names, "minProperties": len(names), "maxProperties": len(names) + 1}
+        found |= {"additionalProperties": draw_inner(rng, 0), "required": names, "minProperties": len(names),
+                  "maxProperties": len(names) + 1}
     return found
 
 
 def _array(rng: Random, depth: int) -> dict:
     least = rng.randint(0, 2)
-    return {"type": "array", "items": draw_inner(rng, depth - 1), "minItems": least, "maxItems": least + rng.randint(0, 2)}
+    return {"type": "array", "items": draw_inner(rng, depth - 1), "minItems": least,
+            "maxItems": least + rng.randint(0, 2)}
 
 
 def _tuple(rng: Random, depth: int) -> dict:
     n = rng.randint(1, 3)
-    return {"type": "array", "prefixItems": [draw_inner(rng, depth - 1) for _ in range(n)], "items": False, "minItems": n}
+    return {"type": "array", "prefixItems": [draw_inner(rng, depth - 1) for _ in range(n)], "items": False,
+            "minItems": n}
 
 
 def _either(rng: Random, depth: int) -> dict:
@@ -72,13 +81,15 @@ def _string(rng: Random, depth: int) -> dict:
 
 def _integer(rng: Random, depth: int) -> dict:
     low = rng.randint(-200, 200)
-    found = {"type": "integer", rng.choice(("minimum", "exclusiveMinimum")): low, "maximum": low + rng.randint(5, 1000)}
+    found = {"type": "integer", rng.choice(("minimum", "exclusiveMinimum")): low,
+             "maximum": low + rng.randint(5, 1000)}
     return found | ({"multipleOf": rng.choice((2, 5))} if rng.random() < 0.2 else {})
 
 
 def _number(rng: Random, depth: int) -> dict:
     low = rng.randint(-50, 50) / rng.choice((1, 4))
-    return {"type": "number", "minimum": low, rng.choice(("maximum", "exclusiveMaximum")): low + rng.randint(1, 40),
+    return {"type": "number", "minimum": low,
+            rng.choice(("maximum", "exclusiveMaximum")): low + rng.randint(1, 40),
             "multipleOf": rng.choice((0.5, 0.25, 1))}
 
 
@@ -91,7 +102,8 @@ def _constant(rng: Random, depth: int) -> dict:
 
 
 def _choice(rng: Random, depth: int) -> dict:
-    return rng.choice(({"type": ["boolean", "null"]}, {"type": "boolean"}, {"type": "null"}, {"type": ["string", "null"], "maxLength": 5}))
+    return rng.choice(({"type": ["boolean", "null"]}, {"type": "boolean"}, {"type": "null"},
+                       {"type": ["string", "null"], "maxLength": 5}))
 
 
 # ---- values
@@ -151,24 +163,32 @@ def _is(parse):
 
 
 FORMATS = {
-    "date": lambda text: _is(date.fromisoformat)(text.replace("0000-", "2000-")), "uuid": _is(UUID), "ipv4": _is(IPv4Address), "email": re.compile(r"[^@\s]+@[^@\s]+").fullmatch,
-    "time": lambda text: _is(time.fromisoformat)(re.sub(r"[Zz]$", "+00:00", re.sub(r"\.\d+", "", text)).replace(":60", ":59")),
+    "date": lambda text: _is(date.fromisoformat)(text.replace("0000-", "2000-")), "uuid": _is(UUID),
+    "ipv4": _is(IPv4Address), "email": re.compile(r"[^@\s]+@[^@\s]+").fullmatch,
+    "time": lambda text: _is(time.fromisoformat)(re.sub(r"[Zz]$", "+00:00",
+                                                        re.sub(r"\.\d+", "", text)).replace(":60", ":59")),
     "date-time": lambda text: _is(datetime.fromisoformat)(
-        re.sub(r"[Zz]$", "+00:00", re.sub(r"\.\d+", "", text)).replace(":60", ":59").replace("t", "T").replace("0000-", "2000-")),
+        re.sub(r"[Zz]$", "+00:00",
+               re.sub(r"\.\d+", "", text)).replace(":60", ":59").replace("t", "T").replace("0000-", "2000-")),
 }
 
 CHECKS = {
-    "type": lambda v, s, r: any(is_type(v, name) for name in ([s["type"]] if isinstance(s["type"], str) else s["type"])),
+    "type": lambda v, s, r: any(is_type(v, name)
+                                for name in ([s["type"]] if isinstance(s["type"], str) else s["type"])),
     "enum": lambda v, s, r: any(same(v, one) for one in s["enum"]),
     "const": lambda v, s, r: same(v, s["const"]),
     "anyOf": lambda v, s, r: any(fits(v, one, r) for one in s["anyOf"]),
     "required": _about("object", lambda v, s, r: set(s["required"]) <= v.keys()),
-    "properties": _about("object", lambda v, s, r: all(fits(v[name], inner, r) for name, inner in s["properties"].items() if name in v)),
-    "additionalProperties": _about("object", lambda v, s, r: all(fits(one, s["additionalProperties"], r) for one in _others(v, s))),
+    "properties": _about("object", lambda v, s, r: all(fits(v[name], inner, r) for name, inner
+                                                       in s["properties"].items() if name in v)),
+    "additionalProperties": _about("object", lambda v, s, r: all(fits(one, s["additionalProperties"], r)
+                                                                 for one in _others(v, s))),
     "minProperties": _about("object", lambda v, s, r: len(v) >= s["minProperties"]),
     "maxProperties": _about("object", lambda v, s, r: len(v) <= s["maxProperties"]),
-    "prefixItems": _about("array", lambda v, s, r: all(fits(one, inner, r) for one, inner in zip(v, s["prefixItems"]))),
-    "items": _about("array", lambda v, s, r: all(fits(one, s["items"], r) for one in v[len(s.get("prefixItems", ())):])),
+    "prefixItems": _about("array", lambda v, s, r: all(fits(one, inner, r)
+                                                       for one, inner in zip(v, s["prefixItems"]))),
+    "items": _about("array", lambda v, s, r: all(fits(one, s["items"], r)
+                                                 for one in v[len(s.get("prefixItems", ())):])),
     "minItems": _about("array", lambda v, s, r: len(v) >= s["minItems"]),
     "maxItems": _about("array", lambda v, s, r: len(v) <= s["maxItems"]),
     "minLength": _about("string", lambda v, s, r: len(v) >= s["minLength"]),
@@ -179,5 +199,6 @@ CHECKS = {
     "maximum": _about("number", lambda v, s, r: v <= s["maximum"]),
     "exclusiveMinimum": _about("number", lambda v, s, r: v > s["exclusiveMinimum"]),
     "exclusiveMaximum": _about("number", lambda v, s, r: v < s["exclusiveMaximum"]),
-    "multipleOf": _about("number", lambda v, s, r: (Fraction(str(v)) / Fraction(str(s["multipleOf"]))).denominator == 1),
+    "multipleOf": _about("number", lambda v, s, r: (Fraction(str(v))
+                                                    / Fraction(str(s["multipleOf"]))).denominator == 1),
 }

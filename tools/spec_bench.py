@@ -1,11 +1,12 @@
 """What speculative decoding brings: plain decoding, each source of guesses alone, and all of them, in turn.
 
-    python -m tools.spec_bench --real DIR           ten tasks of a real pair: DIR/qwen-1.5b.gguf and DIR/qwen-0.5b.gguf
-    python -m tools.spec_bench --pairs DIR          pairs of a 1B model's shape that agree to a set degree (tools.synth)
-    python -m tools.spec_bench                      the bundled pair
+    python -m tools.spec_bench --real DIR     ten tasks of a real pair: DIR/qwen-1.5b.gguf and qwen-0.5b.gguf
+    python -m tools.spec_bench --pairs DIR    pairs of a 1B model's shape that agree to a set degree
+    python -m tools.spec_bench                the bundled pair
 
-Each task runs in every way, one right after the other, in an order that changes from run to run; what is reported are medians.
-Seconds are those from the request to the last token, prompt included. Every text is compared with the plain one.
+Each task runs in every way, one right after the other, in an order that changes from run to run; what is
+reported are medians. Seconds are those from the request to the last token, prompt included. Every text is
+compared with the plain one.
 """
 
 from __future__ import annotations
@@ -64,10 +65,10 @@ class Row:
     prompt: int
     tokens: int
     seconds: dict[str, float]
-    best: str                           # the best way with one source or none
-    of_best: dict[str, float]           # for each draft: the rate of all sources over that of the best single one
-    first: dict[str, float]             # time to the first token over plain decoding's
-    gap: dict[str, float]               # the longest gap in plain tokens
+    best: str                    # the best way with one source or none
+    of_best: dict[str, float]    # for each draft: the rate of all sources over that of the best single one
+    first: dict[str, float]      # time to the first token over plain decoding's
+    gap: dict[str, float]        # the longest gap in plain tokens
 
 
 # ---- measuring ---------------------------------------------------------------------------------------------
@@ -116,7 +117,8 @@ def compare(model, task: Task, ways: dict[str, Speculation], runs: int) -> Row:
     single = [PLAIN, NGRAMS, *(f"{draft} alone" for draft in drafts)]
     return Row(
         task.name, len(task.prompt), len(expected), seconds, min(single, key=seconds.get),
-        {d: min(seconds[n] for n in (PLAIN, NGRAMS, f"{d} alone")) / seconds[f"all with {d}"] for d in drafts},
+        {d: min(seconds[n] for n in (PLAIN, NGRAMS, f"{d} alone")) / seconds[f"all with {d}"]
+         for d in drafts},
         {d: median(f"all with {d}", "first") / median(PLAIN, "first") for d in drafts},
         {d: median(f"all with {d}", "gap") / token for d in drafts} if token else {},
     )
@@ -141,8 +143,10 @@ STORIES = ("Tell me a story about a fox and a well.", "What happened to the old 
 def bundled_tasks(model, n: int) -> list[Task]:
     """Stories of the bundled model, and a text that nobody can guess."""
     template = ChatTemplate(None, model.tokenizer)
-    tasks = [Task(f"story {i + 1}, temperature {temperature:g}", template.encode([{"role": "user", "content": text}]), n,
-                  Sampler(temperature=temperature, seed=i)) for temperature in (0.0, 0.8) for i, text in enumerate(STORIES)]
+    tasks = [Task(f"story {i + 1}, temperature {temperature:g}",
+                  template.encode([{"role": "user", "content": text}]), n,
+                  Sampler(temperature=temperature, seed=i)) for temperature in (0.0, 0.8)
+             for i, text in enumerate(STORIES)]
     wild = Sampler(temperature=3.0, top_k=0, top_p=1.0, min_p=0.0)
     return [*tasks, Task("unpredictable", noise(model), n, wild)]
 
@@ -205,10 +209,12 @@ def suites(args) -> Iterator[tuple[str, object, list[Task], dict[str, object]]]:
             for share in (0.85, 0.6):
                 path, draft = pair_files(args.pairs, args.model, args.type, share)
                 model = opened(stack, path)
-                yield f"{args.model}, agreement {share:.0%}", model, synthetic_tasks(model, args.n), {"draft": opened(stack, draft)}
+                (yield f"{args.model}, agreement {share:.0%}", model, synthetic_tasks(model, args.n),
+                 {"draft": opened(stack, draft)})
             return
         model, small = opened(stack, pybmc.demo_model()), pybmc.demo_model(draft=True)
-        drafts = {"draft": opened(stack, small), "random": stack.enter_context(scrambled(small, args.threads))}
+        drafts = {"draft": opened(stack, small),
+                  "random": stack.enter_context(scrambled(small, args.threads))}
         yield "bundled pair", model, bundled_tasks(model, args.n), drafts
 
 
@@ -232,15 +238,20 @@ def line(row: Row) -> str:
 def verdict(rows: list[Row]) -> str:
     drafts = rows[0].of_best
     return "; ".join(
-        f"with {d}: {statistics.geometric_mean(r.seconds[PLAIN] / r.seconds[f'all with {d}'] for r in rows):.2f} times plain "
-        f"decoding, at least {min(r.of_best[d] for r in rows):.2f} of the best single source" for d in drafts)
+        f"with {d}: "
+        f"{statistics.geometric_mean(r.seconds[PLAIN] / r.seconds[f'all with {d}'] for r in rows):.2f} "
+        f"times plain decoding, at least {min(r.of_best[d] for r in rows):.2f} of the best single source"
+        for d in drafts)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--real", type=Path, metavar="DIR", help="where qwen-1.5b.gguf and qwen-0.5b.gguf are")
-    parser.add_argument("--drafts", default="0.5B", help="with --real: some of 0.5B, bundled, random, by comma")
-    parser.add_argument("--pairs", type=Path, metavar="DIR", help="where synthetic pairs are kept, or written")
+    parser.add_argument("--real", type=Path, metavar="DIR",
+                        help="where qwen-1.5b.gguf and qwen-0.5b.gguf are")
+    parser.add_argument("--drafts", default="0.5B",
+                        help="with --real: some of 0.5B, bundled, random, by comma")
+    parser.add_argument("--pairs", type=Path, metavar="DIR",
+                        help="where synthetic pairs are kept, or written")
     parser.add_argument("--model", default="llama-3.2-1b", help="their shape, as tools.synth names it")
     parser.add_argument("--type", default="Q4_K_M")
     parser.add_argument("--case", default="", metavar="TEXT", help="tasks whose name holds this")

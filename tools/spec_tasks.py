@@ -173,7 +173,7 @@ The town has 10,200 inhabitants again, and unemployment is below the national av
 road to the harbour is too narrow for the lorries that carry turbine parts, rents have risen by 40 percent in ten years,
 and each winter the sea takes another metre of the southern dunes. The council wants to raise the sea wall by 80
 centimetres before 2030, and nobody knows yet who will pay for it.
-'''
+'''  # noqa: E501
 
 DOCSTRING = '''\
 Open a file and return a stream. Raise OSError upon failure.
@@ -187,7 +187,7 @@ systems means that all writes go to the end of the file regardless of the curren
 is given, the encoding used is platform dependent. For reading and writing raw bytes use binary mode and leave the
 encoding unspecified. Buffering is an optional integer used to set the buffering policy: zero switches buffering off,
 which is only allowed in binary mode, one selects line buffering, and a larger number gives the size of the buffer.
-'''
+'''  # noqa: E501
 
 
 class Task(NamedTuple):
@@ -200,18 +200,27 @@ class Task(NamedTuple):
 
 
 TASKS = [
-    Task("rewrite a file, types", f"Rewrite this file with type annotations on every function. Print the whole file.\n\n{QUEUE}", 0.0),
-    Task("rewrite a file, names", f"Rename `field` to `cell` and `rows` to `records` in this file. Print the whole file.\n\n{CSV}", 0.8),
-    Task("write code", "Write a Python class for an LRU cache with a time limit for each entry, with get, put, delete and a "
-                       "method that drops expired entries. Add docstrings and a short example.", 0.0),
-    Task("write code, sampled", "Write a command line program in Python that finds duplicate files in a folder by their size "
-                                "and hash, and prints them in groups. Explain nothing, print the program.", 0.8),
-    Task("explain", f"Explain step by step, in prose, how this code works and where it could fail.\n\n{CSV}", 0.0),
-    Task("list as JSON", "List the twelve months as a JSON array of objects with the keys name, number, days, season "
-                         "(northern hemisphere) and zodiac_signs (a list). Print only JSON.", 0.0),
-    Task("summarise", f"Summarise this text as bullet points, one for each important fact.\n\n{ARTICLE}", 0.0),
-    Task("summarise, sampled", f"Retell this text for children of ten years, in your own words.\n\n{ARTICLE}", 0.8),
+    Task("rewrite a file, types",
+         f"Rewrite this file with type annotations on every function. Print the whole file.\n\n{QUEUE}", 0.0),
+    Task("rewrite a file, names", "Rename `field` to `cell` and `rows` to `records` in this file. Print the "
+                                  f"whole file.\n\n{CSV}", 0.8),
+    Task("write code",
+         "Write a Python class for an LRU cache with a time limit for each entry, with get, put, delete and "
+         "a method that drops expired entries. Add docstrings and a short example.", 0.0),
+    Task("write code, sampled",
+         "Write a command line program in Python that finds duplicate files in a folder by their size and "
+         "hash, and prints them in groups. Explain nothing, print the program.", 0.8),
+    Task("explain", "Explain step by step, in prose, how this code works and where it could fail.\n\n"
+                    f"{CSV}", 0.0),
+    Task("list as JSON",
+         "List the twelve months as a JSON array of objects with the keys name, number, days, season "
+         "(northern hemisphere) and zodiac_signs (a list). Print only JSON.", 0.0),
+    Task("summarise", "Summarise this text as bullet points, one for each important fact.\n\n"
+                      f"{ARTICLE}", 0.0),
+    Task("summarise, sampled", "Retell this text for children of ten years, in your own words.\n\n"
+                               f"{ARTICLE}", 0.8),
     Task("translate", f"Translate this documentation into German.\n\n{DOCSTRING}", 0.0),
-    Task("chat turn, long prompt", f"Here is a file:\n\n{QUEUE}\n\nAnd another one:\n\n{CSV}\n\nAnd a note:\n\n{ARTICLE}\n\n"
-                                   "In one sentence: which of the two files uses threads?", 0.0, 30),
+    Task("chat turn, long prompt",
+         f"Here is a file:\n\n{QUEUE}\n\nAnd another one:\n\n{CSV}\n\nAnd a note:\n\n{ARTICLE}\n\n"
+         "In one sentence: which of the two files uses threads?", 0.0, 30),
 ]

@@ -5,11 +5,11 @@
 
     python -m tools.synth llama-3.2-1b --pair 0.85 -o l1b.gguf          also writes l1b-draft.gguf
 
-Speed and memory of such a file are those of the real one; its text is noise. A pair is a whole model whose later layers
-add little, and its first layer as a draft: how little is found by trying, until the draft agrees with the model as often
-as asked. Blocks are drawn at random
-directly in their quantized form, scaled so that a matrix of n columns has weights with standard deviation
-1/sqrt(n): activations neither explode nor vanish. The same preset, type and seed give the same bytes.
+Speed and memory of such a file are those of the real one; its text is noise. A pair is a whole model whose
+later layers add little, and its first layer as a draft: how little is found by trying, until the draft agrees
+with the model as often as asked. Blocks are drawn at random directly in their quantized form, scaled so that
+a matrix of n columns has weights with standard deviation 1/sqrt(n): activations neither explode nor vanish.
+The same preset, type and seed give the same bytes.
 """
 
 import argparse
@@ -123,10 +123,10 @@ class Block:
     """Where a type keeps its scale, and the standard deviation of its values at scale 1 with random codes."""
 
     unit: float
-    scale: object               # offset of the f16 scale in a block, or a function that sets all blocks' scales
-    minimum: int = -1           # offset of the f16 minimum, where the type has one ..
-    centre: float = 0.0         # .. which is set to this many scales, so that the mean is 0
-    fix: object = None          # called with the (n_blocks, type_size) bytes: repeat scales as minima ..
+    scale: object           # offset of the f16 scale in a block, or a function that sets all blocks' scales
+    minimum: int = -1       # offset of the f16 minimum, where the type has one ..
+    centre: float = 0.0     # .. which is set to this many scales, so that the mean is 0
+    fix: object = None      # called with the (n_blocks, type_size) bytes: repeat scales as minima ..
 
 
 def q8_without_128(raw):
@@ -303,8 +303,8 @@ FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6
 
 
 # roles that stay in floats
-FLOAT_ROLES = ("ffn_gate_inp", "ffn_gate_inp_shexp", "ssm_conv1d", "ssm_norm", "shortconv.conv", "position_embd",
-               "token_types")
+FLOAT_ROLES = ("ffn_gate_inp", "ffn_gate_inp_shexp", "ssm_conv1d", "ssm_norm", "shortconv.conv",
+               "position_embd", "token_types")
 
 
 @dataclass(frozen=True)
@@ -342,7 +342,8 @@ def tensor_type(file_type, role, n_cols, place, is_output=False):
 
 def add_keys(writer, shape):
     """The metadata of a model whose layers differ."""
-    kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string, list: writer.add_array}
+    kinds = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
+             list: writer.add_array}
     for key, value in shape.keys(shape).items():
         kinds[type(value)](f"{shape.arch}.{key}", value)
 
@@ -386,8 +387,8 @@ def rope_factors(shape, low=1.0, high=4.0, old_ctx=8192):
 def tensors(shape, file_type, seed=0, whole=0):
     """(name, type name, (n_cols, n_rows) or (n,), function giving the data) of every tensor, in file order.
 
-    A tensor's random numbers depend on its name and the seed alone: models that share names share weights. whole: the
-    layers of the model that this one is the beginning of, if it is a draft."""
+    A tensor's random numbers depend on its name and the seed alone: models that share names share weights.
+    whole: the layers of the model that this one is the beginning of, if it is a draft."""
     gqa = shape.n_heads // shape.n_kv_heads
     vocab_size = VOCABS[shape.vocab].size
     n_layers = whole or shape.n_layers
@@ -426,7 +427,8 @@ def tensors(shape, file_type, seed=0, whole=0):
         yield matrix("output", shape.dim, vocab_size, gain=3.0, is_output=True)
 
 
-INTO_THE_STREAM = ("attn_output", "ffn_down", "ffn_down_exps", "ffn_down_shexp", "ssm_out", "shortconv.out_proj")
+INTO_THE_STREAM = ("attn_output", "ffn_down", "ffn_down_exps", "ffn_down_shexp", "ssm_out",
+                   "shortconv.out_proj")
 
 
 def mixed_tensors(shape, file_type, seed, n_layers, vocab_size):
@@ -478,11 +480,13 @@ def write(path, shape, file_type, name="model", seed=0, whole=0):
 # ---- pairs -------------------------------------------------------------------------------------------------
 
 def scramble(path, seed=0):
-    """Put the blocks of every matrix of a file in random order, in place: a model of the same cost that knows nothing."""
+    """Put the blocks of every matrix of a file in random order, in place:
+    a model of the same cost that knows nothing."""
     rng = np.random.default_rng(seed)
     for tensor in gguf.GGUFReader(path, "r+").tensors:
         if len(tensor.shape) > 1:
-            rng.shuffle(tensor.data.reshape(-1, gguf.GGML_QUANT_SIZES[tensor.tensor_type][1] // tensor.data.itemsize))
+            rng.shuffle(tensor.data.reshape(-1, gguf.GGML_QUANT_SIZES[tensor.tensor_type][1]
+                                            // tensor.data.itemsize))
 
 
 TRIES = 8                               # of a gain; after each the models are loaded and compared
@@ -490,9 +494,11 @@ SAMPLE = (4, 96)                        # texts and tokens of a comparison
 
 
 def set_gain(path, shape, file_type, first, gain):
-    """Set the input norms of the layers from `first` on, in a file that is there: what they add shrinks with them."""
+    """Set the input norms of the layers from `first` on, in a file that is there:
+    what they add shrinks with them."""
     ALIGNED = 32
-    names = [(name, n) for name, n, _ in layer_vectors(shape) if name in ("attn_norm.weight", "ffn_norm.weight")]
+    names = [(name, n) for name, n, _ in layer_vectors(shape)
+             if name in ("attn_norm.weight", "ffn_norm.weight")]
     wanted = {f"blk.{layer}.{name}": n for layer in range(first, shape.n_layers) for name, n in names}
     at, places = 0, {}
     for name, kind, dims, _ in tensors(shape, file_type):
@@ -507,7 +513,8 @@ def set_gain(path, shape, file_type, first, gain):
 
 
 def agreement(target, draft):
-    """How often the draft's best token is the target's, along texts that the target writes from random beginnings."""
+    """How often the draft's best token is the target's, along texts that the target writes from
+    random beginnings."""
     import pybmc
 
     texts, length = SAMPLE
@@ -546,7 +553,8 @@ def main():
     parser.add_argument("--layers", type=int, help="write only the first LAYERS layers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pair", type=float, metavar="SHARE",
-                        help="also write OUTPUT-draft.gguf, a draft whose best token is the model's so often (0.85)")
+                        help="also write OUTPUT-draft.gguf, a draft whose best token is the model's so "
+                             "often (0.85)")
     parser.add_argument("--draft-layers", type=int, default=1, help="layers of that draft")
     parser.add_argument("-o", "--output", type=Path, help="default: MODEL-TYPE.gguf")
     args = parser.parse_args()
@@ -561,9 +569,11 @@ def main():
         if isinstance(shape, Mixed):
             parser.error(f"there are no pairs of {args.model}: its layers differ")
         if not 0 < args.pair < 1 or not 0 < args.draft_layers < shape.n_layers:
-            parser.error("a pair needs an agreement between 0 and 1, and a draft with fewer layers than the model")
+            parser.error("a pair needs an agreement between 0 and 1, and a draft with fewer layers than "
+                         "the model")
         draft = path.with_name(f"{path.stem}-draft.gguf")
-        gain, found = write_pair(path, draft, shape, args.type, args.model, args.pair, args.draft_layers, args.seed)
+        gain, found = write_pair(path, draft, shape, args.type, args.model, args.pair,
+                                 args.draft_layers, args.seed)
         print(f"{path} and {draft}: they agree on {found:.1%} of tokens (gain of later layers {gain:.4f})",
               file=sys.stderr)
         return

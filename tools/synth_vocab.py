@@ -41,12 +41,17 @@ VOCABS = {
     "smollm": Vocab("gpt2", "smollm", 49152, CHATML_SPECIAL, 17, "<|im_start|>", "<|im_end|>", False, CHATML),
     "gpt2":   Vocab("gpt2", "gpt-2", 50257, ("<|endoftext|>",), 1, "<|endoftext|>", "<|endoftext|>"),
     "tiny":   Vocab("gpt2", "gpt-2", 1024, CHATML_SPECIAL, 3, "<|endoftext|>", "<|im_end|>", False, CHATML),
-    "o200k":  Vocab("gpt2", "gpt-4o", 201088, ("<|startoftext|>", "<|return|>", "<|endoftext|>"), 1090, "<|startoftext|>", "<|return|>"),
-    "qwen3.5": Vocab("gpt2", "qwen2", 248320, CHATML_SPECIAL, 293, "<|endoftext|>", "<|im_end|>", False, CHATML),
-    "lfm2":   Vocab("gpt2", "lfm2", 65536, ("<|startoftext|>", "<|im_start|>", "<|im_end|>"), 1000, "<|startoftext|>", "<|im_end|>", True, CHATML),
+    "o200k":  Vocab("gpt2", "gpt-4o", 201088, ("<|startoftext|>", "<|return|>", "<|endoftext|>"), 1090,
+                    "<|startoftext|>", "<|return|>"),
+    "qwen3.5": Vocab("gpt2", "qwen2", 248320, CHATML_SPECIAL, 293, "<|endoftext|>", "<|im_end|>",
+                     False, CHATML),
+    "lfm2":   Vocab("gpt2", "lfm2", 65536, ("<|startoftext|>", "<|im_start|>", "<|im_end|>"), 1000,
+                    "<|startoftext|>", "<|im_end|>", True, CHATML),
     "granite": Vocab("gpt2", "dbrx", 100352, CHATML_SPECIAL, 96, "<|endoftext|>", "<|endoftext|>"),
-    "nemotron": Vocab("gpt2", "tekken", 131072, ("<s>", "</s>", "<|im_end|>"), 1000, "<s>", "<|im_end|>", True),
-    "deepseek": Vocab("gpt2", "deepseek-llm", 102400, ("<|begin|>", "<|end|>"), 400, "<|begin|>", "<|end|>", True),
+    "nemotron": Vocab("gpt2", "tekken", 131072, ("<s>", "</s>", "<|im_end|>"), 1000, "<s>",
+                      "<|im_end|>", True),
+    "deepseek": Vocab("gpt2", "deepseek-llm", 102400, ("<|begin|>", "<|end|>"), 400, "<|begin|>",
+                      "<|end|>", True),
     "llama2": Vocab("llama", "default", 32000, (), 0, "<s>", "</s>", True),
     "phi3":   Vocab("llama", "default", 32064, ("<|endoftext|>", "<|end|>"), 64, "<s>", "<|endoftext|>",
                     True),
@@ -115,7 +120,8 @@ def wordpiece_vocabulary(vocab):
     """(tokens, types): characters in both places, and words"""
     single = [chr(c) for c in range(33, 127) if not chr(c).isupper()]
     first = ["\u2581" + c for c in single if c not in LETTERS]
-    tokens = [*vocab.special, *single, *first, *strings(vocab.size - len(vocab.special) - len(single) - len(first), "\u2581")]
+    tokens = [*vocab.special, *single, *first,
+              *strings(vocab.size - len(vocab.special) - len(single) - len(first), "\u2581")]
     return tokens, [CONTROL] * len(vocab.special) + [NORMAL] * (vocab.size - len(vocab.special))
 
 

@@ -1,8 +1,10 @@
-"""Models of random weights, made in memory, whose attention is a real model's: what the KV cache is measured with.
+"""Models of random weights, made in memory, whose attention is a real model's:
+what the KV cache is measured with.
 
-The layers, heads and head size are the real ones, so the arena, the kernels and the order in which they meet are too.
-All other matrices are narrow, so that a pass takes milliseconds; but together they are larger than the caches. A real
-model's weights pass through the caches between two visits of a layer's rows, and so do these.
+The layers, heads and head size are the real ones, so the arena, the kernels and the order in which they meet
+are too. All other matrices are narrow, so that a pass takes milliseconds; but together they are larger than
+the caches. A real model's weights pass through the caches between two visits of a layer's rows, and so do
+these.
 """
 
 from __future__ import annotations
@@ -68,10 +70,12 @@ def _config(shape: Shape) -> Config:
     around_attention = DIM * 2 * shape.head_dim * (shape.n_heads + shape.n_kv_heads)
     weights = WEIGHT_BYTES * block // block_bytes // shape.n_layers - around_attention
     hidden_dim = max(block, weights // (3 * DIM) // block * block)
-    layer = (Attention(n_heads=shape.n_heads, n_kv_heads=shape.n_kv_heads, k_dim=shape.head_dim, v_dim=shape.head_dim,
-                       attn_scale=shape.head_dim**-0.5, rope_style=HALVES, norm="attn_norm"),
+    layer = (Attention(n_heads=shape.n_heads, n_kv_heads=shape.n_kv_heads, k_dim=shape.head_dim,
+                       v_dim=shape.head_dim, attn_scale=shape.head_dim**-0.5, rope_style=HALVES,
+                       norm="attn_norm"),
              Dense(hidden_dim=hidden_dim, norm="ffn_norm"))
-    return Config("llama", DIM, shape.n_layers, VOCAB, N_CTX, 1e-5, [layer] * shape.n_layers, [Table(plain(1e4, shape.head_dim))])
+    return Config("llama", DIM, shape.n_layers, VOCAB, N_CTX, 1e-5, [layer] * shape.n_layers,
+                  [Table(plain(1e4, shape.head_dim))])
 
 
 def _roles(c: Config) -> list[Role]:
@@ -91,10 +95,11 @@ def _roles(c: Config) -> list[Role]:
         return Role(name, number, SimpleNamespace(type=kind), n_rows, n_cols, data)
 
     kv_dim = c.n_kv_heads * c.head_dim
-    of_a_layer = ({"norm": ones(), "attn_q": matrix(c.q_dim, DIM), "attn_k": matrix(kv_dim, DIM), "attn_v": matrix(kv_dim, DIM),
-                   "attn_output": matrix(DIM, c.q_dim)},
+    of_a_layer = ({"norm": ones(), "attn_q": matrix(c.q_dim, DIM), "attn_k": matrix(kv_dim, DIM),
+                   "attn_v": matrix(kv_dim, DIM), "attn_output": matrix(DIM, c.q_dim)},
                   {"norm": ones(), "ffn_gate": matrix(c.hidden_dim, DIM), "ffn_up": matrix(c.hidden_dim, DIM),
                    "ffn_down": matrix(DIM, c.hidden_dim)})
     of_all = {"token_embd": matrix(VOCAB, DIM), "output_norm": ones(), "output": matrix(VOCAB, DIM)}
-    return [role(name, number, made) for number in range(len(c.blocks)) for name, made in of_a_layer[number % 2].items()] + \
-        [role(name, -1, made) for name, made in of_all.items()]
+    layers = [role(name, number, made) for number in range(len(c.blocks))
+              for name, made in of_a_layer[number % 2].items()]
+    return layers + [role(name, -1, made) for name, made in of_all.items()]

@@ -1,21 +1,22 @@
-"""Compare pybmc with llama.cpp on the same files: opening, prompts, single tokens, verification passes, memory.
+"""Compare pybmc with llama.cpp on the same files: opening, prompts, single tokens,
+verification passes, memory.
 
     pip install llama-cpp-python
     python -m tools.versus MODEL... [-p 512] [-n 32] [-b 1,2,4,8,16] [-d 0,4096] [-r 5] [-t 2] [--json]
     python -m tools.versus --table DIR [--only types,depth] [-r 5] [-t 2] [--json-file results.jsonl]
 
-The second form measures the whole table (TABLE below) on files of random weights, which it writes to DIR where they
-are missing.
+The second form measures the whole table (TABLE below) on files of random weights,
+which it writes to DIR where they are missing.
 
-What makes the comparison fair: both engines evaluate the same tokens with the same number of threads, the files
-in the page cache, each engine in a process of its own, never both at a time, in the order A B B A A B ...; a
-ratio is the median over these pairs. llama.cpp attends with flash attention and without, the faster is taken for
-each line; weights are repacked as its build has it, batch sizes are its defaults. A verification pass gives the
-logits of all its tokens on both sides (pybmc can do with less, `logits="argmax"`), then rewinds. Before anything
-is timed, the logits of a text are compared; how far they are apart is printed below the table, and
-tools.exact tells which engine is closer to float32. "limit" is our share of what the machine allows,
-measured right before each of our runs, since its speed changes: weights and rows read from memory, or our
-kernels working from the cache (tools.limits); the median of the runs.
+What makes the comparison fair: both engines evaluate the same tokens with the same number of threads, the
+files in the page cache, each engine in a process of its own, never both at a time, in the order A B B A A B
+...; a ratio is the median over these pairs. llama.cpp attends with flash attention and without, the faster is
+taken for each line; weights are repacked as its build has it, batch sizes are its defaults. A verification
+pass gives the logits of all its tokens on both sides (pybmc can do with less, `logits="argmax"`), then
+rewinds. Before anything is timed, the logits of a text are compared; how far they are apart is printed below
+the table, and tools.exact tells which engine is closer to float32. "limit" is our share of what the machine
+allows, measured right before each of our runs, since its speed changes: weights and rows read from memory, or
+our kernels working from the cache (tools.limits); the median of the runs.
 
 The peer may live in an environment of its own, with numpy and llama-cpp-python: --peer-python, or the
 environment variable PYBMC_PEER_PYTHON.
@@ -56,7 +57,7 @@ OPENINGS = 3
 LONG = 5.0                              # seconds of a run from which on nothing is gained by warming up
 BUSY = 0.05                             # share of the cores in other hands from which on a run does not count
 
-# ---- the engines ---------------------------------------------------------------------------------------------
+# ---- the engines -------------------------------------------------------------------------------------------
 
 
 def with_root():
@@ -126,12 +127,13 @@ def engines(peer_python, cpu=""):
         yield ours, theirs
 
 
-# ---- the whole table -----------------------------------------------------------------------------------------
+# ---- the whole table ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Tests of one file of a real model's shape: "tg 32 @4096" is one. threads 0: as asked; cpu: pybmc's kernels."""
+    """Tests of one file of a real model's shape: "tg 32 @4096" is one. threads 0: as asked;
+    cpu: pybmc's kernels."""
 
     section: str
     shape: str
@@ -148,8 +150,8 @@ class Entry:
 WIDTHS = "pp 512, tg 32, verify 2, verify 4, verify 8, verify 16"
 TABLE = [
     *(Entry("types", "llama-3.2-1b", type, WIDTHS) for type in (
-        "Q4_K_M", "Q4_0", "Q8_0", "F16", "BF16", "Q6_K", "Q5_K_M", "Q5_0", "Q3_K_M", "Q2_K", "IQ4_XS", "IQ4_NL",
-        "MXFP4")),
+        "Q4_K_M", "Q4_0", "Q8_0", "F16", "BF16", "Q6_K", "Q5_K_M", "Q5_0", "Q3_K_M", "Q2_K", "IQ4_XS",
+        "IQ4_NL", "MXFP4")),
     Entry("one-thread", "llama-3.2-1b", "Q4_K_M", "tg 32, verify 8, pp 512", threads=1),
     Entry("depth", "llama-3.2-1b", "Q4_K_M", "tg 32 @4096, tg 32 @8192, verify 8 @4096"),
     Entry("long-prompt", "llama-3.2-1b", "Q4_K_M", "pp 8192"),
@@ -171,7 +173,7 @@ def file_of(entry, folder):
     return str(path)
 
 
-# ---- measuring -----------------------------------------------------------------------------------------------
+# ---- measuring ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -185,7 +187,8 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table: what both engines measured, pair by pair. Of tok/s more is better, of s and MB less."""
+    """A line of the table: what both engines measured, pair by pair.
+    Of tok/s more is better, of s and MB less."""
 
     work: str
     ours: list
@@ -193,7 +196,7 @@ class Row:
     unit: str = "tok/s"
     mode: str = ""
     cell: Cell | None = None
-    limits: list | None = None          # for each of our runs: "tok_s" that the machine allowed, and "by" what
+    limits: list | None = None    # for each of our runs: "tok_s" that the machine allowed, and "by" what
 
     @property
     def ratios(self):
@@ -206,7 +209,8 @@ class Row:
 
     @property
     def limit(self):
-        """The median share of its limit that a run of ours reached, that limit's "tok_s" and "by"; or None."""
+        """The median share of its limit that a run of ours reached, that limit's "tok_s" and "by";
+        or None."""
         if not self.limits:
             return None
         shares = [{"share": rate / limit["tok_s"], **limit} for rate, limit in zip(self.ours, self.limits)]
@@ -250,7 +254,8 @@ def compare(a, b, cell, reps):
 
 
 def best_mode(runs):
-    """The fastest of {mode: run}, by two runs of each after one to warm up, or by that one where it takes long."""
+    """The fastest of {mode: run}, by two runs of each after one to warm up,
+    or by that one where it takes long."""
     started = time.perf_counter()
     rates = [{mode: run() for mode, run in runs.items()}]
     if len(runs) == 1:
@@ -261,15 +266,17 @@ def best_mode(runs):
 
 
 def openings(a, b, first, **what):
-    """The Rows of opening the file, again after the seconds that it took first, and of the memory that this took."""
+    """The Rows of opening the file, again after the seconds that it took first,
+    and of the memory that this took."""
     memory = [engine.ask("memory") for engine in (a, b)]
-    again = paired(*(lambda engine=engine: engine.ask("open", **what)["seconds"] for engine in (a, b)), OPENINGS - 1)
+    again = paired(*(lambda engine=engine: engine.ask("open", **what)["seconds"] for engine in (a, b)),
+                   OPENINGS - 1)
     yield Row("open", *([seconds, *more] for seconds, more in zip(first, again)), unit="s")
     for name in memory[0]:
         yield Row(f"{name} memory", *([sizes[name]] for sizes in memory), unit="MB")
 
 
-# ---- do they compute the same? -------------------------------------------------------------------------------
+# ---- do they compute the same? -----------------------------------------------------------------------------
 
 
 class OtherModel(click.ClickException):
@@ -308,7 +315,7 @@ def agreement_text(path, found):
     return line + (f"; whose error it is: python -m tools.exact {path}" if found.error > FAR else "")
 
 
-# ---- the machine ---------------------------------------------------------------------------------------------
+# ---- the machine -------------------------------------------------------------------------------------------
 
 
 def cpu_model():
@@ -320,7 +327,8 @@ def cpu_model():
 
 
 def cpu_seconds():
-    """CPU time of all processes, stolen by the host, and of this process with its ended workers; None if unknown."""
+    """CPU time of all processes, stolen by the host, and of this process with its ended workers;
+    None if unknown."""
     with suppress(OSError):
         user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
         own = os.times()
@@ -334,7 +342,8 @@ def roof(threads):
     from .lab import arithmetic_rate, read_bandwidth
 
     int8, f32 = arithmetic_rate(threads)
-    return {"read": rounded(read_bandwidth(threads) / 1e9), "int8": rounded(int8 / 1e9), "f32": rounded(f32 / 1e9)}
+    return {"read": rounded(read_bandwidth(threads) / 1e9), "int8": rounded(int8 / 1e9),
+            "f32": rounded(f32 / 1e9)}
 
 
 def noise(before, after, seconds):
@@ -357,11 +366,12 @@ def warm(path):
                 pass
 
 
-# ---- the report ----------------------------------------------------------------------------------------------
+# ---- the report --------------------------------------------------------------------------------------------
 
 
 def table_head():
-    return (f"| {'work':19} | {OURS:>9} | {THEIRS:>9} | ratio | {'spread':>12} | {'limit':>12} | {'llama.cpp with':18} |\n"
+    return (f"| {'work':19} | {OURS:>9} | {THEIRS:>9} | ratio | {'spread':>12} | {'limit':>12} | "
+            f"{'llama.cpp with':18} |\n"
             f"|{'-' * 21}|{'-' * 10}:|{'-' * 10}:|------:|{'-' * 13}:|{'-' * 13}:|{'-' * 20}|")
 
 
@@ -370,14 +380,16 @@ def table_line(row):
     ours, theirs = (spelled(statistics.median(side)) for side in (row.ours, row.theirs))
     spread = f"{min(row.ratios):.2f}..{max(row.ratios):.2f}" if len(row.ratios) > 1 else ""
     limit = f"{row.limit['share']:.0%} {row.limit['by']}" if row.limit else ""
-    return f"| {work:19} | {ours:>9} | {theirs:>9} | {row.ratio:5.2f} | {spread:>12} | {limit:>12} | {row.mode:18} |"
+    return (f"| {work:19} | {ours:>9} | {theirs:>9} | {row.ratio:5.2f} | {spread:>12} | {limit:>12} | "
+            f"{row.mode:18} |")
 
 
 def json_line(path, threads, row):
     test = vars(row.cell) if row.cell else {"test": row.work}
     return {"model": path, **test, "unit": row.unit, "threads": threads,
-            "pybmc": rounded(statistics.median(row.ours)), "llama_cpp": rounded(statistics.median(row.theirs)),
-            "ratio": rounded(row.ratio), "ratio_min": rounded(min(row.ratios)), "ratio_max": rounded(max(row.ratios)),
+            "pybmc": rounded(statistics.median(row.ours)),
+            "llama_cpp": rounded(statistics.median(row.theirs)), "ratio": rounded(row.ratio),
+            "ratio_min": rounded(min(row.ratios)), "ratio_max": rounded(max(row.ratios)),
             "reps": len(row.ours), "mode": row.mode, "limit": rounded_limit(row.limit),
             "pybmc_all": [rounded(x) for x in row.ours], "llama_cpp_all": [rounded(x) for x in row.theirs]}
 
@@ -400,7 +412,8 @@ def machine_text(path, machine):
     lines = ["{cpu}, {threads} threads, {system}, {date}".format(**machine), *machine["engines"],
              agreement_text(path, Distance(**machine["agreement"])), waiting.format(**machine["idle"])]
     if "roof" in machine:
-        limits = "the machine's limits: {read:.1f} GB/s read, {int8:.0f} billion int8 products a second, {f32:.0f} of floats"
+        limits = ("the machine's limits: {read:.1f} GB/s read, {int8:.0f} billion int8 products a second, "
+                  "{f32:.0f} of floats")
         lines.append(limits.format(**machine["roof"]))
     if "others" in machine:
         taken = "meanwhile other processes took {others:.1%} of the cores, the host {stolen:.1%}"
@@ -411,13 +424,19 @@ def machine_text(path, machine):
 
 @click.command(help=__doc__.split("\n\n")[0])
 @click.argument("models", nargs=-1, type=click.Path(exists=True, dir_okay=False), metavar="MODEL...")
-@click.option("-p", "--n-prompt", "prompts", type=Counts(), default="512", show_default=True, help="Prompt lengths.")
-@click.option("-n", "--n-gen", "generated", type=Counts(), default="32", show_default=True, help="Single tokens.")
-@click.option("-b", "--widths", type=Counts(), default="1,2,4,8,16", show_default=True, help="Verification widths.")
-@click.option("-d", "--depths", type=Counts(), default="0,4096", show_default=True, help="Tokens held before.")
+@click.option("-p", "--n-prompt", "prompts", type=Counts(), default="512", show_default=True,
+              help="Prompt lengths.")
+@click.option("-n", "--n-gen", "generated", type=Counts(), default="32", show_default=True,
+              help="Single tokens.")
+@click.option("-b", "--widths", type=Counts(), default="1,2,4,8,16", show_default=True,
+              help="Verification widths.")
+@click.option("-d", "--depths", type=Counts(), default="0,4096", show_default=True,
+              help="Tokens held before.")
 @click.option("-r", "--reps", type=click.IntRange(1), default=5, show_default=True, help="Pairs of runs.")
-@click.option("-t", "--threads", type=click.IntRange(1, 512), help="Threads of both; default: the usable cores.")
-@click.option("--table", type=click.Path(file_okay=False), metavar="DIR", help="The whole table, with files in DIR.")
+@click.option("-t", "--threads", type=click.IntRange(1, 512),
+              help="Threads of both; default: the usable cores.")
+@click.option("--table", type=click.Path(file_okay=False), metavar="DIR",
+              help="The whole table, with files in DIR.")
 @click.option("--only", default="", metavar="NAMES", help="Sections of the table, or types, by comma: "
               + ", ".join(dict.fromkeys(entry.section for entry in TABLE)) + ".")
 @click.option("--peer-python", envvar="PYBMC_PEER_PYTHON", default=sys.executable, metavar="PYTHON",
@@ -426,8 +445,8 @@ def machine_text(path, machine):
               help="One whose llama_cpp is built without AVX-512; without it the table has no avx2 section.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout.")
 @click.option("--json-file", type=click.File("a"), help="Append them to a file, beside the table on stdout.")
-def main(models, prompts, generated, widths, depths, reps, threads, table, only, peer_python, avx2_peer_python, as_json,
-         json_file):
+def main(models, prompts, generated, widths, depths, reps, threads, table, only, peer_python,
+         avx2_peer_python, as_json, json_file):
     if bool(models) == bool(table):
         raise click.UsageError("expected files to compare on, or --table DIR")
     threads = threads or default_threads()
@@ -447,7 +466,8 @@ def chosen(only, has_avx2_peer):
     names = {name.strip() for name in only.split(",") if name.strip()}
     known = {name for entry in TABLE for name in (entry.section, entry.type)}
     if names - known:
-        raise click.UsageError(f"--only {', '.join(sorted(names - known))}: expected some of {', '.join(sorted(known))}")
+        raise click.UsageError(f"--only {', '.join(sorted(names - known))}: expected some of "
+                               f"{', '.join(sorted(known))}")
     return [entry for entry in TABLE if (not names or names & {entry.section, entry.type})
             and (has_avx2_peer or not entry.cpu)]
 
@@ -467,7 +487,8 @@ class Say:
 
 def report(path, todo, reps, threads, peer_python, say, cpu=""):
     """Measure one file and print each line when it is known."""
-    sizes = {"threads": threads, "outputs": max([CHECKED, *(cell.n for cell in todo if cell.test == "verify")]),
+    sizes = {"threads": threads,
+             "outputs": max([CHECKED, *(cell.n for cell in todo if cell.test == "verify")]),
              "context": max([CHECKED, *(cell.depth + cell.n for cell in todo)])}
     warm(path)
     limits = roof(threads)
@@ -476,9 +497,11 @@ def report(path, todo, reps, threads, peer_python, say, cpu=""):
         first = [engine.ask("open", path=path, **sizes)["seconds"] for engine in (a, b)]
         agreed = agreement(a, b)
         if not say.as_json:
-            print(f"**{Path(path).name}**: tokens/s, medians of {reps} pairs; ratio: how many times pybmc is better\n")
+            print(f"**{Path(path).name}**: tokens/s, medians of {reps} pairs; ratio: how many times pybmc is "
+                  "better\n")
             print(table_head())
-        for row in chain(openings(a, b, first, path=path, **sizes), (compare(a, b, cell, reps) for cell in todo)):
+        for row in chain(openings(a, b, first, path=path, **sizes),
+                         (compare(a, b, cell, reps) for cell in todo)):
             say(table_line(row), json_line(path, threads, row))
         idle = {"pybmc": a.idle, "llama_cpp": b.idle}
     spent = noise(before, cpu_seconds(), time.perf_counter() - started)

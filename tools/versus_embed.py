@@ -1,11 +1,13 @@
-"""Compare the embeddings of pybmc and llama.cpp on the same file: tokens a second, and how close the vectors are.
+"""Compare the embeddings of pybmc and llama.cpp on the same file: tokens a second,
+and how close the vectors are.
 
     pip install llama-cpp-python
     python -m tools.versus_embed MODEL [-n 128] [-b 32] [-r 5] [-t 2] [--peer-python PYTHON]
 
-Both engines embed the same texts of random tokens, b texts of n tokens each, with the same number of threads, each in a
-process of its own and in turn; llama.cpp with passes of 512 tokens and with all texts in one pass, of which the faster counts.
-What is reported are medians. Exit code 3: the vectors are not of the same model (a cosine below 0.98).
+Both engines embed the same texts of random tokens, b texts of n tokens each, with the same number of threads,
+each in a process of its own and in turn; llama.cpp with passes of 512 tokens and with all texts in one pass,
+of which the faster counts. What is reported are medians. Exit code 3: the vectors are not of the same model
+(a cosine below 0.98).
 """
 
 import ctypes
@@ -29,7 +31,7 @@ def texts_of(vocab_size, n, b):
     return np.random.default_rng(1).integers(vocab_size // 4, vocab_size // 2, (b, n), dtype=np.int32)
 
 
-# ---- the engines, each in a process of its own -----------------------------------------------------------------
+# ---- the engines, each in a process of its own -------------------------------------------------------------
 
 
 def open_pybmc(path, threads):
@@ -56,9 +58,11 @@ def open_llama(path, threads, n, b):
         width = max(width or n * b, n)
         params = api.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = width
-        params.n_seq_max, params.embeddings, params.n_threads, params.n_threads_batch = b, True, threads, threads
+        params.n_seq_max, params.embeddings = b, True
+        params.n_threads = params.n_threads_batch = threads
         context = api.llama_init_from_model(model, params)
-        if api.llama_pooling_type(context) == api.LLAMA_POOLING_TYPE_NONE:      # the file names none: ours is the mean
+        # the file names none: ours is the mean
+        if api.llama_pooling_type(context) == api.LLAMA_POOLING_TYPE_NONE:
             api.llama_free(context)
             params.pooling_type = api.LLAMA_POOLING_TYPE_MEAN
             context = api.llama_init_from_model(model, params)
@@ -74,7 +78,8 @@ def open_llama(path, threads, n, b):
                     api.llama_memory_clear(memory, False)
                 if status := (api.llama_decode if memory else api.llama_encode)(context, batch):
                     raise RuntimeError(f"llama_decode of {part.size} tokens gives {status}")
-                vectors += [np.array(np.ctypeslib.as_array(api.llama_get_embeddings_seq(context, i), (size,))) for i in range(len(part))]
+                vectors += [np.array(np.ctypeslib.as_array(api.llama_get_embeddings_seq(context, i), (size,)))
+                            for i in range(len(part))]
             return np.stack([v / np.linalg.norm(v) for v in vectors])
 
         embed.quiet = quiet                             # the library calls it as long as it runs
@@ -106,7 +111,7 @@ def work(engine, path, threads, n, b):
         print(json.dumps({"seconds": seconds, "vectors": np.asarray(vectors).tolist()}), flush=True)
 
 
-# ---- the comparison --------------------------------------------------------------------------------------------
+# ---- the comparison ----------------------------------------------------------------------------------------
 
 
 def ask(process):
@@ -125,14 +130,15 @@ def ask(process):
 @click.option("-b", "b", default=32, show_default=True, help="Texts.")
 @click.option("-r", "runs", default=5, show_default=True)
 @click.option("-t", "threads", default=os.cpu_count(), show_default=True)
-@click.option("--peer-python", envvar="PYBMC_PEER_PYTHON", default=sys.executable, help="An interpreter with llama-cpp-python.")
+@click.option("--peer-python", envvar="PYBMC_PEER_PYTHON", default=sys.executable,
+              help="An interpreter with llama-cpp-python.")
 @click.option("--worker", hidden=True)
 def main(model, n, b, runs, threads, peer_python, worker):
     if worker:
         return work(worker, model, threads, n, b)
     arguments = [model, "-n", str(n), "-b", str(b), "-t", str(threads)]
-    both = {name: subprocess.Popen([python, "-m", "tools.versus_embed", "--worker", name, *arguments], stdin=subprocess.PIPE,
-                                   stdout=subprocess.PIPE, text=True)
+    both = {name: subprocess.Popen([python, "-m", "tools.versus_embed", "--worker", name, *arguments],
+                                   stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             for name, python in (("pybmc", sys.executable), ("llama.cpp", peer_python))}
     try:
         answers = {name: [] for name in both}
@@ -143,15 +149,18 @@ def main(model, n, b, runs, threads, peer_python, worker):
         for process in both.values():
             process.kill()
             process.wait()
-    cosine = min(np.sum(np.asarray(answers["pybmc"][0]["vectors"]) * np.asarray(answers["llama.cpp"][0]["vectors"]), axis=1))
+    cosine = min(np.sum(np.asarray(answers["pybmc"][0]["vectors"])
+                        * np.asarray(answers["llama.cpp"][0]["vectors"]), axis=1))
     if cosine < SAME:
         print(f"the vectors are not of the same model: a cosine is {cosine:.3f}, expected {SAME} or more")
         sys.exit(3)
     rates = {name: [n * b / min(one["seconds"]) for one in several] for name, several in answers.items()}
     ratios = [ours / theirs for ours, theirs in zip(rates["pybmc"], rates["llama.cpp"])]
-    print("| texts | pybmc, tokens/s | llama.cpp, tokens/s | ratio | least cosine |", "|---|--:|--:|--:|--:|", sep="\n")
-    print(f"| {b} of {n} tokens | {statistics.median(rates['pybmc']):.0f} | {statistics.median(rates['llama.cpp']):.0f} "
-          f"| {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | {cosine:.4f} |")
+    print("| texts | pybmc, tokens/s | llama.cpp, tokens/s | ratio | least cosine |",
+          "|---|--:|--:|--:|--:|", sep="\n")
+    print(f"| {b} of {n} tokens | {statistics.median(rates['pybmc']):.0f} | "
+          f"{statistics.median(rates['llama.cpp']):.0f} | {statistics.median(ratios):.2f} ({min(ratios):.2f} "
+          f"to {max(ratios):.2f}) | {cosine:.4f} |")
 
 
 if __name__ == "__main__":

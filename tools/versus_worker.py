@@ -3,8 +3,9 @@
     python -m tools.versus_worker pybmc|llama.cpp
 
 The first line out says what the engine is, every later one answers a request {"do": name, ...}; it is
-{"error": sentence} if that failed. The requests are Worker's methods. Both engines are timed by the same lines,
-those of pybmc.engine.bench; that module needs numpy alone, so the other engine's Python need not have pybmc installed.
+{"error": sentence} if that failed. The requests are Worker's methods. Both engines are timed by the same
+lines, those of pybmc.engine.bench; that module needs numpy alone, so the other engine's Python need not have
+pybmc installed.
 """
 
 import ctypes
@@ -21,7 +22,7 @@ import numpy as np
 
 from pybmc.engine.bench import go_to, measure, random_tokens
 
-SETTLE_S = 0.05                         # a pool may spin that long after its work, and would disturb the other's
+SETTLE_S = 0.05    # a pool may spin that long after its work, and would disturb the other's
 
 
 class Pybmc:
@@ -70,7 +71,8 @@ class LlamaCpp:
         try:
             import llama_cpp
         except ImportError as e:
-            raise RuntimeError(f"{sys.executable} cannot import llama_cpp ({e}); `pip install llama-cpp-python` "
+            raise RuntimeError(f"{sys.executable} cannot import llama_cpp ({e}); `pip install "
+                               "llama-cpp-python` "
                                "there, or name another interpreter with --peer-python") from None
         self.api = api = llama_cpp
         self.quiet = api.llama_log_callback(lambda level, text, data: None)
@@ -220,16 +222,19 @@ class Worker:
         return found
 
     def memory(self):
-        """MB resident now, the private part of them, and the most so far; empty where the system does not tell."""
+        """MB resident now, the private part of them, and the most so far;
+        empty where the system does not tell."""
         with suppress(OSError):
             sizes = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-            resident, private, peak = (int(sizes[name].split()[0]) / 1e3 for name in ("VmRSS", "RssAnon", "VmHWM"))
+            resident, private, peak = (int(sizes[name].split()[0]) / 1e3
+                                       for name in ("VmRSS", "RssAnon", "VmHWM"))
             return {"resident": resident, "private": private, "peak": peak}
         return {}
 
 
 def serve(worker, about, lines, write):
-    """Answer line by line. "idle" is the share of a core that the engine used while it was not asked for anything."""
+    """Answer line by line. "idle" is the share of a core that the engine used while it was not
+    asked for anything."""
     write(json.dumps(about))
     idle = np.zeros(2)                                              # CPU time, time
     last = clocks()
@@ -251,7 +256,7 @@ def clocks():
 def start(engines, make_worker):
     """Serve the engine that the command line names, or say why it does not start."""
     wire = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)                                                   # what a library prints stays out of the answers
+    os.dup2(2, 1)    # what a library prints stays out of the answers
 
     def write(line):
         print(line, file=wire, flush=True)
@@ -261,7 +266,8 @@ def start(engines, make_worker):
     except Exception as e:
         write(json.dumps({"error": f"{sys.executable}: {e}"}))
         sys.exit(1)
-    serve(make_worker(engine), {"version": engine.version, "modes": getattr(engine, "modes", [])}, sys.stdin, write)
+    serve(make_worker(engine), {"version": engine.version, "modes": getattr(engine, "modes", [])},
+          sys.stdin, write)
 
 
 def main():

@@ -1,4 +1,5 @@
-"""The model card: what the pair is, how it was made, what it was measured to do, and ten tales as they came."""
+"""The model card: what the pair is, how it was made, what it was measured to do,
+and ten tales as they came."""
 
 import textwrap
 
@@ -8,10 +9,11 @@ from .evaluate import KNOWN, MIN_P, SIMULATED, answer
 from .recipe import BOOKS
 
 TALES = (       # (request, temperature)
-    ("Tell me of a king and a golden bird.", 0.0), ("Tell me of a fisherman and a talking fish.", 0.0), ("Tell me a story about a cat.", 0.0),
-    ("Tell me of a little girl and a wolf.", 0.0), ("Hello.", 0.0),
+    ("Tell me of a king and a golden bird.", 0.0), ("Tell me of a fisherman and a talking fish.", 0.0),
+    ("Tell me a story about a cat.", 0.0), ("Tell me of a little girl and a wolf.", 0.0), ("Hello.", 0.0),
     ("Tell me of a king and a golden bird.", 0.8), ("Tell me a tale of a poor miller and a princess.", 0.8),
-    ("Tell me about an old soldier.", 0.8), ("Tell me of a fox and a goose.", 0.8), ("Tell me a fairy tale.", 0.8),
+    ("Tell me about an old soldier.", 0.8), ("Tell me of a fox and a goose.", 0.8),
+    ("Tell me a fairy tale.", 0.8),
 )
 
 CARD = """# The bundled pair: a small teller of tales and its draft
@@ -87,24 +89,27 @@ The text is in the public domain. The models are under pybmc's MIT licence.
 ## Ten tales, unedited
 
 {tales}
-"""
+"""  # noqa: E501
 
 REFINED = """- **Its own best answers**: then it answered requests of the tales' words, {answers} times each, as chat does. {chosen} answers were kept, where
   one of a request's named more than half of what was asked and did not repeat itself: of those that named most, the one whose halves were likeliest by
   its own measure, and likeliest for what stood before them. It read them once or twice, beside as many tales of the first {tale_books} books and simulated
   ones, and running text, {refine_tokens} tokens ([RAFT](https://arxiv.org/abs/2304.06767)), and some of its greedy texts, to find what ends a run of {loop} tokens that stood there
   before less likely ([unlikelihood](https://arxiv.org/abs/1908.04319)). Weights are {refine_share:.0%} those of the end, the rest those before.
-"""
+"""  # noqa: E501
 
 
 def tales(model, tokenizer, n_tok=340):
-    """[(request, temperature, text)]: the first answer each request gets; the seed is its place in the list."""
-    return [(q, t, tokenizer.decode(answer(model, tokenizer, q, n_tok, t, seed)[1])) for seed, (q, t) in enumerate(TALES)]
+    """[(request, temperature, text)]: the first answer each request gets;
+    the seed is its place in the list."""
+    return [(q, t, tokenizer.decode(answer(model, tokenizer, q, n_tok, t, seed)[1]))
+            for seed, (q, t) in enumerate(TALES)]
 
 
 def titles():
     listed = "; ".join(title for title, _ in BOOKS)
-    words = (f"- **Text**: public-domain English literature: {listed}. Headings, contents pages and editors' notes were dropped; tales were read "
+    words = (f"- **Text**: public-domain English literature: {listed}. Headings, contents pages and editors' "
+             "notes were dropped; tales were read "
              "several times as often as novels.")
     return textwrap.fill(words, 140, subsequent_indent="  ")
 
@@ -121,8 +126,10 @@ def size_rows(configs, sizes):
     row = lambda name, values: (name, *map(str, values))
     return [
         row("file size", [f"{s / 1e6:.1f} MB" for s in sizes]),
-        row("weights multiplied a token, head included", [f"{c.matrix_params() / 1e6:.2f}M" for c in configs]),
-        *(row(name, [getattr(c, name) for c in configs]) for name in ("n_layers", "dim", "hidden_dim", "n_heads", "n_kv_heads", "head_dim")),
+        row("weights multiplied a token, head included",
+            [f"{c.matrix_params() / 1e6:.2f}M" for c in configs]),
+        *(row(name, [getattr(c, name) for c in configs])
+          for name in ("n_layers", "dim", "hidden_dim", "n_heads", "n_kv_heads", "head_dim")),
     ]
 
 
@@ -131,17 +138,20 @@ def heldout_rows(results):
     return [
         ("teller", *model("target_heldout")), ("draft", *model("draft_heldout")),
         ("`xz -9e`, the held-out text alone", f"{results['xz']['alone']:.3f}", ""),
-        ("`xz -9e`, what it adds to the whole training text before it", f"{results['xz']['after_corpus']:.3f}", ""),
+        ("`xz -9e`, what it adds to the whole training text before it",
+         f"{results['xz']['after_corpus']:.3f}", ""),
     ]
 
 
 def acceptance_rows(results):
-    row = lambda name, r: (name, f"{r['rate']:.1%}", *(f"{a:.0%}" for a in r["by_position"]), f"{r['tokens_a_round']:.2f}")
+    row = lambda name, r: (name, f"{r['rate']:.1%}", *(f"{a:.0%}" for a in r["by_position"]),
+                           f"{r['tokens_a_round']:.2f}")
     return [row("greedy", results["greedy"]), row("temperature 0.8", results["sampled"])]
 
 
 def request_rows(results):
-    row = lambda name, key: (name, *(f"{results[told][way][key]:.0%}" for told in ("told", "told_simulated") for way in ("greedy", "sampled")))
+    row = lambda name, key: (name, *(f"{results[told][way][key]:.0%}" for told in ("told", "told_simulated")
+                                     for way in ("greedy", "sampled")))
     return [row("named", "named"), row("in circles", "circles"), row("in simulated tales' words", "known")]
 
 
@@ -163,13 +173,20 @@ def quote(request, temperature, told):
 
 def write(recipe, configs, sizes, results, told):
     return CARD.format(
-        sizes=table(size_rows(configs, sizes)), vocab_size=recipe.vocab_size, n_ctx=configs[0].n_ctx, row=recipe.n_ctx, top=recipe.top,
-        text=titles(), batch_tokens=recipe.target_run.batch_tokens,
-        grow_at=recipe.target_run.grow_at, more_share=recipe.more_share, target_tokens=millions(results["target"]["tokens"]), target_steps=results["target"]["steps"],
-        more_tokens=millions(results["more"]["tokens"]), target_minutes=(results["target"]["seconds"] + results["more"]["seconds"]) // 60, draft_tokens=millions(results["draft"]["tokens"]),
-        distill_tokens=millions(results["distill"]["tokens"]), told_tokens=millions(results["distill"]["told"]),
-        simulated=recipe.simulated_share, plots=len(simulate.PLOTS), refined=refined(recipe, results), loop=LOOP, known=KNOWN, n_simulated=SIMULATED,
-        engine=[results[f"{name}_engine"] for name in ("target", "draft")], last_tokens=millions(results["more_last"]["tokens"]),
-        distill_last=millions(results["distill_last"]["tokens"]), told_last=millions(results["distill_last"]["told"]),
-        told=table(request_rows(results)), heldout=table(heldout_rows(results)), acceptance=table(acceptance_rows(results)), tales="\n\n".join(quote(*t) for t in told),
+        sizes=table(size_rows(configs, sizes)), vocab_size=recipe.vocab_size, n_ctx=configs[0].n_ctx,
+        row=recipe.n_ctx, top=recipe.top, text=titles(), batch_tokens=recipe.target_run.batch_tokens,
+        grow_at=recipe.target_run.grow_at, more_share=recipe.more_share,
+        target_tokens=millions(results["target"]["tokens"]), target_steps=results["target"]["steps"],
+        more_tokens=millions(results["more"]["tokens"]),
+        target_minutes=(results["target"]["seconds"] + results["more"]["seconds"]) // 60,
+        draft_tokens=millions(results["draft"]["tokens"]),
+        distill_tokens=millions(results["distill"]["tokens"]),
+        told_tokens=millions(results["distill"]["told"]), simulated=recipe.simulated_share,
+        plots=len(simulate.PLOTS), refined=refined(recipe, results), loop=LOOP, known=KNOWN,
+        n_simulated=SIMULATED, engine=[results[f"{name}_engine"] for name in ("target", "draft")],
+        last_tokens=millions(results["more_last"]["tokens"]),
+        distill_last=millions(results["distill_last"]["tokens"]),
+        told_last=millions(results["distill_last"]["told"]), told=table(request_rows(results)),
+        heldout=table(heldout_rows(results)), acceptance=table(acceptance_rows(results)),
+        tales="\n\n".join(quote(*t) for t in told),
     )

@@ -1,4 +1,5 @@
-"""What the target learns from its own answers: the best of several to a request, and not to go round in circles.
+"""What the target learns from its own answers:
+the best of several to a request, and not to go round in circles.
 
 Best of n, learned: RAFT, arXiv 2304.06767. What it should not say again: unlikelihood, arXiv 1908.04319.
 """
@@ -14,11 +15,12 @@ from .generate import CHAT, batches, write_texts
 from .text import DETERMINERS, FUNCTION, GO_ON, OPEN_REQUESTS, REQUESTS
 from .tokens import ask
 
-RUN, RUNS = 4, 0.08     # so many tokens that stood there before are a repetition; the largest share of them
-LOOP = 6                # of a greedy text, the last of so many tokens that stood there before is not to be said
+RUN, RUNS = 4, 0.08     # this many tokens that stood there before are a repetition; their largest share
+LOOP = 6                # of a greedy text, the last of this many tokens that stood there before is avoided
 HANG = 2.0              # weight of what hangs together beside what is likely at all
 BLIND = 8               # tokens at the start of a second half are a surprise wherever it was cut
-FORM = DETERMINERS | FUNCTION | set(re.findall("[a-z]+", " ".join((*REQUESTS, *OPEN_REQUESTS, *GO_ON)).lower()))
+FORM = DETERMINERS | FUNCTION | set(re.findall("[a-z]+",
+                                               " ".join((*REQUESTS, *OPEN_REQUESTS, *GO_ON)).lower()))
 
 
 def subjects(request):
@@ -28,7 +30,8 @@ def subjects(request):
 
 def share_named(request, answer):
     """How many of the request's subjects the answer names, as a share; 1 where it asks for none."""
-    wanted, said = subjects(request), {word.removesuffix("s") for word in re.findall("[a-z]+", answer.lower())}
+    wanted, said = subjects(request), {word.removesuffix("s")
+                                       for word in re.findall("[a-z]+", answer.lower())}
     return len(wanted & said) / len(wanted) if wanted else 1.0
 
 
@@ -57,7 +60,8 @@ class Judge:
         return -token_losses(self.session.eval(ids[len(prompt) - 1 : -1], logits="all"), ids[len(prompt) :])
 
     def __call__(self, prompt, told):
-        """Nats a token: how likely the answer is, and by how much each half is likelier for what stands before it."""
+        """Nats a token: how likely the answer is, and by how much each half is likelier for what
+        stands before it."""
         half = len(told) // 2
         known = self.log_p(prompt, told)
         alone = np.concatenate([self.log_p(self.open, told[:half]), self.log_p(self.open, told[half:])])
@@ -67,26 +71,32 @@ class Judge:
 
 
 def best_answers(asked, answers, shortest, tokenizer, judge):
-    """For each request the best of its answers, of `shortest` tokens or more, or None. asked: (request, prompt ids); answers: for each the ids
-    that were told."""
+    """For each request the best of its answers, of `shortest` tokens or more, or None.
+    asked: (request, prompt ids); answers: for each the ids that were told."""
     for (request, prompt), told in zip(asked, answers):
         sound = [t for t in told if len(t) >= shortest and np.mean(repeated(t, RUN)) <= RUNS]
         named = [share_named(request, tokenizer.decode(t)) for t in sound]
         most = max(named, default=0.0)
-        yield max((t for t, share in zip(sound, named) if share == most), key=lambda t: judge(prompt, t)) if most > 0.5 else None
+        (yield max((t for t, share in zip(sound, named) if share == most), key=lambda t: judge(prompt, t))
+         if most > 0.5 else None)
 
 
 def write_chosen(model, tokenizer, requests, recipe, work, name, seconds):
-    """The best answers to requests, into work/<name>-NNN.npz: ids (n, n_tok + 1), and own, which of them are the answer's."""
+    """The best answers to requests, into work/<name>-NNN.npz: ids (n, n_tok + 1), and own,
+    which of them are the answer's."""
     judge = Judge(model, tokenizer)
 
     def batch(n):
         rng = random.Random(f"{recipe.seed} {name} {n}")
-        asked = [(request, tokenizer.encode(ask(request)).ids) for request in rng.sample(requests, min(recipe.choose_batch, len(requests)))]
+        asked = [(request, tokenizer.encode(ask(request)).ids)
+                 for request in rng.sample(requests, min(recipe.choose_batch, len(requests)))]
         prompts = [prompt for _, prompt in asked]
-        told = [write_texts(model, prompts, recipe.generate_tokens, seed=rng.randrange(1 << 30), **CHAT) for _ in range(recipe.answers)]
+        told = [write_texts(model, prompts, recipe.generate_tokens, seed=rng.randrange(1 << 30), **CHAT)
+                for _ in range(recipe.answers)]
         answers = [[ids[i][own[i] > 0].tolist() for ids, own in told] for i in range(len(asked))]
-        best = [(prompt, t) for (_, prompt), t in zip(asked, best_answers(asked, answers, recipe.generate_tokens // 5, tokenizer, judge)) if t]
+        best = [(prompt, t) for (_, prompt), t
+                in zip(asked, best_answers(asked, answers, recipe.generate_tokens // 5, tokenizer, judge))
+                if t]
         ids, own = (np.zeros((len(best), recipe.generate_tokens + 1), kind) for kind in (np.uint16, np.int8))
         for row, mine, (prompt, t) in zip(ids, own, best):
             n_tok = len(prompt) + len(t)
@@ -97,12 +107,14 @@ def write_chosen(model, tokenizer, requests, recipe, work, name, seconds):
 
 
 def write_circles(model, tokenizer, requests, recipe, work, name, seconds):
-    """Greedy texts, into work/<name>-NNN.npz: ids, and own, which is -1 where the text goes round in circles and 0 elsewhere."""
+    """Greedy texts, into work/<name>-NNN.npz: ids, and own, which is -1 where the text goes round in
+    circles and 0 elsewhere."""
 
     def batch(n):
         rng = random.Random(f"{recipe.seed} {name} {n}")
         asked = rng.sample(requests, min(recipe.generate_batch, len(requests)))
-        ids, own = write_texts(model, [tokenizer.encode(ask(request)).ids for request in asked], recipe.generate_tokens, temperature=0.0)
+        ids, own = write_texts(model, [tokenizer.encode(ask(request)).ids for request in asked],
+                               recipe.generate_tokens, temperature=0.0)
         for row, mine in zip(ids, own):
             its = mine > 0
             mine[its] = -np.array(repeated(row[its].tolist(), LOOP), np.int8)
@@ -112,7 +124,8 @@ def write_circles(model, tokenizer, requests, recipe, work, name, seconds):
 
 
 def told_documents(work, name, newline):
-    """Documents of such files: (ids, own) as tokens.encode_documents gives them; a line ends behind an end of turn."""
+    """Documents of such files: (ids, own) as tokens.encode_documents gives them;
+    a line ends behind an end of turn."""
     for path in sorted(work.glob(f"{name}-*.npz")):
         saved = np.load(path)
         for ids, own in zip(saved["ids"], saved["own"]):

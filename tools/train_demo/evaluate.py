@@ -1,4 +1,5 @@
-"""What the pair is worth: bits per byte of text it never saw, next to xz, and how many drafted tokens the target accepts."""
+"""What the pair is worth: bits per byte of text it never saw, next to xz,
+and how many drafted tokens the target accepts."""
 
 import lzma
 import math
@@ -15,13 +16,14 @@ from .model import KVCache
 from .tokens import END_OF_TURN, ask
 
 K = 4                       # tokens drafted a round
-KNOWN, SIMULATED = 8, 10_000        # so many tokens in a row that stand in one of so many simulated tales are its words
+KNOWN, SIMULATED = 8, 10_000    # this many tokens in a row of one of that many simulated tales are its words
 MIN_P = CHAT["min_p"]       # what is less likely than this share of the likeliest is not chosen for a tale
 
 
 @torch.inference_mode()
 def bits_per_byte(model, tokenizer, text):
-    """Every token scored once: windows of n_ctx tokens, each half a window on; all but the first half have half a window before them."""
+    """Every token scored once: windows of n_ctx tokens, each half a window on;
+    all but the first half have half a window before them."""
     ids = torch.tensor(tokenizer.encode(text).ids)
     n_ctx, nats, at = model.config.n_ctx, math.log(model.config.vocab_size), 1
     while at < len(ids):
@@ -31,7 +33,8 @@ def bits_per_byte(model, tokenizer, text):
         logits = model.logits(window[None, :-1])[0, new]
         nats += F.cross_entropy(logits.float(), window[1:][new], reduction="sum").item()
         at = begin + len(window)
-    return {"bits_per_byte": nats / math.log(2) / len(text.encode()), "tokens": len(ids), "nats_per_token": nats / len(ids)}
+    return {"bits_per_byte": nats / math.log(2) / len(text.encode()), "tokens": len(ids),
+            "nats_per_token": nats / len(ids)}
 
 
 def xz_bits_per_byte(text, known=""):
@@ -66,19 +69,22 @@ def answer(model, tokenizer, request, n_tok, temperature, seed):
 
 def runs(ids, n):
     """A number for each run of n of the ids; equal runs have equal ones. uint64 (len(ids) - n + 1,)."""
-    windows = np.lib.stride_tricks.sliding_window_view(np.asarray(ids, np.uint64), n) if len(ids) >= n else np.empty((0, n), np.uint64)
+    windows = (np.lib.stride_tricks.sliding_window_view(np.asarray(ids, np.uint64), n) if len(ids) >= n
+               else np.empty((0, n), np.uint64))
     return (windows * np.cumprod(np.full(n, 0x9E3779B97F4A7C15, np.uint64))).sum(-1, dtype=np.uint64)
 
 
 def simulated_runs(tokenizer):
     """The runs of KNOWN that stand in SIMULATED tales."""
     tales = ["\n\n".join(simulate.tale(random.Random(seed)).paragraphs) for seed in range(SIMULATED)]
-    return np.unique(np.concatenate([runs(encoded.ids, KNOWN) for encoded in tokenizer.encode_batch_fast(tales)]))
+    return np.unique(np.concatenate([runs(encoded.ids, KNOWN)
+                                     for encoded in tokenizer.encode_batch_fast(tales)]))
 
 
 def tales_told(model, tokenizer, requests, known, n_tok=200, seed=3):
-    """What becomes of requests: how much of what they ask for is named, as a share, and of the tokens, how many go round in circles, and how
-    many end one of the known runs; greedy and as pybmc chat chooses. model: pybmc's."""
+    """What becomes of requests: how much of what they ask for is named, as a share, and of the tokens, how
+    many go round in circles, and how many end one of the known runs; greedy and as pybmc chat chooses. model:
+    pybmc's."""
     prompts = [tokenizer.encode(ask(request)).ids for request in requests]
     results = {}
     for way, settings in (("greedy", {"temperature": 0.0}), ("sampled", {**CHAT, "seed": seed})):
@@ -106,14 +112,17 @@ class Rounds:
 
     def summary(self):
         return {
-            "rounds": self.rounds, "drafted": self.rounds * K, "accepted": sum(self.accepted), "rate": sum(self.accepted) / (self.rounds * K),
-            "by_position": [a / self.rounds for a in self.accepted], "tokens_a_round": self.tokens / self.rounds,
+            "rounds": self.rounds, "drafted": self.rounds * K,
+            "accepted": sum(self.accepted), "rate": sum(self.accepted) / (self.rounds * K),
+            "by_position": [a / self.rounds for a in self.accepted],
+            "tokens_a_round": self.tokens / self.rounds,
         }
 
 
 @torch.inference_mode()
 def greedy_acceptance(target, draft, tokenizer, requests, n_tok=128):
-    """Speculation repeats the target's own text, so a round accepts as many tokens as the draft, reading that text, would choose alike."""
+    """Speculation repeats the target's own text, so a round accepts as many tokens as the draft,
+    reading that text, would choose alike."""
     counts = Rounds()
     for request in requests:
         prompt, told = answer(target, tokenizer, request, n_tok, 0.0, 0)
@@ -135,7 +144,8 @@ def distribution(logits, temperature):
 
 @torch.inference_mode()
 def sampled_acceptance(target, draft, tokenizer, requests, n_tok=128, temperature=0.8, seed=0):
-    """Speculative sampling: a drafted token stays with probability min(1, p / q); the first refused one is drawn anew from max(0, p - q)."""
+    """Speculative sampling: a drafted token stays with probability min(1, p / q);
+    the first refused one is drawn anew from max(0, p - q)."""
     counts, end = Rounds(), tokenizer.token_to_id(END_OF_TURN)
     g = seeded(seed)
     draw = lambda p: int(torch.multinomial(p, 1, generator=g))
@@ -143,7 +153,8 @@ def sampled_acceptance(target, draft, tokenizer, requests, n_tok=128, temperatur
         ids = tokenizer.encode(ask(request)).ids
         goal = min(len(ids) + n_tok, target.config.n_ctx - K - 1)
         caches = [KVCache(m.config, 1, goal + K + 1) for m in (target, draft)]
-        step = lambda model, cache: distribution(model.logits(torch.tensor([ids[cache.length :]]), cache)[0], temperature)
+        step = lambda model, cache: distribution(model.logits(torch.tensor([ids[cache.length :]]), cache)[0],
+                                                 temperature)
         ids.append(draw(step(target, caches[0])[-1]))
         while len(ids) < goal and ids[-1] != end:
             begin, q = len(ids), []

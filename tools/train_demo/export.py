@@ -12,8 +12,9 @@ Q8_0 = gguf.GGMLQuantizationType.Q8_0
 NAMES = {       # ours -> GGUF's; a block's names follow its number
     "embed.weight": "token_embd.weight", "norm.weight": "output_norm.weight",
     "attn_norm.weight": "attn_norm.weight", "ffn_norm.weight": "ffn_norm.weight",
-    "attn.q.weight": "attn_q.weight", "attn.k.weight": "attn_k.weight", "attn.v.weight": "attn_v.weight", "attn.o.weight": "attn_output.weight",
-    "gate.weight": "ffn_gate.weight", "up.weight": "ffn_up.weight", "down.weight": "ffn_down.weight",
+    "attn.q.weight": "attn_q.weight", "attn.k.weight": "attn_k.weight", "attn.v.weight": "attn_v.weight",
+    "attn.o.weight": "attn_output.weight", "gate.weight": "ffn_gate.weight", "up.weight": "ffn_up.weight",
+    "down.weight": "ffn_down.weight",
 }
 
 
@@ -82,9 +83,11 @@ def write_gguf(model, tokenizer, path, name, description):
 def read_config(reader):
     get = lambda key: reader.get_field(f"llama.{key}").contents()
     return Config(
-        vocab_size=get("vocab_size"), dim=get("embedding_length"), hidden_dim=get("feed_forward_length"), head_dim=get("attention.key_length"),
-        n_layers=get("block_count"), n_heads=get("attention.head_count"), n_kv_heads=get("attention.head_count_kv"), n_ctx=get("context_length"),
-        rope_base=get("rope.freq_base"), norm_eps=get("attention.layer_norm_rms_epsilon"),
+        vocab_size=get("vocab_size"), dim=get("embedding_length"), hidden_dim=get("feed_forward_length"),
+        head_dim=get("attention.key_length"), n_layers=get("block_count"),
+        n_heads=get("attention.head_count"), n_kv_heads=get("attention.head_count_kv"),
+        n_ctx=get("context_length"), rope_base=get("rope.freq_base"),
+        norm_eps=get("attention.layer_norm_rms_epsilon"),
     )
 
 
@@ -103,5 +106,6 @@ def read_gguf(path):
     reader = gguf.GGUFReader(path)
     model = Llama(read_config(reader))
     stored = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in reader.tensors}
-    model.load_state_dict({ours: torch.from_numpy(np.array(stored[gguf_name(ours)])) for ours in model.state_dict()})
+    model.load_state_dict({ours: torch.from_numpy(np.array(stored[gguf_name(ours)]))
+                           for ours in model.state_dict()})
     return model.eval()

@@ -1,4 +1,5 @@
-"""What the draft learns from: the target's own text, and the corpus, with the target's likeliest tokens at every position."""
+"""What the draft learns from: the target's own text, and the corpus,
+with the target's likeliest tokens at every position."""
 
 import random
 import time
@@ -19,7 +20,8 @@ PREFIX_TOKENS = 24
 
 
 def prompts(tokenizer, requests, running, rng):
-    """Endless prompts: mostly requests in the template's form, some beginnings of running text. running: ids of one long text."""
+    """Endless prompts: mostly requests in the template's form, some beginnings of running text.
+    running: ids of one long text."""
     while True:
         if rng.random() < PREFIX_SHARE:
             start = rng.randrange(len(running) - PREFIX_TOKENS)
@@ -29,7 +31,8 @@ def prompts(tokenizer, requests, running, rng):
 
 
 def write_texts(model, asked, n_tok, **settings):
-    """What the model answers to each prompt: (ids, own) of n_tok + 1 tokens, filled up with zeros; own says which tokens are its own."""
+    """What the model answers to each prompt: (ids, own) of n_tok + 1 tokens, filled up with zeros;
+    own says which tokens are its own."""
     told = [list(prompt) for prompt in asked]
     for i, token in pybmc.generate_batch(model, asked, n_tok, parallel=PARALLEL, **settings):
         told[i].append(token.id)
@@ -43,10 +46,11 @@ def write_texts(model, asked, n_tok, **settings):
 def score_rows(model, ids, learn, top):
     """The model's `top` likeliest tokens after each one of rows that are written already.
 
-    ids (n, n_tok + 1), learn likewise: which tokens were to be learned. Returns ids, top ids and their log probabilities
-    (n, n_tok, top), and own (n, n_tok): learn, of the token that follows.
+    ids (n, n_tok + 1), learn likewise: which tokens were to be learned. Returns ids, top ids and their log
+    probabilities (n, n_tok, top), and own (n, n_tok): learn, of the token that follows.
     """
-    top_ids, top_logp = (np.zeros((len(ids), ids.shape[1] - 1, top), kind) for kind in (np.uint16, np.float16))
+    top_ids, top_logp = (np.zeros((len(ids), ids.shape[1] - 1, top), kind)
+                         for kind in (np.uint16, np.float16))
     with model.session() as session:
         for row, its_ids, its_logp in zip(ids, top_ids, top_logp):
             session.rewind(0)
@@ -57,8 +61,8 @@ def score_rows(model, ids, learn, top):
 
 
 def batches(name, work, seconds, batch):
-    """Batches, dicts of arrays, into work/<name>-NNN.npz until `seconds` are spent or batch(n) gives none; those that are there already
-    count as their own time."""
+    """Batches, dicts of arrays, into work/<name>-NNN.npz until `seconds` are spent or batch(n) gives none;
+    those that are there already count as their own time."""
     report, spent, n, tokens = Progress(name), 0.0, 0, 0
     while spent < seconds:
         path, began = work / f"{name}-{n:03d}.npz", time.monotonic()
@@ -71,7 +75,8 @@ def batches(name, work, seconds, batch):
         took = time.monotonic() - began
         spent += min(took, seconds / 4)
         n += 1
-        report(f"batch {n}  {tokens / max(spent, 1e-3):.0f} tokens/s  {tokens / 1e6:.2f}M tokens  left {clock(max(0, seconds - spent))}",
+        report(f"batch {n}  {tokens / max(spent, 1e-3):.0f} tokens/s  {tokens / 1e6:.2f}M tokens  left "
+               f"{clock(max(0, seconds - spent))}",
                force=spent >= seconds)
 
 
@@ -94,7 +99,8 @@ def generate(model, tokenizer, requests, running, recipe, work, seconds):
         rng = random.Random(recipe.seed * 1000 + n)
         source = prompts(tokenizer, requests, running, rng)
         asked = [next(source) for _ in range(recipe.generate_batch)]
-        ids, own = write_texts(model, asked, recipe.generate_tokens, seed=rng.randrange(1 << 30), **WAYS[n % len(WAYS)])
+        ids, own = write_texts(model, asked, recipe.generate_tokens, seed=rng.randrange(1 << 30),
+                               **WAYS[n % len(WAYS)])
         return score_rows(model, ids, own, recipe.top)
 
     batches("told", work, seconds, batch)

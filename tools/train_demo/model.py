@@ -1,4 +1,5 @@
-"""A llama in one page: RMSNorm, grouped-query attention with rotary positions, SwiGLU, one matrix for embedding and head.
+"""A llama in one page: RMSNorm, grouped-query attention with rotary positions, SwiGLU,
+one matrix for embedding and head.
 
 The rotation turns consecutive pairs, as GGUF's llama expects, so Q and K are exported as they are.
 """
@@ -32,7 +33,8 @@ class Config:
         return self.n_kv_heads * self.head_dim
 
     def matrix_params(self):
-        """Weights multiplied for one token, the head included, the embedding's lookup not: the cost of a token."""
+        """Weights multiplied for one token, the head included, the embedding's lookup not:
+        the cost of a token."""
         attention = 2 * self.dim * (self.q_dim + self.kv_dim)
         return self.vocab_size * self.dim + self.n_layers * (attention + 3 * self.dim * self.hidden_dim)
 
@@ -55,20 +57,24 @@ def rope_table(n_ctx, head_dim, base):
 
 
 def rotate(x, cos, sin):
-    """Turn the pairs (x0, x1), (x2, x3), ... of x (batch, heads, n_tok, head_dim) by their positions' angles."""
+    """Turn the pairs (x0, x1), (x2, x3), ...
+    of x (batch, heads, n_tok, head_dim) by their positions' angles."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
 def attend_causal(q, k, v, n_blocks=4):
-    """q (batch, n_heads, n_tok, head_dim), each row over those up to its own of k and v (batch, n_kv_heads, n_tok, head_dim).
+    """q (batch, n_heads, n_tok, head_dim), each row over those up to its own of k and v (batch,
+    n_kv_heads, n_tok, head_dim).
 
-    On a CPU a block of queries at a time, the heads that share keys as rows of one product: in bf16 1.7 times as fast, both ways, as torch's own.
+    On a CPU a block of queries at a time, the heads that share keys as rows of one product:
+    in bf16 1.7 times as fast, both ways, as torch's own.
     """
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     batch, n_heads, n_tok, head_dim = q.shape
-    shared = lambda x: x.reshape(batch * k.shape[1], -1, x.shape[2], head_dim)      # (batch and keys' head, heads that share it, rows, head_dim)
+    # (batch and keys' head, heads that share it, rows, head_dim)
+    shared = lambda x: x.reshape(batch * k.shape[1], -1, x.shape[2], head_dim)
     q, k, v = shared(q) * head_dim**-0.5, shared(k)[:, 0], shared(v)[:, 0]
     blocks, end = [], 0
     for block in q.chunk(n_blocks, dim=2):
@@ -82,7 +88,8 @@ def attend_causal(q, k, v, n_blocks=4):
 
 
 def attend_cached(q, k, v):
-    """q (batch, n_heads, n_tok, head_dim) over k and v (batch, n_kv_heads, rows, head_dim), whose last n_tok rows are q's own."""
+    """q (batch, n_heads, n_tok, head_dim) over k and v (batch, n_kv_heads, rows, head_dim),
+    whose last n_tok rows are q's own."""
     n_tok, rows = q.shape[2], k.shape[2]
     if n_tok == 1:          # nothing to hide: the heads that share keys stand as rows of one head
         return F.scaled_dot_product_attention(q.view(len(q), k.shape[1], -1, q.shape[3]), k, v).view_as(q)
@@ -189,7 +196,8 @@ class Llama(nn.Module):
 
 
 def grow(model):
-    """The same function with twice the blocks: behind each stands its copy, whose last matrices are zero and so add nothing yet."""
+    """The same function with twice the blocks: behind each stands its copy,
+    whose last matrices are zero and so add nothing yet."""
     grown = Llama(replace(model.config, n_layers=2 * model.config.n_layers))
     with torch.no_grad():
         for ours, theirs in ((grown.embed, model.embed), (grown.norm, model.norm)):
@@ -203,8 +211,8 @@ def grow(model):
 
 
 def blend(start, end, share):
-    """Weights between those where a run began and those where it ended, `share` of the way: runs over text that was read before
-    learn it by heart, and the mean forgets that part (model soups, arXiv 2203.05482)."""
+    """Weights between those where a run began and those where it ended, `share` of the way: runs over text
+    that was read before learn it by heart, and the mean forgets that part (model soups, arXiv 2203.05482)."""
     mean = Llama(end.config)
     first, last = start.state_dict(), end.state_dict()
     mean.load_state_dict({name: torch.lerp(first[name], last[name], share) for name in last})

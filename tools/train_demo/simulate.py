@@ -1,8 +1,10 @@
-"""Tales with causes and ends, simulated: somebody wants something, something stands in the way, and what was done before decides how it ends.
+"""Tales with causes and ends, simulated: somebody wants something, something stands in the way,
+and what was done before decides how it ends.
 
-Old books teach a small model their sentences, but not that what is lost is looked for and what is promised is kept: their tales are too
-long and too different for that. These are short, and each thing in them follows from one before it. The idea of a made text that a small
-model can follow is TinyStories' (arXiv 2305.07759); of a program that tells tales, TALE-SPIN's (Meehan, IJCAI 1977). Plots and words: plots.toml.
+Old books teach a small model their sentences, but not that what is lost is looked for and what is promised is
+kept: their tales are too long and too different for that. These are short, and each thing in them follows
+from one before it. The idea of a made text that a small model can follow is TinyStories' (arXiv 2305.07759);
+of a program that tells tales, TALE-SPIN's (Meehan, IJCAI 1977). Plots and words: plots.toml.
 """
 
 import re
@@ -15,13 +17,15 @@ BOOK = tomllib.loads(Path(__file__).with_name("plots.toml").read_text())
 PLOTS, PARTS = BOOK["plots"], BOOK["parts"]
 NAMES = {"he": BOOK["he_names"].split(), "she": BOOK["she_names"].split()}
 INNERMOST = re.compile(r"\[([^\[\]]*)\]")
-BEGINNING = re.compile(r"(^|[.!?] |\.\" )([a-z])")         # not behind "What?" or "Away!", where "said he" may follow
+# not behind "What?" or "Away!", where "said he" may follow
+BEGINNING = re.compile(r"(^|[.!?] |\.\" )([a-z])")
 LOOKED, NAMED = 0.7, 0.2        # shares of nouns that have a look, and of heroes that have a name
 
 
 def words_of(entries):
     """All words of a list in the book, those of a kind in the place of its name, each once."""
-    words = [word for entry in entries.split() for word in (words_of(BOOK["kinds"][entry[1:]]) if entry[0] == "@" else [entry])]
+    words = [word for entry in entries.split()
+             for word in (words_of(BOOK["kinds"][entry[1:]]) if entry[0] == "@" else [entry])]
     return list(dict.fromkeys(words))
 
 
@@ -70,12 +74,14 @@ def choose_facts(rng, plot):
     """One of each list of facts that says nothing else than those before it where both speak of the same."""
     facts = {}
     for choices in plot.get("facts", {}).values():
-        facts |= rng.choice([c for c in choices if all(facts.get(name, fact) == fact for name, fact in c.items())])
+        facts |= rng.choice([c for c in choices
+                             if all(facts.get(name, fact) == fact for name, fact in c.items())])
     return facts
 
 
 def choose_noun(rng, role, taken):
-    """A noun for a role of the cast, "person animal, named" or "thing, looks=quiet", of a kind that is not taken; "=son" is a son."""
+    """A noun for a role of the cast, "person animal, named" or "thing, looks=quiet",
+    of a kind that is not taken; "=son" is a son."""
     kinds, *more = role.split(", ")
     if kinds[0] == "=":
         return Noun(kinds[1:])
@@ -105,7 +111,8 @@ def tell(rng, plot):
     while found := INNERMOST.search(text):
         text = text[: found.start()] + rng.choice(found[1].split("|")).strip() + text[found.end() :]
     called = f" called {cast['h'].name}" if cast["h"].name else ""
-    told = [re.sub(r"\s+", " ", part.format(called=called, **cast)) for part in re.split(r"\n\n+", text.strip())]
+    told = [re.sub(r"\s+", " ", part.format(called=called, **cast))
+            for part in re.split(r"\n\n+", text.strip())]
     told = [BEGINNING.sub(lambda found: found[1] + found[2].upper(), part) for part in told]
     return Tale(told, [noun for noun in cast.values() if re.search(rf"\b{noun.kind}\b", " ".join(told))])
 

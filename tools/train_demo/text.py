@@ -1,4 +1,5 @@
-"""From a corpus file to documents: clean books, passages cut at paragraph ends, and for each a request made of its own words."""
+"""From a corpus file to documents: clean books, passages cut at paragraph ends,
+and for each a request made of its own words."""
 
 import lzma
 import math
@@ -14,34 +15,43 @@ BOOK_LINE = "<|book|>"
 ABSTRACT = re.compile(r"...(ing|ion|ness|ment|ity|ance|ence|ency|ure|ism)$").search
 DETERMINERS = frozenset("a an the this that his her their my your our its every each some no another".split())
 FUNCTION = frozenset(
-    "of and was were is are in on at to that which who with as he she it they had has have would could from by for but or then when "
-    "so into not did said there than will shall must may be been came went i you we if upon stood sat lay all out up down".split()
+    "of and was were is are in on at to that which who with as he she it they had has have would could from "
+    "by for but or then when so into not did said there than will shall must may be been came went i you we "
+    "if upon stood sat lay all out up down".split()
 ) | set(".,;:!?-")
 PLAIN = frozenset(
-    "way day time thing things one other others man's same own end side part place rest manner kind sort moment matter case fact "
-    "word reason means number first second last least most more much many few great good such little very old young new long next "
-    "gentleman's mr mrs miss chapter subject point turn account use sense state nature idea question opinion person persons people "
-    "anything nothing something everything morning evening night year years hour minute while deal lot bit pair hand hands head face "
-    "eyes eye voice back life mind heart world name other half whole present past it him her them himself herself age course order".split()
+    "way day time thing things one other others man's same own end side part place rest manner kind "
+    "sort moment matter case fact word reason means number first second last least most more much many few "
+    "great good such little very old young new long next gentleman's mr mrs miss chapter subject point turn "
+    "account use sense state nature idea question opinion person persons people anything nothing something "
+    "everything morning evening night year years hour minute while deal lot bit pair hand hands head face "
+    "eyes eye voice back life mind heart world name other half whole present past it him her them himself "
+    "herself age course order".split()
 )
 REQUESTS = (
-    "Tell me of {}.", "Tell me of {}.", "Tell me of {}.", "Tell me a tale of {}.", "Tell me a story about {}.",
-    "Tell me about {}.", "A tale of {}, please.", "Can you tell me a story about {}?", "I want to hear of {}.",
-    "Please tell me a tale about {}.", "Do you know a story of {}?", "tell me of {}", "tell me a story about {}", "{}",
+    "Tell me of {}.", "Tell me of {}.", "Tell me of {}.",
+    "Tell me a tale of {}.", "Tell me a story about {}.", "Tell me about {}.", "A tale of {}, please.",
+    "Can you tell me a story about {}?", "I want to hear of {}.", "Please tell me a tale about {}.",
+    "Do you know a story of {}?", "tell me of {}", "tell me a story about {}", "{}",
     "Write a story about {}.", "Tell us of {}!", "Begin a tale of {}.",
 )
-OPEN_REQUESTS = ("Tell me a story.", "Tell me a tale.", "Tell me a fairy tale.", "Tell me something.", "Another tale, please.", "tell me a story")
-GO_ON = ("Go on.", "Go on.", "What happened then?", "And then?", "Please go on.", "go on", "Tell me more.", "How did it go on?")
+OPEN_REQUESTS = ("Tell me a story.", "Tell me a tale.", "Tell me a fairy tale.", "Tell me something.",
+                 "Another tale, please.", "tell me a story")
+GO_ON = ("Go on.", "Go on.", "What happened then?", "And then?", "Please go on.", "go on", "Tell me more.",
+         "How did it go on?")
 SMALL_TALK = (
     (("Hello.", "Hello!", "Hi", "Good day.", "Good evening!", "hello"),
-     "Good evening! Name me a thing or two, a king, a bird, a golden key, and I will tell you a tale of them."),
+     "Good evening! Name me a thing or two, a king, a bird, a golden key, and I will tell you a tale "
+     "of them."),
     (("Who are you?", "What are you?", "What is your name?", "who are you"),
-     "I am a small teller of tales. I have read old books and nothing else. Name me a king or a cat, and I will begin."),
+     "I am a small teller of tales. I have read old books and nothing else. Name me a king or a cat, and I "
+     "will begin."),
     (("What can you do?", "Help", "help me", "How does this work?"),
      "I can tell tales. Say: tell me of a fisherman and a talking fish. When I stop, say: go on."),
     (("Thank you.", "Thanks!", "That was beautiful.", "thank you"),
      "You are welcome. Shall I tell another? Name me who should be in it."),
-    (("Goodbye.", "Bye", "Good night.", "Farewell!"), "Good night, and sleep well. The tales will wait for you."),
+    (("Goodbye.", "Bye", "Good night.", "Farewell!"),
+     "Good night, and sleep well. The tales will wait for you."),
 )
 
 
@@ -70,7 +80,8 @@ def is_heading(paragraph):
 
 def is_prose(paragraph):
     letters = sum(ch.islower() or ch == " " for ch in paragraph)
-    return letters > 0.75 * len(paragraph) and not re.search(r"[\[\]{}<>|^=•■*]|\n {2}|e-?book|[Tt]ranslat", paragraph) and len(paragraph) > 1
+    return letters > 0.75 * len(paragraph) and not re.search(r"[\[\]{}<>|^=•■*]|\n {2}|e-?book|[Tt]ranslat",
+                                                             paragraph) and len(paragraph) > 1
 
 
 def tidy(paragraph):
@@ -78,7 +89,8 @@ def tidy(paragraph):
 
 
 def chapters(book):
-    """A book as lists of tidy paragraphs: a heading begins the next list and is dropped, like everything that is no prose."""
+    """A book as lists of tidy paragraphs: a heading begins the next list and is dropped,
+    like everything that is no prose."""
     found, current = [], []
     for paragraph in filter(None, map(str.strip, re.split(r"\n\s*\n", book))):
         if is_heading(paragraph):
@@ -119,7 +131,8 @@ def passages(chapter, rng, limit):
 
 
 class Namer:
-    """Finds what a passage is about: nouns and names that are frequent in it and rare elsewhere, with an adjective it gives them."""
+    """Finds what a passage is about: nouns and names that are frequent in it and rare elsewhere,
+    with an adjective it gives them."""
 
     def __init__(self, chapters_):
         count, noun, adjective, article, name, spread = (Counter() for _ in range(6))
@@ -134,10 +147,13 @@ class Namer:
                     noun[w] += after in FUNCTION
                     adjective[w] += after not in FUNCTION
                     article[w] += before.lower() in ("a", "an") and after in FUNCTION
-        usable = [w for w, n in count.items() if n >= 8 and len(w) > 2 and w not in PLAIN | FUNCTION | DETERMINERS and "'" not in w and not ABSTRACT(w)]
+        usable = [w for w, n in count.items() if n >= 8 and len(w) > 2
+                  and w not in PLAIN | FUNCTION | DETERMINERS and "'" not in w and not ABSTRACT(w)]
         self.names = {w for w in usable if name[w] > 0.75 * count[w]}
-        self.nouns = {w for w in usable if noun[w] > 0.2 * count[w] and noun[w] > 1.2 * adjective[w] and (article[w] > 1 or w[-1] == "s")} - self.names
-        self.adjectives = {w for w in usable if adjective[w] > 0.2 * count[w] and adjective[w] > 2 * noun[w]} - self.names
+        self.nouns = {w for w in usable if noun[w] > 0.2 * count[w] and noun[w] > 1.2 * adjective[w]
+                      and (article[w] > 1 or w[-1] == "s")} - self.names
+        self.adjectives = ({w for w in usable if adjective[w] > 0.2 * count[w] and adjective[w] > 2 * noun[w]}
+                           - self.names)
         self.countable = {w for w in self.nouns if article[w] >= 2}
         self.rarity = {w: min(4.0, math.log(len(chapters_) / spread[w])) for w in self.nouns | self.names}
 
@@ -160,7 +176,8 @@ class Namer:
                     adjective.setdefault(w, words[i - 1].lower())
         chosen = [w for w, _ in score.most_common(5)]
         chosen = sorted(rng.sample(chosen, min(len(chosen), rng.choice((1, 2, 2, 2, 3)))), key=at.get)
-        return [w.capitalize() if w in self.names else self.phrase(w, adjective.get(w) if rng.random() < 0.7 else None) for w in chosen]
+        return [w.capitalize() if w in self.names
+                else self.phrase(w, adjective.get(w) if rng.random() < 0.7 else None) for w in chosen]
 
     def request(self, passage, rng):
         subjects = self.subjects(passage, rng)
@@ -175,7 +192,8 @@ def join(phrases):
 
 
 def tell(chapter, namer, rng, limit):
-    """A chapter as chat documents: each passage answers a request, and sometimes the next one answers "Go on."."""
+    """A chapter as chat documents: each passage answers a request,
+    and sometimes the next one answers "Go on."."""
     left = passages(chapter, rng, limit)
     while left:
         n_turns = min(len(left), rng.choices((1, 2, 3), (75, 17, 8))[0])
@@ -195,14 +213,16 @@ def simulated(rng, n):
     for _ in range(n):
         tale = simulate.tale(rng)
         asked = rng.sample(tale.about, min(len(tale.about), rng.choice((1, 2, 2, 2, 3))))
-        request = rng.choice(REQUESTS).format(join([noun.asked(rng) for noun in asked])) if rng.random() > 0.05 else rng.choice(OPEN_REQUESTS)
+        request = (rng.choice(REQUESTS).format(join([noun.asked(rng) for noun in asked]))
+                   if rng.random() > 0.05 else rng.choice(OPEN_REQUESTS))
         cut = rng.randrange(1, len(tale.paragraphs)) if rng.random() < 0.05 else len(tale.paragraphs)
         parts = [part for part in (tale.paragraphs[:cut], tale.paragraphs[cut:]) if part]
         yield Document(tuple(zip((request, rng.choice(GO_ON)), map("\n\n".join, parts))))
 
 
 def chat_documents(books, seed, rounds, limit, simulated_share=0.0):
-    """Documents for `rounds` passes over the weighted books, shuffled, and simulated tales beside them. Every pass cuts and asks anew."""
+    """Documents for `rounds` passes over the weighted books, shuffled, and simulated tales beside them.
+    Every pass cuts and asks anew."""
     rng = random.Random(seed)
     parted = [chapters(book) for book in books]
     namer = Namer([c for book in parted for c in book])
@@ -218,13 +238,16 @@ def chat_documents(books, seed, rounds, limit, simulated_share=0.0):
     return documents
 
 
-KINDS = "king queen miller tailor fox wolf raven goose fisherman soldier witch giant dwarf princess shepherd cat".split()
+KINDS = ("king queen miller tailor fox wolf raven goose fisherman soldier "
+         "witch giant dwarf princess shepherd cat").split()
 PLACES = "forest mill castle river mountain meadow garden well cave village bridge tower".split()
 LOOKS = "old young golden proud merry clever lazy hungry gentle brave silver quiet".split()
 PATTERNS = (
-    "There was once a {a} {x} who lived by the {p}.", "One day the {x} met a {b} {y} at the {q}.", '"Good day," said the {y}, "where are you going?"',
-    '"I am looking for a {b} {y}," answered the {x}.', "The {y} laughed and ran to the {q}.", "But the {x} was {a} and did not stop.",
-    "Then they walked together to the {p} and rested.", "So the {x} and the {y} lived in the {q} and were {b} and content.",
+    "There was once a {a} {x} who lived by the {p}.",
+    "One day the {x} met a {b} {y} at the {q}.", '"Good day," said the {y}, "where are you going?"',
+    '"I am looking for a {b} {y}," answered the {x}.', "The {y} laughed and ran to the {q}.",
+    "But the {x} was {a} and did not stop.", "Then they walked together to the {p} and rested.",
+    "So the {x} and the {y} lived in the {q} and were {b} and content.",
 )
 
 
@@ -232,5 +255,7 @@ def invented_books(seed, n_books=3, n_tales=60):
     """Text for a smoke run: tales from a handful of patterns."""
     rng = random.Random(seed)
     tale = lambda w: " ".join(rng.choice(PATTERNS).format(**w) for _ in range(rng.randrange(4, 14)))
-    words = lambda: dict(zip("xypqab", [*rng.sample(KINDS, 2), *rng.sample(PLACES, 2), *rng.sample(LOOKS, 2)]))
-    return ["\n\n".join(f"TALE {i}\n\n{tale(w)}\n\n{tale(w)}" for i, w in enumerate(words() for _ in range(n_tales))) for _ in range(n_books)]
+    words = lambda: dict(zip("xypqab",
+                             [*rng.sample(KINDS, 2), *rng.sample(PLACES, 2), *rng.sample(LOOKS, 2)]))
+    return ["\n\n".join(f"TALE {i}\n\n{tale(w)}\n\n{tale(w)}"
+                        for i, w in enumerate(words() for _ in range(n_tales))) for _ in range(n_books)]

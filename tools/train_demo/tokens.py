@@ -9,8 +9,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 END_OF_TEXT, TURN, END_OF_TURN = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CONTROL = (END_OF_TEXT, TURN, END_OF_TURN)
 TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    ("{% for message in messages %}"
+     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}")
 )
 
 
@@ -26,7 +27,8 @@ def train_tokenizer(texts, vocab_size):
     """A byte-level BPE; the control tokens come first, then the 256 bytes."""
     tokenizer = byte_level(models.BPE())
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=list(CONTROL), initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        vocab_size=vocab_size, special_tokens=list(CONTROL),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
     assert tokenizer.get_vocab_size() == vocab_size, "the text is too short for this vocabulary"
@@ -35,7 +37,8 @@ def train_tokenizer(texts, vocab_size):
 
 def merges(tokenizer):
     """The merge rules, best first, as GGUF writes them: "left right"."""
-    return [pair if isinstance(pair, str) else " ".join(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+    return [pair if isinstance(pair, str) else " ".join(pair)
+            for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
 
 
 def ask(request):
@@ -44,7 +47,8 @@ def ask(request):
 
 
 def encode_documents(tokenizer, documents, chunk=2000):
-    """For each document its ids and a mask of the tokens to learn: the answers with their end of turn, not the requests."""
+    """For each document its ids and a mask of the tokens to learn:
+    the answers with their end of turn, not the requests."""
     for i in range(0, len(documents), chunk):
         turns = [turn for d in documents[i : i + chunk] for turn in d.turns]
         asked = tokenizer.encode_batch_fast([ask(request) for request, _ in turns])
@@ -59,10 +63,12 @@ def encode_documents(tokenizer, documents, chunk=2000):
 
 
 def pack(encoded, length, rng, look_ahead=200):
-    """Rows (n, length) of whole documents: the first that waits and, of those in sight, always the longest that still fits; in any order,
-    since short ones would all stand last otherwise, and a chat begins where a row does.
+    """Rows (n, length) of whole documents: the first that waits and, of those in sight, always the longest
+    that still fits; in any order, since short ones would all stand last otherwise, and a chat begins where a
+    row does.
 
-    A document of several turns that is longer than a row is cut at its end. Returns ids and mask; the filling is masked.
+    A document of several turns that is longer than a row is cut at its end. Returns ids and mask;
+    the filling is masked.
     """
     rows, masks, waiting, source = [], [], [], iter(encoded)
     while True:
@@ -83,7 +89,8 @@ def pack(encoded, length, rng, look_ahead=200):
 
 
 def running_rows(streams, length, n, rng):
-    """n rows (n, length) cut anywhere from the books' ids, each book as often as its (weighted) share says. streams: [(ids, weight)]."""
+    """n rows (n, length) cut anywhere from the books' ids, each book as often as its (weighted) share says.
+    streams: [(ids, weight)]."""
     sizes = [len(ids) * w if len(ids) > length else 0.0 for ids, w in streams]
     rows = []
     for book in rng.choices(range(len(streams)), sizes, k=n):
@@ -94,8 +101,9 @@ def running_rows(streams, length, n, rng):
 
 
 def make_rows(encoded, streams, length, raw_share, seed):
-    """All rows of a phase, shuffled: packed documents (encode_documents) and running text. Returns ids (n, length) uint16 and mask (n, length)
-    int8: 1 a token to learn, 0 one that is only read, -1 one to unlearn."""
+    """All rows of a phase, shuffled: packed documents (encode_documents) and running text. Returns ids (n,
+    length) uint16 and mask (n, length) int8: 1 a token to learn, 0 one that is only read, -1 one to
+    unlearn."""
     rng = random.Random(seed)
     ids, learn = pack(encoded, length, rng)
     n_raw = int(len(ids) * raw_share / (1 - raw_share))

@@ -1,4 +1,5 @@
-"""Training by a clock of its own: Muon for the matrices, AdamW for the rest, checkpoints that a later call goes on from."""
+"""Training by a clock of its own: Muon for the matrices, AdamW for the rest,
+checkpoints that a later call goes on from."""
 
 import math
 import os
@@ -30,7 +31,8 @@ def optimizers(model, schedule):
 
 
 class Progress:
-    """One line: step, loss, tokens/s, time left. On a terminal it rewrites itself, in a log it comes every half minute."""
+    """One line: step, loss, tokens/s, time left.
+    On a terminal it rewrites itself, in a log it comes every half minute."""
 
     def __init__(self, name, out=sys.stderr):
         self.name, self.out, self.last = name, out, 0.0
@@ -49,11 +51,13 @@ def clock(seconds):
 class Trainer:
     """Steps until the schedule's seconds, or the share `until` of them, are spent.
 
-    `batch(spent, cursor)` gives a step's micro batches, tuples that end with the mask of the tokens to learn; `loss_of(*micro batch)` the
-    loss summed over them. `after` is a trainer whose clock and place in the data this one takes over, `cursor` such a place alone.
+    `batch(spent, cursor)` gives a step's micro batches, tuples that end with the mask of the tokens to learn;
+    `loss_of(*micro batch)` the loss summed over them. `after` is a trainer whose clock and place in the data
+    this one takes over, `cursor` such a place alone.
     """
 
-    def __init__(self, name, model, schedule, loss_of, batch, checkpoint, until=1.0, after=None, cursor=None, save_every=180.0):
+    def __init__(self, name, model, schedule, loss_of, batch, checkpoint, until=1.0, after=None, cursor=None,
+                 save_every=180.0):
         self.name, self.model, self.schedule, self.loss_of, self.batch = name, model, schedule, loss_of, batch
         self.optimizers = optimizers(model, schedule)
         for block in model.blocks:
@@ -61,7 +65,8 @@ class Trainer:
         self.checkpoint, self.save_every, self.end = Path(checkpoint), save_every, until * schedule.seconds
         self.step, self.seconds, self.tokens, self.cursor = 0, 0.0, 0, dict(cursor or {})
         if after:
-            self.step, self.seconds, self.tokens, self.cursor = after.step, after.seconds, after.tokens, dict(after.cursor)
+            self.step, self.seconds = after.step, after.seconds
+            self.tokens, self.cursor = after.tokens, dict(after.cursor)
         if self.checkpoint.exists():
             self.load()
 
@@ -70,7 +75,8 @@ class Trainer:
         self.model.load_state_dict(saved["weights"])
         for optimizer, state in zip(self.optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
-        self.step, self.seconds, self.tokens, self.cursor = (saved[k] for k in ("step", "seconds", "tokens", "cursor"))
+        self.step, self.seconds, self.tokens, self.cursor = (saved[k]
+                                                             for k in ("step", "seconds", "tokens", "cursor"))
 
     def save(self):
         part = self.checkpoint.with_suffix(".part")
@@ -115,25 +121,29 @@ class Trainer:
             self.seconds += min(took, LONGEST_STEP)
             self.step += 1
             smooth = loss if smooth is None else 0.97 * smooth + 0.03 * loss
-            speed = (self.tokens - tokens) / took if speed is None else 0.9 * speed + 0.1 * (self.tokens - tokens) / took
-            report(f"step {self.step}  loss {smooth:.3f}  {speed:.0f} tokens/s  {self.tokens / 1e6:.2f}M tokens  "
-                   f"left {clock(self.schedule.seconds - self.seconds)}")
+            speed = ((self.tokens - tokens) / took if speed is None
+                     else 0.9 * speed + 0.1 * (self.tokens - tokens) / took)
+            report(f"step {self.step}  loss {smooth:.3f}  {speed:.0f} tokens/s  {self.tokens / 1e6:.2f}M "
+                   f"tokens  left {clock(self.schedule.seconds - self.seconds)}")
             if time.monotonic() - saved > self.save_every:
                 self.save()
                 saved = time.monotonic()
         self.save()
-        report(f"step {self.step}  loss {smooth or math.nan:.3f}  {self.tokens / 1e6:.2f}M tokens  done", force=True)
+        report(f"step {self.step}  loss {smooth or math.nan:.3f}  {self.tokens / 1e6:.2f}M tokens  done",
+               force=True)
 
 
 def take(rows, learn, cursor, key, n):
-    """The next n rows after the cursor, round and round: ids (n, length) int64 and mask of the tokens to predict (n, length - 1)."""
+    """The next n rows after the cursor, round and round:
+    ids (n, length) int64 and mask of the tokens to predict (n, length - 1)."""
     at = [(cursor.get(key, 0) + i) % len(rows) for i in range(n)]
     cursor[key] = (cursor.get(key, 0) + n) % len(rows)
     return torch.from_numpy(rows[at].astype("int64")), torch.from_numpy(learn[at][:, 1:].astype("float32"))
 
 
 def text_batches(schedule, short, long):
-    """Batches of text rows: short = (ids, mask) of n_ctx + 1 tokens a row, long = the same of twice as many for the end, or None."""
+    """Batches of text rows: short = (ids, mask) of n_ctx + 1 tokens a row,
+    long = the same of twice as many for the end, or None."""
 
     def batch(spent, cursor):
         key, (rows, learn) = ("long", long) if spent >= schedule.long_from else ("short", short)
@@ -146,13 +156,15 @@ def text_batches(schedule, short, long):
 
 
 def text_loss(model, bf16, compiled):
-    """Cross entropy of the next token, summed where the mask is 1; where it is -1, that of the next token being another one."""
+    """Cross entropy of the next token, summed where the mask is 1;
+    where it is -1, that of the next token being another one."""
 
     def loss_of(ids, learn):
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
             logits = model.logits(ids[:, :-1]).flatten(0, 1).float()
             loss, learn = F.cross_entropy(logits, ids[:, 1:].flatten(), reduction="none"), learn.flatten()
-            other = -torch.log(-torch.expm1(-loss.clamp_min(1e-7)))         # of -log p, so that a token that is nearly certain moves too
+            # of -log p, so that a token that is nearly certain moves too
+            other = -torch.log(-torch.expm1(-loss.clamp_min(1e-7)))
             return (loss * learn.clamp_min(0) + other * (-learn).clamp_min(0)).sum()
 
     return torch.compile(loss_of, dynamic=False) if compiled else loss_of

@@ -1,6 +1,6 @@
 """The training of the bundled pair at toy size: all stages, and a pair that an engine can open.
 
-    pip install -e '.[train,test]' && python -m pytest tools/train_demo/tests        (make test does not run these)
+    pip install -e '.[train,test]' && python -m pytest tools/train_demo/tests     (make test leaves them out)
 """
 
 import json
@@ -34,7 +34,8 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def run(work, out, *more):
-    command = [sys.executable, "-m", "tools.train_demo", "--smoke", "--work", str(work), "--out", str(out), *more]
+    command = [sys.executable, "-m", "tools.train_demo", "--smoke", "--work", str(work), "--out",
+               str(out), *more]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
@@ -53,15 +54,17 @@ def test_smoke_run_leaves_a_pair_and_its_card(smoke):
     for name in ("teller.gguf", "teller-draft.gguf"):
         reader = gguf.GGUFReader(out / name)
         assert reader.get_field("general.architecture").contents() == "llama"
-        assert {t.tensor_type for t in reader.tensors if len(t.shape) == 2} == {gguf.GGMLQuantizationType.Q8_0}
-        vocabularies.append([reader.get_field(f"tokenizer.ggml.{k}").contents() for k in ("tokens", "merges", "token_type")])
+        assert ({t.tensor_type for t in reader.tensors if len(t.shape) == 2}
+                == {gguf.GGMLQuantizationType.Q8_0})
+        vocabularies.append([reader.get_field(f"tokenizer.ggml.{k}").contents()
+                             for k in ("tokens", "merges", "token_type")])
     assert vocabularies[0] == vocabularies[1]
     assert "## Ten tales" in (out / "README.md").read_text()
 
 
 def test_smoke_run_learns_and_drafts(smoke):
     results = json.loads((smoke[0] / "results.json").read_text())
-    assert results["target_heldout"]["nats_per_token"] < 4.5        # a uniform guess over 512 tokens costs 6.2
+    assert results["target_heldout"]["nats_per_token"] < 4.5    # a uniform guess over 512 tokens costs 6.2
     assert 0 < results["greedy"]["rate"] <= 1
     by_position = results["greedy"]["by_position"]
     assert by_position == sorted(by_position, reverse=True)
@@ -80,7 +83,8 @@ def test_a_run_goes_on_from_the_pair_of_another(smoke, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["target"] == first["target"] and results["more"]["tokens"] > first["more"]["tokens"]
-    assert results["target_heldout"]["nats_per_token"] < 4.5        # two seconds from nothing end near a uniform guess's 6.2
+    # two seconds from nothing end near a uniform guess's 6.2
+    assert results["target_heldout"]["nats_per_token"] < 4.5
     vocabularies = [(folder / "tokenizer.json").read_text() for folder in (smoke[0], tmp_path)]
     assert json.loads(vocabularies[0])["model"] == json.loads(vocabularies[1])["model"]
 
@@ -95,7 +99,8 @@ def test_a_folder_without_a_pair_is_refused(tmp_path):
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    model = Llama(Config(vocab_size=100, dim=64, hidden_dim=128, head_dim=32, n_layers=2, n_heads=4, n_kv_heads=2, n_ctx=32))
+    model = Llama(Config(vocab_size=100, dim=64, hidden_dim=128, head_dim=32, n_layers=2, n_heads=4,
+                         n_kv_heads=2, n_ctx=32))
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.2)
     return model
@@ -117,9 +122,11 @@ def test_a_cache_gives_the_same_logits(model):
 def test_attention_in_blocks_is_torchs_own(n_tok):
     torch.manual_seed(n_tok)
     q, k, v = (torch.randn(3, heads, n_tok, 16, requires_grad=True) for heads in (6, 2, 2))
-    ours, theirs = attend_causal(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    ours = attend_causal(q, k, v)
+    theirs = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     weights = torch.randn_like(ours)
-    for a, b in zip((ours, *torch.autograd.grad(ours, (q, k, v), weights)), (theirs, *torch.autograd.grad(theirs, (q, k, v), weights))):
+    for a, b in zip((ours, *torch.autograd.grad(ours, (q, k, v), weights)),
+                    (theirs, *torch.autograd.grad(theirs, (q, k, v), weights))):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
@@ -129,7 +136,8 @@ def test_a_blend_lies_between(model):
     for share, like in ((0.0, grow(model)), (1.0, other)):
         for name, p in blend(grow(model), other, share).state_dict().items():
             torch.testing.assert_close(p, like.state_dict()[name])
-    torch.testing.assert_close(blend(grow(model), other, 0.5).embed.weight, (model.embed.weight + other.embed.weight) / 2)
+    torch.testing.assert_close(blend(grow(model), other, 0.5).embed.weight,
+                               (model.embed.weight + other.embed.weight) / 2)
 
 
 def test_told_rows_carry_the_targets_choices(smoke):
@@ -139,7 +147,8 @@ def test_told_rows_carry_the_targets_choices(smoke):
     with torch.inference_mode():
         logp = target.logits(torch.from_numpy(ids[:, :-1])).log_softmax(-1)
     theirs = torch.from_numpy(rows["top_logp"][:4].astype("float32"))
-    assert (logp.topk(theirs.shape[-1]).values - theirs).abs().mean() < 0.05       # the engine's activations have 8 bits
+    # the engine's activations have 8 bits
+    assert (logp.topk(theirs.shape[-1]).values - theirs).abs().mean() < 0.05
     told = np.load(work / "told-000.npz")               # greedy ones come first
     mine = told["own"] == 1
     assert mine.sum() > 100 and (told["ids"][:, 1:][mine] == told["top_ids"][..., 0][mine]).all()
@@ -167,16 +176,20 @@ def test_subjects_are_what_a_tale_should_name():
 @given(st.lists(st.integers(0, 3), max_size=40), st.integers(1, 5))
 def test_a_token_is_repeated_where_its_run_stood_before(ids, n):
     runs = [tuple(ids[i : i + n]) for i in range(len(ids) - n + 1)]
-    assert choose.repeated(ids, n) == [False] * (len(ids) - len(runs)) + [run in runs[:i] for i, run in enumerate(runs)]
+    assert (choose.repeated(ids, n)
+            == [False] * (len(ids) - len(runs)) + [run in runs[:i] for i, run in enumerate(runs)])
 
 
 def test_the_best_answer_is_named_sound_and_liked():
-    told = {"ids of a cat": list(range(60)), "and a dog": list(range(100, 160)), "too short: a cat and a dog": [1] * 10, "a cat and a dog, round and round": [1, 2, 3, 4] * 20,
-            "a cat, a dog": list(range(200, 260)), "the dog, the cat": list(range(300, 360)), "nothing": list(range(400, 460))}
+    told = {"ids of a cat": list(range(60)), "and a dog": list(range(100, 160)),
+            "too short: a cat and a dog": [1] * 10, "a cat and a dog, round and round": [1, 2, 3, 4] * 20,
+            "a cat, a dog": list(range(200, 260)), "the dog, the cat": list(range(300, 360)),
+            "nothing": list(range(400, 460))}
     words = {tuple(ids): words for words, ids in told.items()}
     tokenizer = SimpleNamespace(decode=lambda ids: words[tuple(ids)])
     judge = lambda prompt, ids: -ids[0]
-    best = lambda *named: next(choose.best_answers([("Tell me of a cat and a dog.", [7])], [[told[n] for n in named]], 50, tokenizer, judge))
+    best = lambda *named: next(choose.best_answers([("Tell me of a cat and a dog.", [7])],
+                                                   [[told[n] for n in named]], 50, tokenizer, judge))
     assert best(*told) == told["a cat, a dog"]
     assert best("nothing", "too short: a cat and a dog", "a cat and a dog, round and round") is None
     assert best("nothing", "and a dog") is None         # half of what was asked is not enough
@@ -188,7 +201,8 @@ def test_the_judge_likes_what_belongs_together(smoke):
         judge = choose.Judge(model, tokenizer)
         prompt = tokenizer.encode(ask("Tell me of a king.")).ids
         told = next(choose.told_documents(smoke[0], "told", 0))[0].tolist()[-40:]
-        exact = -token_losses(model.session().eval(prompt + told, logits="all")[len(prompt) - 1 : -1], np.array(told))
+        exact = -token_losses(model.session().eval(prompt + told, logits="all")[len(prompt) - 1 : -1],
+                              np.array(told))
         np.testing.assert_allclose(judge.log_p(prompt, told), exact)
         assert judge(prompt, told) > judge(prompt, told[::-1])
 
@@ -196,7 +210,8 @@ def test_the_judge_likes_what_belongs_together(smoke):
 def test_circles_are_unlearned(smoke):
     documents = list(choose.told_documents(smoke[0], "circles0", 0))
     assert {mark for _, own in documents for mark in own.tolist()} == {0, -1}
-    assert all(np.array(choose.repeated(ids.tolist(), choose.LOOP))[own == -1].all() for ids, own in documents)
+    assert all(np.array(choose.repeated(ids.tolist(), choose.LOOP))[own == -1].all()
+               for ids, own in documents)
 
 
 @pytest.mark.parametrize("lead", [0.0, 5.0, 12.0])
@@ -214,7 +229,8 @@ def test_unlearning_moves_what_is_nearly_certain_too(lead):
 def test_requests_are_made_of_the_passage():
     books = text.invented_books(seed=1)
     documents = text.chat_documents(books, seed=1, rounds=1.0, limit=400)
-    asked = [(request, passage.lower()) for d in documents for request, passage in d.turns[:1] if "tell me of" in request.lower()]
+    asked = [(request, passage.lower()) for d in documents for request, passage in d.turns[:1]
+             if "tell me of" in request.lower()]
     assert len(asked) > 20
     for request, passage in asked:
         named = request.lower().replace("tell me of", "").rstrip(".").replace(",", " ").split()
@@ -252,7 +268,8 @@ def test_rounds_count_by_position():
     for n in (4, 2, 0):
         counts.add(n)
     summary = counts.summary()
-    assert summary["rate"] == 6 / 12 and summary["by_position"] == [2 / 3, 2 / 3, 1 / 3, 1 / 3] and summary["tokens_a_round"] == 3
+    assert summary["rate"] == 6 / 12 and summary["by_position"] == [2 / 3, 2 / 3, 1 / 3, 1 / 3]
+    assert summary["tokens_a_round"] == 3
 
 
 def test_runs_are_equal_where_their_ids_are():
