@@ -45,8 +45,9 @@ int arena_no_memory(const struct arena *a, int64_t rows) {
     const struct memory *m = a->config.memory;
     const int failed = m->failed(m->of);
     double mb = (double)column_bytes(&a->config) / TILE_ROWS * (double)rows / 1e6;
-    return failed ? failed
-                  : fail(BMC_ENOMEM, "no memory for %lld rows of keys and values (%.0f MB)", (long long)rows, mb);
+    if (failed)
+        return failed;
+    return fail(BMC_ENOMEM, "no memory for %lld rows of keys and values (%.0f MB)", (long long)rows, mb);
 }
 
 int arena_slots(struct arena *a, int64_t n) {

@@ -50,7 +50,7 @@ def test_what_is_no_number_in_range(value):
 
 
 def test_a_number_with_thousands_of_digits_is_refused_in_words():
-    with pytest.raises(ArgumentError, match="n: expected a whole number.* found a number with too many digits"):
+    with pytest.raises(ArgumentError, match="n: expected a whole number.* too many digits"):
         checks.whole("n", 10 ** 5000)
 
 

@@ -524,7 +524,8 @@ def test_closed_engines_have_let_go(model):
     engine.close()
     engine.close()
     assert all(s.done for s in sequences) and engine.step() == []
-    for wrong in ({"parallel": 0}, {"parallel": "x"}, {"parallel": 1.5}, {"memory": "x"}, {"memory": float("nan")}):
+    for wrong in ({"parallel": 0}, {"parallel": "x"}, {"parallel": 1.5}, {"memory": "x"},
+                  {"memory": float("nan")}):
         with pytest.raises(ArgumentError, match=f"^{next(iter(wrong))}: expected a"):
             Engine(model, **wrong)
     with pytest.raises(ArgumentError, match="^spec: expected one of"):

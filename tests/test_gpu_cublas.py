@@ -201,7 +201,7 @@ def test_text_does_not_depend_on_other_sequences():
 
 @pytest.mark.parametrize("arch", ["llama", "qwen35"])
 def test_layers_on_both_machines_and_a_file_for_the_cpu(arch, tmp_path):
-    """The layers on the CPU by way of the GPU or not; what follows a chunk is exact, so also where it is loaded."""
+    """Layers on the CPU by way of the GPU or not; what follows a chunk is exact, also where it is loaded."""
     path = tiny.model(arch, n_ctx=2048, n_layers=2)
     found = []
     for least in (0, 5):

@@ -104,7 +104,8 @@ def refusal(*blocks):
 @pytest.mark.parametrize("kv_from", [-1, -10**6, -2**31, 2, 2**31 - 1])
 def test_rows_of_a_block_that_is_not_there(kv_from):
     attention = dict(kind=lib.BMC_ATTENTION, n_heads=1, n_kv_heads=1, k_dim=16, v_dim=16, attn_scale=0.25)
-    assert "cannot read the keys and values of layer -1" in refusal(attention, attention | dict(kv_from=kv_from))
+    found = refusal(attention, attention | dict(kv_from=kv_from))
+    assert "cannot read the keys and values of layer -1" in found
 
 
 @pytest.mark.parametrize("setting", [dict(act=-1), dict(act=lib.BMC_ACTS), dict(route=-1), dict(route=3)])

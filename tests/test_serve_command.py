@@ -114,7 +114,8 @@ def test_wrong_flags_are_status_2(capfd, args, words):
 
 
 def test_a_log_that_cannot_be_written_is_status_1(capfd, tmp_path):
-    assert status(capfd, tiny.model("llama"), "--port", 0, "--log-texts", tmp_path) == (1, f"pybmc: {tmp_path}: Is a directory\n")
+    found = status(capfd, tiny.model("llama"), "--port", 0, "--log-texts", tmp_path)
+    assert found == (1, f"pybmc: {tmp_path}: Is a directory\n")
 
 
 def test_keys_come_from_a_file(capfd, tmp_path):

@@ -79,11 +79,14 @@ def test_forced_calls_fit_and_streams_tell_the_same(servers, name, choice):
         assert sum("role" in c["delta"] for chunk in chunks for c in chunk["choices"]) == 1
 
 
-@pytest.mark.parametrize("kind, low, high", [("integer", -2 ** 63, 2 ** 63 - 1), ("number", -1.7e308, 1.7e308)])
+@pytest.mark.parametrize("kind, low, high", [("integer", -2 ** 63, 2 ** 63 - 1),
+                                             ("number", -1.7e308, 1.7e308)])
 def test_tools_may_take_all_numbers_of_64_bits(servers, kind, low, high):
-    parameters = {"type": "object", "properties": {"n": {"type": kind, "minimum": low, "maximum": high}}, "required": ["n"]}
+    parameters = {"type": "object", "required": ["n"],
+                  "properties": {"n": {"type": kind, "minimum": low, "maximum": high}}}
     tools = [{"type": "function", "function": {"name": "count", "parameters": parameters}}]
-    assert ask(servers("hermes"), tools=tools, tool_choice="required", max_tokens=4, seed=1).status_code == 200
+    answer = ask(servers("hermes"), tools=tools, tool_choice="required", max_tokens=4, seed=1)
+    assert answer.status_code == 200
 
 
 def test_one_call_at_most_where_no_more_are_wanted(servers):

@@ -205,8 +205,8 @@ def _check_numbers(value: Any) -> None:
                                              f"found {checks.shown(item[key])}")
         step = item.get("multipleOf")
         if _is_number(step) and _digits(step) > MULTIPLE:
-            raise UnsupportedSchemaError(f"schema: expected multipleOf with digits up to {MULTIPLE}, zeros at "
-                                         f"the end not counted, found {checks.shown(step)}")
+            raise UnsupportedSchemaError(f"schema: expected multipleOf with digits up to {MULTIPLE}, zeros "
+                                         f"at the end not counted, found {checks.shown(step)}")
 
 
 def narrowed(schema: Any) -> Any:
