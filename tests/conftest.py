@@ -14,7 +14,8 @@ from places import SHARED
 settings.register_profile("suite", deadline=None, derandomize=True)      # the same examples on any machine
 settings.load_profile("suite")
 
-# Oracles multiply small matrices: OpenBLAS's threads would spin more than they compute. Read when numpy loads.
+# Oracles multiply small matrices: OpenBLAS's threads would spin more than they compute. It reads this when
+# numpy loads.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 signal.signal(signal.SIGINT, signal.default_int_handler)    # ignored at the start of a background job

@@ -1,5 +1,6 @@
-/* Rounds without a model and without a clock: the real decisions (native/guess.c, round.c, policy.c, ngram.c) on
- * texts that are known in advance, where passes take what a curve says. tools/ablation.py compiles and drives it. */
+/* Rounds without a model and without a clock: the real decisions (native/guess.c, round.c, policy.c, ngram.c)
+ * on texts that are known in advance, where passes take what a curve says. tools/ablation.py compiles and
+ * drives it. */
 #include "bmc.h"
 #include "model.h"
 
@@ -13,7 +14,7 @@ struct task {
     int n_texts, parallel;          /* texts, and how many of them are written at a time */
     int prompt, n;                  /* tokens of each prompt and answer */
     const int32_t *tokens;          /* (n_texts, prompt + n) */
-    const float *chance, *luck;     /* likewise: that the draft model is right at a token; it is where luck is less */
+    const float *chance, *luck;     /* likewise: of the draft model at a token; it is right where luck is less */
     const float *sure;              /* likewise: what it says its probability is */
     double needs;                   /* tokens of context without which the draft model is worse */
     double target[POINTS], draft[POINTS];
