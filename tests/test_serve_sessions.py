@@ -17,12 +17,6 @@ from pybmc.engine import session_file
 SETTINGS = {"max_tokens": 8, "seed": 3, "logit_bias": {"398": -100, "400": -100}}
 
 
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch):
-    """Nothing here depends on what a power failure leaves; test_session_file.py saves with fsync."""
-    monkeypatch.setattr(session_file.os, "fsync", lambda fd: None)
-
-
 @pytest.fixture(scope="module", params=["llama", "qwen35"])
 def model(request):
     with pybmc.Model(tiny.model(request.param, n_ctx=2000), threads=1) as model:
