@@ -96,9 +96,9 @@ void project(const struct pass *p, const struct product *r, const struct matrix 
         p->model->k.panel[part->type](&job);
 }
 
-/* Rows are taken by whoever is free, its own first, in groups of four panels: a multiple of a
- * block of 32, and few enough to stay cached while tiles take turns at them. Which thread computes
- * a row changes nothing. */
+/* Rows are shared out in groups of four panels: a multiple of a block of 32, and few enough to stay
+ * cached while several tiles use them. A thread computes its own groups first, then takes those that
+ * no other has begun. Which thread computes a row changes nothing. */
 int n_groups(const struct matrix *w) { return (int)((w->n_rows + GROUP_ROWS - 1) / GROUP_ROWS); }
 
 /* How many groups are done at a time: a lone tile streams through all of them. */

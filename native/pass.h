@@ -116,10 +116,9 @@ struct kind {
     void (*measure)(const bmc_model *m, const bmc_block *c, int64_t *extent);
     struct need (*need)(const bmc_model *m, const struct block *b);
     bool mixes;                     /* tokens see others */
-    /* A tensor that these settings need and the file lacks, or NULL. May be NULL itself, and so may stream,
-     * which asks for rows or a state in every session. */
-    const char *(*missing)(const struct block *b);
-    void (*stream)(bmc_model *m, struct block *b);
+    /* The next two are NULL where a kind needs neither. */
+    const char *(*missing)(const struct block *b);      /* a needed tensor that is not in the file, or NULL */
+    void (*stream)(bmc_model *m, struct block *b);      /* asks for rows or a state in every session */
     void (*run)(struct pass *p, const struct block *b, struct tokens in, struct sink out, int thread);
 };
 extern const struct kind attention_kind, mla_kind, delta_net_kind, mamba2_kind, short_conv_kind;

@@ -9,6 +9,7 @@ import subprocess
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -59,3 +60,33 @@ class Fake:
         finally:
             for name, value in before.items():
                 self[name] = value
+
+
+@pytest.fixture(scope="module", autouse=True, name="fake")
+def fake_driver():
+    """The library opens a driver once, so a process that runs a test with it has this one from then on."""
+    path = str(build())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYBMC_CUDA_DRIVER", path)
+        patch.setenv("PYBMC_CUDA_KERNELS", path)
+        yield Fake(path)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(fake):
+    yield
+    assert (fake["alive"], fake["bytes"], fake["registered"]) == (0, 0, 0)
+
+
+def tokens(n, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, n).astype(np.int32)
+
+
+def bits(rows):
+    return np.asarray(rows, np.float32).view(np.uint32)
+
+
+def assert_same(ours, right):
+    assert ours.shape == right.shape
+    n = (bits(ours) != bits(right)).sum()
+    assert not n, f"{n} of {ours.size} differ, by up to {np.abs(ours - right).max()}"

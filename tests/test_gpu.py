@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gpu
 import numpy as np
 import pytest
 import tiny
 import tiny_encoders
 import tiny_kinds
+from gpu import assert_same, fake_driver, nothing_is_left, tokens  # noqa: F401
 from test_draft_head import path as head_path
 
 import pybmc
@@ -25,30 +25,6 @@ from pybmc.engine.request import Request
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.gguf"))
 WIDTHS = (1, 2, 5, 17)                  # of passes: the kinds of product kernels but for the widest
-
-
-@pytest.fixture(scope="module", autouse=True, name="fake")
-def fake_driver():
-    """The library opens a driver once, so a process that runs these tests has this one from then on."""
-    path = str(gpu.build())
-    before = {name: os.environ.get(name) for name in ("PYBMC_CUDA_DRIVER", "PYBMC_CUDA_KERNELS")}
-    os.environ.update(PYBMC_CUDA_DRIVER=path, PYBMC_CUDA_KERNELS=path)
-    yield gpu.Fake(path)
-    for name, value in before.items():
-        if value is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = value
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(fake):
-    yield
-    assert (fake["alive"], fake["bytes"]) == (0, 0)
-
-
-def tokens(n, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, n).astype(np.int32)
 
 
 def passes(model, widths=WIDTHS, rows="auto"):
@@ -65,16 +41,6 @@ def write(engine, request):
         found += [token.id for _, token in engine.step()]
     assert sequence.error is None
     return found, sequence.stats.draft_n
-
-
-def bits(rows):
-    return np.asarray(rows, np.float32).view(np.uint32)
-
-
-def assert_same(ours, right):
-    assert ours.shape == right.shape
-    n = (bits(ours) != bits(right)).sum()
-    assert not n, f"{n} of {ours.size} differ, by up to {np.abs(ours - right).max()}"
 
 
 # The same bits.

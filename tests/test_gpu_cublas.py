@@ -13,6 +13,7 @@ import pytest
 import tiny
 import tiny_encoders
 import tiny_kinds
+from gpu import tokens
 
 import pybmc
 from pybmc.cli import run
@@ -43,10 +44,6 @@ def fake(driver, monkeypatch):
 
 def opened(path, layers=-1, prompts="cublas"):
     return pybmc.Model(path, threads=1, n_gpu_layers=layers, prompts=prompts)
-
-
-def tokens(n, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, n).astype(np.int32)
 
 
 def after_a_chunk(model, n=4):

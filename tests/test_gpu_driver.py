@@ -2,32 +2,16 @@
 kernels that do not fit."""
 
 import threading
-from pathlib import Path
 
-import gpu
 import numpy as np
 import pytest
 import tiny
+from gpu import fake_driver, nothing_is_left  # noqa: F401
 
 import pybmc
 from pybmc.engine.gpu import gpus
 
 UNSUPPORTED_PTX, NO_BINARY, ILLEGAL_ADDRESS = 222, 209, 700
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fake():
-    path = str(gpu.build())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYBMC_CUDA_DRIVER", path)
-        patch.setenv("PYBMC_CUDA_KERNELS", path)
-        yield gpu.Fake(Path(path))
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(fake):
-    yield
-    assert (fake["alive"], fake["bytes"]) == (0, 0)
 
 
 def on_gpu(**settings):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 import tiny_encoders
-from test_gpu import fake_driver, nothing_is_left, tokens  # noqa: F401
+from gpu import fake_driver, nothing_is_left, tokens  # noqa: F401
 
 import pybmc
 from pybmc.cli import run

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import tiny
 import tiny_kinds
+from gpu import assert_same, fake_driver, nothing_is_left, tokens  # noqa: F401
 from serving import served
-from test_gpu import GOLDEN, assert_same, fake_driver, nothing_is_left, tokens  # noqa: F401
+from test_gpu import GOLDEN
 
 import pybmc
 from pybmc.chat.conversation import Conversation

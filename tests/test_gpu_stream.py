@@ -7,12 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import gpu
 import numpy as np
 import pytest
 import tiny
 import tiny_encoders
 import tiny_kinds
+from gpu import assert_same, bits, fake_driver, nothing_is_left, tokens  # noqa: F401
 
 import pybmc
 from pybmc.cli import run
@@ -25,41 +25,11 @@ GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.gguf"))
 ALL = {"gpu": 0, "n_gpu_layers": 0, "stream_tokens": 2}     # layers on the CPU, passes of two tokens and more
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fake():
-    """The library opens a driver once, so a process that runs these tests has this one from then on."""
-    path = str(gpu.build())
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYBMC_CUDA_DRIVER", path)
-        patch.setenv("PYBMC_CUDA_KERNELS", path)
-        yield gpu.Fake(path)
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left(fake):
-    yield
-    assert (fake["alive"], fake["bytes"], fake["registered"]) == (0, 0, 0)
-
-
-def tokens(n, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, n).astype(np.int32)
-
-
 def passes(path, widths, threads=2, **settings):
     """Logits of passes of these widths, one after the other."""
     with pybmc.Model(path, threads=threads, **settings) as model, model.session() as session:
         assert model.streams == bool(settings.get("stream_tokens", settings.get("gpu") is not None))
         return np.concatenate([session.eval(tokens(n, seed=n), "all") for n in widths])
-
-
-def bits(rows):
-    return np.asarray(rows, np.float32).view(np.uint32)
-
-
-def assert_same(ours, right):
-    assert ours.shape == right.shape
-    n = (bits(ours) != bits(right)).sum()
-    assert not n, f"{n} of {ours.size} differ"
 
 
 def launched(fake, call):

@@ -1,4 +1,4 @@
-"""The tales that the bundled teller learns cause and effect from:
+"""The simulated stories from which the bundled model learns cause and effect:
 sound sentences, about what they say they are about."""
 
 import random

@@ -70,7 +70,7 @@ def write_float32(source, path):
                 file.write(bytes(-file.tell() % ALIGNMENT))
                 write_values(file, tensor)
             file.write(bytes(-file.tell() % ALIGNMENT))
-    except (ValueError, KeyError, IndexError, NotImplementedError) as e:
+    except (ValueError, KeyError, IndexError, NotImplementedError) as e:     # all of the gguf package
         raise click.ClickException(f"{source.path}: the gguf package cannot copy it: {e}") from None
 
 

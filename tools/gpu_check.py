@@ -11,17 +11,17 @@ context leaves the others alone. Exceptions: after other bits than the CPU's the
 DIR/gpu_check.json all of them at the end. Nothing is downloaded: models are made here, of random weights, and
 kept in --models for another run. All parts together take less than eight minutes.
 
-On a machine that is lent for a quarter of an hour and has no registry of packages: carry the checkout,
-pybmc/libpybmc.so, pybmc/kernels.fatbin (make CUDA=1 before), and a folder of wheels for what its Python lacks
-(import: numpy, cffi, gguf, tokenizers, sentencepiece),
+On a rented machine without access to PyPI: copy the checkout, pybmc/libpybmc.so, pybmc/kernels.fatbin (run
+make CUDA=1 before), and a folder of wheels for the packages that its Python does not have (of numpy, cffi,
+gguf, tokenizers, sentencepiece),
 
     pip download --only-binary :all: --no-deps --python-version 3.12 -d build/wheels cffi pycparser gguf
 
 and make two calls, so that a failure of the first can be mended before the second:
 
     pip install --no-index --find-links build/wheels --no-deps cffi pycparser gguf &&
-    python -m tools.gpu_check --out $OUT --models /tmp/models --parts bits,golden,models,launches
-    python -m tools.gpu_check --out $OUT --models /tmp/models \\
+    python -m tools.gpu_check --out DIR --models /tmp/models --parts bits,golden,models,launches
+    python -m tools.gpu_check --out DIR --models /tmp/models \\
         --parts rates_8b,prompts,rates_1b,growth,speculation,roofs,transformers,rates_few
 
 The first takes 190 s at most, the second 290. PyTorch and transformers are used where they are installed."""

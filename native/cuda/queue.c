@@ -406,7 +406,7 @@ static int make_graph(struct cuda *c, struct graph **made) {
     return 0;
 }
 
-/* Whether the last queue of a pass of so many tokens that was no graph yet was this one. */
+/* Whether this queue equals the last one of a pass of the same width that had no graph. */
 static bool comes_again(struct cuda *c) {
     const uint64_t hash =
         hash_of(hash_of(0, c->queue, (size_t)c->n_queued * sizeof *c->queue), c->args, c->arg_bytes);

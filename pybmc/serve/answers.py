@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -292,7 +293,7 @@ class Head:
                 "system_fingerprint": self.system_fingerprint}
 
 
-class OpenAIAnswers(Answers):
+class OpenAIAnswers(Answers, ABC):
     """What chats and completions have in common. object: what an answer is; chunk: what its chunks are.
 
     n_top: None, or how many likeliest ids each token's log-probability comes with. usage: a stream ends with
@@ -318,9 +319,9 @@ class OpenAIAnswers(Answers):
     def _counts(self) -> dict:
         return {"usage": self.usage(), "timings": timings_of(self.choices[0].stats)}
 
+    @abstractmethod
     def _choice(self, choice: Choice) -> dict:
         """An answer as a whole."""
-        raise NotImplementedError
 
     def _told(self, choice: Choice, **told) -> dict:
         """A chunk that tells something of an answer."""
